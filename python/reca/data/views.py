@@ -1,0 +1,34 @@
+"""What an adapter asks of an image: the understanding view and the generation view."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class View:
+    """How a decoded RGB image becomes one uint8 [3, H, W] tensor. Normalisation happens later, on the device.
+
+    fit:
+      squash       resize to size x size, aspect ratio not kept
+      center_crop  resize the short side to `size`, cut the middle size x size
+      random_crop  cut a random square of the short side's length, resize to `size`
+      pad          centre on a square of the long side filled with `fill`, resize to `size`
+      bound        keep the aspect ratio: long side at most `size`, short side at least `min_size`, both rounded to
+                   multiples of `stride`, area at most `max_pixels` (models/bagel.md, section 3)
+    """
+
+    size: int
+    fit: str = "squash"
+    resample: str = "bicubic"  # or "bilinear"; both with antialias, as Pillow computes them
+    fill: int = 127
+    min_size: int = 0
+    stride: int = 1
+    max_pixels: int | None = None
+    blur: int = 1  # shrink by this factor and resize back (bilinear): the information bottleneck of the blur recipes
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views one kind of loss needs. `None` means that this kind does not look at the image in that way."""
+
+    gen: View | None
+    und: View | None

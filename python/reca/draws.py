@@ -1,0 +1,68 @@
+"""Every random number of the driver, as a function of (seed, purpose, sample).
+
+Nothing random lives in a process, a worker or a generator: a draw is addressed by what it is for and by the
+global id of the sample it belongs to. Resuming, re-sharding, other batch sizes and other accumulation leave every
+draw as it was, so there is no random state to save.
+"""
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from reca_kernels import Philox, philox_normal, philox_uniform
+
+
+class Purpose(IntEnum):
+    """The independent streams of one sample. Values are part of the format of a run: never renumber."""
+
+    TEMPLATE = 0
+    CROP = 1
+    CONDITION_DROP = 2
+    TIMESTEP = 3
+    NOISE = 4
+    MASK_RATE = 5
+    MASK_ORDER = 6
+    POSTERIOR = 7
+    TOKEN = 8
+    CONFIDENCE = 9
+
+
+class Draws:
+    """Counter-based random numbers of one seed.
+
+    sample_ids: int64 [B], the global ids of the samples in the stream of their kind (unique over a whole run).
+    """
+
+    def __init__(self, seed: int, *path: int):
+        """`path` names a sub-stream, such as a kind of loss or a sampling step: (seed, *path) is hashed into the key."""
+        self.seed = seed
+        for part in path:
+            self.seed = _mix(self.seed, part)
+
+    def at(self, step: int) -> "Draws":
+        """The draws of one step of an iterative sampler, independent of those of every other step."""
+        return Draws(self.seed, step)
+
+    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Philox:
+        """The address of a sample's noise; kernels regenerate the numbers from it and never store them."""
+        seed = torch.tensor(self.seed, dtype=torch.int64, device=sample_ids.device)
+        return Philox(seed, sample_ids, int(purpose))
+
+    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+        """fp32 [B, n] in [0, 1)."""
+        return philox_uniform(self.noise(purpose, sample_ids), n)
+
+    def normal(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+        """fp32 [B, n], standard normal."""
+        return philox_normal(self.noise(purpose, sample_ids), n)
+
+
+def _mix(seed: int, part: int) -> int:
+    """SplitMix64 of (seed, part) as a signed 64-bit integer (Steele, Lea, Flood 2014)."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + part + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z

@@ -1,0 +1,124 @@
+"""The questions a UMM answers. Everything else in the driver speaks to this interface only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.views import Views
+from reca.draws import Draws
+
+KINDS = ("reca", "i2t", "t2i")
+
+ROLES = (
+    "und_encoder",  # vision tower that only understanding uses
+    "und_lm",  # understanding expert of a decoupled language model
+    "gen_lm",  # generation expert of a decoupled language model
+    "shared_lm",  # language model that serves both
+    "gen_head",  # diffusion head, DiT, latent projections
+    "bridge",  # projectors, connectors, queries between the parts
+    "codec",  # image tokenizer or VAE
+    "embed",  # token embeddings and output head
+)
+
+
+class Turn(NamedTuple):
+    """One exchange of a conversation about an image."""
+
+    question: str
+    answer: str
+
+
+@dataclass
+class Batch:
+    """Samples of one kind on their way to the loss.
+
+    gen, und    uint8 [3, H, W] per sample, or None where the kind's views have none
+    text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
+    features    what `encode` returned for these samples, when it comes from a cache
+    """
+
+    kind: str
+    sample_ids: Tensor  # int64 [B]
+    text: list[Any]
+    gen: list[Tensor] | None = None
+    und: list[Tensor] | None = None
+    features: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class LossTerm(NamedTuple):
+    """A loss as a sum and the weight it is to be divided by, so that means can be taken over a whole update."""
+
+    sum: Tensor  # fp32 [], carries the graph
+    weight: Tensor  # fp32 [], no gradient
+    stats: dict[str, Tensor] = {}  # detached (sum, weight) pairs as [2] tensors, for the log
+
+
+class Adapter(nn.Module):
+    """One UMM. Data flows image -> views -> encode -> prompt -> model -> loss."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]  # which of KINDS it can train on
+    abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
+    trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
+
+    @classmethod
+    def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
+        """Build from published files (hub id or folder in `config.weights`) or, with no weights, at random.
+
+        Missing or unexpected keys raise ValueError with the list.
+        """
+        raise NotImplementedError
+
+    def views(self, kind: str) -> Views:
+        """The pixels this kind of loss needs."""
+        raise NotImplementedError
+
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        """What the frozen parts make of the pixels; no gradient, a function of the sample alone, cacheable."""
+        raise NotImplementedError
+
+    def weight(self, batch: Batch, draws: Draws) -> Tensor:
+        """The weight `loss` will return, fp32 [], without running the model."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+        """The native loss of `batch.kind`."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, draws: Draws) -> LossTerm:
+        features = batch.features if batch.features is not None else self.encode(batch)
+        return self.loss(batch, features, draws)
+
+    def generate(self, prompts: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
+        """Text to image: uint8 [3, H, W] per prompt. The picture depends on (prompt, seed), not on the batch."""
+        raise NotImplementedError(f"{self.name} cannot generate images")
+
+    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
+        """Image and instruction to image, all uint8 [3, H, W]."""
+        raise NotImplementedError(f"{self.name} cannot edit images; BAGEL and OpenUni can")
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        """Image and question to text, greedy."""
+        raise NotImplementedError(f"{self.name} cannot answer questions about images")
+
+    def export(self, folder: Path) -> None:
+        """Write the files, with the names and keys, that the public inference code reads."""
+        raise NotImplementedError
+
+    def roles(self) -> dict[str, str]:
+        """Parameter name -> role, for every parameter."""
+        raise NotImplementedError
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether the released trainer applies weight decay to this parameter."""
+        return parameter.ndim >= 2
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
+        raise NotImplementedError
