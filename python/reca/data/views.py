@@ -13,7 +13,7 @@ class View:
       random_crop  cut a random square of the short side's length, resize to `size`
       pad          centre on a square of the long side filled with `fill`, resize to `size`
       bound        keep the aspect ratio: long side at most `size`, short side at least `min_size`, both rounded to
-                   multiples of `stride`, area at most `max_pixels` (models/bagel.md, section 3)
+                   multiples of `stride`, area at most `max_pixels`
     """
 
     size: int

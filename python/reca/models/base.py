@@ -66,6 +66,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]]  # which of KINDS it can train on
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
+    condition_keys: ClassVar[tuple[str, ...]]  # the features that h_v is made of, each with a first dim (or list) of samples
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
@@ -91,9 +92,18 @@ class Adapter(nn.Module):
         """The native loss of `batch.kind`."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch, draws: Draws) -> LossTerm:
+    def forward(self, batch: Batch, draws: Draws, condition: str = "own") -> LossTerm:
+        """The loss from pixels. condition="other" gives every sample its neighbour's h_v: a control, and a probe."""
         features = batch.features if batch.features is not None else self.encode(batch)
+        if condition == "other":
+            if len(batch) < 2:
+                raise ValueError("condition 'other' takes h_v from another sample: it needs a micro_batch of at least 2")
+            features = features | {key: _rolled(features[key]) for key in self.condition_keys}
         return self.loss(batch, features, draws)
+
+    def hazards(self) -> list[str]:
+        """What in this configuration is known to make RECA collapse, in words (models/docs: collapse signals)."""
+        return []
 
     def generate(self, prompts: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
         """Text to image: uint8 [3, H, W] per prompt. The picture depends on (prompt, seed), not on the batch."""
@@ -122,3 +132,7 @@ class Adapter(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
         raise NotImplementedError
+
+
+def _rolled(feature: Tensor | list) -> Tensor | list:
+    return feature[1:] + feature[:1] if isinstance(feature, list) else feature.roll(-1, 0)

@@ -1,0 +1,84 @@
+"""Ranks, meshes and sharding: torchrun + FSDP2, and nothing where there is one process."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from reca.config import ParallelConfig
+from reca.models.base import Adapter
+
+
+def start(config: ParallelConfig) -> torch.device:
+    """Join the process group that torchrun prepared, if any; the device of this rank."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout_minutes)
+        )
+    return device
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; every rank gets the same answer."""
+    if not dist.is_initialized():
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
+
+
+def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precision: str) -> nn.Module:
+    """Shard the adapter over the ranks: FSDP2 inside groups of `config.shard`, replicas between them (HSDP)."""
+    if not dist.is_initialized():
+        return adapter
+    size = config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    if world() % size:
+        raise ValueError(f"parallel.shard={size} does not divide the {world()} ranks of this run")
+    if size == world():
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (world() // size, size), mesh_dim_names=("replicate", "shard"))
+    compute = torch.bfloat16 if precision == "bf16" else None
+    blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for block in adapter.blocks():
+        fully_shard(block, mesh=mesh, mp_policy=blocks)
+    fully_shard(adapter, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    for method in ("generate", "edit", "answer", "encode"):
+        register_fsdp_forward_method(adapter, method)
+    return adapter
+
+
+def sync_gradients(adapter: nn.Module, on: bool) -> None:
+    """Whether the next backward reduces gradients; only the last micro-batch of an update needs to."""
+    if dist.is_initialized():
+        adapter.set_requires_gradient_sync(on)

@@ -1,0 +1,83 @@
+"""AdamW over the parameters a recipe trains, and its learning rate as a function of the update."""
+
+import math
+
+import torch
+from torch import nn
+
+from reca.config import OptimConfig
+from reca.models.base import ROLES, Adapter
+
+
+def freeze(adapter: Adapter, roles: list[str] | None) -> list[str]:
+    """Leave only parameters of `roles` (None: the adapter's default) trainable. Returns the trained roles.
+
+    Raises ValueError for a role that does not exist or that this model has no parameters of.
+    """
+    role_of = adapter.roles()
+    wanted = sorted(roles if roles is not None else adapter.trainable_roles)
+    present = set(role_of.values())
+    for role in wanted:
+        if role not in ROLES:
+            raise ValueError(f"train.train names {role!r}, which is no role; roles are {', '.join(ROLES)}")
+        if roles is not None and role not in present:
+            raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad_(role_of[name] in wanted)
+    return [role for role in wanted if role in present]
+
+
+def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimizer:
+    """Optimizer over trainable parameters only, in two groups: decayed and not."""
+    decayed, plain = [], []
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            (decayed if adapter.decays(name, parameter) else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.name == "apex":
+        return _apex_adam()(groups, adam_w_mode=True, **common)
+    fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=fused, **common)
+
+
+def lr_at(update: int, updates: int, config: OptimConfig) -> float:
+    """Learning rate of update number `update` (the first is 0) in a run of `updates`."""
+    if update < config.warmup:
+        return config.lr * (update + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    end = config.decay_updates or updates
+    start = max(config.warmup, int(config.hold * end))
+    done = min(1.0, max(0.0, (update - start) / max(1, end - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.lr * (config.final + (1 - config.final) * shape)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(adapter: nn.Module, clip: float | None) -> float:
+    """Global L2 norm of the gradients before clipping; clips them to `clip`."""
+    parameters = [p for p in adapter.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _apex_adam() -> type:
+    """NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ValueError(
+            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), which is not "
+            "installed; PyPI's package named apex is something else. Use optim.name=adamw"
+        ) from error
+    return FusedAdam
