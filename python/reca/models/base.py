@@ -1,6 +1,6 @@
 """The questions a UMM answers. Everything else in the driver speaks to this interface only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,6 +49,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same samples on `device`; copies from pinned memory do not block."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
+        return replace(self, sample_ids=move(self.sample_ids), gen=move(self.gen), und=move(self.und), features=features)
 
 
 class LossTerm(NamedTuple):

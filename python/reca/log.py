@@ -1,0 +1,87 @@
+"""What a run tells: a progress bar, log.jsonl, TensorBoard and grids of sample pictures."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+log = logging.getLogger("reca")
+
+
+class RunLog:
+    """Rank 0's record of a run. Other ranks hold a silent one."""
+
+    def __init__(self, run_dir: Path, updates: int, done: int, tensorboard: bool, speaks: bool):
+        self.run_dir, self.speaks, self.board = run_dir, speaks, None
+        self.bar = tqdm(
+            total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not speaks, desc=run_dir.name
+        )
+        if not speaks:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.file = (run_dir / "log.jsonl").open("a", buffering=1)
+        self.redirect = logging_redirect_tqdm([log])
+        self.redirect.__enter__()
+        if tensorboard:
+            self.board = _tensorboard(run_dir)
+
+    def progress(self, loss: float, images_per_s: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
+        self.bar.update()
+
+    def record(self, update: int, values: dict[str, float]) -> None:
+        if not self.speaks:
+            return
+        self.file.write(json.dumps({"update": update} | {k: _finite(v) for k, v in values.items()}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, update)
+
+    def warn(self, update: int, warning: str) -> None:
+        if self.speaks:
+            log.warning("update %d: %s", update, warning)
+            self.file.write(json.dumps({"update": update, "warning": warning}) + "\n")
+
+    def pictures(self, update: int, images: list[Tensor]) -> None:
+        if self.speaks:
+            folder = self.run_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            grid(images).save(folder / f"{update:06d}.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.speaks:
+            self.redirect.__exit__(None, None, None)
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+
+def grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures (uint8 [3, H, W]) side by side on white, row by row."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    height = max(image.shape[1] for image in images) + gap
+    width = max(image.shape[2] for image in images) + gap
+    sheet = Image.new("RGB", (columns * width - gap, math.ceil(len(images) / columns) * height - gap), "white")
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _tensorboard(run_dir: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.info("tensorboard is not installed (pip install 'reca[log]'): logging to log.jsonl only")
+        return None
+    return SummaryWriter(str(run_dir / "tensorboard"))

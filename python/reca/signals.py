@@ -1,0 +1,73 @@
+"""Signs that a run collapses instead of learning. Warnings only: no threshold here has been calibrated at scale."""
+
+from collections.abc import Iterable
+
+from reca.config import Recipe
+from reca.models.base import Adapter
+
+START = 100  # updates whose mean loss later losses are compared with
+COPYING = 0.3  # share of that loss under which the model probably copies h_v into the picture
+DRIFT = 1.05  # growth of a fixed batch's loss that counts as forgetting
+GAP = 3.0  # growth of the condition gap that, with drift, speaks of copying
+
+
+def hazards(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
+    """What is known before the first update to endanger this run."""
+    found, roles = list(adapter.hazards()), set(roles)
+    if "shared_lm" in roles and recipe.objective.reca.weight and not recipe.objective.i2t.weight:
+        found.append(
+            "understanding and generation share trained weights but objective.i2t.weight is 0: understanding may be "
+            "forgotten. Give conversations and weight 1, as the paper does for Show-o and Harmon"
+        )
+    decoupled = "gen_lm" in set(adapter.roles().values()) or "gen_head" in roles and "shared_lm" not in adapter.roles().values()
+    if decoupled and roles & {"und_lm", "und_encoder"}:
+        found.append(
+            "understanding parameters are trained although they are separate from generation; the paper freezes them "
+            "(train.train=null)"
+        )
+    return found
+
+
+class Signals:
+    """Watches the metrics of a run; `check` returns new warnings, each said once until it clears."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, list[float]] = {}
+        self.smooth: dict[str, float] = {}
+        self.first: dict[str, float] = {}
+        self.raised: set[str] = set()
+
+    def check(self, update: int, metrics: dict[str, float], kinds: Iterable[str]) -> list[str]:
+        conditions = {}
+        for kind in kinds:
+            conditions[f"no {kind} labels"] = metrics.get(f"{kind}/weight") == 0, (
+                f"no sample of kind {kind} in this update carries a label; its loss was skipped. Check the {kind} data"
+            )
+        if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
+            early = self.start.setdefault("reca", [])
+            if len(early) < START:
+                early.append(loss)
+            self.smooth["reca"] = 0.95 * self.smooth.get("reca", loss) + 0.05 * loss
+            level = sum(early) / len(early)
+            conditions["copying"] = len(early) == START and self.smooth["reca"] < COPYING * level, (
+                f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPYING:.0%} of its first {START} "
+                f"updates ({level:.3g}). If text-to-image pictures get worse the model copies h_v: lower the "
+                "understanding resolution or blur that view"
+            )
+        drifted = False
+        for name in ("t2i/drift", "i2t/drift"):
+            if (value := metrics.get(name)) is not None:
+                base = self.first.setdefault(name, value)
+                worse = value > DRIFT * base
+                drifted |= worse and name == "t2i/drift"
+                what = "text-to-image" if name.startswith("t2i") else "understanding"
+                conditions[name] = worse, f"{what} loss on the fixed batch rose from {base:.4g} to {value:.4g}"
+        if (gap := metrics.get("reca/gap")) is not None:
+            base = self.first.setdefault("gap", abs(gap))
+            conditions["gap"] = drifted and gap > GAP * base, (
+                f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (at first {base:.3g}) while "
+                "text-to-image gets worse: the model leans on h_v alone"
+            )
+        new = [text for name, (up, text) in conditions.items() if up and name not in self.raised]
+        self.raised = (self.raised - conditions.keys()) | {name for name, (up, _) in conditions.items() if up}
+        return new
