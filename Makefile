@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+SEEDS ?= 1
+UMM ?= show_o
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# What the installed package is made from: a change here means installing again.
+BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test gpu-test bench doctor clean
+
+demo: $(READY)
+	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+gpu-test: $(READY)
+	$(BIN)/python -m pytest tests -m gpu
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+doctor: $(READY)
+	$(BIN)/reca doctor
+
+# A torch that is already importable is used; otherwise $(TORCH) is installed first, so nothing else picks a version.
+$(VENV)/.torch:
+	if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
+	touch $@
+
+$(READY): $(VENV)/.torch $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,log]'
+	$(BIN)/reca doctor
+	touch $@
+
+clean:
+	rm -rf $(VENV) build
+	find . -name '*.so' -not -path './.venv/*' -delete

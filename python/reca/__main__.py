@@ -1,0 +1,5 @@
+import sys
+
+from reca.cli import main
+
+sys.exit(main())

@@ -1,0 +1,187 @@
+"""The `reca` command."""
+
+import argparse
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+EXIT_RECIPE, EXIT_DATA, EXIT_NON_FINITE = 3, 4, 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand. Exit codes: 0 done, 2 usage, 3 recipe, 4 data, 5 non-finite, 75 interrupted and saved."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("reca").setLevel(logging.INFO)
+    options = _parser().parse_args(arguments)
+    from reca.checkpoint import CheckpointError
+    from reca.config import RecipeError
+    from reca.data.sources import DataError
+    from reca.train import NonFiniteError
+
+    codes = {
+        RecipeError: EXIT_RECIPE,
+        CheckpointError: EXIT_RECIPE,
+        ValueError: EXIT_RECIPE,
+        DataError: EXIT_DATA,
+        NonFiniteError: EXIT_NON_FINITE,
+    }
+    try:
+        return options.run(options) or 0
+    except tuple(codes) as error:
+        print(f"reca: {error}", file=sys.stderr)
+        return next(code for kind, code in codes.items() if type(error) is kind or isinstance(error, kind))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
+        sub.add_argument("recipe", help="recipe name or .yaml file" + (", or the folder of a run" if or_run else ""))
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+
+    train = command("train", _train, "Train a recipe, or continue its run.")
+    takes_recipe(train)
+    train.add_argument("--explain", action="store_true", help="print every key with its value and meaning, and stop")
+
+    generate = command("generate", _generate, "Draw images from text.")
+    takes_recipe(generate, or_run=True)
+    generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given again")
+    _takes_sampling(generate)
+
+    edit = command("edit", _edit, "Change an image by an instruction.")
+    takes_recipe(edit, or_run=True)
+    edit.add_argument("--image", type=Path, required=True)
+    edit.add_argument("--instruction", required=True)
+    _takes_sampling(edit)
+
+    answer = command("answer", _answer, "Answer a question about an image.")
+    takes_recipe(answer, or_run=True)
+    answer.add_argument("--image", type=Path, required=True)
+    answer.add_argument("--question", required=True)
+
+    export = command("export", _export, "Write a run's weights in the files that the public inference code reads.")
+    takes_recipe(export, or_run=True)
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+
+    demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
+    demo.add_argument("--umm", default="show_o", help="which model family")
+    demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the report")
+
+    command("doctor", _doctor, "Say what this machine has and which kernels will run.")
+    bench = command("bench", _bench, "Time the kernels; arguments go to `python -m benchmarks`.")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _takes_sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model")
+    sub.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from reca import distributed
+    from reca.config import explain, load_recipe
+    from reca.train import Trainer
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.explain:
+        print(explain(recipe))
+        return
+    try:
+        Trainer(recipe).run()
+    finally:
+        distributed.stop()
+
+
+def _model(options: argparse.Namespace):
+    """The adapter a recipe names or a run has trained, ready for inference."""
+    import torch
+
+    from reca.config import load_recipe
+    from reca.models import umm
+    from reca.train import load_trained
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(options.recipe)
+    if (folder / "recipe.yaml").exists():
+        return load_trained(folder, load_recipe(folder / "recipe.yaml", options.overrides), device)
+    recipe = load_recipe(options.recipe, options.overrides)
+    return umm(recipe.umm).Adapter.load(recipe.model, device).eval()
+
+
+def _generate(options: argparse.Namespace) -> None:
+    model = _model(options)
+    seeds = [options.seed + i for i in range(len(options.prompt))]
+    _write(model.generate(options.prompt, seeds, **_sampling(options)), options, seeds)
+
+
+def _edit(options: argparse.Namespace) -> None:
+    model = _model(options)
+    pictures = model.edit([_read(options.image)], [options.instruction], [options.seed], **_sampling(options))
+    _write(pictures, options, [options.seed])
+
+
+def _answer(options: argparse.Namespace) -> None:
+    print(_model(options).answer([_read(options.image)], [options.question])[0])
+
+
+def _export(options: argparse.Namespace) -> None:
+    _model(options).export(options.out)
+    print(f"wrote {', '.join(sorted(path.name for path in options.out.iterdir()))} to {options.out}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from reca.world.experiment import demo
+
+    demo(options.umm, seeds=options.seeds, out=options.out)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from reca.doctor import report
+
+    print(report())
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).parents[2]
+    if not (root / "benchmarks" / "__main__.py").exists():
+        raise ValueError("the benchmarks are in the source tree, not in the installed package: run `make bench` there")
+    sys.path.insert(0, str(root))
+    sys.argv = ["benchmarks", *options.arguments]
+    runpy.run_module("benchmarks", run_name="__main__")
+    return 0
+
+
+def _sampling(options: argparse.Namespace) -> dict:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.from_dotlist(options.sampling))
+
+
+def _read(path: Path):
+    from reca.data.pixels import read_image
+
+    return read_image(path)
+
+
+def _write(pictures: list, options: argparse.Namespace, seeds: list[int]) -> None:
+    from reca.log import grid
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
+        path = options.out / f"{i:03d}_seed{seed}.png"
+        grid([picture]).save(path)
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""`reca doctor`: what this machine has, what will run, and what to do about the rest."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import reca_kernels
+
+
+def report() -> str:
+    """The report as text, one finding a line."""
+    lines = [
+        f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, torch threads {torch.get_num_threads()}",
+        f"torch       {torch.__version__}",
+        _gpu(),
+        "",
+        *reca_kernels.backend_report().splitlines(),
+        "",
+    ]
+    lines += [f"{name:<11} {_version(name, what)}" for name, what in _OPTIONAL.items()]
+    lines += [f"{'apex':<11} {_apex()}", f"{'disk':<11} {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"]
+    return "\n".join(lines)
+
+
+_OPTIONAL = {
+    "transformers": "required",
+    "diffusers": "required",
+    "triton": "comes with torch on GPU machines",
+    "nvidia-dali": "pip install 'reca[dali]': decoding on the GPU; Pillow decodes without it",
+    "flash-attn": "pip install 'reca[flash]': optional, torch's own flash kernels serve without it",
+    "tensorboard": "pip install 'reca[log]': log.jsonl is written without it",
+}
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "GPU         none visible: C++ kernels run on the CPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"GPU         {len(names)} x {names[0]}, CUDA {torch.version.cuda}"
+
+
+def _version(name: str, advice: str) -> str:
+    for candidate in importlib.metadata.distributions():
+        found = (candidate.name or "").lower()
+        if found == name or found.startswith(f"{name}-cuda"):
+            return candidate.version
+    return f"not installed ({advice})"
+
+
+def _apex() -> str:
+    if importlib.util.find_spec("amp_C"):
+        return "NVIDIA apex with CUDA extensions"
+    if importlib.util.find_spec("apex") is None:
+        return "not installed (optional; build NVIDIA's from source, never the package of that name on PyPI)"
+    return (
+        "an `apex` without CUDA extensions is installed: either PyPI's unrelated package of that name (pip uninstall "
+        "apex) or NVIDIA's built without --cuda_ext. It is not used"
+    )
