@@ -1,0 +1,42 @@
+import pytest
+
+from reca import signals
+from tests.driver.toy import ToyAdapter
+
+
+def warnings(watch, metrics, updates=1, kinds=("reca",)):
+    return [w for u in range(updates) for w in watch.check(u, metrics, kinds)]
+
+
+def test_copying_is_said_once_and_only_after_a_deep_fall():
+    watch = signals.Signals()
+    steady = {"reca/loss": 5.0, "reca/weight": 1.0}
+    assert warnings(watch, steady, 300) == []
+    found = warnings(watch, steady | {"reca/loss": 0.1}, 100)
+    assert len(found) == 1 and "copies h_v" in found[0]
+
+
+def test_dead_batch():
+    found = warnings(signals.Signals(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
+    assert len(found) == 1 and "no sample of kind i2t" in found[0]
+
+
+def test_drift_and_gap():
+    watch = signals.Signals()
+    assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
+    found = warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.0, "reca/gap": 0.5})
+    assert ["text-to-image" in found[0], "leans on h_v" in found[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("roles", "i2t", "words"),
+    [
+        (["shared_lm"], 0.0, "understanding may be forgotten"),
+        (["shared_lm"], 1.0, None),
+        (["gen_head"], 0.0, None),
+        (["gen_head", "und_encoder"], 0.0, "the paper freezes them"),
+    ],
+)
+def test_hazards_of_a_recipe(recipe, roles, i2t, words):
+    found = signals.hazards(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
+    assert (words is None) == (found == []) and (words is None or words in found[0])

@@ -1,0 +1,231 @@
+"""The loop over a toy adapter: what an update is, what is saved, what happens when things break."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from reca import checkpoint
+from reca.checkpoint import CheckpointError
+from reca.config import RecipeError
+from reca.data.loader import open_loader
+from reca.objective import backward
+from reca.optim import lr_at
+from reca.train import EXIT_INTERRUPTED, NonFiniteError, Trainer, load_trained
+from tests.driver.toy import ToyAdapter
+
+
+def weights(adapter):
+    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+
+
+def run(recipe, **kwargs):
+    trainer = Trainer(recipe, ToyAdapter(**kwargs))
+    trainer.run()
+    return trainer
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_loss_falls_and_only_allowed_parameters_move(recipe):
+    trainer = run(recipe("train.updates=40"))
+    before, after = weights(ToyAdapter()), weights(trainer.adapter)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith("tower"), name
+    curve = losses(trainer.run_dir)
+    assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 8])
+def test_accumulation_does_not_change_the_update(recipe, micro_batch, tmp_path):
+    one = run(recipe(f"run_dir={tmp_path}/one"), dtype=torch.float64)
+    other = run(recipe(f"run_dir={tmp_path}/other", f"objective.reca.micro_batch={micro_batch}"), dtype=torch.float64)
+    assert sorted(one.adapter.seen) == sorted(other.adapter.seen)
+    for name, value in weights(one.adapter).items():
+        torch.testing.assert_close(weights(other.adapter)[name], value, rtol=0, atol=1e-6, msg=name)
+
+
+def test_gradient_is_that_of_the_pooled_mean(recipe, images):
+    """Two kinds: sum over kinds of lambda * (all sums / all weights), whatever the micro-batches hold."""
+    r = recipe("objective.t2i.weight=0.5", "objective.t2i.per_update=4", "objective.t2i.micro_batch=1")
+    adapter = ToyAdapter(dtype=torch.float64)
+    batches = {}
+    for kind, size, count in (("reca", 2, 4), ("t2i", 1, 4)):
+        stream = iter(open_loader(r.data, kind, adapter.views(kind), seed=0, micro_batch=size))
+        batches[kind] = [next(stream) for _ in range(count)]
+    autocast = torch.autocast("cpu", enabled=False)
+    backward(adapter, batches, r.objective, 0, autocast)
+
+    from reca.objective import kind_draws
+
+    expected = ToyAdapter(dtype=torch.float64)
+    total = 0
+    for kind, weight in (("reca", 1.0), ("t2i", 0.5)):
+        terms = [expected(b, kind_draws(0, kind)) for b in batches[kind]]
+        total = total + weight * sum(t.sum for t in terms) / sum(t.weight for t in terms)
+    total.backward()
+    for (name, p), q in zip(adapter.named_parameters(), expected.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_kind_of_weight_zero_is_never_computed(recipe):
+    trainer = Trainer(recipe(), ToyAdapter())
+    trainer.adapter.views = lambda kind: pytest.fail("t2i was touched") if kind == "t2i" else None
+    assert trainer.kinds == ["reca"]
+
+
+def test_resume_is_exact(recipe, tmp_path):
+    whole = run(recipe(f"run_dir={tmp_path}/whole"))
+    run(recipe(f"run_dir={tmp_path}/parts", "train.updates=3"))
+    resumed = run(recipe(f"run_dir={tmp_path}/parts"))
+    assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
+    whole = run(recipe(f"run_dir={tmp_path}/whole"))
+    trainer = Trainer(recipe(f"run_dir={tmp_path}/cut"), ToyAdapter())
+    step = trainer.step
+
+    def step_and_terminate(batches):
+        if trainer.update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batches)
+
+    trainer.step = step_and_terminate
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    assert stop.value.code == EXIT_INTERRUPTED
+    assert checkpoint.newest(tmp_path / "cut").name == "000003"
+    resumed = run(recipe(f"run_dir={tmp_path}/cut"))
+    assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
+
+
+def test_non_finite_updates_are_skipped_then_fatal(recipe):
+    trainer = Trainer(recipe("train.updates=20", "train.max_skips=2"), ToyAdapter())
+    loss = trainer.adapter.loss
+
+    def poisoned(batch, features, draws):
+        term = loss(batch, features, draws)
+        return term._replace(sum=term.sum * float("nan")) if trainer.update in (1, 4, 5, 6) else term
+
+    trainer.adapter.loss = poisoned
+    with pytest.raises(NonFiniteError, match="3 updates in a row"):
+        trainer.run()
+    assert all(torch.isfinite(p).all() for p in trainer.adapter.parameters())
+    dump = [json.loads(line) for line in (trainer.run_dir / "non_finite_0.jsonl").read_text().splitlines()]
+    assert [d["update"] for d in dump] == [1, 4, 5, 6] and len(dump[0]["sample_ids"]["reca"]) == 8
+
+
+def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, caplog):
+    trainer = Trainer(recipe("checkpoint.every=2"), ToyAdapter())
+    real = dcp.save
+
+    def full(*args, **kwargs):
+        if trainer.update > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", full)
+    trainer.run()
+    assert "NOT saved" in caplog.text and "No space left" in caplog.text
+    assert checkpoint.newest(trainer.run_dir).name == "000002"
+    assert not list((trainer.run_dir / "checkpoints").glob("*.partial"))
+
+
+def test_too_little_space_is_seen_before_writing(recipe, monkeypatch, caplog):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    trainer = run(recipe())
+    assert "free space" in caplog.text and checkpoint.newest(trainer.run_dir) is None
+
+
+def test_incomplete_checkpoints_are_not_used(recipe, tmp_path):
+    trainer = run(recipe("checkpoint.every=3"))
+    newest = checkpoint.newest(trainer.run_dir)
+    (newest / "COMPLETE").unlink()
+    assert checkpoint.newest(trainer.run_dir).name == "000003"
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        checkpoint.load(newest, trainer.adapter)
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(recipe):
+    trainer = run(recipe())
+    trainer.adapter.layers[0].weight.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="layers.0.weight"):
+        checkpoint.load(checkpoint.newest(trainer.run_dir), trainer.adapter)
+
+
+def test_keep_limits_checkpoints(recipe):
+    trainer = run(recipe("checkpoint.every=1", "checkpoint.keep=2"))
+    assert sorted(p.name for p in (trainer.run_dir / "checkpoints").iterdir()) == ["000005", "000006"]
+
+
+def test_a_changed_recipe_is_refused_on_resume(recipe):
+    run(recipe("train.updates=2"))
+    with pytest.raises(RecipeError, match="lr 0.01 -> 0.5"):
+        Trainer(recipe("optim.lr=0.5"), ToyAdapter())
+
+
+def test_batch_that_does_not_divide(recipe):
+    with pytest.raises(RecipeError, match="multiple of 3"):
+        Trainer(recipe("objective.reca.micro_batch=3"), ToyAdapter())
+
+
+def test_kind_the_model_lacks(recipe):
+    with pytest.raises(RecipeError, match="has no i2t loss"):
+        Trainer(recipe("objective.i2t.weight=1"), ToyAdapter())
+
+
+def test_unknown_role(recipe):
+    with pytest.raises(ValueError, match="'everything', which is no role"):
+        Trainer(recipe("train.train=[everything]"), ToyAdapter())
+
+
+def test_sample_grids_and_gap(recipe):
+    trainer = run(recipe("log.prompts=[a,b]", "log.sample_every=3", "log.gap_every=2", "log.drift_every=2"))
+    assert (trainer.run_dir / "samples" / "000003.png").exists()
+    lines = [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
+    assert sum("reca/gap" in line for line in lines) == 3
+    assert sum("t2i/drift" in line for line in lines) == 4
+
+
+def test_condition_other_swaps_h_v(recipe):
+    trainer = Trainer(recipe(), ToyAdapter())
+    batch = next(iter(trainer.loaders["reca"]))
+    from reca.objective import kind_draws
+
+    own, other = (trainer.adapter(batch, kind_draws(0, "reca"), c).sum for c in ("own", "other"))
+    assert own != other
+
+
+def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
+    trainer = run(recipe())
+    module = type("Package", (), {"Adapter": type("A", (), {"load": staticmethod(lambda *_: ToyAdapter())})})
+    monkeypatch.setattr("reca.train.umm", lambda _: module)
+    loaded = load_trained(trainer.run_dir, trainer.recipe)
+    assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.231802]),
+    ],
+)
+def test_learning_rate(recipe, schedule, expected):
+    """10 updates: 2 of warm-up, then decay to a tenth."""
+    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup=2", "optim.final=0.1").optim
+    got = [lr_at(u, 10, config) for u in (0, 1, 2, 4, 8)]
+    assert got == pytest.approx(expected, abs=1e-6)

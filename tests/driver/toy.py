@@ -1,0 +1,86 @@
+"""The smallest adapter that has everything the driver asks for: a linear denoiser of pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from reca.data.views import View, Views
+from reca.draws import Purpose
+from reca.models.base import Adapter, Batch, LossTerm
+
+SIDE = 4
+
+
+@dataclass
+class ToyConfig:
+    weights: str | None = None
+
+
+class ToyAdapter(Adapter):
+    name = "toy"
+    kinds = frozenset({"reca", "t2i"})
+    abilities = frozenset({"generate"})
+    trainable_roles = frozenset({"gen_head"})
+    condition_keys = ("h_v",)
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        n = 3 * SIDE * SIDE
+
+        def linear() -> nn.Linear:
+            layer = nn.Linear(n, n, dtype=dtype)
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(n, n, generator=generator, dtype=dtype) * 0.1)
+                layer.bias.zero_()
+            return layer
+
+        self.tower, self.layers = linear(), nn.ModuleList([linear(), linear()])
+        self.seen: list[int] = []
+
+    def views(self, kind: str) -> Views:
+        return Views(gen=View(SIDE), und=None)
+
+    def encode(self, batch: Batch) -> dict:
+        pixels = torch.stack(batch.gen).flatten(1).to(self.tower.weight.dtype) / 127.5 - 1
+        with torch.no_grad():
+            return {"target": pixels, "h_v": self.tower(pixels)}
+
+    def weight(self, batch: Batch, draws) -> torch.Tensor:
+        return torch.tensor(float(sum(1 + int(i) % 3 for i in batch.sample_ids)))
+
+    def loss(self, batch: Batch, features: dict, draws) -> LossTerm:
+        self.seen += batch.sample_ids.tolist()
+        target = features["target"]
+        noise = draws.normal(Purpose.NOISE, batch.sample_ids, target.shape[1]).to(target)
+        x = noise + (features["h_v"] if batch.kind == "reca" else 0)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        weights = 1 + batch.sample_ids % 3  # samples count differently, as packed tokens do
+        rows = (x - target).square().mean(1)
+        return LossTerm((rows * weights).sum(), weights.sum().float())
+
+    def generate(self, prompts, seeds, **sampling):
+        return [torch.full((3, SIDE, SIDE), seed % 256, dtype=torch.uint8) for seed in seeds]
+
+    def roles(self) -> dict[str, str]:
+        return {
+            name: "und_encoder" if name.startswith("tower") else "gen_head" for name, _ in self.named_parameters()
+        }
+
+    def blocks(self):
+        return list(self.layers)
+
+
+def write_images(folder: Path, count: int = 24) -> Path:
+    """Small PNG files of random blocks, with captions beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(7)
+    for i in range(count):
+        pixels = torch.randint(0, 256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((4 * SIDE, 4 * SIDE)).save(folder / f"{i:03d}.png")
+        (folder / f"{i:03d}.txt").write_text(f"picture {i}")
+    return folder
