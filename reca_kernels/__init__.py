@@ -1,5 +1,22 @@
 """Fused kernels for reconstruction-alignment training of unified multimodal models."""
 
+from reca_kernels.dispatch import backend_report
+from reca_kernels.ops.concat_plan import ConcatPlan, TextSegment, VisualSegment, concat_plan
+from reca_kernels.ops.masked_cross_entropy import masked_cross_entropy
+from reca_kernels.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from reca_kernels.ops.philox import Philox, philox_normal, philox_uniform
+from reca_kernels.ops.template_concat import template_concat
 
-__all__ = ["Philox", "philox_normal", "philox_uniform"]
+__all__ = [
+    "ConcatPlan",
+    "Philox",
+    "TextSegment",
+    "VisualSegment",
+    "backend_report",
+    "concat_plan",
+    "masked_cross_entropy",
+    "masked_linear_cross_entropy",
+    "philox_normal",
+    "philox_uniform",
+    "template_concat",
+]

@@ -1,0 +1,30 @@
+#include "reca/isa.h"
+
+#include <atomic>
+
+namespace reca {
+
+Isa best_isa() {
+#ifdef __x86_64__
+  // The sets behind -march=x86-64-v4 and -v3 that a processor (or a hypervisor) is known to leave out singly.
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi2")) {
+    return Isa::avx2;
+  }
+#endif
+  return Isa::baseline;
+}
+
+static std::atomic<Isa>& isa() {
+  static std::atomic<Isa> value{best_isa()};
+  return value;
+}
+
+Isa current_isa() { return isa().load(std::memory_order_relaxed); }
+void set_isa(Isa value) { isa().store(value, std::memory_order_relaxed); }
+
+}  // namespace reca

@@ -1,0 +1,12 @@
+// Element types as the launchers see them.
+#pragma once
+
+#include <cstdint>
+
+namespace reca {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+}  // namespace reca

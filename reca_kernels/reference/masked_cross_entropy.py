@@ -1,0 +1,44 @@
+"""Cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
+
+import torch
+from torch import Tensor
+
+
+def masked_cross_entropy(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N] int32 or int64
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:  # [] or [N]
+    """See `reca_kernels.masked_cross_entropy`. Computes in fp32, or in fp64 when the logits are fp64."""
+    classes = logits.shape[1]
+    valid = labels != ignore_index
+    outside = valid & ((labels < 0) | (labels >= classes))
+    targets = torch.where(valid & ~outside, labels, 0).long()
+
+    # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach anything.
+    z = torch.where(valid[:, None], logits, 0)
+    z = z if z.dtype == torch.float64 else z.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    peak = z.detach().amax(dim=1, keepdim=True)
+    z = z - peak  # a common offset of 1e4 must not cost digits, so nothing below adds the peak back, except z_loss
+    log_sum = z.exp().sum(dim=1).log()
+
+    loss = log_sum - z.gather(1, targets[:, None])[:, 0]
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - z.mean(dim=1))
+    if z_loss:
+        loss = loss + z_loss * (log_sum + peak[:, 0]).square()
+    loss = torch.where(valid, loss, 0)
+    loss = torch.where(outside, float("nan"), loss)
+
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / valid.sum().clamp(min=1)

@@ -1,0 +1,31 @@
+"""Linear head and cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from reca_kernels.reference.masked_cross_entropy import masked_cross_entropy
+
+
+def masked_linear_cross_entropy(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N] int32 or int64
+    bias: Tensor | None = None,  # [V]
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:  # [] or [N]
+    """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits."""
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return masked_cross_entropy(
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        reduction=reduction,
+    )

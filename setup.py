@@ -1,0 +1,106 @@
+"""Builds the native module with CMake. Needs the standard library and setuptools only, and never imports torch.
+
+RECA_NATIVE      auto (default): pure Python when a C++ compiler, CMake or pybind11 is missing; ON: that is an error;
+                 OFF: pure Python. A build that starts and fails is always an error.
+RECA_CUDA        auto (default): CUDA kernels when nvcc is found; ON; OFF
+RECA_CUDA_ARCHS  default "80;90;100": machine code for each, and PTX for the last
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class MissingTool(Exception):
+    """The native module cannot be built on this machine."""
+
+
+def package_folders(name: str) -> list[Path]:
+    """Where an installed package lies, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in spec.submodule_search_locations] if spec else []
+
+
+def find_program(name: str, *folders: Path) -> str | None:
+    return shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
+
+
+def find_cmake() -> str:
+    if cmake := find_program("cmake", *(folder / "data" / "bin" for folder in package_folders("cmake"))):
+        return cmake
+    raise MissingTool("no cmake; pip install cmake")
+
+
+def find_pybind11() -> Path:
+    """The headers of the pybind11 package, else the copy that torch's wheel carries."""
+    for package in ("pybind11", "torch"):
+        for folder in package_folders(package):
+            if (folder / "include" / "pybind11" / "pybind11.h").exists():
+                return folder / "include"
+    raise MissingTool("no pybind11; pip install pybind11")
+
+
+def find_compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    raise MissingTool(f"no C++ compiler, looked for {', '.join(names)}")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        native = os.environ.get("RECA_NATIVE", "auto").lower()
+        if native not in ("auto", "on", "off"):
+            raise SystemExit(f"RECA_NATIVE must be auto, ON or OFF, got {native!r}")
+        if native == "off":
+            return
+        try:
+            configure = [
+                find_cmake(),
+                f"-S{ROOT}",
+                f"-B{Path(self.build_temp).resolve()}",
+                f"-DCMAKE_CXX_COMPILER={find_compiler()}",
+                f"-DRECA_PYBIND11_INCLUDE={find_pybind11()}",
+            ]
+        except MissingTool as missing:
+            if native == "on":
+                raise SystemExit(f"RECA_NATIVE=ON, but the native module cannot be built: {missing}") from None
+            rule = "!" * 100
+            self.warn(
+                f"\n{rule}\nreca_kernels: THE NATIVE MODULE IS NOT BUILT: {missing}\n"
+                "Installing pure Python: on CPUs every op runs on its slow PyTorch reference.\n"
+                f"`reca doctor` shows this. Install what is missing, then install again.\n{rule}"
+            )
+            return
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        configure += [
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DRECA_MODULE_FILE={target.name}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DRECA_CUDA={os.environ.get('RECA_CUDA', 'auto')}",
+            f"-DRECA_CUDA_ARCHS={os.environ.get('RECA_CUDA_ARCHS', '80;90;100')}",
+        ]
+        if ninja := find_program("ninja", Path(sys.executable).parent):
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(configure, check=True)
+        subprocess.run([configure[0], "--build", self.build_temp, "--parallel", str(os.cpu_count())], check=True)
+
+
+setup(
+    packages=[*find_packages("python", include=["reca*"]), *find_packages(include=["reca_kernels*"])],
+    package_dir={"reca": "python/reca"},
+    package_data={"reca": ["**/*.yaml", "**/*.json", "**/*.html"]},
+    ext_modules=[Extension("reca_kernels._native", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
