@@ -1,0 +1,272 @@
+"""OpenUni as an Adapter: InternVL3 is frozen, the queries, connector, projector and SANA learn."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DynamicCache
+
+from reca.data.views import View, Views
+from reca.draws import Draws, Purpose
+from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.open_uni import convert, modules, prompt, sampling
+from reca.models.open_uni.config import OpenUniConfig
+from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.weights import fetch, no_memory, put, read_tensors
+from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
+
+log = logging.getLogger("reca")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEPS = 1000
+CAPTION_DROP = 0.1
+
+
+class OpenUni(Adapter):
+    name = "open_uni"
+    kinds = frozenset({"reca", "t2i", "i2t"})
+    abilities = frozenset({"generate", "edit", "answer"})
+    trainable_roles = frozenset({"bridge", "gen_head"})
+    condition_keys = ("h_v",)
+
+    def __init__(self, config: OpenUniConfig, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.context_id = tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
+        self.mllm = modules.mllm(config, self.context_id)
+        self.connector = modules.connector(config)
+        self.projector = nn.Linear(config.language.hidden_size, config.sana.caption_channels)
+        self.meta_queries = nn.Parameter(torch.randn(config.queries, config.language.hidden_size) * 0.02)
+        self.transformer = modules.transformer(config)
+        self.vae = modules.autoencoder(config)
+
+    @classmethod
+    def load(cls, config: OpenUniConfig, device: torch.device | str = "cpu") -> "OpenUni":
+        parts = {"weights": config.weights, "mllm": config.mllm, "dit": config.dit, "vae": config.vae}
+        absent = [name for name, source in parts.items() if source is None]
+        if absent and len(absent) < len(parts):
+            raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(parts)}")
+        if absent:
+            with torch.random.fork_rng(devices=[]), torch.device(device):
+                torch.manual_seed(config.seed)
+                return cls(config, _tokenizer(config)).requires_grad_(True)
+        with no_memory():
+            model = cls(config, _tokenizer(config))
+        folder = fetch(config.mllm)
+        put(model.mllm, convert.mllm_native(_folder_tensors(folder)), str(folder))
+        for part, class_, source in (("transformer", SanaTransformer2DModel, config.dit), ("vae", AutoencoderDC, config.vae)):
+            folder = fetch(source)
+            subfolder = folder / part if (folder / part).is_dir() else folder
+            setattr(model, part, class_.from_pretrained(subfolder))
+        state, report = convert.overlay([fetch(source) for source in (config.weights, config.overlay) if source])
+        for line in report:
+            log.info("OpenUni: %s", line)
+        model.put_trained(state, config.weights)
+        return model.to(device)
+
+    def put_trained(self, state: dict[str, Tensor], source: str) -> None:
+        """Overlay the parts a published file holds; SANA stays as it is when the file has none of it."""
+        queries = state["meta_queries"]
+        if queries.shape != self.meta_queries.shape:
+            raise ValueError(f"{source}: meta_queries is {list(queries.shape)}, expected {list(self.meta_queries.shape)}")
+        self.meta_queries = nn.Parameter(queries)
+        for part in ("connector", "projector", "transformer"):
+            own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
+            if own:
+                put(getattr(self, part), own, f"{source} ({part})")
+
+    def views(self, kind: str) -> Views:
+        if kind == "i2t":
+            return Views(gen=None, und=View(self.config.understanding_size))
+        return Views(gen=View(self.config.image_size, fit="random_crop"), und=None)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        """latents [B, C, h, w] of gen; h_v [B, n, H] of the same pixels (reca) or of und (i2t)."""
+        if batch.kind == "i2t":
+            return {"h_v": self.understand(_to_unit(batch.und))}
+        pixels = _to_unit(batch.gen)
+        features = {"latents": self.latents(pixels)}
+        if batch.kind == "reca":
+            features["h_v"] = self.understand(pixels)
+        return features
+
+    @torch.no_grad()
+    def understand(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """h_v, [B, n, H]."""
+        return self.mllm.model.get_image_features(
+            self.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
+        ).pooler_output
+
+    def vit_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised first, resized then, as the release does."""
+        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return F.interpolate(((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear")
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.vae.encode(pixels.float()).latent * self.vae.config.scaling_factor
+
+    def condition(self, ids: list[list[int]], h_v: Tensor | None, side: str) -> Tensor:
+        """Text condition of SANA, [B, queries, caption_channels].
+
+        The queries come last under a causal mask, so no prompt row depends on a trained parameter: the prompt runs
+        once without a graph, keeping its K/V, and only the query rows have one. This is exact.
+        """
+        layout, mask = prompt.plan(ids, self.context_id, side)
+        mask = mask.to(self.meta_queries.device)
+        prefix = self.embed(layout.src, h_v)
+        whole = prompt.extend(mask, self.config.queries)
+        positions = prompt.positions(whole)
+        cache, n = DynamicCache(config=self.mllm.config.text_config), mask.shape[1]
+        model = self.mllm.model.language_model
+        with torch.no_grad():
+            model(inputs_embeds=prefix, attention_mask=mask, position_ids=positions[:, :n], past_key_values=cache, use_cache=True)
+        hidden = model(
+            inputs_embeds=self.meta_queries.expand(len(ids), -1, -1),
+            attention_mask=whole,
+            position_ids=positions[:, n:],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
+
+    def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:
+        """Prompt embeddings [B, L, H] from token ids and h_v."""
+        table = self.mllm.get_input_embeddings().weight
+        visual = table.new_empty(0, table.shape[1]) if h_v is None else h_v.to(table.dtype).flatten(0, -2)
+        with torch.no_grad():
+            return template_concat(table, visual, src.to(table.device))
+
+    def weight(self, batch: Batch, draws: Draws) -> Tensor:
+        device = batch.sample_ids.device
+        if batch.kind != "i2t":
+            return torch.tensor(float(len(batch)), device=device)
+        counts = [sum(label != -100 for label in self.conversation(turns)[1]) for turns in batch.text]
+        return torch.tensor(float(sum(counts)), device=device)
+
+    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+        if batch.kind == "i2t":
+            return self.answer_loss(batch, features["h_v"])
+        ids = self.prompts(batch, draws)
+        h_v = features["h_v"] if batch.kind == "reca" else None
+        cond = self.condition(ids, h_v, "left" if batch.kind == "reca" else "right")
+        t = self.sigma(draws, batch.sample_ids)
+        latents, noise = features["latents"], draws.noise(Purpose.NOISE, batch.sample_ids)
+        noisy = flow_matching_prepare(latents, t.to(torch.bfloat16).float() if self.config.parity else t, noise)
+        velocity = self.transformer(noisy, encoder_hidden_states=cond, timestep=t * STEPS, return_dict=False)[0]
+        rows = flow_matching_loss(velocity, latents, t, noise, reduction="sample")
+        return LossTerm(rows.sum(), self.weight(batch, draws))
+
+    def prompts(self, batch: Batch, draws: Draws) -> list[list[int]]:
+        """Token ids per sample; a caption is dropped, a template never."""
+        if batch.kind == "reca":
+            n = modules.hv_tokens(self.config)
+            ids = [prompt.encode(self.tokenizer, prompt.with_image(text, n)) for text in batch.text]
+            return [row[-prompt.MAX_LENGTH :] for row in ids]
+        drop = (draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < CAPTION_DROP).tolist()
+        texts = [prompt.caption(None if out else text) for text, out in zip(batch.text, drop, strict=True)]
+        return [prompt.encode(self.tokenizer, text)[: prompt.MAX_TEXT] for text in texts]
+
+    @staticmethod
+    def sigma(draws: Draws, sample_ids: Tensor) -> Tensor:
+        """Noise level per sample, fp32 [B]: uniform over 1/1000 ... 1, without the schedule's inference shift."""
+        index = (draws.uniform(Purpose.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
+        return (STEPS - index) / STEPS
+
+    def conversation(self, turns: list) -> tuple[list[int], list[int]]:
+        return prompt.question(self.tokenizer, turns, modules.hv_tokens(self.config))
+
+    def answer_loss(self, batch: Batch, h_v: Tensor) -> LossTerm:
+        """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
+        ids, labels = zip(*(self.conversation(turns) for turns in batch.text), strict=True)
+        layout, mask = prompt.plan(ids, self.context_id, "right", labels)
+        mask = mask.to(h_v.device)
+        hidden = self.mllm.model.language_model(
+            inputs_embeds=self.embed(layout.src, h_v), attention_mask=mask, position_ids=prompt.positions(mask)
+        ).last_hidden_state
+        targets = layout.labels[:, 1:].to(h_v.device)
+        total = masked_linear_cross_entropy(
+            hidden[:, :-1].flatten(0, 1), self.mllm.lm_head.weight, targets.flatten(), reduction="sum"
+        )
+        return LossTerm(total, (targets != -100).sum().float())
+
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        cond = [prompt.encode(self.tokenizer, prompt.caption(text))[: prompt.MAX_TEXT] for text in prompts]
+        uncond = [prompt.encode(self.tokenizer, prompt.caption(None))] * len(prompts)
+        return sampling.sample(self, cond, uncond, None, seeds, **options)
+
+    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        n = modules.hv_tokens(self.config)
+        cond = [prompt.encode(self.tokenizer, prompt.with_image(text, n)) for text in instructions]
+        uncond = [prompt.encode(self.tokenizer, prompt.with_image(prompt.KEEP, n))] * len(instructions)
+        h_v = torch.cat([self.understand(self._fit(image)) for image in images])
+        return sampling.sample(self, cond, uncond, h_v, seeds, **options)
+
+    @torch.no_grad()
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        n, end = modules.hv_tokens(self.config), self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        replies = []
+        for image, text in zip(images, questions, strict=True):
+            ids = prompt.encode(self.tokenizer, prompt.with_image(text, n).removesuffix("<img>"))
+            layout, mask = prompt.plan([ids], self.context_id, "left")
+            out = self.mllm.generate(
+                inputs_embeds=self.embed(layout.src, self.understand(self._fit(image))),
+                attention_mask=mask.to(self.meta_queries.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+            replies.append(self.tokenizer.decode(out[0], skip_special_tokens=True).strip())
+        return replies
+
+    def export(self, folder: Path) -> None:
+        """open_uni.pth: the trained parts, to be laid over InternVL3, SANA and DC-AE by OpenUni's loader."""
+        state = {n: p.detach().cpu() for n, p in self.state_dict().items() if n.startswith(convert.TRAINED)}
+        convert.save(state, folder)
+
+    def roles(self) -> dict[str, str]:
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.connector.layers, *self.transformer.transformer_blocks]
+
+    def _fit(self, image: Tensor) -> Tensor:  # uint8 [3, H, W]
+        """An input image at inference, squashed to the training size, [1, 3, S, S] in [-1, 1]."""
+        size = [self.config.image_size] * 2
+        pixels = F.interpolate(image[None].float(), size=size, mode="bicubic", antialias=True).clamp(0, 255).round()
+        return pixels.to(self.meta_queries.device) / 127.5 - 1
+
+
+def _role(name: str) -> str:
+    if name.startswith("mllm.model.vision_tower") or name.startswith("mllm.model.multi_modal_projector"):
+        return "und_encoder"
+    if name.startswith(("mllm.lm_head", "mllm.model.language_model.embed_tokens")):
+        return "embed"
+    if name.startswith("mllm."):
+        return "und_lm"
+    if name.startswith("transformer."):
+        return "gen_head"
+    return "codec" if name.startswith("vae.") else "bridge"
+
+
+def _to_unit(images: list[Tensor]) -> Tensor:
+    return torch.stack(images).float() / 127.5 - 1
+
+
+def _tokenizer(config: OpenUniConfig):
+    source = config.tokenizer or config.mllm
+    if source:
+        return AutoTokenizer.from_pretrained(fetch(source))
+    return word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+
+
+def _folder_tensors(folder: Path) -> dict[str, Tensor]:
+    single = folder / "model.safetensors"
+    return read_tensors(single if single.is_file() else folder)

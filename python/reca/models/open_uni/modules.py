@@ -1,0 +1,118 @@
+"""The parts of OpenUni, all of them library classes at the configured sizes."""
+
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from reca.models.open_uni.config import OpenUniConfig
+
+IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
+
+
+def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGeneration:
+    """InternVL3: InternViT, pixel shuffle and projector, Qwen2."""
+    vision, language = config.vision, config.language
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=InternVLVisionConfig(
+                hidden_size=vision.hidden_size,
+                num_hidden_layers=vision.num_hidden_layers,
+                num_attention_heads=vision.num_attention_heads,
+                intermediate_size=vision.intermediate_size,
+                patch_size=vision.patch_size,
+                layer_norm_eps=vision.layer_norm_eps,
+                image_size=config.understanding_size,
+                attention_bias=True,
+                use_qk_norm=False,
+                use_mean_pooling=True,  # no final norm
+            ),
+            text_config=Qwen2Config(
+                hidden_size=language.hidden_size,
+                num_hidden_layers=language.num_hidden_layers,
+                num_attention_heads=language.num_attention_heads,
+                num_key_value_heads=language.num_key_value_heads,
+                intermediate_size=language.intermediate_size,
+                vocab_size=language.vocab_size,
+                rms_norm_eps=language.rms_norm_eps,
+                rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+                tie_word_embeddings=False,
+            ),
+            image_token_id=image_token_id,
+            image_seq_length=hv_tokens(config),
+            downsample_ratio=1 / IMAGE_TOKEN_SHUFFLE,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def connector(config: OpenUniConfig) -> SiglipEncoder:
+    """Bidirectional transformer over the query states."""
+    return SiglipEncoder(
+        SiglipVisionConfig(
+            hidden_size=config.language.hidden_size,
+            num_hidden_layers=config.connector.num_hidden_layers,
+            num_attention_heads=config.connector.num_attention_heads,
+            intermediate_size=config.connector.intermediate_size,
+            hidden_act="gelu_pytorch_tanh",
+            attn_implementation="sdpa",
+            layer_norm_eps=1e-6,
+        )
+    )
+
+
+def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
+    """SANA's diffusion transformer."""
+    sana, channels = config.sana, config.autoencoder.latent_channels
+    return SanaTransformer2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        num_layers=sana.num_layers,
+        num_attention_heads=sana.num_attention_heads,
+        attention_head_dim=sana.attention_head_dim,
+        num_cross_attention_heads=sana.num_cross_attention_heads,
+        cross_attention_head_dim=sana.cross_attention_head_dim,
+        cross_attention_dim=sana.num_cross_attention_heads * sana.cross_attention_head_dim,
+        caption_channels=sana.caption_channels,
+        mlp_ratio=sana.mlp_ratio,
+        qk_norm=sana.qk_norm,
+        sample_size=config.image_size // factor(config),
+        patch_size=1,
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        interpolation_scale=None,
+    )
+
+
+def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
+    """DC-AE, a deterministic autoencoder."""
+    sizes = config.autoencoder
+    multiscales = tuple((5,) if kind == "EfficientViTBlock" else () for kind in sizes.block_types)
+    return AutoencoderDC(
+        latent_channels=sizes.latent_channels,
+        attention_head_dim=sizes.attention_head_dim,
+        encoder_block_types=tuple(sizes.block_types),
+        decoder_block_types=tuple(sizes.block_types),
+        encoder_block_out_channels=tuple(sizes.block_out_channels),
+        decoder_block_out_channels=tuple(sizes.block_out_channels),
+        encoder_layers_per_block=tuple(sizes.encoder_layers),
+        decoder_layers_per_block=tuple(sizes.decoder_layers),
+        encoder_qkv_multiscales=multiscales,
+        decoder_qkv_multiscales=multiscales,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=sizes.scaling_factor,
+    )
+
+
+def factor(config: OpenUniConfig) -> int:
+    """Pixels on the side of one latent."""
+    return 2 ** (len(config.autoencoder.block_out_channels) - 1)
+
+
+def hv_tokens(config: OpenUniConfig) -> int:
+    """Tokens of h_v."""
+    side = config.understanding_size // config.vision.patch_size
+    return (side // IMAGE_TOKEN_SHUFFLE) ** 2
