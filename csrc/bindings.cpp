@@ -4,12 +4,20 @@
 #include <stdexcept>
 #include <string>
 
+#include "reca/cross_entropy.h"
 #include "reca/isa.h"
 #include "reca/types.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using Address = uint64_t;  // of a tensor's first element; 0: none
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 const char* const isa_names[] = {"baseline", "avx2", "avx512"};
 
@@ -21,6 +29,31 @@ void set_isa(const std::string& name) {
   }
   throw std::invalid_argument("instruction set '" + name + "': this processor runs baseline up to " +
                               name_of(reca::best_isa()));
+}
+
+// ---- cross-entropy ----
+
+reca::CrossEntropy cross_entropy(int dtype, Address logits, int64_t row_stride, int64_t rows, int64_t classes,
+                                 Address labels, bool labels_are_int64, int64_t ignore_index, float label_smoothing,
+                                 float z_loss, float softcap, int threads) {
+  return {static_cast<reca::DType>(dtype), at<void>(logits), row_stride, rows, classes, at<void>(labels),
+          labels_are_int64, ignore_index, label_smoothing, z_loss, softcap, threads};
+}
+
+// The loss in rows' order, so that it does not depend on threads; and how many rows carry a label.
+int64_t reduce_losses(const reca::CrossEntropy& args, Address losses, bool mean, Address loss) {
+  const float* values = at<float>(losses);
+  double total = 0;
+  int64_t count = 0;
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const int64_t label = args.labels_are_int64 ? static_cast<const int64_t*>(args.labels)[r]
+                                                : static_cast<const int32_t*>(args.labels)[r];
+    if (label == args.ignore_index) continue;
+    total += values[r];
+    ++count;
+  }
+  *at<float>(loss) = float(mean && count > 0 ? total / double(count) : total);
+  return count;
 }
 
 }  // namespace
@@ -35,4 +68,24 @@ PYBIND11_MODULE(_native, m) {
   m.def("best_isa", [] { return name_of(reca::best_isa()); });
   m.def("current_isa", [] { return name_of(reca::current_isa()); });
   m.def("set_isa", &set_isa, py::arg("name"));
+
+  using reca::CrossEntropy;
+  py::class_<CrossEntropy>(m, "CrossEntropy").def(py::init(&cross_entropy));
+  m.def("masked_cross_entropy_forward", [](const CrossEntropy& args, Address losses, Address stats) {
+    py::gil_scoped_release release;
+    reca::masked_cross_entropy_forward(args, at<float>(losses), at<float>(stats));
+  });
+  m.def("masked_cross_entropy_backward", [](const CrossEntropy& args, Address stats, Address grad, int64_t grad_stride,
+                                            float scale, Address gradient, int64_t gradient_stride) {
+    py::gil_scoped_release release;
+    reca::masked_cross_entropy_backward(args, at<float>(stats), at<float>(grad), grad_stride, scale,
+                                        at<void>(gradient), gradient_stride);
+  });
+  m.def("masked_linear_cross_entropy_rows", [](const CrossEntropy& args, Address losses, Address grad, float scale,
+                                               Address gradient, int64_t gradient_stride) {
+    py::gil_scoped_release release;
+    reca::masked_linear_cross_entropy_rows(args, at<float>(losses), at<float>(grad), scale, at<void>(gradient),
+                                           gradient_stride);
+  });
+  m.def("reduce_losses", &reduce_losses);
 }

@@ -75,7 +75,9 @@ def concat_plan(
                 continue
             ids = torch.as_tensor(segment.ids, dtype=torch.int64).cpu()
             if ids.ndim != 1 or bool((ids < 0).any()):
-                raise ValueError(f"sample {number}: token ids must be a 1-D sequence of numbers >= 0, got {segment.ids}")
+                raise ValueError(
+                    f"sample {number}: token ids must be a 1-D sequence of numbers >= 0, got {segment.ids}"
+                )
             src.append(ids.int())
             if segment.labels is None:
                 label.append(torch.full_like(ids, IGNORE_INDEX))

@@ -1,8 +1,25 @@
-"""Cross-entropy that reads only the rows which carry a label."""
+"""Cross-entropy that reads only the rows which carry a label.
 
+A backend's file holds
+
+    forward(logits, labels, options) -> (loss [] or [N], stats [N, 2], scale [])       all fp32
+    backward(grad [] or [N], scale, logits, labels, stats, options, out)               grad fp32; writes out [N, V]
+
+for logits whose rows have elements side by side. `stats` holds a row's largest logit m and log(sum exp(z - m)): their
+sum would lose digits when all logits share a large offset. `scale` is what the reduction multiplies gradients with, on
+the device. `out` has the dtype of the logits and may be the logits.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from reca_kernels import checks, dispatch, library
+from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 from reca_kernels.reference import masked_cross_entropy as reference
+
+OP = "masked_cross_entropy"
 
 
 def masked_cross_entropy(
@@ -17,12 +34,154 @@ def masked_cross_entropy(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [N]
-    return reference.masked_cross_entropy(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction=reduction,
+    """Cross-entropy over the rows whose label is not `ignore_index`. Other rows are not read: loss 0, gradient 0.
+
+    With z = softcap tanh(logits / softcap), or the logits, and p = softmax(z), the loss of a row is
+
+        -(1 - label_smoothing) log p_label - label_smoothing mean_j(log p_j) + z_loss (log sum_j exp z_j)²
+
+    Shapes       logits [N, V], any distance between rows; fp32, bf16, fp16 (fp64 on the reference). labels [N].
+    Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
+    inplace      the backward pass writes the gradient over the logits, which nothing else may need by then. They must
+                 be the result of another operation. Under torch.compile this is left to the compiler.
+    Autocast     any dtype is taken as it is; the arithmetic is fp32.
+    Bad labels   a label outside [0, V) raises ValueError on CPUs, and on GPUs with RECA_CHECK=1. Without the check
+                 that row's loss is NaN and its gradient 0.
+    Derivatives  first only; a second derivative raises RuntimeError, except with backend="reference".
+    """
+    checks.local(OP, logits=logits, labels=labels)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
+    checks.floating(OP, logits=logits)
+    checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, softcap, reduction)
+    checks.one_device(OP, logits=logits, labels=labels)
+    checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
+    backend = dispatch.choose(OP, logits, backend)
+    options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    if inplace:
+        _check_inplace(logits)
+    if backend == "reference":
+        return reference.masked_cross_entropy(logits, labels, **options._asdict())
+    if torch.compiler.is_compiling():
+        return _op(logits, labels, *options, backend)[0]
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Function.apply(logits, labels, options, inplace, backend)
+    return _forward(logits, labels, options, backend)[0]
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            f"{OP}: inplace=True would overwrite a parameter with its gradient; pass a result of other operations"
+        )
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"{OP}: inplace=True needs rows that do not overlap with elements side by side, got strides "
+            f"{logits.stride()} for shape {list(logits.shape)}"
+        )
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, options: CrossEntropyOptions, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dispatch.load(backend, OP).forward(_rows(logits), labels.contiguous(), options)
+
+
+def _backward(
+    grad: Tensor,
+    scale: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    options: CrossEntropyOptions,
+    backend: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    kernel = dispatch.load(backend, OP).backward
+    kernel(grad.float(), scale, _rows(logits), labels.contiguous(), stats, options, out)
+    return out
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, options: CrossEntropyOptions, inplace: bool, backend: str
+    ) -> Tensor:
+        loss, stats, scale = _forward(logits, labels, options, backend)
+        ctx.save_for_backward(logits, labels, stats, scale)
+        ctx.options, ctx.inplace, ctx.backend, ctx.spent = options, inplace, backend, False
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
+        logits, labels, stats, scale = ctx.saved_tensors
+        with torch.no_grad():
+            gradient = _backward(
+                grad, scale, logits, labels, stats, ctx.options, ctx.backend, logits.detach() if ctx.inplace else None
+            )
+        if ctx.inplace:
+            ctx.spent = True
+            torch.autograd.graph.increment_version(logits)
+        return *library.once(OP, (gradient,), (grad, logits)), None, None, None, None
+
+
+# ---- under torch.compile ----
+
+
+def _op_forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *options, backend = rest
+    return _forward(logits, labels, CrossEntropyOptions(*options), backend)
+
+
+def _op_forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    reduction = rest[4]
+    loss, stats, scale = (
+        logits.new_empty(shape, dtype=torch.float32)
+        for shape in ((rows,) if reduction == "none" else (), (rows, 2), ())
     )
+    return loss, stats, scale
+
+
+def _op_backward(grad: Tensor, scale: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, *rest: Any) -> Tensor:
+    *options, backend = rest
+    return _backward(grad, scale, logits, labels, stats, CrossEntropyOptions(*options), backend)
+
+
+def _op_backward_fake(grad: Tensor, scale: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, labels, *ctx.rest = inputs
+    _, stats, scale = output
+    ctx.save_for_backward(logits, labels, stats, scale)
+    ctx.mark_non_differentiable(stats, scale)
+
+
+def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits, labels, stats, scale = ctx.saved_tensors
+    gradient = _backward_op(grad, scale, logits, labels, stats, *ctx.rest)
+    return gradient, *[None] * (1 + len(ctx.rest))
+
+
+_backward_op = library.register(
+    f"{OP}_backward(Tensor grad, Tensor scale, Tensor logits, Tensor labels, Tensor stats, {SCHEMA}, str backend)"
+    " -> Tensor",
+    _op_backward,
+    _op_backward_fake,
+)
+_op = library.register(
+    f"{OP}(Tensor logits, Tensor labels, {SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
+    _op_forward,
+    _op_forward_fake,
+    _op_autograd,
+    _setup_context,
+)

@@ -1,0 +1,20 @@
+// Loops over independent rows. The caller says how many threads; nothing here depends on how rows fall to threads.
+#pragma once
+
+#include <cstdint>
+
+#include "reca/isa.h"
+
+namespace reca::RECA_ISA {
+
+template <typename Body>
+static inline void parallel_for(int64_t count, int threads, const Body& body) {
+  if (threads <= 1 || count <= 1) {  // no parallel region: a forked child may run this
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+}  // namespace reca::RECA_ISA

@@ -1,0 +1,209 @@
+// One vector of floats of the width that the instruction set has, and what the kernels need of it.
+// Part of every per-instruction-set file, hence in its namespace.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "reca/isa.h"
+#include "reca/types.h"
+
+namespace reca::RECA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+// GCC and Clang vector types: + - * / and comparisons work on them, a * b + c contracts to a fused multiply-add.
+typedef float vfloat __attribute__((vector_size(4 * W)));
+typedef int32_t vint __attribute__((vector_size(4 * W)));
+typedef uint32_t vuint __attribute__((vector_size(4 * W)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+static inline vfloat splat(float x) { return vfloat{} + x; }
+
+// The larger; b where either is NaN. So max(bound, x) keeps a NaN in x.
+static inline vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vfloat)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline float sum(vfloat x) {  // a fixed order
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += x[i];
+  return total;
+}
+
+static inline float largest(vfloat x) {  // NaN where one is NaN
+  float best = x[0];
+  for (int i = 1; i < W; ++i) best = x[i] > best || x[i] != x[i] ? x[i] : best;
+  return best;
+}
+
+// ---- memory ----
+
+static inline vfloat load(const float* p) {
+  vfloat x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+static inline void store(float* p, vfloat x) { std::memcpy(p, &x, sizeof x); }
+
+static inline vfloat load(const bf16* p) {
+  vhalf h;
+  std::memcpy(&h, p, sizeof h);
+  return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+static inline void store(bf16* p, vfloat x) {  // to nearest, ties to even; NaN stays NaN
+  vuint u = (vuint)x;
+  vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vhalf h = __builtin_convertvector(x == x ? rounded : vuint{} + 0x7fc0, vhalf);
+  std::memcpy(p, &h, sizeof h);
+}
+
+static inline float widen(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff, u;
+  if (rest >= 0x7c00) {
+    u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  } else {  // exact: the exponent is moved by a multiplication, which handles denormals too
+    u = rest << 13;
+    float f;
+    std::memcpy(&f, &u, 4);
+    f *= 0x1p112f;
+    std::memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+#endif
+}
+static inline f16 narrow_f16(float x) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  uint16_t sign = uint16_t(u >> 16 & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (u >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or beyond
+  if (u < 0x38800000) {                                   // denormal: the addition rounds at the right bit
+    float f;
+    std::memcpy(&f, &u, 4);
+    f += 0.5f;
+    std::memcpy(&u, &f, 4);
+    return {uint16_t(sign | (u - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13))};
+#endif
+}
+static inline float widen(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+static inline bf16 narrow_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if (x != x) return {0x7fc0};
+  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+static inline float widen(float x) { return x; }
+static inline void narrow(float x, float* p) { *p = x; }
+static inline void narrow(float x, bf16* p) { *p = narrow_bf16(x); }
+static inline void narrow(float x, f16* p) { *p = narrow_f16(x); }
+
+static inline vfloat load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vfloat x;
+  for (int i = 0; i < W; ++i) x[i] = widen(p[i]);
+  return x;
+#endif
+}
+static inline void store(f16* p, vfloat x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i] = narrow_f16(x[i]);
+#endif
+}
+
+// The first n < W elements; the other lanes are `fill`.
+template <typename T>
+static inline vfloat load_some(const T* p, int64_t n, float fill) {
+  vfloat x = splat(fill);
+  for (int64_t i = 0; i < n; ++i) x[i] = widen(p[i]);
+  return x;
+}
+template <typename T>
+static inline void store_some(T* p, vfloat x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(x[i], p + i);
+}
+
+// ---- functions ----
+
+// e^x for x <= 88, relative error 2e-7 or less; 0 below -87.3 (the last normal number); NaN stays NaN.
+static inline vfloat exp(vfloat x) {
+  vfloat bounded = max(splat(-87.5f), x);
+  // Nearest integer by the rounding of the addition; its low bits are the integer.
+  vfloat shifted = bounded * 1.44269504f + 12582912.0f;
+  vfloat n = shifted - 12582912.0f;
+  vfloat r = bounded - n * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
+  r = r + n * 2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  p = (vfloat)((vuint)p + ((vuint)shifted << 23));  // times 2^n
+  return x < -87.3f ? splat(0.0f) : p;
+}
+
+// Hyperbolic tangent, absolute error below 2e-7.
+static inline vfloat tanh(vfloat x) {
+  vfloat size = (vfloat)((vint)x & 0x7fffffff);
+  vfloat e = exp(size * -2.0f);
+  vfloat far = (1.0f - e) / (1.0f + e);
+  vfloat s = x * x;  // near 0 the difference above would cancel
+  vfloat near = size + size * s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f)));
+  vfloat t = size < 0.25f ? near : far;
+  return (vfloat)((vuint)t | ((vuint)x & 0x80000000u));
+}
+
+}  // namespace reca::RECA_ISA

@@ -1,0 +1,79 @@
+"""Checks that several ops share. Messages say what was wrong, what was expected and what to do."""
+
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def local(op: str, **tensors: Tensor | None) -> None:
+    """No DTensor: a kernel would see the local shard only and give gradients of one rank."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, distributed.DTensor):
+            raise TypeError(
+                f"{op}: {name} is a DTensor. Call the op inside the module's forward, where FSDP2 has gathered the "
+                f"parameters, or pass {name}.full_tensor()"
+            )
+
+
+def one_device(op: str, **tensors: Tensor | None) -> None:
+    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(present.values())) > 1:
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in present.items())}"
+        )
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
+
+
+def integer(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
+
+
+def cross_entropy(
+    op: str, rows: int, labels: Tensor, label_smoothing: float, softcap: float | None, reduction: str
+) -> None:
+    integer(op, labels=labels)
+    if labels.ndim != 1 or labels.shape[0] != rows:
+        raise ValueError(f"{op}: labels must be [N] = [{rows}], one per row, got {list(labels.shape)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1), got {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be above 0 or None, got {softcap}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a label outside [0, classes) that is not ignore_index.
+
+    On CPU tensors, where reading costs no synchronisation; on others only with RECA_CHECK=1. Unchecked, such a row
+    makes the loss NaN. Under torch.compile nothing is read.
+    """
+    if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"):
+        return
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{op}: label {int(labels[row])} in row {row} is outside [0, {classes}) and is not "
+            f"ignore_index={ignore_index}"
+        )
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast makes of matrix products on this tensor's device; None outside autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
