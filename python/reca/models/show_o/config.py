@@ -1,0 +1,104 @@
+"""Recipe keys of Show-o. The defaults are the published 512 px model with CLIP understanding."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from reca.options import option
+
+
+@dataclass
+class PhiSizes:
+    hidden_size: int = option(2048, "width of the language model")
+    num_hidden_layers: int = option(24, "its layers")
+    num_attention_heads: int = option(32, "its heads")
+    intermediate_size: int = option(8192, "width of its MLP")
+    hidden_act: str = option("gelu_new", "its activation")
+    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
+    partial_rotary_factor: float = option(0.5, "share of a head that rotary positions turn")
+    rope_theta: float = option(1e4, "base of the rotary frequencies")
+
+
+@dataclass
+class ClipSizes:
+    hidden_size: int = option(1024, "width of the CLIP vision tower")
+    num_hidden_layers: int = option(24, "layers of the published tower; the last is not run")
+    num_attention_heads: int = option(16, "its heads")
+    intermediate_size: int = option(4096, "width of its MLP")
+    image_size: int = option(336, "pixels on the side of what it sees")
+    patch_size: int = option(14, "pixels on the side of a patch")
+    hidden_act: str = option("quick_gelu", "its activation")
+
+
+@dataclass
+class MagvitSizes:
+    channels: int = option(128, "base width of MAGVITv2")
+    encoder_multipliers: list[int] = option(lambda: [1, 2, 2, 4, 4], "width per encoder level, in base widths")
+    encoder_blocks: list[int] = option(lambda: [4, 3, 4, 3, 4], "residual blocks per encoder level")
+    decoder_multipliers: list[int] = option(lambda: [1, 1, 2, 2, 4], "width per decoder level, in base widths")
+    decoder_blocks: list[int] = option(lambda: [4, 4, 3, 4, 3], "residual blocks per decoder level")
+    z_channels: int = option(13, "bits of a code; the codebook has 2 ** z_channels entries")
+
+
+@dataclass
+class PatchSizes:
+    size: int = option(4, "pixels on the side of a patch")
+    entries: int = option(145, "codebook entries")
+
+
+@dataclass
+class ShowOConfig:
+    weights: Optional[str] = option(None, "hub id or folder of the Show-o checkpoint; null: random")
+    vq: Optional[str] = option(None, "hub id or folder of the image tokenizer; null: the vq folder inside weights")
+    clip: Optional[str] = option(None, "hub id or folder of the CLIP tower; null: the clip folder inside weights")
+    tokenizer: Optional[str] = option(
+        None, "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, or `words` if random"
+    )
+    words: list[str] = option(list, "vocabulary of the word tokenizer of a random model")
+    understanding: str = option("clip", "what image questions read: clip, or vq (the codes of the image)", ("clip", "vq"))
+    hv_source: Optional[str] = option(
+        None, "what h_v is made of in RECA: clip or vq; null: the same as understanding", (None, "clip", "vq")
+    )
+    hv_down_scale: int = option(2, "vq: shrink the image by this before its codes are taken")
+    hv_resize_back: bool = option(False, "vq: resize the shrunk image back (blur) instead of keeping it small")
+    clip_norm: str = option(
+        "upstream", "normalisation of the CLIP view in RECA: upstream (mean and std .5) or clip's own", ("upstream", "clip")
+    )
+    image_size: int = option(512, "pixels on the side of a generated picture")
+    text_slots: int = option(576, "text budget of a text-to-image training sequence, and of RECA with vq")
+    sampling_slots: int = option(128, "text budget when pictures are drawn")
+    reca_slots: int = option(128, "slots of mmu, soi, eoi and the template in RECA with clip")
+    answer_slots: int = option(996, "longest conversation in tokens")
+    system_prompt: str = option(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions.",
+        "text before the image in questions with clip",
+    )
+    caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
+    phi: PhiSizes = option(PhiSizes, "")
+    clip_tower: ClipSizes = option(ClipSizes, "")
+    codec: str = option("magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches"))
+    magvit: MagvitSizes = option(MagvitSizes, "")
+    patches: PatchSizes = option(PatchSizes, "")
+    parity: bool = option(
+        False, "as released: RECA with clip sends no gradient to embeddings and projector; LayerNorm gains decay"
+    )
+    seed: int = option(0, "of a random initialisation")
+
+    def condition(self) -> str:
+        """clip or vq: what h_v is made of."""
+        return self.hv_source or self.understanding
+
+
+def tiny() -> ShowOConfig:
+    """A random model of about half a million parameters on pictures of 20 pixels: 25 codes, 9 tokens of h_v."""
+    return ShowOConfig(
+        phi=PhiSizes(96, 3, 3, 384, "relu"),
+        clip_tower=ClipSizes(64, 3, 4, 256, 18, 6),
+        codec="patches",
+        image_size=20,
+        text_slots=16,
+        sampling_slots=16,
+        reca_slots=64,
+        answer_slots=32,
+        system_prompt="",
+    )

@@ -1,0 +1,195 @@
+"""Image tokenizers of Show-o: MAGVITv2, and a codebook of pixel patches for the embedded world."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reca.models.show_o.config import MagvitSizes, PatchSizes
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(width_in), nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2, self.conv2 = _norm(width), nn.Conv2d(width, width, 3, padding=1)
+        if width_in != width:
+            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = _norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).view_as(x))
+
+
+class Middle(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResBlock(width, width), Attention(width), ResBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the change to the next."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, change: str | None = None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(blocks))
+        if change == "down":
+            self.downsample = Downsample(width)
+        if change == "up":
+            self.upsample = Upsample(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, sizes: MagvitSizes):
+        super().__init__()
+        widths = [sizes.channels * m for m in (1, *sizes.encoder_multipliers)]
+        last = len(sizes.encoder_multipliers) - 1
+        self.conv_in = nn.Conv2d(3, sizes.channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i], widths[i + 1], blocks, "down" if i < last else None)
+            for i, blocks in enumerate(sizes.encoder_blocks)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(sizes.z_channels, sizes.z_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, z, h, w]
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(x)))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, sizes: MagvitSizes):
+        super().__init__()
+        widths = [sizes.channels * m for m in sizes.decoder_multipliers]
+        self.post_quant_conv = nn.Conv2d(sizes.z_channels, sizes.z_channels, 1)
+        self.conv_in = nn.Conv2d(sizes.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(  # level 0 is the full resolution and runs last
+            Level(widths[min(i + 1, len(widths) - 1)], width, blocks, "up" if i > 0 else None)
+            for i, (width, blocks) in enumerate(zip(widths, sizes.decoder_blocks, strict=True))
+        )
+        self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:  # [B, z, h, w] -> [B, 3, H, W]
+        x = self.mid(self.conv_in(self.post_quant_conv(z)))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """Lookup-free quantisation: bit c of a code is the sign of channel c, channel 0 the most significant."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        powers = 2 ** torch.arange(bits - 1, -1, -1)
+        codes = torch.arange(2**bits)
+        self.register_buffer("power_vals", powers)
+        self.register_buffer("embedding", ((codes[:, None] & powers) != 0).float() * 2 - 1)
+
+    def codes(self, z: Tensor) -> Tensor:  # [B, bits, h, w] -> [B, h*w]
+        return ((z > 0).flatten(2).transpose(1, 2) * self.power_vals).sum(-1)
+
+    def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w] -> [B, bits, h, w]
+        return self.embedding[codes].transpose(1, 2).unflatten(2, (height, width))
+
+
+class Magvit(nn.Module):
+    """MAGVITv2 as Show-o publishes it: one code per 2 ** (levels - 1) pixels square.
+
+    Codes are hard signs, so encoding runs in fp32 whatever autocast says.
+    """
+
+    def __init__(self, sizes: MagvitSizes):
+        super().__init__()
+        self.factor = 2 ** (len(sizes.encoder_multipliers) - 1)
+        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
+        self.quantize = Quantizer(sizes.z_channels)
+
+    @property
+    def entries(self) -> int:
+        return len(self.quantize.embedding)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Codes, int64 [B, h*w], row-major."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.quantize.codes(self.encoder(pixels.float()))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, height*width]
+        """Pixels [B, 3, H, W], about [-1, 1]."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.decoder(self.quantize.entries(codes, height, width))
+
+
+class PatchCodebook(nn.Module):
+    """A codebook of p x p pixel patches: the image tokenizer of the embedded world, fitted by k-means."""
+
+    def __init__(self, sizes: PatchSizes):
+        super().__init__()
+        self.factor, self.entries = sizes.size, sizes.entries
+        self.register_buffer("codebook", torch.zeros(sizes.entries, 3 * sizes.size**2))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Codes of the nearest patches, int64 [B, h*w], row-major."""
+        patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
+        return torch.cdist(patches, self.codebook[None]).argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, height*width]
+        """Pixels [B, 3, H, W] in [-1, 1]."""
+        size = (height * self.factor, width * self.factor)
+        return F.fold(self.codebook[codes].transpose(1, 2), size, self.factor, stride=self.factor)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, width, eps=1e-6)
