@@ -1,0 +1,134 @@
+"""Endless micro-batches of one kind of sample, from any position on, on any number of ranks."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reca.data.config import DataConfig
+from reca.data.ledger import Ledger
+from reca.data.pixels import BadImage, PillowDecoder
+from reca.data.sampler import sample_index, substitute_index
+from reca.data.sources import DataError, Sample, Source, open_source
+from reca.data.templates import load_templates
+from reca.data.views import Views
+from reca.draws import Draws, Purpose
+from reca.models.base import KINDS, Batch
+
+SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
+ATTEMPTS = 100
+
+
+def open_loader(
+    config: DataConfig,
+    kind: str,
+    views: Views,
+    *,
+    seed: int,
+    micro_batch: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    ledger: Path | None = None,
+) -> "Loader":
+    """The loader a recipe describes. Raises DataError when the kind's source is missing or empty."""
+    spec = getattr(config, SPECS[kind])
+    if spec is None:
+        raise DataError(f"objective.{kind}.weight is above 0 but data.{SPECS[kind]} is null; say where its samples are")
+    source = open_source(spec, kind, config.image_root)
+    return Loader(config, source, kind, views, seed, micro_batch, start, rank, world, ledger)
+
+
+class Loader:
+    """Iterating yields `Batch` objects of `micro_batch` samples.
+
+    Position p of the stream holds the same sample with the same id p however it is split: batch m of rank r of `world`
+    covers positions start + (m * world + r) * micro_batch and the following. An unreadable sample's position is filled
+    by a substitute that depends on the position only, so batches stay full and every other sample of the epoch is
+    still delivered.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        kind: str,
+        views: Views,
+        seed: int,
+        micro_batch: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        ledger: Path | None = None,
+    ):
+        self.config, self.source, self.kind, self.micro_batch = config, source, kind, micro_batch
+        self.first, self.stride = start + rank * micro_batch, world * micro_batch
+        self.draws = Draws(seed, KINDS.index(kind))
+        self.order = Draws(seed, KINDS.index(kind), 1).seed
+        self.decode = _decoder(config, views, self.draws)
+        self.templates = load_templates(config.templates) if kind == "reca" else None
+        self.ledger = Ledger(ledger, len(source), config.max_bad_fraction)
+        self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
+
+    @property
+    def bad(self) -> int:
+        """Distinct unreadable samples met so far."""
+        return len(self.ledger.bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        position, ahead = self.first, deque()
+        while True:
+            while len(ahead) <= (self.config.prefetch if self.pool else 0):
+                positions = range(position, position + self.micro_batch)
+                ahead.append((positions, [self._submit(p) for p in positions]))
+                position += self.stride
+            positions, jobs = ahead.popleft()
+            yield self._batch(positions, [job.result() for job in jobs])
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def _submit(self, position: int) -> Future:
+        if self.pool:
+            return self.pool.submit(self._read, position)
+        done: Future = Future()
+        done.set_result(self._read(position))
+        return done
+
+    def _read(self, position: int) -> tuple[Sample, Tensor | None, Tensor | None]:
+        size = len(self.source)
+        for attempt in range(ATTEMPTS):
+            index = substitute_index(self.order, size, position, attempt) if attempt else sample_index(self.order, size, position)
+            try:
+                sample = self.source[index]
+            except OSError as error:
+                self.ledger.add(f"sample {index}", 0, f"{type(error).__name__}: {error}")
+                continue
+            try:
+                return sample, *self.decode(sample.image, position)
+            except BadImage as error:
+                self.ledger.add(sample.key, len(sample.image), str(error))
+        raise DataError(f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {sample.key}")
+
+    def _batch(self, positions: range, rows: list[tuple[Sample, Tensor | None, Tensor | None]]) -> Batch:
+        ids = torch.tensor(list(positions))
+        samples, gen, und = zip(*rows, strict=True)
+        text = [sample.text for sample in samples]
+        if self.templates:
+            picks = (self.draws.uniform(Purpose.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
+            text = [self.templates[i] for i in picks.tolist()]
+        return Batch(
+            self.kind,
+            ids,
+            text,
+            gen=None if gen[0] is None else list(gen),
+            und=None if und[0] is None else list(und),
+        )
+
+
+def _decoder(config: DataConfig, views: Views, draws: Draws) -> PillowDecoder:
+    return PillowDecoder(views, draws)

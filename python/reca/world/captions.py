@@ -1,0 +1,44 @@
+"""The language of the world: captions, prompts and templates."""
+
+import random
+from collections.abc import Container
+
+from reca.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
+
+# What people write around a caption. It says nothing about the picture, and puts the caption at varied distances.
+BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
+AFTER = ("", "", "", "please", "in a picture", "on a dark ground", "drawn with care", "as a small picture on a dark ground")
+QUESTIONS = ("what is this", "describe the picture", "what do you see")
+TEMPLATES = (
+    "describe the picture",
+    "what do you see",
+    "describe what you see in this picture",
+    "what is this a picture of",
+    "describe this small picture with care",
+    "i want to see what is in this picture",
+    "draw what you see",
+    "please draw this picture",
+)
+WRAPPING = ("USER", "ASSISTANT", ":", "\n")
+
+WORDS = tuple(
+    dict.fromkeys(
+        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING]
+        + " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
+    )
+)
+LONGEST = 7  # words of a caption
+
+
+def caption(scene: Scene, told: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0) -> str:
+    """The scene in words. The colour of a thing is told if the thing is in `told` (None: any), with chance `share`."""
+    parts = []
+    for thing in scene.things:
+        tell = (told is None or thing in told) and (rng is None or rng.random() < share)
+        parts.append(f"a {thing.colour} {thing.shape}" if tell else f"a {thing.shape}")
+    return f" {scene.relation} ".join(parts)
+
+
+def phrase(words: str, rng: random.Random) -> str:
+    """A caption as somebody would ask for it."""
+    return " ".join(part for part in (rng.choice(BEFORE), words, rng.choice(AFTER)) if part)

@@ -1,0 +1,90 @@
+"""A world of coloured shapes: what a picture shows, and how it is drawn."""
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIDE = 20  # pixels of a picture
+SIZE = 8  # pixels of an object
+BACKGROUND = 0.08
+NOISE = 0.02
+
+COLOURS = {
+    "red": (0.90, 0.10, 0.10),
+    "green": (0.10, 0.75, 0.15),
+    "blue": (0.15, 0.25, 0.95),
+    "yellow": (0.95, 0.90, 0.10),
+    "magenta": (0.90, 0.10, 0.85),
+    "cyan": (0.10, 0.85, 0.90),
+    "orange": (1.00, 0.55, 0.05),
+    "white": (0.95, 0.95, 0.95),
+}
+PICTURES = {
+    "square": "######## ######## ######## ######## ######## ######## ######## ########",
+    "circle": "..####.. .######. ######## ######## ######## ######## .######. ..####..",
+    "triangle": "........ ...##... ...##... ..####.. ..####.. .######. .######. ########",
+    "cross": "##....## ###..### .######. ..####.. ..####.. .######. ###..### ##....##",
+    "ring": "######## ######## ##....## ##....## ##....## ##....## ######## ########",
+    "diamond": "...##... ..####.. .######. ######## ######## .######. ..####.. ...##...",
+}
+SHAPES = tuple(PICTURES)
+RELATIONS = ("left_of", "above")
+MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) for name, rows in PICTURES.items()}
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing in the middle, or two with the first `relation` the second."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    def places(self) -> list[tuple[int, int]]:
+        """Top left corner (row, column) of every thing."""
+        middle, near, far = 8, 0, SIDE - SIZE  # multiples of 4, the size of an image token
+        if self.relation is None:
+            return [(middle, middle)]
+        return [(near, middle), (far, middle)] if self.relation == "above" else [(middle, near), (middle, far)]
+
+
+def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 [3, SIDE, SIDE]; with a generator, pixel noise is added."""
+    picture = torch.full((3, SIDE, SIDE), BACKGROUND)
+    for thing, (row, column) in zip(scene.things, scene.places(), strict=True):
+        place = picture[:, row : row + SIZE, column : column + SIZE]
+        colour = torch.tensor(COLOURS[thing.colour])[:, None, None]
+        place.copy_(torch.where(MASKS[thing.shape], colour, place))
+    if generator is not None:
+        picture = picture + torch.randn(picture.shape, generator=generator) * NOISE
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def held_out_pairs(seed: int, per_shape: int = 3) -> frozenset[Thing]:
+    """Colour-shape pairs that captions never show: `per_shape` colours of every shape, colours used evenly."""
+    rng = random.Random(seed)
+    colours = list(COLOURS) * -(-per_shape * len(SHAPES) // len(COLOURS))
+    while True:
+        rng.shuffle(colours)
+        chunks = [colours[i * per_shape : (i + 1) * per_shape] for i in range(len(SHAPES))]
+        if all(len(set(chunk)) == per_shape for chunk in chunks):
+            return frozenset(Thing(c, s) for s, chunk in zip(SHAPES, chunks, strict=True) for c in chunk)
+
+
+def all_pairs() -> list[Thing]:
+    return [Thing(colour, shape) for shape, colour in itertools.product(SHAPES, COLOURS)]
+
+
+def draw_scene(rng: random.Random, things: list[Thing]) -> Scene:
+    """One thing or two, evenly, each from `things`."""
+    if rng.random() < 0.5:
+        return Scene((rng.choice(things),))
+    return Scene((rng.choice(things), rng.choice(things)), rng.choice(RELATIONS))
