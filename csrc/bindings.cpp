@@ -3,9 +3,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "reca/cross_entropy.h"
 #include "reca/isa.h"
+#include "reca/template_concat.h"
 #include "reca/types.h"
 
 namespace py = pybind11;
@@ -56,6 +58,19 @@ int64_t reduce_losses(const reca::CrossEntropy& args, Address losses, bool mean,
   return count;
 }
 
+// ---- template_concat ----
+
+reca::Source source(int dtype, Address rows, int64_t row_stride, int64_t count, Address index, bool is_int64,
+                    bool flipped) {
+  return {static_cast<reca::DType>(dtype), at<void>(rows), row_stride, count, {at<void>(index), is_int64, flipped}};
+}
+
+std::vector<reca::Source> sources_of(const py::list& list) {
+  std::vector<reca::Source> sources;
+  for (const py::handle& item : list) sources.push_back(item.cast<reca::Source>());
+  return sources;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -88,4 +103,25 @@ PYBIND11_MODULE(_native, m) {
                                            gradient_stride);
   });
   m.def("reduce_losses", &reduce_losses);
+
+  py::class_<reca::Source>(m, "Source").def(py::init(&source));
+  m.def("template_concat_check", [](const py::list& list, int64_t length) {
+    const std::vector<reca::Source> sources = sources_of(list);
+    return reca::template_concat_check(sources.data(), int(sources.size()), length);
+  });
+  m.def("template_concat_forward", [](const py::list& list, int64_t length, int64_t width, int dtype, Address out,
+                                      int threads) {
+    const std::vector<reca::Source> sources = sources_of(list);
+    py::gil_scoped_release release;
+    reca::template_concat_forward(sources.data(), int(sources.size()), length, width, static_cast<reca::DType>(dtype),
+                                  at<void>(out), threads);
+  });
+  // `used` is the source as in the forward pass; the addresses in it are not read, except its index.
+  m.def("template_concat_backward", [](int grad_dtype, Address grad, int64_t grad_stride, int64_t length, int64_t width,
+                                       const reca::Source& used, Address gradient, Address workspace, int threads) {
+    py::gil_scoped_release release;
+    reca::template_concat_backward(static_cast<reca::DType>(grad_dtype), at<void>(grad), grad_stride, length, width,
+                                   used.index, used.count, used.dtype, at<void>(gradient), at<int64_t>(workspace),
+                                   threads);
+  });
 }

@@ -56,13 +56,18 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise ValueError for a label outside [0, classes) that is not ignore_index.
+def _readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on CPU, where that costs no synchronisation; elsewhere only with RECA_CHECK=1."""
+    wanted = tensor.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"
+    return wanted and tensor.numel() > 0 and not torch.compiler.is_compiling()
 
-    On CPU tensors, where reading costs no synchronisation; on others only with RECA_CHECK=1. Unchecked, such a row
-    makes the loss NaN. Under torch.compile nothing is read.
+
+def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a label outside [0, classes) that is not ignore_index, where values may be looked at.
+
+    Unchecked, such a row makes the loss NaN.
     """
-    if torch.compiler.is_compiling() or not (labels.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"):
+    if not _readable(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bool(outside.any()):
@@ -71,6 +76,17 @@ def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> N
             f"{op}: label {int(labels[row])} in row {row} is outside [0, {classes}) and is not "
             f"ignore_index={ignore_index}"
         )
+
+
+def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) -> None:
+    """Raise ValueError for an index outside [low, high), where values may be looked at; low None: no lower bound."""
+    if not _readable(index):
+        return
+    smallest, largest = (int(x) for x in index.aminmax())
+    if largest >= high or (low is not None and smallest < low):
+        value = largest if largest >= high else smallest
+        bounds = f"below {high}" if low is None else f"in [{low}, {high})"
+        raise ValueError(f"{op}: {name} must be {bounds}, the number of rows that are there; got {value}")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

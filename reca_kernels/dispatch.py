@@ -45,8 +45,8 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
 }
 
 
-def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend that runs `op` on tensors like `tensor`.
+def choose(op: str, tensor: Tensor, backend: str | None = None, *, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs `op` on tensors like `tensor`; `dtype` where another one than the tensor's decides.
 
     `backend`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run: ValueError
     for an unknown name, RuntimeError otherwise. With neither, or "auto", the table decides.
@@ -54,7 +54,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     forced = backend or os.environ.get("RECA_BACKEND") or "auto"
     # A compiled graph is made once for many sizes, so there the table is read as for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel()
-    return _choose(op, tensor.device.type, tensor.device.index, tensor.dtype, numel, forced)
+    return _choose(op, tensor.device.type, tensor.device.index, dtype or tensor.dtype, numel, forced)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
@@ -138,10 +138,9 @@ def backend_report() -> str:
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
-        lines += [
-            f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
-            for i in range(torch.cuda.device_count())
-        ]
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append(f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     if forced := os.environ.get("RECA_BACKEND"):
         lines.append(f"RECA_BACKEND={forced} forces that backend")
     for op in OPS:

@@ -10,6 +10,11 @@ void masked_linear_cross_entropy_rows(const CrossEntropy& args, float* losses, c
     using T = decltype(type);
     parallel_for(args.rows, args.threads, [&](int64_t r) {
       const int64_t label = label_of(args, r);
+      if (label < 0 || label >= args.classes) {
+        losses[r] = std::numeric_limits<float>::quiet_NaN();
+        if (gradient) std::memset(static_cast<T*>(gradient) + r * gradient_stride, 0, args.classes * sizeof(T));
+        return;
+      }
       const T* row = static_cast<const T*>(args.logits) + r * args.row_stride;
       const RowStats stats = row_forward<T, cap.value, smooth.value>(args, row, label, losses + r);
       if (gradient == nullptr) return;

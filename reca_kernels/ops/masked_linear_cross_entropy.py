@@ -1,8 +1,26 @@
-"""Output head and cross-entropy in one step, over the rows which carry a label; the logits are never all there."""
+"""Output head and cross-entropy in one step, over the rows which carry a label; the logits are never all there.
 
+A backend's file holds
+
+    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes) -> (loss, dx, dw, db)
+    scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
+
+hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
+for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
+gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
+rows dw and db add up in fp32.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from reca_kernels import checks, dispatch, library
+from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 from reca_kernels.reference import masked_linear_cross_entropy as reference
+
+OP = "masked_linear_cross_entropy"
 
 
 def masked_linear_cross_entropy(
@@ -19,14 +37,182 @@ def masked_linear_cross_entropy(
     chunk_rows: int = 4096,
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [N]
-    return reference.masked_linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
+
+    At most chunk_rows rows of logits exist at a time. With reduction "mean" or "sum" the forward pass computes the
+    gradients too and keeps them instead of the logits; with "none" the backward pass computes the logits once more.
+
+    Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
+    Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
+    Dtypes       products run in the dtype of hidden, under autocast in its dtype. The weight's gradient adds up in
+                 fp32 over chunks and has the dtype of the weight, so an fp32 weight loses nothing to autocast.
+    Loss, labels, derivatives: see `masked_cross_entropy`.
+    """
+    checks.local(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    if hidden.ndim != 2:
+        raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
+    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{OP}: weight must be [V, D] = [V > 0, {hidden.shape[1]}], got {list(weight.shape)}. A weight that FSDP or "
+            "ZeRO-3 has sharded is empty or flat here: gather it first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if chunk_rows < 1:
+        raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
+    checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
+    checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
+    checks.one_device(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
+    backend = dispatch.choose(OP, hidden, backend)
+    options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    if backend == "reference":
+        return reference.masked_linear_cross_entropy(hidden, weight, labels, bias, **options._asdict())
+    dtype = checks.autocast_dtype(hidden) or hidden.dtype
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if torch.compiler.is_compiling():
+        return _op(hidden, weight, labels, bias, *options, chunk_rows, dtype, needs, backend)[0]
+    if any(needs):
+        return _Function.apply(hidden, weight, labels, bias, options, chunk_rows, dtype, needs, backend)
+    return _run(hidden, weight, labels, bias, None, options, chunk_rows, dtype, needs, backend)[0]
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    row_grad: Tensor | None,
+    options: CrossEntropyOptions,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    parameters = (hidden, weight, bias)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return dispatch.load(backend, OP).forward(
+            hidden.to(dtype),
+            weight.to(dtype),
+            labels.contiguous(),
+            None if bias is None else bias.to(dtype),
+            row_grad,
+            options,
+            chunk_rows,
+            tuple(x.dtype if need else None for x, need in zip(parameters, needs, strict=True)),
+        )
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        options: CrossEntropyOptions,
+        *rest: Any,
+    ) -> Tensor:
+        *settings, needs, backend = rest
+        recompute = options.reduction == "none"
+        now = [False] * 3 if recompute else needs
+        loss, *gradients = _run(hidden, weight, labels, bias, None, options, *settings, now, backend)
+        ctx.save_for_backward(hidden, weight, labels, bias, *([] if recompute else gradients))
+        ctx.options, ctx.rest, ctx.backend = options, rest, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, bias, *gradients = ctx.saved_tensors
+        with torch.no_grad():
+            if gradients:
+                scale = dispatch.load(ctx.backend, OP).scale
+                gradients = [None if g is None else scale(g, grad) for g in gradients]
+            else:
+                row_grad = grad.contiguous()
+                _, *gradients = _run(hidden, weight, labels, bias, row_grad, ctx.options, *ctx.rest)
+        sources = [x for x in (grad, hidden, weight, bias) if x is not None]
+        dx, dw, db = library.once(OP, gradients, sources)
+        return dx, dw, None, db, *[None] * 5
+
+
+# ---- under torch.compile ----
+# A registered op returns tensors only, so a gradient that nobody needs is an empty tensor.
+
+_SETTINGS = f"{SCHEMA}, int chunk_rows, ScalarType dtype, bool[] needs, str backend"
+
+
+def _op_rows(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    options, settings = CrossEntropyOptions(*rest[:5]), rest[5:]
+    loss, *gradients = _run(hidden, weight, labels, bias, row_grad, options, *settings)
+    return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+def _op_rows_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    options, needs = CrossEntropyOptions(*rest[:5]), rest[-2]
+    loss = hidden.new_empty(labels.shape if options.reduction == "none" else (), dtype=torch.float32)
+    parameters = zip((hidden, weight, bias), needs, strict=True)
+    return loss, *(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in parameters)
+
+
+def _now(rest: tuple) -> tuple:
+    """The settings with which the forward op runs: reduction "none" makes its gradients in the backward pass."""
+    *settings, needs, backend = rest
+    return *settings, [False] * 3 if rest[4] == "none" else needs, backend
+
+
+def _op_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _op_rows(hidden, weight, labels, bias, None, *_now(rest))
+
+
+def _op_forward_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _op_rows_fake(hidden, weight, labels, bias, None, *_now(rest))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, labels, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, labels, bias, *gradients = ctx.saved_tensors
+    needs, backend = ctx.rest[-2:]
+    if ctx.rest[4] == "none":
+        _, *gradients = _rows_op(hidden, weight, labels, bias, grad.contiguous(), *ctx.rest)
+    else:
+        gradients = [_scale_op(g, grad, backend) if need else g for g, need in zip(gradients, needs, strict=True)]
+    dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return dx, dw, None, db, *[None] * len(ctx.rest)
+
+
+def _op_scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
+    scaled = dispatch.load(backend, OP).scale(gradient, grad)
+    return scaled.clone() if scaled is gradient else scaled
+
+
+_scale_op = library.register(
+    f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor",
+    _op_scale,
+    lambda gradient, grad, backend: torch.empty_like(gradient),
+)
+_rows_op = library.register(
+    f"{OP}_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? row_grad, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _op_rows,
+    _op_rows_fake,
+)
+_op = library.register(
+    f"{OP}(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _op_forward,
+    _op_forward_fake,
+    _op_autograd,
+    _setup_context,
+)

@@ -1,11 +1,25 @@
-"""Template tokens, visual embeddings and additive rows, written once into one sequence of embeddings."""
+"""Template tokens, visual embeddings and additive rows, written once into one sequence of embeddings.
+
+A backend's file holds
+
+    forward(sources, out_dtype) -> [T, D]
+    backward(grad [T, D], index [T], flipped, rows) -> [K, D], the gradient of rows [K, D], in their dtype
+
+A source is (rows [K, D], index [T], flipped): position t gets row index[t], or row -1 - index[t] when flipped, and
+nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward adds
+in the order of the sources, in fp32, and rounds once. backward adds in the order of t, in fp32, without atomics.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reca_kernels import checks, dispatch, library
 from reca_kernels.reference import template_concat as reference
+
+OP = "template_concat"
 
 
 def template_concat(
@@ -17,4 +31,139 @@ def template_concat(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [..., L, D]
-    return reference.template_concat(table, visual, src, adds=adds, out_dtype=out_dtype)
+    """One sequence of embeddings out of an embedding table, visual embeddings and rows to add on top.
+
+        x[t] = (table[src[t]] if src[t] >= 0 else visual[-1 - src[t]]) + sum over adds of rows[index[t]]
+
+    An index below 0 in `adds` adds nothing. `concat_plan` makes src. Every row of a source may be used any number of
+    times. Sums are formed in fp32, left to right, and rounded once; a row to which nothing is added is copied.
+
+    Shapes       src [T] gives [T, D], src [B, L] gives [B, L, D]. Sources may differ in dtype: fp32, bf16, fp16.
+    Returns      out_dtype, default: the dtype of the table. Autocast changes nothing, as with an embedding.
+    Bad index    a row that a source does not have raises ValueError on CPUs, and on GPUs with RECA_CHECK=1.
+    Derivatives  of table, visual and rows, those that require them; first only, except with backend="reference".
+    """
+    rows = (table, visual, *(r for r, _ in adds))
+    indices = (src, *(i for _, i in adds))
+    for name, tensor in zip(("table", "visual", *(f"adds[{i}]" for i in range(len(adds)))), rows, strict=True):
+        checks.local(OP, **{name: tensor})
+        checks.floating(OP, **{name: tensor})
+        if tensor.ndim not in ((2, 3) if name == "visual" else (2,)) or tensor.shape[-1] != table.shape[-1]:
+            shape = "[Nv, D] or [B, n, D]" if name == "visual" else "[rows, D]"
+            raise ValueError(
+                f"{OP}: {name} must be {shape} with the table's D = {table.shape[-1]}, got {list(tensor.shape)}"
+            )
+    for index in indices:
+        checks.integer(OP, **{"src" if index is src else "the index in adds": index})
+        if index.shape != src.shape:
+            raise ValueError(
+                f"{OP}: an index in adds must be shaped like src, {list(src.shape)}, got {list(index.shape)}"
+            )
+    checks.one_device(OP, table=table, visual=visual, src=src, **{f"adds[{i}]": r for i, (r, _) in enumerate(adds)})
+    out_dtype = out_dtype or table.dtype
+    rows = tuple(r.reshape(-1, r.shape[-1]) if r.ndim == 3 else r for r in rows)
+    _check_indices(rows, indices)
+    # The backend is chosen for the dtypes that backends share, or for the one that only the reference takes.
+    dtype = next((d for d in (out_dtype, *(r.dtype for r in rows)) if d not in dispatch.FLOATS), table.dtype)
+    backend = dispatch.choose(OP, table, backend, dtype=dtype)
+    if backend == "reference":
+        return reference.template_concat(table, visual, src, adds=adds, out_dtype=out_dtype)
+    flat = tuple(index.reshape(-1) for index in indices)
+    if torch.compiler.is_compiling():
+        out = _op(rows, flat, out_dtype, backend)
+    elif torch.is_grad_enabled() and any(r.requires_grad for r in rows):
+        out = _Function.apply(flat, out_dtype, backend, *rows)
+    else:
+        out = _forward(rows, flat, out_dtype, backend)
+    return out.view(*src.shape, table.shape[-1])
+
+
+def _check_indices(rows: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    src, *others = indices
+    checks.index_inside(OP, "src", src, -rows[1].shape[0], rows[0].shape[0])
+    for number, (source, index) in enumerate(zip(rows[2:], others, strict=True)):
+        checks.index_inside(OP, f"the index of adds[{number}]", index, None, source.shape[0])
+
+
+def _sources(indices: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """Per source its index and whether that is flipped: src serves the table and the visual rows."""
+    src, *others = indices
+    return [(src, False), (src, True), *((index, False) for index in others)]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Elements of a row side by side; rows at any distance."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(rows: Sequence[Tensor], indices: Sequence[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
+    sources = [(_dense(r), *index) for r, index in zip(rows, _sources(indices), strict=True)]
+    return dispatch.load(backend, OP).forward(sources, out_dtype)
+
+
+def _backward(grad: Tensor, index: Tensor, flipped: bool, rows: Tensor, backend: str) -> Tensor:
+    return dispatch.load(backend, OP).backward(_dense(grad), index, flipped, rows)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, indices: tuple[Tensor, ...], out_dtype: torch.dtype, backend: str, *rows: Tensor) -> Tensor:
+        ctx.save_for_backward(*rows, *indices)
+        ctx.backend = backend
+        return _forward(rows, indices, out_dtype, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3:]
+        rows, indices = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        with torch.no_grad():
+            gradients = [
+                _backward(grad, *index, r, ctx.backend) if need else None
+                for need, r, index in zip(needs, rows, _sources(indices), strict=True)
+            ]
+        return None, None, None, *library.once(OP, gradients, (grad,))
+
+
+# ---- under torch.compile ----
+
+
+def _op_forward(rows: list[Tensor], indices: list[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
+    return _forward(rows, indices, out_dtype, backend)
+
+
+def _op_forward_fake(rows: list[Tensor], indices: list[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
+    return rows[0].new_empty((indices[0].shape[0], rows[0].shape[1]), dtype=out_dtype)
+
+
+def _op_backward_fake(grad: Tensor, index: Tensor, flipped: bool, rows: Tensor, backend: str) -> Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, indices, _, ctx.backend = inputs
+    ctx.needs = [r.requires_grad for r in rows]
+    ctx.save_for_backward(*rows, *indices)
+
+
+def _op_autograd(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], ...]:
+    count = len(ctx.needs)
+    rows, indices = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    gradients = [
+        _backward_op(grad, *index, r, ctx.backend) if need else None
+        for need, r, index in zip(ctx.needs, rows, _sources(indices), strict=True)
+    ]
+    return gradients, [None] * len(indices), None, None
+
+
+_backward_op = library.register(
+    f"{OP}_backward(Tensor grad, Tensor index, bool flipped, Tensor rows, str backend) -> Tensor",
+    _backward,
+    _op_backward_fake,
+)
+_op = library.register(
+    f"{OP}(Tensor[] rows, Tensor[] indices, ScalarType out_dtype, str backend) -> Tensor",
+    _op_forward,
+    _op_forward_fake,
+    _op_autograd,
+    _setup_context,
+)

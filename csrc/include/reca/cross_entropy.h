@@ -29,8 +29,8 @@ void masked_cross_entropy_forward(const CrossEntropy& args, float* losses, float
 void masked_cross_entropy_backward(const CrossEntropy& args, const float* stats, const float* grad, int64_t grad_stride,
                                    float scale, void* gradient, int64_t gradient_stride);
 
-// Both at once, while a row is in the cache, for rows that all carry a label inside [0, classes). gradient may be the
-// logits themselves, or null: losses only. Row r is scaled by scale, and by grad[r] when grad is not null.
+// Both at once, while a row is in the cache, for rows that all carry a label. gradient may be the logits themselves, or
+// null: losses only. Row r is scaled by scale, and by grad[r] when grad is not null.
 void masked_linear_cross_entropy_rows(const CrossEntropy& args, float* losses, const float* grad, float scale,
                                       void* gradient, int64_t gradient_stride);
 

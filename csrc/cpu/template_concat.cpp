@@ -1,0 +1,150 @@
+#include "reca/template_concat.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace reca::RECA_ISA {
+
+namespace {
+
+constexpr int64_t block = 1024;  // columns handled at a time: their fp32 sums stay in the first-level cache
+
+int64_t row_at(const Index& index, int64_t t) {
+  const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
+                                       : int64_t(static_cast<const int32_t*>(index.data)[t]);
+  return index.flipped ? -1 - value : value;
+}
+
+template <typename T>
+void read(const T* from, float* to, int64_t n, bool add) {
+  int64_t i = 0;
+  if (add) {
+    for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
+    for (; i < n; ++i) to[i] += widen(from[i]);
+  } else {
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = widen(from[i]);
+  }
+}
+
+template <typename T>
+void write(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) narrow(from[i], to + i);
+}
+
+const char* address(const void* rows, DType dtype, int64_t element) {
+  return static_cast<const char*>(rows) + element * size_of(dtype);
+}
+
+// n elements into fp32 sums
+void read(DType dtype, const void* from, float* to, int64_t n, bool add) {
+  switch (dtype) {
+    case DType::f32: return read(static_cast<const float*>(from), to, n, add);
+    case DType::bf16: return read(static_cast<const bf16*>(from), to, n, add);
+    case DType::f16: return read(static_cast<const f16*>(from), to, n, add);
+  }
+}
+
+void write(const float* from, DType dtype, void* to, int64_t n) {
+  switch (dtype) {
+    case DType::f32: return write(from, static_cast<float*>(to), n);
+    case DType::bf16: return write(from, static_cast<bf16*>(to), n);
+    case DType::f16: return write(from, static_cast<f16*>(to), n);
+  }
+}
+
+}  // namespace
+
+int64_t template_concat_check(const Source* sources, int n, int64_t length) {
+  for (int64_t t = 0; t < length; ++t) {
+    for (int s = 0; s < n; ++s) {
+      if (row_at(sources[s].index, t) >= sources[s].count) return t * n + s;
+    }
+  }
+  return -1;
+}
+
+void template_concat_forward(const Source* sources, int n, int64_t length, int64_t width, DType out_dtype, void* out,
+                             int threads) {
+  parallel_for(length, threads, [&](int64_t t) {
+    char* const to = static_cast<char*>(out) + t * width * size_of(out_dtype);
+    const Source* only = nullptr;
+    int used = 0;
+    for (int s = 0; s < n; ++s) {
+      if (row_at(sources[s].index, t) >= 0) {
+        only = &sources[s];
+        ++used;
+      }
+    }
+    if (used == 0) {
+      std::memset(to, 0, width * size_of(out_dtype));
+      return;
+    }
+    if (used == 1 && only->dtype == out_dtype) {
+      std::memcpy(to, address(only->rows, out_dtype, row_at(only->index, t) * only->row_stride),
+                  width * size_of(out_dtype));
+      return;
+    }
+    float sums[block];
+    for (int64_t begin = 0; begin < width; begin += block) {
+      const int64_t columns = width - begin < block ? width - begin : block;
+      bool add = false;
+      for (int s = 0; s < n; ++s) {
+        const Source& source = sources[s];
+        const int64_t row = row_at(source.index, t);
+        if (row < 0) continue;
+        read(source.dtype, address(source.rows, source.dtype, row * source.row_stride + begin), sums, columns, add);
+        add = true;
+      }
+      write(sums, out_dtype, to + begin * size_of(out_dtype), columns);
+    }
+  });
+}
+
+void template_concat_backward(DType grad_dtype, const void* grad, int64_t grad_stride, int64_t length, int64_t width,
+                              Index index, int64_t count, DType dtype, void* gradient, int64_t* workspace, int threads) {
+  // Positions sorted by row, stably (counting sort): those of row k are places[ends[k - 1]] to places[ends[k]].
+  int64_t* const ends = workspace;
+  int64_t* const places = workspace + count + 1;
+  std::memset(ends, 0, (count + 1) * sizeof(int64_t));
+  for (int64_t t = 0; t < length; ++t) {
+    const int64_t row = row_at(index, t);
+    if (row >= 0) ++ends[row + 1];
+  }
+  for (int64_t k = 0; k < count; ++k) ends[k + 1] += ends[k];
+  for (int64_t t = 0; t < length; ++t) {
+    const int64_t row = row_at(index, t);
+    if (row >= 0) places[ends[row]++] = t;
+  }
+
+  const int64_t blocks = (width + block - 1) / block;
+  parallel_for(count * blocks, threads, [&](int64_t item) {
+    const int64_t k = item / blocks, begin = item % blocks * block;
+    const int64_t columns = width - begin < block ? width - begin : block;
+    const int64_t first = k == 0 ? 0 : ends[k - 1], last = ends[k];
+    char* const to = static_cast<char*>(gradient) + (k * width + begin) * size_of(dtype);
+    const auto part = [&](int64_t i) { return address(grad, grad_dtype, places[i] * grad_stride + begin); };
+    if (first == last) {
+      std::memset(to, 0, columns * size_of(dtype));
+    } else if (last - first == 1 && dtype == grad_dtype) {
+      std::memcpy(to, part(first), columns * size_of(dtype));
+    } else {
+      float sums[block];
+      for (int64_t i = first; i < last; ++i) read(grad_dtype, part(i), sums, columns, i > first);
+      write(sums, dtype, to, columns);
+    }
+  });
+}
+
+}  // namespace reca::RECA_ISA
+
+RECA_DISPATCH(int64_t, template_concat_check, (const Source* sources, int n, int64_t length), (sources, n, length))
+RECA_DISPATCH(void, template_concat_forward,
+              (const Source* sources, int n, int64_t length, int64_t width, DType out_dtype, void* out, int threads),
+              (sources, n, length, width, out_dtype, out, threads))
+RECA_DISPATCH(void, template_concat_backward,
+              (DType grad_dtype, const void* grad, int64_t grad_stride, int64_t length, int64_t width, Index index,
+               int64_t count, DType dtype, void* gradient, int64_t* workspace, int threads),
+              (grad_dtype, grad, grad_stride, length, width, index, count, dtype, gradient, workspace, threads))

@@ -1,0 +1,76 @@
+"""Output head and cross-entropy on CPUs: torch's matrix products around csrc/cpu/masked_linear_cross_entropy.cpp."""
+
+import torch
+from torch import Tensor
+
+from reca_kernels import native
+from reca_kernels.cpu.masked_cross_entropy import arguments
+from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+
+
+def forward(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    row_grad: Tensor | None,  # fp32 [N]
+    options: CrossEntropyOptions,
+    chunk_rows: int,
+    grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # loss [] or [N], dx [N, D], dw [V, D], db [V]
+    dx_dtype, dw_dtype, db_dtype = grad_dtypes
+    dtype = hidden.dtype
+    classes = weight.shape[0]
+    rows = (labels != options.ignore_index).nonzero()[:, 0]
+    count = rows.shape[0]
+    row_labels = labels[rows]
+    row_losses = torch.empty(count, dtype=torch.float32)
+    row_scale = None if row_grad is None else row_grad[rows]
+    scale = 1 / max(count, 1) if options.reduction == "mean" else 1.0
+    wants_gradient = any(grad_dtypes)
+
+    dx = None if dx_dtype is None else torch.zeros(hidden.shape, dtype=dx_dtype)
+    dw = None
+    if dw_dtype is not None:
+        # A single chunk adds up inside the product, in fp32 already.
+        dw = (torch.empty if count else torch.zeros)(
+            weight.shape, dtype=dtype if count <= chunk_rows else torch.float32
+        )
+    db = None if db_dtype is None else torch.zeros(classes, dtype=torch.float32)
+    buffer = torch.empty(min(count, chunk_rows), classes, dtype=dtype)
+    for begin in range(0, count, chunk_rows):
+        chunk = slice(begin, min(begin + chunk_rows, count))
+        x = hidden.index_select(0, rows[chunk])
+        z = buffer[: x.shape[0]]  # logits, and from the kernel on their gradient
+        if bias is None:
+            torch.mm(x, weight.t(), out=z)
+        else:
+            torch.addmm(bias, x, weight.t(), out=z)
+        native.module.masked_linear_cross_entropy_rows(
+            arguments(z, row_labels[chunk], options),
+            row_losses[chunk].data_ptr(),
+            0 if row_scale is None else row_scale[chunk].data_ptr(),
+            scale,
+            z.data_ptr() if wants_gradient else 0,
+            z.stride(0),
+        )
+        if dx is not None:
+            dx.index_copy_(0, rows[chunk], torch.mm(z, weight).to(dx_dtype))
+        if dw is not None:
+            if dw.dtype == dtype:
+                dw.addmm_(z.t(), x, beta=float(begin > 0))
+            elif begin == 0:
+                dw.copy_(torch.mm(z.t(), x))
+            else:
+                dw += torch.mm(z.t(), x)
+        if db is not None:
+            db += z.sum(0, dtype=torch.float32)
+
+    losses = torch.zeros(labels.shape[0], dtype=torch.float32).index_copy_(0, rows, row_losses)
+    loss = losses if options.reduction == "none" else row_losses.sum(dtype=torch.float64).mul(scale).float()
+    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype)
+
+
+def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []
+    factor = grad.item()
+    return gradient if factor == 1 else gradient * factor
