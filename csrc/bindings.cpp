@@ -1,12 +1,17 @@
 // The only file that knows Python. Tensors arrive as addresses; Python has allocated them and checked them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "reca/cross_entropy.h"
+#include "reca/diffusion_loss.h"
+#include "reca/flow_matching.h"
 #include "reca/isa.h"
+#include "reca/noise.h"
 #include "reca/template_concat.h"
 #include "reca/types.h"
 
@@ -71,6 +76,32 @@ std::vector<reca::Source> sources_of(const py::list& list) {
   return sources;
 }
 
+// ---- noise, flow matching, diffusion ----
+
+struct FlowCall {  // owns the list of images that its struct points to
+  std::vector<reca::FlowImage> images;
+  reca::FlowMatching args;
+};
+
+FlowCall flow_matching(int x0_dtype, const std::vector<std::tuple<Address, int64_t, int64_t, int64_t>>& places,
+                       int64_t channels, int64_t patch, Address t, uint64_t seed, Address sample_ids, uint32_t stream,
+                       int noise_dtype, Address given_noise, int threads) {
+  FlowCall call;
+  for (const auto& [x0, height, width, offset] : places) call.images.push_back({at<void>(x0), height, width, offset});
+  call.args = {static_cast<reca::DType>(x0_dtype), nullptr, int64_t(places.size()), channels, patch, at<float>(t),
+               {seed, at<int64_t>(sample_ids), stream}, static_cast<reca::DType>(noise_dtype), at<void>(given_noise),
+               threads};
+  return call;
+}
+
+reca::Diffusion diffusion(int x0_dtype, Address x0, Address rows, Address t, Address table, int64_t count,
+                          int64_t channels, uint64_t seed, Address sample_ids, uint32_t stream, int noise_dtype,
+                          Address given_noise, int threads) {
+  return {static_cast<reca::DType>(x0_dtype), at<void>(x0), at<int64_t>(rows), at<int64_t>(t), at<float>(table), count,
+          channels, {seed, at<int64_t>(sample_ids), stream}, static_cast<reca::DType>(noise_dtype),
+          at<void>(given_noise), threads};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -123,5 +154,35 @@ PYBIND11_MODULE(_native, m) {
     reca::template_concat_backward(static_cast<reca::DType>(grad_dtype), at<void>(grad), grad_stride, length, width,
                                    used.index, used.count, used.dtype, at<void>(gradient), at<int64_t>(workspace),
                                    threads);
+  });
+
+  m.def("philox_fill", [](uint64_t seed, Address sample_ids, uint32_t stream, int64_t samples, int64_t n, int law,
+                          Address out, int threads) {
+    py::gil_scoped_release release;
+    reca::philox_fill({seed, at<int64_t>(sample_ids), stream}, samples, n, law, at<float>(out), threads);
+  });
+
+  py::class_<FlowCall>(m, "FlowMatching").def(py::init(&flow_matching));
+  m.def("flow_matching_prepare", [](FlowCall& call, int dtype, Address x_t) {
+    py::gil_scoped_release release;
+    call.args.images = call.images.data();
+    reca::flow_matching_prepare(call.args, static_cast<reca::DType>(dtype), at<void>(x_t));
+  });
+  m.def("flow_matching_loss", [](FlowCall& call, int dtype, Address pred, Address gradient, Address losses) {
+    py::gil_scoped_release release;
+    call.args.images = call.images.data();
+    std::vector<double> partial(size_t(reca::flow_matching_chunks(call.args)));
+    reca::flow_matching_loss(call.args, static_cast<reca::DType>(dtype), at<void>(pred), at<void>(gradient),
+                             at<float>(losses), partial.data());
+  });
+
+  py::class_<reca::Diffusion>(m, "Diffusion").def(py::init(&diffusion));
+  m.def("diffusion_prepare", [](const reca::Diffusion& args, int dtype, Address x_t) {
+    py::gil_scoped_release release;
+    reca::diffusion_prepare(args, static_cast<reca::DType>(dtype), at<void>(x_t));
+  });
+  m.def("diffusion_loss", [](const reca::Diffusion& args, int dtype, Address out, Address gradient, Address losses) {
+    py::gil_scoped_release release;
+    reca::diffusion_loss(args, static_cast<reca::DType>(dtype), at<void>(out), at<void>(gradient), at<float>(losses));
   });
 }

@@ -19,6 +19,7 @@ from reca_kernels import native
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 OPS = (
+    "philox",
     "template_concat",
     "masked_cross_entropy",
     "masked_linear_cross_entropy",

@@ -1,17 +1,24 @@
-"""Counter-based noise. One definition, the same numbers whatever the batch, packing, rank or backend."""
+"""Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend.
+
+A backend's file holds draw(noise, law, out): fills out, fp32 [B, n], law one of "bits" (uint32 words), "uniform", "normal".
+"""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from reca_kernels import dispatch
 from reca_kernels.reference import philox as reference
+
+OP = "philox"
 
 
 class Philox(NamedTuple):
     """The address of a batch's noise.
 
     seed        int64 [] on the device, so that a captured CUDA graph can be replayed with another seed
-    sample_ids  int64 [B], global sample ids
+    sample_ids  int64 [B], contiguous: global sample ids
     stream      which of a sample's independent streams, 0..255
     """
 
@@ -20,11 +27,25 @@ class Philox(NamedTuple):
     stream: int
 
 
-def philox_uniform(noise: Philox, n: int) -> Tensor:
-    """fp32 [B, n] in [0, 1)."""
-    return reference.philox_uniform(*noise, n)
+def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
+    """fp32 [B, n] in [0, 1): element i of a sample is word i of its stream, its upper 24 bits."""
+    return _draw(noise, n, "uniform", backend)
 
 
-def philox_normal(noise: Philox, n: int) -> Tensor:
-    """fp32 [B, n], standard normal."""
-    return reference.philox_normal(*noise, n)
+def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
+    """fp32 [B, n], standard normal: Box-Muller, with tails to 6.7 and the same bits on every backend."""
+    return _draw(noise, n, "normal", backend)
+
+
+def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:
+    ids = noise.sample_ids
+    if ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"{OP}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
+    if not 0 <= noise.stream < 256:
+        raise ValueError(f"{OP}: stream must be in 0..255, got {noise.stream}")
+    out = torch.empty(len(ids), n, dtype=torch.float32, device=ids.device)
+    backend = dispatch.choose(OP, out, backend)
+    if backend == "reference" or torch.compiler.is_compiling():
+        return getattr(reference, f"philox_{law}")(*noise, n)
+    dispatch.load(backend, OP).draw(noise._replace(sample_ids=ids.contiguous()), law, out)
+    return out

@@ -1,0 +1,142 @@
+#include "reca/diffusion_loss.h"
+
+#include "noise.h"
+#include "parallel.h"
+
+namespace reca::RECA_ISA {
+
+constexpr int64_t group = 64;       // rows a task handles
+constexpr int64_t widest = 128;     // channels the buffers hold
+constexpr float bits = 1.44269504f;  // 1 / ln 2
+
+static inline const float* entry(const Diffusion& args, int64_t row) {
+  return args.table + args.t[row] * diffusion_columns;
+}
+
+static void fill_noise(const Diffusion& args, int64_t begin, int64_t rows, float* out) {
+  if (args.given_noise) return read(args.noise_dtype, args.given_noise, begin * args.channels, rows * args.channels, out);
+  if (args.channels % 4 == 0) return draw_rows<Law::normal>(args.noise, begin, rows, args.channels, out);
+  for (int64_t r = 0; r < rows; ++r) {
+    float buffer[widest + 4 * W];
+    draw<Law::normal>(args.noise, begin + r, 0, args.channels, buffer);
+    std::memcpy(out + r * args.channels, buffer, args.channels * sizeof(float));
+  }
+}
+
+template <typename Body>
+static void for_groups(const Diffusion& args, const Body& body) {
+  parallel_for((args.count + group - 1) / group, args.threads, [&](int64_t task) {
+    const int64_t begin = task * group, rest = args.count - begin;
+    body(begin, rest < group ? rest : group);
+  });
+}
+
+void diffusion_prepare(const Diffusion& args, DType dtype, void* x_t) {
+  const int64_t channels = args.channels;
+  for_groups(args, [&](int64_t begin, int64_t rows) {
+    float noise[group * widest + 4 * W], x0[widest];
+    fill_noise(args, begin, rows, noise);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t m = begin + r;
+      const float* const table = entry(args, m);
+      float* const x = noise + r * channels;
+      read(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, x0);
+      for (int64_t c = 0; c < channels; ++c) x[c] = table[0] * x0[c] + table[1] * x[c];
+    }
+    write(dtype, noise, rows * channels, x_t, begin * channels);
+  });
+}
+
+// -log2 of the probability of the pixel bin around x0 under a normal, as the first step is scored, and its derivative
+// by the log variance. The cumulative normal is its tanh approximation; logarithms stop at 1e-12.
+static float first_step(float x0, float mean, float log_variance, float* derivative) {
+  const double centered = double(x0) - mean, inverse = std::exp(-0.5 * log_variance), half_bin = 1.0 / 255.0;
+  const auto cdf = [](double x, double* slope) {
+    const double inner = 0.7978845608028654 * (x + 0.044715 * x * x * x), th = std::tanh(inner);
+    *slope = 0.5 * (1 - th * th) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x);
+    return 0.5 * (1 + th);
+  };
+  const double high = inverse * (centered + half_bin), low = inverse * (centered - half_bin);
+  double high_slope, low_slope;
+  const double above = cdf(high, &high_slope), below = cdf(low, &low_slope);
+  // d(high)/d(log variance) = -high / 2
+  double p, dp;
+  if (x0 < -0.999f) {
+    p = above, dp = high_slope * -0.5 * high;
+  } else if (x0 > 0.999f) {
+    p = 1 - below, dp = low_slope * 0.5 * low;
+  } else {
+    p = above - below, dp = high_slope * -0.5 * high + low_slope * 0.5 * low;
+  }
+  const bool clamped = !(p > 1e-12);
+  *derivative = clamped ? 0.0f : float(-dp / p * bits);
+  return float(-std::log(clamped ? 1e-12 : p) * bits);
+}
+
+void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* gradient, float* losses) {
+  const int64_t channels = args.channels;
+  const float share = 1.0f / float(channels);
+  for_groups(args, [&](int64_t begin, int64_t rows) {
+    float noise[group * widest + 4 * W], x0[widest + W], row[2 * widest + W], d_row[2 * widest + W];
+    fill_noise(args, begin, rows, noise);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t m = begin + r;
+      const float* const table = entry(args, m);
+      const float* const eps = noise + r * channels;
+      const float log_posterior = table[6], log_beta = table[7], range = 0.5f * (log_beta - log_posterior);
+      read(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, x0);
+      read(dtype, out, m * 2 * channels, 2 * channels, row);
+      vfloat squares = {}, bound = {};
+      float rest_squares = 0, rest_bound = 0;
+      const bool first = args.t[m] == 0;
+      const auto means = [&](auto x, auto e, auto predicted) {  // of the posterior, true and predicted
+        const auto noisy = table[0] * x + table[1] * e;
+        const auto guess = table[2] * noisy - table[3] * predicted;
+        struct {
+          decltype(noisy) truth, model;
+        } both{table[4] * x + table[5] * noisy, table[4] * guess + table[5] * noisy};
+        return both;
+      };
+      int64_t c = 0;
+      for (; c + W <= channels && !first; c += W) {
+        const vfloat x = load(x0 + c), e = load(eps + c), predicted = load(row + c), v = load(row + channels + c);
+        const vfloat error = predicted - e;
+        squares += error * error;
+        store(d_row + c, error * (2 * share));
+        const auto mean = means(x, e, predicted);
+        const vfloat log_variance = (v + 1.0f) * range + log_posterior;
+        const vfloat distance = mean.truth - mean.model;
+        const vfloat shrink = exp(log_posterior - log_variance), scaled = distance * distance * exp(-log_variance);
+        bound += 0.5f * (log_variance - log_posterior - 1.0f + shrink + scaled);
+        store(d_row + channels + c, (1.0f - shrink - scaled) * (0.5f * range * share * bits));
+      }
+      for (; c < channels; ++c) {
+        const float error = row[c] - eps[c];
+        rest_squares += error * error;
+        d_row[c] = error * (2 * share);
+        const auto mean = means(x0[c], eps[c], row[c]);
+        const float log_variance = (row[channels + c] + 1.0f) * range + log_posterior;
+        if (first) {
+          float derivative;
+          rest_bound += first_step(x0[c], mean.model, log_variance, &derivative) / bits;
+          d_row[channels + c] = derivative * range * share;
+          continue;
+        }
+        const float distance = mean.truth - mean.model;
+        const float shrink = std::exp(log_posterior - log_variance);
+        const float scaled = distance * distance * std::exp(-log_variance);
+        rest_bound += 0.5f * (log_variance - log_posterior - 1.0f + shrink + scaled);
+        d_row[channels + c] = (1.0f - shrink - scaled) * (0.5f * range * share * bits);
+      }
+      losses[m] = (sum(squares) + rest_squares) * share + (sum(bound) + rest_bound) * (share * bits);
+      if (gradient) write(dtype, d_row, 2 * channels, gradient, m * 2 * channels);
+    }
+  });
+}
+
+}  // namespace reca::RECA_ISA
+
+RECA_DISPATCH(void, diffusion_prepare, (const Diffusion& args, DType dtype, void* x_t), (args, dtype, x_t))
+RECA_DISPATCH(void, diffusion_loss,
+              (const Diffusion& args, DType dtype, const void* out, void* gradient, float* losses),
+              (args, dtype, out, gradient, losses))

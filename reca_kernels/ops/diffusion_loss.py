@@ -1,0 +1,217 @@
+"""MAR's diffusion loss: noise prediction plus a variational bound with a learned range of variances, one pass.
+
+A backend's file holds, for contiguous tensors, noise a Philox address with one id per row or a tensor [M, C],
+
+    prepare(x0, t, noise, table, rows, out)                            writes x_t [M, C]
+    losses(out, x0, t, noise, table, rows, gradient) -> fp32 [M]       writes d loss / d out into gradient unless None
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca_kernels import checks, dispatch, library
+from reca_kernels.ops.philox import Philox
+from reca_kernels.reference import diffusion_loss as reference
+
+OP = "diffusion_loss"
+WIDEST = 128  # channels a kernel's buffers hold
+
+
+@functools.cache
+def diffusion_schedule(steps: int = 1000, kind: str = "cosine", device: torch.device | str = "cpu") -> Tensor:
+    """fp32 [steps, 8]: what the loss needs of every step, computed in fp64.
+
+    Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
+    x_t, log of the posterior's variance (entry 1 in place of entry 0), log beta.
+    """
+    if kind != "cosine":
+        raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
+    return reference.schedule(steps).float().to(device)
+
+
+def diffusion_prepare(
+    x0: Tensor,  # [N, C]
+    t: Tensor,  # [M] int
+    noise: Philox | Tensor,
+    schedule: Tensor,  # [steps, 8]
+    *,
+    rows: Tensor | None = None,  # [M] int
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [M, C]
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; row m uses x0[rows[m]], so that nothing is repeated in memory.
+
+    noise: where to draw eps (one sample id per row, C elements each), or eps itself [M, C]. Not differentiable.
+    Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
+    """
+    t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    backend = _backend(x0, backend)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype or x0.dtype)
+        if torch.compiler.is_compiling():
+            return _prepare_op(x0, t, *_flat(noise), schedule, rows, out_dtype or x0.dtype, backend)
+        return _run_prepare(x0, t, noise, schedule, rows, out_dtype or x0.dtype, backend)
+
+
+def diffusion_loss(
+    out: Tensor,  # [M, 2 C]
+    x0: Tensor,  # [N, C]
+    t: Tensor,  # [M] int
+    noise: Philox | Tensor,
+    schedule: Tensor,  # [steps, 8]
+    *,
+    rows: Tensor | None = None,  # [M] int
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:  # fp32 [] or [M]
+    """Mean over channels of (eps - out[:, :C])², plus the variational bound of out[:, C:] in bits.
+
+    The variance is exp(r log beta + (1 - r) log posterior variance), r = (out[:, C:] + 1) / 2. The bound sees the
+    predicted noise without a gradient. Step 0 is scored by the likelihood of bins of width 2/255.
+
+    reduction    "mean" over rows (0 without rows), "sum", or "none": [M]
+    Derivatives  by out only, the first only; the gradient is written in the pass that computes the loss.
+    Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels.md
+    """
+    t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    if reduction not in checks.REDUCTIONS:
+        raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
+    checks.local(OP, out=out)
+    checks.floating(OP, out=out)
+    if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
+        raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
+    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, backend, x0.shape[1]))
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
+
+
+def _backend(tensor: Tensor, backend: str | None, channels: int | None = None) -> str:
+    chosen = dispatch.choose(OP, tensor, backend)
+    if chosen != "reference" and (channels or tensor.shape[1]) > WIDEST:
+        if backend:
+            raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {channels}; use 'reference'")
+        return "reference"
+    return chosen
+
+
+def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
+    checks.floating(OP, x0=x0)
+    checks.integer(OP, t=t)
+    if x0.ndim != 2 or t.ndim != 1:
+        raise ValueError(f"{OP}: x0 must be [N, C] and t [M], got {list(x0.shape)} and {list(t.shape)}")
+    if x0.requires_grad:
+        raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
+    if rows is None and len(t) != len(x0):
+        raise ValueError(f"{OP}: without rows, t must be [N] = [{len(x0)}], got [{len(t)}]")
+    if rows is not None:
+        checks.integer(OP, rows=rows)
+        if rows.shape != t.shape:
+            raise ValueError(f"{OP}: rows must be [M] = [{len(t)}] like t, got {list(rows.shape)}")
+        checks.index_inside(OP, "rows", rows, 0, len(x0)) if len(rows) else None
+        rows = rows.long().contiguous()
+    if len(t):
+        checks.index_inside(OP, "t", t, 0, len(schedule))
+    if schedule.ndim != 2 or schedule.shape[1] != len(reference.COLUMNS):
+        raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
+    ids = noise if isinstance(noise, Tensor) else noise.sample_ids
+    expected = (len(t), x0.shape[1]) if isinstance(noise, Tensor) else (len(t),)
+    if tuple(ids.shape) != expected:
+        raise ValueError(f"{OP}: noise{'' if isinstance(noise, Tensor) else '.sample_ids'} must be {list(expected)}, got {list(ids.shape)}")
+    return t.long().contiguous(), noise.contiguous() if isinstance(noise, Tensor) else noise, rows
+
+
+def _flat(noise: Philox | Tensor) -> tuple:
+    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+
+
+def _unflat(seed: Tensor | None, ids: Tensor | None, stream: int, given: Tensor | None) -> Philox | Tensor:
+    return Philox(seed, ids, stream) if given is None else given
+
+
+def _run_prepare(x0, t, noise, table, rows, dtype, backend) -> Tensor:
+    out = torch.empty(len(t), x0.shape[1], dtype=dtype, device=x0.device)
+    dispatch.load(backend, OP).prepare(x0.contiguous(), t, noise, table.float(), rows, out)
+    return out
+
+
+def _losses(out, x0, t, noise, table, rows, backend) -> Tensor:
+    if backend == "reference":
+        return reference.losses(out, x0, t, noise, table, rows)
+    if torch.compiler.is_compiling():
+        return _loss_op(out, x0, t, *_flat(noise), table, rows, backend)[0]
+    if out.requires_grad and torch.is_grad_enabled():
+        return _Function.apply(out, x0, t, noise, table, rows, backend)
+    return _run_losses(out, x0, t, noise, table, rows, backend, False)[0]
+
+
+def _run_losses(out, x0, t, noise, table, rows, backend, learn) -> tuple[Tensor, Tensor]:
+    out = out.contiguous()
+    gradient = torch.empty_like(out) if learn else out.new_empty(0)
+    kernel = dispatch.load(backend, OP).losses
+    return kernel(out, x0.contiguous(), t, noise, table.float(), rows, gradient if learn else None), gradient
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x0, t, noise, table, rows, backend) -> Tensor:
+        losses, gradient = _run_losses(out, x0, t, noise, table, rows, backend, True)
+        ctx.save_for_backward(out, gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, gradient = ctx.saved_tensors
+        with torch.no_grad():
+            result = (gradient * grad[:, None]).to(gradient.dtype)
+        return *library.once(OP, (result,), (grad, out)), *[None] * 6
+
+
+# ---- under torch.compile ----
+
+_NOISE = "Tensor? seed, Tensor? ids, int stream, Tensor? given"
+
+
+def _op_prepare(x0, t, seed, ids, stream, given, table, rows, dtype, backend) -> Tensor:
+    return _run_prepare(x0, t, _unflat(seed, ids, stream, given), table, rows, dtype, backend)
+
+
+def _op_prepare_fake(x0, t, seed, ids, stream, given, table, rows, dtype, backend) -> Tensor:
+    return x0.new_empty(t.shape[0], x0.shape[1], dtype=dtype)
+
+
+def _op_loss(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
+    return _run_losses(out, x0, t, _unflat(seed, ids, stream, given), table, rows, backend, True)
+
+
+def _op_loss_fake(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
+    return out.new_empty(out.shape[0], dtype=torch.float32), torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad[:, None]).to(gradient.dtype), *[None] * 9
+
+
+_prepare_op = library.register(
+    f"diffusion_prepare(Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, ScalarType dtype, str backend) -> Tensor",
+    _op_prepare,
+    _op_prepare_fake,
+)
+_loss_op = library.register(
+    f"diffusion_loss(Tensor out, Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, str backend)"
+    " -> (Tensor, Tensor)",
+    _op_loss,
+    _op_loss_fake,
+    _op_autograd,
+    _setup_context,
+)

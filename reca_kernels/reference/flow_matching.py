@@ -1,0 +1,48 @@
+"""Rectified flow in plain PyTorch: the definition."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from reca_kernels.reference.philox import philox_normal
+
+
+def tokens(image: Tensor, patch: int) -> Tensor:
+    """[..., C, H, W] in the order of the prediction, flat: patches row by row, inside one (row, column, channel)."""
+    if patch == 1:
+        return image.reshape(-1)
+    split = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [C, h, p, w, p]
+    return split.permute(1, 3, 2, 4, 0).reshape(-1)
+
+
+def noise_of(images: Sequence[Tensor], noise: Tensor | tuple) -> list[Tensor]:
+    """Every image's noise, flat, in the order of the prediction."""
+    lengths = [image.numel() for image in images]
+    if isinstance(noise, Tensor):
+        return list(noise.reshape(-1).split(lengths))
+    seed, ids, stream = noise
+    return [philox_normal(seed, ids[b : b + 1], stream, n)[0] for b, n in enumerate(lengths)]
+
+
+def prepare(images: Sequence[Tensor], t: Tensor, noise: Tensor | tuple, patch: int, dtype: torch.dtype) -> Tensor:
+    """x_t of all images, flat, one after another."""
+    parts = []
+    for image, level, eps in zip(images, t, noise_of(images, noise), strict=True):
+        x0 = _wide(tokens(image, patch))
+        parts.append((1 - level) * x0 + level * eps)
+    return torch.cat(parts).to(dtype)
+
+
+def losses(pred: Tensor, images: Sequence[Tensor], noise: Tensor | tuple, patch: int) -> Tensor:
+    """Sum of squared errors per image, [B], from a flat prediction."""
+    sums, start = [], 0
+    for image, eps in zip(images, noise_of(images, noise), strict=True):
+        part = _wide(pred[start : start + image.numel()])
+        sums.append((part - (eps - _wide(tokens(image, patch)))).square().sum())
+        start += image.numel()
+    return torch.stack(sums)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
