@@ -1,4 +1,4 @@
-"""A tokenizer of whole words, for random tiny models: made in place, nothing to download."""
+"""A tokenizer of whole words for random tiny models: made in place, nothing to download."""
 
 from collections.abc import Iterable
 
@@ -6,16 +6,17 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 UNKNOWN = "<unk>"
+TOKEN = r"\w+|[^\w\s]|\n"  # a word, a punctuation mark, a line break
 
 
 def word_tokenizer(words: Iterable[str], special_tokens: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Ids in order: <unk>, the distinct words, then the special tokens. Words and punctuation marks are tokens.
+    """Ids in order: <unk>, the distinct words, then the distinct special tokens.
 
-    Text is not lowered; a word outside the vocabulary becomes <unk>.
+    Words, punctuation marks and line breaks are tokens; case counts; what is not among `words` becomes <unk>.
     """
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([UNKNOWN, *words]))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]|\n"), "removed", invert=True)
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token=UNKNOWN, clean_up_tokenization_spaces=False)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special_tokens)})
     return tokenizer

@@ -1,4 +1,4 @@
-"""Recipe keys of Show-o. The defaults are the published 512 px model with CLIP understanding."""
+"""Recipe keys of Show-o. The defaults are the published 512 px model that understands with CLIP."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -16,16 +16,17 @@ class PhiSizes:
     layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
     partial_rotary_factor: float = option(0.5, "share of a head that rotary positions turn")
     rope_theta: float = option(1e4, "base of the rotary frequencies")
+    max_position_embeddings: int = option(2048, "positions it was trained on")
 
 
 @dataclass
 class ClipSizes:
     hidden_size: int = option(1024, "width of the CLIP vision tower")
-    num_hidden_layers: int = option(24, "layers of the published tower; the last is not run")
+    num_hidden_layers: int = option(24, "layers of the published tower; the last is neither loaded nor run")
     num_attention_heads: int = option(16, "its heads")
     intermediate_size: int = option(4096, "width of its MLP")
     image_size: int = option(336, "pixels on the side of what it sees")
-    patch_size: int = option(14, "pixels on the side of a patch")
+    patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
     hidden_act: str = option("quick_gelu", "its activation")
 
 
@@ -48,57 +49,64 @@ class PatchSizes:
 @dataclass
 class ShowOConfig:
     weights: Optional[str] = option(None, "hub id or folder of the Show-o checkpoint; null: random")
-    vq: Optional[str] = option(None, "hub id or folder of the image tokenizer; null: the vq folder inside weights")
-    clip: Optional[str] = option(None, "hub id or folder of the CLIP tower; null: the clip folder inside weights")
+    codec_weights: Optional[str] = option(
+        None, "hub id or folder of the image tokenizer; null: the codec folder inside weights, random without weights"
+    )
+    clip_weights: Optional[str] = option(
+        None, "hub id or folder of the CLIP tower; null: the clip folder inside weights, random without weights"
+    )
     tokenizer: Optional[str] = option(
-        None, "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, or `words` if random"
+        None, "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, `words` without weights"
     )
-    words: list[str] = option(list, "vocabulary of the word tokenizer of a random model")
-    understanding: str = option("clip", "what image questions read: clip, or vq (the codes of the image)", ("clip", "vq"))
+    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
+    dtype: str = option("fp32", "type the language model is kept in; CLIP and codec stay fp32", ("fp32", "bf16"))
+    understanding: str = option("clip", "what image-to-text reads: clip, or vq (the image's codes)", ("clip", "vq"))
     hv_source: Optional[str] = option(
-        None, "what h_v is made of in RECA: clip or vq; null: the same as understanding", (None, "clip", "vq")
+        None, "what h_v is made of in RECA: clip or vq; null: what understanding reads", (None, "clip", "vq")
     )
-    hv_down_scale: int = option(2, "vq: shrink the image by this before its codes are taken")
-    hv_resize_back: bool = option(False, "vq: resize the shrunk image back (blur) instead of keeping it small")
-    clip_norm: str = option(
-        "upstream", "normalisation of the CLIP view in RECA: upstream (mean and std .5) or clip's own", ("upstream", "clip")
+    hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v")
+    hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
+    parity: bool = option(
+        False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
+    )
+    clip_norm: Optional[str] = option(
+        None,
+        "pixels CLIP gets in RECA: clip (bicubic with antialias, CLIP's mean and std) or upstream (bilinear without, "
+        "mean and std .5); null: upstream if parity, else clip",
+        (None, "clip", "upstream"),
+    )
+    prompt_gradient: Optional[bool] = option(
+        None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
     )
     image_size: int = option(512, "pixels on the side of a generated picture")
-    text_slots: int = option(576, "text budget of a text-to-image training sequence, and of RECA with vq")
+    text_slots: int = option(576, "text budget of training sequences (the release's max_seq_length)")
     sampling_slots: int = option(128, "text budget when pictures are drawn")
-    reca_slots: int = option(128, "slots of mmu, soi, eoi and the template in RECA with clip")
-    answer_slots: int = option(996, "longest conversation in tokens")
+    reca_slots: int = option(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the picture")
     system_prompt: str = option(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.",
-        "text before the image in questions with clip",
+        "clip: text before the image of a conversation",
     )
     caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
     phi: PhiSizes = option(PhiSizes, "")
-    clip_tower: ClipSizes = option(ClipSizes, "")
-    codec: str = option("magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches"))
+    clip: ClipSizes = option(ClipSizes, "")
+    codec: str = option(
+        "magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches")
+    )
     magvit: MagvitSizes = option(MagvitSizes, "")
     patches: PatchSizes = option(PatchSizes, "")
-    parity: bool = option(
-        False, "as released: RECA with clip sends no gradient to embeddings and projector; LayerNorm gains decay"
-    )
     seed: int = option(0, "of a random initialisation")
-
-    def condition(self) -> str:
-        """clip or vq: what h_v is made of."""
-        return self.hv_source or self.understanding
 
 
 def tiny() -> ShowOConfig:
-    """A random model of about half a million parameters on pictures of 20 pixels: 25 codes, 9 tokens of h_v."""
+    """A random model of about half a million parameters on pictures of 20 pixels: 25 codes, 9 rows of h_v."""
     return ShowOConfig(
-        phi=PhiSizes(96, 3, 3, 384, "relu"),
-        clip_tower=ClipSizes(64, 3, 4, 256, 18, 6),
+        phi=PhiSizes(96, 3, 3, 384, "relu", max_position_embeddings=128),
+        clip=ClipSizes(64, 3, 4, 256, 18, 6),
         codec="patches",
         image_size=20,
-        text_slots=16,
-        sampling_slots=16,
+        text_slots=24,
+        sampling_slots=24,
         reca_slots=64,
-        answer_slots=32,
         system_prompt="",
     )

@@ -1,10 +1,19 @@
-"""Image tokenizers of Show-o: MAGVITv2, and a codebook of pixel patches for the embedded world."""
+"""Parts of Show-o: its image tokenizers, and how library classes become its other parts.
+
+A codec has `factor`, the pixels on the side of what one code stands for; `entries`, the size of its codebook;
+`encode(pixels) -> codes` and `decode(codes) -> pixels`, with codes row-major over the grid.
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig
 
-from reca.models.show_o.config import MagvitSizes, PatchSizes
+from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
+
+GROUPS = 32  # of every GroupNorm in MAGVITv2
 
 
 class ResBlock(nn.Module):
@@ -134,10 +143,12 @@ class Quantizer(nn.Module):
         self.register_buffer("power_vals", powers)
         self.register_buffer("embedding", ((codes[:, None] & powers) != 0).float() * 2 - 1)
 
-    def codes(self, z: Tensor) -> Tensor:  # [B, bits, h, w] -> [B, h*w]
+    def codes(self, z: Tensor) -> Tensor:  # [B, bits, h, w]
+        """int64 [B, h*w]; a channel of exactly 0 counts as -1."""
         return ((z > 0).flatten(2).transpose(1, 2) * self.power_vals).sum(-1)
 
-    def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w] -> [B, bits, h, w]
+    def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
+        """The codebook entries, -1 or +1, fp32 [B, bits, h, w]."""
         return self.embedding[codes].transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -164,19 +175,22 @@ class Magvit(nn.Module):
             return self.quantize.codes(self.encoder(pixels.float()))
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, height*width]
-        """Pixels [B, 3, H, W], about [-1, 1]."""
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
+        """Pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
         with torch.autocast(codes.device.type, enabled=False):
-            return self.decoder(self.quantize.entries(codes, height, width))
+            return self.decoder(self.quantize.entries(codes, *(grid or _square(codes))))
 
 
 class PatchCodebook(nn.Module):
-    """A codebook of p x p pixel patches: the image tokenizer of the embedded world, fitted by k-means."""
+    """A codebook of p x p pixel patches: the image tokenizer of the embedded world.
+
+    codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until someone fits it
+    """
 
     def __init__(self, sizes: PatchSizes):
         super().__init__()
         self.factor, self.entries = sizes.size, sizes.entries
-        self.register_buffer("codebook", torch.zeros(sizes.entries, 3 * sizes.size**2))
+        self.register_buffer("codebook", torch.rand(sizes.entries, 3 * sizes.size**2) * 2 - 1)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
@@ -185,11 +199,80 @@ class PatchCodebook(nn.Module):
         return torch.cdist(patches, self.codebook[None]).argmin(-1)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, height*width]
-        """Pixels [B, 3, H, W] in [-1, 1]."""
-        size = (height * self.factor, width * self.factor)
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
+        """Pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
+        size = [side * self.factor for side in grid or _square(codes)]
         return F.fold(self.codebook[codes].transpose(1, 2), size, self.factor, stride=self.factor)
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, width, eps=1e-6)
+    return nn.GroupNorm(GROUPS, width, eps=1e-6)
+
+
+def _square(codes: Tensor) -> tuple[int, int]:  # [B, n]
+    side = math.isqrt(codes.shape[1])
+    if side**2 != codes.shape[1]:
+        raise ValueError(f"{codes.shape[1]} codes are no square; give grid=(h, w)")
+    return side, side
+
+
+def codec(config: ShowOConfig) -> Magvit | PatchCodebook:
+    return Magvit(config.magvit) if config.codec == "magvitv2" else PatchCodebook(config.patches)
+
+
+def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
+    """Phi-1.5 with LayerNorm on queries and keys, which Show-o switches on."""
+    return PhiConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        hidden_act=sizes.hidden_act,
+        layer_norm_eps=sizes.layer_norm_eps,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": sizes.rope_theta,
+            "partial_rotary_factor": sizes.partial_rotary_factor,
+        },
+        max_position_embeddings=sizes.max_position_embeddings,
+        qk_layernorm=True,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
+    """CLIP's vision tower up to the input of its last layer, which is what h_v is made of."""
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_hidden_layers - 1,
+            num_attention_heads=sizes.num_attention_heads,
+            intermediate_size=sizes.intermediate_size,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch_size,
+            hidden_act=sizes.hidden_act,
+            layer_norm_eps=1e-5,
+        )
+    )
+    tower.post_layernorm = nn.Identity()  # norms the pooled output, which Show-o does not use
+    return tower
+
+
+def projector(width_in: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width))
+
+
+def check_sizes(config: ShowOConfig, factor: int) -> None:
+    """Raise ValueError for pictures that do not divide into codes or patches. factor: pixels on a code's side."""
+    sides = {"model.image_size": (config.image_size, factor)}
+    if "vq" in (config.hv_source, config.understanding):
+        step = 1 if config.hv_resize_back else factor
+        sides["model.image_size / model.hv_down_scale"] = (config.image_size / config.hv_down_scale, step)
+    if "clip" in (config.hv_source, config.understanding):
+        sides["model.clip.image_size"] = (config.clip.image_size, config.clip.patch_size)
+    for name, (side, divisor) in sides.items():
+        if side < divisor or side % divisor:
+            raise ValueError(f"{name} is {side:g} pixels, which must be a multiple of {divisor}")

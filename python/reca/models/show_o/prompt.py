@@ -1,28 +1,40 @@
-"""Show-o's sequences: which token stands where, what each row may see, what it must predict.
+"""Show-o's sequences: which token stands where, what each row may see, what it predicts.
 
-    t2i        PAD… t2i bos text eos | soi image eoi              left-padded to a fixed text budget
-    i2t vq     mmu soi image eoi bos text eos PAD…
-    i2t clip   mmu system soi h_v eoi text PAD…
-    reca clip  mmu soi h_v eoi bos template eos PAD… | soi image eoi     the first part has a fixed length
-    reca vq    PAD… mmu soi h_v eoi bos template eos | soi image eoi
+    t2i        (PAD…) t2i bos text eos | soi image eoi                the text ends at a fixed position
+    lm         bos text eos
+    i2t vq     mmu soi h_v eoi text                                   h_v: embeddings of the image's codes
+    i2t clip   mmu system soi h_v eoi text                            h_v: projected CLIP features
+    reca clip  mmu soi h_v eoi bos template eos (PAD…) | soi image eoi    what is before | has a fixed length
+    reca vq    (PAD…) mmu soi h_v eoi bos template eos | soi image eoi
+
+The release fills (PAD…) with tokens that no other row sees, and counts their positions. Here they are left out and the
+positions jump: the same numbers from fewer rows. Rows added to make a batch rectangular stand on the left.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.base import Turn
+from reca.models.show_o.attention import Run, dense
+from reca_kernels import TextSegment, VisualSegment, concat_plan
+
 SPECIAL_TOKENS = (
     "[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>",
 )  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
+TEMPLATE = "USER: \n {} ASSISTANT:"
+WORDS = ("USER", "ASSISTANT", ":", "\n")  # what prompts add to the user's text
 IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the tokens that are not text. Image code c is token offset + c; mask is the last token."""
+    """Ids of the tokens that are not text. Image code c is token offset + c; the mask is the last token."""
 
     pad: int
     soi: int
@@ -44,28 +56,63 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, codes: int) -> "Vocabulary":
-        """Ids of a tokenizer that has all of SPECIAL_TOKENS. Raises ValueError when one is missing."""
-        pad, soi, eoi, _, _, t2i, mmu, *_ = ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-        if None in ids or tokenizer.unk_token_id in (*ids, end):
-            raise ValueError(f"the tokenizer lacks one of {', '.join((END_OF_TEXT, *SPECIAL_TOKENS))}")
+        """Ids of a tokenizer that has END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError when one is missing."""
+        tokens = [END_OF_TEXT, *SPECIAL_TOKENS]
+        ids = tokenizer.convert_tokens_to_ids(tokens)
+        if missing := [token for token, i in zip(tokens, ids, strict=True) if i in (None, tokenizer.unk_token_id)]:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}; Show-o needs {', '.join(tokens)}")
+        end, pad, soi, eoi, _, _, t2i, mmu, *_ = ids
         return cls(pad, soi, eoi, t2i, mmu, end, end, len(tokenizer), codes)
 
 
-@dataclass
-class Sequence:
-    """A batch of sequences without their image codes.
+class Sample(NamedTuple):
+    """One sequence.
 
-    src      int64 [B, L]: token ids; -1 - r where row r of a sample's h_v stands (clip)
-    image    where the N target codes stand, the same in every sample; None without a target
-    allowed  bool [B, 1, L, L]: what each row sees
-    labels   int64 [B, L]: text to predict (at the same position, before any shift), -100 elsewhere
+    segments  text and h_v in order; labels stand at the row that predicts them
+    runs      the same rows, cut by what they see
+    starts    (row, position): from this row on, positions count up from there
+    """
+
+    segments: list[TextSegment | VisualSegment]
+    runs: list[Run]
+    starts: tuple[tuple[int, int], ...] = ((0, 0),)
+
+
+@dataclass
+class Layout:
+    """A batch of sequences, padded on the left, so that a picture ends one row before the end in all of them.
+
+    src           int32 [B, L]: token ids; -1 - r for row r of the batch's h_v, B*n rows
+    position_ids  int64 [B, L]
+    labels        int64 [B, L]: what this row predicts, -100 for nothing
+    runs          per sample what its rows see
     """
 
     src: Tensor
-    image: slice | None
-    allowed: Tensor
-    labels: Tensor | None = None
+    position_ids: Tensor
+    labels: Tensor
+    runs: list[tuple[Run, ...]]
+
+    def to(self, device: torch.device) -> "Layout":
+        move = (tensor.to(device) for tensor in (self.src, self.position_ids, self.labels))
+        return Layout(*move, self.runs)
+
+    def allowed(self) -> Tensor:
+        """What each row sees, bool [B, 1, L, L]."""
+        return torch.stack([dense(runs) for runs in self.runs])[:, None].to(self.src.device)
+
+
+def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
+    """Samples as one batch."""
+    plan = concat_plan([sample.segments for sample in samples], layout="left", pad_id=v.pad)
+    length = plan.src.shape[1]
+    positions, runs = torch.zeros_like(plan.position_ids), []
+    for row, sample in enumerate(samples):
+        first = length - sum(run.length for run in sample.runs)
+        for start, position in sample.starts:
+            positions[row, first + start :] = torch.arange(position, position + length - first - start)
+        runs.append((Run(first, "pad"), *sample.runs) if first else tuple(sample.runs))
+    return Layout(plan.src, positions, plan.labels, runs)
 
 
 def framed(text: list[int], v: Vocabulary, budget: int) -> list[int]:
@@ -74,117 +121,95 @@ def framed(text: list[int], v: Vocabulary, budget: int) -> list[int]:
     return ids if len(ids) <= budget else [*ids[: budget - 1], v.eos]
 
 
-def t2i(texts: list[list[int]], v: Vocabulary, slots: int, image_tokens: int) -> Sequence:
+def picture(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
+    """soi, hidden codes, eoi. ends: soi and eoi predict themselves."""
+    ids = [v.soi, *[v.mask] * image_tokens, v.eoi]
+    return TextSegment(ids, [v.soi, *[IGNORE] * image_tokens, v.eoi] if ends else None)
+
+
+def t2i(text: list[int], v: Vocabulary, slots: int, image_tokens: int) -> Sample:
     """Text to image; an empty text is the unconditional prompt. `slots` text tokens besides t2i."""
-    rows, pads = [], []
-    for text in texts:
-        ids = [v.t2i, *framed(text, v, slots)]
-        pads.append(slots + 1 - len(ids))
-        rows.append([v.pad] * pads[-1] + ids + [v.soi] + [v.mask] * image_tokens + [v.eoi])
-    soi = slots + 1
-    length = len(rows[0])
-    p = torch.tensor(pads)[:, None, None]
-    q, k = _grid(length)
-    allowed = (k <= q) & ((k >= p) | (q < p)) | (q >= soi) & (k >= p)
-    return Sequence(torch.tensor(rows), slice(soi + 1, soi + 1 + image_tokens), allowed[:, None])
+    ids = [v.t2i, *framed(text, v, slots)]
+    return Sample(
+        [TextSegment(ids), picture(v, image_tokens, ends=True)],
+        [Run(len(ids), "causal"), Run(image_tokens + 2, "full")],
+        ((0, slots + 1 - len(ids)),),
+    )
 
 
-def i2t_vq(texts: list[list[int]], labels: list[list[int]], v: Vocabulary, codes: Tensor) -> Sequence:
-    """Conversation about an image given as codes [B, N]; texts are already framed by bos."""
-    n = codes.shape[1]
-    before = torch.tensor([v.mmu, v.soi]).expand(len(texts), -1)
-    after = torch.full((len(texts), 1), v.eoi)
-    text, label = _right_padded(texts, v.pad), _right_padded(labels, IGNORE)
-    src = torch.cat((before, codes.cpu() + v.offset, after, text), dim=1)
-    q, k = _grid(src.shape[1])
-    allowed = ((k <= q) | (k <= n + 2)).expand(len(texts), 1, -1, -1)
-    return Sequence(src, None, allowed, torch.cat((torch.full((len(texts), n + 3), IGNORE), label), dim=1))
+def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
+    """Text alone, every next token predicted."""
+    ids = framed(text, v, budget)
+    return Sample([TextSegment(ids, [*ids[1:], IGNORE])], [Run(len(ids), "causal")])
 
 
-def i2t_clip(texts: list[list[int]], labels: list[list[int]], v: Vocabulary, system: list[int], visual: int) -> Sequence:
-    """Conversation about an image given as `visual` rows of h_v."""
-    h_v = list(range(-1, -1 - visual, -1))
-    head = [v.mmu, *system, v.soi, *h_v, v.eoi]
-    first = 2 + len(system)
-    text, label = _right_padded(texts, v.pad), _right_padded(labels, IGNORE)
-    src = torch.cat((torch.tensor(head).expand(len(texts), -1), text), dim=1)
-    q, k = _grid(src.shape[1])
-    allowed = ((k <= q) | (k >= first) & (k < first + visual)).expand(len(texts), 1, -1, -1)
-    return Sequence(src, None, allowed, torch.cat((torch.full((len(texts), len(head)), IGNORE), label), dim=1))
+def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
+    """A conversation about an image given as codes. labels: per token of the text, -100 where it is not learned."""
+    return Sample(
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
+        [Run(visual + 3, "full"), Run(len(text), "causal")],
+    )
 
 
-def reca_clip(templates: list[list[int]], v: Vocabulary, slots: int, visual: int, image_tokens: int) -> Sequence:
-    """Template after `visual` rows of h_v. Raises ValueError for a template over the slots."""
-    rows = []
-    for number, template in enumerate(templates):
-        head = [v.mmu, v.soi, *range(-1, -1 - visual, -1), v.eoi, v.bos, *template, v.eos]
-        if len(head) > slots + visual:
-            raise ValueError(
-                f"template {number} has {len(template)} tokens; model.reca_slots={slots} leaves room for {slots - 5}"
-            )
-        head += [v.pad] * (slots + visual - len(head))
-        rows.append(head + [v.soi] + [v.mask] * image_tokens + [v.eoi])
-    src = torch.tensor(rows)
-    start = slots + visual + 1
-    q, k = _grid(src.shape[1])
-    of_image = lambda i: (i >= start) & (i < start + image_tokens)  # noqa: E731
-    allowed = (k <= q) | (k >= 2) & (k < 2 + visual) | of_image(q) & of_image(k)
-    allowed = allowed & (src != v.pad)[:, None, :]
-    return Sequence(src, slice(start, start + image_tokens), allowed[:, None])
+def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int], visual: int) -> Sample:
+    """A conversation about an image given as CLIP features, which rows before them see too."""
+    before = [v.mmu, *system, v.soi]
+    return Sample(
+        [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
+        [Run(len(before), "causal"), Run(visual, "full", seen_before=True), Run(len(text) + 1, "causal")],
+    )
 
 
-def reca_vq(templates: list[list[int]], v: Vocabulary, slots: int, condition: Tensor, image_tokens: int) -> Sequence:
-    """Template after condition codes [B, G]. Raises ValueError for a template over the slots."""
-    rows, pads = [], []
-    for number, (template, codes) in enumerate(zip(templates, (condition + v.offset).tolist(), strict=True)):
-        text = [v.bos, *template, v.eos]
-        pads.append(slots - len(text))
-        if pads[-1] < 1:
-            raise ValueError(
-                f"template {number} has {len(template)} tokens; model.text_slots={slots} leaves room for {slots - 3}"
-            )
-        head = [v.pad] * pads[-1] + [v.mmu, v.soi, *codes, v.eoi, *text]
-        rows.append(head + [v.soi] + [v.mask] * image_tokens + [v.eoi])
-    src = torch.tensor(rows)
-    given = condition.shape[1]
-    soi = slots + given + 3
-    p = torch.tensor(pads)[:, None, None]
-    q, k = _grid(src.shape[1])
-    end = p + given + 2  # of the condition, eoi included
-    causal = (k <= q) & ((k >= p) | (q < p))
-    allowed = causal | (q > p) & (q <= end) & (k >= p) & (k <= end) | (q >= soi) & (k >= p)
-    return Sequence(src, slice(soi + 1, soi + 1 + image_tokens), allowed[:, None])
+def reca_clip(template: list[int], v: Vocabulary, slots: int, visual: int, image_tokens: int) -> Sample:
+    """Reconstruction from CLIP features. Raises ValueError for a template longer than the slots."""
+    text = [v.eoi, v.bos, *template, v.eos]
+    if len(text) + 2 > slots:
+        raise ValueError(f"a template has {len(template)} tokens; model.reca_slots={slots} leaves room for {slots - 5}")
+    end = 2 + visual + len(text)
+    return Sample(
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment(text), picture(v, image_tokens)],
+        [
+            Run(2, "causal"),
+            Run(visual, "full", seen_before=True),
+            Run(len(text) + 1, "causal"),
+            Run(image_tokens, "full"),
+            Run(1, "causal"),
+        ],
+        ((0, 0), (end, slots + visual)),
+    )
 
 
-def template(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return encode(tokenizer, f"USER: \n {text} ASSISTANT:")
+def reca_vq(template: list[int], v: Vocabulary, slots: int, visual: int, image_tokens: int) -> Sample:
+    """Reconstruction from codes. Raises ValueError for a template longer than the slots."""
+    text = [v.bos, *template, v.eos]
+    if len(text) >= slots:  # the release wants one PAD at least
+        raise ValueError(f"a template has {len(template)} tokens; model.text_slots={slots} leaves room for {slots - 3}")
+    return Sample(
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), picture(v, image_tokens)],
+        [Run(1, "causal"), Run(visual + 2, "full"), Run(len(text), "causal"), Run(image_tokens + 2, "full")],
+        ((0, slots - len(text)),),
+    )
 
 
-def question(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return encode(tokenizer, f"USER: \n{text} ASSISTANT:")
-
-
-def conversation(tokenizer: PreTrainedTokenizerBase, turns: list, v: Vocabulary, budget: int) -> tuple[list, list]:
-    """Ids and labels of the turns; only answers and the eos behind each are learned. Cut to the budget."""
+def conversation(
+    tokens: Callable[[str], list[int]], turns: Sequence[Turn], v: Vocabulary
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of the turns; the answers and the eos behind each are learned."""
     ids, labels = [], []
-    for i, (asked, answered) in enumerate(turns):
-        before = question(tokenizer, asked) if i == 0 else encode(tokenizer, f"USER: {asked} ASSISTANT:")
-        answer = [*encode(tokenizer, f" {answered}"), v.eos]
-        ids += before + answer
-        labels += [IGNORE] * len(before) + answer
-    return ids[:budget], labels[:budget]
+    for asked, answered in turns:
+        whole = [*tokens(f"USER: {asked} ASSISTANT: {answered}"), v.eos]
+        given = len(tokens(f"USER: {asked} ASSISTANT:"))
+        ids += whole
+        labels += [IGNORE] * given + whole[given:]
+    return ids, labels
+
+
+def question(tokens: Callable[[str], list[int]], text: str, understanding: str, v: Vocabulary) -> list[int]:
+    """The text behind the image when an answer is wanted, as the release's inference scripts write it."""
+    if understanding == "vq":
+        return [v.bos, *tokens(f"USER: \n{text} ASSISTANT:")]
+    return tokens(f"USER: {text} ASSISTANT:")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _grid(length: int) -> tuple[Tensor, Tensor]:
-    """Query rows [1, L, 1] and key columns [1, 1, L]."""
-    index = torch.arange(length)
-    return index[None, :, None], index[None, None, :]
-
-
-def _right_padded(rows: list[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

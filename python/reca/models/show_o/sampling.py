@@ -1,4 +1,4 @@
-"""MaskGIT sampling of image codes, and greedy answers."""
+"""MaskGIT sampling of image codes (Chang et al., arXiv 2202.04200), and greedy answers."""
 
 import math
 from typing import TYPE_CHECKING
@@ -16,102 +16,109 @@ if TYPE_CHECKING:
 TINY = 1e-20
 
 
+def cosine(t: Tensor) -> Tensor:
+    """Share of the codes that are hidden at time t in [0, 1], in fp32 as the release computes it."""
+    return torch.cos(t * math.pi * 0.5)
+
+
+class Chance:
+    """The random choices of a sampler: functions of (seed of the picture, step)."""
+
+    def __init__(self, seeds: Tensor):  # int64 [B]
+        self.seeds, self.draws = seeds, Draws(0)
+
+    def codes(self, step: int, probabilities: Tensor) -> Tensor:  # [B, N, K]
+        """A code per position, int64 [B, N]."""
+        u = self.draws.at(step).uniform(Purpose.TOKEN, self.seeds, probabilities.shape[1])
+        sums = probabilities.cumsum(-1)
+        index = torch.searchsorted(sums, (u * sums[..., -1])[..., None], right=True)[..., 0]
+        return index.clamp(max=probabilities.shape[-1] - 1)
+
+    def gumbel(self, step: int, n: int) -> Tensor:
+        """Standard Gumbel noise, fp32 [B, n]."""
+        u = self.draws.at(step).uniform(Purpose.CONFIDENCE, self.seeds, n)
+        return -(-u.clamp(min=TINY).log()).clamp(min=TINY).log()
+
+
 @torch.no_grad()
 def draw_codes(
     model: "ShowO",
     texts: list[list[int]],  # token ids per prompt
-    seeds: list[int],
+    chance: Chance,
     *,
     steps: int = 50,
     guidance: float = 5.0,
     temperature: float = 1.0,
-    draws: list[Draws] | None = None,
 ) -> Tensor:  # int64 [B, N]
     """All codes hidden at first; each step draws every hidden code and hides the least certain ones again.
 
-    guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty, which
-    fades to nothing. A picture is a function of its prompt and its seed.
+    guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty: it is
+    multiplied by what is left of the way at every step, so it vanishes at the last.
     """
-    v, config, n = model.vocabulary, model.config, model.image_tokens
-    device = model.showo.device
-    draws = draws or [Draws(seed) for seed in seeds]
-    both = texts + [[] for _ in texts] if guidance else texts
-    sequence = prompt.t2i(both, v, config.sampling_slots, n)
-    src = sequence.src.to(device)
-    start, stop = sequence.image.start, sequence.image.stop
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    v, n, b = model.vocabulary, model.image_tokens, len(texts)
+    both = [*texts, *[[] for _ in texts]] if guidance else texts
+    layout = prompt.layout([prompt.t2i(text, v, model.config.sampling_slots, n) for text in both], v)
+    layout = layout.to(model.device)
+    codes = torch.full((b, n), v.codes, device=model.device)  # one past the codebook is the mask
     for step in range(steps):
-        hidden = model.hidden(sequence, src, None)[:, start:stop]
-        head = model.showo.lm_head
-        logits = torch.nn.functional.linear(
-            hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask]
-        ).float()
+        logits = model.code_logits(layout, codes.repeat(len(both) // b, 1)).float()
         if guidance:
             cond, uncond = logits.chunk(2)
             logits = (1 + guidance) * cond - guidance * uncond
         probabilities = logits.softmax(-1)
-        at = [d.at(step) for d in draws]
-        drawn = categorical(probabilities, _each(at, Purpose.TOKEN, n, device))
-        ids = src[: len(texts), start:stop]
-        unknown = ids == v.mask
-        codes = torch.where(unknown, drawn, ids - v.offset)
+        unknown = codes == v.codes
+        drawn = torch.where(unknown, chance.codes(step, probabilities), codes)
 
-        ratio = (step + 1) / steps
-        temperature *= 1 - ratio
-        floor = math.floor(n * math.cos(math.pi / 2 * ratio))
-        keep_hidden = torch.minimum(unknown.sum(1) - 1, torch.tensor(floor, device=device)).clamp(min=1)
-        certainty = probabilities.gather(2, codes[..., None])[..., 0]
-        certainty = torch.where(unknown, certainty, torch.finfo(certainty.dtype).max)
-        gumbel = -(-_each(at, Purpose.CONFIDENCE, n, device).clamp(min=TINY).log()).clamp(min=TINY).log()
-        confidence = certainty.clamp(min=TINY).log() + temperature * gumbel
-        cut = confidence.sort(1).values.gather(1, keep_hidden[:, None])
-        image = torch.where(confidence < cut, v.mask, codes + v.offset)
-        src[:, start:stop] = image.repeat(2, 1) if guidance else image
-    return codes.clamp(0, v.codes - 1)
-
-
-def categorical(probabilities: Tensor, u: Tensor) -> Tensor:  # [B, N, K], [B, N] in [0, 1)
-    """The entry where the running sum of probabilities passes u, int64 [B, N]."""
-    sums = probabilities.cumsum(-1)
-    return torch.searchsorted(sums, (u * sums[..., -1])[..., None], right=True)[..., 0].clamp(max=sums.shape[-1] - 1)
-
-
-def _each(draws: list[Draws], purpose: Purpose, n: int, device: torch.device) -> Tensor:
-    """Uniform numbers [B, n], a row from each picture's own draws."""
-    one = torch.zeros(1, dtype=torch.int64, device=device)
-    return torch.cat([d.uniform(purpose, one, n) for d in draws])
+        done = (step + 1) / steps
+        temperature *= 1 - done
+        hide = (unknown.sum(1) - 1).clamp(max=int((n * cosine(torch.tensor(done))).floor())).clamp(min=1)
+        certainty = probabilities.gather(2, drawn[..., None])[..., 0].clamp(min=TINY).log()
+        certainty = certainty + temperature * chance.gumbel(step, n)
+        certainty = certainty.masked_fill(~unknown, math.inf)
+        cut = certainty.sort(1).values.gather(1, hide[:, None])
+        codes = torch.where(certainty < cut, v.codes, drawn)
+    return drawn
 
 
 @torch.no_grad()
 def answer(model: "ShowO", h_v: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers. Questions of equal length run as one batch with kept K/V."""
-    ids = [prompt.question(model.tokenizer, q) for q in questions]
-    if not h_v.is_floating_point():
-        ids = [[model.vocabulary.bos, *row] for row in ids]
-    replies = [""] * len(ids)
-    for length in sorted(set(map(len, ids))):
-        members = [i for i, row in enumerate(ids) if len(row) == length]
-        for i, reply in zip(members, _answer(model, h_v[members], [ids[i] for i in members], max_new_tokens), strict=True):
-            replies[i] = reply
+    """Greedy answers to a batch of questions about images with features h_v [B, n, C] or codes [B, n]."""
+    v, understanding = model.vocabulary, model.config.understanding
+    ids = [prompt.question(model.tokens, text, understanding, v) for text in questions]
+    layout = prompt.layout([model.talk(row, [prompt.IGNORE] * len(row), h_v.shape[1]) for row in ids], v)
+    layout = layout.to(model.device)
+    tokens = greedy(model, model.embed(layout.src, h_v), layout, max_new_tokens)
+    replies = []
+    for row in tokens.tolist():
+        row = row[: row.index(v.eos)] if v.eos in row else row
+        replies.append(model.tokenizer.decode(row, skip_special_tokens=True).strip())
     return replies
 
 
-def _answer(model: "ShowO", h_v: Tensor, ids: list[list[int]], max_new_tokens: int) -> list[str]:
-    eos, head = model.vocabulary.eos, model.showo.lm_head
-    sequence = model.question_sequence(ids, ids, h_v)
-    embeddings = model.embed(sequence.src.to(h_v.device), h_v)
+@torch.no_grad()
+def greedy(model: "ShowO", embeddings: Tensor, layout: prompt.Layout, max_new_tokens: int) -> Tensor:
+    """The likeliest continuation, int64 [B, n], n <= max_new_tokens; ends when every row has met eos.
+
+    Every new row sees what the last row of its prompt sees, and itself, so K/V of the prompt are kept.
+    """
+    phi, head = model.showo.model, model.showo.lm_head
     cache = DynamicCache(config=model.showo.config)
-    allowed = sequence.allowed.to(h_v.device)
-    tokens = torch.empty(len(ids), 0, dtype=torch.int64, device=h_v.device)
+    allowed, positions = layout.allowed(), layout.position_ids
+    tokens = []
     for _ in range(max_new_tokens):
-        hidden = model.showo.model(
-            inputs_embeds=embeddings, attention_mask=allowed, past_key_values=cache, use_cache=True
-        ).last_hidden_state
-        token = head(hidden[:, -1]).argmax(-1, keepdim=True)
-        tokens = torch.cat((tokens, token), dim=1)
-        if bool((tokens == eos).any(1).all()):
+        hidden = phi(
+            inputs_embeds=embeddings,
+            attention_mask=allowed,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1:]
+        tokens.append(head(hidden)[:, 0].argmax(-1, keepdim=True))
+        if bool((torch.cat(tokens, 1) == model.vocabulary.eos).any(1).all()):
             break
-        embeddings, allowed = model.showo.model.embed_tokens(token), None
-    texts = []
-    for row in tokens.tolist():
-        texts.append(model.tokenizer.decode(row[: row.index(eos)] if eos in row else row).strip())
-    return texts
+        embeddings = phi.embed_tokens(tokens[-1])
+        allowed = torch.cat((allowed[:, :, -1:], allowed.new_ones(len(allowed), 1, 1, 1)), dim=-1)
+        positions = positions[:, -1:] + 1
+    return torch.cat(tokens, dim=1) if tokens else layout.src.new_empty(len(layout.src), 0)

@@ -1,0 +1,107 @@
+"""Building a Show-o from published folders or at random, and writing it back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reca.models.show_o import convert, prompt
+from reca.models.show_o.config import ShowOConfig
+from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.weights import fetch, no_memory, put
+
+if TYPE_CHECKING:
+    from reca.models.show_o.adapter import ShowO
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
+    """The model on the CPU. Parts without a source are random if `config.weights` is null, an error otherwise.
+
+    Raises ValueError for folders that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    folder = fetch(config.weights) if config.weights else None
+    tokenizer = load_tokenizer(config, folder)
+    if folder is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = cls(config, tokenizer)
+        model.showo.to(DTYPES[config.dtype])
+    else:
+        with no_memory():
+            model = cls(config, tokenizer)
+        convert.check(convert.published(folder), described(model), str(folder))
+        put(trained(model), convert.read(folder), str(folder), DTYPES[config.dtype])
+    if source := _part_source(config.codec_weights, folder, "codec"):
+        put(model.codec, convert.read(source), str(source), torch.float32)
+    if model.uses_clip and (source := _part_source(config.clip_weights, folder, "clip")):
+        tower = convert.clip_tower(convert.read(source), config.clip.num_hidden_layers - 1)
+        put(model.clip, tower, str(source), torch.float32)
+    return model
+
+
+def export(model: "ShowO", folder: Path) -> None:
+    folder = Path(folder)
+    config = {
+        "_class_name": "Showo",
+        "_diffusers_version": "0.30.1",
+        **{key: value for key, (value, _) in described(model).items()},
+        "llm_model_path": "microsoft/phi-1_5",
+        "load_from_showo": True,
+    }
+    convert.write(folder, config, trained(model).state_dict())
+    if not model.config.codec_weights:
+        convert.write(folder / "codec", {}, model.codec.state_dict())
+    if model.uses_clip and not model.config.clip_weights:
+        convert.write(folder / "clip", model.clip.config.to_dict(), model.clip.state_dict())
+    if not model.config.tokenizer:
+        model.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def trained(model: "ShowO") -> nn.ModuleDict:
+    """The parts that Show-o's weight file holds, under their published names."""
+    names = ("showo", "mm_projector") if model.uses_clip else ("showo",)
+    return nn.ModuleDict({name: getattr(model, name) for name in names})
+
+
+def described(model: "ShowO") -> dict[str, tuple]:
+    """config.json as Show-o writes it: key -> (value, the recipe keys it comes from)."""
+    v = model.vocabulary
+    return {
+        "codebook_size": (v.codes, "model.codec with its sizes"),
+        "llm_vocab_size": (v.offset - len(prompt.SPECIAL_TOKENS), "model.tokenizer"),
+        "mask_token_id": (v.mask, "model.tokenizer with the codebook"),
+        "num_vq_tokens": (model.image_tokens, "model.image_size with the codec's sizes"),
+        "vocab_size": (v.size, "model.tokenizer with the codebook"),
+        "w_clip_vit": (model.uses_clip, "model.understanding"),
+    }
+
+
+def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
+    """The text tokenizer with Show-o's tokens behind its own, in the order that fixes their ids."""
+    source = fetch(config.tokenizer) if config.tokenizer else folder and folder / "tokenizer"
+    if source is None:
+        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
+    elif source.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    else:
+        raise ValueError(f"{source} does not exist; give model.tokenizer, such as microsoft/phi-1_5")
+    new = [token for token in prompt.SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    if 0 < len(new) < len(prompt.SPECIAL_TOKENS):
+        raise ValueError(f"the tokenizer of {source} has some of Show-o's tokens but lacks {', '.join(new)}")
+    tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer
+
+
+def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
+    """Where a frozen part comes from; None: it stays random."""
+    if given:
+        return fetch(given)
+    if folder is None:
+        return None
+    if not (folder / part).is_dir():
+        raise ValueError(f"{folder} has no folder {part!r} inside; give model.{part}_weights")
+    return folder / part
