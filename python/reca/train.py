@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,11 +34,11 @@ class Trainer:
     """One run of one recipe. An existing run directory is continued from its newest checkpoint.
 
     adapter: a model to train in place of the one `recipe.model` describes (it must come from the same weights when a
-    run is continued).
+    run is continued). progress: called with the number of updates done, in place of a progress bar.
     """
 
-    def __init__(self, recipe: Recipe, adapter: Adapter | None = None):
-        self.recipe, self.run_dir = recipe, Path(recipe.run_dir)
+    def __init__(self, recipe: Recipe, adapter: Adapter | None = None, progress: Callable[[int], None] | None = None):
+        self.recipe, self.run_dir, self.progress = recipe, Path(recipe.run_dir), progress
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.start(recipe.parallel)
@@ -75,7 +76,9 @@ class Trainer:
         if speaks:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.run_dir / "recipe.yaml")
-        record = RunLog(self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks)
+        record = RunLog(
+            self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
+        )
         watch = signals.Signals()
         for hazard in signals.hazards(recipe, self.adapter, self.roles):
             record.warn(self.update, hazard)
@@ -93,6 +96,8 @@ class Trainer:
                     for warning in watch.check(self.update, metrics, self.kinds):
                         record.warn(self.update, warning)
                     record.progress(metrics["loss"], metrics["images_per_s"])
+                    if self.progress:
+                        self.progress(self.update)
                     if _due(self.update, recipe.log.every) or self.update == recipe.train.updates:
                         record.record(self.update, metrics)
                     if recipe.log.prompts and _due(self.update, recipe.log.sample_every):

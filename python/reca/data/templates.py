@@ -6,7 +6,12 @@ from reca.data.sources import DataError
 
 
 def load_templates(path: str | None = None) -> list[str]:
-    """The sentences of a text file, one a line; without a path, those of this package. Raises DataError."""
+    """The sentences of a text file, one a line; those of the embedded world for "world:"; without a path, those of this
+    package. Raises DataError."""
+    if path == "world:":
+        from reca.world.captions import TEMPLATES
+
+        return list(TEMPLATES)
     file = Path(path).expanduser() if path else Path(__file__).with_name("templates.txt")
     if not file.is_file():
         raise DataError(f"template file {file} does not exist; data.templates names a text file, one sentence a line")

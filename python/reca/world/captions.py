@@ -1,4 +1,4 @@
-"""The language of the world: captions, prompts and templates."""
+"""The language of the world: captions, what stands around them, questions and templates."""
 
 import random
 from collections.abc import Container
@@ -7,7 +7,8 @@ from reca.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
 
 # What people write around a caption. It says nothing about the picture, and puts the caption at varied distances.
 BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
-AFTER = ("", "", "", "please", "in a picture", "on a dark ground", "drawn with care", "as a small picture on a dark ground")
+AFTER = ("please", "in a picture", "on a dark ground", "drawn with care", "as a small picture on a dark ground")
+MOST_AFTER = 3
 QUESTIONS = ("what is this", "describe the picture", "what do you see")
 TEMPLATES = (
     "describe the picture",
@@ -20,18 +21,18 @@ TEMPLATES = (
     "please draw this picture",
 )
 WRAPPING = ("USER", "ASSISTANT", ":", "\n")
-
 WORDS = tuple(
     dict.fromkeys(
-        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING]
-        + " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
+        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING] + " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
     )
 )
-LONGEST = 7  # words of a caption
 
 
 def caption(scene: Scene, told: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0) -> str:
-    """The scene in words. The colour of a thing is told if the thing is in `told` (None: any), with chance `share`."""
+    """The scene in words, seven at most.
+
+    The colour of a thing is told if the thing is in `told` (None: any), and then with chance `share`.
+    """
     parts = []
     for thing in scene.things:
         tell = (told is None or thing in told) and (rng is None or rng.random() < share)
@@ -41,4 +42,5 @@ def caption(scene: Scene, told: Container[Thing] | None = None, rng: random.Rand
 
 def phrase(words: str, rng: random.Random) -> str:
     """A caption as somebody would ask for it."""
-    return " ".join(part for part in (rng.choice(BEFORE), words, rng.choice(AFTER)) if part)
+    parts = [rng.choice(BEFORE), words, *(rng.choice(AFTER) for _ in range(rng.randint(0, MOST_AFTER)))]
+    return " ".join(part for part in parts if part)

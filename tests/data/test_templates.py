@@ -1,0 +1,38 @@
+"""The 360 sentences that stand beside h_v."""
+
+import pytest
+
+from reca.data.sources import DataError
+from reca.data.templates import load_templates
+
+SENTENCES = load_templates()
+
+
+def test_count_lengths_and_variety():
+    assert len(SENTENCES) == 360
+    assert len({s.casefold() for s in SENTENCES}) == 360
+    assert all(20 <= len(s) <= 390 for s in SENTENCES)
+    assert sum(s.endswith("?") for s in SENTENCES) >= 40
+    assert sum(len(s) < 60 for s in SENTENCES) >= 60 and sum(len(s) > 150 for s in SENTENCES) >= 30
+    assert sum(s[-1] not in ".?!" for s in SENTENCES) >= 30
+
+
+def test_no_two_say_the_same():
+    words = [frozenset(s.casefold().strip(".?").split()) for s in SENTENCES]
+    for i, a in enumerate(words):
+        for j in range(i):
+            assert len(a & words[j]) / len(a | words[j]) < 0.75, (SENTENCES[i], SENTENCES[j])
+
+
+def test_first_words_vary():
+    assert len({s.split()[0] for s in SENTENCES}) >= 60
+
+
+def test_own_file_and_errors(tmp_path):
+    (tmp_path / "mine.txt").write_text("Look.\n\n  Say what you see.  \n")
+    assert load_templates(str(tmp_path / "mine.txt")) == ["Look.", "Say what you see."]
+    with pytest.raises(DataError, match="does not exist"):
+        load_templates(str(tmp_path / "nowhere.txt"))
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        load_templates(str(tmp_path / "empty.txt"))
