@@ -9,6 +9,7 @@ import importlib.util
 import os
 import warnings
 from functools import cache, lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
     """Why `backend` cannot run `op` on that kind of device; None when it can."""
     if backend == "reference":
         return None
-    if importlib.util.find_spec(f"reca_kernels.{backend}.{op}") is None:
+    if not (Path(__file__).parent / backend / f"{op}.py").exists():
         return f"it has no {op}"
     if backend in ("cpu", "cuda"):
         if native.module is None:

@@ -20,17 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     from reca.train import NonFiniteError
 
     codes = {
+        DataError: EXIT_DATA,
+        NonFiniteError: EXIT_NON_FINITE,
         RecipeError: EXIT_RECIPE,
         CheckpointError: EXIT_RECIPE,
         ValueError: EXIT_RECIPE,
-        DataError: EXIT_DATA,
-        NonFiniteError: EXIT_NON_FINITE,
     }
     try:
         return options.run(options) or 0
     except tuple(codes) as error:
         print(f"reca: {error}", file=sys.stderr)
-        return next(code for kind, code in codes.items() if type(error) is kind or isinstance(error, kind))
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -60,6 +60,7 @@ class TrainConfig:
     updates: int = option(1000, "optimizer updates to make in all")
     seed: int = option(0, "key of every random draw of the run")
     train: Optional[list[str]] = option(None, "parameter roles to train; null = what the paper trains for this UMM")
+    frozen: list[str] = option(list, "name patterns of parameters that stay as they are although their role is trained")
     precision: str = option("fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16"))
     activation_checkpointing: bool = option(False, "recompute the repeated layers in the backward pass")
     compile: bool = option(False, "torch.compile the repeated layers")

@@ -1,6 +1,8 @@
 """AdamW over the parameters a recipe trains, and its learning rate as a function of the update."""
 
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatch
 
 import torch
 from torch import nn
@@ -9,10 +11,11 @@ from reca.config import OptimConfig
 from reca.models.base import ROLES, Adapter
 
 
-def freeze(adapter: Adapter, roles: list[str] | None) -> list[str]:
-    """Leave only parameters of `roles` (None: the adapter's default) trainable. Returns the trained roles.
+def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()) -> list[str]:
+    """Leave only parameters of `roles` (None: the adapter's default) trainable, without those whose names match a
+    pattern of `frozen`. Returns the trained roles.
 
-    Raises ValueError for a role that does not exist or that this model has no parameters of.
+    Raises ValueError for a role that does not exist or that this model has no parameters of, and for an idle pattern.
     """
     role_of = adapter.roles()
     wanted = sorted(roles if roles is not None else adapter.trainable_roles)
@@ -22,8 +25,11 @@ def freeze(adapter: Adapter, roles: list[str] | None) -> list[str]:
             raise ValueError(f"train.train names {role!r}, which is no role; roles are {', '.join(ROLES)}")
         if roles is not None and role not in present:
             raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
+    for pattern in frozen:
+        if not any(fnmatch(name, pattern) for name in role_of):
+            raise ValueError(f"train.frozen: no parameter matches {pattern!r}; names look like {min(role_of)!r}")
     for name, parameter in adapter.named_parameters():
-        parameter.requires_grad_(role_of[name] in wanted)
+        parameter.requires_grad_(role_of[name] in wanted and not any(fnmatch(name, pattern) for pattern in frozen))
     return [role for role in wanted if role in present]
 
 

@@ -50,7 +50,7 @@ class Trainer:
         for kind in self.kinds:
             if kind not in self.adapter.kinds:
                 raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
-        self.roles = freeze(self.adapter, recipe.train.train)
+        self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         if recipe.train.activation_checkpointing:
             for block in self.adapter.blocks():
                 block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
@@ -242,7 +242,7 @@ _NO_PROFILER = contextlib.nullcontext()
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
     """The model of a run: the weights it started from with its newest checkpoint on top."""
     adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
-    freeze(adapter, recipe.train.train)
+    freeze(adapter, recipe.train.train, recipe.train.frozen)
     newest = checkpoint.newest(run_dir)
     if newest is None:
         raise checkpoint.CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")

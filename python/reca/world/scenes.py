@@ -71,8 +71,9 @@ def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
 def held_out_pairs(seed: int, per_shape: int = 3) -> frozenset[Thing]:
     """Colour-shape pairs that captions never show: `per_shape` colours of every shape, colours used evenly."""
     rng = random.Random(seed)
-    colours = list(COLOURS) * -(-per_shape * len(SHAPES) // len(COLOURS))
+    times, rest = divmod(per_shape * len(SHAPES), len(COLOURS))
     while True:
+        colours = list(COLOURS) * times + rng.sample(list(COLOURS), rest)
         rng.shuffle(colours)
         chunks = [colours[i * per_shape : (i + 1) * per_shape] for i in range(len(SHAPES))]
         if all(len(set(chunk)) == per_shape for chunk in chunks):

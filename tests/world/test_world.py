@@ -1,0 +1,90 @@
+"""Captions, splits and the arithmetic of the measurement."""
+
+import random
+
+import pytest
+
+from reca.config import load_recipe
+from reca.data.pixels import open_rgb
+from reca.data.sources import DataError, open_source
+from reca.world.captions import TEMPLATES, WORDS, caption, phrase
+from reca.world.measure import CATEGORIES, Rate, prompts
+from reca.world.scenes import Scene, Thing, held_out_pairs
+from reca.world.source import SPLITS
+
+RED, BLUE = Thing("red", "square"), Thing("blue", "circle")
+
+
+def test_captions():
+    scene = Scene((RED, BLUE), "left_of")
+    assert caption(scene) == "a red square left_of a blue circle"
+    assert caption(scene, told={RED}) == "a red square left_of a circle"
+    assert caption(scene, told=()) == "a square left_of a circle"
+
+
+def test_the_recipe_knows_every_word():
+    assert set(load_recipe("show_o_tiny").model.words) == set(WORDS)
+
+
+def test_phrases_add_words_around_and_change_nothing_inside():
+    rng = random.Random(0)
+    said = [phrase("a red square", rng) for _ in range(100)]
+    assert all("a red square" in s for s in said) and len(set(said)) > 20
+    assert {w for s in said for w in s.split()} <= set(WORDS)
+
+
+def test_captioned_pictures_hold_no_held_out_pair_and_unlabeled_ones_do():
+    held = held_out_pairs(3)
+    captioned, unlabeled = SPLITS["captioned"](3), SPLITS["unlabeled"](3)
+    assert not any(t in held for i in range(300) for t in captioned.scene(i).things)
+    assert any(t in held for i in range(50) for t in unlabeled.scene(i).things)
+
+
+def test_splits_do_not_share_pictures():
+    a, b = SPLITS["understood"](0), SPLITS["unseen"](0)
+    assert [a.scene(i) for i in range(50)] != [b.scene(i) for i in range(50)]
+
+
+def test_sources_give_each_kind_its_text():
+    held = held_out_pairs(1)
+    bare = open_source("world:unlabeled?seed=1", "reca")[0]
+    assert bare.text is None and open_rgb(bare.image).size == (20, 20)
+    sparse = open_source("world:unlabeled?seed=1&told=sparse", "t2i")
+    split = sparse.split
+    for i in range(200):
+        for thing in split.scene(i).things:
+            assert thing not in held or f"{thing.colour} {thing.shape}" not in sparse[i].text
+    talk = open_source("world:understood?seed=1", "i2t")[0].text
+    assert talk[0].answer == caption(SPLITS["understood"](1).scene(0))
+    assert open_source("world:unlabeled?seed=1", "t2i")[5] == open_source("world:unlabeled?seed=1", "t2i")[5]
+
+
+@pytest.mark.parametrize("spec", ["nothing", "unlabeled?told=some", "unlabeled?seed=x", "unlabeled?colour=red"])
+def test_unknown_worlds_are_named(spec):
+    with pytest.raises(DataError, match="write world:SPLIT"):
+        open_source(f"world:{spec}", "reca")
+
+
+def test_prompts_are_independent_and_fixed():
+    made = prompts(0)
+    assert made == prompts(0) and made != prompts(1)
+    assert {p.category for p in made} == set(CATEGORIES)
+    held = held_out_pairs(0)
+    for p in made:
+        if p.pairs:
+            assert all((t in held) == (p.pairs == "held-out") for t in p.scene.things)
+    texts = {c: [p.text for p in made if p.category == c] for c in ("attribution", "position")}
+    assert texts["attribution"] != texts["position"]
+
+
+@pytest.mark.parametrize(
+    ("hits", "trials", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (74, 102, 0.6320, 0.8028)],
+)
+def test_wilson(hits, trials, low, high):
+    assert Rate(hits, trials).wilson() == pytest.approx((low, high), abs=2e-3)
+
+
+def test_templates_fit_the_tiny_recipe():
+    recipe = load_recipe("show_o_tiny")
+    assert max(len(t.split()) for t in TEMPLATES) + 5 + 5 <= recipe.model.reca_slots
