@@ -180,7 +180,7 @@ def _run_losses(pred, images, noise, patch, backend, learn) -> tuple[Tensor, Ten
 
 def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
     """gradient times its image's number in grad [B], rounded once."""
-    if len(set(lengths)) == 1:
+    if all(n == lengths[0] for n in lengths):
         rows = gradient.view(len(lengths), -1)
         return (rows * grad[:, None]).to(gradient.dtype).view_as(gradient)
     parts = gradient.view(-1).split(list(lengths))

@@ -59,7 +59,9 @@ def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | tuple, table: Ten
         + torch.exp(log_posterior - log_variance)
         + (truth - mean).square() * torch.exp(-log_variance)
     )  # fmt: skip
-    bound = torch.where((t == 0)[:, None], -_log_bin(x0, mean, log_variance), bound)
+    # In fp64: the bin's probability is a small difference of two cumulative ones.
+    first = -_log_bin(x0.double(), mean.double(), log_variance.double()).to(out.dtype)
+    bound = torch.where((t == 0)[:, None], first, bound)
     return (predicted - eps).square().mean(1) + bound.mean(1) / math.log(2)
 
 

@@ -1,0 +1,204 @@
+"""Flow matching against fp64, at every layout, dtype and reduction; edge cases; system behaviour."""
+
+import pytest
+import torch
+
+from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare, native
+from reca_kernels.reference import flow_matching as reference
+
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(native.module is None, reason=str(native.missing)))]
+# Odd sizes: elements that are no multiple of a Philox block, of a vector, or of a chunk of the kernel.
+LAYOUTS = {
+    "batch": (torch.Size((3, 5, 7, 9)), 1),
+    "one image over several chunks": (torch.Size((1, 16, 24, 40)), 1),
+    "packed": ([(16, 8, 6), (16, 4, 10), (16, 12, 12), (16, 2, 2)], 2),
+    "batch in tokens": (torch.Size((2, 4, 6, 6)), 3),
+}
+
+
+def case(layout, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape, patch = LAYOUTS[layout]
+    draw = lambda size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
+    x0 = draw(shape) if isinstance(shape, torch.Size) else [draw(s) for s in shape]
+    count = len(x0)
+    noise = Philox(torch.tensor(-77), torch.arange(count) * 1000 + 3, 4)
+    return x0, torch.rand(count, generator=generator), noise, patch
+
+
+def wide(x0):
+    return x0.double() if isinstance(x0, torch.Tensor) else [x.double() for x in x0]
+
+
+def close(got, exact, relative):
+    error = (got.double() - exact).norm() / exact.norm().clamp(min=1e-30)
+    assert float(error) < relative
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepare_mixes_data_and_noise(layout, backend):
+    x0, t, noise, patch = case(layout)
+    x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
+    clean = flow_matching_prepare(x0, torch.zeros_like(t), noise, patch=patch, backend=backend)
+    pure = flow_matching_prepare(x0, torch.ones_like(t), noise, patch=patch, backend=backend)
+    images = list(x0)
+    start = 0
+    for level, image in zip(t, images, strict=True):
+        part = slice(start, start + image.numel())
+        start += image.numel()
+        expected = (1 - level) * clean.flatten()[part] + level * pure.flatten()[part]
+        torch.testing.assert_close(x_t.flatten()[part], expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(clean.flatten()[part], reference.tokens(image, patch))
+    assert abs(float(pure.mean())) < 0.3 and 0.7 < float(pure.std()) < 1.3
+
+
+def test_patch_order_is_row_column_channel():
+    x0 = [torch.arange(2 * 4 * 4.0).view(2, 4, 4)]
+    got = flow_matching_prepare(x0, torch.zeros(1), torch.zeros(4, 8), patch=2)
+    first = [x0[0][c, r, k] for r in (0, 1) for k in (0, 1) for c in (0, 1)]
+    assert got.shape == (4, 8) and got[0].tolist() == [float(v) for v in first]
+    assert got[1, 0] == x0[0][0, 0, 2] and got[2, 0] == x0[0][0, 2, 0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_and_gradient_against_fp64(layout, dtype, reduction, backend):
+    x0, t, noise, patch = case(layout)
+    generator = torch.Generator().manual_seed(1)
+    shape = flow_matching_prepare(x0, t, noise, patch=patch).shape
+    pred = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    exact_pred = pred.detach().double().requires_grad_()
+    weight = torch.rand(len(t), generator=generator)
+    arguments = {"patch": patch, "weight": weight, "reduction": reduction}
+    loss = flow_matching_loss(pred, x0, t, noise, backend=backend, **arguments)
+    exact = flow_matching_loss(exact_pred, wide(x0), t, noise, backend="reference", **arguments)
+    assert loss.dtype == torch.float32
+    close(loss.detach(), exact.detach(), 1e-5)
+    upstream = torch.randn(loss.shape, generator=generator)
+    (gradient,) = torch.autograd.grad(loss, pred, upstream)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_pred, upstream.double())
+    assert gradient.dtype == dtype
+    close(gradient, exact_gradient, 1e-5 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_does_not_see_batch_or_packing(backend):
+    x0, t, noise, patch = case("packed")
+    whole = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
+    alone = flow_matching_prepare(
+        x0[2:3], t[2:3], noise._replace(sample_ids=noise.sample_ids[2:3]), patch=patch, backend=backend
+    )
+    start = sum(x.numel() for x in x0[:2]) // whole.shape[1]
+    assert torch.equal(whole[start : start + len(alone)], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_noise_is_used(backend):
+    x0, t, noise, _ = case("batch")
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    x_t = flow_matching_prepare(x0, t, eps, backend=backend)
+    level = t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t, (1 - level) * x0 + level * eps, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow_matching_loss(eps - x0, x0, t, eps, backend=backend), torch.tensor(0.0), atol=1e-12, rtol=0)
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_threads_do_not_change_a_bit():
+    x0, t, noise, _ = case("one image over several chunks")
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        pred = x0.clone().requires_grad_()
+        loss = flow_matching_loss(pred, x0, t, noise, backend="cpu")
+        loss.backward()
+        results.append((flow_matching_prepare(x0, t, noise, backend="cpu"), loss.detach(), pred.grad))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_layouts_dtypes_and_no_hidden_writes():
+    x0, t, noise, _ = case("batch")
+    strided = torch.empty(3, 5, 9, 7).transpose(2, 3).copy_(x0)
+    pred = torch.randn(3, 5, 9, 7).transpose(2, 3).requires_grad_()
+    kept, version = pred.detach().clone(), pred._version
+    a = flow_matching_loss(pred, strided, t, noise)
+    b = flow_matching_loss(pred.detach().contiguous(), x0, t, noise)
+    a.backward()
+    assert torch.equal(a.detach(), b) and pred.grad.shape == pred.shape
+    assert torch.equal(pred.detach(), kept) and pred._version == version
+    assert flow_matching_prepare(x0.bfloat16(), t, noise).dtype == torch.bfloat16
+    assert flow_matching_prepare(x0, t, noise, out_dtype=torch.float16).dtype == torch.float16
+
+
+def test_second_backward_and_double_backward():
+    x0, t, noise, _ = case("batch")
+    pred = torch.randn(x0.shape).requires_grad_()
+    loss = flow_matching_loss(pred, x0, t, noise, reduction="sample")
+    first = torch.autograd.grad(loss, pred, torch.tensor([1.0, -2.0, 0.0]), retain_graph=True)[0]
+    again = torch.autograd.grad(loss, pred, torch.tensor([1.0, -2.0, 0.0]), retain_graph=True)[0]
+    assert torch.equal(first, again) and not first[2].any()
+    if native.module is not None:
+        (gradient,) = torch.autograd.grad(loss.sum(), pred, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_autocast_and_no_grad():
+    x0, t, noise, _ = case("batch")
+    pred = torch.randn(x0.shape)
+    plain = flow_matching_loss(pred, x0, t, noise)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(flow_matching_loss(pred, x0, t, noise), plain)
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+def test_compiled_graph_is_whole_and_equal(layout):
+    x0, t, noise, patch = case(layout)
+
+    def step(pred, t, seed, ids):
+        address = Philox(seed, ids, 4)
+        x_t = flow_matching_prepare(x0, t, address, patch=patch)
+        return x_t, flow_matching_loss(pred * 2, x0, t, address, patch=patch)
+
+    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape)
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = pred.clone().requires_grad_()
+        x_t, loss = function(leaf, t, noise.seed, noise.sample_ids)
+        loss.backward()
+        results.append((x_t, loss.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_opcheck():
+    x0, t, noise, _ = case("batch")
+    images = list(x0.unbind())
+    pred = torch.randn(x0.shape, requires_grad=True)
+    torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, images, *noise, None, 1, "cpu"))
+    torch.library.opcheck(torch.ops.reca.flow_matching_prepare, (images, t, *noise, None, 1, torch.float32, "cpu"))
+
+
+def _bad(message, **changes):
+    x0, t, noise, patch = case("batch")
+    arguments = {"pred": torch.zeros(x0.shape), "x0": x0, "t": t, "noise": noise, "patch": patch} | changes
+    with pytest.raises((ValueError, TypeError), match=message):
+        flow_matching_loss(**arguments)
+
+
+def test_mistakes_are_named():
+    _bad("pred must be", pred=torch.zeros(3, 5, 7, 8))
+    _bad("one level per image", t=torch.zeros(2))
+    _bad("multiples of patch=2", patch=2)
+    _bad("must be mean, sum or sample", reduction="none")
+    _bad("one per image", noise=Philox(torch.tensor(0), torch.arange(2), 1))
+    _bad("noise has 4 elements", noise=torch.zeros(4))
+    _bad("requires a gradient", x0=torch.zeros(3, 5, 7, 9, requires_grad=True))
+    _bad("holds no image", x0=[])
+    _bad("one per image", weight=torch.ones(2))
+    _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
