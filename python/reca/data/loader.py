@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reca.data import dali
 from reca.data.config import DataConfig
 from reca.data.ledger import Ledger
 from reca.data.pixels import BadImage, PillowDecoder
@@ -130,5 +131,12 @@ class Loader:
         )
 
 
-def _decoder(config: DataConfig, views: Views, draws: Draws) -> PillowDecoder:
-    return PillowDecoder(views, draws)
+def _decoder(config: DataConfig, views: Views, draws: Draws) -> PillowDecoder | dali.DaliDecoder:
+    wanted = config.decoder
+    if wanted == "auto":
+        wanted = "dali" if torch.cuda.is_available() and dali.available() else "pillow"
+    if wanted == "pillow":
+        return PillowDecoder(views, draws)
+    if not dali.available():
+        raise DataError("data.decoder=dali, but DALI is not installed: pip install 'reca[dali]', or use pillow")
+    return dali.DaliDecoder(views, draws)

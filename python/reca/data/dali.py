@@ -1,0 +1,81 @@
+"""Views by NVIDIA DALI: JPEG decoding and resizing on a GPU; on a CPU the decoding only.
+
+Files that DALI decodes differently from Pillow (anything but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) go
+through Pillow. So does resizing on a CPU: DALI's cubic filter keeps what Pillow clips between its two passes, which
+differs by up to 7 grey levels at sharp edges and is not faster there (docs/log.md).
+"""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reca.data.pixels import BadImage, PillowDecoder, crop_position, geometry, make_view
+from reca.data.views import View, Views
+from reca.draws import Draws
+
+ROTATED = 0x0112  # EXIF orientation
+
+
+def available() -> bool:
+    """Whether DALI's dynamic mode can be imported."""
+    try:
+        import nvidia.dali.experimental.dynamic  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class DaliDecoder:
+    """As PillowDecoder: within one grey level on device "cpu", but for sharp edges on "gpu"."""
+
+    def __init__(self, views: Views, draws: Draws, device: str | None = None):
+        import nvidia.dali.experimental.dynamic as dynamic
+        from nvidia.dali import types
+
+        self.views, self.draws, self.dynamic, self.types = views, draws, dynamic, types
+        self.device = device or ("gpu" if torch.cuda.is_available() else "cpu")
+        self.pillow = PillowDecoder(views, draws)
+
+    def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
+        """(gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
+        if not _plain_jpeg(data):
+            return self.pillow(data, sample_id)
+        try:
+            image = self.dynamic.decoders.image(
+                np.frombuffer(data, np.uint8),
+                device=self.device,
+                output_type=self.types.RGB,
+                jpeg_fancy_upsampling=True,  # the chroma pixels that every CPU decoder gives
+            )
+            height, width = image.shape[:2]
+        except RuntimeError as error:
+            raise BadImage(f"DALI: {str(error).splitlines()[0]}") from error
+        crop = crop_position(self.views, self.draws, sample_id)
+        return tuple(view and self._view(image, width, height, view, crop) for view in (self.views.gen, self.views.und))
+
+    def _view(self, image, width: int, height: int, view: View, crop: float) -> Tensor:
+        if self.device == "cpu" or view.fit == "pad" or view.blur > 1:
+            return make_view(Image.fromarray(np.asarray(image.cpu())), view, crop)
+        (left, top, right, bottom), (w, h) = geometry(width, height, view, crop)
+        interpolation = self.types.INTERP_CUBIC if view.resample == "bicubic" else self.types.INTERP_LINEAR
+        resized = self.dynamic.resize(
+            image,
+            size=[h, w],
+            roi_start=[float(top), float(left)],
+            roi_end=[float(bottom), float(right)],
+            interp_type=interpolation,
+            antialias=True,
+        )
+        return torch.from_numpy(np.array(resized.cpu())).permute(2, 0, 1).contiguous()
+
+
+def _plain_jpeg(data: bytes) -> bool:
+    """Whether the bytes are an upright JPEG of RGB or grey pixels. Raises BadImage for what no decoder knows."""
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            return header.format == "JPEG" and header.mode in ("RGB", "L") and header.getexif().get(ROTATED, 1) == 1
+    except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
+        raise BadImage(f"{type(error).__name__}: {error}") from error

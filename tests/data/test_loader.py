@@ -1,0 +1,186 @@
+"""Sources, order, substitution of bad files, and batches that do not depend on how they are split."""
+
+import io
+import itertools
+import json
+import tarfile
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from reca.data.config import DataConfig
+from reca.data.loader import open_loader
+from reca.data.sampler import sample_index
+from reca.data.sources import DataError, open_source
+from reca.data.views import View, Views
+
+VIEWS = Views(gen=View(4), und=None)
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value % 256, value // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(20):
+        (tmp_path / "deep" if i % 2 else tmp_path).mkdir(exist_ok=True)
+        (tmp_path / ("deep" if i % 2 else ".") / f"{i:02d}.png").write_bytes(png(i))
+    (tmp_path / "notes.md").write_text("no picture")
+    return tmp_path
+
+
+def loader(images, kind="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, ledger=None, **config):
+    spec = {"reca": "images", "t2i": "captions", "i2t": "conversations"}[kind]
+    data = DataConfig(**{spec: str(images), "workers": 0, "max_bad_fraction": 0.3} | config)
+    return open_loader(
+        data, kind, VIEWS, seed=seed, micro_batch=micro_batch, start=start, rank=rank, world=world, ledger=ledger
+    )
+
+
+def values(batches):
+    return [int(view[0, 0, 0]) for batch in batches for view in batch.gen]
+
+
+def take(loader, n):
+    return list(itertools.islice(iter(loader), n))
+
+
+def test_an_epoch_is_every_sample_once_and_epochs_differ():
+    for size in (1, 7, 100):
+        epochs = [[sample_index(3, size, e * size + i) for i in range(size)] for e in range(3)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert size < 7 or epochs[0] != epochs[1]
+
+
+def test_folder_is_read_whole(folder):
+    assert sorted(values(take(loader(folder), 5))) == list(range(20))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_any_split_sees_the_same_samples(folder, workers):
+    one = take(loader(folder, micro_batch=2, workers=workers), 8)
+    ids = torch.cat([b.sample_ids for b in one]).tolist()
+    assert ids == list(range(16))
+    ranks = [take(loader(folder, micro_batch=2, rank=r, world=4, workers=workers), 2) for r in range(4)]
+    merged = [ranks[r][m] for m in range(2) for r in range(4)]
+    assert values(one) == values(merged) and [b.text for b in one] == [b.text for b in merged]
+
+
+def test_resuming_continues_exactly(folder):
+    whole, rest = take(loader(folder), 10), take(loader(folder, start=24), 4)
+    assert values(whole)[24:] == values(rest) and [b.text for b in whole[6:]] == [b.text for b in rest]
+
+
+def test_templates_are_drawn_by_sample_and_vary(folder):
+    texts = [t for b in take(loader(folder, micro_batch=50), 2) for t in b.text]
+    assert len(set(texts)) > 60
+
+
+def spoil(folder, names):
+    for name in names:
+        (folder / name).write_bytes(b"<html>not found</html>")
+
+
+def test_bad_files_are_skipped_counted_and_listed(folder, tmp_path):
+    spoil(folder, ["02.png", "deep/05.png"])
+    ledger = tmp_path / "ledger.jsonl"
+    stream = loader(folder, ledger=ledger)
+    seen = Counter(values(take(stream, 5)))
+    assert set(range(20)) - {2, 5} == set(seen) and sum(seen.values()) == 20  # all others once, two of them again
+    assert stream.bad == 2
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == ["02.png", "deep/05.png"]
+    assert all("UnidentifiedImageError" in line["reason"] and line["bytes"] == 22 for line in lines)
+
+
+def test_substitutes_do_not_depend_on_the_split(folder):
+    spoil(folder, ["02.png", "deep/05.png"])
+    assert values(take(loader(folder), 10))[24:] == values(take(loader(folder, start=24), 4))
+
+
+def test_too_many_bad_files_stop_the_run(folder):
+    spoil(folder, [f"{i:02d}.png" for i in range(0, 16, 2)])
+    with pytest.raises(DataError, match="max_bad_fraction=0.3.*html|max_bad_fraction=0.3"):
+        take(loader(folder), 5)
+
+
+def test_nothing_readable_is_one_clear_error(folder):
+    spoil(folder, [str(p.relative_to(folder)) for p in folder.rglob("*.png")])
+    with pytest.raises(DataError, match="unreadable"):
+        take(loader(folder), 1)
+
+
+def test_missing_empty_and_pictureless_folders(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        loader(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no pictures"):
+        loader(tmp_path / "empty")
+    with pytest.raises(DataError, match="data.images is null"):
+        open_loader(DataConfig(), "reca", VIEWS, seed=0, micro_batch=1)
+
+
+def test_captions_stand_beside_pictures(folder):
+    with pytest.raises(DataError, match="have no caption"):
+        loader(folder, "t2i")
+    for path in folder.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"picture {int(path.stem)}\n")
+    batch = take(loader(folder, "t2i"), 1)[0]
+    assert batch.text == [f"picture {v}" for v in values([batch])]
+
+
+def make_tar(path, first, count, captions=True):
+    with tarfile.open(path, "w") as tar:
+        for i in range(first, first + count):
+            for suffix, data in (("png", png(i)), ("txt", f"picture {i}".encode())):
+                if suffix == "txt" and not captions:
+                    continue
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_by_glob_and_range(tmp_path):
+    make_tar(tmp_path / "a-000.tar", 0, 6)
+    make_tar(tmp_path / "a-001.tar", 6, 6)
+    for spec in (tmp_path / "a-*.tar", tmp_path / "a-{000..001}.tar"):
+        batches = take(loader(spec, "t2i"), 3)
+        assert sorted(values(batches)) == list(range(12))
+        assert [t for b in batches for t in b.text] == [f"picture {v}" for v in values(batches)]
+
+
+def test_broken_tars(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"nothing" * 100)
+    with pytest.raises(DataError, match="not an uncompressed tar"):
+        loader(tmp_path / "x.tar")
+    with pytest.raises(DataError, match="no tar file matches"):
+        loader(tmp_path / "y-*.tar")
+    make_tar(tmp_path / "z.tar", 0, 2, captions=False)
+    with pytest.raises(DataError, match="has no .txt caption"):
+        loader(tmp_path / "z.tar", "t2i")
+
+
+def test_conversations(folder):
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A square."), ("human", "Which colour?"), ("gpt", "Red.")]
+    item = {"image": "00.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (folder / "talk.json").write_text(json.dumps([item, {"conversations": []}, {"image": "gone.png", **{"conversations": item["conversations"]}}]))
+    source = open_source(str(folder / "talk.json"), "i2t")
+    assert len(source) == 2 and source[0].text == [("What is it?", "A square."), ("Which colour?", "Red.")]
+    stream = loader(folder / "talk.json", "i2t", max_bad_fraction=0.6)
+    assert values(take(stream, 2)) == [0] * 8 and stream.bad == 1
+    (folder / "broken.json").write_text("[{")
+    with pytest.raises(DataError, match="is not JSON"):
+        open_source(str(folder / "broken.json"), "i2t")
+    with pytest.raises(DataError, match="does not exist"):
+        open_source(str(folder / "none.json"), "i2t")
+
+
+def test_dali_that_is_missing_is_named(folder, monkeypatch):
+    monkeypatch.setattr("reca.data.dali.available", lambda: False)
+    with pytest.raises(DataError, match="DALI is not installed"):
+        loader(folder, decoder="dali")
