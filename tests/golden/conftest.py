@@ -80,7 +80,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     asked = config.getoption("golden", default=None)
     read = any(isinstance(item.callspec.params.get("golden"), Path) for item in items if hasattr(item, "callspec"))
     if asked and not read:
-        raise pytest.UsageError(f"no collected test reads the config.json of a folder under {', '.join(map(str, asked))}")
+        raise pytest.UsageError(
+            f"no collected test reads the config.json of a folder under {', '.join(map(str, asked))}"
+        )
 
 
 def _asked(config: pytest.Config) -> list[Path]:

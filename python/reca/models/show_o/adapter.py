@@ -36,7 +36,6 @@ class ShowO(Adapter):
     def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.hv_source = config.hv_source or config.understanding
         self.codec = modules.codec(config)
         self.vocabulary = prompt.Vocabulary.of(tokenizer, self.codec.entries)
         modules.check_sizes(config, self.codec.factor)
@@ -53,6 +52,10 @@ class ShowO(Adapter):
     @property
     def device(self) -> torch.device:
         return self.showo.lm_head.weight.device
+
+    @property
+    def hv_source(self) -> str:
+        return self.config.hv_source or self.config.understanding
 
     @property
     def uses_clip(self) -> bool:
@@ -223,10 +226,14 @@ class ShowO(Adapter):
     def conversation(self, turns: list) -> tuple[list[int], list[int]]:
         """Ids and labels, cut to what the text budget leaves beside the image and the system prompt."""
         ids, labels = prompt.conversation(self.tokens, turns, self.vocabulary)
-        budget = self.config.text_slots
-        if self.config.understanding == "clip":
-            budget -= self.clip_tokens - self.image_tokens + len(self.tokens(self.config.system_prompt))
+        budget = self.conversation_budget(len(self.tokens(self.config.system_prompt)))
         return ids[:budget], labels[:budget]
+
+    def conversation_budget(self, system: int) -> int:
+        """Most tokens of a conversation, so that it is as long as a text-to-image sequence. system: of that prompt."""
+        if self.config.understanding == "vq":
+            return self.config.text_slots
+        return self.config.text_slots - (self.clip_tokens - self.image_tokens) - system
 
     def talk(self, ids: list[int], labels: list[int], visual: int) -> prompt.Sample:
         """A conversation behind `visual` rows of h_v."""
@@ -251,9 +258,7 @@ class ShowO(Adapter):
         for i in range(0, len(prompts), batch):
             texts = [self.tokens(text) for text in prompts[i : i + batch]]
             chance = sampling.Chance(torch.tensor(seeds[i : i + batch], device=self.device))
-            codes = sampling.draw_codes(
-                self, texts, chance, steps=steps, guidance=guidance, temperature=temperature
-            )
+            codes = sampling.draw_codes(self, texts, chance, steps=steps, guidance=guidance, temperature=temperature)
             pixels = (self.codec.decode(codes) + 1) / 2
             pictures += list(pixels.clamp(0, 1).mul(255).round().to(torch.uint8))
         return pictures

@@ -28,6 +28,7 @@ class ClipSizes:
     image_size: int = option(336, "pixels on the side of what it sees")
     patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
     hidden_act: str = option("quick_gelu", "its activation")
+    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
 
 
 @dataclass

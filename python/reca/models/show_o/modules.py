@@ -254,7 +254,7 @@ def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
             image_size=sizes.image_size,
             patch_size=sizes.patch_size,
             hidden_act=sizes.hidden_act,
-            layer_norm_eps=1e-5,
+            layer_norm_eps=sizes.layer_norm_eps,
         )
     )
     tower.post_layernorm = nn.Identity()  # norms the pooled output, which Show-o does not use
