@@ -114,6 +114,7 @@ class Trainer:
             for loader in self.loaders.values():
                 loader.close()
             record.close()
+        distributed.barrier()
         return self.run_dir
 
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:

@@ -16,4 +16,5 @@ trainer.run()
 state = get_model_state_dict(trainer.adapter, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if distributed.rank() == 0:
     torch.save(state, trainer.run_dir / "final.pt")
+distributed.barrier()  # a rank that leaves early takes its threads from under the others
 distributed.stop()
