@@ -225,8 +225,13 @@ class ShowO(Adapter):
 
     def conversation(self, turns: list) -> tuple[list[int], list[int]]:
         """Ids and labels, cut to what the text budget leaves beside the image and the system prompt."""
-        ids, labels = prompt.conversation(self.tokens, turns, self.vocabulary)
         budget = self.conversation_budget(len(self.tokens(self.config.system_prompt)))
+        if budget < 1:
+            raise ValueError(
+                f"model.text_slots={self.config.text_slots} leaves {budget} tokens for a conversation beside "
+                f"{self.clip_tokens} rows of h_v and the system prompt; raise it by {1 - budget} or more"
+            )
+        ids, labels = prompt.conversation(self.tokens, turns, self.vocabulary)
         return ids[:budget], labels[:budget]
 
     def conversation_budget(self, system: int) -> int:
@@ -254,6 +259,8 @@ class ShowO(Adapter):
         batch: int = 64,
     ) -> list[Tensor]:
         """Pictures by MaskGIT (`sampling.draw_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
         pictures = []
         for i in range(0, len(prompts), batch):
             texts = [self.tokens(text) for text in prompts[i : i + batch]]
@@ -264,6 +271,8 @@ class ShowO(Adapter):
         return pictures
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
         view = self.views("i2t").und
         und = [_center_crop(image.to(self.device), view.size) for image in images]
         h_v = self.encode(Batch("i2t", torch.arange(len(und)), questions, und=und))["h_v"]
@@ -289,10 +298,19 @@ class ShowO(Adapter):
 
     def hazards(self) -> list[str]:
         config, found = self.config, []
-        if self.hv_source == "vq" and config.hv_down_scale == 1:
+        if self.hv_source == "clip":
+            return found
+        if config.hv_down_scale == 1:
             found.append(
                 "h_v is made of the picture's own codes at full resolution, which the model learns to copy. Shrink the "
                 "picture (model.hv_down_scale=2) or blur it (model.hv_down_scale=8 model.hv_resize_back=true)"
+            )
+        given = self.image_tokens // (1 if config.hv_resize_back else config.hv_down_scale**2)
+        length = config.text_slots + given + self.image_tokens + 5
+        if length > config.phi.max_position_embeddings:
+            found.append(
+                f"a RECA sequence counts {length} positions, but the language model was trained on "
+                f"{config.phi.max_position_embeddings}; its rotary positions are extrapolated"
             )
         return found
 

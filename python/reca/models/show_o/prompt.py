@@ -58,10 +58,10 @@ class Vocabulary:
     def of(cls, tokenizer: PreTrainedTokenizerBase, codes: int) -> "Vocabulary":
         """Ids of a tokenizer that has END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError when one is missing."""
         tokens = [END_OF_TEXT, *SPECIAL_TOKENS]
-        ids = tokenizer.convert_tokens_to_ids(tokens)
-        if missing := [token for token, i in zip(tokens, ids, strict=True) if i in (None, tokenizer.unk_token_id)]:
+        known = tokenizer.get_vocab()
+        if missing := [token for token in tokens if token not in known]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; Show-o needs {', '.join(tokens)}")
-        end, pad, soi, eoi, _, _, t2i, mmu, *_ = ids
+        end, pad, soi, eoi, _, _, t2i, mmu, *_ = (known[token] for token in tokens)
         return cls(pad, soi, eoi, t2i, mmu, end, end, len(tokenizer), codes)
 
 
