@@ -1,0 +1,483 @@
+"""Show-o's adapter beyond the golden data: sizes, files, batching, sampling, bad input."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reca.draws import Draws
+from reca.models.base import Batch, Turn
+from reca.models.show_o import Adapter, Config, prompt
+from reca.models.show_o.config import MagvitSizes, tiny
+from reca.models.show_o.modules import Magvit
+from reca.models.tiny_tokenizer import word_tokenizer
+
+WORDS = "a red blue square circle describe what is this the picture ? . drawn with care".split()
+VARIANTS = {
+    "clip": {},
+    "parity": {"parity": True},
+    "vq": {"understanding": "vq", "hv_down_scale": 1},
+    "blur": {"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True},
+    "codes as h_v": {"hv_source": "vq", "hv_down_scale": 1},
+}
+
+
+def config(**changes) -> Config:
+    return replace(tiny(), words=WORDS, **changes)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    return Adapter.load(config(**VARIANTS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model as `export` writes it."""
+    path = tmp_path_factory.mktemp("exported")
+    Adapter.load(config()).export(path)
+    return path
+
+
+def images(n: int, size: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator))
+
+
+TEXTS = {
+    "reca": ["describe the picture.", "what is this?", "describe this with care", "a picture"],
+    "t2i": ["a red square", "a blue circle drawn with care", "a square", ""],
+    "i2t": [
+        [Turn("what is this?", "a red square")],
+        [Turn("what is this?", "a circle"), Turn("describe the picture.", "a red circle drawn with care.")],
+        [Turn("this?", "a square.")],
+        [Turn("describe", "a blue square")],
+    ],
+}
+
+
+def batch(model, kind: str, rows: list[int] = (0, 1, 2, 3)) -> Batch:
+    views = model.views(kind)
+    gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
+    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+
+
+# sizes
+
+
+class PublishedTokenizer:
+    """The size of Phi-1.5's vocabulary with Show-o's tokens, and nothing else of it."""
+
+    def __init__(self, text_tokens: int = 50295):
+        self.ids = {prompt.END_OF_TEXT: 50256}
+        self.ids |= {token: text_tokens + i for i, token in enumerate(prompt.SPECIAL_TOKENS)}
+        self.length = text_tokens + len(prompt.SPECIAL_TOKENS)
+
+    def get_vocab(self):
+        return self.ids
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_published_sizes(clip):
+    with torch.device("meta"):
+        model = Adapter(Config(understanding="clip" if clip else "vq"), PublishedTokenizer())
+    v = model.vocabulary
+    assert (v.pad, v.soi, v.eoi, v.t2i, v.mmu, v.offset, v.mask) == (50295, 50296, 50297, 50300, 50301, 50305, 58497)
+    language = model.showo.state_dict(prefix="showo.")
+    assert len(language) == 437
+    assert sum(p.numel() for p in model.showo.parameters()) == 1_448_176_770
+    assert language["showo.lm_head.bias"].shape == (58498,)
+    assert language["showo.model.layers.23.self_attn.k_layernorm.bias"].shape == (64,)
+    assert model.image_tokens == 1024
+    assert sum(t.numel() for t in model.codec.state_dict().values()) == 95_493_513
+    assert hasattr(model, "clip") == clip
+    if clip:
+        bridge = model.mm_projector.state_dict(prefix="mm_projector.")
+        assert set(bridge) == {f"mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+        assert sum(t.numel() for t in bridge.values()) == 6_295_552
+        assert model.clip_tokens == 576
+        assert model.conversation_budget(28) == 996
+
+
+def test_magvit_keys():
+    with torch.device("meta"):
+        names = Magvit(MagvitSizes()).state_dict()
+    assert names["quantize.embedding"].shape == (8192, 13)
+    assert names["quantize.power_vals"].dtype == torch.int64
+    assert names["encoder.down.1.block.0.nin_shortcut.weight"].shape == (256, 128, 1, 1)
+    assert "encoder.down.3.downsample.conv.weight" in names and "encoder.down.4.downsample.conv.weight" not in names
+    assert "decoder.up.1.upsample.conv.weight" in names and "decoder.up.0.upsample.conv.weight" not in names
+    assert names["decoder.up.4.upsample.conv.weight"].shape == (512, 512, 3, 3)
+
+
+def test_tiny_is_small():
+    model = Adapter.load(config())
+    assert 3e5 < sum(p.numel() for p in model.parameters()) < 7e5
+    assert (model.image_tokens, model.clip_tokens) == (25, 9)
+
+
+# losses
+
+
+@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
+def test_weight_is_what_loss_returns(model, kind):
+    sample = batch(model, kind)
+    term = model(sample, Draws(3))
+    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+    assert math.isfinite(float(term.sum.detach()))
+
+
+@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
+def test_a_batch_is_the_sum_of_its_samples(model, kind):
+    """Texts of different lengths: what stands on the left of the shorter ones must not matter."""
+    together = model(batch(model, kind), Draws(3)).sum
+    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
+def test_cached_features_give_the_same_loss(model, kind):
+    sample = batch(model, kind)
+    features = model.encode(sample)
+    assert not any(tensor.requires_grad for tensor in features.values())
+    cached = replace(sample, gen=None, und=None, features=features)
+    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
+
+
+def test_condition_of_another_image_changes_the_loss(model):
+    sample = batch(model, "reca")
+    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+
+
+@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
+def test_it_learns(kind):
+    model = Adapter.load(config())
+    trained = [p for n, p in model.named_parameters() if model.roles()[n] in model.trainable_roles]
+    optimizer, sample = torch.optim.AdamW(trained, lr=3e-3), batch(model, kind)
+    losses = []
+    for _ in range(50):
+        term = model(sample, Draws(0))
+        (term.sum / term.weight).backward()
+        losses.append(float((term.sum / term.weight).detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_autocast_stays_near(model):
+    sample = batch(model, "reca")
+    with torch.autocast("cpu", torch.bfloat16):
+        term = model(sample, Draws(0))
+    exact = model(sample, Draws(0))
+    assert term.sum.dtype == torch.float32
+    torch.testing.assert_close(term.sum, exact.sum, rtol=2e-2, atol=0)
+
+
+def test_a_conversation_without_room_for_its_answer_has_no_weight():
+    model = Adapter.load(config(text_slots=6, understanding="vq", hv_down_scale=1))
+    sample = Batch("i2t", torch.tensor([0]), [[Turn("what is this picture?", "a square")]], und=images(1, 20))
+    term = model(sample, Draws(0))
+    assert term.weight == 0 and term.sum == 0 and model.weight(sample, Draws(0)) == 0
+    term.sum.backward()
+
+
+def test_conversation_text():
+    tokenizer = word_tokenizer([*WORDS, *prompt.WORDS], [prompt.END_OF_TEXT, *prompt.SPECIAL_TOKENS])
+    v = prompt.Vocabulary.of(tokenizer, 4)
+    tokens = lambda text: prompt.encode(tokenizer, text)  # noqa: E731
+    turns = [Turn("what is this?", "a square"), Turn("describe", "red.")]
+    ids, labels = prompt.conversation(tokens, turns, v)
+    assert tokenizer.decode(ids) == (
+        "USER : what is this ? ASSISTANT : a square <|endoftext|> USER : describe ASSISTANT : red . <|endoftext|>"
+    )
+    assert tokenizer.decode([i for i in labels if i >= 0]) == "a square <|endoftext|> red . <|endoftext|>"
+    assert [i for i, label in zip(ids, labels, strict=True) if label >= 0] == [i for i in labels if i >= 0]
+
+
+def test_captions_are_dropped_at_the_configured_rate(monkeypatch):
+    model = Adapter.load(config(caption_drop=1.0))
+    sample = batch(model, "t2i")
+    empty = replace(sample, text=[""] * 4)
+    assert torch.equal(model(sample, Draws(0)).sum, model(empty, Draws(0)).sum)
+    model.config = replace(model.config, caption_drop=0.0)
+    assert not torch.equal(model(sample, Draws(0)).sum, model(empty, Draws(0)).sum)
+
+
+def test_which_parameters_the_prompt_of_reca_teaches():
+    for given, reached in (({}, True), ({"parity": True}, False), ({"parity": True, "prompt_gradient": True}, True)):
+        model = Adapter.load(config(**given))
+        term = model(batch(model, "reca"), Draws(0))
+        term.sum.backward()
+        assert (model.mm_projector[0].weight.grad is not None) == reached
+        assert (model.showo.model.embed_tokens.weight.grad is not None) == reached
+        assert model.showo.lm_head.weight.grad is not None
+        assert all(p.grad is None for n, p in model.named_parameters() if model.roles()[n] in ("codec", "und_encoder"))
+
+
+def test_clip_norms_differ():
+    model = Adapter.load(config())
+    pixels = torch.stack(images(1, 20)).float() / 127.5 - 1
+    clip = model.clip_view(pixels)
+    model.config = replace(model.config, clip_norm="upstream")
+    upstream = model.clip_view(pixels)
+    assert clip.shape == upstream.shape == (1, 3, 18, 18)
+    assert upstream.abs().max() <= 1 < clip.abs().max()
+
+
+def test_roles_and_decay():
+    model = Adapter.load(config(codec="magvitv2", magvit=MagvitSizes(32, [1, 1, 1], [1] * 3, [1, 1, 1], [1] * 3, 4)))
+    roles = model.roles()
+    assert set(roles) == {name for name, _ in model.named_parameters()}
+    assert set(roles.values()) == {"shared_lm", "embed", "bridge", "und_encoder", "codec"}
+    gain = "showo.model.layers.0.input_layernorm.weight"
+    parameters = dict(model.named_parameters())
+    assert not model.decays(gain, parameters[gain])
+    model.config = replace(model.config, parity=True)
+    assert model.decays(gain, parameters[gain])
+    assert not model.decays("showo.lm_head.bias", parameters["showo.lm_head.bias"])
+    assert len(model.blocks()) == 3
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"understanding": "vq", "hv_down_scale": 1}, ["full resolution"]),
+        ({"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True}, []),
+        ({"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True, "text_slots": 80}, ["extrapolated"]),
+        ({}, []),
+    ],
+)
+def test_hazards(given, said):
+    found = Adapter.load(config(**given)).hazards()
+    assert len(found) == len(said) and all(text in warning for text, warning in zip(said, found, strict=True))
+
+
+# inference
+
+
+SAMPLING = {"steps": 6, "guidance": 2.0}
+
+
+def test_a_picture_depends_on_prompt_and_seed_alone(model):
+    prompts, seeds = ["a red square", "a blue circle drawn with care", "a red square"], [5, 5, 6]
+    together = model.generate(prompts, seeds, **SAMPLING)
+    alone = [model.generate([text], [seed], **SAMPLING)[0] for text, seed in zip(prompts, seeds, strict=True)]
+    halves = model.generate(prompts, seeds, **SAMPLING, batch=2)
+    for one, other, third in zip(together, alone, halves, strict=True):
+        assert one.shape == (3, 20, 20) and one.dtype == torch.uint8
+        assert torch.equal(one, other) and torch.equal(one, third)
+    assert not torch.equal(together[0], together[2])
+
+
+def test_sampling_options(model):
+    text, seed = ["a red square"], [1]
+    assert len(model.generate(text, seed, steps=1, guidance=0.0)) == 1
+    with pytest.raises(ValueError, match="steps=0"):
+        model.generate(text, seed, steps=0)
+    with pytest.raises(ValueError, match="1 prompts but 2 seeds"):
+        model.generate(text, [1, 2])
+    assert model.generate([], []) == []
+
+
+def test_long_prompts_are_cut(model):
+    text = " ".join(["square"] * 200)
+    assert torch.equal(model.generate([text], [0], **SAMPLING)[0], model.generate([text + " red"], [0], **SAMPLING)[0])
+
+
+def test_answers_do_not_depend_on_the_batch(model):
+    size = model.views("i2t").und.size
+    questions = ["what is this?", "describe the picture with care.", "?"]
+    pictures = [images(1, size)[0], images(1, 3 * size, 1)[0][:, :size], images(1, size, 2)[0]]
+    together = model.answer(pictures, questions, 6)
+    assert together == [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
+    with pytest.raises(ValueError, match="3 images but 1 questions"):
+        model.answer(pictures, questions[:1])
+
+
+def test_a_taught_answer_is_given():
+    model = Adapter.load(config())
+    trained = [p for n, p in model.named_parameters() if model.roles()[n] in model.trainable_roles]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    pictures = images(2, 18)
+    turns = [[Turn("what is this?", "a red square.")], [Turn("what is this?", "a blue circle")]]
+    sample = Batch("i2t", torch.arange(2), turns, und=pictures)
+    for _ in range(60):
+        term = model(sample, Draws(0))
+        (term.sum / term.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.answer(pictures, ["what is this?"] * 2, 8) == ["a red square .", "a blue circle"]
+
+
+# files
+
+
+def test_round_trip(folder):
+    model, loaded = Adapter.load(config()), Adapter.load(replace(tiny(), weights=str(folder)))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "clip", "codec", "config.json", "pytorch_model.safetensors", "tokenizer",
+    ]  # fmt: skip
+    for (name, one), (_, other) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(one, other), name
+    for kind in ("reca", "i2t", "t2i"):
+        assert torch.equal(model(batch(model, kind), Draws(0)).sum, loaded(batch(model, kind), Draws(0)).sum)
+    assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
+
+
+def test_published_names(folder):
+    config_json = json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "pytorch_model.safetensors")
+    assert {name.split(".")[0] for name in state} == {"showo", "mm_projector"}
+    assert config_json["_class_name"] == "Showo" and config_json["w_clip_vit"] is True
+    assert config_json["vocab_size"] == config_json["mask_token_id"] + 1 == len(state["showo.lm_head.bias"])
+    assert config_json["num_vq_tokens"] == 25 and config_json["codebook_size"] == 145
+
+
+def copied(folder, path, change=lambda state: None, name: str = "pytorch_model.safetensors"):
+    """The exported folder with changed tensors."""
+    import shutil
+
+    shutil.copytree(folder, path)
+    state = load_file(path / "pytorch_model.safetensors")
+    change(state)
+    (path / "pytorch_model.safetensors").unlink()
+    target = path / name
+    target.parent.mkdir(exist_ok=True)
+    save_file(state, target) if target.suffix == ".safetensors" else torch.save(state, target)
+    return path
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "unwrapped_model/pytorch_model.bin"])
+def test_other_file_names(folder, tmp_path, name):
+    loaded = Adapter.load(replace(tiny(), weights=str(copied(folder, tmp_path / "x", name=name))))
+    assert torch.equal(loaded.showo.lm_head.weight, Adapter.load(config()).showo.lm_head.weight)
+
+
+def test_clip_files_of_transformers_4_with_text_tower(folder, tmp_path):
+    """openai/clip-vit-large-patch14-336: the whole of CLIP under the old names."""
+    state = load_file(folder / "clip" / "pytorch_model.safetensors")
+    old = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    last = "vision_model.encoder.layers."
+    old |= {n.replace(f"{last}1.", f"{last}2."): t.clone() for n, t in old.items() if n.startswith(f"{last}1.")}
+    old |= {"text_model.final_layer_norm.bias": torch.zeros(2), "logit_scale": torch.zeros(())}
+    old |= {"vision_model.post_layernorm.weight": torch.zeros(64), "vision_model.embeddings.position_ids": torch.arange(10)}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    loaded = Adapter.load(replace(tiny(), weights=str(folder), clip_weights=str(tmp_path)))
+    for name, tensor in loaded.clip.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_dtype(folder):
+    model = Adapter.load(replace(tiny(), weights=str(folder), dtype="bf16"))
+    assert {p.dtype for p in model.showo.parameters()} == {p.dtype for p in model.mm_projector.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.clip.parameters()} == {torch.float32}
+    assert model.codec.codebook.dtype == torch.float32
+    assert len(model.generate(["a red square"], [0], steps=2)) == 1
+    assert math.isfinite(float(model(batch(model, "reca"), Draws(0)).sum.detach()))
+
+
+def drop(state):
+    del state["showo.model.layers.1.mlp.fc1.bias"]
+
+
+def add(state):
+    state["showo.model.layers.9.mlp.fc1.bias"] = torch.zeros(1)
+
+
+def reshape(state):
+    state["mm_projector.2.bias"] = torch.zeros(95)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (drop, "1 missing: showo.model.layers.1.mlp.fc1.bias"),
+        (add, "1 unexpected: showo.model.layers.9.mlp.fc1.bias"),
+        (reshape, r"mm_projector.2.bias: file \(95,\), model \(96,\)"),
+    ],
+)
+def test_wrong_tensors(folder, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        Adapter.load(replace(tiny(), weights=str(copied(folder, tmp_path / "x", change))))
+
+
+def test_wrong_folders(folder, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        Adapter.load(replace(tiny(), weights=str(tmp_path / "nowhere")))
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    with pytest.raises(ValueError, match=r"holds none of pytorch_model\.safetensors"):
+        Adapter.load(replace(tiny(), weights=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"has no folder 'codec' inside; give model\.codec_weights"):
+        copied(folder, tmp_path / "x")
+        import shutil
+
+        shutil.rmtree(tmp_path / "x" / "codec")
+        Adapter.load(replace(tiny(), weights=str(tmp_path / "x")))
+
+
+def test_tokenizer_of_a_wrong_length(folder, tmp_path):
+    tokenizer = word_tokenizer([*WORDS, "more"], [prompt.END_OF_TEXT])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"llm_vocab_size is \d+, but model\.tokenizer makes it \d+"):
+        Adapter.load(replace(tiny(), weights=str(folder), tokenizer=str(tmp_path)))
+
+
+def test_tokenizer_without_end_of_text(tmp_path):
+    word_tokenizer(WORDS, []).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks <\|endoftext\|>"):
+        Adapter.load(replace(config(), tokenizer=str(tmp_path)))
+
+
+def test_tokenizer_with_some_of_the_special_tokens(tmp_path):
+    word_tokenizer(WORDS, [prompt.END_OF_TEXT, "<|soi|>"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has some of Show-o's tokens but lacks \[PAD\]"):
+        Adapter.load(replace(config(), tokenizer=str(tmp_path)))
+
+
+def test_end_of_text_may_be_the_unknown_token(tmp_path):
+    """As in Phi's tokenizer."""
+    tokenizer = word_tokenizer(WORDS, [prompt.END_OF_TEXT])
+    tokenizer.unk_token = prompt.END_OF_TEXT
+    tokenizer.save_pretrained(tmp_path)
+    assert Adapter.load(replace(config(), tokenizer=str(tmp_path))).vocabulary.eos == len(WORDS) + 1
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"understanding": "vq"}, "w_clip_vit is True, but model.understanding makes it False"),
+        ({"image_size": 24}, "num_vq_tokens is 25, but model.image_size"),
+        ({"patches": replace(tiny().patches, entries=100)}, "codebook_size is 145, but model.codec"),
+    ],
+)
+def test_recipe_that_does_not_fit_the_checkpoint(folder, given, said):
+    with pytest.raises(ValueError, match=said):
+        Adapter.load(replace(tiny(), weights=str(folder), hv_down_scale=1, **given))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of 4"),
+        ({"understanding": "vq", "hv_down_scale": 2}, "model.hv_down_scale is 10 pixels, which must be a multiple of 4"),
+        ({"clip": replace(tiny().clip, image_size=20)}, "model.clip.image_size is 20 pixels"),
+    ],
+)
+def test_sizes_that_do_not_divide(given, said):
+    with pytest.raises(ValueError, match=said):
+        Adapter.load(config(**given))
+
+
+def test_templates_and_conversations_without_room():
+    model = Adapter.load(config(reca_slots=12))
+    with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.reca_slots=12 leaves room for 7"):
+        model(batch(model, "reca"), Draws(0))
+    model = Adapter.load(config(clip=replace(tiny().clip, image_size=60)))
+    with pytest.raises(ValueError, match="model.text_slots=24 leaves -51 tokens for a conversation"):
+        model(batch(model, "i2t"), Draws(0))
