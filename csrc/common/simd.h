@@ -27,6 +27,7 @@ constexpr int W = 4;
 typedef float vfloat __attribute__((vector_size(4 * W)));
 typedef int32_t vint __attribute__((vector_size(4 * W)));
 typedef uint32_t vuint __attribute__((vector_size(4 * W)));
+typedef uint64_t vwide __attribute__((vector_size(4 * W)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * W)));
 
 struct bf16 {

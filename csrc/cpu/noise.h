@@ -7,24 +7,14 @@
 
 namespace reca::RECA_ISA {
 
-// High and low halves of a * m.
-static inline void multiply(vuint a, uint32_t m, vuint* high, vuint* low) {
+// The product of m and the lower half of every 64-bit lane; upper halves are ignored.
+static inline vwide multiply(vwide a, uint32_t m) {
 #if defined(__AVX512F__)
-  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  *high = (vuint)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  *low = (vuint)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  return (vwide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(int(m)));
 #elif defined(__AVX2__)
-  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  *high = (vuint)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  *low = (vuint)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  return (vwide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32(int(m)));
 #else
-  for (int i = 0; i < W; ++i) {
-    const uint64_t p = uint64_t(a[i]) * m;
-    (*high)[i] = uint32_t(p >> 32);
-    (*low)[i] = uint32_t(p);
-  }
+  return (a & 0xffffffff) * uint64_t(m);
 #endif
 }
 
@@ -32,20 +22,27 @@ struct Words {
   vuint w[4];
 };
 
+// Even and odd lanes go their own way through the rounds, each in the lower half of a 64-bit lane, where a product's two
+// halves are at hand without shuffles. What stands in the upper halves is never read.
 static inline Words philox(vuint c0, vuint c1, vuint c2, vuint c3, uint64_t seed) {
+  const vuint start[4] = {c0, c1, c2, c3};
+  vwide c[2][4];
+  for (int i = 0; i < 4; ++i) c[0][i] = (vwide)start[i], c[1][i] = (vwide)start[i] >> 32;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    vuint h0, l0, h1, l1;
-    multiply(c0, philox_m0, &h0, &l0);
-    multiply(c2, philox_m1, &h1, &l1);
-    c0 = h1 ^ c1 ^ k0;
-    c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
-    c3 = l0;
+    for (auto& x : c) {
+      const vwide p0 = multiply(x[0], philox_m0), p1 = multiply(x[2], philox_m1);
+      x[0] = (p1 >> 32) ^ x[1] ^ k0;
+      x[1] = p1;
+      x[2] = (p0 >> 32) ^ x[3] ^ k1;
+      x[3] = p0;
+    }
     k0 += philox_w0;
     k1 += philox_w1;
   }
-  return {{c0, c1, c2, c3}};
+  Words words;
+  for (int i = 0; i < 4; ++i) words.w[i] = (vuint)((c[0][i] & 0xffffffff) | (c[1][i] << 32));
+  return words;
 }
 
 static inline vfloat to_float(vuint x) {  // to nearest, ties to even: both halves and their scaled sum are exact but the last
