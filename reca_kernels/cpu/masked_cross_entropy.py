@@ -34,7 +34,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss [] or [N], stats [N, 2], scale []
     args = arguments(logits, labels, options)
     losses = torch.empty(logits.shape[0], dtype=torch.float32)
-    stats = torch.empty(logits.shape[0], 2, dtype=torch.float32)
+    stats = torch.zeros(logits.shape[0], 2, dtype=torch.float32)  # rows without a label stay 0
     native.module.masked_cross_entropy_forward(args, losses.data_ptr(), stats.data_ptr())
     scale = torch.ones((), dtype=torch.float32)
     if options.reduction == "none":

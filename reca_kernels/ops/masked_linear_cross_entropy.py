@@ -34,12 +34,12 @@ def masked_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
-    chunk_rows: int = 4096,
+    chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [N]
     """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
 
-    At most chunk_rows rows of logits exist at a time. With reduction "mean" or "sum" the forward pass computes the
+    At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or "sum" the forward pass computes the
     gradients too and keeps them instead of the logits; with "none" the backward pass computes the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
@@ -58,6 +58,8 @@ def masked_linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if chunk_rows is None:
+        chunk_rows = 512 if hidden.device.type == "cpu" else 4096
     if chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)

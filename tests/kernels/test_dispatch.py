@@ -1,0 +1,103 @@
+"""Which backend runs, and what is said when one cannot."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from reca_kernels import backend_report, dispatch, masked_cross_entropy, native
+
+ROOT = Path(__file__).parents[2]
+needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+
+
+def run(code, **environment):
+    """Stdout of a fresh interpreter; its stderr on failure."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_cpu_tensors_run_on_the_cpu_kernels(op):
+    assert dispatch.choose(op, torch.zeros(4)) == "cpu"
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_fp64_runs_on_the_reference(op):
+    assert dispatch.choose(op, torch.zeros(4, dtype=torch.float64)) == "reference"
+
+
+def test_environment_forces(monkeypatch):
+    monkeypatch.setenv("RECA_BACKEND", "reference")
+    assert dispatch.choose("philox", torch.zeros(4)) == "reference"
+    monkeypatch.setenv("RECA_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="unknown backend 'fastest'; expected auto, reference, cpu, cuda, triton"):
+        dispatch.choose("philox", torch.zeros(4))
+
+
+def test_argument_beats_environment(monkeypatch):
+    monkeypatch.setenv("RECA_BACKEND", "fastest")
+    assert dispatch.choose("philox", torch.zeros(4), "reference") == "reference"
+
+
+def test_forced_backend_never_falls_back():
+    logits, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="backend 'cuda' was asked for, but .* never falls back"):
+        masked_cross_entropy(logits, labels, backend="cuda")
+    if native.module is not None:
+        with pytest.raises(RuntimeError, match="takes fp32, bf16 or fp16, got torch.float64"):
+            masked_cross_entropy(logits.double(), labels, backend="cpu")
+
+
+def test_rules_are_a_table_of_known_names():
+    for (op, device), rules in dispatch.RULES.items():
+        assert op in dispatch.OPS and device in ("cpu", "cuda")
+        assert rules and all(rule.backend in dispatch.BACKENDS for rule in rules)
+
+
+def test_small_tensors_can_have_their_own_rule(monkeypatch):
+    rules = {("philox", "cpu"): (dispatch.Rule("reference", max_numel=10), dispatch.Rule("cpu"))}
+    monkeypatch.setattr(dispatch, "RULES", rules)
+    dispatch._decide.cache_clear()
+    assert dispatch.choose("philox", torch.zeros(9)) == "reference"
+    assert dispatch.choose("philox", torch.zeros(10)) == ("cpu" if native.module else "reference")
+    dispatch._decide.cache_clear()
+
+
+def test_report_names_every_op():
+    report = backend_report()
+    assert all(f"{op} on cpu" in report for op in dispatch.OPS) and torch.__version__ in report
+
+
+def test_without_the_native_module_everything_runs_and_says_so():
+    """An import that fails stands for a machine without a compiler."""
+    out = run("""
+        import sys, warnings
+        sys.modules["reca_kernels._native"] = None
+        import torch, reca_kernels
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            logits = torch.zeros(4, 8, requires_grad=True)
+            reca_kernels.masked_cross_entropy(logits, torch.zeros(4, dtype=torch.int64)).backward()
+            reca_kernels.masked_cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
+        print(len(caught), caught[0].message)
+        print(reca_kernels.backend_report())
+        """)
+    assert out.startswith("1 masked_cross_entropy runs on its PyTorch reference")
+    assert "NO NATIVE MODULE" in out and "install a C++ compiler and reinstall" in out
+
+
+def test_kernels_do_not_import_the_driver():
+    assert run("import sys, reca_kernels; print([m for m in sys.modules if m == 'reca' or m.startswith('reca.')])") == "[]\n"
