@@ -163,6 +163,7 @@ class Trainer:
             rank=distributed.rank(),
             world=distributed.world(),
             ledger=self.run_dir / f"bad_{kind}.jsonl",
+            identity=[self.recipe.umm, self.recipe.train.precision, as_dict(self.recipe)["model"]],
         )
 
     def _skip(self, batches: dict[str, list[Batch]], metrics: dict[str, float]) -> None:

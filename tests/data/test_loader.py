@@ -184,3 +184,58 @@ def test_dali_that_is_missing_is_named(folder, monkeypatch):
     monkeypatch.setattr("reca.data.dali.available", lambda: False)
     with pytest.raises(DataError, match="DALI is not installed"):
         loader(folder, decoder="dali")
+
+
+# ---- the feature cache ----
+
+
+def features(batch):
+    """What an encoder might make of a batch: one tensor, one list of tensors that differ in shape."""
+    pixels = torch.stack(batch.gen).float()
+    return {"mean": pixels.mean((1, 2, 3)), "parts": [p[:, : 1 + i % 2] for i, p in enumerate(pixels)]}
+
+
+def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, monkeypatch):
+    cached = {"images": folder, "cache": str(tmp_path / "features")}
+    first = take(loader(**cached), 5)
+    for batch in first:
+        assert batch.features is None
+        batch.keep(features(batch))
+    again = loader(**cached)
+    monkeypatch.setattr(again, "decode", None)
+    for old, new in zip(first, take(again, 5), strict=True):
+        assert new.gen is None and new.text == old.text and torch.equal(new.sample_ids, old.sample_ids)
+        assert torch.equal(new.features["mean"], features(old)["mean"])
+        assert all(torch.equal(a, b) for a, b in zip(new.features["parts"], features(old)["parts"], strict=True))
+
+
+def test_a_batch_that_is_new_in_part_is_decoded_whole(folder, tmp_path):
+    cached = {"images": folder, "cache": str(tmp_path / "features")}
+    (batch,) = take(loader(**cached), 1)
+    batch.keep(features(batch))
+    (wider,) = take(loader(**cached, micro_batch=6), 1)
+    assert wider.features is None and values([wider]) == values(take(loader(folder, micro_batch=6), 1))
+
+
+def test_a_torn_cache_file_is_made_again(folder, tmp_path):
+    cached = {"images": folder, "cache": str(tmp_path / "features")}
+    (batch,) = take(loader(**cached), 1)
+    batch.keep(features(batch))
+    torn = next((tmp_path / "features").rglob("*.safetensors"))
+    torn.write_bytes(torn.read_bytes()[:20])
+    (again,) = take(loader(**cached), 1)
+    assert again.features is None and values([again]) == values([batch])
+
+
+def test_caches_of_other_models_are_not_read(folder, tmp_path):
+    data = DataConfig(images=str(folder), workers=0, cache=str(tmp_path / "features"))
+    opened = lambda identity: open_loader(data, "reca", VIEWS, seed=0, micro_batch=4, identity=identity)  # noqa: E731
+    (batch,) = take(opened({"weights": "a"}), 1)
+    batch.keep(features(batch))
+    assert take(opened({"weights": "a"}), 1)[0].features and take(opened({"weights": "b"}), 1)[0].features is None
+
+
+def test_random_crops_cannot_be_cached(folder, tmp_path):
+    data = DataConfig(images=str(folder), cache=str(tmp_path))
+    with pytest.raises(DataError, match=r"crops at random.*data\.cache=null"):
+        open_loader(data, "reca", Views(gen=View(4, "random_crop"), und=None), seed=0, micro_batch=4)

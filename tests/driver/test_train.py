@@ -229,3 +229,16 @@ def test_learning_rate(recipe, schedule, expected):
     config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup=2", "optim.final=0.1").optim
     got = [lr_at(u, 10, config) for u in (0, 1, 2, 4, 8)]
     assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_cached_features_change_nothing(recipe, tmp_path, images):
+    plain = run(recipe(f"run_dir={tmp_path}/plain", "train.updates=9"))
+    cache = f"data.cache={tmp_path}/features"
+    first = run(recipe(f"run_dir={tmp_path}/first", "train.updates=9", cache))
+    images.rename(tmp_path / "elsewhere")
+    images.mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():  # what is still read: names, and bytes that nobody decodes
+        (images / path.name).write_bytes(b"" if path.suffix == ".png" else path.read_bytes())
+    second = run(recipe(f"run_dir={tmp_path}/second", "train.updates=9", cache))
+    for name, value in weights(plain.adapter).items():
+        assert torch.equal(weights(first.adapter)[name], value) and torch.equal(weights(second.adapter)[name], value)

@@ -1,14 +1,17 @@
 """Endless micro-batches of one kind of sample, from any position on, on any number of ranks."""
 
+import functools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reca.data import dali
+from reca.data.cache import FeatureCache, collate
 from reca.data.config import DataConfig
 from reca.data.ledger import Ledger
 from reca.data.pixels import BadImage, PillowDecoder
@@ -34,13 +37,29 @@ def open_loader(
     rank: int = 0,
     world: int = 1,
     ledger: Path | None = None,
+    identity: Any = None,
 ) -> "Loader":
-    """The loader a recipe describes. Raises DataError when the kind's source is missing or empty."""
+    """The loader a recipe describes. Raises DataError when the kind's source is missing or empty.
+
+    identity: what, beside the pictures, the features in data.cache depend on.
+    """
     spec = getattr(config, SPECS[kind])
     if spec is None:
         raise DataError(f"objective.{kind}.weight is above 0 but data.{SPECS[kind]} is null; say where its samples are")
     source = open_source(spec, kind, config.image_root)
-    return Loader(config, source, kind, views, seed, micro_batch, start, rank, world, ledger)
+    cache = None
+    if config.cache:
+        cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, spec, config.image_root, identity])
+    return Loader(config, source, kind, views, seed, micro_batch, start, rank, world, ledger, cache)
+
+
+class Row(NamedTuple):
+    """A sample on its way into a batch: with its two views, or with features from the cache."""
+
+    sample: Sample
+    gen: Tensor | None
+    und: Tensor | None
+    features: dict[str, Tensor] | None
 
 
 class Loader:
@@ -64,6 +83,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         ledger: Path | None = None,
+        cache: FeatureCache | None = None,
     ):
         self.config, self.source, self.kind, self.micro_batch = config, source, kind, micro_batch
         self.first, self.stride = start + rank * micro_batch, world * micro_batch
@@ -71,6 +91,7 @@ class Loader:
         self.order = Draws(seed, KINDS.index(kind), 1).seed
         self.decode = _decoder(config, views, self.draws)
         self.templates = load_templates(config.templates) if kind == "reca" else None
+        self.cache = cache
         self.ledger = Ledger(ledger, len(source), config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
@@ -100,7 +121,7 @@ class Loader:
         done.set_result(self._read(position))
         return done
 
-    def _read(self, position: int) -> tuple[Sample, Tensor | None, Tensor | None]:
+    def _read(self, position: int) -> Row:
         size = len(self.source)
         for attempt in range(ATTEMPTS):
             index = substitute_index(self.order, size, position, attempt) if attempt else sample_index(self.order, size, position)
@@ -109,26 +130,30 @@ class Loader:
             except OSError as error:
                 self.ledger.add(f"sample {index}", 0, f"{type(error).__name__}: {error}")
                 continue
+            if self.cache and (features := self.cache.get(sample.key)):
+                return Row(sample, None, None, features)
             try:
-                return sample, *self.decode(sample.image, position)
+                return Row(sample, *self.decode(sample.image, position), None)
             except BadImage as error:
                 self.ledger.add(sample.key, len(sample.image), str(error))
         raise DataError(f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {sample.key}")
 
-    def _batch(self, positions: range, rows: list[tuple[Sample, Tensor | None, Tensor | None]]) -> Batch:
+    def _batch(self, positions: range, rows: list[Row]) -> Batch:
         ids = torch.tensor(list(positions))
-        samples, gen, und = zip(*rows, strict=True)
-        text = [sample.text for sample in samples]
+        text = [row.sample.text for row in rows]
         if self.templates:
             picks = (self.draws.uniform(Purpose.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
             text = [self.templates[i] for i in picks.tolist()]
-        return Batch(
-            self.kind,
-            ids,
-            text,
-            gen=None if gen[0] is None else list(gen),
-            und=None if und[0] is None else list(und),
-        )
+        if all(row.features for row in rows):
+            return Batch(self.kind, ids, text, features=collate([row.features for row in rows]))
+        # A batch that is new in part is encoded as a whole.
+        views = [
+            self.decode(row.sample.image, position) if row.features else (row.gen, row.und)
+            for position, row in zip(positions, rows, strict=True)
+        ]
+        gen, und = (None if column[0] is None else list(column) for column in zip(*views, strict=True))
+        keep = self.cache and functools.partial(self.cache.put, [row.sample.key for row in rows])
+        return Batch(self.kind, ids, text, gen, und, keep=keep)
 
 
 def _decoder(config: DataConfig, views: Views, draws: Draws) -> PillowDecoder | dali.DaliDecoder:

@@ -1,5 +1,6 @@
 """The questions a UMM answers. Everything else in the driver speaks to this interface only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -38,6 +39,7 @@ class Batch:
     gen, und    uint8 [3, H, W] per sample, or None where the kind's views have none
     text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
     features    what `encode` returned for these samples, when it comes from a cache
+    keep        takes what `encode` returns, to put it into a cache
     """
 
     kind: str
@@ -46,6 +48,7 @@ class Batch:
     gen: list[Tensor] | None = None
     und: list[Tensor] | None = None
     features: dict[str, Any] | None = None
+    keep: Callable[[dict[str, Any]], None] | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -105,7 +108,11 @@ class Adapter(nn.Module):
 
     def forward(self, batch: Batch, draws: Draws, condition: str = "own") -> LossTerm:
         """The loss from pixels. condition="other" gives every sample its neighbour's h_v: a control, and a probe."""
-        features = batch.features if batch.features is not None else self.encode(batch)
+        features = batch.features
+        if features is None:
+            features = self.encode(batch)
+            if batch.keep:
+                batch.keep(features)
         if condition == "other":
             if len(batch) < 2:
                 raise ValueError("condition 'other' takes h_v from another sample: it needs a micro_batch of at least 2")
