@@ -52,11 +52,17 @@ static inline vfloat max(vfloat a, vfloat b) {
 #endif
 }
 
-static inline float sum(vfloat x) {  // a fixed order
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += x[i];
-  return total;
+template <int half>
+static inline float fold(vfloat x) {
+  vint partner;
+  for (int i = 0; i < W; ++i) partner[i] = i ^ half;
+  x += __builtin_shuffle(x, partner);
+  if constexpr (half > 1) return fold<half / 2>(x);
+  return x[0];
 }
+
+// In pairs, a fixed order: lane after lane, every addition would wait for the one before.
+static inline float sum(vfloat x) { return fold<W / 2>(x); }
 
 static inline float largest(vfloat x) {  // NaN where one is NaN
   float best = x[0];

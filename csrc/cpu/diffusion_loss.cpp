@@ -84,6 +84,7 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
       const float* const table = entry(args, m);
       const float* const eps = noise + r * channels;
       const float log_posterior = table[6], log_beta = table[7], range = 0.5f * (log_beta - log_posterior);
+      const float posterior = std::exp(log_posterior);
       read(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, x0);
       read(dtype, out, m * 2 * channels, 2 * channels, row);
       vfloat squares = {}, bound = {};
@@ -106,7 +107,8 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
         const auto mean = means(x, e, predicted);
         const vfloat log_variance = (v + 1.0f) * range + log_posterior;
         const vfloat distance = mean.truth - mean.model;
-        const vfloat shrink = exp(log_posterior - log_variance), scaled = distance * distance * exp(-log_variance);
+        const vfloat precision = exp(-log_variance), shrink = posterior * precision;
+        const vfloat scaled = distance * distance * precision;
         bound += 0.5f * (log_variance - log_posterior - 1.0f + shrink + scaled);
         store(d_row + channels + c, (1.0f - shrink - scaled) * (0.5f * range * share * bits));
       }
@@ -123,8 +125,8 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
           continue;
         }
         const float distance = mean.truth - mean.model;
-        const float shrink = std::exp(log_posterior - log_variance);
-        const float scaled = distance * distance * std::exp(-log_variance);
+        const float precision = std::exp(-log_variance), shrink = posterior * precision;
+        const float scaled = distance * distance * precision;
         rest_bound += 0.5f * (log_variance - log_posterior - 1.0f + shrink + scaled);
         d_row[channels + c] = (1.0f - shrink - scaled) * (0.5f * range * share * bits);
       }

@@ -148,16 +148,19 @@ static void draw(const NoiseAddress& noise, int64_t sample, int64_t begin, int64
 template <Law law>
 static void draw_rows(const NoiseAddress& noise, int64_t begin, int64_t rows, int64_t channels, float* out) {
   const int64_t blocks = channels / 4, total = rows * blocks;
+  const int64_t* id = noise.sample_ids + begin;
+  int64_t block = 0;
   for (int64_t done = 0; done < total; done += W) {
-    vuint c0 = {}, c2 = {}, c3 = {};
-    for (int i = 0; i < W && done + i < total; ++i) {
-      const int64_t row = (done + i) / blocks;
-      const uint64_t id = uint64_t(noise.sample_ids[begin + row]);
-      c0[i] = uint32_t((done + i) % blocks);
-      c2[i] = uint32_t(id);
-      c3[i] = uint32_t(id >> 32) << 8 | noise.stream;
+    alignas(vuint) uint32_t c0[W] = {}, c2[W] = {}, c3[W] = {};
+    const int64_t here = total - done < W ? total - done : W;
+    for (int64_t i = 0; i < here; ++i) {
+      c0[i] = uint32_t(block);
+      c2[i] = uint32_t(*id);
+      c3[i] = uint32_t(uint64_t(*id) >> 32) << 8 | noise.stream;
+      if (++block == blocks) block = 0, ++id;
     }
-    finish<law>(philox(c0, vuint{}, c2, c3, noise.seed), out + 4 * done);
+    const auto lanes = [](const uint32_t* p) { return *reinterpret_cast<const vuint*>(p); };
+    finish<law>(philox(lanes(c0), vuint{}, lanes(c2), lanes(c3), noise.seed), out + 4 * done);
   }
 }
 

@@ -157,18 +157,27 @@ def _run_losses(out, x0, t, noise, table, rows, backend, learn) -> tuple[Tensor,
 
 
 class _Function(torch.autograd.Function):
+    """The forward pass writes the gradient; backward scales it in place and gives it away. A second backward, after
+    retain_graph, has the kernel write it again."""
+
     @staticmethod
     def forward(ctx: Any, out: Tensor, x0, t, noise, table, rows, backend) -> Tensor:
-        losses, gradient = _run_losses(out, x0, t, noise, table, rows, backend, True)
-        ctx.save_for_backward(out, gradient)
+        losses, ctx.gradient = _run_losses(out, x0, t, noise, table, rows, backend, True)
+        seed, ids, ctx.stream, given = _flat(noise)
+        ctx.save_for_backward(out, x0, t, table, rows, seed, ids, given)
+        ctx.backend = backend
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, gradient = ctx.saved_tensors
+        out, x0, t, table, rows, seed, ids, given = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
         with torch.no_grad():
-            result = (gradient * grad[:, None]).to(gradient.dtype)
-        return *library.once(OP, (result,), (grad, out)), *[None] * 6
+            if gradient is None:
+                noise = _unflat(seed, ids, ctx.stream, given)
+                _, gradient = _run_losses(out, x0, t, noise, table, rows, ctx.backend, True)
+            gradient.mul_(grad[:, None])
+        return *library.once(OP, (gradient,), (grad, out)), *[None] * 6
 
 
 # ---- under torch.compile ----

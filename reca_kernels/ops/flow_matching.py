@@ -178,30 +178,38 @@ def _run_losses(pred, images, noise, patch, backend, learn) -> tuple[Tensor, Ten
     return dispatch.load(backend, OP).losses(pred, images, noise, patch, gradient if learn else None), gradient
 
 
-def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
-    """gradient times its image's number in grad [B], rounded once."""
+def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Multiply gradient in place by its image's number in grad [B]."""
     if all(n == lengths[0] for n in lengths):
-        rows = gradient.view(len(lengths), -1)
-        return (rows * grad[:, None]).to(gradient.dtype).view_as(gradient)
-    parts = gradient.view(-1).split(list(lengths))
-    scaled = [(part * g).to(gradient.dtype) for part, g in zip(parts, grad.unbind(), strict=True)]
-    return torch.cat(scaled).view_as(gradient)
+        gradient.view(len(lengths), -1).mul_(grad[:, None])
+    else:
+        for part, g in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), strict=True):
+            part.mul_(g)
+    return gradient
 
 
 class _Function(torch.autograd.Function):
+    """The forward pass writes the gradient; backward scales it in place and gives it away. A second backward, after
+    retain_graph, has the kernel write it again."""
+
     @staticmethod
     def forward(ctx: Any, pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, backend: str) -> Tensor:
-        losses, gradient = _run_losses(pred, images, noise, patch, backend, True)
-        ctx.save_for_backward(pred, gradient)
-        ctx.lengths = [image.numel() for image in images]
+        losses, ctx.gradient = _run_losses(pred, images, noise, patch, backend, True)
+        seed, ids, ctx.stream, given = _flat(noise)
+        ctx.save_for_backward(pred, seed, ids, given, *images)
+        ctx.patch, ctx.backend = patch, backend
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pred, gradient = ctx.saved_tensors
+        pred, seed, ids, given, *images = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
         with torch.no_grad():
-            result = _scaled(gradient, grad, ctx.lengths)
-        return *library.once(OP, (result,), (grad, pred)), None, None, None, None
+            if gradient is None:
+                noise = _unflat(seed, ids, ctx.stream, given)
+                _, gradient = _run_losses(pred, images, noise, ctx.patch, ctx.backend, True)
+            _scale(gradient, grad, [image.numel() for image in images])
+        return *library.once(OP, (gradient,), (grad, pred)), None, None, None, None
 
 
 # ---- under torch.compile ----
@@ -233,7 +241,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, grad, ctx.lengths), [None] * len(ctx.lengths), *[None] * 6
+    return _scale(gradient.clone(), grad, ctx.lengths), [None] * len(ctx.lengths), *[None] * 6
 
 
 _prepare_op = library.register(

@@ -203,3 +203,15 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             diffusion_loss(**(good | change))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_and_the_first_gradient_stays(backend):
+    out, x0, t, noise, rows = case()
+    out.requires_grad_()
+    loss = diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows, backend=backend)
+    (first,) = torch.autograd.grad(loss, out, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, out, torch.tensor(3.0))
+    torch.testing.assert_close(second, 3 * kept)
+    assert torch.equal(first, kept)

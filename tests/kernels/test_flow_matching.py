@@ -202,3 +202,15 @@ def test_mistakes_are_named():
     _bad("holds no image", x0=[])
     _bad("one per image", weight=torch.ones(2))
     _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_twice_and_the_first_gradient_stays(backend):
+    x0, t, noise, patch = case("packed")
+    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape).requires_grad_()
+    loss = flow_matching_loss(pred, x0, t, noise, patch=patch, backend=backend)
+    (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(loss, pred, torch.tensor(3.0))
+    torch.testing.assert_close(second, 3 * kept)
+    assert torch.equal(first, kept)
