@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from reca import distributed
 
 log = logging.getLogger("reca")
+# One process without a process group is what a laptop has, and no reason to warn.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +50,8 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             distributed.barrier()
-            dcp.save(trained(adapter), storage_writer=HuggingFaceStorageWriter(str(partial / "weights"), save_distributed=True))
+            writer = HuggingFaceStorageWriter(str(partial / "weights"), save_distributed=True)
+            dcp.save(trained(adapter), storage_writer=writer)
             dcp.save(get_optimizer_state_dict(adapter, optimizer), checkpoint_id=str(partial / "optimizer"))
             if distributed.rank() == 0:
                 (partial / "state.json").write_text(json.dumps(state, indent=1))

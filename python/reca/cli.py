@@ -97,7 +97,9 @@ def _train(options: argparse.Namespace) -> None:
         print(explain(recipe))
         return
     try:
-        Trainer(recipe).run()
+        folder = Trainer(recipe).run()
+        if distributed.rank() == 0:
+            print(f"{recipe.train.updates} updates done. Draw with: reca generate {folder} --prompt 'a yellow broccoli'")
     finally:
         distributed.stop()
 

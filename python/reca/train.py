@@ -87,11 +87,15 @@ class Trainer:
         try:
             with self._listening(), profiler:
                 while self.update < recipe.train.updates:
+                    began = time.perf_counter()
                     batches = {
                         kind: [next(streams[kind]).to(self.device) for _ in range(self.micro_batches[kind])]
                         for kind in self.kinds
                     }
+                    waited = time.perf_counter() - began
                     metrics = self.step(batches)
+                    images = sum(self._kind(kind).per_update for kind in self.kinds)
+                    metrics |= {"images_per_s": images / (time.perf_counter() - began), "data_wait_s": waited}
                     self._probe(metrics, batches)
                     for warning in watch.check(self.update, metrics, self.kinds):
                         record.warn(self.update, warning)
@@ -119,7 +123,6 @@ class Trainer:
 
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """One update from this rank's micro-batches, by kind. Skipped, and counted, if it is not finite."""
-        began = time.perf_counter()
         self.adapter.train()
         sums = objective.backward(
             self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast
@@ -137,8 +140,7 @@ class Trainer:
         if not math.isfinite(norm):
             self._skip(batches, metrics)
         self.update += 1
-        images = sum(self._kind(kind).per_update for kind in self.kinds)
-        metrics |= {"grad_norm": norm, "lr": lr, "images_per_s": images / (time.perf_counter() - began)}
+        metrics |= {"grad_norm": norm, "lr": lr}
         metrics |= {f"{kind}/bad_files": float(loader.bad) for kind, loader in self.loaders.items()}
         return metrics
 
