@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("reca").setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
+    from reca import distributed
     from reca.checkpoint import CheckpointError
     from reca.config import RecipeError
     from reca.data.sources import DataError
@@ -27,10 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
         ValueError: EXIT_RECIPE,
     }
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+    except SystemExit as interrupted:
+        code = interrupted.code
     except tuple(codes) as error:
         print(f"reca: {error}", file=sys.stderr)
-        return next(code for kind, code in codes.items() if isinstance(error, kind))
+        code = next(code for kind, code in codes.items() if isinstance(error, kind))
+    distributed.leave(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,3 +18,4 @@ if distributed.rank() == 0:
     torch.save(state, trainer.run_dir / "final.pt")
 distributed.barrier()  # a rank that leaves early takes its threads from under the others
 distributed.stop()
+distributed.leave(0)

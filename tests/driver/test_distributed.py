@@ -17,7 +17,7 @@ def launch(ranks: int, recipe: Path, *overrides: str) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
 
 
 def final(run_dir: Path) -> dict[str, torch.Tensor]:
