@@ -101,7 +101,7 @@ void template_concat_forward(const Source* sources, int n, int64_t length, int64
     }
     if (used == 1 && only->dtype == out_dtype) {
       stream(address(only->rows, out_dtype, row_at(only->index, t) * only->row_stride), to,
-                  width * size_of(out_dtype));
+             width * size_of(out_dtype));
       return;
     }
     float sums[block];
@@ -146,7 +146,7 @@ void template_concat_backward(DType grad_dtype, const void* grad, int64_t grad_s
     if (first == last) {
       std::memset(to, 0, columns * size_of(dtype));
     } else if (last - first == 1 && dtype == grad_dtype) {
-      std::memcpy(to, part(first), columns * size_of(dtype));
+      stream(part(first), to, columns * size_of(dtype));
     } else {
       float sums[block];
       for (int64_t i = first; i < last; ++i) read(grad_dtype, part(i), sums, columns, i > first);
