@@ -1,0 +1,131 @@
+"""What the tests of the two OpenUni formats share: the model with the published tensors, recorded draws, tolerances."""
+
+import re
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from reca.draws import Draws, Purpose
+from reca.models.open_uni import Adapter, Config, convert, prompt
+from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, VisionSizes
+from reca.models.weights import put
+from tests.golden.conftest import Golden
+
+ACTIVATION = {"atol": 2e-5, "rtol": 1e-4}  # cases.json
+GRADIENT = 5e-4  # relative, of a tensor or its norm
+
+
+class ByteTokenizer:
+    """The toy tokenizer of the golden data: UTF-8 bytes, and special tokens behind them."""
+
+    def __init__(self, specials: dict[str, int]):
+        self.specials = specials
+        self.pattern = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.specials[token]
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
+        parts = self.pattern.split(text)
+        return SimpleNamespace(input_ids=[i for p in parts for i in ([self.specials[p]] if p in self.specials else p.encode())])
+
+
+def build(golden: Golden) -> Adapter:
+    c = golden.config
+    specials = c.get("special_token_ids") or {name: 256 + i for i, name in enumerate(c["tokenizer"]["specials"])}
+    model = Adapter(_config(c), ByteTokenizer(specials))
+    put(model.mllm, convert.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden")
+    put(model.vae, golden.part("vae."), "golden")
+    model.put_trained({n: t for n, t in golden.weights.items() if n.startswith(convert.TRAINED)}, "golden")
+    return model.eval()
+
+
+def _config(c: dict) -> Config:
+    vision = c.get("vit") or c["vision"]
+
+    def sizes(cls, source: dict, **names: str):
+        keys = cls.__dataclass_fields__
+        return cls(**{key: source[names.get(key, key)] for key in keys if names.get(key, key) in source})
+
+    return Config(
+        vision=sizes(VisionSizes, vision),
+        language=sizes(LanguageSizes, c["llm"]),
+        connector=sizes(ConnectorSizes, c["connector"]),
+        sana=sizes(SanaSizes, c["sana"]),
+        autoencoder=sizes(
+            AutoencoderSizes,
+            c["vae"],
+            block_types="encoder_block_types",
+            block_out_channels="encoder_block_out_channels",
+            encoder_layers="encoder_layers_per_block",
+            decoder_layers="decoder_layers_per_block",
+        ),
+        queries=c["num_queries"],
+        image_size=c["image_size"],
+        understanding_size=c["vit_input_size"],
+    )
+
+
+class Recorded(Draws):
+    """Noise and uniform numbers of golden data in place of counter-based ones."""
+
+    def __init__(self, noise: Tensor, u: Tensor, drop: Tensor | None = None):
+        super().__init__(0)
+        self.given, self.tables = noise, {Purpose.TIMESTEP: u, Purpose.CONDITION_DROP: drop}
+
+    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Tensor:
+        return self.given
+
+    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+        return self.tables[purpose][:, None]
+
+
+class Record:
+    """What the stages of a model receive and return, under the names that they have in the model."""
+
+    def __init__(self, model: Adapter):
+        self.seen: dict[str, list] = {}
+        stages = {"language": model.mllm.model.language_model, "connector": model.connector, "dit": model.transformer}
+        self.hooks = [
+            stage.register_forward_hook(
+                lambda _, args, kwargs, out, name=name: self.seen.setdefault(name, []).append((args, kwargs, out)),
+                with_kwargs=True,
+            )
+            for name, stage in stages.items()
+        ]
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def close(ours: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(ours, wanted.to(ours.dtype), **ACTIVATION)
+
+
+def same_stages(record: Record, mask: Tensor, wanted: dict[str, Tensor]) -> None:
+    """One run of `condition` against the release's, which runs prompt and queries in one pass.
+
+    mask: ours, [B, L]. wanted: inputs_embeds [B, L + Q, H], llm_mask and position_ids [B, L + Q], query_hidden and
+    connector_out [B, Q, H]. Padding embeds nothing that counts, so it is not compared.
+    """
+    (_, prefix, _), (_, queries, hidden) = record.seen["language"]
+    assert torch.equal(prompt.extend(mask, queries["inputs_embeds"].shape[1]), wanted["llm_mask"])
+    embeds = torch.cat((prefix["inputs_embeds"], queries["inputs_embeds"].detach()), dim=1)
+    real = wanted["llm_mask"]
+    close(embeds[real], wanted["inputs_embeds"][real])
+    positions = torch.cat((prefix["position_ids"], queries["position_ids"]), dim=1)
+    assert torch.equal(positions[real], wanted["position_ids"][real])
+    close(hidden.last_hidden_state.detach(), wanted["query_hidden"])
+    if "connector_out" in wanted:
+        close(record.seen["connector"][0][2].last_hidden_state.detach(), wanted["connector_out"])
+
+
+def wrong_norms(model: Adapter, wanted: dict[str, float], zero: list[str]) -> dict[str, tuple[float, float]]:
+    """Trained parameters whose gradient norm is not the wanted one."""
+    ours = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
+    return {n: (ours[n], w) for n, w in wanted.items() if n not in zero and abs(ours[n] - w) > GRADIENT * w}

@@ -1,0 +1,155 @@
+"""OpenUni against the public code: preprocessing, understanding, both losses, sampling, conversation."""
+
+import pytest
+import torch
+from PIL import Image
+
+from reca.data.pixels import make_view
+from reca.models.base import Batch, Turn
+from reca.models.open_uni import prompt, sampling
+from tests.golden.open_uni import GRADIENT, Record, Recorded, build, close, same_stages, wrong_norms
+
+
+def matches(config: dict) -> bool:
+    return config.get("model") == "open_uni"
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return build(golden)
+
+
+@pytest.fixture
+def draws(golden):
+    """The second sample of the text-to-image case loses its caption."""
+    return Recorded(golden.data["train.noise"], golden.data["train.u"], torch.tensor([1.0, 0.0]))
+
+
+def batch(golden, kind):
+    c = golden.config
+    return Batch(kind, torch.arange(2), c["templates"] if kind == "reca" else [c["caption"]] * 2)
+
+
+def features(golden, kind):
+    made = {"latents": golden.data["vae.latents"]}
+    return made | {"h_v": golden.data["und.h_v"]} if kind == "reca" else made
+
+
+def test_crop_and_resize(golden, model):
+    data = golden.data
+    left, top, right, bottom = data["pre.crop_box"].tolist()
+    picture = Image.fromarray(data["pre.raw_rgb"].numpy()).crop((left, top, right, bottom))
+    view = make_view(picture, model.views("reca").gen)
+    close(view / 127.5 - 1, data["pre.pixel_values"])
+
+
+def test_understanding(golden, model):
+    data = golden.data
+    pixels = data["und.pixel_values"]
+    close(model.vit_pixels(pixels), data["und.vit_pixels"])
+    hidden = model.mllm.model.vision_tower(data["und.vit_pixels"]).last_hidden_state
+    close(hidden.detach(), data["und.vit_last_hidden"])
+    close(model.understand(pixels), data["und.h_v"])
+
+
+def test_autoencoder(golden, model):
+    data = golden.data
+    close(model.latents(data["und.pixel_values"]), data["vae.latents"])
+    with torch.no_grad():
+        close(model.vae.decode(data["vae.latents"] / model.vae.config.scaling_factor).sample, data["vae.decoded"])
+
+
+def test_prompt_texts(golden, model):
+    strings, c = golden.cases["strings"], golden.config
+    assert [prompt.with_image(text, c["n_img_tokens"]) for text in c["templates"]] == strings["reca_prompt"]
+    assert prompt.caption(c["caption"]) == strings["t2i_prompt"]
+    assert prompt.caption(None) == strings["cfg_prompt"]
+
+
+@pytest.mark.parametrize("kind", ["reca", "t2i"])
+def test_ids_and_padding(golden, model, draws, kind):
+    ids = model.prompts(batch(golden, kind), draws)
+    layout, mask = prompt.plan(ids, model.context_id, "left" if kind == "reca" else "right")
+    assert torch.equal(mask, golden.data[f"{kind}.attention_mask"])
+    wanted = golden.data[f"{kind}.input_ids"]
+    ours = torch.where(layout.src < 0, model.context_id, layout.src).long()
+    assert torch.equal(ours, torch.where(mask, wanted, prompt.PAD_ID))
+    assert layout.src[layout.src < 0].tolist() == list(range(-1, -1 - int((wanted == model.context_id).sum()), -1))
+
+
+@pytest.mark.parametrize("kind", ["reca", "t2i"])
+def test_loss_and_every_stage_of_it(golden, model, draws, kind):
+    data = golden.data
+    part = {name: data[f"{kind}.{name}"] for name in ("inputs_embeds", "llm_mask", "position_ids", "connector_out")}
+    part["query_hidden"] = data[f"{kind}.llm_query_hidden"]
+    model.zero_grad()
+    with Record(model) as record:
+        term = model.loss(batch(golden, kind), features(golden, kind), draws)
+    same_stages(record, data[f"{kind}.attention_mask"], part)
+    ((noisy,), given, (velocity,)) = record.seen["dit"][0]
+    close(noisy, data[f"{kind}.noisy"])
+    close(given["encoder_hidden_states"].detach(), data[f"{kind}.prompt_embeds"])
+    close(given["timestep"], data[f"{kind}.timesteps"])
+    close(model.sigma(draws, torch.arange(2)), data["train.sigmas_at_timesteps"])
+    close(velocity.detach(), data[f"{kind}.model_pred"])
+    loss = term.sum / term.weight
+    close(loss.detach(), data[f"{kind}.loss"])
+
+    loss.backward()
+    cases = golden.cases
+    assert not wrong_norms(model, cases["grad_norms"][kind], cases["zero_grad_params"][kind])
+    parameters = dict(model.named_parameters())
+    for name, wanted in data.items():
+        if name.startswith(f"{kind}.grad."):
+            ours = parameters[name.removeprefix(f"{kind}.grad.")].grad
+            assert float((ours - wanted).norm()) <= GRADIENT * float(wanted.norm()), name
+    assert not cases["trainable_without_grad"]
+
+
+def test_generation(golden, model):
+    data, c = golden.data, golden.config
+    texts = [prompt.caption(c["caption"]), prompt.caption(None)]
+    assert texts == golden.cases["strings"]["gen_prompts"]
+    ids = [prompt.encode(model.tokenizer, text) for text in texts]
+    layout, mask = prompt.plan(ids, model.context_id, "right")
+    assert torch.equal(mask, data["gen.attention_mask"])
+    assert torch.equal(layout.src[mask].long(), data["gen.input_ids"][mask])
+    with torch.no_grad():
+        cond, uncond = (model.condition([row], None, "right") for row in ids)
+    close(torch.cat((cond, uncond)), data["gen.prompt_embeds"])
+
+    solver = sampling.scheduler()
+    solver.set_timesteps(c["num_steps"])
+    close(solver.timesteps.float(), data["gen.timesteps"].float())
+    close(solver.sigmas, data["gen.sigmas"])
+
+    steps, guided = [], []
+    image = sampling.denoise(
+        model, cond, uncond, data["gen.init_latents"], c["num_steps"], c["cfg_scale"],
+        on_step=lambda pipe, i, t, kept: (steps.append(kept["latents"].clone()), kept)[1],
+    )  # fmt: skip
+    with Record(model) as record:
+        sampling.denoise(model, cond, uncond, data["gen.init_latents"], c["num_steps"], c["cfg_scale"])
+    for _, _, (velocity,) in record.seen["dit"]:
+        without, with_text = velocity.chunk(2)
+        guided.append(without + c["cfg_scale"] * (with_text - without))
+    close(torch.stack(guided), data["gen.guided_pred"])
+    close(torch.stack(steps), data["gen.latents_after_step"])
+    close(steps[-1], data["gen.final_latents"])
+    close(image, data["gen.image"])
+
+
+def test_conversation(golden, model):
+    data = golden.data
+    asked, answered = golden.cases["strings"]["i2t_text"].split("<|im_end|>\n<|im_start|>assistant\n")
+    turn = Turn(asked.rsplit("</img>\n", 1)[1], answered.removesuffix("<|im_end|>"))
+    sample = Batch("i2t", torch.arange(1), [[turn]])
+    ids, labels = model.conversation(sample.text[0])
+    assert [ids] == data["i2t.input_ids"].tolist() and [labels] == data["i2t.labels"].tolist()
+    h_v = data["und.h_v"][:1]
+    with Record(model) as record:
+        term = model.loss(sample, {"h_v": h_v}, None)
+    logits = model.mllm.lm_head(record.seen["language"][0][2].last_hidden_state)
+    close(logits.detach(), data["i2t.logits"])
+    close((term.sum / term.weight).detach(), data["i2t.loss"])
+    assert model.weight(sample, None) == term.weight == sum(label != -100 for label in labels[1:])
