@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def fetch(source: str, patterns: list[str] | None = None) -> Path:
-    """The local folder (or file) of `source`: a path, or a hub id, which is downloaded once and cached.
+    """The local folder (or file) of `source`: a path, a hub id, or owner/name/file of the hub. Downloads are cached.
 
     patterns: glob patterns of the files wanted from the hub; None takes all.
     Raises ValueError when neither exists.
@@ -19,12 +19,15 @@ def fetch(source: str, patterns: list[str] | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    parts = source.split("/")
+    if source.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) > 2 and not path.suffix):
         raise ValueError(f"{source!r} does not exist; give a folder, a file, or a hub id such as 'owner/name'")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        if len(parts) > 2:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise ValueError(

@@ -42,12 +42,12 @@ def sample(
 ) -> list[Tensor]:
     """uint8 [3, height, width] per prompt. Each picture's start noise is a function of its seed alone.
 
-    Raises ValueError when height or width is no multiple of the latent's factor.
+    Raises ValueError when height or width is no multiple of 32, which is what the pipeline takes.
     """
     height, width = height or model.config.image_size, width or model.config.image_size
+    if height % 32 or width % 32:
+        raise ValueError(f"height and width must be multiples of 32, got {height} x {width}")
     factor = modules.factor(model.config)
-    if height % factor or width % factor:
-        raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
     device = model.meta_queries.device
     shape = (model.config.autoencoder.latent_channels, height // factor, width // factor)
     one = torch.zeros(1, dtype=torch.int64, device=device)

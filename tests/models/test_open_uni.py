@@ -1,0 +1,269 @@
+"""OpenUni's adapter beyond the golden data: sizes, files, batching, learning, sampling, kernels, bad input."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reca.config import load_recipe
+from reca.draws import Draws
+from reca.models.base import Batch, Turn
+from reca.models.open_uni import Adapter, Config, convert, prompt
+from reca.models.open_uni.config import ConnectorSizes, LanguageSizes, SanaSizes, tiny
+from reca.optim import freeze
+from reca_kernels import dispatch, native
+
+WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue square describe this".split(" ")
+TEXTS = {
+    "reca": ["describe this", "describe the image as it is .", "a red square", "image"],
+    "t2i": ["a red square", "a blue square", "a square", "a"],
+    "i2t": [[Turn("describe this", "a red square")], [Turn("is this a square", "a"), Turn("describe", "it is blue")]] * 2,
+}
+
+
+def config(**changes) -> Config:
+    return replace(tiny(), words=WORDS, **changes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Adapter.load(config())
+
+
+def images(n: int, size: int) -> list[torch.Tensor]:
+    return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+
+
+def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
+    views = model.views(kind)
+    gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
+    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# sizes
+
+
+class PublishedTokenizer:
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 151667
+
+
+SIZES = {
+    "open_uni_l_512": (2_088_957_440, 221_910_528, 3_541_248, 393_216, 1_604_462_752),
+    "open_uni_b_512": (938_193_024, 52_364_544, 2_066_688, 229_376, 591_747_872),
+}
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_published_sizes(recipe):
+    with torch.device("meta"):
+        model = Adapter(load_recipe(recipe).model, PublishedTokenizer())
+    parts = (count(model.mllm), count(model.connector), count(model.projector), model.meta_queries.numel(), count(model.transformer))
+    assert parts == SIZES[recipe]
+    assert count(model.vae) == 312_250_275
+    assert model.vae.config.scaling_factor == 0.41407
+    names = set(model.state_dict())
+    assert {n for n in names if n.startswith("connector.layers.0.")} == {
+        f"connector.layers.0.{n}.{kind}"
+        for n in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")))
+        for kind in ("weight", "bias")
+    }
+    assert {"meta_queries", "projector.weight", "transformer.transformer_blocks.0.attn1.to_q.weight"} <= names
+
+
+def test_sana_1_5_has_query_and_key_norms():
+    with torch.device("meta"):
+        model = Adapter(Config(sana=SanaSizes(qk_norm="rms_norm_across_heads")), PublishedTokenizer())
+    assert count(model.transformer) == 1_604_641_952
+
+
+def test_tiny_recipe_is_the_tiny_config():
+    assert replace(load_recipe("open_uni_tiny").model, words=[]) == tiny()
+
+
+# losses
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_weight_is_what_loss_returns(model, kind):
+    sample = batch(model, kind)
+    term = model(sample, Draws(3))
+    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+    assert math.isfinite(float(term.sum.detach()))
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(model, kind):
+    """Texts of different lengths: padding must not matter, on whichever side it stands."""
+    together = model(batch(model, kind), Draws(3)).sum
+    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_cached_features_give_the_same_loss(model, kind):
+    sample = batch(model, kind)
+    features = model.encode(sample)
+    assert not any(tensor.requires_grad for tensor in features.values())
+    assert torch.equal(model(replace(sample, gen=None, und=None, features=features), Draws(1)).sum, model(sample, Draws(1)).sum)
+
+
+def test_condition_of_another_image_changes_the_loss(model):
+    sample = batch(model, "reca")
+    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+
+
+def test_captions_are_dropped_for_some_samples_and_templates_never(model):
+    ids = torch.arange(400)
+    t2i = model.prompts(Batch("t2i", ids, ["a red square"] * 400), Draws(0))
+    empty = prompt.encode(model.tokenizer, prompt.caption(None))
+    assert 20 < sum(row == empty for row in t2i) < 65
+    reca = model.prompts(Batch("reca", ids, ["describe this"] * 400), Draws(0))
+    assert all(row == reca[0] for row in reca)
+
+
+def test_it_learns_and_what_is_frozen_stays():
+    model = Adapter.load(config())
+    freeze(model, None)
+    roles = model.roles()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    sample, losses = batch(model, "reca"), []
+    for _ in range(50):
+        term = model(sample, Draws(0))
+        (term.sum / term.weight).backward()
+        losses.append(float((term.sum / term.weight).detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {roles[n] for n in changed} == {"bridge", "gen_head"}
+    assert "meta_queries" in changed
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_the_kernels_of_this_project_run(model, monkeypatch):
+    ran, load = set(), dispatch.load
+
+    def recorded(backend, op):
+        ran.add((backend, op))
+        return load(backend, op)
+
+    monkeypatch.setattr(dispatch, "load", recorded)
+    model(batch(model, "reca"), Draws(0)).sum.backward()
+    assert {("cpu", "template_concat"), ("cpu", "flow_matching")} <= ran
+    model(batch(model, "i2t"), Draws(0)).sum.backward()
+    assert ("cpu", "masked_linear_cross_entropy") in ran
+
+
+def test_the_prompt_runs_without_a_graph(model):
+    """Only the queries' pass may keep activations of the language model."""
+    graphs = []
+    hook = model.mllm.model.language_model.register_forward_hook(
+        lambda *_, out=None: graphs.append(_[-1].last_hidden_state.requires_grad)
+    )
+    model(batch(model, "reca"), Draws(0))
+    hook.remove()
+    assert graphs == [False, True]
+
+
+# sampling
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_only(model):
+    together = model.generate(["a red square", "a"], [3, 4], steps=2)
+    alone = model.generate(["a"], [4], steps=2)[0]
+    assert together[0].shape == (3, 32, 32) and together[0].dtype == torch.uint8
+    assert (together[1].int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(model.generate(["a"], [5], steps=2)[0], alone)
+
+
+def test_sizes_of_pictures(model):
+    assert model.generate(["a"], [0], steps=1, height=32, width=64)[0].shape == (3, 32, 64)
+    with pytest.raises(ValueError, match="multiples of 32, got 33 x 32"):
+        model.generate(["a"], [0], steps=1, height=33)
+
+
+def test_editing_sees_image_and_instruction(model):
+    picture = images(1, 40)[0]
+    first = model.edit([picture], ["a red square"], [0], steps=2)[0]
+    assert first.shape == (3, 32, 32)
+    assert not torch.equal(model.edit([picture.flip(2)], ["a red square"], [0], steps=2)[0], first)
+    assert not torch.equal(model.edit([picture], ["a blue square"], [0], steps=2)[0], first)
+
+
+def test_answer(model):
+    assert isinstance(model.answer(images(1, 50), ["describe this"], max_new_tokens=3)[0], str)
+
+
+# files
+
+
+def test_export_and_overlay(model, tmp_path):
+    model.export(tmp_path)
+    state = torch.load(tmp_path / "open_uni.pth")
+    assert {name.split(".")[0] for name in state} == {"connector", "projector", "meta_queries", "transformer"}
+    other = Adapter.load(config(seed=1))
+    other.put_trained(state, "open_uni.pth")
+    for name, tensor in state.items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
+    model.export(tmp_path / "whole")
+    whole = torch.load(tmp_path / "whole" / "open_uni.pth")
+    base = {n: t for n, t in whole.items() if not n.startswith("transformer.")}
+    delta = {"meta_queries": whole["meta_queries"] + 1}
+    torch.save({"state_dict": base}, tmp_path / "base.pth")
+    torch.save(delta, tmp_path / "delta.pth")
+    merged, report = convert.overlay([tmp_path / "base.pth", tmp_path / "delta.pth"])
+    assert torch.equal(merged["meta_queries"], delta["meta_queries"]) and merged.keys() == base.keys()
+    assert "1 tensors of meta_queries" in report[1] and "tensors of connector" in report[0] and "transformer" not in report[0]
+    with pytest.raises(ValueError, match="holds no connector, projector"):
+        convert.overlay([tmp_path / "delta.pth"])
+    torch.save(base | {"showo.lm_head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="no OpenUni file.*showo.lm_head.weight"):
+        convert.overlay([tmp_path / "foreign.pth"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("connector.layers.1.mlp.fc1.bias"), "1 missing: layers.1.mlp.fc1.bias"),
+        (lambda s: s.update({"projector.extra": torch.zeros(1)}), "1 unexpected: extra"),
+        (lambda s: s.update({"projector.bias": torch.zeros(3)}), r"of another shape: bias: file \(3,\)"),
+        (lambda s: s.update({"meta_queries": torch.zeros(2, 48)}), r"meta_queries is \[2, 48\], expected \[8, 48\]"),
+    ],
+)
+def test_files_that_do_not_fit(model, change, words):
+    state = {n: t for n, t in model.state_dict().items() if n.startswith(convert.TRAINED)}
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        Adapter.load(config()).put_trained(state, "file.pth")
+
+
+def test_parts_come_together_or_not_at_all():
+    with pytest.raises(ValueError, match="model.mllm is null but other parts are given"):
+        Adapter.load(config(weights="somewhere.pth"))
+
+
+def test_original_and_native_names_of_internvl(model):
+    native_state = model.mllm.state_dict()
+    assert convert.mllm_native(native_state).keys() == native_state.keys()
+
+
+def test_every_parameter_has_a_role(model):
+    from reca.models.base import ROLES
+
+    roles = model.roles()
+    assert roles.keys() == {n for n, _ in model.named_parameters()} and set(roles.values()) <= set(ROLES)
+
+
+def test_wrong_head_count_says_so():
+    with pytest.raises(ValueError):
+        Adapter.load(config(language=LanguageSizes(50, 2, 4, 2, 96, 512), connector=ConnectorSizes(2, 3, 96)))
