@@ -34,13 +34,13 @@ static void for_groups(const Diffusion& args, const Body& body) {
 void diffusion_prepare(const Diffusion& args, DType dtype, void* x_t) {
   const int64_t channels = args.channels;
   for_groups(args, [&](int64_t begin, int64_t rows) {
-    float noise[group * widest + 4 * W], x0[widest];
+    float noise[group * widest + 4 * W], buffer[widest];
     fill_noise(args, begin, rows, noise);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t m = begin + r;
       const float* const table = entry(args, m);
       float* const x = noise + r * channels;
-      read(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, x0);
+      const float* const x0 = floats(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, buffer);
       for (int64_t c = 0; c < channels; ++c) x[c] = table[0] * x0[c] + table[1] * x[c];
     }
     write(dtype, noise, rows * channels, x_t, begin * channels);
@@ -77,7 +77,8 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
   const int64_t channels = args.channels;
   const float share = 1.0f / float(channels);
   for_groups(args, [&](int64_t begin, int64_t rows) {
-    float noise[group * widest + 4 * W], x0[widest + W], row[2 * widest + W], d_row[2 * widest + W];
+    float noise[group * widest + 4 * W], x0_buffer[widest], row_buffer[2 * widest], d_buffer[2 * widest];
+    const bool in_place = gradient && dtype == DType::f32;
     fill_noise(args, begin, rows, noise);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t m = begin + r;
@@ -85,8 +86,10 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
       const float* const eps = noise + r * channels;
       const float log_posterior = table[6], log_beta = table[7], range = 0.5f * (log_beta - log_posterior);
       const float posterior = std::exp(log_posterior);
-      read(args.x0_dtype, args.x0, (args.rows ? args.rows[m] : m) * channels, channels, x0);
-      read(dtype, out, m * 2 * channels, 2 * channels, row);
+      const int64_t source = args.rows ? args.rows[m] : m;
+      const float* const x0 = floats(args.x0_dtype, args.x0, source * channels, channels, x0_buffer);
+      const float* const row = floats(dtype, out, m * 2 * channels, 2 * channels, row_buffer);
+      float* const d_row = in_place ? static_cast<float*>(gradient) + m * 2 * channels : d_buffer;
       vfloat squares = {}, bound = {};
       float rest_squares = 0, rest_bound = 0;
       const bool first = args.t[m] == 0;
@@ -131,7 +134,7 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
         d_row[channels + c] = (1.0f - shrink - scaled) * (0.5f * range * share * bits);
       }
       losses[m] = (sum(squares) + rest_squares) * share + (sum(bound) + rest_bound) * (share * bits);
-      if (gradient) write(dtype, d_row, 2 * channels, gradient, m * 2 * channels);
+      if (gradient && !in_place) write(dtype, d_row, 2 * channels, gradient, m * 2 * channels);
     }
   });
 }

@@ -18,10 +18,10 @@ static int64_t chunks(const FlowMatching& args) {
 }
 
 // x0's elements [begin, begin + n) in the order of the prediction: patches row by row, inside a patch (row, column,
-// channel). With patch 1 that order is x0's own.
-static void gather(const FlowMatching& args, int64_t image, int64_t begin, int64_t n, float* out) {
+// channel). With patch 1 that order is x0's own, and fp32 is read where it is.
+static const float* gather(const FlowMatching& args, int64_t image, int64_t begin, int64_t n, float* out) {
   const FlowImage& im = args.images[image];
-  if (args.patch == 1) return read(args.x0_dtype, im.x0, begin, n, out);
+  if (args.patch == 1) return floats(args.x0_dtype, im.x0, begin, n, out);
   const int64_t p = args.patch, channels = args.channels, width = im.width, plane = im.height * width;
   const int64_t token = p * p * channels, columns = width / p;
   for (int64_t i = 0; i < n;) {
@@ -43,11 +43,14 @@ static void gather(const FlowMatching& args, int64_t image, int64_t begin, int64
     }
     i += run;
   }
+  return out;
 }
 
-static void fill_noise(const FlowMatching& args, int64_t image, int64_t begin, int64_t n, float* out) {
-  if (args.given_noise) return read(args.noise_dtype, args.given_noise, args.images[image].offset + begin, n, out);
+static const float* fill_noise(const FlowMatching& args, int64_t image, int64_t begin, int64_t n, float* out) {
+  const int64_t at = args.images[image].offset + begin;
+  if (args.given_noise) return floats(args.noise_dtype, args.given_noise, at, n, out);
   draw<Law::normal>(args.noise, image, begin, n, out);
+  return out;
 }
 
 // body(image, first element in the image, number of elements, number of the chunk)
@@ -67,38 +70,42 @@ static void for_chunks(const FlowMatching& args, const Body& body) {
 
 void flow_matching_prepare(const FlowMatching& args, DType dtype, void* x_t) {
   for_chunks(args, [&](int64_t image, int64_t begin, int64_t n, int64_t) {
-    float x0[chunk], noise[chunk];
-    gather(args, image, begin, n, x0);
-    fill_noise(args, image, begin, n, noise);
+    float x0_buffer[chunk], noise_buffer[chunk], mixed[chunk];
+    const float* const x0 = gather(args, image, begin, n, x0_buffer);
+    const float* const noise = fill_noise(args, image, begin, n, noise_buffer);
+    const int64_t at = args.images[image].offset + begin;
+    float* const to = dtype == DType::f32 ? static_cast<float*>(x_t) + at : mixed;
     const float t = args.t[image], s = 1.0f - t;
-    for (int64_t i = 0; i < n; ++i) x0[i] = s * x0[i] + t * noise[i];
-    write(dtype, x0, n, x_t, args.images[image].offset + begin);
+    for (int64_t i = 0; i < n; ++i) to[i] = s * x0[i] + t * noise[i];
+    if (to == mixed) write(dtype, mixed, n, x_t, at);
   });
 }
 
 void flow_matching_loss(const FlowMatching& args, DType dtype, const void* pred, void* gradient, float* losses,
                         double* partial) {
   for_chunks(args, [&](int64_t image, int64_t begin, int64_t n, int64_t number) {
-    float x0[chunk], noise[chunk], error[chunk];
-    gather(args, image, begin, n, x0);
-    fill_noise(args, image, begin, n, noise);
+    float x0_buffer[chunk], noise_buffer[chunk], pred_buffer[chunk], error_buffer[chunk];
+    const float* const x0 = gather(args, image, begin, n, x0_buffer);
+    const float* const noise = fill_noise(args, image, begin, n, noise_buffer);
     const int64_t at = args.images[image].offset + begin;
-    read(dtype, pred, at, n, error);
+    const float* const guess = floats(dtype, pred, at, n, pred_buffer);
+    const bool in_place = gradient && dtype == DType::f32;
+    float* const error = in_place ? static_cast<float*>(gradient) + at : error_buffer;
     vfloat sums[4] = {};
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-      const vfloat d = load(error + i) - (load(noise + i) - load(x0 + i));
+      const vfloat d = load(guess + i) - (load(noise + i) - load(x0 + i));
       sums[i / W % 4] += d * d;
       store(error + i, d + d);
     }
     float rest = 0;
     for (; i < n; ++i) {
-      const float d = error[i] - (noise[i] - x0[i]);
+      const float d = guess[i] - (noise[i] - x0[i]);
       rest += d * d;
       error[i] = d + d;
     }
     partial[number] = double(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) + rest;
-    if (gradient) write(dtype, error, n, gradient, at);
+    if (gradient && !in_place) write(dtype, error, n, gradient, at);
   });
   int64_t number = 0;
   for (int64_t b = 0; b < args.count; ++b) {

@@ -177,6 +177,13 @@ static inline void read(DType type, const void* from, int64_t begin, int64_t n, 
   if (type == DType::f16) copy(static_cast<const f16*>(from));
 }
 
+// n elements as floats: where they are, or widened into the buffer.
+static inline const float* floats(DType type, const void* from, int64_t begin, int64_t n, float* buffer) {
+  if (type == DType::f32) return static_cast<const float*>(from) + begin;
+  read(type, from, begin, n, buffer);
+  return buffer;
+}
+
 static inline void write(DType type, const float* from, int64_t n, void* to, int64_t begin) {
   const auto copy = [&](auto* p) {
     int64_t i = 0;
