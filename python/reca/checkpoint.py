@@ -85,8 +85,7 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
     if not (folder / "COMPLETE").exists():
         raise CheckpointError(f"{folder} is not a complete checkpoint (no COMPLETE file); use an earlier one")
     weights = trained(adapter)
-    reader = HuggingFaceStorageReader(str(folder / "weights"))
-    saved = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    saved = _saved(folder)
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
         differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -94,12 +93,37 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
             f"{folder} does not fit the parameters this run trains: {len(differ)} differ, the first {differ[:5]}. "
             "Was model or train.train changed? Start in another run_dir, or restore the recipe"
         )
-    dcp.load(weights, storage_reader=reader)
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder / "weights")))
     if optimizer is not None:
         state = get_optimizer_state_dict(adapter, optimizer)
         dcp.load(state, checkpoint_id=str(folder / "optimizer"))
         set_optimizer_state_dict(adapter, optimizer, state)
     return json.loads((folder / "state.json").read_text())
+
+
+def overlay(run_dir: Path, adapter: nn.Module) -> None:
+    """Put what another run has trained over the adapter's parameters, whatever this run trains.
+
+    Raises CheckpointError if that run has no complete checkpoint, or parameters that this model has not.
+    """
+    folder = newest(run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    own = {name: p.detach() for name, p in adapter.named_parameters()}
+    saved = _saved(folder)
+    misfits = sorted(name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape)
+    if misfits:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {len(misfits)} of its parameters are missing here or have another "
+            f"shape, the first {misfits[:5]}. Both runs must name the same umm and sizes"
+        )
+    dcp.load({name: own[name] for name in saved}, storage_reader=HuggingFaceStorageReader(str(folder / "weights")))
+
+
+def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's parameters."""
+    metadata = HuggingFaceStorageReader(str(folder / "weights")).read_metadata()
+    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
 
 def trained(adapter: nn.Module) -> dict[str, Tensor]:

@@ -59,6 +59,9 @@ class OptimConfig:
 class TrainConfig:
     updates: int = option(1000, "optimizer updates to make in all")
     seed: int = option(0, "key of every random draw of the run")
+    init_from: Optional[str] = option(
+        None, "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)"
+    )
     train: Optional[list[str]] = option(None, "parameter roles to train; null = what the paper trains for this UMM")
     frozen: list[str] = option(list, "name patterns of parameters that stay as they are although their role is trained")
     precision: str = option("fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16"))

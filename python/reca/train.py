@@ -8,13 +8,14 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from reca import checkpoint, distributed, objective, signals
-from reca.config import KindConfig, Recipe, RecipeError, as_dict, save_recipe
+from reca.config import KindConfig, Recipe, RecipeError, as_dict, load_recipe, save_recipe
 from reca.data.loader import Loader, open_loader
 from reca.log import RunLog
 from reca.models import umm
@@ -47,6 +48,7 @@ class Trainer:
         _reject_changed(recipe, self.run_dir)
 
         self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, self.device)
+        inherit(self.adapter, recipe)
         for kind in self.kinds:
             if kind not in self.adapter.kinds:
                 raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
@@ -246,12 +248,34 @@ _NO_PROFILER = contextlib.nullcontext()
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
     """The model of a run: the weights it started from with its newest checkpoint on top."""
     adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
-    freeze(adapter, recipe.train.train, recipe.train.frozen)
-    newest = checkpoint.newest(run_dir)
-    if newest is None:
-        raise checkpoint.CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
-    checkpoint.load(newest, adapter)
+    inherit(adapter, recipe)
+    checkpoint.overlay(run_dir, adapter)
     return adapter.eval()
+
+
+def inherit(adapter: Adapter, recipe: Recipe) -> None:
+    """Put what the runs before this one have trained over the published weights: `train.init_from`, and its own."""
+    if recipe.train.init_from is None:
+        return
+    folder = Path(recipe.train.init_from)
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
+    before = load_recipe(folder / "recipe.yaml")
+    ours, theirs = (_sources(r) for r in (recipe, before))
+    if ours != theirs:
+        raise RecipeError(
+            f"train.init_from={folder} is a run of other published files than this recipe ({_difference(theirs, ours)}); "
+            "both must name the same umm and the same files"
+        )
+    inherit(adapter, before)
+    checkpoint.overlay(folder, adapter)
+
+
+def _sources(recipe: Recipe) -> dict[str, str | None]:
+    """The files and folders a model comes from: its free-text keys."""
+    free = (f.name for f in fields(recipe.model) if not f.metadata.get("choices"))
+    values = {name: getattr(recipe.model, name) for name in free}
+    return {"umm": recipe.umm} | {name: v for name, v in values.items() if v is None or isinstance(v, str)}
 
 
 def _due(update: int, every: int) -> bool:

@@ -36,3 +36,12 @@ def test_own_file_and_errors(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         load_templates(str(tmp_path / "empty.txt"))
+
+
+def test_fewer_templates():
+    assert load_templates(count=360) == SENTENCES
+    few = load_templates(count=7)
+    assert len(set(few)) == 7 and set(few) <= set(SENTENCES)
+    for count in (0, 361):
+        with pytest.raises(DataError, match=f"template_count={count}, but there are 360"):
+            load_templates(count=count)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,10 +211,36 @@ def test_condition_other_swaps_h_v(recipe):
 
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     trainer = run(recipe())
-    module = type("Package", (), {"Adapter": type("A", (), {"load": staticmethod(lambda *_: ToyAdapter())})})
-    monkeypatch.setattr("reca.train.umm", lambda _: module)
+    monkeypatch.setattr("reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())))
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
+
+
+def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatch):
+    """SFT, then RECA of one layer only: the other layer keeps what SFT made of it, also when the result is loaded."""
+    sft = run(recipe(f"run_dir={tmp_path}/sft", "objective.reca.weight=0", "objective.t2i.weight=1"))
+    overrides = [f"run_dir={tmp_path}/reca", f"train.init_from={tmp_path}/sft", "train.frozen=['layers.1.*']"]
+    reca = run(recipe(*overrides))
+    for name, value in weights(reca.adapter).items():
+        kept = name.startswith(("tower", "layers.1"))
+        assert torch.equal(value, weights(sft.adapter)[name]) == kept, name
+    monkeypatch.setattr("reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())))
+    loaded = load_trained(reca.run_dir, reca.recipe)
+    assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(reca.adapter).items())
+
+
+def test_what_a_run_cannot_start_from(recipe, tmp_path):
+    with pytest.raises(RecipeError, match="is no folder of a run"):
+        Trainer(recipe(f"train.init_from={tmp_path}/nothing"), ToyAdapter())
+    run(recipe(f"run_dir={tmp_path}/first"))
+    other = recipe(f"run_dir={tmp_path}/second", f"train.init_from={tmp_path}/first", "model.weights=showlab/show-o")
+    with pytest.raises(RecipeError, match="weights None -> 'showlab/show-o'"):
+        Trainer(other, ToyAdapter())
+    again = recipe(f"run_dir={tmp_path}/second", f"train.init_from={tmp_path}/first")
+    narrow = ToyAdapter()
+    narrow.layers[0] = torch.nn.Linear(48, 47)
+    with pytest.raises(CheckpointError, match="2 of its parameters"):
+        Trainer(again, narrow)
 
 
 @pytest.mark.parametrize(

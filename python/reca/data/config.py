@@ -19,6 +19,7 @@ class DataConfig:
     )
     image_root: Optional[str] = option(None, "folder that the picture names of a conversations file start from")
     templates: Optional[str] = option(None, "text file of template sentences, one a line, or world:; null: the 360 of this package")
+    template_count: Optional[int] = option(None, "use this many of the templates, evenly spread; null uses all")
     decoder: str = option("auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali"))
     workers: int = option(2, "threads that read and decode ahead; 0 decodes when asked")
     prefetch: int = option(2, "batches decoded ahead")

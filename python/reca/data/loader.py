@@ -90,7 +90,7 @@ class Loader:
         self.draws = Draws(seed, KINDS.index(kind))
         self.order = Draws(seed, KINDS.index(kind), 1).seed
         self.decode = _decoder(config, views, self.draws)
-        self.templates = load_templates(config.templates) if kind == "reca" else None
+        self.templates = load_templates(config.templates, config.template_count) if kind == "reca" else None
         self.cache = cache
         self.ledger = Ledger(ledger, len(source), config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None

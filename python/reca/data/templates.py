@@ -5,9 +5,18 @@ from pathlib import Path
 from reca.data.sources import DataError
 
 
-def load_templates(path: str | None = None) -> list[str]:
+def load_templates(path: str | None = None, count: int | None = None) -> list[str]:
     """The sentences of a text file, one a line; those of the embedded world for "world:"; without a path, those of this
-    package. Raises DataError."""
+    package. count: so many of them, evenly spread. Raises DataError."""
+    lines = _lines(path)
+    if count is None:
+        return lines
+    if not 1 <= count <= len(lines):
+        raise DataError(f"data.template_count={count}, but there are {len(lines)} templates; give 1 to {len(lines)}, or null")
+    return [lines[i * len(lines) // count] for i in range(count)]
+
+
+def _lines(path: str | None) -> list[str]:
     if path == "world:":
         from reca.world.captions import TEMPLATES
 
