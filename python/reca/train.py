@@ -271,11 +271,11 @@ def inherit(adapter: Adapter, recipe: Recipe) -> None:
     checkpoint.overlay(folder, adapter)
 
 
-def _sources(recipe: Recipe) -> dict[str, str | None]:
+def _sources(recipe: Recipe) -> dict[str, str]:
     """The files and folders a model comes from: its free-text keys."""
     free = (f.name for f in fields(recipe.model) if not f.metadata.get("choices"))
     values = {name: getattr(recipe.model, name) for name in free}
-    return {"umm": recipe.umm} | {name: v for name, v in values.items() if v is None or isinstance(v, str)}
+    return {"umm": recipe.umm} | {name: v for name, v in values.items() if isinstance(v, str)}
 
 
 def _due(update: int, every: int) -> bool:
