@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from reca.config import load_recipe
+from reca.data.pixels import make_view
 from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.open_uni import Adapter, Config, convert, prompt
@@ -267,3 +269,15 @@ def test_every_parameter_has_a_role(model):
 def test_wrong_head_count_says_so():
     with pytest.raises(ValueError):
         Adapter.load(config(language=LanguageSizes(50, 2, 4, 2, 96, 512), connector=ConnectorSizes(2, 3, 96)))
+
+
+def test_a_blur_reaches_h_v_and_not_the_target():
+    plain, blurred = (Adapter.load(config(hv_blur=blur)) for blur in (1, 4))
+    picture = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
+    features = []
+    for model in (plain, blurred):
+        gen, und = (view and [make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
+    assert torch.equal(features[0]["latents"], features[1]["latents"])
+    assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)
+    assert blurred.views("t2i").und is None and plain.views("reca").und is None

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reca.data.pixels import make_view
 from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.show_o import Adapter, Config, prompt
@@ -481,3 +483,15 @@ def test_templates_and_conversations_without_room():
     model = Adapter.load(config(clip=replace(tiny().clip, image_size=60)))
     with pytest.raises(ValueError, match="model.text_slots=24 leaves -51 tokens for a conversation"):
         model(batch(model, "i2t"), Draws(0))
+
+
+def test_a_blur_reaches_h_v_and_not_the_target():
+    plain, blurred = (Adapter.load(config(hv_blur=blur)) for blur in (1, 4))
+    picture = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
+    features = []
+    for model in (plain, blurred):
+        gen, und = (view and [make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
+    assert torch.equal(features[0]["codes"], features[1]["codes"])
+    assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)
+    assert blurred.views("t2i").und is None and plain.views("reca").und is None

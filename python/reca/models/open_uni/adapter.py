@@ -1,6 +1,7 @@
 """OpenUni as an Adapter: InternVL3 is frozen, the queries, connector, projector and SANA learn."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,19 @@ class OpenUni(Adapter):
     def views(self, kind: str) -> Views:
         if kind == "i2t":
             return Views(gen=None, und=View(self.config.understanding_size))
-        return Views(gen=View(self.config.image_size, fit="random_crop"), und=None)
+        gen = View(self.config.image_size, fit="random_crop")
+        blurred = kind == "reca" and self.config.hv_blur > 1
+        return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
-        """latents [B, C, h, w] of gen; h_v [B, n, H] of the same pixels (reca) or of und (i2t)."""
+        """latents [B, C, h, w] of gen; h_v [B, n, H] of und (i2t, and reca with a blur) or of gen (reca)."""
         if batch.kind == "i2t":
             return {"h_v": self.understand(_to_unit(batch.und))}
         pixels = _to_unit(batch.gen)
         features = {"latents": self.latents(pixels)}
         if batch.kind == "reca":
-            features["h_v"] = self.understand(pixels)
+            features["h_v"] = self.understand(_to_unit(batch.und) if batch.und else pixels)
         return features
 
     @torch.no_grad()

@@ -79,6 +79,7 @@ class OpenUniConfig:
     queries: int = option(256, "learnable queries behind every prompt")
     image_size: int = option(512, "pixels on the side of a generated picture")
     understanding_size: int = option(448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck")
+    hv_blur: int = option(1, "RECA: shrink by this and resize back what InternViT sees of the picture (a tighter bottleneck)")
     parity: bool = option(False, "round sigma to bf16 as the release does")
     seed: int = option(0, "of a random initialisation")
 

@@ -1,6 +1,7 @@
 """Show-o as an Adapter: one Phi transformer understands and generates; CLIP and the image tokenizer are frozen."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,11 @@ class ShowO(Adapter):
             clip = self.config.understanding == "clip"
             size = self.config.clip.image_size if clip else self.config.image_size
             return Views(gen=None, und=View(size, fit="center_crop"))
-        return Views(gen=View(self.config.image_size, fit="squash" if kind == "reca" else "center_crop"), und=None)
+        if kind == "t2i":
+            return Views(gen=View(self.config.image_size, fit="center_crop"), und=None)
+        gen = View(self.config.image_size, fit="squash")
+        blurred = self.hv_source == "clip" and self.config.hv_blur > 1
+        return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
@@ -90,7 +95,8 @@ class ShowO(Adapter):
         features = {"codes": self.codec.encode(pixels)}
         if batch.kind == "reca":
             clip = self.hv_source == "clip"
-            features["h_v"] = self.look(self.clip_view(pixels)) if clip else self.codec.encode(self.shrunk(pixels))
+            seen = _pixels(batch.und) if batch.und else pixels
+            features["h_v"] = self.look(self.clip_view(seen)) if clip else self.codec.encode(self.shrunk(seen))
         return features
 
     def clip_view(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1]

@@ -67,6 +67,7 @@ class ShowOConfig:
     )
     hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v")
     hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
+    hv_blur: int = option(1, "clip: shrink by this and resize back what CLIP sees of the picture to reconstruct")
     parity: bool = option(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
