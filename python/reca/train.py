@@ -47,7 +47,9 @@ class Trainer:
         self.micro_batches = {kind: _micro_batches(kind, self._kind(kind)) for kind in self.kinds}
         _reject_changed(recipe, self.run_dir)
 
-        self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, self.device)
+        # Sharding takes one block at a time to its device, which then never holds the whole model.
+        whole = self.device if distributed.world() == 1 else torch.device("cpu")
+        self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, whole)
         inherit(self.adapter, recipe)
         for kind in self.kinds:
             if kind not in self.adapter.kinds:

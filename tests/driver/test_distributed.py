@@ -54,3 +54,13 @@ def test_replicas_of_shards(path, tmp_path):
     launch(1, path, f"run_dir={tmp_path}/one")
     launch(4, path, f"run_dir={tmp_path}/four", "parallel.shard=2")
     same(final(tmp_path / "one"), final(tmp_path / "four"), atol=2e-6)
+
+
+def test_ranks_start_from_another_run(path, tmp_path):
+    launch(1, path, f"run_dir={tmp_path}/before")
+    chained = f"train.init_from={tmp_path}/before"
+    launch(1, path, f"run_dir={tmp_path}/one", chained)
+    launch(2, path, f"run_dir={tmp_path}/two", chained)
+    same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
+    started, once = (final(tmp_path / name)["layers.0.weight"] for name in ("one", "before"))
+    assert not torch.allclose(started, once, atol=1e-3)
