@@ -1,7 +1,15 @@
-"""Every test runs on as many threads as the test runner chose, on no GPU unless it is marked `gpu`."""
+"""Every test runs on as many threads as the test runner chose, on no GPU unless it is marked `gpu`.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter (tests/kernels/backends.py).
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch and reca_kernels do late
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

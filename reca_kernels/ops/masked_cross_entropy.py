@@ -85,6 +85,14 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
+def _same_pitch(logits: Tensor) -> Tensor | None:
+    """Room for the gradient with rows as far apart as those of the logits, so that both are read in equal steps."""
+    pitch, along = logits.stride()
+    if along != 1 or pitch < logits.shape[1]:
+        return None
+    return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
+
+
 def _forward(
     logits: Tensor, labels: Tensor, options: CrossEntropyOptions, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,9 +131,8 @@ class _Function(torch.autograd.Function):
             raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
         logits, labels, stats, scale = ctx.saved_tensors
         with torch.no_grad():
-            gradient = _backward(
-                grad, scale, logits, labels, stats, ctx.options, ctx.backend, logits.detach() if ctx.inplace else None
-            )
+            out = logits.detach() if ctx.inplace else _same_pitch(logits)
+            gradient = _backward(grad, scale, logits, labels, stats, ctx.options, ctx.backend, out)
         if ctx.inplace:
             ctx.spent = True
             torch.autograd.graph.increment_version(logits)

@@ -1,0 +1,43 @@
+"""Which backends of an op can be tested on this machine, and on which device.
+
+Without a GPU tests/conftest.py sets TRITON_INTERPRET=1 before anything imports triton, and Triton kernels run in its
+interpreter on CPU tensors (about 10 ms per program: keep rows few). With a GPU they run there, under the mark `gpu`.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+import reca_kernels
+from reca_kernels import native
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+PACKAGE = Path(reca_kernels.__file__).parent
+
+
+def targets(op: str, *, reference: bool = True) -> list:
+    """pytest parameters (backend, device) for parametrize(("backend", "device"), targets(OP)).
+
+    A backend without the op is left out. One that cannot run here is there and skipped: `pytest -rs` says why.
+    """
+    no_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+    no_triton = pytest.mark.skipif(not INTERPRETED, reason="triton is not installed, or a GPU is there to run it on")
+    no_cuda = pytest.mark.skipif(
+        native.module is None or not native.module.cuda_archs, reason="the native module was built without CUDA"
+    )
+    gpu = pytest.mark.gpu
+    candidates = [
+        ("reference", "cpu", []),
+        ("cpu", "cpu", [no_native]),
+        ("triton", "cpu", [no_triton]),
+        ("reference", "cuda", [gpu]),
+        ("cuda", "cuda", [gpu, no_cuda]),
+        ("triton", "cuda", [gpu]),
+    ]
+    return [
+        pytest.param(backend, device, marks=marks, id=f"{backend}-{device}")
+        for backend, device, marks in candidates
+        if (reference if backend == "reference" else (PACKAGE / backend / f"{op}.py").exists())
+    ]

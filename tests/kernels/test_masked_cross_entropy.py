@@ -1,0 +1,333 @@
+"""Masked cross-entropy of given logits against fp64; edge cases; system behaviour; what the Triton compiler made."""
+
+import pytest
+import torch
+
+from reca_kernels import masked_cross_entropy, native
+from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.reference import masked_cross_entropy as reference
+from tests.kernels import cubin
+from tests.kernels.backends import targets
+from tests.kernels.cross_entropy import DTYPES, IGNORED, OPTIONS, close, exact, gradients, logits_of, problem
+
+OP = "masked_cross_entropy"
+EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
+KERNELS = pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@EVERYWHERE
+def test_loss_and_gradient(backend, device, dtype, options, reduction):
+    leaves, labels = problem(dtype=dtype, device=device)
+    logits = logits_of(leaves)
+    (wide,) = exact([logits])
+    loss = masked_cross_entropy(logits, labels, reduction=reduction, backend=backend, **options)
+    want = reference.masked_cross_entropy(wide, labels, reduction=reduction, **options)
+    assert loss.dtype == torch.float32
+    close(loss.detach(), want.detach(), 1e-5)
+    (got,), (true,) = gradients(loss, [logits]), gradients(want, [wide])
+    assert got.dtype == dtype
+    close(got, true, 1e-5 if dtype == torch.float32 else 5e-3)
+    assert not got[labels == IGNORED].any()
+
+
+def close_to_exact(logits, labels, backend, **options):
+    """Loss and gradient of fp32 logits, whatever their layout."""
+    logits = logits.detach().requires_grad_()
+    (wide,) = exact([logits])
+    loss = masked_cross_entropy(logits, labels, backend=backend, **options)
+    want = reference.masked_cross_entropy(wide, labels, **options)
+    close(loss.detach(), want.detach(), 1e-6)
+    close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(want, wide)[0], 1e-5)
+
+
+# Around a vector of 4 and of 16 elements, around what a thread block takes at a time, and a prime beside them.
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 15, 16, 17, 64, 2053, 4096, 8209, 10007])
+@EVERYWHERE
+def test_widths(backend, device, classes):
+    leaves, labels = problem(rows=4, classes=classes, device=device)
+    close_to_exact(logits_of(leaves), labels, backend, label_smoothing=0.1)
+
+
+@EVERYWHERE
+def test_a_common_offset_costs_no_digits(backend, device):
+    """Logits around 1e4: log sum exp minus the label's logit, formed from the sum, would lose four digits."""
+    leaves, labels = problem(device=device)
+    close_to_exact(logits_of(leaves).detach() + 8192, labels, backend)
+
+
+@EVERYWHERE
+def test_probability_minus_one_is_formed_before_rounding(backend, device):
+    """A certain label in bf16: the gradient is p - 1 = -0.002, which p rounded to bf16 first would make 0."""
+    logits = torch.zeros(1, 2, dtype=torch.bfloat16, device=device)
+    logits[0, 0] = 6.25
+    logits.requires_grad_()
+    loss = masked_cross_entropy(logits, torch.tensor([0], device=device), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    p = torch.sigmoid(torch.tensor(6.25, dtype=torch.float64))
+    assert float(gradient[0, 0]) == pytest.approx(float(p - 1), rel=4e-3)
+
+
+@KERNELS
+def test_a_nearly_certain_label_keeps_its_gradient(backend, device):
+    """1 - p = 2e-8 is below the last digit of an fp32 sum that begins with 1; the C++ kernel sums 1024 classes in fp32."""
+    logits = torch.zeros(1, 3000, device=device)
+    logits[0, 1234] = 25.8
+    logits.requires_grad_()
+    loss = masked_cross_entropy(logits, torch.tensor([1234], device=device), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    (wide,) = exact([logits])
+    want = torch.autograd.grad(reference.masked_cross_entropy(wide, torch.tensor([1234], device=device)), wide)[0]
+    assert float(gradient[0, 1234]) == pytest.approx(float(want[0, 1234]), rel=0.4 if backend == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@EVERYWHERE
+def test_rows_without_label_are_not_read(backend, device, poison):
+    leaves, labels = problem(device=device)
+    logits = logits_of(leaves).detach()
+    logits[labels == IGNORED] = poison
+    logits.requires_grad_()
+    loss = masked_cross_entropy(logits, labels, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.isfinite() and gradient.isfinite().all() and not gradient[labels == IGNORED].any()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("other", float("-inf")), ("all", float("-inf")), ("other", float("inf")), ("other", float("nan"))],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in Triton's interpreter
+@EVERYWHERE
+def test_infinite_logits_are_what_torch_makes_of_them(backend, device, place, value):
+    leaves, _ = problem(rows=2, device=device)
+    labels = torch.tensor([3, 5], device=device)
+    logits = logits_of(leaves).detach()
+    logits[0, 10 if place == "other" else slice(None)] = value
+    loss = masked_cross_entropy(logits, labels, reduction="none", backend=backend)
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(loss, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@EVERYWHERE
+def test_no_labels_at_all(backend, device, reduction, rows):
+    leaves, labels = problem(rows=rows, labelled=0.0, device=device)
+    logits = logits_of(leaves)
+    loss = masked_cross_entropy(logits, labels, reduction=reduction, backend=backend)
+    assert loss.shape == ((rows,) if reduction == "none" else ()) and not loss.any()
+    assert not torch.autograd.grad(loss.sum(), logits)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["padded", "begins anywhere", "transposed"])
+@EVERYWHERE
+def test_layouts(backend, device, layout, dtype):
+    """The same bits, however rows lie in memory, and with labels of either size."""
+    leaves, labels = problem(rows=3, dtype=dtype, labelled=0.9, device=device)
+    plain = logits_of(leaves)
+    rows, classes = plain.shape
+    if layout == "transposed":
+        view = plain.detach().T.contiguous().T
+    else:
+        lead = 0 if layout == "padded" else 3
+        around = torch.full((rows, classes + 3 + lead), float("nan"), dtype=dtype, device=device)
+        view = around[:, lead : lead + classes]
+        view.copy_(plain.detach())
+    view.requires_grad_()
+    loss, want = (masked_cross_entropy(x, y, backend=backend) for x, y in ((view, labels.int()), (plain, labels)))
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-6}
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, view), torch.autograd.grad(want, plain), **tolerance)
+
+
+@KERNELS
+def test_expanded_upstream_gradient(backend, device):
+    leaves, labels = problem(device=device)
+    logits = logits_of(leaves)
+    loss = masked_cross_entropy(logits, labels, reduction="none", backend=backend)
+    upstream = torch.tensor(-0.3, device=device)
+    (got,) = torch.autograd.grad(loss, logits, upstream.expand_as(loss), retain_graph=True)
+    (want,) = torch.autograd.grad(loss, logits, upstream.repeat(len(loss)))
+    assert got.any() and torch.equal(got, want)
+
+
+@KERNELS
+def test_inplace_writes_the_gradient_over_the_logits(backend, device):
+    leaves, labels = problem(device=device)
+    logits = logits_of(leaves)
+    want = torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits)[0]
+    worked = logits * 1
+    loss = masked_cross_entropy(worked, labels, inplace=True, backend=backend)
+    (got,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(got, want) and torch.equal(worked, want)
+    worked = logits * 1
+    worked_squared = worked.square().sum()
+    masked_cross_entropy(worked, labels, inplace=True, backend=backend).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        worked_squared.backward()
+
+
+@KERNELS
+def test_inplace_refuses_a_parameter_and_a_second_backward(backend, device):
+    leaves, labels = problem(device=device)
+    logits = logits_of(leaves)
+    with pytest.raises(ValueError, match="overwrite a parameter"):
+        masked_cross_entropy(logits, labels, inplace=True, backend=backend)
+    loss = masked_cross_entropy(logits * 1, labels, inplace=True, backend=backend)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward needs inplace=False"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("label", [-1, 77, -101])
+def test_label_out_of_range(label):
+    leaves, labels = problem()
+    labels[4] = label
+    with pytest.raises(ValueError, match=f"label {label} in row 4 is outside"):
+        masked_cross_entropy(logits_of(leaves), labels)
+
+
+@KERNELS
+def test_unchecked_label_out_of_range_poisons_its_row(backend, device, monkeypatch):
+    monkeypatch.setattr("reca_kernels.checks.labels_inside", lambda *_: None)
+    leaves, labels = problem(rows=4, labelled=1.0, device=device)
+    labels[1], labels[2] = 77, -3
+    logits = logits_of(leaves)
+    loss = masked_cross_entropy(logits, labels, reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.any(1).tolist() == [True, False, False, True]
+
+
+def test_shapes_and_dtypes_that_do_not_fit():
+    leaves, labels = problem()
+    logits = logits_of(leaves)
+    for bad, error, words in (
+        (lambda: masked_cross_entropy(logits[None], labels), ValueError, "flatten the batch first"),
+        (lambda: masked_cross_entropy(logits, labels[:-1]), ValueError, "one per row"),
+        (lambda: masked_cross_entropy(logits, labels.float()), TypeError, "must be int32 or int64"),
+        (lambda: masked_cross_entropy(logits.long(), labels), TypeError, "must be fp32, bf16 or fp16"),
+        (lambda: masked_cross_entropy(logits, labels, label_smoothing=1.0), ValueError, r"in \[0, 1\)"),
+        (lambda: masked_cross_entropy(logits, labels, softcap=0.0), ValueError, "above 0 or None"),
+        (lambda: masked_cross_entropy(logits, labels, reduction="avg"), ValueError, "one of mean, sum, none"),
+    ):
+        with pytest.raises(error, match=words):
+            bad()
+
+
+@KERNELS
+def test_second_derivative_says_what_to_do(backend, device):
+    leaves, labels = problem(device=device)
+    logits = logits_of(leaves)
+    (gradient,) = torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        gradient.square().sum().backward()
+
+
+def test_second_derivative_of_the_reference():
+    leaves, labels = problem()
+    logits = logits_of(leaves)
+    loss = masked_cross_entropy(logits, labels, backend="reference")
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    gradient.square().sum().backward()
+    assert logits.grad.any()
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_threads_do_not_change_a_bit():
+    leaves, labels = problem(rows=64, classes=3001)
+    logits, before, results = logits_of(leaves), torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        loss = masked_cross_entropy(logits, labels, backend="cpu")
+        results.append((loss.detach(), torch.autograd.grad(loss, logits)[0]))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    best = native.module.current_isa()
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(best):
+        pytest.skip(f"this processor has no {isa}")
+    leaves, labels = problem(classes=1003)
+    logits = logits_of(leaves)
+    (wide,) = exact([logits])
+    native.module.set_isa(isa)
+    try:
+        loss = masked_cross_entropy(logits, labels, backend="cpu")
+        (gradient,) = torch.autograd.grad(loss, logits)
+    finally:
+        native.module.set_isa(best)
+    want = reference.masked_cross_entropy(wide, labels)
+    close(loss.detach(), want.detach(), 1e-6)
+    close(gradient, torch.autograd.grad(want, wide)[0], 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@KERNELS
+def test_compiles_into_one_graph(backend, device, reduction):
+    leaves, labels = problem(device=device)
+
+    def step(hidden, weight, labels):
+        return masked_cross_entropy(hidden @ weight.T, labels, reduction=reduction, backend=backend).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves[:2], labels)
+    plain = step(*leaves[:2], labels)
+    torch.testing.assert_close(compiled, plain)
+    for got, want in zip(
+        torch.autograd.grad(compiled, leaves[:2]), torch.autograd.grad(plain, leaves[:2]), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@KERNELS
+def test_registered_op(backend, device, reduction):
+    leaves, labels = problem(rows=3, device=device)
+    torch.library.opcheck(
+        torch.ops.reca.masked_cross_entropy.default,
+        (logits_of(leaves), labels, IGNORED, 0.1, 1e-3, 5.0, reduction, backend),
+    )
+
+
+# ---- what Triton made ----
+
+SHOW_O = 58498  # classes; rows of as many 16-bit elements begin on 4-byte boundaries only
+
+
+def launches():
+    from reca_kernels.triton import masked_cross_entropy as op
+
+    labels, stats, one = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2), torch.ones(())
+    everything = CrossEntropyOptions(IGNORED, 0.1, 1e-3, 5.0, "mean")
+    plain = CrossEntropyOptions(IGNORED, 0.0, 0.0, None, "mean")
+    for options, dtype, pitch in (
+        (plain, torch.bfloat16, SHOW_O),
+        (plain, torch.bfloat16, SHOW_O + 126),
+        (plain, torch.float32, SHOW_O),
+        (everything, torch.bfloat16, SHOW_O),
+    ):
+        logits = torch.empty(2, pitch, dtype=dtype)[:, :SHOW_O]
+        op.forward(logits, labels, options)
+        op.backward(one, one, logits, labels, stats, options, logits)
+
+
+def test_compiled_for_every_gpu():
+    made = cubin.compiled(launches)
+    assert {(m.kernel, m.arch) for m in made} == {
+        (kernel, arch) for kernel in ("forward_kernel", "backward_kernel", "reduce_kernel") for arch in cubin.ARCHS
+    }
+    for m in made:
+        if m.kernel == "reduce_kernel":
+            m.assert_lean(registers=128)
+        else:  # 64 registers leave room for four blocks of 256 threads on a multiprocessor
+            m.assert_lean(registers=64, loads=(128,), stores=(128,) if m.kernel == "backward_kernel" else ())
+            assert m.loads[128] == 2  # in flight at a time, of 16 bytes each
