@@ -102,12 +102,26 @@ reca::Diffusion diffusion(int x0_dtype, Address x0, Address rows, Address t, Add
           at<void>(given_noise), threads};
 }
 
+#ifdef RECA_CUDA_ARCHS
+// The launchers of csrc/cuda under the names of their CPU twins. Each ends with (device, stream) of the tensors; stream
+// is a cudaStream_t as a number.
+void bind_cuda(py::module_ m) {
+  using Stream = Address;
+  m.def("philox_fill", [](Address seed, Address sample_ids, uint32_t stream, int64_t samples, int64_t n, int law,
+                          Address out, int device, Stream on) {
+    reca::cuda::philox_fill({at<uint64_t>(seed), at<int64_t>(sample_ids), stream}, samples, n, law, at<float>(out),
+                            {device, at<void>(on)});
+  });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels behind reca_kernels; call the functions of reca_kernels instead.";
 #ifdef RECA_CUDA_ARCHS
   m.attr("cuda_archs") = RECA_CUDA_ARCHS;
+  bind_cuda(m.def_submodule("cuda"));
 #else
   m.attr("cuda_archs") = "";
 #endif
@@ -116,7 +130,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &set_isa, py::arg("name"));
 
   using reca::CrossEntropy;
-  py::class_<CrossEntropy>(m, "CrossEntropy").def(py::init(&cross_entropy));
+  py::class_<CrossEntropy>(m, "CrossEntropy", py::module_local()).def(py::init(&cross_entropy));
   m.def("masked_cross_entropy_forward", [](const CrossEntropy& args, Address losses, Address stats) {
     py::gil_scoped_release release;
     reca::masked_cross_entropy_forward(args, at<float>(losses), at<float>(stats));
@@ -135,7 +149,7 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("reduce_losses", &reduce_losses);
 
-  py::class_<reca::Source>(m, "Source").def(py::init(&source));
+  py::class_<reca::Source>(m, "Source", py::module_local()).def(py::init(&source));
   m.def("template_concat_check", [](const py::list& list, int64_t length) {
     const std::vector<reca::Source> sources = sources_of(list);
     return reca::template_concat_check(sources.data(), int(sources.size()), length);
@@ -162,7 +176,7 @@ PYBIND11_MODULE(_native, m) {
     reca::philox_fill({seed, at<int64_t>(sample_ids), stream}, samples, n, law, at<float>(out), threads);
   });
 
-  py::class_<FlowCall>(m, "FlowMatching").def(py::init(&flow_matching));
+  py::class_<FlowCall>(m, "FlowMatching", py::module_local()).def(py::init(&flow_matching));
   m.def("flow_matching_prepare", [](FlowCall& call, int dtype, Address x_t) {
     py::gil_scoped_release release;
     call.args.images = call.images.data();
@@ -176,7 +190,7 @@ PYBIND11_MODULE(_native, m) {
                              at<float>(losses), partial.data());
   });
 
-  py::class_<reca::Diffusion>(m, "Diffusion").def(py::init(&diffusion));
+  py::class_<reca::Diffusion>(m, "Diffusion", py::module_local()).def(py::init(&diffusion));
   m.def("diffusion_prepare", [](const reca::Diffusion& args, int dtype, Address x_t) {
     py::gil_scoped_release release;
     reca::diffusion_prepare(args, static_cast<reca::DType>(dtype), at<void>(x_t));

@@ -24,6 +24,13 @@ struct NoiseAddress {
   uint32_t stream;
 };
 
+// The same on a device, the seed too: a captured CUDA graph can be replayed with another one.
+struct DeviceNoise {
+  const uint64_t* seed;
+  const int64_t* sample_ids;  // [B]
+  uint32_t stream;
+};
+
 // Cephes' single precision polynomials for log on [sqrt(1/2), sqrt(2)) and sin, cos on [-pi/4, pi/4].
 constexpr float log_p[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
                             -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};

@@ -37,15 +37,24 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
     return _draw(noise, n, "normal", backend)
 
 
-def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:
-    ids = noise.sample_ids
+def checked(op: str, noise: Philox) -> Philox:
+    """The address with its ids side by side. Raises ValueError for one that kernels cannot read."""
+    seed, ids, stream = noise
     if ids.ndim != 1 or ids.dtype != torch.int64:
-        raise ValueError(f"{OP}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
-    if not 0 <= noise.stream < 256:
-        raise ValueError(f"{OP}: stream must be in 0..255, got {noise.stream}")
+        raise ValueError(f"{op}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
+    if not isinstance(seed, Tensor) or seed.ndim or seed.dtype != torch.int64 or seed.device != ids.device:
+        raise ValueError(f"{op}: seed must be an int64 tensor [] on {ids.device}, where sample_ids are, got {seed!r}")
+    if not 0 <= stream < 256:
+        raise ValueError(f"{op}: stream must be in 0..255, got {stream}")
+    return Philox(seed, ids.contiguous(), stream)
+
+
+def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:
+    noise = checked(OP, noise)
+    ids = noise.sample_ids
     out = torch.empty(len(ids), n, dtype=torch.float32, device=ids.device)
     backend = dispatch.choose(OP, out, backend)
     if backend == "reference" or torch.compiler.is_compiling():
         return getattr(reference, f"philox_{law}")(*noise, n)
-    dispatch.load(backend, OP).draw(noise._replace(sample_ids=ids.contiguous()), law, out)
+    dispatch.load(backend, OP).draw(noise, law, out)
     return out

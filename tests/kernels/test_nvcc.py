@@ -1,0 +1,78 @@
+"""Every CUDA kernel, compiled for the architectures of a release: no spills, no local memory, registers in their budget.
+
+The budget is nvcc_budget.csv: per kernel the most registers that any of its instances may use on any architecture. A
+kernel that is not in it fails.
+"""
+
+import csv
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHS = (80, 90, 100)
+FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+BUDGET = Path(__file__).with_name("nvcc_budget.csv")
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc in PATH")
+
+
+def name_of(symbol: str) -> str:
+    """The kernel's own name in a mangled one: the last of the length-prefixed names before its template arguments."""
+    rest, name = re.sub(r"^_ZN?", "", symbol), ""
+    while match := re.match(r"(\d+)", rest):
+        length = int(match[1])
+        name, rest = rest[match.end() : match.end() + length], rest[match.end() + length :]
+    return name
+
+
+def test_names_are_read_from_symbols():
+    assert name_of("_ZN4reca4cuda41_GLOBAL__N__458a7d03_9_philox_cu_155099c118philox_fill_kernelILi0EEEvl") == (
+        "philox_fill_kernel"
+    )
+    assert name_of("_Z4copyPf") == "copy"
+
+
+def compile_usage(file: Path, folder: Path) -> dict[str, list[str]]:
+    """Per kernel, what ptxas says about each of its instances on each architecture."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    include = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "common")]
+    done = subprocess.run(
+        ["nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *include, *targets, "-c", str(file)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    usage = defaultdict(list)
+    for symbol, said in re.findall(
+        r"Compiling entry function '(\w+)' for.*?\n(.*?Used \d+ registers.*?)\n", done.stderr, re.DOTALL
+    ):
+        usage[name_of(symbol)].append(said)
+    return usage
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_registers_and_no_spills(file, tmp_path):
+    with BUDGET.open() as rows:
+        budget = {row["kernel"]: int(row["registers"]) for row in csv.DictReader(rows)}
+    usage = compile_usage(file, tmp_path)
+    assert usage, f"{file.name} holds no kernel"
+    for kernel, instances in usage.items():
+        for said in instances:
+            assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", said), (kernel, said)
+            assert "bytes lmem" not in said, (kernel, said)
+        most = max(int(re.search(r"Used (\d+) registers", said)[1]) for said in instances)
+        assert kernel in budget, f"{kernel} uses {most} registers; add it to {BUDGET.name}"
+        assert most <= budget[kernel], f"{kernel} uses {most} registers, {BUDGET.name} allows {budget[kernel]}"
+
+
+def test_every_row_of_the_budget_is_a_kernel():
+    sources = "".join(file.read_text() for file in FILES)
+    with BUDGET.open() as rows:
+        for row in csv.DictReader(rows):
+            assert re.search(rf"\b{row['kernel']}\(", sources), f"{BUDGET.name}: no kernel {row['kernel']}"
