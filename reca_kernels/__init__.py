@@ -2,7 +2,7 @@
 
 from reca_kernels.dispatch import backend_report
 from reca_kernels.ops.concat_plan import ConcatPlan, TextSegment, VisualSegment, concat_plan
-from reca_kernels.ops.diffusion_loss import diffusion_loss, diffusion_prepare, diffusion_schedule
+from reca_kernels.ops.diffusion_loss import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps
 from reca_kernels.ops.flow_matching import flow_matching_loss, flow_matching_prepare
 from reca_kernels.ops.masked_cross_entropy import masked_cross_entropy
 from reca_kernels.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
@@ -19,6 +19,7 @@ __all__ = [
     "diffusion_loss",
     "diffusion_prepare",
     "diffusion_schedule",
+    "diffusion_steps",
     "flow_matching_loss",
     "flow_matching_prepare",
     "masked_cross_entropy",

@@ -14,10 +14,19 @@ from reca_kernels.reference.philox import philox_normal
 COLUMNS = ("sqrt_abar", "sqrt_1m_abar", "sqrt_recip", "sqrt_recip_m1", "c1", "c2", "log_posterior", "log_beta")
 
 
-def schedule(steps: int) -> Tensor:
-    """fp64 [steps, 8], the columns above, of the cosine schedule with betas up to 0.999."""
+def betas(steps: int, kept: Tensor | None = None) -> Tensor:
+    """fp64 [steps] or [kept]: the cosine schedule, betas up to 0.999; between kept steps, those with the same abar."""
     f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)).square()
-    return tables((1 - f[1:] / f[:-1]).clamp(max=0.999))
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    if kept is None:
+        return beta
+    abar = (1 - beta).cumprod(0)[kept]
+    return 1 - abar / torch.cat((abar.new_ones(1), abar[:-1]))
+
+
+def schedule(steps: int, kept: Tensor | None = None) -> Tensor:
+    """fp64 [steps or kept, 8], the columns above."""
+    return tables(betas(steps, kept))
 
 
 def tables(beta: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule, native
+from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, native
 from reca_kernels.reference import diffusion_loss as reference
 
 needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
@@ -51,6 +51,26 @@ def test_schedule_is_the_cosine_one():
             math.log(beta[i]),
         ]
         assert table[i].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("keep", [1, 10, 100, 1000])
+def test_a_sampler_of_fewer_steps(keep):
+    """It visits steps with the noise that training knows, and its posteriors lead from one of them to the one before."""
+    steps = diffusion_steps(1000, keep)
+    assert len(set(steps.tolist())) == keep and steps[0] == 0 and steps[-1] == (999 if keep > 1 else 0)
+    whole, kept = reference.schedule(1000), reference.schedule(1000, steps)
+    torch.testing.assert_close(kept[:, :4], whole[steps, :4], rtol=1e-9, atol=0)
+    abar, before = kept[1:, 0] ** 2, kept[:-1, 0] ** 2
+    c1, c2, variance = kept[1:, 4], kept[1:, 5], kept[1:, 6].exp()
+    torch.testing.assert_close(c1 + c2 * abar.sqrt(), before.sqrt(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(c2**2 * (1 - abar) + variance, 1 - before, rtol=1e-9, atol=1e-12)
+    assert torch.equal(diffusion_schedule(keep=keep), kept.float())
+
+
+@pytest.mark.parametrize("keep", [0, 1001])
+def test_a_sampler_keeps_at_most_all_steps(keep):
+    with pytest.raises(ValueError, match=f"keeps 1 to 1000 steps, got {keep}"):
+        diffusion_schedule(keep=keep)
 
 
 def test_bound_is_the_kl_divergence_of_two_normals():
