@@ -66,7 +66,7 @@ def test_broken_bytes_are_bad_images(data):
         open_rgb(data)
 
 
-@pytest.mark.parametrize("fit", ["squash", "center_crop", "random_crop", "pad"])
+@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (40, 24), (24, 40)])
 def test_fits_give_the_asked_size_from_any_picture(fit, size):
     view = make_view(picture(*size), View(16, fit=fit), crop=0.99)
@@ -76,6 +76,16 @@ def test_fits_give_the_asked_size_from_any_picture(fit, size):
 def test_squash_is_pillows_bicubic():
     expected = np.asarray(picture().resize((16, 16), Image.Resampling.BICUBIC))
     assert np.array_equal(make_view(picture(), View(16)).permute(1, 2, 0).numpy(), expected)
+
+
+def test_stretch_filters_twice():
+    """Harmon's data code: to a square of the long side, then to the size."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    once, twice = (make_view(image, View(16, fit=fit)).permute(1, 2, 0).numpy() for fit in ("squash", "stretch"))
+    square = image.resize((40, 40), Image.Resampling.BICUBIC)
+    assert np.array_equal(twice, np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC)))
+    assert not np.array_equal(once, twice)
 
 
 def test_center_crop_takes_the_middle_and_pad_keeps_everything():
@@ -118,7 +128,7 @@ needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not instal
 
 
 @needs_dali
-@pytest.mark.parametrize("fit", ["squash", "center_crop", "random_crop", "bound"])
+@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "bound"])
 def test_dali_equals_pillow_within_one_level(fit):
     from skimage import data
 

@@ -73,7 +73,7 @@ def geometry(width: int, height: int, view: View, crop: float) -> tuple[tuple[fl
     crop: in [0, 1), where along the longer side a random crop lies.
     """
     whole, short = (0, 0, width, height), min(width, height)
-    if view.fit in ("squash", "pad"):
+    if view.fit in ("squash", "stretch", "pad"):
         return whole, (view.size, view.size)
     if view.fit == "bound":
         return whole, bound_size(width, height, view)
@@ -86,7 +86,7 @@ def geometry(width: int, height: int, view: View, crop: float) -> tuple[tuple[fl
         left, top = (w - view.size) // 2, (h - view.size) // 2
         box = (left / w * width, top / h * height, (left + view.size) / w * width, (top + view.size) / h * height)
         return box, (view.size, view.size)
-    raise ValueError(f"unknown fit {view.fit!r}; expected squash, center_crop, random_crop, pad or bound")
+    raise ValueError(f"unknown fit {view.fit!r}; expected squash, stretch, center_crop, random_crop, pad or bound")
 
 
 def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
@@ -96,6 +96,8 @@ def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
         square = Image.new("RGB", (side, side), (view.fill,) * 3)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
+    elif view.fit == "stretch":
+        image = image.resize((max(image.size),) * 2, RESAMPLE[view.resample])
     box, size = geometry(*image.size, view, crop)
     image = image.resize(size, RESAMPLE[view.resample], box=box)
     if view.blur > 1:

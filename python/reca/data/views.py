@@ -9,6 +9,7 @@ class View:
 
     fit:
       squash       resize to size x size, aspect ratio not kept
+      stretch      resize to a square of the long side, then to size x size (two filters, as Harmon's data code does)
       center_crop  resize the short side to `size`, cut the middle size x size
       random_crop  cut a random square of the short side's length, resize to `size`
       pad          centre on a square of the long side filled with `fill`, resize to `size`
