@@ -15,6 +15,7 @@ KINDS = ("reca", "i2t", "t2i")
 
 ROLES = (
     "und_encoder",  # vision tower that only understanding uses
+    "shared_encoder",  # vision encoder that understanding and generation share
     "und_lm",  # understanding expert of a decoupled language model
     "gen_lm",  # generation expert of a decoupled language model
     "shared_lm",  # language model that serves both

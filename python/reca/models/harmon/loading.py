@@ -1,0 +1,99 @@
+"""Building a Harmon from published files or at random, and writing it back."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reca.models.harmon import convert, prompt
+from reca.models.harmon.config import HarmonConfig
+from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.weights import fetch, no_memory, put
+
+if TYPE_CHECKING:
+    from reca.models.harmon.adapter import Harmon
+
+PARTS = ("llm", "mar", "proj_in", "proj_out")
+
+
+def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) -> "Harmon":
+    """The model in fp32; random where `config.weights` is null, and from files otherwise.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    source = fetch(config.weights, ["*.json", "*.safetensors", "*.pth", "*.ckpt", "*.txt"]) if config.weights else None
+    tokenizer = load_tokenizer(config, source)
+    if source is None:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(config.seed)
+            model = cls(config, tokenizer)
+        if config.vae_weights:
+            vae = convert.read_vae(fetch(config.vae_weights), _levels(config))
+            put(model.vae, vae, config.vae_weights, torch.float32)
+        return model.to(device)
+    with no_memory():
+        model = cls(config, tokenizer)
+    state, vae = convert.read(source)
+    put_trained(model, state, str(source))
+    if config.codec == "kl16":
+        beside = (source if source.is_dir() else source.parent) / convert.VAE_FILE
+        if config.vae_weights or (not vae and beside.is_file()):
+            vae = convert.read_vae(fetch(config.vae_weights or str(beside)), _levels(config))
+        elif vae:
+            vae = convert.vae_native(vae, _levels(config))
+        else:
+            raise ValueError(f"{source} holds no VAE; give model.vae_weights, such as wusize/harmon/{convert.VAE_FILE}")
+        put(model.vae, vae, config.vae_weights or str(source), torch.float32)
+    return model.to(device)
+
+
+def put_trained(model: "Harmon", state: dict[str, torch.Tensor], source: str) -> None:
+    """Make `state`, everything but the VAE, the parameters of the model. The output head stays the embedding table."""
+    head = state.get(convert.HEAD)
+    if head is not None and convert.TABLE in state and not torch.equal(head, state[convert.TABLE]):
+        raise ValueError(f"{source}: {convert.HEAD} differs from {convert.TABLE}; Harmon's two are one tensor")
+    if convert.TABLE in state:
+        state = state | {convert.HEAD: state[convert.TABLE]}
+    put(trained(model), state, source, torch.float32)
+    model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
+
+
+def trained(model: "Harmon") -> nn.ModuleDict:
+    """The parts that Harmon's weight file holds, under their published names."""
+    return nn.ModuleDict({part: getattr(model, part) for part in PARTS})
+
+
+def export(model: "Harmon", folder: Path) -> None:
+    convert.write(folder / convert.FILE, trained(model).state_dict())
+    if model.config.codec == "kl16" and not model.config.vae_weights:
+        vae = convert.vae_published(model.vae.state_dict(), _levels(model.config))
+        convert.write(folder / convert.VAE_FILE, {"model": vae})
+    if not model.config.tokenizer:
+        model.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedTokenizerBase:
+    """Raises ValueError when there is none, or one that does not know Qwen's chat format or is too large."""
+    folder = source if source is None or source.is_dir() else source.parent
+    if config.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(fetch(config.tokenizer))
+    elif folder is None:
+        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
+    else:
+        found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)
+        if found is None:
+            raise ValueError(f"{folder} has no tokenizer; give model.tokenizer, such as Qwen/Qwen2.5-1.5B-Instruct")
+        tokenizer = AutoTokenizer.from_pretrained(found)
+    known = tokenizer.get_vocab()
+    if missing := [token for token in prompt.SPECIAL_TOKENS if token not in known]:
+        raise ValueError(f"the tokenizer lacks {', '.join(missing)}; Harmon writes Qwen2.5's chat format")
+    largest, rows = max(known.values()), config.language.vocab_size
+    if largest >= rows:
+        raise ValueError(f"the tokenizer has ids up to {largest}, but model.language.vocab_size={rows}")
+    return tokenizer
+
+
+def _levels(config: HarmonConfig) -> int:
+    return len(config.autoencoder.multipliers)

@@ -1,0 +1,47 @@
+"""Which tokens of a picture are hidden: MAR hides most of them, at random."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WIDTH = 0.25  # of the truncated normal distribution of the hidden share, whose peak is at 1
+
+
+class Masking(NamedTuple):
+    """What is left of B pictures of S tokens.
+
+    visible  int64 [B, V]: the visible tokens in raster order, V of the picture that shows most
+    real     bool [B, V]: False where `visible` is padding; None: nowhere
+    lengths  visible tokens of each picture
+    hidden   int64 [N]: the hidden tokens of all pictures, in the flattened batch
+    """
+
+    visible: Tensor
+    real: Tensor | None
+    lengths: list[int]
+    hidden: Tensor | None = None
+
+    @classmethod
+    def equal(cls, visible: Tensor) -> "Masking":
+        """The same number of visible tokens in every picture."""
+        return cls(visible, None, [visible.shape[1]] * len(visible))
+
+    @classmethod
+    def of(cls, order: Tensor, counts: Tensor) -> "Masking":  # int64 [B, S], int64 [B]
+        """Hide the tokens with order < count. One transfer to the host: `counts`."""
+        (batch, size), device, hide = order.shape, order.device, counts.tolist()
+        hidden = order < counts[:, None]
+        places = torch.arange(size, device=device)
+        lengths = [size - count for count in hide]
+        visible = torch.where(hidden, size, places).sort(dim=1).values[:, : max(lengths, default=0)]
+        rows = torch.where(hidden, torch.arange(batch, device=device)[:, None] * size + places, batch * size)
+        real = visible < size if len(set(lengths)) > 1 else None
+        return cls(visible.clamp(max=size - 1), real, lengths, rows.flatten().sort().values[: sum(hide)])
+
+
+def hidden_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:
+    """How many of `size` tokens to hide, int64 [B]: the share is normal(1, 0.25) cut to [smallest, 1]."""
+    low = torch.special.ndtr(torch.tensor((smallest - 1) / WIDTH, dtype=torch.float64, device=uniform.device))
+    share = 1 + WIDTH * torch.special.ndtri(low + uniform.double() * (0.5 - low))
+    return (size * share.clamp(smallest, 1)).ceil().long().clamp(max=size)

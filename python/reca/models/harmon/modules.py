@@ -1,0 +1,311 @@
+"""Harmon's own modules: MAR's encoder, decoder and diffusion head, under the published names."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, LanguageSizes, MarSizes
+
+FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+STEPS = 1000  # of the diffusion that training uses
+EPS = 1e-6
+
+
+def language_model(c: LanguageSizes) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=c.hidden_size,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_key_value_heads,
+            intermediate_size=c.intermediate_size,
+            vocab_size=c.vocab_size,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def projector(width_in: int, width_out: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.SiLU(), nn.Linear(hidden, width_out))
+
+
+# pixels <-> latents
+
+
+class Kl16(AutoencoderKL):
+    """KL-16 of latent diffusion: attention in the encoder's last level and in both middles."""
+
+    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """The posterior's mean, [B, C, m, n]: no randomness."""
+        return self.encode(pixels).latent_dist.mode()
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        return self.decode(latents).sample
+
+
+class Cosines(nn.Module):
+    """Orthonormal cosine transform of pixel patches that keeps the lowest frequencies.
+
+    The embedded world's codec: exact for flat patches, and nothing to train. With 3 p² channels it loses nothing.
+    """
+
+    def __init__(self, patch: int, channels: int):
+        super().__init__()
+        most = 3 * patch**2
+        if not 1 <= channels <= most:
+            raise ValueError(f"model.autoencoder.latent_channels={channels}: {patch} x {patch} pixels have 1 to {most}")
+        at = (torch.arange(patch) + 0.5) * (math.pi / patch)
+        waves = torch.cos(torch.arange(patch)[:, None] * at) * math.sqrt(2 / patch)
+        waves[0] /= math.sqrt(2)
+        order = sorted((u + v, u, v, colour) for u in range(patch) for v in range(patch) for colour in range(3))
+        basis = torch.zeros(channels, 3, patch, patch)
+        for row, (_, u, v, colour) in zip(basis, order, strict=False):
+            row[colour] = waves[u][:, None] * waves[v]
+        self.register_buffer("basis", basis, persistent=False)
+
+    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W]
+        return F.conv2d(pixels, self.basis, stride=self.basis.shape[-1])
+
+    def pixels(self, latents: Tensor) -> Tensor:  # [B, C, m, n]
+        return F.conv_transpose2d(latents, self.basis, stride=self.basis.shape[-1])
+
+
+def codec(config: HarmonConfig) -> Kl16 | Cosines:
+    c = config.autoencoder
+    return kl16(c) if config.codec == "kl16" else Cosines(c.patch, c.latent_channels)
+
+
+def kl16(c: AutoencoderSizes) -> Kl16:
+    levels = len(c.multipliers)
+    return Kl16(
+        down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[c.channels * m for m in c.multipliers],
+        layers_per_block=c.blocks,
+        latent_channels=c.latent_channels,
+        norm_num_groups=32,
+        scaling_factor=c.scale,
+    )
+
+
+def factor(config: HarmonConfig) -> int:
+    """Pixels on the side of one token."""
+    c = config.autoencoder
+    return config.mar.patch_size * (2 ** (len(c.multipliers) - 1) if config.codec == "kl16" else c.patch)
+
+
+def channels(config: HarmonConfig) -> int:
+    """Numbers that a token consists of."""
+    return config.autoencoder.latent_channels * config.mar.patch_size**2
+
+
+def check_sizes(config: HarmonConfig) -> None:
+    """Raise ValueError for pictures that are not whole tokens."""
+    for key in ("image_size", "understanding_size"):
+        size = getattr(config, key)
+        if size is not None and size % factor(config):
+            raise ValueError(f"model.{key} is {size} pixels, which must be a multiple of a token's {factor(config)}")
+
+
+# encoder and decoder
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:  # x [B, L, D], seen bool [B, 1, 1, L]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout).transpose(1, 2).flatten(2)
+        return F.dropout(self.proj(x), self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block."""
+
+    def __init__(self, width: int, heads: int, c: MarSizes):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"model.mar: a width of {width} is no multiple of {heads} heads")
+        self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
+        self.attn = Attention(width, heads, c.dropout)
+        self.mlp = Mlp(width, int(width * c.mlp_ratio), c.dropout)
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), seen)
+        return x + self.mlp(self.norm2(x))
+
+
+class Mar(nn.Module):
+    """Masked autoregressive encoder and decoder over latents, with buffer tokens in front (Li et al. 2024)."""
+
+    def __init__(self, c: MarSizes, channels: int):  # channels of a token
+        super().__init__()
+        self.c = c
+        table = lambda rows, width: nn.Parameter(torch.randn(1, rows, width) * 0.02)  # noqa: E731
+        grid, wide = c.base_grid**2, c.decoder_width or c.width
+        self.fake_latent = nn.Parameter(torch.randn(1, c.width) * 0.02)
+        self.mask_token = table(1, wide)
+        self.encoder_pos_embed_learned = table(c.buffers + grid, c.width)
+        self.decoder_pos_embed_learned = table(c.buffers + grid, wide)
+        self.diffusion_pos_embed_learned = table(grid, wide)
+        # Published files have this table though nothing reads it: no parameter, so that no optimizer carries it.
+        self.class_emb = nn.Module()
+        self.class_emb.register_buffer("weight", torch.randn(c.classes, c.width) * 0.02)
+        self.z_proj, self.z_proj_ln = nn.Linear(channels, c.width), nn.LayerNorm(c.width, EPS)
+        self.encoder_blocks = nn.ModuleList(Block(c.width, c.heads, c) for _ in range(c.encoder_depth))
+        self.encoder_norm = nn.LayerNorm(c.width, EPS)
+        self.decoder_embed = nn.Linear(c.width, wide)
+        self.decoder_blocks = nn.ModuleList(Block(wide, c.decoder_heads or c.heads, c) for _ in range(c.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(wide, EPS)
+        self.diffloss = nn.Module()
+        self.diffloss.net = DiffusionHead(channels, wide, c.head_width, c.head_depth)
+
+    def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A position table for a grid of m x n tokens, [1, buffers + m n, D]; bilinear if that is another grid."""
+        base = self.c.base_grid
+        if grid == (base, base):
+            return table
+        buffers, squares = table.split((table.shape[1] - base * base, base * base), dim=1)
+        squares = squares.unflatten(1, (base, base)).permute(0, 3, 1, 2)
+        squares = F.interpolate(squares, grid, mode="bilinear", align_corners=False)
+        return torch.cat((buffers, squares.flatten(2).transpose(1, 2)), dim=1)
+
+    def encode(
+        self,
+        latents: Tensor,  # [B, m, n, C]
+        visible: Tensor | None = None,  # int64 [B, V], raster order
+        real: Tensor | None = None,  # bool [B, V], False where `visible` is padding
+    ) -> Tensor:  # [B, buffers + V, D]
+        """Encode the visible tokens (None: all), buffers first. Hidden ones are dropped before the first product."""
+        batch, grid, buffers = len(latents), tuple(latents.shape[1:3]), self.c.buffers
+        tokens, table = latents.flatten(1, 2), self.positions(self.encoder_pos_embed_learned, grid)
+        front, rest = table.split((buffers, table.shape[1] - buffers), dim=1)
+        if visible is None:
+            x = self.z_proj(tokens) + rest
+        else:
+            x = self.z_proj(tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))) + rest[0][visible]
+        x = torch.cat(((self.fake_latent + front).expand(batch, -1, -1), x), dim=1)
+        x, seen = self.z_proj_ln(x), None
+        if real is not None:
+            seen = torch.cat((real.new_ones(batch, buffers), real), dim=1)[:, None, None]
+        for block in self.encoder_blocks:
+            x = block(x, seen)
+        return self.encoder_norm(x)
+
+    def decode(
+        self,
+        encoded: Tensor,  # [B, buffers + V, D]
+        visible: Tensor,  # int64 [B, V]
+        real: Tensor | None,  # bool [B, V]
+        grid: tuple[int, int],
+    ) -> Tensor:  # [B, m n, D]
+        """What the diffusion head is conditioned on, for every token of the grid."""
+        buffers, size = self.c.buffers, grid[0] * grid[1]
+        x = self.decoder_embed(encoded)
+        # Padding is written to a last row that is cut off again.
+        where = visible if real is None else torch.where(real, visible, size)
+        where = torch.cat((torch.arange(buffers, device=x.device).expand(len(x), -1), where + buffers), dim=1)
+        canvas = self.mask_token.to(x.dtype).expand(len(x), buffers + size + 1, -1)
+        x = canvas.scatter(1, where[..., None].expand(-1, -1, x.shape[2]), x)[:, :-1]
+        x = x + self.positions(self.decoder_pos_embed_learned, grid)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, buffers:] + self.positions(self.diffusion_pos_embed_learned, grid)
+
+
+# diffusion head
+
+
+class DiffusionHead(nn.Module):
+    """An MLP with adaptive LayerNorm: noise and variance range of a token at step t, given its condition."""
+
+    def __init__(self, channels: int, condition: int, width: int, depth: int):
+        super().__init__()
+        self.time_embed = nn.Module()
+        self.time_embed.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
+        self.final_layer = HeadEnd(width, 2 * channels)
+
+    def forward(
+        self,
+        x_t: Tensor,  # [R N, C]
+        t: Tensor,  # int64 [R N]
+        condition: Tensor,  # [N, D]
+    ) -> Tensor:  # [R N, 2 C]
+        """Row r N + i is conditioned on condition[i], which is multiplied once and repeated nowhere in memory."""
+        c = self.cond_embed(condition)
+        return self.denoise(x_t, (self.time(t).unflatten(0, (-1, len(c))) + c).flatten(0, 1))
+
+    def time(self, t: Tensor) -> Tensor:  # int64 [M]
+        """Embeddings of steps, [M, w]; with more rows than steps, looked up in a table of all steps."""
+        if len(t) > STEPS:
+            return F.embedding(t, self.time(torch.arange(STEPS, device=t.device)))
+        half = FREQUENCIES // 2
+        rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t.float()[:, None] * rates
+        return self.time_embed.mlp(torch.cat((angles.cos(), angles.sin()), dim=1))
+
+    def denoise(self, x_t: Tensor, y: Tensor) -> Tensor:  # [M, C], [M, w]
+        """y: step and condition, embedded and added."""
+        x, y = self.input_proj(x_t), F.silu(y)
+        for block in self.res_blocks:
+            x = block(x, y)
+        return self.final_layer(x, y)
+
+
+class HeadBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = _modulation(width, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # y: after its SiLU, which all blocks share
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class HeadEnd(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, EPS, elementwise_affine=False)
+        self.linear = _zero(nn.Linear(width, out))
+        self.adaLN_modulation = _modulation(width, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(self.norm(x) * (1 + scale) + shift)
+
+
+def _modulation(width: int, parts: int) -> nn.Sequential:
+    """The Identity stands where the published module has the SiLU, so that the names agree."""
+    return nn.Sequential(nn.Identity(), _zero(nn.Linear(width, parts * width)))
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    """Zeros at the start: the random head begins as the identity and predicts no noise, as MAR's does."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
