@@ -104,7 +104,7 @@ reca::Diffusion diffusion(int x0_dtype, Address x0, Address rows, Address t, Add
 
 #ifdef RECA_CUDA_ARCHS
 // The launchers of csrc/cuda under the names of their CPU twins. Each ends with (device, stream) of the tensors; stream
-// is a cudaStream_t as a number.
+// is a cudaStream_t as a number. They share no class with the CPU: tests replace this submodule by one that is emulated.
 void bind_cuda(py::module_ m) {
   using Stream = Address;
   m.def("philox_fill", [](Address seed, Address sample_ids, uint32_t stream, int64_t samples, int64_t n, int law,

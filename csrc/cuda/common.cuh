@@ -47,7 +47,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   }
 #else
-  both = emulator::narrow<T>(low) | uint32_t(emulator::narrow<T>(high)) << 16;
+  const auto bits = std::is_same_v<T, bf16> ? emulator::narrow_bf16 : emulator::narrow_f16;
+  both = bits(low) | uint32_t(bits(high)) << 16;
 #endif
   return both;
 }
@@ -144,6 +145,16 @@ __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
 }
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// The dynamic shared memory of a block, aligned to 16 bytes.
+__device__ __forceinline__ void* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 bytes[];
+  return bytes;
+#else
+  return emulator::aligned_shared();
+#endif
+}
 
 // ---- reductions, in an order that depends on nothing ----
 

@@ -90,7 +90,7 @@ __device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, float& x, fl
   c = add(__fmaf_rn(q, -0.5f, mul(mul(c, q), q)), 1.0f);
   const bool odd = quadrant & 0x40000000;
   const uint32_t sine = __float_as_uint(odd ? c : s) ^ (quadrant & 0x80000000);
-  const uint32_t cosine = __float_as_uint(odd ? s : c) ^ (quadrant + 0x40000000 & 0x80000000);
+  const uint32_t cosine = __float_as_uint(odd ? s : c) ^ ((quadrant + 0x40000000) & 0x80000000);
   x = mul(radius, __uint_as_float(cosine));
   y = mul(radius, __uint_as_float(sine));
 }

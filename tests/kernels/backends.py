@@ -2,6 +2,8 @@
 
 Without a GPU tests/conftest.py sets TRITON_INTERPRET=1 before anything imports triton, and Triton kernels run in its
 interpreter on CPU tensors (about 10 ms per program: keep rows few). With a GPU they run there, under the mark `gpu`.
+CUDA C++ kernels run on CPU tensors in the emulator of emulated.py (about a microsecond per thread and barrier), with or
+without a GPU.
 """
 
 import importlib.util
@@ -12,6 +14,7 @@ import pytest
 
 import reca_kernels
 from reca_kernels import native
+from tests.kernels import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 PACKAGE = Path(reca_kernels.__file__).parent
@@ -27,11 +30,14 @@ def targets(op: str, *, reference: bool = True) -> list:
     no_cuda = pytest.mark.skipif(
         native.module is None or not native.module.cuda_archs, reason="the native module was built without CUDA"
     )
+    cannot_emulate = str(native.missing) if native.module is None else emulated.missing()
+    no_emulator = pytest.mark.skipif(cannot_emulate is not None, reason=str(cannot_emulate))
     gpu = pytest.mark.gpu
     candidates = [
         ("reference", "cpu", []),
         ("cpu", "cpu", [no_native]),
         ("triton", "cpu", [no_triton]),
+        ("cuda", "cpu", [no_emulator]),
         ("reference", "cuda", [gpu]),
         ("cuda", "cuda", [gpu, no_cuda]),
         ("triton", "cuda", [gpu]),

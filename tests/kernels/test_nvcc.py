@@ -1,4 +1,4 @@
-"""Every CUDA kernel, compiled for the architectures of a release: no spills, no local memory, registers in their budget.
+"""Every CUDA kernel, compiled for the architectures of a release: no spills, no local memory, few enough registers.
 
 The budget is nvcc_budget.csv: per kernel the most registers that any of its instances may use on any architecture. A
 kernel that is not in it fails.

@@ -5,6 +5,7 @@ import torch
 
 from reca_kernels import Philox, native, philox_normal, philox_uniform
 from reca_kernels.reference import philox as reference
+from tests.kernels.backends import targets
 
 needs_native = pytest.mark.skipif(native.module is None, reason=f"no native module: {native.missing}")
 ONES = 0xFFFFFFFF
@@ -40,9 +41,23 @@ def test_known_answer_through_an_address():
     assert bits[0, 4:].tolist() == [int(words[0]), int(words[1])]
 
 
-def address(**changes):
-    noise = Philox(torch.tensor(-1234567890123), torch.tensor([0, 3, (1 << 33) + 5, 123456789]), 7)
-    return noise._replace(**changes)
+def address(device="cpu", **changes):
+    ids = torch.tensor([0, 3, (1 << 33) + 5, 123456789], device=device)
+    return Philox(torch.tensor(-1234567890123, device=device), ids, 7)._replace(**changes)
+
+
+def bits(x):
+    """What torch.equal compares with: the sign of a zero counts."""
+    return x.cpu().view(torch.int32)
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 1030])  # less than a block, a broken one, whole ones, several CUDA blocks
+@pytest.mark.parametrize(("backend", "device"), targets("philox", reference=False))
+def test_same_bits_on_every_backend(n, backend, device):
+    for draw in (philox_uniform, philox_normal):
+        got = draw(address(device), n, backend=backend)
+        assert got.device.type == device
+        assert torch.equal(bits(got), bits(draw(address(), n, backend="reference")))
 
 
 @needs_native
@@ -90,7 +105,7 @@ def test_law():
         assert abs(float((x**power).mean()) - moment) < 0.01
     assert abs(float((x[0] * x[1]).mean())) < 0.005
     u = philox_uniform(address(), 1_000_000)
-    assert 0 <= float(u.min()) and float(u.max()) < 1 and abs(float(u.mean()) - 0.5) < 0.001
+    assert float(u.min()) >= 0 and float(u.max()) < 1 and abs(float(u.mean()) - 0.5) < 0.001
 
 
 def test_accuracy_of_the_polynomials():
@@ -108,8 +123,13 @@ def test_bad_addresses_are_named():
         philox_normal(address(sample_ids=torch.arange(4).int()), 4)
     with pytest.raises(ValueError, match="stream must be in 0..255"):
         philox_normal(address(stream=256), 4)
+    for seed in (7, torch.tensor([7]), torch.tensor(7, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"seed must be an int64 tensor \[\] on cpu, where sample_ids are"):
+            philox_normal(address(seed=seed), 4)
 
 
-def test_no_samples_and_no_elements():
-    assert philox_normal(address(sample_ids=torch.empty(0, dtype=torch.int64)), 5).shape == (0, 5)
-    assert philox_normal(address(), 0).shape == (4, 0)
+@pytest.mark.parametrize(("backend", "device"), targets("philox"))
+def test_no_samples_and_no_elements(backend, device):
+    nobody = torch.empty(0, dtype=torch.int64, device=device)
+    assert philox_normal(address(device, sample_ids=nobody), 5, backend=backend).shape == (0, 5)
+    assert philox_normal(address(device), 0, backend=backend).shape == (4, 0)

@@ -1,0 +1,30 @@
+"""Backend "cuda" on device "cpu" means the emulator of emulated.py."""
+
+import pytest
+
+from reca_kernels import dispatch, native
+from tests.kernels import emulated
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory):
+    return emulated.build(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(autouse=True)
+def emulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = getattr(request.node, "callspec", None)
+    if asked is None or (asked.params.get("backend"), asked.params.get("device")) != ("cuda", "cpu"):
+        return
+    monkeypatch.setattr(native.module, "cuda", request.getfixturevalue("emulator"), raising=False)
+    monkeypatch.setattr(native, "launch", lambda tensor: (0, 0))
+    usable = dispatch.unusable
+    monkeypatch.setattr(
+        dispatch,
+        "unusable",
+        lambda op, backend, device, index=None: (
+            None if (backend, device) == ("cuda", "cpu") else usable(op, backend, device, index)
+        ),
+    )
+    dispatch._decide.cache_clear()
+    request.addfinalizer(dispatch._decide.cache_clear)

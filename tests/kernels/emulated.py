@@ -1,0 +1,68 @@
+"""csrc/cuda on the CPU: the same files and bindings, compiled by a C++ compiler against emulator/cuda_runtime.h.
+
+A test parametrised with backend "cuda" on device "cpu" (see backends.py) runs on it.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", '-DRECA_CUDA_ARCHS="emulated"')
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be built here."""
+    if shutil.which("g++") is None:
+        return "no g++ to build the CUDA emulator with"
+    if _pybind11() is None:
+        return "no pybind11 to build the CUDA emulator with"
+    return None
+
+
+def _pybind11() -> Path | None:
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for folder in spec.submodule_search_locations if spec else ():
+            if (Path(folder) / "include" / "pybind11" / "pybind11.h").exists():
+                return Path(folder) / "include"
+    return None
+
+
+def build(folder: Path) -> ModuleType:
+    """The module's submodule `cuda`, built in `folder`."""
+    includes = [Path(__file__).parent / "emulator", ROOT / "csrc/include", ROOT / "csrc/common", _pybind11()]
+    flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
+    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        optimise = "-O1" if source.suffix == ".cu" else "-O0"
+        _run(["g++", optimise, *flags, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    path = folder / "_native.so"
+    # The CPU kernels stay out, their symbols unresolved: nothing calls them.
+    _run(["g++", "-shared", "-Wl,-z,lazy", "-o", str(path), *objects])
+    flags_before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
+    try:
+        spec = importlib.util.spec_from_file_location("_native", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.setdlopenflags(flags_before)
+    return module.cuda
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,288 @@
+// Stands in for <cuda_runtime.h> where csrc/cuda/*.cu is compiled by a plain C++ compiler: kernels run on the CPU, one
+// thread of a block at a time, so that their arithmetic, indices and barriers can be tested where there is no GPU.
+//
+// A launch runs at once, block after block. The threads of a block are coroutines; one gives way at a barrier, a shuffle
+// or when it ends. They take turns in ascending order in even blocks and in descending order in odd ones, so that a
+// missing barrier shows. Barriers that some threads of a block or warp never reach are an error. What this cannot show:
+// data races inside a warp between two barriers, and what nvcc makes of the code.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __constant__
+#define __shared__ static  // blocks run one after another
+#define __grid_constant__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+// ---- threads ----
+
+namespace emulator {
+
+constexpr size_t stack_bytes = 128 << 10;
+
+struct Barrier {
+  int waiting = 0;
+  uint64_t passed = 0;
+};
+
+struct Thread {
+  std::unique_ptr<char[]> stack{new char[stack_bytes]};
+  ucontext_t start;
+  jmp_buf place;
+  bool begun, ended;
+};
+
+struct Warp {
+  Barrier barrier;
+  int running;
+  uint64_t values[warpSize];
+};
+
+inline std::deque<Thread> threads;  // kept from launch to launch
+inline std::vector<Warp> warps;
+inline Barrier block_barrier;
+inline int current, running;
+inline bool moved;  // something happened since the last look: a barrier was passed or a thread ended
+inline jmp_buf scheduler;
+inline std::function<void()> body;
+inline std::vector<unsigned char> dynamic_shared;
+
+inline void* aligned_shared() {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(dynamic_shared.data()) + 127) / 128 * 128);
+}
+
+inline void give_way() {
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
+
+// `expected` is read again and again: threads that end no longer count.
+inline void wait(Barrier& barrier, const int& expected) {
+  const uint64_t mine = barrier.passed;
+  ++barrier.waiting;
+  while (barrier.passed == mine) {
+    if (barrier.waiting >= expected) {
+      barrier.waiting = 0, ++barrier.passed, moved = true;
+    } else {
+      give_way();
+    }
+  }
+}
+
+inline Warp& my_warp() { return warps[size_t(current) / warpSize]; }
+
+inline void run_thread() {
+  body();
+  threads[current].ended = true, moved = true;
+  --running, --my_warp().running;
+  _longjmp(scheduler, 1);
+}
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "CUDA emulator: block %u: %s\n", blockIdx.x, message);
+  std::abort();
+}
+
+inline void enter(int thread) {
+  current = thread;
+  threadIdx = dim3(unsigned(thread));
+  Thread& t = threads[thread];
+  if (_setjmp(scheduler)) return;
+  if (t.begun) _longjmp(t.place, 1);
+  t.begun = true;
+  getcontext(&t.start);
+  t.start.uc_stack.ss_sp = t.stack.get();
+  t.start.uc_stack.ss_size = stack_bytes;
+  t.start.uc_link = nullptr;
+  makecontext(&t.start, run_thread, 0);
+  setcontext(&t.start);
+}
+
+inline void run_block(int count) {
+  while (int(threads.size()) < count) threads.emplace_back();
+  for (int i = 0; i < count; ++i) threads[i].begun = threads[i].ended = false;
+  warps.assign(size_t(count + warpSize - 1) / warpSize, {});
+  for (int i = 0; i < count; ++i) ++warps[size_t(i) / warpSize].running;
+  block_barrier = {};
+  running = count;
+  while (running) {
+    moved = false;
+    for (int i = 0; i < count; ++i) {
+      const int thread = blockIdx.x % 2 ? count - 1 - i : i;
+      if (!threads[thread].ended) enter(thread);
+    }
+    if (!moved) fail("threads wait at barriers that others never reach");
+  }
+}
+
+template <typename T>
+T exchange(unsigned mask, T value, int from) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Warp& warp = my_warp();
+  if (mask != 0xffffffff) fail("only shuffles of whole warps are emulated");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  warp.values[current % warpSize] = bits;
+  wait(warp.barrier, warp.running);
+  bits = warp.values[from];
+  wait(warp.barrier, warp.running);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// ---- numbers ----
+
+inline float square_root(float x) { return std::sqrt(x); }
+
+inline float widen_f16(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, sizeof half);
+  return float(half);
+}
+
+inline uint16_t narrow_f16(float x) {
+  const _Float16 half = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+
+inline uint16_t narrow_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace emulator
+
+// ---- functions of CUDA C++ ----
+
+inline void __syncthreads() { emulator::wait(emulator::block_barrier, emulator::running); }
+inline void __syncwarp(unsigned = 0xffffffff) {
+  emulator::wait(emulator::my_warp().barrier, emulator::my_warp().running);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulator::exchange(mask, value, int(threadIdx.x % warpSize) ^ lanes);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::exchange(mask, value, lane);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
+  const unsigned from = threadIdx.x % warpSize + lanes;
+  return emulator::exchange(mask, value, int(from < warpSize ? from : threadIdx.x % warpSize));
+}
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline void __threadfence() {}
+template <typename T>
+T atomicAdd(T* p, T x) {
+  return std::exchange(*p, *p + x);
+}
+
+inline float __uint_as_float(unsigned x) {
+  float f;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+inline unsigned __float_as_uint(float x) {
+  unsigned u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
+inline float __int_as_float(int x) { return __uint_as_float(unsigned(x)); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
+
+// Compiled with -ffp-contract=off, so these are rounded on their own.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+using std::exp, std::exp2, std::expm1, std::fabs, std::log, std::log1p, std::tanh;
+inline float fmaxf(float a, float b) { return std::fmax(a, b); }
+inline float fminf(float a, float b) { return std::fmin(a, b); }
+
+// ---- the runtime ----
+
+enum cudaError_t { cudaSuccess };
+using cudaStream_t = struct Stream*;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
+  gridDim = config->gridDim, blockDim = config->blockDim;
+  emulator::body = [=] { kernel(args...); };
+  for (unsigned block = 0; block < gridDim.x; ++block) {
+    blockIdx = dim3(block);
+    emulator::dynamic_shared.assign(config->dynamicSmemBytes + 128, 0xff);  // NaN: what nobody wrote
+    emulator::run_block(int(blockDim.x));
+  }
+  return cudaSuccess;
+}
