@@ -1,0 +1,570 @@
+"""Harmon's adapter beyond the golden data: sizes, sequences, losses, learning, sampling, kernels, bad input."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+
+from reca import objective
+from reca.config import ObjectiveConfig, OptimConfig, load_recipe
+from reca.data.loader import open_loader
+from reca.draws import Draws
+from reca.models.base import ROLES, Batch, Turn
+from reca.models.harmon import Adapter, Config, adapter, modules, prompt
+from reca.models.harmon.config import AutoencoderSizes, tiny
+from reca.models.harmon.masking import Masking, hidden_counts
+from reca.optim import freeze, make_optimizer
+from reca.train import Trainer
+from reca_kernels import dispatch, native
+
+WORDS = "a red blue square circle describe what is this the picture ? with care".split()
+TEXTS = {
+    "reca": ["describe the picture.", "what is this?", "describe this with care", "a picture"],
+    "t2i": ["a red square", "a blue circle with care", "a square", ""],
+    "i2t": [
+        [Turn("what is this?", "a red square")],
+        [Turn("what is this?", "a circle"), Turn("describe the picture.", "a red circle with care.")],
+        [Turn("this?", "a square.")],
+        [Turn("describe", "a blue square")],
+    ],
+}
+KL16 = {"codec": "kl16", "autoencoder": AutoencoderSizes(32, [1, 1, 2], 1, latent_channels=4)}
+
+
+def config(**changes) -> Config:
+    return replace(tiny(), words=WORDS, **changes)
+
+
+def built(**changes) -> Adapter:
+    """A model whose diffusion head says something: as it starts, it is zero."""
+    model = Adapter.load(config(**changes))
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.mar.diffloss.named_parameters():
+        if "adaLN" in name or "final" in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.1
+    return model
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own rates", "parity"])
+def model(request):
+    return built(parity=request.param).eval()
+
+
+def images(n: int, size: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator))
+
+
+def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
+    views = model.views(kind)
+    gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
+    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+
+
+# sequences
+
+
+class QwenTokenizer:
+    """Qwen2.5's ids of what Harmon's prompts are made of; any other character is a token of its own."""
+
+    KNOWN = {  # noqa: RUF012
+        "<|im_start|>": 151644, "<|im_end|>": 151645, "\n\n": 271, "\n": 198, "assistant": 77091, "user": 872,
+        "Generate": 31115, " an": 458, " image": 2168, ".": 13,
+    }  # fmt: skip
+
+    def __call__(self, text: str, add_special_tokens: bool):
+        ids = []
+        while text:
+            token = next((known for known in self.KNOWN if text.startswith(known)), text[0])
+            ids.append(self.KNOWN.get(token, ord(token[0])))
+            text = text[len(token) :]
+        return type("Encoding", (), {"input_ids": ids})
+
+
+START, END = [151644, 872], [151645, 198, 151644, 77091, 198]
+NULL = [31115, 458, 2168, 13]
+
+
+def test_prompts_in_qwens_ids():
+    """Ids as models' pages give them; in RECA the wrapper's line break merges with the template's own."""
+    qwen = QwenTokenizer()
+    assert prompt.caption(qwen, None) == ([*START, 198, *NULL, *END], None, None)
+    assert prompt.caption(qwen, " X ").ids == [*START, 198, 31115, 458, 2168, ord(":"), ord(" "), ord("X"), *END]
+    assert prompt.template(qwen, "X") == ([*START, 271, ord("X"), *END], 3, None)
+    assert prompt.template(qwen, None) == ([*START, 198, *NULL, *END], 3, None)
+    assert prompt.question(qwen, "X") == ([*START, 198, 198, ord("X"), *END], 3, None)
+    ids, slot, labels = prompt.conversation(qwen, [Turn("X", "Y"), Turn("Z", "W")])
+    first = [*START, 198, 198, ord("X"), *END]
+    second = [198, *START, 198, ord("Z"), *END]
+    assert slot == 3 and ids == [*first, ord("Y"), 151645, *second, ord("W"), 151645]
+    ignored = [-100] * len(first), [-100] * len(second)
+    assert labels == [*ignored[0], ord("Y"), 151645, *ignored[1], ord("W"), 151645]
+    assert len(prompt.template(qwen, "X" * 500).ids) == 128
+    assert len(prompt.conversation(qwen, [Turn("X" * 2000, "Y")]).ids) == 1472
+
+
+def test_layout():
+    """Visual rows come buffers first and stand buffers last: h_v in the slot, visible tokens at the end."""
+    given = [prompt.Prompt([10, 11, 12, 13], 2, [-100, -100, -100, 13]), prompt.Prompt([20, 21], 1)]
+    src, labels, rows = prompt.layout(given, buffers=1, given=2, drawn=[2, 0])
+    visual = lambda *rows: [-1 - r for r in rows]  # noqa: E731
+    assert src.tolist() == [
+        [10, 11, *visual(1, 2, 0), 12, 13, *visual(4, 5, 3)],
+        [20, *visual(7, 8, 6), 21, *visual(9), 0, 0, 0, 0],
+    ]
+    assert labels.tolist() == [[-100] * 5 + [13] + [-100] * 4, [-100] * 10]
+    assert rows.tolist() == [[4, 2, 3, 9, 7, 8], [13, 11, 12, 15, 0, 0]]
+    alone = prompt.layout(given[:1], buffers=1, given=0, drawn=[1])
+    assert alone.src.tolist() == [[10, 11, 12, 13, *visual(1, 0)]] and alone.rows.tolist() == [[5, 4]]
+
+
+def test_masking_hides_by_order_and_count():
+    order = torch.tensor([[3, 0, 2, 1], [0, 1, 2, 3]])
+    masking = Masking.of(order, torch.tensor([3, 2]))
+    assert masking.visible.tolist() == [[0, 3], [2, 3]] and masking.real.tolist() == [[True, False], [True, True]]
+    assert masking.lengths == [1, 2] and masking.hidden.tolist() == [1, 2, 3, 4, 5]
+    equal = Masking.of(order, torch.tensor([4, 4]))
+    assert equal.visible.shape == (2, 0) and equal.real is None and equal.hidden.tolist() == list(range(8))
+
+
+def test_shares_of_hidden_tokens_are_those_of_a_cut_normal_distribution():
+    """Mean and percentiles that models' pages state: 0.867; 0.72 and 0.99."""
+    uniform = (torch.arange(20000) + 0.5) / 20000
+    share = hidden_counts(uniform, 1024, 0.7) / 1024
+    assert share.mean().item() == pytest.approx(0.867, abs=2e-3)
+    assert share.quantile(0.05).item() == pytest.approx(0.72, abs=6e-3)
+    assert share.quantile(0.95).item() == pytest.approx(0.99, abs=6e-3)
+    assert share.min() >= 0.7 and share.max() <= 1
+
+
+# losses
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_weight_is_what_loss_returns(model, kind):
+    sample = batch(model, kind)
+    term = model(sample, Draws(3))
+    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+    assert math.isfinite(float(term.sum.detach()))
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(kind):
+    """Texts and visible tokens of different numbers: padding must not matter, and draws belong to samples."""
+    model = built().eval()
+    together = model(batch(model, kind), Draws(3))
+    alone = [model(batch(model, kind, [row]), Draws(3)) for row in range(4)]
+    torch.testing.assert_close(together.sum, sum(term.sum for term in alone), rtol=1e-5, atol=1e-4)
+    assert together.weight == sum(term.weight for term in alone)
+
+
+def test_one_rate_per_micro_batch_is_parity_alone():
+    ids = torch.arange(64)
+    for parity in (False, True):
+        counts = Adapter.load(config(parity=parity)).hidden_counts(Draws(0), ids, 25)
+        assert (len(set(counts.tolist())) == 1) == parity
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_cached_features_give_the_same_loss(model, kind):
+    sample = batch(model, kind)
+    features = model.encode(sample)
+    assert not any(tensor.requires_grad for tensor in features.values())
+    cached = replace(sample, gen=None, und=None, features=features)
+    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
+
+
+def test_condition_of_another_image_changes_the_loss(model):
+    sample = batch(model, "reca")
+    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+
+
+@pytest.mark.parametrize("kind", ["reca", "t2i"])
+def test_texts_are_dropped_and_the_image_stays(model, kind):
+    ids = torch.arange(400)
+    whole = model.prompts(Batch(kind, ids, ["a red square"] * 400), Draws(0))
+    make = prompt.template if kind == "reca" else prompt.caption
+    empty = make(model.tokenizer, None)
+    dropped = [row == empty for row in whole]
+    assert 20 < sum(dropped) < 65
+    assert {row.slot for row in whole} == {3 if kind == "reca" else None}
+    part = model.prompts(Batch(kind, ids[100:200], ["a red square"] * 100), Draws(0))
+    assert [row == empty for row in part] == dropped[100:200]
+    model.config.text_drop, kept = 0.0, model.config.text_drop
+    assert empty not in model.prompts(Batch(kind, ids, ["a red square"] * 400), Draws(0))
+    model.config.text_drop = kept
+
+
+def gradients(model, sample) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    term = model(sample, Draws(0))
+    term.sum.backward()
+    return {"loss": term.sum.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_gradient_through_h_v_is_scaled():
+    model = built().eval()
+    sample = batch(model, "i2t")
+    small = gradients(model, sample)
+    model.config.hv_grad_scale = 1.0
+    full = gradients(model, sample)
+    assert torch.equal(small["loss"], full["loss"])
+    for name in ("mar.encoder_blocks.0.attn.qkv.weight", "mar.fake_latent", "proj_in.0.weight"):
+        torch.testing.assert_close(small[name], 0.1 * full[name], rtol=1e-4, atol=1e-7)
+    for name in ("llm.model.layers.0.mlp.up_proj.weight", "llm.model.embed_tokens.weight"):
+        assert torch.equal(small[name], full[name])
+
+
+def test_understanding_may_see_fewer_or_blurred_pixels():
+    same = Adapter.load(config())
+    assert same.views("reca").und is None
+    features = same.encode(batch(same, "reca"))
+    assert features["seen"] is features["latents"]
+    small = Adapter.load(config(understanding_size=12, understanding_blur=3)).eval()
+    und = small.views("reca").und
+    assert (und.size, und.fit, und.blur) == (12, "stretch", 3)
+    features = small.encode(batch(small, "reca"))
+    assert features["latents"].shape[1:3] == (5, 5) and features["seen"].shape[1:3] == (3, 3)
+    term = small(batch(small, "reca"), Draws(0))
+    assert torch.isfinite(term.sum) and small.hazards() == []
+    [said] = Adapter.load(config(understanding_size=40)).hazards()
+    assert "40 pixels, more than the 20" in said
+
+
+def test_other_patches_and_widths():
+    mar = replace(tiny().mar, patch_size=2, base_grid=3, decoder_width=32, decoder_heads=2)
+    whole = AutoencoderSizes(patch=4, latent_channels=48)
+    model = Adapter.load(config(mar=mar, image_size=24, autoencoder=whole)).eval()
+    sample = batch(model, "reca")
+    latents = model.encode(sample)["latents"]
+    assert latents.shape == (4, 3, 3, 192)
+    torch.testing.assert_close(model.pixels(latents), torch.stack(sample.gen) / 127.5 - 1, rtol=0, atol=1e-5)
+    assert torch.isfinite(model(sample, Draws(0)).sum)
+    assert model.generate(["a"], [0], steps=2, diffusion_steps=2)[0].shape == (3, 24, 24)
+
+
+def test_autocast_stays_near(model):
+    sample = batch(model, "reca")
+    with torch.autocast("cpu", torch.bfloat16):
+        term = model(sample, Draws(0))
+    assert term.sum.dtype == torch.float32
+    torch.testing.assert_close(term.sum, model(sample, Draws(0)).sum, rtol=2e-2, atol=0)
+
+
+# dropout
+
+
+def test_dropout_is_a_function_of_seed_and_samples():
+    model = built()
+    sample = batch(model, "reca")
+    state = torch.get_rng_state()
+    first = model(sample, Draws(0)).sum
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1000)
+    assert torch.equal(model(sample, Draws(0)).sum, first)
+    assert model.eval()(sample, Draws(0)).sum != first
+    cached = replace(sample, sample_ids=sample.sample_ids + 100)
+    assert model.train()(cached, Draws(0)).sum != model.eval()(cached, Draws(0)).sum
+
+
+def test_recomputed_layers_drop_what_they_dropped():
+    results = []
+    for recompute in (False, True):
+        model = built()
+        if recompute:
+            for block in model.blocks():
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        results.append(gradients(model, batch(model, "reca")))
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# learning
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Photographs that scikit-image carries."""
+    skimage = pytest.importorskip("skimage")
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee", "chelsea", "rocket"):
+        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
+    return folder
+
+
+def recipe(photographs, run_dir, *overrides):
+    own = [f"data.images={photographs}", f"run_dir={run_dir}", "data.templates=null", "data.workers=0"]
+    own += ["objective.i2t.weight=0", "objective.reca.per_update=8", "objective.reca.micro_batch=8"]
+    own += ["optim.lr=2e-3", "optim.schedule=constant", "train.threads=1", "log.tensorboard=false"]
+    return load_recipe("harmon_tiny", [*own, *overrides])
+
+
+def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
+    r = recipe(photographs, tmp_path, "train.updates=50", "log.every=1")
+    r.model.codec, r.model.autoencoder = "kl16", replace(KL16["autoencoder"], scale=1.0)
+    trainer = Trainer(r, Adapter.load(r.model))
+    before = {n: t.clone() for n, t in trainer.adapter.state_dict().items()}
+    trainer.run()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    curve = [json.loads(line)["reca/loss"] for line in lines if "reca/loss" in line]
+    assert len(curve) == 50 and sum(curve[-10:]) < 0.8 * sum(curve[:10])
+    after = trainer.adapter.state_dict()
+    stays = {n for n, t in before.items() if torch.equal(t, after[n])}
+    assert stays == {n for n in before if n.startswith("vae.") or n == "mar.class_emb.weight"}
+
+
+@pytest.mark.parametrize("kind", ["t2i", "i2t"])
+def test_the_other_losses_learn(kind):
+    model = Adapter.load(config())
+    freeze(model, None)
+    optimizer, sample, losses = make_optimizer(model, OptimConfig(lr=3e-3)), batch(model, kind), []
+    for _ in range(50):
+        term = model(sample, Draws(0))
+        (term.sum / term.weight).backward()
+        losses.append(float((term.sum / term.weight).detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_continued_run_makes_the_same_bits(photographs, tmp_path):
+    """With dropout, two kinds of loss, and a stop in between."""
+
+    def run(folder, updates):
+        i2t = ["objective.i2t.weight=1", "objective.i2t.per_update=4", "objective.i2t.micro_batch=2"]
+        r = recipe(photographs, folder, f"train.updates={updates}", "model.parity=true", *i2t)
+        assert r.model.mar.dropout == 0.1
+        return {n: p.detach() for n, p in _ran(Trainer(r)).adapter.named_parameters()}
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "halves", 2)
+    torch.rand(7)
+    for name, value in run(tmp_path / "halves", 4).items():
+        assert torch.equal(value, whole[name]), name
+
+
+def _ran(trainer: Trainer) -> Trainer:
+    trainer.run()
+    return trainer
+
+
+def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
+    """Dropout aside, whose draws belong to micro-batches."""
+    r, grads = recipe(photographs, tmp_path), []
+    for micro_batch in (8, 2):
+        model = built().eval()
+        stream = iter(open_loader(r.data, "reca", model.views("reca"), seed=0, micro_batch=micro_batch))
+        batches = [next(stream) for _ in range(8 // micro_batch)]
+        objective.backward(model, {"reca": batches}, ObjectiveConfig(), 0, torch.autocast("cpu", enabled=False))
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for name, value in grads[0].items():
+        torch.testing.assert_close(grads[1][name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+# what runs
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_the_kernels_of_this_project_run(model, monkeypatch):
+    ran, load = set(), dispatch.load
+
+    def recorded(backend, op):
+        ran.add((backend, op))
+        return load(backend, op)
+
+    monkeypatch.setattr(dispatch, "load", recorded)
+    model(batch(model, "reca"), Draws(0)).sum.backward()
+    assert {("cpu", "template_concat"), ("cpu", "diffusion_loss"), ("cpu", "philox")} <= ran
+    model(batch(model, "i2t"), Draws(0)).sum.backward()
+    assert ("cpu", "masked_linear_cross_entropy") in ran
+
+
+def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypatch):
+    seen, head = {}, model.mar.diffloss.net
+    for name in ("diffusion_prepare", "diffusion_loss"):
+        inner = getattr(adapter, name)
+
+        def watched(*args, name=name, inner=inner, **kwargs):
+            seen[name] = (args, kwargs)
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(adapter, name, watched)
+    hooks = [
+        part.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0]}))
+        for name, part in (("cond_embed", head.cond_embed), ("input_proj", head.input_proj))
+    ]
+    sample = batch(model, "reca")
+    term = model(sample, Draws(0))
+    for hook in hooks:
+        hook.remove()
+    hidden, repeats = int(term.weight) // 4, model.config.mar.repeats
+    assert len(seen["input_proj"]) == repeats * hidden < repeats * 4 * 25
+    assert len(seen["cond_embed"]) == hidden
+    for name, place in (("diffusion_prepare", 0), ("diffusion_loss", 1)):
+        args, kwargs = seen[name]
+        assert args[place].shape == (4 * 25, 24) and len(kwargs["rows"]) == repeats * hidden
+
+
+def test_no_mask_has_two_sides(model, monkeypatch):
+    """The language model gets none; MAR's encoder marks padding per key, and only where numbers of tokens differ."""
+    masks, inner = [], F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        masks.append(kwargs.get("attn_mask"))
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for kind in TEXTS:
+        model(batch(model, kind), Draws(0))
+    shapes = {tuple(mask.shape) for mask in masks if mask is not None}
+    assert len(masks) > 10 and all(shape[1:3] == (1, 1) for shape in shapes)
+    assert not (model.config.parity and shapes)
+
+
+# sampling
+
+
+SAMPLING = {"steps": 4, "diffusion_steps": 5}
+
+
+def latents_of(model, prompts, seeds, **options) -> torch.Tensor:
+    """What `generate` decodes: pixels of an untrained head are black or white, which would hide differences."""
+    kept, decode = [], model.pixels
+    model.pixels = lambda latents: (kept.append(latents), decode(latents))[1]
+    pictures = model.generate(prompts, seeds, **SAMPLING | options)
+    del model.pixels
+    latents = torch.cat(kept)
+    _, m, n, _ = latents.shape
+    assert len(pictures) == len(latents)
+    assert all(picture.dtype == torch.uint8 and picture.shape == (3, 4 * m, 4 * n) for picture in pictures)
+    return latents
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_only(model):
+    prompts, seeds = ["a red square", "a blue circle with care", "a red square"], [5, 5, 6]
+    together = latents_of(model, prompts, seeds)
+    alone = torch.cat([latents_of(model, [text], [seed]) for text, seed in zip(prompts, seeds, strict=True)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    halves = latents_of(model, prompts, seeds, batch=2)
+    torch.testing.assert_close(halves, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    far = 1e-3 * together.abs().max()
+    assert (together[0] - together[2]).abs().max() > far and (together[0] - together[1]).abs().max() > far
+
+
+def test_sampling_options(model):
+    def drawn(**options):
+        return latents_of(model, ["a red square"], [1], **options)
+
+    base = drawn()
+    assert torch.equal(drawn(guidance=3.0, guidance_schedule="constant", temperature=1.0), base)
+    others = {"guidance": 1, "guidance_schedule": "linear", "temperature": 0.0, "steps": 5, "diffusion_steps": 4}
+    for name, value in others.items():
+        assert (drawn(**{name: value}) - base).abs().max() > 1e-4 * base.abs().max(), name
+    assert drawn(steps=100).shape == base.shape == (1, 5, 5, 24)  # more steps than tokens
+    assert drawn(height=12, width=32).shape == (1, 3, 8, 24)
+    assert model.generate([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"guidance_schedule": "cosine"}, "guidance_schedule='cosine' constant or linear"),
+        ({"height": 22}, "multiples of 4, got 22 x 20"),
+        ({"diffusion_steps": 1001}, "keeps 1 to 1000 steps, got 1001"),
+    ],
+)
+def test_options_out_of_range(model, options, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(["a"], [0], **SAMPLING | options)
+
+
+def test_prompts_and_seeds_come_in_pairs(model):
+    with pytest.raises(ValueError, match="1 prompts but 2 seeds"):
+        model.generate(["a"], [1, 2])
+    with pytest.raises(ValueError, match="2 images but 1 questions"):
+        model.answer(images(2, 20), ["what is this?"])
+    with pytest.raises(NotImplementedError, match="harmon cannot edit images"):
+        model.edit(images(1, 20), ["a red square"], [0])
+
+
+def test_inference_is_without_dropout_in_training_mode_too():
+    model = built()
+    drawn = latents_of(model, ["a red square"], [3])
+    assert model.training and torch.equal(latents_of(model.eval(), ["a red square"], [3]), drawn)
+
+
+def test_answers_do_not_depend_on_the_batch(model):
+    questions = ["what is this?", "describe the picture with care.", "what is a?"]
+    pictures = [images(1, 20)[0], images(1, 60, 1)[0][:, :20], images(1, 30, 2)[0]]
+    together = model.answer(pictures, questions, 6)
+    assert together == [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
+    assert model.answer(pictures[:1], questions[:1], 0) == [""]
+
+
+def test_a_taught_answer_is_given():
+    model = Adapter.load(config())
+    optimizer = make_optimizer(model, OptimConfig(lr=3e-3))
+    pictures = images(2, 20)
+    turns = [[Turn("what is this?", "a red square.")], [Turn("what is this?", "a blue circle")]]
+    sample = Batch("i2t", torch.arange(2), turns, und=pictures)
+    for _ in range(60):
+        term = model(sample, Draws(0))
+        (term.sum / term.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.answer(pictures, ["what is this?"] * 2, 8) == ["a red square .", "a blue circle"]
+
+
+# the driver's questions
+
+
+def test_roles_decay_and_blocks(model):
+    roles = model.roles()
+    assert roles.keys() == {n for n, _ in model.named_parameters()} and set(roles.values()) <= set(ROLES)
+    assert {r for n, r in roles.items() if n.startswith("mar.diffloss")} == {"gen_head"}
+    assert roles["mar.fake_latent"] == roles["mar.z_proj.weight"] == "shared_encoder"
+    assert roles["mar.mask_token"] == roles["mar.diffusion_pos_embed_learned"] == "gen_head"
+    assert roles["llm.model.embed_tokens.weight"] == "embed" and roles["proj_out.0.weight"] == "bridge"
+    parameters = dict(model.named_parameters())
+    decays = lambda name: model.decays(name, parameters[name])  # noqa: E731
+    assert decays("mar.fake_latent") and decays("mar.mask_token") and decays("llm.model.embed_tokens.weight")
+    assert not decays("mar.diffloss.net.input_proj.weight") and not decays("llm.model.norm.weight")
+    assert not decays("proj_in.0.bias") and len(model.blocks()) == 2 + 2 + 2 + 2
+    assert set(Adapter.load(config(**KL16)).roles().values()) == {*model.trainable_roles, "codec"}
+
+
+def test_cosines_keep_flat_patches_and_with_all_channels_everything():
+    flat = torch.rand(2, 3, 3, 3).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
+    few, all_ = modules.Cosines(4, 3), modules.Cosines(4, 48)
+    torch.testing.assert_close(few.pixels(few.latents(flat)), flat)
+    pixels = torch.rand(2, 3, 12, 8)
+    torch.testing.assert_close(all_.pixels(all_.latents(pixels)), pixels)
+    torch.testing.assert_close(all_.latents(pixels).square().sum(), pixels.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of a token's 4"),
+        ({"understanding_size": 10}, "model.understanding_size is 10 pixels"),
+        ({"mar": replace(tiny().mar, heads=5)}, "a width of 48 is no multiple of 5 heads"),
+        ({"autoencoder": AutoencoderSizes(patch=2, latent_channels=16)}, "2 x 2 pixels have 1 to 12"),
+        ({"language": replace(tiny().language, vocab_size=8)}, r"ids up to \d+, but model.language.vocab_size=8"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Adapter.load(config(**changes))
+
+
+def test_tiny_recipe_is_the_tiny_config():
+    assert replace(load_recipe("harmon_tiny").model, words=[]) == tiny()
