@@ -78,6 +78,15 @@ def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> N
         )
 
 
+def labels_fit(op: str, labels: Tensor, ignore_index: int, most: int | None) -> None:
+    """Raise ValueError where more than `most` rows carry a label, where values may be looked at."""
+    if most is None or not _readable(labels):
+        return
+    count = int((labels != ignore_index).sum())
+    if count > most:
+        raise ValueError(f"{op}: {count} rows carry a label, which must not be more than num_labelled={most}")
+
+
 def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) -> None:
     """Raise ValueError for an index outside [low, high), where values may be looked at; low None: no lower bound."""
     if not _readable(index):

@@ -17,7 +17,9 @@ def forward(
     options: CrossEntropyOptions,
     chunk_rows: int,
     grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # loss [] or [N], dx [N, D], dw [V, D], db [V]
+    num_labelled: int | None,  # here counting costs nothing
+    window: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
     dtype = hidden.dtype
     classes = weight.shape[0]
@@ -28,12 +30,14 @@ def forward(
     row_scale = None if row_grad is None else row_grad[rows]
     scale = 1 / max(count, 1) if options.reduction == "mean" else 1.0
     wants_gradient = any(grad_dtypes)
+    low, high = window or (0, classes)
+    dropped = None if window is None else torch.zeros(labels.shape[0], dtype=torch.float32)
 
     dx = None if dx_dtype is None else torch.zeros(hidden.shape, dtype=dx_dtype)
     dw = None
     if dw_dtype is not None:
         # A single chunk adds up inside the product, in fp32 already.
-        dw = (torch.empty if count else torch.zeros)(
+        dw = (torch.empty if count and window is None else torch.zeros)(
             weight.shape, dtype=dtype if count <= chunk_rows else torch.float32
         )
     db = None if db_dtype is None else torch.zeros(classes, dtype=torch.float32)
@@ -54,21 +58,26 @@ def forward(
             z.data_ptr() if wants_gradient else 0,
             z.stride(0),
         )
+        if dropped is not None and wants_gradient:
+            outside = sum(part.abs().sum(1, dtype=torch.float32) for part in (z[:, :low], z[:, high:]))
+            dropped.index_copy_(0, rows[chunk], outside / scale)
+        z = z[:, low:high]
         if dx is not None:
-            dx.index_copy_(0, rows[chunk], torch.mm(z, weight).to(dx_dtype))
+            dx.index_copy_(0, rows[chunk], torch.mm(z, weight[low:high]).to(dx_dtype))
         if dw is not None:
+            part = dw[low:high]
             if dw.dtype == dtype:
-                dw.addmm_(z.t(), x, beta=float(begin > 0))
+                part.addmm_(z.t(), x, beta=float(begin > 0))
             elif begin == 0:
-                dw.copy_(torch.mm(z.t(), x))
+                part.copy_(torch.mm(z.t(), x))
             else:
-                dw += torch.mm(z.t(), x)
+                part += torch.mm(z.t(), x)
         if db is not None:
-            db += z.sum(0, dtype=torch.float32)
+            db[low:high] += z.sum(0, dtype=torch.float32)
 
     losses = torch.zeros(labels.shape[0], dtype=torch.float32).index_copy_(0, rows, row_losses)
     loss = losses if options.reduction == "none" else row_losses.sum(dtype=torch.float64).mul(scale).float()
-    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype)
+    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype), dropped
 
 
 def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []

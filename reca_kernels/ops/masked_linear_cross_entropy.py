@@ -2,13 +2,15 @@
 
 A backend's file holds
 
-    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes) -> (loss, dx, dw, db)
+    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window)
+        -> (loss, dx, dw, db, dropped)
     scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
 
 hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
 for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
 gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
-rows dw and db add up in fp32.
+rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, and dropped, fp32
+[N], is what the others' would have been (0 where no gradient is made); without one dropped is None.
 """
 
 from typing import Any
@@ -35,17 +37,35 @@ def masked_linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
+    num_labelled: int | None = None,
+    backward_window: tuple[int, int] | None = None,
     backend: str | None = None,
-) -> Tensor:  # fp32 [] or [N]
+) -> Tensor | tuple[Tensor, Tensor]:  # fp32 [] or [N]; with a window also fp32 [N]
     """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
 
-    At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or "sum" the forward pass computes the
-    gradients too and keeps them instead of the logits; with "none" the backward pass computes the logits once more.
+    At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or
+    "sum" the forward pass computes the gradients too and keeps them instead of the logits; with "none" the backward
+    pass computes the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
     Dtypes       products run in the dtype of hidden, under autocast in its dtype. The weight's gradient adds up in
                  fp32 over chunks and has the dtype of the weight, so an fp32 weight loses nothing to autocast.
+    num_labelled at least as many rows as carry a label. The sizes of the products must be known, so without it GPUs are
+                 waited for once per call, and a captured CUDA graph multiplies all N rows. A larger number costs the
+                 products of as many more rows. A smaller one raises ValueError on CPUs and with RECA_CHECK=1; else the
+                 rows too many have loss NaN and gradient 0.
+    backward_window  (low, high): the gradient goes through the logits of these classes only, low and high rounded
+                 outwards to multiples of 64 (and to V), and the backward products are as much smaller. For models
+                 whose labels and probability lie in one range of classes, as image codes do in Show-o. Returns (loss,
+                 dropped): dropped [N] is the sum over the other classes of |d loss_row / d logit|, for plain
+                 cross-entropy the probability outside (plus 1 - p for a label outside), 0 where no gradient is made.
+                 With s the row's share in the loss, 1 / count for "mean", errors are at most
+
+                     |d hidden_row|  s dropped max_j |weight_j|     j outside
+                     |d weight|      sum_rows s dropped |hidden_row|
+                     |d bias|        sum_rows s dropped
+
     Loss, labels, derivatives: see `masked_cross_entropy`.
     """
     checks.local(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
@@ -60,23 +80,45 @@ def masked_linear_cross_entropy(
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     if chunk_rows is None:
         chunk_rows = 512 if hidden.device.type == "cpu" else 4096
+    if num_labelled is not None and num_labelled < 0:
+        raise ValueError(f"{OP}: num_labelled must be at least 0 or None, got {num_labelled}")
+    if backward_window is not None:
+        backward_window = _rounded(backward_window, weight.shape[0], reduction)
     if chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
     checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
     checks.one_device(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
     checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
+    checks.labels_fit(OP, labels, ignore_index, num_labelled)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
-        return reference.masked_linear_cross_entropy(hidden, weight, labels, bias, **options._asdict())
+        return reference.masked_linear_cross_entropy(
+            hidden, weight, labels, bias, backward_window=backward_window, **options._asdict()
+        )
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    settings = chunk_rows, num_labelled, backward_window, dtype, needs, backend
     if torch.compiler.is_compiling():
-        return _op(hidden, weight, labels, bias, *options, chunk_rows, dtype, needs, backend)[0]
-    if any(needs):
-        return _Function.apply(hidden, weight, labels, bias, options, chunk_rows, dtype, needs, backend)
-    return _run(hidden, weight, labels, bias, None, options, chunk_rows, dtype, needs, backend)[0]
+        loss, *_, dropped = _op(hidden, weight, labels, bias, *options, *settings)
+    elif any(needs):
+        loss, dropped = _Function.apply(hidden, weight, labels, bias, options, *settings)
+    else:
+        loss, *_, dropped = _run(hidden, weight, labels, bias, None, options, *settings)
+    return loss if backward_window is None else (loss, dropped)
+
+
+def _rounded(window: tuple[int, int], classes: int, reduction: str) -> tuple[int, int]:
+    """Outwards to multiples of 64 classes, so that products read from 128-byte boundaries on."""
+    low, high = window
+    if not 0 <= low < high <= classes:
+        raise ValueError(
+            f"{OP}: backward_window must be (low, high) with 0 <= low < high <= V = {classes}, got {window}"
+        )
+    if reduction == "none":
+        raise ValueError(f"{OP}: backward_window needs reduction 'mean' or 'sum', which make the gradient at once")
+    return low // 64 * 64, min(-(-high // 64) * 64, classes)
 
 
 def _run(
@@ -87,10 +129,12 @@ def _run(
     row_grad: Tensor | None,
     options: CrossEntropyOptions,
     chunk_rows: int,
+    num_labelled: int | None,
+    window: tuple[int, int] | list[int] | None,
     dtype: torch.dtype,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     parameters = (hidden, weight, bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return dispatch.load(backend, OP).forward(
@@ -102,6 +146,8 @@ def _run(
             options,
             chunk_rows,
             tuple(x.dtype if need else None for x, need in zip(parameters, needs, strict=True)),
+            num_labelled,
+            None if window is None else tuple(window),
         )
 
 
@@ -115,17 +161,19 @@ class _Function(torch.autograd.Function):
         bias: Tensor | None,
         options: CrossEntropyOptions,
         *rest: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         *settings, needs, backend = rest
         recompute = options.reduction == "none"
         now = [False] * 3 if recompute else needs
-        loss, *gradients = _run(hidden, weight, labels, bias, None, options, *settings, now, backend)
+        loss, *gradients, dropped = _run(hidden, weight, labels, bias, None, options, *settings, now, backend)
         ctx.save_for_backward(hidden, weight, labels, bias, *([] if recompute else gradients))
         ctx.options, ctx.rest, ctx.backend = options, rest, backend
-        return loss
+        if dropped is not None:
+            ctx.mark_non_differentiable(dropped)
+        return loss, dropped
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, bias, *gradients = ctx.saved_tensors
         with torch.no_grad():
             if gradients:
@@ -133,33 +181,35 @@ class _Function(torch.autograd.Function):
                 gradients = [None if g is None else scale(g, grad) for g in gradients]
             else:
                 row_grad = grad.contiguous()
-                _, *gradients = _run(hidden, weight, labels, bias, row_grad, ctx.options, *ctx.rest)
+                _, *gradients, _ = _run(hidden, weight, labels, bias, row_grad, ctx.options, *ctx.rest)
         sources = [x for x in (grad, hidden, weight, bias) if x is not None]
         dx, dw, db = library.once(OP, gradients, sources)
-        return dx, dw, None, db, *[None] * 5
+        return dx, dw, None, db, *[None] * 7
 
 
 # ---- under torch.compile ----
-# A registered op returns tensors only, so a gradient that nobody needs is an empty tensor.
+# A registered op returns tensors only, so what nobody needs is an empty tensor.
 
-_SETTINGS = f"{SCHEMA}, int chunk_rows, ScalarType dtype, bool[] needs, str backend"
+_SETTINGS = f"{SCHEMA}, int chunk_rows, int? num_labelled, int[]? window, ScalarType dtype, bool[] needs, str backend"
 
 
 def _op_rows(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     options, settings = CrossEntropyOptions(*rest[:5]), rest[5:]
-    loss, *gradients = _run(hidden, weight, labels, bias, row_grad, options, *settings)
-    return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
+    loss, *rest = _run(hidden, weight, labels, bias, row_grad, options, *settings)
+    return loss, *(hidden.new_empty(0) if x is None else x for x in rest)
 
 
 def _op_rows_fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    options, needs = CrossEntropyOptions(*rest[:5]), rest[-2]
+    options, window, needs = CrossEntropyOptions(*rest[:5]), rest[7], rest[-2]
     loss = hidden.new_empty(labels.shape if options.reduction == "none" else (), dtype=torch.float32)
     parameters = zip((hidden, weight, bias), needs, strict=True)
-    return loss, *(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in parameters)
+    gradients = [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in parameters]
+    dropped = hidden.new_empty(0) if window is None else hidden.new_empty(labels.shape, dtype=torch.float32)
+    return loss, *gradients, dropped
 
 
 def _now(rest: tuple) -> tuple:
@@ -180,7 +230,7 @@ def _op_forward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, *ctx.rest = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, *output[1:])
+    ctx.save_for_backward(hidden, weight, labels, bias, *output[1:4])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -188,7 +238,7 @@ def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, labels, bias, *gradients = ctx.saved_tensors
     needs, backend = ctx.rest[-2:]
     if ctx.rest[4] == "none":
-        _, *gradients = _rows_op(hidden, weight, labels, bias, grad.contiguous(), *ctx.rest)
+        _, *gradients, _ = _rows_op(hidden, weight, labels, bias, grad.contiguous(), *ctx.rest)
     else:
         gradients = [_scale_op(g, grad, backend) if need else g for g, need in zip(gradients, needs, strict=True)]
     dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
@@ -207,12 +257,13 @@ _scale_op = library.register(
 )
 _rows_op = library.register(
     f"{OP}_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? row_grad, {_SETTINGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_rows,
     _op_rows_fake,
 )
 _op = library.register(
-    f"{OP}(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{OP}(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_forward,
     _op_forward_fake,
     _op_autograd,

@@ -1,5 +1,6 @@
 """Linear head and cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,15 +18,21 @@ def masked_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
-) -> Tensor:  # [] or [N]
+    backward_window: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # [] or [N]; with a window also [N]
     """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits."""
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    return masked_cross_entropy(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap
+    }  # fmt: skip
+    if backward_window is None:
+        return masked_cross_entropy(logits, labels, reduction=reduction, **options)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    outside = (column < backward_window[0]) | (column >= backward_window[1])
+    loss = masked_cross_entropy(torch.where(outside, logits.detach(), logits), labels, reduction=reduction, **options)
+    if not logits.requires_grad:
+        return loss, torch.zeros(len(labels), dtype=loss.dtype, device=loss.device)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(masked_cross_entropy(leaf, labels, reduction="sum", **options), leaf)
+    return loss, gradient.abs().mul(outside).sum(1, dtype=loss.dtype)

@@ -25,7 +25,7 @@ STEPS = 4  # of UNITS units, in a piece of a row
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """The exponential form loses digits near 0, where a polynomial takes over; both are within 1e-6 of tanh."""
     x2 = x * x
     near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
@@ -34,45 +34,62 @@ def _tanh(x):
 
 
 @triton.jit
-def _cap(z, softcap, CAP: tl.constexpr):
+def capped(z, softcap, CAP: tl.constexpr):
     if CAP:
-        z = softcap * _tanh(z / softcap)
+        z = softcap * tanh(z / softcap)
     return z
 
 
 @triton.jit
-def _log_sum(total):
+def log_of_sum(total):
     """log of a sum >= 1 in fp64, as fp32. Of a certain label the sum is 1 + tiny, and tiny must not be lost."""
     tiny = (total - 1).to(tl.float32)
     return tl.where(tiny < 1e-3, tiny * (1 - tiny * (0.5 - tiny / 3)), tl.log(total.to(tl.float32)))
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
     return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1)
 
 
 @triton.jit
-def _other(z, m, log_sum, slope, level, softcap, CAP: tl.constexpr):
+def other_gradient(z, m, log_sum, slope, level, softcap, CAP: tl.constexpr):
     """The gradient of every logit but the label's."""
     if CAP:
-        t = _tanh(z / softcap)
+        t = tanh(z / softcap)
         return (tl.exp((softcap * t - m) - log_sum) * slope - level) * (1 - t * t)
     else:
         return tl.exp((z - m) - log_sum) * slope - level
 
 
 @triton.jit
-def _own(z, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP: tl.constexpr):
+def own_gradient(z, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP: tl.constexpr):
     """The gradient of the label's logit: p - 1 is formed before anything is rounded."""
     bend = 1.0
     if CAP:
-        t = _tanh(z / softcap)
+        t = tanh(z / softcap)
         z = softcap * t
         bend = 1 - t * t
     log_p = (z - m) - log_sum
-    return (scale * (_expm1(log_p) + tl.exp(log_p) * by_z_loss + smoothing) - level) * bend
+    return (scale * (expm1(log_p) + tl.exp(log_p) * by_z_loss + smoothing) - level) * bend
+
+
+@triton.jit
+def joined(peak, total, z):
+    """The running peak [UNITS] and sum of e^(z - peak), with z [UNITS, VEC] as well; -inf adds nothing."""
+    top = tl.maximum(peak, tl.max(z, 1))
+    finite = tl.where(top == -float("inf"), 0.0, top)
+    return top, total * tl.exp(peak - finite) + tl.sum(tl.exp(z - finite[:, None]), 1)
+
+
+@triton.jit
+def row_loss(z_label, m, log_sum, mean, smoothing, z_loss, SMOOTH: tl.constexpr):
+    """`mean` is that of z - m."""
+    loss = log_sum - (z_label - m)
+    if SMOOTH:
+        loss = (1 - smoothing) * loss + smoothing * (log_sum - mean)
+    return loss + z_loss * (m + log_sum) * (m + log_sum)
 
 
 # ---- a row in units of 16 bytes ----
@@ -99,12 +116,12 @@ def _edges(begin, end, first, count, VEC: tl.constexpr):
 @triton.jit
 def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.constexpr, SMOOTH: tl.constexpr,
                 VEC: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
-    """(loss, peak, log_sum) of a row, which is read once. It begins `begin` elements after `row`, a 16-byte boundary."""
-    z_label = _cap(tl.load(row + begin + label).to(tl.float32), softcap, CAP)
+    """(loss, peak, log_sum) of a row, read once. It begins `begin` elements after `row`, a 16-byte boundary."""
+    z_label = capped(tl.load(row + begin + label).to(tl.float32), softcap, CAP)
     end = begin + classes
     first, count = _units(begin, end, VEC)
     at, there = _edges(begin, end, first, count, VEC)
-    edge = _cap(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
+    edge = capped(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
     # Relative to the label's logit, so that a common offset costs no digits.
     pivot = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
     edge_sum = tl.sum(tl.where(there, edge - pivot, 0.0), 0)
@@ -120,23 +137,17 @@ def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.
         here = (u + place < count)[:, None]
         z = tl.load(row + first + u * VEC + element, mask=here, other=-float("inf")).to(tl.float32)
         if CAP:
-            z = tl.where(here, _cap(z, softcap, CAP), -float("inf"))
+            z = tl.where(here, capped(z, softcap, CAP), -float("inf"))
         if SMOOTH:
             sum_z += tl.sum(tl.where(here, z - pivot, 0.0), 1)
-        top = tl.maximum(peak, tl.max(z, 1))
-        finite = tl.where(top == -float("inf"), 0.0, top)
-        total = total * tl.exp(peak - finite) + tl.sum(tl.exp(z - finite[:, None]), 1)
-        peak = top
+        peak, total = joined(peak, total, z)
 
     m = tl.maximum(tl.max(peak, 0), tl.max(edge, 0))
     finite = tl.where(m == -float("inf"), 0.0, m)
-    parts = total.to(tl.float64) * tl.exp(peak - finite).to(tl.float64)
-    log_sum = _log_sum(tl.sum(parts, 0) + tl.sum(tl.exp(edge - finite).to(tl.float64), 0))
-    loss = log_sum - (z_label - m)
-    if SMOOTH:
-        mean = (tl.sum(sum_z.to(tl.float64), 0) + edge_sum).to(tl.float32) / classes + (pivot - m)
-        loss = (1 - smoothing) * loss + smoothing * (log_sum - mean)
-    return loss + z_loss * (m + log_sum) * (m + log_sum), m, log_sum
+    sums = tl.sum(total.to(tl.float64) * tl.exp(peak - finite).to(tl.float64), 0)
+    log_sum = log_of_sum(sums + tl.sum(tl.exp(edge - finite).to(tl.float64), 0))
+    mean = (tl.sum(sum_z.to(tl.float64), 0) + edge_sum).to(tl.float32) / classes + (pivot - m)
+    return row_loss(z_label, m, log_sum, mean, smoothing, z_loss, SMOOTH), m, log_sum
 
 
 @triton.jit
@@ -150,14 +161,14 @@ def row_backward(source, out, begin, label, piece, m, log_sum, scale, classes, s
     # Read before its place is written, by each thread for itself: what a thread reads too late belongs to an element
     # that another thread writes.
     z_label = tl.load(source + begin + label).to(tl.float32)
-    own = _own(z_label, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP)
+    own = own_gradient(z_label, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP)
 
     end = begin + classes
     first, count = _units(begin, end, VEC)
     if piece == 0:
         at, there = _edges(begin, end, first, count, VEC)
         edge = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
-        edge = tl.where(at == begin + label, own, _other(edge, m, log_sum, slope, level, softcap, CAP))
+        edge = tl.where(at == begin + label, own, other_gradient(edge, m, log_sum, slope, level, softcap, CAP))
         tl.store(out + at, edge.to(out.dtype.element_ty), mask=there)
 
     place = tl.arange(0, UNITS)
@@ -166,7 +177,7 @@ def row_backward(source, out, begin, label, piece, m, log_sum, scale, classes, s
     for u in range(piece * STEPS * UNITS, tl.minimum((piece + 1) * STEPS * UNITS, count), UNITS):
         here = (u + place < count)[:, None]
         z = tl.load(source + first + u * VEC + element, mask=here, other=0.0).to(tl.float32)
-        g = tl.where(u * VEC + element == own_element, own, _other(z, m, log_sum, slope, level, softcap, CAP))
+        g = tl.where(u * VEC + element == own_element, own, other_gradient(z, m, log_sum, slope, level, softcap, CAP))
         tl.store(out + first + u * VEC + element, g.to(out.dtype.element_ty), mask=here)
 
 

@@ -72,7 +72,7 @@ def test_probability_minus_one_is_formed_before_rounding(backend, device):
 
 @KERNELS
 def test_a_nearly_certain_label_keeps_its_gradient(backend, device):
-    """1 - p = 2e-8 is below the last digit of an fp32 sum that begins with 1; the C++ kernel sums 1024 classes in fp32."""
+    """1 - p = 2e-8 is below the last digit of an fp32 sum that begins with 1; the C++ kernel sums by 1024 in fp32."""
     logits = torch.zeros(1, 3000, device=device)
     logits[0, 1234] = 25.8
     logits.requires_grad_()

@@ -1,12 +1,17 @@
-"""Masked cross-entropy of a linear head against fp64; edge cases; system behaviour."""
+"""Masked cross-entropy of a linear head against fp64; edge cases; system behaviour; what the Triton compiler made."""
 
 import pytest
 import torch
 
 from reca_kernels import masked_linear_cross_entropy
+from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 from reca_kernels.reference import masked_linear_cross_entropy as reference
+from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import DTYPES, IGNORED, OPTIONS, close, exact, gradients, problem
+
+# numpy's, in Triton's interpreter: what lies between the last class and the pitch is computed, and then not taken.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 OP = "masked_linear_cross_entropy"
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
@@ -66,6 +71,83 @@ def test_layouts(backend, device):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("most", [None, 6, 9])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@EVERYWHERE
+def test_room_for_more_rows_than_carry_a_label(backend, device, reduction, most):
+    """The rows of products that are left over hold zeros, not what was in memory, and no row without a label."""
+    leaves, labels = problem(rows=9, device=device)
+    assert int((labels != IGNORED).sum()) == 6
+    with torch.no_grad():
+        leaves[0][labels == IGNORED] = float("nan")
+    results = []
+    for room in (9, most):
+        loss = masked_linear_cross_entropy(
+            *leaves[:2], labels, leaves[2], reduction=reduction, num_labelled=room, chunk_rows=3, backend=backend
+        )
+        results.append((loss.detach(), *gradients(loss, leaves)))
+    for got, want in zip(*results, strict=True):
+        assert want.isfinite().all() or backend == "reference"
+        torch.testing.assert_close(got, want, equal_nan=backend == "reference")
+
+
+def test_more_labels_than_said():
+    leaves, labels = problem()
+    with pytest.raises(ValueError, match="4 rows carry a label, which must not be more than num_labelled=3"):
+        masked_linear_cross_entropy(*leaves[:2], labels, num_labelled=3)
+
+
+# The C++ kernels count by themselves.
+@pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False, skip=("cpu",)))
+def test_unchecked_labels_too_many_poison_their_rows(backend, device, monkeypatch):
+    monkeypatch.setattr("reca_kernels.checks.labels_fit", lambda *_: None)
+    leaves, labels = problem(rows=9, device=device)
+    labelled = (labels != IGNORED).nonzero()[:, 0].tolist()
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, reduction="none", num_labelled=3, backend=backend)
+    assert loss.isnan().nonzero()[:, 0].tolist() == labelled[3:]
+    (dx,) = torch.autograd.grad(loss.sum(), leaves[0])
+    assert dx.any(1).nonzero()[:, 0].tolist() == labelled[:3]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@EVERYWHERE
+def test_backward_window(backend, device, reduction, options):
+    """Gradients go through the window's logits alone, and miss the full ones by no more than is reported."""
+    leaves, labels = problem(classes=300, device=device)
+    options = {"reduction": reduction, **options}
+    wide = exact(leaves)
+    loss, dropped = masked_linear_cross_entropy(
+        *leaves[:2], labels, leaves[2], backward_window=(70, 180), chunk_rows=3, backend=backend, **options
+    )
+    want, left_out = reference.masked_linear_cross_entropy(
+        *wide[:2], labels, wide[2], backward_window=(64, 192), **options
+    )
+    close(loss.detach(), want.detach(), 1e-5)
+    close(dropped, left_out, 1e-4)
+    assert dropped.dtype == torch.float32 and not dropped.requires_grad
+    got = torch.autograd.grad(loss, leaves)
+    for g, true in zip(got, torch.autograd.grad(want, wide), strict=True):
+        close(g, true, 1e-5)
+
+    full = torch.autograd.grad(reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], **options), wide)
+    missed = [a.double() - b for a, b in zip(got, full, strict=True)]
+    share = 1 / float((labels != IGNORED).sum()) if reduction == "mean" else 1.0
+    outside = torch.cat((wide[1][:64], wide[1][192:])).norm(dim=1).max()
+    assert (missed[0].norm(dim=1) <= share * dropped * outside * (1 + 1e-4) + 1e-6).all()
+    assert missed[1].norm() <= share * (dropped * wide[0].norm(dim=1)).sum() * (1 + 1e-4) + 1e-6
+    assert missed[2].norm() <= share * dropped.sum() * (1 + 1e-4) + 1e-6
+    assert all(float(m.norm()) > 1e-3 for m in missed)
+
+
+@EVERYWHERE
+def test_backward_window_without_gradient(backend, device):
+    leaves, labels = problem(classes=300, device=device)
+    with torch.no_grad():
+        loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(64, 128), backend=backend)
+        assert loss == masked_linear_cross_entropy(*leaves[:2], labels, backend=backend) and not dropped.any()
+
+
 @pytest.mark.parametrize("label", [-1, 77, -101])
 def test_label_out_of_range(label):
     leaves, labels = problem()
@@ -80,6 +162,13 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1][:0], labels), ValueError, "FSDP or ZeRO-3"),
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2][1:]), ValueError, "bias must be"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, chunk_rows=0), ValueError, "at least 1"),
+        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, num_labelled=-1), ValueError, "at least 0 or None"),
+        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(5, 78)), ValueError, "<= V = 77"),
+        (
+            lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(0, 64), reduction="none"),
+            ValueError,
+            "needs reduction 'mean' or 'sum'",
+        ),
     ):
         with pytest.raises(error, match=words):
             bad()
@@ -126,13 +215,14 @@ def test_only_wanted_gradients(backend, device):
         assert torch.equal(inputs[i].grad, want[i]) and all(x.grad is None for j, x in enumerate(inputs) if j != i)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}], ids=str)
 @KERNELS
-def test_compiles_into_one_graph(backend, device, reduction):
+def test_compiles_into_one_graph(backend, device, options):
     leaves, labels = problem(device=device)
 
     def step(hidden, weight, bias, labels):
-        return masked_linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction, backend=backend).sum()
+        loss = masked_linear_cross_entropy(hidden, weight, labels, bias, backend=backend, **options)
+        return loss[0] + loss[1].sum() if "backward_window" in options else loss.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, labels)
     plain = step(*leaves, labels)
@@ -141,11 +231,47 @@ def test_compiles_into_one_graph(backend, device, reduction):
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "window"), [("mean", None), ("none", None), ("mean", [0, 64])])
 @KERNELS
-def test_registered_op(backend, device, reduction):
-    leaves, labels = problem(device=device)
+def test_registered_op(backend, device, reduction, window):
+    leaves, labels = problem(rows=4, device=device)
+    options = (IGNORED, 0.1, 1e-3, 5.0, reduction)
     torch.library.opcheck(
         torch.ops.reca.masked_linear_cross_entropy.default,
-        (*leaves[:2], labels, leaves[2], IGNORED, 0.1, 1e-3, 5.0, reduction, 4, torch.float32, [True] * 3, backend),
+        (*leaves[:2], labels, leaves[2], *options, 4, None, window, torch.float32, [True] * 3, backend),
     )
+
+
+# ---- what Triton made ----
+
+SHOW_O, PITCH = 58498, 58624
+
+
+def launches():
+    from reca_kernels.triton import masked_linear_cross_entropy as op
+
+    everything = CrossEntropyOptions(IGNORED, 0.1, 1e-3, 5.0, "mean")
+    plain = CrossEntropyOptions(IGNORED, 0.0, 0.0, None, "mean")
+    numbers, losses, one = torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.ones(())
+    op.pick_rows(numbers, IGNORED, True, losses, numbers, numbers, one)
+    hidden = torch.empty(2, 2048, dtype=torch.bfloat16)
+    op.copy_rows(hidden, numbers, hidden, None)
+    op.copy_rows(hidden, None, hidden.float(), numbers)
+    op.scale(hidden, one)
+    logits, bias = torch.empty(2, PITCH, dtype=torch.bfloat16), torch.empty(PITCH, dtype=torch.bfloat16)
+    rest = numbers, numbers, None, one
+    op.row_gradients(logits, None, *rest, plain, losses, (0, SHOW_O), None, SHOW_O)
+    op.row_gradients(logits, bias, *rest, everything, losses, (50304, SHOW_O), losses, SHOW_O)
+
+
+def test_compiled_for_every_gpu():
+    made = cubin.compiled(launches)
+    names = ("pick_rows_kernel", "copy_rows_kernel", "scale_kernel", "row_gradients_kernel")
+    assert {(m.kernel, m.arch) for m in made} == {(name, arch) for name in names for arch in cubin.ARCHS}
+    for m in made:
+        if m.kernel == "row_gradients_kernel":
+            # Twice through the row, two vectors in flight each time, and as many of the bias.
+            m.assert_lean(registers=128, loads=(128,), stores=(128,))
+            assert m.loads[128] == (8 if m.constants["BIAS"] else 4)
+        else:
+            m.assert_lean(registers=128, loads=() if m.kernel == "pick_rows_kernel" else (128,))

@@ -1,0 +1,110 @@
+"""masked_linear_cross_entropy on GPUs: torch's matrix products, a chunk of rows at a time, around a backend's kernels.
+
+A backend's module holds
+
+    pick_rows(labels, ignore_index, mean, losses, rows, row_labels, scale)
+        rows [M] int64: numbers of the rows that carry a label, in order; from the last on -1, with label ignore_index.
+        losses [N]: 0, and NaN for a row that no longer fits into M. scale []: 1, or 1 / number of labels for `mean`.
+    copy_rows(source, source_rows, out, out_rows)
+        out[out_rows[i]] = source[source_rows[i]], in the dtype of out; a source row -1 is zeros, an out row -1 is
+        nowhere; rows None: i.
+    row_gradients(logits, bias, row_labels, rows, row_grad, scale, options, losses, window, dropped)
+        losses[rows[i]] of logits [n, pitch] + bias [pitch]. window None: no more than that. Else the gradient over the
+        logits, times scale and row_grad[rows[i]], zero between V and pitch; outside the window (low, high) anything
+        may be written. dropped[rows[i]], if asked for, is the sum of the absolute gradients outside the window,
+        without scale and row_grad.
+    reduce(losses, labels, options) -> (loss, scale)
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+
+PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
+
+
+def labelled_rows(labels: Tensor, ignore_index: int, most: int | None) -> int:
+    """For how many rows to make room. Without `most` the GPU is asked, and waited for; in a CUDA graph: all rows."""
+    if most is not None:
+        return min(most, len(labels))
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return len(labels)
+    return int((labels != ignore_index).sum())
+
+
+def forward(
+    kernels: ModuleType,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    row_grad: Tensor | None,  # fp32 [N]
+    options: CrossEntropyOptions,
+    chunk_rows: int,
+    grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    num_labelled: int | None,
+    window: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    (count, width), classes, dtype = hidden.shape, weight.shape[0], hidden.dtype
+    dx_dtype, dw_dtype, db_dtype = grad_dtypes
+    most = labelled_rows(labels, options.ignore_index, num_labelled)
+    chunks = max(-(-most // chunk_rows), 1)
+    step = max(-(-most // chunks), 1)  # chunks of equal size: the last is not left with a few rows
+    pitch = -(-classes // PITCH) * PITCH
+    low, high = window or (0, classes)
+
+    def room(*shape: int, dtype: torch.dtype = dtype, zero: bool = False) -> Tensor:
+        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=hidden.device)
+
+    losses, scale = room(count, dtype=torch.float32), room(dtype=torch.float32)
+    rows, row_labels = (room(most, dtype=torch.int64) for _ in range(2))
+    kernels.pick_rows(labels, options.ignore_index, options.reduction == "mean", losses, rows, row_labels, scale)
+
+    dropped = None if window is None else room(count, dtype=torch.float32, zero=True)
+    dx = None if dx_dtype is None else room(count, width, dtype=dx_dtype, zero=True)
+    dw = db = None
+    if dw_dtype is not None:
+        # One product adds up in fp32 and is rounded once; several add up in an fp32 matrix.
+        dw = room(classes, width, dtype=dtype if chunks == 1 and dw_dtype == dtype else torch.float32, zero=most == 0)
+        if most and window is not None:
+            dw[:low].zero_(), dw[high:].zero_()
+    if db_dtype is not None:
+        db = room(classes, dtype=torch.float32, zero=True)
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias, (0, pitch - classes))
+
+    x, logits = room(step, width), room(step, pitch)
+    for begin in range(0, most, step):
+        part = slice(begin, min(begin + step, most))
+        n = part.stop - begin
+        kernels.copy_rows(hidden, rows[part], x[:n], None)
+        torch.mm(x[:n], weight.t(), out=logits[:n, :classes])
+        kernels.row_gradients(
+            logits[:n], bias, row_labels[part], rows[part], row_grad, scale, options, losses,
+            (low, high) if any(grad_dtypes) else None, dropped, classes,
+        )  # fmt: skip
+        gradient = logits[:n, low:high]
+        if dx is not None:
+            kernels.copy_rows(torch.mm(gradient, weight[low:high]), None, dx, rows[part])
+        if dw is not None:
+            add_product(dw[low:high], gradient.t(), x[:n], first=begin == 0)
+        if db is not None:
+            db[low:high] += gradient.sum(0, dtype=torch.float32)
+
+    loss, _ = kernels.reduce(losses, labels, options)
+    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype), dropped
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total = a @ b on the first call, total += a @ b on later ones; in fp32 where total is, whatever a and b are."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif not total.is_cuda:  # Triton's interpreter; torch has mixed products on GPUs only
+        torch.addmm(total, a.float(), b.float(), beta=0.0 if first else 1.0, out=total)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
