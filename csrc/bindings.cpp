@@ -112,6 +112,35 @@ void bind_cuda(py::module_ m) {
     reca::cuda::philox_fill({at<uint64_t>(seed), at<int64_t>(sample_ids), stream}, samples, n, law, at<float>(out),
                             {device, at<void>(on)});
   });
+
+  using reca::cuda::FlowMatching;
+  struct Flow {  // owns the list that its struct points to
+    std::vector<reca::cuda::FlowRun> runs;
+    FlowMatching args;
+  };
+  py::class_<Flow>(m, "FlowMatching", py::module_local())
+      .def(py::init([](int x0_dtype, const std::vector<std::tuple<Address, int64_t, int64_t, int64_t>>& runs,
+                       int64_t channels, int64_t patch, Address t, Address seed, Address sample_ids, uint32_t stream,
+                       Address given_noise, int64_t tiles) {
+        Flow flow;
+        for (const auto& [x0, images, height, width] : runs) flow.runs.push_back({at<void>(x0), images, height, width});
+        flow.args = {static_cast<reca::DType>(x0_dtype), nullptr, int64_t(runs.size()), channels, patch, at<float>(t),
+                     {at<uint64_t>(seed), at<int64_t>(sample_ids), stream}, at<float>(given_noise),
+                     tiles};
+        return flow;
+      }));
+  m.attr("flow_tile") = reca::cuda::flow_tile;
+  m.def("flow_matching_prepare", [](Flow& flow, int dtype, Address x_t, int device, Stream on) {
+    flow.args.runs = flow.runs.data();
+    reca::cuda::flow_matching_prepare(flow.args, static_cast<reca::DType>(dtype), at<void>(x_t),
+                                      {device, at<void>(on)});
+  });
+  m.def("flow_matching_loss", [](Flow& flow, int dtype, Address pred, Address gradient, Address losses, Address partial,
+                                 int device, Stream on) {
+    flow.args.runs = flow.runs.data();
+    reca::cuda::flow_matching_loss(flow.args, static_cast<reca::DType>(dtype), at<void>(pred), at<void>(gradient),
+                                   at<float>(losses), at<float>(partial), {device, at<void>(on)});
+  });
 }
 #endif
 

@@ -97,16 +97,33 @@ __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[count]) 
   }
 }
 
+// By hand: nvcc 13 takes a plain store of a uint4 apart into four where the words come from conversions.
+__device__ __forceinline__ void store_vector(uint4* p, uint4 w) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
+#else
+  *p = w;
+#endif
+}
+__device__ __forceinline__ void store_vector(uint2* p, uint2 w) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w.x), "r"(w.y) : "memory");
+#else
+  *p = w;
+#endif
+}
+
+// To global memory, otherwise like load_words.
 template <int count>
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[count]) {
   if constexpr (count % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < count / 4; ++i) {
-      static_cast<uint4*>(p)[i] = make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]);
+      store_vector(static_cast<uint4*>(p) + i, make_uint4(w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]));
     }
   } else if constexpr (count % 2 == 0) {
 #pragma unroll
-    for (int i = 0; i < count / 2; ++i) static_cast<uint2*>(p)[i] = make_uint2(w[2 * i], w[2 * i + 1]);
+    for (int i = 0; i < count / 2; ++i) store_vector(static_cast<uint2*>(p) + i, make_uint2(w[2 * i], w[2 * i + 1]));
   } else {
 #pragma unroll
     for (int i = 0; i < count; ++i) static_cast<uint32_t*>(p)[i] = w[i];

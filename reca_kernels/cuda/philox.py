@@ -8,8 +8,11 @@ from reca_kernels.ops.philox import Philox
 
 
 def draw(noise: Philox, law: str, out: Tensor) -> None:
-    native.module.cuda.philox_fill(*address(noise), *out.shape, LAWS[law], out.data_ptr(), *native.launch(out))
+    native.module.cuda.philox_fill(*address(noise)[:3], *out.shape, LAWS[law], out.data_ptr(), *native.launch(out))
 
 
-def address(noise: Philox) -> tuple[int, int, int]:
-    return noise.seed.data_ptr(), noise.sample_ids.data_ptr(), noise.stream
+def address(noise: Philox | Tensor) -> tuple[int, int, int, int]:
+    """Addresses of seed and sample ids, stream, address of given noise (fp32). The tensors must outlive the call."""
+    if isinstance(noise, Tensor):
+        return 0, 0, 0, noise.data_ptr()
+    return noise.seed.data_ptr(), noise.sample_ids.data_ptr(), noise.stream, 0

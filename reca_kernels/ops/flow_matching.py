@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
-from reca_kernels.ops.philox import Philox
+from reca_kernels.ops.philox import Philox, checked
 from reca_kernels.reference import flow_matching as reference
 
 OP = "flow_matching"
@@ -77,6 +77,7 @@ def flow_matching_loss(
     checks.floating(OP, pred=pred)
     _level(t, images)
     noise = _noise(noise, images)
+    checks.one_device(OP, pred=pred, x0=images[0])
     expected = _shape(x0, patch)
     if tuple(pred.shape) != expected:
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
@@ -113,6 +114,7 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
 def _level(t: Tensor, images: list[Tensor]) -> Tensor:
     if tuple(t.shape) != (len(images),):
         raise ValueError(f"{OP}: t must be [{len(images)}], one level per image, got {list(t.shape)}")
+    checks.one_device(OP, x0=images[0], t=t)
     return t if t.dtype == torch.float64 else t.float().contiguous()
 
 
@@ -121,7 +123,10 @@ def _noise(noise: Philox | Tensor, images: list[Tensor]) -> Philox | Tensor:
         total = sum(image.numel() for image in images)
         if noise.numel() != total:
             raise ValueError(f"{OP}: noise has {noise.numel()} elements, x0 has {total}")
+        checks.one_device(OP, x0=images[0], noise=noise)
         return noise.contiguous()
+    noise = checked(OP, noise)
+    checks.one_device(OP, x0=images[0], **{"noise.sample_ids": noise.sample_ids})
     if tuple(noise.sample_ids.shape) != (len(images),):
         raise ValueError(
             f"{OP}: noise.sample_ids must be [{len(images)}], one per image, got {list(noise.sample_ids.shape)}"

@@ -20,7 +20,7 @@ def noise_of(images: Sequence[Tensor], noise: Tensor | tuple) -> list[Tensor]:
     """Every image's noise, flat, in the order of the prediction."""
     lengths = [image.numel() for image in images]
     if isinstance(noise, Tensor):
-        return list(noise.reshape(-1).split(lengths))
+        return list(_wide(noise).reshape(-1).split(lengths))
     seed, ids, stream = noise
     return [philox_normal(seed, ids[b : b + 1], stream, n)[0] for b, n in enumerate(lengths)]
 

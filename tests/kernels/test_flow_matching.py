@@ -4,26 +4,34 @@ import pytest
 import torch
 
 from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare, native
+from reca_kernels.cuda import flow_matching as cuda
 from reca_kernels.reference import flow_matching as reference
+from tests.kernels.backends import targets
 
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(native.module is None, reason=str(native.missing)))]
-# Odd sizes: elements that are no multiple of a Philox block, of a vector, or of a chunk of the kernel.
+EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets("flow_matching"))
+KERNELS = pytest.mark.parametrize(("backend", "device"), targets("flow_matching", reference=False))
+needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Odd sizes: elements that are no multiple of a Philox block, of a vector, or of a chunk of the kernel. And, since CUDA has
+# kernels of their own for them, elements and channels of patches in eights.
 LAYOUTS = {
     "batch": (torch.Size((3, 5, 7, 9)), 1),
+    "batch in eights": (torch.Size((3, 4, 10, 12)), 1),
     "one image over several chunks": (torch.Size((1, 16, 24, 40)), 1),
     "packed": ([(16, 8, 6), (16, 4, 10), (16, 12, 12), (16, 2, 2)], 2),
     "batch in tokens": (torch.Size((2, 4, 6, 6)), 3),
+    "one image holds nothing": ([(16, 2, 4), (16, 0, 4), (16, 2, 2)], 2),
 }
 
 
-def case(layout, dtype=torch.float32, seed=0):
+def case(layout, dtype=torch.float32, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     shape, patch = LAYOUTS[layout]
-    draw = lambda size: torch.randn(size, generator=generator).to(dtype)  # noqa: E731
+    draw = lambda size: torch.randn(size, generator=generator).to(device, dtype)  # noqa: E731
     x0 = draw(shape) if isinstance(shape, torch.Size) else [draw(s) for s in shape]
     count = len(x0)
-    noise = Philox(torch.tensor(-77), torch.arange(count) * 1000 + 3, 4)
-    return x0, torch.rand(count, generator=generator), noise, patch
+    noise = Philox(torch.tensor(-77, device=device), (torch.arange(count) * 1000 + 3).to(device), 4)
+    return x0, torch.rand(count, generator=generator).to(device), noise, patch
 
 
 def wide(x0):
@@ -35,10 +43,10 @@ def close(got, exact, relative):
     assert float(error) < relative
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERYWHERE
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prepare_mixes_data_and_noise(layout, backend):
-    x0, t, noise, patch = case(layout)
+def test_prepare_mixes_data_and_noise(layout, backend, device):
+    x0, t, noise, patch = case(layout, device=device)
     x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
     clean = flow_matching_prepare(x0, torch.zeros_like(t), noise, patch=patch, backend=backend)
     pure = flow_matching_prepare(x0, torch.ones_like(t), noise, patch=patch, backend=backend)
@@ -53,40 +61,92 @@ def test_prepare_mixes_data_and_noise(layout, backend):
     assert abs(float(pure.mean())) < 0.3 and 0.7 < float(pure.std()) < 1.3
 
 
-def test_patch_order_is_row_column_channel():
-    x0 = [torch.arange(2 * 4 * 4.0).view(2, 4, 4)]
-    got = flow_matching_prepare(x0, torch.zeros(1), torch.zeros(4, 8), patch=2)
+@KERNELS
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_on_every_backend(layout, backend, device):
+    """x_t in every pair of types, and the gradient in fp32: there no backend rounds otherwise than the reference."""
+    for dtype in DTYPES:
+        x0, t, noise, patch = case(layout, dtype)
+        there = case(layout, dtype, device=device)[:3]
+        for out_dtype in DTYPES:
+            arguments = {"patch": patch, "out_dtype": out_dtype}
+            got = flow_matching_prepare(*there, backend=backend, **arguments)
+            assert torch.equal(got.cpu(), flow_matching_prepare(x0, t, noise, backend="reference", **arguments))
+        x_t = got.float().cpu()
+        gradients = []
+        for where, arguments, b in ((device, there, backend), ("cpu", (x0, t, noise), "reference")):
+            pred = x_t.to(where).requires_grad_()
+            flow_matching_loss(pred, *arguments, patch=patch, reduction="sum", backend=b).backward()
+            gradients.append(pred.grad.cpu())
+        assert torch.equal(*gradients)
+
+
+@EVERYWHERE
+def test_patch_order_is_row_column_channel(backend, device):
+    x0 = [torch.arange(2 * 4 * 4.0, device=device).view(2, 4, 4)]
+    noise = torch.zeros(4, 8, device=device)
+    got = flow_matching_prepare(x0, torch.zeros(1, device=device), noise, patch=2, backend=backend)
     first = [x0[0][c, r, k] for r in (0, 1) for k in (0, 1) for c in (0, 1)]
     assert got.shape == (4, 8) and got[0].tolist() == [float(v) for v in first]
     assert got[1, 0] == x0[0][0, 0, 2] and got[2, 0] == x0[0][0, 2, 0]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_gradient_against_fp64(layout, dtype, reduction, backend):
+@EVERYWHERE
+def test_loss_and_gradient_against_fp64(layout, dtype, reduction, backend, device):
     x0, t, noise, patch = case(layout)
     generator = torch.Generator().manual_seed(1)
     shape = flow_matching_prepare(x0, t, noise, patch=patch).shape
-    pred = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-    exact_pred = pred.detach().double().requires_grad_()
+    pred = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    exact_pred = pred.detach().double().cpu().requires_grad_()
     weight = torch.rand(len(t), generator=generator)
-    arguments = {"patch": patch, "weight": weight, "reduction": reduction}
-    loss = flow_matching_loss(pred, x0, t, noise, backend=backend, **arguments)
-    exact = flow_matching_loss(exact_pred, wide(x0), t, noise, backend="reference", **arguments)
+    arguments = {"patch": patch, "reduction": reduction}
+    there = case(layout, device=device)[:3]
+    loss = flow_matching_loss(pred, *there, backend=backend, weight=weight.to(device), **arguments)
+    exact = flow_matching_loss(exact_pred, wide(x0), t, noise, backend="reference", weight=weight, **arguments)
     assert loss.dtype == torch.float32
     close(loss.detach(), exact.detach(), 1e-5)
     upstream = torch.randn(loss.shape, generator=generator)
-    (gradient,) = torch.autograd.grad(loss, pred, upstream)
+    (gradient,) = torch.autograd.grad(loss, pred, upstream.to(device))
     (exact_gradient,) = torch.autograd.grad(exact, exact_pred, upstream.double())
     assert gradient.dtype == dtype
     close(gradient, exact_gradient, 1e-5 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_does_not_see_batch_or_packing(backend):
-    x0, t, noise, patch = case("packed")
+@KERNELS
+def test_more_images_than_fit_into_one_launch(backend, device):
+    """Of 70 sizes, so that no two make one run; a CUDA launch takes 32."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = [torch.randn(8, 1, n, generator=generator) for n in range(1, 71)]
+    noise, t = Philox(torch.tensor(5), torch.arange(70), 1), torch.rand(70, generator=generator)
+    there = ([x.to(device) for x in x0], t.to(device), Philox(*(n.to(device) for n in noise[:2]), 1))
+    x_t = flow_matching_prepare(x0, t, noise)
+    assert torch.equal(flow_matching_prepare(*there, backend=backend).cpu(), x_t)
+    got = flow_matching_loss(x_t.to(device), *there, reduction="sample", backend=backend)
+    exact = flow_matching_loss(x_t.double(), wide(x0), t, noise, reduction="sample", backend="reference")
+    close(got, exact, 1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), [p for p in targets("flow_matching") if p.values[0] == "cuda"])
+def test_many_tiles_in_a_block(backend, device, monkeypatch):
+    x0, t, noise, _ = case("one image over several chunks", device=device)
+    pred, results = torch.randn(x0.shape, device=device), []
+    for tiles in (1, 3):
+        monkeypatch.setattr(cuda, "tiles_of_a_block", lambda _, tiles=tiles: tiles)
+        leaf = pred.clone().requires_grad_()
+        loss = flow_matching_loss(leaf, x0, t, noise, backend=backend)
+        loss.backward()
+        results.append((flow_matching_prepare(x0, t, noise, backend=backend), leaf.grad, loss.detach()))
+    for one, three in zip(*results, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-6, atol=0)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+@EVERYWHERE
+def test_noise_does_not_see_batch_or_packing(backend, device):
+    x0, t, noise, patch = case("packed", device=device)
     whole = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
     alone = flow_matching_prepare(
         x0[2:3], t[2:3], noise._replace(sample_ids=noise.sample_ids[2:3]), patch=patch, backend=backend
@@ -95,17 +155,19 @@ def test_noise_does_not_see_batch_or_packing(backend):
     assert torch.equal(whole[start : start + len(alone)], alone)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_given_noise_is_used(backend):
-    x0, t, noise, _ = case("batch")
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+@EVERYWHERE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["batch", "batch in eights"])
+def test_given_noise_is_used(layout, dtype, backend, device):
+    x0, t, _, _ = case(layout, device=device)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     x_t = flow_matching_prepare(x0, t, eps, backend=backend)
     level = t.view(-1, 1, 1, 1)
-    torch.testing.assert_close(x_t, (1 - level) * x0 + level * eps, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(flow_matching_loss(eps - x0, x0, t, eps, backend=backend), torch.tensor(0.0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(x_t, (1 - level) * x0 + level * eps.float(), rtol=1e-6, atol=1e-6)
+    assert float(flow_matching_loss(eps - x0, x0, t, eps, backend=backend)) < 1e-12
 
 
-@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+@needs_native
 def test_threads_do_not_change_a_bit():
     x0, t, noise, _ = case("one image over several chunks")
     before, results = torch.get_num_threads(), []
@@ -120,18 +182,31 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_layouts_dtypes_and_no_hidden_writes():
-    x0, t, noise, _ = case("batch")
-    strided = torch.empty(3, 5, 9, 7).transpose(2, 3).copy_(x0)
-    pred = torch.randn(3, 5, 9, 7).transpose(2, 3).requires_grad_()
+@EVERYWHERE
+def test_layouts_dtypes_and_no_hidden_writes(backend, device):
+    x0, t, noise, _ = case("batch", device=device)
+    strided = torch.empty(3, 5, 9, 7, device=device).transpose(2, 3).copy_(x0)
+    pred = torch.randn(3, 5, 9, 7, device=device).transpose(2, 3).requires_grad_()
     kept, version = pred.detach().clone(), pred._version
-    a = flow_matching_loss(pred, strided, t, noise)
-    b = flow_matching_loss(pred.detach().contiguous(), x0, t, noise)
+    a = flow_matching_loss(pred, strided, t, noise, backend=backend)
+    b = flow_matching_loss(pred.detach().contiguous(), x0, t, noise, backend=backend)
     a.backward()
     assert torch.equal(a.detach(), b) and pred.grad.shape == pred.shape
     assert torch.equal(pred.detach(), kept) and pred._version == version
-    assert flow_matching_prepare(x0.bfloat16(), t, noise).dtype == torch.bfloat16
-    assert flow_matching_prepare(x0, t, noise, out_dtype=torch.float16).dtype == torch.float16
+    assert flow_matching_prepare(x0.bfloat16(), t, noise, backend=backend).dtype == torch.bfloat16
+    assert flow_matching_prepare(x0, t, noise, out_dtype=torch.float16, backend=backend).dtype == torch.float16
+
+
+@KERNELS
+def test_memory_that_is_not_aligned(backend, device):
+    """x0, pred and t begin four bytes after a 16-byte boundary, with sizes for which vectors would do otherwise."""
+    x0, t, noise, _ = case("batch in eights", device=device)
+    shifted = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (x0, x0 * 2, t)]
+    assert shifted[0].data_ptr() % 16 == 4
+    got = flow_matching_prepare(shifted[0], shifted[2], noise, backend=backend)
+    assert torch.equal(got, flow_matching_prepare(x0, t, noise, backend=backend))
+    got = flow_matching_loss(shifted[1], shifted[0], shifted[2], noise, backend=backend)
+    torch.testing.assert_close(got, flow_matching_loss(x0 * 2, x0, t, noise, backend=backend), rtol=1e-6, atol=0)
 
 
 def test_second_backward_and_double_backward():
@@ -155,7 +230,7 @@ def test_autocast_and_no_grad():
         assert torch.equal(flow_matching_loss(pred, x0, t, noise), plain)
 
 
-@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+@needs_native
 @pytest.mark.parametrize("layout", ["batch", "packed"])
 def test_compiled_graph_is_whole_and_equal(layout):
     x0, t, noise, patch = case(layout)
@@ -175,7 +250,7 @@ def test_compiled_graph_is_whole_and_equal(layout):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+@needs_native
 def test_opcheck():
     x0, t, noise, _ = case("batch")
     images = list(x0.unbind())
@@ -202,15 +277,17 @@ def test_mistakes_are_named():
     _bad("holds no image", x0=[])
     _bad("one per image", weight=torch.ones(2))
     _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
+    _bad("all tensors must be on one device, got x0 on cpu, t on meta", t=torch.zeros(3, device="meta"))
+    _bad("seed must be an int64 tensor", noise=Philox(3, torch.arange(3), 1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_twice_and_the_first_gradient_stays(backend):
-    x0, t, noise, patch = case("packed")
-    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape).requires_grad_()
+@EVERYWHERE
+def test_backward_twice_and_the_first_gradient_stays(backend, device):
+    x0, t, noise, patch = case("packed", device=device)
+    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape, device=device).requires_grad_()
     loss = flow_matching_loss(pred, x0, t, noise, patch=patch, backend=backend)
     (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
     kept = first.clone()
-    (second,) = torch.autograd.grad(loss, pred, torch.tensor(3.0))
+    (second,) = torch.autograd.grad(loss, pred, torch.tensor(3.0, device=device))
     torch.testing.assert_close(second, 3 * kept)
     assert torch.equal(first, kept)

@@ -32,4 +32,34 @@ void flow_matching_loss(const FlowMatching& args, DType dtype, const void* pred,
 
 int64_t flow_matching_chunks(const FlowMatching& args);
 
+namespace cuda {
+
+// Images of one size that lie one after another, in x0 and in x_t, pred and noise.
+struct FlowRun {
+  const void* x0;          // [images, channels, height, width]
+  int64_t images;
+  int64_t height, width;   // multiples of the patch
+};
+
+struct FlowMatching {
+  DType x0_dtype;
+  const FlowRun* runs;
+  int64_t count, channels, patch;
+  const float* t;  // [images]
+  DeviceNoise noise;
+  const float* given_noise;  // null: drawn from the address
+  int64_t tiles;             // that a block handles, one after another
+};
+
+constexpr int64_t flow_tile = 2048;  // elements
+
+// With patch > 1 an image may have up to 2^31 - 1 elements.
+void flow_matching_prepare(const FlowMatching& args, DType dtype, void* x_t, Launch on);
+
+// partial: workspace of (elements / flow_tile + images) numbers.
+void flow_matching_loss(const FlowMatching& args, DType dtype, const void* pred, void* gradient, float* losses,
+                        float* partial, Launch on);
+
+}  // namespace cuda
+
 }  // namespace reca
