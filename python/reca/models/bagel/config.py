@@ -1,0 +1,103 @@
+"""Recipe keys of BAGEL. The defaults are BAGEL-7B-MoT."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from reca.options import option
+
+
+@dataclass
+class LanguageSizes:
+    hidden_size: int = option(3584, "width of the two Qwen2 experts")
+    num_hidden_layers: int = option(28, "their layers")
+    num_attention_heads: int = option(28, "their query heads")
+    num_key_value_heads: int = option(4, "their key and value heads")
+    intermediate_size: int = option(18944, "width of their MLPs")
+    vocab_size: int = option(152064, "rows of the embedding table, more than the tokenizer has")
+    rms_norm_eps: float = option(1e-6, "epsilon of every RMSNorm")
+    rope_theta: float = option(1e6, "base of the rotary frequencies")
+
+
+@dataclass
+class VisionSizes:
+    hidden_size: int = option(1152, "width of SigLIP")
+    num_hidden_layers: int = option(27, "layers of the published tower; the last is neither stored nor run")
+    num_attention_heads: int = option(16, "its heads")
+    intermediate_size: int = option(4304, "width of its MLP")
+    image_size: int = option(980, "pixels on the side of the square that its position tables cover")
+    patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
+    layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon")
+
+
+@dataclass
+class AutoencoderSizes:
+    block_out_channels: list[int] = option(lambda: [128, 256, 512, 512], "channels per level, outermost first")
+    layers_per_block: int = option(2, "residual blocks per encoder level; a decoder level has one more")
+    latent_channels: int = option(16, "channels of a latent")
+    scaling_factor: float = option(0.3611, "latents are multiplied by this, after the shift is taken off")
+    shift_factor: float = option(0.1159, "the shift")
+
+
+@dataclass
+class PixelSizes:
+    factor: int = option(2, "pixels on the side of a latent, whose channels are their colours")
+
+
+@dataclass
+class BagelConfig:
+    weights: Optional[str] = option(
+        None, "hub id or folder of BAGEL-7B-MoT, or a weight file in such a folder; null: random"
+    )
+    overlay: Optional[str] = option(
+        None, "a second weight file, whole or in part, put over the first, as RECA results are published"
+    )
+    codec_weights: Optional[str] = option(None, "hub id, folder or file of ae.safetensors; null: beside weights")
+    tokenizer: Optional[str] = option(None, "hub id or folder of the tokenizer; null: beside weights, or `words`")
+    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
+    dtype: str = option(
+        "fp32",
+        "type the weights are kept in; mixed: fp32 for what RECA trains, bf16 for the rest. The codec stays fp32",
+        ("fp32", "bf16", "mixed"),
+    )
+    language: LanguageSizes = option(LanguageSizes, "")
+    vision: VisionSizes = option(VisionSizes, "")
+    codec: str = option(
+        "flux", "image autoencoder: flux, or pixels (nothing to learn; for the embedded world)", ("flux", "pixels")
+    )
+    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
+    pixels: PixelSizes = option(PixelSizes, "")
+    latent_patch_size: int = option(2, "latents on the side of an image token")
+    max_latent_size: int = option(64, "image tokens on the side of the largest picture: its position table")
+    image_size: int = option(1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing")
+    image_min_size: int = option(512, "its shortest side")
+    understanding_size: int = option(224, "RECA: longest side, in pixels, of what h_v is made of")
+    hv_source: str = option(
+        "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
+    )
+    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    answer_size: int = option(980, "longest side, in pixels, of a picture to talk about")
+    answer_min_size: int = option(378, "its shortest side")
+    edit_size: int = option(980, "longest side, in pixels, of what SigLIP sees of a picture to edit")
+    edit_min_size: int = option(224, "its shortest side")
+    template_drop: float = option(0.1, "RECA: share of samples that lose their template; h_v always stays")
+    caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
+    timestep_shift: float = option(1.0, "training: above 1, noise levels move towards pure noise; sampling has its own")
+    parity: bool = option(False, "round noise levels, latents and noisy latents to bf16 as the release does")
+    seed: int = option(0, "of a random initialisation")
+
+
+def tiny() -> BagelConfig:
+    """A random model of about half a million parameters on pictures of 20 pixels: 25 image tokens, 9 rows of h_v."""
+    return BagelConfig(
+        language=LanguageSizes(64, 3, 4, 2, 192, 96),
+        vision=VisionSizes(64, 4, 4, 128, 18, 6),
+        codec="pixels",
+        max_latent_size=8,
+        image_size=20,
+        image_min_size=20,
+        understanding_size=18,
+        answer_size=18,
+        answer_min_size=18,
+        edit_size=18,
+        edit_min_size=18,
+    )

@@ -1,0 +1,125 @@
+"""BAGEL's published files <-> our modules.
+
+Names in the main file are ours. The autoencoder's file has LDM's names, our autoencoder has those of diffusers.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reca.models.bagel.config import BagelConfig
+from reca.models.weights import read_tensors
+
+PUBLISHED = "ema.safetensors"
+# what BAGEL publishes, what the release's trainer saves, what RECA publishes
+SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
+WEIGHTS = (*SINGLE, *(f"{name}.index.json" for name in SINGLE))
+CODEC = "ae.safetensors"
+HUB = ["*.safetensors", "*.json", "*.txt"]  # what there is to download
+
+_LDM = [
+    (r"^(encoder)\.down_blocks\.(\d+)\.resnets\.", r"\1.down.\2.block."),
+    (r"^(encoder)\.down_blocks\.(\d+)\.downsamplers\.0\.", r"\1.down.\2.downsample."),
+    (r"^(decoder)\.up_blocks\.(\d+)\.resnets\.", r"\1.up.\2.block."),
+    (r"^(decoder)\.up_blocks\.(\d+)\.upsamplers\.0\.", r"\1.up.\2.upsample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+]
+
+
+def ldm_name(name: str, levels: int) -> str:
+    """A name of diffusers' AutoencoderKL as the FLUX file has it: levels of the decoder count from the image there."""
+    for pattern, replacement in _LDM:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+
+
+def codec_native(state: dict[str, Tensor], wanted: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """The FLUX file in diffusers' names; names that diffusers has nothing for stay. wanted: diffusers' state_dict."""
+    ours = {ldm_name(name, levels): name for name in wanted}
+    made = {}
+    for name, tensor in state.items():
+        name = ours.get(name, name)
+        point = name in wanted and tensor.ndim == 4 and wanted[name].ndim == 2 and tensor.shape[2:] == (1, 1)
+        made[name] = tensor[:, :, 0, 0] if point else tensor  # attention's 1 x 1 convolutions are linear here
+    return made
+
+
+def codec_published(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    made = {}
+    for name, tensor in state.items():
+        point = ".attentions.0.to_" in name and tensor.ndim == 2
+        made[ldm_name(name, levels)] = tensor[:, :, None, None] if point else tensor
+    return made
+
+
+def read(source: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, or of the one that a folder holds. Raises ValueError for none and for several."""
+    if source.is_file():
+        return read_tensors(source)
+    found = [name for name in WEIGHTS if (source / name).is_file()]
+    if len(found) != 1:
+        what = f"{' and '.join(found)}; name the file that is meant" if found else f"none of {', '.join(WEIGHTS)}"
+        raise ValueError(f"{source} holds {what}")
+    return read_tensors(source / found[0])
+
+
+def check(folder: Path, config: BagelConfig) -> None:
+    """Raise ValueError when a config.json beside the weights says something else than the recipe."""
+    wrong = []
+    for file, section in (("llm_config.json", "language"), ("vit_config.json", "vision")):
+        if not (folder / file).is_file():
+            continue
+        found, sizes = json.loads((folder / file).read_text()), getattr(config, section)
+        for key in sizes.__dataclass_fields__:
+            if key in found and found[key] != getattr(sizes, key):
+                wrong.append(f"{file} has {key} {found[key]}, the recipe model.{section}.{key}={getattr(sizes, key)}")
+    if wrong:
+        raise ValueError(f"{folder} does not fit the recipe: {'; '.join(wrong)}")
+
+
+def described(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:
+    """The JSON files that the public inference code reads its sizes from."""
+    language, vision = config.language, config.vision
+    return {
+        "config.json": {"model_type": "bagel"},
+        "llm_config.json": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "hidden_act": "silu",
+            **vars(language),
+            "initializer_range": 0.02,
+            "max_position_embeddings": 32768,
+            "max_window_layers": language.num_hidden_layers,
+            "model_type": "qwen2",
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_sliding_window": False,
+        },
+        "vit_config.json": {
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            **vars(vision),
+            "model_type": "siglip_vision_model",
+            "num_channels": 3,
+        },
+    }
+
+
+def write(path: Path, state: dict[str, Tensor]) -> None:
+    """A safetensors file; an old one of that name stays until the new one is whole."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, {"format": "pt"})
+    os.replace(partial, path)

@@ -1,0 +1,110 @@
+"""Building a BAGEL from published files or at random, and writing it back."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reca.models.bagel import convert, prompt
+from reca.models.bagel.config import BagelConfig
+from reca.models.bagel.modules import FluxCodec, PositionTable
+from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.weights import fetch, no_memory, put
+
+if TYPE_CHECKING:
+    from reca.models.bagel.adapter import Bagel
+
+# the parts that the main file holds, under their published names
+PARTS = (
+    "language_model", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed", "vit_pos_embed", "connector",
+    "vit_model",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+
+
+def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
+    """The model on the CPU.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    if config.weights is None:
+        if config.overlay or config.codec_weights:
+            raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = cls(config, load_tokenizer(config, None))
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(_dtype(model, name))
+        return model
+    source = fetch(config.weights, convert.HUB)
+    folder = source if source.is_dir() else source.parent
+    convert.check(folder, config)
+    with no_memory():
+        model = cls(config, load_tokenizer(config, folder))
+    state = convert.read(source)
+    if config.overlay:
+        state |= convert.read(fetch(config.overlay, convert.HUB))
+    for name in list(state):  # one by one, so that no second copy of all stands in memory
+        state[name] = state[name].to(_dtype(model, name))
+    put(published(model), state, str(source))
+    for table in model.modules():
+        if isinstance(table, PositionTable):
+            table.pos_embed = table.table()
+    if isinstance(model.codec, FluxCodec):
+        _load_codec(model.codec, fetch(config.codec_weights, convert.HUB) if config.codec_weights else folder)
+    return model
+
+
+def export(model: "Bagel", folder: Path, dtype: torch.dtype) -> None:
+    """All files of a published folder, those of the frozen parts too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    convert.write(folder / convert.PUBLISHED, {n: t.to(dtype) for n, t in published(model).state_dict().items()})
+    if isinstance(model.codec, FluxCodec):
+        autoencoder = model.codec.autoencoder
+        levels = len(model.codec.sizes.block_out_channels)
+        convert.write(folder / convert.CODEC, convert.codec_published(autoencoder.state_dict(), levels))
+    for name, content in convert.described(model.config, model.vocabulary.bos, model.vocabulary.eos).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    model.tokenizer.save_pretrained(folder)
+
+
+def published(model: "Bagel") -> nn.ModuleDict:
+    return nn.ModuleDict({name: getattr(model, name) for name in PARTS})
+
+
+def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokenizerBase:
+    source = fetch(config.tokenizer) if config.tokenizer else folder
+    if source is None:
+        tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+    elif any((source / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    else:
+        raise ValueError(f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give model.tokenizer")
+    if len(tokenizer) > config.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but model.language.vocab_size={config.language.vocab_size}; "
+            "raise it, or give the tokenizer that belongs to the weights"
+        )
+    return tokenizer
+
+
+def _load_codec(codec: FluxCodec, source: Path) -> None:
+    path = source / convert.CODEC if source.is_dir() else source
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
+    state: dict[str, Tensor] = convert.read(path)
+    levels = len(codec.sizes.block_out_channels)
+    native = convert.codec_native(state, codec.autoencoder.state_dict(), levels)
+    put(codec.autoencoder, native, str(path), torch.float32)
+
+
+def _dtype(model: "Bagel", name: str) -> torch.dtype:
+    """The type a tensor is kept in."""
+    kept, role = model.config.dtype, model.role(name)
+    if role == "codec" or kept == "fp32" or (kept == "mixed" and role in model.trainable_roles):
+        return torch.float32
+    return torch.bfloat16
