@@ -1,0 +1,758 @@
+"""BAGEL's adapter beyond the golden data: sizes, files, batching, learning, sampling, editing, kernels, bad input."""
+
+import functools
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+from reca.config import load_recipe
+from reca.data.cache import collate
+from reca.data.pixels import make_view
+from reca.draws import Draws, Purpose
+from reca.models.bagel import Adapter, Config, adapter, convert, loading, modules, prompt, sampling
+from reca.models.bagel.config import AutoencoderSizes, tiny
+from reca.models.bagel.mot import GEN, UND, grouped
+from reca.models.base import ROLES, Batch, Turn
+from reca.optim import freeze, make_optimizer
+from reca.train import Trainer
+from reca_kernels import dispatch, native
+
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "square",
+    "circle",
+    "describe",
+    "what",
+    "is",
+    "this",
+    "the",
+    "picture",
+    "?",
+    ".",
+    "drawn",
+    "with",
+    "care",
+    "make",
+    "it",
+]
+FLUX = {"codec": "flux", "autoencoder": AutoencoderSizes([32, 32], 1, 4)}
+VARIANTS = {
+    "pixels": {},
+    "flux": FLUX,
+    "parity": {"parity": True},
+    "vae": {"hv_source": "vae", "understanding_size": 20},
+    "shift": {"timestep_shift": 3.0},
+}
+TEXTS = {
+    "reca": ["describe the picture.", "what is this?", "describe this with care", "a picture"],
+    "t2i": ["a red square", "a blue circle drawn with care", "a square", ""],
+    "i2t": [
+        [Turn("what is this?", "a red square")],
+        [Turn("what is this?", "a circle"), Turn("describe the picture.", "a red circle drawn with care.")],
+        [Turn("this?", "a square.")],
+        [Turn("describe", "a blue square")],
+    ],
+}
+SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
+
+
+def config(**changes) -> Config:
+    return replace(tiny(), words=WORDS, **changes)
+
+
+@functools.cache
+def built(variant: str = "pixels") -> Adapter:
+    """The model of a variant with what RECA trains; a test that changes it makes its own."""
+    model = Adapter.load(config(**VARIANTS[variant]))
+    freeze(model, None)
+    return model
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return built(request.param)
+
+
+@pytest.fixture
+def plain():
+    model = built()
+    model.zero_grad()
+    return model
+
+
+def images(sizes, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
+    """Samples of different sizes as the views make them."""
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(SIZES)]
+    views = model.views(kind)
+    gen, und = (view and [make_view(pictures[row], view) for row in rows] for view in (views.gen, views.und))
+    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# sizes
+
+
+class PublishedTokenizer:
+    def get_vocab(self):
+        return dict(zip(prompt.SPECIAL_TOKENS, (151644, 151645, 151652, 151653), strict=True))
+
+    def __len__(self):
+        return 151665
+
+
+@pytest.fixture(scope="module")
+def published():
+    with torch.device("meta"):
+        return Adapter(load_recipe("bagel_7b").model, PublishedTokenizer())
+
+
+def test_published_sizes(published):
+    whole = loading.published(published).state_dict()
+    assert len(whole) == 1223
+    assert sum(t.numel() for t in whole.values()) == 14_607_260_128
+    roles = published.roles()
+    sizes = Counter()
+    for name, parameter in published.named_parameters():
+        sizes[roles[name]] += parameter.numel()
+    assert sizes["gen_lm"] == sizes["und_lm"] == 6_525_628_928
+    assert sizes["embed"] == 2 * 544_997_376
+    assert sizes["und_encoder"] == 402_552_736 and sizes["bridge"] == 16_980_992
+    assert sizes["gen_head"] == 13_769_728 + 232_960 + 229_440 and sizes["codec"] == 83_819_683
+    tables = [t.pos_embed.numel() for t in (published.latent_pos_embed, published.vit_pos_embed)]
+    assert sum(tables) == 32_241_664
+    trained = sum(p.numel() for n, p in published.named_parameters() if roles[n] in published.trainable_roles)
+    assert round(trained / 1e9, 3) == 6.540
+
+
+def test_published_names(published):
+    names = {name: tuple(t.shape) for name, t in loading.published(published).state_dict().items()}
+    d, f, k, v = 3584, 18944, 512, 152064
+    wanted = {
+        "language_model.model.embed_tokens.weight": (v, d),
+        "language_model.lm_head.weight": (v, d),
+        "language_model.model.norm.weight": (d,),
+        "language_model.model.norm_moe_gen.weight": (d,),
+        "time_embedder.mlp.0.weight": (d, 256),
+        "time_embedder.mlp.0.bias": (d,),
+        "time_embedder.mlp.2.weight": (d, d),
+        "time_embedder.mlp.2.bias": (d,),
+        "vae2llm.weight": (d, 64),
+        "vae2llm.bias": (d,),
+        "llm2vae.weight": (64, d),
+        "llm2vae.bias": (64,),
+        "latent_pos_embed.pos_embed": (4096, d),
+        "vit_pos_embed.pos_embed": (4900, d),
+        "connector.fc1.weight": (d, 1152),
+        "connector.fc1.bias": (d,),
+        "connector.fc2.weight": (d, d),
+        "connector.fc2.bias": (d,),
+    }
+    for layer in range(28):
+        at = f"language_model.model.layers.{layer}."
+        for e in ("", "_moe_gen"):
+            for p, rows in (("q", d), ("k", k), ("v", k)):
+                wanted |= {f"{at}self_attn.{p}_proj{e}.weight": (rows, d), f"{at}self_attn.{p}_proj{e}.bias": (rows,)}
+            wanted |= {f"{at}self_attn.o_proj{e}.weight": (d, d)}
+            wanted |= {f"{at}self_attn.{p}_norm{e}.weight": (128,) for p in "qk"}
+            wanted |= {f"{at}mlp{e}.{p}_proj.weight": (f, d) for p in ("gate", "up")}
+            wanted |= {f"{at}mlp{e}.down_proj.weight": (d, f)}
+            wanted |= {f"{at}{p}_layernorm{e}.weight": (d,) for p in ("input", "post_attention")}
+    at = "vit_model.vision_model."
+    wanted |= {
+        f"{at}embeddings.patch_embedding.weight": (1152, 588),
+        f"{at}embeddings.patch_embedding.bias": (1152,),
+        f"{at}embeddings.position_embedding.weight": (4900, 1152),
+        f"{at}post_layernorm.weight": (1152,),
+        f"{at}post_layernorm.bias": (1152,),
+    }
+    for layer in range(26):
+        for part, shape in (
+            *((f"self_attn.{p}_proj", (1152, 1152)) for p in ("q", "k", "v", "out")),
+            ("mlp.fc1", (4304, 1152)),
+            ("mlp.fc2", (1152, 4304)),
+            ("layer_norm1", (1152,)),
+            ("layer_norm2", (1152,)),
+        ):
+            wanted[f"{at}encoder.layers.{layer}.{part}.weight"] = shape
+            wanted[f"{at}encoder.layers.{layer}.{part}.bias"] = shape[:1]
+    assert names == wanted
+
+
+def test_published_codec(published):
+    state = convert.codec_published(published.codec.autoencoder.state_dict(), 4)
+    assert len(state) == 244 and sum(t.numel() for t in state.values()) == 83_819_683
+    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    assert shapes["encoder.mid.attn_1.q.weight"] == shapes["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1)
+    assert shapes["encoder.down.1.block.0.nin_shortcut.weight"] == (256, 128, 1, 1)
+    assert shapes["encoder.conv_out.weight"] == (32, 512, 3, 3)
+    assert shapes["decoder.up.0.block.2.conv2.weight"] == (128, 128, 3, 3)
+    assert shapes["decoder.up.3.upsample.conv.weight"] == (512, 512, 3, 3)
+    assert {"encoder.down.0.downsample.conv.bias", "decoder.norm_out.weight"} <= shapes.keys()
+    assert not {n for n in shapes if n.startswith(("encoder.down.3.downsample", "decoder.up.0.upsample"))}
+
+
+def test_published_views(published):
+    views = published.views("reca")
+    square = Image.new("RGB", (2048, 1536))
+    assert make_view(square, views.gen).shape == (3, 768, 1024) and make_view(square, views.und).shape == (3, 168, 224)
+    assert published.token_side == 16
+    talk, edit = published.views("i2t").und, published.edit_views()
+    assert (talk.size, talk.min_size, talk.stride, talk.max_pixels) == (980, 378, 14, 2_007_040)
+    assert (edit.und.size, edit.und.min_size, edit.gen) == (980, 224, views.gen)
+
+
+def test_tiny_recipe_is_the_tiny_config():
+    assert replace(load_recipe("bagel_tiny").model, words=[]) == tiny()
+
+
+def test_tiny_is_small(plain):
+    assert 3e5 < count(plain) < 7e5
+    assert plain.token_side == 4
+
+
+# losses
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_weight_is_what_loss_returns(model, kind):
+    sample = batch(model, kind)
+    term = model(sample, Draws(3))
+    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+    assert math.isfinite(float(term.sum.detach()))
+    if kind != "i2t":
+        assert float(term.weight) == sum(i.shape[1] * i.shape[2] for i in sample.gen) / model.token_side**2
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(model, kind):
+    """Pictures of three sizes and texts of different lengths in one pack; one of them dropped, or all but one."""
+    together = model(batch(model, kind), Draws(3)).sum
+    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1)])
+def test_cached_features_give_the_same_loss(model, kind, rows):
+    sample = batch(model, kind, rows)
+    features = model.encode(sample)
+    assert not any(tensor.requires_grad for tensors in features.values() for tensor in tensors)
+    kept = collate([{name: value[i] for name, value in features.items()} for i in range(len(rows))])
+    assert isinstance(kept["h_v" if kind == "i2t" else "moments"], torch.Tensor) == (rows == (0, 1))
+    cached = replace(sample, gen=None, und=None, features=kept)
+    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
+    assert model.weight(cached, Draws(1)) == model.weight(sample, Draws(1))
+
+
+def test_condition_of_another_image_changes_the_loss(model):
+    sample = batch(model, "reca")
+    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+
+
+def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
+    ids = torch.arange(400)
+    rows = torch.zeros(400, 3, 3, 64)
+    samples, h_v, _ = plain.prompts(Batch("reca", ids, ["describe this"] * 400), {"h_v": rows}, Draws(0))
+    assert all(isinstance(items[0], prompt.Seen) for items in samples) and len(h_v) == 400
+    assert 20 < sum(len(items) == 1 for items in samples) < 65
+    captions, *_ = plain.prompts(Batch("t2i", ids, ["a red square"] * 400), {}, Draws(0))
+    assert 20 < sum(items == [] for items in captions) < 65
+
+
+@pytest.mark.parametrize("kind", ["reca", "t2i"])
+def test_a_batch_without_any_text(kind):
+    model = Adapter.load(config(template_drop=1.0, caption_drop=1.0))
+    freeze(model, None)
+    sample = batch(model, kind)
+    term = model(sample, Draws(0))
+    term.sum.backward()
+    changed = replace(sample, text=["what", "is", "this", "?"])
+    assert torch.equal(model(changed, Draws(0)).sum, term.sum)
+
+
+def test_dropped_images_keep_their_position_and_dropped_texts_do_not(plain):
+    text, look, noisy = prompt.Text([1, 2, 3]), prompt.Seen(1, 2), prompt.Noisy(1, 1)
+    layout = plain.layout([[look, text, noisy], [prompt.Dropped(), text, noisy], [noisy]], [0, 0, 0])
+    assert layout.positions[UND].tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 4, 1, 2, 3, 4, 4, 0, 0]
+    assert layout.positions[GEN].tolist() == [4, 4, 0] and layout.cursors == [5, 5, 1]
+
+
+def test_noise_levels(plain):
+    ids = torch.arange(2000)
+    level = plain.level(Draws(0), ids)
+    plain.config.timestep_shift = 3.0
+    moved = plain.level(Draws(0), ids)
+    plain.config.timestep_shift = 1.0
+    assert abs(float(level.logit().mean())) < 0.1 and abs(float(level.logit().std()) - 1) < 0.1
+    torch.testing.assert_close(moved.logit(), level.logit() + math.log(3.0), rtol=0, atol=1e-4)
+
+
+def test_parity_rounds_to_bf16(monkeypatch):
+    given, kernel = {}, adapter.flow_matching_prepare
+
+    def recorded(x0, t, noise, **options):
+        given["dtypes"], given["t"] = {image.dtype for image in x0}, t
+        return kernel(x0, t, noise, **options)
+
+    monkeypatch.setattr(adapter, "flow_matching_prepare", recorded)
+    for name, dtype in (("pixels", torch.float32), ("parity", torch.bfloat16)):
+        built(name)(batch(built(name), "reca"), Draws(0))
+        assert given["dtypes"] == {dtype}
+        assert torch.equal(given["t"], given["t"].to(dtype).float())
+
+
+def test_the_posterior_is_drawn_for_every_sample(plain):
+    flux = built("flux")
+    moments = flux.encode(batch(flux, "t2i", [0, 0]))["moments"]
+    assert torch.equal(moments[0], moments[1])
+    first, second = flux.drawn(moments, Draws(0), torch.tensor([1, 2]))
+    mean, log_variance = moments[0].chunk(2)
+    noise = Draws(0).normal(Purpose.POSTERIOR, torch.tensor([1]), mean.numel()).view_as(mean)
+    expected = 0.3611 * (mean + (0.5 * log_variance).exp() * noise - 0.1159)
+    torch.testing.assert_close(first, expected)
+    assert not torch.equal(first, second)
+
+
+def test_it_learns_photographs_and_what_is_frozen_stays(tmp_path):
+    from skimage import data
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
+    changes = {
+        "data.images": folder, "data.workers": 0, "objective.reca.per_update": 12, "objective.reca.micro_batch": 12,
+        "train.updates": 50, "train.threads": 1, "log.every": 1, "run_dir": tmp_path / "run",
+    }  # fmt: skip
+    recipe = load_recipe("bagel_tiny", [f"{key}={value}" for key, value in changes.items()])
+    trainer = Trainer(recipe, progress=lambda _: None)
+    before = {n: t.clone() for n, t in trainer.adapter.state_dict().items()}
+    trainer.run()
+    lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    curve = [line["loss"] for line in lines if "loss" in line]
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+
+    model = trainer.adapter
+    roles = model.roles()
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert {roles[n] for n in changed} == {"gen_lm", "gen_head"}
+    assert changed == {n for n, role in roles.items() if role in model.trainable_roles}
+    with_state = {id(p) for p in trainer.optimizer.state}
+    assert with_state == {id(p) for n, p in model.named_parameters() if roles[n] in model.trainable_roles}
+
+
+def test_resume_is_exact(tmp_path):
+    small = ["data.workers=0", "objective.reca.per_update=8", "objective.reca.micro_batch=4", "train.threads=1"]
+
+    def run(name, updates):
+        recipe = load_recipe("bagel_tiny", [*small, f"run_dir={tmp_path}/{name}", f"train.updates={updates}"])
+        trainer = Trainer(recipe, progress=lambda _: None)
+        trainer.run()
+        return trainer.adapter.state_dict()
+
+    whole = run("whole", 6)
+    run("parts", 3)
+    parts = run("parts", 6)
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_optimizer_decays_nothing(plain):
+    recipe = load_recipe("bagel_7b")
+    groups = make_optimizer(plain, recipe.optim).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0]
+    assert groups[0]["eps"] == 1e-15
+
+
+# speed by construction
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_the_kernels_of_this_project_run(plain, monkeypatch):
+    ran, load = set(), dispatch.load
+
+    def recorded(backend, op):
+        ran.add((backend, op))
+        return load(backend, op)
+
+    monkeypatch.setattr(dispatch, "load", recorded)
+    plain(batch(plain, "reca"), Draws(0)).sum.backward()
+    assert {("cpu", "template_concat"), ("cpu", "flow_matching")} <= ran
+    assert ("cpu", "masked_linear_cross_entropy") not in ran
+    plain(batch(plain, "i2t"), Draws(0))
+    assert ("cpu", "masked_linear_cross_entropy") in ran
+
+
+def test_understanding_runs_without_a_graph(plain):
+    """Of two passes the first keeps nothing, and in the second only latents do."""
+    graphs = []
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out: graphs.append({e: x.requires_grad for e, x in out[0].items()}))
+        for layer in plain.blocks()
+    ]
+    plain(batch(plain, "reca"), Draws(0))
+    for hook in hooks:
+        hook.remove()
+    n = len(plain.blocks())
+    assert graphs == [{UND: False}] * n + [{UND: False, GEN: True}] * n
+
+
+def test_trained_understanding_gets_its_gradient():
+    model = Adapter.load(config())
+    freeze(model, ["gen_lm", "gen_head", "und_lm", "bridge"])
+    model(batch(model, "reca"), Draws(0)).sum.backward()
+    for name in ("connector.fc1.weight", "language_model.model.layers.0.self_attn.k_proj.weight"):
+        assert bool(model.get_parameter(name).grad.any()), name
+    freeze(model, ["gen_lm"])
+    model.zero_grad()
+    model(batch(model, "reca"), Draws(0)).sum.backward()
+    assert model.connector.fc1.weight.grad is None
+
+
+def test_a_prompt_of_latents_learns_through_the_generation_expert():
+    vae = built("vae")
+    vae.zero_grad()
+    vae(batch(vae, "reca"), Draws(0)).sum.backward()
+    assert bool(vae.vae2llm.weight.grad.any())
+    assert vae.language_model.model.layers[0].self_attn.k_proj.weight.grad is None
+
+
+def test_one_time_embedding_per_image(plain):
+    rows = []
+    hook = plain.time_embedder.register_forward_hook(lambda _, args, out: rows.append(len(out)))
+    plain(batch(plain, "reca"), Draws(0))
+    plain.generate(["a", "a red"], [0, 1], steps=3)
+    hook.remove()
+    assert rows == [4, 1, 1]
+
+
+def test_attention_calls_are_shared_by_samples_of_one_shape(plain):
+    same = [[prompt.Seen(3, 3), prompt.Text([1, 2])]] * 5 + [[prompt.Seen(3, 3), prompt.Text([1, 2, 3])]]
+    layout = plain.layout(same, [0] * 6)
+    assert sorted(map(len, grouped(layout.splits, plain.context(6)))) == [1, 5, 6]
+    large = plain.layout([[prompt.Noisy(8, 8)]] * 2, [0, 0])
+    many = [split._replace(gen=600) for split in large.splits]
+    assert sorted(map(len, grouped(many, plain.context(2)))) == [1, 1]
+
+
+def test_recomputed_layers_give_the_same_gradient(plain):
+    sample = batch(plain, "reca")
+    plain(sample, Draws(0)).sum.backward()
+    wanted = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+    plain.zero_grad()
+    forwards = {}
+    for block in plain.blocks():
+        forwards[block] = block.forward
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    plain(sample, Draws(0)).sum.backward()
+    for block, forward in forwards.items():
+        block.forward = forward
+    assert wanted.keys() == {n for n, p in plain.named_parameters() if p.grad is not None}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(plain.get_parameter(name).grad, gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_types(tmp_path):
+    built().export(tmp_path)
+    models = {d: Adapter.load(config(weights=str(tmp_path), dtype=d)) for d in ("fp32", "bf16", "mixed")}
+    found = {d: {(m.role(n), p.dtype) for n, p in m.named_parameters()} for d, m in models.items()}
+    fp32, bf16 = torch.float32, torch.bfloat16
+    roles = set(models["fp32"].roles().values())
+    assert found["fp32"] == {(role, fp32) for role in roles}
+    assert found["bf16"] == {(role, bf16) for role in roles}
+    assert found["mixed"] == {(role, fp32 if role in Adapter.trainable_roles else bf16) for role in roles}
+    wanted = float(models["fp32"](batch(models["fp32"], "reca"), Draws(0)).sum.detach())
+    for d, model in models.items():
+        freeze(model, None)
+        sample = batch(model, "reca")
+        for autocast in (False, True):
+            with torch.autocast("cpu", bf16, enabled=autocast):
+                term = model(sample, Draws(0))
+            term.sum.backward()
+            assert abs(float(term.sum.detach()) - wanted) < 0.02 * wanted, (d, autocast)
+        for kind in ("i2t", "t2i"):
+            assert math.isfinite(float(model(batch(model, kind), Draws(0)).sum.detach()))
+        picture = images([(20, 20)])
+        assert model.generate(["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
+        assert model.edit(picture, ["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
+        assert isinstance(model.answer(picture, ["what is this?"], 2)[0], str)
+
+
+# sampling
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_only(plain):
+    together = plain.generate(["a red square", "a", "a blue circle"], [3, 4, 5], steps=4)
+    assert together[0].shape == (3, 20, 20) and together[0].dtype == torch.uint8
+    alone = plain.generate(["a"], [4], steps=4)[0]
+    assert near(together[1], alone)
+    assert near(plain.generate(["a red square", "a", "a blue circle"], [3, 4, 5], steps=4, batch=2)[2], together[2])
+    assert not near(plain.generate(["a"], [5], steps=4)[0], alone)
+    assert not near(plain.generate(["a red square"], [4], steps=4)[0], alone)
+
+
+def test_sizes_of_pictures(plain):
+    assert plain.generate(["a"], [0], steps=2, height=12, width=24)[0].shape == (3, 12, 24)
+    with pytest.raises(ValueError, match="multiples of 4, got 13 x 20"):
+        plain.generate(["a"], [0], height=13)
+    with pytest.raises(ValueError, match="10 x 5 tokens is beyond the 8 x 8 positions.*max_latent_size"):
+        plain.generate(["a"], [0], steps=2, height=40)
+
+
+def test_guidance_acts_inside_its_interval_only(plain):
+    forwards = []
+    hook = plain.llm2vae.register_forward_hook(lambda _, args, out: forwards.append(len(out) // 25))
+    plain.generate(["a red square"], [0], steps=5, interval=(0.6, 1.0))
+    plain.generate(["a red square"], [0], steps=3, guidance=1.0)
+    plain.edit(images([(20, 20)]), ["a red square"], [0], steps=3)
+    plain.edit(images([(20, 20)]), ["a red square"], [0], steps=3, guidance=1.0, image_guidance=2.0)
+    hook.remove()
+    assert forwards == [2, 2, 2, 1, 1, 1, 3, 3, 1, 1]  # t = 1, 0.9, 0.75, 0.5, then 0
+
+
+def test_guidance_formulas():
+    generator = torch.Generator().manual_seed(0)
+    v, text, image = torch.randn(3, 6, 8, generator=generator)
+    first = text + 4 * (v - text)
+    second = image + 2 * (first - image)
+
+    def scaled(x, dims):
+        factor = v.norm(dim=dims, keepdim=True) / (x.norm(dim=dims, keepdim=True) + 1e-8)
+        return x * factor.clamp(min=0.1, max=1)
+
+    for renorm, wanted in (
+        ("global", scaled(second, (0, 1))),
+        ("channel", scaled(second, -1)),
+        ("text_channel", image + 2 * (scaled(first, -1) - image)),
+    ):
+        torch.testing.assert_close(sampling.guide(v, [text, image], 4, 2, renorm, 0.1), wanted)
+    torch.testing.assert_close(sampling.guide(v, [text], 4, 2, "global", 0.1), scaled(first, (0, 1)))
+
+
+def test_bad_sampling_options(plain):
+    for options, words in (
+        ({"steps": 1}, "steps=1: the time grid needs 2 points"),
+        ({"renorm": "local"}, "renorm='local' is not one of global, channel, text_channel"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plain.generate(["a"], [0], **options)
+    with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
+        plain.generate(["a", "b"], [0])
+    with pytest.raises(ValueError, match="1 images, 2 instructions, 1 seeds"):
+        plain.edit(images([(20, 20)]), ["a", "b"], [0])
+    with pytest.raises(ValueError, match="1 images but 2 questions"):
+        plain.answer(images([(20, 20)]), ["a", "b"])
+
+
+@pytest.mark.parametrize("variant", ["pixels", "flux"])
+def test_editing_sees_image_and_instruction(variant):
+    model = built(variant)
+    pictures = images([(20, 20), (12, 20), (30, 15)])
+    texts = ["make it red", "make it a blue circle", "a square"]
+    together = model.edit(pictures, texts, [0, 1, 2], steps=3)
+    assert [p.shape for p in together] == [(3, 20, 20), (3, 12, 20), (3, 20, 8)]
+    for i in range(3):
+        assert near(model.edit(pictures[i : i + 1], texts[i : i + 1], [i], steps=3)[0], together[i])
+    assert not near(model.edit([pictures[0].flip(2)], texts[:1], [0], steps=3)[0], together[0])
+    assert not near(model.edit(pictures[:1], texts[1:2], [0], steps=3)[0], together[0])
+
+
+def test_answers_do_not_depend_on_the_batch(plain):
+    pictures = images([(20, 20), (12, 20), (30, 15)])
+    questions = ["what is this?", "describe the picture. what is it?", "this"]
+    together = plain.answer(pictures, questions, max_new_tokens=5)
+    assert together == [plain.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(pictures, questions, strict=True)]
+    assert plain.answer(pictures, questions, max_new_tokens=0) == ["", "", ""]
+
+
+@torch.no_grad()
+def test_cached_answers_are_those_of_the_whole_sequence(plain):
+    h_v = plain.look([make_view(Image.new("RGB", (20, 20), "red"), plain.views("i2t").und)])
+    look, asked = prompt.Seen(*h_v[0].shape[:2]), plain.text("what is this?")
+    _, context = plain.read([[look, asked]], h_v)
+    tokens, logits = sampling.greedy(plain, context, 4)
+    reply = [plain.vocabulary.bos, *tokens[0].tolist()[:-1]]
+    hidden, _ = plain.read([[look, prompt.Text(asked.ids + reply)]], h_v)
+    whole = plain.language_model.lm_head(hidden[-len(reply) :])
+    torch.testing.assert_close(torch.cat(logits), whole, rtol=1e-4, atol=1e-5)
+
+
+# files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with the FLUX codec as `export` writes it, in fp32."""
+    path = tmp_path_factory.mktemp("exported")
+    built("flux").export(path, torch.float32)
+    return path
+
+
+def copy(folder, target):
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def same(a: Adapter, b: Adapter, rounded: bool = False) -> None:
+    for name, tensor in a.state_dict().items():
+        kept = name.startswith("codec.") or name.endswith("pos_embed")
+        wanted = tensor.bfloat16().float() if rounded and not kept else tensor
+        assert torch.equal(b.state_dict()[name], wanted), name
+
+
+def test_export_and_load(folder, tmp_path):
+    flux = built("flux")
+    configs = {"config.json", "llm_config.json", "vit_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {p.name for p in folder.iterdir()} == {"ae.safetensors", "ema.safetensors", *configs}
+    again = Adapter.load(replace(config(weights=str(folder), **FLUX), words=[]))
+    same(flux, again)
+    assert again.tokenizer.get_vocab() == flux.tokenizer.get_vocab()
+    pictures = [model.generate(["a red square"], [0], steps=2)[0] for model in (again, flux)]
+    assert torch.equal(*pictures)
+    flux.export(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "ema.safetensors").values()} == {torch.bfloat16}
+    same(flux, Adapter.load(config(weights=str(tmp_path), **FLUX)), rounded=True)
+    vit = json.loads((folder / "vit_config.json").read_text())
+    assert vit["num_hidden_layers"] == 4  # one more than is stored
+    assert not [name for name in load_file(folder / "ema.safetensors") if ".encoder.layers.3." in name]
+
+
+def test_shards_files_and_overlays(folder, tmp_path):
+    flux = built("flux")
+    copy(folder, tmp_path)
+    whole = load_file(tmp_path / "ema.safetensors")
+    (tmp_path / "ema.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    same(flux, Adapter.load(config(weights=str(tmp_path / "elsewhere.safetensors"), **FLUX)))
+    names = sorted(whole)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for part, members in parts.items():
+        save_file({n: whole[n] for n in members}, tmp_path / part)
+    index = {n: part for part, members in parts.items() for n in members}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    same(flux, Adapter.load(config(weights=str(tmp_path), **FLUX)))
+    changed = {"llm2vae.bias": whole["llm2vae.bias"] + 1}
+    save_file(changed, tmp_path / "delta.safetensors")
+    over = Adapter.load(config(weights=str(folder), overlay=str(tmp_path / "delta.safetensors"), **FLUX))
+    assert torch.equal(over.llm2vae.bias, changed["llm2vae.bias"])
+    assert torch.equal(over.vae2llm.weight, flux.vae2llm.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("connector.fc2.bias"), "1 missing: connector.fc2.bias"),
+        (lambda s: s.update({"vision.extra": torch.zeros(1)}), "1 unexpected: vision.extra"),
+        (lambda s: s.update({"llm2vae.bias": torch.zeros(3)}), r"of another shape: llm2vae.bias: file \(3,\)"),
+        (lambda s: s.update({"latent_pos_embed.pos_embed": torch.zeros(16, 64)}), "latent_pos_embed.pos_embed: file"),
+    ],
+)
+def test_files_that_do_not_fit(folder, tmp_path, change, words):
+    copy(folder, tmp_path)
+    state = load_file(tmp_path / "ema.safetensors")
+    change(state)
+    save_file(state, tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match=words):
+        Adapter.load(config(weights=str(tmp_path), **FLUX))
+
+
+def test_folders_that_do_not_fit(folder, tmp_path):
+    def spoiled(name, content=None):
+        target = tmp_path / name.replace("/", "_")
+        target.mkdir()
+        copy(folder, target)
+        (target / name).unlink() if content is None else (target / name).write_text(content)
+        return str(target)
+
+    for source, words in (
+        (
+            spoiled("llm_config.json", '{"rope_theta": 1e4}'),
+            "llm_config.json has rope_theta 10000.0, the recipe model.l",
+        ),
+        (spoiled("ema.safetensors"), "holds none of ema.safetensors"),
+        (spoiled("model.safetensors", ""), "ema.safetensors and model.safetensors; name the file"),
+        (spoiled("ae.safetensors"), "ae.safetensors does not exist; give model.codec_weights"),
+        (str(tmp_path / "nowhere"), "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Adapter.load(config(weights=source, **FLUX))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        Adapter.load(config(weights=str(bare), **FLUX))
+    with pytest.raises(ValueError, match="need model.weights, which is null"):
+        Adapter.load(config(overlay="somewhere.safetensors"))
+
+
+def test_tokenizers_that_do_not_fit():
+    with pytest.raises(ValueError, match="tokens, but model.language.vocab_size=96"):
+        Adapter.load(replace(tiny(), words=[f"word{i}" for i in range(100)]))
+
+    class Other(PublishedTokenizer):
+        def get_vocab(self):
+            return {"<|im_start|>": 0}
+
+    with pytest.raises(ValueError, match=r"lacks <\|im_end\|>, <\|vision_start\|>"):
+        Adapter(config(), Other())
+
+
+def test_every_parameter_has_a_role(plain):
+    roles = plain.roles()
+    assert roles.keys() == {n for n, _ in plain.named_parameters()} and set(roles.values()) <= set(ROLES)
+    assert roles["language_model.model.norm.weight"] == "und_lm"
+    assert roles["language_model.model.norm_moe_gen.weight"] == "gen_lm"
+    assert roles["time_embedder.mlp.0.weight"] == roles["vae2llm.bias"] == "gen_head"
+    assert not any(plain.decays(n, p) for n, p in plain.named_parameters())
+
+
+def test_hazards(published):
+    assert built().hazards() == []
+    assert ["copy" in text for text in built("vae").hazards()] == [True]
+    published.config.understanding_size = 512
+    published.requires_grad_(False)
+    assert "h_v is made at 512 pixels" in published.hazards()[0]
+    published.config.understanding_size = 224
+    assert published.hazards() == []
+    published.requires_grad_(True)
+    assert "SigLIP runs without a gradient" in published.hazards()[0]
+
+
+def test_a_blur_reaches_h_v_and_not_the_target():
+    models = [Adapter.load(config(hv_blur=blur)) for blur in (1, 3)]
+    picture = Image.fromarray(images([(64, 64)])[0].permute(1, 2, 0).numpy())
+    features = []
+    for model in models:
+        gen, und = ([make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
+    assert torch.equal(features[0]["moments"][0], features[1]["moments"][0])
+    assert not torch.allclose(features[0]["h_v"][0], features[1]["h_v"][0], atol=1e-3)
+    assert models[1].views("i2t").und.blur == 1
+
+
+def test_rows_of_patches_go_back_and_forth():
+    image = torch.randn(5, 6, 4)
+    rows = modules.patchify(image, 2)
+    assert rows.shape == (6, 20) and torch.equal(rows[0, :5], image[:, 0, 0])
+    assert torch.equal(modules.unpatchify(rows, 3, 2, 2), image)
+    assert torch.equal(modules.patchify(image[None], 2)[0], rows)
