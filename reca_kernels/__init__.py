@@ -1,6 +1,8 @@
 """Fused kernels for reconstruction-alignment training of unified multimodal models."""
 
 from reca_kernels.dispatch import backend_report
+from reca_kernels.ops.attention import attention
+from reca_kernels.ops.attention_plan import AttentionPlan, Run, attention_plan
 from reca_kernels.ops.concat_plan import ConcatPlan, TextSegment, VisualSegment, concat_plan
 from reca_kernels.ops.diffusion_loss import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps
 from reca_kernels.ops.flow_matching import flow_matching_loss, flow_matching_prepare
@@ -10,10 +12,14 @@ from reca_kernels.ops.philox import Philox, philox_normal, philox_uniform
 from reca_kernels.ops.template_concat import template_concat
 
 __all__ = [
+    "AttentionPlan",
     "ConcatPlan",
     "Philox",
+    "Run",
     "TextSegment",
     "VisualSegment",
+    "attention",
+    "attention_plan",
     "backend_report",
     "concat_plan",
     "diffusion_loss",

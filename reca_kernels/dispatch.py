@@ -153,4 +153,6 @@ def backend_report() -> str:
                 f"{r.backend}: {unusable(op, r.backend, device)}" for r in RULES[op, device] if r.backend not in able
             ]
             lines.append(f"{op} on {device}: {chosen}" + (f"  (not {'; '.join(why)})" if why else ""))
+    attention = importlib.import_module("reca_kernels.ops.attention")  # runs on torch and flash-attn, not on backends
+    lines += map(attention.report, devices)
     return "\n".join(lines)

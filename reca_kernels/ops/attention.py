@@ -1,0 +1,160 @@
+"""Attention of rows that see runs of other rows: a few FlashAttention calls, no dense mask at real size."""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca_kernels import checks
+from reca_kernels.ops.attention_impls import IMPLS, unusable
+from reca_kernels.ops.attention_plan import AttentionPlan
+
+OP = "attention"
+# Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.
+ORDER = {"cuda": ("flash", "varlen", "sdpa"), "cpu": ("sdpa",)}
+
+# On CPUs a mask costs its unseen pairs, segments cost calls. Nanoseconds, forward and backward, of one pair in one
+# channel of one head, and of one more call: python -m benchmarks attention, one thread.
+PAIR_NS, CALL_NS = 0.4, 150_000
+
+
+def attention(
+    q: Tensor,  # [Tq, Hq, d] or [B, Lq, Hq, d]
+    k: Tensor,  # [Tk, Hk, d] or [B, Lk, Hk, d]
+    v: Tensor,  # as k
+    plan: AttentionPlan,
+    *,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    impl: str | None = None,
+    deterministic: bool | None = None,
+) -> Tensor:  # as q
+    """softmax(scale * q k^T) v over the pairs (row, key) that `plan` lets see each other.
+
+    Exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and give no gradient.
+
+    Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose runs
+                   say where its padding is. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
+    prefix         keys and values of the plan's cached runs, [Tp, Hk, d] or [B, Lp, Hk, d]; k and v are then of the
+                   other runs. Without it k and v hold the rows of all runs. A prefix made under no_grad gets no
+                   gradient, and the result is exact.
+    scale          default 1 / sqrt(d)
+    impl           "auto", "flash", "varlen", "sdpa", "flex" or "dense" (see `attention_impls`); default: the
+                   environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where it cannot run.
+    deterministic  the gradient has the same bits in every run; default: torch.are_deterministic_algorithms_enabled()
+
+    Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
+    do not fit the plan or each other.
+    """
+    checks.local(OP, q=q, k=k, v=v)
+    checks.floating(OP, q=q, k=k, v=v)
+    checks.one_device(OP, q=q, k=k, v=v)
+    if dtype := checks.autocast_dtype(q):
+        q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
+        prefix = prefix and tuple(x.to(q.dtype) for x in prefix)
+    if prefix is not None:
+        k, v = _after(prefix, k, v, plan)
+    _check(q, k, v, plan)
+    same = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
+    name = _choose(q.device, q.dtype, q.shape[-1], same, forced)
+    if not any(plan.segments):  # no row sees anything
+        return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
+    if forced == "auto" and q.device.type == "cpu" and dense_is_faster(plan, *q.shape[-2:]):
+        name = "dense"
+    return IMPLS[name](q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale, same)
+
+
+def _after(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:
+    """Keys and values of all runs: per sample the prefix and what comes behind."""
+    joined = []
+    for name, old, new in (("k", prefix[0], k), ("v", prefix[1], v)):
+        if (old.ndim, old.shape[-2:], old.dtype, old.device) != (new.ndim, new.shape[-2:], new.dtype, new.device):
+            raise ValueError(
+                f"{OP}: the prefix of {name} is {_told(old)}, but {name} is {_told(new)}; only their rows may differ"
+            )
+        if new.ndim == 4:
+            joined.append(torch.cat((old, new), dim=1))
+            continue
+        cached, others = sum(plan.cached_sizes), sum(plan.query_sizes)
+        if (old.shape[0], new.shape[0]) != (cached, others):
+            raise ValueError(
+                f"{OP}: the plan has {cached} cached and {others} other rows; the prefix of {name} has {old.shape[0]} "
+                f"and {name} has {new.shape[0]}"
+            )
+        pairs = zip(old.split(list(plan.cached_sizes)), new.split(list(plan.query_sizes)), strict=True)
+        joined.append(torch.cat([part for pair in pairs for part in pair]))
+    return tuple(joined)
+
+
+def _told(x: Tensor) -> str:
+    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    if q.ndim not in (3, 4) or k.ndim != q.ndim or k.shape != v.shape or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"{OP}: expected q [Tq, Hq, d] with k and v [Tk, Hk, d], or [B, Lq, Hq, d] with [B, Lk, Hk, d]; got "
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+        )
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"{OP}: q, k and v must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"{OP}: {q.shape[-2]} query heads are no multiple of {k.shape[-2]} key heads")
+    for name, x, sizes in (("query", q, plan.query_sizes), ("key", k, plan.key_sizes)):
+        if x.ndim == 4 and (x.shape[0] != len(sizes) or any(size != x.shape[1] for size in sizes)):
+            lines = f"{len(sizes)} samples of {', '.join(map(str, sorted(set(sizes))))} {name} rows"
+            raise ValueError(
+                f"{OP}: the plan has {lines}, but the tensors have {x.shape[0]} of {x.shape[1]}. In a padded batch "
+                "every sample that is shorter than a line needs a pad run"
+            )
+        if x.ndim == 3 and x.shape[0] != sum(sizes):
+            raise ValueError(f"{OP}: the plan has {sum(sizes)} {name} rows, but the tensors have {x.shape[0]}")
+    if plan.device.type != q.device.type:
+        raise ValueError(f"{OP}: the plan is for {plan.device}, but q is on {q.device}; use plan.to(q.device) once")
+
+
+def dense_is_faster(plan: AttentionPlan, heads: int, head_dim: int) -> bool:
+    """Whether on a CPU one call with a mask takes less time than a call per segment."""
+    calls = len(plan.segments[0]) if plan.alike else sum(map(len, plan.segments))
+    unseen = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes) - plan.pairs
+    return unseen * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
+
+
+@torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
+def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, same: bool, forced: str) -> str:
+    return choose(device, dtype, head_dim, same, forced, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.lru_cache(maxsize=256)
+def choose(
+    device: torch.device, dtype: torch.dtype, head_dim: int, same: bool, forced: str = "auto", torchs: bool = False
+) -> str:
+    """The impl that runs on such tensors. `forced` is one by name, or "auto"; torchs: its own determinism is on.
+
+    Raises ValueError for an unknown name and RuntimeError where a forced one cannot run.
+    """
+    asked = (device, dtype, head_dim, same, torchs)
+    if forced == "auto":
+        able = (name for name in ORDER.get(device.type, ("sdpa",)) if not unusable(name, *asked))
+        return next(able, "sdpa")
+    if forced not in IMPLS:
+        raise ValueError(f"{OP}: unknown impl {forced!r}; expected auto, {', '.join(IMPLS)}")
+    if reason := unusable(forced, *asked):
+        raise RuntimeError(
+            f"{OP}: impl '{forced}' was asked for, but {reason}. A forced impl never falls back; "
+            "see reca_kernels.backend_report()"
+        )
+    return forced
+
+
+def report(device: str) -> str:
+    """A line of the backend report: what bf16 tensors of 64 channels run on, and why not on what is better."""
+    where = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    asked: tuple[Any, ...] = (where, torch.bfloat16, 64, False)
+    chosen = choose(*asked)
+    why = [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
+    small = ", dense for small batches" if device == "cpu" else ""
+    return f"{OP} on {device}: {chosen}{small}" + (f"  (not {'; '.join(why)})" if why else "")

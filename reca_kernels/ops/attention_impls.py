@@ -1,0 +1,325 @@
+"""The ways to run an attention plan, and which of them can run where.
+
+Each takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
+gradient must be the same in every run; it returns what q's rows get. All are exact and differ in rounding only.
+
+    flash    flash-attn's variable-length function, FlashAttention 3 on Hopper where it is installed
+    varlen   the one inside torch (torch.nn.attention.varlen)
+    sdpa     torch's scaled_dot_product_attention, segment by segment; any device and dtype
+    flex     FlexAttention: one compiled kernel that skips blocks in which nobody sees anybody
+    dense    scaled_dot_product_attention with one mask over the padded batch
+"""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
+from reca_kernels.reference.attention import allowed
+
+HALVES = (torch.bfloat16, torch.float16)
+
+# ---- variable-length calls ----
+
+
+class _Take(torch.autograd.Function):
+    """x[index], no row twice: the gradient is a copy, where the one of indexing is a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _put(grad, index, ctx.rows), None
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else _Take.apply(x, index)
+
+
+def _put(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
+    """[rows, ...] with x at index, and 0 elsewhere."""
+    if index is None:
+        return x
+    make = x.new_empty if x.shape[0] == rows else x.new_zeros
+    return make(rows, *x.shape[1:]).index_copy_(0, index, x)
+
+
+Varlen = Callable[[Tensor, Tensor, Tensor, Call, float, bool], Tensor]
+
+
+def _by_calls(
+    call_one: Varlen, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool
+) -> Tensor:
+    rows = q.reshape(-1, *q.shape[-2:])
+    order, unpadded, calls = plan.calls
+    queries = _take(rows, order).split([call.rows for call in calls])
+    k, v = (_take(x.reshape(-1, *x.shape[-2:]), unpadded) for x in (k, v))
+    outs = [
+        call_one(one, _take(k, call.keys), _take(v, call.keys), call, scale, same)
+        for one, call in zip(queries, calls, strict=True)
+    ]
+    return _put(outs[0] if len(outs) == 1 else torch.cat(outs), order, rows.shape[0]).view(q.shape)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    return _by_calls(_flash_call, q, k, v, plan, scale, same)
+
+
+def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
+    out = _flash_function(q.device)(
+        q,
+        k,
+        v,
+        cu_seqlens_q=call.cu_q,
+        cu_seqlens_k=call.cu_k,
+        max_seqlen_q=call.max_q,
+        max_seqlen_k=call.max_k,
+        softmax_scale=scale,
+        causal=call.causal,
+        deterministic=same,
+    )
+    return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 returned (out, lse) for some months
+
+
+@functools.cache
+def _flash_function(device: torch.device) -> Callable:
+    return importlib.import_module(_flash_module(device)).flash_attn_varlen_func
+
+
+def _flash_module(device: torch.device) -> str:
+    """FlashAttention 3 runs on Hopper only."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return "flash_attn_interface" if hopper and importlib.util.find_spec("flash_attn_interface") else "flash_attn"
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    return _by_calls(_varlen_call, q, k, v, plan, scale, same)
+
+
+def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        q,
+        k,
+        v,
+        call.cu_q,
+        call.cu_k,
+        call.max_q,
+        call.max_k,
+        scale=scale,
+        window_size=(-1, 0) if call.causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+# ---- torch's scaled_dot_product_attention ----
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    if plan.alike and q.ndim == 4:
+        out = _sample(*(x.transpose(1, 2) for x in (q, k, v)), plan.segments[0], plan.cuts[0], scale)
+        return out.transpose(1, 2)
+    sizes = (plan.query_sizes, plan.key_sizes, plan.key_sizes)
+    lines = (_lines(x, size) for x, size in zip((q, k, v), sizes, strict=True))
+    outs = [
+        _sample(*one, segments, cuts, scale)
+        for *one, segments, cuts in zip(*lines, plan.segments, plan.cuts, strict=True)
+    ]
+    if q.ndim == 4:
+        return torch.cat(outs).transpose(1, 2)
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+def _lines(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Per sample [1, H, L, d]. Cut once for all, so that the gradient is put together once."""
+    parts = x.unbind(0) if x.ndim == 4 else x.split(list(sizes))
+    return [part.transpose(0, 1)[None] for part in parts]
+
+
+def _sample(
+    q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], cuts: tuple[Cut, ...], scale: float
+) -> Tensor:
+    """Segments of one sample, or of samples that are alike, [B, H, L, d]."""
+    parts = q.split([cut.length for cut in cuts], dim=2)
+    pieces = [torch.zeros_like(part) if cut.segment < 0 else part for part, cut in zip(parts, cuts, strict=True)]
+    for number, segment in enumerate(segments):
+        own = [i for i, cut in enumerate(cuts) if cut.segment == number]
+        queries = _gathered([parts[i] for i in own])
+        keys = _gathered([k.narrow(2, start, stop - start) for start, stop in segment.keys])
+        values = _gathered([v.narrow(2, start, stop - start) for start, stop in segment.keys])
+        before = keys.shape[2] - queries.shape[2]  # keys that all rows of a causal segment see
+        sees = None
+        if segment.causal and before:
+            sees = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        out = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=sees,
+            is_causal=segment.causal and not before,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        for i, piece in zip(own, out.split([cuts[i].length for i in own], dim=2), strict=True):
+            pieces[i] = piece
+    return _gathered(pieces)
+
+
+def _gathered(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    sees, blind = _dense_mask(plan)
+    padded = (_padded(x, size) for x, size in zip((q, k, v), (plan.query_sizes, *[plan.key_sizes] * 2), strict=True))
+    out = F.scaled_dot_product_attention(*padded, attn_mask=sees, scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+    out = out.transpose(1, 2)
+    if blind is not None:
+        out = out.masked_fill(blind, 0)
+    return out if q.ndim == 4 else torch.cat([line[:n] for line, n in zip(out, plan.query_sizes, strict=True)])
+
+
+def _padded(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[B, H, L, d]"""
+    if x.ndim == 3:
+        x = torch.nn.utils.rnn.pad_sequence(x.split(list(sizes)), batch_first=True)
+    return x.transpose(1, 2)
+
+
+@torch.compiler.disable
+def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
+    return _mask_of(plan)
+
+
+@functools.lru_cache(maxsize=8)
+def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
+    """bool [B, 1, Lq, Lk], and bool [B, Lq, 1] of rows that see nothing, None where there are none.
+
+    Those rows get the first key to see, since a softmax over nothing is not a number.
+    """
+    sees = torch.zeros(len(plan.samples), max(plan.query_sizes), max(plan.key_sizes), dtype=torch.bool)
+    for line, sample in zip(sees, plan.samples, strict=True):
+        own = allowed(sample)
+        line[: own.shape[0], : own.shape[1]] = own
+    blind = ~sees.any(-1, keepdim=True)
+    sees[..., :1] |= blind
+    return sees[:, None].to(plan.device), blind[..., None].to(plan.device) if bool(blind.any()) else None
+
+
+# ---- FlexAttention ----
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    rows = q.reshape(-1, *q.shape[-2:])
+    queries, unpadded, blocks = _blocks(plan)
+    packed = [_take(rows, queries), *(_take(x.reshape(-1, *x.shape[-2:]), unpadded) for x in (k, v))]
+    packed = [x.transpose(0, 1)[None] for x in packed]
+    on_gpu = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    run = _compiled(flex_attention) if on_gpu else flex_attention
+    out = run(*packed, block_mask=blocks, scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+    return _put(out[0].transpose(0, 1), queries, rows.shape[0]).view(q.shape)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+@torch.compiler.disable
+def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
+    return _blocks_of(plan)
+
+
+@functools.lru_cache(maxsize=8)
+def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
+    """Query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    runs = [(number, run) for number, sample in enumerate(plan.samples) for run in sample]
+    table = torch.tensor(
+        [
+            (i, number, run.mode != "causal", run.mode == "noise", run.seen_before, run.mode == "pad", run.cached)
+            for i, (number, run) in enumerate(runs)
+        ],
+        dtype=torch.int32,
+    )
+    table = table.view(-1, 7).repeat_interleave(torch.tensor([run.length for _, run in runs], dtype=torch.int64), 0)
+    solid, asked = table[:, 5] == 0, table[:, 6] == 0
+    (run_k, sample_k, _, noise_k, early_k), place_k = _columns(table, solid, plan.device)
+    (run_q, sample_q, whole_q, _, _), place_q = _columns(table, solid & asked, plan.device)
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        own = (whole_q[i] > 0) | (place_k[j] <= place_q[i])
+        other = torch.where(run_k[j] < run_q[i], noise_k[j] == 0, early_k[j] > 0)
+        return (sample_k[j] == sample_q[i]) & torch.where(run_k[j] == run_q[i], own, other)
+
+    blocks = create_block_mask(sees, None, None, len(place_q), len(place_k), device=plan.device)
+    queries, keys = (
+        None if bool(chosen.all()) else chosen.nonzero()[:, 0].to(plan.device) for chosen in (solid[asked], solid)
+    )
+    return queries, keys, blocks
+
+
+def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Run, sample and rules of the chosen rows, int32 each, and which rows those are."""
+    return table[chosen][:, :5].T.contiguous().to(device).unbind(0), chosen.nonzero()[:, 0].to(device)
+
+
+IMPLS: dict[str, Callable] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "flex": flex, "dense": dense}
+
+
+# ---- which one ----
+
+
+def unusable(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, same: bool = False, torchs: bool = False
+) -> str | None:
+    """Why an impl cannot run on such tensors; None when it can.
+
+    same    the gradient must not change between runs
+    torchs  torch.use_deterministic_algorithms is on
+    """
+    if name in ("flash", "varlen"):
+        if device.type != "cuda":
+            return f"the tensors are on {device.type}"
+        if name == "flash" and importlib.util.find_spec(_flash_module(device)) is None:
+            return "flash_attn is not installed"
+        if name == "varlen" and not _varlen_takes_gqa():
+            return f"it needs torch 2.12 or newer, this is {torch.__version__}"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 or newer"
+        if dtype not in HALVES:
+            return f"it takes bf16 and fp16, the tensors are {str(dtype).removeprefix('torch.')}"
+        if head_dim % 8 or head_dim > 256:
+            return f"it takes head dimensions that are multiples of 8 up to 256, got {head_dim}"
+    if same and not torchs and device.type == "cuda" and name in ("varlen", "sdpa", "dense"):
+        return "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
+    if name == "flex" and device.type != "cuda":
+        return f"it has no backward on {device.type}"
+    return None
+
+
+@functools.cache
+def _varlen_takes_gqa() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()

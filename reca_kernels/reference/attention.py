@@ -1,0 +1,50 @@
+"""Attention over runs with a dense mask per sample, in plain PyTorch: the definition."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from reca_kernels.ops.attention_plan import AttentionPlan, Run
+
+
+def allowed(sample: Sequence[Run]) -> Tensor:  # bool [query rows, key rows]
+    """Which row sees which key of one sample. Written from the rules of `Run`, row by row."""
+    lengths = torch.tensor([run.length for run in sample], dtype=torch.int64)
+
+    def of_row(values: list, dtype: torch.dtype = torch.bool) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
+
+    place, number = torch.arange(int(lengths.sum())), of_row(list(range(len(sample))), torch.int64)
+    whole, hidden = of_row([run.mode != "causal" for run in sample]), of_row([run.mode == "noise" for run in sample])
+    early, pad = of_row([run.seen_before for run in sample]), of_row([run.mode == "pad" for run in sample])
+    own = whole[:, None] | (place <= place[:, None])
+    other = torch.where(number < number[:, None], ~hidden, early)
+    sees = torch.where(number == number[:, None], own, other) & ~pad & ~pad[:, None]
+    return sees[sum(run.length for run in sample if run.cached) :]
+
+
+def attention(
+    q: Tensor,  # [Tq, Hq, d] or [B, Lq, Hq, d]
+    k: Tensor,  # [Tk, Hk, d] or [B, Lk, Hk, d]
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+) -> Tensor:  # as q
+    """See `reca_kernels.attention`. Scores and sums in fp32 (fp64 when q is fp64), rounds once."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[-2] // k.shape[-2]  # query heads that share a key head
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    heads = [x.reshape(-1, *x.shape[-2:]).to(wide) for x in (q, k, v)]
+    sizes = (plan.query_sizes, plan.key_sizes, plan.key_sizes)
+    parts = (x.split(size) for x, size in zip(heads, sizes, strict=True))
+    out = []
+    for sample, queries, keys, values in zip(plan.samples, *parts, strict=True):
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+        sees = allowed(sample).to(q.device)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+        weights = weights.masked_fill(~sees.any(1, keepdim=True), 0)  # rows that see nothing
+        out.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(out).to(q.dtype).view(q.shape) if out else torch.zeros_like(q)
