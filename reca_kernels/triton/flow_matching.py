@@ -1,0 +1,190 @@
+"""Flow matching in Triton: a program handles 2048 neighbours of one image in the order of the prediction.
+
+Where the images are is a tuple of integers among a kernel's arguments, so a list of images is one launch (up to RUNS
+runs of equal images) and can be captured in a CUDA graph. For the loss a program writes one partial sum; a second kernel
+adds an image's partial sums in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reca_kernels.cuda.flow_matching import runs
+from reca_kernels.ops.philox import Philox
+from reca_kernels.triton.philox import FUSE, normals
+
+BLOCK = 2048
+RUNS = 8  # that one launch takes; compiled for 1 and for RUNS
+FIELDS = 7
+# Triton compiles anew for integers that are 1, that 16 divides, or that do not fit into 32 bits. Every number of a table
+# is written as CODE + 2 number, which is none of the first two and always the last.
+CODE = tl.constexpr(2**62 + 1)
+
+
+@triton.jit
+def _number(table, i: tl.constexpr):
+    return (table[i] - CODE) >> 1
+
+
+@triton.jit
+def _run(table, r: tl.constexpr):
+    first, programs = _number(table, 7 * r + 3).to(tl.int32), _number(table, 7 * r + 4).to(tl.int32)
+    image, width = _number(table, 7 * r + 5).to(tl.int32), _number(table, 7 * r + 6).to(tl.int32)
+    return _number(table, 7 * r), _number(table, 7 * r + 1), _number(table, 7 * r + 2), first, programs, image, width
+
+
+@triton.jit
+def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
+    """The last run whose field KEY, ascending, is not above `number`: (x0 from the first image on, elements of an image,
+    offset of its first image in the prediction, first program, programs of an image, first image, width)."""
+    x0, elements, offset, first, programs, image, width = _run(table, 0)
+    for r in tl.static_range(1, RUNS):
+        next_x0, next_elements, next_offset, next_first, next_programs, next_image, next_width = _run(table, r)
+        later = number >= (next_first if KEY == 3 else next_image)
+        x0 = tl.where(later, next_x0, x0)
+        elements = tl.where(later, next_elements, elements)
+        offset = tl.where(later, next_offset, offset)
+        first = tl.where(later, next_first, first)
+        programs = tl.where(later, next_programs, programs)
+        image = tl.where(later, next_image, image)
+        width = tl.where(later, next_width, width)
+    return x0, elements, offset, first, programs, image, width
+
+
+@triton.jit
+def _elements(images, table, seed, ids, stream, given, GIVEN: tl.constexpr, PATCH: tl.constexpr,
+              CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr, RUNS: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """This program's x0, noise, place in the prediction, which places exist, and its image's number."""
+    program = tl.program_id(0)
+    x0, elements, offset, first, programs, image, width = _find(table, program, 3, RUNS)
+    number = (program - first) // programs
+    begin = ((program - first) % programs).to(tl.int64) * BLOCK
+    x0 += number.to(tl.int64) * elements
+    offset += number.to(tl.int64) * elements
+    image += number
+    if EIGHTS:  # every image begins on 16 bytes and has a multiple of eight elements
+        x0, elements, offset = tl.multiple_of(x0, 8), tl.multiple_of(elements, 8), tl.multiple_of(offset, 8)
+    i = tl.arange(0, BLOCK)
+    here = i < tl.minimum(elements - begin, BLOCK).to(tl.int32)
+    if PATCH == 1:
+        source = images + (x0 + begin) + i
+    else:  # patches row by row, inside a patch (row, column, channel)
+        e = i + (begin if BIG else begin.to(tl.int32))
+        plane = elements // CHANNELS
+        pixel = e // CHANNELS
+        token, inner = pixel // (PATCH * PATCH), pixel % (PATCH * PATCH)
+        columns = width // PATCH
+        row = token // columns * PATCH + inner // PATCH
+        column = token % columns * PATCH + inner % PATCH
+        source = images + x0 + (e % CHANNELS).to(tl.int64) * plane + (row * width + column)
+    clean = tl.load(source, mask=here, other=0.0).to(tl.float32)
+    place = offset + begin
+    if GIVEN:
+        noise = tl.load(given + place + i, mask=here, other=0.0).to(tl.float32)
+    else:
+        sample = tl.load(ids + image)
+        noise = normals(tl.load(seed), sample, stream, begin // 4 + tl.arange(0, BLOCK // 4))
+    return clean, noise, place, here, image
+
+
+@triton.jit(do_not_specialize=["stream"])
+def prepare_kernel(images, table, seed, ids, stream, given, t, x_t, GIVEN: tl.constexpr, PATCH: tl.constexpr,
+                   CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr, RUNS: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    clean, noise, place, here, image = _elements(
+        images, table, seed, ids, stream, given, GIVEN, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
+    )
+    level = tl.load(t + image)
+    mixed = (1.0 - level) * clean + level * noise
+    tl.store(x_t + place + tl.arange(0, BLOCK), mixed.to(x_t.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["stream"])
+def loss_kernel(images, table, seed, ids, stream, given, pred, gradient, partial, GIVEN: tl.constexpr,
+                PATCH: tl.constexpr, CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr,
+                RUNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    clean, noise, place, here, _ = _elements(
+        images, table, seed, ids, stream, given, GIVEN, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
+    )
+    guess = tl.load(pred + place + tl.arange(0, BLOCK), mask=here, other=0.0).to(tl.float32)
+    error = tl.where(here, guess - (noise - clean), 0.0)
+    if gradient is not None:
+        tl.store(gradient + place + tl.arange(0, BLOCK), (error + error).to(pred.dtype.element_ty), mask=here)
+    tl.store(partial + tl.program_id(0), tl.sum(error * error, 0))
+
+
+@triton.jit(do_not_specialize=["start"])
+def total_kernel(table, start, partial, losses, RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    image = start + tl.program_id(0)
+    _, elements, _, first, programs, first_image, _ = _find(table, image, 5, RUNS)
+    count = tl.where(elements == 0, 0, programs)
+    partial += first + (image - first_image).to(tl.int64) * programs
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, count, BLOCK):
+        total += tl.load(partial + begin + i, mask=begin + i < count, other=0.0).to(tl.float64)
+    tl.store(losses + image, tl.sum(total, 0).to(tl.float32))
+
+
+# ---- launchers ----
+
+
+def prepare(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
+    seed, ids, stream, given = _noise(noise)
+    with torch.cuda.device_of(out):
+        for table, programs, _, _, compiled in _launches(images, noise, patch, (out,)):
+            if programs:
+                prepare_kernel[programs,](images[0], table, seed, ids, stream, given, t, out, **compiled, **FUSE)
+
+
+def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
+    seed, ids, stream, given = _noise(noise)
+    sums = torch.empty(len(images), device=pred.device)
+    partial = torch.empty(pred.numel() // BLOCK + len(images), device=pred.device)
+    done = 0
+    with torch.cuda.device_of(pred):
+        for table, programs, start, count, compiled in _launches(images, noise, patch, (pred, gradient)):
+            here = partial[done:]
+            if programs:
+                loss_kernel[programs,](
+                    images[0], table, seed, ids, stream, given, pred, gradient, here, **compiled, **FUSE
+                )
+            total_kernel[count,](table, start, here, sums, RUNS=compiled["RUNS"], BLOCK=1024)
+            done += programs
+    return sums
+
+
+def _noise(noise: Philox | Tensor) -> tuple:
+    """(seed, sample ids, stream, given noise)"""
+    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+
+
+def _launches(images: list[Tensor], noise: Philox | Tensor, patch: int, tensors: tuple[Tensor | None, ...]):
+    """(table, programs, first image, images, what is compiled in) for as many runs at a time as a launch takes."""
+    given = isinstance(noise, Tensor)
+    found = runs(images)
+    channels = images[0].shape[0]
+    sizes = [channels * height * width for _, _, height, width in found]
+    beginnings = [t.data_ptr() for t in (*tensors, noise if given else None) if t is not None]
+    compiled = {
+        "GIVEN": given,
+        "PATCH": patch,
+        "CHANNELS": channels if patch > 1 else 1,
+        "EIGHTS": all(n % 8 == 0 for n in sizes) and all(a % 16 == 0 for a in (*beginnings, *(r[0] for r in found))),
+        "BIG": max(sizes) >= 2**31,
+        "RUNS": 1 if len(found) == 1 else RUNS,
+        "BLOCK": BLOCK,
+        "num_warps": 8,
+    }
+    bytes_each, base = images[0].element_size(), images[0].data_ptr()
+    offset = image = 0
+    for begin in range(0, len(found), RUNS):
+        table, program, start, end = [], 0, image, begin + RUNS
+        for (address, count, _, width), size in zip(found[begin:end], sizes[begin:end], strict=True):
+            each = triton.cdiv(size, BLOCK)
+            table += ((address - base) // bytes_each, size, offset, program, max(each, 1), image, width)
+            offset, program, image = offset + count * size, program + count * each, image + count
+        table += [2**31 - 1] * (compiled["RUNS"] * FIELDS - len(table))  # never reached
+        yield tuple(CODE.value + 2 * number for number in table), program, start, image - start, compiled
