@@ -141,6 +141,28 @@ void bind_cuda(py::module_ m) {
     reca::cuda::flow_matching_loss(flow.args, static_cast<reca::DType>(dtype), at<void>(pred), at<void>(gradient),
                                    at<float>(losses), at<float>(partial), {device, at<void>(on)});
   });
+
+  using reca::cuda::Gradient;
+  py::class_<Gradient>(m, "Gradient", py::module_local())
+      .def(py::init([](int grad_dtype, Address grad, int64_t grad_stride, int64_t length, int64_t width,
+                       const reca::Source& used, Address gradient) {
+        return Gradient{static_cast<reca::DType>(grad_dtype), at<void>(grad), grad_stride, length, width, used.index,
+                        used.count, used.dtype, at<void>(gradient)};
+      }));
+  m.def("template_concat_forward", [](const py::list& list, int64_t length, int64_t width, int dtype, Address out,
+                                      int device, Stream on) {
+    const std::vector<reca::Source> sources = sources_of(list);
+    reca::cuda::template_concat_forward(sources.data(), int(sources.size()), length, width,
+                                        static_cast<reca::DType>(dtype), at<void>(out), {device, at<void>(on)});
+  });
+  m.def("template_concat_backward_sorted", [](const Gradient& gradient, Address rows, bool rows_are_int64,
+                                              Address places, Address starts, Address sums, int device, Stream on) {
+    reca::cuda::template_concat_backward(gradient, {{at<void>(rows), rows_are_int64, false}, at<int64_t>(places),
+                                         at<int64_t>(starts), at<float>(sums)}, {device, at<void>(on)});
+  });
+  m.def("template_concat_backward_mapped", [](const Gradient& gradient, Address used, int device, Stream on) {
+    reca::cuda::template_concat_backward(gradient, at<uint64_t>(used), {device, at<void>(on)});
+  });
 }
 #endif
 
@@ -179,6 +201,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("reduce_losses", &reduce_losses);
 
   py::class_<reca::Source>(m, "Source", py::module_local()).def(py::init(&source));
+  if (py::hasattr(m, "cuda")) m.attr("cuda").attr("Source") = m.attr("Source");
   m.def("template_concat_check", [](const py::list& list, int64_t length) {
     const std::vector<reca::Source> sources = sources_of(list);
     return reca::template_concat_check(sources.data(), int(sources.size()), length);

@@ -1,6 +1,7 @@
 """Gather, add and concatenate rows on CPUs: csrc/cpu/template_concat.cpp."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch import Tensor
 from reca_kernels import native
 
 
-def _source(rows: Tensor, index: Tensor, flipped: bool) -> "native.module.Source":
-    return native.module.Source(
+def native_source(module: ModuleType, rows: Tensor, index: Tensor, flipped: bool) -> object:
+    """The source for the launchers of `module`, which keeps no tensor alive."""
+    return module.Source(
         native.DTYPES[rows.dtype],
         rows.data_ptr(),
         rows.stride(0),
@@ -25,7 +27,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> Tensor:  # [T, D]
     length, width = sources[0][1].shape[0], sources[0][0].shape[1]
-    native_sources = [_source(*source) for source in sources]
+    native_sources = [native_source(native.module, *source) for source in sources]
     if (bad := native.module.template_concat_check(native_sources, length)) >= 0:
         position, number = divmod(bad, len(sources))
         raise ValueError(
@@ -61,7 +63,7 @@ def backward(
         grad.stride(0),
         length,
         width,
-        _source(rows, index, flipped),
+        native_source(native.module, rows, index, flipped),
         out.data_ptr(),
         workspace.data_ptr(),
         torch.get_num_threads(),

@@ -6,8 +6,9 @@ A backend's file holds
     backward(grad [T, D], index [T], flipped, rows) -> [K, D], the gradient of rows [K, D], in their dtype
 
 A source is (rows [K, D], index [T], flipped): position t gets row index[t], or row -1 - index[t] when flipped, and
-nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward adds
-in the order of the sources, in fp32, and rounds once. backward adds in the order of t, in fp32, without atomics.
+nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward
+adds in the order of the sources, in fp32, and rounds once. backward adds in fp32 in a fixed order: of t on CPUs, that
+of reca_kernels/segments.py on GPUs.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ def template_concat(
 
     Shapes       src [T] gives [T, D], src [B, L] gives [B, L, D]. Sources may differ in dtype: fp32, bf16, fp16.
     Returns      out_dtype, default: the dtype of the table. Autocast changes nothing, as with an embedding.
-    Bad index    a row that a source does not have raises ValueError on CPUs, and on GPUs with RECA_CHECK=1.
+    Bad index    a row that a source does not have raises ValueError on CPUs, and on GPUs with RECA_CHECK=1; unchecked,
+                 the kernels make that position NaN, and its gradient goes nowhere.
     Derivatives  of table, visual and rows, those that require them; first only, except with backend="reference".
     """
     rows = (table, visual, *(r for r, _ in adds))
@@ -68,7 +70,7 @@ def template_concat(
     backend = dispatch.choose(OP, table, backend, dtype=dtype)
     if backend == "reference":
         return reference.template_concat(table, visual, src, adds=adds, out_dtype=out_dtype)
-    flat = tuple(index.reshape(-1) for index in indices)
+    flat = tuple(index.reshape(-1).contiguous() for index in indices)
     if torch.compiler.is_compiling():
         out = _op(rows, flat, out_dtype, backend)
     elif torch.is_grad_enabled() and any(r.requires_grad for r in rows):

@@ -31,4 +31,37 @@ void template_concat_forward(const Source* sources, int n, int64_t length, int64
 void template_concat_backward(DType grad_dtype, const void* grad, int64_t grad_stride, int64_t length, int64_t width,
                               Index index, int64_t count, DType dtype, void* gradient, int64_t* workspace, int threads);
 
+namespace cuda {
+
+constexpr int max_sources = 16;
+
+// The same on a GPU. A position whose row is not below its source's count becomes NaN.
+void template_concat_forward(const Source* sources, int n, int64_t length, int64_t width, DType out_dtype, void* out,
+                             Launch on);
+
+struct Gradient {  // of one source
+  DType grad_dtype;
+  const void* grad;  // [length, width]
+  int64_t grad_stride, length, width;
+  Index index;
+  int64_t count;
+  DType dtype;
+  void* gradient;  // [count, width]
+};
+
+// What reca_kernels/segments.py has sorted, and room for what does not fit one chunk.
+struct Places {
+  Index rows;             // [length], ascending
+  const int64_t* places;  // [length]
+  const int64_t* starts;  // [count + 1]
+  float* sums;            // [2 * windows of a chunk, width]; null where no row can have more than one chunk
+};
+
+void template_concat_backward(const Gradient& gradient, const Places& places, Launch on);
+
+// For rows that most likely are used once. used: [2, count], zeros.
+void template_concat_backward(const Gradient& gradient, uint64_t* used, Launch on);
+
+}  // namespace cuda
+
 }  // namespace reca

@@ -226,6 +226,10 @@ template <typename T>
 T atomicAdd(T* p, T x) {
   return std::exchange(*p, *p + x);
 }
+template <typename T>
+T atomicMax(T* p, T x) {
+  return std::exchange(*p, *p < x ? x : *p);
+}
 
 inline float __uint_as_float(unsigned x) {
   float f;
