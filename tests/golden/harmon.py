@@ -14,7 +14,7 @@ from reca.models.weights import put
 from tests.golden.conftest import Golden
 
 # cases.json: max|a - b| / max|b| of a re-run with another attention, and of a second implementation
-STAGE, GENERATION, NORM = 1e-5, 4e-5, 5e-6
+STAGE, GENERATION = 1e-5, 4e-5
 SLOT = -200  # stands for the image in recorded ids
 
 
@@ -91,11 +91,17 @@ class Recorded(Draws):
         return self.tables[purpose]
 
 
+def branches(golden: Golden) -> int:
+    """Rows of the recorded sampling per picture: with guidance an unconditional one too."""
+    return 1 if golden.config["generation"]["cfg"] == 1 else 2
+
+
 class RecordedChance(Chance):
     """The orders and noise of the recorded sampling, of the pictures alone: the unconditional half copies them."""
 
     def __init__(self, golden: Golden):
-        self.data, self.pictures = golden.data, len(golden.data["gen.orders"]) // 2
+        self.data, self.branches = golden.data, branches(golden)
+        self.pictures = len(golden.data["gen.orders"]) // self.branches
 
     def order(self, size: int) -> Tensor:
         return self.data["gen.orders"][: self.pictures]
@@ -105,7 +111,7 @@ class RecordedChance(Chance):
 
     def noise(self, step: int, inner: int, n: int, channels: int) -> Tensor:
         steps = self.data[f"gen.{step}.noise_steps"]  # the first belongs to the largest t
-        return steps[len(steps) - 1 - inner].view(2, self.pictures, n, channels)[0]
+        return steps[len(steps) - 1 - inner].view(self.branches, self.pictures, n, channels)[0]
 
 
 class Spy:
