@@ -429,6 +429,27 @@ def test_no_mask_has_two_sides(model, monkeypatch):
     assert not (model.config.parity and shapes)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_gpu_agrees_with_the_cpu(kind):
+    one, other = built().eval(), built().eval().cuda()
+    sample = batch(one, kind)
+    expected, got = gradients(one, sample), gradients(other, sample.to(torch.device("cuda")))
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].cpu(), value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_answers_and_keeps_its_generator():
+    model = built().cuda()
+    state, sample = torch.cuda.get_rng_state(), batch(model, "reca").to(torch.device("cuda"))
+    assert torch.equal(model(sample, Draws(0)).sum, model(sample, Draws(0)).sum)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert model.generate(["a red square"], [0], **SAMPLING)[0].shape == (3, 20, 20)
+    assert isinstance(model.answer(images(1, 20), ["what is this?"], 3)[0], str)
+
+
 # sampling
 
 
@@ -506,7 +527,9 @@ def test_answers_do_not_depend_on_the_batch(model):
     questions = ["what is this?", "describe the picture with care.", "what is a?"]
     pictures = [images(1, 20)[0], images(1, 60, 1)[0][:, :20], images(1, 30, 2)[0]]
     together = model.answer(pictures, questions, 6)
-    assert together == [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
+    alone = [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
+    assert together == alone
+    assert model.answer(pictures * 17, questions * 17, 6) == alone * 17  # more of one length than a batch holds
     assert model.answer(pictures[:1], questions[:1], 0) == [""]
 
 

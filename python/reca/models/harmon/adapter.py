@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,14 +261,15 @@ class Harmon(Adapter):
         return pictures
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        """Questions of the same length share a batch, so that no row is padding."""
+        """Questions of the same length share a batch, up to 32 of them, so that no row is padding."""
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
         asked = [prompt.question(self.tokenizer, text) for text in questions]
         end, replies = self.tokenizer.convert_tokens_to_ids(prompt.END), [""] * len(asked)
+        order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+        groups = [list(group) for _, group in itertools.groupby(order, lambda i: len(asked[i].ids))]
         with self._evaluating():
-            for length in sorted({len(p.ids) for p in asked}):
-                numbers = [i for i, p in enumerate(asked) if len(p.ids) == length]
+            for numbers in (group[i : i + 32] for group in groups for i in range(0, len(group), 32)):
                 embeddings = self.ask([images[i] for i in numbers], [asked[i] for i in numbers])
                 tokens = sampling.greedy(self, embeddings, max_new_tokens, end)
                 for i, row in zip(numbers, tokens.tolist(), strict=True):
