@@ -3,8 +3,12 @@
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +22,10 @@ from reca.data.pixels import make_view
 from reca.draws import Draws, Purpose
 from reca.models.bagel import Adapter, Config, adapter, convert, loading, modules, prompt, sampling
 from reca.models.bagel.config import AutoencoderSizes, tiny
-from reca.models.bagel.mot import GEN, UND, grouped
+from reca.models.bagel.mot import GEN, UND, attend, grouped
 from reca.models.base import ROLES, Batch, Turn
 from reca.optim import freeze, make_optimizer
-from reca.train import Trainer
+from reca.train import Trainer, load_trained
 from reca_kernels import dispatch, native
 
 WORDS = [
@@ -373,6 +377,30 @@ def test_resume_is_exact(tmp_path):
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
+def test_two_ranks_make_the_update_of_one(tmp_path):
+    """FSDP2: whole and frozen experts, a pass without a graph before the one with, and a rank whose captions are all
+    dropped beside one whose are not."""
+    kinds = [
+        f"objective.{kind}.{key}" for kind in ("reca", "t2i") for key in ("weight=1", "per_update=4", "micro_batch=1")
+    ]
+    common = ["bagel_tiny", *kinds, "model.caption_drop=0.5", "data.workers=0", "train.updates=2", "train.threads=1"]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "python")]),
+    }
+    states = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "reca", "train", *common, f"run_dir={run}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        states.append(load_trained(run, load_recipe(run / "recipe.yaml")).state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=2e-6, msg=name)
+
+
 def test_optimizer_decays_nothing(plain):
     recipe = load_recipe("bagel_7b")
     groups = make_optimizer(plain, recipe.optim).param_groups
@@ -451,6 +479,16 @@ def test_attention_calls_are_shared_by_samples_of_one_shape(plain):
     assert sorted(map(len, grouped(many, plain.context(2)))) == [1, 1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu(dtype, causal):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, 64, generator=generator) for n, heads in ((5, 8), (9, 2), (9, 2)))
+    ours = attend(*(x.to("cuda", dtype) for x in (q, k, v)), causal).float().cpu()
+    torch.testing.assert_close(ours, attend(q, k, v, causal), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+
+
 def test_recomputed_layers_give_the_same_gradient(plain):
     sample = batch(plain, "reca")
     plain(sample, Draws(0)).sum.backward()
@@ -466,6 +504,23 @@ def test_recomputed_layers_give_the_same_gradient(plain):
     assert wanted.keys() == {n for n, p in plain.named_parameters() if p.grad is not None}
     for name, gradient in wanted.items():
         torch.testing.assert_close(plain.get_parameter(name).grad, gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_compiled_layers_give_the_same_gradient():
+    """train.compile: Dynamo must keep understanding out of the graph."""
+    model = Adapter.load(config(language=replace(tiny().language, num_hidden_layers=1)))
+    freeze(model, None)
+    sample = batch(model, "reca")
+    model(sample, Draws(0)).sum.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for block in model.blocks():
+        block.compile(backend="aot_eager")
+    model(sample, Draws(0)).sum.backward()
+    torch._dynamo.reset()
+    assert wanted.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=0, atol=1e-5, msg=name)
 
 
 def test_types(tmp_path):

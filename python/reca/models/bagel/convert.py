@@ -91,7 +91,7 @@ def described(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:
     """The JSON files that the public inference code reads its sizes from."""
     language, vision = config.language, config.vision
     return {
-        "config.json": {"model_type": "bagel"},
+        "config.json": {"name": "BAGEL"},
         "llm_config.json": {
             "architectures": ["Qwen2ForCausalLM"],
             "attention_dropout": 0.0,

@@ -8,7 +8,6 @@ there. Where understanding is frozen its rows run without a graph, also in the p
 gradient reaches their keys and values (as the release's `freeze_und`, which detaches them one by one).
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,8 +56,9 @@ class Plan:
     turns: dict[str, KeysValues]
     learn: bool
 
-    def grad(self, expert: str) -> contextlib.AbstractContextManager:
-        return torch.set_grad_enabled(torch.is_grad_enabled() and (expert == GEN or self.learn))
+    def graph(self, expert: str) -> bool:
+        """Whether this expert's rows are computed with a graph."""
+        return torch.is_grad_enabled() and (expert == GEN or self.learn)
 
 
 class Context:
@@ -121,32 +121,15 @@ class Attention(nn.Module):
         self, rows: dict[str, Tensor], past: Sequence[KeysValues | None], plan: Plan
     ) -> tuple[dict[str, Tensor], list[KeysValues | None]]:
         """rows: per expert [rows, D], experts without rows left out. Returns the same, and what later passes see."""
-        made = {}  # expert -> queries, keys, values, each by split
+        made = {}
         for expert, x in rows.items():
-            sizes = [split.rows(expert) for split in plan.splits]
-            with plan.grad(expert):
-                made[expert] = [part.split(sizes) for part in self.project(expert, x, plan.turns[expert])]
-        seen, out = list(past), {expert: [None] * len(plan.splits) for expert in rows}
-        for group in plan.groups:
-            first, samples = plan.splits[group[0]], [plan.splits[i].sample for i in group]
-            own = [expert for expert in rows if first.rows(expert)]
-            sources = [[seen[sample] for sample in samples]] if seen[first.sample] is not None else []
-            sources += [[(made[expert][1][i], made[expert][2][i]) for i in group] for expert in own]
-            keys, values = (_joined([_stacked([kv[which] for kv in source]) for source in sources]) for which in (0, 1))
-            for expert in own:
-                with plan.grad(expert):
-                    mixed = attend(_stacked([made[expert][0][i] for i in group]), keys, values, first.causal)
-                    for i, one in zip(group, mixed.unbind(), strict=True):
-                        out[expert][i] = one
-            if first.kept:
-                for sample, k, v in zip(samples, keys.unbind(), values.unbind(), strict=True):
-                    seen[sample] = (k, v)
-        for expert, parts in out.items():
-            with plan.grad(expert):
-                # A pass may hold no row at all of an expert: every rank runs the same layers, whatever was dropped.
-                heads = [part for part in parts if part is not None] or [rows[expert]]
-                mixed = torch.cat(heads).flatten(1).to(rows[expert].dtype)
-                out[expert] = getattr(self, f"o_proj{expert}")(mixed)
+            with torch.set_grad_enabled(plan.graph(expert)):
+                made[expert] = self.project(expert, x, plan.turns[expert])
+        mixed, seen = mix(made, past, plan)
+        out = {}
+        for expert, heads in mixed.items():
+            with torch.set_grad_enabled(plan.graph(expert)):
+                out[expert] = getattr(self, f"o_proj{expert}")(heads.flatten(1).to(rows[expert].dtype))
         return out, seen
 
 
@@ -177,12 +160,12 @@ class Layer(nn.Module):
     ) -> tuple[dict[str, Tensor], list[KeysValues | None]]:
         normed = {}
         for expert, x in rows.items():
-            with plan.grad(expert):
+            with torch.set_grad_enabled(plan.graph(expert)):
                 normed[expert] = getattr(self, f"input_layernorm{expert}")(x)
         mixed, seen = self.self_attn(normed, past, plan)
         out = {}
         for expert, x in rows.items():
-            with plan.grad(expert):
+            with torch.set_grad_enabled(plan.graph(expert)):
                 x = x + mixed[expert]
                 out[expert] = x + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(x))
         return out, seen
@@ -214,7 +197,7 @@ class Transformer(nn.Module):
             kept.append(seen)
         out = {}
         for expert, x in rows.items():
-            with plan.grad(expert):
+            with torch.set_grad_enabled(plan.graph(expert)):
                 out[expert] = getattr(self, f"norm{expert}")(x)
         return out, kept
 
@@ -224,6 +207,42 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = Transformer(sizes)
         self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+
+
+@torch.compiler.disable  # a loop over samples; what stands around it compiles for any number of rows
+def mix(
+    made: dict[str, tuple[Tensor, Tensor, Tensor]], past: Sequence[KeysValues | None], plan: Plan
+) -> tuple[dict[str, Tensor], list[KeysValues | None]]:
+    """What every row sees. made: per expert queries, keys and values, [rows, heads, d].
+
+    Returns per expert [rows, heads, d], and per sample what later passes see.
+    """
+    parts = {}
+    for expert, projected in made.items():
+        sizes = [split.rows(expert) for split in plan.splits]
+        with torch.set_grad_enabled(plan.graph(expert)):
+            parts[expert] = [rows.split(sizes) for rows in projected]
+    seen, out = list(past), {expert: [None] * len(plan.splits) for expert in made}
+    for group in plan.groups:
+        first, samples = plan.splits[group[0]], [plan.splits[i].sample for i in group]
+        own = [expert for expert in made if first.rows(expert)]
+        sources = [[seen[sample] for sample in samples]] if seen[first.sample] is not None else []
+        sources += [[(parts[expert][1][i], parts[expert][2][i]) for i in group] for expert in own]
+        keys, values = (_joined([_stacked([kv[which] for kv in source]) for source in sources]) for which in (0, 1))
+        for expert in own:
+            with torch.set_grad_enabled(plan.graph(expert)):
+                mixed = attend(_stacked([parts[expert][0][i] for i in group]), keys, values, first.causal)
+                for i, one in zip(group, mixed.unbind(), strict=True):
+                    out[expert][i] = one
+        if first.kept:
+            for sample, k, v in zip(samples, keys.unbind(), values.unbind(), strict=True):
+                seen[sample] = (k, v)
+    joined = {}
+    for expert, pieces in out.items():
+        with torch.set_grad_enabled(plan.graph(expert)):
+            # A pass may hold no row at all of an expert: every rank runs the same layers, whatever was dropped.
+            joined[expert] = torch.cat([made[expert][0][:0], *(piece for piece in pieces if piece is not None)])
+    return joined, seen
 
 
 def grouped(splits: Sequence[Split], context: Context) -> list[list[int]]:
@@ -244,6 +263,8 @@ def grouped(splits: Sequence[Split], context: Context) -> list[list[int]]:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:  # [B, Lq, H, d], [B, Lk, G, d] twice
     """Grouped attention, [B, Lq, H, d]. causal: the last query sees every key, the one before it all but the last."""
     mask = causal_lower_right(q.shape[1], k.shape[1]) if causal and q.shape[1] > 1 else None
+    if k.is_cuda and k.dtype == torch.float32:  # FlashAttention knows heads in groups, the fp32 kernels do not
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.to(k.dtype).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
