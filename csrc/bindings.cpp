@@ -103,10 +103,58 @@ reca::Diffusion diffusion(int x0_dtype, Address x0, Address rows, Address t, Add
 }
 
 #ifdef RECA_CUDA_ARCHS
+void bind_cuda_cross_entropy(py::module_& m) {
+  using reca::CrossEntropy;
+  m.def("masked_cross_entropy_forward", [](const CrossEntropy& args, Address losses, Address stats, int device,
+                                           Address stream) {
+    reca::cuda::masked_cross_entropy_forward(args, at<float>(losses), at<float>(stats), {device, at<void>(stream)});
+  });
+  m.def("masked_cross_entropy_backward", [](const CrossEntropy& args, Address stats, Address grad, int64_t grad_stride,
+                                            Address scale, Address gradient, int64_t gradient_stride, int device,
+                                            Address stream) {
+    reca::cuda::masked_cross_entropy_backward(args, at<float>(stats), at<float>(grad), grad_stride, at<float>(scale),
+                                              at<void>(gradient), gradient_stride, {device, at<void>(stream)});
+  });
+  m.def("reduce_losses", [](Address losses, Address labels, bool labels_are_int64, int64_t rows, int64_t ignore_index,
+                            bool mean, Address loss, Address scale, int device, Address stream) {
+    reca::cuda::reduce_losses(at<float>(losses), at<void>(labels), labels_are_int64, rows, ignore_index, mean,
+                              at<float>(loss), at<float>(scale), {device, at<void>(stream)});
+  });
+}
+
+void bind_cuda_linear_cross_entropy(py::module_& m) {
+  m.def("masked_linear_cross_entropy_rows", [](const reca::CrossEntropy& loss, Address rows, Address bias,
+                                               Address row_grad, Address scale, Address losses, Address dropped,
+                                               bool gradient, int64_t low, int64_t high, int device, Address stream) {
+    reca::cuda::masked_linear_cross_entropy_rows(
+        {const_cast<void*>(loss.logits), loss.row_stride, loss.rows, loss.classes, at<void>(bias),
+         static_cast<const int64_t*>(loss.labels), at<int64_t>(rows), at<float>(row_grad), at<float>(scale),
+         at<float>(losses), at<float>(dropped), gradient, low, high},
+        loss, {device, at<void>(stream)});
+  });
+  m.def("pick_rows", [](Address labels, bool labels_are_int64, int64_t count, int64_t ignore_index, bool mean, int64_t most,
+                        Address losses, Address rows, Address row_labels, Address scale, int device, Address stream) {
+    reca::cuda::pick_rows(at<void>(labels), labels_are_int64, count, ignore_index, mean, most, at<float>(losses),
+                          at<int64_t>(rows), at<int64_t>(row_labels), at<float>(scale), {device, at<void>(stream)});
+  });
+  m.def("copy_rows", [](int from, Address source, int64_t source_stride, Address source_rows, int to, Address out,
+                        int64_t out_stride, Address out_rows, int64_t count, int64_t width, int device, Address stream) {
+    reca::cuda::copy_rows(static_cast<reca::DType>(from), at<void>(source), source_stride, at<int64_t>(source_rows),
+                          static_cast<reca::DType>(to), at<void>(out), out_stride, at<int64_t>(out_rows), count, width,
+                          {device, at<void>(stream)});
+  });
+  m.def("scale", [](int dtype, Address x, Address factor, Address out, int64_t count, int device, Address stream) {
+    reca::cuda::scale(static_cast<reca::DType>(dtype), at<void>(x), at<float>(factor), at<void>(out), count,
+                      {device, at<void>(stream)});
+  });
+}
+
 // The launchers of csrc/cuda under the names of their CPU twins. Each ends with (device, stream) of the tensors; stream
 // is a cudaStream_t as a number. They share no class with the CPU: tests replace this submodule by one that is emulated.
 void bind_cuda(py::module_ m) {
   using Stream = Address;
+  bind_cuda_cross_entropy(m);
+  bind_cuda_linear_cross_entropy(m);
   m.def("philox_fill", [](Address seed, Address sample_ids, uint32_t stream, int64_t samples, int64_t n, int law,
                           Address out, int device, Stream on) {
     reca::cuda::philox_fill({at<uint64_t>(seed), at<int64_t>(sample_ids), stream}, samples, n, law, at<float>(out),
@@ -182,6 +230,9 @@ PYBIND11_MODULE(_native, m) {
 
   using reca::CrossEntropy;
   py::class_<CrossEntropy>(m, "CrossEntropy", py::module_local()).def(py::init(&cross_entropy));
+#ifdef RECA_CUDA_ARCHS
+  m.attr("cuda").attr("CrossEntropy") = m.attr("CrossEntropy");
+#endif
   m.def("masked_cross_entropy_forward", [](const CrossEntropy& args, Address losses, Address stats) {
     py::gil_scoped_release release;
     reca::masked_cross_entropy_forward(args, at<float>(losses), at<float>(stats));

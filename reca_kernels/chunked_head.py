@@ -8,11 +8,11 @@ A backend's module holds
     copy_rows(source, source_rows, out, out_rows)
         out[out_rows[i]] = source[source_rows[i]], in the dtype of out; a source row -1 is zeros, an out row -1 is
         nowhere; rows None: i.
-    row_gradients(logits, bias, row_labels, rows, row_grad, scale, options, losses, window, dropped)
+    row_gradients(logits, bias, row_labels, rows, row_grad, scale, options, losses, window, dropped, classes)
         losses[rows[i]] of logits [n, pitch] + bias [pitch]. window None: no more than that. Else the gradient over the
-        logits, times scale and row_grad[rows[i]], zero between V and pitch; outside the window (low, high) anything
-        may be written. dropped[rows[i]], if asked for, is the sum of the absolute gradients outside the window,
-        without scale and row_grad.
+        logits, times scale and row_grad[rows[i]]; outside the window (low, high) anything may be written.
+        dropped[rows[i]], if asked for, is the sum of the absolute gradients outside the window, without scale and
+        row_grad.
     reduce(losses, labels, options) -> (loss, scale)
 """
 

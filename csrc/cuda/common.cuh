@@ -163,6 +163,24 @@ __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+// 16 bytes from global to shared memory, both aligned, which this thread may read after wait_for_copies(); others need a
+// barrier besides.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#ifdef __CUDACC__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef __CUDACC__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // The dynamic shared memory of a block, aligned to 16 bytes.
 __device__ __forceinline__ void* dynamic_shared() {
 #ifdef __CUDACC__

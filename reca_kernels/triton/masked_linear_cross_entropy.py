@@ -1,10 +1,10 @@
 """Output head and cross-entropy in Triton: the kernels around the products of reca_kernels/chunked_head.py.
 
-The buffer of logits has a pitch of whole 128 elements, so a row is whole units of 16 bytes; what lies between the last
-class and the pitch is left out in registers, not by a mask, and every access is 128 bits wide:
+The buffer of logits has a pitch of whole 128 elements, so a row is whole units of 16 bytes; what the last unit holds
+beyond the last class is left out in registers, not by a mask, and every access is 128 bits wide:
 
-    row   |U U U U U U U U|U U U U U U U U| ... |z z x x x x x x| ... |x x x x x x x x|      x: read, taken for -inf,
-          class 0                                V                            pitch             written as 0
+    row   |U U U U U U U U|U U U U U U U U| ... |z z x x x x x x|. . .          x: read, taken for -inf, written as 0
+          class 0                                   V              pitch
 """
 
 import sys
@@ -87,14 +87,14 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
     logits += n * pitch // VEC * VEC
     place = tl.arange(0, UNITS)
     element = place[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    written = (pitch // VEC).to(tl.int32)
+    count = (classes + VEC - 1) // VEC
     if (row < 0) | (label < 0) | (label >= classes):
         if row >= 0:
             tl.store(losses + row, float("nan"))
         if GRADIENT:
             zeros = tl.zeros([UNITS, VEC], tl.float32).to(logits.dtype.element_ty)
-            for u in range(0, written, UNITS):
-                tl.store(logits + u * VEC + element, zeros, mask=(u + place < written)[:, None])
+            for u in range(0, count, UNITS):
+                tl.store(logits + u * VEC + element, zeros, mask=(u + place < count)[:, None])
         return
 
     z_label = tl.load(logits + label).to(tl.float32)
@@ -106,7 +106,6 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
     peak = tl.full([UNITS], -float("inf"), tl.float32)
     total = tl.zeros([UNITS], tl.float32)
     sum_z = tl.zeros([UNITS], tl.float32)
-    count = (classes + VEC - 1) // VEC
     for u in range(0, count, UNITS):
         here = (u + place < count)[:, None]
         z = tl.load(logits + u * VEC + element, mask=here, other=0.0).to(tl.float32)
@@ -133,8 +132,8 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
         level = smoothing / classes
         own = own_gradient(raw_label, m, log_sum, 1.0, by_z_loss, smoothing, level, softcap, CAP)
         left_out = tl.zeros([UNITS], tl.float32)
-        for u in range(0, written, UNITS):
-            here = (u + place < written)[:, None]
+        for u in range(0, count, UNITS):
+            here = (u + place < count)[:, None]
             column = u * VEC + element
             z = tl.load(logits + column, mask=here, other=0.0).to(tl.float32)
             if BIAS:

@@ -37,6 +37,19 @@ def test_loss_and_gradients(backend, device, chunk_rows, dtype, options, reducti
         close(got, true, tolerance)
 
 
+# More than a block's place in the emulator's shared memory, and on the other side of it, in steps of several units.
+@pytest.mark.parametrize("classes", [2053, 9001])
+@EVERYWHERE
+def test_wide_rows(backend, device, classes):
+    leaves, labels = problem(rows=7, classes=classes, width=8, device=device)
+    wide = exact(leaves)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], label_smoothing=0.1, backend=backend)
+    want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], label_smoothing=0.1)
+    close(loss.detach(), want.detach(), 1e-6)
+    for got, true in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, wide), strict=True):
+        close(got, true, 1e-5)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @KERNELS  # the definition multiplies every row
 def test_rows_without_label_are_not_read(backend, device, poison):

@@ -217,6 +217,12 @@ T __shfl_down_sync(unsigned mask, T value, unsigned lanes) {
   const unsigned from = threadIdx.x % warpSize + lanes;
   return emulator::exchange(mask, value, int(from < warpSize ? from : threadIdx.x % warpSize));
 }
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < warpSize; ++lane) votes |= unsigned(emulator::exchange(mask, vote, lane)) << lane;
+  return votes;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <typename T>
 T __ldg(const T* p) {
   return *p;
@@ -265,6 +271,12 @@ inline float fminf(float a, float b) { return std::fmin(a, b); }
 
 enum cudaError_t { cudaSuccess };
 using cudaStream_t = struct Stream*;
+enum cudaDeviceAttr {  // their values, of a device so small that every block of a persistent kernel takes several rows
+  cudaDevAttrMultiProcessorCount = 1,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 1024,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 65536,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 32768,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct cudaLaunchConfig_t {
@@ -276,6 +288,7 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) { return *value = what, cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
