@@ -206,17 +206,20 @@ def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
 
 @functools.lru_cache(maxsize=8)
 def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
-    """bool [B, 1, Lq, Lk], and bool [B, Lq, 1] of rows that see nothing, None where there are none.
+    """bool [B, 1, Lq, Lk], and bool [B, Lq, 1, 1] of the rows to set to 0; None: none.
 
-    Those rows get the first key to see, since a softmax over nothing is not a number.
+    Torch's CPU kernel gives 0 and no gradient to a row that sees nothing. Elsewhere a softmax over nothing may be NaN,
+    so such rows get the first key to see and lose what they made of it.
     """
     sees = torch.zeros(len(plan.samples), max(plan.query_sizes), max(plan.key_sizes), dtype=torch.bool)
     for line, sample in zip(sees, plan.samples, strict=True):
         own = allowed(sample)
         line[: own.shape[0], : own.shape[1]] = own
     blind = ~sees.any(-1, keepdim=True)
+    if plan.device.type == "cpu" or not bool(blind.any()):
+        return sees[:, None].to(plan.device), None
     sees[..., :1] |= blind
-    return sees[:, None].to(plan.device), blind[..., None].to(plan.device) if bool(blind.any()) else None
+    return sees[:, None].to(plan.device), blind[..., None].to(plan.device)
 
 
 # ---- FlexAttention ----

@@ -138,8 +138,8 @@ class ShowO(Adapter):
             embeddings = self.embed(layout.src, h_v)
         return self.showo.model(
             inputs_embeds=embeddings,
-            attention_mask=layout.allowed(),
             position_ids=layout.position_ids,
+            plan=layout.plan(),
             use_cache=False,
         ).last_hidden_state
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig
 
+from reca.models.planned import PLANNED
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
 
 GROUPS = 32  # of every GroupNorm in MAGVITv2
@@ -238,6 +239,7 @@ def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
         max_position_embeddings=sizes.max_position_embeddings,
         qk_layernorm=True,
         tie_word_embeddings=False,
+        attn_implementation=PLANNED,
         bos_token_id=None,
         eos_token_id=None,
     )

@@ -20,8 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.base import Turn
-from reca.models.show_o.attention import Run, dense
-from reca_kernels import TextSegment, VisualSegment, concat_plan
+from reca_kernels import AttentionPlan, Run, TextSegment, VisualSegment, attention_plan, concat_plan
 
 SPECIAL_TOKENS = (
     "[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>",
@@ -97,9 +96,17 @@ class Layout:
         move = (tensor.to(device) for tensor in (self.src, self.position_ids, self.labels))
         return Layout(*move, self.runs)
 
-    def allowed(self) -> Tensor:
-        """What each row sees, bool [B, 1, L, L]."""
-        return torch.stack([dense(runs) for runs in self.runs])[:, None].to(self.src.device)
+    def plan(self) -> AttentionPlan:
+        """What each row sees."""
+        return attention_plan(self.runs, device=self.src.device)
+
+    def plan_of_next(self, new: int) -> AttentionPlan:
+        """What one row sees, the `new`-th behind the layout: all rows but the padding. K/V of earlier rows are kept."""
+        samples, length = [], self.src.shape[1] + new - 1
+        for runs in self.runs:
+            pads = runs[0].length if runs[0].mode == "pad" else 0
+            samples.append((Run(pads, "pad", cached=True), Run(length - pads, cached=True), Run(1)))
+        return attention_plan(samples, device=self.src.device)
 
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:

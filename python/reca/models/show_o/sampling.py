@@ -101,16 +101,16 @@ def answer(model: "ShowO", h_v: Tensor, questions: list[str], max_new_tokens: in
 def greedy(model: "ShowO", embeddings: Tensor, layout: prompt.Layout, max_new_tokens: int) -> Tensor:
     """The likeliest continuation, int64 [B, n], n <= max_new_tokens; ends when every row has met eos.
 
-    Every new row sees what the last row of its prompt sees, and itself, so K/V of the prompt are kept.
+    Every new row sees all rows before it and itself, so K/V of the prompt are kept.
     """
     phi, head = model.showo.model, model.showo.lm_head
     cache = DynamicCache(config=model.showo.config)
-    allowed, positions = layout.allowed(), layout.position_ids
+    plan, positions = layout.plan(), layout.position_ids
     tokens = []
     for _ in range(max_new_tokens):
         hidden = phi(
             inputs_embeds=embeddings,
-            attention_mask=allowed,
+            plan=plan,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -119,6 +119,6 @@ def greedy(model: "ShowO", embeddings: Tensor, layout: prompt.Layout, max_new_to
         if bool((torch.cat(tokens, 1) == model.vocabulary.eos).any(1).all()):
             break
         embeddings = phi.embed_tokens(tokens[-1])
-        allowed = torch.cat((allowed[:, :, -1:], allowed.new_ones(len(allowed), 1, 1, 1)), dim=-1)
+        plan = layout.plan_of_next(len(tokens))
         positions = positions[:, -1:] + 1
     return torch.cat(tokens, dim=1) if tokens else layout.src.new_empty(len(layout.src), 0)
