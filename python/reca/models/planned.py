@@ -1,9 +1,12 @@
 """Attention by a plan in place of a mask, for language models of transformers: attn_implementation=PLANNED, plan=..."""
 
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from collections.abc import Sequence
 
-from reca_kernels import AttentionPlan, attention
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+from reca_kernels import AttentionPlan, Run, attention, attention_plan
 
 PLANNED = "reca_planned"
 
@@ -29,3 +32,42 @@ def _planned(
 
 
 AttentionInterface.register(PLANNED, _planned)
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel,  # without its head
+    head: nn.Module,
+    embeddings: Tensor,  # [B, L, H]
+    positions: Tensor,  # int64 [B, L]
+    samples: Sequence[Sequence[Run]],
+    max_new_tokens: int,
+    end: int,
+) -> Tensor:
+    """The likeliest continuation, int64 [B, n], n <= max_new_tokens; ends when every row has met `end`.
+
+    A new token sees all rows before it but the padding, which stands on the left; K/V of earlier rows are kept.
+    """
+    cache, plan = DynamicCache(config=model.config), attention_plan(samples, device=embeddings.device)
+    tokens: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        hidden = model(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            plan=plan,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1:]
+        tokens.append(head(hidden)[:, 0].argmax(-1, keepdim=True))
+        if bool((torch.cat(tokens, 1) == end).any(1).all()):
+            break
+        embeddings, positions = model.embed_tokens(tokens[-1]), positions[:, -1:] + 1
+        plan = attention_plan([_behind(sample, len(tokens)) for sample in samples], device=embeddings.device)
+    return torch.cat(tokens, dim=1) if tokens else positions.new_empty(len(positions), 0)
+
+
+def _behind(sample: Sequence[Run], new: int) -> tuple[Run, ...]:
+    """The `new`-th row behind a sample, everything before it cached."""
+    pads = sum(run.length for run in sample if run.mode == "pad")
+    rows = sum(run.length for run in sample) - pads + new - 1
+    return Run(pads, "pad", cached=True), Run(rows, cached=True), Run(1)

@@ -16,9 +16,17 @@ from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm
 from reca.models.open_uni import convert, modules, prompt, sampling
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.planned import greedy
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.models.weights import fetch, no_memory, put, read_tensors
-from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
+from reca_kernels import (
+    Run,
+    attention_plan,
+    flow_matching_loss,
+    flow_matching_prepare,
+    masked_linear_cross_entropy,
+    template_concat,
+)
 
 log = logging.getLogger("reca")
 
@@ -122,18 +130,23 @@ class OpenUni(Adapter):
         once without a graph, keeping its K/V, and only the query rows have one. This is exact.
         """
         layout, mask = prompt.plan(ids, self.context_id, side)
-        mask = mask.to(self.meta_queries.device)
-        prefix = self.embed(layout.src, h_v)
-        whole = prompt.extend(mask, self.config.queries)
-        positions = prompt.positions(whole)
-        cache, n = DynamicCache(config=self.mllm.config.text_config), mask.shape[1]
-        model = self.mllm.model.language_model
+        device, n, queries = self.meta_queries.device, mask.shape[1], Run(self.config.queries)
+        seen = attention_plan(prompt.runs(mask, side), device=device)
+        behind = attention_plan([(*sample, queries) for sample in prompt.runs(mask, side, cached=True)], device=device)
+        positions = prompt.positions(prompt.extend(mask, self.config.queries)).to(device)
+        cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
         with torch.no_grad():
-            model(inputs_embeds=prefix, attention_mask=mask, position_ids=positions[:, :n], past_key_values=cache, use_cache=True)
+            model(
+                inputs_embeds=self.embed(layout.src, h_v),
+                position_ids=positions[:, :n],
+                plan=seen,
+                past_key_values=cache,
+                use_cache=True,
+            )
         hidden = model(
             inputs_embeds=self.meta_queries.expand(len(ids), -1, -1),
-            attention_mask=whole,
             position_ids=positions[:, n:],
+            plan=behind,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -189,9 +202,10 @@ class OpenUni(Adapter):
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
         ids, labels = zip(*(self.conversation(turns) for turns in batch.text), strict=True)
         layout, mask = prompt.plan(ids, self.context_id, "right", labels)
-        mask = mask.to(h_v.device)
         hidden = self.mllm.model.language_model(
-            inputs_embeds=self.embed(layout.src, h_v), attention_mask=mask, position_ids=prompt.positions(mask)
+            inputs_embeds=self.embed(layout.src, h_v),
+            position_ids=prompt.positions(mask).to(h_v.device),
+            plan=attention_plan(prompt.runs(mask, "right"), device=h_v.device),
         ).last_hidden_state
         targets = layout.labels[:, 1:].to(h_v.device)
         total = masked_linear_cross_entropy(
@@ -214,19 +228,20 @@ class OpenUni(Adapter):
     @torch.no_grad()
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         n, end = modules.hv_tokens(self.config), self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        ids = [prompt.encode(self.tokenizer, prompt.with_image(text, n).removesuffix("<img>")) for text in questions]
         replies = []
-        for image, text in zip(images, questions, strict=True):
-            ids = prompt.encode(self.tokenizer, prompt.with_image(text, n).removesuffix("<img>"))
-            layout, mask = prompt.plan([ids], self.context_id, "left")
-            out = self.mllm.generate(
-                inputs_embeds=self.embed(layout.src, self.understand(self._fit(image))),
-                attention_mask=mask.to(self.meta_queries.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
+        for image, row in zip(images, ids, strict=True):
+            layout, mask = prompt.plan([row], self.context_id, "left")
+            tokens = greedy(
+                self.mllm.model.language_model,
+                self.mllm.lm_head,
+                self.embed(layout.src, self.understand(self._fit(image))),
+                prompt.positions(mask).to(self.meta_queries.device),
+                prompt.runs(mask, "left"),
+                max_new_tokens,
+                end,
             )
-            replies.append(self.tokenizer.decode(out[0], skip_special_tokens=True).strip())
+            replies.append(self.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
         return replies
 
     def export(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.planned import PLANNED
 
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
 
@@ -38,6 +39,7 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
                 rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
                 tie_word_embeddings=False,
             ),
+            attn_implementation={"text_config": PLANNED},
             image_token_id=image_token_id,
             image_seq_length=hv_tokens(config),
             downsample_ratio=1 / IMAGE_TOKEN_SHUFFLE,

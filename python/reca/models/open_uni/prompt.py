@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca_kernels import ConcatPlan, TextSegment, VisualSegment, concat_plan
+from reca_kernels import ConcatPlan, Run, TextSegment, VisualSegment, concat_plan
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 CONTEXT = "<IMG_CONTEXT>"
@@ -71,6 +71,15 @@ def plan(
 def positions(mask: Tensor) -> Tensor:
     """Position ids, int64 [B, L]: padding does not count."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def runs(mask: Tensor, side: str, cached: bool = False) -> list[tuple[Run, ...]]:
+    """Per sample what its rows see. mask: of a batch padded on `side`, on the host."""
+    found = []
+    for rows in mask.sum(1).tolist():
+        both = Run(mask.shape[1] - rows, "pad", cached=cached), Run(rows, cached=cached)
+        found.append(both if side == "left" else both[::-1])
+    return found
 
 
 def extend(mask: Tensor, queries: int) -> Tensor:

@@ -100,14 +100,6 @@ class Layout:
         """What each row sees."""
         return attention_plan(self.runs, device=self.src.device)
 
-    def plan_of_next(self, new: int) -> AttentionPlan:
-        """What one row sees, the `new`-th behind the layout: all rows but the padding. K/V of earlier rows are kept."""
-        samples, length = [], self.src.shape[1] + new - 1
-        for runs in self.runs:
-            pads = runs[0].length if runs[0].mode == "pad" else 0
-            samples.append((Run(pads, "pad", cached=True), Run(length - pads, cached=True), Run(1)))
-        return attention_plan(samples, device=self.src.device)
-
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
     """Samples as one batch."""

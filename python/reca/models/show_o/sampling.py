@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from reca.draws import Draws, Purpose
+from reca.models import planned
 from reca.models.show_o import prompt
 
 if TYPE_CHECKING:
@@ -97,28 +97,14 @@ def answer(model: "ShowO", h_v: Tensor, questions: list[str], max_new_tokens: in
     return replies
 
 
-@torch.no_grad()
 def greedy(model: "ShowO", embeddings: Tensor, layout: prompt.Layout, max_new_tokens: int) -> Tensor:
-    """The likeliest continuation, int64 [B, n], n <= max_new_tokens; ends when every row has met eos.
-
-    Every new row sees all rows before it and itself, so K/V of the prompt are kept.
-    """
-    phi, head = model.showo.model, model.showo.lm_head
-    cache = DynamicCache(config=model.showo.config)
-    plan, positions = layout.plan(), layout.position_ids
-    tokens = []
-    for _ in range(max_new_tokens):
-        hidden = phi(
-            inputs_embeds=embeddings,
-            plan=plan,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1:]
-        tokens.append(head(hidden)[:, 0].argmax(-1, keepdim=True))
-        if bool((torch.cat(tokens, 1) == model.vocabulary.eos).any(1).all()):
-            break
-        embeddings = phi.embed_tokens(tokens[-1])
-        plan = layout.plan_of_next(len(tokens))
-        positions = positions[:, -1:] + 1
-    return torch.cat(tokens, dim=1) if tokens else layout.src.new_empty(len(layout.src), 0)
+    """The likeliest continuation of prompts, int64 [B, n]."""
+    return planned.greedy(
+        model.showo.model,
+        model.showo.lm_head,
+        embeddings,
+        layout.position_ids,
+        layout.runs,
+        max_new_tokens,
+        model.vocabulary.eos,
+    )
