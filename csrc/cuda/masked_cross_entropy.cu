@@ -13,8 +13,7 @@ namespace reca::cuda {
 namespace {
 
 constexpr int threads = 256;
-constexpr int at_once = 4;        // units that a thread loads before it uses the first
-constexpr int units_a_piece = 2 * at_once * threads;
+constexpr int units_a_piece = 8 * threads;
 
 struct Rows {
   const void* logits;
@@ -56,6 +55,7 @@ __device__ __forceinline__ int64_t edge_of(const Layout& at, int64_t classes) {
 template <typename T, bool general>
 __global__ void __launch_bounds__(threads)
     masked_cross_entropy_forward_kernel(const Rows rows, const Terms terms, float* losses, float* stats) {
+  constexpr int at_once = 4;  // units that a thread loads before it uses the first
   const int64_t r = blockIdx.x;
   const int64_t label = rows.label(r);
   if (!rows.is_class(label)) {
@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(threads)
     masked_cross_entropy_backward_kernel(const Rows rows, const Terms terms, int64_t pieces, const float* stats,
                                          const float* grad, int64_t grad_stride, const float* scale, void* gradient,
                                          int64_t gradient_stride) {
+  constexpr int at_once = 2;
   const int64_t r = blockIdx.x / pieces, piece = blockIdx.x % pieces;
   const int64_t label = rows.label(r);
   T* const out = static_cast<T*>(gradient) + r * gradient_stride;

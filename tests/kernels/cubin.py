@@ -10,6 +10,8 @@ per GPU, on a driver that compiles what is launched and launches nothing. So the
 the alignments that Triton finds in the very arguments; tensors may be uninitialised, and large ones cost nothing.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -70,12 +72,11 @@ def compiled(launches: Callable[[], object], archs: tuple[int, ...] = ARCHS) -> 
 # ---- in the other process ----
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """A program of the CUDA toolkit; Triton's wheel carries its own."""
-    import triton
-
-    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return str(carried) if carried.exists() else shutil.which(name) or name
+    spec = importlib.util.find_spec("triton")
+    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec else Path()
+    return str(carried) if carried.is_file() else shutil.which(name) or name
 
 
 def _inspect(cubin: bytes) -> dict[str, object]:
@@ -83,7 +84,7 @@ def _inspect(cubin: bytes) -> dict[str, object]:
         file.write(cubin)
         file.flush()
         usage, code = (
-            subprocess.run([_tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([tool("cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-res-usage", "-sass")
         )
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
@@ -101,8 +102,6 @@ def _inspect(cubin: bytes) -> dict[str, object]:
 
 
 def _main(module: str, name: str, archs: list[int]) -> None:
-    import importlib
-
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction

@@ -1,7 +1,7 @@
 """Every CUDA kernel, compiled for the architectures of a release: no spills, no local memory, few enough registers.
 
-The budget is nvcc_budget.csv: per kernel the most registers that any of its instances may use on any architecture. A
-kernel that is not in it fails.
+The budget is nvcc_budget.csv: per kernel the most registers that any of its instances may use on any architecture, and
+what each instance must do 128 bits at a time somewhere: load, store, both. A kernel that is not in it fails.
 """
 
 import csv
@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from tests.kernels.cubin import tool
 
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
@@ -56,10 +58,22 @@ def compile_usage(file: Path, folder: Path) -> dict[str, list[str]]:
     return usage
 
 
+def wide_accesses(folder: Path) -> dict[str, list[set[str]]]:
+    """Per kernel and instance, which of "load" and "store" its machine code does 128 bits at a time."""
+    (file,) = folder.glob("*.o")
+    code = subprocess.run([tool("cuobjdump"), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    wide = defaultdict(list)
+    for section in code.split("Function : ")[1:]:
+        ops = re.findall(r"\b(?:LDG|LDGSTS|STG)(?:\.\w+)*\.128\b", section)
+        wide[name_of(section.split()[0])].append({"store" if op.startswith("STG") else "load" for op in ops})
+    return wide
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_registers_and_no_spills(file, tmp_path):
     with BUDGET.open() as rows:
-        budget = {row["kernel"]: int(row["registers"]) for row in csv.DictReader(rows)}
+        table = list(csv.DictReader(rows))
+    budget = {row["kernel"]: int(row["registers"]) for row in table}
     usage = compile_usage(file, tmp_path)
     assert usage, f"{file.name} holds no kernel"
     for kernel, instances in usage.items():
@@ -69,6 +83,12 @@ def test_registers_and_no_spills(file, tmp_path):
         most = max(int(re.search(r"Used (\d+) registers", said)[1]) for said in instances)
         assert kernel in budget, f"{kernel} uses {most} registers; add it to {BUDGET.name}"
         assert most <= budget[kernel], f"{kernel} uses {most} registers, {BUDGET.name} allows {budget[kernel]}"
+    asked = {row["kernel"]: {"both": {"load", "store"}}.get(row["wide"], {row["wide"]}) for row in table if row["wide"]}
+    if asked.keys() & usage.keys():
+        for kernel, instances in wide_accesses(tmp_path).items():
+            for found in instances:
+                missing = asked.get(kernel, set()) - found
+                assert not missing, f"{kernel}: an instance does no 128-bit {' or '.join(missing)}"
 
 
 def test_every_row_of_the_budget_is_a_kernel():
