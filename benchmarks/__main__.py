@@ -1,52 +1,85 @@
-"""python -m benchmarks [OP ...] [--threads N]: time the kernels, print tables, write CSV and PNG to benchmarks/results.
+"""python -m benchmarks [--device cpu|cuda] [--ops OP ...]: time the kernels, print tables, write CSV and PNG.
 
-Rows of other ops that a result file holds stay in it.
+The files are benchmarks/results/<device>.csv and .png. Rows of other ops that a result file holds stay in it.
 """
 
 import argparse
-import csv
 import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.devices import Cpu, Cuda, Device, ceilings
 from benchmarks.plot import plot
-from benchmarks.runner import COLUMNS, RESULTS, as_dict, measure, show
+from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, read, write
+from benchmarks.runner import Case, ceiling_rows, facts, measure, show
 
-OPS = ("template_concat", "masked_cross_entropy", "masked_linear_cross_entropy", "flow_matching", "diffusion_loss")
+OPS = (
+    "philox",
+    "template_concat",
+    "masked_cross_entropy",
+    "masked_linear_cross_entropy",
+    "flow_matching",
+    "diffusion_loss",
+    "attention",
+)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("ops", nargs="*", default=OPS, help=f"among {', '.join(OPS)}; default all")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--name", default="cpu", help="name of the result files")
-    options = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"among {', '.join(OPS)}; default all")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="folder of the result files; default benchmarks/results")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small shape of each op, twice; writes only with --out"
+    )
+    options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"unknown ops {', '.join(sorted(unknown))}; known are {', '.join(OPS)}")
     torch.set_num_threads(options.threads)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{options.name}.csv"
-    rows = _kept(path, options.ops)
-    for op in options.ops:
-        module = importlib.import_module(f"benchmarks.{op}")
-        for case in module.cases():
-            measured = measure(case, options.threads)
-            print(show(measured, module.BEST_EAGER), flush=True)
-            rows += map(as_dict, measured)
-    rows.sort(key=lambda row: OPS.index(row["op"]))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path} and {plot(path)}")
+    try:
+        device = Cpu() if options.device == "cpu" else Cuda()
+    except RuntimeError as error:
+        parser.error(str(error))
+    command = " ".join(["python -m benchmarks", *arguments])
+    run(device, options.ops, options.threads, options.quick, options.out, command)
 
 
-def _kept(path: Path, ops: list[str]) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [row for row in csv.DictReader(file) if row["op"] not in ops]
+def run(device: Device, ops: list[str], threads: int, quick: bool, out: Path | None, command: str) -> None:
+    about = facts(device, threads, command)
+    most = ceilings(device, DTYPES, rounds=2 if quick else 9, share=16 if quick else 1)
+    products = ", ".join(f"{dtype} {rate:.4g} TFLOP/s" for dtype, rate in most.gemm.items())
+    print(f"{about['device']}: copy {most.copy:.4g} GB/s, matrix product {products}")
+    path = None if quick and out is None else (out or RESULTS) / f"{device.result_file}.csv"
+    rows = [row for row in read(path) if row.op not in (*ops, CEILING)] if path else []
+    rows += ceiling_rows(most, about)
+    for op in ops:
+        for case in cases(op, device, quick):
+            measured = measure(case, device, most, about, rounds=2 if quick else None)
+            print(show(measured, case.best), flush=True)
+            rows += measured
+            if path:  # after every case, so that a run which is cut off has not been for nothing
+                write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
+    print(f"wrote {path} and {plot(path)}" if path else "--quick: nothing was written")
 
 
-main()
+def cases(op: str, device: Device, quick: bool) -> Iterator[Case]:
+    """An op's cases. Only the shapes for the choice of a backend run the definition, and nobody but our backends."""
+    module = importlib.import_module(f"benchmarks.{op}")
+    for case in module.cases(device):
+        by_size = case.shape.startswith(BY_SIZE)
+        case.providers = {
+            name: provider
+            for name, provider in case.providers.items()
+            if (name.startswith(OURS) if by_size else name != f"{OURS}: reference")
+        }
+        if not quick or case.shape == BY_SIZE + next(iter(module.SHAPES["sizes"])):
+            yield case
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

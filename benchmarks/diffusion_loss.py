@@ -1,58 +1,82 @@
 """diffusion_loss: MAR's loss on Harmon's rows, noising included."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 
-from benchmarks.runner import Case, compiled, gradients
-from benchmarks.shapes import DIFFUSION
+from benchmarks.devices import Device
+from benchmarks.rows import BOTH
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import DIFFUSION as SHAPES
+from benchmarks.shapes import shapes
 from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule
 from reca_kernels.reference import diffusion_loss as reference
 
-BEST_EAGER = "eager, one gather"
 
-
-def cases():
-    for name, s in DIFFUSION.items():
-        generator = torch.Generator().manual_seed(0)
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
         count, channels = s["samples"] * s["repeats"], s["channels"]
-        x0 = torch.randn(s["samples"], channels, generator=generator) * 0.5
-        rows = torch.arange(count) % s["samples"]
-        t = torch.randint(0, 1000, (count,), generator=generator)
-        out = torch.randn(count, 2 * channels, generator=generator).requires_grad_()
-        table = diffusion_schedule()
-        noise = Philox(torch.tensor(5), torch.arange(count), 4)
+        for dtype in s["dtypes"]:
 
-        def ours(x0=x0, t=t, rows=rows, noise=noise, out=out, table=table):
-            x_t = diffusion_prepare(x0, t, noise, table, rows=rows)
-            return x_t, *gradients(diffusion_loss(out, x0, t, noise, table, rows=rows), out)
+            def inputs(seed, s=s, count=count, channels=channels, dtype=dtype):
+                generator = torch.Generator(place).manual_seed(seed)
+                out = torch.randn(count, 2 * channels, generator=generator, device=place).to(dtype)
+                return SimpleNamespace(
+                    x0=torch.randn(s["samples"], channels, generator=generator, device=place) * 0.5,
+                    rows=torch.arange(count, device=place) % s["samples"],
+                    t=torch.randint(0, 1000, (count,), generator=generator, device=place),
+                    out=out.requires_grad_(),
+                    table=diffusion_schedule(device=place),
+                    noise=Philox(torch.tensor(seed, device=place), torch.arange(count, device=place), 4),
+                )
 
-        def formula(x0, t, rows, out, table):
-            eps = torch.randn(len(t), x0.shape[1])
-            x_t = reference.prepare(x0, t, eps, table, rows)
-            return x_t, reference.losses(out, x0, t, eps, table, rows).mean()
+            def run(x, backend):
+                x_t = diffusion_prepare(x.x0, x.t, x.noise, x.table, rows=x.rows, backend=backend)
+                return x_t, diffusion_loss(x.out, x.x0, x.t, x.noise, x.table, rows=x.rows, backend=backend)
 
-        def eager(x0=x0, t=t, rows=rows, out=out, table=table):
-            x_t, loss = formula(x0, t, rows, out, table)
-            return x_t, *gradients(loss, out)
+            def exact(x):
+                return run(SimpleNamespace(**{**vars(x), "table": reference.schedule(1000).to(place)}), "reference")
 
-        def upstream(x0=x0, t=t, rows=rows, out=out, table=table):
-            x_t, loss = _as_upstream(x0.repeat(len(t) // len(x0), 1), t, out, table)
-            return x_t, *gradients(loss, out)
+            def upstream(x):
+                return _as_upstream(x.x0.repeat(len(x.t) // len(x.x0), 1), x.t, x.out.float(), x.table)
 
-        fast = compiled(formula)
+            def step(x0, t, rows, out, table):
+                eps = torch.randn(len(t), x0.shape[1], device=place)
+                x_t = reference.prepare(x0, t, eps, table, rows)
+                return x_t, reference.losses(out.float(), x0, t, eps, table, rows).mean()
 
-        def with_compile(x0=x0, t=t, rows=rows, out=out, table=table, fast=fast):
-            x_t, loss = fast(x0, t, rows, out, table)
-            return x_t, *gradients(loss, out)
+            def eager(x, step=step):
+                return step(x.x0, x.t, x.rows, x.out, x.table)
 
-        def exact(x0=x0, t=t, rows=rows, noise=noise, out=out):
-            wide, table, o = x0.double(), reference.schedule(1000), out.detach().double().requires_grad_()
-            x_t = diffusion_prepare(wide, t, noise, table, rows=rows, backend="reference")
-            return x_t, *gradients(diffusion_loss(o, wide, t, noise, table, rows=rows, backend="reference"), o)
+            fast = compiled(step)
 
-        providers = {"ours": ours, "eager as upstream": upstream, BEST_EAGER: eager, "torch.compile": with_compile}
-        yield Case("diffusion_loss", name, "float32", providers, {"ours": exact}, count * (4 * channels * 4 + 2 * 4))
+            def with_compile(x, fast=fast):
+                return fast(x.x0, x.t, x.rows, x.out, x.table)
+
+            yield Case(
+                op="diffusion_loss",
+                shape=name,
+                dtype=str(dtype).removeprefix("torch."),
+                numel=count * 2 * channels,
+                inputs=inputs,
+                leaves=("out",),
+                providers={
+                    **ours("diffusion_loss", device, run),
+                    "eager as upstream": Provider(upstream, exact=False),
+                    "eager, one gather": Provider(eager, exact=False),
+                    "torch.compile": Provider(with_compile, exact=False),
+                },
+                best="eager, one gather",
+                formula=exact,
+                # out and its gradient in its dtype; x0 once per distinct row and pass, x_t; t and rows
+                bytes={
+                    BOTH: 2 * 2 * channels * count * dtype.itemsize
+                    + 4 * channels * (2 * s["samples"] + count)
+                    + 16 * count
+                },
+            )
 
 
 def _as_upstream(x0, t, out, table):
@@ -69,7 +93,9 @@ def _as_upstream(x0, t, out, table):
     log_variance = share * at(7) + (1 - share) * at(6)
     guess = at(2) * x_t - at(3) * predicted.detach()
     mean, truth = at(4) * guess + at(5) * x_t, at(4) * x0 + at(5) * x_t
-    kl = 0.5 * (-1.0 + log_variance - at(6) + torch.exp(at(6) - log_variance) + (truth - mean) ** 2 * torch.exp(-log_variance))
+    kl = 0.5 * (
+        -1.0 + log_variance - at(6) + torch.exp(at(6) - log_variance) + (truth - mean) ** 2 * torch.exp(-log_variance)
+    )
     kl = kl.mean(1) / math.log(2)
     likelihood = -reference._log_bin(x0, mean, log_variance).mean(1) / math.log(2)
     return x_t, (((eps - predicted) ** 2).mean(1) + torch.where(t == 0, likelihood, kl)).mean()

@@ -1,59 +1,80 @@
 """flow_matching: noisy input, then loss and gradient, noise included."""
 
+from types import SimpleNamespace
+
 import torch
 
-from benchmarks.runner import Case, compiled, gradients
-from benchmarks.shapes import FLOW
+from benchmarks.devices import Device
+from benchmarks.rows import BOTH
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import FLOW as SHAPES
+from benchmarks.shapes import shapes
 from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare
 from reca_kernels.reference.flow_matching import tokens
 
-BEST_EAGER = "eager"
 
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
+        patch, counts = s["patch"], torch.tensor([c * h * w for c, h, w in s["sizes"]], device=place)
+        total = int(counts.sum())
+        for dtype in s["dtypes"]:
 
-def cases():
-    for name, s in FLOW.items():
-        generator = torch.Generator().manual_seed(0)
-        images = [torch.randn(size, generator=generator) for size in s["sizes"]]
-        x0 = torch.stack(images) if s["patch"] == 1 else images
-        t, patch = torch.rand(len(images), generator=generator), s["patch"]
-        noise = Philox(torch.tensor(5), torch.arange(len(images)), 4)
-        pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape, generator=generator).requires_grad_()
-        counts = torch.tensor([image.numel() for image in images])
+            def inputs(seed, s=s, dtype=dtype, patch=patch):
+                generator = torch.Generator(place).manual_seed(seed)
+                images = [torch.randn(size, generator=generator, device=place).to(dtype) for size in s["sizes"]]
+                t = torch.rand(len(images), generator=generator, device=place)
+                x = SimpleNamespace(images=images, t=t)
+                x.x0 = torch.stack(images) if patch == 1 else images
+                x.noise = Philox(torch.tensor(seed, device=place), torch.arange(len(images), device=place), 4)
+                shape = flow_matching_prepare(x.x0, t, x.noise, patch=patch).shape
+                x.pred = torch.randn(shape, generator=generator, device=place).to(dtype).requires_grad_()
+                return x
 
-        def ours(x0=x0, t=t, noise=noise, pred=pred, patch=patch):
-            x_t = flow_matching_prepare(x0, t, noise, patch=patch)
-            return x_t, *gradients(flow_matching_loss(pred, x0, t, noise, patch=patch), pred)
+            def run(x, backend, patch=patch):
+                x_t = flow_matching_prepare(x.x0, x.t, x.noise, patch=patch, backend=backend)
+                return x_t, flow_matching_loss(x.pred, x.x0, x.t, x.noise, patch=patch, backend=backend)
 
-        def upstream(images=images, t=t, pred=pred, patch=patch):  # image by image
-            clean = torch.cat([tokens(image, patch) for image in images])
-            levels = torch.cat([level.expand(image.numel()) for level, image in zip(t, images, strict=True)])
-            eps = torch.randn_like(clean)
-            x_t = (1 - levels) * clean + levels * eps
-            error = (pred.flatten() - (eps - clean)) ** 2
-            return x_t, *gradients(error.mean(), pred)
+            def upstream(x, patch=patch):  # image by image
+                clean = torch.cat([tokens(image, patch) for image in x.images])
+                levels = torch.cat([level.expand(image.numel()) for level, image in zip(x.t, x.images, strict=True)])
+                eps = torch.randn_like(clean)
+                x_t = (1 - levels) * clean + levels * eps
+                return x_t, ((x.pred.flatten() - (eps - clean)) ** 2).mean()
 
-        def eager(images=images, t=t, pred=pred, patch=patch, counts=counts):
-            clean = torch.stack(images).flatten(1) if patch == 1 else torch.cat([tokens(i, patch) for i in images])
-            level = t[:, None] if patch == 1 else t.repeat_interleave(counts)
-            eps = torch.randn_like(clean)
-            return torch.lerp(clean, eps, level), *gradients((pred.view_as(clean) - eps).add(clean).square().mean(), pred)
+            def eager(x, patch=patch, counts=counts, total=total):
+                whole = patch == 1
+                clean = x.x0.flatten(1) if whole else torch.cat([tokens(image, patch) for image in x.images])
+                level = x.t[:, None] if whole else x.t.repeat_interleave(counts, output_size=total)
+                eps = torch.randn_like(clean)
+                x_t = torch.lerp(clean, eps, level.to(clean.dtype))
+                return x_t, (x.pred.view_as(clean) - eps).add(clean).square().mean()
 
-        def step(clean, level, pred):
-            eps = torch.randn_like(clean)
-            return (1 - level) * clean + level * eps, (pred - (eps - clean)).square().mean()
+            def step(clean, level, pred):
+                eps = torch.randn_like(clean)
+                return (1 - level) * clean + level * eps, (pred - (eps - clean)).square().mean()
 
-        fast = compiled(step)
+            fast = compiled(step)
 
-        def with_compile(images=images, t=t, pred=pred, patch=patch, counts=counts, fast=fast):
-            clean = torch.cat([tokens(image, patch) for image in images])
-            x_t, loss = fast(clean, t.repeat_interleave(counts), pred.flatten())
-            return x_t, *gradients(loss, pred)
+            def with_compile(x, patch=patch, counts=counts, total=total, fast=fast):
+                clean = torch.cat([tokens(image, patch) for image in x.images])
+                return fast(clean, x.t.repeat_interleave(counts, output_size=total), x.pred.flatten())
 
-        def exact(x0=x0, t=t, noise=noise, pred=pred, patch=patch):
-            wide = x0.double() if isinstance(x0, torch.Tensor) else [x.double() for x in x0]
-            p = pred.detach().double().requires_grad_()
-            x_t = flow_matching_prepare(wide, t.double(), noise, patch=patch, backend="reference")
-            return x_t, *gradients(flow_matching_loss(p, wide, t, noise, patch=patch, backend="reference"), p)
-
-        providers = {"ours": ours, "eager as upstream": upstream, BEST_EAGER: eager, "torch.compile": with_compile}
-        yield Case("flow_matching", name, "float32", providers, {"ours": exact}, 5 * 4 * int(counts.sum()))
+            yield Case(
+                op="flow_matching",
+                shape=name,
+                dtype=str(dtype).removeprefix("torch."),
+                numel=total,
+                inputs=inputs,
+                leaves=("pred",),
+                providers={
+                    **ours("flow_matching", device, run),
+                    "eager as upstream": Provider(upstream, exact=False),
+                    "eager": Provider(eager, exact=False),
+                    "torch.compile": Provider(with_compile, exact=False),
+                },
+                best="eager",
+                formula=lambda x, run=run: run(x, "reference"),
+                # x0 twice, x_t, the prediction and its gradient
+                bytes={BOTH: 5 * dtype.itemsize * total},
+            )

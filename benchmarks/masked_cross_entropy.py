@@ -1,42 +1,102 @@
 """masked_cross_entropy: given logits, some rows with labels."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.runner import Case, compiled, gradients
-from benchmarks.shapes import CROSS_ENTROPY
+from benchmarks.devices import Device
+from benchmarks.rivals import rival
+from benchmarks.rows import BOTH
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import CROSS_ENTROPY as SHAPES
+from benchmarks.shapes import shapes
 from reca_kernels import masked_cross_entropy
 
-BEST_EAGER = "eager, rows gathered"
+LIGER = "liger_kernel.transformers.functional"
 
 
-def cases():
-    for name, s in CROSS_ENTROPY.items():
-        generator = torch.Generator().manual_seed(0)
-        labels = torch.randint(0, s["vocabulary"], (s["rows"],), generator=generator)
-        labels[torch.rand(s["rows"], generator=generator) >= s["labelled"]] = -100
-        keep = labels != -100
-        for dtype in (torch.float32, torch.bfloat16):
-            logits = torch.randn(s["rows"], s["vocabulary"], generator=generator).to(dtype).requires_grad_()
-            wide = logits.detach().double().requires_grad_()
+def labels_for(rows: int, vocabulary: int, labelled: float, generator: torch.Generator) -> torch.Tensor:
+    """[rows], -100 in all but the first round(labelled rows) of a random order: the same number for every seed."""
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator, device=generator.device)
+    order = torch.randperm(rows, generator=generator, device=generator.device)
+    labels[order[round(labelled * rows) :]] = -100
+    return labels
 
-            def upstream(x=logits, labels=labels):  # fp32 copies of all rows, as Show-o's trainer makes them
-                return gradients(F.cross_entropy(x.float(), labels, ignore_index=-100), x)
 
-            def gathered(x=logits, keep=keep, labels=labels):
-                return gradients(F.cross_entropy(x[keep].float(), labels[keep]), x)
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
+        for dtype in s["dtypes"]:
 
-            def exact(x=wide, labels=labels):
-                return gradients(F.cross_entropy(x, labels, ignore_index=-100), x)
+            def inputs(seed, s=s, dtype=dtype):
+                generator = torch.Generator(place).manual_seed(seed)
+                labels = labels_for(s["rows"], s["vocabulary"], s["labelled"], generator)
+                logits = torch.randn(s["rows"], s["vocabulary"], generator=generator, device=place).to(dtype)
+                return SimpleNamespace(logits=logits.requires_grad_(), labels=labels, keep=labels != -100)
 
-            fast = compiled(lambda x, labels=labels: F.cross_entropy(x.float(), labels, ignore_index=-100))
-            providers = {
-                "ours": lambda x=logits, labels=labels: gradients(masked_cross_entropy(x, labels), x),
-                "eager as upstream": upstream,
-                BEST_EAGER: gathered,
-                "torch.compile": lambda x=logits, f=fast: gradients(f(x), x),
-            }
-            moved = (2 * int(keep.sum()) + s["rows"]) * s["vocabulary"] * logits.element_size()
+            def run(x, backend):
+                return (masked_cross_entropy(x.logits, x.labels, backend=backend),)
+
+            def upstream(x):  # fp32 copies of all rows, as Show-o's trainer makes them
+                return (F.cross_entropy(x.logits.float(), x.labels, ignore_index=-100),)
+
+            def gathered(x):
+                return (F.cross_entropy(x.logits[x.keep].float(), x.labels[x.keep]),)
+
+            def exact(x):
+                return (F.cross_entropy(x.logits[x.keep], x.labels[x.keep]),)
+
+            def step(logits, labels):
+                return F.cross_entropy(logits.float(), labels, ignore_index=-100)
+
+            fast = compiled(step)
+
+            def with_compile(x, fast=fast):
+                return (fast(x.logits, x.labels),)
+
+            count = round(s["labelled"] * s["rows"])
             yield Case(
-                "masked_cross_entropy", name, str(dtype).removeprefix("torch."), providers, dict.fromkeys(providers, exact), moved
+                op="masked_cross_entropy",
+                shape=name,
+                dtype=str(dtype).removeprefix("torch."),
+                numel=s["rows"] * s["vocabulary"],
+                inputs=inputs,
+                leaves=("logits",),
+                providers={
+                    **ours("masked_cross_entropy", device, run),
+                    "eager as upstream": Provider(upstream),
+                    "eager, rows gathered": Provider(gathered),
+                    "torch.compile": Provider(with_compile),
+                    "Liger": rival("liger-kernel", LIGER, device, _liger, own_inputs=True),
+                    "quack": rival("quack-kernels", "quack.cross_entropy", device, _quack),
+                    "apex": rival("apex", "apex.contrib.xentropy", device, _apex),
+                    "flash-attn": rival("flash-attn", "flash_attn.ops.triton.cross_entropy", device, _flash),
+                },
+                best="eager, rows gathered",
+                formula=exact,
+                # labelled rows read, all rows of the gradient written
+                bytes={BOTH: (count + s["rows"]) * s["vocabulary"] * dtype.itemsize},
             )
+
+
+def _liger(module):
+    return lambda x: (module.liger_cross_entropy(x.logits, x.labels, ignore_index=-100),)
+
+
+def _quack(module):
+    return lambda x: (module.cross_entropy(x.logits, x.labels, ignore_index=-100, reduction="mean"),)
+
+
+def _apex(module):
+    """It reads the logit of every label, so an ignored one must be a class: 0, whose loss is then left out."""
+
+    def run(x):
+        losses = module.SoftmaxCrossEntropyLoss.apply(x.logits, x.labels.clamp(min=0), 0.0, -1, True)
+        return ((losses * x.keep).sum() / x.keep.sum(),)
+
+    return run
+
+
+def _flash(module):
+    return lambda x: (module.cross_entropy_loss(x.logits, x.labels, ignore_index=-100)[0].sum() / x.keep.sum(),)

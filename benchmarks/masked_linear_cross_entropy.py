@@ -1,50 +1,121 @@
 """masked_linear_cross_entropy: output head and cross-entropy in one, logits never kept."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.runner import Case, compiled, gradients
-from benchmarks.shapes import LINEAR_CROSS_ENTROPY
+from benchmarks.devices import Device
+from benchmarks.masked_cross_entropy import LIGER, labels_for
+from benchmarks.rivals import rival
+from benchmarks.rows import BOTH
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import LINEAR_CROSS_ENTROPY as SHAPES
+from benchmarks.shapes import shapes
 from reca_kernels import masked_linear_cross_entropy
 
-BEST_EAGER = "eager, rows gathered"
+
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
+        for dtype in s["dtypes"]:
+
+            def inputs(seed, s=s, dtype=dtype):
+                generator = torch.Generator(place).manual_seed(seed)
+
+                def drawn(*shape):
+                    return torch.randn(shape, generator=generator, device=place)
+
+                labels = labels_for(s["rows"], s["vocabulary"], s["labelled"], generator)
+                return SimpleNamespace(
+                    hidden=drawn(s["rows"], s["hidden"]).to(dtype).requires_grad_(),
+                    weight=(drawn(s["vocabulary"], s["hidden"]) * 0.02).to(dtype).requires_grad_(),
+                    bias=(drawn(s["vocabulary"]) * 0.02).to(dtype).requires_grad_() if s["bias"] else None,
+                    labels=labels,
+                    keep=labels != -100,
+                )
+
+            def run(x, backend):
+                return (masked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, backend=backend),)
+
+            def upstream(x):  # logits of all rows, in fp32
+                return (F.cross_entropy(F.linear(x.hidden, x.weight, x.bias).float(), x.labels, ignore_index=-100),)
+
+            def gathered(x):
+                return (F.cross_entropy(F.linear(x.hidden[x.keep], x.weight, x.bias).float(), x.labels[x.keep]),)
+
+            def exact(x):
+                return (F.cross_entropy(F.linear(x.hidden[x.keep], x.weight, x.bias), x.labels[x.keep]),)
+
+            def step(hidden, weight, bias, labels):
+                return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels, ignore_index=-100)
+
+            fast = compiled(step)
+
+            def with_compile(x, fast=fast):
+                return (fast(x.hidden, x.weight, x.bias, x.labels),)
+
+            products = round(s["labelled"] * s["rows"]) * s["vocabulary"] * s["hidden"]
+            sizes = (2 * s["rows"] + 2 * s["vocabulary"]) * s["hidden"] + (2 * s["vocabulary"] if s["bias"] else 0)
+            yield Case(
+                op="masked_linear_cross_entropy",
+                shape=name,
+                dtype=str(dtype).removeprefix("torch."),
+                numel=s["rows"] * s["hidden"],
+                inputs=inputs,
+                leaves=("hidden", "weight", "bias") if s["bias"] else ("hidden", "weight"),
+                providers={
+                    **ours("masked_linear_cross_entropy", device, run),
+                    "eager as upstream": Provider(upstream),
+                    "eager, rows gathered": Provider(gathered),
+                    "torch.compile": Provider(with_compile),
+                    "F.linear_cross_entropy": _torch(),
+                    "Liger": rival("liger-kernel", LIGER, device, _liger),
+                    "CCE": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce")),
+                    "CCE, exact": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce_exact")),
+                    "quack": "takes no bias (quack-kernels)"
+                    if s["bias"]
+                    else rival("quack-kernels", "quack.linear_cross_entropy", device, _quack),
+                },
+                best="eager, rows gathered",
+                formula=exact,
+                # hidden, weight and bias read once, their gradients written once; one product forward, two backward
+                bytes={BOTH: sizes * dtype.itemsize},
+                flops={BOTH: 6 * products},
+            )
 
 
-def cases():
-    for name, s in LINEAR_CROSS_ENTROPY.items():
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(s["rows"], s["hidden"], generator=generator).requires_grad_()
-        weight = (torch.randn(s["vocabulary"], s["hidden"], generator=generator) * 0.02).requires_grad_()
-        bias = torch.zeros(s["vocabulary"]).requires_grad_()
-        labels = torch.randint(0, s["vocabulary"], (s["rows"],), generator=generator)
-        labels[torch.rand(s["rows"], generator=generator) >= s["labelled"]] = -100
-        keep, leaves = labels != -100, (hidden, weight, bias)
+def _torch() -> Provider | str:
+    """torch's own, which works on chunks of rows when it is given options."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"not in torch {torch.__version__}"
+    options = torch.nn.LinearCrossEntropyOptions()
 
-        def upstream(leaves=leaves, labels=labels):  # logits of all rows, in fp32
-            return gradients(F.cross_entropy(F.linear(*leaves).float(), labels, ignore_index=-100), *leaves)
+    def run(x):
+        settings = {"linear_bias": x.bias, "ignore_index": -100, "options": options}
+        return (F.linear_cross_entropy(x.hidden, x.weight, x.labels, **settings),)
 
-        def gathered(leaves=leaves, labels=labels, keep=keep):
-            h, w, b = leaves
-            return gradients(F.cross_entropy(F.linear(h[keep], w, b), labels[keep]), *leaves)
+    return Provider(run)
 
-        fast = compiled(lambda h, w, b, labels=labels: F.cross_entropy(F.linear(h, w, b), labels, ignore_index=-100))
 
-        wide = [x.detach().double().requires_grad_() for x in leaves]
+def _liger(module):
+    return lambda x: (
+        module.liger_fused_linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, ignore_index=-100),
+    )
 
-        def exact(leaves=wide, labels=labels, keep=keep):
-            h, w, b = leaves
-            return gradients(F.cross_entropy(F.linear(h[keep], w, b), labels[keep]), *leaves)
 
-        def ours(leaves=leaves, labels=labels):
-            h, w, b = leaves
-            return gradients(masked_linear_cross_entropy(h, w, labels, b), *leaves)
-
-        providers = {
-            "ours": ours,
-            "eager as upstream": upstream,
-            BEST_EAGER: gathered,
-            "torch.compile": lambda leaves=leaves, f=fast: gradients(f(*leaves), *leaves),
-        }
-        yield Case(
-            "masked_linear_cross_entropy", name, "float32", providers, dict.fromkeys(providers, exact), 3 * weight.numel() * 4
+def _cce(implementation: str):
+    """ "cce" leaves out gradients too small to matter, "cce_exact" does not."""
+    return lambda module: (
+        lambda x: (
+            module.linear_cross_entropy(
+                x.hidden, x.weight, x.labels, bias=x.bias, ignore_index=-100, impl=implementation
+            ),
         )
+    )
+
+
+def _quack(module):
+    return lambda x: (
+        module.chunked_linear_cross_entropy(x.hidden, x.weight, x.labels, ignore_index=-100, reduction="mean"),
+    )

@@ -1,8 +1,9 @@
-"""Bars of a result file: every provider's time as a multiple of ours."""
+"""Bars of a result file: every provider's time as a multiple of ours, and the floor as a line."""
 
-import csv
 from collections import defaultdict
 from pathlib import Path
+
+from benchmarks.rows import BY_SIZE, CEILING, OURS, Row, complete, floor_ms, read
 
 
 def plot(path: Path) -> Path:
@@ -12,20 +13,31 @@ def plot(path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases: dict[str, dict[str, float]] = defaultdict(dict)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            if row["ms_p50"]:
-                cases[f"{row['op']}\n{row['shape']}, {row['dtype']}"][row["provider"]] = float(row["ms_p50"])
-    figure, axes = plt.subplots(len(cases), 1, figsize=(9, 1.5 * len(cases)), squeeze=False)
-    for axis, (case, times) in zip(axes[:, 0], cases.items(), strict=True):
-        names = list(times)[::-1]
-        ratios = [times[name] / times["ours"] for name in names]
-        bars = axis.barh(names, ratios, color=["tab:green" if name == "ours" else "tab:gray" for name in names])
-        axis.bar_label(bars, [f"{ratio:.2f} x, {times[name]:.1f} ms" for name, ratio in zip(names, ratios, strict=True)], padding=3)
+    cases = _cases(read(path))
+    figure, axes = plt.subplots(max(len(cases), 1), 1, figsize=(9, 1.6 * max(len(cases), 1)), squeeze=False)
+    for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=False):
+        base = min((row.ms_p50 for row in rows if row.provider.startswith(OURS)), default=rows[0].ms_p50)
+        rows = rows[::-1]
+        ratios = [row.ms_p50 / base for row in rows]
+        colors = ["tab:green" if row.provider.startswith(OURS) else "tab:gray" for row in rows]
+        bars = axis.barh([row.provider for row in rows], ratios, color=colors)
+        labels = [f"{ratio:.2f} x, {row.ms_p50:.4g} ms" for ratio, row in zip(ratios, rows, strict=True)]
+        axis.bar_label(bars, labels, padding=3)
+        if floor := floor_ms(rows[0]):
+            axis.axvline(floor / base, color="tab:red", linewidth=1)
         axis.set_title(case, fontsize=9, loc="left")
         axis.set_xlim(0, 1.3 * max(ratios))
     figure.tight_layout()
     out = path.with_suffix(".png")
     figure.savefig(out, dpi=110)
+    plt.close(figure)
     return out
+
+
+def _cases(rows: list[Row]) -> dict[str, list[Row]]:
+    """The timed rows of complete calls, per case and clock, without those that only choose a backend by size."""
+    cases: dict[str, list[Row]] = defaultdict(list)
+    for row in complete(rows):
+        if row.op != CEILING and not row.shape.startswith(BY_SIZE):
+            cases[f"{row.op}\n{row.shape}, {row.dtype}, {row.timing}"].append(row)
+    return cases

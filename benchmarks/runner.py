@@ -1,163 +1,328 @@
-"""One protocol for all ops: providers take turns, medians with p20 and p80, peak memory, error against fp64."""
+"""One protocol for all ops and devices: providers take turns, medians with p20 and p80, peak memory, fp64 errors.
 
+Every input is random and none is zero. Timed calls take turns through input sets that together are twice the last
+cache, so nobody finds inputs in the cache that the call before left there. Three calls come before the first timed one.
+"""
+
+import itertools
+import math
 import os
-import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import date
-from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no lines of the profiler's own between the tables
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-RESULTS = Path(__file__).parent / "results"
-WARMUPS, ROUNDS = 2, 9
-SLOW, SLOW_ROUNDS = 5.0, 5  # a round of all providers that takes more seconds is repeated less
+from benchmarks.devices import Ceilings, Device
+from benchmarks.rows import BACKWARD, BOTH, CEILING, FORWARD, OURS, RESULTS, Row
+from reca_kernels import dispatch
+
+ROUNDS = ((500.0, 25), (5000.0, 9), (20_000.0, 5), (math.inf, 3))  # the longer a round takes, in ms, the fewer
+MOST_SETS = 64
+SMALL_MS = 0.05  # of a shorter floor, launches would be most of what is measured: replayed from a graph, too
+
+
+class Provider(NamedTuple):
+    """One way to compute an op.
+
+    run         inputs -> results, the differentiable one last
+    own_inputs  it writes over its inputs, so it gets copies that nobody else reads
+    exact       whether the case's fp64 formula says what it must give; not when it draws its own noise
+    """
+
+    run: Callable[[SimpleNamespace], tuple[Tensor, ...]]
+    own_inputs: bool = False
+    exact: bool = True
 
 
 @dataclass
 class Case:
     """One op at one shape in one dtype.
 
-    providers   name -> function without arguments that runs forward and backward once and returns (loss or output,
-                gradients), or a string: why it cannot run here
-    exact       provider -> the same in fp64, for its error. One that draws noise of its own has none.
-    bytes       what any implementation must read and write at least
+    numel        elements of the tensor by whose size a backend is chosen
+    inputs       seed -> a set of inputs; `grad`, where there is one, is the upstream gradient
+    leaves       names of the inputs that get gradients
+    providers    name -> Provider, or a string: why it cannot run here
+    best         which provider is the best one in eager PyTorch
+    formula      inputs -> results; run on the inputs in fp64 it gives what providers are compared with
+    bytes,flops  mode -> what any implementation must move or compute at least. Losses may make their gradient in the
+                 forward pass, so only both passes together can be counted.
     """
 
     op: str
     shape: str
     dtype: str
-    providers: dict[str, Callable[[], tuple[Tensor, ...]] | str]
-    exact: dict[str, Callable[[], tuple[Tensor, ...]]]
-    bytes: int
+    numel: int
+    inputs: Callable[[int], SimpleNamespace]
+    leaves: tuple[str, ...]
+    providers: dict[str, Provider | str]
+    best: str
+    formula: Callable[[SimpleNamespace], tuple[Tensor, ...]]
+    bytes: dict[str, int]
+    flops: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> str:
+        """The mode of a complete call."""
+        return BOTH if self.leaves else FORWARD
+
+
+def ours(op: str, device: Device, run: Callable[[SimpleNamespace, str], tuple], **options) -> dict[str, Provider | str]:
+    """ "ours: BACKEND" for the backends of a device and the definition; run takes the inputs and the backend's name."""
+    found: dict[str, Provider | str] = {}
+    for backend in (*device.backends, "reference"):
+        reason = dispatch.unusable(op, backend, device.torch_device.type)
+        found[f"{OURS}: {backend}"] = reason or Provider(lambda x, b=backend: run(x, b), **options)
+    return found
+
+
+def facts(device: Device, threads: int, command: str) -> dict:
+    """What every row of a run says about where it was made."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        **device.facts(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+        "command": command,
+    }
+
+
+def _commit() -> str:
+    """The commit, RECA_COMMIT where the code lies outside a repository; "+" when files differ from it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+    try:
+        name = git("rev-parse", "--short", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    except FileNotFoundError:
+        name = ""
+    return name + ("+" if changed else "") if name else os.environ.get("RECA_COMMIT", "unknown")
+
+
+def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds: int | None = None) -> list[Row]:
+    """Rows of every provider: forward, backward, both, or one that says why it did not run. rounds: default by time."""
+    torch.compiler.reset()  # its limit of recompilations counts per function, and cases share functions
+    sets = _sets(case, device)
+    floor = ceilings.floor_ms(case.bytes[case.whole], case.flops.get(case.whole, 0), case.dtype)
+    trials: list[_Trial] = []
+    able = {name: provider for name, provider in case.providers.items() if not isinstance(provider, str)}
+    reasons = {name: provider for name, provider in case.providers.items() if isinstance(provider, str)}
+    exact = _exact(case, sets[0]) if any(provider.exact for provider in able.values()) else ""
+    for name, provider in able.items():
+        try:
+            trials += _trials(case, name, provider, device, sets, floor, exact)
+        except Exception as error:
+            reasons[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+        device.free()
+    exact = None
+    device.free()
+    _take_turns(trials, rounds)
+    return [
+        Row(case.op, case.shape, name, mode, case.dtype, numel=case.numel, **columns, **about)
+        for name in case.providers
+        for mode, columns in _columns(case, [t for t in trials if t.name == name], reasons.get(name), ceilings)
+    ]
 
 
 @dataclass
-class Row:
-    op: str
-    shape: str
-    provider: str
-    mode: str
-    dtype: str
-    ms_p50: float | str
-    ms_p20: float | str
-    ms_p80: float | str
-    gb_per_s: float | str
-    peak_mb: float | str
-    relative_error: float | str
-    note: str
-    device: str
-    threads: int
-    torch: str
-    commit: str
-    date: str
+class _Trial:
+    """One provider under one clock, and what was measured."""
+
+    name: str
+    timing: str
+    time: Callable[[], tuple[float, float]]
+    peak: float
+    error: float | str
+    note: str = ""
+    times: list[tuple[float, float]] = field(default_factory=list)
 
 
-COLUMNS = [f.name for f in fields(Row)]
+def _exact(case: Case, inputs: SimpleNamespace) -> tuple[Tensor, ...] | str:
+    """What the formula gives in fp64, or why not: it may need more memory than there is."""
+    try:
+        return _results(case, case.formula, _wide(inputs, case.leaves))
+    except torch.OutOfMemoryError as error:
+        return f"no error: fp64 formula: {_first_line(error)}"
 
 
-def measure(case: Case, threads: int) -> list[Row]:
-    """A row per provider. Providers run in turn within every round, so a slow moment of the machine meets them all."""
-    able = {name: run for name, run in case.providers.items() if callable(run)}
-    errors = _errors(case, able)
-    peaks = {name: _peak_mb(run) for name, run in able.items()}
-    for _ in range(WARMUPS):
-        began = time.perf_counter()
-        for run in able.values():
-            run()
-        slow = time.perf_counter() - began > SLOW
-    times: dict[str, list[float]] = {name: [] for name in able}
-    names = list(able)
-    for i in range(SLOW_ROUNDS if slow else ROUNDS):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            began = time.perf_counter()
-            able[name]()
-            times[name].append(1e3 * (time.perf_counter() - began))
-    rows = []
-    for name, run in case.providers.items():
-        common = {"op": case.op, "shape": case.shape, "provider": name, "mode": "forward+backward", "dtype": case.dtype}
-        if not callable(run):
-            rows.append(Row(**common, ms_p50="", ms_p20="", ms_p80="", gb_per_s="", peak_mb="", relative_error="", note=run, **_machine(threads)))
-            continue
-        p20, p50, p80 = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
-        rows.append(
-            Row(
-                **common,
-                ms_p50=round(p50, 3),
-                ms_p20=round(p20, 3),
-                ms_p80=round(p80, 3),
-                gb_per_s=round(case.bytes / p50 / 1e6, 2),
-                peak_mb=round(peaks[name], 1),
-                relative_error=float(f"{errors[name]:.2e}") if name in errors else "",
-                note="",
-                **_machine(threads),
-            )
-        )
-    return rows
+def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
+    if provider.own_inputs:
+        sets = [case.inputs(seed) for seed in range(len(sets))]
+    found = _results(case, provider.run, sets[0])
+    error = _error(found, exact) if provider.exact and not isinstance(exact, str) else ""
+    del found
+    peak = device.peak_mb(lambda: _results(case, provider.run, sets[0]))  # two calls
+
+    def backward(x: SimpleNamespace, results: tuple) -> tuple:
+        return _gradients(case, x, results)
+
+    inputs = itertools.cycle(sets)
+    clock = "events" if device.graphs else "clock"
+    note = exact if provider.exact and isinstance(exact, str) else ""
+    made = [_Trial(name, clock, lambda: device.time(provider.run, backward, inputs), peak, error, note)]
+    if device.graphs and floor < SMALL_MS:
+        try:
+            replay = device.captured(provider.run, backward, sets, floor)
+            made.append(_Trial(name, "graph", lambda: replay(provider.run, backward, inputs), peak, error))
+        except RuntimeError as refused:
+            made[0].note = f"no graph: {_first_line(refused)}"
+    return made
+
+
+def _take_turns(trials: list[_Trial], rounds: int | None) -> None:
+    """Every two rounds start one trial later, the second of them goes backwards: all stand as early as late."""
+    done = 0
+    while trials and (rounds is None or done < rounds):
+        start = done // 2 % len(trials)
+        order = trials[start:] + trials[:start]
+        for trial in order if done % 2 == 0 else reversed(order):
+            trial.times.append(trial.time())
+        done += 1
+        if rounds is None:
+            took = sum(map(sum, (trial.times[0] for trial in trials)))
+            rounds = next(count for limit, count in ROUNDS if took < limit)
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]
+
+
+def _columns(case: Case, trials: list[_Trial], reason: str | None, ceilings: Ceilings) -> Iterator[tuple[str, dict]]:
+    if reason is not None:
+        yield case.whole, {"note": reason}
+        return
+    for trial in trials:
+        passes = {FORWARD: [f for f, _ in trial.times]}
+        if case.leaves:
+            passes |= {BACKWARD: [b for _, b in trial.times], BOTH: [f + b for f, b in trial.times]}
+        for mode, times in passes.items():
+            p20, p50, p80 = percentiles(times)
+            columns = {"timing": trial.timing, "ms_p50": _digits(p50), "ms_p20": _digits(p20), "ms_p80": _digits(p80)}
+            if moved := case.bytes.get(mode):
+                rate = moved / p50 / 1e6
+                columns |= {"bytes": moved, "gb_per_s": _digits(rate)}
+                columns |= {"percent_copy": _digits(100 * rate / ceilings.copy)}
+            if flops := case.flops.get(mode):
+                rate, most = flops / p50 / 1e9, ceilings.gemm[case.dtype]
+                columns |= {"flops": flops, "tflop_per_s": _digits(rate), "percent_gemm": _digits(100 * rate / most)}
+            if mode == case.whole:
+                columns |= {"peak_mb": round(trial.peak, 2), "relative_error": trial.error, "note": trial.note}
+            yield mode, columns
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _digits(x: float) -> float:
+    """Four significant digits."""
+    return float(f"{x:.4g}")
+
+
+def ceiling_rows(ceilings: Ceilings, about: dict) -> list[Row]:
+    rows = [Row(CEILING, "copy", "torch", FORWARD, "float32", gb_per_s=_digits(ceilings.copy), **about)]
+    return rows + [
+        Row(CEILING, "matrix product", "torch", FORWARD, dtype, tflop_per_s=_digits(rate), **about)
+        for dtype, rate in ceilings.gemm.items()
+    ]
+
+
+def _sets(case: Case, device: Device) -> list[SimpleNamespace]:
+    sets = [case.inputs(0)]
+    size = sum(x.numel() * x.element_size() for x in _tensors(sets[0]))
+    count = min(MOST_SETS, -(-2 * device.cache_bytes() // max(size, 1)))
+    return sets + [case.inputs(seed) for seed in range(1, count)]
+
+
+def _tensors(inputs: SimpleNamespace) -> Iterator[Tensor]:
+    for value in vars(inputs).values():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _wide(inputs: SimpleNamespace, leaves: tuple[str, ...]) -> SimpleNamespace:
+    """The inputs with every floating tensor in fp64."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, list):
+            return [widen(item) for item in value]
+        return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    wide = SimpleNamespace(**{name: widen(value) for name, value in vars(inputs).items()})
+    for name in leaves:
+        getattr(wide, name).requires_grad_()
+    return wide
+
+
+def _gradients(case: Case, inputs: SimpleNamespace, results: tuple) -> tuple[Tensor, ...]:
+    if not case.leaves:
+        return ()
+    leaves = [getattr(inputs, name) for name in case.leaves]
+    # Contiguous, as the products need them that come before: the gradient of cat is a view.
+    return tuple(g.contiguous() for g in torch.autograd.grad(results[-1], leaves, getattr(inputs, "grad", None)))
+
+
+def _results(case: Case, run: Callable, inputs: SimpleNamespace) -> tuple[Tensor, ...]:
+    results = run(inputs)
+    return *(r.detach() for r in results), *_gradients(case, inputs, results)
+
+
+def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """Largest relative Frobenius error over results and gradients; part by part, as fp64 copies are large."""
+    errors = []
+    for a, b in zip(found, exact, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"a result has shape {list(a.shape)}, expected {list(b.shape)}")
+        off = size = 0.0
+        for part, right in zip(a.reshape(-1).split(1 << 26), b.reshape(-1).split(1 << 26), strict=True):
+            off += float((part.double() - right).square().sum())
+            size += float(right.square().sum())
+        errors.append((off / max(size, 1e-60)) ** 0.5)
+    worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return float(f"{worst:.2e}")
 
 
 def show(rows: list[Row], best: str) -> str:
-    """A table of one case, with every provider's time as a multiple of ours."""
-    ours = next(row for row in rows if row.provider == "ours")
-    lines = [f"{ours.op} {ours.shape} {ours.dtype}"]
-    for row in rows:
-        if row.note:
-            lines.append(f"  {row.provider:<22} {row.note}")
-            continue
-        ratio = f"{row.ms_p50 / ours.ms_p50:5.2f} x" + (" (best eager)" if row.provider == best else "")
-        lines.append(
-            f"  {row.provider:<22} {row.ms_p50:9.2f} ms [{row.ms_p20:.2f}, {row.ms_p80:.2f}]  peak {row.peak_mb:8.1f} MB"
-            f"  error {'-' if row.relative_error == '' else row.relative_error:>8}  {ratio}"
-        )
+    """A table of one case, with every provider's time as a multiple of our fastest backend's."""
+    lines = [f"{rows[0].op} {rows[0].shape} {rows[0].dtype}"]
+    whole = rows[0].mode if all(row.mode == FORWARD for row in rows) else BOTH
+    for timing in dict.fromkeys(row.timing for row in rows):
+        group = [row for row in rows if row.timing == timing and row.mode == whole]
+        base = min((row.ms_p50 for row in group if row.provider.startswith(OURS) and row.ms_p50 != ""), default=None)
+        for row in group:
+            if row.ms_p50 == "":
+                lines.append(f"  {row.provider:<26} {row.note}")
+                continue
+            rates = f"  {row.gb_per_s:8.4g} GB/s {row.percent_copy:5.1f} %" if row.gb_per_s != "" else ""
+            if row.tflop_per_s != "":
+                rates += f" {row.tflop_per_s:8.4g} TFLOP/s {row.percent_gemm:5.1f} %"
+            ratio = f"{row.ms_p50 / base:6.2f} x" if base else ""
+            error = "-" if row.relative_error == "" else row.relative_error
+            lines.append(
+                f"  {row.provider:<26} {row.ms_p50:9.4g} ms [{row.ms_p20:.4g}, {row.ms_p80:.4g}] {timing}{rates}"
+                f"  peak {row.peak_mb:8.1f} MB  error {error:>8}  {ratio}"
+                + (" (best eager)" if row.provider == best else "")
+                + (f"  {row.note}" if row.note else "")
+            )
     return "\n".join(lines)
 
 
 def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
-
-
-def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    """(loss, gradient of every leaf)."""
-    return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-
-def _errors(case: Case, able: dict[str, Callable]) -> dict[str, float]:
-    """Largest relative Frobenius error over a provider's results."""
-    made: dict[Callable, tuple[Tensor, ...]] = {}
-    found = {}
-    for name, exact in case.exact.items():
-        made[exact] = made.get(exact) or exact()
-        pairs = zip(able[name](), made[exact], strict=True)
-        found[name] = max(float((a.double() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
-    return found
-
-
-def _peak_mb(run: Callable) -> float:
-    """Largest sum of live allocations while it runs, above what lived before, in 1e6 bytes."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = run()
-        del result
-    live = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak / 1e6
-
-
-def _machine(threads: int) -> dict:
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    return {"device": name, "threads": threads, "torch": torch.__version__, "commit": commit, "date": date.today().isoformat()}
-
-
-def as_dict(row: Row) -> dict:
-    return asdict(row)

@@ -1,56 +1,107 @@
-"""template_concat: token embeddings and h_v into one sequence; table frozen, and trained."""
+"""template_concat: token embeddings and h_v into one sequence; table frozen, and trained; with additive rows."""
+
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.runner import Case, compiled
-from benchmarks.shapes import CONCAT
+from benchmarks.devices import Device
+from benchmarks.rows import BACKWARD, BOTH, FORWARD
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import CONCAT as SHAPES
+from benchmarks.shapes import shapes
 from reca_kernels import TextSegment, VisualSegment, concat_plan, template_concat
 
-BEST_EAGER = "eager, one cat"
+HEAD = 2  # words before the visual rows
 
 
-def cases():
-    for name, s in CONCAT.items():
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, s["vocabulary"], (s["batch"], s["text"] + s["image"]), generator=generator)
-        text, image = ids[:, : s["text"]], ids[:, s["text"] :]
-        plan = concat_plan([[TextSegment(t[:2]), VisualSegment(s["visual"]), TextSegment(torch.cat((t[2:], i)))] for t, i in zip(text, image, strict=True)])
-        src = plan.src.view(s["batch"], -1)
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
         for trained in s["trained"]:
-            table = torch.randn(s["vocabulary"], s["hidden"], generator=generator).requires_grad_(trained)
-            visual = torch.randn(s["batch"], s["visual"], s["hidden"], generator=generator).requires_grad_()
-            leaves = (visual, table) if trained else (visual,)
-            grad = torch.randn(s["batch"], src.shape[1], s["hidden"], generator=generator)
+            for dtype in s["dtypes"]:
+                yield _case(device, name + (", table trained" if trained else ""), s, trained, dtype, place)
 
-            def both(x, leaves=leaves, grad=grad):
-                # Contiguous, as the products need them that come before: cat's own gradient is a view.
-                return x.detach(), *(g.contiguous() for g in torch.autograd.grad(x, leaves, grad))
 
-            def one_cat(table, visual, ids=ids):
-                e = F.embedding(ids, table)
-                return torch.cat((e[:, :2], visual, e[:, 2:]), dim=1)
+def _case(device, name, s, trained, dtype, place) -> Case:
+    batch, hidden, n, added = s["batch"], s["hidden"], s["visual"], s.get("added", 0)
 
-            def scattered(table, visual, src=src, ids=ids):  # zeros, then two boolean scatters, as OpenUni does
-                x = torch.zeros(*src.shape, table.shape[1])
-                x[src >= 0] = F.embedding(ids, table).flatten(0, 1)
-                x[src < 0] = visual.flatten(0, 1)
-                return x
+    def inputs(seed):
+        generator = torch.Generator(place).manual_seed(seed)
 
-            fast = compiled(one_cat)
-            moved = (src.numel() * 2 + visual.numel() // s["hidden"] * 2) * s["hidden"] * 4
-            providers = {
-                "ours": lambda t=table, v=visual, src=src, both=both: both(template_concat(t, v, src)),
-                "eager as upstream": lambda t=table, v=visual, both=both, f=scattered: both(f(t, v)),
-                BEST_EAGER: lambda t=table, v=visual, both=both, f=one_cat: both(f(t, v)),
-                "torch.compile": lambda t=table, v=visual, both=both, f=fast: both(f(t, v)),
-            }
+        def drawn(*shape):
+            return torch.randn(shape, generator=generator, device=place).to(dtype)
 
-            def exact(leaves=leaves, table=table, grad=grad, f=one_cat):
-                wide = [x.detach().double().requires_grad_() for x in leaves]
-                x = f(wide[1] if len(wide) > 1 else table.double(), wide[0])
-                return x.detach(), *torch.autograd.grad(x, wide, grad.double())
+        words = s["text"] + s["image"]
+        ids = torch.randint(0, s["vocabulary"], (batch, words), generator=generator, device=place)
+        plan = concat_plan([[TextSegment(row[:HEAD]), VisualSegment(n), TextSegment(row[HEAD:])] for row in ids.cpu()])
+        src = plan.src.view(batch, -1).to(place)
+        x = SimpleNamespace(
+            table=drawn(s["vocabulary"], hidden).requires_grad_(trained),
+            visual=drawn(batch, n, hidden).requires_grad_(),
+            ids=ids,
+            src=src,
+            grad=drawn(batch, src.shape[1], hidden),
+        )
+        if added:
+            x.positions, x.steps = drawn(added, hidden), drawn(batch, hidden).requires_grad_()
+            x.position_index = torch.full_like(src, -1)
+            x.position_index[:, HEAD : HEAD + added] = torch.arange(added, device=place)
+            x.step_index = torch.where(x.position_index >= 0, torch.arange(batch, device=place)[:, None], -1).int()
+        return x
 
-            shape = f"{name}{', table trained' if trained else ''}"
-            bytes_ = moved + (table.numel() * 4 if trained else 0)
-            yield Case("template_concat", shape, "float32", providers, dict.fromkeys(providers, exact), bytes_)
+    def run(x, backend):
+        adds = ((x.steps, x.step_index), (x.positions, x.position_index)) if added else ()
+        return (template_concat(x.table, x.visual, x.src, adds=adds, backend=backend),)
+
+    def plus(visual, steps, positions):
+        if not added:
+            return visual
+        return torch.cat((visual[:, :added] + steps[:, None] + positions, visual[:, added:]), dim=1)
+
+    def step(ids, table, visual, steps=None, positions=None):
+        e = F.embedding(ids, table)
+        return torch.cat((e[:, :HEAD], plus(visual, steps, positions), e[:, HEAD:]), dim=1)
+
+    def sources(x):
+        return x.ids, x.table, x.visual, *((x.steps, x.positions) if added else ())
+
+    def one_cat(x):
+        return (step(*sources(x)),)
+
+    def scattered(x):  # zeros, then two boolean scatters, as OpenUni and BAGEL do
+        ids, table, *rest = sources(x)
+        out = torch.zeros(*x.src.shape, hidden, dtype=dtype, device=place)
+        out[x.src >= 0] = F.embedding(ids, table).flatten(0, 1)
+        out[x.src < 0] = plus(*rest, *[None] * (3 - len(rest))).flatten(0, 1)
+        return (out,)
+
+    fast = compiled(step)
+
+    def with_compile(x, fast=fast):
+        return (fast(*sources(x)),)
+
+    rows, seen = batch * (s["text"] + s["image"] + n), batch * n
+    width = hidden * dtype.itemsize
+    # read every source row once and write the sequence; then read the gradient of what learns and write it
+    forward = (2 * rows + (added + batch if added else 0)) * width
+    backward = (2 * seen + (batch if added else 0)) * width
+    if trained:
+        backward += (rows - seen + s["vocabulary"]) * width
+    return Case(
+        op="template_concat",
+        shape=name,
+        dtype=str(dtype).removeprefix("torch."),
+        numel=s["vocabulary"] * hidden,
+        inputs=inputs,
+        leaves=("visual", *(["table"] if trained else []), *(["steps"] if added else [])),
+        providers={
+            **ours("template_concat", device, run),
+            "eager as upstream": Provider(scattered),
+            "eager, one cat": Provider(one_cat),
+            "torch.compile": Provider(with_compile),
+        },
+        best="eager, one cat",
+        formula=one_cat,
+        bytes={FORWARD: forward, BACKWARD: backward, BOTH: forward + backward},
+    )

@@ -1,0 +1,95 @@
+"""attention: rows that see runs of other rows, against one call with a dense mask."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.devices import Device
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, OURS
+from benchmarks.runner import Case, Provider, compiled
+from benchmarks.shapes import ATTENTION as SHAPES
+from benchmarks.shapes import shapes
+from reca_kernels import Run, attention, attention_plan
+from reca_kernels.ops.attention_impls import IMPLS, unusable
+from reca_kernels.reference import attention as reference
+
+
+def cases(device: Device):
+    for name, s in shapes(SHAPES, device.type):
+        for dtype in s["dtypes"]:
+            yield _case(device, name, s, dtype)
+
+
+def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
+    place, (heads, kv_heads), channels, batch = device.torch_device, s["heads"], s["channels"], s["batch"]
+    runs = [Run(*run) for run in s["runs"]]
+    length = sum(run.length for run in runs)
+    plan, one = attention_plan([runs] * batch, device=place), attention_plan([runs], device=place)
+
+    def inputs(seed):
+        generator = torch.Generator(place).manual_seed(seed)
+
+        def drawn(n):
+            return torch.randn(batch, length, n, channels, generator=generator, device=place).to(dtype)
+
+        q, k, v = (drawn(n).requires_grad_() for n in (heads, kv_heads, kv_heads))
+        # As the trainers make it, once per step: 0 where a row sees a key, else the least number.
+        mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=place)
+        mask.masked_fill_(~reference.allowed(runs).to(place), torch.finfo(dtype).min)
+        return SimpleNamespace(q=q, k=k, v=v, mask=mask, grad=drawn(heads))
+
+    def by(impl):
+        reason = unusable(impl, place, dtype, channels, False)
+        return reason or Provider(lambda x: (attention(x.q, x.k, x.v, plan, impl=impl),))
+
+    def masked(q, k, v, mask):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != kv_heads).transpose(1, 2)
+
+    fast = compiled(masked)
+
+    def exact(x):
+        """Head by head, and computed again for the gradient: the scores of all heads in fp64 fit no memory."""
+        group = heads // kv_heads
+        lines = [
+            torch.cat(
+                [
+                    checkpoint(
+                        lambda q, k, v: reference.attention(q, k, v, one),
+                        x.q[b : b + 1, :, h * group : (h + 1) * group],
+                        x.k[b : b + 1, :, h : h + 1],
+                        x.v[b : b + 1, :, h : h + 1],
+                        use_reentrant=False,
+                    )
+                    for h in range(kv_heads)
+                ],
+                dim=2,
+            )
+            for b in range(batch)
+        ]
+        return (torch.cat(lines),)
+
+    rows = batch * length * channels * dtype.itemsize
+    products = plan.pairs * heads * channels  # one product of scores or of values is twice as many operations
+    # forward: q, k, v and the result; backward: the same and the result's gradient read, three gradients written
+    forward, backward = rows * (2 * heads + 2 * kv_heads), rows * (4 * heads + 4 * kv_heads)
+    return Case(
+        op="attention",
+        shape=name,
+        dtype=str(dtype).removeprefix("torch."),
+        numel=batch * length * heads * channels,
+        inputs=inputs,
+        leaves=("q", "k", "v"),
+        providers={
+            **{f"{OURS}: {impl}": by(impl) for impl in IMPLS},
+            "eager as upstream": Provider(lambda x: (masked(x.q, x.k, x.v, x.mask),)),
+            "torch.compile": Provider(lambda x: (fast(x.q, x.k, x.v, x.mask),)),
+        },
+        best="eager as upstream",
+        formula=exact,
+        bytes={FORWARD: forward, BACKWARD: backward, BOTH: forward + backward},
+        # two products forward, five backward
+        flops={FORWARD: 4 * products, BACKWARD: 10 * products, BOTH: 14 * products},
+    )

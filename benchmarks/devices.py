@@ -1,0 +1,204 @@
+"""What differs between a CPU and a GPU: clock, memory, cache, names. Everything else is the same code in runner.py."""
+
+import itertools
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Forward = Callable[[Any], tuple]  # inputs -> results
+Backward = Callable[[Any, tuple], tuple]  # inputs, results -> gradients
+Times = tuple[float, float]  # milliseconds of the forward and of the backward pass
+
+
+class Ceilings(NamedTuple):
+    """What this device reached in this run: copies in GB/s, read plus written, and products in TFLOP/s by dtype."""
+
+    copy: float
+    gemm: dict[str, float]
+
+    def floor_ms(self, bytes_: int, flops: int, dtype: str) -> float:
+        """The least time for that traffic and that arithmetic."""
+        return max(bytes_ / self.copy / 1e6, flops / self.gemm[dtype] / 1e9 if flops else 0.0)
+
+
+class Cpu:
+    type, result_file = "cpu", "cpu"
+    backends = ("cpu",)
+    torch_device = torch.device("cpu")
+    graphs = False
+    copy_bytes, gemm_side = 1 << 28, 1024
+
+    def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
+        x = next(inputs)
+        began = time.perf_counter()
+        results = forward(x)
+        between = time.perf_counter()
+        backward(x, results)
+        return 1e3 * (between - began), 1e3 * (time.perf_counter() - between)
+
+    def peak_mb(self, call: Callable[[], Any]) -> float:
+        """Largest sum of live allocations during a call above what lived before, in 1e6 bytes."""
+        call()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            result = call()
+            del result
+        live = peak = 0
+        for event in record.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        return peak / 1e6
+
+    def cache_bytes(self) -> int:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+        return int(size.read_text().strip().removesuffix("K")) << 10 if size.exists() else 32 << 20
+
+    def free(self) -> None:
+        pass
+
+    def facts(self) -> dict:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+        return {"device": name, "driver": ""}
+
+
+class Cuda:
+    """Times with events on the current stream. `api` stands for torch.cuda, and is something else in tests only."""
+
+    type = "cuda"
+    backends = ("cuda", "triton")
+    graphs = True
+    copy_bytes, gemm_side = 1 << 31, 8192
+    most_calls, graph_ms = 32, 0.3  # a graph holds enough calls to last this long
+
+    def __init__(self, api: Any = torch.cuda, target: str = "cuda") -> None:
+        if not api.is_available():
+            raise RuntimeError(
+                f"--device cuda: torch {torch.__version__} finds no CUDA device; run where nvidia-smi shows one and "
+                "torch was built with CUDA, or take --device cpu"
+            )
+        self.api, self.torch_device = api, torch.device(target)
+        self.result_file = re.sub(r"\W+", "_", api.get_device_name().lower())
+
+    def _events(self) -> list:
+        return [self.api.Event(enable_timing=True) for _ in range(3)]
+
+    def _read(self, events: list, calls: int = 1) -> Times:
+        self.api.synchronize()
+        began, between, ended = events
+        return began.elapsed_time(between) / calls, between.elapsed_time(ended) / calls
+
+    def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
+        """A call that is not timed goes first and keeps the device busy while the timed one is being launched."""
+        x = next(inputs)
+        backward(x, forward(x))
+        x, events = next(inputs), self._events()
+        events[0].record()
+        results = forward(x)
+        events[1].record()
+        backward(x, results)
+        events[2].record()
+        return self._read(events)
+
+    def captured(
+        self, forward: Forward, backward: Backward, sets: Sequence, floor_ms: float
+    ) -> Callable[[Forward, Backward, Iterator], Times]:
+        """A replacement for `time` that replays two graphs, of forward and of backward passes over all input sets.
+
+        Raises RuntimeError for a provider that waits for the device, which a graph cannot hold.
+        """
+        api, calls = self.api, min(self.most_calls, int(self.graph_ms / floor_ms) + 1)
+        order = [sets[i % len(sets)] for i in range(max(calls, len(sets)))]
+        stream = api.Stream()
+        stream.wait_stream(api.current_stream())
+        with api.stream(stream), self._waits_are_errors():
+            for _ in range(3):
+                backward(order[0], forward(order[0]))
+        api.current_stream().wait_stream(stream)
+        api.synchronize()
+        first, second = api.CUDAGraph(), api.CUDAGraph()
+        with api.graph(first, stream=stream):
+            results = [forward(x) for x in order]
+        with api.graph(second, pool=first.pool(), stream=stream):
+            # The graphs write to these tensors whenever they are replayed.
+            kept = [backward(x, r) for x, r in zip(order, results, strict=True)]
+
+        def replay(forward: Forward, backward: Backward, inputs: Iterator, kept=(results, kept)) -> Times:
+            events = self._events()
+            events[0].record()
+            first.replay()
+            events[1].record()
+            second.replay()
+            events[2].record()
+            return self._read(events, len(order))
+
+        replay(forward, backward, iter(sets))
+        return replay
+
+    @contextmanager
+    def _waits_are_errors(self):
+        before = self.api.get_sync_debug_mode()
+        self.api.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            self.api.set_sync_debug_mode(before)
+
+    def peak_mb(self, call: Callable[[], Any]) -> float:
+        """Largest sum of live allocations during a call above what lived before, in 1e6 bytes."""
+        call()
+        self.api.synchronize()
+        self.api.reset_peak_memory_stats()
+        before = self.api.memory_allocated()
+        call()
+        self.api.synchronize()
+        return (self.api.max_memory_allocated() - before) / 1e6
+
+    def cache_bytes(self) -> int:
+        return self.api.get_device_properties(self.api.current_device()).L2_cache_size
+
+    def free(self) -> None:
+        self.api.empty_cache()
+
+    def facts(self) -> dict:
+        try:
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip().split("\n")[0]
+        except FileNotFoundError:
+            driver = ""
+        return {"device": self.api.get_device_name(), "driver": driver}
+
+
+Device = Cpu | Cuda
+
+
+def ceilings(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 9, share: int = 1) -> Ceilings:
+    """Measure them on random data; buffers have 1/share of the device's usual size."""
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+
+    def median_ms(call: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(3 + rounds):
+            times.append(device.time(lambda _: call(), lambda _, __: None, itertools.repeat(None))[0])
+        device.free()
+        return statistics.median(times[3:])
+
+    n = device.copy_bytes // share // 4
+    source = torch.randn(n, generator=generator, device=device.torch_device)
+    target = torch.empty_like(source)
+    copy = 2 * 4 * n / median_ms(lambda: target.copy_(source)) / 1e6
+    gemm, side = {}, device.gemm_side // share
+    for dtype in dtypes:
+        a, b = (torch.randn(side, side, generator=generator, device=device.torch_device).to(dtype) for _ in range(2))
+        gemm[str(dtype).removeprefix("torch.")] = 2 * side**3 / median_ms(lambda a=a, b=b: a @ b) / 1e9
+    return Ceilings(copy, gemm)

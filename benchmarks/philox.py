@@ -1,0 +1,48 @@
+"""philox: normal numbers at an address, against a generator that hands out a stream."""
+
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.devices import Device
+from benchmarks.rows import FORWARD
+from benchmarks.runner import Case, Provider, compiled, ours
+from benchmarks.shapes import PHILOX as SHAPES
+from benchmarks.shapes import shapes
+from reca_kernels import Philox, philox_normal
+
+
+def cases(device: Device):
+    place = device.torch_device
+    for name, s in shapes(SHAPES, device.type):
+
+        def inputs(seed, s=s):
+            ids = torch.arange(s["samples"], device=place)
+            return SimpleNamespace(noise=Philox(torch.tensor(seed, device=place), ids, 4), shape=(s["samples"], s["n"]))
+
+        def drawn(shape):
+            return torch.randn(shape, device=place)
+
+        fast = compiled(drawn)
+
+        def with_compile(x, fast=fast):
+            return (fast(x.shape),)
+
+        count = s["samples"] * s["n"]
+        yield Case(
+            op="philox",
+            shape=name,
+            dtype="float32",
+            numel=count,
+            inputs=inputs,
+            leaves=(),
+            providers={
+                **ours("philox", device, lambda x, b: (philox_normal(x.noise, x.shape[1], backend=b),)),
+                "torch.randn": Provider(lambda x, f=drawn: (f(x.shape),), exact=False),
+                "torch.compile": Provider(with_compile, exact=False),
+            },
+            best="torch.randn",
+            # The definition's bits are fp32; every backend has the same.
+            formula=lambda x: (philox_normal(x.noise, x.shape[1], backend="reference"),),
+            bytes={FORWARD: 4 * count},
+        )

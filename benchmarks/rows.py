@@ -1,0 +1,93 @@
+"""The rows of result files: what they hold, reading and writing them."""
+
+import csv
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+OURS = "ours"
+CEILING = "ceiling"  # the op of the rows that say what the device reached
+BY_SIZE = "size "  # begins the names of shapes that only the choice of a backend needs
+
+
+@dataclass
+class Row:
+    op: str
+    shape: str
+    provider: str
+    mode: str
+    dtype: str
+    timing: str = ""  # clock, events or graph
+    numel: int | str = ""
+    ms_p50: float | str = ""
+    ms_p20: float | str = ""
+    ms_p80: float | str = ""
+    bytes: int | str = ""
+    gb_per_s: float | str = ""
+    percent_copy: float | str = ""
+    flops: int | str = ""
+    tflop_per_s: float | str = ""
+    percent_gemm: float | str = ""
+    peak_mb: float | str = ""
+    relative_error: float | str = ""
+    note: str = ""
+    device: str = ""
+    driver: str = ""
+    threads: int | str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+
+COLUMNS = [f.name for f in fields(Row)]
+TEXT = {
+    *("op", "shape", "provider", "mode", "dtype", "timing", "note"),
+    *("device", "driver", "torch", "triton", "commit", "date", "command"),
+}
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != COLUMNS:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}, expected {COLUMNS}; move it away, measure anew"
+            )
+        return [Row(**{name: _value(name, text) for name, text in row.items()}) for row in reader]
+
+
+def _value(name: str, text: str) -> str | int | float:
+    if name in TEXT or text == "":
+        return text
+    return int(text) if text.isdigit() else float(text)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+
+
+def all_results(device_type: str, folder: Path = RESULTS) -> list[list[Row]]:
+    """The rows of every result file of that kind of device, oldest first. cpu.csv is a CPU's, all others are GPUs'."""
+    files = [path for path in sorted(folder.glob("*.csv")) if (path.stem == "cpu") == (device_type == "cpu")]
+    return sorted(filter(None, map(read, files)), key=lambda rows: max(row.date for row in rows))
+
+
+def complete(rows: list[Row]) -> list[Row]:
+    """The timed rows of complete calls: both passes, or the only one there is."""
+    both = {row.op for row in rows if row.mode == BOTH}
+    return [row for row in rows if row.ms_p50 != "" and row.mode == (BOTH if row.op in both else FORWARD)]
+
+
+def floor_ms(row: Row) -> float:
+    """The least time of what a complete call must do, by the ceilings of the same run; 0 where none is known."""
+    return row.ms_p50 * max((s for s in (row.percent_copy, row.percent_gemm) if s != ""), default=0.0) / 100

@@ -1,0 +1,172 @@
+"""What the benchmarks run: counted bytes and operations, who takes part, and why somebody does not."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import __main__, rows
+from benchmarks.__main__ import OPS
+from benchmarks.devices import Cpu, Cuda
+from benchmarks.rivals import rival
+from benchmarks.rows import BACKWARD, BOTH, COLUMNS, FORWARD, Row
+from benchmarks.runner import Provider
+from reca_kernels import dispatch
+from tests.benchmarks.fake_cuda import FakeCuda
+
+GPU = Cuda(FakeCuda(), "cpu")  # its cases have the shapes of a GPU; nothing is allocated before inputs are asked for
+
+
+def cases(op, device):
+    return {(case.shape, case.dtype): case for case in __main__.cases(op, device, quick=False)}
+
+
+def test_every_op_of_the_library_is_timed():
+    assert set(dispatch.OPS) <= set(OPS)
+
+
+@pytest.mark.parametrize("device", [Cpu(), GPU], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_case_is_whole(op, device):
+    found = cases(op, device)
+    assert len(found) == len(list(__main__.cases(op, device, quick=False)))  # no two of one name
+    for case in found.values():
+        assert case.bytes[case.whole] > 0 and case.numel > 0 and case.op == op
+        ours = [name for name in case.providers if name.startswith("ours: ")]
+        if op in dispatch.OPS:
+            assert set(ours) >= {f"ours: {backend}" for backend in device.backends}
+        if case.shape.startswith("size "):
+            assert list(case.providers) == ours and ("ours: reference" in ours) == (op in dispatch.OPS)
+        else:
+            assert case.best in case.providers and "torch.compile" in case.providers
+
+
+@pytest.mark.parametrize("device", [Cpu(), GPU], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_of_the_small_shapes_are_what_was_counted(op, device):
+    """On the smallest shape every provider that can run gives the results of the formula."""
+    from benchmarks.runner import _error, _results, _wide
+
+    for case in cases(op, device).values():
+        if not case.shape.startswith("size ") or case.numel > 2000:
+            continue
+        inputs = case.inputs(1)
+        exact = _results(case, case.formula, _wide(inputs, case.leaves))
+        assert case.op == "philox" or all(result.dtype == torch.float64 for result in exact)
+        for provider in case.providers.values():
+            if isinstance(provider, Provider):
+                assert _error(_results(case, provider.run, inputs), exact) < (1e-5 if case.dtype == "float32" else 1e-2)
+
+
+def test_counted_bytes():
+    counted = {op: cases(op, Cpu()) for op in OPS}
+    assert counted["philox"]["size 16", "float32"].bytes == {FORWARD: 64}
+    # 5 of 8 rows carry a label: read those, write the gradient of all
+    assert counted["masked_cross_entropy"]["size 8x64", "float32"].bytes == {BOTH: (5 + 8) * 64 * 4}
+    assert counted["masked_cross_entropy"]["size 8x64", "bfloat16"].bytes == {BOTH: (5 + 8) * 64 * 2}
+    # hidden 8 x 32, weight 64 x 32, bias 64: read, gradients written; three products of 5 x 64 x 32
+    linear = counted["masked_linear_cross_entropy"]["size 8x32", "float32"]
+    assert linear.bytes == {BOTH: 2 * (8 * 32 + 64 * 32 + 64) * 4} and linear.flops == {BOTH: 3 * 2 * 5 * 64 * 32}
+    # x0 read twice, x_t written, the prediction read, its gradient written
+    assert counted["flow_matching"]["size 1 image of 4x4", "float32"].bytes == {BOTH: 5 * 64 * 4}
+    # 8 rows of 16 channels from 4 of x0: out and its gradient, x0 twice, x_t, t and rows
+    rows_bytes = 2 * 8 * 32 * 4 + 2 * 4 * 16 * 4 + 8 * 16 * 4 + 8 * 16
+    assert counted["diffusion_loss"]["size 8 rows", "float32"].bytes == {BOTH: rows_bytes}
+    # 2 x (8 words + 8 visual) rows of 32 bytes read and written; the gradient of 16 rows read and written
+    concat = counted["template_concat"]["size rows of 8", "float32"].bytes
+    assert concat == {FORWARD: 2 * 32 * 32, BACKWARD: 2 * 16 * 32, BOTH: 2 * 32 * 32 + 2 * 16 * 32}
+
+
+def test_floors_of_the_real_shapes():
+    """Against the numbers that the designs of the kernels rest on."""
+    linear = cases("masked_linear_cross_entropy", GPU)["show_o_512", "bfloat16"]
+    assert linear.flops[BOTH] == pytest.approx(9.37e12, rel=0.01)
+    logits = cases("masked_cross_entropy", GPU)["show_o_512", "bfloat16"]
+    assert logits.bytes[BOTH] == pytest.approx(4.23e9, rel=0.01)
+    concat = cases("template_concat", GPU)["show_o_512", "bfloat16"]
+    assert concat.bytes[BACKWARD] == pytest.approx(94e6, rel=0.01)
+    assert concat.bytes[FORWARD] == pytest.approx(2 * 142e6, rel=0.01)
+    assert cases("flow_matching", GPU)["synthetic", "bfloat16"].numel == 1 << 28
+
+
+def test_labels_are_as_many_for_every_seed():
+    from benchmarks.masked_cross_entropy import labels_for
+
+    for seed in range(3):
+        labels = labels_for(1000, 7, 0.637, torch.Generator().manual_seed(seed))
+        assert int((labels != -100).sum()) == 637 and int(labels.max()) < 7
+
+
+RIVALS = {
+    "masked_cross_entropy": {"Liger", "quack", "apex", "flash-attn"},
+    "masked_linear_cross_entropy": {"F.linear_cross_entropy", "Liger", "CCE", "CCE, exact", "quack"},
+}
+
+
+@pytest.mark.parametrize("op", RIVALS)
+def test_a_library_that_is_not_here_is_a_row(op):
+    for case in cases(op, GPU).values():
+        if case.shape.startswith("size "):
+            continue
+        assert RIVALS[op] < set(case.providers)
+        for name in RIVALS[op]:
+            provider = case.providers[name]
+            assert isinstance(provider, Provider) or provider.split(" ")[0] in ("not", "takes", "runs")
+
+
+def test_why_a_library_does_not_run(monkeypatch):
+    def make(module):
+        return module.loss
+
+    assert rival("nobody", "nobody_kernels.ops", GPU, make) == "not installed (nobody)"
+    here = ModuleType("somebody")
+    monkeypatch.setitem(sys.modules, "somebody", here)
+    assert rival("some-body", "somebody", Cpu(), make) == "runs on CUDA devices only (some-body)"
+    assert rival("some-body", "somebody", GPU, make).startswith("another interface than expected (some-body): module")
+    here.loss = max
+    assert rival("some-body", "somebody", GPU, make, own_inputs=True) == Provider(max, own_inputs=True)
+
+
+def test_a_library_that_lacks_another_says_which(monkeypatch, tmp_path):
+    (tmp_path / "half_there.py").write_text("import cutlass_of_nobody\n")
+    (tmp_path / "broken.py").write_text("raise OSError('libcudart.so.9: cannot open')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rival("half", "half_there", GPU, max) == "not importable: half needs cutlass_of_nobody"
+    assert rival("broken", "broken", GPU, max) == "not importable: broken: OSError: libcudart.so.9: cannot open"
+
+
+def test_a_quick_run_writes_all_columns(tmp_path, capfd):
+    __main__.main(["--device", "cpu", "--ops", "flow_matching", "--quick", "--out", str(tmp_path)])
+    found = rows.read(tmp_path / "cpu.csv")
+    assert (tmp_path / "cpu.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    assert [row.shape for row in found if row.op == "ceiling"] == ["copy", "matrix product", "matrix product"]
+    timed = [row for row in found if row.op == "flow_matching" and row.mode == BOTH]
+    assert {row.provider for row in timed} == {"ours: cpu", "ours: reference"} and len(timed) == 4
+    for row in timed:
+        assert row.command.startswith("python -m benchmarks --device cpu --ops flow_matching --quick")
+        assert row.torch == torch.__version__ and row.threads == 1
+        if row.ms_p50 != "":
+            assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80 and row.percent_copy > 0 and row.relative_error < 1e-2
+    assert "flow_matching size 1 image of 4x4 float32" in capfd.readouterr().out
+
+
+def test_rows_of_other_ops_stay(tmp_path):
+    rows.write(tmp_path / "cpu.csv", [Row("masked_cross_entropy", "s", "ours: cpu", BOTH, "float32", ms_p50=1.5)])
+    __main__.main(["--ops", "philox", "--quick", "--out", str(tmp_path)])
+    assert {row.op for row in rows.read(tmp_path / "cpu.csv")} == {"ceiling", "philox", "masked_cross_entropy"}
+
+
+def test_rows_survive_writing_and_reading(tmp_path):
+    row = Row(
+        "philox", "a, b", 'ours: "x"', FORWARD, "float32", "graph", 5, 0.125, 1e-05, 3.0, commit="1234567", note=""
+    )
+    rows.write(tmp_path / "x.csv", [row])
+    assert rows.read(tmp_path / "x.csv") == [row]
+
+
+def test_a_file_of_other_columns_is_refused(tmp_path):
+    (tmp_path / "cpu.csv").write_text("op,shape\nphilox,x\n")
+    with pytest.raises(ValueError, match="measure anew"):
+        rows.read(tmp_path / "cpu.csv")
