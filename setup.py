@@ -100,7 +100,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages("python", include=["reca*"]), *find_packages(include=["reca_kernels*"])],
     package_dir={"reca": "python/reca"},
-    package_data={"reca": ["**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"]},
+    package_data={"reca": ["**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"], "reca_kernels": ["*.json"]},
     ext_modules=[Extension("reca_kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

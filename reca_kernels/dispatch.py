@@ -6,6 +6,7 @@ must hold is stated in reca_kernels/ops/<op>.py. `reference` is plain PyTorch an
 
 import importlib
 import importlib.util
+import json
 import os
 import warnings
 from functools import cache, lru_cache
@@ -30,6 +31,12 @@ OPS = (
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Where nothing was measured, the first of these that can run an op does; none: reference.
+ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# What was measured, made by `python -m benchmarks.dispatch` from benchmarks/results.
+TABLE = Path(__file__).with_name("dispatch_table.json")
+
+
 class Rule(NamedTuple):
     """Use `backend` for these dtypes when the op's main tensor has min_numel <= elements < max_numel."""
 
@@ -39,11 +46,28 @@ class Rule(NamedTuple):
     max_numel: int | None = None
 
 
-# (op, device type) -> rules, the first that fits and can run here wins; none: reference.
-# Order and limits come from benchmarks/results, where every backend is timed at the shapes of the four models.
+def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[dict]]:
+    """(op, device type) -> its entries: dtype, rules, and the command, date, device and versions that made them."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for entry in json.loads(path.read_text())["entries"]:
+        found.setdefault((entry["op"], entry["device"]), []).append(entry)
+    return found
+
+
+def _rules(entries: list[dict], device: str) -> tuple[Rule, ...]:
+    """Measured rules, then the default order for dtypes, sizes and backends that no measurement covers."""
+    measured = [
+        Rule(rule["backend"], (getattr(torch, entry["dtype"]),), rule["min_numel"], rule["max_numel"])
+        for entry in entries
+        for rule in entry["rules"]
+    ]
+    return *measured, *map(Rule, ORDER[device])
+
+
+MEASURED = read_table()
+# (op, device type) -> rules; the first that fits and can run here wins.
 RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
-    **{(op, "cpu"): (Rule("cpu"),) for op in OPS},
-    **{(op, "cuda"): (Rule("cuda"), Rule("triton")) for op in OPS},
+    (op, device): _rules(MEASURED.get((op, device), []), device) for op in OPS for device in ORDER
 }
 
 
@@ -77,19 +101,31 @@ def _decide(op: str, device: str, index: int | None, dtype: torch.dtype, numel: 
         if forced != "reference" and dtype not in FLOATS:
             raise RuntimeError(f"{op}: backend '{forced}' was asked for, but it takes fp32, bf16 or fp16, got {dtype}")
         return forced
-    rules = RULES.get((op, device), ())
-    for rule in rules:
-        fits = numel is None or (rule.min_numel <= numel and (rule.max_numel is None or numel < rule.max_numel))
-        if dtype in rule.dtypes and fits and unusable(op, rule.backend, device, index) is None:
-            return rule.backend
-    if rules and dtype in FLOATS and not any(unusable(op, rule.backend, device, index) is None for rule in rules):
+    chosen = _by_table(op, device, index, dtype, numel)
+    kernels = _kernels(op, device)
+    if kernels and dtype in FLOATS and all(unusable(op, backend, device, index) for backend in kernels):
         _warn_slow(op, device)
+    return chosen
+
+
+def _by_table(op: str, device: str, index: int | None, dtype: torch.dtype, numel: int | None) -> str:
+    for rule in RULES.get((op, device), ()):
+        below = rule.max_numel is None or (numel is not None and numel < rule.max_numel)
+        above = numel is None or rule.min_numel <= numel
+        if dtype in rule.dtypes and above and below and unusable(op, rule.backend, device, index) is None:
+            return rule.backend
     return "reference"
+
+
+def _kernels(op: str, device: str) -> list[str]:
+    """The backends that rules name, without the definition."""
+    named = dict.fromkeys(rule.backend for rule in RULES.get((op, device), ()))
+    return [backend for backend in named if backend != "reference"]
 
 
 @cache
 def _warn_slow(op: str, device: str) -> None:
-    reasons = "; ".join(f"{rule.backend}: {unusable(op, rule.backend, device, None)}" for rule in RULES[op, device])
+    reasons = "; ".join(f"{b}: {unusable(op, b, device, None)}" for b in _kernels(op, device))
     warnings.warn(f"{op} runs on its PyTorch reference on {device} ({reasons})", stacklevel=2)
 
 
@@ -148,11 +184,19 @@ def backend_report() -> str:
     for op in OPS:
         for device in devices:
             able = [b for b in BACKENDS if unusable(op, b, device) is None]
-            chosen = next((r.backend for r in RULES.get((op, device), ()) if r.backend in able), "reference")
-            why = [
-                f"{r.backend}: {unusable(op, r.backend, device)}" for r in RULES[op, device] if r.backend not in able
-            ]
-            lines.append(f"{op} on {device}: {chosen}" + (f"  (not {'; '.join(why)})" if why else ""))
+            # As for a large tensor of fp32.
+            chosen = _by_table(op, device, None, torch.float32, None)
+            why = [f"{b}: {unusable(op, b, device)}" for b in _kernels(op, device) if b not in able]
+            line = f"{op} on {device}: {chosen}, {_basis(op, device)}"
+            lines.append(line + (f"  (not {'; '.join(why)})" if why else ""))
     attention = importlib.import_module("reca_kernels.ops.attention")  # runs on torch and flash-attn, not on backends
     lines += map(attention.report, devices)
     return "\n".join(lines)
+
+
+def _basis(op: str, device: str) -> str:
+    """What the choice rests on."""
+    entries = MEASURED.get((op, device))
+    if not entries:
+        return "not measured"
+    return ", ".join(f"{e['dtype']} measured on {e['measured_on']} on {e['date']}" for e in entries)

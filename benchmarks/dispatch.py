@@ -1,0 +1,93 @@
+"""python -m benchmarks.dispatch: write reca_kernels/dispatch_table.json, which backend takes which sizes.
+
+It reads benchmarks/results. Backends that were timed on one op, device and dtype are compared at every size, by a
+complete call's time. The default order's first stays unless another is clearly faster: p80 under that one's p20. The
+definition in plain PyTorch takes an op from the kernels for all sizes or for none, so that a batch's size never changes
+the formula: where it is clearly faster than every kernel at the largest size at which it was timed.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.rows import OURS, RESULTS, Row, all_results, complete
+from reca_kernels import dispatch
+
+Timed = dict[int, dict[str, Row]]  # size -> backend -> its row
+
+
+def table(folder: Path = RESULTS) -> dict:
+    """What dispatch_table.json holds: per (op, device, dtype) the rules and what they were measured with."""
+    entries = []
+    for device in ("cpu", "cuda"):
+        newest: dict[tuple[str, str], Timed] = {}
+        for rows in all_results(device, folder):
+            newest.update(_timed(rows))
+        for (op, dtype), sizes in sorted(newest.items(), key=lambda item: (dispatch.OPS.index(item[0][0]), item[0][1])):
+            key = {"op": op, "device": device, "dtype": dtype}
+            entries.append({**key, "rules": rules(sizes, device), **_evidence(sizes)})
+    return {"made_by": "python -m benchmarks.dispatch", "entries": entries}
+
+
+def _timed(rows: list[Row]) -> dict[tuple[str, str], Timed]:
+    """Our backends' complete calls. Of two clocks the graph's counts: it holds the device's time alone."""
+    found: dict[tuple[str, str], Timed] = defaultdict(lambda: defaultdict(dict))
+    for row in sorted(complete(rows), key=lambda row: row.timing == "graph"):
+        if row.provider.startswith(OURS) and row.op in dispatch.OPS:
+            found[row.op, row.dtype][row.numel][row.provider.removeprefix(f"{OURS}: ")] = row
+    return found
+
+
+def rules(sizes: Timed, device: str) -> list[dict]:
+    """[{"backend", "min_numel", "max_numel"}]; between sizes of different winners the limit is their geometric mean."""
+    order = [*dispatch.ORDER[device], "reference"]
+    if _definition_wins(sizes):
+        return [{"backend": "reference", "min_numel": 0, "max_numel": None}]
+    winners = []
+    for numel, backends in sorted(sizes.items()):
+        kernels = sorted((b for b in backends if b != "reference"), key=order.index)
+        if not kernels:
+            continue
+        best = kernels[0]
+        for other in kernels[1:]:
+            if backends[other].ms_p80 < backends[best].ms_p20:
+                best = other
+        winners.append((numel, best))
+    made: list[dict] = []
+    for i, (numel, backend) in enumerate(winners):
+        if made and made[-1]["backend"] == backend:
+            continue
+        start = math.isqrt(winners[i - 1][0] * numel) if made else 0
+        if made:
+            made[-1]["max_numel"] = start
+        made.append({"backend": backend, "min_numel": start, "max_numel": None})
+    return made
+
+
+def _definition_wins(sizes: Timed) -> bool:
+    both = [n for n, backends in sizes.items() if "reference" in backends and len(backends) > 1]
+    if not both:
+        return False
+    backends = dict(sizes[max(both)])
+    definition = backends.pop("reference")
+    return all(definition.ms_p80 < row.ms_p20 for row in backends.values())
+
+
+def _evidence(sizes: Timed) -> dict:
+    row = next(iter(sizes[max(sizes)].values()))
+    times = {n: {b: r.ms_p50 for b, r in sorted(backends.items())} for n, backends in sorted(sizes.items())}
+    facts = {name: getattr(row, name) for name in ("command", "date", "driver", "torch", "triton", "threads", "commit")}
+    return {"measured_on": row.device, **facts, "ms": times}
+
+
+def text(folder: Path = RESULTS) -> str:
+    return json.dumps(table(folder), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    dispatch.TABLE.write_text(text())
+    for entry in table()["entries"]:
+        chosen = ", ".join(f"{rule['backend']} from {rule['min_numel']} elements on" for rule in entry["rules"])
+        print(f"{entry['op']} on {entry['device']}, {entry['dtype']}: {chosen}")
+    print(f"wrote {dispatch.TABLE}")
