@@ -211,6 +211,23 @@ void bind_cuda(py::module_ m) {
   m.def("template_concat_backward_mapped", [](const Gradient& gradient, Address used, int device, Stream on) {
     reca::cuda::template_concat_backward(gradient, at<uint64_t>(used), {device, at<void>(on)});
   });
+
+  using reca::cuda::Diffusion;
+  py::class_<Diffusion>(m, "Diffusion", py::module_local())
+      .def(py::init([](int x0_dtype, Address x0, Address rows, Address t, Address table, int64_t count, int64_t channels,
+                       Address seed, Address sample_ids, uint32_t stream, Address given_noise) {
+        return Diffusion{static_cast<reca::DType>(x0_dtype), at<void>(x0), at<int64_t>(rows), at<int64_t>(t),
+                         at<float>(table), count, channels,
+                         {at<uint64_t>(seed), at<int64_t>(sample_ids), stream}, at<float>(given_noise)};
+      }));
+  m.def("diffusion_prepare", [](const Diffusion& args, int dtype, Address x_t, int device, Stream on) {
+    reca::cuda::diffusion_prepare(args, static_cast<reca::DType>(dtype), at<void>(x_t), {device, at<void>(on)});
+  });
+  m.def("diffusion_loss", [](const Diffusion& args, int dtype, Address out, Address gradient, Address losses, int device,
+                             Stream on) {
+    reca::cuda::diffusion_loss(args, static_cast<reca::DType>(dtype), at<void>(out), at<void>(gradient),
+                               at<float>(losses), {device, at<void>(on)});
+  });
 }
 #endif
 

@@ -161,6 +161,18 @@ __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
   store_words(p, w);
 }
 
+// One element of a type that is known when the kernel runs.
+__device__ __forceinline__ float read(DType type, const void* p, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(p)[i];
+  return type == DType::bf16 ? widen(static_cast<const bf16*>(p)[i]) : widen(static_cast<const f16*>(p)[i]);
+}
+
+__device__ __forceinline__ void write(DType type, void* p, int64_t i, float x) {
+  if (type == DType::f32) static_cast<float*>(p)[i] = x;
+  if (type == DType::bf16) static_cast<bf16*>(p)[i] = narrow<bf16>(x);
+  if (type == DType::f16) static_cast<f16*>(p)[i] = narrow<f16>(x);
+}
+
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // 16 bytes from global to shared memory, both aligned, which this thread may read after wait_for_copies(); others need a

@@ -111,17 +111,6 @@ __device__ __forceinline__ void for_vectors(const Work& work, const Part& part, 
   }
 }
 
-__device__ __forceinline__ float read(DType type, const void* p, int64_t i) {
-  if (type == DType::f32) return static_cast<const float*>(p)[i];
-  return type == DType::bf16 ? widen(static_cast<const bf16*>(p)[i]) : widen(static_cast<const f16*>(p)[i]);
-}
-
-__device__ __forceinline__ void write(DType type, void* p, int64_t i, float x) {
-  if (type == DType::f32) static_cast<float*>(p)[i] = x;
-  if (type == DType::bf16) static_cast<bf16*>(p)[i] = narrow<bf16>(x);
-  if (type == DType::f16) static_cast<f16*>(p)[i] = narrow<f16>(x);
-}
-
 // body(i, x0, noise) for each element of the part that is this thread's, whatever types, alignment and sizes.
 template <typename Body>
 __device__ __forceinline__ void for_elements(const Work& work, const Part& part, const Body& body) {

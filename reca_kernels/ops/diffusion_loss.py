@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
-from reca_kernels.ops.philox import Philox
+from reca_kernels.ops.philox import Philox, checked
 from reca_kernels.reference import diffusion_loss as reference
 
 OP = "diffusion_loss"
@@ -93,6 +93,7 @@ def diffusion_loss(
         raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
     checks.local(OP, out=out)
     checks.floating(OP, out=out)
+    checks.one_device(OP, out=out, x0=x0)
     if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
     losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, backend, x0.shape[1]))
@@ -103,9 +104,10 @@ def diffusion_loss(
 
 def _backend(tensor: Tensor, backend: str | None, channels: int | None = None) -> str:
     chosen = dispatch.choose(OP, tensor, backend)
-    if chosen != "reference" and (channels or tensor.shape[1]) > WIDEST:
+    width = channels or tensor.shape[1]
+    if chosen != "reference" and width > WIDEST:
         if backend:
-            raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {channels}; use 'reference'")
+            raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {width}; use 'reference'")
         return "reference"
     return chosen
 
@@ -129,11 +131,16 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
         checks.index_inside(OP, "t", t, 0, len(schedule))
     if schedule.ndim != 2 or schedule.shape[1] != len(reference.COLUMNS):
         raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
-    ids = noise if isinstance(noise, Tensor) else noise.sample_ids
-    expected = (len(t), x0.shape[1]) if isinstance(noise, Tensor) else (len(t),)
+    if isinstance(noise, Tensor):
+        name, ids, expected = "noise", noise, (len(t), x0.shape[1])
+        noise = noise.contiguous()
+    else:
+        noise = checked(OP, noise)
+        name, ids, expected = "noise.sample_ids", noise.sample_ids, (len(t),)
     if tuple(ids.shape) != expected:
-        raise ValueError(f"{OP}: noise{'' if isinstance(noise, Tensor) else '.sample_ids'} must be {list(expected)}, got {list(ids.shape)}")
-    return t.long().contiguous(), noise.contiguous() if isinstance(noise, Tensor) else noise, rows
+        raise ValueError(f"{OP}: {name} must be {list(expected)}, got {list(ids.shape)}")
+    checks.one_device(OP, x0=x0, t=t, schedule=schedule, rows=rows, **{name: ids})
+    return t.long().contiguous(), noise, rows
 
 
 def _flat(noise: Philox | Tensor) -> tuple:
@@ -146,7 +153,7 @@ def _unflat(seed: Tensor | None, ids: Tensor | None, stream: int, given: Tensor 
 
 def _run_prepare(x0, t, noise, table, rows, dtype, backend) -> Tensor:
     out = torch.empty(len(t), x0.shape[1], dtype=dtype, device=x0.device)
-    dispatch.load(backend, OP).prepare(x0.contiguous(), t, noise, table.float(), rows, out)
+    dispatch.load(backend, OP).prepare(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
     return out
 
 
@@ -164,7 +171,8 @@ def _run_losses(out, x0, t, noise, table, rows, backend, learn) -> tuple[Tensor,
     out = out.contiguous()
     gradient = torch.empty_like(out) if learn else out.new_empty(0)
     kernel = dispatch.load(backend, OP).losses
-    return kernel(out, x0.contiguous(), t, noise, table.float(), rows, gradient if learn else None), gradient
+    table = table.float().contiguous()
+    return kernel(out, x0.contiguous(), t, noise, table, rows, gradient if learn else None), gradient
 
 
 class _Function(torch.autograd.Function):

@@ -7,13 +7,16 @@ import torch
 
 from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, native
 from reca_kernels.reference import diffusion_loss as reference
+from tests.kernels.backends import targets
 
 needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss"))
+KERNELS = pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss", reference=False))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULE = diffusion_schedule()
 
 
-def case(channels=16, rows=333, samples=50, seed=0):
+def case(channels=16, rows=333, samples=50, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     x0 = torch.randn(samples, channels, generator=generator) * 0.5
     index = torch.randint(0, samples, (rows,), generator=generator)
@@ -21,11 +24,12 @@ def case(channels=16, rows=333, samples=50, seed=0):
     t[:20] = 0
     t[20:25] = 999
     out = torch.randn(rows, 2 * channels, generator=generator)
-    return out, x0, t, Philox(torch.tensor(9), torch.arange(rows) + 100, 4), index
+    noise = Philox(torch.tensor(9, device=device), (torch.arange(rows) + 100).to(device), 4)
+    return out.to(device), x0.to(device), t.to(device), noise, index.to(device)
 
 
 def relative(got, exact):
-    return float((got.double() - exact).norm() / exact.norm())
+    return float((got.double().cpu() - exact).norm() / exact.norm())
 
 
 def test_schedule_is_the_cosine_one():
@@ -90,33 +94,37 @@ def test_bound_is_the_kl_divergence_of_two_normals():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("channels", [16, 4, 5, 33])  # MAR's; one block; a broken block; more than a vector
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_and_gradient_against_fp64(backend, channels, dtype, reduction):
+@pytest.mark.parametrize("dtype", DTYPES)
+# MAR's; one block; a broken block; more than a vector; more than a warp's threads would take in eights
+@pytest.mark.parametrize("channels", [16, 4, 5, 33, 128])
+@EVERYWHERE
+def test_loss_and_gradient_against_fp64(backend, device, channels, dtype, reduction):
     out, x0, t, noise, rows = case(channels)
+    exact_out = out.to(dtype).double().requires_grad_()
+    out, *there = case(channels, device=device)
     out = out.to(dtype).requires_grad_()
-    exact_out = out.detach().double().requires_grad_()
-    loss = diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows, reduction=reduction, backend=backend)
+    arguments = {"rows": there[3], "reduction": reduction, "backend": backend}
+    loss = diffusion_loss(out, *there[:3], diffusion_schedule(device=device), **arguments)
     exact = diffusion_loss(
         exact_out, x0.double(), t, noise, SCHEDULE.double(), rows=rows, reduction=reduction, backend="reference"
     )
     assert loss.dtype == torch.float32 and relative(loss.detach(), exact.detach()) < 1e-5
     upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3))
-    (gradient,) = torch.autograd.grad(loss, out, upstream)
+    (gradient,) = torch.autograd.grad(loss, out, upstream.to(device))
     (exact_gradient,) = torch.autograd.grad(exact, exact_out, upstream.double())
     assert relative(gradient, exact_gradient) < (2e-5 if dtype == torch.float32 else 5e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_first_step_at_the_edges_of_the_range(backend):
+@EVERYWHERE
+def test_first_step_at_the_edges_of_the_range(backend, device):
     """t = 0 with x0 at and beyond ±0.999, and with predictions so wrong that the probability is clamped."""
     x0 = torch.tensor([[-1.0, -0.9995, 0.9995, 1.0, 0.0, 0.5, -0.5, 3.0]])
     t, noise = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 8)
     for scale in (0.0, 1.0, 50.0):
         out = torch.full((1, 16), scale).requires_grad_()
         exact_out = out.detach().double().requires_grad_()
-        loss = diffusion_loss(out, x0, t, noise, SCHEDULE, backend=backend)
+        there = [x.to(device) for x in (out, x0, t, noise, SCHEDULE)]
+        loss = diffusion_loss(*there, backend=backend)
         exact = diffusion_loss(exact_out, x0.double(), t, noise.double(), SCHEDULE.double(), backend="reference")
         assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
         loss.backward()
@@ -125,32 +133,84 @@ def test_first_step_at_the_edges_of_the_range(backend):
         assert relative(out.grad, exact_out.grad) < 2e-3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_variance_does_not_pull_the_noise_prediction(backend):
+@EVERYWHERE
+def test_variance_does_not_pull_the_noise_prediction(backend, device):
     """The bound sees the predicted noise detached: its half of the gradient is the squared error's alone."""
-    out, x0, t, noise, rows = case()
+    out, x0, t, noise, rows = case(device=device)
     out.requires_grad_()
-    diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows, reduction="sum", backend=backend).backward()
+    schedule = diffusion_schedule(device=device)
+    diffusion_loss(out, x0, t, noise, schedule, rows=rows, reduction="sum", backend=backend).backward()
     eps = reference.noise_of(x0, len(t), noise)
     torch.testing.assert_close(out.grad[:, :16], 2 * (out[:, :16].detach() - eps) / 16, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_prepare_and_rows(backend):
-    out, x0, t, noise, rows = case()
-    x_t = diffusion_prepare(x0, t, noise, SCHEDULE, rows=rows, backend=backend)
+@EVERYWHERE
+def test_prepare_and_rows(backend, device):
+    out, x0, t, noise, rows = case(device=device)
+    schedule = diffusion_schedule(device=device)
+    x_t = diffusion_prepare(x0, t, noise, schedule, rows=rows, backend=backend)
     eps = reference.noise_of(x0, len(t), noise)
-    expected = SCHEDULE[t, 0:1] * x0[rows] + SCHEDULE[t, 1:2] * eps
+    expected = schedule[t, 0:1] * x0[rows] + schedule[t, 1:2] * eps
     torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
-    repeated = diffusion_loss(out, x0[rows], t, noise, SCHEDULE, reduction="none", backend=backend)
-    assert torch.equal(repeated, diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows, reduction="none", backend=backend))
+    arguments = {"reduction": "none", "backend": backend}
+    repeated = diffusion_loss(out, x0[rows], t, noise, schedule, **arguments)
+    assert torch.equal(repeated, diffusion_loss(out, x0, t, noise, schedule, rows=rows, **arguments))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows(backend):
-    out = torch.zeros(0, 32, requires_grad=True)
-    empty = torch.empty(0, dtype=torch.int64)
-    loss = diffusion_loss(out, torch.randn(5, 16), empty, Philox(torch.tensor(0), empty, 1), SCHEDULE, rows=empty, backend=backend)
+@KERNELS
+@pytest.mark.parametrize("channels", [16, 5])
+def test_same_bits_on_every_backend(channels, backend, device):
+    """x_t in every pair of types, and the gradient by the predicted noise in fp32."""
+    _, x0, t, noise, rows = case(channels, rows=70)
+    out, *there = case(channels, rows=70, device=device)
+    schedule = diffusion_schedule(device=device)
+    for dtype in DTYPES:
+        for out_dtype in DTYPES:
+            exact = diffusion_prepare(
+                x0.to(dtype), t, noise, SCHEDULE, rows=rows, out_dtype=out_dtype, backend="reference"
+            )
+            arguments = {"rows": there[3], "out_dtype": out_dtype, "backend": backend}
+            got = diffusion_prepare(there[0].to(dtype), *there[1:3], schedule, **arguments)
+            if (backend, device, out_dtype) == ("triton", "cpu", torch.bfloat16):  # its interpreter cuts bits off
+                torch.testing.assert_close(got, exact, rtol=2**-7, atol=0)
+            else:
+                assert torch.equal(got.cpu(), exact)
+    out.requires_grad_()
+    diffusion_loss(out, *there[:3], schedule, rows=there[3], reduction="sum", backend=backend).backward()
+    share = torch.tensor(1 / channels)
+    error = out.detach().cpu()[:, :channels] - reference.noise_of(x0, len(t), noise)
+    assert torch.equal(out.grad.cpu()[:, :channels], error * (2 * share))
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_noise_and_memory_that_is_not_aligned(dtype, backend, device):
+    """Everything begins one element after a 16-byte boundary; noise is given in 16 bits too."""
+    out, x0, t, noise, rows = case(device=device)
+    schedule = diffusion_schedule(device=device)
+    eps = reference.noise_of(x0, len(t), noise).to(dtype)
+    shift = lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)  # noqa: E731
+    assert shift(out).data_ptr() % 16 == 4
+    results = []
+    for f in (lambda x: x, shift):
+        leaf = f(out.to(dtype)).detach().requires_grad_()
+        arguments = (f(x0.to(dtype)), t, f(eps), f(schedule))
+        loss = diffusion_loss(leaf, *arguments, rows=rows, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, diffusion_prepare(*arguments, rows=rows, backend=backend)))
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-3, atol=1e-6)
+    step = schedule[t]
+    mixed = step[:, 0:1] * x0.to(dtype).float()[rows] + step[:, 1:2] * eps.float()
+    torch.testing.assert_close(results[0][2].float(), mixed, rtol=2**-7, atol=1e-6)
+
+
+@EVERYWHERE
+def test_no_rows(backend, device):
+    out = torch.zeros(0, 32, requires_grad=True, device=device)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    noise, schedule = Philox(torch.tensor(0, device=device), empty, 1), diffusion_schedule(device=device)
+    loss = diffusion_loss(out, torch.randn(5, 16, device=device), empty, noise, schedule, rows=empty, backend=backend)
     loss.backward()
     assert loss.item() == 0 and out.grad.shape == (0, 32)
 
@@ -219,19 +279,21 @@ def test_mistakes_are_named():
         ("schedule must be", {"schedule": SCHEDULE[:, :7]}),
         ("noise.sample_ids must be", {"noise": noise._replace(sample_ids=torch.arange(3))}),
         ("requires a gradient", {"x0": x0.clone().requires_grad_()}),
+        ("seed must be an int64 tensor", {"noise": noise._replace(seed=3)}),
+        ("all tensors must be on one device, got x0 on cpu, t on cpu, schedule on meta", {"schedule": SCHEDULE.to("meta")}),
         ("reduction must be", {"reduction": "batch"}),
     ):
         with pytest.raises(ValueError, match=message):
             diffusion_loss(**(good | change))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_twice_and_the_first_gradient_stays(backend):
-    out, x0, t, noise, rows = case()
+@EVERYWHERE
+def test_backward_twice_and_the_first_gradient_stays(backend, device):
+    out, x0, t, noise, rows = case(device=device)
     out.requires_grad_()
-    loss = diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows, backend=backend)
+    loss = diffusion_loss(out, x0, t, noise, diffusion_schedule(device=device), rows=rows, backend=backend)
     (first,) = torch.autograd.grad(loss, out, retain_graph=True)
     kept = first.clone()
-    (second,) = torch.autograd.grad(loss, out, torch.tensor(3.0))
+    (second,) = torch.autograd.grad(loss, out, torch.tensor(3.0, device=device))
     torch.testing.assert_close(second, 3 * kept)
     assert torch.equal(first, kept)

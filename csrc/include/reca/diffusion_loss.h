@@ -29,4 +29,22 @@ void diffusion_prepare(const Diffusion& args, DType dtype, void* x_t);
 // gradient [count, 2 channels]: derivative of a row's loss by out, in the dtype of out, or null.
 void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* gradient, float* losses);
 
+namespace cuda {
+
+struct Diffusion {
+  DType x0_dtype;
+  const void* x0;           // [samples, channels], up to 128 channels
+  const int64_t* rows;      // [count]: which of x0's rows; null: row m
+  const int64_t* t;         // [count]
+  const float* table;       // [steps, 8]
+  int64_t count, channels;
+  DeviceNoise noise;        // one sample id per row
+  const float* given_noise; // [count, channels]; null: drawn from the address
+};
+
+void diffusion_prepare(const Diffusion& args, DType dtype, void* x_t, Launch on);
+void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* gradient, float* losses, Launch on);
+
+}  // namespace cuda
+
 }  // namespace reca

@@ -264,6 +264,7 @@ inline float __logf(float x) { return std::log(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 using std::exp, std::exp2, std::expm1, std::fabs, std::log, std::log1p, std::tanh;
+inline float expf(float x) { return std::exp(x); }
 inline float fmaxf(float a, float b) { return std::fmax(a, b); }
 inline float fminf(float a, float b) { return std::fmin(a, b); }
 

@@ -1,0 +1,53 @@
+"""The diffusion loss on CUDA devices: csrc/cuda/diffusion_loss.cu."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca_kernels import native
+from reca_kernels.cuda.philox import address
+from reca_kernels.ops.philox import Philox
+
+
+def prepare(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    noise = noise.float() if isinstance(noise, Tensor) else noise
+    native.module.cuda.diffusion_prepare(
+        _arguments(x0, t, noise, table, rows), native.DTYPES[out.dtype], out.data_ptr(), *native.launch(out)
+    )
+
+
+def losses(
+    out: Tensor,  # [M, 2 C]
+    x0: Tensor,  # [N, C]
+    t: Tensor,  # [M]
+    noise: Philox | Tensor,
+    table: Tensor,  # [steps, 8]
+    rows: Tensor | None,  # [M]
+    gradient: Tensor | None,  # [M, 2 C]
+) -> Tensor:  # fp32 [M]
+    losses = torch.empty(len(t), dtype=torch.float32, device=out.device)
+    noise = noise.float() if isinstance(noise, Tensor) else noise
+    native.module.cuda.diffusion_loss(
+        _arguments(x0, t, noise, table, rows),
+        native.DTYPES[out.dtype],
+        out.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        losses.data_ptr(),
+        *native.launch(out),
+    )
+    return losses
+
+
+def _arguments(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None) -> Any:
+    """The native struct. It holds addresses only: the tensors must outlive the call."""
+    return native.module.cuda.Diffusion(
+        native.DTYPES[x0.dtype],
+        x0.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        t.data_ptr(),
+        table.data_ptr(),
+        len(t),
+        x0.shape[1],
+        *address(noise),
+    )
