@@ -16,7 +16,7 @@ OP = "attention"
 ORDER = {"cuda": ("flash", "varlen", "sdpa"), "cpu": ("sdpa",)}
 
 # On CPUs a mask costs its unseen pairs, segments cost calls. Nanoseconds, forward and backward, of one pair in one
-# channel of one head, and of one more call: python -m benchmarks attention, one thread.
+# channel of one head, and of one more call: python -m benchmarks --ops attention, one thread.
 PAIR_NS, CALL_NS = 0.4, 150_000
 
 
