@@ -31,22 +31,26 @@ def table(folder: Path = RESULTS) -> dict:
 
 
 def _timed(rows: list[Row]) -> dict[tuple[str, str], Timed]:
-    """Our backends' complete calls. Of two clocks the graph's counts: it holds the device's time alone."""
-    found: dict[tuple[str, str], Timed] = defaultdict(lambda: defaultdict(dict))
-    for row in sorted(complete(rows), key=lambda row: row.timing == "graph"):
+    """Our backends' complete calls. Graphs hold the device's time alone and count where every backend has one."""
+    clocks: dict[tuple, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in complete(rows):
         if row.provider.startswith(OURS) and row.op in dispatch.OPS:
-            found[row.op, row.dtype][row.numel][row.provider.removeprefix(f"{OURS}: ")] = row
+            clocks[row.op, row.dtype, row.numel][row.timing][row.provider.removeprefix(f"{OURS}: ")] = row
+    found: dict[tuple[str, str], Timed] = defaultdict(dict)
+    for (op, dtype, numel), by_clock in clocks.items():
+        graphs = by_clock.pop("graph", {})
+        others = next(iter(by_clock.values()), {})
+        found[op, dtype][numel] = graphs if graphs.keys() >= others.keys() else others
     return found
 
 
 def rules(sizes: Timed, device: str) -> list[dict]:
     """[{"backend", "min_numel", "max_numel"}]; between sizes of different winners the limit is their geometric mean."""
-    order = [*dispatch.ORDER[device], "reference"]
     if _definition_wins(sizes):
         return [{"backend": "reference", "min_numel": 0, "max_numel": None}]
     winners = []
     for numel, backends in sorted(sizes.items()):
-        kernels = sorted((b for b in backends if b != "reference"), key=order.index)
+        kernels = sorted((b for b in backends if b != "reference"), key=dispatch.ORDER[device].index)
         if not kernels:
             continue
         best = kernels[0]

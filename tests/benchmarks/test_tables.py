@@ -74,6 +74,15 @@ def test_the_order_stays_unless_another_is_clearly_faster(tmp_path):
     assert [r["backend"] for r in made(tmp_path, rows)["flow_matching", "cuda", "bfloat16"]["rules"]] == ["cuda"]
 
 
+def test_clocks_are_not_mixed(tmp_path):
+    """A graph of one backend says nothing against another that could not be captured."""
+    rows = [
+        *(timed("ours: cuda", 1.0, 100, timing="graph"), timed("ours: cuda", 9.0, 100)),
+        timed("ours: triton", 5.0, 100),
+    ]
+    assert [r["backend"] for r in made(tmp_path, rows)["flow_matching", "cuda", "bfloat16"]["rules"]] == ["triton"]
+
+
 def test_graphs_decide_where_both_clocks_were_used(tmp_path):
     rows = [
         *(timed("ours: cuda", 1.0, 100, timing="graph"), timed("ours: triton", 3.0, 100, timing="graph")),
