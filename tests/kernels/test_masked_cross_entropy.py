@@ -145,6 +145,21 @@ def test_layouts(backend, device, layout, dtype):
 
 
 @KERNELS
+def test_a_row_does_not_see_its_batch(backend, device):
+    """The same bits alone, in another place, and the second time."""
+    leaves, labels = problem(classes=2053, dtype=torch.bfloat16, labelled=1.0, device=device)
+    logits = logits_of(leaves)
+    alone = logits[4:5].detach().clone().requires_grad_()
+    results = [
+        masked_cross_entropy(x, y, reduction="none", label_smoothing=0.1, backend=backend)
+        for x, y in ((logits, labels), (logits, labels), (alone, labels[4:5]))
+    ]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0][4:5], results[2])
+    (whole,), (one,) = (torch.autograd.grad(r.sum(), x) for r, x in zip(results[1:], (logits, alone), strict=True))
+    assert one.any() and torch.equal(whole[4:5], one)
+
+
+@KERNELS
 def test_expanded_upstream_gradient(backend, device):
     leaves, labels = problem(device=device)
     logits = logits_of(leaves)
