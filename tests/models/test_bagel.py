@@ -78,7 +78,7 @@ def built(variant: str = "pixels") -> Adapter:
     """The model of a variant with what RECA trains; a test that changes it makes its own."""
     model = Adapter.load(config(**VARIANTS[variant]))
     freeze(model, None)
-    return model
+    return model.eval()
 
 
 @pytest.fixture(params=VARIANTS)
@@ -453,6 +453,17 @@ def test_trained_understanding_gets_its_gradient():
     assert model.connector.fc1.weight.grad is None
 
 
+def test_answers_without_anything_to_train():
+    model = Adapter.load(config()).train()
+    freeze(model, None)
+    with pytest.raises(ValueError, match="i2t loss cannot train it. Set objective.i2t.weight=0"):
+        model(batch(model, "i2t"), Draws(0))
+    with torch.no_grad():  # the probe of drift
+        assert float(model(batch(model, "i2t"), Draws(0)).weight) > 0
+    freeze(model, ["und_lm"])
+    model(batch(model, "i2t"), Draws(0)).sum.backward()
+
+
 def test_a_prompt_of_latents_learns_through_the_generation_expert():
     vae = built("vae")
     vae.zero_grad()
@@ -534,7 +545,7 @@ def test_types(tmp_path):
     assert found["mixed"] == {(role, fp32 if role in Adapter.trainable_roles else bf16) for role in roles}
     wanted = float(models["fp32"](batch(models["fp32"], "reca"), Draws(0)).sum.detach())
     for d, model in models.items():
-        freeze(model, None)
+        freeze(model.eval(), None)
         sample = batch(model, "reca")
         for autocast in (False, True):
             with torch.autocast("cpu", bf16, enabled=autocast):

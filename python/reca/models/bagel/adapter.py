@@ -1,5 +1,6 @@
 """BAGEL as an Adapter: the generation expert and its way in and out learn, everything else is frozen."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ class Bagel(Adapter):
             added = [(self.time_embedder(t), level), (self.latent_pos_embed.pos_embed, layout.latent_at)]
             latent = self.vae2llm(tokens.to(self.vae2llm.weight.dtype))
             order = -1 - torch.arange(len(latent), device=self.device)
-            rows[GEN] = template_concat(table, latent, order, adds=added, out_dtype=self.row_type(self.vae2llm.weight))
+            dtype = self.row_type(self.vae2llm.weight)
+            rows[GEN] = template_concat(table.detach(), latent, order, adds=added, out_dtype=dtype)
         out, layers = self.language_model.model(rows, layout.positions, layout.splits, context, learn)
         return out, Context(layers, layout.cursors)
 
@@ -241,6 +243,11 @@ class Bagel(Adapter):
     def answer_loss(self, batch: Batch, h_v: list[Tensor]) -> LossTerm:
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
         h_v = list(h_v)
+        if self.training and torch.is_grad_enabled() and not self.learns_prompt(h_v):
+            raise ValueError(
+                "BAGEL's answers depend on nothing that is trained, so an i2t loss cannot train it. Set "
+                "objective.i2t.weight=0, or name und_lm in train.train"
+            )
         talks = [self.conversation(turns) for turns in batch.text]
         samples = [[prompt.Seen(*rows.shape[:2]), talk] for rows, talk in zip(h_v, talks, strict=True)]
         hidden, _ = self.read(samples, h_v)
@@ -259,14 +266,22 @@ class Bagel(Adapter):
 
     # inference
 
+    def products(self) -> contextlib.AbstractContextManager:
+        """Inference with mixed weights multiplies in bf16, as training with precision bf16 does."""
+        mixed = self.config.dtype == "mixed"
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
+
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
-        return sampling.generate(self, prompts, seeds, **options)
+        with self.products():
+            return sampling.generate(self, prompts, seeds, **options)
 
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
-        return sampling.edit(self, images, instructions, seeds, **options)
+        with self.products():
+            return sampling.edit(self, images, instructions, seeds, **options)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        return sampling.answer(self, images, questions, max_new_tokens)
+        with self.products():
+            return sampling.answer(self, images, questions, max_new_tokens)
 
     # the driver's questions about parameters
 

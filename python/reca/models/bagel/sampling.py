@@ -34,7 +34,7 @@ def generate(
     shift: float = 3.0,
     height: int | None = None,
     width: int | None = None,
-    batch: int = 16,
+    batch: int = 8,
 ) -> list[Tensor]:
     """uint8 [3, height, width] per prompt, `batch` at a time; see `denoise`."""
     if len(prompts) != len(seeds):
