@@ -9,15 +9,15 @@ from torch import Tensor
 
 from reca_kernels import checks
 from reca_kernels.ops.attention_impls import IMPLS, unusable
-from reca_kernels.ops.attention_plan import AttentionPlan
+from reca_kernels.ops.attention_plan import AttentionPlan, total
 
 OP = "attention"
 # Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.
 ORDER = {"cuda": ("flash", "varlen", "sdpa"), "cpu": ("sdpa",)}
 
-# On CPUs a mask costs its unseen pairs, segments cost calls. Nanoseconds, forward and backward, of one pair in one
-# channel of one head, and of one more call: python -m benchmarks --ops attention, one thread.
-PAIR_NS, CALL_NS = 0.4, 150_000
+# On CPUs a mask costs the pairs that nobody sees, segments cost calls. Nanoseconds, forward and backward, of one pair
+# in one channel of one head, and of one more call; torch's CPU kernel skips what is above a diagonal in blocks.
+PAIR_NS, CALL_NS, BLOCK = 0.4, 150_000, 512
 
 
 def attention(
@@ -116,11 +116,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(f"{OP}: the plan is for {plan.device}, but q is on {q.device}; use plan.to(q.device) once")
 
 
+@functools.lru_cache(maxsize=32)
 def dense_is_faster(plan: AttentionPlan, heads: int, head_dim: int) -> bool:
     """Whether on a CPU one call with a mask takes less time than a call per segment."""
-    calls = len(plan.segments[0]) if plan.alike else sum(map(len, plan.segments))
-    unseen = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes) - plan.pairs
-    return unseen * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
+    segments = [segment for sample in plan.segments for segment in sample]
+    pairs = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes)
+    for rows, keys, causal in ((total(one.rows), total(one.keys), one.causal) for one in segments):
+        above = rows * (rows - BLOCK) // 2 if causal and rows == keys > BLOCK else 0
+        pairs -= rows * keys - above
+    calls = len(plan.segments[0]) if plan.alike else len(segments)
+    return pairs * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced

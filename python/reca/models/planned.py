@@ -11,6 +11,7 @@ from reca_kernels import AttentionPlan, Run, attention, attention_plan
 PLANNED = "reca_planned"
 
 
+@torch.compiler.disable  # outside compiled layers: a new layout would compile them again
 def _planned(
     module: nn.Module,
     query: Tensor,  # [B, H, L, d]
