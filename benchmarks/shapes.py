@@ -157,17 +157,21 @@ DIFFUSION = {
 
 
 # Runs of a sample: (length, mode, seen before). Show-o: two tokens, h_v that all rows see, prompt, codes, one token.
-# BAGEL: SigLIP features and their marks, template, noised latents of 1024 px.
+# BAGEL: SigLIP features and their marks, template, noised latents of 1024 px. Harmon's language model: three tokens,
+# h_v, prompt, visible tokens with their buffers.
 SHOW_O = [(2, "causal"), (576, "full", True), (127, "causal"), (1024, "full"), (1, "causal")]
 BAGEL = [(258, "full"), (326, "causal"), (4098, "noise")]
+HARMON = [(3, "causal"), (1088, "causal"), (29, "causal"), (200, "causal")]
 ATTENTION = {
     "cpu": {
         "show_o_512": dict(batch=1, runs=SHOW_O, heads=(4, 4), channels=64, dtypes=(FP32,)),
         "bagel": dict(batch=1, runs=[(n // 4, *r) for n, *r in BAGEL], heads=(4, 2), channels=128, dtypes=(FP32,)),
+        "harmon": dict(batch=1, runs=HARMON, heads=(6, 1), channels=128, dtypes=(FP32,)),
     },
     "cuda": {
         "show_o_512": dict(batch=20, runs=SHOW_O, heads=(32, 32), channels=64, dtypes=(BF16,)),
         "bagel": dict(batch=7, runs=BAGEL, heads=(28, 4), channels=128, dtypes=(BF16,)),
+        "harmon": dict(batch=32, runs=HARMON, heads=(12, 2), channels=128, dtypes=(BF16,)),
     },
     "sizes": {
         "24 rows": dict(
