@@ -1,5 +1,6 @@
 """Problems and comparisons that the tests of both cross-entropies share."""
 
+import pytest
 import torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -11,6 +12,13 @@ OPTIONS = {
     "all": {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0},
 }
 IGNORED = -100
+# Every option with a mean; none and all of them with every reduction.
+CASES = [
+    pytest.param(options, reduction, id=f"{name}-{reduction}")
+    for name, options in OPTIONS.items()
+    for reduction in ("mean", "sum", "none")
+    if reduction == "mean" or name in ("plain", "all")
+]
 
 
 def problem(rows=6, classes=77, width=24, labelled=0.6, dtype=torch.float32, seed=3, device="cpu"):
