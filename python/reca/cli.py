@@ -76,9 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="folder to write")
 
     demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
-    demo.add_argument("--umm", default="show_o", help="which model family")
+    demo.add_argument("--umm", default="show_o", help="which model family: show_o, harmon, open_uni or bagel")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
-    demo.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the report")
+    demo.add_argument("--out", type=Path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM")
+    demo.add_argument("--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs")
 
     command("doctor", _doctor, "Say what this machine has and which kernels will run.")
     bench = command("bench", _bench, "Time the kernels; arguments go to `python -m benchmarks`.")
@@ -149,7 +150,10 @@ def _export(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from reca.world.experiment import demo
 
-    demo(options.umm, seeds=options.seeds, out=options.out)
+    if not 0 < options.scale <= 1 or options.seeds < 1:
+        raise ValueError(f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}")
+    usual = Path("demo_out") if options.umm == "show_o" else Path("demo_out") / options.umm
+    demo(options.umm, options.seeds, options.out or usual, options.scale)
 
 
 def _doctor(options: argparse.Namespace) -> None:

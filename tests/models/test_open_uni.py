@@ -84,10 +84,6 @@ def test_sana_1_5_has_query_and_key_norms():
     assert count(model.transformer) == 1_604_641_952
 
 
-def test_tiny_recipe_is_the_tiny_config():
-    assert replace(load_recipe("open_uni_tiny").model, words=[]) == tiny()
-
-
 # losses
 
 
@@ -187,7 +183,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_only(model):
 
 def test_sizes_of_pictures(model):
     assert model.generate(["a"], [0], steps=1, height=32, width=64)[0].shape == (3, 32, 64)
-    with pytest.raises(ValueError, match="multiples of 32, got 33 x 32"):
+    with pytest.raises(ValueError, match="multiples of 2, got 33 x 32"):
         model.generate(["a"], [0], steps=1, height=33)
 
 

@@ -1,9 +1,13 @@
-"""The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike."""
+"""The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike.
+
+The experiment is the same for every family; `starts` has what is not.
+"""
 
 import json
 import os
 import shutil
 import time
+import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -12,14 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reca.config import RecipeError, load_recipe
+from reca.config import load_recipe
+from reca.models.base import Adapter
 from reca.train import Trainer
 from reca.world import report
 from reca.world.measure import Measured, measure
-from reca.world.pretrain import STEPS, pretrain
+from reca.world.starts import Start, scaled, start
 
-RECIPE = "show_o_tiny"
 BEFORE = "before"
+SPARSEST = 10  # every tenth prompt still asks for something of every category
 
 
 @dataclass(frozen=True)
@@ -32,17 +37,24 @@ class Arm:
 
 
 def _sft(told: str) -> tuple[str, ...]:
-    return ("objective.reca.weight=0", "objective.t2i.weight=1", f"data.captions=world:unlabeled?seed={{seed}}&told={told}")
+    return (
+        "objective.reca.weight=0",
+        "objective.t2i.weight=1",
+        f"data.captions=world:unlabeled?seed={{seed}}&told={told}",
+    )
 
 
-ARMS = (
-    Arm("RECA", "unlabeled images only", ()),
-    Arm("SFT", "the same images with the captioner's sparse captions", _sft("sparse")),
-    Arm("RECA-codebook", "h_v from the generation codebook", ("model.hv_source=vq", "model.hv_down_scale=1")),
-    Arm("RECA-other", "control: the h_v of another image", ("objective.condition=other",)),
-    Arm("SFT-half", "captions that tell any colour half the time", _sft("half")),
-    Arm("SFT-full", "captions that tell everything", _sft("full")),
-)
+def arms(begin: Start) -> list[Arm]:
+    """The rows of a family's table."""
+    generation = [Arm(*begin.generation)] if begin.generation else []
+    return [
+        Arm("RECA", "unlabeled images only", ()),
+        Arm("SFT", "the same images with the captioner's sparse captions", _sft("sparse")),
+        *generation,
+        Arm("RECA-other", "control: the h_v of another image", ("objective.condition=other",)),
+        Arm("SFT-half", "captions that tell any colour half the time", _sft("half")),
+        Arm("SFT-full", "captions that tell everything", _sft("full")),
+    ]
 
 
 @dataclass
@@ -54,31 +66,34 @@ class Outcome:
     seconds: float
 
 
-def demo(family: str, seeds: int, out: Path) -> dict[int, dict[str, Outcome]]:
-    """Run the experiment for seeds 0 ... seeds - 1, print the table and write out/report.html."""
-    if family != "show_o":
-        raise RecipeError(f"the demo has a tiny pre-trained world for show_o only, not for {family!r}")
-    results = run(range(seeds), out)
+def demo(family: str, seeds: int, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
+    """Run the experiment for seeds 0 ... seeds - 1, print the table and write out/report.html.
+
+    scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
+    """
+    results = run(family, range(seeds), out, scale)
     print(report.table(results))
-    path = report.write(results, out)
+    path = report.write(results, family, out, scale)
     print(f"\nreport: {path.resolve()}")
     return results
 
 
-def run(seeds: range, out: Path) -> dict[int, dict[str, Outcome]]:
+def run(family: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
     """{seed: {BEFORE or arm: outcome}}. Jobs are processes of one thread each, as many at once as there are cores."""
+    begin = start(family)
+    rows = arms(begin)
     results: dict[int, dict[str, Outcome]] = {seed: {} for seed in seeds}
-    updates = load_recipe(RECIPE).train.updates
+    steps, updates = scaled(begin.steps, scale), scaled(load_recipe(begin.recipe).train.updates, scale)
     jobs: dict[Future, tuple[int, str]] = {}
-    workers = min(os.cpu_count() or 1, len(seeds) * len(ARMS))
+    workers = min(os.cpu_count() or 1, len(seeds) * len(rows))
     for seed in seeds:
         shutil.rmtree(out / f"seed{seed}", ignore_errors=True)  # a run is continued, and this is a new one
         (out / f"seed{seed}").mkdir(parents=True)
     with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-        tqdm(total=len(seeds) * (STEPS + updates * len(ARMS)), unit="update", desc="demo", smoothing=0.05) as bar,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet) as pool,
+        tqdm(total=len(seeds) * (steps + updates * len(rows)), unit="update", desc="demo", smoothing=0.05) as bar,
     ):
-        jobs = {pool.submit(_start, seed, out): (seed, BEFORE) for seed in seeds}
+        jobs = {pool.submit(_start, family, seed, out, scale): (seed, BEFORE) for seed in seeds}
         while jobs:
             done = [job for job in jobs if job.done()]
             for job in done:
@@ -86,17 +101,24 @@ def run(seeds: range, out: Path) -> dict[int, dict[str, Outcome]]:
                 results[seed][name] = outcome = job.result()
                 tqdm.write(f"seed {seed}: {name:<14} {_line(outcome.measured)}  ({outcome.seconds:.0f} s)")
                 if name == BEFORE:
-                    jobs |= {pool.submit(_post_train, seed, out, arm): (seed, arm.name) for arm in ARMS}
-            bar.update(_steps_done(out, results) - bar.n)
+                    jobs |= {pool.submit(_post_train, family, seed, out, arm, scale): (seed, arm.name) for arm in rows}
+            bar.update(_steps_done(out, seeds) - bar.n)
             time.sleep(0.5)
-    return results
+    return {
+        seed: {name: by_name[name] for name in (BEFORE, *(a.name for a in rows))} for seed, by_name in results.items()
+    }
 
 
-def _start(seed: int, out: Path) -> Outcome:
-    """Pre-train, export and measure."""
-    began, folder = time.perf_counter(), _folder(out, seed, BEFORE)
+def _quiet() -> None:
+    """What libraries say about their future versions is nothing to a viewer of the demo."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def _start(family: str, seed: int, out: Path, scale: float) -> Outcome:
+    """Pre-train, save and measure."""
+    began, begin = time.perf_counter(), start(family)
     torch.set_num_threads(1)
-    recipe = load_recipe(RECIPE)
     curve: list[tuple[int, float]] = []
 
     def progress(step: int, loss: float) -> None:
@@ -104,20 +126,22 @@ def _start(seed: int, out: Path) -> Outcome:
             curve.append((step, loss))
             _progress(out, seed, BEFORE).write_text(str(step))
 
-    model = pretrain(recipe, seed, folder / "weights", progress)
-    return Outcome(measure(model, seed), curve, time.perf_counter() - began)
+    model = begin.pretrain(load_recipe(begin.recipe), seed, _folder(out, seed, BEFORE), scale, progress)
+    return Outcome(_measure(model, begin, seed, scale), curve, time.perf_counter() - began)
 
 
-def _post_train(seed: int, out: Path, arm: Arm) -> Outcome:
-    """Post-train by the driver, as `reca train show_o_tiny ...` would, and measure."""
-    began, run_dir = time.perf_counter(), _folder(out, seed, arm.name)
+def _post_train(family: str, seed: int, out: Path, arm: Arm, scale: float) -> Outcome:
+    """Post-train by the driver, as `reca train` would, and measure."""
+    began, begin, run_dir = time.perf_counter(), start(family), _folder(out, seed, arm.name)
     own = [text.format(seed=seed) for text in arm.overrides]
+    updates = scaled(load_recipe(begin.recipe).train.updates, scale)
     recipe = load_recipe(
-        RECIPE,
+        begin.recipe,
         [
-            f"model.weights={_folder(out, seed, BEFORE) / 'weights'}",
+            begin.begins_at.format(folder=_folder(out, seed, BEFORE)),
             f"run_dir={run_dir}",
             f"train.seed={seed}",
+            f"train.updates={updates}",
             "train.threads=1",
             f"data.images=world:unlabeled?seed={seed}",
             f"data.conversations=world:understood?seed={seed}",
@@ -129,13 +153,23 @@ def _post_train(seed: int, out: Path, arm: Arm) -> Outcome:
     trainer.run()
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     curve = [(line["update"], line["loss"]) for line in lines if "loss" in line]
-    return Outcome(measure(trainer.adapter, seed), curve, time.perf_counter() - began)
+    return Outcome(_measure(trainer.adapter, begin, seed, scale), curve, time.perf_counter() - began)
+
+
+def _measure(model: Adapter, begin: Start, seed: int, scale: float) -> Measured:
+    return measure(model, seed, begin.sampling, every=min(max(1, round(1 / scale)), SPARSEST))
 
 
 def _line(measured: Measured) -> str:
     rates = measured.rates
     parts = [f"{name} {100 * rates[name].share:5.1f} %" for name in ("seen", "held-out")]
-    return "  ".join([*parts, f"overall {100 * measured.overall:5.1f} %", f"understanding {100 * rates['understanding'].share:5.1f} %"])
+    return "  ".join(
+        [
+            *parts,
+            f"overall {100 * measured.overall:5.1f} %",
+            f"understanding {100 * rates['understanding'].share:5.1f} %",
+        ]
+    )
 
 
 def _folder(out: Path, seed: int, name: str) -> Path:
@@ -146,11 +180,5 @@ def _progress(out: Path, seed: int, name: str) -> Path:
     return out / f"seed{seed}" / f".{name}.progress"
 
 
-def _steps_done(out: Path, results: dict[int, dict[str, Outcome]]) -> int:
-    total = 0
-    for seed in results:
-        for name in (BEFORE, *(arm.name for arm in ARMS)):
-            path = _progress(out, seed, name)
-            text = path.read_text() if path.exists() else ""
-            total += int(text or 0)
-    return total
+def _steps_done(out: Path, seeds: range) -> int:
+    return sum(int(path.read_text() or 0) for seed in seeds for path in (out / f"seed{seed}").glob(".*.progress"))

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ from reca.world.scenes import RELATIONS, SHAPES, Scene, Thing, all_pairs, held_o
 from reca.world.source import unseen
 
 CATEGORIES = ("single", "colour", "two", "attribution", "position")
-SAMPLING = {"steps": 18, "guidance": 0.0, "temperature": 0.5}
 QUESTION = "what is this"
 
 
@@ -80,11 +79,14 @@ def prompts(seed: int) -> list[Prompt]:
     return made
 
 
-def measure(model: Adapter, seed: int) -> Measured:
-    """Draw every prompt of the world, judge the pictures, and ask about pictures that no training saw."""
+def measure(model: Adapter, seed: int, sampling: dict[str, Any], every: int = 1) -> Measured:
+    """Draw every prompt of the world, judge the pictures, and ask about pictures that no training saw.
+
+    every: n takes every n-th prompt and picture only, for a quick look.
+    """
     model.eval()
-    asked = prompts(seed)
-    pictures = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **SAMPLING)
+    asked = prompts(seed)[::every]
+    pictures = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)
     verdicts = [shows(picture, p.scene, p.colours, p.layout) for p, picture in zip(asked, pictures, strict=True)]
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -99,8 +101,9 @@ def measure(model: Adapter, seed: int) -> Measured:
         if p.category in ("colour", "attribution"):
             count(p.pairs, hit)
     split = unseen(seed)
-    answers = model.answer([split.picture(i) for i in range(len(split))], [QUESTION] * len(split), max_new_tokens=9)
-    for i, answer in enumerate(answers):
+    shown = range(0, len(split), every)
+    answers = model.answer([split.picture(i) for i in shown], [QUESTION] * len(shown), max_new_tokens=9)
+    for i, answer in zip(shown, answers, strict=True):
         count("understanding", answer == caption(split.scene(i)))
     rates = {name: Rate(*pair) for name, pair in counts.items()}
     overall = sum(rates[f"{c}, all"].share for c in CATEGORIES) / len(CATEGORIES)

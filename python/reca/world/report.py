@@ -13,8 +13,9 @@ from PIL import Image
 
 from reca.config import as_dict, load_recipe
 from reca.log import grid
-from reca.world.measure import CATEGORIES, SAMPLING, Rate
+from reca.world.measure import CATEGORIES, Rate
 from reca.world.scenes import held_out_pairs
+from reca.world.starts import scaled, start
 
 if TYPE_CHECKING:
     from reca.world.experiment import Outcome
@@ -54,19 +55,28 @@ def verdicts(results: Results) -> list[str]:
     return said
 
 
-def write(results: Results, out: Path) -> Path:
+def write(results: Results, family: str, out: Path, scale: float = 1.0) -> Path:
     """The report as one self-contained file."""
-    from reca.world.experiment import ARMS, RECIPE
+    from reca.world.experiment import arms
 
-    first = next(iter(results))
+    begin, first = start(family), next(iter(results))
+    recipe = load_recipe(begin.recipe)
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     names = _names(results)
-    details = [*(f"{c}, all" for c in CATEGORIES), *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in SHOWN)]
+    details = [
+        *(f"{c}, all" for c in CATEGORIES),
+        *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in SHOWN),
+    ]
     page = environment.get_template("report.html").render(
         seeds=list(results),
-        arms={arm.name: arm.says for arm in ARMS},
+        scale=scale,
+        begin=begin,
+        arms={arm.name: arm.says for arm in arms(begin)},
         names=names,
         table=table(results),
         details={
@@ -76,11 +86,11 @@ def write(results: Results, out: Path) -> Path:
         held_out=sorted(f"{pair.colour} {pair.shape}" for pair in held_out_pairs(first)),
         pictures={name: _pictures(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
-        settings=as_dict(load_recipe(RECIPE)),
-        sampling=SAMPLING,
+        updates=scaled(recipe.train.updates, scale),
+        settings=as_dict(recipe),
         seconds={name: f"{results[first][name].seconds:.0f}" for name in names},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
-        command=f"reca demo --seeds {len(results)}",
+        command=f"reca demo --umm {family} --seeds {len(results)}" + (f" --scale {scale:g}" if scale != 1 else ""),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -88,9 +98,7 @@ def write(results: Results, out: Path) -> Path:
 
 
 def _names(results: Results) -> list[str]:
-    from reca.world.experiment import ARMS, BEFORE
-
-    return [BEFORE, *(arm.name for arm in ARMS)]
+    return list(next(iter(results.values())))
 
 
 def _cell(rates: list[Rate]) -> str:

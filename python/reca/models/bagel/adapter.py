@@ -198,15 +198,24 @@ class Bagel(Adapter):
 
     def flow_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         """Sum over image tokens of the mean squared error of their velocity, and the number of tokens."""
-        ids, patch = batch.sample_ids, self.config.latent_patch_size
-        latents = self.drawn(features["moments"], draws, ids)
+        return self.token_loss(self.prompts(batch, features, draws), features["moments"], batch.sample_ids, draws)
+
+    def token_loss(
+        self,
+        given: tuple[list, list | None, list | None],  # what `read` takes: items per sample, h_v, clean latents
+        moments: list[Tensor] | Tensor,  # of the picture to draw, [2 C, h, w] per sample
+        ids: Tensor,  # int64 [B], global ids of the samples
+        draws: Draws,
+    ) -> LossTerm:
+        patch = self.config.latent_patch_size
+        latents = self.drawn(moments, draws, ids)
         sizes = [(z.shape[1] // patch, z.shape[2] // patch) for z in latents]
         t = self.level(draws, ids)
         if self.config.parity:
             latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
         noise = draws.noise(Purpose.NOISE, ids)
         tokens = flow_matching_prepare(latents, t, noise, patch=patch)
-        _, context = self.read(*self.prompts(batch, features, draws))
+        _, context = self.read(*given)
         velocity = self.velocity(context, sizes, tokens, t)
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
         return LossTerm(total / velocity.shape[1], torch.tensor(float(len(velocity)), device=velocity.device))

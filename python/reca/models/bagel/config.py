@@ -39,8 +39,9 @@ class AutoencoderSizes:
 
 
 @dataclass
-class PixelSizes:
-    factor: int = option(2, "pixels on the side of a latent, whose channels are their colours")
+class PatchSizes:
+    size: int = option(4, "pixels on the side of a latent")
+    channels: int = option(16, "channels of a latent")
 
 
 @dataclass
@@ -62,10 +63,10 @@ class BagelConfig:
     language: LanguageSizes = option(LanguageSizes, "")
     vision: VisionSizes = option(VisionSizes, "")
     codec: str = option(
-        "flux", "image autoencoder: flux, or pixels (nothing to learn; for the embedded world)", ("flux", "pixels")
+        "flux", "image autoencoder: flux, or patches (linear; stands in for it in the embedded world)", ("flux", "patches")
     )
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
-    pixels: PixelSizes = option(PixelSizes, "")
+    patches: PatchSizes = option(PatchSizes, "")
     latent_patch_size: int = option(2, "latents on the side of an image token")
     max_latent_size: int = option(64, "image tokens on the side of the largest picture: its position table")
     image_size: int = option(1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing")
@@ -91,7 +92,8 @@ def tiny() -> BagelConfig:
     return BagelConfig(
         language=LanguageSizes(64, 3, 4, 2, 192, 96),
         vision=VisionSizes(64, 4, 4, 128, 18, 6),
-        codec="pixels",
+        codec="patches",
+        patches=PatchSizes(2, 12),
         max_latent_size=8,
         image_size=20,
         image_min_size=20,

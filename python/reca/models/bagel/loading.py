@@ -53,8 +53,7 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
     for table in model.modules():
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()
-    if isinstance(model.codec, FluxCodec):
-        _load_codec(model.codec, fetch(config.codec_weights, convert.HUB) if config.codec_weights else folder)
+    _load_codec(model.codec, fetch(config.codec_weights, convert.HUB) if config.codec_weights else folder)
     return model
 
 
@@ -63,10 +62,10 @@ def export(model: "Bagel", folder: Path, dtype: torch.dtype) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     convert.write(folder / convert.PUBLISHED, {n: t.to(dtype) for n, t in published(model).state_dict().items()})
+    codec = model.codec.state_dict()
     if isinstance(model.codec, FluxCodec):
-        autoencoder = model.codec.autoencoder
-        levels = len(model.codec.sizes.block_out_channels)
-        convert.write(folder / convert.CODEC, convert.codec_published(autoencoder.state_dict(), levels))
+        codec = convert.codec_published(model.codec.autoencoder.state_dict(), len(model.codec.sizes.block_out_channels))
+    convert.write(folder / convert.CODEC, codec)
     for name, content in convert.described(model.config, model.vocabulary.bos, model.vocabulary.eos).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     model.tokenizer.save_pretrained(folder)
@@ -92,11 +91,14 @@ def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokeni
     return tokenizer
 
 
-def _load_codec(codec: FluxCodec, source: Path) -> None:
+def _load_codec(codec: nn.Module, source: Path) -> None:
     path = source / convert.CODEC if source.is_dir() else source
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
     state: dict[str, Tensor] = convert.read(path)
+    if not isinstance(codec, FluxCodec):
+        put(codec, state, str(path), torch.float32)
+        return
     levels = len(codec.sizes.block_out_channels)
     native = convert.codec_native(state, codec.autoencoder.state_dict(), levels)
     put(codec.autoencoder, native, str(path), torch.float32)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from reca.models.bagel.config import AutoencoderSizes, BagelConfig, PixelSizes, VisionSizes
+from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
+from reca.models.patch_codec import PatchCodec
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
 CERTAIN = -60.0  # log-variance of a latent without spread
@@ -143,27 +144,20 @@ class FluxCodec(nn.Module):
             return self.autoencoder.decoder(latents.float() / self.sizes.scaling_factor + self.sizes.shift_factor)
 
 
-class PixelCodec(nn.Module):
-    """A square of pixels is a latent, so there is nothing to learn and nothing to lose."""
-
-    def __init__(self, sizes: PixelSizes):
-        super().__init__()
-        self.factor, self.channels = sizes.factor, 3 * sizes.factor**2
+class Patches(PatchCodec):
+    """The embedded world's codec."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        mean = F.pixel_unshuffle(pixels.float(), self.factor)
+        mean = super().encode(pixels.float())
         return torch.cat((mean, torch.full_like(mean, CERTAIN)), dim=1)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         mean, log_variance = moments.float().chunk(2, dim=-3)
         return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return F.pixel_shuffle(latents.float(), self.factor)
-
 
 def codec(config: BagelConfig) -> nn.Module:
-    return FluxCodec(config.autoencoder) if config.codec == "flux" else PixelCodec(config.pixels)
+    return FluxCodec(config.autoencoder) if config.codec == "flux" else Patches(config.patches.size, config.patches.channels)
 
 
 def side(sizes: VisionSizes) -> int:

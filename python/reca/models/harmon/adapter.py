@@ -155,14 +155,25 @@ class Harmon(Adapter):
             return self.drawing_loss(batch, features, draws)
 
     def drawing_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        latents, ids, repeats = features["latents"], batch.sample_ids, self.config.mar.repeats
+        seen = self.mar.encode(features["seen"]) if batch.kind == "reca" else None
+        return self.token_loss(self.prompts(batch, draws), features["latents"], batch.sample_ids, draws, seen)
+
+    def token_loss(
+        self,
+        prompts: list[Prompt],
+        latents: Tensor,  # [B, m, n, C]
+        ids: Tensor,  # int64 [B], global ids of the samples
+        draws: Draws,
+        seen: Tensor | None = None,  # [B, buffers + S', D], the encoded picture that h_v is made of
+    ) -> LossTerm:
+        """Sum over hidden tokens and their timesteps, and how many these are."""
+        repeats = self.config.mar.repeats
         grid = tuple(latents.shape[1:3])
         size = grid[0] * grid[1]
         counts = self.hidden_counts(draws, ids, size)
         masking = Masking.of(draws.uniform(Purpose.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
-        seen = self.mar.encode(features["seen"]) if batch.kind == "reca" else None
         encoded = self.mar.encode(latents, masking.visible, masking.real)
-        z = self.condition(self.prompts(batch, draws), encoded, masking, grid, seen)
+        z = self.condition(prompts, encoded, masking, grid, seen)
 
         # Every hidden token `repeats` times: the same row of latents and condition, its own step and noise.
         repeat = torch.arange(repeats, device=ids.device)[:, None]

@@ -43,7 +43,7 @@ class AutoencoderSizes:
     channels: int = option(128, "kl16: channels of the first level")
     multipliers: list[int] = option(lambda: [1, 1, 2, 2, 4], "kl16: channels per level, over the first")
     blocks: int = option(2, "kl16: residual blocks per level; the decoder has one more")
-    patch: int = option(4, "cosines: pixels on the side of a token")
+    patch: int = option(4, "patches: pixels on the side of a latent")
     latent_channels: int = option(16, "channels of a latent")
     scale: float = option(0.2325, "latents are multiplied by this")
 
@@ -59,7 +59,7 @@ class HarmonConfig:
     language: LanguageSizes = option(LanguageSizes, "")
     mar: MarSizes = option(MarSizes, "")
     codec: str = option(
-        "kl16", "kl16, or cosines: a fixed transform of pixel patches that needs no training", ("kl16", "cosines")
+        "kl16", "kl16, or patches (linear; stands in for it in the embedded world)", ("kl16", "patches")
     )
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
     image_size: int = option(512, "pixels on the side of a picture, drawn or asked about")
@@ -78,7 +78,7 @@ def tiny() -> HarmonConfig:
     return HarmonConfig(
         language=LanguageSizes(64, 2, 4, 2, 144, 128),
         mar=MarSizes(48, 2, 2, 4, base_grid=5, buffers=4, head_depth=2, head_width=64, classes=10),
-        codec="cosines",
+        codec="patches",
         autoencoder=AutoencoderSizes(patch=4, latent_channels=24, scale=0.5),
         image_size=20,
     )

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from reca.models.harmon import convert, prompt
 from reca.models.harmon.config import HarmonConfig
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import fetch, no_memory, put
+from reca.models.weights import fetch, no_memory, put, read_tensors
 
 if TYPE_CHECKING:
     from reca.models.harmon.adapter import Harmon
@@ -37,7 +37,10 @@ def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) 
         model = cls(config, tokenizer)
     state, vae = convert.read(source)
     put_trained(model, state, str(source))
-    if config.codec == "kl16":
+    if config.codec == "patches":
+        beside = (source if source.is_dir() else source.parent) / convert.VAE_FILE
+        put(model.vae, read_tensors(Path(config.vae_weights or beside)), config.vae_weights or str(beside))
+    else:
         beside = (source if source.is_dir() else source.parent) / convert.VAE_FILE
         if config.vae_weights or (not vae and beside.is_file()):
             vae = convert.read_vae(fetch(config.vae_weights or str(beside)), _levels(config))
@@ -67,8 +70,10 @@ def trained(model: "Harmon") -> nn.ModuleDict:
 
 def export(model: "Harmon", folder: Path) -> None:
     convert.write(folder / convert.FILE, trained(model).state_dict())
-    if model.config.codec == "kl16" and not model.config.vae_weights:
-        vae = convert.vae_published(model.vae.state_dict(), _levels(model.config))
+    if not model.config.vae_weights:
+        vae = model.vae.state_dict()
+        if model.config.codec == "kl16":
+            vae = convert.vae_published(vae, _levels(model.config))
         convert.write(folder / convert.VAE_FILE, {"model": vae})
     if not model.config.tokenizer:
         model.tokenizer.save_pretrained(folder / "tokenizer")

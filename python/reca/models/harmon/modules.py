@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, LanguageSizes, MarSizes
+from reca.models.patch_codec import PatchCodec
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 STEPS = 1000  # of the diffusion that training uses
@@ -49,36 +50,15 @@ class Kl16(AutoencoderKL):
         return self.decode(latents).sample
 
 
-class Cosines(nn.Module):
-    """Orthonormal cosine transform of pixel patches that keeps the lowest frequencies.
+class Patches(PatchCodec):
+    """The embedded world's codec."""
 
-    The embedded world's codec: exact for flat patches, and nothing to train. With 3 p² channels it loses nothing.
-    """
-
-    def __init__(self, patch: int, channels: int):
-        super().__init__()
-        most = 3 * patch**2
-        if not 1 <= channels <= most:
-            raise ValueError(f"model.autoencoder.latent_channels={channels}: {patch} x {patch} pixels have 1 to {most}")
-        at = (torch.arange(patch) + 0.5) * (math.pi / patch)
-        waves = torch.cos(torch.arange(patch)[:, None] * at) * math.sqrt(2 / patch)
-        waves[0] /= math.sqrt(2)
-        order = sorted((u + v, u, v, colour) for u in range(patch) for v in range(patch) for colour in range(3))
-        basis = torch.zeros(channels, 3, patch, patch)
-        for row, (_, u, v, colour) in zip(basis, order, strict=False):
-            row[colour] = waves[u][:, None] * waves[v]
-        self.register_buffer("basis", basis, persistent=False)
-
-    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W]
-        return F.conv2d(pixels, self.basis, stride=self.basis.shape[-1])
-
-    def pixels(self, latents: Tensor) -> Tensor:  # [B, C, m, n]
-        return F.conv_transpose2d(latents, self.basis, stride=self.basis.shape[-1])
+    latents, pixels = PatchCodec.encode, PatchCodec.decode
 
 
-def codec(config: HarmonConfig) -> Kl16 | Cosines:
+def codec(config: HarmonConfig) -> Kl16 | Patches:
     c = config.autoencoder
-    return kl16(c) if config.codec == "kl16" else Cosines(c.patch, c.latent_channels)
+    return kl16(c) if config.codec == "kl16" else Patches(c.patch, c.latent_channels)
 
 
 def kl16(c: AutoencoderSizes) -> Kl16:

@@ -51,7 +51,7 @@ class OpenUni(Adapter):
         self.projector = nn.Linear(config.language.hidden_size, config.sana.caption_channels)
         self.meta_queries = nn.Parameter(torch.randn(config.queries, config.language.hidden_size) * 0.02)
         self.transformer = modules.transformer(config)
-        self.vae = modules.autoencoder(config)
+        self.vae = modules.codec(config)
 
     @classmethod
     def load(cls, config: OpenUniConfig, device: torch.device | str = "cpu") -> "OpenUni":
@@ -63,6 +63,8 @@ class OpenUni(Adapter):
             with torch.random.fork_rng(devices=[]), torch.device(device):
                 torch.manual_seed(config.seed)
                 return cls(config, _tokenizer(config)).requires_grad_(True)
+        if config.codec != "dc_ae":
+            raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
         with no_memory():
             model = cls(config, _tokenizer(config))
         folder = fetch(config.mllm)
@@ -121,7 +123,16 @@ class OpenUni(Adapter):
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
         with torch.autocast(pixels.device.type, enabled=False):
+            if self.config.codec == "patches":
+                return self.vae.encode(pixels.float())
             return self.vae.encode(pixels.float()).latent * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
+        """About [-1, 1], [B, 3, H, W]."""
+        if self.config.codec == "patches":
+            return self.vae.decode(latents)
+        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
     def condition(self, ids: list[list[int]], h_v: Tensor | None, side: str) -> Tensor:
         """Text condition of SANA, [B, queries, caption_channels].
@@ -172,12 +183,15 @@ class OpenUni(Adapter):
         ids = self.prompts(batch, draws)
         h_v = features["h_v"] if batch.kind == "reca" else None
         cond = self.condition(ids, h_v, "left" if batch.kind == "reca" else "right")
-        t = self.sigma(draws, batch.sample_ids)
-        latents, noise = features["latents"], draws.noise(Purpose.NOISE, batch.sample_ids)
+        rows = self.flow_loss(cond, features["latents"], batch.sample_ids, draws)
+        return LossTerm(rows.sum(), self.weight(batch, draws))
+
+    def flow_loss(self, cond: Tensor, latents: Tensor, sample_ids: Tensor, draws: Draws) -> Tensor:
+        """Mean squared error of the velocity per sample, fp32 [B]."""
+        t, noise = self.sigma(draws, sample_ids), draws.noise(Purpose.NOISE, sample_ids)
         noisy = flow_matching_prepare(latents, t.to(torch.bfloat16).float() if self.config.parity else t, noise)
         velocity = self.transformer(noisy, encoder_hidden_states=cond, timestep=t * STEPS, return_dict=False)[0]
-        rows = flow_matching_loss(velocity, latents, t, noise, reduction="sample")
-        return LossTerm(rows.sum(), self.weight(batch, draws))
+        return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
 
     def prompts(self, batch: Batch, draws: Draws) -> list[list[int]]:
         """Token ids per sample; a caption is dropped, a template never."""
@@ -226,22 +240,29 @@ class OpenUni(Adapter):
         return sampling.sample(self, cond, uncond, h_v, seeds, **options)
 
     @torch.no_grad()
-    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+    def answer(
+        self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
+    ) -> list[str]:
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
         n, end = modules.hv_tokens(self.config), self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        ids = [prompt.encode(self.tokenizer, prompt.with_image(text, n).removesuffix("<img>")) for text in questions]
+        asked = [prompt.encode(self.tokenizer, prompt.with_image(q, n).removesuffix("<img>")) for q in questions]
         replies = []
-        for image, row in zip(images, ids, strict=True):
-            layout, mask = prompt.plan([row], self.context_id, "left")
+        for i in range(0, len(images), batch):
+            layout, mask = prompt.plan(asked[i : i + batch], self.context_id, "left")
+            h_v = self.understand(torch.cat([self._fit(image) for image in images[i : i + batch]]))
             tokens = greedy(
                 self.mllm.model.language_model,
                 self.mllm.lm_head,
-                self.embed(layout.src, self.understand(self._fit(image))),
+                self.embed(layout.src, h_v),
                 prompt.positions(mask).to(self.meta_queries.device),
                 prompt.runs(mask, "left"),
                 max_new_tokens,
                 end,
             )
-            replies.append(self.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+            for row in tokens.tolist():
+                row = row[: row.index(end)] if end in row else row
+                replies.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
         return replies
 
     def export(self, folder: Path) -> None:

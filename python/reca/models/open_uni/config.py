@@ -45,6 +45,9 @@ class SanaSizes:
     caption_channels: int = option(2304, "width of its text condition")
     mlp_ratio: float = option(2.5, "width of its MLP over its own width")
     qk_norm: Optional[str] = option(None, "rms_norm_across_heads for SANA-1.5")
+    interpolation_scale: Optional[float] = option(
+        None, "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions"
+    )
 
 
 @dataclass
@@ -58,6 +61,12 @@ class AutoencoderSizes:
     encoder_layers: list[int] = option(lambda: [2, 2, 2, 3, 3, 3], "blocks per encoder stage")
     decoder_layers: list[int] = option(lambda: [3] * 6, "blocks per decoder stage")
     scaling_factor: float = option(0.41407, "latents are multiplied by this")
+
+
+@dataclass
+class PatchSizes:
+    size: int = option(4, "pixels on the side of a latent")
+    channels: int = option(16, "channels of a latent")
 
 
 @dataclass
@@ -75,7 +84,11 @@ class OpenUniConfig:
     language: LanguageSizes = option(LanguageSizes, "")
     connector: ConnectorSizes = option(ConnectorSizes, "")
     sana: SanaSizes = option(SanaSizes, "")
-    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
+    codec: str = option(
+        "dc_ae", "autoencoder: dc_ae, or patches (linear; stands in for it in the embedded world)", ("dc_ae", "patches")
+    )
+    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "dc_ae's sizes")
+    patches: PatchSizes = option(PatchSizes, "patches' sizes")
     queries: int = option(256, "learnable queries behind every prompt")
     image_size: int = option(512, "pixels on the side of a generated picture")
     understanding_size: int = option(448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck")

@@ -6,6 +6,7 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.patch_codec import PatchCodec
 from reca.models.planned import PLANNED
 
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
@@ -65,7 +66,7 @@ def connector(config: OpenUniConfig) -> SiglipEncoder:
 
 def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
     """SANA's diffusion transformer."""
-    sana, channels = config.sana, config.autoencoder.latent_channels
+    sana, channels = config.sana, latent_channels(config)
     return SanaTransformer2DModel(
         in_channels=channels,
         out_channels=channels,
@@ -82,8 +83,12 @@ def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
         patch_size=1,
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        interpolation_scale=None,
+        interpolation_scale=sana.interpolation_scale,
     )
+
+
+def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec:
+    return autoencoder(config) if config.codec == "dc_ae" else PatchCodec(config.patches.size, config.patches.channels)
 
 
 def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
@@ -111,7 +116,13 @@ def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
 
 def factor(config: OpenUniConfig) -> int:
     """Pixels on the side of one latent."""
+    if config.codec == "patches":
+        return config.patches.size
     return 2 ** (len(config.autoencoder.block_out_channels) - 1)
+
+
+def latent_channels(config: OpenUniConfig) -> int:
+    return config.autoencoder.latent_channels if config.codec == "dc_ae" else config.patches.channels
 
 
 def hv_tokens(config: OpenUniConfig) -> int:

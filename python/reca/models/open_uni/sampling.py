@@ -12,6 +12,8 @@ from reca.models.open_uni import modules
 if TYPE_CHECKING:
     from reca.models.open_uni.adapter import OpenUni
 
+PIPELINE_FACTOR = 32  # pixels on the side of a latent as the pipeline counts; it only checks sizes by it
+
 
 def scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ 2M over flow sigmas with shift 3, as the SANA repositories configure it."""
@@ -42,14 +44,14 @@ def sample(
 ) -> list[Tensor]:
     """uint8 [3, height, width] per prompt. Each picture's start noise is a function of its seed alone.
 
-    Raises ValueError when height or width is no multiple of 32, which is what the pipeline takes.
+    Raises ValueError when height or width is no multiple of a latent's side: 32 pixels with the published autoencoder.
     """
     height, width = height or model.config.image_size, width or model.config.image_size
-    if height % 32 or width % 32:
-        raise ValueError(f"height and width must be multiples of 32, got {height} x {width}")
     factor = modules.factor(model.config)
+    if height % factor or width % factor:
+        raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
     device = model.meta_queries.device
-    shape = (model.config.autoencoder.latent_channels, height // factor, width // factor)
+    shape = (modules.latent_channels(model.config), height // factor, width // factor)
     one = torch.zeros(1, dtype=torch.int64, device=device)
     n = shape[0] * shape[1] * shape[2]
     start = torch.cat([Draws(seed).normal(Purpose.NOISE, one, n).view(1, *shape) for seed in seeds])
@@ -67,10 +69,9 @@ def denoise(
     guidance: float,
     on_step=None,  # diffusers' callback_on_step_end
 ) -> Tensor:  # [B, 3, H, W], about [-1, 1]
-    pipeline = SanaPipeline(None, None, model.vae, model.transformer, scheduler())
+    pipeline = SanaPipeline(None, None, None, model.transformer, scheduler())
     pipeline.set_progress_bar_config(disable=True)
     seen = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
-    factor = modules.factor(model.config)
     latents = pipeline(
         prompt_embeds=cond,
         prompt_attention_mask=seen,
@@ -78,8 +79,8 @@ def denoise(
         negative_prompt_attention_mask=seen,
         negative_prompt=None,
         latents=start,
-        height=start.shape[2] * factor,
-        width=start.shape[3] * factor,
+        height=start.shape[2] * PIPELINE_FACTOR,
+        width=start.shape[3] * PIPELINE_FACTOR,
         num_inference_steps=steps,
         guidance_scale=guidance,
         output_type="latent",
@@ -87,4 +88,4 @@ def denoise(
         complex_human_instruction=None,
         callback_on_step_end=on_step,
     ).images
-    return model.vae.decode(latents / model.vae.config.scaling_factor, return_dict=False)[0]
+    return model.pixels(latents)

@@ -1,4 +1,4 @@
-"""A tiny Show-o that understands more than it can draw: the starting point of the demo.
+"""A tiny Show-o that understands more than it can draw.
 
 Its understanding side sees and names every colour-shape pair; its captions lack the held-out ones. Beside Show-o's own
 losses there are three terms that stand for what a large model brings along: h_v aligned with the word embeddings of
@@ -6,7 +6,6 @@ what it shows (slot by slot), text in h_v's place answered like h_v, and caption
 """
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,43 +18,32 @@ from reca.models.base import Batch, Turn
 from reca.models.show_o import Adapter, prompt
 from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.world.source import Split, captioned, understood
+from reca.world.starts import Progress, Start, scaled
+from reca.world.starts.alignment import alignment, filled
+from reca.world.starts.descent import descend, pictures, unit
 
-STEPS, WARMUP, HOLD, FINAL = 800, 60, 0.6, 0.05
+STEPS = 800
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
 TOLD = 0.8  # how often a caption tells a colour
-ALIGN, NORM, TEMPERATURE = 0.3, 1.0, 0.1
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 
 
-def pretrain(recipe: Recipe, seed: int, folder: Path, progress: Callable[[int, float], None] = lambda *_: None) -> Adapter:
-    """Train from scratch and export to `folder`. progress: called with (step, loss)."""
+def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+    """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
     rng, draws = random.Random(seed), Draws(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
-    pictures = {split.name: torch.stack([split.picture(i) for i in range(len(split))]) for split in (captioned(seed), understood(seed))}
-    fit_codebook(model, pictures["understood"][:3000])
-    codes = torch.cat([model.codec.encode(_unit(part)) for part in pictures["captioned"].split(500)])
-    task = _Task(model, rng, draws, captioned(seed), understood(seed), codes, pictures["understood"])
+    drawn, named = (pictures(split, scale) for split in (captioned(seed), understood(seed)))
+    fit_codebook(model, named[:3000])
+    codes = torch.cat([model.codec.encode(unit(part)) for part in drawn.split(500)])
+    task = _Task(model, rng, draws, captioned(seed), understood(seed), codes, named)
 
-    matrices = [p for part in (model.showo.model.layers, model.clip.encoder.layers) for p in part.parameters() if p.ndim == 2]
-    known = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in known]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.01, momentum=0.95, ns_steps=4, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    matrices = [
+        p for part in (model.showo.model.layers, model.clip.encoder.layers) for p in part.parameters() if p.ndim == 2
     ]
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    for step in range(STEPS):
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * _shape(step)
-        loss = task.drawing(step) + task.naming()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        progress(step + 1, float(loss.detach()))
+    steps = scaled(STEPS, scale)
+    descend(model.parameters(), matrices, lambda step: task.drawing(step) + task.naming(), steps, progress)
     model.export(folder)
     return model
 
@@ -63,27 +51,37 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, progress: Callable[[int, f
 class _Task:
     """The losses of one step."""
 
-    def __init__(self, model: Adapter, rng: random.Random, draws: Draws, drawn: Split, named: Split, codes: Tensor, pictures: Tensor):
+    def __init__(
+        self,
+        model: Adapter,
+        rng: random.Random,
+        draws: Draws,
+        drawn: Split,
+        named: Split,
+        codes: Tensor,
+        pictures: Tensor,
+    ):
         self.model, self.rng, self.draws, self.drawn, self.named = model, rng, draws, drawn, named
         self.codes, self.pictures = codes, pictures
-        self.words = torch.stack([self.slots(caption(named.scene(i))) for i in range(len(named))])  # [n, slots]
+        self.words = torch.stack([self.slots(caption(named.scene(i))) for i in range(len(pictures))])  # [n, slots]
 
     def slots(self, text: str) -> Tensor:
         """A caption's token ids on the slots of h_v, filled up with the end of text."""
-        ids = self.model.tokens(text)
-        return torch.tensor(ids + [self.model.vocabulary.eos] * (self.model.clip_tokens - len(ids)))
+        return torch.tensor(filled(self.model.tokens(text), self.model.clip_tokens, self.model.vocabulary.eos))
 
     def drawing(self, step: int) -> Tensor:
         """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt."""
         model, v, half = self.model, self.model.vocabulary, DRAWN // 2
-        index = torch.randint(len(self.drawn), (DRAWN,))
+        index = torch.randint(len(self.codes), (DRAWN,))
         ids = torch.arange(step * DRAWN, (step + 1) * DRAWN)
         texts = [caption(self.drawn.scene(i), None, self.rng, TOLD) for i in index.tolist()]
         batch = Batch("t2i", ids[:half], [phrase(text, self.rng) for text in texts[:half]])
         asked = model.loss(batch, {"codes": self.codes[index[:half]]}, self.draws)
 
         slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts[half:]]
-        samples = [prompt.reca_clip(model.template(t), v, slots, model.clip_tokens, model.image_tokens) for t in templates]
+        samples = [
+            prompt.reca_clip(model.template(t), v, slots, model.clip_tokens, model.image_tokens) for t in templates
+        ]
         layout = self.with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
         model.hide(layout, self.codes[index[half:]], model.masked(self.draws, ids[half:]))
         placed = model.cross_entropy(model.hidden(layout), layout.labels)
@@ -91,8 +89,8 @@ class _Task:
 
     def naming(self) -> Tensor:
         """Pictures named; h_v aligned with the words; and words in h_v's place named."""
-        model, index = self.model, torch.randint(len(self.named), (NAMED,))
-        features = model.look(model.clip_view(_unit(self.pictures[index])))
+        model, index = self.model, torch.randint(len(self.pictures), (NAMED,))
+        features = model.look(model.clip_view(unit(self.pictures[index])))
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))] for i in index.tolist()]
         term = model.loss(Batch("i2t", index, turns), {"h_v": features}, self.draws)
         words = self.words[index]
@@ -100,14 +98,8 @@ class _Task:
         samples = [model.talk(*model.conversation(t), model.clip_tokens) for t in turns[: NAMED // 2]]
         layout = self.with_words(prompt.layout(samples, model.vocabulary), words[: NAMED // 2])
         text = model.cross_entropy(model.hidden(layout), layout.labels)
-        return term.sum / term.weight + text.sum / text.weight + self.alignment(model.visual(features), words)
-
-    def alignment(self, h_v: Tensor, words: Tensor) -> Tensor:  # [B, n, H], int64 [B, n]
-        table = self.model.showo.model.embed_tokens.weight[: self.model.vocabulary.offset]
-        cosine = F.normalize(h_v, dim=-1) @ F.normalize(table, dim=-1).T
-        target = table[words].detach()
-        distance = (h_v - target).square().sum(-1) / target.square().sum(-1)
-        return ALIGN * F.cross_entropy((cosine / TEMPERATURE).flatten(0, 1), words.flatten()) + NORM * distance.mean()
+        table = model.showo.model.embed_tokens.weight[: model.vocabulary.offset]
+        return term.sum / term.weight + text.sum / text.weight + alignment(model.visual(features), words, table)
 
     @staticmethod
     def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]
@@ -121,7 +113,7 @@ def fit_codebook(model: Adapter, pictures: Tensor, rounds: int = 5) -> None:
     """k-means over the pixel patches of pictures, started from patches far apart."""
     codec = model.codec
     size = model.config.patches.size
-    patches = F.unfold(_unit(pictures), size, stride=size).transpose(1, 2).flatten(0, 1)
+    patches = F.unfold(unit(pictures), size, stride=size).transpose(1, 2).flatten(0, 1)
     chosen = [patches[0]]
     distance = (patches - chosen[0]).square().sum(1)
     while len(chosen) < codec.entries:
@@ -135,11 +127,23 @@ def fit_codebook(model: Adapter, pictures: Tensor, rounds: int = 5) -> None:
     codec.codebook.copy_(centres)
 
 
-def _unit(pictures: Tensor) -> Tensor:
-    return pictures.float() / 127.5 - 1
-
-
-def _shape(step: int) -> float:
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return max(FINAL, 1 - max(0.0, step / STEPS - HOLD) / (1 - HOLD) * (1 - FINAL))
+START = Start(
+    recipe="show_o_tiny",
+    steps=STEPS,
+    pretrain=pretrain,
+    begins_at="model.weights={folder}",
+    sampling={"steps": 18, "guidance": 0.0, "temperature": 0.5},
+    says="A Show-o of half a million parameters",
+    assumes=(
+        "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it "
+        "stands for, reads words in h_v's place, and draws captions from there. Large models bring such alignment"
+        " along; here it is made.",
+        "Pictures are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
+        "MAGVITv2. Token embeddings and projector stay frozen in every arm.",
+    ),
+    generation=(
+        "RECA-codebook",
+        "h_v from the generation codebook",
+        ("model.hv_source=vq", "model.hv_down_scale=1"),
+    ),
+)

@@ -1,0 +1,162 @@
+"""A tiny BAGEL that understands more than it can draw.
+
+First SigLIP and the understanding expert learn to name every colour-shape pair, from pictures and from text. Then they
+are frozen, as in BAGEL, and the generation expert learns to draw captions that lack the held-out pairs.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reca.config import Recipe
+from reca.draws import Draws
+from reca.models.bagel import Adapter, modules, prompt, sampling
+from reca.world.captions import TEMPLATES, caption, phrase
+from reca.world.source import captioned, understood
+from reca.world.starts import Progress, Start, scaled
+from reca.world.starts.alignment import alignment, filled
+from reca.world.starts.descent import descend, leave, pictures, unit
+from reca.world.starts.language import ASKED, IGNORE, reply
+from reca_kernels import masked_linear_cross_entropy
+
+UNDERSTANDING, DRAWING = 400, 700  # steps
+NAMED, DRAWN = 32, 64  # pictures in a step of each
+TOLD = 0.8  # how often a caption tells a colour
+
+
+class _Quoting(Adapter):
+    """A BAGEL whose h_v comes in the language model's space already: what the connector made, or words in its place."""
+
+    def visual(self, h_v: list[Tensor] | None) -> Tensor:
+        table = self.language_model.model.embed_tokens.weight
+        return torch.cat([rows.flatten(0, 1) for rows in h_v]) if h_v else table.new_empty(0, table.shape[1])
+
+
+def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+    """Train from scratch and leave a run in `folder`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    recipe.model.seed = seed
+    model = _Quoting.load(recipe.model).train()
+    model.codec.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
+    roles = model.roles()
+
+    def part(*names: str) -> list[torch.nn.Parameter]:
+        return [p for name, p in model.named_parameters() if roles[name] in names]
+
+    def matrices(*names: str) -> list[torch.nn.Parameter]:
+        return [
+            p for name, p in model.named_parameters() if roles[name] in names and p.ndim == 2 and ".layers." in name
+        ]
+
+    understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
+    sees = ("und_encoder", "bridge", "und_lm", "embed")
+    descend(part(*sees), matrices(*sees), _naming(model, seed, rng, scale), understanding, progress)
+    for parameter in part(*sees):
+        parameter.requires_grad_(False)
+    draws = ("gen_lm", "gen_head")
+    descend(part(*draws), matrices(*draws), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+
+    finished = Adapter.load(recipe.model)
+    finished.load_state_dict(model.state_dict())
+    leave(finished, recipe, folder, understanding + drawing)
+    return finished
+
+
+class _Slots:
+    """Captions on the rows of h_v."""
+
+    def __init__(self, model: Adapter):
+        self.model, self.side = model, modules.side(model.config.vision)
+        self.item = prompt.Seen(self.side, self.side)
+
+    def ids(self, text: str) -> list[int]:
+        return prompt.encode(self.model.tokenizer, text)
+
+    def words(self, text: str) -> list[int]:
+        return filled(self.ids(text), self.side**2, self.model.vocabulary.eos)
+
+    def quoted(self, words: list[int]) -> Tensor:
+        """Words as h_v in the language model's space, [h, w, D]."""
+        table = self.model.language_model.model.embed_tokens.weight
+        return table[torch.tensor(words)].unflatten(0, (self.side, self.side))
+
+
+def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+    """The loss of one step of understanding: pictures named, captions quoted in h_v's place or asked to be drawn named
+    alike, and h_v aligned with the words."""
+    split, slots, v = understood(seed), _Slots(model), model.vocabulary
+    view = model.views("reca").und
+    shown = pictures(split, scale)
+    seen = unit(torch.stack([sampling.fitted(picture, view) for picture in shown]))
+    words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
+
+    def talk(asked: str, scene) -> prompt.Text:
+        heard, (ids, labels) = [v.bos, *slots.ids(asked), v.eos, v.bos], reply(scene, rng, slots.ids)
+        after = [*[IGNORE] * len(heard), *labels, v.eos, IGNORE][1:]
+        return prompt.Text([*heard, *ids, v.eos], after)
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(shown), (NAMED,))
+        rows = model.connector(model.vit_model.vision_model(seen[index]))
+        samples, h_v = [], []
+        for k, i in enumerate(index.tolist()):
+            scene = split.scene(i)
+            samples.append([slots.item, talk(rng.choice(ASKED), scene)])
+            h_v.append(rows[k])
+            if k < NAMED // 2:
+                samples.append([slots.item, talk(rng.choice(ASKED), scene)])
+                h_v.append(slots.quoted(words[i]))
+            else:
+                samples.append([talk(phrase(caption(scene), rng), scene)])
+        hidden, _ = model.read(samples, h_v)
+        labels = model.layout(samples, [0] * len(samples)).labels
+        named = masked_linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels)
+        on_slots = torch.tensor([words[i] for i in index.tolist()])
+        return named + alignment(rows.flatten(1, 2), on_slots, model.language_model.model.embed_tokens.weight)
+
+    return loss
+
+
+def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+    """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
+    split, slots, draws, half = captioned(seed), _Slots(model), Draws(seed), DRAWN // 2
+    moments = torch.stack(model.moments(list(pictures(split, scale))))
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(moments), (DRAWN,))
+        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
+        texts = [caption(split.scene(i), None, rng, TOLD) for i in index.tolist()]
+        asked = [[model.text(phrase(text, rng))] for text in texts[:half]]
+        quoted = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
+        h_v = [slots.quoted(slots.words(text)) for text in texts[half:]]
+        term = model.token_loss((asked + quoted, h_v, None), moments[index], numbers, draws)
+        return term.sum / term.weight
+
+    return loss
+
+
+START = Start(
+    recipe="bagel_tiny",
+    steps=UNDERSTANDING + DRAWING,
+    pretrain=pretrain,
+    begins_at="train.init_from={folder}",
+    sampling={"steps": 20, "guidance": 1.0},
+    says="A BAGEL of 0.6 million parameters",
+    assumes=(
+        "The understanding side, SigLIP and the understanding expert, learned first and is frozen from then on, "
+        "also while the model learns to draw. h_v is aligned with its text space: pre-training pulls every h_v "
+        "token to the embedding of the word it stands for and reads words in h_v's place; later captions are "
+        "drawn from there too. Large models bring such alignment along; here it is made.",
+        'The understanding expert can say any fact of a prompt at once ("second colour red"), from a picture or from '
+        "text; large language models can.",
+        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "pictures of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
+        " out are trained in every arm, nothing else.",
+    ),
+    generation=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
+)

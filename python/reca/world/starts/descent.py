@@ -1,0 +1,70 @@
+"""The optimisation that every start shares: Muon on the matrices of the layers, AdamW on the rest."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reca import checkpoint
+from reca.config import Recipe, save_recipe
+from reca.models.base import Adapter
+from reca.world.source import Split
+from reca.world.starts import Progress, scaled
+
+WARMUP, HOLD, FINAL = 60, 0.6, 0.05
+
+
+def descend(
+    parameters: Iterable[nn.Parameter],
+    matrices: Iterable[nn.Parameter],
+    loss: Callable[[int], Tensor],
+    steps: int,
+    progress: Progress,
+    done: int = 0,
+) -> None:
+    """Minimise loss(step). matrices: those of `parameters` that Muon takes. done: steps made before, for progress."""
+    parameters, matrices = list(parameters), list(matrices)
+    known = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in known]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.01, momentum=0.95, ns_steps=4, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    for step in range(steps):
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * _shape(step, steps)
+        value = loss(step)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        progress(done + step + 1, float(value.detach()))
+
+
+def leave(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
+    """All parameters as the checkpoint of a run, which `train.init_from` starts from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / "recipe.yaml")
+    model.requires_grad_(True)
+    saved = checkpoint.save(folder, {"update": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
+    if saved is None:
+        raise checkpoint.CheckpointError(f"the pre-trained model was not saved in {folder}; the log above says why")
+
+
+def pictures(split: Split, scale: float) -> Tensor:
+    """The first pictures of a split, all of them at scale 1; uint8 [n, 3, H, W]."""
+    return torch.stack([split.picture(i) for i in range(scaled(len(split), scale, least=64))])
+
+
+def unit(pixels: Tensor) -> Tensor:  # uint8
+    """fp32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def _shape(step: int, steps: int) -> float:
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return max(FINAL, 1 - max(0.0, step / steps - HOLD) / (1 - HOLD) * (1 - FINAL))

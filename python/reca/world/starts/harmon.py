@@ -1,0 +1,128 @@
+"""A tiny Harmon that understands more than it can draw.
+
+One MAR encoder and one language model do both, so both are learned at once: captions without the held-out pairs are
+drawn, pictures of every pair are named. As in Show-o's start, h_v is aligned with words, and words stand in its place.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reca.config import Recipe
+from reca.draws import Draws
+from reca.models.base import Batch, Turn
+from reca.models.harmon import Adapter, prompt
+from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.world.source import captioned, understood
+from reca.world.starts import Progress, Start, scaled
+from reca.world.starts.alignment import alignment, filled
+from reca.world.starts.descent import descend, leave, pictures, unit
+from reca_kernels import masked_linear_cross_entropy
+
+STEPS = 800
+DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
+TOLD = 0.8  # how often a caption tells a colour
+
+
+def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+    """Train from scratch and leave a run in `folder`."""
+    torch.manual_seed(seed)
+    recipe.model.seed = seed
+    model = Adapter.load(recipe.model).train()
+    model.vae.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    torch.nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.3)
+    task, steps = _Task(model, seed, random.Random(seed), scale), scaled(STEPS, scale)
+    layers = (
+        model.llm.model.layers,
+        model.mar.encoder_blocks,
+        model.mar.decoder_blocks,
+        model.mar.diffloss.net.res_blocks,
+    )
+    matrices = [p for part in layers for p in part.parameters() if p.ndim == 2]
+    descend(model.parameters(), matrices, lambda step: task.drawing(step) + task.naming(), steps, progress)
+    leave(model, recipe, folder, steps)
+    return model
+
+
+class _Task:
+    """The losses of one step."""
+
+    def __init__(self, model: Adapter, seed: int, rng: random.Random, scale: float):
+        self.model, self.rng, self.draws = model, rng, Draws(seed)
+        self.drawn, self.named = captioned(seed), understood(seed)
+        self.to_draw, self.to_name = (model.latents(unit(pictures(split, scale))) for split in (self.drawn, self.named))
+        self.end = model.tokenizer.convert_tokens_to_ids(prompt.END)
+        self.buffers, self.tokens = model.config.mar.buffers, self.to_name[0, :, :, 0].numel()
+        self.words = [self.on_buffers(caption(self.named.scene(i))) for i in range(len(self.to_name))]
+
+    def on_buffers(self, text: str) -> list[int]:
+        """A caption's token ids on the buffers of h_v, filled up with the end of text."""
+        return filled(prompt.encode(self.model.tokenizer, text), self.buffers, self.end)
+
+    def quoted(self, asked: prompt.Prompt, words: list[int]) -> prompt.Prompt:
+        """A prompt with words where h_v's buffers would be, and the end of text where its tokens would."""
+        ids, slot, labels = asked
+        h_v = [self.end] * self.tokens + words
+        if labels is not None:
+            labels = labels[:slot] + [prompt.IGNORE] * len(h_v) + labels[slot:]
+        return prompt.Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
+
+    def drawing(self, step: int) -> Tensor:
+        """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt."""
+        model, rng, half = self.model, self.rng, DRAWN // 2
+        index = torch.randint(len(self.to_draw), (DRAWN,))
+        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
+        texts = [caption(self.drawn.scene(i), None, rng, TOLD) for i in index.tolist()]
+        asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), self.draws)
+        templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
+        asked += [self.quoted(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
+        term = model.token_loss(asked, self.to_draw[index], numbers, self.draws)
+        return term.sum / term.weight
+
+    def naming(self) -> Tensor:
+        """Pictures named; h_v aligned with the words; and words in h_v's place named."""
+        model, index = self.model, torch.randint(len(self.to_name), (NAMED,))
+        talks = [
+            prompt.conversation(model.tokenizer, [Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))])
+            for i in index.tolist()
+        ]
+        words = [self.words[i] for i in index.tolist()]
+        h_v = model.proj_in(model.mar.encode(self.to_name[index]))
+        named = self.answers(talks, h_v)
+        read = self.answers([self.quoted(t, w) for t, w in zip(talks, words, strict=True)][: NAMED // 2])
+        table, buffers = model.llm.model.embed_tokens.weight, self.buffers
+        silent = torch.full((NAMED, self.tokens), self.end)
+        return (
+            named
+            + read
+            + alignment(h_v[:, :buffers], torch.tensor(words), table)
+            + alignment(h_v[:, buffers:], silent, table)
+        )
+
+    def answers(self, talks: list[prompt.Prompt], h_v: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of the answers."""
+        model = self.model
+        width = model.config.language.hidden_size
+        layout = prompt.layout(talks, self.buffers, 0 if h_v is None else self.tokens)
+        hidden = model.states(layout, torch.empty(len(talks), 0, width) if h_v is None else h_v)
+        return masked_linear_cross_entropy(hidden.flatten(0, 1), model.llm.lm_head.weight, layout.labels.flatten())
+
+
+START = Start(
+    recipe="harmon_tiny",
+    steps=STEPS,
+    pretrain=pretrain,
+    begins_at="train.init_from={folder}",
+    sampling={"steps": 16, "guidance": 1.0, "diffusion_steps": 25},
+    says="A Harmon of 0.4 million parameters",
+    assumes=(
+        "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
+        "words of a caption and its image tokens to one that says nothing, reads words in h_v's place, and draws "
+        "captions from there. Large models bring such alignment along; here it is made.",
+        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "pictures of every pair, which stands in for KL-16.",
+    ),
+    left_out={"RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"},
+)

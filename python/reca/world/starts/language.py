@@ -1,0 +1,38 @@
+"""What a frozen language model must know beforehand: to say what a prompt shows, and to say any one fact of it at once.
+
+A caption is read word by word, every word found by the one before. A generator's conditions come out of one pass, so
+the model has to find facts without that help: "second colour red". Large language models can; a tiny one is taught.
+"""
+
+import random
+from collections.abc import Callable
+
+from reca.world.captions import QUESTIONS, TEMPLATES, caption
+from reca.world.scenes import Scene
+
+ASKED = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
+IGNORE = -100
+FACTS = 0.5  # how often facts are asked for and not a caption
+WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # of facts, beside the captions'
+
+
+def reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """Token ids of what is said of a scene, and the same as labels, with IGNORE where nothing is learned."""
+    ids, labels = [], []
+    for text, learned in _said(scene, rng):
+        part = encode(text)
+        ids, labels = ids + part, labels + (part if learned else [IGNORE] * len(part))
+    return ids, labels
+
+
+def _said(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
+    """A caption, or all facts in any order, their names given and their values learned."""
+    if rng.random() >= FACTS:
+        return [(caption(scene), True)]
+    facts = [("relation", scene.relation or "nothing")]
+    for i, number in enumerate(("first", "second")):
+        thing = scene.things[i] if i < len(scene.things) else None
+        facts.append((f"{number} colour", thing.colour if thing else "nothing"))
+        facts.append((f"{number} shape", thing.shape if thing else "nothing"))
+    rng.shuffle(facts)
+    return [part for name, value in facts for part in ((name, False), (value, True))]

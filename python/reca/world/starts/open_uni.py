@@ -1,0 +1,174 @@
+"""A tiny OpenUni that understands more than it can draw.
+
+First InternVL3's wiring learns to name every colour-shape pair, from pictures and from text. Then it is frozen, as in
+OpenUni, and queries, connector and SANA learn to draw captions that lack the held-out pairs.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reca.config import Recipe
+from reca.draws import Draws
+from reca.models.base import Batch
+from reca.models.open_uni import Adapter, modules, prompt
+from reca.world.captions import TEMPLATES, caption, phrase
+from reca.world.source import captioned, understood
+from reca.world.starts import Progress, Start, scaled
+from reca.world.starts.alignment import alignment, filled
+from reca.world.starts.descent import descend, leave, pictures, unit
+from reca.world.starts.language import ASKED, IGNORE, reply
+from reca_kernels import attention_plan, masked_linear_cross_entropy, template_concat
+
+UNDERSTANDING, DRAWING = 400, 700  # steps
+NAMED, DRAWN = 32, 64  # pictures in a step of each
+TOLD = 0.8  # how often a caption tells a colour
+END = "<|im_end|>"
+
+
+def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+    """Train from scratch and leave a run in `folder`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    recipe.model.seed = seed
+    model = Adapter.load(recipe.model).train()
+    torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
+    model.vae.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
+
+    layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
+    descend(model.mllm.parameters(), _matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
+    model.mllm.requires_grad_(False)
+
+    trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
+    layers = (model.connector.layers, model.transformer.transformer_blocks)
+    descend(trained, _matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+    leave(model, recipe, folder, understanding + drawing)
+    return model
+
+
+class _Slots:
+    """Captions as token ids on the rows of h_v, and prompts that quote them there."""
+
+    def __init__(self, model: Adapter):
+        self.model, self.count = model, modules.hv_tokens(model.config)
+        self.end = model.tokenizer.convert_tokens_to_ids(END)
+
+    def ids(self, text: str) -> list[int]:
+        return prompt.encode(self.model.tokenizer, text)
+
+    def words(self, text: str) -> list[int]:
+        return filled(self.ids(text), self.count, self.end)
+
+    def asked(self, text: str) -> list[int]:
+        """A prompt with a picture."""
+        return self.ids(prompt.with_image(text, self.count))
+
+    def quoted(self, text: str, words: list[int]) -> list[int]:
+        """The same prompt with words in the picture's place."""
+        ids = self.asked(text)
+        at = ids.index(self.model.context_id)
+        return ids[:at] + words + ids[at + self.count :]
+
+
+def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+    """The loss of one step of understanding: pictures named, captions quoted in h_v's place or asked to be drawn named
+    alike, and h_v aligned with the words."""
+    split, slots = understood(seed), _Slots(model)
+    shown = pictures(split, scale)
+    words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
+    opening = len(slots.ids("<img>"))
+
+    def said(heard: list[int], scene) -> tuple[list[int], list[int]]:
+        """Ids and labels of a prompt, whose last token would open an image, with a reply."""
+        ids, labels = reply(scene, rng, slots.ids)
+        heard = heard[:-opening]
+        return [*heard, *ids, slots.end], [*[IGNORE] * len(heard), *labels, slots.end]
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(shown), (NAMED,))
+        h_v = see(model, unit(shown[index]))
+        rows = []
+        for k, i in enumerate(index.tolist()):
+            scene = split.scene(i)
+            rows.append(said(slots.asked(rng.choice(ASKED)), scene))
+            quoted = slots.quoted(rng.choice(ASKED), words[i])
+            asked = slots.ids(prompt.caption(phrase(caption(scene), rng)))
+            rows.append(said(quoted if k < NAMED // 2 else asked, scene))
+        table = model.mllm.get_input_embeddings().weight
+        on_slots = torch.tensor([words[i] for i in index.tolist()])
+        return answers(model, rows, h_v) + alignment(h_v, on_slots, table)
+
+    return loss
+
+
+def see(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+    """h_v with a graph, which the adapter has no need of."""
+    return model.mllm.model.get_image_features(
+        model.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
+    ).pooler_output
+
+
+def answers(model: Adapter, rows: list[tuple[list[int], list[int]]], h_v: Tensor) -> Tensor:
+    """Mean cross-entropy of the labels, with a graph to embeddings and h_v."""
+    ids, labels = zip(*rows, strict=True)
+    layout, mask = prompt.plan(ids, model.context_id, "right", labels)
+    embeddings = template_concat(model.mllm.get_input_embeddings().weight, h_v.flatten(0, 1), layout.src)
+    hidden = model.mllm.model.language_model(
+        inputs_embeds=embeddings,
+        position_ids=prompt.positions(mask),
+        plan=attention_plan(prompt.runs(mask, "right")),
+    ).last_hidden_state
+    return masked_linear_cross_entropy(
+        hidden[:, :-1].flatten(0, 1), model.mllm.lm_head.weight, layout.labels[:, 1:].flatten(), reduction="mean"
+    )
+
+
+def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+    """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
+    split, slots, draws, half = captioned(seed), _Slots(model), Draws(seed), DRAWN // 2
+    latents = torch.cat([model.latents(unit(part)) for part in pictures(split, scale).split(500)])
+
+    def loss(step: int) -> Tensor:
+        index = torch.randint(len(latents), (DRAWN,))
+        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
+        texts = [caption(split.scene(i), None, rng, TOLD) for i in index.tolist()]
+        asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
+        quoted = [slots.quoted(rng.choice(TEMPLATES), slots.words(text)) for text in texts[half:]]
+        condition = model.condition(asked + quoted, None, "left")
+        return model.flow_loss(condition, latents[index], numbers, draws).mean()
+
+    return loss
+
+
+def _matrices(*parts: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for part in parts for p in part.parameters() if p.ndim == 2]
+
+
+START = Start(
+    recipe="open_uni_tiny",
+    steps=UNDERSTANDING + DRAWING,
+    pretrain=pretrain,
+    begins_at="train.init_from={folder}",
+    sampling={"steps": 20, "guidance": 1.0},
+    says="An OpenUni of 0.6 million parameters",
+    assumes=(
+        "The understanding side, a vision tower and a language model, learned first and is frozen from then on, "
+        "also while the model learns to draw. h_v is aligned with its text space: pre-training pulls every h_v "
+        "token to the embedding of the word it stands for and reads words in h_v's place; later captions are "
+        "drawn from there too. Large models bring such alignment along; here it is made.",
+        'The language model can say any fact of a prompt at once ("second colour red"), from a picture or from text. '
+        "The queries in front of the generator need that; large language models can.",
+        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "pictures of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
+        "nothing else.",
+    ),
+    left_out={
+        "RECA with h_v from the generation side": (
+            "which OpenUni has no way to read: its language model sees InternViT only"
+        )
+    },
+)

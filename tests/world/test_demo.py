@@ -1,0 +1,98 @@
+"""The whole experiment at a minuscule budget, for every family: it runs, and its report says what the run showed."""
+
+import re
+
+import pytest
+import torch
+
+from reca.cli import main
+from reca.config import load_recipe
+from reca.world import experiment, report
+from reca.world.captions import WORDS
+from reca.world.scenes import SIDE
+from reca.world.starts import FAMILIES, start
+from reca.world.starts.language import WORDS as FACT_WORDS
+
+SCALE = 0.004
+ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
+
+
+def serial(family, out):
+    """What `run` does, in this process."""
+    threads = torch.get_num_threads()
+    try:
+        done = {experiment.BEFORE: experiment._start(family, 0, out, SCALE)}
+        for arm in experiment.arms(start(family)):
+            done[arm.name] = experiment._post_train(family, 0, out, arm, SCALE)
+    finally:
+        torch.set_num_threads(threads)
+    return {0: done}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_experiment_runs_to_its_report(family, tmp_path):
+    (tmp_path / "seed0").mkdir()
+    results = serial(family, tmp_path)
+    begin = start(family)
+    wanted = [*ROWS[:3], *([begin.generation[0]] if begin.generation else []), *ROWS[3:]]
+    assert list(results[0]) == wanted
+
+    table = report.table(results)
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[2 : 2 + len(wanted)]] == wanted
+    page = report.write(results, family, tmp_path, SCALE).read_text()
+    assert f"--umm {family} " in page and "Its numbers mean nothing" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)  # one file, nothing fetched
+    for name in wanted:
+        assert f"<h3>{name}</h3>" in page
+    for outcome in results[0].values():
+        assert {"seen", "held-out", "understanding"} <= outcome.measured.rates.keys()
+        assert all(picture.shape == (3, SIDE, SIDE) for _, picture, _ in outcome.measured.samples)
+        assert len(outcome.curve) or outcome is results[0]["before"]
+    assert begin.generation is not None or begin.left_out
+    for reason in begin.left_out.values():
+        assert reason in page.replace("&#39;", "'")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_start_is_where_post_training_starts(family, tmp_path):
+    """A run of no updates has the weights that pre-training left."""
+    begin = start(family)
+    recipe = load_recipe(begin.recipe)
+    model = begin.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
+    from reca.models import umm
+    from reca.train import inherit
+
+    again = load_recipe(begin.recipe, [begin.begins_at.format(folder=tmp_path / "before")])
+    loaded = umm(family).Adapter.load(again.model)
+    inherit(loaded, again)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(p, own[name]) for name, p in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_know_every_word(family):
+    words = set(load_recipe(start(family).recipe).model.words)
+    assert set(WORDS) - {"USER", "ASSISTANT", ":", "\n"} <= words
+    if family == "open_uni":
+        assert set(FACT_WORDS) <= words
+
+
+def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
+    two = experiment.arms(start("open_uni"))[:2]
+    monkeypatch.setattr(experiment, "arms", lambda begin: two)
+    assert main(["demo", "--umm", "open_uni", "--scale", str(SCALE), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "pictures that show what was asked, % (seeds 0)" in out and "seed 0: held-out RECA - SFT" in out
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--umm", "nonsense"], ["--scale", "2"], ["--scale", "0"], ["--seeds", "0"]])
+def test_what_cannot_be_run_is_said(arguments, capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path), *arguments]) == 3
+    said = capsys.readouterr().err
+    assert (
+        "nonsense" in said and "show_o, harmon, open_uni" in said
+        if "nonsense" in arguments
+        else "must lie in (0, 1]" in said
+    )
