@@ -56,16 +56,22 @@ def _put(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
     return make(rows, *x.shape[1:]).index_copy_(0, index, x)
 
 
+def _flat(x: Tensor) -> Tensor:
+    """[rows, H, d]"""
+    return x.reshape(-1, *x.shape[-2:])
+
+
 Varlen = Callable[[Tensor, Tensor, Tensor, Call, float, bool], Tensor]
 
 
 def _by_calls(
     call_one: Varlen, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool
 ) -> Tensor:
-    rows = q.reshape(-1, *q.shape[-2:])
+    # The kernels want the channels of a head side by side, heads and rows at any distance.
+    rows, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in map(_flat, (q, k, v)))
     order, unpadded, calls = plan.calls
     queries = _take(rows, order).split([call.rows for call in calls])
-    k, v = (_take(x.reshape(-1, *x.shape[-2:]), unpadded) for x in (k, v))
+    k, v = _take(k, unpadded), _take(v, unpadded)
     outs = [
         call_one(one, _take(k, call.keys), _take(v, call.keys), call, scale, same)
         for one, call in zip(queries, calls, strict=True)
@@ -228,9 +234,9 @@ def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
 def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    rows = q.reshape(-1, *q.shape[-2:])
+    rows = _flat(q)
     queries, unpadded, blocks = _blocks(plan)
-    packed = [_take(rows, queries), *(_take(x.reshape(-1, *x.shape[-2:]), unpadded) for x in (k, v))]
+    packed = [_take(rows, queries), _take(_flat(k), unpadded), _take(_flat(v), unpadded)]
     packed = [x.transpose(0, 1)[None] for x in packed]
     on_gpu = q.device.type == "cuda" and not torch.compiler.is_compiling()
     run = _compiled(flex_attention) if on_gpu else flex_attention

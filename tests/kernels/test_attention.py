@@ -233,6 +233,14 @@ def test_strided_rows_and_an_expanded_gradient(impl):
     same(with_gradients(run(impl, plan, (q, k, v)), (q, k, v), upstream), want)
 
 
+@pytest.mark.parametrize("impl", EXACT)
+def test_channels_apart(impl):
+    plan, qkv, upstream = problem(LAYOUTS["bagel_target"], False)
+    spread = [torch.stack((x.detach(), -x.detach()), dim=-1)[..., 0].requires_grad_() for x in qkv]
+    assert all(x.stride(-1) == 2 for x in spread)
+    same(with_gradients(run(impl, plan, spread), spread, upstream), with_gradients(run(impl, plan, qkv), qkv, upstream))
+
+
 @pytest.mark.parametrize("impl", ["sdpa", "flash", "varlen"])
 def test_padding_gives_nothing_and_takes_nothing(impl):
     """Rows of padding hold NaN, which reaches neither outputs nor gradients. (A mask multiplies; it cannot skip.)"""
@@ -487,6 +495,17 @@ def test_flash_gets_the_determinism_flag(varlen_functions):
     plan, qkv, _ = problem(LAYOUTS["bagel_reca"], False)
     IMPLS["flash"](*qkv, plan, 1.0, True)
     assert sorted(varlen_functions) == [("flash", False, True), ("flash", False, True), ("flash", True, True)]
+
+
+def test_flash_3_with_its_log_sum_exp(monkeypatch):
+    """FlashAttention 3 returned a tuple for some months."""
+    if torch.cuda.is_available():
+        pytest.skip("flash-attn itself may be here")
+    plan, qkv, upstream = problem(LAYOUTS["bagel_reca"], False)
+    want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
+    plain = sys.modules["flash_attn"].flash_attn_varlen_func
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", lambda *a, **b: (plain(*a, **b), None))
+    same(with_gradients(run("flash", plan, qkv), qkv, upstream), want)
 
 
 # ---- system behaviour ----
