@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(train)
     train.add_argument("--explain", action="store_true", help="print every key with its value and meaning, and stop")
 
+    check = command("check", _check, "Say what a recipe needs: parameters, FLOPs and memory, without any weights.")
+    takes_recipe(check)
+    check.add_argument("--gpus", type=int, default=1, help="GPUs of the run")
+    check.add_argument("--node", type=int, default=8, help="GPUs of one machine, which share one copy by default")
+
     generate = command("generate", _generate, "Draw images from text.")
     takes_recipe(generate, or_run=True)
     generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given again")
@@ -108,6 +113,13 @@ def _train(options: argparse.Namespace) -> None:
             print(f"{recipe.train.updates} updates done. Draw with: reca generate {folder} --prompt 'a yellow broccoli'")
     finally:
         distributed.stop()
+
+
+def _check(options: argparse.Namespace) -> None:
+    from reca.check import report
+    from reca.config import load_recipe
+
+    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
 
 
 def _model(options: argparse.Namespace):

@@ -70,13 +70,19 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
 
 
+def shard_size(config: ParallelConfig, ranks: int, node: int) -> int:
+    """Ranks that share one copy of the weights, of `ranks` with `node` on each machine."""
+    size = config.shard or node
+    if ranks % size:
+        raise ValueError(f"parallel.shard={size} does not divide the {ranks} ranks of this run")
+    return size
+
+
 def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precision: str) -> nn.Module:
     """Shard the adapter over the ranks: FSDP2 inside groups of `config.shard`, replicas between them (HSDP)."""
     if not dist.is_initialized():
         return adapter
-    size = config.shard or int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    if world() % size:
-        raise ValueError(f"parallel.shard={size} does not divide the {world()} ranks of this run")
+    size = shard_size(config, world(), int(os.environ.get("LOCAL_WORLD_SIZE", world())))
     if size == world():
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:

@@ -44,7 +44,7 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.start(recipe.parallel)
         self.kinds = recipe.active_kinds()
-        self.micro_batches = {kind: _micro_batches(kind, self._kind(kind)) for kind in self.kinds}
+        self.micro_batches = {kind: micro_batches(kind, self._kind(kind), distributed.world()) for kind in self.kinds}
         _reject_changed(recipe, self.run_dir)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
@@ -56,8 +56,7 @@ class Trainer:
                 raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         if recipe.train.activation_checkpointing:
-            for block in self.adapter.blocks():
-                block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+            recompute_blocks(self.adapter)
         if recipe.train.compile:
             for block in self.adapter.blocks():
                 block.compile()
@@ -284,14 +283,19 @@ def _due(update: int, every: int) -> bool:
     return every > 0 and update % every == 0
 
 
-def _micro_batches(kind: str, config: KindConfig) -> int:
-    """Forward passes of this kind on each rank in one update."""
-    count, rest = divmod(config.per_update, config.micro_batch * distributed.world())
+def recompute_blocks(adapter: Adapter) -> None:
+    """Activation checkpointing: the backward pass runs the repeated layers once more, in place of keeping what they made."""
+    for block in adapter.blocks():
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+
+
+def micro_batches(kind: str, config: KindConfig, ranks: int) -> int:
+    """Forward passes of this kind on each of `ranks` in one update."""
+    count, rest = divmod(config.per_update, config.micro_batch * ranks)
     if rest or not count:
         raise RecipeError(
             f"objective.{kind}: {config.per_update} samples per update cannot be split into micro-batches of "
-            f"{config.micro_batch} on {distributed.world()} ranks; make per_update a multiple of "
-            f"{config.micro_batch * distributed.world()}"
+            f"{config.micro_batch} on {ranks} ranks; make per_update a multiple of {config.micro_batch * ranks}"
         )
     return count
 

@@ -91,6 +91,19 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def skeleton(cls, config: Any) -> "Adapter":
+        """What `load` builds, from no file: sizes, types and roles are those of the recipe, weights are not.
+
+        A tokenizer that would have to be downloaded is replaced by one that has no words but as many tokens, where
+        their number counts. `reca check` calls it under FakeTensorMode, so that it takes no memory.
+        """
+        raise NotImplementedError
+
+    def sequence(self) -> dict[str, int]:
+        """Rows of one RECA sequence by what they stand for, without text; pictures are squares of the largest size."""
+        raise NotImplementedError
+
     def views(self, kind: str) -> Views:
         """The pixels this kind of loss needs."""
         raise NotImplementedError

@@ -55,6 +55,16 @@ class Bagel(Adapter):
     def load(cls, config: BagelConfig, device: torch.device | str = "cpu") -> "Bagel":
         return loading.load(cls, config).to(device)
 
+    @classmethod
+    def skeleton(cls, config: BagelConfig) -> "Bagel":
+        model = cls(config, loading.load_tokenizer(replace(config, tokenizer=None), None))
+        return loading.as_kept(model)
+
+    def sequence(self) -> dict[str, int]:
+        picture, stride = self.config.image_size // self.token_side, self.config.vision.patch_size
+        given = self.config.understanding_size // (stride if self.config.hv_source == "vit" else self.token_side)
+        return {"h_v": given**2, "picture": picture**2}
+
     @property
     def device(self) -> torch.device:
         return self.vae2llm.weight.device

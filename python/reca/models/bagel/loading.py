@@ -35,10 +35,7 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
             raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = cls(config, load_tokenizer(config, None))
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(_dtype(model, name))
-        return model
+            return as_kept(cls(config, load_tokenizer(config, None)))
     source = fetch(config.weights, convert.HUB)
     folder = source if source.is_dir() else source.parent
     convert.check(folder, config)
@@ -54,6 +51,13 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()
     _load_codec(model.codec, fetch(config.codec_weights, convert.HUB) if config.codec_weights else folder)
+    return model
+
+
+def as_kept(model: "Bagel") -> "Bagel":
+    """Its parameters in the types that they are kept in."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(_dtype(model, name))
     return model
 
 

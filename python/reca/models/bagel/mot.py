@@ -262,7 +262,11 @@ def grouped(splits: Sequence[Split], context: Context) -> list[list[int]]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:  # [B, Lq, H, d], [B, Lk, G, d] twice
     """Grouped attention, [B, Lq, H, d]. causal: the last query sees every key, the one before it all but the last."""
-    mask = causal_lower_right(q.shape[1], k.shape[1]) if causal and q.shape[1] > 1 else None
+    mask = None
+    if causal and q.shape[1] > 1 and q.is_cuda:
+        mask = causal_lower_right(q.shape[1], k.shape[1])
+    elif causal and q.shape[1] > 1:  # what the subclass becomes on CPUs, where modes that count or fake can look at it
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
     if k.is_cuda and k.dtype == torch.float32:  # FlashAttention knows heads in groups, the fp32 kernels do not
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.to(k.dtype).transpose(1, 2) for x in (q, k, v))

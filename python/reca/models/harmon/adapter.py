@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ class Harmon(Adapter):
     @classmethod
     def load(cls, config: HarmonConfig, device: torch.device | str = "cpu") -> "Harmon":
         return loading.load(cls, config, device)
+
+    @classmethod
+    def skeleton(cls, config: HarmonConfig) -> "Harmon":
+        return cls(config, loading.load_tokenizer(replace(config, tokenizer=None), None))
+
+    def sequence(self) -> dict[str, int]:
+        """The encoder and the language model see what is visible of the picture, the decoder all of it."""
+        factor, buffers = modules.factor(self.config), self.config.mar.buffers
+        given, drawn = (size // factor for size in (self.understanding_size, self.config.image_size))
+        return {"h_v": buffers + given**2, "buffers": buffers, "picture": drawn**2}
 
     @property
     def device(self) -> torch.device:

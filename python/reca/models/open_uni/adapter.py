@@ -79,6 +79,15 @@ class OpenUni(Adapter):
         model.put_trained(state, config.weights)
         return model.to(device)
 
+    @classmethod
+    def skeleton(cls, config: OpenUniConfig) -> "OpenUni":
+        """In fp32. `load` keeps the types of the files, so frozen parts published in bf16 take half."""
+        return cls(config, _tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
+
+    def sequence(self) -> dict[str, int]:
+        latents = (self.config.image_size // modules.factor(self.config)) ** 2
+        return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "picture": latents}
+
     def put_trained(self, state: dict[str, Tensor], source: str) -> None:
         """Overlay the parts a published file holds; SANA stays as it is when the file has none of it."""
         queries = state["meta_queries"]

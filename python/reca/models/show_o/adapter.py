@@ -50,6 +50,17 @@ class ShowO(Adapter):
     def load(cls, config: ShowOConfig, device: torch.device | str = "cpu") -> "ShowO":
         return loading.load(cls, config).to(device)
 
+    @classmethod
+    def skeleton(cls, config: ShowOConfig) -> "ShowO":
+        return loading.skeleton(cls, config)
+
+    def sequence(self) -> dict[str, int]:
+        if self.hv_source == "clip":
+            given = self.clip_tokens
+        else:
+            given = self.image_tokens // (1 if self.config.hv_resize_back else self.config.hv_down_scale**2)
+        return {"h_v": given, "picture": self.image_tokens}
+
     @property
     def device(self) -> torch.device:
         return self.showo.lm_head.weight.device

@@ -1,5 +1,6 @@
 """Building a Show-o from published folders or at random, and writing it back."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reca.models.show_o import convert, prompt
 from reca.models.show_o.config import ShowOConfig
-from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.tiny_tokenizer import UNKNOWN, word_tokenizer
 from reca.models.weights import fetch, no_memory, put
 
 if TYPE_CHECKING:
     from reca.models.show_o.adapter import ShowO
 
+PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,6 +42,17 @@ def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
     if model.uses_clip and (source := _part_source(config.clip_weights, folder, "clip")):
         tower = convert.clip_tower(convert.read(source), config.clip.num_hidden_layers - 1)
         put(model.clip, tower, str(source), torch.float32)
+    return model
+
+
+def skeleton(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
+    """The model of `load` with weights of any value."""
+    words = config.words
+    if config.weights or config.tokenizer:
+        words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
+    model = cls(config, load_tokenizer(replace(config, tokenizer=None, words=words), None))
+    for parameter in (trained(model) if config.weights else model.showo).parameters():
+        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
     return model
 
 

@@ -1,0 +1,205 @@
+"""What a recipe needs, before anything is downloaded: parameters, FLOPs and memory of the model without its weights."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reca.config import Recipe
+from reca.distributed import shard_size
+from reca.draws import Draws
+from reca.models import umm
+from reca.models.base import ROLES, Adapter, Batch
+from reca.optim import freeze
+from reca.train import micro_batches, recompute_blocks
+from reca_kernels.reference import masked_linear_cross_entropy as linear
+
+PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
+TEXT = "Describe the image in detail."
+FLOP_UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP"))
+BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
+class Parameters(NamedTuple):
+    total: int
+    trained: int
+
+
+class Flops(NamedTuple):
+    """Of one picture in a RECA step. A multiplication with its addition is two; attention counts every pair of rows."""
+
+    encode: float  # frozen encoders, which a feature cache runs once
+    forward: float
+    backward: float  # with the blocks' second forward pass under activation checkpointing
+
+
+class Memory(NamedTuple):
+    """Bytes on the GPU that holds most. Activations, the pictures and the allocator's gaps come on top."""
+
+    weights: int  # the fp32 masters of what is trained, and what is frozen
+    gradients: int
+    moments: int  # of AdamW
+    copies: int  # weights gathered from other GPUs, or cast by autocast, while they are used
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def skeleton(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
+    """The recipe's model without memory, frozen as in training, and the mode its tensors belong to.
+
+    Raises ValueError for roles and patterns that the model does not have.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        adapter = umm(recipe.umm).Adapter.skeleton(recipe.model)
+    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    return adapter, fake
+
+
+def parameters(adapter: Adapter) -> dict[str, Parameters]:
+    """By role, in the order of ROLES."""
+    total, trained, role_of = Counter(), Counter(), adapter.roles()
+    for name, parameter in adapter.named_parameters():
+        total[role_of[name]] += parameter.numel()
+        trained[role_of[name]] += parameter.numel() * parameter.requires_grad
+    return {role: Parameters(total[role], trained[role]) for role in ROLES if role in total}
+
+
+def flops(adapter: Adapter, fake: FakeTensorMode, pictures: int) -> Flops:
+    """Counted by running the loss itself on tensors without memory; only ids, masks and draws are real."""
+    views = adapter.views("reca")
+
+    def blank(view) -> list[Tensor] | None:
+        return view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(pictures)]
+
+    with fake:
+        gen, und = blank(views.gen), blank(views.und)
+    batch = Batch("reca", torch.arange(pictures), [TEXT] * pictures, gen, und)
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
+    with _on_the_reference(), sdpa_kernel(SDPBackend.MATH), counter:
+        features = {key: _indices(value) for key, value in adapter.encode(batch).items()}
+        encoded = counter.get_total_flops()
+        loss = adapter.loss(batch, features, Draws(0)).sum
+        forward = counter.get_total_flops()
+        loss.backward()
+        backward = counter.get_total_flops()
+    adapter.zero_grad(set_to_none=True)
+    return Flops(*(n / pictures for n in (encoded, forward - encoded, backward - forward)))
+
+
+def _convolution_backward(grad, x, weight, *others, **_) -> int:  # shapes, and the last but one of them output_mask
+    """torch's own count forgets the groups of a convolution, and SANA's have one channel each."""
+    transposed, wanted = others[4], others[7]
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
+
+
+CONVOLUTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
+def _indices(feature: Tensor | list) -> Tensor | list:
+    """Integer features are codes, whose values the losses look at."""
+    if not isinstance(feature, Tensor) or feature.is_floating_point():
+        return feature
+    return torch.zeros(feature.shape, dtype=feature.dtype)
+
+
+@contextmanager
+def _on_the_reference() -> Iterator[None]:
+    """Native kernels would look for memory that is not there. As with them, rows without label cost nothing."""
+    definition = linear.masked_linear_cross_entropy
+
+    def labelled(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+        rows = (labels != options.get("ignore_index", -100)).nonzero()[:, 0]
+        return definition(hidden[rows], weight, labels[rows], bias, **options)
+
+    with (
+        patch.dict(os.environ, RECA_BACKEND="reference"),
+        patch.object(linear, "masked_linear_cross_entropy", labelled),
+    ):
+        yield
+
+
+def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
+    """The part of one of `gpus` GPUs, `node` of them in a machine.
+
+    weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
+    gradients   like weights; where an update has several backward passes, whole and in fp32, as only the last reduces
+    moments     two per trained weight, in its type
+    copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
+                type of computation; one GPU: bf16 copies of trained matrices, at most
+    """
+    for kind in recipe.active_kinds():
+        if kind not in adapter.kinds:
+            raise ValueError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
+    passes = sum(micro_batches(kind, getattr(recipe.objective, kind), gpus) for kind in recipe.active_kinds())
+    shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
+    half = recipe.train.precision == "bf16"
+    weights = sum(_bytes(buffer) for buffer in adapter.buffers())
+    gradients = moments = copies = 0
+    for parameter in adapter.parameters():
+        own = part(parameter, shard) * parameter.itemsize
+        weights += own
+        if parameter.requires_grad:
+            gradients += 4 * parameter.numel() if gpus > 1 and passes > 1 else own
+            moments += 2 * own
+            if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
+                copies += 2 * parameter.numel()
+    if gpus > 1:
+        blocks = [list(block.parameters()) for block in adapter.blocks()]
+        inside = {id(parameter) for block in blocks for parameter in block}
+        copies = sum(_bytes(parameter) for parameter in adapter.parameters() if id(parameter) not in inside)
+        sizes = sorted(sum(p.numel() * 2 if half else _bytes(p) for p in block) for block in blocks)
+        copies += sum(sizes[-2:])
+    return Memory(weights, gradients, moments, copies)
+
+
+def part(parameter: nn.Parameter, shard: int) -> int:
+    """Elements of the largest of `shard` parts along the first dimension."""
+    if parameter.ndim == 0:
+        return 1
+    return -(-parameter.shape[0] // shard) * parameter[:1].numel()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
+    """All of it as text. Raises ValueError for what `reca train` on so many GPUs would refuse."""
+    if gpus < 1 or node < 1:
+        raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
+    adapter, fake = skeleton(recipe)
+    need = memory(adapter, recipe, gpus, node)
+    if recipe.train.activation_checkpointing:
+        recompute_blocks(adapter)
+    count, rows = parameters(adapter), adapter.sequence()
+    work = flops(adapter, fake, min(PICTURES, recipe.objective.reca.micro_batch))
+    every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
+    lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
+    lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]
+    lines += ["", "one picture of a RECA step, attention counted as dense"]
+    lines += [f"  {'rows of ' + name:<22}{n:>18,}" for name, n in rows.items()]
+    steps = {"encoders": work.encode, "forward": work.forward, "backward": work.backward, "all": sum(work)}
+    if recipe.objective.reca.weight:
+        pictures = recipe.objective.reca.per_update
+        steps[f"update of {pictures} pictures"] = pictures * sum(work)
+    lines += [_line(name, n, FLOP_UNITS) for name, n in steps.items()]
+    lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
+    lines += [_line(name, n, BYTE_UNITS) for name, n in (*need._asdict().items(), ("all", need.total))]
+    return "\n".join(lines)
+
+
+def _line(name: str, amount: float, units: tuple[tuple[float, str], ...]) -> str:
+    size, unit = next((u for u in units if amount >= u[0]), units[-1])
+    return f"  {name:<22}{amount / size:>18.2f} {unit}"

@@ -1,0 +1,214 @@
+"""`reca check`: counts against published figures, FLOPs and memory against a real model's."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from reca import check
+from reca.cli import main
+from reca.config import load_recipe, recipe_names
+from reca.draws import Draws
+from reca.models import umm
+from reca.models.base import Batch
+from reca.optim import freeze, make_optimizer
+
+TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"]
+
+
+def numbers(name, *overrides):
+    adapter, _ = check.skeleton(load_recipe(name, list(overrides)))
+    return check.parameters(adapter)
+
+
+# As the public files and code have them. Show-o's CLIP is without its last layer and norm, and Harmon's figures are
+# without a table of 1000 classes that nothing reads.
+PUBLISHED = {
+    "show_o_512": {"shared_lm + embed": 1_448_176_770, "bridge": 6_295_552, "und_encoder": 303_507_456 - 12_598_272},
+    "harmon_1_5b": {"shared_lm + embed": 1_543_714_304},
+    "harmon_0_5b": {"shared_lm + embed": 494_032_768},
+    "open_uni_l_512": {
+        "und_encoder": 304_012_288 + 8_662_016,
+        "und_lm": 1_310_340_608,
+        "embed": 2 * 232_971_264,
+        "bridge": 221_910_528 + 3_541_248 + 393_216,
+        "gen_head": 1_604_462_752,
+        "codec": 312_250_275,
+    },
+    "open_uni_b_512": {"und_encoder + und_lm + embed": 938_193_024, "gen_head": 591_747_872},
+    "bagel_7b": {
+        "gen_lm": 6_525_628_928,
+        "und_lm": 6_525_628_928,
+        "embed": 2 * 544_997_376,
+        "und_encoder": 402_552_736,
+        "bridge": 16_980_992,
+        "gen_head": 13_769_728 + 232_960 + 229_440,
+        "codec": 83_819_683,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name):
+    count = numbers(name)
+    for roles, published in PUBLISHED[name].items():
+        assert sum(count[role].total for role in roles.split(" + ")) == published, roles
+
+
+@pytest.mark.parametrize(("name", "millions"), [("harmon_0_5b", 704.9), ("harmon_1_5b", 2494.8)])
+def test_harmon_trains_what_its_authors_count(name, millions):
+    recipe = load_recipe(name)
+    unread = recipe.model.mar.classes * recipe.model.mar.width
+    trained = sum(count.trained for count in numbers(name).values())
+    assert round((trained + unread) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
+    recipe = load_recipe(name)
+    adapter, fake = check.skeleton(recipe)
+    count = check.parameters(adapter)
+    assert sum(n.total for n in count.values()) == sum(p.numel() for p in adapter.parameters())
+    assert {role for role, n in count.items() if n.trained} <= set(adapter.trainable_roles)
+    assert all(p.fake_mode is fake for p in adapter.parameters())
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert check.memory(adapter, recipe, 1, 8).moments == 8 * sum(p.numel() for p in trained)
+    assert all(rows > 0 for rows in adapter.sequence().values())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_flops_are_those_of_a_real_step(name):
+    recipe = load_recipe(name)
+    without_memory = check.flops(*check.skeleton(recipe), 4)
+    adapter = umm(recipe.umm).Adapter.load(recipe.model).eval()
+    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    assert check.flops(adapter, contextlib.nullcontext(), 4) == without_memory
+    assert 0 < without_memory.forward < without_memory.backward
+
+
+def test_flops_of_a_transformer_by_hand():
+    """Two for every weight and row, forward; attention 4 d for every pair of rows; the head on hidden rows alone."""
+    recipe = load_recipe("show_o_tiny")
+    adapter, fake = check.skeleton(recipe)
+    phi, pictures = adapter.showo.model, 4
+    work = check.flops(adapter, fake, pictures)
+    rows = sum(adapter.sequence().values()) + len(adapter.template(check.TEXT)) + 7  # mmu soi eoi bos eos, soi eoi
+    weights = sum(m.weight.numel() for m in phi.modules() if isinstance(m, nn.Linear))
+    attention = 4 * rows**2 * recipe.model.phi.hidden_size * recipe.model.phi.num_hidden_layers
+    projector = sum(m.weight.numel() for m in adapter.mm_projector.modules() if isinstance(m, nn.Linear))
+    batch = Batch("reca", torch.arange(pictures), [check.TEXT] * pictures)
+    head = float(adapter.weight(batch, Draws(0))) / pictures * adapter.showo.lm_head.weight.numel()
+    by_hand = 2 * (rows * weights + adapter.clip_tokens * projector + head) + attention
+    assert work.forward == pytest.approx(by_hand, rel=0.01)  # the rest: rotary angles
+
+
+def test_depthwise_convolutions_count_their_own_channel_only():
+    layer, x = nn.Conv2d(8, 8, 3, groups=8), torch.randn(1, 8, 6, 6, requires_grad=True)
+    with check.FlopCounterMode(display=False, custom_mapping=check.CONVOLUTIONS) as counter:
+        y = layer(x)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert forward == 2 * 8 * 4 * 4 * 9 and counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize("name", ["show_o_tiny", "open_uni_tiny"])
+def test_memory_of_a_real_step(name):
+    overrides = ["objective.i2t.weight=0"]
+    recipe = load_recipe(name, overrides)
+    need = check.memory(check.skeleton(recipe)[0], recipe, 1, 8)
+    adapter = umm(recipe.umm).Adapter.load(recipe.model)
+    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
+    pictures = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
+    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, pictures), Draws(0)).sum.backward()
+    optimizer.step()
+    held = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
+    assert need.weights == held(adapter.parameters()) + held(adapter.buffers())
+    assert need.gradients == held(p.grad for p in adapter.parameters() if p.grad is not None)
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert need.moments == held(moments)
+    assert need.copies == 0  # fp32
+
+
+def test_memory_when_sharded():
+    """One backward pass per update, then two; three ranks divide no dimension of most parameters."""
+    once = load_recipe(
+        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=2"]
+    )
+    adapter, _ = check.skeleton(once)
+    parts, trained, whole = 0, 0, 0
+    for p in adapter.parameters():
+        own = (p.shape[0] + 2) // 3 * (p.numel() // p.shape[0]) * 4
+        parts, trained = parts + own, trained + own * p.requires_grad
+        whole += 4 * p.numel() * p.requires_grad
+    need = check.memory(adapter, once, 3, 8)
+    assert need.weights - parts == sum(b.numel() * b.itemsize for b in adapter.buffers())
+    assert need.gradients == trained and need.moments == 2 * trained
+    layers = sum(p.numel() for p in adapter.showo.model.layers.parameters())
+    rest = sum(p.numel() for p in adapter.parameters()) - layers
+    assert need.copies == 4 * (rest + layers * 2 // 3)  # two of three layers
+    twice = load_recipe(
+        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=1"]
+    )
+    assert check.memory(adapter, twice, 3, 8).gradients == whole
+    replicas = load_recipe(
+        "show_o_tiny",
+        ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=1", "parallel.shard=1"],
+    )
+    assert check.memory(adapter, replicas, 3, 8).moments == 2 * whole
+
+
+def test_parts_of_a_parameter():
+    assert check.part(nn.Parameter(torch.zeros(5, 3)), 2) == 9
+    assert check.part(nn.Parameter(torch.zeros(2, 3)), 8) == 3
+    assert check.part(nn.Parameter(torch.zeros(())), 8) == 1
+
+
+def test_bf16_weights_and_copies():
+    recipe = load_recipe("show_o_tiny", ["model.dtype=bf16", "train.precision=bf16"])
+    adapter, _ = check.skeleton(recipe)
+    need = check.memory(adapter, recipe, 1, 8)
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    assert need.gradients == 2 * sum(p.numel() for p in trained) and need.copies == 0
+    masters = load_recipe("show_o_tiny", ["train.precision=bf16"])
+    adapter, _ = check.skeleton(masters)
+    assert check.memory(adapter, masters, 1, 8).copies == 2 * sum(
+        p.numel() for p in adapter.parameters() if p.requires_grad and p.ndim > 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show_o_tiny", "--gpus", "0"], "--gpus and --node must be at least 1"),
+        (["show_o_tiny", "--gpus", "3"], "cannot be split into micro-batches of 64 on 3 ranks"),
+        (["show_o_512", "parallel.shard=2", "--gpus", "5"], "parallel.shard=2 does not divide the 5 ranks"),
+        (["show_o_tiny", "train.train=[gen_lm]"], "has no parameters of role 'gen_lm'"),
+        (["show_o_tiny", "train.frozen=[nothing]"], "no parameter matches 'nothing'"),
+        (["show_o_tiny", "model.image_size=21"], "image_size"),
+        (["no_such_recipe"], "no recipe 'no_such_recipe'"),
+    ],
+)
+def test_what_training_would_refuse(capsys, arguments, words):
+    assert main(["check", *arguments]) == 3
+    assert words in capsys.readouterr().err
+
+
+def test_command(capsys):
+    assert main(["check", "show_o_tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "335,520" in out and "rows of picture" in out and "MFLOP" in out and "MiB" in out
+
+
+def test_bagel_at_full_size_takes_little_memory():
+    peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = f"from reca.cli import main; main(['check', 'bagel_7b', 'train.activation_checkpointing=false']); {peak}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *report, kilobytes = done.stdout.splitlines()
+    assert any("6,539,861,056" in line for line in report)
+    assert int(kilobytes) < 2 * 2**20
