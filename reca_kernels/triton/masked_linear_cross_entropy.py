@@ -18,6 +18,7 @@ from torch import Tensor
 from reca_kernels import chunked_head
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 from reca_kernels.triton.masked_cross_entropy import (
+    LAUNCH,
     capped,
     joined,
     log_of_sum,
@@ -165,7 +166,7 @@ def pick_rows(
     with torch.cuda.device_of(labels):
         pick_rows_kernel[1,](
             labels, losses, rows, row_labels, scale, len(labels), len(rows), ignore_index, MEAN=mean, BLOCK=2048,
-            num_warps=8,
+            **LAUNCH,
         )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def copy_rows(source: Tensor, source_rows: Tensor | None, out: Tensor, out_rows:
         with torch.cuda.device_of(source):
             copy_rows_kernel[count, triton.cdiv(width, block)](
                 source, source.stride(0), source_rows, out, out.stride(0), out_rows, width,
-                FROM=source_rows is not None, TO=out_rows is not None, BLOCK=block,
+                FROM=source_rows is not None, TO=out_rows is not None, BLOCK=block, **LAUNCH,
             )  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             scale_kernel[triton.cdiv(gradient.numel(), 4096),](
-                gradient, grad, out, gradient.numel(), BLOCK=4096, num_warps=8
+                gradient, grad, out, gradient.numel(), BLOCK=4096, **LAUNCH
             )
     return out
 
