@@ -2,6 +2,8 @@
 // add their parts of the row's loss by shuffles. Rows of step 0, one in a thousand, take a way of their own, in fp64.
 #include "reca/diffusion_loss.h"
 
+#include <functional>
+
 #include "first_step.h"
 #include "noise.cuh"
 
@@ -97,9 +99,9 @@ __device__ __forceinline__ void read_x0(const Work& work, const Place& place, fl
   read_some<X>(work.args.x0_dtype, work.args.x0, row * channels + place.channel, (row + 1) * channels, x);
 }
 
-// X, P: types of x0 and x_t, or void, void: whatever they and their alignment are.
+// X, P: types of x0 and x_t, or void, void: whatever they and their alignment are. n: channels of a thread.
 template <typename X, typename P, int n>
-__global__ void __launch_bounds__(threads) diffusion_prepare_kernel(const __grid_constant__ Work work, void* x_t) {
+__device__ __forceinline__ void prepare(const Work& work, void* x_t) {
   constexpr bool wide = !std::is_void_v<X>;
   const Place place = place_of<n>(work);
   if (!place.there) return;
@@ -122,9 +124,7 @@ __device__ __forceinline__ float pick(const float (&x)[n], int k) {
 }
 
 template <typename X, typename P, int n>
-__global__ void __launch_bounds__(threads)
-    diffusion_loss_kernel(const __grid_constant__ Work work, const void* out, void* gradient,
-                          float* __restrict__ losses) {
+__device__ __forceinline__ void loss(const Work& work, const void* out, void* gradient, float* losses) {
   constexpr bool wide = !std::is_void_v<X>;
   const Place place = place_of<n>(work);
   const int64_t channels = work.args.channels;
@@ -185,55 +185,71 @@ __global__ void __launch_bounds__(threads)
   if (place.there && place.channel == 0) losses[place.row] = squares;
 }
 
-// f(X*, P*, n) with the types of x0 and of x_t or out, null pointers; X and P void where vectors cannot be used.
-template <typename F>
-void with_types(const Diffusion& args, DType dtype, bool wide, const F& f) {
-  if (!wide || args.channels % 8 != 0) {
-    return f(static_cast<void*>(nullptr), static_cast<void*>(nullptr), std::integral_constant<int, 4>());
-  }
-  with_type(args.x0_dtype, [&](auto x) {
-    with_type(dtype, [&](auto p) {
-      using X = decltype(x);
-      using P = decltype(p);
-      if constexpr (std::is_same_v<X, float> || std::is_same_v<P, float> || std::is_same_v<X, P>) {
-        f(static_cast<X*>(nullptr), static_cast<P*>(nullptr), std::integral_constant<int, 8>());
-      }
-    });
-  });
+template <typename X, typename P>
+__global__ void __launch_bounds__(threads) diffusion_prepare_kernel(const __grid_constant__ Work work, void* x_t) {
+  prepare<X, P, 8>(work, x_t);
 }
 
-// f(work, blocks, X*, P*, n)
-template <typename F>
-void for_launch(const Diffusion& args, DType dtype, std::initializer_list<const void*> tensors, const F& f) {
-  bool wide = dtype == args.x0_dtype || dtype == DType::f32 || args.x0_dtype == DType::f32;
-  for (const void* tensor : tensors) wide = wide && aligned(tensor, 16);
-  with_types(args, dtype, wide, [&](auto x, auto p, auto n) {
-    Work work = {args, dtype, 0};
-    while ((int64_t(decltype(n)::value) << work.log_sharers) < args.channels) ++work.log_sharers;
-    f(work, ((args.count << work.log_sharers) + threads - 1) / threads, x, p, n);
-  });
+__global__ void __launch_bounds__(threads) diffusion_prepare_any_kernel(const __grid_constant__ Work work, void* x_t) {
+  prepare<void, void, 4>(work, x_t);
+}
+
+template <typename X, typename P>
+__global__ void __launch_bounds__(threads)
+    diffusion_loss_kernel(const __grid_constant__ Work work, const void* out, void* gradient, float* losses) {
+  loss<X, P, 8>(work, out, gradient, losses);
+}
+
+__global__ void __launch_bounds__(threads)
+    diffusion_loss_any_kernel(const __grid_constant__ Work work, const void* out, void* gradient, float* losses) {
+  loss<void, void, 4>(work, out, gradient, losses);
+}
+
+// ---- launches ----
+
+// The kernel for a call: wide(X{}, P{}), by the types of x0 and of x_t or out, where these and memory allow vectors, else
+// any. Also what the kernel needs, and the number of blocks.
+template <typename Kernel, typename Wide>
+void with_kernel(const Diffusion& args, DType dtype, std::initializer_list<const void*> tensors, Kernel any,
+                 const Wide& wide, const std::function<void(Kernel, const Work&, int64_t)>& launch_it) {
+  Kernel kernel = any;
+  int n = 4;
+  bool vectors = args.channels % 8 == 0;
+  for (const void* tensor : tensors) vectors = vectors && aligned(tensor, 16);
+  if (vectors) {
+    with_type(args.x0_dtype, [&](auto x) {
+      with_type(dtype, [&](auto p) {
+        using X = decltype(x);
+        using P = decltype(p);
+        if constexpr (std::is_same_v<X, float> || std::is_same_v<P, float> || std::is_same_v<X, P>) {
+          kernel = wide(x, p), n = 8;
+        }
+      });
+    });
+  }
+  Work work = {args, dtype, 0};
+  while ((int64_t(n) << work.log_sharers) < args.channels) ++work.log_sharers;
+  launch_it(kernel, work, ((args.count << work.log_sharers) + threads - 1) / threads);
 }
 
 }  // namespace
 
 void diffusion_prepare(const Diffusion& args, DType dtype, void* x_t, Launch on) {
-  for_launch(args, dtype, {args.x0, args.table, args.given_noise, x_t}, [&](auto& work, int64_t blocks, auto x, auto p,
-                                                                             auto n) {
-    launch("diffusion_loss", on,
-           diffusion_prepare_kernel<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(p)>,
-                                    decltype(n)::value>,
-           blocks, threads, 0, work, x_t);
-  });
+  using Kernel = void (*)(Work, void*);
+  const auto wide = [](auto x, auto p) -> Kernel { return diffusion_prepare_kernel<decltype(x), decltype(p)>; };
+  with_kernel<Kernel>(args, dtype, {args.x0, args.table, args.given_noise, x_t}, diffusion_prepare_any_kernel, wide,
+                      [&](Kernel kernel, const Work& work, int64_t blocks) {
+                        launch("diffusion_loss", on, kernel, blocks, threads, 0, work, x_t);
+                      });
 }
 
 void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* gradient, float* losses, Launch on) {
-  for_launch(args, dtype, {args.x0, args.table, args.given_noise, out, gradient},
-             [&](auto& work, int64_t blocks, auto x, auto p, auto n) {
-    launch("diffusion_loss", on,
-           diffusion_loss_kernel<std::remove_pointer_t<decltype(x)>, std::remove_pointer_t<decltype(p)>,
-                                 decltype(n)::value>,
-           blocks, threads, 0, work, out, gradient, losses);
-  });
+  using Kernel = void (*)(Work, const void*, void*, float*);
+  const auto wide = [](auto x, auto p) -> Kernel { return diffusion_loss_kernel<decltype(x), decltype(p)>; };
+  with_kernel<Kernel>(args, dtype, {args.x0, args.table, args.given_noise, out, gradient}, diffusion_loss_any_kernel,
+                      wide, [&](Kernel kernel, const Work& work, int64_t blocks) {
+                        launch("diffusion_loss", on, kernel, blocks, threads, 0, work, out, gradient, losses);
+                      });
 }
 
 }  // namespace reca::cuda

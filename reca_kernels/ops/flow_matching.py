@@ -92,7 +92,9 @@ def flow_matching_loss(
     counts = [image.numel() for image in images]
     if reduction == "mean":
         return sums.sum() / max(sum(counts), 1)
-    return sums / sums.new_tensor([max(n, 1) for n in counts])
+    if all(n == counts[0] for n in counts):
+        return sums / max(counts[0], 1)
+    return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), counts, strict=True)])  # no copy from the host
 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Flow matching in Triton: a program handles 2048 neighbours of one image in the order of the prediction.
 
 Where the images are is a tuple of integers among a kernel's arguments, so a list of images is one launch (up to RUNS
-runs of equal images) and can be captured in a CUDA graph. For the loss a program writes one partial sum; a second kernel
-adds an image's partial sums in their order.
+runs of equal images) and can be captured in a CUDA graph. For the loss a program writes one partial sum; a second
+kernel adds an image's partial sums in their order.
 """
 
 import torch
@@ -17,8 +17,8 @@ from reca_kernels.triton.philox import FUSE, normals
 BLOCK = 2048
 RUNS = 8  # that one launch takes; compiled for 1 and for RUNS
 FIELDS = 7
-# Triton compiles anew for integers that are 1, that 16 divides, or that do not fit into 32 bits. Every number of a table
-# is written as CODE + 2 number, which is none of the first two and always the last.
+# Triton compiles anew for integers that are 1, that 16 divides, or that do not fit into 32 bits. A number of a table is
+# written as CODE + 2 number, which is none of the first two and always the last.
 CODE = tl.constexpr(2**62 + 1)
 
 
@@ -36,7 +36,7 @@ def _run(table, r: tl.constexpr):
 
 @triton.jit
 def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
-    """The last run whose field KEY, ascending, is not above `number`: (x0 from the first image on, elements of an image,
+    """The last run whose field KEY, ascending, is not above `number`: (its place in x0, elements of an image,
     offset of its first image in the prediction, first program, programs of an image, first image, width)."""
     x0, elements, offset, first, programs, image, width = _run(table, 0)
     for r in tl.static_range(1, RUNS):

@@ -1,11 +1,18 @@
 """Flow matching against fp64, at every layout, dtype and reduction; edge cases; system behaviour."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare, native
 from reca_kernels.cuda import flow_matching as cuda
 from reca_kernels.reference import flow_matching as reference
+from reca_kernels.reference import philox
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 
@@ -296,6 +303,138 @@ def test_backward_twice_and_the_first_gradient_stays(backend, device):
     (second,) = torch.autograd.grad(loss, pred, torch.tensor(3.0, device=device))
     torch.testing.assert_close(second, 3 * kept)
     assert torch.equal(first, kept)
+
+
+# ---- on a GPU ----
+
+ON_GPU = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
+def step(layout, backend, seed=-77, dtype=torch.bfloat16):
+    """(x_t, loss, gradient) on the GPU, of noise whose seed the returned tensor holds."""
+    x0, t, noise, patch = case(layout, dtype, device="cuda")
+    noise.seed.fill_(seed)
+
+    def run():
+        x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
+        pred = (x_t * 2).requires_grad_()
+        loss = flow_matching_loss(pred, x0, t, noise, patch=patch, reduction="sample", backend=backend)
+        return [x_t, loss.detach(), *torch.autograd.grad(loss, pred, torch.ones_like(loss))]
+
+    return run, noise.seed
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_run_makes_the_same_bits(layout, backend):
+    run, _ = step(layout, backend)
+    first = run()
+    assert all(equal(run(), first) for _ in range(5))
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("layout", ["batch in eights", "packed"])
+def test_a_captured_graph_draws_from_the_seed_it_finds(layout, backend):
+    run, seed = step(layout, backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for new in (5, -(2**40)):
+        seed.fill_(new)
+        graph.replay()
+        assert equal(captured, step(layout, backend, new)[0]())
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_two_streams(backend):
+    runs = [step("one image over several chunks", backend, seed)[0] for seed in (1, 2)]
+    want = [run() for run in runs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in runs]
+    for _ in range(10):
+        got = []
+        for stream, run in zip(streams, runs, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run())
+    torch.cuda.synchronize()
+    assert all(map(equal, got, want))
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_more_than_2_31_elements(backend):
+    """A batch whose third image lies beyond 2^31 elements, and one image that is as large, against small ones."""
+    large = torch.zeros(3, 16, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    last = torch.randn(16, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    large[2] = last
+    noise = Philox(torch.tensor(3, device="cuda"), torch.tensor([0, 1, 2], device="cuda"), 1)
+    t = torch.full((3,), 0.5, device="cuda")
+    x_t = flow_matching_prepare(large, t, noise, backend=backend)
+    third = noise._replace(sample_ids=noise.sample_ids[2:])
+    alone = flow_matching_prepare(last[None], t[:1], third, backend=backend)
+    assert x_t.numel() > 2**31 and torch.equal(x_t[2], alone[0])
+    losses = flow_matching_loss(x_t, large, t, noise, reduction="sample", backend=backend)
+    alone = flow_matching_loss(alone, last[None], t[:1], third, backend=backend)
+    torch.testing.assert_close(losses[2], alone, rtol=1e-5, atol=0)
+    first_id = noise._replace(sample_ids=noise.sample_ids[:1])
+    one = flow_matching_prepare([large.view(48, 8192, 8192)], t[:1], first_id, backend=backend).flatten()
+    first = flow_matching_prepare([large[0]], t[:1], first_id, backend=backend)
+    assert torch.equal(one[: first.numel()], first.flatten())
+    blocks = torch.tensor([2**31 // 4 + 7], device="cuda")  # a Philox block beyond 2^31 elements
+    zero, (seed, low) = torch.zeros_like(blocks), (noise.seed, 0xFFFFFFFF)
+    key = (seed & low, (seed >> 32) & low)
+    words = philox.philox_4x32_10((blocks, zero, zero, zero + 1), key)
+    u = words[0].float() * 2.0**-32 + 2.0**-33
+    radius = torch.sqrt((philox.log(u) * -2.0).double()).float()
+    eps = radius * philox.sincos_turns(words[1] >> 8)[1]
+    at = 2**31 + 28
+    x0 = large.view(-1)[at].float()
+    assert one[at] == (0.5 * x0 + 0.5 * eps[0]).bfloat16()
+
+
+@pytest.mark.gpu
+@ON_GPU
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+def test_compiled_by_inductor(layout, backend):
+    x0, t, noise, patch = case(layout, device="cuda")
+
+    def f(pred, t, seed, ids):
+        address = Philox(seed, ids, 4)
+        x_t = flow_matching_prepare(x0, t, address, patch=patch, backend=backend)
+        return x_t, flow_matching_loss(pred * 2, x0, t, address, patch=patch, backend=backend)
+
+    results = []
+    for function in (f, torch.compile(f, fullgraph=True)):
+        leaf = flow_matching_prepare(x0, t, noise, patch=patch).requires_grad_()
+        x_t, loss = function(leaf, t, noise.seed, noise.sample_ids)
+        loss.backward()
+        results.append((x_t, loss.detach(), leaf.grad))
+    assert equal(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer in PATH")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    """Flow matching and diffusion loss on small shapes, in every type, aligned and not."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("flow_matching", "diffusion_loss", "philox")]
+    chosen = "(test_same_bits_on_every_backend or test_memory_that_is_not_aligned or test_given_noise) and cuda-cuda"
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run([*command, *files, "-k", chosen], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---- what Triton made ----

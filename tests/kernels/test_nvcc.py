@@ -1,7 +1,8 @@
 """Every CUDA kernel, compiled for the architectures of a release: no spills, no local memory, few enough registers.
 
 The budget is nvcc_budget.csv: per kernel the most registers that any of its instances may use on any architecture, and
-what each instance must do 128 bits at a time somewhere: load, store, both. A kernel that is not in it fails.
+what each instance must do 128 bits at a time somewhere: load, store, both; and the most instructions that its longest
+loop may have (a turn of flow matching's handles eight elements). A kernel that is not in it fails.
 """
 
 import csv
@@ -69,6 +70,23 @@ def wide_accesses(folder: Path) -> dict[str, list[set[str]]]:
     return wide
 
 
+def longest_loops(folder: Path) -> dict[str, int]:
+    """Per kernel, the instructions of the longest loop in the machine code of any instance."""
+    (file,) = folder.glob("*.o")
+    code = subprocess.run([tool("cuobjdump"), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
+    longest = defaultdict(int)
+    for section in code.split("Function : ")[1:]:
+        lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", section)]
+        loops = [
+            sum(int(target[1], 16) <= place <= at for place, _ in lines)
+            for at, op in lines
+            if (target := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", op)) and int(target[1], 16) < at
+        ]
+        name = name_of(section.split()[0])
+        longest[name] = max(longest[name], *loops, 0)
+    return longest
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_registers_and_no_spills(file, tmp_path):
     with BUDGET.open() as rows:
@@ -89,6 +107,10 @@ def test_registers_and_no_spills(file, tmp_path):
             for found in instances:
                 missing = asked.get(kernel, set()) - found
                 assert not missing, f"{kernel}: an instance does no 128-bit {' or '.join(missing)}"
+    loops = {row["kernel"]: int(row["loop"]) for row in table if row["loop"]}
+    if loops.keys() & usage.keys():
+        for kernel, found in longest_loops(tmp_path).items():
+            assert found <= loops.get(kernel, found), f"{kernel}: a loop of {found} instructions, not {loops[kernel]}"
 
 
 def test_every_row_of_the_budget_is_a_kernel():

@@ -157,3 +157,25 @@ def test_compiled_for_every_gpu():
     assert [(m.kernel, m.arch) for m in made] == [("fill_kernel", arch) for arch in cubin.ARCHS]
     for m in made:
         m.assert_lean(registers=32, stores=(128,))
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_ten_million_normals_have_the_bits(backend):
+    """The root in csrc/cuda/noise.cuh is rounded to nearest for every radius that comes up."""
+    ids = torch.arange(10) + 1000
+    got = philox_normal(address("cuda", sample_ids=ids.cuda()), 1_000_000, backend=backend)
+    assert torch.equal(bits(got), bits(philox_normal(address(sample_ids=ids), 1_000_000)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_more_than_2_31_elements(backend):
+    n = 2**30 + 8
+    x = philox_normal(address("cuda", sample_ids=torch.arange(3, device="cuda")), n, backend=backend)
+    for sample in range(3):
+        alone = philox_normal(address("cuda", sample_ids=torch.tensor([sample], device="cuda")), n, backend=backend)
+        assert torch.equal(x[sample], alone[0])

@@ -1,0 +1,165 @@
+"""MAR's diffusion loss in Triton: a program handles a few rows, all their channels, padded to a power of two.
+
+Rows of step 0, one in a thousand, are scored by the programs that have some.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reca_kernels.ops.philox import Philox
+from reca_kernels.triton.philox import FUSE, normal_pair, words
+
+ELEMENTS = 1024  # of x_t, padding included, that a program handles
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _rows(x0, rows, t, table, seed, ids, stream, given, count, CHANNELS: tl.constexpr, GIVEN: tl.constexpr,
+          ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, C)[None, :]
+    exists = row < count
+    here = exists[:, None] & (channel < CHANNELS)
+    step = tl.load(t + row, mask=exists, other=0)
+    source = row
+    if rows is not None:
+        source = tl.load(rows + row, mask=exists, other=0)
+    clean = tl.load(x0 + source[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
+    if GIVEN:
+        noise = tl.load(given + row[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
+    else:
+        sample = tl.load(ids + row, mask=exists, other=0)[:, None]
+        block = tl.zeros([ROWS, C // 4], tl.int64) + tl.arange(0, C // 4)[None, :]
+        w0, w1, w2, w3 = words(tl.load(seed), sample + tl.zeros_like(block), stream, block)
+        e0, e1 = normal_pair(w0, w1)
+        e2, e3 = normal_pair(w2, w3)
+        noise = tl.reshape(tl.join(tl.join(e0, e2), tl.join(e1, e3)), (ROWS, C))
+    return row, step, exists, here, clean, noise
+
+
+@triton.jit(do_not_specialize=["stream"])
+def prepare_kernel(x0, rows, t, table, seed, ids, stream, given, x_t, count, CHANNELS: tl.constexpr,
+                   GIVEN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    row, step, exists, here, clean, noise = _rows(
+        x0, rows, t, table, seed, ids, stream, given, count, CHANNELS, GIVEN, ROWS, C
+    )
+    sqrt_abar = tl.load(table + step * 8, mask=exists, other=0.0)[:, None]
+    sqrt_1m_abar = tl.load(table + step * 8 + 1, mask=exists, other=0.0)[:, None]
+    mixed = sqrt_abar * clean + sqrt_1m_abar * noise
+    to = x_t + row[:, None] * CHANNELS + tl.arange(0, C)[None, :]
+    tl.store(to, mixed.to(x_t.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _first_step(x0, mean, log_variance):
+    """-ln of the probability of the bin of width 2/255 around x0, and its derivative by the log variance.
+
+    With h and l the bin's ends in standard deviations, S the logistic function and k(x) = 1.596 (x + 0.0447 x³), the
+    probability is S(k(h)) - S(k(l)): the tanh approximation of the normal's integral. It is formed as a product, of
+    exponentials of what is negative, and k(h) - k(l) from h - l, so that fp32 does where the others subtract in fp64.
+    """
+    inverse = tl.exp(-0.5 * log_variance)
+    centered = x0 - mean
+    # Beyond 1e4 nothing changes any more, and cubes stay finite.
+    h = tl.minimum(tl.maximum(inverse * (centered + 1 / 255), -1e4), 1e4)
+    l = tl.minimum(tl.maximum(inverse * (centered - 1 / 255), -1e4), 1e4)  # noqa: E741
+    one_sided = tl.abs(x0) > 0.999  # bins at the ends of the range are open: l is -infinity, or h is infinity
+    mirror = tl.where(one_sided, x0 > 0, h + l > 0)  # probabilities of a bin and of its mirror image are the same
+    h, l = tl.where(mirror, -l, h), tl.where(mirror, -h, l)  # noqa: E741
+    a = 1.5957691216057308 * (h + 0.044715 * h * h * h)
+    b = 1.5957691216057308 * (l + 0.044715 * l * l * l)
+    gap = 1.5957691216057308 * (h - l) * (1 + 0.044715 * (h * h + h * l + l * l))
+    near = gap * (1 - gap / 2 * (1 - gap / 3 * (1 - gap / 4 * (1 - gap / 5 * (1 - gap / 6 * (1 - gap / 7))))))
+    shrunk = tl.where(one_sided, 0.0, tl.exp(-gap))
+    part = tl.where(one_sided, 1.0, tl.where(gap < 0.5, near, 1 - shrunk))  # 1 - e^(k(l) - k(h))
+    tail = tl.where(one_sided, 0.0, tl.exp(tl.minimum(b, 0.0)))
+    log_p = tl.minimum(a, 0.0) - tl.log(1 + tl.exp(-tl.abs(a))) + tl.log(part) - tl.log(1 + tail)
+    by_h = h * (1 + 3 * 0.044715 * h * h) * (1 + tail) / (1 + tl.exp(tl.minimum(a, 80.0)))
+    by_l = l * (1 + 3 * 0.044715 * l * l) * (tail + shrunk) / (1 + tail)
+    kept = log_p > -27.631021115928547  # ln 1e-12
+    slope = 0.5 * 1.5957691216057308 * (by_h - by_l) / part
+    return tl.where(kept, -log_p, 27.631021115928547), tl.where(kept, slope, 0.0)
+
+
+@triton.jit(do_not_specialize=["stream"])
+def loss_kernel(x0, rows, t, table, seed, ids, stream, given, out, gradient, losses, count, CHANNELS: tl.constexpr,
+                GIVEN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    row, step, exists, here, clean, noise = _rows(
+        x0, rows, t, table, seed, ids, stream, given, count, CHANNELS, GIVEN, ROWS, C
+    )
+    place = row[:, None] * (2 * CHANNELS) + tl.arange(0, C)[None, :]
+    predicted = tl.load(out + place, mask=here, other=0.0).to(tl.float32)
+    variance = tl.load(out + place + CHANNELS, mask=here, other=0.0).to(tl.float32)
+    line = table + step * 8
+    sqrt_abar = tl.load(line, mask=exists, other=0.0)[:, None]
+    sqrt_1m_abar = tl.load(line + 1, mask=exists, other=0.0)[:, None]
+    recip = tl.load(line + 2, mask=exists, other=0.0)[:, None]
+    recip_m1 = tl.load(line + 3, mask=exists, other=0.0)[:, None]
+    c1 = tl.load(line + 4, mask=exists, other=0.0)[:, None]
+    c2 = tl.load(line + 5, mask=exists, other=0.0)[:, None]
+    log_posterior = tl.load(line + 6, mask=exists, other=0.0)[:, None]
+    log_beta = tl.load(line + 7, mask=exists, other=0.0)[:, None]
+
+    span = 0.5 * (log_beta - log_posterior)
+    error = predicted - noise
+    noisy = sqrt_abar * clean + sqrt_1m_abar * noise
+    truth = c1 * clean + c2 * noisy
+    mean = c1 * (recip * noisy - recip_m1 * predicted) + c2 * noisy
+    log_variance = (variance + 1.0) * span + log_posterior
+    precision = tl.exp(-log_variance)
+    shrink = tl.exp(log_posterior) * precision
+    scaled = (truth - mean) * (truth - mean) * precision
+    bound = 0.5 * (log_variance - log_posterior - 1.0 + shrink + scaled)
+    slope = 0.5 * (1.0 - shrink - scaled)
+    first = exists & (step == 0)
+    if tl.max(first.to(tl.int32), 0) > 0:
+        score, score_slope = _first_step(clean, mean, log_variance)
+        bound = tl.where(first[:, None], score, bound)
+        slope = tl.where(first[:, None], score_slope, slope)
+    total = tl.sum(tl.where(here, error * error + bound * (1 / LN_2), 0.0), 1)
+    tl.store(losses + row, total * (1 / CHANNELS), mask=exists)
+    if gradient is not None:
+        by_noise, by_variance = error * (2 * (1 / CHANNELS)), slope * (span * (1 / CHANNELS / LN_2))
+        tl.store(gradient + place, by_noise.to(out.dtype.element_ty), mask=here)
+        tl.store(gradient + place + CHANNELS, by_variance.to(out.dtype.element_ty), mask=here)
+
+
+# ---- launchers ----
+
+
+def prepare(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
+    programs, address, compiled = _launch(x0, noise, len(t))
+    if programs:
+        with torch.cuda.device_of(out):
+            prepare_kernel[programs,](x0, rows, t, table, *address, out, len(t), **compiled)
+
+
+def losses(
+    out: Tensor,  # [M, 2 C]
+    x0: Tensor,  # [N, C]
+    t: Tensor,  # [M]
+    noise: Philox | Tensor,
+    table: Tensor,  # [steps, 8]
+    rows: Tensor | None,  # [M]
+    gradient: Tensor | None,  # [M, 2 C]
+) -> Tensor:  # fp32 [M]
+    losses = torch.empty(len(t), device=out.device)
+    programs, address, compiled = _launch(x0, noise, len(t))
+    if programs:
+        with torch.cuda.device_of(out):
+            loss_kernel[programs,](x0, rows, t, table, *address, out, gradient, losses, len(t), **compiled)
+    return losses
+
+
+def _launch(x0: Tensor, noise: Philox | Tensor, count: int) -> tuple[int, tuple, dict]:
+    """(programs, (seed, sample ids, stream, given noise), what is compiled in)"""
+    given = isinstance(noise, Tensor)
+    channels = x0.shape[1]
+    padded = max(triton.next_power_of_2(channels), 4)
+    block = max(ELEMENTS // padded, 1)
+    address = (None, None, 0, noise) if given else (*noise, None)
+    compiled = {"CHANNELS": channels, "GIVEN": given, "ROWS": block, "C": padded, "num_warps": 4, **FUSE}
+    return triton.cdiv(count, block), address, compiled
