@@ -167,8 +167,8 @@ def in_order(grad, index, flipped, count):
     return result
 
 
-# Widths: in units of 16 bytes, and element by element. Uses: none, one, around a chunk, several chunks, the last of them
-# short; rows of several chunks side by side. The order mixes the rows.
+# Widths: in units of 16 bytes, and element by element. Uses: none, one, around a chunk, several chunks, the last of
+# them short; rows of several chunks side by side. The order mixes the rows.
 @pytest.mark.parametrize("width", [8, 3])
 @pytest.mark.parametrize("kind", ["table", "few visual rows", "visual rows, most used once"])
 @GPU_KERNELS
