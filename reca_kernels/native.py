@@ -20,8 +20,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def launch(tensor: Tensor) -> tuple[int, int]:
     """The tensor's device and its current stream, as numbers: the last two arguments of every CUDA launcher."""
-    stream = torch.cuda.current_stream(tensor.device)
-    return stream.device_index, stream.cuda_stream
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:
