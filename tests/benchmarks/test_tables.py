@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import dispatch as tables
 from benchmarks import docs
+from benchmarks.__main__ import OPS
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row, write
 from reca_kernels import backend_report, dispatch
 
@@ -205,3 +206,9 @@ def test_the_summary_takes_our_fastest_and_the_best_eager(tmp_path):
 def test_a_page_without_a_place_for_figures_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="add lines '<!-- measured: philox -->' and '<!-- /measured -->'"):
         docs.filled(page(tmp_path, "no marks", "philox.md"), tmp_path)
+
+
+def test_every_op_has_a_page_in_the_index():
+    index = (docs.ROOT / "docs" / "kernels.md").read_text()
+    for op in OPS:
+        assert f"(kernels/{op}.md)" in index and (docs.ROOT / "docs" / "kernels" / f"{op}.md").exists()
