@@ -55,11 +55,11 @@ class Trainer:
             if kind not in self.adapter.kinds:
                 raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
+        if recipe.train.compile:  # before recomputation is wrapped around it: Dynamo would not look into that
+            for block in self.adapter.blocks():
+                block.forward = torch.compile(block.forward)
         if recipe.train.activation_checkpointing:
             recompute_blocks(self.adapter)
-        if recipe.train.compile:
-            for block in self.adapter.blocks():
-                block.compile()
         distributed.shard(self.adapter, recipe.parallel, self.device, recipe.train.precision)
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")

@@ -177,6 +177,19 @@ def test_a_changed_recipe_is_refused_on_resume(recipe):
         Trainer(recipe("optim.lr=0.5"), ToyAdapter())
 
 
+def test_compiled_and_recomputed_blocks_are_both(recipe, tmp_path):
+    """Either alone and both together make the same update, and compiled ones are compiled."""
+    plain = run(recipe(f"run_dir={tmp_path}/plain", "train.updates=2"))
+    for i, (compiled, recomputed) in enumerate([(True, False), (False, True), (True, True)]):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        keys = (f"train.compile={compiled}", f"train.activation_checkpointing={recomputed}")
+        other = run(recipe(f"run_dir={tmp_path}/{i}", "train.updates=2", *keys))
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == compiled, keys
+        for name, value in weights(plain.adapter).items():
+            torch.testing.assert_close(weights(other.adapter)[name], value, rtol=0, atol=1e-6, msg=name)
+
+
 def test_batch_that_does_not_divide(recipe):
     with pytest.raises(RecipeError, match="multiple of 3"):
         Trainer(recipe("objective.reca.micro_batch=3"), ToyAdapter())

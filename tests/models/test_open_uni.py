@@ -210,6 +210,10 @@ def test_export_and_overlay(model, tmp_path):
     other.put_trained(state, "open_uni.pth")
     for name, tensor in state.items():
         assert torch.equal(other.state_dict()[name], tensor), name
+    other.put_trained({name: tensor.bfloat16() for name, tensor in state.items()}, "half.pth")
+    for name, tensor in state.items():  # what learns is kept in fp32 whatever the file holds
+        assert other.state_dict()[name].dtype == torch.float32
+        assert torch.equal(other.state_dict()[name], tensor.bfloat16().float()), name
 
 
 def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):

@@ -72,7 +72,7 @@ class OpenUni(Adapter):
         for part, class_, source in (("transformer", SanaTransformer2DModel, config.dit), ("vae", AutoencoderDC, config.vae)):
             folder = fetch(source)
             subfolder = folder / part if (folder / part).is_dir() else folder
-            setattr(model, part, class_.from_pretrained(subfolder))
+            setattr(model, part, class_.from_pretrained(subfolder, torch_dtype=torch.float32))
         state, report = convert.overlay([fetch(source) for source in (config.weights, config.overlay) if source])
         for line in report:
             log.info("OpenUni: %s", line)
@@ -81,7 +81,7 @@ class OpenUni(Adapter):
 
     @classmethod
     def skeleton(cls, config: OpenUniConfig) -> "OpenUni":
-        """In fp32. `load` keeps the types of the files, so frozen parts published in bf16 take half."""
+        """In fp32. `load` keeps InternVL3 in the type of its files, so published in bf16 it takes half."""
         return cls(config, _tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
 
     def sequence(self) -> dict[str, int]:
@@ -89,15 +89,15 @@ class OpenUni(Adapter):
         return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "picture": latents}
 
     def put_trained(self, state: dict[str, Tensor], source: str) -> None:
-        """Overlay the parts a published file holds; SANA stays as it is when the file has none of it."""
+        """Overlay the parts a published file holds, in fp32; SANA stays as it is when the file has none of it."""
         queries = state["meta_queries"]
         if queries.shape != self.meta_queries.shape:
             raise ValueError(f"{source}: meta_queries is {list(queries.shape)}, expected {list(self.meta_queries.shape)}")
-        self.meta_queries = nn.Parameter(queries)
+        self.meta_queries = nn.Parameter(queries.float())
         for part in ("connector", "projector", "transformer"):
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
             if own:
-                put(getattr(self, part), own, f"{source} ({part})")
+                put(getattr(self, part), own, f"{source} ({part})", torch.float32)
 
     def views(self, kind: str) -> Views:
         if kind == "i2t":
