@@ -59,7 +59,7 @@ def diffusion_prepare(
     Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
     """
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
-    backend = _backend(x0, backend)
+    backend = _backend(x0, x0, backend)
     with torch.no_grad():
         if backend == "reference":
             return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype or x0.dtype)
@@ -96,15 +96,16 @@ def diffusion_loss(
     checks.one_device(OP, out=out, x0=x0)
     if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
-    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, backend, x0.shape[1]))
+    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, x0, backend))
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
 
 
-def _backend(tensor: Tensor, backend: str | None, channels: int | None = None) -> str:
-    chosen = dispatch.choose(OP, tensor, backend)
-    width = channels or tensor.shape[1]
+def _backend(tensor: Tensor, x0: Tensor, backend: str | None) -> str:
+    dtype = torch.float64 if x0.dtype == torch.float64 else tensor.dtype  # fp64 anywhere is for the reference
+    chosen = dispatch.choose(OP, tensor, backend, dtype=dtype)
+    width = x0.shape[1]
     if chosen != "reference" and width > WIDEST:
         if backend:
             raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {width}; use 'reference'")
@@ -133,7 +134,7 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
         raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
     if isinstance(noise, Tensor):
         name, ids, expected = "noise", noise, (len(t), x0.shape[1])
-        noise = noise.contiguous()
+        noise = (noise.to(x0.dtype) if torch.float64 in (noise.dtype, x0.dtype) else noise).contiguous()
     else:
         noise = checked(OP, noise)
         name, ids, expected = "noise.sample_ids", noise.sample_ids, (len(t),)

@@ -46,7 +46,7 @@ def flow_matching_prepare(
     out_dtype = out_dtype or images[0].dtype
     backend = dispatch.choose(OP, images[0], backend)
     with torch.no_grad():
-        flat = _prepare(images, t, noise, patch, out_dtype, backend)
+        flat = _prepare(images, t if backend == "reference" else t.float(), noise, patch, out_dtype, backend)
     return flat.view(_shape(x0, patch))
 
 
@@ -83,7 +83,9 @@ def flow_matching_loss(
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
     if weight is not None and tuple(weight.shape) != (len(images),):
         raise ValueError(f"{OP}: weight must be [{len(images)}], one per image, got {list(weight.shape)}")
-    backend = dispatch.choose(OP, pred, backend)
+    # fp64 anywhere is for the reference.
+    dtype = torch.float64 if images[0].dtype == torch.float64 else pred.dtype
+    backend = dispatch.choose(OP, pred, backend, dtype=dtype)
     sums = _losses(pred, images, noise, patch, backend)
     if weight is not None:
         sums = sums * weight.to(sums.dtype)
@@ -108,6 +110,7 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
     if len({(image.shape[0], image.dtype, image.device) for image in images}) > 1:
         raise ValueError(f"{OP}: all images of x0 must have the same channels, dtype and device")
+    checks.floating(OP, x0=images[0])
     if any(image.requires_grad for image in images):
         raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
     return [image.contiguous() for image in images]
@@ -126,7 +129,8 @@ def _noise(noise: Philox | Tensor, images: list[Tensor]) -> Philox | Tensor:
         if noise.numel() != total:
             raise ValueError(f"{OP}: noise has {noise.numel()} elements, x0 has {total}")
         checks.one_device(OP, x0=images[0], noise=noise)
-        return noise.contiguous()
+        double = torch.float64 in (noise.dtype, images[0].dtype)
+        return (noise.to(images[0].dtype) if double else noise).contiguous()
     noise = checked(OP, noise)
     checks.one_device(OP, x0=images[0], **{"noise.sample_ids": noise.sample_ids})
     if tuple(noise.sample_ids.shape) != (len(images),):

@@ -229,6 +229,15 @@ def test_given_noise_and_memory_that_is_not_aligned(dtype, backend, device):
     torch.testing.assert_close(results[0][2].float(), mixed, rtol=2**-7, atol=1e-6)
 
 
+def test_fp64_data_goes_to_the_reference():
+    out, x0, t, noise, rows = case()
+    exact = diffusion_loss(out.double(), x0.double(), t, noise, SCHEDULE, rows=rows)
+    assert relative(diffusion_loss(out, x0.double(), t, noise, SCHEDULE, rows=rows), exact) < 1e-5
+    eps = reference.noise_of(x0, len(t), noise)
+    got = diffusion_loss(out, x0, t, eps.double(), SCHEDULE, rows=rows)
+    assert torch.equal(got, diffusion_loss(out, x0, t, eps, SCHEDULE, rows=rows))
+
+
 @EVERYWHERE
 def test_no_rows(backend, device):
     out = torch.zeros(0, 32, requires_grad=True, device=device)

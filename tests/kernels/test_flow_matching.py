@@ -209,6 +209,26 @@ def test_layouts_dtypes_and_no_hidden_writes(backend, device):
     assert flow_matching_prepare(x0, t, noise, out_dtype=torch.float16, backend=backend).dtype == torch.float16
 
 
+@EVERYWHERE
+def test_fp64_levels_and_noise(backend, device):
+    x0, t, noise, _ = case("batch", device=device)
+    x_t = flow_matching_prepare(x0, t, noise, backend=backend)
+    assert torch.equal(flow_matching_prepare(x0, t.double(), noise, backend=backend).float(), x_t)
+    eps = torch.randn(x0.shape, device=device)
+    x_t = flow_matching_prepare(x0, t, eps, backend=backend)
+    assert torch.equal(flow_matching_prepare(x0, t, eps.double(), backend=backend), x_t)
+
+
+def test_fp64_data_goes_to_the_reference():
+    x0, t, noise, _ = case("batch")
+    pred = torch.randn(x0.shape)
+    exact = flow_matching_loss(pred.double(), x0.double(), t, noise)
+    close(flow_matching_loss(pred, x0.double(), t, noise), exact, 1e-6)
+    if native.module is not None:
+        with pytest.raises(RuntimeError, match=r"takes fp32, bf16 or fp16, got torch\.float64"):
+            flow_matching_loss(pred, x0.double(), t, noise, backend="cpu")
+
+
 @KERNELS
 def test_memory_that_is_not_aligned(backend, device):
     """x0, pred and t begin four bytes after a 16-byte boundary, with sizes for which vectors would do otherwise."""
