@@ -218,7 +218,8 @@ def _op_loss(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tupl
 
 
 def _op_loss_fake(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
-    return out.new_empty(out.shape[0], dtype=torch.float32), torch.empty_like(out, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(out, memory_format=torch.contiguous_format)
+    return out.new_empty(out.shape[0], dtype=torch.float32), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -232,7 +233,8 @@ def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
 
 
 _prepare_op = library.register(
-    f"diffusion_prepare(Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, ScalarType dtype, str backend) -> Tensor",
+    f"diffusion_prepare(Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, ScalarType dtype, str backend)"
+    " -> Tensor",
     _op_prepare,
     _op_prepare_fake,
 )

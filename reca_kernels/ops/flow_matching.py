@@ -204,7 +204,7 @@ class _Function(torch.autograd.Function):
     retain_graph, has the kernel write it again."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, backend: str) -> Tensor:
+    def forward(ctx: Any, pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, backend: str):
         losses, ctx.gradient = _run_losses(pred, images, noise, patch, backend, True)
         seed, ids, ctx.stream, given = _flat(noise)
         ctx.save_for_backward(pred, seed, ids, given, *images)
@@ -241,7 +241,8 @@ def _op_loss(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Te
 
 
 def _op_loss_fake(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Tensor, Tensor]:
-    return pred.new_empty(len(images), dtype=torch.float32), torch.empty_like(pred, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(pred, memory_format=torch.contiguous_format)
+    return pred.new_empty(len(images), dtype=torch.float32), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

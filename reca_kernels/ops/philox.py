@@ -1,6 +1,6 @@
 """Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend.
 
-A backend's file holds draw(noise, law, out): fills out, fp32 [B, n]; law is "bits" (uint32 words), "uniform" or "normal".
+A backend's file holds draw(noise, law, out): fills out, fp32 [B, n]; law: "bits" (uint32 words), "uniform" or "normal".
 """
 
 from typing import NamedTuple

@@ -62,7 +62,7 @@ def test_schedule_is_the_cosine_one():
 
 @pytest.mark.parametrize("keep", [1, 10, 100, 1000])
 def test_a_sampler_of_fewer_steps(keep):
-    """It visits steps with the noise that training knows, and its posteriors lead from one of them to the one before."""
+    """It visits steps with the noise that training knows; its posteriors lead from one of them to the one before."""
     steps = diffusion_steps(1000, keep)
     assert len(set(steps.tolist())) == keep and steps[0] == 0 and steps[-1] == (999 if keep > 1 else 0)
     whole, kept = reference.schedule(1000), reference.schedule(1000, steps)
@@ -85,7 +85,8 @@ def test_bound_is_the_kl_divergence_of_two_normals():
     t = t.clamp(min=1)
     eps = reference.noise_of(x0, len(t), noise).double()
     got = reference.losses(out.double(), x0.double(), t, eps, reference.schedule(1000), rows)
-    sqrt_abar, sqrt_1m, recip, recip_m1, c1, c2, log_posterior, log_beta = reference.schedule(1000)[t][:, :, None].unbind(1)
+    columns = reference.schedule(1000)[t][:, :, None].unbind(1)
+    sqrt_abar, sqrt_1m, recip, recip_m1, c1, c2, log_posterior, log_beta = columns
     x = x0.double()[rows]
     x_t = sqrt_abar * x + sqrt_1m * eps
     predicted, v = out.double().chunk(2, 1)
