@@ -28,6 +28,7 @@ typedef float vfloat __attribute__((vector_size(4 * W)));
 typedef int32_t vint __attribute__((vector_size(4 * W)));
 typedef uint32_t vuint __attribute__((vector_size(4 * W)));
 typedef uint64_t vwide __attribute__((vector_size(4 * W)));
+typedef double vdouble __attribute__((vector_size(8 * W)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * W)));
 
 struct bf16 {
@@ -63,6 +64,15 @@ static inline float fold(vfloat x) {
 
 // In pairs, a fixed order: lane after lane, every addition would wait for the one before.
 static inline float sum(vfloat x) { return fold<W / 2>(x); }
+
+static inline vdouble to_double(vfloat x) { return __builtin_convertvector(x, vdouble); }
+
+static inline double sum(vdouble x) {
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
 
 static inline float largest(vfloat x) {  // NaN where one is NaN
   float best = x[0];

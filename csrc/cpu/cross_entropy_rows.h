@@ -82,7 +82,8 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
       }
       exps[i / W % 4] += exp(z - peak);
     }
-    total += sum((exps[0] + exps[1]) + (exps[2] + exps[3]));
+    // In fp64: beside the 1 of a certain label, what the others have is below the last digit of fp32.
+    total += sum((to_double(exps[0]) + to_double(exps[1])) + (to_double(exps[2]) + to_double(exps[3])));
   }
 
   const float log_sum = float(std::log(total));
