@@ -86,9 +86,9 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _same_pitch(logits: Tensor) -> Tensor | None:
-    """Room for the gradient with rows as far apart as those of the logits, so that both are read in equal steps."""
+    """Room for the gradient with rows as far apart as those of padded logits, so that both are read in equal steps."""
     pitch, along = logits.stride()
-    if along != 1 or pitch < logits.shape[1]:
+    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # rows much farther apart are a slice of something else
         return None
     return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
 

@@ -143,6 +143,15 @@ def test_layouts(backend, device, layout, dtype):
     torch.testing.assert_close(torch.autograd.grad(loss, view), torch.autograd.grad(want, plain), **tolerance)
 
 
+@pytest.mark.parametrize(("beside", "kept"), [(51, 128), (2000, 77)], ids=["padding", "a slice"])
+@KERNELS
+def test_gradient_has_the_pitch_of_padded_logits(backend, device, beside, kept):
+    leaves, labels = problem(device=device)
+    logits = torch.nn.functional.pad(logits_of(leaves).detach(), (0, beside))[:, :77].requires_grad_()
+    (gradient,) = torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits)
+    assert gradient.stride() == (kept, 1)
+
+
 @KERNELS
 def test_a_row_does_not_see_its_batch(backend, device):
     """The same bits alone, in another place, and the second time."""
