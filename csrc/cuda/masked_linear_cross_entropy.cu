@@ -1,8 +1,9 @@
 // The kernels around the matrix products of reca_kernels/chunked_head.py: rows with a label move up, and a chunk's logits
 // become losses and gradients in place.
 //
-// A row of the buffer is whole units of 16 bytes, so nothing is handled one by one. Where it fits, a block keeps the row
-// in shared memory: Show-o's 58498 16-bit logits are 117 KB of Hopper's 227. Blocks stay and take row after row:
+// A row of the buffer is whole units of 16 bytes, so nothing is handled one by one. A block keeps the row in shared
+// memory (Show-o's 58498 16-bit logits are 117 KB of Hopper's 227), or as much of it as fits. Blocks stay and take row
+// after row:
 //
 //     global   row i ----------------+                +------> gradient of row i
 //                                    v                |
@@ -11,7 +12,7 @@
 //     global   row i + blocks -------+
 //
 // A thread reads in shared memory only what it has copied itself, so copies need no barrier; a row has those of its two
-// reductions. One read and one write of global memory per logit.
+// reductions. One read and one write of global memory per logit; units that do not fit are read twice.
 #include "cross_entropy.cuh"
 
 namespace reca::cuda {
@@ -19,19 +20,25 @@ namespace {
 
 constexpr const char* op = "masked_linear_cross_entropy";
 constexpr int threads = 512;
+constexpr int blocks_each = 2;  // at most, on a multiprocessor; so a thread may use 64 registers
 
-template <typename T, bool general, bool cached>
-__global__ void __launch_bounds__(threads) row_gradients_kernel(const HeadRows a, const Terms terms) {
+// `held`: how many units of a row fit into shared memory.
+template <typename T, bool general>
+__global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(const HeadRows a, const Terms terms, int held) {
   constexpr int n = unit<T>;
   T* const shared = static_cast<T*>(dynamic_shared());
   T* const all = static_cast<T*>(a.logits);
   const T* const bias = static_cast<const T*>(a.bias);
-  const int64_t units = (a.classes + n - 1) / n;
+  const int classes = int(a.classes), units = (classes + n - 1) / n;
   const auto is_class = [&](int64_t label) { return label >= 0 && label < a.classes; };
   const auto is_read = [&](int64_t i) { return i < a.count && a.rows[i] >= 0 && is_class(a.labels[i]); };
-  const auto fetch = [&](int64_t i, int64_t u) { copy_async(shared + u * n, all + i * a.pitch + u * n); };
-  const auto logits_at = [&](const T* row, int64_t u, float(&z)[n]) {
-    load((cached ? shared : row) + u * n, z);
+  const auto fetch = [&](int64_t i, int u) { copy_async(shared + u * n, all + i * a.pitch + u * n); };
+  const auto logits_at = [&](const T* row, int u, float(&z)[n]) {
+    if (u < held) {
+      load(shared + u * n, z);
+    } else {
+      load(row + u * n, z);
+    }
     if (bias) {
       float b[n];
       load(bias + u * n, b);
@@ -41,19 +48,19 @@ __global__ void __launch_bounds__(threads) row_gradients_kernel(const HeadRows a
   };
   const float factor = a.scale ? *a.scale : 0.0f;
 
-  if (cached && is_read(blockIdx.x)) {
-    for (int64_t u = threadIdx.x; u < units; u += threads) fetch(blockIdx.x, u);
+  if (is_read(blockIdx.x)) {
+    for (int u = int(threadIdx.x); u < held; u += threads) fetch(blockIdx.x, u);
   }
   for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
     const int64_t row = a.rows[i], label = a.labels[i];
     const int64_t next = i + gridDim.x;
     T* const logits = all + i * a.pitch;
-    const bool fetch_next = cached && is_read(next);
+    const int fetched = is_read(next) ? held : 0;
     if (!is_read(i)) {
       if (row >= 0 && threadIdx.x == 0) a.losses[row] = __uint_as_float(0x7fc00000);
       const float zeros[n] = {};
-      for (int64_t u = threadIdx.x; u < units; u += threads) {
-        if (fetch_next) fetch(next, u);
+      for (int u = int(threadIdx.x); u < units; u += threads) {
+        if (u < fetched) fetch(next, u);
         if (a.gradient) store(logits + u * n, zeros);
       }
       continue;
@@ -64,29 +71,27 @@ __global__ void __launch_bounds__(threads) row_gradients_kernel(const HeadRows a
     const float z_label = capped<general>(raw_label, terms);
     const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
     Seen seen;
-    if (cached) wait_for_copies();
-    for (int64_t u = threadIdx.x; u < units; u += threads) {
+    wait_for_copies();
+    for (int u = int(threadIdx.x); u < units; u += threads) {
       float z[n];
       logits_at(logits, u, z);
-      const int64_t left = a.classes - u * n;
-      see<general>(seen, z, left < n ? int(left) : n, pivot, terms);
+      const int left = classes - u * n;
+      see<general>(seen, z, left < n ? left : n, pivot, terms);
     }
     const RowStats done = finish<threads, general>(seen, z_label, pivot, a.classes, terms);
     if (threadIdx.x == 0) a.losses[row] = done.loss;
     if (!a.gradient) {
-      if (fetch_next) {
-        for (int64_t u = threadIdx.x; u < units; u += threads) fetch(next, u);
-      }
+      for (int u = int(threadIdx.x); u < fetched; u += threads) fetch(next, u);
       continue;
     }
 
     // Without the scale, which multiplies what is written: `dropped` is that of the row's own loss.
     const Slope slope = slope_of<general>(done.peak, done.log_sum, raw_label, 1.0f, a.classes, terms);
     const float scale = a.row_grad ? factor * a.row_grad[row] : factor;
-    const int64_t own_unit = label / n;
+    const int own_unit = int(label / n);
     const int own_place = int(label % n);
     float left_out = 0;
-    for (int64_t u = threadIdx.x; u < units; u += threads) {
+    for (int u = int(threadIdx.x); u < units; u += threads) {
       const bool inside = u * n >= a.low && u * n < a.high;
       if (inside || a.dropped) {
         float z[n];
@@ -103,10 +108,10 @@ __global__ void __launch_bounds__(threads) row_gradients_kernel(const HeadRows a
           store(logits + u * n, z);
         } else {
 #pragma unroll
-          for (int k = 0; k < n; ++k) left_out += u * n + k < a.classes ? fabsf(z[k]) : 0.0f;
+          for (int k = 0; k < n; ++k) left_out += u * n + k < classes ? fabsf(z[k]) : 0.0f;
         }
       }
-      if (fetch_next) fetch(next, u);  // over what this thread has just used up
+      if (u < fetched) fetch(next, u);  // over what this thread has just used up
     }
     if (a.dropped) {
       left_out = block_sum<threads>(left_out);
@@ -186,32 +191,22 @@ __global__ void __launch_bounds__(copy_threads) scale_kernel(const T* x, const f
 
 void masked_linear_cross_entropy_rows(const HeadRows& args, const CrossEntropy& loss, Launch on) {
   const OnDevice guard(op, on.device);
-  int processors, threads_each, shared_each, shared_most;
+  int processors, shared_each, shared_most;
   for (const auto& [value, what] : {std::pair(&processors, cudaDevAttrMultiProcessorCount),
-                                    std::pair(&threads_each, cudaDevAttrMaxThreadsPerMultiProcessor),
                                     std::pair(&shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
                                     std::pair(&shared_most, cudaDevAttrMaxSharedMemoryPerBlockOptin)}) {
     check(op, cudaDeviceGetAttribute(value, what, on.device));
   }
-  const int64_t row_bytes = (args.classes * size_of(loss.dtype) + 15) / 16 * 16;
-  const bool cached = row_bytes + 1024 <= shared_most;  // a block's own reductions need less than 1 KB
-  int64_t blocks = processors * int64_t(threads_each / threads);
-  if (cached) {
-    const int64_t fit = shared_each / (row_bytes + 2048);  // the system takes 1 KB per block
-    blocks = processors * (fit < 1 ? 1 : fit < threads_each / threads ? fit : threads_each / threads);
-  }
-  if (blocks > args.count) blocks = args.count;
+  const int64_t units = (args.classes * size_of(loss.dtype) + 15) / 16;
+  const int64_t room = (shared_most - 1024) / 16;  // a block's own reductions need less than 1 KB
+  const int64_t held = units < room ? units : room;
+  int64_t each = shared_each / (held * 16 + 2048);  // blocks; the system takes 1 KB of each
+  each = each < 1 ? 1 : each < blocks_each ? each : blocks_each;
+  const int64_t blocks = each * processors < args.count ? each * processors : args.count;
   with_type(loss.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto run = [&](auto general, auto in_shared) {
-      launch(op, on, row_gradients_kernel<T, general.value, in_shared.value>, blocks, threads, cached ? row_bytes : 0, args,
-             terms_of(loss));
-    };
-    if (is_general(loss)) {
-      cached ? run(std::true_type{}, std::true_type{}) : run(std::true_type{}, std::false_type{});
-    } else {
-      cached ? run(std::false_type{}, std::true_type{}) : run(std::false_type{}, std::false_type{});
-    }
+    const auto kernel = is_general(loss) ? row_gradients_kernel<T, true> : row_gradients_kernel<T, false>;
+    launch(op, on, kernel, blocks, threads, size_t(held) * 16, args, terms_of(loss), int(held));
   });
 }
 

@@ -274,7 +274,6 @@ enum cudaError_t { cudaSuccess };
 using cudaStream_t = struct Stream*;
 enum cudaDeviceAttr {  // their values, of a device so small that every block of a persistent kernel takes several rows
   cudaDevAttrMultiProcessorCount = 1,
-  cudaDevAttrMaxThreadsPerMultiProcessor = 1024,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 65536,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 32768,
 };
