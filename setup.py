@@ -8,6 +8,7 @@ RECA_CUDA_ARCHS  default "80;90;100": machine code for each, and PTX for the las
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_CMAKE = (3, 26)  # as in CMakeLists.txt
 
 
 class MissingTool(Exception):
@@ -34,9 +36,15 @@ def find_program(name: str, *folders: Path) -> str | None:
 
 
 def find_cmake() -> str:
-    if cmake := find_program("cmake", *(folder / "data" / "bin" for folder in package_folders("cmake"))):
-        return cmake
-    raise MissingTool("no cmake; pip install cmake")
+    cmake = find_program("cmake", *(folder / "data" / "bin" for folder in package_folders("cmake")))
+    if cmake is None:
+        raise MissingTool("no cmake; pip install cmake")
+    text = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    version = tuple(map(int, re.findall(r"\d+", text)[:2]))
+    if version < OLDEST_CMAKE:
+        found, oldest = (".".join(map(str, v)) for v in (version, OLDEST_CMAKE))
+        raise MissingTool(f"{cmake} is version {found or 'unknown'}, older than {oldest}; pip install cmake")
+    return cmake
 
 
 def find_pybind11() -> Path:

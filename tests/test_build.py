@@ -72,6 +72,24 @@ def test_without_a_compiler_but_told_to_build_it_fails(tmp_path):
 
 
 @needs_setuptools
+def test_a_cmake_that_is_too_old_is_no_cmake(tmp_path):
+    """Whatever stands first: the folder of a cmake package, or PATH."""
+    tool = tmp_path / "data" / "bin" / "cmake"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("#!/bin/sh\necho cmake version 3.25.1\n")
+    tool.chmod(0o755)
+    code = (
+        "import setuptools; setuptools.setup = lambda **_: None; import setup; from pathlib import Path\n"
+        f"setup.package_folders = lambda name: [Path({str(tmp_path)!r})]\n"
+        "try: setup.find_cmake()\nexcept setup.MissingTool as missing: print(missing)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "is version 3.25, older than 3.26; pip install cmake" in done.stdout, done.stderr
+    oldest = re.search(r"cmake_minimum_required\(VERSION (\d+)\.(\d+)", (ROOT / "CMakeLists.txt").read_text())
+    assert f"OLDEST_CMAKE = ({oldest[1]}, {oldest[2]})" in (ROOT / "setup.py").read_text()
+
+
+@needs_setuptools
 def test_unknown_choice(tmp_path):
     done = build(tmp_path, RECA_NATIVE="maybe")
     assert done.returncode != 0 and "must be auto, ON or OFF, got 'maybe'" in done.stderr
