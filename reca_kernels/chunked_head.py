@@ -22,15 +22,21 @@ import torch
 from torch import Tensor
 
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.tiles import needed_columns
 
 PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being made, in which nothing may wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def labelled_rows(labels: Tensor, ignore_index: int, most: int | None) -> int:
     """For how many rows to make room. Without `most` the GPU is asked, and waited for; in a CUDA graph: all rows."""
     if most is not None:
         return min(most, len(labels))
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(labels):
         return len(labels)
     return int((labels != ignore_index).sum())
 
@@ -47,6 +53,7 @@ def forward(
     grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     num_labelled: int | None,
     window: tuple[int, int] | None,
+    filter_eps: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     (count, width), classes, dtype = hidden.shape, weight.shape[0], hidden.dtype
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
@@ -55,6 +62,7 @@ def forward(
     step = max(-(-most // chunks), 1)  # chunks of equal size: the last is not left with a few rows
     pitch = -(-classes // PITCH) * PITCH
     low, high = window or (0, classes)
+    filtered = filter_eps is not None and any(grad_dtypes) and not capturing(labels)
 
     def room(*shape: int, dtype: torch.dtype = dtype, zero: bool = False) -> Tensor:
         return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=hidden.device)
@@ -63,13 +71,15 @@ def forward(
     rows, row_labels = (room(most, dtype=torch.int64) for _ in range(2))
     kernels.pick_rows(labels, options.ignore_index, options.reduction == "mean", losses, rows, row_labels, scale)
 
-    dropped = None if window is None else room(count, dtype=torch.float32, zero=True)
+    bounded = window is not None or filter_eps is not None
+    dropped = room(count, dtype=torch.float32, zero=True) if bounded else None
     dx = None if dx_dtype is None else room(count, width, dtype=dx_dtype, zero=True)
     dw = db = None
     if dw_dtype is not None:
         # One product adds up in fp32 and is rounded once; several add up in an fp32 matrix.
-        dw = room(classes, width, dtype=dtype if chunks == 1 and dw_dtype == dtype else torch.float32, zero=most == 0)
-        if most and window is not None:
+        dw = room(classes, width, dtype=dtype if chunks == 1 and dw_dtype == dtype else torch.float32,
+                  zero=most == 0 or filtered)  # fmt: skip
+        if most and not filtered and window is not None:
             dw[:low].zero_(), dw[high:].zero_()
     if db_dtype is not None:
         db = room(classes, dtype=torch.float32, zero=True)
@@ -86,13 +96,23 @@ def forward(
             logits[:n], bias, row_labels[part], rows[part], row_grad, scale, options, losses,
             (low, high) if any(grad_dtypes) else None, dropped, classes,
         )  # fmt: skip
-        gradient = logits[:n, low:high]
+        gradient, head, columns = logits[:n, low:high], weight[low:high], None
+        if filtered:
+            columns, left_out = needed_columns(gradient, scale, filter_eps)
+            dropped.index_add_(0, rows[part].clamp(min=0), left_out)  # of row -1 it is 0
+        if columns is not None:
+            gradient, head = gradient.index_select(1, columns), head.index_select(0, columns)
         if dx is not None:
-            kernels.copy_rows(torch.mm(gradient, weight[low:high]), None, dx, rows[part])
-        if dw is not None:
-            add_product(dw[low:high], gradient.t(), x[:n], first=begin == 0)
+            kernels.copy_rows(torch.mm(gradient, head), None, dx, rows[part])
+        if dw is not None and columns is None:
+            add_product(dw[low:high], gradient.t(), x[:n], first=begin == 0 and not filtered)
+        elif dw is not None:
+            product = room(len(columns), width, dtype=dw.dtype)
+            add_product(product, gradient.t(), x[:n], first=True)
+            dw[low:high].index_add_(0, columns, product)
         if db is not None:
-            db[low:high] += gradient.sum(0, dtype=torch.float32)
+            total = gradient.sum(0, dtype=torch.float32)
+            db[low:high] += total if columns is None else torch.zeros_like(db[low:high]).index_copy_(0, columns, total)
 
     loss, _ = kernels.reduce(losses, labels, options)
     return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype), dropped

@@ -6,6 +6,7 @@ from torch import Tensor
 from reca_kernels import native
 from reca_kernels.cpu.masked_cross_entropy import arguments
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.tiles import needed_columns
 
 
 def forward(
@@ -19,6 +20,7 @@ def forward(
     grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     num_labelled: int | None,  # here counting costs nothing
     window: tuple[int, int] | None,
+    filter_eps: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
     dtype = hidden.dtype
@@ -31,13 +33,14 @@ def forward(
     scale = 1 / max(count, 1) if options.reduction == "mean" else 1.0
     wants_gradient = any(grad_dtypes)
     low, high = window or (0, classes)
-    dropped = None if window is None else torch.zeros(labels.shape[0], dtype=torch.float32)
+    bounded = window is not None or filter_eps is not None
+    dropped = torch.zeros(labels.shape[0], dtype=torch.float32) if bounded else None
 
     dx = None if dx_dtype is None else torch.zeros(hidden.shape, dtype=dx_dtype)
     dw = None
     if dw_dtype is not None:
         # A single chunk adds up inside the product, in fp32 already.
-        dw = (torch.empty if count and window is None else torch.zeros)(
+        dw = (torch.zeros if bounded or not count else torch.empty)(
             weight.shape, dtype=dtype if count <= chunk_rows else torch.float32
         )
     db = None if db_dtype is None else torch.zeros(classes, dtype=torch.float32)
@@ -58,22 +61,30 @@ def forward(
             z.data_ptr() if wants_gradient else 0,
             z.stride(0),
         )
-        if dropped is not None and wants_gradient:
-            outside = sum(part.abs().sum(1, dtype=torch.float32) for part in (z[:, :low], z[:, high:]))
-            dropped.index_copy_(0, rows[chunk], outside / scale)
-        z = z[:, low:high]
+        gradient, head, columns = z[:, low:high], weight[low:high], None
+        if bounded and wants_gradient:
+            left_out = sum(part.abs().sum(1, dtype=torch.float32) for part in (z[:, :low], z[:, high:])) / scale
+            if filter_eps is not None:
+                columns, more = needed_columns(gradient, scale, filter_eps)
+                left_out = left_out + more
+            dropped.index_copy_(0, rows[chunk], left_out)
+        if columns is not None:
+            gradient, head = gradient.index_select(1, columns), head.index_select(0, columns)
         if dx is not None:
-            dx.index_copy_(0, rows[chunk], torch.mm(z, weight[low:high]).to(dx_dtype))
-        if dw is not None:
+            dx.index_copy_(0, rows[chunk], torch.mm(gradient, head).to(dx_dtype))
+        if dw is not None and columns is not None:
+            dw[low:high].index_add_(0, columns, torch.mm(gradient.t(), x).to(dw.dtype))
+        elif dw is not None:
             part = dw[low:high]
             if dw.dtype == dtype:
-                part.addmm_(z.t(), x, beta=float(begin > 0))
-            elif begin == 0:
-                part.copy_(torch.mm(z.t(), x))
+                part.addmm_(gradient.t(), x, beta=float(begin > 0 or bounded))
+            elif begin == 0 and not bounded:
+                part.copy_(torch.mm(gradient.t(), x))
             else:
-                part += torch.mm(z.t(), x)
+                part += torch.mm(gradient.t(), x)
         if db is not None:
-            db[low:high] += z.sum(0, dtype=torch.float32)
+            total = gradient.sum(0, dtype=torch.float32)
+            db[low:high] += total if columns is None else torch.zeros_like(db[low:high]).index_copy_(0, columns, total)
 
     losses = torch.zeros(labels.shape[0], dtype=torch.float32).index_copy_(0, rows, row_losses)
     loss = losses if options.reduction == "none" else row_losses.sum(dtype=torch.float64).mul(scale).float()

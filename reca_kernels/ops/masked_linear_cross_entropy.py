@@ -2,15 +2,16 @@
 
 A backend's file holds
 
-    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window)
+    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window, filter_eps)
         -> (loss, dx, dw, db, dropped)
     scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
 
 hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
 for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
 gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
-rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, and dropped, fp32
-[N], is what the others' would have been (0 where no gradient is made); without one dropped is None.
+rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, with filter_eps only
+those of tiles that carry as much, and dropped, fp32 [N], is what the others' would have been (0 where no gradient is
+made); without both dropped is None.
 """
 
 from typing import Any
@@ -39,8 +40,9 @@ def masked_linear_cross_entropy(
     chunk_rows: int | None = None,
     num_labelled: int | None = None,
     backward_window: tuple[int, int] | None = None,
+    filter_eps: float | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fp32 [] or [N]; with a window also fp32 [N]
+) -> Tensor | tuple[Tensor, Tensor]:  # fp32 [] or [N]; with a window or a filter also fp32 [N]
     """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
 
     At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or
@@ -66,6 +68,11 @@ def masked_linear_cross_entropy(
                      |d weight|      sum_rows s dropped |hidden_row|
                      |d bias|        sum_rows s dropped
 
+    filter_eps   leave tiles of 64 classes out of a chunk's backward products where no row of the chunk has more than
+                 this in the tile, as sum of |d loss_row / d logit|: what a model gives no probability costs nothing.
+                 Returns (loss, dropped), alone or inside a window, with the same bounds. Which tiles stay is known on
+                 the device only, so GPUs are waited for once per chunk; a captured CUDA graph leaves nothing out.
+
     Loss, labels, derivatives: see `masked_cross_entropy`.
     """
     checks.local(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
@@ -83,7 +90,14 @@ def masked_linear_cross_entropy(
     if num_labelled is not None and num_labelled < 0:
         raise ValueError(f"{OP}: num_labelled must be at least 0 or None, got {num_labelled}")
     if backward_window is not None:
-        backward_window = _rounded(backward_window, weight.shape[0], reduction)
+        backward_window = _rounded(backward_window, weight.shape[0])
+    if filter_eps is not None and not filter_eps >= 0:
+        raise ValueError(f"{OP}: filter_eps must be at least 0 or None, got {filter_eps}")
+    bounded = backward_window is not None or filter_eps is not None
+    if bounded and reduction == "none":
+        raise ValueError(
+            f"{OP}: backward_window and filter_eps need reduction 'mean' or 'sum', which make the gradient at once"
+        )
     if chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
@@ -95,29 +109,27 @@ def masked_linear_cross_entropy(
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
         return reference.masked_linear_cross_entropy(
-            hidden, weight, labels, bias, backward_window=backward_window, **options._asdict()
+            hidden, weight, labels, bias, backward_window=backward_window, filter_eps=filter_eps, **options._asdict()
         )
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    settings = chunk_rows, num_labelled, backward_window, dtype, needs, backend
+    settings = chunk_rows, num_labelled, backward_window, filter_eps, dtype, needs, backend
     if torch.compiler.is_compiling():
         loss, *_, dropped = _op(hidden, weight, labels, bias, *options, *settings)
     elif any(needs):
         loss, dropped = _Function.apply(hidden, weight, labels, bias, options, *settings)
     else:
         loss, *_, dropped = _run(hidden, weight, labels, bias, None, options, *settings)
-    return loss if backward_window is None else (loss, dropped)
+    return (loss, dropped) if bounded else loss
 
 
-def _rounded(window: tuple[int, int], classes: int, reduction: str) -> tuple[int, int]:
+def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
     """Outwards to multiples of 64 classes, so that products read from 128-byte boundaries on."""
     low, high = window
     if not 0 <= low < high <= classes:
         raise ValueError(
             f"{OP}: backward_window must be (low, high) with 0 <= low < high <= V = {classes}, got {window}"
         )
-    if reduction == "none":
-        raise ValueError(f"{OP}: backward_window needs reduction 'mean' or 'sum', which make the gradient at once")
     return low // 64 * 64, min(-(-high // 64) * 64, classes)
 
 
@@ -131,6 +143,7 @@ def _run(
     chunk_rows: int,
     num_labelled: int | None,
     window: tuple[int, int] | list[int] | None,
+    filter_eps: float | None,
     dtype: torch.dtype,
     needs: list[bool],
     backend: str,
@@ -148,6 +161,7 @@ def _run(
             tuple(x.dtype if need else None for x, need in zip(parameters, needs, strict=True)),
             num_labelled,
             None if window is None else tuple(window),
+            filter_eps,
         )
 
 
@@ -184,13 +198,16 @@ class _Function(torch.autograd.Function):
                 _, *gradients, _ = _run(hidden, weight, labels, bias, row_grad, ctx.options, *ctx.rest)
         sources = [x for x in (grad, hidden, weight, bias) if x is not None]
         dx, dw, db = library.once(OP, gradients, sources)
-        return dx, dw, None, db, *[None] * 7
+        return dx, dw, None, db, *[None] * 8
 
 
 # ---- under torch.compile ----
 # A registered op returns tensors only, so what nobody needs is an empty tensor.
 
-_SETTINGS = f"{SCHEMA}, int chunk_rows, int? num_labelled, int[]? window, ScalarType dtype, bool[] needs, str backend"
+_SETTINGS = (
+    f"{SCHEMA}, int chunk_rows, int? num_labelled, int[]? window, float? filter_eps, "
+    "ScalarType dtype, bool[] needs, str backend"
+)
 
 
 def _op_rows(
@@ -204,11 +221,11 @@ def _op_rows(
 def _op_rows_fake(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    options, window, needs = CrossEntropyOptions(*rest[:5]), rest[7], rest[-2]
+    options, bounds, needs = CrossEntropyOptions(*rest[:5]), rest[7:9], rest[-2]
     loss = hidden.new_empty(labels.shape if options.reduction == "none" else (), dtype=torch.float32)
     parameters = zip((hidden, weight, bias), needs, strict=True)
     gradients = [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in parameters]
-    dropped = hidden.new_empty(0) if window is None else hidden.new_empty(labels.shape, dtype=torch.float32)
+    dropped = hidden.new_empty(0 if bounds == (None, None) else labels.shape, dtype=torch.float32)
     return loss, *gradients, dropped
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reca_kernels.reference.masked_cross_entropy import masked_cross_entropy
+from reca_kernels.tiles import TILE
 
 
 def masked_linear_cross_entropy(
@@ -19,20 +20,26 @@ def masked_linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     backward_window: tuple[int, int] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # [] or [N]; with a window also [N]
-    """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits."""
+    filter_eps: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # [] or [N]; with a window or a filter also [N]
+    """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits; all rows are one chunk."""
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     options = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap
     }  # fmt: skip
-    if backward_window is None:
+    if backward_window is None and filter_eps is None:
         return masked_cross_entropy(logits, labels, reduction=reduction, **options)
-    column = torch.arange(logits.shape[1], device=logits.device)
-    outside = (column < backward_window[0]) | (column >= backward_window[1])
-    loss = masked_cross_entropy(torch.where(outside, logits.detach(), logits), labels, reduction=reduction, **options)
     if not logits.requires_grad:
+        loss = masked_cross_entropy(logits, labels, reduction=reduction, **options)
         return loss, torch.zeros(len(labels), dtype=loss.dtype, device=loss.device)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(masked_cross_entropy(leaf, labels, reduction="sum", **options), leaf)
+    low, high = backward_window or (0, logits.shape[1])
+    column = torch.arange(logits.shape[1], device=logits.device)
+    outside = (column < low) | (column >= high)
+    if filter_eps is not None:
+        sums = F.pad(gradient.abs(), (0, -logits.shape[1] % TILE)).unflatten(1, (-1, TILE)).sum(2)
+        outside |= (sums.amax(0) <= filter_eps).repeat_interleave(TILE)[: logits.shape[1]]
+    loss = masked_cross_entropy(torch.where(outside, logits.detach(), logits), labels, reduction=reduction, **options)
     return loss, gradient.abs().mul(outside).sum(1, dtype=loss.dtype)

@@ -155,6 +155,56 @@ def test_backward_window(backend, device, reduction, options):
     assert all(float(m.norm()) > 1e-3 for m in missed)
 
 
+@pytest.mark.parametrize("window", [None, (64, 320)], ids=["all classes", "window"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@EVERYWHERE
+def test_filter(backend, device, reduction, window):
+    """Tiles that no row of the chunk needs are left out of the products, and what they held is reported."""
+    leaves, labels = problem(classes=330, device=device)
+    with torch.no_grad():
+        leaves[2][128:192] -= 4  # a tile of little probability, and the last, which is not whole
+        leaves[2][320:] -= 6
+    labels = torch.where((labels >= 128) & (labels < 192) | (labels >= 320), 5 if window is None else 70, labels)
+    wide = exact(leaves)
+    options = {"backward_window": window, "filter_eps": 0.02, "reduction": reduction}
+    for chunk_rows in (100, 3):
+        loss, dropped = masked_linear_cross_entropy(
+            *leaves[:2], labels, leaves[2], chunk_rows=chunk_rows, backend=backend, **options
+        )
+        got = torch.autograd.grad(loss, leaves)
+        want, left_out = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], **options)
+        close(loss.detach(), want.detach(), 1e-5)
+        if chunk_rows == 100:  # the definition's only chunk
+            close(dropped, left_out, 1e-4)
+            for g, true in zip(got, torch.autograd.grad(want, wide), strict=True):
+                close(g, true, 1e-5)
+            assert not got[2][128:192].any() and not got[2][320:].any() and got[2][64:128].all()
+        full = torch.autograd.grad(
+            reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], reduction=reduction), wide
+        )
+        missed = [a.double() - b for a, b in zip(got, full, strict=True)]
+        share = 1 / float((labels != IGNORED).sum()) if reduction == "mean" else 1.0
+        largest = wide[1].norm(dim=1).max()
+        assert (missed[0].norm(dim=1) <= share * dropped * largest * (1 + 1e-4) + 1e-6).all()
+        assert missed[1].norm() <= share * (dropped * wide[0].norm(dim=1)).sum() * (1 + 1e-4) + 1e-6
+        assert missed[2].norm() <= share * dropped.sum() * (1 + 1e-4) + 1e-6
+        assert 0 < dropped[labels != IGNORED].min() and not dropped[labels == IGNORED].any()
+
+
+@EVERYWHERE
+def test_filter_that_leaves_nothing_out_or_everything(backend, device):
+    leaves, labels = problem(classes=300, device=device)
+    plain = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend=backend)
+    exactly = torch.autograd.grad(plain, leaves)
+    loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], filter_eps=0.0, backend=backend)
+    assert loss == plain and not dropped.any()
+    for g, true in zip(torch.autograd.grad(loss, leaves), exactly, strict=True):
+        torch.testing.assert_close(g, true)
+    loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], filter_eps=2.0, backend=backend)
+    assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
+    assert loss == plain and ((dropped > 0) == (labels != IGNORED)).all()
+
+
 @EVERYWHERE
 def test_backward_window_without_gradient(backend, device):
     leaves, labels = problem(classes=300, device=device)
@@ -179,10 +229,11 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, chunk_rows=0), ValueError, "at least 1"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, num_labelled=-1), ValueError, "at least 0 or None"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(5, 78)), ValueError, "<= V = 77"),
+        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, filter_eps=-0.1), ValueError, "filter_eps must be"),
         (
             lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(0, 64), reduction="none"),
             ValueError,
-            "needs reduction 'mean' or 'sum'",
+            "need reduction 'mean' or 'sum'",
         ),
     ):
         with pytest.raises(error, match=words):
@@ -230,14 +281,14 @@ def test_only_wanted_gradients(backend, device):
         assert torch.equal(inputs[i].grad, want[i]) and all(x.grad is None for j, x in enumerate(inputs) if j != i)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}, {"filter_eps": 0.1}], ids=str)
 @KERNELS
 def test_compiles_into_one_graph(backend, device, options):
     leaves, labels = problem(device=device)
 
     def step(hidden, weight, bias, labels):
         loss = masked_linear_cross_entropy(hidden, weight, labels, bias, backend=backend, **options)
-        return loss[0] + loss[1].sum() if "backward_window" in options else loss.sum()
+        return loss[0] + loss[1].sum() if isinstance(loss, tuple) else loss.sum()
 
     torch._dynamo.reset()  # one code object, many backends: the limit of recompilations is 8
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, labels)
@@ -248,13 +299,16 @@ def test_compiles_into_one_graph(backend, device, options):
 
 
 @pytest.mark.parametrize(("reduction", "window"), [("mean", None), ("none", None), ("mean", [0, 64])])
+@pytest.mark.parametrize("eps", [None, 0.1])
 @KERNELS
-def test_registered_op(backend, device, reduction, window):
+def test_registered_op(backend, device, reduction, window, eps):
+    if reduction == "none" and eps is not None:
+        pytest.skip("refused")
     leaves, labels = problem(rows=4, device=device)
     options = (IGNORED, 0.1, 1e-3, 5.0, reduction)
     torch.library.opcheck(
         torch.ops.reca.masked_linear_cross_entropy.default,
-        (*leaves[:2], labels, leaves[2], *options, 4, None, window, torch.float32, [True] * 3, backend),
+        (*leaves[:2], labels, leaves[2], *options, 4, None, window, eps, torch.float32, [True] * 3, backend),
     )
 
 
