@@ -113,6 +113,8 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     checks.floating(OP, x0=images[0])
     if any(image.requires_grad for image in images):
         raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
+    if patch == 1 and not isinstance(x0, Tensor):
+        images = [image.movedim(0, -1) for image in images]  # tokens of one latent: backends keep the order in memory
     return [image.contiguous() for image in images]
 
 

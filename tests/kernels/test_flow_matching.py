@@ -103,6 +103,15 @@ def test_patch_order_is_row_column_channel(backend, device):
     assert got[1, 0] == x0[0][0, 0, 2] and got[2, 0] == x0[0][0, 2, 0]
 
 
+@EVERYWHERE
+def test_images_of_a_list_become_tokens_of_one_latent(backend, device):
+    x0 = [torch.arange(12.0, device=device).view(3, 2, 2), torch.arange(18.0, device=device).view(3, 2, 3)]
+    t, noise = torch.zeros(2, device=device), torch.zeros(10, 3, device=device)
+    got = flow_matching_prepare(x0, t, noise, backend=backend)
+    assert torch.equal(got, torch.cat([x.flatten(1).T for x in x0]))
+    assert float(flow_matching_loss(-got, x0, t, noise, backend=backend)) == 0
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
