@@ -22,7 +22,7 @@ from reca.world.starts.descent import descend, leave, pictures, unit
 from reca.world.starts.language import ASKED, IGNORE, reply
 from reca_kernels import masked_linear_cross_entropy
 
-UNDERSTANDING, DRAWING = 400, 700  # steps
+UNDERSTANDING, DRAWING = 350, 600  # steps
 NAMED, DRAWN = 32, 64  # pictures in a step of each
 TOLD = 0.8  # how often a caption tells a colour
 
@@ -157,6 +157,7 @@ START = Start(
         "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
         "pictures of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
         " out are trained in every arm, nothing else.",
+        "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA.",
     ),
     generation=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
 )

@@ -21,7 +21,7 @@ from reca.world.starts.alignment import alignment, filled
 from reca.world.starts.descent import descend, leave, pictures, unit
 from reca_kernels import masked_linear_cross_entropy
 
-STEPS = 800
+STEPS = 700
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
 TOLD = 0.8  # how often a caption tells a colour
 
@@ -115,7 +115,7 @@ START = Start(
     steps=STEPS,
     pretrain=pretrain,
     begins_at="train.init_from={folder}",
-    sampling={"steps": 16, "guidance": 1.0, "diffusion_steps": 25},
+    sampling={"steps": 12, "guidance": 1.0, "diffusion_steps": 1000, "batch": 300},
     says="A Harmon of 0.4 million parameters",
     assumes=(
         "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
