@@ -260,7 +260,7 @@ void launch(const char* op, Launch on, void (*kernel)(Parameters...), int64_t bl
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": too many elements for one launch");
   const OnDevice guard(op, on.device);
-  if (shared > 48 << 10) {
+  if (shared > 0) {  // 48 KB are free to use, but that counts the kernel's static memory too
     check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared)));
   }

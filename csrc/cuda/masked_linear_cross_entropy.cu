@@ -174,16 +174,17 @@ __global__ void __launch_bounds__(copy_threads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(copy_threads) scale_kernel(const T* x, const float* factor, T* out, int64_t count) {
+__global__ void __launch_bounds__(copy_threads)
+    scale_kernel(const T* x, const float* factor, T* out, int64_t count, bool wide) {
   const int64_t k = 8 * (int64_t(blockIdx.x) * copy_threads + threadIdx.x);
-  if (k + 8 <= count) {
+  if (wide && k + 8 <= count) {
     float v[8];
     load(x + k, v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= *factor;
     store(out + k, v);
   } else {
-    for (int64_t i = k; i < count; ++i) out[i] = narrow<T>(widen(x[i]) * *factor);
+    for (int64_t i = k; i < count && i < k + 8; ++i) out[i] = narrow<T>(widen(x[i]) * *factor);
   }
 }
 
@@ -234,7 +235,7 @@ void scale(DType dtype, const void* x, const float* factor, void* out, int64_t c
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     launch(op, on, scale_kernel<T>, (count + 8 * copy_threads - 1) / (8 * copy_threads), copy_threads, 0,
-           static_cast<const T*>(x), factor, static_cast<T*>(out), count);
+           static_cast<const T*>(x), factor, static_cast<T*>(out), count, aligned(x, 16) && aligned(out, 16));
   });
 }
 

@@ -36,8 +36,9 @@ def test_loss_and_gradients(backend, device, chunk_rows, dtype, options, reducti
         close(got, true, tolerance)
 
 
-# More than a block's place in the emulator's shared memory, and on the other side of it, in steps of several units.
-@pytest.mark.parametrize("classes", [2053, 9001])
+# In steps of several units; what a kernel may have of shared memory without asking, 48 KB, of which it has used some
+# itself; more than a block has in the emulator.
+@pytest.mark.parametrize("classes", [2053, 12288, 17001])
 @EVERYWHERE
 def test_wide_rows(backend, device, classes):
     leaves, labels = problem(rows=7, classes=classes, width=8, device=device)
@@ -296,6 +297,15 @@ def test_compiles_into_one_graph(backend, device, options):
     torch.testing.assert_close(compiled, plain)
     for got, want in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("count", [1, 20, 2060])
+@pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False, skip=("cpu",)))
+def test_scaling_a_gradient_that_is_not_aligned(backend, device, count):
+    gradient = torch.randn(count + 3, generator=torch.Generator().manual_seed(0)).to(device)[3:]
+    grad = torch.tensor(0.3, device=device)
+    scaled = torch.ops.reca.masked_linear_cross_entropy_scale(gradient, grad, backend)
+    assert torch.equal(scaled, gradient * grad)
 
 
 @pytest.mark.parametrize(("reduction", "window"), [("mean", None), ("none", None), ("mean", [0, 64])])

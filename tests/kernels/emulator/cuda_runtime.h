@@ -18,6 +18,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -33,13 +34,13 @@
 #define __noinline__
 #define __launch_bounds__(...)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 struct alignas(16) float4 {
@@ -270,12 +271,12 @@ inline float fminf(float a, float b) { return std::fmin(a, b); }
 
 // ---- the runtime ----
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 using cudaStream_t = struct Stream*;
 enum cudaDeviceAttr {  // their values, of a device so small that every block of a persistent kernel takes several rows
   cudaDevAttrMultiProcessorCount = 1,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 65536,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 32768,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 131072,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 65536,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
@@ -285,16 +286,34 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) { return *value = what, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+// Dynamic shared memory that a kernel may ask for. Its static memory counts as well; 512 bytes stand for that.
+namespace emulator {
+constexpr int static_shared = 512;
+inline std::map<const void*, int> most_shared;
+}  // namespace emulator
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes + emulator::static_shared > cudaDevAttrMaxSharedMemoryPerBlockOptin) return cudaErrorInvalidValue;
+  return emulator::most_shared[kernel] = bytes, cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
   gridDim = config->gridDim, blockDim = config->blockDim;
+  if (gridDim.x == 0 || gridDim.x > 0x7fffffff || blockDim.x == 0 || blockDim.x > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto asked = emulator::most_shared.find(reinterpret_cast<const void*>(kernel));
+  const int most = asked == emulator::most_shared.end() ? (48 << 10) - emulator::static_shared : asked->second;
+  if (int(config->dynamicSmemBytes) > most) return cudaErrorInvalidValue;
   emulator::body = [=] { kernel(args...); };
   for (unsigned block = 0; block < gridDim.x; ++block) {
     blockIdx = dim3(block);
