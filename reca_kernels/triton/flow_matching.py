@@ -64,8 +64,8 @@ def _elements(images, table, seed, ids, stream, given, GIVEN: tl.constexpr, PATC
     x0 += number.to(tl.int64) * elements
     offset += number.to(tl.int64) * elements
     image += number
-    if EIGHTS:  # every image begins on 16 bytes and has a multiple of eight elements
-        x0, elements, offset = tl.multiple_of(x0, 8), tl.multiple_of(elements, 8), tl.multiple_of(offset, 8)
+    if EIGHTS:  # every image begins on 16 bytes and has a multiple of eight; Triton 3.6 forgets tl.multiple_of here
+        x0, elements, offset = x0 // 8 * 8, elements // 8 * 8, offset // 8 * 8
     i = tl.arange(0, BLOCK)
     here = i < tl.minimum(elements - begin, BLOCK).to(tl.int32)
     if PATCH == 1:
