@@ -20,11 +20,14 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 from reca_kernels.tiles import needed_columns
 
 PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
+# Before pytorch#167931 addmm refused to add 16-bit products to an fp32 matrix.
+MIXED_SUMS = TorchVersion(torch.__version__) >= (2, 11)
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -126,5 +129,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(total, a.float(), b.float(), beta=0.0 if first else 1.0, out=total)
     elif first:
         torch.mm(a, b, out_dtype=torch.float32, out=total)
-    else:
+    elif MIXED_SUMS:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)
