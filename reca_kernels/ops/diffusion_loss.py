@@ -116,8 +116,8 @@ def _backend(tensor: Tensor, x0: Tensor, backend: str | None) -> str:
 def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
     checks.floating(OP, x0=x0)
     checks.integer(OP, t=t)
-    if x0.ndim != 2 or t.ndim != 1:
-        raise ValueError(f"{OP}: x0 must be [N, C] and t [M], got {list(x0.shape)} and {list(t.shape)}")
+    if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
+        raise ValueError(f"{OP}: x0 must be [N, C > 0] and t [M], got {list(x0.shape)} and {list(t.shape)}")
     if x0.requires_grad:
         raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
     if rows is None and len(t) != len(x0):

@@ -308,6 +308,7 @@ def test_mistakes_are_named():
         ("out must be", {"out": out[:, :31]}),
         ("t must be", {"rows": None}),
         ("rows must be", {"rows": rows[:5]}),
+        (r"x0 must be \[N, C > 0\]", {"x0": x0[:, :0]}),
         ("t must be in", {"t": t + 1000}),
         ("rows must be in", {"rows": rows + 50}),
         ("schedule must be", {"schedule": SCHEDULE[:, :7]}),
