@@ -450,7 +450,8 @@ def test_compiled_by_inductor(layout, backend):
         x_t, loss = function(leaf, t, noise.seed, noise.sample_ids)
         loss.backward()
         results.append((x_t, loss.detach(), leaf.grad))
-    assert equal(*results)
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)  # inductor divides by a number of elements in its own way
 
 
 @pytest.mark.gpu

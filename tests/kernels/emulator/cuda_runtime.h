@@ -260,7 +260,12 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
+// As far off as a GPU may be: x times log2(e) is rounded, then ex2.approx errs by up to 2^-22, here up or down by x's bits.
+inline float __expf(float x) {
+  const double exact = std::exp2(double(x * 1.44269504f));
+  const unsigned hash = __float_as_uint(x) * 2654435761u;
+  return x == 0 ? 1.0f : float(exact * (1 + (hash >> 31 ? 0x1p-22 : -0x1p-22)));
+}
 inline float __logf(float x) { return std::log(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
