@@ -114,7 +114,8 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     if any(image.requires_grad for image in images):
         raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
     if patch == 1 and not isinstance(x0, Tensor):
-        images = [image.movedim(0, -1) for image in images]  # tokens of one latent: backends keep the order in memory
+        # Tokens of one latent: backends keep the order in memory, and take the channels from the shape.
+        images = [image.movedim(0, -1).contiguous().view(image.shape) for image in images]
     return [image.contiguous() for image in images]
 
 

@@ -103,10 +103,11 @@ def test_patch_order_is_row_column_channel(backend, device):
     assert got[1, 0] == x0[0][0, 0, 2] and got[2, 0] == x0[0][0, 2, 0]
 
 
+@pytest.mark.parametrize("second", [(3, 2, 3), (3, 3, 2), (3, 1, 2)], ids=["wider", "higher", "flatter"])
 @EVERYWHERE
-def test_images_of_a_list_become_tokens_of_one_latent(backend, device):
-    x0 = [torch.arange(12.0, device=device).view(3, 2, 2), torch.arange(18.0, device=device).view(3, 2, 3)]
-    t, noise = torch.zeros(2, device=device), torch.zeros(10, 3, device=device)
+def test_images_of_a_list_become_tokens_of_one_latent(backend, device, second):
+    x0 = [torch.arange(12.0, device=device).view(3, 2, 2), torch.ones(second, device=device).cumsum(1).cumsum(2)]
+    t, noise = torch.zeros(2, device=device), torch.zeros(4 + x0[1][0].numel(), 3, device=device)
     got = flow_matching_prepare(x0, t, noise, backend=backend)
     assert torch.equal(got, torch.cat([x.flatten(1).T for x in x0]))
     assert float(flow_matching_loss(-got, x0, t, noise, backend=backend)) == 0
