@@ -1,5 +1,7 @@
 """Recipes: YAML parsed into typed, documented dataclasses (OmegaConf structured configs)."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from reca.data.config import DataConfig
 from reca.models import UMMS, umm
 from reca.models.base import KINDS
-from reca.options import check_choices, option
+from reca.options import check_values, option
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -22,7 +24,7 @@ class RecipeError(ValueError):
 
 @dataclass
 class KindConfig:
-    weight: float = option(0.0, "lambda of this loss in the total; a kind of weight 0 is never computed")
+    weight: float = option(0.0, "lambda of this loss in the total; a kind of weight 0 is never computed", least=0)
     per_update: int = option(8, "samples of this kind in one update, over all ranks and micro-batches")
     micro_batch: int = option(8, "samples in one forward pass on one rank")
 
@@ -43,13 +45,13 @@ class ObjectiveConfig:
 @dataclass
 class OptimConfig:
     name: str = option("adamw", "adamw, or apex for NVIDIA apex's FusedAdam", ("adamw", "apex"))
-    lr: float = option(1e-5, "peak learning rate")
+    lr: float = option(1e-5, "peak learning rate", least=0)
     betas: list[float] = option(lambda: [0.9, 0.95], "AdamW betas")
     eps: float = option(1e-8, "AdamW epsilon")
     weight_decay: float = option(0.0, "decoupled weight decay, on the parameters the adapter's decays() names")
-    clip: Optional[float] = option(1.0, "largest global gradient norm; null never clips")
+    clip: Optional[float] = option(1.0, "largest global gradient norm; null never clips", least=0)
     schedule: str = option("constant", "shape of the learning rate after warm-up", ("constant", "cosine", "linear"))
-    warmup: int = option(0, "updates of linear warm-up")
+    warmup: int = option(0, "updates of linear warm-up", least=0)
     decay_updates: Optional[int] = option(None, "updates after which the schedule has ended; null = train.updates")
     hold: float = option(0.0, "linear and cosine: share of the updates at the peak before the decay starts")
     final: float = option(0.0, "learning rate at the end, as a share of the peak")
@@ -57,7 +59,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    updates: int = option(1000, "optimizer updates to make in all")
+    updates: int = option(1000, "optimizer updates to make in all", least=1)
     seed: int = option(0, "key of every random draw of the run")
     init_from: Optional[str] = option(
         None, "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)"
@@ -67,30 +69,32 @@ class TrainConfig:
     precision: str = option("fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16"))
     activation_checkpointing: bool = option(False, "recompute the repeated layers in the backward pass")
     compile: bool = option(False, "torch.compile the repeated layers")
-    max_skips: int = option(3, "consecutive updates with a non-finite loss or gradient before the run stops")
-    threads: Optional[int] = option(None, "CPU threads; null leaves torch's choice")
+    max_skips: int = option(3, "consecutive updates with a non-finite loss or gradient before the run stops", least=0)
+    threads: Optional[int] = option(None, "CPU threads; null leaves torch's choice", least=1)
 
 
 @dataclass
 class ParallelConfig:
-    shard: Optional[int] = option(None, "ranks that share one copy of the weights (FSDP2); null = ranks of one node")
-    timeout_minutes: int = option(30, "how long a collective may take")
+    shard: Optional[int] = option(
+        None, "ranks that share one copy of the weights (FSDP2); null = ranks of one node", least=1
+    )
+    timeout_minutes: int = option(30, "how long a collective may take", least=1)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = option(500, "updates between checkpoints; 0 saves only at the end and on SIGTERM")
-    keep: int = option(2, "newest checkpoints to keep; 0 keeps all")
+    every: int = option(500, "updates between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
+    keep: int = option(2, "newest checkpoints to keep; 0 keeps all", least=0)
 
 
 @dataclass
 class LogConfig:
-    every: int = option(10, "updates between lines of log.jsonl")
+    every: int = option(10, "updates between lines of log.jsonl", least=0)
     tensorboard: bool = option(True, "write TensorBoard files, if tensorboard is installed")
     prompts: list[str] = option(list, "prompts drawn into a grid PNG during training")
-    sample_every: int = option(0, "updates between grids; 0 draws none")
-    gap_every: int = option(0, "updates between measurements of the condition gap; 0 measures none")
-    drift_every: int = option(0, "updates between losses on a fixed captioned batch; 0 measures none")
+    sample_every: int = option(0, "updates between grids; 0 draws none", least=0)
+    gap_every: int = option(0, "updates between measurements of the condition gap; 0 measures none", least=0)
+    drift_every: int = option(0, "updates between losses on a fixed captioned batch; 0 measures none", least=0)
     profile: Optional[str] = option(None, "first:last update to record with torch.profiler, e.g. 10:13")
 
 
@@ -126,14 +130,11 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         raise RecipeError(f"no recipe {str(name)!r}: give a .yaml file or one of {', '.join(recipe_names())}")
-    try:
-        written = OmegaConf.load(path)
-        given = OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # YAML errors come as their own family
-        raise RecipeError(f"{path}: {error}") from error
     for text in overrides:
         if "=" not in text:
             raise RecipeError(f"override {text!r} has no '='; write key.sub=value")
+    written = _read(str(path), OmegaConf.load, path)
+    given = _read("the command line", OmegaConf.from_dotlist, list(overrides))
 
     family = OmegaConf.merge(written, given).get("umm", "show_o")
     try:
@@ -147,7 +148,8 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
         _check(recipe)
     except (OmegaConfBaseException, ValueError) as error:
         key = getattr(error, "full_key", None)
-        raise RecipeError(f"{key}: {error}" if key else str(error)) from error
+        reason = str(error).splitlines()[0]  # OmegaConf adds lines about its own types
+        raise RecipeError(f"{key}: {reason}" if key else reason) from error
     return recipe
 
 
@@ -178,6 +180,17 @@ def explain(recipe: Recipe) -> str:
     return "\n".join(f"{left:<{width}}  {doc}" for left, doc in lines)
 
 
+def _read(source: str, parse: Callable, what: Any) -> Any:
+    try:
+        config = parse(what)
+    except Exception as error:  # YAML errors come as their own family
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{source} is not YAML: {reason} (did the shell take quotes away?)") from error
+    if not OmegaConf.is_dict(config):
+        raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
+    return config
+
+
 def _keys(config: Any, prefix: str = "") -> list[str]:
     keys = []
     for key in config:
@@ -192,6 +205,9 @@ def _reject_unknown(schema: Any, layer: Any, source: str) -> None:
     known = _keys(schema)
     free = [key for key in known if OmegaConf.is_dict(OmegaConf.select(schema, key)) and not OmegaConf.select(schema, key)]
     for key in _keys(layer):
+        group, value = OmegaConf.select(schema, key), OmegaConf.select(layer, key)
+        if OmegaConf.is_dict(group) and not OmegaConf.is_dict(value):
+            raise RecipeError(f"{key} in {source} is a group of keys, not a value; write {key}.sub=value")
         if key in known or any(key.startswith(f"{parent}.") for parent in free):
             continue
         last = key.rsplit(".", 1)[-1]
@@ -200,13 +216,17 @@ def _reject_unknown(schema: Any, layer: Any, source: str) -> None:
         raise RecipeError(f"unknown key {key!r} in {source}{hint} (reca train RECIPE --explain lists all keys)")
 
 
-def _check(config: Any) -> None:
-    check_choices(config)
+def _check(config: Any, prefix: str = "") -> None:
+    check_values(config, prefix)
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
-            _check(value)
+            _check(value, f"{prefix}{f.name}.")
     if isinstance(config, KindConfig) and config.weight and (config.per_update < 1 or config.micro_batch < 1):
-        raise ValueError("per_update and micro_batch must be at least 1 for a kind with a weight")
+        raise ValueError(f"{prefix}per_update and micro_batch must be at least 1 for a kind with a weight")
+    if isinstance(config, OptimConfig) and (len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas)):
+        raise ValueError(f"{prefix}betas={config.betas} must be two numbers from 0 to below 1")
+    if isinstance(config, LogConfig) and config.profile and not re.fullmatch(r"\d+:\d+", config.profile):
+        raise ValueError(f"{prefix}profile={config.profile!r} must be first:last, such as 10:13")
     if isinstance(config, Recipe) and not config.active_kinds():
         raise ValueError("every weight of objective is 0: there is nothing to train")

@@ -19,7 +19,17 @@ def test_override_is_typed(recipe):
         ("umm=bagle", "show_o, harmon, open_uni, bagel"),
         ("train.updates", "has no '='"),
         ("objective.reca.weight=0", "nothing to train"),
-        ("objective.reca.micro_batch=0", "at least 1"),
+        ("objective.reca.micro_batch=0", "objective.reca.per_update and micro_batch must be at least 1"),
+        ("objective.reca.weight=-1", "objective.reca.weight=-1 must be at least 0"),
+        ("train.updates=0", "train.updates=0 must be at least 1"),
+        ("train.threads=-1", "train.threads=-1 must be at least 1"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("model.hv_blur=0", "model.hv_blur=0 must be at least 1"),
+        ("train.precision=fp8", "train.precision='fp8' is not one of"),
+        ("optim.betas=[0.9]", "optim.betas=.* two numbers"),
+        ("log.profile=soon", "log.profile='soon' must be first:last"),
+        ("train=4", "train in the command line is a group of keys"),
+        ("train.frozen=[*]", "the command line is not YAML"),
     ],
 )
 def test_mistakes_are_named(recipe, override, message):
@@ -37,6 +47,20 @@ def test_unknown_key_in_the_file_names_the_file(tmp_path):
 def test_unknown_recipe_lists_the_known():
     with pytest.raises(RecipeError, match="show_o_512"):
         load_recipe("shouo")
+
+
+@pytest.mark.parametrize("override", ["train.updates=four", "train.frozen=[*]", "optim.betas=0.9"])
+def test_a_mistake_is_one_line(recipe, override):
+    with pytest.raises(RecipeError) as caught:
+        recipe(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_is_no_recipe(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n")
+    with pytest.raises(RecipeError, match="list.yaml holds no keys"):
+        load_recipe(path)
 
 
 def test_broken_yaml_is_one_clear_error(tmp_path):

@@ -619,11 +619,11 @@ def test_bad_sampling_options(plain):
     ):
         with pytest.raises(ValueError, match=words):
             plain.generate(["a"], [0], **options)
-    with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
+    with pytest.raises(ValueError, match="2 prompts, 1 seeds"):
         plain.generate(["a", "b"], [0])
     with pytest.raises(ValueError, match="1 images, 2 instructions, 1 seeds"):
         plain.edit(images([(20, 20)]), ["a", "b"], [0])
-    with pytest.raises(ValueError, match="1 images but 2 questions"):
+    with pytest.raises(ValueError, match="1 images, 2 questions"):
         plain.answer(images([(20, 20)]), ["a", "b"])
 
 
@@ -819,3 +819,8 @@ def test_rows_of_patches_go_back_and_forth():
     assert rows.shape == (6, 20) and torch.equal(rows[0, :5], image[:, 0, 0])
     assert torch.equal(modules.unpatchify(rows, 3, 2, 2), image)
     assert torch.equal(modules.patchify(image[None], 2)[0], rows)
+
+
+def test_pictures_are_whole_tokens():
+    with pytest.raises(ValueError, match="model.image_size is 21 pixels, which must be a multiple of 4"):
+        Adapter.load(config(image_size=21))

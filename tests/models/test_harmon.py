@@ -226,7 +226,7 @@ def test_understanding_may_see_fewer_or_blurred_pixels():
     assert same.views("reca").und is None
     features = same.encode(batch(same, "reca"))
     assert features["seen"] is features["latents"]
-    small = Adapter.load(config(understanding_size=12, understanding_blur=3)).eval()
+    small = Adapter.load(config(understanding_size=12, hv_blur=3)).eval()
     und = small.views("reca").und
     assert (und.size, und.fit, und.blur) == (12, "stretch", 3)
     features = small.encode(batch(small, "reca"))
@@ -508,9 +508,9 @@ def test_options_out_of_range(model, options, words):
 
 
 def test_prompts_and_seeds_come_in_pairs(model):
-    with pytest.raises(ValueError, match="1 prompts but 2 seeds"):
+    with pytest.raises(ValueError, match="1 prompts, 2 seeds; there must be as many of each"):
         model.generate(["a"], [1, 2])
-    with pytest.raises(ValueError, match="2 images but 1 questions"):
+    with pytest.raises(ValueError, match="2 images, 1 questions"):
         model.answer(images(2, 20), ["what is this?"])
     with pytest.raises(NotImplementedError, match="harmon cannot edit images"):
         model.edit(images(1, 20), ["a red square"], [0])
@@ -567,7 +567,7 @@ def test_roles_decay_and_blocks(model):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of a token's 4"),
+        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of 4"),
         ({"understanding_size": 10}, "model.understanding_size is 10 pixels"),
         ({"mar": replace(tiny().mar, heads=5)}, "a width of 48 is no multiple of 5 heads"),
         ({"autoencoder": AutoencoderSizes(patch=2, latent_channels=16)}, "2 x 2 pixels have 1 to 12"),

@@ -281,3 +281,29 @@ def test_a_blur_reaches_h_v_and_not_the_target():
     assert torch.equal(features[0]["latents"], features[1]["latents"])
     assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)
     assert blurred.views("t2i").und is None and plain.views("reca").und is None
+
+
+def test_a_random_model_exports_and_loads(model, tmp_path):
+    model.export(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.safetensors", "open_uni.pth"]
+    for weights in (tmp_path, tmp_path / "open_uni.pth"):
+        again = Adapter.load(config(weights=str(weights), seed=7))
+        assert again.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("key", "size", "unit"), [("image_size", 33, 2), ("understanding_size", 57, 28)])
+def test_sizes_that_are_not_whole_tokens(key, size, unit):
+    with pytest.raises(ValueError, match=f"model.{key} is {size} pixels, which must be a multiple of {unit}"):
+        Adapter.load(config(**{key: size}))
+
+
+def test_drawing_in_batches(model):
+    prompts, seeds = ["a red square", "a"], [3, 4]
+    whole, halves = (model.generate(prompts, seeds, steps=2, batch=batch) for batch in (2, 1))
+    assert all((a.int() - b.int()).abs().max() <= 1 for a, b in zip(whole, halves, strict=True))
+    with pytest.raises(ValueError, match="2 prompts, 1 seeds"):
+        model.generate(prompts, [0])
+    with pytest.raises(ValueError, match="steps=0"):
+        model.generate(["a"], [0], steps=0)

@@ -282,7 +282,7 @@ def test_sampling_options(model):
     assert len(model.generate(text, seed, steps=1, guidance=0.0)) == 1
     with pytest.raises(ValueError, match="steps=0"):
         model.generate(text, seed, steps=0)
-    with pytest.raises(ValueError, match="1 prompts but 2 seeds"):
+    with pytest.raises(ValueError, match="1 prompts, 2 seeds"):
         model.generate(text, [1, 2])
     assert model.generate([], []) == []
 
@@ -298,7 +298,7 @@ def test_answers_do_not_depend_on_the_batch(model):
     pictures = [images(1, size)[0], images(1, 3 * size, 1)[0][:, :size], images(1, size, 2)[0]]
     together = model.answer(pictures, questions, 6)
     assert together == [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
-    with pytest.raises(ValueError, match="3 images but 1 questions"):
+    with pytest.raises(ValueError, match="3 images, 1 questions; there must be as many of each"):
         model.answer(pictures, questions[:1])
 
 

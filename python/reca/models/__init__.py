@@ -8,5 +8,5 @@ UMMS = ("show_o", "harmon", "open_uni", "bagel")
 def umm(name: str):
     """The package of a UMM; it exports `Config` (a dataclass of recipe keys) and `Adapter`."""
     if name not in UMMS:
-        raise ValueError(f"model.name={name!r} is unknown; it must be one of {', '.join(UMMS)}")
+        raise ValueError(f"umm={name!r} is unknown; it must be one of {', '.join(UMMS)}")
     return import_module(f"reca.models.{name}")

@@ -1,6 +1,7 @@
 """BAGEL as an Adapter: the generation expert and its way in and out learn, everything else is frozen."""
 
 import contextlib
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from reca.models.bagel import loading, modules, prompt, sampling
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.pixels import check_side, to_unit
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
 
 MAX_PIXELS = 14 * 14 * 9 * 1024  # area of every picture but those to talk about
@@ -42,6 +44,7 @@ class Bagel(Adapter):
         self.vocabulary = prompt.Vocabulary.of(tokenizer)
         width = config.language.hidden_size
         self.codec = modules.codec(config)
+        check_side("model.image_size", config.image_size, self.token_side)
         numbers = self.codec.channels * config.latent_patch_size**2
         self.language_model = LanguageModel(config.language)
         self.time_embedder = modules.TimeEmbedder(width)
@@ -103,11 +106,11 @@ class Bagel(Adapter):
 
     def moments(self, images: list[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
         """The codec's moments, fp32 [2 C, h, w] per image."""
-        return modules.by_size([_unit(image) for image in images], self.codec.encode, ENCODED_AT_ONCE)
+        return modules.by_size([to_unit(image) for image in images], self.codec.encode, ENCODED_AT_ONCE)
 
     def look(self, images: list[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
         """SigLIP's rows, [h, w, C] per image."""
-        return modules.by_size([_unit(image) for image in images], self.vit_model.vision_model, ENCODED_AT_ONCE)
+        return modules.by_size([to_unit(image) for image in images], self.vit_model.vision_model, ENCODED_AT_ONCE)
 
     # sequences -> hidden states
 
@@ -290,10 +293,12 @@ class Bagel(Adapter):
         mixed = self.config.dtype == "mixed"
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
+    @functools.wraps(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         with self.products():
             return sampling.generate(self, prompts, seeds, **options)
 
+    @functools.wraps(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         with self.products():
             return sampling.edit(self, images, instructions, seeds, **options)
@@ -346,7 +351,3 @@ class Bagel(Adapter):
 
 def _bound(size: int, least: int, stride: int, max_pixels: int = MAX_PIXELS) -> View:
     return View(size, "bound", min_size=least, stride=stride, max_pixels=max_pixels)
-
-
-def _unit(image: Tensor) -> Tensor:  # uint8
-    return image.float() / 127.5 - 1

@@ -24,7 +24,7 @@ class VisionSizes:
     num_hidden_layers: int = option(27, "layers of the published tower; the last is neither stored nor run")
     num_attention_heads: int = option(16, "its heads")
     intermediate_size: int = option(4304, "width of its MLP")
-    image_size: int = option(980, "pixels on the side of the square that its position tables cover")
+    image_size: int = option(980, "pixels on the side of the square that its position tables cover", least=1)
     patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
     layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon")
 
@@ -69,17 +69,21 @@ class BagelConfig:
     patches: PatchSizes = option(PatchSizes, "")
     latent_patch_size: int = option(2, "latents on the side of an image token")
     max_latent_size: int = option(64, "image tokens on the side of the largest picture: its position table")
-    image_size: int = option(1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing")
-    image_min_size: int = option(512, "its shortest side")
-    understanding_size: int = option(224, "RECA: longest side, in pixels, of what h_v is made of")
+    image_size: int = option(
+        1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing", least=1
+    )
+    image_min_size: int = option(512, "its shortest side", least=1)
+    understanding_size: int = option(224, "RECA: longest side, in pixels, of what h_v is made of", least=1)
     hv_source: str = option(
         "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
     )
-    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    answer_size: int = option(980, "longest side, in pixels, of a picture to talk about")
-    answer_min_size: int = option(378, "its shortest side")
-    edit_size: int = option(980, "longest side, in pixels, of what SigLIP sees of a picture to edit")
-    edit_min_size: int = option(224, "its shortest side")
+    hv_blur: int = option(
+        1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
+    )
+    answer_size: int = option(980, "longest side, in pixels, of a picture to talk about", least=1)
+    answer_min_size: int = option(378, "its shortest side", least=1)
+    edit_size: int = option(980, "longest side, in pixels, of what SigLIP sees of a picture to edit", least=1)
+    edit_min_size: int = option(224, "its shortest side", least=1)
     template_drop: float = option(0.1, "RECA: share of samples that lose their template; h_v always stays")
     caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
     timestep_shift: float = option(1.0, "training: above 1, noise levels move towards pure noise; sampling has its own")

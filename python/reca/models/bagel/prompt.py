@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.bagel.modules import grid
 from reca.models.bagel.mot import GEN, UND, Split
+from reca.models.text import encode as encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
 
 BEGIN, END, IMAGE, END_OF_IMAGE = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
@@ -171,10 +172,6 @@ def talk(turns: Sequence[tuple[list[int], list[int]]], v: Vocabulary) -> Text:
         ids += [v.bos, *asked, v.eos, v.bos, *answered, v.eos]
         labels += [IGNORE] * (len(asked) + 2) + [*answered, v.eos, IGNORE]
     return Text(ids, labels)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _check(item: Seen | Clean | Noisy, size: int, key: str) -> None:

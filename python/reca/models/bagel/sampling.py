@@ -12,6 +12,7 @@ from reca.data.views import View
 from reca.draws import Draws, Purpose
 from reca.models.bagel import modules, prompt
 from reca.models.bagel.mot import Context
+from reca.models.inference import check_multiple, check_pairs
 
 if TYPE_CHECKING:
     from reca.models.bagel.adapter import Bagel
@@ -37,12 +38,10 @@ def generate(
     batch: int = 8,
 ) -> list[Tensor]:
     """uint8 [3, height, width] per prompt, `batch` at a time; see `denoise`."""
-    if len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+    check_pairs(prompts=prompts, seeds=seeds)
     side, largest = model.token_side, model.config.image_size
     height, width = height or largest, width or largest
-    if height % side or width % side:
-        raise ValueError(f"height and width must be multiples of {side}, got {height} x {width}")
+    check_multiple(side, height, width)
     size, pictures = (height // side, width // side), []  # in tokens
     for i in range(0, len(prompts), batch):
         samples = [[model.text(text)] for text in prompts[i : i + batch]]
@@ -76,10 +75,7 @@ def edit(
 
     The model gets the image as latents and as h_v, the latter made of the fitted image as the release does.
     """
-    if not len(images) == len(instructions) == len(seeds):
-        raise ValueError(
-            f"{len(images)} images, {len(instructions)} instructions, {len(seeds)} seeds; there must be as many of each"
-        )
+    check_pairs(images=images, instructions=instructions, seeds=seeds)
     pictures = []
     for i in range(0, len(images), batch):
         sources = [fitted(image, model.edit_views().gen) for image in images[i : i + batch]]
@@ -222,8 +218,7 @@ def fitted(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
 @torch.no_grad()
 def answer(model: "Bagel", images: list[Tensor], questions: list[str], max_new_tokens: int) -> list[str]:
     """Greedy answers to a batch of questions."""
-    if len(images) != len(questions):
-        raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
+    check_pairs(images=images, questions=questions)
     view = model.views("i2t").und
     h_v = model.look([fitted(image, view).to(model.device) for image in images])
     samples = [[prompt.Seen(*rows.shape[:2]), model.text(text)] for rows, text in zip(h_v, questions, strict=True)]

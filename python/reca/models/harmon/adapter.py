@@ -22,6 +22,8 @@ from reca.models.harmon import loading, modules, prompt, sampling
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.masking import Masking, hidden_counts
 from reca.models.harmon.prompt import IGNORE, Prompt
+from reca.models.inference import check_multiple, check_pairs, warn_of_cut
+from reca.models.pixels import to_unit
 from reca_kernels import (
     diffusion_loss,
     diffusion_prepare,
@@ -81,7 +83,7 @@ class Harmon(Adapter):
     # pixels -> features
 
     def views(self, kind: str) -> Views:
-        size, blur = self.config.image_size, self.config.understanding_blur
+        size, blur = self.config.image_size, self.config.hv_blur
         if kind == "i2t":
             return Views(gen=None, und=View(size, fit="pad"))
         if kind == "t2i":
@@ -93,9 +95,9 @@ class Harmon(Adapter):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
-        features = {} if batch.gen is None else {"latents": self.latents(_to_unit(batch.gen))}
+        features = {} if batch.gen is None else {"latents": self.latents(to_unit(batch.gen))}
         if batch.kind != "t2i":
-            features["seen"] = features["latents"] if batch.und is None else self.latents(_to_unit(batch.und))
+            features["seen"] = features["latents"] if batch.und is None else self.latents(to_unit(batch.und))
         return features
 
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
@@ -257,12 +259,11 @@ class Harmon(Adapter):
         batch: int = 32,
     ) -> list[Tensor]:
         """Pictures by MAR (`sampling.draw_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
+        check_pairs(prompts=prompts, seeds=seeds)
         side, factor = self.config.image_size, modules.factor(self.config)
         height, width = height or side, width or side
-        if height % factor or width % factor:
-            raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
+        check_multiple(factor, height, width)
+        warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
         pictures = []
         with self._evaluating():
             for i in range(0, len(prompts), batch):
@@ -284,8 +285,7 @@ class Harmon(Adapter):
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         """Questions of the same length share a batch, up to 32 of them, so that no row is padding."""
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
+        check_pairs(images=images, questions=questions)
         asked = [prompt.question(self.tokenizer, text) for text in questions]
         end, replies = self.tokenizer.convert_tokens_to_ids(prompt.END), [""] * len(asked)
         order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
@@ -304,7 +304,7 @@ class Harmon(Adapter):
         """Input embeddings of questions about images, [B, L, H]."""
         view = self.views("i2t").und
         und = [make_view(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), view) for image in images]
-        encoded = self.mar.encode(self.latents(_to_unit(und).to(self.device)))
+        encoded = self.mar.encode(self.latents(to_unit(und).to(self.device)))
         buffers = self.config.mar.buffers
         layout = prompt.layout(asked, buffers, encoded.shape[1] - buffers).to(self.device)
         return template_concat(self.llm.model.embed_tokens.weight, self.understood(encoded), layout.src)
@@ -354,8 +354,3 @@ def _role(name: str) -> str:
     if part == "mar":
         return "shared_encoder" if rest.startswith(("encoder_", "z_proj", "fake_latent")) else "gen_head"
     return "codec" if part == "vae" else "bridge"
-
-
-def _to_unit(images: list[Tensor]) -> Tensor:  # uint8 [3, H, W] each
-    """fp32 [B, 3, H, W] in [-1, 1]."""
-    return torch.stack(images).float() / 127.5 - 1

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, LanguageSizes, MarSizes
 from reca.models.patch_codec import PatchCodec
+from reca.models.pixels import check_side
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 STEPS = 1000  # of the diffusion that training uses
@@ -89,8 +90,8 @@ def check_sizes(config: HarmonConfig) -> None:
     """Raise ValueError for pictures that are not whole tokens."""
     for key in ("image_size", "understanding_size"):
         size = getattr(config, key)
-        if size is not None and size % factor(config):
-            raise ValueError(f"model.{key} is {size} pixels, which must be a multiple of a token's {factor(config)}")
+        if size is not None:
+            check_side(f"model.{key}", size, factor(config))
 
 
 # encoder and decoder

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.text import encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -35,14 +36,14 @@ def turn(text: str) -> str:
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     """Text to image; None is the unconditional prompt."""
-    text = UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"
-    return Prompt(encode(tokenizer, turn(text))[:MAX_TEXT])
+    return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
+
+
+def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
+    """The ids before they are cut to what the release keeps."""
+    return encode(tokenizer, turn(UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"))
 
 
 def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:

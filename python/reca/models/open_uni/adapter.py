@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, DynamicCache
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.open_uni import convert, modules, prompt, sampling
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.pixels import to_unit
 from reca.models.planned import greedy
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.models.weights import fetch, no_memory, put, read_tensors
@@ -44,6 +46,7 @@ class OpenUni(Adapter):
 
     def __init__(self, config: OpenUniConfig, tokenizer):
         super().__init__()
+        modules.check_sizes(config)
         self.config, self.tokenizer = config, tokenizer
         self.context_id = tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
         self.mllm = modules.mllm(config, self.context_id)
@@ -57,6 +60,12 @@ class OpenUni(Adapter):
     def load(cls, config: OpenUniConfig, device: torch.device | str = "cpu") -> "OpenUni":
         parts = {"weights": config.weights, "mllm": config.mllm, "dit": config.dit, "vae": config.vae}
         absent = [name for name, source in parts.items() if source is None]
+        if absent == ["mllm", "dit", "vae"] and (frozen := convert.frozen_beside(config.weights)):
+            with no_memory():
+                model = cls(config, _tokenizer(config))
+            trained, _ = convert.overlay([Path(source) for source in (config.weights, config.overlay) if source])
+            put(model, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
+            return model.to(device)
         if absent and len(absent) < len(parts):
             raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(parts)}")
         if absent:
@@ -110,11 +119,11 @@ class OpenUni(Adapter):
     def encode(self, batch: Batch) -> dict[str, Any]:
         """latents [B, C, h, w] of gen; h_v [B, n, H] of und (i2t, and reca with a blur) or of gen (reca)."""
         if batch.kind == "i2t":
-            return {"h_v": self.understand(_to_unit(batch.und))}
-        pixels = _to_unit(batch.gen)
+            return {"h_v": self.understand(to_unit(batch.und))}
+        pixels = to_unit(batch.gen)
         features = {"latents": self.latents(pixels)}
         if batch.kind == "reca":
-            features["h_v"] = self.understand(_to_unit(batch.und) if batch.und else pixels)
+            features["h_v"] = self.understand(to_unit(batch.und) if batch.und else pixels)
         return features
 
     @torch.no_grad()
@@ -236,24 +245,56 @@ class OpenUni(Adapter):
         )
         return LossTerm(total, (targets != -100).sum().float())
 
-    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
-        cond = [prompt.encode(self.tokenizer, prompt.caption(text))[: prompt.MAX_TEXT] for text in prompts]
-        uncond = [prompt.encode(self.tokenizer, prompt.caption(None))] * len(prompts)
-        return sampling.sample(self, cond, uncond, None, seeds, **options)
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int = 20,
+        guidance: float = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 16,
+    ) -> list[Tensor]:
+        """Pictures by DPM-Solver++ (`sampling.sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        check_pairs(prompts=prompts, seeds=seeds)
+        whole = [prompt.encode(self.tokenizer, prompt.caption(text)) for text in prompts]
+        warn_of_cut(whole, prompt.MAX_TEXT)
+        cond = [ids[: prompt.MAX_TEXT] for ids in whole]
+        uncond, pictures = [prompt.encode(self.tokenizer, prompt.caption(None))], []
+        for i in range(0, len(prompts), batch):
+            texts, own = cond[i : i + batch], seeds[i : i + batch]
+            pictures += sampling.sample(
+                self, texts, uncond * len(texts), None, own, steps=steps, guidance=guidance, height=height, width=width
+            )
+        return pictures
 
-    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+    def edit(
+        self,
+        images: list[Tensor],
+        instructions: list[str],
+        seeds: list[int],
+        *,
+        steps: int = 20,
+        guidance: float = 4.5,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> list[Tensor]:
+        """Both branches of the guidance see the image; the one without the instruction is told to keep it."""
+        check_pairs(images=images, instructions=instructions, seeds=seeds)
         n = modules.hv_tokens(self.config)
         cond = [prompt.encode(self.tokenizer, prompt.with_image(text, n)) for text in instructions]
         uncond = [prompt.encode(self.tokenizer, prompt.with_image(prompt.KEEP, n))] * len(instructions)
         h_v = torch.cat([self.understand(self._fit(image)) for image in images])
-        return sampling.sample(self, cond, uncond, h_v, seeds, **options)
+        return sampling.sample(
+            self, cond, uncond, h_v, seeds, steps=steps, guidance=guidance, height=height, width=width
+        )
 
     @torch.no_grad()
     def answer(
         self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
     ) -> list[str]:
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
+        check_pairs(images=images, questions=questions)
         n, end = modules.hv_tokens(self.config), self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         asked = [prompt.encode(self.tokenizer, prompt.with_image(q, n).removesuffix("<img>")) for q in questions]
         replies = []
@@ -275,9 +316,12 @@ class OpenUni(Adapter):
         return replies
 
     def export(self, folder: Path) -> None:
-        """open_uni.pth: the trained parts, to be laid over InternVL3, SANA and DC-AE by OpenUni's loader."""
-        state = {n: p.detach().cpu() for n, p in self.state_dict().items() if n.startswith(convert.TRAINED)}
-        convert.save(state, folder)
+        """open_uni.pth: the trained parts, to be laid over InternVL3, SANA and DC-AE by OpenUni's loader.
+
+        InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
+        """
+        state = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        convert.save(state, Path(folder), frozen_too=self.config.mllm is None)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}
@@ -302,10 +346,6 @@ def _role(name: str) -> str:
     if name.startswith("transformer."):
         return "gen_head"
     return "codec" if name.startswith("vae.") else "bridge"
-
-
-def _to_unit(images: list[Tensor]) -> Tensor:
-    return torch.stack(images).float() / 127.5 - 1
 
 
 def _tokenizer(config: OpenUniConfig):

@@ -72,7 +72,9 @@ class PatchSizes:
 @dataclass
 class OpenUniConfig:
     weights: Optional[str] = option(
-        None, "the .pth that OpenUni publishes (connector, projector, queries and perhaps the DiT); null: random"
+        None,
+        "the .pth that OpenUni publishes (connector, projector, queries and perhaps the DiT), or the folder of an "
+        "export; null: random",
     )
     overlay: Optional[str] = option(None, "a second such file put over the first, as RECA results are published")
     mllm: Optional[str] = option(None, "hub id or folder of InternVL3, original or -hf layout; null: random")
@@ -90,9 +92,13 @@ class OpenUniConfig:
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "dc_ae's sizes")
     patches: PatchSizes = option(PatchSizes, "patches' sizes")
     queries: int = option(256, "learnable queries behind every prompt")
-    image_size: int = option(512, "pixels on the side of a generated picture")
-    understanding_size: int = option(448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck")
-    hv_blur: int = option(1, "RECA: shrink by this and resize back what InternViT sees of the picture (a tighter bottleneck)")
+    image_size: int = option(512, "pixels on the side of a generated picture", least=1)
+    understanding_size: int = option(
+        448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck", least=1
+    )
+    hv_blur: int = option(
+        1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
+    )
     parity: bool = option(False, "round sigma to bf16 as the release does")
     seed: int = option(0, "of a random initialisation")
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from reca.models.weights import read_tensors
@@ -27,6 +28,7 @@ _MLLM = [
 ]  # fmt: skip
 _QKV = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
 
+FILE, FROZEN = "open_uni.pth", "frozen.safetensors"
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 REQUIRED = ("meta_queries", "connector.", "projector.")
 
@@ -56,7 +58,7 @@ def read_parts(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError when it holds anything else that is not a frozen part.
     """
-    state = read_tensors(path)
+    state = read_tensors(path / FILE if (path / FILE).is_file() else path)
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, "lmm.", "vae.")))
     if unknown:
         raise ValueError(f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}")
@@ -80,7 +82,17 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return merged, report
 
 
-def save(state: dict[str, Tensor], folder: Path) -> None:
-    """Write the trained parts as the .pth that OpenUni's inference code loads."""
+def save(state: dict[str, Tensor], folder: Path, frozen_too: bool) -> None:
+    """Write the trained parts as the .pth that OpenUni's inference code loads, and perhaps the others beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / "open_uni.pth")
+    torch.save({name: tensor for name, tensor in state.items() if name.startswith(TRAINED)}, folder / FILE)
+    if frozen_too:
+        frozen = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(TRAINED)}
+        save_file(frozen, folder / FROZEN)
+
+
+def frozen_beside(weights: str) -> Path | None:
+    """The frozen parts that `save` wrote beside the trained ones, if it did. weights: the folder, or the .pth in it."""
+    path = Path(weights).expanduser()
+    path = (path if path.is_dir() else path.parent) / FROZEN
+    return path if path.is_file() else None

@@ -7,6 +7,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.patch_codec import PatchCodec
+from reca.models.pixels import check_side
 from reca.models.planned import PLANNED
 
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
@@ -123,6 +124,12 @@ def factor(config: OpenUniConfig) -> int:
 
 def latent_channels(config: OpenUniConfig) -> int:
     return config.autoencoder.latent_channels if config.codec == "dc_ae" else config.patches.channels
+
+
+def check_sizes(config: OpenUniConfig) -> None:
+    """Raise ValueError for pictures that are not whole latents, or not whole rows of h_v."""
+    check_side("model.image_size", config.image_size, factor(config))
+    check_side("model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE)
 
 
 def hv_tokens(config: OpenUniConfig) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.text import encode
 from reca_kernels import ConcatPlan, Run, TextSegment, VisualSegment, concat_plan
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
@@ -42,10 +43,6 @@ def question(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]
         ids += before + answer + newline
         labels += [-100] * len(before) + answer + [-100] * len(newline)
     return ids, labels
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def plan(

@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
 from reca.draws import Draws, Purpose
+from reca.models.inference import check_multiple
 from reca.models.open_uni import modules
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def sample(
     h_v: Tensor | None,  # [B, n, H], seen by both branches
     seeds: list[int],
     *,
-    steps: int = 20,
-    guidance: float = 4.5,
+    steps: int,
+    guidance: float,
     height: int | None = None,
     width: int | None = None,
 ) -> list[Tensor]:
@@ -46,10 +47,11 @@ def sample(
 
     Raises ValueError when height or width is no multiple of a latent's side: 32 pixels with the published autoencoder.
     """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
     height, width = height or model.config.image_size, width or model.config.image_size
     factor = modules.factor(model.config)
-    if height % factor or width % factor:
-        raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
+    check_multiple(factor, height, width)
     device = model.meta_queries.device
     shape = (modules.latent_channels(model.config), height // factor, width // factor)
     one = torch.zeros(1, dtype=torch.int64, device=device)

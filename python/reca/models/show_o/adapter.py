@@ -13,6 +13,8 @@ from transformers import PhiForCausalLM, PreTrainedTokenizerBase
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.inference import check_pairs, warn_of_cut
+from reca.models.pixels import to_unit
 from reca.models.show_o import loading, modules, prompt, sampling
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.prompt import IGNORE
@@ -99,14 +101,14 @@ class ShowO(Adapter):
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
         if batch.kind == "i2t":
-            pixels = _pixels(batch.und)
+            pixels = to_unit(batch.und)
             clip = self.config.understanding == "clip"
             return {"h_v": self.look(clip_normalised(pixels)) if clip else self.codec.encode(pixels)}
-        pixels = _pixels(batch.gen)
+        pixels = to_unit(batch.gen)
         features = {"codes": self.codec.encode(pixels)}
         if batch.kind == "reca":
             clip = self.hv_source == "clip"
-            seen = _pixels(batch.und) if batch.und else pixels
+            seen = to_unit(batch.und) if batch.und else pixels
             features["h_v"] = self.look(self.clip_view(seen)) if clip else self.codec.encode(self.shrunk(seen))
         return features
 
@@ -276,11 +278,11 @@ class ShowO(Adapter):
         batch: int = 64,
     ) -> list[Tensor]:
         """Pictures by MaskGIT (`sampling.draw_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds; give one seed per prompt")
-        pictures = []
+        check_pairs(prompts=prompts, seeds=seeds)
+        pictures, ids = [], [self.tokens(text) for text in prompts]
+        warn_of_cut(ids, self.config.sampling_slots - 2)  # bos and eos stand there too
         for i in range(0, len(prompts), batch):
-            texts = [self.tokens(text) for text in prompts[i : i + batch]]
+            texts = ids[i : i + batch]
             chance = sampling.Chance(torch.tensor(seeds[i : i + batch], device=self.device))
             codes = sampling.draw_codes(self, texts, chance, steps=steps, guidance=guidance, temperature=temperature)
             pixels = (self.codec.decode(codes) + 1) / 2
@@ -288,8 +290,7 @@ class ShowO(Adapter):
         return pictures
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images but {len(questions)} questions; give one question per image")
+        check_pairs(images=images, questions=questions)
         view = self.views("i2t").und
         und = [_center_crop(image.to(self.device), view.size) for image in images]
         h_v = self.encode(Batch("i2t", torch.arange(len(und)), questions, und=und))["h_v"]
@@ -335,11 +336,6 @@ class ShowO(Adapter):
 def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels + 1) / 2 - mean) / std
-
-
-def _pixels(images: list[Tensor]) -> Tensor:  # uint8 [3, R, R] each
-    """fp32 [B, 3, R, R] in [-1, 1]."""
-    return torch.stack(images).float() / 127.5 - 1
 
 
 def _center_crop(image: Tensor, size: int) -> Tensor:  # uint8 [3, H, W]

@@ -25,7 +25,7 @@ class ClipSizes:
     num_hidden_layers: int = option(24, "layers of the published tower; the last is neither loaded nor run")
     num_attention_heads: int = option(16, "its heads")
     intermediate_size: int = option(4096, "width of its MLP")
-    image_size: int = option(336, "pixels on the side of what it sees")
+    image_size: int = option(336, "pixels on the side of what it sees", least=1)
     patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
     hidden_act: str = option("quick_gelu", "its activation")
     layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
@@ -65,9 +65,9 @@ class ShowOConfig:
     hv_source: Optional[str] = option(
         None, "what h_v is made of in RECA: clip or vq; null: what understanding reads", (None, "clip", "vq")
     )
-    hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v")
+    hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v", least=1)
     hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
-    hv_blur: int = option(1, "clip: shrink by this and resize back what CLIP sees of the picture to reconstruct")
+    hv_blur: int = option(1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
     parity: bool = option(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
@@ -80,7 +80,7 @@ class ShowOConfig:
     prompt_gradient: Optional[bool] = option(
         None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
     )
-    image_size: int = option(512, "pixels on the side of a generated picture")
+    image_size: int = option(512, "pixels on the side of a generated picture", least=1)
     text_slots: int = option(576, "text budget of training sequences (the release's max_seq_length)")
     sampling_slots: int = option(128, "text budget when pictures are drawn")
     reca_slots: int = option(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the picture")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig
 
+from reca.models.pixels import check_side
 from reca.models.planned import PLANNED
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
 
@@ -276,5 +277,4 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
     if "clip" in (config.hv_source, config.understanding):
         sides["model.clip.image_size"] = (config.clip.image_size, config.clip.patch_size)
     for name, (side, divisor) in sides.items():
-        if side < divisor or side % divisor:
-            raise ValueError(f"{name} is {side:g} pixels, which must be a multiple of {divisor}")
+        check_side(name, side, divisor)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.base import Turn
+from reca.models.text import encode as encode
 from reca_kernels import AttentionPlan, Run, TextSegment, VisualSegment, attention_plan, concat_plan
 
 SPECIAL_TOKENS = (
@@ -208,7 +209,3 @@ def question(tokens: Callable[[str], list[int]], text: str, understanding: str, 
     if understanding == "vq":
         return [v.bos, *tokens(f"USER: \n{text} ASSISTANT:")]
     return tokens(f"USER: {text} ASSISTANT:")
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
