@@ -95,7 +95,7 @@ def test_bad_files_are_skipped_counted_and_listed(folder, tmp_path):
     assert stream.bad == 2
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == ["02.png", "deep/05.png"]
-    assert all("UnidentifiedImageError" in line["reason"] and line["bytes"] == 22 for line in lines)
+    assert all("no picture in a format" in line["reason"] and line["bytes"] == 22 for line in lines)
 
 
 def test_substitutes_do_not_depend_on_the_split(folder):
@@ -163,6 +163,20 @@ def test_broken_tars(tmp_path):
     make_tar(tmp_path / "z.tar", 0, 2, captions=False)
     with pytest.raises(DataError, match="has no .txt caption"):
         loader(tmp_path / "z.tar", "t2i")
+
+
+def test_conversations_that_are_none(folder, tmp_path):
+    item = {"image": "00.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([item]))
+    with pytest.raises(DataError, match="data.image_root .*nowhere is no folder"):
+        open_source(str(path), "i2t", str(tmp_path / "nowhere"))
+    for content, words in ((b"\xff\xd8", "is not JSON"), (b"{}", "not LLaVA-style"), (b'["a"]', "not LLaVA-style")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            open_source(str(path), "i2t", str(folder))
+    with pytest.raises(DataError, match="talk.json is no folder"):
+        open_source(str(path), "reca")
 
 
 def test_conversations(folder):

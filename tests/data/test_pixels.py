@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from reca.data import dali
-from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb
+from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
+from reca.data.sources import DataError
 from reca.data.views import View, Views
 from reca.draws import Draws
 
@@ -64,6 +65,16 @@ JPEG = encoded(picture(200, 120), "JPEG", quality=92)
 def test_broken_bytes_are_bad_images(data):
     with pytest.raises(BadImage):
         open_rgb(data)
+
+
+def test_what_is_said_of_no_picture(tmp_path):
+    with pytest.raises(DataError, match="is no file"):
+        read_image(tmp_path)
+    with pytest.raises(DataError, match="none.png does not exist"):
+        read_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(DataError, match="text.png is no readable picture: no picture in a format that Pillow knows"):
+        read_image(tmp_path / "text.png")
 
 
 @pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad"])

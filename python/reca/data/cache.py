@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reca.data.sources import DataError
 from reca.data.views import Views
+from reca.folders import writable
 
 
 class FeatureCache:
@@ -32,7 +33,7 @@ class FeatureCache:
                 )
         text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        writable(self.folder, "data.cache")
 
     def path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -47,11 +48,13 @@ class FeatureCache:
 
     def put(self, keys: Sequence[str], features: dict[str, Any]) -> None:
         """Keep a batch's features, every one of which has a first dim (or is a list) of the samples that `keys` name."""
-        for row, key in enumerate(keys):
+        for number, key in enumerate(keys):
             path = self.path(key)
             path.parent.mkdir(exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
-            save_file({name: value[row].contiguous().cpu() for name, value in features.items()}, part)
+            # Two names may hold one tensor (Harmon's picture is its own h_v), which the format does not take.
+            rows = {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
+            save_file(rows, part)
             part.replace(path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from reca.data.sources import DataError
@@ -37,6 +37,8 @@ def open_rgb(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except BadImage:
         raise
+    except UnidentifiedImageError as error:  # its own words hold an address in memory
+        raise BadImage("no picture in a format that Pillow knows") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
@@ -44,7 +46,7 @@ def open_rgb(data: bytes) -> Image.Image:
 def read_image(path: Path) -> Tensor:
     """A picture file as uint8 [3, H, W]. Raises DataError."""
     if not path.is_file():
-        raise DataError(f"image {path} does not exist")
+        raise DataError(f"image {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         return _tensor(open_rgb(path.read_bytes()))
     except BadImage as error:

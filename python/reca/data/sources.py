@@ -51,7 +51,8 @@ class Folder:
 
     def __init__(self, root: Path, kind: str):
         if not root.is_dir():
-            raise DataError(f"data folder {root} does not exist; give a folder of pictures, a .tar, or world:SPLIT")
+            fault = "is no folder" if root.exists() else "does not exist"
+            raise DataError(f"data folder {root} {fault}; give a folder of pictures, a .tar, or world:SPLIT")
         self.root, self.kind = root, kind
         self.paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not self.paths:
@@ -101,15 +102,20 @@ class Conversations:
 
     def __init__(self, path: Path, image_root: str | None):
         if not path.is_file():
-            raise DataError(f"conversations file {path} does not exist; give a LLaVA-style .json as data.conversations")
+            fault = "is no file" if path.exists() else "does not exist"
+            raise DataError(f"conversations file {path} {fault}; give a LLaVA-style .json as data.conversations")
         self.root = Path(image_root).expanduser() if image_root else path.parent
         try:
             items = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # of json, or of bytes that are no text
             raise DataError(f"{path} is not JSON: {error}") from error
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise DataError(f'{path} is not LLaVA-style: expected a list of {{"image": ..., "conversations": [...]}}')
         self.items = [item for item in items if item.get("image") and len(item.get("conversations", [])) >= 2]
         if not self.items:
             raise DataError(f"{path} holds no conversation about a picture")
+        if not self.root.is_dir():
+            raise DataError(f"data.image_root {self.root} is no folder; give the one that the picture names start from")
 
     def __len__(self) -> int:
         return len(self.items)
