@@ -2,15 +2,19 @@
 
 import argparse
 import logging
+import re
 import runpy
 import sys
 from pathlib import Path
 
-EXIT_RECIPE, EXIT_DATA, EXIT_NON_FINITE = 3, 4, 5
+EXIT_RECIPE, EXIT_DATA, EXIT_NON_FINITE, EXIT_STOPPED = 3, 4, 5, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand. Exit codes: 0 done, 2 usage, 3 recipe, 4 data, 5 non-finite, 75 interrupted and saved."""
+    """Run one subcommand.
+
+    Exit codes: 0 done, 2 usage, 3 recipe or option, 4 data or disk, 5 non-finite, 75 interrupted and saved, 130 Ctrl-C.
+    """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("reca").setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
@@ -26,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         RecipeError: EXIT_RECIPE,
         CheckpointError: EXIT_RECIPE,
         ValueError: EXIT_RECIPE,
+        OSError: EXIT_DATA,
     }
     try:
         code = options.run(options) or 0
@@ -34,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except tuple(codes) as error:
         print(f"reca: {error}", file=sys.stderr)
         code = next(code for kind, code in codes.items() if isinstance(error, kind))
+    except KeyboardInterrupt:
+        print("reca: stopped", file=sys.stderr)
+        code = EXIT_STOPPED
     distributed.leave(code)
     return code
 
@@ -42,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name: str, run, help: str, **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, **options)
         sub.set_defaults(run=run)
         return sub
 
@@ -87,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs")
 
     command("doctor", _doctor, "Say what this machine has and which kernels will run.")
-    bench = command("bench", _bench, "Time the kernels; arguments go to `python -m benchmarks`.")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    # No prefix: all that follows, --help too, belongs to the benchmarks.
+    bench = command("bench", _bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False)
+    bench.add_argument("arguments", nargs="*")
     return parser
 
 
@@ -122,40 +131,73 @@ def _check(options: argparse.Namespace) -> None:
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
 
 
-def _model(options: argparse.Namespace):
-    """The adapter a recipe names or a run has trained, ready for inference."""
+def _recipe(options: argparse.Namespace, ability: str | None = None) -> tuple:
+    """The recipe that is named, or that a run was made with, and the class of its adapter."""
+    from reca.config import RecipeError, load_recipe
+    from reca.models import UMMS, umm
+
+    kept = Path(options.recipe) / "recipe.yaml"
+    recipe = load_recipe(kept if kept.is_file() else options.recipe, options.overrides)
+    adapter = umm(recipe.umm).Adapter
+    if ability and ability not in adapter.abilities:
+        able = [name for name in UMMS if ability in umm(name).Adapter.abilities]
+        raise RecipeError(f"{recipe.umm} cannot {ability}; recipes of {' and '.join(able)} can")
+    return recipe, adapter
+
+
+def _model(options: argparse.Namespace, recipe, adapter: type):
+    """The adapter a recipe describes or a run has trained, ready for inference."""
     import torch
 
-    from reca.config import load_recipe
-    from reca.models import umm
     from reca.train import load_trained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(options.recipe)
-    if (folder / "recipe.yaml").exists():
-        return load_trained(folder, load_recipe(folder / "recipe.yaml", options.overrides), device)
-    recipe = load_recipe(options.recipe, options.overrides)
-    return umm(recipe.umm).Adapter.load(recipe.model, device).eval()
+    if (folder / "recipe.yaml").is_file():
+        return load_trained(folder, recipe, device)
+    return adapter.load(recipe.model, device).eval()
 
 
 def _generate(options: argparse.Namespace) -> None:
-    model = _model(options)
+    from reca.models.inference import warn_of_unknown_words
+
     seeds = [options.seed + i for i in range(len(options.prompt))]
-    _write(model.generate(options.prompt, seeds, **_sampling(options)), options, seeds)
+    recipe, adapter = _recipe(options, "generate")
+    sampling = _sampling(options, adapter.generate, seeds, options.prompt)
+    model = _model(options, recipe, adapter)
+    warn_of_unknown_words(model.tokenizer, options.prompt)
+    _write(model.generate(options.prompt, seeds, **sampling), options, seeds, options.prompt)
 
 
 def _edit(options: argparse.Namespace) -> None:
-    model = _model(options)
-    pictures = model.edit([_read(options.image)], [options.instruction], [options.seed], **_sampling(options))
-    _write(pictures, options, [options.seed])
+    from reca.models.inference import warn_of_unknown_words
+
+    seeds, instructions = [options.seed], [options.instruction]
+    recipe, adapter = _recipe(options, "edit")
+    sampling = _sampling(options, adapter.edit, seeds, instructions)
+    image = _read(options.image)
+    model = _model(options, recipe, adapter)
+    warn_of_unknown_words(model.tokenizer, instructions)
+    _write(model.edit([image], instructions, seeds, **sampling), options, seeds, instructions)
 
 
 def _answer(options: argparse.Namespace) -> None:
-    print(_model(options).answer([_read(options.image)], [options.question])[0])
+    from reca.models.inference import warn_of_unknown_words
+
+    recipe, adapter = _recipe(options, "answer")
+    _reject_empty([options.question])
+    image = _read(options.image)
+    model = _model(options, recipe, adapter)
+    warn_of_unknown_words(model.tokenizer, [options.question])
+    print(model.answer([image], [options.question])[0])
 
 
 def _export(options: argparse.Namespace) -> None:
-    _model(options).export(options.out)
+    from reca.folders import writable
+
+    recipe, adapter = _recipe(options)
+    writable(options.out, "--out")
+    _model(options, recipe, adapter).export(options.out)
     print(f"wrote {', '.join(sorted(path.name for path in options.out.iterdir()))} to {options.out}")
 
 
@@ -184,10 +226,26 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _sampling(options: argparse.Namespace) -> dict:
+def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
+    """--sampling as keyword arguments of `method`, once everything else that is asked is found to be right too."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.from_dotlist(options.sampling))
+    from reca.folders import writable
+    from reca.models.inference import check_pairs, sampling_options
+
+    _reject_empty(texts)
+    check_pairs(seeds=seeds)
+    for text in options.sampling:
+        if "=" not in text:
+            raise ValueError(f"--sampling {text!r} has no '='; write --sampling key=value")
+    given = sampling_options(method, OmegaConf.to_container(OmegaConf.from_dotlist(options.sampling)))
+    writable(options.out, "--out")
+    return given
+
+
+def _reject_empty(texts: list[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise ValueError("the text is empty; write what to draw, to change or to answer")
 
 
 def _read(path: Path):
@@ -196,12 +254,12 @@ def _read(path: Path):
     return read_image(path)
 
 
-def _write(pictures: list, options: argparse.Namespace, seeds: list[int]) -> None:
+def _write(pictures: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
     from reca.log import grid
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    for i, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-        path = options.out / f"{i:03d}_seed{seed}.png"
+    for i, (picture, seed, text) in enumerate(zip(pictures, seeds, texts, strict=True)):
+        words = re.sub(r"\W+", "-", text).strip("-")[:40]
+        path = options.out / f"{i:03d}_seed{seed}_{words}.png"
         grid([picture]).save(path)
         print(path)
 

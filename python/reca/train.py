@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from reca import checkpoint, distributed, objective, signals
 from reca.config import KindConfig, Recipe, RecipeError, as_dict, load_recipe, save_recipe
 from reca.data.loader import Loader, open_loader
+from reca.folders import writable
 from reca.log import RunLog
 from reca.models import umm
 from reca.models.base import Adapter, Batch
@@ -46,6 +47,7 @@ class Trainer:
         self.kinds = recipe.active_kinds()
         self.micro_batches = {kind: micro_batches(kind, self._kind(kind), distributed.world()) for kind in self.kinds}
         _reject_changed(recipe, self.run_dir)
+        writable(self.run_dir, "run_dir")
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
         whole = self.device if distributed.world() == 1 else torch.device("cpu")
@@ -74,10 +76,12 @@ class Trainer:
         self.interrupted = False
 
     def run(self) -> Path:
-        """Train to `train.updates`. Raises SystemExit(75) after saving on SIGTERM or SIGUSR1, NonFiniteError on NaN."""
+        """Train to `train.updates`.
+
+        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1 or Ctrl-C, NonFiniteError on NaN.
+        """
         recipe, speaks = self.recipe, distributed.rank() == 0
         if speaks:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.run_dir / "recipe.yaml")
         record = RunLog(
             self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
@@ -229,13 +233,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def _listening(self):
-        """SIGTERM and SIGUSR1 raise a flag that is read between updates; a second one ends the process at once."""
+        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second one ends the process at once."""
 
         def interrupt(number, _frame):
             self.interrupted = True
             signal.signal(number, signal.SIG_DFL)
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
             yield
         finally:
@@ -331,6 +335,8 @@ def _reject_changed(recipe: Recipe, run_dir: Path) -> None:
             if isinstance(kind, dict):
                 kind.pop("micro_batch")
     changed = [key for key in new if old.get(key) != new[key]]
+    if "umm" in changed:
+        changed = ["umm"]  # no other key can be compared
     if changed:
         differences = "; ".join(f"{key}: {_difference(old.get(key), new[key])}" for key in changed)
         raise RecipeError(
