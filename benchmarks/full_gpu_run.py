@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_session [STEP ...] [--copy-to FOLDER]: everything that wants a GPU, within 25 minutes.
+"""python -m benchmarks.full_gpu_run [STEP ...] [--copy-to FOLDER]: everything that wants a GPU, within 25 minutes.
 
 Builds, runs the GPU tests, the benchmarks of every op, regenerates the dispatch table and the documents, and prints a
 short table last. A step that fails or runs out of time does not stop the others; the exit status is 1 then. Name steps
@@ -98,7 +98,7 @@ def table(done: list[Done]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_session", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_gpu_run", description=__doc__)
     names = [step.name for step in STEPS]
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"among {', '.join(names)}; default all")
     parser.add_argument("--copy-to", type=Path, help="folder that gets result files, plots and the dispatch table")

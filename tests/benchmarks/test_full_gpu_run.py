@@ -7,9 +7,9 @@ import textwrap
 
 import pytest
 
-from benchmarks import gpu_session
+from benchmarks import full_gpu_run
 from benchmarks.__main__ import OPS
-from benchmarks.gpu_session import STEPS, Step
+from benchmarks.full_gpu_run import STEPS, Step
 
 
 def python(name, code, seconds=20):
@@ -17,7 +17,7 @@ def python(name, code, seconds=20):
 
 
 def test_a_failing_step_stops_nobody(capfd):
-    done = gpu_session.run(
+    done = full_gpu_run.run(
         [
             python("fails", "import sys; sys.exit(3)"),
             python("hangs", "import time; time.sleep(60)", seconds=0.5),
@@ -27,29 +27,29 @@ def test_a_failing_step_stops_nobody(capfd):
     )
     assert [(step.name, step.rc) for step in done] == [("fails", 3), ("hangs", 124), ("missing", 127), ("works", 0)]
     assert "done" in capfd.readouterr().out
-    lines = gpu_session.table(done).splitlines()
+    lines = full_gpu_run.table(done).splitlines()
     assert len(lines) == 4 and "rc 124" in lines[1] and lines[3].startswith("works")
 
 
 def test_out_of_time_altogether():
-    assert [step.rc for step in gpu_session.run([python("a", "0"), python("b", "0")], minutes=0)] == [124, 124]
+    assert [step.rc for step in full_gpu_run.run([python("a", "0"), python("b", "0")], minutes=0)] == [124, 124]
 
 
 def test_steps_fit_and_cover_every_op():
-    assert sum(step.seconds for step in STEPS) <= 60 * gpu_session.MINUTES
+    assert sum(step.seconds for step in STEPS) <= 60 * full_gpu_run.MINUTES
     names = [step.name for step in STEPS]
     assert {f"bench_{op}" for op in OPS} < set(names) and len(set(names)) == len(names)
     assert names.index("build") < names.index("test") < names.index("bench_philox") < names.index("dispatch")
 
 
 def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(gpu_session, "STEPS", [python("good", "0"), python("bad", "import sys; sys.exit(1)")])
-    assert gpu_session.main(["good", "--copy-to", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(full_gpu_run, "STEPS", [python("good", "0"), python("bad", "import sys; sys.exit(1)")])
+    assert full_gpu_run.main(["good", "--copy-to", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "dispatch_table.json").exists()
-    assert gpu_session.main([]) == 1
+    assert full_gpu_run.main([]) == 1
     assert capfd.readouterr().out.splitlines()[-1].startswith("bad")
     with pytest.raises(SystemExit):
-        gpu_session.main(["build_it"])
+        full_gpu_run.main(["build_it"])
     assert "unknown steps build_it; known are good, bad" in capfd.readouterr().err
 
 
@@ -63,11 +63,11 @@ def test_what_runs_on_a_gpu_needs_the_libraries_of_kernels_only():
         """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(gpu_session.ROOT), str(gpu_session.ROOT / "python")]),
+        "PYTHONPATH": os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")]),
     }
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=gpu_session.ROOT,
+        cwd=full_gpu_run.ROOT,
         env=environment,
         capture_output=True,
         text=True,
