@@ -1,4 +1,4 @@
-"""filter_eps of masked_linear_cross_entropy: which classes the backward products of a chunk need."""
+"""Tiles of classes, by which masked_linear_cross_entropy bounds its backward products (backward_window, filter_eps)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def needed_columns(
     scale: Tensor | float,
     eps: float,
 ) -> tuple[Tensor | None, Tensor]:
-    """(numbers int64 of the columns in tiles where a row has more than eps, None for all; fp32 [n] what the others have).
+    """(columns in tiles where a row has more than eps, int64, None for all; what the other tiles hold, fp32 [n]).
 
     Waits for the device once.
     """

@@ -2,8 +2,8 @@
 
 A backend's file holds
 
-    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window, filter_eps)
-        -> (loss, dx, dw, db, dropped)
+    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window,
+            filter_eps) -> (loss, dx, dw, db, dropped)
     scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
 
 hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
@@ -22,6 +22,7 @@ from torch import Tensor
 from reca_kernels import checks, dispatch, library
 from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 from reca_kernels.reference import masked_linear_cross_entropy as reference
+from reca_kernels.tiles import TILE
 
 OP = "masked_linear_cross_entropy"
 
@@ -124,13 +125,13 @@ def masked_linear_cross_entropy(
 
 
 def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
-    """Outwards to multiples of 64 classes, so that products read from 128-byte boundaries on."""
+    """Outwards to whole tiles, so that products read from 128-byte boundaries on and filter_eps sees the same tiles."""
     low, high = window
     if not 0 <= low < high <= classes:
         raise ValueError(
             f"{OP}: backward_window must be (low, high) with 0 <= low < high <= V = {classes}, got {window}"
         )
-    return low // 64 * 64, min(-(-high // 64) * 64, classes)
+    return low // TILE * TILE, min(-(-high // TILE) * TILE, classes)
 
 
 def _run(
