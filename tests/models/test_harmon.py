@@ -16,7 +16,7 @@ from reca.config import ObjectiveConfig, OptimConfig, load_recipe
 from reca.data.loader import open_loader
 from reca.draws import Draws
 from reca.models.base import ROLES, Batch, Turn
-from reca.models.harmon import Adapter, Config, adapter, modules, prompt
+from reca.models.harmon import Adapter, Config, adapter, prompt
 from reca.models.harmon.config import AutoencoderSizes, tiny
 from reca.models.harmon.masking import Masking, hidden_counts
 from reca.optim import freeze, make_optimizer
@@ -486,6 +486,7 @@ def test_sampling_options(model):
     base = drawn()
     assert torch.equal(drawn(guidance=3.0, guidance_schedule="constant", temperature=1.0), base)
     others = {"guidance": 1, "guidance_schedule": "linear", "temperature": 0.0, "steps": 5, "diffusion_steps": 4}
+    others["clip_sample_range"] = 0.1
     for name, value in others.items():
         assert (drawn(**{name: value}) - base).abs().max() > 1e-4 * base.abs().max(), name
     assert drawn(steps=100).shape == base.shape == (1, 5, 5, 24)  # more steps than tokens
@@ -500,6 +501,7 @@ def test_sampling_options(model):
         ({"guidance_schedule": "cosine"}, "guidance_schedule='cosine' constant or linear"),
         ({"height": 22}, "multiples of 4, got 22 x 20"),
         ({"diffusion_steps": 1001}, "keeps 1 to 1000 steps, got 1001"),
+        ({"clip_sample_range": 0.0}, "clip_sample_range=0.0 must be above 0"),
     ],
 )
 def test_options_out_of_range(model, options, words):

@@ -254,6 +254,7 @@ class Harmon(Adapter):
         guidance_schedule: str = "constant",
         diffusion_steps: int = 100,
         temperature: float = 1.0,
+        clip_sample_range: float | None = None,
         height: int | None = None,
         width: int | None = None,
         batch: int = 32,
@@ -279,6 +280,7 @@ class Harmon(Adapter):
                     guidance_schedule=guidance_schedule,
                     diffusion=diffusion_steps,
                     temperature=temperature,
+                    clip_sample_range=clip_sample_range,
                 )
                 pictures += list((127.5 * self.pixels(latents) + 128).clamp(0, 255).to(torch.uint8))
         return pictures

@@ -64,12 +64,11 @@ class HarmonConfig:
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
     image_size: int = option(512, "pixels on the side of a picture, drawn or asked about", least=1)
     understanding_size: Optional[int] = option(
-        None, "pixels on the side of the picture that RECA's h_v is made of; null: image_size, as released",
+        None,
+        "pixels on the side of the picture that RECA's h_v is made of; null: image_size, as released",
         least=1,
     )
-    hv_blur: int = option(
-        1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
-    )
+    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
     hv_grad_scale: float = option(0.1, "what the gradient that reaches the encoder through h_v is multiplied by")
     text_drop: float = option(0.1, "share of templates and captions that become the unconditional text; h_v stays")
     parity: bool = option(False, "hide the same number of tokens in all samples of a micro-batch, as the release does")

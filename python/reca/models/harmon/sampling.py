@@ -54,15 +54,19 @@ def draw_latents(
     guidance_schedule: str = "constant",
     diffusion: int = 100,
     temperature: float = 1.0,
+    clip_sample_range: float | None = None,
 ) -> Tensor:  # [B, m, n, C], scaled latents
     """All tokens hidden at first; each step draws some of those left, fewer at first, with `diffusion` steps.
 
     guidance s mixes noise as uncond + s (cond - uncond); "linear" lets s grow from 1 with the share that is drawn.
+    clip_sample_range: limit of the x0 that a diffusion step predicts, as in diffusers; None, as released, is none.
     Raises ValueError for options out of range.
     """
     if steps < 1 or guidance_schedule not in SCHEDULES:
         known = " or ".join(SCHEDULES)
         raise ValueError(f"steps={steps} must be at least 1, and guidance_schedule={guidance_schedule!r} {known}")
+    if clip_sample_range is not None and clip_sample_range <= 0:
+        raise ValueError(f"clip_sample_range={clip_sample_range} must be above 0; null limits nothing")
     size, channels = grid[0] * grid[1], modules.channels(model.config)
     order = chance.order(size)
     latents = torch.zeros(len(cond), size, channels, device=order.device)
@@ -80,7 +84,7 @@ def draw_latents(
         encoded, seen = encoded.repeat(branches, 1, 1), visible.repeat(branches, 1)
         z = model.condition(prompts, encoded, Masking.equal(seen), grid).unflatten(0, (branches, -1))
         rows = z.gather(2, drawn[None, ..., None].expand(branches, -1, -1, z.shape[-1]))
-        new = denoise(model.mar.diffloss.net, rows, chance, step, scale, diffusion, temperature)
+        new = denoise(model.mar.diffloss.net, rows, chance, step, scale, diffusion, temperature, clip_sample_range)
         latents.scatter_(1, drawn[..., None].expand(-1, -1, channels), new)
         hidden = left
     return latents.unflatten(1, grid)
@@ -94,6 +98,7 @@ def denoise(
     guidance: float,
     diffusion: int,
     temperature: float,
+    clip_sample_range: float | None,
 ) -> Tensor:  # fp32 [B, n, C]
     """Ancestral sampling over `diffusion` of the 1000 steps. What depends on z or t alone is computed once."""
     device, (_, _, n, _) = z.device, z.shape
@@ -107,7 +112,10 @@ def denoise(
         eps, v = out.unflatten(0, z.shape[:3]).chunk(2, dim=-1)
         eps = eps[0] if len(z) == 1 else eps[1] + guidance * (eps[0] - eps[1])
         _, _, recip, recip_m1, c1, c2, log_posterior, log_beta = table[t]
-        x = c1 * (recip * x - recip_m1 * eps) + c2 * x
+        x0 = recip * x - recip_m1 * eps
+        if clip_sample_range is not None:
+            x0 = x0.clamp(-clip_sample_range, clip_sample_range)
+        x = c1 * x0 + c2 * x
         if t:
             log_variance = log_posterior + (v[0] + 1) / 2 * (log_beta - log_posterior)
             x = x + torch.exp(0.5 * log_variance) * temperature * chance.noise(step, t, n, channels)

@@ -17,18 +17,18 @@ WARMUP, HOLD, FINAL = 60, 0.6, 0.05
 
 def descend(
     parameters: Iterable[nn.Parameter],
-    matrices: Iterable[nn.Parameter],
+    muon: Iterable[nn.Parameter],
     loss: Callable[[int], Tensor],
     steps: int,
     progress: Progress,
     done: int = 0,
 ) -> None:
-    """Minimise loss(step). matrices: those of `parameters` that Muon takes. done: steps made before, for progress."""
-    parameters, matrices = list(parameters), list(matrices)
-    known = {id(p) for p in matrices}
+    """Minimise loss(step). muon: those of `parameters` that Muon takes. done: steps made before, for progress."""
+    parameters, muon = list(parameters), list(muon)
+    known = {id(p) for p in muon}
     rest = [p for p in parameters if id(p) not in known]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.01, momentum=0.95, ns_steps=4, weight_decay=0.01),
+        torch.optim.Muon(muon, lr=0.01, momentum=0.95, ns_steps=4, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -42,6 +42,11 @@ def descend(
             optimizer.step()
             optimizer.zero_grad()
         progress(done + step + 1, float(value.detach()))
+
+
+def matrices(*parts: nn.Module) -> list[nn.Parameter]:
+    """All matrices of these layers."""
+    return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
 
 def leave(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:

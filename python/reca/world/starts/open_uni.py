@@ -19,7 +19,7 @@ from reca.world.captions import TEMPLATES, caption, phrase
 from reca.world.source import captioned, understood
 from reca.world.starts import Progress, Start, scaled
 from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, leave, pictures, unit
+from reca.world.starts.descent import descend, leave, matrices, pictures, unit
 from reca.world.starts.language import ASKED, IGNORE, reply
 from reca_kernels import attention_plan, masked_linear_cross_entropy, template_concat
 
@@ -40,12 +40,12 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
 
     layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
-    descend(model.mllm.parameters(), _matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
+    descend(model.mllm.parameters(), matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
     model.mllm.requires_grad_(False)
 
     trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
     layers = (model.connector.layers, model.transformer.transformer_blocks)
-    descend(trained, _matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+    descend(trained, matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
     leave(model, recipe, folder, understanding + drawing)
     return model
 
@@ -142,10 +142,6 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
         return model.flow_loss(condition, latents[index], numbers, draws).mean()
 
     return loss
-
-
-def _matrices(*parts: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
 
 START = Start(

@@ -20,7 +20,7 @@ from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.world.source import Split, captioned, understood
 from reca.world.starts import Progress, Start, scaled
 from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, pictures, unit
+from reca.world.starts.descent import descend, matrices, pictures, unit
 
 STEPS = 800
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
@@ -39,11 +39,8 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     codes = torch.cat([model.codec.encode(unit(part)) for part in drawn.split(500)])
     task = _Task(model, rng, draws, captioned(seed), understood(seed), codes, named)
 
-    matrices = [
-        p for part in (model.showo.model.layers, model.clip.encoder.layers) for p in part.parameters() if p.ndim == 2
-    ]
-    steps = scaled(STEPS, scale)
-    descend(model.parameters(), matrices, lambda step: task.drawing(step) + task.naming(), steps, progress)
+    steps, layers = scaled(STEPS, scale), matrices(model.showo.model.layers, model.clip.encoder.layers)
+    descend(model.parameters(), layers, lambda step: task.drawing(step) + task.naming(), steps, progress)
     model.export(folder)
     return model
 
