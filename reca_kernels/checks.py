@@ -57,7 +57,7 @@ def cross_entropy(
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on CPU, where that costs no synchronisation; elsewhere only with RECA_CHECK=1."""
+    """Whether values may be looked at: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
     wanted = tensor.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"
     return wanted and tensor.numel() > 0 and not torch.compiler.is_compiling()
 

@@ -45,7 +45,13 @@ def test_no_requirement_on_the_other_apex():
 def build(tmp_path, **environment):
     """setup.py build_ext into tmp_path."""
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"],
+        [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            f"--build-lib={tmp_path / 'lib'}",
+            f"--build-temp={tmp_path / 'temp'}",
+        ],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

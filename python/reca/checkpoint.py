@@ -64,7 +64,8 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
     device = next(adapter.parameters()).device
     if distributed.any_rank(failure is not None, device):
         log.error(
-            "checkpoint at update %d NOT saved: %s. Training goes on and earlier checkpoints are untouched; free space in %s",
+            "checkpoint at update %d NOT saved: %s. Training goes on and earlier checkpoints are untouched; free space "
+            "in %s",
             state["update"], failure or "another rank failed", run_dir,
         )  # fmt: skip
         if distributed.rank() == 0:

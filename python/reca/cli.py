@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
     demo.add_argument("--umm", default="show_o", help="which model family: show_o, harmon, open_uni or bagel")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
-    demo.add_argument("--out", type=Path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM")
-    demo.add_argument("--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs")
+    demo.add_argument(
+        "--out", type=Path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM"
+    )
+    demo.add_argument(
+        "--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs"
+    )
 
     command("doctor", _doctor, "Say what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
@@ -103,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _takes_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
-    sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model")
+    sub.add_argument(
+        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
+    )
     sub.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files")
 
 
@@ -119,7 +125,9 @@ def _train(options: argparse.Namespace) -> None:
     try:
         folder = Trainer(recipe).run()
         if distributed.rank() == 0:
-            print(f"{recipe.train.updates} updates done. Draw with: reca generate {folder} --prompt 'a yellow broccoli'")
+            print(
+                f"{recipe.train.updates} updates done. Draw with: reca generate {folder} --prompt 'a yellow broccoli'"
+            )
     finally:
         distributed.stop()
 
@@ -205,7 +213,9 @@ def _demo(options: argparse.Namespace) -> None:
     from reca.world.experiment import demo
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
-        raise ValueError(f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}")
+        raise ValueError(
+            f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
+        )
     usual = Path("demo_out") if options.umm == "show_o" else Path("demo_out") / options.umm
     demo(options.umm, options.seeds, options.out or usual, options.scale)
 

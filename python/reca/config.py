@@ -203,7 +203,9 @@ def _keys(config: Any, prefix: str = "") -> list[str]:
 
 def _reject_unknown(schema: Any, layer: Any, source: str) -> None:
     known = _keys(schema)
-    free = [key for key in known if OmegaConf.is_dict(OmegaConf.select(schema, key)) and not OmegaConf.select(schema, key)]
+    free = [
+        key for key in known if OmegaConf.is_dict(OmegaConf.select(schema, key)) and not OmegaConf.select(schema, key)
+    ]
     for key in _keys(layer):
         group, value = OmegaConf.select(schema, key), OmegaConf.select(layer, key)
         if OmegaConf.is_dict(group) and not OmegaConf.is_dict(value):

@@ -15,7 +15,8 @@ import reca_kernels
 def report() -> str:
     """The report as text, one finding a line."""
     lines = [
-        f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, torch threads {torch.get_num_threads()}",
+        f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, "
+        f"torch threads {torch.get_num_threads()}",
         f"torch       {torch.__version__}",
         _gpu(),
         "",

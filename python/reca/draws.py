@@ -35,7 +35,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, *path: int):
-        """`path` names a sub-stream, such as a kind of loss or a sampling step: (seed, *path) is hashed into the key."""
+        """`path` names a sub-stream, such as a kind of loss or a sampling step: (seed, *path) is hashed."""
         self.seed = seed
         for part in path:
             self.seed = _mix(self.seed, part)

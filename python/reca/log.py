@@ -19,7 +19,12 @@ class RunLog:
     def __init__(self, run_dir: Path, updates: int, done: int, tensorboard: bool, speaks: bool, bar: bool = True):
         self.run_dir, self.speaks, self.board = run_dir, speaks, None
         self.bar = tqdm(
-            total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not (speaks and bar), desc=run_dir.name
+            total=updates,
+            initial=done,
+            unit="update",
+            dynamic_ncols=True,
+            disable=not (speaks and bar),
+            desc=run_dir.name,
         )
         if not speaks:
             return

@@ -50,7 +50,7 @@ def backward(
         else:
             scale = 1 / (term.weight.clamp(min=torch.finfo(torch.float32).tiny) * len(batches[kind]))
         (getattr(objective, kind).weight * scale * term.sum).backward()
-        _add(sums, {kind: torch.stack((term.sum.detach(), term.weight))} | term.stats)
+        _add(sums, {kind: torch.stack((term.sum.detach(), term.weight))})
     return sums
 
 

@@ -19,7 +19,8 @@ def hazards(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]
             "understanding and generation share trained weights but objective.i2t.weight is 0: understanding may be "
             "forgotten. Give conversations and weight 1, as the paper does for Show-o and Harmon"
         )
-    decoupled = "gen_lm" in set(adapter.roles().values()) or "gen_head" in roles and "shared_lm" not in adapter.roles().values()
+    there = set(adapter.roles().values())
+    decoupled = "gen_lm" in there or ("gen_head" in roles and "shared_lm" not in there)
     if decoupled and roles & {"und_lm", "und_encoder"}:
         found.append(
             "understanding parameters are trained although they are separate from generation; the paper freezes them "
@@ -40,20 +41,22 @@ class Signals:
     def check(self, update: int, metrics: dict[str, float], kinds: Iterable[str]) -> list[str]:
         conditions = {}
         for kind in kinds:
-            conditions[f"no {kind} labels"] = metrics.get(f"{kind}/weight") == 0, (
+            text = (
                 f"no sample of kind {kind} in this update carries a label; its loss was skipped. Check the {kind} data"
             )
+            conditions[f"no {kind} labels"] = metrics.get(f"{kind}/weight") == 0, text
         if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])
             if len(early) < START:
                 early.append(loss)
             self.smooth["reca"] = 0.95 * self.smooth.get("reca", loss) + 0.05 * loss
             level = sum(early) / len(early)
-            conditions["copying"] = len(early) == START and self.smooth["reca"] < COPYING * level, (
+            text = (
                 f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPYING:.0%} of its first {START} "
                 f"updates ({level:.3g}). If text-to-image pictures get worse the model copies h_v: lower the "
                 "understanding resolution or blur that view"
             )
+            conditions["copying"] = len(early) == START and self.smooth["reca"] < COPYING * level, text
         drifted = False
         for name in ("t2i/drift", "i2t/drift"):
             if (value := metrics.get(name)) is not None:
@@ -64,10 +67,11 @@ class Signals:
                 conditions[name] = worse, f"{what} loss on the fixed batch rose from {base:.4g} to {value:.4g}"
         if (gap := metrics.get("reca/gap")) is not None:
             base = self.first.setdefault("gap", abs(gap))
-            conditions["gap"] = drifted and gap > GAP * base, (
+            text = (
                 f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (at first {base:.3g}) while "
                 "text-to-image gets worse: the model leans on h_v alone"
             )
+            conditions["gap"] = drifted and gap > GAP * base, text
         new = [text for name, (up, text) in conditions.items() if up and name not in self.raised]
         self.raised = (self.raised - conditions.keys()) | {name for name, (up, _) in conditions.items() if up}
         return new

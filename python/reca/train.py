@@ -131,9 +131,7 @@ class Trainer:
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """One update from this rank's micro-batches, by kind. Skipped, and counted, if it is not finite."""
         self.adapter.train()
-        sums = objective.backward(
-            self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast
-        )
+        sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
         norm = gradient_norm(self.adapter, self.recipe.optim.clip)
         lr = lr_at(self.update, self.recipe.train.updates, self.recipe.optim)
         if math.isfinite(norm):
@@ -227,19 +225,23 @@ class Trainer:
             return _NO_PROFILER
         first, last = map(int, self.recipe.log.profile.split(":"))
         return torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=max(0, first - 1), warmup=min(1, first), active=last - first + 1, repeat=1),
+            schedule=torch.profiler.schedule(
+                wait=max(0, first - 1), warmup=min(1, first), active=last - first + 1, repeat=1
+            ),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / f"trace_rank{distributed.rank()}.json")),
         )
 
     @contextlib.contextmanager
     def _listening(self):
-        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second one ends the process at once."""
+        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second ends the process at once."""
 
         def interrupt(number, _frame):
             self.interrupted = True
             signal.signal(number, signal.SIG_DFL)
 
-        before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        before = {
+            number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         try:
             yield
         finally:
@@ -269,7 +271,8 @@ def inherit(adapter: Adapter, recipe: Recipe) -> None:
     ours, theirs = (_sources(r) for r in (recipe, before))
     if ours != theirs:
         raise RecipeError(
-            f"train.init_from={folder} is a run of other published files than this recipe ({_difference(theirs, ours)}); "
+            f"train.init_from={folder} is a run of other published files than this recipe "
+            f"({_difference(theirs, ours)}); "
             "both must name the same umm and the same files"
         )
     inherit(adapter, before)
@@ -288,7 +291,7 @@ def _due(update: int, every: int) -> bool:
 
 
 def recompute_blocks(adapter: Adapter) -> None:
-    """Activation checkpointing: the backward pass runs the repeated layers once more, in place of keeping what they made."""
+    """Activation checkpointing: the backward pass runs the repeated layers again and keeps nothing of them."""
     for block in adapter.blocks():
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 

@@ -9,9 +9,9 @@ A backend's file holds
 hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
 for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
 gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
-rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, with filter_eps only
-those of tiles that carry as much, and dropped, fp32 [N], is what the others' would have been (0 where no gradient is
-made); without both dropped is None.
+rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, with filter_eps
+only those of tiles that carry as much, and dropped, fp32 [N], is what the others' would have been (0 where no gradient
+is made); without both dropped is None.
 """
 
 from typing import Any
@@ -81,8 +81,8 @@ def masked_linear_cross_entropy(
         raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"{OP}: weight must be [V, D] = [V > 0, {hidden.shape[1]}], got {list(weight.shape)}. A weight that FSDP or "
-            "ZeRO-3 has sharded is empty or flat here: gather it first"
+            f"{OP}: weight must be [V, D] = [V > 0, {hidden.shape[1]}], got {list(weight.shape)}. A weight that FSDP "
+            "or ZeRO-3 has sharded is empty or flat here: gather it first"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")

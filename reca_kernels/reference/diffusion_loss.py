@@ -36,8 +36,8 @@ def tables(beta: Tensor) -> Tensor:
     posterior = beta * (1 - before) / (1 - abar)
     log_posterior = torch.cat((posterior[1:2], posterior[1:])).log() if len(beta) > 1 else beta.log()
     c1, c2 = beta * before.sqrt() / (1 - abar), (1 - before) * (1 - beta).sqrt() / (1 - abar)
-    columns = (abar.sqrt(), (1 - abar).sqrt(), (1 / abar).sqrt(), (1 / abar - 1).sqrt(), c1, c2, log_posterior, beta.log())
-    return torch.stack(columns, dim=1)
+    signal = abar.sqrt(), (1 - abar).sqrt(), (1 / abar).sqrt(), (1 / abar - 1).sqrt()
+    return torch.stack((*signal, c1, c2, log_posterior, beta.log()), dim=1)
 
 
 def noise_of(x0: Tensor, count: int, noise: Tensor | tuple) -> Tensor:

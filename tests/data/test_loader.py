@@ -182,7 +182,9 @@ def test_conversations_that_are_none(folder, tmp_path):
 def test_conversations(folder):
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A square."), ("human", "Which colour?"), ("gpt", "Red.")]
     item = {"image": "00.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
-    (folder / "talk.json").write_text(json.dumps([item, {"conversations": []}, {"image": "gone.png", **{"conversations": item["conversations"]}}]))
+    (folder / "talk.json").write_text(
+        json.dumps([item, {"conversations": []}, {"image": "gone.png", **{"conversations": item["conversations"]}}])
+    )
     source = open_source(str(folder / "talk.json"), "i2t")
     assert len(source) == 2 and source[0].text == [("What is it?", "A square."), ("Which colour?", "Red.")]
     stream = loader(folder / "talk.json", "i2t", max_bad_fraction=0.6)

@@ -28,7 +28,16 @@ def encoded(image, format="PNG", **options):
 
 @pytest.mark.parametrize(
     ("mode", "format"),
-    [("L", "PNG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("LA", "PNG"), ("RGB", "WEBP")],
+    [
+        ("L", "PNG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("1", "PNG"),
+        ("LA", "PNG"),
+        ("RGB", "WEBP"),
+    ],
 )
 def test_every_mode_becomes_rgb(mode, format):
     image = open_rgb(encoded(picture(mode=mode), format))

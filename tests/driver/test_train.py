@@ -224,7 +224,9 @@ def test_condition_other_swaps_h_v(recipe):
 
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     trainer = run(recipe())
-    monkeypatch.setattr("reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())))
+    monkeypatch.setattr(
+        "reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+    )
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
 
@@ -237,7 +239,9 @@ def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatc
     for name, value in weights(reca.adapter).items():
         kept = name.startswith(("tower", "layers.1"))
         assert torch.equal(value, weights(sft.adapter)[name]) == kept, name
-    monkeypatch.setattr("reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter())))
+    monkeypatch.setattr(
+        "reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+    )
     loaded = load_trained(reca.run_dir, reca.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(reca.adapter).items())
 

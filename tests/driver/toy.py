@@ -67,9 +67,7 @@ class ToyAdapter(Adapter):
         return [torch.full((3, SIDE, SIDE), seed % 256, dtype=torch.uint8) for seed in seeds]
 
     def roles(self) -> dict[str, str]:
-        return {
-            name: "und_encoder" if name.startswith("tower") else "gen_head" for name, _ in self.named_parameters()
-        }
+        return {name: "und_encoder" if name.startswith("tower") else "gen_head" for name, _ in self.named_parameters()}
 
     def blocks(self):
         return list(self.layers)

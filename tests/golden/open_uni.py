@@ -28,7 +28,9 @@ class ByteTokenizer:
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
         parts = self.pattern.split(text)
-        return SimpleNamespace(input_ids=[i for p in parts for i in ([self.specials[p]] if p in self.specials else p.encode())])
+        return SimpleNamespace(
+            input_ids=[i for p in parts for i in ([self.specials[p]] if p in self.specials else p.encode())]
+        )
 
 
 def build(golden: Golden) -> Adapter:

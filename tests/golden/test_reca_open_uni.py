@@ -73,7 +73,9 @@ def test_gradient_and_update(golden, model, batch):
     data, c = golden.data, golden.config["optimizer"]
     freeze(model, None)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, OptimConfig(lr=c["lr"], betas=c["betas"], eps=c["eps"], weight_decay=c["weight_decay"]))
+    optimizer = make_optimizer(
+        model, OptimConfig(lr=c["lr"], betas=c["betas"], eps=c["eps"], weight_decay=c["weight_decay"])
+    )
     set_lr(optimizer, c["lr"])
     model.zero_grad()
     for number, name in enumerate(("step1", "step2")):
@@ -89,5 +91,7 @@ def test_gradient_and_update(golden, model, batch):
     for key, wanted in data.items():
         if key.startswith("update.delta_norm."):
             name = key.removeprefix("update.delta_norm.")
-            assert float((model.get_parameter(name) - before[name]).norm()) == pytest.approx(float(wanted), rel=2e-3), name
+            assert float((model.get_parameter(name) - before[name]).norm()) == pytest.approx(float(wanted), rel=2e-3), (
+                name
+            )
     torch.testing.assert_close(model.meta_queries.detach(), data["update.meta_queries"], rtol=0, atol=1e-2 * c["lr"])

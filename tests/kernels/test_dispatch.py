@@ -100,4 +100,7 @@ def test_without_the_native_module_everything_runs_and_says_so():
 
 
 def test_kernels_do_not_import_the_driver():
-    assert run("import sys, reca_kernels; print([m for m in sys.modules if m == 'reca' or m.startswith('reca.')])") == "[]\n"
+    assert (
+        run("import sys, reca_kernels; print([m for m in sys.modules if m == 'reca' or m.startswith('reca.')])")
+        == "[]\n"
+    )

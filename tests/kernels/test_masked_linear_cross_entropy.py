@@ -190,7 +190,7 @@ def test_filter(backend, device, reduction, window):
         assert (missed[0].norm(dim=1) <= share * dropped * largest * (1 + 1e-4) + 1e-6).all()
         assert missed[1].norm() <= share * (dropped * wide[0].norm(dim=1)).sum() * (1 + 1e-4) + 1e-6
         assert missed[2].norm() <= share * dropped.sum() * (1 + 1e-4) + 1e-6
-        assert 0 < dropped[labels != IGNORED].min() and not dropped[labels == IGNORED].any()
+        assert dropped[labels != IGNORED].min() > 0 and not dropped[labels == IGNORED].any()
 
 
 @EVERYWHERE
@@ -293,7 +293,9 @@ def test_only_wanted_gradients(backend, device):
         assert torch.equal(inputs[i].grad, want[i]) and all(x.grad is None for j, x in enumerate(inputs) if j != i)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}, {"filter_eps": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}, {"filter_eps": 0.1}], ids=str
+)
 @KERNELS
 def test_compiles_into_one_graph(backend, device, options):
     leaves, labels = problem(device=device)

@@ -36,9 +36,7 @@ def test_known_answer_through_an_address():
     bits = reference.philox_bits(torch.tensor(seed), torch.tensor([sample]), stream, 6)
     key = (seed & ONES, (seed >> 32) & ONES)
     counter = (1, 0, 77, 5 << 8 | 9)  # block 1 holds elements 4..7
-    words = reference.philox_4x32_10(
-        tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key)
-    )
+    words = reference.philox_4x32_10(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
     assert bits[0, 4:].tolist() == [int(words[0]), int(words[1])]
 
 

@@ -20,7 +20,8 @@ WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue sq
 TEXTS = {
     "reca": ["describe this", "describe the image as it is .", "a red square", "image"],
     "t2i": ["a red square", "a blue square", "a square", "a"],
-    "i2t": [[Turn("describe this", "a red square")], [Turn("is this a square", "a"), Turn("describe", "it is blue")]] * 2,
+    "i2t": [[Turn("describe this", "a red square")], [Turn("is this a square", "a"), Turn("describe", "it is blue")]]
+    * 2,
 }
 
 
@@ -34,7 +35,9 @@ def model():
 
 
 def images(n: int, size: int) -> list[torch.Tensor]:
-    return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    return list(
+        torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
@@ -65,14 +68,26 @@ SIZES = {
 def test_published_sizes(recipe):
     with torch.device("meta"):
         model = Adapter(load_recipe(recipe).model, PublishedTokenizer())
-    parts = (count(model.mllm), count(model.connector), count(model.projector), model.meta_queries.numel(), count(model.transformer))
+    parts = (
+        count(model.mllm),
+        count(model.connector),
+        count(model.projector),
+        model.meta_queries.numel(),
+        count(model.transformer),
+    )
     assert parts == SIZES[recipe]
     assert count(model.vae) == 312_250_275
     assert model.vae.config.scaling_factor == 0.41407
     names = set(model.state_dict())
     assert {n for n in names if n.startswith("connector.layers.0.")} == {
         f"connector.layers.0.{n}.{kind}"
-        for n in ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")))
+        for n in (
+            "layer_norm1",
+            "layer_norm2",
+            "mlp.fc1",
+            "mlp.fc2",
+            *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")),
+        )
         for kind in ("weight", "bias")
     }
     assert {"meta_queries", "projector.weight", "transformer.transformer_blocks.0.attn1.to_q.weight"} <= names
@@ -108,7 +123,9 @@ def test_cached_features_give_the_same_loss(model, kind):
     sample = batch(model, kind)
     features = model.encode(sample)
     assert not any(tensor.requires_grad for tensor in features.values())
-    assert torch.equal(model(replace(sample, gen=None, und=None, features=features), Draws(1)).sum, model(sample, Draws(1)).sum)
+    assert torch.equal(
+        model(replace(sample, gen=None, und=None, features=features), Draws(1)).sum, model(sample, Draws(1)).sum
+    )
 
 
 def test_condition_of_another_image_changes_the_loss(model):
@@ -225,7 +242,11 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
     torch.save(delta, tmp_path / "delta.pth")
     merged, report = convert.overlay([tmp_path / "base.pth", tmp_path / "delta.pth"])
     assert torch.equal(merged["meta_queries"], delta["meta_queries"]) and merged.keys() == base.keys()
-    assert "1 tensors of meta_queries" in report[1] and "tensors of connector" in report[0] and "transformer" not in report[0]
+    assert (
+        "1 tensors of meta_queries" in report[1]
+        and "tensors of connector" in report[0]
+        and "transformer" not in report[0]
+    )
     with pytest.raises(ValueError, match="holds no connector, projector"):
         convert.overlay([tmp_path / "delta.pth"])
     torch.save(base | {"showo.lm_head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")

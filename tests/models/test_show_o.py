@@ -368,7 +368,10 @@ def test_clip_files_of_transformers_4_with_text_tower(folder, tmp_path):
     last = "vision_model.encoder.layers."
     old |= {n.replace(f"{last}1.", f"{last}2."): t.clone() for n, t in old.items() if n.startswith(f"{last}1.")}
     old |= {"text_model.final_layer_norm.bias": torch.zeros(2), "logit_scale": torch.zeros(())}
-    old |= {"vision_model.post_layernorm.weight": torch.zeros(64), "vision_model.embeddings.position_ids": torch.arange(10)}
+    old |= {
+        "vision_model.post_layernorm.weight": torch.zeros(64),
+        "vision_model.embeddings.position_ids": torch.arange(10),
+    }
     torch.save(old, tmp_path / "pytorch_model.bin")
     loaded = Adapter.load(replace(tiny(), weights=str(folder), clip_weights=str(tmp_path)))
     for name, tensor in loaded.clip.state_dict().items():
@@ -377,7 +380,11 @@ def test_clip_files_of_transformers_4_with_text_tower(folder, tmp_path):
 
 def test_dtype(folder):
     model = Adapter.load(replace(tiny(), weights=str(folder), dtype="bf16"))
-    assert {p.dtype for p in model.showo.parameters()} == {p.dtype for p in model.mm_projector.parameters()} == {torch.bfloat16}
+    assert (
+        {p.dtype for p in model.showo.parameters()}
+        == {p.dtype for p in model.mm_projector.parameters()}
+        == {torch.bfloat16}
+    )
     assert {p.dtype for p in model.clip.parameters()} == {torch.float32}
     assert model.codec.codebook.dtype == torch.float32
     assert len(model.generate(["a red square"], [0], steps=2)) == 1
@@ -467,7 +474,10 @@ def test_recipe_that_does_not_fit_the_checkpoint(folder, given, said):
     "given, said",
     [
         ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of 4"),
-        ({"understanding": "vq", "hv_down_scale": 2}, "model.hv_down_scale is 10 pixels, which must be a multiple of 4"),
+        (
+            {"understanding": "vq", "hv_down_scale": 2},
+            "model.hv_down_scale is 10 pixels, which must be a multiple of 4",
+        ),
         ({"clip": replace(tiny().clip, image_size=20)}, "model.clip.image_size is 20 pixels"),
     ],
 )

@@ -14,7 +14,9 @@ def test_a_local_path_comes_first(tmp_path):
 def test_hub_repository_and_file_of_one(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, file: asked.append((repo, file)) or str(tmp_path)
+    )
     fetch("owner/name")
     fetch("owner/name/folder/file.pth")
     assert asked == ["owner/name", ("owner/name", "folder/file.pth")]

@@ -26,7 +26,11 @@ def test_rendered_truth_is_recognised():
 def test_every_pair_in_every_place():
     for pair in all_pairs():
         other = Thing("white", "ring")
-        for scene in (Scene((pair,)), *(Scene((pair, other), r) for r in RELATIONS), *(Scene((other, pair), r) for r in RELATIONS)):
+        for scene in (
+            Scene((pair,)),
+            *(Scene((pair, other), r) for r in RELATIONS),
+            *(Scene((other, pair), r) for r in RELATIONS),
+        ):
             assert shows(render(scene), scene, True, True), scene
 
 

@@ -47,7 +47,7 @@ class FeatureCache:
             return None
 
     def put(self, keys: Sequence[str], features: dict[str, Any]) -> None:
-        """Keep a batch's features, every one of which has a first dim (or is a list) of the samples that `keys` name."""
+        """Keep a batch's features, each of which is a list or has a first dim of the samples that `keys` name."""
         for number, key in enumerate(keys):
             path = self.path(key)
             path.parent.mkdir(exist_ok=True)

@@ -18,9 +18,13 @@ class DataConfig:
         None, "captioned pictures (t2i): a folder or tars with a .txt beside every picture, or world:SPLIT"
     )
     image_root: Optional[str] = option(None, "folder that the picture names of a conversations file start from")
-    templates: Optional[str] = option(None, "text file of template sentences, one a line, or world:; null: the 360 of this package")
+    templates: Optional[str] = option(
+        None, "text file of template sentences, one a line, or world:; null: the 360 of this package"
+    )
     template_count: Optional[int] = option(None, "use this many of the templates, evenly spread; null uses all")
-    decoder: str = option("auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali"))
+    decoder: str = option(
+        "auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali")
+    )
     workers: int = option(2, "threads that read and decode ahead; 0 decodes when asked", least=0)
     prefetch: int = option(2, "batches decoded ahead", least=0)
     max_bad_fraction: float = option(0.01, "largest share of unreadable pictures before the run stops", least=0)

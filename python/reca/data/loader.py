@@ -124,7 +124,10 @@ class Loader:
     def _read(self, position: int) -> Row:
         size = len(self.source)
         for attempt in range(ATTEMPTS):
-            index = substitute_index(self.order, size, position, attempt) if attempt else sample_index(self.order, size, position)
+            if attempt:
+                index = substitute_index(self.order, size, position, attempt)
+            else:
+                index = sample_index(self.order, size, position)
             try:
                 sample = self.source[index]
             except OSError as error:

@@ -69,7 +69,9 @@ def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
     return w, h
 
 
-def geometry(width: int, height: int, view: View, crop: float) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+def geometry(
+    width: int, height: int, view: View, crop: float
+) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
     """Source box (left, top, right, bottom) and target (width, height) of a view.
 
     crop: in [0, 1), where along the longer side a random crop lies.

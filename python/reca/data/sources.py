@@ -60,7 +60,10 @@ class Folder:
         if kind == "t2i":
             bare = [p for p in self.paths if not p.with_suffix(".txt").is_file()]
             if bare:
-                raise DataError(f"{len(bare)} of {len(self.paths)} pictures have no caption; {bare[0].with_suffix('.txt')} is missing")
+                raise DataError(
+                    f"{len(bare)} of {len(self.paths)} pictures have no caption; {bare[0].with_suffix('.txt')} "
+                    "is missing"
+                )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -149,7 +152,8 @@ def _tar_index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if member.isfile():
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
-                    samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[suffix.lower()] = (member.offset_data, member.size)
+                    name = f"{folder}/{stem}".lstrip("/")
+                    samples.setdefault(name, {})[suffix.lower()] = member.offset_data, member.size
     except tarfile.TarError as error:
         raise DataError(f"{path} is not an uncompressed tar: {error}") from error
     return samples

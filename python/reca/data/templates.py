@@ -12,7 +12,9 @@ def load_templates(path: str | None = None, count: int | None = None) -> list[st
     if count is None:
         return lines
     if not 1 <= count <= len(lines):
-        raise DataError(f"data.template_count={count}, but there are {len(lines)} templates; give 1 to {len(lines)}, or null")
+        raise DataError(
+            f"data.template_count={count}, but there are {len(lines)} templates; give 1 to {len(lines)}, or null"
+        )
     return [lines[i * len(lines) // count] for i in range(count)]
 
 

@@ -63,7 +63,9 @@ class Batch:
             return [move(item) for item in value] if isinstance(value, list) else value
 
         features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
-        return replace(self, sample_ids=move(self.sample_ids), gen=move(self.gen), und=move(self.und), features=features)
+        return replace(
+            self, sample_ids=move(self.sample_ids), gen=move(self.gen), und=move(self.und), features=features
+        )
 
 
 class LossTerm(NamedTuple):
@@ -71,7 +73,6 @@ class LossTerm(NamedTuple):
 
     sum: Tensor  # fp32 [], carries the graph
     weight: Tensor  # fp32 [], no gradient
-    stats: dict[str, Tensor] = {}  # detached (sum, weight) pairs as [2] tensors, for the log
 
 
 class Adapter(nn.Module):
@@ -81,7 +82,7 @@ class Adapter(nn.Module):
     kinds: ClassVar[frozenset[str]]  # which of KINDS it can train on
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
-    condition_keys: ClassVar[tuple[str, ...]]  # the features that h_v is made of, each with a first dim (or list) of samples
+    condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
@@ -129,7 +130,9 @@ class Adapter(nn.Module):
                 batch.keep(features)
         if condition == "other":
             if len(batch) < 2:
-                raise ValueError("condition 'other' takes h_v from another sample: it needs a micro_batch of at least 2")
+                raise ValueError(
+                    "condition 'other' takes h_v from another sample: it needs a micro_batch of at least 2"
+                )
             features = features | {key: _rolled(features[key]) for key in self.condition_keys}
         return self.loss(batch, features, draws)
 

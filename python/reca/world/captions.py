@@ -23,12 +23,14 @@ TEMPLATES = (
 WRAPPING = ("USER", "ASSISTANT", ":", "\n")
 WORDS = tuple(
     dict.fromkeys(
-        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING] + " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
+        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING, *" ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()]
     )
 )
 
 
-def caption(scene: Scene, told: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0) -> str:
+def caption(
+    scene: Scene, told: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0
+) -> str:
     """The scene in words, seven at most.
 
     The colour of a thing is told if the thing is in `told` (None: any), and then with chance `share`.

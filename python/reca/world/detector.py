@@ -89,7 +89,7 @@ def shows(picture: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
 
 def _matches(found: list[Found], scene: Scene, colours: bool, layout: bool) -> bool:
     for got, wanted in zip(found, scene.things, strict=True):
-        if got.thing.shape != wanted.shape or colours and got.thing.colour != wanted.colour:
+        if got.thing.shape != wanted.shape or (colours and got.thing.colour != wanted.colour):
             return False
     if not layout or scene.relation is None:
         return True

@@ -63,7 +63,9 @@ class BagelConfig:
     language: LanguageSizes = option(LanguageSizes, "")
     vision: VisionSizes = option(VisionSizes, "")
     codec: str = option(
-        "flux", "image autoencoder: flux, or patches (linear; stands in for it in the embedded world)", ("flux", "patches")
+        "flux",
+        "image autoencoder: flux, or patches (linear; stands in for it in the embedded world)",
+        ("flux", "patches"),
     )
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
     patches: PatchSizes = option(PatchSizes, "")
@@ -77,9 +79,7 @@ class BagelConfig:
     hv_source: str = option(
         "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
     )
-    hv_blur: int = option(
-        1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
-    )
+    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
     answer_size: int = option(980, "longest side, in pixels, of a picture to talk about", least=1)
     answer_min_size: int = option(378, "its shortest side", least=1)
     edit_size: int = option(980, "longest side, in pixels, of what SigLIP sees of a picture to edit", least=1)

@@ -157,7 +157,9 @@ class Patches(PatchCodec):
 
 
 def codec(config: BagelConfig) -> nn.Module:
-    return FluxCodec(config.autoencoder) if config.codec == "flux" else Patches(config.patches.size, config.patches.channels)
+    if config.codec == "flux":
+        return FluxCodec(config.autoencoder)
+    return Patches(config.patches.size, config.patches.channels)
 
 
 def side(sizes: VisionSizes) -> int:

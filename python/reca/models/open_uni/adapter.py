@@ -78,7 +78,10 @@ class OpenUni(Adapter):
             model = cls(config, _tokenizer(config))
         folder = fetch(config.mllm)
         put(model.mllm, convert.mllm_native(_folder_tensors(folder)), str(folder))
-        for part, class_, source in (("transformer", SanaTransformer2DModel, config.dit), ("vae", AutoencoderDC, config.vae)):
+        for part, class_, source in (
+            ("transformer", SanaTransformer2DModel, config.dit),
+            ("vae", AutoencoderDC, config.vae),
+        ):
             folder = fetch(source)
             subfolder = folder / part if (folder / part).is_dir() else folder
             setattr(model, part, class_.from_pretrained(subfolder, torch_dtype=torch.float32))
@@ -101,7 +104,9 @@ class OpenUni(Adapter):
         """Overlay the parts a published file holds, in fp32; SANA stays as it is when the file has none of it."""
         queries = state["meta_queries"]
         if queries.shape != self.meta_queries.shape:
-            raise ValueError(f"{source}: meta_queries is {list(queries.shape)}, expected {list(self.meta_queries.shape)}")
+            raise ValueError(
+                f"{source}: meta_queries is {list(queries.shape)}, expected {list(self.meta_queries.shape)}"
+            )
         self.meta_queries = nn.Parameter(queries.float())
         for part in ("connector", "projector", "transformer"):
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
@@ -136,7 +141,9 @@ class OpenUni(Adapter):
     def vit_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised first, resized then, as the release does."""
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return F.interpolate(((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear")
+        return F.interpolate(
+            ((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear"
+        )
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]

@@ -46,7 +46,8 @@ class SanaSizes:
     mlp_ratio: float = option(2.5, "width of its MLP over its own width")
     qk_norm: Optional[str] = option(None, "rms_norm_across_heads for SANA-1.5")
     interpolation_scale: Optional[float] = option(
-        None, "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions"
+        None,
+        "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions",
     )
 
 
@@ -96,9 +97,7 @@ class OpenUniConfig:
     understanding_size: int = option(
         448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck", least=1
     )
-    hv_blur: int = option(
-        1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
-    )
+    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
     parity: bool = option(False, "round sigma to bf16 as the release does")
     seed: int = option(0, "of a random initialisation")
 

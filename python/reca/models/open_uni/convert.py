@@ -14,7 +14,10 @@ _MLLM = [
     (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
     (r"^vision_model\.embeddings\.position_embedding$", "model.vision_tower.embeddings.position_embeddings"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
-    (r"^vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.", r"model.vision_tower.encoder.layer.\1.attention.projection_layer."),
+    (
+        r"^vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.",
+        r"model.vision_tower.encoder.layer.\1.attention.projection_layer.",
+    ),
     (r"^vision_model\.encoder\.layers\.(\d+)\.norm1\.", r"model.vision_tower.encoder.layer.\1.layernorm_before."),
     (r"^vision_model\.encoder\.layers\.(\d+)\.norm2\.", r"model.vision_tower.encoder.layer.\1.layernorm_after."),
     (r"^vision_model\.encoder\.layers\.(\d+)\.ls1$", r"model.vision_tower.encoder.layer.\1.lambda_1"),
@@ -61,7 +64,9 @@ def read_parts(path: Path) -> dict[str, Tensor]:
     state = read_tensors(path / FILE if (path / FILE).is_file() else path)
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, "lmm.", "vae.")))
     if unknown:
-        raise ValueError(f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}")
+        raise ValueError(
+            f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}"
+        )
     return {name: tensor for name, tensor in state.items() if name.startswith(TRAINED)}
 
 
@@ -71,7 +76,9 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     for path in paths:
         part = read_parts(path)
         counts = {prefix.rstrip("."): sum(n.startswith(prefix) for n in part) for prefix in TRAINED}
-        report.append(f"{path.name}: " + ", ".join(f"{count} tensors of {name}" for name, count in counts.items() if count))
+        report.append(
+            f"{path.name}: " + ", ".join(f"{count} tensors of {name}" for name, count in counts.items() if count)
+        )
         merged |= part
     absent = [prefix.rstrip(".") for prefix in REQUIRED if not any(n.startswith(prefix) for n in merged)]
     if absent:

@@ -57,7 +57,9 @@ def sample(
     one = torch.zeros(1, dtype=torch.int64, device=device)
     n = shape[0] * shape[1] * shape[2]
     start = torch.cat([Draws(seed).normal(Purpose.NOISE, one, n).view(1, *shape) for seed in seeds])
-    pixels = denoise(model, model.condition(cond, h_v, "right"), model.condition(uncond, h_v, "right"), start, steps, guidance)
+    pixels = denoise(
+        model, model.condition(cond, h_v, "right"), model.condition(uncond, h_v, "right"), start, steps, guidance
+    )
     return list((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8))
 
 

@@ -67,7 +67,9 @@ class ShowOConfig:
     )
     hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v", least=1)
     hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
-    hv_blur: int = option(1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
+    hv_blur: int = option(
+        1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
+    )
     parity: bool = option(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
