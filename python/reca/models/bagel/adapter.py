@@ -274,7 +274,10 @@ class Bagel(Adapter):
         samples = [[prompt.Seen(*rows.shape[:2]), talk] for rows, talk in zip(h_v, talks, strict=True)]
         hidden, _ = self.read(samples, h_v)
         labels = self.layout(samples, [0] * len(samples)).labels
-        total = masked_linear_cross_entropy(hidden, self.language_model.lm_head.weight, labels, reduction="sum")
+        labelled = sum(label != prompt.IGNORE for talk in talks for label in talk.labels)  # no GPU is waited for
+        total = masked_linear_cross_entropy(
+            hidden, self.language_model.lm_head.weight, labels, reduction="sum", num_labelled=labelled
+        )
         return LossTerm(total, (labels != prompt.IGNORE).sum().float())
 
     # text

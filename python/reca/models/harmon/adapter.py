@@ -204,10 +204,12 @@ class Harmon(Adapter):
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
         encoded, buffers = self.mar.encode(latents), self.config.mar.buffers
         prompts = [self.conversation(tuple(turns)) for turns in batch.text]
-        layout = prompt.layout(prompts, buffers, encoded.shape[1] - buffers).to(encoded.device)
+        layout = prompt.layout(prompts, buffers, encoded.shape[1] - buffers)
+        labelled = int((layout.labels != IGNORE).sum())  # on the host, so that no GPU is waited for
+        layout = layout.to(encoded.device)
         hidden = self.states(layout, self.understood(encoded))
         labels, head = layout.labels.flatten(), self.llm.lm_head.weight
-        total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum")
+        total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum", num_labelled=labelled)
         return LossTerm(total, (labels != IGNORE).sum().float())
 
     def hidden_counts(self, draws: Draws, sample_ids: Tensor, size: int) -> Tensor:

@@ -241,6 +241,7 @@ class OpenUni(Adapter):
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
         ids, labels = zip(*(self.conversation(turns) for turns in batch.text), strict=True)
         layout, mask = prompt.plan(ids, self.context_id, "right", labels)
+        labelled = int((layout.labels != -100).sum())  # on the host, so that no GPU is waited for
         hidden = self.mllm.model.language_model(
             inputs_embeds=self.embed(layout.src, h_v),
             position_ids=prompt.positions(mask).to(h_v.device),
@@ -248,7 +249,11 @@ class OpenUni(Adapter):
         ).last_hidden_state
         targets = layout.labels[:, 1:].to(h_v.device)
         total = masked_linear_cross_entropy(
-            hidden[:, :-1].flatten(0, 1), self.mllm.lm_head.weight, targets.flatten(), reduction="sum"
+            hidden[:, :-1].flatten(0, 1),
+            self.mllm.lm_head.weight,
+            targets.flatten(),
+            reduction="sum",
+            num_labelled=labelled,
         )
         return LossTerm(total, (targets != -100).sum().float())
 

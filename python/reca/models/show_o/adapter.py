@@ -208,13 +208,21 @@ class ShowO(Adapter):
     def i2t_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         h_v = features["h_v"]
         samples = [self.talk(*self.conversation(turns), h_v.shape[1]) for turns in batch.text]
-        layout = prompt.layout(samples, self.vocabulary).to(self.device)
-        return self.cross_entropy(self.hidden(layout, h_v), layout.labels)
+        layout = prompt.layout(samples, self.vocabulary)
+        labelled = int((layout.labels != IGNORE).sum())  # on the host, so that no GPU is waited for
+        layout = layout.to(self.device)
+        return self.cross_entropy(self.hidden(layout, h_v), layout.labels, labelled)
 
-    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> LossTerm:  # [B, L, H], [B, L]
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> LossTerm:
+        """hidden [B, L, H], labels [B, L]. labelled: how many there are, where the host knows."""
         head = self.showo.lm_head
         total = masked_linear_cross_entropy(
-            hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, reduction="sum"
+            hidden.flatten(0, 1),
+            head.weight,
+            labels.flatten(),
+            head.bias,
+            reduction="sum",
+            num_labelled=labelled,
         )
         return LossTerm(total, (labels != IGNORE).sum().float())
 
