@@ -15,6 +15,7 @@ from reca_kernels import masked_cross_entropy, masked_linear_cross_entropy
 from reca_kernels.reference import masked_cross_entropy as reference
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import IGNORED, close, exact, logits_of, problem
+from tests.kernels.on_gpu import capture
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
@@ -82,14 +83,9 @@ def test_runs_on_the_current_stream(backend):
 @BACKENDS
 def test_graph_replays_with_other_inputs(backend, room):
     leaves, labels = large()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        both(leaves, labels, backend, room or len(labels))  # compiles what the capture will launch
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = both(leaves, labels, backend, room)
+    graph, captured = capture(
+        lambda: both(leaves, labels, backend, room), lambda: both(leaves, labels, backend, room or len(labels))
+    )
     others, other_labels = large(seed=4)
     with torch.no_grad():
         for to, x in zip(leaves, others, strict=True):

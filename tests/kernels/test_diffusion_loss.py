@@ -9,6 +9,7 @@ from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_sc
 from reca_kernels.reference import diffusion_loss as reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
+from tests.kernels.on_gpu import capture, on_streams
 
 needs_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss"))
@@ -369,14 +370,7 @@ def test_every_run_makes_the_same_bits(channels, backend):
 @ON_GPU
 def test_a_captured_graph_draws_from_the_seed_it_finds(backend):
     run, seed = step(backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for new in (5, -(2**40)):
         seed.fill_(new)
         graph.replay()
@@ -388,15 +382,7 @@ def test_a_captured_graph_draws_from_the_seed_it_finds(backend):
 def test_two_streams(backend):
     runs = [step(backend, seed=seed)[0] for seed in (1, 2)]
     want = [run() for run in runs]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in runs]
-    for _ in range(10):
-        got = []
-        for stream, run in zip(streams, runs, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(run())
-    torch.cuda.synchronize()
-    assert all(map(equal, got, want))
+    assert all(map(equal, on_streams(runs), want))
 
 
 @pytest.mark.gpu

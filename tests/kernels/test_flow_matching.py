@@ -15,6 +15,7 @@ from reca_kernels.reference import flow_matching as reference
 from reca_kernels.reference import philox
 from tests.kernels import cubin
 from tests.kernels.backends import targets
+from tests.kernels.on_gpu import capture, on_streams
 
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets("flow_matching"))
 KERNELS = pytest.mark.parametrize(("backend", "device"), targets("flow_matching", reference=False))
@@ -372,14 +373,7 @@ def test_every_run_makes_the_same_bits(layout, backend):
 @pytest.mark.parametrize("layout", ["batch in eights", "packed"])
 def test_a_captured_graph_draws_from_the_seed_it_finds(layout, backend):
     run, seed = step(layout, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for new in (5, -(2**40)):
         seed.fill_(new)
         graph.replay()
@@ -391,15 +385,7 @@ def test_a_captured_graph_draws_from_the_seed_it_finds(layout, backend):
 def test_two_streams(backend):
     runs = [step("one image over several chunks", backend, seed)[0] for seed in (1, 2)]
     want = [run() for run in runs]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in runs]
-    for _ in range(10):
-        got = []
-        for stream, run in zip(streams, runs, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(run())
-    torch.cuda.synchronize()
-    assert all(map(equal, got, want))
+    assert all(map(equal, on_streams(runs), want))
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from reca_kernels import TextSegment, VisualSegment, concat_plan, native, segmen
 from reca_kernels.reference import template_concat as reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
+from tests.kernels.on_gpu import capture, on_streams
 
 OP = "template_concat"
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
@@ -372,16 +374,12 @@ def test_both_gpu_backends_and_every_run_make_the_same_bits():
 def test_graph_capture(backend):
     leaves, src, indices = big_problem("cuda")
     upstream = like(run(leaves, src, indices, backend=backend).detach())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            torch.autograd.grad(run(leaves, src, indices, backend=backend), leaves, upstream)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def both():
         x = run(leaves, src, indices, backend=backend)
-        captured = [x, *torch.autograd.grad(x, leaves, upstream)]
+        return [x, *torch.autograd.grad(x, leaves, upstream)]
+
+    graph, captured = capture(both)
     new_leaves, new_src, _ = big_problem("cuda", seed=1)
     with torch.no_grad():
         src.copy_(new_src)
@@ -397,14 +395,7 @@ def test_graph_capture(backend):
 def test_two_streams(backend):
     problems = [big_problem("cuda", seed) for seed in (0, 1)]
     want = [step(*p, backend) for p in problems]
-    torch.cuda.synchronize()
-    streams, got = [torch.cuda.Stream() for _ in problems], []
-    for _ in range(10):
-        got = []
-        for stream, p in zip(streams, problems, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(step(*p, backend))
-    torch.cuda.synchronize()
+    got = on_streams([partial(step, *p, backend) for p in problems])
     assert all(torch.equal(a, b) for g, w in zip(got, want, strict=True) for a, b in zip(g, w, strict=True))
 
 

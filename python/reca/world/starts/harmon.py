@@ -26,6 +26,11 @@ UNDERSTANDING, DRAWING = 200, 600  # steps; those of drawing go on with understa
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
 TOLD = 0.8  # how often a caption tells a colour
 OFFSET = 3.0  # of the diffusion head's input
+SEES = (
+    "shared_encoder",
+    "shared_lm",
+    "embed",
+)  # roles that understanding needs, beside the way in to the language model
 
 
 class _Remembering(Adapter):
@@ -62,7 +67,8 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
 
     language = (model.llm.model.layers, model.mar.encoder_blocks)
-    understands = [p for name, p in model.named_parameters() if _understands(name)]
+    roles = model.roles()
+    understands = [p for name, p in model.named_parameters() if roles[name] in SEES or name.startswith("proj_in.")]
     descend(understands, matrices(*language), lambda step: task.naming(), understanding, progress)
 
     everything = [*model.parameters(), *task.readout.parameters()]
@@ -74,10 +80,6 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     finished.load_state_dict(model.state_dict())
     leave(finished, recipe, folder, understanding + drawing)
     return finished
-
-
-def _understands(name: str) -> bool:
-    return name.startswith(("llm.", "proj_in.", "mar.encoder", "mar.z_proj", "mar.fake_latent"))
 
 
 class _Task:
