@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from reca.draws import Draws
 from reca.models import umm
 from reca.models.base import ROLES, Adapter, Batch
 from reca.optim import freeze
-from reca.train import micro_batches, recompute_blocks
+from reca.split import departures, describe, passes
+from reca.train import recompute_blocks
 from reca_kernels.reference import masked_linear_cross_entropy as linear
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
@@ -142,7 +144,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     for kind in recipe.active_kinds():
         if kind not in adapter.kinds:
             raise ValueError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
-    passes = sum(micro_batches(kind, getattr(recipe.objective, kind), gpus) for kind in recipe.active_kinds())
+    several = sum(passes(getattr(recipe.objective, kind), gpus) for kind in recipe.active_kinds()) > 1
     shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
@@ -151,7 +153,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
         own = part(parameter, shard) * parameter.itemsize
         weights += own
         if parameter.requires_grad:
-            gradients += 4 * parameter.numel() if gpus > 1 and passes > 1 else own
+            gradients += 4 * parameter.numel() if gpus > 1 and several else own
             moments += 2 * own
             if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()
@@ -195,6 +197,12 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
         pictures = recipe.objective.reca.per_update
         steps[f"update of {pictures} pictures"] = pictures * sum(work)
     lines += [_line(name, n, FLOP_UNITS) for name, n in steps.items()]
+    lines += ["", f"samples of an update on {gpus} GPU{'s' * (gpus > 1)}"]
+    for kind in recipe.active_kinds():
+        config = getattr(recipe.objective, kind)
+        lines.append(f"  {kind:<22}{config.per_update:>18}   {describe(config.per_update, config.micro_batch, gpus)}")
+    if text := departures(recipe.objective, recipe.active_kinds(), gpus):
+        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
     lines += [_line(name, n, BYTE_UNITS) for name, n in (*need._asdict().items(), ("all", need.total))]
     return "\n".join(lines)

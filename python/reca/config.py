@@ -26,7 +26,7 @@ class RecipeError(ValueError):
 class KindConfig:
     weight: float = option(0.0, "lambda of this loss in the total; a kind of weight 0 is never computed", least=0)
     per_update: int = option(8, "samples of this kind in one update, over all ranks and micro-batches")
-    micro_batch: int = option(8, "samples in one forward pass on one rank")
+    micro_batch: int = option(8, "most samples in one forward pass on one rank; an update is split evenly below it")
 
 
 @dataclass
@@ -37,7 +37,8 @@ class ObjectiveConfig:
     condition: str = option("own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other"))
     mean: str = option(
         "update",
-        "what a loss is averaged over: all weights of the update, or each micro-batch by itself (as the releases do)",
+        "what a loss is averaged over: all weights of the update, or each micro-batch by itself (as the releases do) "
+        "and then these, each with its share of the update's samples",
         ("update", "micro_batch"),
     )
 
@@ -76,7 +77,9 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     shard: Optional[int] = option(
-        None, "ranks that share one copy of the weights (FSDP2); null = ranks of one node", least=1
+        None,
+        "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ",
+        least=1,
     )
     timeout_minutes: int = option(30, "how long a collective may take", least=1)
 
@@ -226,6 +229,10 @@ def _check(config: Any, prefix: str = "") -> None:
             _check(value, f"{prefix}{f.name}.")
     if isinstance(config, KindConfig) and config.weight and (config.per_update < 1 or config.micro_batch < 1):
         raise ValueError(f"{prefix}per_update and micro_batch must be at least 1 for a kind with a weight")
+    if isinstance(config, ObjectiveConfig) and config.condition == "other" and config.reca.per_update < 2:
+        raise ValueError(
+            f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.per_update to 2 or more"
+        )
     if isinstance(config, OptimConfig) and (len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas)):
         raise ValueError(f"{prefix}betas={config.betas} must be two numbers from 0 to below 1")
     if isinstance(config, LogConfig) and config.profile and not re.fullmatch(r"\d+:\d+", config.profile):

@@ -71,18 +71,27 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def shard_size(config: ParallelConfig, ranks: int, node: int) -> int:
-    """Ranks that share one copy of the weights, of `ranks` with `node` on each machine."""
-    size = config.shard or node
-    if ranks % size:
-        raise ValueError(f"parallel.shard={size} does not divide the {ranks} ranks of this run")
-    return size
+    """Ranks that share one copy of the weights, of `ranks` with at least `node` on each machine.
+
+    By default those of one machine; all ranks where machines do not hold equally many.
+    Raises ValueError for a `config.shard` that does not divide the ranks.
+    """
+    if config.shard is None:
+        return node if ranks % node == 0 else ranks
+    if ranks % config.shard:
+        fitting = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
+        raise ValueError(
+            f"parallel.shard={config.shard} does not divide the {ranks} ranks of this run: set it to one of "
+            f"{', '.join(fitting)}, or to null"
+        )
+    return config.shard
 
 
 def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precision: str) -> nn.Module:
     """Shard the adapter over the ranks: FSDP2 inside groups of `config.shard`, replicas between them (HSDP)."""
     if not dist.is_initialized():
         return adapter
-    size = shard_size(config, world(), int(os.environ.get("LOCAL_WORLD_SIZE", world())))
+    size = shard_size(config, world(), _ranks_per_node(device))
     if size == world():
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     else:
@@ -95,6 +104,13 @@ def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precis
     for method in ("generate", "edit", "answer", "encode"):
         register_fsdp_forward_method(adapter, method)
     return adapter
+
+
+def _ranks_per_node(device: torch.device) -> int:
+    """The fewest of any machine, so that every rank says the same."""
+    own = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", world())), device=device)
+    dist.all_reduce(own, dist.ReduceOp.MIN)
+    return int(own)
 
 
 def sync_gradients(adapter: nn.Module, on: bool) -> None:

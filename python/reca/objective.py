@@ -3,6 +3,9 @@
 A kind's loss is (sum over ranks and micro-batches of its sums) / (the same of its weights). So one GPU that
 accumulates eight micro-batches makes the update that eight GPUs make at once, and lambda keeps its meaning when
 micro-batches carry different numbers of tokens.
+
+With objective.mean=micro_batch it is a mean of the micro-batches' own means, each with its share of the update's
+samples. That is the release's mean where all have the same size. It depends on which samples share a micro-batch.
 """
 
 from collections.abc import Iterable
@@ -14,6 +17,8 @@ from reca import distributed
 from reca.config import ObjectiveConfig
 from reca.draws import Draws
 from reca.models.base import KINDS, Adapter, Batch
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 def kind_draws(seed: int, kind: str) -> Draws:
@@ -31,27 +36,41 @@ def backward(
     """Add the gradient of L_total over `batches` to the parameters.
 
     batches: the micro-batches of one update on this rank, by kind. Every rank has as many.
-    Returns fp32 [2] tensors (sum, weight) by name, over this rank only: every kind's loss, and the adapter's stats.
+    Returns fp32 [2] tensors (sum, weight) by kind, over the samples that this rank counts.
     A kind without any label in the whole update adds nothing.
     """
     draws = {kind: kind_draws(seed, kind) for kind in batches}
-    own = {k: [adapter.weight(b, draws[k]) for b in bs] for k, bs in batches.items()}
-    total = {k: distributed.sum_over_ranks(torch.stack(ws).sum()) for k, ws in own.items()}
+    totals = {kind: _totals(adapter, micro_batches, draws[kind]) for kind, micro_batches in batches.items()}
 
-    work = [(kind, i) for kind, list_ in batches.items() for i in range(len(list_))]
-    sums: dict[str, Tensor] = {}
-    for position, (kind, i) in enumerate(work):
+    work = [(kind, batch) for kind, micro_batches in batches.items() for batch in micro_batches]
+    sums = {kind: torch.zeros_like(total) for kind, total in totals.items()}
+    for position, (kind, batch) in enumerate(work):
         distributed.sync_gradients(adapter, position == len(work) - 1)
         condition = objective.condition if kind == "reca" else "own"
         with autocast:
-            term = adapter(batches[kind][i], draws[kind], condition)
-        if objective.mean == "update":
-            scale = distributed.world() / total[kind].clamp(min=torch.finfo(torch.float32).tiny)
+            term = adapter(batch, draws[kind], condition)
+        weight, samples = totals[kind]
+        if not batch.counted:
+            # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
+            # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
+            scale = 0.0
+        elif objective.mean == "update":
+            scale = distributed.world() / weight.clamp(min=TINY)
         else:
-            scale = 1 / (term.weight.clamp(min=torch.finfo(torch.float32).tiny) * len(batches[kind]))
+            scale = distributed.world() * len(batch) / (samples * term.weight.clamp(min=TINY))
         (getattr(objective, kind).weight * scale * term.sum).backward()
-        _add(sums, {kind: torch.stack((term.sum.detach(), term.weight))})
+        if batch.counted:
+            sums[kind] += torch.stack((term.sum.detach(), term.weight))
     return sums
+
+
+def _totals(adapter: Adapter, micro_batches: list[Batch], draws: Draws) -> Tensor:
+    """Weight and samples of one kind in the whole update, fp32 [2]."""
+    own = [(adapter.weight(batch, draws), len(batch)) for batch in micro_batches if batch.counted]
+    total = torch.zeros(2, device=micro_batches[0].sample_ids.device)
+    for weight, samples in own:
+        total += torch.stack((weight, weight.new_full((), samples)))
+    return distributed.sum_over_ranks(total)
 
 
 @torch.no_grad()
@@ -59,15 +78,11 @@ def evaluate(
     adapter: Adapter, batches: Iterable[Batch], seed: int, autocast: torch.autocast, condition: str = "own"
 ) -> float:
     """Mean loss over fixed batches, with the draws their sample ids give."""
-    sums: dict[str, Tensor] = {}
+    sums = torch.zeros(2, device=next(adapter.parameters()).device)
     for batch in batches:
         with autocast:
             term = adapter(batch, kind_draws(seed, batch.kind), condition)
-        _add(sums, {"loss": torch.stack((term.sum, term.weight))})
-    total, weight = distributed.sum_over_ranks(sums["loss"]).tolist()
+        if batch.counted:
+            sums += torch.stack((term.sum, term.weight))
+    total, weight = distributed.sum_over_ranks(sums).tolist()
     return total / weight if weight else 0.0
-
-
-def _add(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value

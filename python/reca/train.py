@@ -8,13 +8,13 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from reca import checkpoint, distributed, objective, signals
+from reca import checkpoint, distributed, objective, signals, split
 from reca.config import KindConfig, Recipe, RecipeError, as_dict, load_recipe, save_recipe
 from reca.data.loader import Loader, open_loader
 from reca.folders import writable
@@ -45,7 +45,7 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.start(recipe.parallel)
         self.kinds = recipe.active_kinds()
-        self.micro_batches = {kind: micro_batches(kind, self._kind(kind), distributed.world()) for kind in self.kinds}
+        self.passes = {kind: split.passes(self._kind(kind), distributed.world()) for kind in self.kinds}
         _reject_changed(recipe, self.run_dir)
         writable(self.run_dir, "run_dir")
 
@@ -89,6 +89,8 @@ class Trainer:
         watch = signals.Signals()
         for hazard in signals.hazards(recipe, self.adapter, self.roles):
             record.warn(self.update, hazard)
+        if departures := split.departures(recipe.objective, self.kinds, distributed.world()):
+            record.warn(self.update, departures)
         streams = {kind: iter(loader) for kind, loader in self.loaders.items()}
         profiler = self._profiler()
         try:
@@ -96,7 +98,7 @@ class Trainer:
                 while self.update < recipe.train.updates:
                     began = time.perf_counter()
                     batches = {
-                        kind: [next(streams[kind]).to(self.device) for _ in range(self.micro_batches[kind])]
+                        kind: [next(streams[kind]).to(self.device) for _ in range(self.passes[kind])]
                         for kind in self.kinds
                     }
                     waited = time.perf_counter() - began
@@ -166,6 +168,8 @@ class Trainer:
             self.adapter.views(kind),
             seed=self.recipe.train.seed,
             micro_batch=self._kind(kind).micro_batch,
+            per_update=self._kind(kind).per_update,
+            neighbours=kind == "reca" and self.recipe.objective.condition == "other",
             start=self._position(kind),
             rank=distributed.rank(),
             world=distributed.world(),
@@ -178,7 +182,10 @@ class Trainer:
         dump = {
             "update": self.update,
             "losses": {kind: str(metrics[f"{kind}/loss"]) for kind in self.kinds},
-            "sample_ids": {kind: torch.cat([b.sample_ids for b in bs]).tolist() for kind, bs in batches.items()},
+            "sample_ids": {
+                kind: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
+                for kind, list_ in batches.items()
+            },
         }
         with (self.run_dir / f"non_finite_{distributed.rank()}.jsonl").open("a") as file:
             file.write(json.dumps(dump) + "\n")
@@ -191,9 +198,12 @@ class Trainer:
 
     def _probe(self, metrics: dict[str, float], batches: dict[str, list[Batch]]) -> None:
         every, seed = self.recipe.log, self.recipe.train.seed
-        if "reca" in batches and len(batches["reca"][0]) > 1 and _due(self.update, every.gap_every):
-            probe = batches["reca"][:1]
-            own, other = (objective.evaluate(self.adapter, probe, seed, self.autocast, c) for c in ("own", "other"))
+        if "reca" in batches and _due(self.update, every.gap_every):
+            probe = batches["reca"][0]
+            if len(probe) == 1 and probe.neighbour is None:
+                after = self.loaders["reca"].sample(int(probe.sample_ids[0]) + 1)
+                probe = replace(probe, neighbour=after.to(self.device))
+            own, other = (objective.evaluate(self.adapter, [probe], seed, self.autocast, c) for c in ("own", "other"))
             metrics["reca/gap"] = other - own
         if _due(self.update, every.drift_every) or (every.drift_every and self.update == 1):
             for kind, batch in self.fixed.items():
@@ -294,17 +304,6 @@ def recompute_blocks(adapter: Adapter) -> None:
     """Activation checkpointing: the backward pass runs the repeated layers again and keeps nothing of them."""
     for block in adapter.blocks():
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-
-
-def micro_batches(kind: str, config: KindConfig, ranks: int) -> int:
-    """Forward passes of this kind on each of `ranks` in one update."""
-    count, rest = divmod(config.per_update, config.micro_batch * ranks)
-    if rest or not count:
-        raise RecipeError(
-            f"objective.{kind}: {config.per_update} samples per update cannot be split into micro-batches of "
-            f"{config.micro_batch} on {ranks} ranks; make per_update a multiple of {config.micro_batch * ranks}"
-        )
-    return count
 
 
 def _means(sums: dict[str, torch.Tensor], kinds: list[str]) -> dict[str, float]:

@@ -185,7 +185,10 @@ def test_bf16_weights_and_copies():
     ("arguments", "words"),
     [
         (["show_o_tiny", "--gpus", "0"], "--gpus and --node must be at least 1"),
-        (["show_o_tiny", "--gpus", "3"], "cannot be split into micro-batches of 64 on 3 ranks"),
+        (
+            ["show_o_tiny", "parallel.shard=2", "--gpus", "3"],
+            "does not divide the 3 ranks of this run: set it to one of 1, 3",
+        ),
         (["show_o_512", "parallel.shard=2", "--gpus", "5"], "parallel.shard=2 does not divide the 5 ranks"),
         (["show_o_tiny", "train.train=[gen_lm]"], "has no parameters of role 'gen_lm'"),
         (["show_o_tiny", "train.frozen=[nothing]"], "no parameter matches 'nothing'"),

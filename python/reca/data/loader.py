@@ -1,8 +1,9 @@
 """Endless micro-batches of one kind of sample, from any position on, on any number of ranks."""
 
 import functools
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from reca.data.templates import load_templates
 from reca.data.views import Views
 from reca.draws import Draws, Purpose
 from reca.models.base import KINDS, Batch
+from reca.split import Share, split
 
 SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
 ATTEMPTS = 100
@@ -33,6 +35,8 @@ def open_loader(
     *,
     seed: int,
     micro_batch: int,
+    per_update: int | None = None,
+    neighbours: bool = False,
     start: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -41,6 +45,8 @@ def open_loader(
 ) -> "Loader":
     """The loader a recipe describes. Raises DataError when the kind's source is missing or empty.
 
+    per_update: samples of one update on all ranks; null = one full micro-batch on each.
+    neighbours: every batch comes with its `neighbour`.
     identity: what, beside the pictures, the features in data.cache depend on.
     """
     spec = getattr(config, SPECS[kind])
@@ -50,7 +56,30 @@ def open_loader(
     cache = None
     if config.cache:
         cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, spec, config.image_root, identity])
-    return Loader(config, source, kind, views, seed, micro_batch, start, rank, world, ledger, cache)
+    shares = split(per_update or micro_batch * world, micro_batch, world)[rank]
+    stream = Stream(shares, per_update or micro_batch * world, start, neighbours)
+    return Loader(config, source, kind, views, seed, stream, ledger, cache)
+
+
+class Stream(NamedTuple):
+    """The positions that one rank reads: its micro-batches of update after update."""
+
+    shares: list[Share]
+    per_update: int
+    start: int = 0
+    neighbours: bool = False
+
+    def __iter__(self) -> Iterator[tuple[Share, range, list[int]]]:
+        """Every micro-batch, its positions, and the position of its neighbour, if there shall be one.
+
+        The neighbour is the sample after the last of the micro-batch, and for the last of an update the first, so
+        that it is the same one however the update is split.
+        """
+        for base in itertools.count(self.start, self.per_update):
+            for share in self.shares:
+                after = share.start + share.size
+                neighbour = [base + after % self.per_update] if self.neighbours else []
+                yield share, range(base + share.start, base + after), neighbour
 
 
 class Row(NamedTuple):
@@ -63,12 +92,12 @@ class Row(NamedTuple):
 
 
 class Loader:
-    """Iterating yields `Batch` objects of `micro_batch` samples.
+    """Iterating yields `Batch` objects, the micro-batches of this rank.
 
-    Position p of the stream holds the same sample with the same id p however it is split: batch m of rank r of `world`
-    covers positions start + (m * world + r) * micro_batch and the following. An unreadable sample's position is filled
-    by a substitute that depends on the position only, so batches stay full and every other sample of the epoch is
-    still delivered.
+    Position p of the stream holds the same sample with the same id p however it is split: update u of N samples covers
+    positions u N and the following, and reca/split.py says which of them are this rank's. An unreadable sample's
+    position is filled by a substitute that depends on the position only, so batches stay full and every other sample
+    of the epoch is still delivered.
     """
 
     def __init__(
@@ -78,15 +107,11 @@ class Loader:
         kind: str,
         views: Views,
         seed: int,
-        micro_batch: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        stream: Stream,
         ledger: Path | None = None,
         cache: FeatureCache | None = None,
     ):
-        self.config, self.source, self.kind, self.micro_batch = config, source, kind, micro_batch
-        self.first, self.stride = start + rank * micro_batch, world * micro_batch
+        self.config, self.source, self.kind, self.stream = config, source, kind, stream
         self.draws = Draws(seed, KINDS.index(kind))
         self.order = Draws(seed, KINDS.index(kind), 1).seed
         self.decode = _decoder(config, views, self.draws)
@@ -101,14 +126,22 @@ class Loader:
         return len(self.ledger.bad)
 
     def __iter__(self) -> Iterator[Batch]:
-        position, ahead = self.first, deque()
+        stream, ahead = iter(self.stream), deque()
         while True:
             while len(ahead) <= (self.config.prefetch if self.pool else 0):
-                positions = range(position, position + self.micro_batch)
-                ahead.append((positions, [self._submit(p) for p in positions]))
-                position += self.stride
-            positions, jobs = ahead.popleft()
-            yield self._batch(positions, [job.result() for job in jobs])
+                share, positions, neighbour = next(stream)
+                ahead.append((share, positions, neighbour, [self._submit(p) for p in (*positions, *neighbour)]))
+            share, positions, neighbour, jobs = ahead.popleft()
+            rows = [job.result() for job in jobs]
+            batch = self._batch(positions, rows[: share.size])
+            if neighbour:
+                batch.neighbour = self._batch(neighbour, rows[share.size :])
+            batch.counted = share.counted
+            yield batch
+
+    def sample(self, position: int) -> Batch:
+        """One sample, read while the caller waits."""
+        return self._batch([position], [self._read(position)])
 
     def close(self) -> None:
         if self.pool:
@@ -141,7 +174,7 @@ class Loader:
                 self.ledger.add(sample.key, len(sample.image), str(error))
         raise DataError(f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {sample.key}")
 
-    def _batch(self, positions: range, rows: list[Row]) -> Batch:
+    def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:

@@ -41,6 +41,8 @@ class Batch:
     text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
     features    what `encode` returned for these samples, when it comes from a cache
     keep        takes what `encode` returns, to put it into a cache
+    neighbour   one more sample, whose h_v the last of these gets under condition "other"
+    counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
     """
 
     kind: str
@@ -50,6 +52,8 @@ class Batch:
     und: list[Tensor] | None = None
     features: dict[str, Any] | None = None
     keep: Callable[[dict[str, Any]], None] | None = None
+    neighbour: "Batch | None" = None
+    counted: bool = True
 
     def __len__(self) -> int:
         return len(self.text)
@@ -64,7 +68,12 @@ class Batch:
 
         features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
         return replace(
-            self, sample_ids=move(self.sample_ids), gen=move(self.gen), und=move(self.und), features=features
+            self,
+            sample_ids=move(self.sample_ids),
+            gen=move(self.gen),
+            und=move(self.und),
+            features=features,
+            neighbour=self.neighbour and self.neighbour.to(device),
         )
 
 
@@ -122,19 +131,28 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, draws: Draws, condition: str = "own") -> LossTerm:
-        """The loss from pixels. condition="other" gives every sample its neighbour's h_v: a control, and a probe."""
-        features = batch.features
-        if features is None:
-            features = self.encode(batch)
-            if batch.keep:
-                batch.keep(features)
+        """The loss from pixels. condition="other" gives every sample the next one's h_v: a control, and a probe.
+
+        The last gets that of `batch.neighbour`, or of the first sample where there is no neighbour.
+        """
+        features = self._features(batch)
         if condition == "other":
-            if len(batch) < 2:
+            after = features if batch.neighbour is None else self._features(batch.neighbour)
+            if batch.neighbour is None and len(batch) < 2:
                 raise ValueError(
-                    "condition 'other' takes h_v from another sample: it needs a micro_batch of at least 2"
+                    "condition 'other' takes h_v from another sample: it needs two samples, or a batch with neighbour"
                 )
-            features = features | {key: _rolled(features[key]) for key in self.condition_keys}
+            features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
         return self.loss(batch, features, draws)
+
+    def _features(self, batch: Batch) -> dict[str, Any]:
+        """From the cache, or encoded and put there."""
+        if batch.features is not None:
+            return batch.features
+        features = self.encode(batch)
+        if batch.keep:
+            batch.keep(features)
+        return features
 
     def hazards(self) -> list[str]:
         """What in this configuration is known to make RECA collapse, in words (models/docs: collapse signals)."""
@@ -169,5 +187,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
 
-def _rolled(feature: Tensor | list) -> Tensor | list:
-    return feature[1:] + feature[:1] if isinstance(feature, list) else feature.roll(-1, 0)
+def _shifted(feature: Tensor | list, after: Tensor | list) -> Tensor | list:
+    """Every sample's feature but the first, and then the first of `after`; a list where they differ in shape."""
+    rows = [*list(feature)[1:], after[0]]
+    same = len({row.shape for row in rows}) == 1
+    return torch.stack(rows) if isinstance(feature, Tensor) and same else rows

@@ -1,0 +1,157 @@
+"""Splits of an update: every sample once, equal work, as many passes on every rank."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from reca.config import RecipeError, load_recipe, recipe_names
+from reca.data.loader import Stream, open_loader
+from reca.objective import backward
+from reca.split import departures, describe, passes, sizes, split
+from tests.driver.toy import ToyAdapter
+
+RANKS = [1, 2, 3, 4, 6, 8, 16, 64]
+
+
+def counted(shares):
+    return [i for rank in shares for s in rank if s.counted for i in range(s.start, s.start + s.size)]
+
+
+@pytest.mark.parametrize("ranks", [*RANKS, 5, 7, 100])
+def test_every_sample_once_and_equal_work(ranks):
+    for per_update, micro_batch in itertools.product(
+        [1, 2, 3, 5, 7, 10, 20, 48, 64, 96, 97], [1, 2, 3, 4, 48, 64, 200]
+    ):
+        shares = split(per_update, micro_batch, ranks)
+        assert sorted(counted(shares)) == list(range(per_update))
+        assert len(shares) == ranks and len({len(rank) for rank in shares}) == 1
+        everything = [s for rank in shares for s in rank]
+        assert all(1 <= s.size <= micro_batch and 0 <= s.start <= per_update - s.size for s in everything)
+        sizes_ = {s.size for s in everything if s.counted}
+        assert max(sizes_) - min(sizes_) <= 1
+        # The slowest rank of every pass, added up, computes no more than an even division gives one rank.
+        assert sum(max(s.size for s in one) for one in zip(*shares, strict=True)) == math.ceil(per_update / ranks)
+        assert len(shares[0]) == math.ceil(math.ceil(per_update / ranks) / micro_batch)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_copies_are_micro_batches_that_another_rank_counts(ranks):
+    """A loss that is not finite is then so on that rank, too, which skips the update by itself."""
+    for per_update, micro_batch in itertools.product(range(1, 70), [1, 2, 3]):
+        everything = [s for rank in split(per_update, micro_batch, ranks) for s in rank]
+        assert {s[:2] for s in everything if not s.counted} <= {s[:2] for s in everything if s.counted}
+
+
+def test_micro_batches_of_the_recipe_stay_where_they_fit():
+    """With objective.mean=micro_batch the update is then the same, too."""
+    whole = [(s.start, s.size) for s in split(96, 12, 1)[0]]
+    for ranks in (2, 4, 8):
+        assert sorted((s.start, s.size) for rank in split(96, 12, ranks) for s in rank) == whole
+
+
+def test_splits_by_hand():
+    def starts_and_sizes(*numbers):
+        return [[(s.start, s.size) if s.counted else None for s in rank] for rank in split(*numbers)]
+
+    assert starts_and_sizes(10, 2, 1) == [[(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]]
+    assert starts_and_sizes(10, 2, 2) == [[(0, 2), (4, 2), (8, 1)], [(2, 2), (6, 2), (9, 1)]]
+    assert starts_and_sizes(10, 2, 3) == [[(0, 2), (6, 2)], [(2, 2), (8, 1)], [(4, 2), (9, 1)]]
+    assert starts_and_sizes(3, 1, 2) == [[(0, 1), (2, 1)], [(1, 1), None]]
+    assert sizes(10, 2, 8) == [2, 1] and sizes(10, 2, 16) == [1] and sizes(10, 2, 5) == [2]
+    assert describe(10, 2, 8) == "1 to 2 per GPU, 1 pass of 2 or 1"
+    assert describe(10, 2, 16) == "0 to 1 per GPU, 1 pass of 1"
+    assert describe(10, 2, 1) == "10 per GPU, 5 passes of 2"
+
+
+def test_numbers_below_one():
+    for numbers in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1, got"):
+            split(*numbers)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_start_on_any_number_of_gpus(name):
+    recipe = load_recipe(name)
+    for ranks, kind in itertools.product(RANKS, recipe.active_kinds()):
+        config = getattr(recipe.objective, kind)
+        assert len(counted(split(config.per_update, config.micro_batch, ranks))) == config.per_update
+        assert passes(config, ranks) >= 1
+        changed = any(size != config.micro_batch for size in sizes(config.per_update, config.micro_batch, ranks))
+        said = departures(recipe.objective, [kind], ranks)
+        assert (f"{kind} of" in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
+    assert not departures(recipe.objective, recipe.active_kinds(), 1)
+
+
+def test_positions_do_not_depend_on_the_ranks():
+    """Three updates of 10 from the second on. The neighbour is the next sample, and the first after the last."""
+    for ranks in RANKS:
+        seen = set()
+        for shares in split(10, 3, ranks):
+            rank = itertools.islice(Stream(shares, 10, start=10, neighbours=True), 3 * len(shares))
+            for share, positions, (neighbour,) in rank:
+                update = positions[-1] // 10 * 10
+                assert neighbour == (positions[-1] + 1 if positions[-1] % 10 < 9 else update)
+                seen |= set(positions) if share.counted else set()
+        assert seen == set(range(10, 40))
+
+
+def gradient(recipe, micro_batch, condition="own", mean="update", per_update=7):
+    """Of one update of the toy model on one rank."""
+    keys = (f"objective.condition={condition}", f"objective.mean={mean}", f"objective.reca.per_update={per_update}")
+    r, adapter = recipe(*keys), ToyAdapter(dtype=torch.float64)
+    other = condition == "other"
+    loader = open_loader(
+        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, per_update=per_update, neighbours=other
+    )
+    batches = list(itertools.islice(loader, len(split(per_update, micro_batch, 1)[0])))
+    sums = backward(adapter, {"reca": batches}, r.objective, 0, torch.autocast("cpu", enabled=False))
+    return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]), sums["reca"]
+
+
+@pytest.mark.parametrize("condition", ["own", "other"])
+def test_sizes_do_not_change_the_update(recipe, condition):
+    expected, sums = gradient(recipe, 7, condition)
+    for micro_batch in (1, 2, 3, 4, 5, 6):
+        found, same = gradient(recipe, micro_batch, condition)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(same, sums)
+
+
+def test_other_is_not_own(recipe):
+    assert not torch.allclose(gradient(recipe, 1, "other")[0], gradient(recipe, 1, "own")[0], atol=1e-6)
+
+
+def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
+    """7 samples in 3, 2 and 2: each mean by 3/7, 2/7 and 2/7. With one sample in each it is the mean over samples."""
+    for micro_batch, parts in ((3, [(0, 3), (3, 2), (5, 2)]), (1, [(i, 1) for i in range(7)])):
+        found, _ = gradient(recipe, micro_batch, mean="micro_batch")
+        r, adapter = recipe("objective.reca.per_update=7"), ToyAdapter(dtype=torch.float64)
+        from reca.objective import kind_draws
+
+        loss = 0
+        for start, size in parts:
+            loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=size, start=start)
+            term = adapter(next(iter(loader)), kind_draws(0, "reca"))
+            loss = loss + size / 7 * term.sum / term.weight
+        loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
+    r, adapter = recipe(), ToyAdapter()
+    loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, per_update=1, rank=1, world=2)
+    batch, loss = next(iter(loader)), adapter.loss
+    assert not batch.counted
+    adapter.loss = lambda *given: (term := loss(*given))._replace(sum=term.sum + float("nan"))
+    sums = backward(adapter, {"reca": [batch]}, r.objective, 0, torch.autocast("cpu", enabled=False))
+    assert sums["reca"].tolist() == [0, 0]
+    grads = [p.grad for p in adapter.parameters() if p.grad is not None]
+    assert grads and all((grad == 0).all() for grad in grads)
+
+
+def test_condition_other_needs_another_sample(recipe):
+    with pytest.raises(RecipeError, match="condition=other takes h_v from another sample"):
+        recipe("objective.condition=other", "objective.reca.per_update=1")
