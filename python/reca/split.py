@@ -68,11 +68,12 @@ def departures(objective: Any, kinds: Iterable[str], ranks: int) -> str | None:
         config = getattr(objective, kind)
         made = sizes(config.per_update, config.micro_batch, ranks)
         if made != [config.micro_batch]:
-            others.append(f"{kind} of {' and '.join(map(str, made))}, not of {config.micro_batch}")
+            others.append(f"{kind} {' or '.join(map(str, made))} instead of {config.micro_batch}")
     if not others:
         return None
     return (
-        f"the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not those of the recipe: {'; '.join(others)} samples. "
-        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the update is "
-        "near the recipe's and not the same; objective.mean=update averages over all samples of the update"
+        f"the samples of the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not the recipe's: "
+        f"{'; '.join(others)}. "
+        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the update "
+        "is near the recipe's and not the same; objective.mean=update averages over all samples of the update"
     )

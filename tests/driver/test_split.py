@@ -80,7 +80,7 @@ def test_shipped_recipes_start_on_any_number_of_gpus(name):
         assert passes(config, ranks) >= 1
         changed = any(size != config.micro_batch for size in sizes(config.per_update, config.micro_batch, ranks))
         said = departures(recipe.objective, [kind], ranks)
-        assert (f"{kind} of" in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
+        assert (f"{kind} " in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
     assert not departures(recipe.objective, recipe.active_kinds(), 1)
 
 
