@@ -190,7 +190,7 @@ def backend_report() -> str:
             line = f"{op} on {device}: {chosen}, {_basis(op, device)}"
             lines.append(line + (f"  (not {'; '.join(why)})" if why else ""))
     attention = importlib.import_module("reca_kernels.ops.attention")  # runs on torch and flash-attn, not on backends
-    lines += map(attention.report, devices)
+    lines += attention.report(devices)
     return "\n".join(lines)
 
 

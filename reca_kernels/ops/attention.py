@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from reca_kernels import checks
 from reca_kernels.ops.attention_impls import IMPLS, unusable
 from reca_kernels.ops.attention_plan import AttentionPlan, total
+from reca_kernels.ops.flash_functions import flash_module, problems
 
 OP = "attention"
 # Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.
@@ -155,11 +157,18 @@ def choose(
     return forced
 
 
-def report(device: str) -> str:
-    """A line of the backend report: what bf16 tensors of 64 channels run on, and why not on what is better."""
+def report(devices: Sequence[str]) -> list[str]:
+    """Lines of the backend report: what bf16 tensors of 64 channels run on and why not on what is better; what is
+    installed and cannot be imported, whatever the device."""
+    return [*map(_reported, devices), *(f"{OP}: {problem}; reinstall or remove it" for problem in problems())]
+
+
+def _reported(device: str) -> str:
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
     asked: tuple[Any, ...] = (where, torch.bfloat16, 64, False)
     chosen = choose(*asked)
     why = [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
     small = ", dense for small batches" if device == "cpu" else ""
+    if chosen == "flash":
+        small = f" ({flash_module(torch.cuda.get_device_capability(where), 64, False)[0]})"
     return f"{OP} on {device}: {chosen}{small}" + (f"  (not {'; '.join(why)})" if why else "")

@@ -3,7 +3,7 @@
 Each takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
 gradient must be the same in every run; it returns what q's rows get. All are exact and differ in rounding only.
 
-    flash    flash-attn's variable-length function, FlashAttention 3 on Hopper where it is installed
+    flash    flash-attn's variable-length function: FlashAttention 3 (Hopper), 2 or 4, whichever is installed and works
     varlen   the one inside torch (torch.nn.attention.varlen)
     sdpa     torch's scaled_dot_product_attention, segment by segment; any device and dtype
     flex     FlexAttention: one compiled kernel that skips blocks in which nobody sees anybody
@@ -11,9 +11,6 @@ gradient must be the same in every run; it returns what q's rows get. All are ex
 """
 
 import functools
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
+from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
 from reca_kernels.reference.attention import allowed
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -84,7 +82,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, sa
 
 
 def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
-    out = _flash_function(q.device)(
+    out = flash_function(q.device, q.shape[-1], same)(
         q,
         k,
         v,
@@ -99,17 +97,6 @@ def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same:
     return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 returned (out, lse) for some months
 
 
-@functools.cache
-def _flash_function(device: torch.device) -> Callable:
-    return importlib.import_module(_flash_module(device)).flash_attn_varlen_func
-
-
-def _flash_module(device: torch.device) -> str:
-    """FlashAttention 3 runs on Hopper only."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return "flash_attn_interface" if hopper and importlib.util.find_spec("flash_attn_interface") else "flash_attn"
-
-
 def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
     return _by_calls(_varlen_call, q, k, v, plan, scale, same)
 
@@ -117,6 +104,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, s
 def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_is_told_of_groups() else {}
     return varlen_attn(
         q,
         k,
@@ -127,7 +115,7 @@ def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same
         call.max_k,
         scale=scale,
         window_size=(-1, 0) if call.causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
 
 
@@ -306,29 +294,22 @@ def unusable(
     if name in ("flash", "varlen"):
         if device.type != "cuda":
             return f"the tensors are on {device.type}"
-        if name == "flash" and importlib.util.find_spec(_flash_module(device)) is None:
-            return "flash_attn is not installed"
-        if name == "varlen" and not _varlen_takes_gqa():
-            return f"it needs torch 2.12 or newer, this is {torch.__version__}"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
+        if name == "varlen" and (missing := {"window_size", "scale"} - varlen_parameters()):
+            return f"varlen_attn of torch {torch.__version__} has no {' and no '.join(sorted(missing))}"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0 or newer"
         if dtype not in HALVES:
             return f"it takes bf16 and fp16, the tensors are {str(dtype).removeprefix('torch.')}"
         if head_dim % 8 or head_dim > 256:
             return f"it takes head dimensions that are multiples of 8 up to 256, got {head_dim}"
+        if name == "flash":
+            module, reason = flash_module(torch.cuda.get_device_capability(device), head_dim, same)
+            if module is None:
+                return reason
     if same and not torchs and device.type == "cuda" and name in ("varlen", "sdpa", "dense"):
         return "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
     if name == "flex" and device.type != "cuda":
         return f"it has no backward on {device.type}"
     return None
-
-
-@functools.cache
-def _varlen_takes_gqa() -> bool:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()

@@ -1,6 +1,5 @@
 """attention against its definition in fp64, on the layouts of the four models and on random ones; plans; every impl."""
 
-import importlib.machinery
 import random
 import sys
 import types
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import Run, attention, attention_plan, backend_report
-from reca_kernels.ops import attention_impls
+from reca_kernels.ops import attention_impls, flash_functions
 from reca_kernels.ops.attention import choose, dense_is_faster
 from reca_kernels.ops.attention_impls import IMPLS
 from reca_kernels.ops.attention_plan import MODES, segments, total
@@ -142,13 +141,18 @@ def varlen_functions(monkeypatch):
     calls = []
     if not torch.cuda.is_available():
         package = types.ModuleType("flash_attn")
-        package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
         package.flash_attn_varlen_func = flash_attn_varlen_func
         monkeypatch.setitem(sys.modules, "flash_attn", package)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    attention_impls._flash_function.cache_clear()
+    forget()
     yield calls
-    attention_impls._flash_function.cache_clear()
+    forget()
+
+
+def forget():
+    """What was found out about installed packages, and the choices that rest on it."""
+    for kept in (flash_functions.found, flash_functions.varlen_parameters, choose):
+        kept.cache_clear()
 
 
 def problem(samples, padded, heads=4, kv_heads=2, d=8, dtype=torch.float64, seed=0):
@@ -460,21 +464,52 @@ def test_forced_impl_never_falls_back(monkeypatch):
 
 def test_choice_on_a_gpu(monkeypatch):
     """What a GPU would get, from what torch says of it."""
-    choose.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     device, half = torch.device("cuda", 0), torch.bfloat16
     assert choose(device, half, 80, False) == "flash"
     assert choose(device, torch.float32, 80, False) == "sdpa"
-    monkeypatch.delitem(sys.modules, "flash_attn")
-    choose.cache_clear()
-    if attention_impls.importlib.util.find_spec("flash_attn") is None:
-        assert choose(device, half, 80, False) == "varlen"
-        assert choose(device, half, 84, False) == "sdpa"
-        reason = attention_impls.unusable("varlen", device, half, 80, True)
-        assert reason == "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
-        assert choose(device, half, 80, True, torchs=True) == "varlen"
-    choose.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    forget()
+    assert choose(device, half, 80, False) == "varlen"
+    assert choose(device, half, 84, False) == "sdpa"
+    reason = attention_impls.unusable("varlen", device, half, 80, True)
+    assert reason == "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
+    assert choose(device, half, 80, True, torchs=True) == "varlen"
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2)])
+def test_varlen_of_torch_2_11(monkeypatch, heads, kv_heads):
+    """It has no enable_gqa and groups heads by itself; what it does not know it is not given."""
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
+        return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size == (-1, 0))
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    forget()
+    plan, qkv, upstream = problem(LAYOUTS["bagel_reca"], False, heads, kv_heads)
+    want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
+    same(with_gradients(run("varlen", plan, qkv), qkv, upstream), want)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    forget()
+    assert choose(torch.device("cuda", 0), torch.bfloat16, 64, False) == "varlen"
+
+
+def test_varlen_without_a_window_or_a_scale_is_not_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    asked = (torch.device("cuda", 0), torch.bfloat16, 64)
+    for signature, told in (
+        (lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: None, "no scale and no window"),
+        (lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None: None, "no window"),
+    ):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
+        forget()
+        assert told in attention_impls.unusable("varlen", *asked)
 
 
 def test_cpu_takes_the_mask_where_calls_cost_more():
@@ -519,10 +554,10 @@ def test_autocast_casts_as_torchs_attention_does():
     assert torch.equal(out, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), plan))
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "dense"])
+@pytest.mark.parametrize("impl", ["sdpa", "dense", "flash", "varlen"])
 def test_compiles_into_one_graph(impl):
     def step(q, k, v, plan):
-        return attention(q * 2, k, v, plan, impl=impl)
+        return IMPLS[impl](q * 2, k, v, plan, 0.5, False)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=impl == "sdpa")
     for name in ("show_o_t2i", "show_o_reca_clip"):

@@ -1,0 +1,129 @@
+"""The variable-length functions of flash-attn and of torch: which are here, what each takes, why one cannot be used.
+
+Three packages call theirs `flash_attn_varlen_func` and take the same keywords. What counts is the function: the name
+`flash_attn` alone is a folder without code when only FlashAttention 4 is installed, and a package that was built
+for another torch fails when it is imported.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+NAME = "flash_attn_varlen_func"
+KEYWORDS = frozenset("cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale causal deterministic".split())
+MODULES = {
+    "flash_attn_interface": "FlashAttention 3",
+    "flash_attn": "FlashAttention 2",
+    "flash_attn.cute": "FlashAttention 4",
+}  # best first
+
+
+class Found(NamedTuple):
+    """function: the one of a module; None: it is not installed, or `problem` says why it cannot be used."""
+
+    function: Callable | None = None
+    problem: str | None = None
+
+
+@functools.cache
+def found(module: str) -> Found:
+    """What importing a module gives. A failed import is not tried again."""
+    try:
+        function = getattr(importlib.import_module(module), NAME, None)
+    except ModuleNotFoundError as error:
+        parents = {".".join(module.split(".")[:n]) for n in range(1, module.count(".") + 2)}
+        return Found() if error.name in parents else Found(problem=f"{module} needs {error.name}, which is missing")
+    except Exception as error:  # whatever a broken extension raises: ImportError, OSError, AttributeError, ...
+        said = str(error).strip().splitlines() or [""]
+        return Found(problem=f"importing {module} fails with {type(error).__name__}: {said[0]}")
+    if not callable(function):
+        # A folder without __init__.py is importable, too: FlashAttention 4 leaves one where 2 has its package.
+        empty = getattr(importlib.import_module(module), "__file__", None) is None
+        return Found() if empty else Found(problem=f"{module} has no {NAME}")
+    if missing := KEYWORDS - _parameters(function):
+        return Found(problem=f"{NAME} of {module} does not take {', '.join(sorted(missing))}")
+    return Found(function)
+
+
+def _parameters(function: Callable) -> frozenset[str]:
+    """Names of its parameters; those wanted where it takes any, or where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return KEYWORDS
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return KEYWORDS
+    return frozenset(p.name for p in parameters)
+
+
+def problems() -> list[str]:
+    """What is installed and cannot be used, and why.
+
+    FlashAttention 2 comes with some files of 4, which need packages that it does not: nothing is wrong with that.
+    """
+    modules = [m for m in MODULES if m != "flash_attn.cute" or found("flash_attn") == Found()]
+    return [found(module).problem for module in modules if found(module).problem]
+
+
+def flash_module(capability: tuple[int, int], head_dim: int, same: bool) -> tuple[str | None, str]:
+    """The module to take on a GPU of this compute capability, or None and why there is none."""
+    installed = [module for module in MODULES if found(module).function]
+    reasons = {module: _unfit(module, capability, head_dim, same) for module in installed}
+    for module, reason in reasons.items():
+        if reason is None:
+            return module, ""
+    told = [*problems(), *(f"{MODULES[module]} {reason}" for module, reason in reasons.items())]
+    return None, ", ".join(told) or "flash-attn is not installed"
+
+
+def _unfit(module: str, capability: tuple[int, int], head_dim: int, same: bool) -> str | None:
+    """Why a package has no kernels for such tensors, from what its interface.py asserts."""
+    major = capability[0]
+    if module == "flash_attn_interface" and major != 9:
+        return f"runs on compute capability 9.x only, the device has {major}.{capability[1]}"
+    if module == "flash_attn.cute":
+        if major not in (9, 10, 11, 12):
+            return f"has a backward on compute capability 9.x to 12.x, the device has {major}.{capability[1]}"
+        if major > 9 and head_dim > 128 and not (head_dim == 256 and major in (10, 11)):
+            return f"takes head dimensions up to 128 on compute capability {major}.x, got {head_dim}"
+        if same and major == 12:
+            return "has no deterministic gradient on compute capability 12.x"
+    return None
+
+
+@torch.compiler.assume_constant_result  # a compiled graph keeps what was chosen when it was traced
+def _module_for(device: torch.device, head_dim: int, same: bool) -> str:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    module, reason = flash_module(capability, head_dim, same)
+    if module is None:
+        raise RuntimeError(f"attention: impl 'flash' cannot run: {reason}")
+    return module
+
+
+def flash_function(device: torch.device, head_dim: int, same: bool) -> Callable:
+    """The function of the module that `flash_module` names. Raises RuntimeError where there is none."""
+    return getattr(sys.modules[_module_for(device, head_dim, same)], NAME)
+
+
+# ---- torch ----
+
+
+@functools.cache
+def varlen_parameters() -> frozenset[str]:
+    """What torch's varlen_attn takes; nothing where torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@torch.compiler.assume_constant_result
+def varlen_is_told_of_groups() -> bool:
+    """Whether its enable_gqa has to be set where q has more heads; older ones group heads without being told."""
+    return "enable_gqa" in varlen_parameters()
