@@ -10,6 +10,8 @@ from torch import nn
 from reca.config import OptimConfig
 from reca.models.base import ROLES, Adapter
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()) -> list[str]:
     """Leave only parameters of `roles` (None: the adapter's default) trainable, without those whose names match a
@@ -69,10 +71,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+@torch.no_grad()
 def gradient_norm(adapter: nn.Module, clip: float | None) -> float:
-    """Global L2 norm of the gradients before clipping; clips them to `clip`."""
+    """Global L2 norm of the gradients before clipping; clips them to `clip`, or leaves them as they are (None).
+
+    Norms are taken in fp32 whatever the gradients are: in fp16 they end at 65504. Waits for the device, since whether
+    an update is made depends on the norm.
+    """
     parameters = [p for p in adapter.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    gradients = [p.grad for p in parameters]
+    norm = torch.nn.utils.get_total_norm(
+        [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype in HALVES else g for g in gradients]
+    )
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

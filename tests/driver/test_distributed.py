@@ -1,5 +1,6 @@
 """FSDP2 over gloo: the same update for any split of it, and checkpoints that survive a change of ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +65,14 @@ def test_ranks_start_from_another_run(path, tmp_path):
     same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
     started, once = (final(tmp_path / name)["layers.0.weight"] for name in ("one", "before"))
     assert not torch.allclose(started, once, atol=1e-3)
+
+
+def test_the_norm_of_shards_without_clipping(path, tmp_path):
+    for ranks, name in ((1, "one"), (2, "two")):
+        launch(ranks, path, f"run_dir={tmp_path}/{name}", "optim.clip=null", "log.every=1")
+    same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
+    one, two = (
+        [json.loads(line)["grad_norm"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) > 2 and two == pytest.approx(one, rel=1e-5)

@@ -1,0 +1,77 @@
+"""The norm of gradients and what is done to them with it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reca.optim import gradient_norm
+
+
+def module(*gradients):
+    holder = nn.Module()
+    for i, gradient in enumerate(gradients):
+        holder.register_parameter(str(i), nn.Parameter(torch.zeros_like(gradient)))
+        holder.get_parameter(str(i)).grad = gradient.clone()
+    holder.register_parameter("idle", nn.Parameter(torch.zeros(3)))  # no gradient reached it
+    return holder
+
+
+def drawn(dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, generator=generator) * scale).to(dtype) for n in (5, 300, 4096)]
+
+
+def exact(gradients):
+    return float(torch.cat([g.double() for g in gradients]).norm())
+
+
+class Writes(TorchDispatchMode):
+    """Collects the operators that write into a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_clip_the_norm_is_computed_and_nothing_written():
+    gradients = drawn()
+    holder = module(*gradients)
+    with Writes() as writes:
+        norm = gradient_norm(holder, None)
+    assert norm == pytest.approx(exact(gradients), rel=1e-6) and writes.found == []
+    with Writes() as writes:
+        gradient_norm(holder, 1.0)
+    assert writes.found  # the check above can fail
+
+
+def test_without_clip_infinite_gradients_stay_what_they_are():
+    holder = module(torch.tensor([1.0, torch.inf, 2.0]))
+    assert gradient_norm(holder, None) == torch.inf
+    assert holder.get_parameter("0").grad.tolist() == [1.0, torch.inf, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 3e4])  # a norm above 65504, which fp16 cannot hold
+def test_norm_and_clipping_in_every_dtype(dtype, scale):
+    if dtype == torch.float16:
+        scale /= 4  # so that every gradient is finite
+    gradients = drawn(dtype, scale)
+    holder = module(*gradients)
+    norm = exact(gradients)
+    assert gradient_norm(holder, 0.5) == pytest.approx(norm, rel=1e-5)
+    clipped = [p.grad for p in holder.parameters() if p.grad is not None]
+    assert all(g.dtype == dtype for g in clipped)
+    assert exact(clipped) == pytest.approx(0.5, rel=1e-2)
+
+
+def test_mixed_dtypes_and_none_at_all():
+    gradients = [drawn()[0], drawn(torch.bfloat16)[1], drawn(torch.float16)[2]]
+    assert gradient_norm(module(*gradients), None) == pytest.approx(exact(gradients), rel=1e-6)
+    for clip in (None, 1.0):
+        assert gradient_norm(module(), clip) == 0.0
