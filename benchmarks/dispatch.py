@@ -34,8 +34,9 @@ def _timed(rows: list[Row]) -> dict[tuple[str, str], Timed]:
     """Our backends' complete calls. Graphs hold the device's time alone and count where every backend has one."""
     clocks: dict[tuple, dict[str, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in complete(rows):
-        if row.provider.startswith(OURS) and row.op in dispatch.OPS:
-            clocks[row.op, row.dtype, row.numel][row.timing][row.provider.removeprefix(f"{OURS}: ")] = row
+        backend = row.provider.removeprefix(f"{OURS}: ")
+        if backend in dispatch.BACKENDS and row.op in dispatch.OPS:
+            clocks[row.op, row.dtype, row.numel][row.timing][backend] = row
     found: dict[tuple[str, str], Timed] = defaultdict(dict)
     for (op, dtype, numel), by_clock in clocks.items():
         graphs = by_clock.pop("graph", {})

@@ -1,34 +1,46 @@
-"""python -m benchmarks.full_gpu_run [STEP ...] [--copy-to FOLDER]: everything that wants a GPU, within 25 minutes.
+"""python -m benchmarks.full_gpu_run [STEP ...] [--call N] [--out FOLDER]: everything that wants a GPU.
 
-Builds, runs the GPU tests, the benchmarks of every op, regenerates the dispatch table and the documents, and prints a
-short table last. A step that fails or runs out of time does not stop the others; the exit status is 1 then. Name steps
-to run some of them, where one command may not take that long. Needs no network.
+Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch table and the documents, and prints
+a short table last. A step that fails or runs out of time does not stop the others; the exit status is 1 then. Needs no
+network. What a step prints goes to FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
+
+A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 5 are steps that fit into one
+each. The first tests are those of one op with every kernel waited for: a kernel that reads what is not its own spoils
+all later tests of its process, and the first failure is named wrongly otherwise.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.__main__ import OPS
 from benchmarks.docs import summary
 from benchmarks.rows import RESULTS
 from reca_kernels.dispatch import TABLE
 
 ROOT = Path(__file__).parents[1]
-MINUTES = 25
 PYTHON = sys.executable
+GRACE = 15  # seconds between SIGINT, which lets pytest and the benchmarks say what they have, and SIGKILL
+SHOWN = 40  # last lines of a step's log
 
 
-class Step(NamedTuple):
+@dataclass
+class Step:
+    """A command and the seconds it may take, the last GRACE of them to end in."""
+
     name: str
-    seconds: int
+    seconds: float
     command: list[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Done(NamedTuple):
@@ -37,60 +49,100 @@ class Done(NamedTuple):
     seconds: float
 
 
-BENCHMARKS = {
-    "philox": 60,
-    "template_concat": 150,
-    "masked_cross_entropy": 150,
-    "masked_linear_cross_entropy": 180,
-    "flow_matching": 120,
-    "diffusion_loss": 90,
-    "attention": 90,
-}
-STEPS = [
-    Step("card", 30, ["nvidia-smi"]),
-    Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"]),
-    Step("report", 30, [PYTHON, "-c", "import reca_kernels; print(reca_kernels.backend_report())"]),
-    Step("test", 330, [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels", "tests/benchmarks"]),
-    *(
+def _tests(*options: str, processes: int = 1) -> list[str]:
+    """Tests on the GPU, each process with its own context, so that a failed kernel spoils the tests of one only."""
+    split = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
+    return [PYTHON, "-m", "pytest", "-q", "-ra", "-m", "gpu", *split, *options]
+
+
+def _benchmark(op: str, seconds: int) -> Step:
+    return Step(f"bench_{op}", seconds, [PYTHON, "-m", "benchmarks", "--device", "cuda", "--ops", op])
+
+
+KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
+REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
+# Sanitizers start a process each, and tests of more than 2^31 elements want the memory for themselves.
+LARGE, SANITIZED = "more_than_2_31", "sanitizer"
+CALLS = [
+    [
+        Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"]),
+        Step("report", 30, [PYTHON, "-c", REPORT]),
         Step(
-            f"bench_{op}",
-            BENCHMARKS[op],
-            [PYTHON, "-m", "benchmarks", "--device", "cuda", "--ops", op],
-        )
-        for op in OPS
-    ),
-    Step("dispatch", 30, [PYTHON, "-m", "benchmarks.dispatch"]),
-    Step("docs", 30, [PYTHON, "-m", "benchmarks.docs"]),
+            "first",
+            120,
+            _tests("-x", "tests/kernels/test_masked_cross_entropy.py", "-k", "cuda-cuda"),
+            {"CUDA_LAUNCH_BLOCKING": "1"},
+        ),
+        Step("sdp_kernels", 90, [PYTHON, "-m", "benchmarks.sdp_kernels"]),
+        _benchmark("philox", 90),
+    ],
+    [
+        Step("test", 480, _tests(*KERNEL_TESTS, "-k", f"not {LARGE} and not {SANITIZED}", processes=8)),
+        Step("test_large", 110, _tests(*KERNEL_TESTS, "-k", LARGE)),
+    ],
+    [_benchmark("masked_linear_cross_entropy", 300), _benchmark("attention", 290)],
+    [
+        _benchmark("template_concat", 150),
+        _benchmark("masked_cross_entropy", 150),
+        _benchmark("flow_matching", 130),
+        _benchmark("diffusion_loss", 110),
+    ],
+    [
+        Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),
+        Step("test_models", 130, _tests("tests/models")),  # needs the driver's libraries
+        Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
+        Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
+    ],
 ]
+STEPS = [step for call in CALLS for step in call]
 
 
-def run(steps: list[Step], minutes: float = MINUTES) -> list[Done]:
-    """Run them one after another, each within its own time and what is left of all."""
-    ends, done = time.monotonic() + 60 * minutes, []
+def run(steps: list[Step], out: Path) -> list[Done]:
+    """Run them one after another, each within its own time; what it prints goes to out/NAME.log."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = []
     for step in steps:
         print(f"==== {step.name}: {' '.join(step.command)}", flush=True)
-        began = time.monotonic()
-        rc = _run(step, min(step.seconds, ends - began))
+        began, log = time.monotonic(), out / f"{step.name}.log"
+        rc = _run(step, log)
         done.append(Done(step.name, rc, time.monotonic() - began))
-        print(f"==== {step.name}: rc {rc} after {done[-1].seconds:.0f} s", flush=True)
+        print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
+        print(f"==== {step.name}: rc {rc} after {done[-1].seconds:.0f} s, {log}", flush=True)
     return done
 
 
-def _run(step: Step, seconds: float) -> int:
-    if seconds <= 0:
+def _run(step: Step, log: Path) -> int:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
+    with log.open("w") as output:
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            output.write(f"{error}\n")
+            return 127
+        grace = min(GRACE, step.seconds / 2)
+        try:
+            return process.wait(step.seconds - grace)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # to the leader alone, which ends its own workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+        _kill(process)
         return 124
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-    try:
-        process = subprocess.Popen(step.command, cwd=ROOT, env=environment, start_new_session=True)
-    except OSError as error:
-        print(error)
-        return 127
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The command and what it started, some of which may be left when it is gone."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return 124
+    process.wait()
 
 
 def table(done: list[Done]) -> str:
@@ -98,18 +150,34 @@ def table(done: list[Done]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_gpu_run", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.full_gpu_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     names = [step.name for step in STEPS]
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"among {', '.join(names)}; default all")
-    parser.add_argument("--copy-to", type=Path, help="folder that gets result files, plots and the dispatch table")
+    parser.add_argument(
+        "--call", type=int, metavar="N", help=f"the steps of one of {len(CALLS)} commands of ten minutes"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu_run"),
+        metavar="FOLDER",
+        help="gets logs, result files, plots and the dispatch table",
+    )
     options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(names):
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; known are {', '.join(names)}")
-    done = run([step for step in STEPS if not options.steps or step.name in options.steps])
-    if options.copy_to:
-        options.copy_to.mkdir(parents=True, exist_ok=True)
-        for path in [*(p for p in RESULTS.iterdir() if p.stem != "cpu"), TABLE]:
-            shutil.copy(path, options.copy_to)
+    if options.call is not None and (options.steps or not 1 <= options.call <= len(CALLS)):
+        parser.error(f"--call takes 1 to {len(CALLS)} and no names of steps beside it")
+    chosen = (
+        CALLS[options.call - 1] if options.call else [s for s in STEPS if not options.steps or s.name in options.steps]
+    )
+    if not importlib.util.find_spec("xdist"):
+        print("pytest-xdist is not installed: the tests run in one process and may not end in time")
+    done = run(chosen, options.out)
+    for path in [*(p for p in RESULTS.iterdir() if p.stem != "cpu"), TABLE]:
+        shutil.copy(path, options.out)
     print(summary())
     print(table(done))
     return int(any(step.rc for step in done))

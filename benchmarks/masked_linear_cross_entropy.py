@@ -1,5 +1,6 @@
 """masked_linear_cross_entropy: output head and cross-entropy in one, logits never kept."""
 
+import inspect
 from types import SimpleNamespace
 
 import torch
@@ -14,9 +15,11 @@ from benchmarks.shapes import LINEAR_CROSS_ENTROPY as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import masked_linear_cross_entropy
 
+WAITS = ", num_labelled not given"
+
 
 def cases(device: Device):
-    place = device.torch_device
+    place, real = device.torch_device, SHAPES[device.type].values()
     for name, s in shapes(SHAPES, device.type):
         for dtype in s["dtypes"]:
 
@@ -35,8 +38,14 @@ def cases(device: Device):
                     keep=labels != -100,
                 )
 
-            def run(x, backend):
-                return (masked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, backend=backend),)
+            count = round(s["labelled"] * s["rows"])
+
+            def run(x, backend, count=count):
+                options = {"backend": backend, "num_labelled": count}
+                return (masked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, **options),)
+
+            def counting(x, backend):  # the labels are counted on the device, and the host waits for their number
+                return run(x, backend, None)
 
             def upstream(x):  # logits of all rows, in fp32
                 return (F.cross_entropy(F.linear(x.hidden, x.weight, x.bias).float(), x.labels, ignore_index=-100),)
@@ -55,7 +64,7 @@ def cases(device: Device):
             def with_compile(x, fast=fast):
                 return (fast(x.hidden, x.weight, x.bias, x.labels),)
 
-            products = round(s["labelled"] * s["rows"]) * s["vocabulary"] * s["hidden"]
+            products = count * s["vocabulary"] * s["hidden"]
             sizes = (2 * s["rows"] + 2 * s["vocabulary"]) * s["hidden"] + (2 * s["vocabulary"] if s["bias"] else 0)
             yield Case(
                 op="masked_linear_cross_entropy",
@@ -66,13 +75,14 @@ def cases(device: Device):
                 leaves=("hidden", "weight", "bias") if s["bias"] else ("hidden", "weight"),
                 providers={
                     **ours("masked_linear_cross_entropy", device, run),
+                    **(ours("masked_linear_cross_entropy", device, counting, WAITS) if s in real else {}),
                     "eager as upstream": Provider(upstream),
                     "eager, rows gathered": Provider(gathered),
                     "torch.compile": Provider(with_compile),
                     "F.linear_cross_entropy": _torch(),
                     "Liger": rival("liger-kernel", LIGER, device, _liger),
-                    "CCE": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce")),
-                    "CCE, exact": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce_exact")),
+                    "CCE": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce", s["bias"])),
+                    "CCE, exact": rival("cut-cross-entropy", "cut_cross_entropy", device, _cce("cce_exact", s["bias"])),
                     "quack": "takes no bias (quack-kernels)"
                     if s["bias"]
                     else rival("quack-kernels", "quack.linear_cross_entropy", device, _quack),
@@ -104,15 +114,23 @@ def _liger(module):
     )
 
 
-def _cce(implementation: str):
-    """ "cce" leaves out gradients too small to matter, "cce_exact" does not."""
-    return lambda module: (
-        lambda x: (
-            module.linear_cross_entropy(
-                x.hidden, x.weight, x.labels, bias=x.bias, ignore_index=-100, impl=implementation
-            ),
-        )
-    )
+def _cce(implementation: str, with_bias: bool):
+    """ "cce" leaves out gradients too small to matter, "cce_exact" does not; 25.1.1 has neither that nor a bias."""
+
+    def make(module):
+        if implementation not in (one.name.lower() for one in module.LinearCrossEntropyImpl):
+            raise AttributeError(f"no impl {implementation!r}")
+        if with_bias and "bias" not in inspect.signature(module.linear_cross_entropy).parameters:
+            raise AttributeError("it takes no bias")
+
+        def run(x):
+            bias = {} if x.bias is None else {"bias": x.bias}
+            options = {"ignore_index": -100, "impl": implementation}
+            return (module.linear_cross_entropy(x.hidden, x.weight, x.labels, **bias, **options),)
+
+        return run
+
+    return make
 
 
 def _quack(module):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -73,12 +74,17 @@ class Case:
         return BOTH if self.leaves else FORWARD
 
 
-def ours(op: str, device: Device, run: Callable[[SimpleNamespace, str], tuple], **options) -> dict[str, Provider | str]:
-    """ "ours: BACKEND" for the backends of a device and the definition; run takes the inputs and the backend's name."""
+def ours(
+    op: str, device: Device, run: Callable[[SimpleNamespace, str], tuple], how: str = "", **options
+) -> dict[str, Provider | str]:
+    """ "ours: BACKEND" for the backends of a device and the definition; run takes the inputs and the backend's name.
+
+    how: behind the name, of a way to call them that is not the best; the definition is left out then.
+    """
     found: dict[str, Provider | str] = {}
-    for backend in (*device.backends, "reference"):
+    for backend in (*device.backends, *([] if how else ["reference"])):
         reason = dispatch.unusable(op, backend, device.torch_device.type)
-        found[f"{OURS}: {backend}"] = reason or Provider(lambda x, b=backend: run(x, b), **options)
+        found[f"{OURS}: {backend}{how}"] = reason or Provider(lambda x, b=backend: run(x, b), **options)
     return found
 
 
@@ -100,17 +106,20 @@ def facts(device: Device, threads: int, command: str) -> dict:
 
 
 def _commit() -> str:
-    """The commit, RECA_COMMIT where the code lies outside a repository; "+" when files differ from it."""
+    """The commit, RECA_COMMIT where the code is no checkout of its own; "+" when files differ from it."""
+    root = RESULTS.parents[1]
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=root).stdout.strip()
 
     try:
-        name = git("rev-parse", "--short", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        top = git("rev-parse", "--show-toplevel")
+        if top and Path(top).samefile(root):  # and not a copy inside some other repository
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benchmarks/results")
+            return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
-        name = ""
-    return name + ("+" if changed else "") if name else os.environ.get("RECA_COMMIT", "unknown")
+        pass
+    return os.environ.get("RECA_COMMIT", "unknown")
 
 
 def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds: int | None = None) -> list[Row]:

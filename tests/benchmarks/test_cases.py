@@ -1,14 +1,18 @@
 """What the benchmarks run: counted bytes and operations, who takes part, and why somebody does not."""
 
+import enum
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import __main__, rows
+from benchmarks import masked_linear_cross_entropy as _linear
 from benchmarks.__main__ import OPS
 from benchmarks.devices import Cpu, Cuda
+from benchmarks.masked_cross_entropy import labels_for
 from benchmarks.rivals import rival
 from benchmarks.rows import BACKWARD, BOTH, COLUMNS, FORWARD, Row
 from benchmarks.runner import Provider
@@ -91,8 +95,6 @@ def test_floors_of_the_real_shapes():
 
 
 def test_labels_are_as_many_for_every_seed():
-    from benchmarks.masked_cross_entropy import labels_for
-
     for seed in range(3):
         labels = labels_for(1000, 7, 0.637, torch.Generator().manual_seed(seed))
         assert int((labels != -100).sum()) == 637 and int(labels.max()) < 7
@@ -113,6 +115,81 @@ def test_a_library_that_is_not_here_is_a_row(op):
         for name in RIVALS[op]:
             provider = case.providers[name]
             assert isinstance(provider, Provider) or provider.split(" ")[0] in ("not", "takes", "runs")
+
+
+@pytest.fixture
+def linear():
+    """The case and inputs of a small output head, with a bias and without."""
+
+    def make(bias):
+        found = {case.shape: case for case in _linear.cases(GPU)}
+        case = found["show_o_512_reca" if bias else "harmon_i2t"]
+        sizes = dict(rows=8, hidden=16, vocabulary=24, generator=torch.Generator().manual_seed(0))
+        labels = labels_for(sizes["rows"], sizes["vocabulary"], 0.5, sizes["generator"])
+        hidden, weight = (torch.randn(n, sizes["hidden"], generator=sizes["generator"]) for n in (8, 24))
+        x = SimpleNamespace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), labels=labels)
+        x.bias = torch.randn(24, generator=sizes["generator"]).requires_grad_() if bias else None
+        return case, x, F.cross_entropy(F.linear(x.hidden, x.weight, x.bias), labels).item()
+
+    return make
+
+
+def cut_cross_entropy(names, with_bias):
+    """The package as PyPI has it (names of two, no bias) or as its source has it."""
+
+    def old(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, impl="cce"):
+        assert impl in [name.lower() for name in names]
+        return F.cross_entropy(F.linear(e, c), targets, ignore_index=ignore_index)
+
+    def new(e, c, targets, bias=None, ignore_index=-100, impl="cce"):
+        assert impl in [name.lower() for name in names]
+        return F.cross_entropy(F.linear(e, c, bias), targets, ignore_index=ignore_index)
+
+    module = ModuleType("cut_cross_entropy")
+    module.linear_cross_entropy = new if with_bias else old
+    module.LinearCrossEntropyImpl = enum.IntEnum("LinearCrossEntropyImpl", names)
+    return module
+
+
+def test_cce_as_pypi_has_it(monkeypatch, linear):
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut_cross_entropy(["CCE", "TORCH_COMPILE"], False))
+    case, x, exact = linear(bias=False)
+    assert case.providers["CCE"].run(x)[0].item() == pytest.approx(exact)
+    assert case.providers["CCE, exact"].endswith("(cut-cross-entropy): no impl 'cce_exact'")
+    case, _, _ = linear(bias=True)
+    assert case.providers["CCE"].endswith("(cut-cross-entropy): it takes no bias")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_cce_as_its_source_has_it(monkeypatch, linear, bias):
+    names = ["CCE", "TORCH_COMPILE", "CCE_EXACT"]
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", cut_cross_entropy(names, True))
+    case, x, exact = linear(bias)
+    for name in ("CCE", "CCE, exact"):
+        assert case.providers[name].run(x)[0].item() == pytest.approx(exact)
+
+
+def test_ours_is_timed_with_the_number_of_labels_and_without(monkeypatch):
+    """Two rows of each backend on the real shapes; the host waits in the second only."""
+    given = []
+    monkeypatch.setattr(_linear, "masked_linear_cross_entropy", lambda *a, **b: given.append(b))
+    monkeypatch.setattr(dispatch, "unusable", lambda *a: None)
+    for case in __main__.cases("masked_linear_cross_entropy", GPU, quick=False):
+        ours = [name for name in case.providers if name.startswith("ours: ")]
+        both = ["ours: cuda", "ours: triton"]
+        if case.shape.startswith("size "):
+            assert ours == [*both, "ours: reference"]
+            continue
+        assert ours == [*both, *(name + ", num_labelled not given" for name in both)]
+        x = SimpleNamespace(hidden=0, weight=0, labels=0, bias=0)
+        for name in ours:
+            given.clear()
+            case.providers[name].run(x)
+            count = round(case.flops[BOTH] / 6 / _linear.SHAPES["cuda"][case.shape]["vocabulary"])
+            count //= _linear.SHAPES["cuda"][case.shape]["hidden"]
+            assert given == [
+                {"backend": name[6:].split(",")[0], "num_labelled": None if "not given" in name else count}
+            ]
 
 
 def test_why_a_library_does_not_run(monkeypatch):

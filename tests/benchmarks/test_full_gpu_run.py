@@ -1,75 +1,185 @@
 """The script for the day a GPU is at hand: nothing stops it, and it says what happened."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from benchmarks import full_gpu_run
+from benchmarks import full_gpu_run, sdp_kernels
 from benchmarks.__main__ import OPS
+from benchmarks.devices import Cpu
 from benchmarks.full_gpu_run import STEPS, Step
 
+PATHS = os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS}
 
-def python(name, code, seconds=20):
-    return Step(name, seconds, [sys.executable, "-c", code])
+
+def python(name, code, seconds=20.0):
+    return Step(name, seconds, [sys.executable, "-c", textwrap.dedent(code)])
 
 
-def test_a_failing_step_stops_nobody(capfd):
+def test_a_failing_step_stops_nobody(capfd, tmp_path):
     done = full_gpu_run.run(
         [
-            python("fails", "import sys; sys.exit(3)"),
-            python("hangs", "import time; time.sleep(60)", seconds=0.5),
+            python("fails", "import sys; print('why'); sys.exit(3)"),
+            python("hangs", "import time; time.sleep(60)", seconds=1),
             Step("missing", 5, ["a-program-that-nobody-has"]),
-            python("works", "print('done')"),
-        ]
+            python("works", "import sys; print('done'); print('warned', file=sys.stderr)"),
+        ],
+        tmp_path / "out",
     )
     assert [(step.name, step.rc) for step in done] == [("fails", 3), ("hangs", 124), ("missing", 127), ("works", 0)]
-    assert "done" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "why" in shown and "done" in shown
+    assert (tmp_path / "out" / "fails.log").read_text() == "why\n"
+    assert sorted((tmp_path / "out" / "works.log").read_text().split()) == ["done", "warned"]
+    assert "a-program-that-nobody-has" in (tmp_path / "out" / "missing.log").read_text()
     lines = full_gpu_run.table(done).splitlines()
     assert len(lines) == 4 and "rc 124" in lines[1] and lines[3].startswith("works")
 
 
-def test_out_of_time_altogether():
-    assert [step.rc for step in full_gpu_run.run([python("a", "0"), python("b", "0")], minutes=0)] == [124, 124]
+def test_out_of_time_pytest_still_says_what_it_has(monkeypatch, tmp_path):
+    """SIGINT first: the summary of what has run is in the log, and what was started is gone."""
+    (tmp_path / "test_slow.py").write_text(
+        textwrap.dedent("""
+            import subprocess, sys, time
+            def test_wrong(): assert 1 == 2
+            def test_slow():
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+                print("child", child.pid, file=open("child", "w"))
+                time.sleep(60)
+        """)
+    )
+    (tmp_path / "conftest.py").write_text("")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    started, wait = tmp_path / "child", subprocess.Popen.wait
+
+    def out_of_time(process, seconds=None):
+        """The first wait ends as soon as the slow test has begun."""
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        while not started.exists() or not started.read_text().endswith("\n"):
+            time.sleep(0.05)
+        raise subprocess.TimeoutExpired(process.args, seconds)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", out_of_time)
+    step = Step("test", 200, ["sh", "-c", f"cd {tmp_path} && exec {' '.join(command)}"])
+    (done,) = full_gpu_run.run([step], tmp_path / "out")
+    log = (tmp_path / "out" / "test.log").read_text()
+    assert done.rc == 124 and "KeyboardInterrupt" in log and "1 failed" in log and "assert 1 == 2" in log
+    stat = Path(f"/proc/{started.read_text().split()[1]}/stat")
+    ends = time.monotonic() + 30
+    while stat.exists() and stat.read_text().split()[2] != "Z":  # killed, and about to go
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
 
-def test_steps_fit_and_cover_every_op():
-    assert sum(step.seconds for step in STEPS) <= 60 * full_gpu_run.MINUTES
-    names = [step.name for step in STEPS]
-    assert {f"bench_{op}" for op in OPS} < set(names) and len(set(names)) == len(names)
-    assert names.index("build") < names.index("test") < names.index("bench_philox") < names.index("dispatch")
+def test_what_ignores_the_interrupt_is_killed(tmp_path):
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    (done,) = full_gpu_run.run([python("deaf", code, seconds=4)], tmp_path)
+    assert done.rc == 124 and done.seconds < 20 and (tmp_path / "deaf.log").read_text() == "up\n"
 
 
-def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(full_gpu_run, "STEPS", [python("good", "0"), python("bad", "import sys; sys.exit(1)")])
-    assert full_gpu_run.main(["good", "--copy-to", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "dispatch_table.json").exists()
-    assert full_gpu_run.main([]) == 1
-    assert capfd.readouterr().out.splitlines()[-1].startswith("bad")
-    with pytest.raises(SystemExit):
-        full_gpu_run.main(["build_it"])
-    assert "unknown steps build_it; known are good, bad" in capfd.readouterr().err
+def test_calls_fit_into_what_is_lent_and_cover_every_op():
+    """Ten minutes and eight files a command: a log per step, the results, their plot and the dispatch table."""
+    for call in full_gpu_run.CALLS:
+        assert sum(step.seconds for step in call) <= 600 and len(call) + 3 <= 8
+    limits = {step.name: step.seconds for step in STEPS}
+    assert len(limits) == len(STEPS) and {f"bench_{op}" for op in OPS} < set(limits)
+    assert (
+        limits["test"] == 480
+        and limits["bench_masked_linear_cross_entropy"] == 300
+        and limits["bench_attention"] >= 290
+    )
+    names = list(limits)
+    assert names[:3] == ["build", "report", "first"]
+    assert names.index("first") < names.index("test") < names.index("sanitizers")
+    assert max(names.index(f"bench_{op}") for op in OPS) < names.index("dispatch") < names.index("docs")
 
 
-def test_what_runs_on_a_gpu_needs_the_libraries_of_kernels_only():
-    """Machines with GPUs may lack what the driver needs, and a network to get it."""
+@pytest.fixture(scope="module")
+def gpu_tests():
+    """Names of the tests that kernels and benchmarks have for a GPU.
+
+    Collected without what only the driver needs: machines with GPUs may lack it, and a network to get it.
+    """
     code = """
         import sys, pytest
         for name in ("diffusers", "transformers", "omegaconf", "safetensors", "tqdm", "jinja2"):
             sys.modules[name] = None
-        sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", "tests/kernels", "tests/benchmarks"]))
+        sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", *sys.argv[1:]]))
         """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=full_gpu_run.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code), *full_gpu_run.KERNEL_TESTS]
+    done = subprocess.run(command, cwd=full_gpu_run.ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_which_tests_run_where(gpu_tests):
+    """Every GPU test of kernels and benchmarks is in one step; the first of them wait for every kernel."""
+    steps = {step.name: step for step in STEPS}
+    first = steps["first"]
+    assert first.environment == {"CUDA_LAUNCH_BLOCKING": "1"} and "-x" in first.command and "-n" not in first.command
+    path, words = first.command[-3], first.command[-1]
+    assert sum(test.startswith(path) and words in test for test in gpu_tests) > 20
+    for name, told in (("test", "not {} and not {}"), ("test_large", "{}"), ("sanitizers", "{1}")):
+        words = told.format(full_gpu_run.LARGE, full_gpu_run.SANITIZED)
+        command = steps[name].command
+        assert command[-2:] == ["-k", words] and command[command.index("-m", 2) + 1] == "gpu"
+    large, sanitized = (
+        {test for test in gpu_tests if word in test} for word in (full_gpu_run.LARGE, full_gpu_run.SANITIZED)
+    )
+    assert len(large) >= 10 and len(sanitized) >= 10 and not large & sanitized
+    assert all(test.startswith("tests/kernels/") for test in sanitized)
+    if importlib.util.find_spec("xdist"):
+        assert "-n 8" in " ".join(steps["test"].command)
+
+
+def test_without_xdist_the_tests_run_in_one_process(monkeypatch):
+    monkeypatch.setattr(full_gpu_run.importlib.util, "find_spec", lambda name: None)
+    assert "-n" not in full_gpu_run._tests("tests/kernels", processes=8)
+
+
+def test_chosen_steps_their_files_and_the_exit_status(monkeypatch, tmp_path, capfd):
+    good, bad = python("good", "0"), python("bad", "import sys; sys.exit(1)")
+    monkeypatch.setattr(full_gpu_run, "STEPS", [good, bad])
+    monkeypatch.setattr(full_gpu_run, "CALLS", [[good], [bad]])
+    monkeypatch.setenv("OUT", str(tmp_path / "given"))
+    assert full_gpu_run.main(["good", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "dispatch_table.json").exists() and (tmp_path / "out" / "good.log").exists()
+    assert full_gpu_run.main([]) == 1
+    assert capfd.readouterr().out.splitlines()[-1].startswith("bad")
+    assert (tmp_path / "given" / "bad.log").exists()
+    assert full_gpu_run.main(["--call", "1"]) == 0
+    assert full_gpu_run.main(["--call", "2"]) == 1
+    for wrong, told in (
+        (["build_it"], "unknown steps build_it; known are good, bad"),
+        (["--call", "3"], "--call takes 1 to 2"),
+        (["--call", "1", "good"], "no names of steps beside it"),
+    ):
+        with pytest.raises(SystemExit):
+            full_gpu_run.main(wrong)
+        assert told in capfd.readouterr().err
+
+
+def test_the_log_of_attention_names_the_kernel(capsys):
+    """The operators are those that torch's profiler names, on a CPU as on a GPU."""
+    q = torch.randn(1, 2, 8, 16)
+    (ran,) = sdp_kernels.kernels_of(lambda: F.scaled_dot_product_attention(q, q, q), Cpu())
+    assert (ran.kernel, ran.calls) == ("flash (CPU)", 1)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (ran,) = sdp_kernels.kernels_of(lambda: F.scaled_dot_product_attention(q, q, q), Cpu())
+    assert ran.kernel == "math"
+    for kernel in ("flash", "efficient", "cudnn"):  # the names of the others are torch's
+        assert hasattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention")
+        assert f"_scaled_dot_product_{kernel}_attention" in sdp_kernels.KERNELS
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            sdp_kernels.main([])
+        assert "finds no CUDA device" in capsys.readouterr().err

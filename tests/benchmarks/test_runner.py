@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,3 +310,26 @@ def test_a_real_gpu_is_timed_with_events_and_graphs():
     assert "no graph" in rows["waits", "events"].note
     assert all(0 < row.ms_p50 < 50 and row.relative_error < 1e-5 and row.peak_mb >= 4 for row in rows.values())
     assert api.get_device_name() in device.facts()["device"]
+
+
+def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
+    """Of its own checkout; RECA_COMMIT where it was copied without one, also into another repository."""
+
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tmp_path, check=True)
+
+    results = tmp_path / "copy" / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "x.csv").write_text("")
+    monkeypatch.setattr(runner, "RESULTS", results)
+    monkeypatch.delenv("RECA_COMMIT", raising=False)
+    assert runner._commit() == "unknown"
+    monkeypatch.setenv("RECA_COMMIT", "1234567")
+    assert runner._commit() == "1234567"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "other")
+    assert runner._commit() == "1234567"  # the repository around the copy is not its own
+    (tmp_path / ".git").rename(tmp_path / "copy" / ".git")
+    own = runner._commit()
+    assert own not in ("1234567", "unknown") and len(own.rstrip("+")) >= 7

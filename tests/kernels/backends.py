@@ -6,7 +6,6 @@ CUDA C++ kernels run on CPU tensors in the emulator of emulated.py (about a micr
 without a GPU.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -14,9 +13,10 @@ import pytest
 
 import reca_kernels
 from reca_kernels import native
+from tests import interpreter
 from tests.kernels import emulated
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreter.problem() is None
 PACKAGE = Path(reca_kernels.__file__).parent
 
 
@@ -26,7 +26,8 @@ def targets(op: str, *, reference: bool = True, skip: tuple[str, ...] = ()) -> l
     A backend without the op is left out. One that cannot run here is there and skipped: `pytest -rs` says why.
     """
     no_native = pytest.mark.skipif(native.module is None, reason=str(native.missing))
-    no_triton = pytest.mark.skipif(not INTERPRETED, reason="triton is not installed, or a GPU is there to run it on")
+    why = interpreter.problem() or "a GPU is there to run Triton on"
+    no_triton = pytest.mark.skipif(not INTERPRETED, reason=why)
     no_cuda = pytest.mark.skipif(
         native.module is None or not native.module.cuda_archs, reason="the native module was built without CUDA"
     )

@@ -1,0 +1,75 @@
+"""python -m benchmarks.sdp_kernels [--device cpu|cuda]: which of torch's attention kernels `sdpa` runs on, as profiled.
+
+On Hopper torch may prefer cuDNN, which makes a plan for every new shape; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 puts it last.
+A line per model's layout: the operators that ran, how often, and on GPUs their share of the time.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.attention import cases
+from benchmarks.devices import Cpu, Cuda, Device
+from benchmarks.rows import BY_SIZE, OURS
+
+# Operators of torch by what they run on. `math` is a softmax between two products; it keeps all scores.
+KERNELS = {
+    "_scaled_dot_product_cudnn_attention": "cuDNN",
+    "_scaled_dot_product_flash_attention": "flash",
+    "_scaled_dot_product_flash_attention_for_cpu": "flash (CPU)",
+    "_scaled_dot_product_efficient_attention": "mem-efficient",
+    "_scaled_dot_product_attention_math": "math",
+}
+
+
+class Ran(NamedTuple):
+    kernel: str
+    calls: int
+    ms: float  # on the device
+
+
+def kernels_of(call: Callable[[], object], device: Device) -> list[Ran]:
+    """The attention kernels that a call runs on, most time first."""
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
+        call()
+    found = [
+        Ran(kernel, event.count, (event.device_time_total if gpu else event.cpu_time_total) / 1e3)
+        for event in record.key_averages()
+        if (kernel := KERNELS.get(event.key.removeprefix("aten::")))
+    ]
+    return sorted(found, key=lambda ran: -ran.ms)
+
+
+def report(device: Device) -> list[str]:
+    """A line per layout."""
+    lines = []
+    for case in cases(device):
+        if case.shape.startswith(BY_SIZE):
+            continue
+        x, run = case.inputs(0), case.providers[f"{OURS}: sdpa"].run
+        run(x)  # plans and workspaces are made
+        ran = kernels_of(lambda: torch.autograd.grad(run(x)[0], (x.q, x.k, x.v), x.grad), device)  # noqa: B023
+        told = ", ".join(f"{one.kernel} x {one.calls} ({one.ms:.3f} ms forward)" for one in ran) or "none known"
+        lines.append(f"sdpa on {case.shape}, {case.dtype}: {told}")
+        device.free()
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sdp_kernels", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options = parser.parse_args(arguments)
+    try:
+        device = Cpu() if options.device == "cpu" else Cuda()
+    except RuntimeError as error:
+        parser.error(str(error))
+    print("\n".join(report(device)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
