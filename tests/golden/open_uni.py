@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from reca.draws import Draws, Purpose
-from reca.models.open_uni import Adapter, Config, convert, prompt
+from reca.models.open_uni import Adapter, Config, convert, modules, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, VisionSizes
 from reca.models.weights import put
+from reca_kernels import ConcatPlan
 from tests.golden.conftest import Golden
 
 ACTIVATION = {"atol": 2e-5, "rtol": 1e-4}  # cases.json
@@ -26,11 +27,34 @@ class ByteTokenizer:
     def convert_tokens_to_ids(self, token: str) -> int:
         return self.specials[token]
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> SimpleNamespace:
-        parts = self.pattern.split(text)
+    def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> SimpleNamespace:
+        parts = [text] if split_special_tokens else self.pattern.split(text)
         return SimpleNamespace(
             input_ids=[i for p in parts for i in ([self.specials[p]] if p in self.specials else p.encode())]
         )
+
+    def whole(self, text: str) -> list[int]:
+        """Ids of a recorded text with its control tokens."""
+        return self(text, False, split_special_tokens=False).input_ids
+
+
+def expanded(model: Adapter, asked: prompt.Prompt) -> list[int]:
+    """The ids of a prompt as the release has them: a token for every row of h_v."""
+    ids, slot, _ = asked
+    if slot is None:
+        return ids
+    context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
+    return [*ids[:slot], *[context] * modules.hv_tokens(model.config), *ids[slot:]]
+
+
+def release_src(model: Adapter, layout: ConcatPlan) -> Tensor:
+    """Ids of a layout as the release has them, int64 [B, L]."""
+    context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
+    return torch.where(layout.src < 0, context, layout.src).long()
+
+
+def planned(model: Adapter, prompts: list[prompt.Prompt], side: str) -> tuple[ConcatPlan, Tensor]:
+    return prompt.plan(prompts, modules.hv_tokens(model.config), side)
 
 
 def build(golden: Golden) -> Adapter:

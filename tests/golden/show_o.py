@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from reca.draws import Draws, Purpose
+from reca.models.exporting import export_to
 from reca.models.show_o import prompt
-from reca.models.show_o.convert import write
+from reca.models.show_o.convert import WEIGHTS
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca_kernels.reference.attention import allowed as allowed_keys
 from tests.golden.conftest import Golden
@@ -19,9 +20,11 @@ GRADIENT = 1e-5  # relative, of an L2 norm
 
 def write_folders(folder: Path, published: dict, model: dict, codec: dict, clip: dict, text_tokens: int) -> Path:
     """The tensors as published folders. The texts of golden data are numbers: token k is the word `k`."""
-    write(folder, published, model)
-    write(folder / "codec", {}, codec)
-    write(folder / "clip", {}, clip)
+    with export_to(folder) as out:
+        for part, config, state in (("", published, model), ("codec/", {}, codec), ("clip/", {}, clip)):
+            out.tensors(f"{part}{WEIGHTS[0]}", state)
+            out.json(f"{part}config.json", config)
+        out.done()
     words = [str(i) for i in range(1, text_tokens - 1)]  # 0 is the unknown word, the last token ends texts
     word_tokenizer(words, [prompt.END_OF_TEXT]).save_pretrained(folder / "tokenizer")
     return folder

@@ -7,7 +7,18 @@ from PIL import Image
 from reca.data.pixels import make_view
 from reca.models.base import Batch, Turn
 from reca.models.open_uni import prompt, sampling
-from tests.golden.open_uni import GRADIENT, Record, Recorded, build, close, same_stages, wrong_norms
+from tests.golden.open_uni import (
+    GRADIENT,
+    Record,
+    Recorded,
+    build,
+    close,
+    expanded,
+    planned,
+    release_src,
+    same_stages,
+    wrong_norms,
+)
 
 
 def matches(config: dict) -> bool:
@@ -61,20 +72,22 @@ def test_autoencoder(golden, model):
 
 def test_prompt_texts(golden, model):
     strings, c = golden.cases["strings"], golden.config
-    assert [prompt.with_image(text, c["n_img_tokens"]) for text in c["templates"]] == strings["reca_prompt"]
-    assert prompt.caption(c["caption"]) == strings["t2i_prompt"]
-    assert prompt.caption(None) == strings["cfg_prompt"]
+    tokenizer = model.tokenizer
+    for text, wanted in zip(c["templates"], strings["reca_prompt"], strict=True):
+        assert expanded(model, prompt.with_image(tokenizer, text)) == tokenizer.whole(wanted)
+    assert prompt.caption(tokenizer, c["caption"]).ids == tokenizer.whole(strings["t2i_prompt"])
+    assert prompt.caption(tokenizer, None).ids == tokenizer.whole(strings["cfg_prompt"])
 
 
 @pytest.mark.parametrize("kind", ["reca", "t2i"])
 def test_ids_and_padding(golden, model, draws, kind):
-    ids = model.prompts(batch(golden, kind), draws)
-    layout, mask = prompt.plan(ids, model.context_id, "left" if kind == "reca" else "right")
+    prompts = model.prompts(batch(golden, kind), draws)
+    layout, mask = planned(model, prompts, "left" if kind == "reca" else "right")
     assert torch.equal(mask, golden.data[f"{kind}.attention_mask"])
     wanted = golden.data[f"{kind}.input_ids"]
-    ours = torch.where(layout.src < 0, model.context_id, layout.src).long()
-    assert torch.equal(ours, torch.where(mask, wanted, prompt.PAD_ID))
-    assert layout.src[layout.src < 0].tolist() == list(range(-1, -1 - int((wanted == model.context_id).sum()), -1))
+    assert torch.equal(release_src(model, layout), torch.where(mask, wanted, prompt.PAD_ID))
+    context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
+    assert layout.src[layout.src < 0].tolist() == list(range(-1, -1 - int((wanted == context).sum()), -1))
 
 
 @pytest.mark.parametrize("kind", ["reca", "t2i"])
@@ -108,14 +121,15 @@ def test_loss_and_every_stage_of_it(golden, model, draws, kind):
 
 def test_generation(golden, model):
     data, c = golden.data, golden.config
-    texts = [prompt.caption(c["caption"]), prompt.caption(None)]
-    assert texts == golden.cases["strings"]["gen_prompts"]
-    ids = [prompt.encode(model.tokenizer, text) for text in texts]
-    layout, mask = prompt.plan(ids, model.context_id, "right")
+    asked = [prompt.caption(model.tokenizer, text) for text in (c["caption"], None)]
+    assert [row.ids for row in asked] == [
+        model.tokenizer.whole(text) for text in golden.cases["strings"]["gen_prompts"]
+    ]
+    layout, mask = planned(model, asked, "right")
     assert torch.equal(mask, data["gen.attention_mask"])
     assert torch.equal(layout.src[mask].long(), data["gen.input_ids"][mask])
     with torch.no_grad():
-        cond, uncond = (model.condition([row], None, "right") for row in ids)
+        cond, uncond = (model.condition([row], None, "right") for row in asked)
     close(torch.cat((cond, uncond)), data["gen.prompt_embeds"])
 
     solver = sampling.scheduler()
@@ -144,12 +158,15 @@ def test_conversation(golden, model):
     asked, answered = golden.cases["strings"]["i2t_text"].split("<|im_end|>\n<|im_start|>assistant\n")
     turn = Turn(asked.rsplit("</img>\n", 1)[1], answered.removesuffix("<|im_end|>"))
     sample = Batch("i2t", torch.arange(1), [[turn]])
-    ids, labels = model.conversation(sample.text[0])
-    assert [ids] == data["i2t.input_ids"].tolist() and [labels] == data["i2t.labels"].tolist()
+    talk = model.conversation(sample.text[0])
+    labels = expanded(model, talk._replace(ids=talk.labels))  # one for every row of h_v, too
+    context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
+    assert [expanded(model, talk)] == data["i2t.input_ids"].tolist()
+    assert [[-100 if label == context else label for label in labels]] == data["i2t.labels"].tolist()
     h_v = data["und.h_v"][:1]
     with Record(model) as record:
         term = model.loss(sample, {"h_v": h_v}, None)
     logits = model.mllm.lm_head(record.seen["language"][0][2].last_hidden_state)
     close(logits.detach(), data["i2t.logits"])
     close((term.sum / term.weight).detach(), data["i2t.loss"])
-    assert model.weight(sample, None) == term.weight == sum(label != -100 for label in labels[1:])
+    assert model.weight(sample, None) == term.weight == sum(label != -100 for label in talk.labels[1:])

@@ -7,9 +7,18 @@ from PIL import Image
 from reca.config import OptimConfig
 from reca.data.pixels import make_view
 from reca.models.base import Batch
-from reca.models.open_uni import prompt
 from reca.optim import freeze, gradient_norm, make_optimizer, set_lr
-from tests.golden.open_uni import GRADIENT, Record, Recorded, build, close, same_stages
+from tests.golden.open_uni import (
+    GRADIENT,
+    Record,
+    Recorded,
+    build,
+    close,
+    expanded,
+    planned,
+    release_src,
+    same_stages,
+)
 
 
 def matches(config: dict) -> bool:
@@ -39,12 +48,13 @@ def test_crop_and_resize(golden, model):
 
 
 def test_ids(golden, model, batch):
-    ids = model.prompts(batch, None)
-    assert ids == [golden.data[f"data.ids_{i}"].tolist() for i in range(len(ids))]
-    layout, mask = prompt.plan(ids, model.context_id, "left")
+    prompts = model.prompts(batch, None)
+    assert [expanded(model, asked) for asked in prompts] == [
+        golden.data[f"data.ids_{i}"].tolist() for i in range(len(prompts))
+    ]
+    layout, mask = planned(model, prompts, "left")
     assert torch.equal(mask, golden.data["batch.attention_mask"])
-    ours = torch.where(layout.src < 0, model.context_id, layout.src).long()
-    assert torch.equal(ours, golden.data["batch.input_ids"])
+    assert torch.equal(release_src(model, layout), golden.data["batch.input_ids"])
 
 
 def test_frozen_encoders(golden, model):

@@ -78,10 +78,13 @@ class QwenTokenizer:
         "Generate": 31115, " an": 458, " image": 2168, ".": 13,
     }  # fmt: skip
 
-    def __call__(self, text: str, add_special_tokens: bool):
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.KNOWN[token]
+
+    def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool):
         ids = []
         while text:
-            token = next((known for known in self.KNOWN if text.startswith(known)), text[0])
+            token = next((t for t in self.KNOWN if text.startswith(t) and t[:2] != "<|"), text[0])
             ids.append(self.KNOWN.get(token, ord(token[0])))
             text = text[len(token) :]
         return type("Encoding", (), {"input_ids": ids})

@@ -271,7 +271,7 @@ def test_parts_that_are_not_there(folder, tmp_path):
     given = changed(folder, tmp_path, lambda state: None)
     with pytest.raises(ValueError, match=r"holds no VAE; give model\.vae_weights"):
         loaded(**given | {"vae_weights": None})
-    with pytest.raises(ValueError, match=r"has no tokenizer; give model\.tokenizer"):
+    with pytest.raises(ValueError, match=r"has no tokenizer beside harmon\.pth; give model\.tokenizer"):
         loaded(**given | {"tokenizer": None})
     with pytest.raises(ValueError, match="does not exist"):
         loaded(weights=str(tmp_path / "nowhere.pth"))

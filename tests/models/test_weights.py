@@ -4,7 +4,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from reca.models.weights import fetch, read_tensors
+from reca.models.hub import fetch
+from reca.models.weights import read_tensors
 
 
 def test_a_local_path_comes_first(tmp_path):

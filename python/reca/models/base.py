@@ -170,8 +170,11 @@ class Adapter(nn.Module):
         """Image and question to text, greedy."""
         raise NotImplementedError(f"{self.name} cannot answer questions about images")
 
-    def export(self, folder: Path) -> None:
-        """Write the files, with the names and keys, that the public inference code reads."""
+    def export(self, folder: Path) -> list[str]:
+        """Write the files, with the names and keys, that the public inference code reads. Returns their names.
+
+        All of them are written or none (exporting.py). Raises OSError when the disk does not take them.
+        """
         raise NotImplementedError
 
     def roles(self) -> dict[str, str]:

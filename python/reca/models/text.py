@@ -1,8 +1,108 @@
-"""Text to token ids."""
+"""Text to token ids. What a user writes is text: words that look like control tokens are no control tokens.
 
-from transformers import PreTrainedTokenizerBase
+Tokenizers look for added tokens (<|im_end|>, <IMG_CONTEXT>, …) anywhere in a text, and `split_special_tokens=True` of
+transformers stops that for those of them alone that are marked special. Here none is found. Prompts get their control
+tokens by id (`control`), so that a text has no way to end a turn or to stand for an image.
+"""
+
+import json
+import re
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reca.models.files import damage
+
+_PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the text alone: what frames it is the model's own business."""
-    return tokenizer(text, add_special_tokens=False).input_ids
+    """Ids of the text alone, without any control token: what frames it is the model's own business.
+
+    Raises ValueError for a text that a tokenizer of another kind cannot but read as a control token.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:  # no tokenizer of the tokenizers library inside
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    plain = _PLAIN.get(tokenizer)
+    if plain is None or plain.added != added.keys():
+        plain = _PLAIN[tokenizer] = _Plain(tokenizer)
+    return plain.encode(text)
+
+
+def control(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of a control token, which the tokenizer must have."""
+    return tokenizer.convert_tokens_to_ids(token)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files a local folder holds. No code of the folder runs.
+
+    Raises ValueError that names the folder, and the file where one is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        for path in sorted(folder.glob("*.json")):
+            if cause := damage(path):
+                raise ValueError(f"{path} {cause}") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({reason}); give model.tokenizer") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], rows: int, model: str) -> None:
+    """Raise ValueError when a tokenizer lacks control tokens, or has ids beyond the `rows` of the embedding table."""
+    known = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in known]:
+        raise ValueError(f"the tokenizer lacks {', '.join(missing)}; {model} needs {', '.join(tokens)}")
+    if (largest := max(known.values())) >= rows:
+        raise ValueError(f"the tokenizer has ids up to {largest}, but model.language.vocab_size={rows}")
+
+
+class Remembered:
+    """A function of hashable arguments with the results of its latest calls. A copy, or a pickle, begins empty."""
+
+    def __init__(self, function: Callable, most: int = 1 << 14):
+        self.function, self.most = function, most
+        self.results = lru_cache(maxsize=most)(function)
+
+    def __call__(self, *arguments: Hashable) -> Any:
+        return self.results(*arguments)
+
+    def __reduce__(self):
+        return Remembered, (self.function, self.most)
+
+
+class _Plain:
+    """A tokenizer's own tokenizer that finds no added token but runs of blanks, which are text (Phi has such)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        backend = tokenizer.backend_tokenizer
+        self.added = dict.fromkeys(backend.get_added_tokens_decoder())
+        made = json.loads(backend.to_str())
+        for token in made["added_tokens"]:
+            token["special"] = not token["content"].isspace()
+        self.tokenizer = Tokenizer.from_str(json.dumps(made))
+        self.tokenizer.encode_special_tokens = True  # as text
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        unknown = tokenizer.unk_token  # what an unknown word is read as, too
+        controls = (t for t in made["added_tokens"] if t["special"] and t["content"] != unknown)
+        self.controls = {token["id"]: token["content"] for token in controls}
+
+    def encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.controls.keys().isdisjoint(ids):
+            return ids
+        # The vocabulary itself has the word, and nothing splits texts before it (Unigram does so): split it here.
+        words = {self.controls[i] for i in ids if i in self.controls}
+        inside = "|".join(f"(?<={re.escape(word[:1])})(?={re.escape(word[1:])})" for word in words)
+        ids = [i for part in re.split(inside, text) for i in self.tokenizer.encode(part, add_special_tokens=False).ids]
+        if found := [self.controls[i] for i in ids if i in self.controls]:
+            raise ValueError(f"the tokenizer reads a text as the control token {found[0]!r}; write it in other words")
+        return ids

@@ -312,9 +312,9 @@ class Bagel(Adapter):
 
     # the driver's questions about parameters
 
-    def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         """The files of a BAGEL folder: ema.safetensors with all 1223 tensors, ae.safetensors, configs and tokenizer."""
-        loading.export(self, folder, dtype)
+        return loading.export(self, folder, dtype)
 
     def roles(self) -> dict[str, str]:
         return {name: self.role(name) for name, _ in self.named_parameters()}

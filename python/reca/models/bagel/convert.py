@@ -3,15 +3,13 @@
 Names in the main file are ours. The autoencoder's file has LDM's names, our autoencoder has those of diffusers.
 """
 
-import json
-import os
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reca.models.bagel.config import BagelConfig
+from reca.models.files import read_json
 from reca.models.weights import read_tensors
 
 PUBLISHED = "ema.safetensors"
@@ -79,7 +77,7 @@ def check(folder: Path, config: BagelConfig) -> None:
     for file, section in (("llm_config.json", "language"), ("vit_config.json", "vision")):
         if not (folder / file).is_file():
             continue
-        found, sizes = json.loads((folder / file).read_text()), getattr(config, section)
+        found, sizes = read_json(folder / file), getattr(config, section)
         for key in sizes.__dataclass_fields__:
             if key in found and found[key] != getattr(sizes, key):
                 wrong.append(f"{file} has {key} {found[key]}, the recipe model.{section}.{key}={getattr(sizes, key)}")
@@ -116,10 +114,3 @@ def described(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:
             "num_channels": 3,
         },
     }
-
-
-def write(path: Path, state: dict[str, Tensor]) -> None:
-    """A safetensors file; an old one of that name stays until the new one is whole."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial, {"format": "pt"})
-    os.replace(partial, path)

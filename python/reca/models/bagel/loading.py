@@ -1,18 +1,20 @@
 """Building a BAGEL from published files or at random, and writing it back."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from reca.models.bagel import convert, prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import FluxCodec, PositionTable
+from reca.models.exporting import export_to
+from reca.models.hub import TOKENIZER, beside, fetch
+from reca.models.text import read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import fetch, no_memory, put
+from reca.models.weights import no_memory, put
 
 if TYPE_CHECKING:
     from reca.models.bagel.adapter import Bagel
@@ -37,20 +39,21 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
             torch.manual_seed(config.seed)
             return as_kept(cls(config, load_tokenizer(config, None)))
     source = fetch(config.weights, convert.HUB)
-    folder = source if source.is_dir() else source.parent
+    folder = beside(source)
     convert.check(folder, config)
     with no_memory():
         model = cls(config, load_tokenizer(config, folder))
     state = convert.read(source)
     if config.overlay:
-        state |= convert.read(fetch(config.overlay, convert.HUB))
+        state |= convert.read(fetch(config.overlay, convert.HUB, "model.overlay"))
     for name in list(state):  # one by one, so that no second copy of all stands in memory
         state[name] = state[name].to(_dtype(model, name))
     put(published(model), state, str(source))
     for table in model.modules():
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()
-    _load_codec(model.codec, fetch(config.codec_weights, convert.HUB) if config.codec_weights else folder)
+    codec = fetch(config.codec_weights, convert.HUB, "model.codec_weights") if config.codec_weights else folder
+    _load_codec(model.codec, codec)
     return model
 
 
@@ -61,18 +64,18 @@ def as_kept(model: "Bagel") -> "Bagel":
     return model
 
 
-def export(model: "Bagel", folder: Path, dtype: torch.dtype) -> None:
+def export(model: "Bagel", folder: Path, dtype: torch.dtype) -> list[str]:
     """All files of a published folder, those of the frozen parts too."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    convert.write(folder / convert.PUBLISHED, {n: t.to(dtype) for n, t in published(model).state_dict().items()})
     codec = model.codec.state_dict()
     if isinstance(model.codec, FluxCodec):
         codec = convert.codec_published(model.codec.autoencoder.state_dict(), len(model.codec.sizes.block_out_channels))
-    convert.write(folder / convert.CODEC, codec)
-    for name, content in convert.described(model.config, model.vocabulary.bos, model.vocabulary.eos).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    model.tokenizer.save_pretrained(folder)
+    with export_to(folder) as out:
+        out.tensors(convert.PUBLISHED, {n: t.to(dtype) for n, t in published(model).state_dict().items()})
+        out.tensors(convert.CODEC, codec)
+        for name, content in convert.described(model.config, model.vocabulary.bos, model.vocabulary.eos).items():
+            out.json(name, content)
+        out.tokenizer(".", model.tokenizer)
+        return out.done()
 
 
 def published(model: "Bagel") -> nn.ModuleDict:
@@ -80,13 +83,16 @@ def published(model: "Bagel") -> nn.ModuleDict:
 
 
 def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokenizerBase:
-    source = fetch(config.tokenizer) if config.tokenizer else folder
+    source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer") if config.tokenizer else folder
     if source is None:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     elif any((source / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     else:
-        raise ValueError(f"{source} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give model.tokenizer")
+        raise ValueError(
+            f"{source.absolute()} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give model.tokenizer, such as "
+            "model.tokenizer=ByteDance-Seed/BAGEL-7B-MoT"
+        )
     if len(tokenizer) > config.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but model.language.vocab_size={config.language.vocab_size}; "

@@ -24,6 +24,7 @@ from reca.models.harmon.masking import Masking, hidden_counts
 from reca.models.harmon.prompt import IGNORE, Prompt
 from reca.models.inference import check_multiple, check_pairs, warn_of_cut
 from reca.models.pixels import to_unit
+from reca.models.text import Remembered, control
 from reca_kernels import (
     diffusion_loss,
     diffusion_prepare,
@@ -55,7 +56,7 @@ class Harmon(Adapter):
         self.proj_in = modules.projector(mar, width, width)
         self.proj_out = modules.projector(width, mar, width)
         self.vae = modules.codec(config)
-        self.conversation = functools.lru_cache(maxsize=1 << 14)(self._conversation)
+        self.conversation = Remembered(functools.partial(prompt.conversation, tokenizer))
 
     @classmethod
     def load(cls, config: HarmonConfig, device: torch.device | str = "cpu") -> "Harmon":
@@ -226,9 +227,6 @@ class Harmon(Adapter):
         texts = zip(batch.text, drop.tolist(), strict=True)
         return [make(self.tokenizer, None if dropped else text) for text, dropped in texts]
 
-    def _conversation(self, turns: tuple) -> Prompt:
-        return prompt.conversation(self.tokenizer, turns)
-
     @contextlib.contextmanager
     def _dropout(self, batch: Batch, draws: Draws) -> Iterator[None]:
         """Dropout from torch's generator, seeded by the first sample, and the generator as before afterwards.
@@ -291,7 +289,7 @@ class Harmon(Adapter):
         """Questions of the same length share a batch, up to 32 of them, so that no row is padding."""
         check_pairs(images=images, questions=questions)
         asked = [prompt.question(self.tokenizer, text) for text in questions]
-        end, replies = self.tokenizer.convert_tokens_to_ids(prompt.END), [""] * len(asked)
+        end, replies = control(self.tokenizer, prompt.END), [""] * len(asked)
         order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
         groups = [list(group) for _, group in itertools.groupby(order, lambda i: len(asked[i].ids))]
         with self._evaluating():
@@ -325,12 +323,12 @@ class Harmon(Adapter):
 
     # the driver's questions about parameters
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> list[str]:
         """harmon.pth, which Harmon's code loads as it loads harmon_1.5b.pth.
 
         A codec and a tokenizer that exist nowhere else (random, or fitted here) go beside it.
         """
-        loading.export(self, Path(folder))
+        return loading.export(self, folder)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}

@@ -1,19 +1,15 @@
 """Published files of Harmon <-> this module tree. Everything but the VAE has its published name here already."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from reca.models.weights import read_tensors
+from reca.models.weights import read_tensors, weight_file
 
 HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # one tensor
 FILE, VAE_FILE = "harmon.pth", "kl16.ckpt"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 # latent diffusion's name, diffusers' name; # is a number that stays
 _PARTS = (
@@ -72,7 +68,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
     Raises ValueError for a folder in which no weight file can be told to be the model's.
     """
-    state = read_tensors(_weight_file(path) if path.is_dir() else path)
+    state = read_tensors(weight_file(path, ignore=(VAE_FILE,)) if path.is_dir() else path)
     vae = {n.removeprefix("vae."): t for n, t in state.items() if n.startswith("vae.")}
     return {n: t for n, t in state.items() if not n.startswith("vae.")}, vae
 
@@ -81,25 +77,3 @@ def read_vae(path: Path, levels: int) -> dict[str, Tensor]:
     """kl16.ckpt in diffusers' names; what belongs to no encoder or decoder (a loss, say) is left out."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     return vae_native({n: t for n, t in read_tensors(path).items() if n.startswith(parts)}, levels)
-
-
-def _weight_file(folder: Path) -> Path:
-    if sorted(folder.glob("*.index.json")):
-        return folder
-    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != VAE_FILE)
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise ValueError(f"{folder} must hold one weight file or an index of shards; it holds {names}. Name the file")
-    return found[0]
-
-
-def write(path: Path, state: Mapping[str, Any]) -> None:
-    """A file for torch.load; an old one stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(_on_cpu(state), partial)
-    os.replace(partial, path)
-
-
-def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: _on_cpu(v) if isinstance(v, Mapping) else v.detach().cpu() for n, v in state.items()}

@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from reca.models.exporting import export_to
 from reca.models.harmon import convert, prompt
 from reca.models.harmon.config import HarmonConfig
+from reca.models.hub import TOKENIZER, beside, fetch
+from reca.models.text import check_tokenizer, read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import fetch, no_memory, put, read_tensors
+from reca.models.weights import no_memory, put, read_tensors
 
 if TYPE_CHECKING:
     from reca.models.harmon.adapter import Harmon
@@ -30,20 +33,21 @@ def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) 
             torch.manual_seed(config.seed)
             model = cls(config, tokenizer)
         if config.vae_weights:
-            vae = convert.read_vae(fetch(config.vae_weights), _levels(config))
+            vae = convert.read_vae(fetch(config.vae_weights, key="model.vae_weights"), _levels(config))
             put(model.vae, vae, config.vae_weights, torch.float32)
         return model.to(device)
     with no_memory():
         model = cls(config, tokenizer)
     state, vae = convert.read(source)
     put_trained(model, state, str(source))
+    near = beside(source) / convert.VAE_FILE
     if config.codec == "patches":
-        beside = (source if source.is_dir() else source.parent) / convert.VAE_FILE
-        put(model.vae, read_tensors(Path(config.vae_weights or beside)), config.vae_weights or str(beside))
+        path = fetch(config.vae_weights, key="model.vae_weights") if config.vae_weights else near
+        put(model.vae, read_tensors(path), str(path), torch.float32)
     else:
-        beside = (source if source.is_dir() else source.parent) / convert.VAE_FILE
-        if config.vae_weights or (not vae and beside.is_file()):
-            vae = convert.read_vae(fetch(config.vae_weights or str(beside)), _levels(config))
+        if config.vae_weights or (not vae and near.is_file()):
+            path = fetch(config.vae_weights, key="model.vae_weights") if config.vae_weights else near
+            vae = convert.read_vae(path, _levels(config))
         elif vae:
             vae = convert.vae_native(vae, _levels(config))
         else:
@@ -68,35 +72,33 @@ def trained(model: "Harmon") -> nn.ModuleDict:
     return nn.ModuleDict({part: getattr(model, part) for part in PARTS})
 
 
-def export(model: "Harmon", folder: Path) -> None:
-    convert.write(folder / convert.FILE, trained(model).state_dict())
-    if not model.config.vae_weights:
-        vae = model.vae.state_dict()
-        if model.config.codec == "kl16":
-            vae = convert.vae_published(vae, _levels(model.config))
-        convert.write(folder / convert.VAE_FILE, {"model": vae})
-    if not model.config.tokenizer:
-        model.tokenizer.save_pretrained(folder / "tokenizer")
+def export(model: "Harmon", folder: Path) -> list[str]:
+    with export_to(folder) as out:
+        out.pickled(convert.FILE, trained(model).state_dict())
+        if not model.config.vae_weights:
+            vae = model.vae.state_dict()
+            if model.config.codec == "kl16":
+                vae = convert.vae_published(vae, _levels(model.config))
+            out.pickled(convert.VAE_FILE, {"model": vae})
+        if not model.config.tokenizer:
+            out.tokenizer("tokenizer", model.tokenizer)
+        return out.done()
 
 
 def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedTokenizerBase:
     """Raises ValueError when there is none, or one that does not know Qwen's chat format or is too large."""
-    folder = source if source is None or source.is_dir() else source.parent
     if config.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(fetch(config.tokenizer))
-    elif folder is None:
+        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+    elif source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
     else:
+        folder = beside(source).absolute()
         found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)
         if found is None:
-            raise ValueError(f"{folder} has no tokenizer; give model.tokenizer, such as Qwen/Qwen2.5-1.5B-Instruct")
-        tokenizer = AutoTokenizer.from_pretrained(found)
-    known = tokenizer.get_vocab()
-    if missing := [token for token in prompt.SPECIAL_TOKENS if token not in known]:
-        raise ValueError(f"the tokenizer lacks {', '.join(missing)}; Harmon writes Qwen2.5's chat format")
-    largest, rows = max(known.values()), config.language.vocab_size
-    if largest >= rows:
-        raise ValueError(f"the tokenizer has ids up to {largest}, but model.language.vocab_size={rows}")
+            raise ValueError(f"{folder} has no tokenizer beside {source.name}; give model.tokenizer, such as "
+                             "model.tokenizer=Qwen/Qwen2.5-1.5B-Instruct")  # fmt: skip
+        tokenizer = read_tokenizer(found)
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Harmon")
     return tokenizer
 
 

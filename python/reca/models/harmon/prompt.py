@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.text import encode
+from reca.models.text import control, encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
 
-SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+START, END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = [START, END, "<|endoftext|>"]
 WORDS = ("user", "assistant", "Generate", "an", "image", ":", ".", "\n")  # what prompts add to the user's text
-END = "<|im_end|>"
 UNCONDITIONAL = "Generate an image."
 SLOT = 3  # the image comes after the third id: <|im_start|>, user, line break
 MAX_TEXT, MAX_CONVERSATION = 128, 1472
@@ -32,8 +32,15 @@ class Prompt(NamedTuple):
     labels: list[int] | None = None
 
 
-def turn(text: str) -> str:
-    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+def turn(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The user's turn and the start of the reply. The text is tokenised together with the line break before it."""
+    return [control(tokenizer, START), *encode(tokenizer, f"user\n{text}"), *_reply(tokenizer)]
+
+
+def _reply(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between a user's text and the reply to it."""
+    start, end = control(tokenizer, START), control(tokenizer, END)
+    return [end, *encode(tokenizer, "\n"), start, *encode(tokenizer, "assistant\n")]
 
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
@@ -43,7 +50,7 @@ def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
 
 def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
     """The ids before they are cut to what the release keeps."""
-    return encode(tokenizer, turn(UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"))
+    return turn(tokenizer, UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}")
 
 
 def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
@@ -52,7 +59,7 @@ def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     The template follows a line break of its own and the whole is tokenised at once, so that in Qwen2's vocabulary two
     line breaks merge into the one token before the image.
     """
-    return Prompt(encode(tokenizer, turn(UNCONDITIONAL if text is None else f"\n{text}"))[:MAX_TEXT], SLOT)
+    return Prompt(turn(tokenizer, UNCONDITIONAL if text is None else f"\n{text}")[:MAX_TEXT], SLOT)
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
@@ -60,19 +67,18 @@ def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, 
     ids, slot, labels = [], SLOT, []
     for asked, answered in turns:
         if ids:
-            heard = encode(tokenizer, "\n") + encode(tokenizer, turn(asked))
+            heard = encode(tokenizer, "\n") + turn(tokenizer, asked)
         else:
             heard, slot, _ = question(tokenizer, asked)
-        said = encode(tokenizer, f"{answered}{END}")
+        said = [*encode(tokenizer, answered), control(tokenizer, END)]
         ids, labels = ids + heard + said, labels + [IGNORE] * len(heard) + said
     return Prompt(ids[:MAX_CONVERSATION], slot, labels[:MAX_CONVERSATION])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
     """A question about an image. What stands on either side of the image is tokenised apart."""
-    before, after = turn("{}").split("{}")
-    ids = encode(tokenizer, before)
-    return Prompt(ids + encode(tokenizer, f"\n{text}{after}"), len(ids))
+    before = [control(tokenizer, START), *encode(tokenizer, "user\n")]
+    return Prompt([*before, *encode(tokenizer, f"\n{text}"), *_reply(tokenizer)], len(before))
 
 
 class Layout(NamedTuple):

@@ -9,18 +9,22 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.files import read_json
+from reca.models.hub import TOKENIZER, fetch
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.open_uni import convert, modules, prompt, sampling
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.open_uni.prompt import IGNORE, Prompt
 from reca.models.pixels import to_unit
 from reca.models.planned import greedy
+from reca.models.text import check_tokenizer, control, read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import fetch, no_memory, put, read_tensors
+from reca.models.weights import no_memory, put, read_tensors, weight_file
 from reca_kernels import (
     Run,
     attention_plan,
@@ -35,6 +39,9 @@ log = logging.getLogger("reca")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEPS = 1000
 CAPTION_DROP = 0.1
+# what there is to download of InternVL3, and of a repository in diffusers' layout that is one part alone
+MLLM = ["*.json", "*.safetensors", "*.txt"]
+DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
 
 
 class OpenUni(Adapter):
@@ -48,8 +55,7 @@ class OpenUni(Adapter):
         super().__init__()
         modules.check_sizes(config)
         self.config, self.tokenizer = config, tokenizer
-        self.context_id = tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
-        self.mllm = modules.mllm(config, self.context_id)
+        self.mllm = modules.mllm(config, control(tokenizer, prompt.CONTEXT))
         self.connector = modules.connector(config)
         self.projector = nn.Linear(config.language.hidden_size, config.sana.caption_channels)
         self.meta_queries = nn.Parameter(torch.randn(config.queries, config.language.hidden_size) * 0.02)
@@ -76,16 +82,15 @@ class OpenUni(Adapter):
             raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
         with no_memory():
             model = cls(config, _tokenizer(config))
-        folder = fetch(config.mllm)
-        put(model.mllm, convert.mllm_native(_folder_tensors(folder)), str(folder))
-        for part, class_, source in (
-            ("transformer", SanaTransformer2DModel, config.dit),
-            ("vae", AutoencoderDC, config.vae),
-        ):
-            folder = fetch(source)
-            subfolder = folder / part if (folder / part).is_dir() else folder
-            setattr(model, part, class_.from_pretrained(subfolder, torch_dtype=torch.float32))
-        state, report = convert.overlay([fetch(source) for source in (config.weights, config.overlay) if source])
+        folder = fetch(config.mllm, MLLM, "model.mllm")
+        put(model.mllm, convert.mllm_native(_tensors(folder)), str(folder))
+        for part, class_, key in (("transformer", SanaTransformer2DModel, "dit"), ("vae", AutoencoderDC, "vae")):
+            wanted = [*DIFFUSERS, *(f"{part}/{name}" for name in DIFFUSERS)]
+            folder = fetch(getattr(config, key), wanted, f"model.{key}")
+            setattr(model, part, _published(class_, folder / part if (folder / part).is_dir() else folder))
+        state, report = convert.overlay(
+            [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
+        )
         for line in report:
             log.info("OpenUni: %s", line)
         model.put_trained(state, config.weights)
@@ -159,13 +164,13 @@ class OpenUni(Adapter):
             return self.vae.decode(latents)
         return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
 
-    def condition(self, ids: list[list[int]], h_v: Tensor | None, side: str) -> Tensor:
+    def condition(self, prompts: list[Prompt], h_v: Tensor | None, side: str) -> Tensor:
         """Text condition of SANA, [B, queries, caption_channels].
 
         The queries come last under a causal mask, so no prompt row depends on a trained parameter: the prompt runs
         once without a graph, keeping its K/V, and only the query rows have one. This is exact.
         """
-        layout, mask = prompt.plan(ids, self.context_id, side)
+        layout, mask = prompt.plan(prompts, modules.hv_tokens(self.config), side)
         device, n, queries = self.meta_queries.device, mask.shape[1], Run(self.config.queries)
         seen = attention_plan(prompt.runs(mask, side), device=device)
         behind = attention_plan([(*sample, queries) for sample in prompt.runs(mask, side, cached=True)], device=device)
@@ -180,7 +185,7 @@ class OpenUni(Adapter):
                 use_cache=True,
             )
         hidden = model(
-            inputs_embeds=self.meta_queries.expand(len(ids), -1, -1),
+            inputs_embeds=self.meta_queries.expand(len(prompts), -1, -1),
             position_ids=positions[:, n:],
             plan=behind,
             past_key_values=cache,
@@ -199,15 +204,14 @@ class OpenUni(Adapter):
         device = batch.sample_ids.device
         if batch.kind != "i2t":
             return torch.tensor(float(len(batch)), device=device)
-        counts = [sum(label != -100 for label in self.conversation(turns)[1]) for turns in batch.text]
+        counts = [sum(label != IGNORE for label in self.conversation(turns).labels) for turns in batch.text]
         return torch.tensor(float(sum(counts)), device=device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         if batch.kind == "i2t":
             return self.answer_loss(batch, features["h_v"])
-        ids = self.prompts(batch, draws)
         h_v = features["h_v"] if batch.kind == "reca" else None
-        cond = self.condition(ids, h_v, "left" if batch.kind == "reca" else "right")
+        cond = self.condition(self.prompts(batch, draws), h_v, "left" if batch.kind == "reca" else "right")
         rows = self.flow_loss(cond, features["latents"], batch.sample_ids, draws)
         return LossTerm(rows.sum(), self.weight(batch, draws))
 
@@ -218,15 +222,15 @@ class OpenUni(Adapter):
         velocity = self.transformer(noisy, encoder_hidden_states=cond, timestep=t * STEPS, return_dict=False)[0]
         return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
 
-    def prompts(self, batch: Batch, draws: Draws) -> list[list[int]]:
-        """Token ids per sample; a caption is dropped, a template never."""
+    def prompts(self, batch: Batch, draws: Draws) -> list[Prompt]:
+        """A prompt per sample; a caption is dropped, a template never."""
         if batch.kind == "reca":
-            n = modules.hv_tokens(self.config)
-            ids = [prompt.encode(self.tokenizer, prompt.with_image(text, n)) for text in batch.text]
-            return [row[-prompt.MAX_LENGTH :] for row in ids]
+            frame = len(prompt.with_image(self.tokenizer, "", 0).ids)
+            room = prompt.MAX_LENGTH - modules.hv_tokens(self.config) - frame
+            return [prompt.with_image(self.tokenizer, text, room) for text in batch.text]
         drop = (draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < CAPTION_DROP).tolist()
-        texts = [prompt.caption(None if out else text) for text, out in zip(batch.text, drop, strict=True)]
-        return [prompt.encode(self.tokenizer, text)[: prompt.MAX_TEXT] for text in texts]
+        texts = [None if out else text for text, out in zip(batch.text, drop, strict=True)]
+        return [_cut(prompt.caption(self.tokenizer, text)) for text in texts]
 
     @staticmethod
     def sigma(draws: Draws, sample_ids: Tensor) -> Tensor:
@@ -234,14 +238,14 @@ class OpenUni(Adapter):
         index = (draws.uniform(Purpose.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
         return (STEPS - index) / STEPS
 
-    def conversation(self, turns: list) -> tuple[list[int], list[int]]:
-        return prompt.question(self.tokenizer, turns, modules.hv_tokens(self.config))
+    def conversation(self, turns: list) -> Prompt:
+        return prompt.conversation(self.tokenizer, turns)
 
     def answer_loss(self, batch: Batch, h_v: Tensor) -> LossTerm:
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
-        ids, labels = zip(*(self.conversation(turns) for turns in batch.text), strict=True)
-        layout, mask = prompt.plan(ids, self.context_id, "right", labels)
-        labelled = int((layout.labels != -100).sum())  # on the host, so that no GPU is waited for
+        talks = [self.conversation(turns) for turns in batch.text]
+        layout, mask = prompt.plan(talks, modules.hv_tokens(self.config), "right")
+        labelled = int((layout.labels != IGNORE).sum())  # on the host, so that no GPU is waited for
         hidden = self.mllm.model.language_model(
             inputs_embeds=self.embed(layout.src, h_v),
             position_ids=prompt.positions(mask).to(h_v.device),
@@ -255,7 +259,7 @@ class OpenUni(Adapter):
             reduction="sum",
             num_labelled=labelled,
         )
-        return LossTerm(total, (targets != -100).sum().float())
+        return LossTerm(total, (targets != IGNORE).sum().float())
 
     def generate(
         self,
@@ -270,10 +274,10 @@ class OpenUni(Adapter):
     ) -> list[Tensor]:
         """Pictures by DPM-Solver++ (`sampling.sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
         check_pairs(prompts=prompts, seeds=seeds)
-        whole = [prompt.encode(self.tokenizer, prompt.caption(text)) for text in prompts]
-        warn_of_cut(whole, prompt.MAX_TEXT)
-        cond = [ids[: prompt.MAX_TEXT] for ids in whole]
-        uncond, pictures = [prompt.encode(self.tokenizer, prompt.caption(None))], []
+        whole = [prompt.caption(self.tokenizer, text) for text in prompts]
+        warn_of_cut([asked.ids for asked in whole], prompt.MAX_TEXT)
+        cond = [_cut(asked) for asked in whole]
+        uncond, pictures = [prompt.caption(self.tokenizer, None)], []
         for i in range(0, len(prompts), batch):
             texts, own = cond[i : i + batch], seeds[i : i + batch]
             pictures += sampling.sample(
@@ -294,9 +298,8 @@ class OpenUni(Adapter):
     ) -> list[Tensor]:
         """Both branches of the guidance see the image; the one without the instruction is told to keep it."""
         check_pairs(images=images, instructions=instructions, seeds=seeds)
-        n = modules.hv_tokens(self.config)
-        cond = [prompt.encode(self.tokenizer, prompt.with_image(text, n)) for text in instructions]
-        uncond = [prompt.encode(self.tokenizer, prompt.with_image(prompt.KEEP, n))] * len(instructions)
+        cond = [prompt.with_image(self.tokenizer, text) for text in instructions]
+        uncond = [prompt.with_image(self.tokenizer, prompt.KEEP)] * len(instructions)
         h_v = torch.cat([self.understand(self._fit(image)) for image in images])
         return sampling.sample(
             self, cond, uncond, h_v, seeds, steps=steps, guidance=guidance, height=height, width=width
@@ -307,11 +310,10 @@ class OpenUni(Adapter):
         self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
     ) -> list[str]:
         check_pairs(images=images, questions=questions)
-        n, end = modules.hv_tokens(self.config), self.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        asked = [prompt.encode(self.tokenizer, prompt.with_image(q, n).removesuffix("<img>")) for q in questions]
-        replies = []
+        asked, replies = [prompt.question(self.tokenizer, text) for text in questions], []
+        end = control(self.tokenizer, prompt.END)
         for i in range(0, len(images), batch):
-            layout, mask = prompt.plan(asked[i : i + batch], self.context_id, "left")
+            layout, mask = prompt.plan(asked[i : i + batch], modules.hv_tokens(self.config), "left")
             h_v = self.understand(torch.cat([self._fit(image) for image in images[i : i + batch]]))
             tokens = greedy(
                 self.mllm.model.language_model,
@@ -327,13 +329,12 @@ class OpenUni(Adapter):
                 replies.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
         return replies
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> list[str]:
         """open_uni.pth: the trained parts, to be laid over InternVL3, SANA and DC-AE by OpenUni's loader.
 
         InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
         """
-        state = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        convert.save(state, Path(folder), frozen_too=self.config.mllm is None)
+        return convert.save(self.state_dict(), folder, frozen_too=self.config.mllm is None)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}
@@ -360,13 +361,29 @@ def _role(name: str) -> str:
     return "codec" if name.startswith("vae.") else "bridge"
 
 
-def _tokenizer(config: OpenUniConfig):
-    source = config.tokenizer or config.mllm
-    if source:
-        return AutoTokenizer.from_pretrained(fetch(source))
-    return word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+def _cut(asked: Prompt) -> Prompt:
+    """A text-to-image prompt cut to what the release keeps."""
+    return asked._replace(ids=asked.ids[: prompt.MAX_TEXT])
 
 
-def _folder_tensors(folder: Path) -> dict[str, Tensor]:
-    single = folder / "model.safetensors"
-    return read_tensors(single if single.is_file() else folder)
+def _tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
+    if config.tokenizer:
+        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+    elif config.mllm:
+        tokenizer = read_tokenizer(fetch(config.mllm, MLLM, "model.mllm"))
+    else:
+        tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "OpenUni")
+    return tokenizer
+
+
+def _tensors(source: Path) -> dict[str, Tensor]:
+    return read_tensors(weight_file(source) if source.is_dir() else source)
+
+
+def _published(class_: type, folder: Path) -> nn.Module:
+    """A model of diffusers from its folder, in fp32. The sizes are those of its config.json."""
+    with no_memory():
+        module = class_.from_config(read_json(folder / "config.json"))
+    put(module, _tensors(folder), str(folder), torch.float32)
+    return module

@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from reca.models.exporting import export_to
 from reca.models.weights import read_tensors
 
 # InternVL's original layout -> transformers' layout. qkv is split in three and handled apart.
@@ -89,13 +88,13 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     return merged, report
 
 
-def save(state: dict[str, Tensor], folder: Path, frozen_too: bool) -> None:
+def save(state: dict[str, Tensor], folder: Path, frozen_too: bool) -> list[str]:
     """Write the trained parts as the .pth that OpenUni's inference code loads, and perhaps the others beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({name: tensor for name, tensor in state.items() if name.startswith(TRAINED)}, folder / FILE)
-    if frozen_too:
-        frozen = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(TRAINED)}
-        save_file(frozen, folder / FROZEN)
+    with export_to(folder) as out:
+        out.pickled(FILE, {name: tensor for name, tensor in state.items() if name.startswith(TRAINED)})
+        if frozen_too:
+            out.tensors(FROZEN, {name: tensor for name, tensor in state.items() if not name.startswith(TRAINED)})
+        return out.done()
 
 
 def frozen_beside(weights: str) -> Path | None:

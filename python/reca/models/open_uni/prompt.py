@@ -1,16 +1,18 @@
 """OpenUni's sequences: [chat turn with h_v and text][queries], causal; the queries come last."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.text import encode
+from reca.models.text import control, encode
 from reca_kernels import ConcatPlan, Run, TextSegment, VisualSegment, concat_plan
 
-SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-CONTEXT = "<IMG_CONTEXT>"
+START, END, IMAGE, END_OF_IMAGE, CONTEXT = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"
+SPECIAL_TOKENS = [START, END, IMAGE, END_OF_IMAGE, CONTEXT]
+IGNORE = -100
 UNCONDITIONAL = "Generate an image."
 KEEP = "Keep the image as it is."
 PAD_ID = 0  # the release pads with id 0, whatever the tokenizer calls its padding
@@ -18,48 +20,64 @@ MAX_TEXT = 128  # ids of a text-to-image prompt
 MAX_LENGTH = 2048
 
 
-def turn(content: str) -> str:
-    """The user's turn and the start of the reply, which opens an image."""
-    return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n<img>"
+class Prompt(NamedTuple):
+    """Ids, the place among them where h_v goes (None: there is none), and labels (None: nothing is learned)."""
+
+    ids: list[int]
+    slot: int | None = None
+    labels: list[int] | None = None
 
 
-def with_image(text: str, tokens: int) -> str:
-    return turn(f"<img>{CONTEXT * tokens}</img>\n{text}")
-
-
-def caption(text: str | None) -> str:
+def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
     """Text to image; None is the unconditional prompt."""
-    return turn(UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}")
+    content = UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"
+    opens = control(tokenizer, IMAGE)
+    return Prompt([control(tokenizer, START), *encode(tokenizer, f"user\n{content}"), *_reply(tokenizer), opens])
 
 
-def question(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]], tokens: int) -> tuple[list, list]:
-    """Ids and labels of a conversation about an image; only answers and the token that ends them are learned."""
-    ids, labels = [], []
+def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
+    """A picture and a text, and a reply that opens a picture. most: tokens that the text is cut to."""
+    asked = question(tokenizer, text, most)
+    return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
+
+
+def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
+    """A picture and a text, and the start of the reply."""
+    before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
+    behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")[:most]]
+    return Prompt([*before, *behind, *_reply(tokenizer)], len(before))
+
+
+def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
+    """A conversation about an image; only answers and the token that ends them are learned."""
+    ids, slot, labels = [], None, []
     for i, (asked, answered) in enumerate(turns):
-        image = f"<img>{CONTEXT * tokens}</img>\n" if i == 0 else ""
-        before = encode(tokenizer, f"<|im_start|>user\n{image}{asked}<|im_end|>\n<|im_start|>assistant\n")
-        answer = encode(tokenizer, f"{answered}<|im_end|>")
+        if i == 0:
+            heard, slot, _ = question(tokenizer, asked)
+        else:
+            heard = [control(tokenizer, START), *encode(tokenizer, f"user\n{asked}"), *_reply(tokenizer)]
+        answer = [*encode(tokenizer, answered), control(tokenizer, END)]
         newline = encode(tokenizer, "\n") if i + 1 < len(turns) else []
-        ids += before + answer + newline
-        labels += [-100] * len(before) + answer + [-100] * len(newline)
-    return ids, labels
+        ids += heard + answer + newline
+        labels += [IGNORE] * len(heard) + answer + [IGNORE] * len(newline)
+    return Prompt(ids, slot, labels)
 
 
-def plan(
-    ids: Sequence[Sequence[int]], context_id: int, side: str, labels: Sequence[Sequence[int]] | None = None
-) -> tuple[ConcatPlan, Tensor]:
-    """Layout of a padded batch and its mask, bool [B, L]. Runs of `context_id` are where h_v goes."""
+def _reply(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between a user's text and the reply to it."""
+    start, end = control(tokenizer, START), control(tokenizer, END)
+    return [end, *encode(tokenizer, "\n"), start, *encode(tokenizer, "assistant\n")]
+
+
+def plan(prompts: Sequence[Prompt], visual: int, side: str) -> tuple[ConcatPlan, Tensor]:
+    """Layout of a padded batch and its mask, bool [B, L]. visual: rows of h_v of every prompt that has a slot."""
     samples = []
-    for number, row in enumerate(ids):
-        row_labels = labels[number] if labels is not None else [-100] * len(row)
-        segments, start = [], 0
-        while start < len(row):
-            end = start
-            while end < len(row) and (row[end] == context_id) == (row[start] == context_id):
-                end += 1
-            image = row[start] == context_id
-            segments.append(VisualSegment(end - start) if image else TextSegment(row[start:end], row_labels[start:end]))
-            start = end
+    for ids, slot, labels in prompts:
+        learned = labels or [IGNORE] * len(ids)
+        segments = [TextSegment(ids, learned)]
+        if slot is not None:
+            before, behind = TextSegment(ids[:slot], learned[:slot]), TextSegment(ids[slot:], learned[slot:])
+            segments = [before, VisualSegment(visual), behind]
         samples.append(segments)
     layout = concat_plan(samples, layout=side, pad_id=PAD_ID)
     return layout, layout.segment_ids >= 0

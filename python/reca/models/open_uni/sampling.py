@@ -9,6 +9,7 @@ from torch import Tensor
 from reca.draws import Draws, Purpose
 from reca.models.inference import check_multiple
 from reca.models.open_uni import modules
+from reca.models.open_uni.prompt import Prompt
 
 if TYPE_CHECKING:
     from reca.models.open_uni.adapter import OpenUni
@@ -33,8 +34,8 @@ def scheduler() -> DPMSolverMultistepScheduler:
 @torch.no_grad()
 def sample(
     model: "OpenUni",
-    cond: list[list[int]],
-    uncond: list[list[int]],
+    cond: list[Prompt],
+    uncond: list[Prompt],
     h_v: Tensor | None,  # [B, n, H], seen by both branches
     seeds: list[int],
     *,

@@ -18,6 +18,7 @@ from reca.models.pixels import to_unit
 from reca.models.show_o import loading, modules, prompt, sampling
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.prompt import IGNORE
+from reca.models.text import Remembered, encode
 from reca_kernels import masked_linear_cross_entropy, template_concat
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -46,7 +47,7 @@ class ShowO(Adapter):
         if self.uses_clip:
             self.clip = modules.clip_tower(config.clip)
             self.mm_projector = modules.projector(config.clip.hidden_size, config.phi.hidden_size)
-        self.tokens = functools.lru_cache(maxsize=1 << 14)(self._tokens)
+        self.tokens = Remembered(functools.partial(encode, tokenizer))
 
     @classmethod
     def load(cls, config: ShowOConfig, device: torch.device | str = "cpu") -> "ShowO":
@@ -244,9 +245,6 @@ class ShowO(Adapter):
 
     # text
 
-    def _tokens(self, text: str) -> list[int]:
-        return prompt.encode(self.tokenizer, text)
-
     def template(self, text: str) -> list[int]:
         return self.tokens(prompt.TEMPLATE.format(text))
 
@@ -306,12 +304,12 @@ class ShowO(Adapter):
 
     # the driver's questions about parameters
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> list[str]:
         """config.json and pytorch_model.safetensors as Show-o publishes them.
 
         Frozen parts and a tokenizer that exist nowhere else (random, or fitted here) go into folders beside.
         """
-        loading.export(self, folder)
+        return loading.export(self, folder)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}

@@ -1,12 +1,10 @@
 """Show-o's published folders <-> our modules. Parameter names are equal, except that transformers renamed CLIP's."""
 
-import json
-import os
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from reca.models.files import read_json
 from reca.models.weights import read_tensors
 
 # what Show-o publishes, what the release's trainer saves, what other hub repositories hold
@@ -31,7 +29,7 @@ def published(folder: Path) -> dict:
     """config.json of a Show-o folder; empty when there is none."""
     for path in (folder / "config.json", folder / TRAINER / "config.json"):
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_json(path)
     return {}
 
 
@@ -70,13 +68,3 @@ def clip_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
         if int(layer) < layers and not name.startswith("post_layernorm.") and name != "embeddings.position_ids":
             kept[name] = tensor
     return kept
-
-
-def write(folder: Path, config: dict, state: dict[str, Tensor]) -> None:
-    """config.json and the weight file in the published layout; an old weight file stays until the new one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / WEIGHTS[0]
-    partial = path.with_suffix(".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, partial, {"format": "pt"})
-    os.replace(partial, path)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

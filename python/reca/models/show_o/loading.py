@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from reca.models.exporting import export_to
+from reca.models.hub import TOKENIZER, beside, fetch
 from reca.models.show_o import convert, prompt
 from reca.models.show_o.config import ShowOConfig
+from reca.models.text import read_tokenizer
 from reca.models.tiny_tokenizer import UNKNOWN, word_tokenizer
-from reca.models.weights import fetch, no_memory, put
+from reca.models.weights import no_memory, put
 
 if TYPE_CHECKING:
     from reca.models.show_o.adapter import ShowO
 
 PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HUB = ["*.json", *convert.WEIGHTS]  # what there is to download
 
 
 def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
@@ -25,7 +29,7 @@ def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
 
     Raises ValueError for folders that do not fit the recipe, with the lists of what is missing, left over or misshapen.
     """
-    folder = fetch(config.weights) if config.weights else None
+    folder = fetch(config.weights, HUB) if config.weights else None
     tokenizer = load_tokenizer(config, folder)
     if folder is None:
         with torch.random.fork_rng(devices=[]):
@@ -56,8 +60,7 @@ def skeleton(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
     return model
 
 
-def export(model: "ShowO", folder: Path) -> None:
-    folder = Path(folder)
+def export(model: "ShowO", folder: Path) -> list[str]:
     config = {
         "_class_name": "Showo",
         "_diffusers_version": "0.30.1",
@@ -65,13 +68,18 @@ def export(model: "ShowO", folder: Path) -> None:
         "llm_model_path": "microsoft/phi-1_5",
         "load_from_showo": True,
     }
-    convert.write(folder, config, trained(model).state_dict())
+    parts = {"": (config, trained(model))}
     if not model.config.codec_weights:
-        convert.write(folder / "codec", {}, model.codec.state_dict())
+        parts["codec/"] = ({}, model.codec)
     if model.uses_clip and not model.config.clip_weights:
-        convert.write(folder / "clip", model.clip.config.to_dict(), model.clip.state_dict())
-    if not model.config.tokenizer:
-        model.tokenizer.save_pretrained(folder / "tokenizer")
+        parts["clip/"] = (model.clip.config.to_dict(), model.clip)
+    with export_to(folder) as out:
+        for where, (described_by, part) in parts.items():
+            out.tensors(f"{where}{convert.WEIGHTS[0]}", part.state_dict())
+            out.json(f"{where}config.json", described_by)
+        if not model.config.tokenizer:
+            out.tokenizer("tokenizer", model.tokenizer)
+        return out.done()
 
 
 def trained(model: "ShowO") -> nn.ModuleDict:
@@ -95,13 +103,16 @@ def described(model: "ShowO") -> dict[str, tuple]:
 
 def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
     """The text tokenizer with Show-o's tokens behind its own, in the order that fixes their ids."""
-    source = fetch(config.tokenizer) if config.tokenizer else folder and folder / "tokenizer"
+    if config.tokenizer:
+        source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer")
+    else:
+        source = folder and beside(folder) / "tokenizer"
     if source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
     elif source.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     else:
-        raise ValueError(f"{source} does not exist; give model.tokenizer, such as microsoft/phi-1_5")
+        raise ValueError(f"there is no tokenizer at {source.absolute()}; give model.tokenizer=microsoft/phi-1_5")
     new = [token for token in prompt.SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if 0 < len(new) < len(prompt.SPECIAL_TOKENS):
         raise ValueError(f"the tokenizer of {source} has some of Show-o's tokens but lacks {', '.join(new)}")
@@ -112,9 +123,9 @@ def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokeni
 def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
     """Where a frozen part comes from; None: it stays random."""
     if given:
-        return fetch(given)
+        return fetch(given, HUB, f"model.{part}_weights")
     if folder is None:
         return None
-    if not (folder / part).is_dir():
-        raise ValueError(f"{folder} has no folder {part!r} inside; give model.{part}_weights")
-    return folder / part
+    if not (source := beside(folder) / part).is_dir():
+        raise ValueError(f"{beside(folder).absolute()} has no folder {part!r} inside; give model.{part}_weights")
+    return source

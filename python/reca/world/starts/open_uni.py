@@ -15,6 +15,7 @@ from reca.config import Recipe
 from reca.draws import Draws
 from reca.models.base import Batch
 from reca.models.open_uni import Adapter, modules, prompt
+from reca.models.text import control
 from reca.world.captions import TEMPLATES, caption, phrase
 from reca.world.source import captioned, understood
 from reca.world.starts import Progress, Start, scaled
@@ -26,7 +27,6 @@ from reca_kernels import attention_plan, masked_linear_cross_entropy, template_c
 UNDERSTANDING, DRAWING = 350, 600  # steps
 NAMED, DRAWN = 32, 64  # pictures in a step of each
 TOLD = 0.8  # how often a caption tells a colour
-END = "<|im_end|>"
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
@@ -55,7 +55,7 @@ class _Slots:
 
     def __init__(self, model: Adapter):
         self.model, self.count = model, modules.hv_tokens(model.config)
-        self.end = model.tokenizer.convert_tokens_to_ids(END)
+        self.end = control(model.tokenizer, prompt.END)
 
     def ids(self, text: str) -> list[int]:
         return prompt.encode(self.model.tokenizer, text)
@@ -63,15 +63,9 @@ class _Slots:
     def words(self, text: str) -> list[int]:
         return filled(self.ids(text), self.count, self.end)
 
-    def asked(self, text: str) -> list[int]:
-        """A prompt with a picture."""
-        return self.ids(prompt.with_image(text, self.count))
-
-    def quoted(self, text: str, words: list[int]) -> list[int]:
-        """The same prompt with words in the picture's place."""
-        ids = self.asked(text)
-        at = ids.index(self.model.context_id)
-        return ids[:at] + words + ids[at + self.count :]
+    def quoted(self, asked: prompt.Prompt, words: list[int]) -> prompt.Prompt:
+        """A prompt with a picture, with words in the picture's place."""
+        return prompt.Prompt(asked.ids[: asked.slot] + words + asked.ids[asked.slot :])
 
 
 def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
@@ -80,13 +74,13 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
     split, slots = understood(seed), _Slots(model)
     shown = pictures(split, scale)
     words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
-    opening = len(slots.ids("<img>"))
 
-    def said(heard: list[int], scene) -> tuple[list[int], list[int]]:
-        """Ids and labels of a prompt, whose last token would open an image, with a reply."""
+    def said(heard: prompt.Prompt, scene) -> prompt.Prompt:
+        """A prompt with a reply."""
         ids, labels = reply(scene, rng, slots.ids)
-        heard = heard[:-opening]
-        return [*heard, *ids, slots.end], [*[IGNORE] * len(heard), *labels, slots.end]
+        return prompt.Prompt(
+            [*heard.ids, *ids, slots.end], heard.slot, [*[IGNORE] * len(heard.ids), *labels, slots.end]
+        )
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(shown), (NAMED,))
@@ -94,9 +88,10 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
         rows = []
         for k, i in enumerate(index.tolist()):
             scene = split.scene(i)
-            rows.append(said(slots.asked(rng.choice(ASKED)), scene))
-            quoted = slots.quoted(rng.choice(ASKED), words[i])
-            asked = slots.ids(prompt.caption(phrase(caption(scene), rng)))
+            rows.append(said(prompt.question(model.tokenizer, rng.choice(ASKED)), scene))
+            quoted = slots.quoted(prompt.question(model.tokenizer, rng.choice(ASKED)), words[i])
+            asked = prompt.caption(model.tokenizer, phrase(caption(scene), rng))
+            asked = asked._replace(ids=asked.ids[:-1])  # without the token that opens an image
             rows.append(said(quoted if k < NAMED // 2 else asked, scene))
         table = model.mllm.get_input_embeddings().weight
         on_slots = torch.tensor([words[i] for i in index.tolist()])
@@ -112,10 +107,9 @@ def see(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
     ).pooler_output
 
 
-def answers(model: Adapter, rows: list[tuple[list[int], list[int]]], h_v: Tensor) -> Tensor:
+def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
     """Mean cross-entropy of the labels, with a graph to embeddings and h_v."""
-    ids, labels = zip(*rows, strict=True)
-    layout, mask = prompt.plan(ids, model.context_id, "right", labels)
+    layout, mask = prompt.plan(rows, modules.hv_tokens(model.config), "right")
     embeddings = template_concat(model.mllm.get_input_embeddings().weight, h_v.flatten(0, 1), layout.src)
     hidden = model.mllm.model.language_model(
         inputs_embeds=embeddings,
@@ -137,7 +131,8 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
         texts = [caption(split.scene(i), None, rng, TOLD) for i in index.tolist()]
         asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
-        quoted = [slots.quoted(rng.choice(TEMPLATES), slots.words(text)) for text in texts[half:]]
+        shown = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
+        quoted = [slots.quoted(asked, slots.words(text)) for asked, text in zip(shown, texts[half:], strict=True)]
         condition = model.condition(asked + quoted, None, "left")
         return model.flow_loss(condition, latents[index], numbers, draws).mean()
 

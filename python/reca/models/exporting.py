@@ -1,0 +1,113 @@
+"""Writing published files: aside first, and moved into the folder once all are whole."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reca.models.files import in_words
+
+_FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
+
+
+class Export:
+    """The files of one export.
+
+    Written into a folder aside, below the one that is asked for, so that a disk that fills up or a run that is stopped
+    leaves what was there before. `done` moves them. Files get the mode that the umask gives, whatever library wrote.
+    """
+
+    def __init__(self, folder: Path, aside: Path):
+        self.folder, self.aside = folder, aside
+
+    def tensors(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """A safetensors file."""
+        whole = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        self._write(name, _bytes(whole), lambda path: save_file(whole, path, {"format": "pt"}))
+
+    def pickled(self, name: str, state: Mapping[str, Any]) -> None:
+        """A file of torch.save."""
+        whole = _on_cpu(state)
+        self._write(name, _bytes(whole), lambda path: torch.save(whole, path))
+
+    def json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        self._write(name, len(text), lambda path: path.write_text(text))
+
+    def tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The files of a tokenizer, in the folder `name` ("." is the export's own)."""
+        self._write(name, 0, tokenizer.save_pretrained)
+
+    def done(self) -> list[str]:
+        """Move the files to where they belong. Returns their names, relative to the folder and sorted."""
+        plain = self.aside / "mode"
+        plain.touch()
+        mode = plain.stat().st_mode & 0o777
+        plain.unlink()
+        files = sorted(path for path in self.aside.rglob("*") if path.is_file())
+        for path in files:
+            path.chmod(mode)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        names = [path.relative_to(self.aside) for path in files]
+        for name in names:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.aside / name, self.folder / name)
+        return [name.as_posix() for name in names]
+
+    def _write(self, name: str, size: int, write: Callable[[Path], object]) -> None:
+        free = shutil.disk_usage(self.aside).free
+        if size > free:
+            raise _failed(self.folder / name, f"it takes {in_words(size)} and {in_words(free)} are free")
+        path = self.aside / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except Exception as error:  # torch, safetensors and tokenizers each raise their own
+            text, free = str(error).lower(), shutil.disk_usage(self.aside).free
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            # torch's writer only says that it wrote less than it wanted.
+            if full or any(sign in text for sign in _FULL) or "pytorchstreamwriter" in text or "unexpected pos" in text:
+                needed = f"it takes {in_words(size)} and {in_words(free)}" if size else in_words(free)
+                raise _failed(self.folder / name, f"the disk took no more of it: {needed} are free") from error
+            if isinstance(error, OSError):
+                raise _failed(self.folder / name, error.strerror or str(error)) from error
+            raise
+
+
+def _failed(path: Path, reason: str) -> OSError:
+    return OSError(f"{path} cannot be written: {reason}. What was there before is untouched; free space or name "
+                   "another folder")  # fmt: skip
+
+
+@contextlib.contextmanager
+def export_to(folder: Path | str) -> Iterator[Export]:
+    """Files to be written together: all of them, or none after an error.
+
+    Raises OSError when the disk does not take them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        yield Export(folder, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _bytes(state: Mapping[str, Any]) -> int:
+    return sum(_bytes(v) if isinstance(v, Mapping) else v.numel() * v.element_size() for v in state.values())
+
+
+def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: _on_cpu(v) if isinstance(v, Mapping) else v.detach().cpu() for n, v in state.items()}

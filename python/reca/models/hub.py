@@ -1,0 +1,83 @@
+"""Where published files come from: a path, or the Hugging Face hub."""
+
+import logging
+from pathlib import Path
+
+# Bytes of what recipes ask the hub for, where they are known: of a repository's wanted files, or of one file.
+SIZES = {
+    "showlab/show-o": 5.79e9,
+    "showlab/show-o-512x512": 5.79e9,
+    "showlab/show-o-w-clip-vit": 5.82e9,
+    "showlab/show-o-w-clip-vit-512x512": 5.82e9,
+    "showlab/magvitv2": 0.38e9,
+    "ByteDance-Seed/BAGEL-7B-MoT": 29.55e9,
+}
+TOKENIZER = ["*.json", "*.txt", "*.model"]  # what a repository holds of a tokenizer, and no weights
+
+
+def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weights") -> Path:
+    """The local folder (or file) of `source`: a path, a hub id, or owner/name/file of the hub. Downloads are cached.
+
+    patterns: glob patterns of the files wanted from the hub; None takes all. key: the recipe key that names the source.
+    Raises ValueError when neither exists, with the command that gets the files.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    parts = source.split("/")
+    if source.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) > 2 and not path.suffix):
+        raise ValueError(f"{key}={source} does not exist; give a folder, a file, or a hub id such as owner/name")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+    library = logging.getLogger("huggingface_hub")
+    level = library.level
+    library.setLevel(logging.ERROR)  # it warns of every of its tries to reach the hub
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file))
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except Exception as error:  # the library below the hub's, whose errors come through, changes with its versions
+        raise ValueError(_wanted(repository, file, patterns, key, error)) from error
+    finally:
+        library.setLevel(level)
+
+
+def beside(source: Path) -> Path:
+    """The folder that `source` is, or that it is a file of."""
+    return source if source.is_dir() else source.parent
+
+
+def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, error: Exception) -> str:
+    """One sentence: what is missing, why, how large it is, and how to bring it here."""
+    size = SIZES.get(f"{repository}/{file}" if file else repository)
+    what = f"{file} of {repository}" if file else repository
+    amount = f", about {size / 1e9:.3g} GB," if size else ""
+    name = repository.split("/")[1]
+    given = f"{name}/{file}" if file else name
+    options = f" {file}" if file else "".join(f" --include '{pattern}'" for pattern in patterns or ())
+    return (
+        f"{key}: {what}{amount} is not on this machine, and the hub {_cause(error)}; get it elsewhere with "
+        f"`hf download {repository}{options} --local-dir {name}`, copy the folder here and set {key}={given}"
+    )
+
+
+def _cause(error: Exception) -> str:
+    """What the hub did, without the library's paragraphs."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while chain[-1].__cause__ is not None and len(chain) < 8:
+        chain.append(chain[-1].__cause__)
+    for one in chain:
+        if isinstance(one, errors.GatedRepoError):
+            return "gives it only to who has accepted its terms (do so on its page, then `hf auth login`)"
+        if isinstance(one, errors.RepositoryNotFoundError):
+            return "has no such repository, or none that you may see (`hf auth login`)"
+        if isinstance(one, errors.EntryNotFoundError) and not isinstance(one, errors.LocalEntryNotFoundError):
+            return "has no such file there"
+        if isinstance(one, errors.OfflineModeIsEnabled):
+            return "is switched off (HF_HUB_OFFLINE)"
+        if isinstance(one, OSError) and one.errno == 28:
+            return "could not be copied from: the disk of its cache is full (HF_HOME moves it)"
+    return f"cannot be reached ({type(chain[-1]).__name__})"
