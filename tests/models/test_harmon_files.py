@@ -276,7 +276,7 @@ def test_parts_that_are_not_there(folder, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         loaded(weights=str(tmp_path / "nowhere.pth"))
     torch.save({}, tmp_path / "second.pth")
-    with pytest.raises(ValueError, match=r"must hold one weight file .* it holds harmon\.pth, second\.pth"):
+    with pytest.raises(ValueError, match=r"several weight files \(harmon\.pth, second\.pth\); name the one"):
         loaded(**given | {"weights": str(tmp_path)})
 
 

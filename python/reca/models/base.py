@@ -1,5 +1,6 @@
 """The questions a UMM answers. Everything else in the driver speaks to this interface only."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,6 +83,21 @@ class LossTerm(NamedTuple):
 
     sum: Tensor  # fp32 [], carries the graph
     weight: Tensor  # fp32 [], no gradient
+
+
+def in_fp32(function: Callable) -> Callable:
+    """A function inside which new tensors are fp32, whatever torch.get_default_dtype() is around it."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(before)
+
+    return wrapped
 
 
 class Adapter(nn.Module):

@@ -15,7 +15,7 @@ from reca.draws import Draws, Purpose
 from reca.models.bagel import loading, modules, prompt, sampling
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
-from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.pixels import check_side, to_unit
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
 
@@ -38,6 +38,7 @@ class Bagel(Adapter):
     trainable_roles = frozenset({"gen_lm", "gen_head"})
     condition_keys = ("h_v",)
 
+    @in_fp32
     def __init__(self, config: BagelConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -123,7 +124,7 @@ class Bagel(Adapter):
     ) -> tuple[Tensor, Context]:
         """What samples are given: hidden states of the understanding rows [U, D], and the context for what follows."""
         tokens = torch.cat([modules.patchify(z, self.config.latent_patch_size) for z in clean]) if clean else None
-        t = torch.zeros(len(clean), device=self.device) if clean else None
+        t = torch.zeros(len(clean), dtype=torch.float32, device=self.device) if clean else None
         out, context = self.run(samples, context or self.context(len(samples)), h_v, tokens, t)
         return out[UND], context
 
@@ -202,7 +203,7 @@ class Bagel(Adapter):
             if images is None:
                 side, images = self.config.latent_patch_size, batch.features["moments"]
             count = sum((image.shape[-2] // side) * (image.shape[-1] // side) for image in images)
-        return torch.tensor(float(count), device=batch.sample_ids.device)
+        return torch.tensor(float(count), dtype=torch.float32, device=batch.sample_ids.device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         if batch.kind == "i2t":
@@ -231,7 +232,9 @@ class Bagel(Adapter):
         _, context = self.read(*given)
         velocity = self.velocity(context, sizes, tokens, t)
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
-        return LossTerm(total / velocity.shape[1], torch.tensor(float(len(velocity)), device=velocity.device))
+        return LossTerm(
+            total / velocity.shape[1], torch.tensor(float(len(velocity)), dtype=torch.float32, device=velocity.device)
+        )
 
     def drawn(self, moments: list[Tensor] | Tensor, draws: Draws, ids: Tensor) -> list[Tensor]:
         """A draw of every image's posterior, fp32 [C, h, w]; the release draws too, in training and in inference."""

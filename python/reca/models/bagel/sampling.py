@@ -142,7 +142,7 @@ def denoise(
         raise ValueError(f"steps={steps}: the time grid needs 2 points at least")
     if renorm not in RENORMS:
         raise ValueError(f"renorm={renorm!r} is not one of {', '.join(RENORMS)}")
-    grid = modules.shifted(torch.linspace(1, 0, steps, device=x.device), shift)
+    grid = modules.shifted(torch.linspace(1, 0, steps, dtype=torch.float32, device=x.device), shift)
     lengths = [height * width for height, width in sizes]
     branches = [c for c, scale in ((textless, guidance), (imageless, image_guidance)) if c is not None and scale > 1]
     for step, level in enumerate(grid.tolist()[:-1]):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from reca.data.pixels import make_view
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
-from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.harmon import loading, modules, prompt, sampling
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.masking import Masking, hidden_counts
@@ -46,6 +46,7 @@ class Harmon(Adapter):
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     condition_keys = ("seen",)
 
+    @in_fp32
     def __init__(self, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         modules.check_sizes(config)
@@ -157,7 +158,7 @@ class Harmon(Adapter):
     def weight(self, batch: Batch, draws: Draws) -> Tensor:
         if batch.kind == "i2t":
             counts = [sum(label != IGNORE for label in self.conversation(tuple(turns)).labels) for turns in batch.text]
-            return torch.tensor(float(sum(counts)), device=batch.sample_ids.device)
+            return torch.tensor(float(sum(counts)), dtype=torch.float32, device=batch.sample_ids.device)
         side = self.config.image_size // modules.factor(self.config)
         return self.hidden_counts(draws, batch.sample_ids, side * side).sum().float() * self.config.mar.repeats
 

@@ -69,7 +69,7 @@ def draw_latents(
         raise ValueError(f"clip_sample_range={clip_sample_range} must be above 0; null limits nothing")
     size, channels = grid[0] * grid[1], modules.channels(model.config)
     order = chance.order(size)
-    latents = torch.zeros(len(cond), size, channels, device=order.device)
+    latents = torch.zeros(len(cond), size, channels, dtype=torch.float32, device=order.device)
     prompts, hidden = cond if guidance == 1 else cond + uncond, size
     branches = len(prompts) // len(cond)
     for step in range(steps):

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
-from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.files import read_json
 from reca.models.hub import TOKENIZER, fetch
 from reca.models.inference import check_pairs, warn_of_cut
@@ -51,6 +51,7 @@ class OpenUni(Adapter):
     trainable_roles = frozenset({"bridge", "gen_head"})
     condition_keys = ("h_v",)
 
+    @in_fp32
     def __init__(self, config: OpenUniConfig, tokenizer):
         super().__init__()
         modules.check_sizes(config)
@@ -203,9 +204,9 @@ class OpenUni(Adapter):
     def weight(self, batch: Batch, draws: Draws) -> Tensor:
         device = batch.sample_ids.device
         if batch.kind != "i2t":
-            return torch.tensor(float(len(batch)), device=device)
+            return torch.tensor(float(len(batch)), dtype=torch.float32, device=device)
         counts = [sum(label != IGNORE for label in self.conversation(turns).labels) for turns in batch.text]
-        return torch.tensor(float(sum(counts)), device=device)
+        return torch.tensor(float(sum(counts)), dtype=torch.float32, device=device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         if batch.kind == "i2t":
@@ -381,6 +382,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     return read_tensors(weight_file(source) if source.is_dir() else source)
 
 
+@in_fp32
 def _published(class_: type, folder: Path) -> nn.Module:
     """A model of diffusers from its folder, in fp32. The sizes are those of its config.json."""
     with no_memory():

@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
 from reca.draws import Draws, Purpose
+from reca.models.base import in_fp32
 from reca.models.inference import check_multiple
 from reca.models.open_uni import modules
 from reca.models.open_uni.prompt import Prompt
@@ -64,6 +65,7 @@ def sample(
     return list((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8))
 
 
+@in_fp32  # the solver makes tensors of numbers
 @torch.no_grad()
 def denoise(
     model: "OpenUni",

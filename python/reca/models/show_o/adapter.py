@@ -12,7 +12,7 @@ from transformers import PhiForCausalLM, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
-from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.pixels import to_unit
 from reca.models.show_o import loading, modules, prompt, sampling
@@ -37,6 +37,7 @@ class ShowO(Adapter):
     trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
     condition_keys = ("h_v",)
 
+    @in_fp32
     def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -175,7 +176,7 @@ class ShowO(Adapter):
         device = batch.sample_ids.device
         if batch.kind == "i2t":
             labels = (label for turns in batch.text for label in self.conversation(turns)[1])
-            return torch.tensor(float(sum(label != IGNORE for label in labels)), device=device)
+            return torch.tensor(float(sum(label != IGNORE for label in labels)), dtype=torch.float32, device=device)
         masked = self.masked_count(draws, batch.sample_ids).sum().float()
         return masked if batch.kind == "reca" else masked + 2 * len(batch)  # soi and eoi are learned too
 

@@ -73,7 +73,11 @@ def draw_codes(
 
         done = (step + 1) / steps
         temperature *= 1 - done
-        hide = (unknown.sum(1) - 1).clamp(max=int((n * cosine(torch.tensor(done))).floor())).clamp(min=1)
+        hide = (
+            (unknown.sum(1) - 1)
+            .clamp(max=int((n * cosine(torch.tensor(done, dtype=torch.float32))).floor()))
+            .clamp(min=1)
+        )
         certainty = probabilities.gather(2, drawn[..., None])[..., 0].clamp(min=TINY).log()
         certainty = certainty + temperature * chance.gumbel(step, n)
         certainty = certainty.masked_fill(~unknown, math.inf)
