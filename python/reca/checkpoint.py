@@ -1,92 +1,143 @@
-"""Checkpoints of a run: torch.distributed.checkpoint, written aside and renamed when complete.
+"""Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
 
     run_dir/checkpoints/000500/
-        weights/    trained parameters, safetensors, one file a rank, reshardable
-        optimizer/  optimizer state, reshardable
+        weights/    trained parameters, one file a rank, reshardable
+        optimizer/  optimizer state, likewise
         state.json  counters
-        COMPLETE    written last
+        COMPLETE    written last: size and SHA-256 of every file above
 
-Frozen parameters are not saved: they are those of `model.weights`.
+Frozen parameters are not saved: they are those of `model.weights`. Nothing that is read here can run code: tensors are
+safetensors, everything else is JSON.
 """
 
 import json
 import logging
-import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from reca import distributed
+from reca import distributed, manifest, units
 
 log = logging.getLogger("reca")
 # One process without a process group is what a laptop has, and no reason to warn.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+MARKER = "COMPLETE"
+PARTIAL = ".partial"  # being written or removed; what a killed process leaves of it is removed at the next start
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or does not belong to this run."""
 
+    exit_code = 3
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. Names are updates: digits, compared as numbers."""
+    markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
+    return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
+
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    done = sorted(marker.parent for marker in (run_dir / "checkpoints").glob("[0-9]*/COMPLETE"))
-    return done[-1] if done else None
+    """The newest complete checkpoint of a run, sound or not."""
+    return next(reversed(complete(run_dir)), None)
+
+
+def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
+    """The newest checkpoint whose files are those that were written; None if the run has no checkpoint.
+
+    A damaged one is reported loudly and the one before it is taken. Every rank gets the same answer.
+    set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these updates again.
+    Raises CheckpointError when all of them are damaged; it names what to remove.
+    """
+    faults = {}
+    for folder in reversed(complete(run_dir)):
+        fault = damage(folder)
+        if not fault:
+            for damaged, reason in faults.items():
+                log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, folder)
+                if set_aside:
+                    _set_aside(damaged)
+            return folder
+        faults[folder] = fault
+    if not faults:
+        return None
+    reasons = "; ".join(f"{folder}: {reason}" for folder, reason in faults.items())
+    raise CheckpointError(
+        f"no checkpoint of {run_dir} is sound ({reasons}). Restore the files, or remove "
+        f"{' and '.join(map(str, faults))} to start this run again from its first update"
+    )
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the files of a complete checkpoint, in words; empty when nothing is. Ranks share the work."""
+    try:
+        listed = manifest.read(folder / MARKER)
+        own = dict(list(listed.items())[distributed.rank() :: distributed.world()])
+        faults = manifest.damage(folder, own)
+    except (OSError, ValueError) as error:
+        faults = [f"{MARKER} cannot be read: {error}"]
+    return "; ".join(dict.fromkeys(fault for part in distributed.gather(faults) for fault in part))
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what killed processes left half written. Only for the process that holds the run's lock."""
+    for folder in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
-    """Write a checkpoint; None, loudly, if the disk would not take it. Older checkpoints stay until it is complete."""
+    """Write a checkpoint; None, loudly, if the disk would not take it. Older checkpoints stay until it is complete.
+
+    state: JSON-able, with the number of updates done as "update".
+    """
     final = run_dir / "checkpoints" / f"{state['update']:06d}"
-    partial = final.with_name(f"{final.name}.partial")
-    failure = _too_full(run_dir, adapter)
-    if failure is None:
-        try:
-            if distributed.rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            distributed.barrier()
-            writer = HuggingFaceStorageWriter(str(partial / "weights"), save_distributed=True)
-            dcp.save(trained(adapter), storage_writer=writer)
-            dcp.save(get_optimizer_state_dict(adapter, optimizer), checkpoint_id=str(partial / "optimizer"))
-            if distributed.rank() == 0:
-                (partial / "state.json").write_text(json.dumps(state, indent=1))
-                (partial / "COMPLETE").touch()
-                _fsync(partial)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
-        except (OSError, dcp.api.CheckpointException) as error:
-            failure = str(error)
-    device = next(adapter.parameters()).device
-    if distributed.any_rank(failure is not None, device):
+    partial = final.with_name(final.name + PARTIAL)
+    moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
+    state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
+    try:
+        _together(lambda: _make_room(run_dir, partial, adapter))
+        _together(lambda: _write(partial / "weights", trained(adapter)))
+        _together(lambda: _write(partial / "optimizer", _tensors(moments)))
+        _together(lambda: _write_state(partial, state))
+        listed = _together(lambda: _checksums(partial))
+        _together(lambda: _publish(partial, final, listed))
+    except _NotSaved as failure:
         log.error(
-            "checkpoint at update %d NOT saved: %s. Training goes on and earlier checkpoints are untouched; free space "
-            "in %s",
-            state["update"], failure or "another rank failed", run_dir,
+            "checkpoint at update %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
+            state["update"], failure, run_dir,
         )  # fmt: skip
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         return None
     if distributed.rank() == 0 and keep:
-        for old in sorted((run_dir / "checkpoints").glob("[0-9]*/COMPLETE"))[:-keep]:
-            shutil.rmtree(old.parent)
-    distributed.barrier()
+        for old in complete(run_dir)[:-keep]:
+            _remove(old)
     return final
 
 
 def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Put a checkpoint's parameters (and optimizer state) in place, at any number of ranks. Returns the counters.
 
-    Raises CheckpointError if the checkpoint is incomplete or holds other parameters than this run trains.
+    Raises CheckpointError if the checkpoint is incomplete, damaged, or holds other parameters than this run trains.
     """
-    if not (folder / "COMPLETE").exists():
-        raise CheckpointError(f"{folder} is not a complete checkpoint (no COMPLETE file); use an earlier one")
+    if not (folder / MARKER).exists():
+        raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
     weights = trained(adapter)
-    saved = _saved(folder)
+    saved = _saved(folder / "weights")
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
         differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -94,12 +145,26 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
             f"{folder} does not fit the parameters this run trains: {len(differ)} differ, the first {differ[:5]}. "
             "Was model or train.train changed? Start in another run_dir, or restore the recipe"
         )
-    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder / "weights")))
+    state = read_state(folder)
+    _read(folder / "weights", weights)
     if optimizer is not None:
-        state = get_optimizer_state_dict(adapter, optimizer)
-        dcp.load(state, checkpoint_id=str(folder / "optimizer"))
-        set_optimizer_state_dict(adapter, optimizer, state)
-    return json.loads((folder / "state.json").read_text())
+        moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
+        _read(folder / "optimizer", _tensors(moments))
+        set_optimizer_state_dict(adapter, optimizer, moments, options=FLAT)
+        for group, step in zip(optimizer.param_groups, state["group_steps"], strict=True):
+            if step is not None:
+                group["step"] = step
+    return state
+
+
+def read_state(folder: Path) -> dict:
+    """The counters of a checkpoint. Raises CheckpointError when they cannot be read."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/state.json cannot be read ({error}); remove {folder} to use the one before"
+        ) from error
 
 
 def overlay(run_dir: Path, adapter: nn.Module) -> None:
@@ -107,24 +172,18 @@ def overlay(run_dir: Path, adapter: nn.Module) -> None:
 
     Raises CheckpointError if that run has no complete checkpoint, or parameters that this model has not.
     """
-    folder = newest(run_dir)
+    folder = newest_sound(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     own = {name: p.detach() for name, p in adapter.named_parameters()}
-    saved = _saved(folder)
+    saved = _saved(folder / "weights")
     misfits = sorted(name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape)
     if misfits:
         raise CheckpointError(
             f"{folder} does not fit this model: {len(misfits)} of its parameters are missing here or have another "
             f"shape, the first {misfits[:5]}. Both runs must name the same umm and sizes"
         )
-    dcp.load({name: own[name] for name in saved}, storage_reader=HuggingFaceStorageReader(str(folder / "weights")))
-
-
-def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's parameters."""
-    metadata = HuggingFaceStorageReader(str(folder / "weights")).read_metadata()
-    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+    _read(folder / "weights", {name: own[name] for name in saved})
 
 
 def trained(adapter: nn.Module) -> dict[str, Tensor]:
@@ -132,15 +191,115 @@ def trained(adapter: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad}
 
 
-def _too_full(run_dir: Path, adapter: nn.Module) -> str | None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    need = 3 * sum(p.numel() * p.element_size() for p in trained(adapter).values())
-    free = shutil.disk_usage(run_dir).free
-    return f"it needs about {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free" if need > free else None
+def size(adapter: nn.Module) -> int:
+    """Bytes of a checkpoint: the trained parameters and AdamW's two moments of each."""
+    return 3 * sum(p.numel() * p.element_size() for p in trained(adapter).values())
 
 
-def _fsync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def _tensors(state: dict) -> dict[str, Tensor]:
+    """What of a flat optimizer state is saved; all else are settings, which come from the recipe."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder of shards."""
+    metadata = _reading(folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
+    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        _reading(folder, lambda: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder))))
+
+
+def _reading(folder: Path, read: Callable):
+    try:
+        return read()
+    except Exception as error:  # of safetensors, of torch.distributed.checkpoint, of the disk
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {_first_line(error)}); remove {folder.parent} to use the "
+            "checkpoint before it"
+        ) from error
+
+
+class _NotSaved(Exception):
+    """A step of saving failed on some rank; raised on all of them."""
+
+
+def _together(step: Callable[[], Any]) -> list:
+    """Run one step of saving; what it returned on every rank. No rank goes on to wait for one that failed."""
+    result = failure = None
+    try:
+        result = step()
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        failure = _first_line(error)
+    told = distributed.gather((result, failure))
+    if failures := [failure for _, failure in told if failure]:
+        raise _NotSaved(failures[0])
+    return [result for result, _ in told]
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong on the first rank that failed, without the trace that DCP adds."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _make_room(run_dir: Path, partial: Path, adapter: nn.Module) -> None:
+    if distributed.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        need, free = size(adapter), shutil.disk_usage(run_dir).free
+        if need > free:
+            raise OSError(f"it needs about {units.size(need)} and {units.size(free)} are free")
+
+
+def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def _write_state(partial: Path, state: dict) -> None:
+    if distributed.rank() == 0:
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def _checksums(partial: Path) -> dict[str, dict]:
+    """Put this rank's share of the files on the disk and sum them up."""
+    own = manifest.files(partial)[distributed.rank() :: distributed.world()]
+    for name in own:
+        manifest.sync(partial / name)
+    return manifest.entries(partial, own)
+
+
+def _publish(partial: Path, final: Path, listed: list[dict[str, dict]]) -> None:
+    """Mark a checkpoint complete and give it its name. A crash leaves it under one name or the other, never torn."""
+    if distributed.rank() == 0:
+        entries = {name: entry for part in listed for name, entry in part.items()}
+        (partial / MARKER).write_text(json.dumps(entries, indent=1))
+        manifest.sync(partial / MARKER)
+        for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
+            manifest.sync(folder)
+        if final.exists():
+            _remove(final)
+        partial.rename(final)
+        manifest.sync(final.parent)
+        manifest.sync(final.parent.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint so that, whenever it is stopped, what is left does not count as one."""
+    trash = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    if distributed.rank() == 0:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.error("%s is now %s; remove it when nobody needs it", folder, aside)
+    distributed.barrier()

@@ -3,6 +3,7 @@
 import os
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,15 @@ def world() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank holds, in the order of ranks; on every rank. value: anything that pickles."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

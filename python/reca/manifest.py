@@ -1,0 +1,77 @@
+"""The list of a folder's files with sizes and checksums: written last, it says that all of them were written."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CHUNK = 8 << 20
+THREADS = 8  # hashlib releases the interpreter lock
+
+
+def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Size and SHA-256 of these files of `folder`, by name."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        names = list(names)
+        return dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
+
+
+def files(folder: Path) -> list[str]:
+    """Names of all files below `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def read(path: Path) -> dict[str, dict]:
+    """The entries of a manifest. Raises ValueError when it is not one, OSError when it is not readable."""
+    listed = json.loads(path.read_bytes())
+    if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
+        raise ValueError(f"{path} is no list of files")
+    return listed
+
+
+def damage(folder: Path, listed: dict[str, dict]) -> list[str]:
+    """What of the listed files is not as it was written, in words; empty when all is well.
+
+    Sizes are compared first: a file of another size is not read.
+    """
+    faults, same_size = [], []
+    for name, entry in listed.items():
+        path = folder / name
+        have = path.stat().st_size if path.is_file() else None
+        if have is None:
+            faults.append(f"{name} is missing")
+        elif have != entry["bytes"]:
+            faults.append(f"{name} has {have} of {entry['bytes']} bytes")
+        else:
+            same_size.append(name)
+    try:
+        now = entries(folder, same_size)
+    except OSError as error:
+        return [*faults, f"{error.filename} cannot be read: {error.strerror}"]
+    return [
+        *faults,
+        *(f"{name} has other contents than were written" for name in same_size if now[name] != listed[name]),
+    ]
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _entry(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _is_entry(entry) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
