@@ -1,5 +1,6 @@
-"""Folders that a command is going to write to, tried before the work begins."""
+"""Folders that a command is going to write to, tried before the work begins, and files replaced as a whole."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,3 +14,17 @@ def writable(folder: Path, what: str) -> Path:
     except OSError as error:
         raise ValueError(f"{what} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that, whatever happens, it has the old text or the new one, on the disk too."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,6 @@
 """What a run tells: a progress bar, log.jsonl, TensorBoard and grids of sample pictures."""
 
-import json
+import contextlib
 import logging
 import math
 from pathlib import Path
@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from reca.jsonl import JsonLines, keep_until
 
 log = logging.getLogger("reca")
 
@@ -28,12 +30,12 @@ class RunLog:
         )
         if not speaks:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.file = (run_dir / "log.jsonl").open("a", buffering=1)
-        self.redirect = logging_redirect_tqdm([log])
+        keep_until(run_dir / "log.jsonl", done)
+        self.lines = JsonLines(run_dir / "log.jsonl")
+        self.redirect = logging_redirect_tqdm()  # of the root logger, whose handler prints
         self.redirect.__enter__()
         if tensorboard:
-            self.board = _tensorboard(run_dir)
+            self.board = _tensorboard(run_dir, done)
 
     def progress(self, loss: float, images_per_s: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
@@ -42,29 +44,37 @@ class RunLog:
     def record(self, update: int, values: dict[str, float]) -> None:
         if not self.speaks:
             return
-        self.file.write(json.dumps({"update": update} | {k: _finite(v) for k, v in values.items()}) + "\n")
+        self.lines.write({"update": update} | {k: _finite(v) for k, v in values.items()})
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, update)
+            try:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, update)
+            except OSError as error:
+                log.warning("TensorBoard's file cannot be written (%s): it ends here", error)
+                self.board = None
 
     def warn(self, update: int, warning: str) -> None:
         if self.speaks:
             log.warning("update %d: %s", update, warning)
-            self.file.write(json.dumps({"update": update, "warning": warning}) + "\n")
+            self.lines.write({"update": update, "warning": warning})
 
     def pictures(self, update: int, images: list[Tensor]) -> None:
         if self.speaks:
-            folder = self.run_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            grid(images).save(folder / f"{update:06d}.png")
+            path = self.run_dir / "samples" / f"{update:06d}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                grid(images).save(path)
+            except OSError as error:
+                log.warning("%s cannot be written (%s)", path, error)
 
     def close(self) -> None:
         self.bar.close()
         if self.speaks:
             self.redirect.__exit__(None, None, None)
-            self.file.close()
+            self.lines.close()
             if self.board:
-                self.board.close()
+                with contextlib.suppress(OSError):  # a full disk
+                    self.board.close()
 
 
 def grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:
@@ -83,10 +93,14 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _tensorboard(run_dir: Path):
+def _tensorboard(run_dir: Path, done: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.info("tensorboard is not installed (pip install 'reca[log]'): logging to log.jsonl only")
         return None
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    try:
+        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+    except OSError as error:
+        log.warning("TensorBoard's file cannot be written (%s): logging to log.jsonl only", error)
+        return None
