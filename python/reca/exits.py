@@ -1,0 +1,31 @@
+"""Exit codes: of the command, of `reca status`, and in status.json. docs/failure.md says what to do on each."""
+
+DONE = 0
+BUG = 1  # an exception that nobody foresaw, with its traceback
+USAGE = 2
+RECIPE = 3  # recipe, option, or a checkpoint that does not belong to it
+DATA = 4  # data or disk
+NON_FINITE = 5
+NOT_SAVED = 6  # training ended or was interrupted, and the last checkpoint could not be written
+IN_USE = 7  # another process uses the run folder
+INTERRUPTED = 75  # EX_TEMPFAIL: saved, the same command continues
+STOPPED = 130  # Ctrl-C outside of training
+
+
+def expected(error: BaseException) -> int | None:
+    """The exit code of an error whose message tells a user all there is to know; None for any other."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return code
+    if isinstance(error, OSError):
+        return DATA
+    return RECIPE if isinstance(error, ValueError) else None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that a process ends with on this exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else BUG
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    return expected(error) or BUG
