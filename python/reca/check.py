@@ -21,8 +21,8 @@ from reca.draws import Draws
 from reca.models import umm
 from reca.models.base import ROLES, Adapter, Batch
 from reca.optim import freeze
+from reca.parallelize import recompute_blocks
 from reca.split import departures, describe, passes
-from reca.train import recompute_blocks
 from reca_kernels.reference import masked_linear_cross_entropy as linear
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch

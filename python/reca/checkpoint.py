@@ -217,8 +217,8 @@ def _reading(folder: Path, read: Callable):
         return read()
     except Exception as error:  # of safetensors, of torch.distributed.checkpoint, of the disk
         raise CheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {_first_line(error)}); remove {folder.parent} to use the "
-            "checkpoint before it"
+            f"{folder} cannot be read ({type(error).__name__}: {_first_line(error)}); remove {folder.parent} to use "
+            "the checkpoint before it"
         ) from error
 
 

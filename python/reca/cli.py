@@ -5,45 +5,41 @@ import logging
 import re
 import runpy
 import sys
+import traceback
 from pathlib import Path
-
-EXIT_RECIPE, EXIT_DATA, EXIT_NON_FINITE, EXIT_STOPPED = 3, 4, 5, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand.
 
-    Exit codes: 0 done, 2 usage, 3 recipe or option, 4 data or disk, 5 non-finite, 75 interrupted and saved, 130 Ctrl-C.
+    Returns the exit code, one of reca/exits.py.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("reca").setLevel(logging.INFO)
     options = _parser().parse_args(arguments)
-    from reca import distributed
-    from reca.checkpoint import CheckpointError
-    from reca.config import RecipeError
-    from reca.data.sources import DataError
-    from reca.train import NonFiniteError
+    from reca import distributed, exits
 
-    codes = {
-        DataError: EXIT_DATA,
-        NonFiniteError: EXIT_NON_FINITE,
-        RecipeError: EXIT_RECIPE,
-        CheckpointError: EXIT_RECIPE,
-        ValueError: EXIT_RECIPE,
-        OSError: EXIT_DATA,
-    }
     try:
-        code = options.run(options) or 0
-    except SystemExit as interrupted:
-        code = interrupted.code
-    except tuple(codes) as error:
-        print(f"reca: {error}", file=sys.stderr)
-        code = next(code for kind, code in codes.items() if isinstance(error, kind))
-    except KeyboardInterrupt:
-        print("reca: stopped", file=sys.stderr)
-        code = EXIT_STOPPED
+        code = options.run(options) or exits.DONE
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        code = exits.code_of(error)
+        _tell(error)
     distributed.leave(code)
     return code
+
+
+def _tell(error: BaseException) -> None:
+    """Print what a user has to know of an error: a sentence where it is foreseen, else the traceback."""
+    from reca import distributed, exits
+
+    if isinstance(error, SystemExit | distributed.PeerFailed):
+        return
+    if isinstance(error, KeyboardInterrupt):
+        print("reca: stopped", file=sys.stderr)
+    elif exits.expected(error) is None:
+        traceback.print_exception(error)
+    else:
+        print(f"reca: {error}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train a recipe, or continue its run.")
     takes_recipe(train)
     train.add_argument("--explain", action="store_true", help="print every key with its value and meaning, and stop")
+
+    status = command("status", _status, "Say what a run is doing, or how it ended.")
+    status.add_argument("folder", type=Path, help="the folder of a run")
 
     check = command("check", _check, "Say what a recipe needs: parameters, FLOPs and memory, without any weights.")
     takes_recipe(check)
@@ -116,20 +115,35 @@ def _takes_sampling(sub: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     from reca import distributed
     from reca.config import explain, load_recipe
+    from reca.runs import finished
     from reca.train import Trainer
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
         print(explain(recipe))
         return
-    try:
-        folder = Trainer(recipe).run()
-        if distributed.rank() == 0:
-            print(
-                f"{recipe.train.updates} updates done. Draw with: reca generate {folder} --prompt 'a yellow broccoli'"
-            )
-    finally:
-        distributed.stop()
+    draw = f"Draw with: reca generate {recipe.run_dir} --prompt 'a yellow broccoli'"
+    done = finished(recipe)
+    if done is None:
+        Trainer(recipe).run()
+        told = f"{recipe.train.updates} updates done. {draw}"
+    else:
+        told = (
+            f"{recipe.run_dir} has {done} updates already and train.updates={recipe.train.updates}: nothing to do. "
+            f"Give a larger train.updates, or another run_dir. {draw}"
+        )
+    if distributed.speaks():
+        print(told)
+    distributed.stop()
+
+
+def _status(options: argparse.Namespace) -> int:
+    """Print status.json as it is now. Returns the exit code the run ended with; 0 while it runs."""
+    from reca.status import Status
+
+    status = Status.read(options.folder)
+    print(status.describe())
+    return status.exit_code or 0
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -157,7 +171,7 @@ def _model(options: argparse.Namespace, recipe, adapter: type):
     """The adapter a recipe describes or a run has trained, ready for inference."""
     import torch
 
-    from reca.train import load_trained
+    from reca.runs import load_trained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(options.recipe)

@@ -1,7 +1,9 @@
 """Ranks, meshes and sharding: torchrun + FSDP2, and nothing where there is one process."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from reca import exits
 from reca.config import ParallelConfig
 from reca.models.base import Adapter
 
@@ -45,6 +48,11 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
+def speaks() -> bool:
+    """Whether this process is the one of its run that talks to the user, joined to the others or not."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -53,9 +61,37 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def node() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+class PeerFailed(RuntimeError):
+    """Another rank has failed, and says why."""
+
+    def __init__(self, rank: int, exit_code: int):
+        super().__init__(f"rank {rank} failed")
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Run the body on every rank, and leave it together: where it fails on any rank, all others raise PeerFailed."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    codes = gather(0 if error is None else exits.code_of(error))
+    if error is not None:
+        raise error
+    if failed := [(rank, code) for rank, code in enumerate(codes) if code]:
+        raise PeerFailed(*failed[0])
 
 
 def gather(value: Any) -> list[Any]:

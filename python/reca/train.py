@@ -1,42 +1,53 @@
 """The training loop: batches -> loss -> gradient -> update, until done, interrupted or broken."""
 
 import contextlib
-import functools
-import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
-from reca import checkpoint, distributed, objective, signals, split
-from reca.config import KindConfig, Recipe, RecipeError, as_dict, load_recipe, save_recipe
-from reca.data.loader import Loader, open_loader
+from reca import checkpoint, distributed, exits, objective, preflight, runs, signals, split
+from reca.config import KindConfig, Recipe, as_dict, save_recipe
+from reca.data.loader import Loader, open_loader, open_sources
+from reca.data.templates import load_templates
 from reca.folders import writable
+from reca.jsonl import JsonLines
 from reca.log import RunLog
 from reca.models import umm
 from reca.models.base import Adapter, Batch
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
+from reca.parallelize import compile_blocks, recompute_blocks
+from reca.status import RunFolder
 
 log = logging.getLogger("reca")
-
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: saved, start again to go on
 
 
 class NonFiniteError(RuntimeError):
     """Loss or gradient stayed NaN or infinite."""
 
+    exit_code = exits.NON_FINITE
+
+
+class NotSavedError(RuntimeError):
+    """A run ended, and its last checkpoint could not be written."""
+
+    exit_code = exits.NOT_SAVED
+
 
 class Trainer:
-    """One run of one recipe. An existing run directory is continued from its newest checkpoint.
+    """One run of one recipe. An existing run directory is continued from its newest sound checkpoint.
 
     adapter: a model to train in place of the one `recipe.model` describes (it must come from the same weights when a
     run is continued). progress: called with the number of updates done, in place of a progress bar.
+
+    What is wrong with recipe, data, memory or disk is raised before the weights are read. While the process lives, the
+    folder is locked; its status.json says how the run stands, and how it ended.
     """
 
     def __init__(self, recipe: Recipe, adapter: Adapter | None = None, progress: Callable[[int], None] | None = None):
@@ -44,42 +55,100 @@ class Trainer:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.start(recipe.parallel)
-        self.kinds = recipe.active_kinds()
+        self.kinds, self.able = recipe.active_kinds(), (adapter or umm(recipe.umm).Adapter).kinds
         self.passes = {kind: split.passes(self._kind(kind), distributed.world()) for kind in self.kinds}
-        _reject_changed(recipe, self.run_dir)
-        writable(self.run_dir, "run_dir")
+        with distributed.together():
+            if distributed.rank() == 0:
+                writable(self.run_dir, "run_dir")
+        self.folder = RunFolder(self.run_dir, recipe.train.updates)
+        self.training, self.interrupted = False, False
+        with self.folder, self._listening():
+            self._set_up(adapter)
+
+    def _set_up(self, adapter: Adapter | None) -> None:
+        recipe = self.recipe
+        if distributed.rank() == 0:
+            checkpoint.remove_leftovers(self.run_dir)
+        newest = checkpoint.newest_sound(self.run_dir, set_aside=True)
+        state = None if newest is None else checkpoint.read_state(newest)
+        self.update = 0 if state is None else state["update"]
+        self.schedule_end = runs.schedule_end(recipe, state)
+        self.folder.saved(newest, self.update)
+        self.sources = self._check(adapter, state)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
         whole = self.device if distributed.world() == 1 else torch.device("cpu")
         self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, whole)
-        inherit(self.adapter, recipe)
-        for kind in self.kinds:
-            if kind not in self.adapter.kinds:
-                raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
+        runs.inherit(self.adapter, recipe)
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         if recipe.train.compile:  # before recomputation is wrapped around it: Dynamo would not look into that
-            for block in self.adapter.blocks():
-                block.forward = torch.compile(block.forward)
+            compile_blocks(self.adapter)
         if recipe.train.activation_checkpointing:
             recompute_blocks(self.adapter)
         distributed.shard(self.adapter, recipe.parallel, self.device, recipe.train.precision)
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
-        self.update, self.skips = 0, 0
-        if newest := checkpoint.newest(self.run_dir):
-            state = checkpoint.load(newest, self.adapter, self.optimizer)
-            self.update = state["update"]
-            log.info("continuing %s at update %d", self.run_dir, self.update)
+        self.skips = 0
+        if newest is not None:
+            checkpoint.load(newest, self.adapter, self.optimizer)
+            self._tell_of_resuming(state)
         self.loaders = {kind: self._loader(kind) for kind in self.kinds}
         self.fixed = self._fixed_batches()
-        self.interrupted = False
+
+    def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
+        """Everything that needs no weights, on rank 0 first. Returns the sources of samples by kind."""
+        recipe, sources = self.recipe, {}
+        kinds = [*self.kinds, *(kind for kind in self._yardsticks() if kind not in self.kinds)]
+        with distributed.together():
+            if distributed.rank() == 0:
+                preflight.check(recipe, distributed.world(), distributed.node(), adapter)
+                sources = open_sources(recipe.data, kinds)
+                templates = load_templates(recipe.data.templates, recipe.data.template_count)
+                self.identity = runs.identity(recipe, sources, templates)
+                if state is not None:
+                    runs.reject_changed(recipe, self.run_dir, state, self.identity)
+        with distributed.together():
+            if distributed.rank() > 0:
+                sources = open_sources(recipe.data, kinds)
+        return sources
+
+    def _tell_of_resuming(self, state: dict[str, Any]) -> None:
+        recipe, ranks = self.recipe, distributed.world()
+        if distributed.rank():
+            return
+        log.info("continuing %s at update %d", self.run_dir, self.update)
+        if recipe.optim.schedule != "constant" and self.schedule_end != state["schedule_end"]:
+            log.warning(
+                "the schedule of the learning rate ends at update %d now; until here it was %d",
+                self.schedule_end, state["schedule_end"],
+            )  # fmt: skip
+        elif recipe.optim.schedule != "constant" and self.schedule_end < recipe.train.updates:
+            log.warning(
+                "train.updates=%d goes beyond the schedule of the learning rate, which ends at update %d as it did "
+                "before; optim.decay_updates=%d stretches it",
+                recipe.train.updates, self.schedule_end, recipe.train.updates,
+            )  # fmt: skip
+        if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
+            log.warning(
+                "objective.mean=micro_batch depends on how an update is split: until here by %d processes, now by %d",
+                state["ranks"], ranks,
+            )  # fmt: skip
 
     def run(self) -> Path:
         """Train to `train.updates`.
 
-        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1 or Ctrl-C, NonFiniteError on NaN.
+        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1 or Ctrl-C; NotSavedError when the last checkpoint of
+        the run could not be written; NonFiniteError on NaN.
         """
+        with self.folder:
+            self._run()
+            distributed.barrier()
+            self.folder.tell("finished", exits.DONE)
+            self.folder.close()
+        return self.run_dir
+
+    def _run(self) -> None:
         recipe, speaks = self.recipe, distributed.rank() == 0
         if speaks:
             save_recipe(recipe, self.run_dir / "recipe.yaml")
@@ -93,6 +162,7 @@ class Trainer:
             record.warn(self.update, departures)
         streams = {kind: iter(loader) for kind, loader in self.loaders.items()}
         profiler = self._profiler()
+        self.training = True
         try:
             with self._listening(), profiler:
                 while self.update < recipe.train.updates:
@@ -111,31 +181,34 @@ class Trainer:
                     record.progress(metrics["loss"], metrics["images_per_s"])
                     if self.progress:
                         self.progress(self.update)
-                    if _due(self.update, recipe.log.every) or self.update == recipe.train.updates:
+                    last = self.update == recipe.train.updates
+                    if _due(self.update, recipe.log.every) or last:
                         record.record(self.update, metrics)
                     if recipe.log.prompts and _due(self.update, recipe.log.sample_every):
                         record.pictures(self.update, self._samples())
                     if profiler is not _NO_PROFILER:
                         profiler.step()
                     stop = distributed.any_rank(self.interrupted, self.device)
-                    if stop or _due(self.update, recipe.checkpoint.every) or self.update == recipe.train.updates:
+                    if stop or last:
+                        self._save_last()
+                    elif _due(self.update, recipe.checkpoint.every):
                         self.save()
-                    if stop:
-                        log.warning("interrupted at update %d; the same command continues the run", self.update)
-                        raise SystemExit(EXIT_INTERRUPTED)
+                    if stop and not last:
+                        if speaks:
+                            log.warning("interrupted at update %d; the same command continues the run", self.update)
+                        raise SystemExit(exits.INTERRUPTED)
         finally:
+            self.training = False
             for loader in self.loaders.values():
                 loader.close()
             record.close()
-        distributed.barrier()
-        return self.run_dir
 
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """One update from this rank's micro-batches, by kind. Skipped, and counted, if it is not finite."""
         self.adapter.train()
         sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
         norm = gradient_norm(self.adapter, self.recipe.optim.clip)
-        lr = lr_at(self.update, self.recipe.train.updates, self.recipe.optim)
+        lr = lr_at(self.update, self.schedule_end, self.recipe.optim)
         if math.isfinite(norm):
             set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -152,8 +225,28 @@ class Trainer:
         return metrics
 
     def save(self) -> Path | None:
-        state = {"update": self.update, "samples": {kind: self._position(kind) for kind in self.kinds}}
-        return checkpoint.save(self.run_dir, state, self.adapter, self.optimizer, self.recipe.checkpoint.keep)
+        """Write a checkpoint; None, loudly, if the disk would not take it."""
+        state = {
+            "update": self.update,
+            "samples": {kind: self._position(kind) for kind in self.kinds},
+            "schedule_end": self.schedule_end,
+            "ranks": distributed.world(),
+            "recipe": as_dict(self.recipe),
+            "identity": self.identity if distributed.rank() == 0 else None,
+        }
+        saved = checkpoint.save(self.run_dir, state, self.adapter, self.optimizer, self.recipe.checkpoint.keep)
+        if saved is not None:
+            self.folder.saved(saved, self.update)
+        return saved
+
+    def _save_last(self) -> None:
+        if self.save() is None:
+            kept = self.folder.status
+            there = f"the newest is of update {kept.update}" if kept.checkpoint else "there is none before it"
+            raise NotSavedError(
+                f"update {self.update} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
+                "Free space there: the same command makes the updates since then again"
+            )
 
     def _kind(self, kind: str) -> KindConfig:
         return getattr(self.recipe.objective, kind)
@@ -166,6 +259,7 @@ class Trainer:
             self.recipe.data,
             kind,
             self.adapter.views(kind),
+            source=self.sources[kind],
             seed=self.recipe.train.seed,
             micro_batch=self._kind(kind).micro_batch,
             per_update=self._kind(kind).per_update,
@@ -187,8 +281,9 @@ class Trainer:
                 for kind, list_ in batches.items()
             },
         }
-        with (self.run_dir / f"non_finite_{distributed.rank()}.jsonl").open("a") as file:
-            file.write(json.dumps(dump) + "\n")
+        lines = JsonLines(self.run_dir / f"non_finite_{distributed.rank()}.jsonl")
+        lines.write(dump)
+        lines.close()
         log.warning("update %d skipped: loss or gradient is not finite (%s)", self.update, dump["losses"])
         if self.skips > self.recipe.train.max_skips:
             raise NonFiniteError(
@@ -209,19 +304,20 @@ class Trainer:
             for kind, batch in self.fixed.items():
                 metrics[f"{kind}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
 
+    def _yardsticks(self) -> list[str]:
+        """Kinds whose first samples are the yardsticks of drift."""
+        data = self.recipe.data
+        there = {"i2t": data.conversations, "t2i": data.captions}
+        return [kind for kind in there if there[kind] and kind in self.able and self.recipe.log.drift_every]
+
     def _fixed_batches(self) -> dict[str, Batch]:
-        """The first samples of the captioned sources: the yardsticks of drift."""
-        if not self.recipe.log.drift_every:
-            return {}
-        sources = {"i2t": self.recipe.data.conversations, "t2i": self.recipe.data.captions}
         fixed = {}
-        for kind in sources.keys() & self.adapter.kinds:
-            if sources[kind]:
-                loader = open_loader(
-                    self.recipe.data, kind, self.adapter.views(kind), seed=self.recipe.train.seed, micro_batch=8
-                )
-                fixed[kind] = next(iter(loader)).to(self.device)
-                loader.close()
+        for kind in self._yardsticks():
+            views, seed = self.adapter.views(kind), self.recipe.train.seed
+            source = self.sources[kind]
+            loader = open_loader(self.recipe.data, kind, views, seed=seed, micro_batch=8, source=source)
+            fixed[kind] = next(iter(loader)).to(self.device)
+            loader.close()
         return fixed
 
     def _samples(self) -> list[torch.Tensor]:
@@ -243,11 +339,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _listening(self):
-        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second ends the process at once."""
+        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second ends the process at once.
+
+        Before the first update there is nothing to save, and the first signal ends the process.
+        """
 
         def interrupt(number, _frame):
-            self.interrupted = True
             signal.signal(number, signal.SIG_DFL)
+            self.interrupted = True
+            if not self.training:
+                raise SystemExit(exits.INTERRUPTED)
 
         before = {
             number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -262,48 +363,8 @@ class Trainer:
 _NO_PROFILER = contextlib.nullcontext()
 
 
-def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
-    """The model of a run: the weights it started from with its newest checkpoint on top."""
-    adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
-    inherit(adapter, recipe)
-    checkpoint.overlay(run_dir, adapter)
-    return adapter.eval()
-
-
-def inherit(adapter: Adapter, recipe: Recipe) -> None:
-    """Put what the runs before this one have trained over the published weights: `train.init_from`, and its own."""
-    if recipe.train.init_from is None:
-        return
-    folder = Path(recipe.train.init_from)
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
-    before = load_recipe(folder / "recipe.yaml")
-    ours, theirs = (_sources(r) for r in (recipe, before))
-    if ours != theirs:
-        raise RecipeError(
-            f"train.init_from={folder} is a run of other published files than this recipe "
-            f"({_difference(theirs, ours)}); "
-            "both must name the same umm and the same files"
-        )
-    inherit(adapter, before)
-    checkpoint.overlay(folder, adapter)
-
-
-def _sources(recipe: Recipe) -> dict[str, str]:
-    """The files and folders a model comes from: its free-text keys."""
-    free = (f.name for f in fields(recipe.model) if not f.metadata.get("choices"))
-    values = {name: getattr(recipe.model, name) for name in free}
-    return {"umm": recipe.umm} | {name: v for name, v in values.items() if isinstance(v, str)}
-
-
 def _due(update: int, every: int) -> bool:
     return every > 0 and update % every == 0
-
-
-def recompute_blocks(adapter: Adapter) -> None:
-    """Activation checkpointing: the backward pass runs the repeated layers again and keeps nothing of them."""
-    for block in adapter.blocks():
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 
 
 def _means(sums: dict[str, torch.Tensor], kinds: list[str]) -> dict[str, float]:
@@ -317,36 +378,3 @@ def _means(sums: dict[str, torch.Tensor], kinds: list[str]) -> dict[str, float]:
         else:
             metrics[name] = mean
     return metrics
-
-
-def _reject_changed(recipe: Recipe, run_dir: Path) -> None:
-    """A continued run must go on with the recipe it began with; logging and length may change."""
-    path = run_dir / "recipe.yaml"
-    if checkpoint.newest(run_dir) is None or not path.exists():
-        return
-    from omegaconf import OmegaConf
-
-    old, new = OmegaConf.to_container(OmegaConf.load(path)), as_dict(recipe)
-    for config in (old, new):
-        for free in ("log", "checkpoint", "parallel", "run_dir"):
-            config.pop(free, None)
-        config["train"].pop("updates")
-        config["train"].pop("threads")
-        config["train"].pop("compile")
-        for kind in config["objective"].values():
-            if isinstance(kind, dict):
-                kind.pop("micro_batch")
-    changed = [key for key in new if old.get(key) != new[key]]
-    if "umm" in changed:
-        changed = ["umm"]  # no other key can be compared
-    if changed:
-        differences = "; ".join(f"{key}: {_difference(old.get(key), new[key])}" for key in changed)
-        raise RecipeError(
-            f"{run_dir} holds a run of another recipe ({differences}). Use another run_dir, or undo the change"
-        )
-
-
-def _difference(old, new) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k))
-    return f"{old!r} -> {new!r}"

@@ -76,7 +76,7 @@ def test_a_run_of_another_model_is_named_by_its_umm(capsys, tmp_path):
     capsys.readouterr()
     assert main(["train", "bagel_tiny", "train.updates=1", f"run_dir={tmp_path}"]) == 3
     error = capsys.readouterr().err
-    assert "(umm: 'show_o' -> 'bagel')" in error and "words" not in error
+    assert "(umm 'show_o' -> 'bagel')" in error and "words" not in error
 
 
 def test_harmon_trains_from_a_cache(tmp_path):

@@ -11,13 +11,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from reca import checkpoint
+from reca import checkpoint, exits
 from reca.checkpoint import CheckpointError
 from reca.config import RecipeError
 from reca.data.loader import open_loader
+from reca.data.sources import DataError
 from reca.objective import backward
 from reca.optim import lr_at
-from reca.train import EXIT_INTERRUPTED, NonFiniteError, Trainer, load_trained
+from reca.runs import load_trained
+from reca.status import Status
+from reca.train import NonFiniteError, NotSavedError, Trainer
 from tests.driver.toy import ToyAdapter
 
 
@@ -105,7 +108,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
     trainer.step = step_and_terminate
     with pytest.raises(SystemExit) as stop:
         trainer.run()
-    assert stop.value.code == EXIT_INTERRUPTED
+    assert stop.value.code == exits.INTERRUPTED
     assert checkpoint.newest(tmp_path / "cut").name == "000003"
     resumed = run(recipe(f"run_dir={tmp_path}/cut"))
     assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
@@ -137,17 +140,29 @@ def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, ca
         return real(*args, **kwargs)
 
     monkeypatch.setattr(dcp, "save", full)
-    trainer.run()
+    with pytest.raises(NotSavedError, match="update 6 is done.*the newest is of update 2"):
+        trainer.run()
+    status = Status.read(trainer.run_dir)
+    assert (status.state, status.exit_code, status.update) == ("failed", exits.NOT_SAVED, 2)
     assert "NOT saved" in caplog.text and "No space left" in caplog.text
     assert checkpoint.newest(trainer.run_dir).name == "000002"
     assert not list((trainer.run_dir / "checkpoints").glob("*.partial"))
 
 
-def test_too_little_space_is_seen_before_writing(recipe, monkeypatch, caplog):
+def test_too_little_space_is_seen_before_the_model_is_loaded(recipe, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    trainer = run(recipe())
-    assert "free space" in caplog.text and checkpoint.newest(trainer.run_dir) is None
+    with pytest.raises(DataError, match=r"a checkpoint needs about 55\.12 KiB and 10 B are free"):
+        Trainer(recipe(), ToyAdapter())
+
+
+def test_too_little_space_is_seen_before_writing(recipe, monkeypatch):
+    trainer = Trainer(recipe(), ToyAdapter())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(NotSavedError, match="Free space"):
+        trainer.run()
+    assert checkpoint.newest(trainer.run_dir) is None
 
 
 def test_incomplete_checkpoints_are_not_used(recipe, tmp_path):
@@ -221,7 +236,7 @@ def test_condition_other_swaps_h_v(recipe):
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     trainer = run(recipe())
     monkeypatch.setattr(
-        "reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
     )
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
@@ -236,7 +251,7 @@ def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatc
         kept = name.startswith(("tower", "layers.1"))
         assert torch.equal(value, weights(sft.adapter)[name]) == kept, name
     monkeypatch.setattr(
-        "reca.train.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
     )
     loaded = load_trained(reca.run_dir, reca.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(reca.adapter).items())

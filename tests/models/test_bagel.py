@@ -25,7 +25,8 @@ from reca.models.bagel.config import AutoencoderSizes, tiny
 from reca.models.bagel.mot import GEN, UND, attend, grouped
 from reca.models.base import ROLES, Batch, Turn
 from reca.optim import freeze, make_optimizer
-from reca.train import Trainer, load_trained
+from reca.runs import load_trained
+from reca.train import Trainer
 from reca_kernels import dispatch, native
 
 WORDS = [

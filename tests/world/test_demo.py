@@ -66,7 +66,7 @@ def test_the_start_is_where_post_training_starts(family, tmp_path):
     recipe = load_recipe(begin.recipe)
     model = begin.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
     from reca.models import umm
-    from reca.train import inherit
+    from reca.runs import inherit
 
     again = load_recipe(begin.recipe, [begin.begins_at.format(folder=tmp_path / "before")])
     loaded = umm(family).Adapter.load(again.model)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,19 @@ SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
 ATTEMPTS = 100
 
 
+def open_sources(config: DataConfig, kinds: Iterable[str]) -> dict[str, Source]:
+    """The samples of each kind. Raises DataError when a source is missing or empty."""
+    sources = {}
+    for kind in kinds:
+        spec = getattr(config, SPECS[kind])
+        if spec is None:
+            raise DataError(
+                f"objective.{kind}.weight is above 0 but data.{SPECS[kind]} is null; say where its samples are"
+            )
+        sources[kind] = open_source(spec, kind, config.image_root)
+    return sources
+
+
 def open_loader(
     config: DataConfig,
     kind: str,
@@ -42,19 +55,19 @@ def open_loader(
     world: int = 1,
     ledger: Path | None = None,
     identity: Any = None,
+    source: Source | None = None,
 ) -> "Loader":
-    """The loader a recipe describes. Raises DataError when the kind's source is missing or empty.
+    """The loader a recipe describes, of one kind of sample. Raises DataError as `open_sources`.
 
     per_update: samples of one update on all ranks; null = one full micro-batch on each.
     neighbours: every batch comes with its `neighbour`.
     identity: what, beside the pictures, the features in data.cache depend on.
+    source: the samples, where they have been opened already.
     """
-    spec = getattr(config, SPECS[kind])
-    if spec is None:
-        raise DataError(f"objective.{kind}.weight is above 0 but data.{SPECS[kind]} is null; say where its samples are")
-    source = open_source(spec, kind, config.image_root)
+    source = source or open_sources(config, [kind])[kind]
     cache = None
     if config.cache:
+        spec = getattr(config, SPECS[kind])
         cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, spec, config.image_root, identity])
     shares = split(per_update or micro_batch * world, micro_batch, world)[rank]
     stream = Stream(shares, per_update or micro_batch * world, start, neighbours)

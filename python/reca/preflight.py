@@ -1,0 +1,96 @@
+"""What can be known before any weight is read: whether a run has a chance on these GPUs, this memory and this disk."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from reca import checkpoint, runs, units
+from reca.check import memory, skeleton
+from reca.config import Recipe, RecipeError
+from reca.data.sources import DataError
+from reca.models.base import Adapter
+from reca.optim import freeze
+
+log = logging.getLogger("reca")
+
+
+def check(recipe: Recipe, ranks: int, node: int, adapter: Adapter | None = None) -> None:
+    """Raise what `Trainer` would run into after minutes of loading; takes seconds and no memory.
+
+    node: ranks on this machine. adapter: a model that is there already, in place of the recipe's.
+
+    Raises RecipeError or ValueError for the recipe, DataError for the disk, RuntimeError kinds of `runs.parent`.
+    """
+    runs.parent(recipe)
+    _devices(node)
+    if adapter is None:
+        _files_exist(recipe)
+        adapter, _ = skeleton(recipe)
+        _memory(recipe, adapter, ranks, node)
+    else:
+        freeze(adapter, recipe.train.train, recipe.train.frozen)
+    for kind in recipe.active_kinds():
+        if kind not in adapter.kinds:
+            raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
+    _disk(recipe, adapter)
+
+
+def _devices(node: int) -> None:
+    if torch.cuda.is_available() and node > torch.cuda.device_count():
+        raise RecipeError(
+            f"{node} processes on a machine with {torch.cuda.device_count()} GPUs: start as many as there are GPUs "
+            "(torchrun --nproc-per-node), or make more of them visible (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+def _files_exist(recipe: Recipe) -> None:
+    """A path that is written as a path, and is not there."""
+    for name, value in runs.files(recipe).items():
+        if value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().exists():
+            raise RecipeError(
+                f"model.{name}={value} does not exist; give a file, a folder, or a hub id such as owner/name"
+            )
+
+
+def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
+    need = memory(adapter, recipe, ranks, node).total
+    if torch.cuda.is_available():
+        have, where, each = torch.cuda.get_device_properties(0).total_memory, "the GPU", 1
+    else:
+        have, where, each = host_memory(), "this machine", node
+    if need * each > have:
+        raise RecipeError(
+            f"training needs at least {units.size(need)} for each of {ranks} processes, without activations, and "
+            f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "
+            "train.frozen); `reca check` shows what takes the memory"
+        )
+    whole = sum(p.numel() * p.itemsize for p in adapter.parameters()) * node
+    if ranks > 1 and whole > host_memory():
+        log.warning(
+            "every process loads the whole model before it is sharded: %d of them take %s, and this machine has %s",
+            node, units.size(whole), units.size(host_memory()),
+        )  # fmt: skip
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _disk(recipe: Recipe, adapter: Adapter) -> None:
+    run_dir, keep = Path(recipe.run_dir), recipe.checkpoint.keep
+    need, free = checkpoint.size(adapter), shutil.disk_usage(run_dir).free
+    if need > free:
+        raise DataError(
+            f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "
+            "space or name another folder"
+        )
+    more = keep + 1 - len(checkpoint.complete(run_dir))  # a new one is complete before the oldest goes
+    if keep and more * need > free:
+        log.warning(
+            "run_dir %s: %d more checkpoints of %s will be kept and %s are free; free space or lower checkpoint.keep",
+            run_dir, more, units.size(need), units.size(free),
+        )  # fmt: skip
