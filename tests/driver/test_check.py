@@ -1,6 +1,7 @@
 """`reca check`: counts against published figures, FLOPs and memory against a real model's."""
 
 import contextlib
+import itertools
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from reca import check
 from reca.cli import main
-from reca.config import load_recipe, recipe_names
+from reca.config import ParallelConfig, load_recipe, recipe_names
+from reca.distributed import shard_size
 from reca.draws import Draws
 from reca.models import umm
 from reca.models.base import Batch
@@ -76,6 +78,9 @@ def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
     assert all(p.fake_mode is fake for p in adapter.parameters())
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert check.memory(adapter, recipe, 1, 8).moments == 8 * sum(p.numel() for p in trained)
+    needs = [check.memory(adapter, recipe, gpus, 8) for gpus in (2, 3, 4, 6, 8)]
+    assert all(more.moments > less.moments for more, less in itertools.pairwise(needs))
+    assert check.memory(adapter, recipe, 64, 8).weights == check.memory(adapter, recipe, 16, 8).weights
     assert all(rows > 0 for rows in adapter.sequence().values())
 
 
@@ -199,6 +204,23 @@ def test_bf16_weights_and_copies():
 def test_what_training_would_refuse(capsys, arguments, words):
     assert main(["check", *arguments]) == 3
     assert words in capsys.readouterr().err
+
+
+def test_shards_by_default():
+    """Of one machine; of all where they do not hold equally many."""
+    sizes = {(1, 1): 1, (3, 3): 3, (6, 6): 6, (8, 8): 8, (16, 8): 8, (64, 8): 8, (12, 8): 12, (12, 4): 4, (7, 2): 7}
+    assert {key: shard_size(ParallelConfig(), *key) for key in sizes} == sizes
+    assert shard_size(ParallelConfig(shard=2), 8, 4) == 2
+
+
+def test_command_says_how_an_update_is_split(capsys):
+    keys = [f"objective.{kind}.{key}" for kind in ("reca", "i2t") for key in ("per_update=10", "micro_batch=2")]
+    for gpus in (1, 2, 3, 4, 6, 8, 16, 64):
+        assert main(["check", "show_o_tiny", *keys, "objective.mean=micro_batch", "--gpus", str(gpus)]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("are not the recipe's" in out) == (gpus != 1)
+        if gpus == 8:
+            assert "samples of an update on 8 GPUs reca 10 1 to 2 per GPU, 1 pass of 2 or 1 i2t 10" in out
 
 
 def test_command(capsys):

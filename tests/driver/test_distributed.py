@@ -9,16 +9,69 @@ from pathlib import Path
 import pytest
 import torch
 
+from reca.config import as_dict, load_recipe
+from reca.models import UMMS, umm
+from tests.driver.toy import write_images, write_recipe
+
 ROOT = Path(__file__).parents[2]
+RANKS = [1, 2, 3, 4]
+# 10 samples in micro-batches of 3 or 2, on one rank and on four; 3 samples of another kind, so that one of four ranks
+# computes a copy. AdamW with so large an epsilon is smooth: the noise of a gradient near zero stays small.
+UNEVEN = (
+    "objective.reca.per_update=10 objective.reca.micro_batch=3 objective.i2t.per_update=3 objective.i2t.micro_batch=2 "
+    "optim.schedule=constant optim.warmup=0 optim.eps=1 optim.lr=0.5 train.updates=2 data.workers=0 log.every=1 "
+    "log.gap_every=1 log.tensorboard=false"
+).split()
+SMOOTH = ["optim.eps=1", "optim.lr=1"]
+ODD = [*SMOOTH, "objective.reca.per_update=7"]
 
 
-def launch(ranks: int, recipe: Path, *overrides: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(ROOT / "tests/driver/launch_toy.py"), str(recipe), *overrides]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+def released(name: str) -> list[str]:
+    """The objective of a released recipe, and one update."""
+    objective = as_dict(load_recipe(name))["objective"]
+    kinds = [
+        f"objective.{k}.{key}={objective[k][key]}" for k in ("reca", "i2t") for key in ("per_update", "micro_batch")
+    ]
+    return [*kinds, f"objective.mean={objective['mean']}", "train.updates=1", "data.workers=0", "log.every=1"]
+
+
+def jobs(toy: Path, folder: Path) -> list[list]:
+    """Toy runs, every UMM on every number of ranks, and the README's command for eight GPUs at a small size."""
+    toy = str(toy)
+    chained = [*ODD, f"train.init_from={folder}/toy_1"]
+    return [
+        ["toy_1", 1, toy, ODD],
+        ["chained_1", 1, toy, chained],
+        ["unclipped_1", 1, toy, [*ODD, "optim.clip=null"]],
+        ["released_1", 1, "show_o_tiny", released("show_o_512")],
+        *[[f"{name}_1", 1, f"{name}_tiny", UNEVEN] for name in UMMS],
+        ["toy_2", 2, toy, ODD],
+        ["chained_2", 2, toy, chained],
+        ["unclipped_2", 2, toy, [*ODD, "optim.clip=null"]],
+        ["parts", 2, toy, [*ODD, "train.updates=2"]],
+        *[[f"{name}_2", 2, f"{name}_tiny", UNEVEN] for name in UMMS],
+        ["parts", 3, toy, [*ODD, "train.updates=4"]],
+        *[[f"{name}_3", 3, f"{name}_tiny", UNEVEN] for name in UMMS],
+        ["toy_4", 4, toy, [*ODD, "parallel.shard=2"]],
+        *[[f"{name}_4", 4, f"{name}_tiny", UNEVEN] for name in UMMS],
+        ["released_8", 8, "show_o_tiny", released("show_o_512")],
+        ["parts", 1, toy, ODD],
+    ]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of all runs, which are made by one launch."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy = write_recipe(folder, write_images(folder / "images"))
+    command = [sys.executable, str(ROOT / "tests/driver/launch_ranks.py"), str(folder), json.dumps(jobs(toy, folder))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    return folder
 
 
 def final(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -26,53 +79,75 @@ def final(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def same(a: dict, b: dict, atol: float) -> None:
+    assert a.keys() == b.keys()
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=0, atol=atol, msg=name)
 
 
-@pytest.fixture
-def path(recipe, tmp_path):
-    recipe()
-    return tmp_path / "toy.yaml"
+def log(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
-def test_one_rank_accumulating_equals_two_ranks(path, tmp_path):
-    launch(1, path, f"run_dir={tmp_path}/one")
-    launch(2, path, f"run_dir={tmp_path}/two")
-    same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
+def metrics(run_dir: Path) -> list[dict]:
+    """Those of every update that do not depend on who computes it."""
+    lines = [line for line in log(run_dir) if "loss" in line]
+    return [{k: v for k, v in line.items() if k.endswith(("loss", "/weight", "grad_norm"))} for line in lines]
 
 
-def test_two_ranks_resume_exactly_and_reshard_to_one(path, tmp_path):
-    launch(2, path, f"run_dir={tmp_path}/whole")
-    launch(2, path, f"run_dir={tmp_path}/parts", "train.updates=3")
-    launch(2, path, f"run_dir={tmp_path}/parts", "train.updates=5")
-    launch(1, path, f"run_dir={tmp_path}/parts")
-    same(final(tmp_path / "whole"), final(tmp_path / "parts"), atol=2e-6)
+@pytest.mark.parametrize("ranks", RANKS[1:])
+@pytest.mark.parametrize("name", UMMS)
+def test_every_model_makes_the_same_update_on_any_number_of_ranks(runs, name, ranks):
+    one, other = runs / f"{name}_1", runs / f"{name}_{ranks}"
+    same(final(one), final(other), atol=2e-6)
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    assert all("reca/gap" in line for line in log(other) if "loss" in line)
+    # The update is large beside the tolerance.
+    recipe = load_recipe(f"{name}_tiny")
+    made = final(one)
+    start = umm(name).Adapter.load(recipe.model).named_parameters()
+    assert max((made[key] - value.detach()).abs().max() for key, value in start) > 0.02
 
 
-def test_replicas_of_shards(path, tmp_path):
+def test_the_release_of_show_o_on_eight_ranks(runs):
+    """10 samples in micro-batches of 2 and 1: it starts, counts every sample once, and says what it changes."""
+    one, eight = runs / "released_1", runs / "released_8"
+    (a,), (b,) = metrics(one), metrics(eight)
+    for name in ("reca", "i2t"):
+        assert b[f"{name}/weight"] == a[f"{name}/weight"] and b[f"{name}/loss"] == pytest.approx(a[f"{name}/loss"])
+    said = [line["warning"] for line in log(eight) if "warning" in line]
+    assert any("reca 2 or 1 instead of 2; i2t 2 or 1 instead of 2" in text for text in said)
+    assert not any("instead of" in line.get("warning", "") for line in log(one))
+
+
+def test_runs_go_on_with_another_number_of_ranks(runs):
+    """Two updates on two ranks, two on three, two on one: 7 samples each."""
+    same(final(runs / "toy_1"), final(runs / "parts"), atol=2e-6)
+
+
+def test_two_ranks_and_replicas_of_shards(runs):
     """HSDP: four ranks in two replicas of two shards."""
-    launch(1, path, f"run_dir={tmp_path}/one")
-    launch(4, path, f"run_dir={tmp_path}/four", "parallel.shard=2")
-    same(final(tmp_path / "one"), final(tmp_path / "four"), atol=2e-6)
+    for name in ("toy_2", "toy_4"):
+        same(final(runs / "toy_1"), final(runs / name), atol=2e-6)
 
 
-def test_ranks_start_from_another_run(path, tmp_path):
-    launch(1, path, f"run_dir={tmp_path}/before")
-    chained = f"train.init_from={tmp_path}/before"
-    launch(1, path, f"run_dir={tmp_path}/one", chained)
-    launch(2, path, f"run_dir={tmp_path}/two", chained)
-    same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
-    started, once = (final(tmp_path / name)["layers.0.weight"] for name in ("one", "before"))
+def test_ranks_start_from_another_run(runs):
+    same(final(runs / "chained_1"), final(runs / "chained_2"), atol=2e-6)
+    started, once = (final(runs / name)["layers.0.weight"] for name in ("chained_1", "toy_1"))
     assert not torch.allclose(started, once, atol=1e-3)
 
 
-def test_the_norm_of_shards_without_clipping(path, tmp_path):
-    for ranks, name in ((1, "one"), (2, "two")):
-        launch(ranks, path, f"run_dir={tmp_path}/{name}", "optim.clip=null", "log.every=1")
-    same(final(tmp_path / "one"), final(tmp_path / "two"), atol=2e-6)
-    one, two = (
-        [json.loads(line)["grad_norm"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert len(one) > 2 and two == pytest.approx(one, rel=1e-5)
+def test_the_norm_of_shards_without_clipping(runs):
+    one, two = runs / "unclipped_1", runs / "unclipped_2"
+    same(final(one), final(two), atol=2e-6)
+    norms = [[line["grad_norm"] for line in metrics(folder)] for folder in (one, two)]
+    assert len(norms[0]) > 2 and norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_torchrun_starts_the_command(tmp_path):
+    """Three ranks, as the README starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "reca"]
+    command += ["train", "show_o_tiny", *released("show_o_512"), "train.threads=1", f"run_dir={tmp_path}/run"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "1 updates done" in done.stdout and len(metrics(tmp_path / "run")) == 1

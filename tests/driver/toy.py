@@ -82,3 +82,17 @@ def write_images(folder: Path, count: int = 24) -> Path:
         Image.fromarray(pixels).resize((4 * SIDE, 4 * SIDE)).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(f"picture {i}")
     return folder
+
+
+def write_recipe(folder: Path, images: Path) -> Path:
+    """A recipe for the toy adapter over a folder of images: 8 samples an update, 6 updates."""
+    path = folder / "toy.yaml"
+    path.write_text(
+        f"umm: show_o\nrun_dir: {folder / 'run'}\n"
+        f"data: {{images: {images}, captions: {images}, workers: 0, decoder: pillow}}\n"
+        "objective: {reca: {weight: 1.0, per_update: 8, micro_batch: 2}}\n"
+        "optim: {lr: 0.01}\n"
+        "train: {updates: 6}\n"
+        "log: {every: 1, tensorboard: false}\n"
+    )
+    return path

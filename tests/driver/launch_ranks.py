@@ -1,0 +1,77 @@
+"""Train recipes on several numbers of gloo ranks: launch_ranks.py FOLDER JOBS, where JOBS is JSON.
+
+JOBS: a list of [name, ranks, recipe, [key=value ...]], done in this order; toy.yaml is a recipe of the toy adapter.
+FOLDER/name becomes the run's folder, and rank 0 writes its final weights to final.pt. The ranks are forks of this
+process, so that everything is imported once.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from reca import distributed
+from reca.config import load_recipe
+from reca.models import umm
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter
+
+
+def train(folder: Path, recipe: str, overrides: list[str]) -> None:
+    adapter = ToyAdapter() if Path(recipe).name == "toy.yaml" else None
+    recipe = load_recipe(recipe, [*overrides, f"run_dir={folder}", "train.threads=1", "parallel.timeout_minutes=3"])
+    trainer = Trainer(recipe, adapter, progress=lambda update: None)
+    trainer.run()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainer.adapter, options=options)
+    if distributed.rank() == 0:
+        torch.save(state, folder / "final.pt")
+
+
+def work(rank: int, ranks: int, port: int, folder: Path, jobs: list) -> None:
+    """All jobs of as many ranks, one after another in one process group."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, _, recipe, overrides in jobs:
+        train(folder / name, recipe, overrides)
+    distributed.barrier()
+    distributed.stop()
+
+
+def main() -> int:
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    for name in {load_recipe(recipe).umm for _, _, recipe, _ in jobs}:
+        umm(name)
+    codes = []
+    for ranks, group in groupby(jobs, key=lambda job: job[1]):
+        own, children = list(group), []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks):
+            if child := os.fork():
+                children.append(child)
+                continue
+            code = 1
+            try:
+                work(rank, ranks, port, folder, own)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        codes += [os.waitpid(child, 0)[1] for child in children]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
