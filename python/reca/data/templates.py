@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from reca.data.sources import DataError
+from reca.data.errors import DataError
+from reca.data.text import decode_text
 
 
 def load_templates(path: str | None = None, count: int | None = None) -> list[str]:
@@ -26,7 +27,11 @@ def _lines(path: str | None) -> list[str]:
     file = Path(path).expanduser() if path else Path(__file__).with_name("templates.txt")
     if not file.is_file():
         raise DataError(f"template file {file} does not exist; data.templates names a text file, one sentence a line")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = decode_text(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"template file {file} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"template file {file} is empty; write one sentence a line")
     return lines

@@ -7,7 +7,8 @@ from urllib.parse import parse_qsl
 import torch
 from PIL import Image
 
-from reca.data.sources import DataError, Sample
+from reca.data.errors import DataError
+from reca.data.source import Sample, digest
 from reca.models.base import Turn
 from reca.world.captions import QUESTIONS, caption, phrase
 from reca.world.scenes import Scene, Thing, all_pairs, draw_scene, held_out_pairs, render
@@ -76,7 +77,16 @@ class WorldSource:
             text = phrase(caption(scene, self.named, rng, self.share), rng)
         if self.kind == "i2t":
             text = [Turn(rng.choice(QUESTIONS), caption(scene))]
-        return Sample(f"{self.split.name}/{index}", buffer.getvalue(), text)
+        return Sample(self.key(index), buffer.getvalue(), text)
+
+    def key(self, index: int) -> str:
+        return f"{self.split.name}/{index}"
+
+    def size(self, index: int) -> int:
+        return 0  # drawn when it is asked for
+
+    def identity(self) -> str:
+        return digest([self.split.name, self.split.seed, len(self), self.kind, self.told])
 
 
 SPLITS = {"captioned": captioned, "understood": understood, "unlabeled": unlabeled, "unseen": unseen}

@@ -1,0 +1,162 @@
+"""Pictures below a folder."""
+
+import os
+from collections import Counter, deque
+from pathlib import Path, PurePosixPath
+
+from reca.data.errors import DataError
+from reca.data.left_out import LeftOut
+from reca.data.source import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    OTHER_IMAGE_SUFFIXES,
+    Sample,
+    checked_size,
+    decode_caption,
+    digest,
+    hidden,
+)
+
+
+class Folder:
+    """Pictures below a folder, in order of their paths. A caption is the .txt beside a picture.
+
+    Linked folders are read, each folder once. Names that start with a dot are skipped, as are folders of copies that
+    systems make (__MACOSX, @eaDir).
+    """
+
+    def __init__(self, root: Path, kind: str):
+        if not root.is_dir():
+            fault = "is no folder" if root.exists() else "does not exist"
+            raise DataError(f"data folder {root} {fault}; give a folder of pictures, a .tar, or world:SPLIT")
+        self.root, self.kind, self.left_out = root, kind, LeftOut()
+        files = _walk(root, self.left_out)
+        self.names = sorted((n for n in files if _suffix(n) in IMAGE_SUFFIXES), key=lambda name: name.split("/"))
+        if not self.names:
+            raise DataError(f"{root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
+        tars = [name for name in files if _suffix(name) == ".tar"]
+        for name in sorted(tars):
+            self.left_out.add("tar files below a folder of pictures", name)
+        self.captions = _captions(root, self.names, files) if kind == "t2i" else None
+        self.left_out.say(str(root))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Sample:
+        text = None
+        if self.captions is not None:
+            text = decode_caption(_read(self.root / self.captions[index], MAX_CAPTION_BYTES, "caption"))
+        return Sample(self.key(index), _read(self.root / self.names[index], MAX_IMAGE_BYTES, "picture"), text)
+
+    def key(self, index: int) -> str:
+        return self.names[index]
+
+    def size(self, index: int) -> int:
+        names = [self.names[index]] + ([self.captions[index]] if self.captions is not None else [])
+        return total_size(self.root / name for name in names)
+
+    def identity(self) -> str:
+        return digest((self.key(index), self.size(index)) for index in range(len(self)))
+
+
+def total_size(paths) -> int:
+    """Bytes of the files together; -1 when one is not there."""
+    try:
+        return sum(os.stat(path).st_size for path in paths)
+    except (OSError, ValueError):
+        return -1
+
+
+def _read(path: Path, limit: int, what: str) -> bytes:
+    with path.open("rb") as file:
+        checked_size(os.fstat(file.fileno()).st_size, limit, what)
+        return file.read(limit)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _walk(root: Path, left_out: LeftOut) -> list[str]:
+    """Paths of all files below `root`, from there on, each folder read once.
+
+    Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
+    """
+    files, seen = [], set()
+    waiting, links = deque([("", False)]), deque()
+    while waiting or links:
+        folder, linked = waiting.popleft() if waiting else links.popleft()
+        try:
+            status = os.stat(root / folder)
+            if linked and (status.st_dev, status.st_ino) in seen:
+                left_out.add("links to a folder that is read already", folder)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise DataError(f"data folder {root} cannot be read: {error.strerror}") from error
+            left_out.add("folders that cannot be read", f"{folder}, {error.strerror}")
+            continue
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            suffix = _suffix(name)
+            is_folder, is_file = _kind(entry)
+            if hidden(entry.name):
+                if is_folder or suffix in IMAGE_SUFFIXES:
+                    left_out.add("hidden files and folders", name)
+            elif is_folder:
+                (links if entry.is_symlink() else waiting).append((name, linked or entry.is_symlink()))
+            elif not is_file:
+                if suffix in IMAGE_SUFFIXES:
+                    left_out.add("pictures that are no file, or a link to none", name)
+            else:
+                files.append(name)
+                if suffix in OTHER_IMAGE_SUFFIXES:
+                    left_out.add("pictures in formats that are not read", name)
+    return files
+
+
+def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
+
+
+def _captions(root: Path, pictures: list[str], files: list[str]) -> list[str]:
+    """The caption file of every picture. Raises DataError when there is none, or when it is not clear which."""
+    captions: dict[str, str] = {}
+    for name in sorted(name for name in files if _suffix(name) == ".txt"):
+        if _stem(name) in captions:
+            raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one of them")
+        captions[_stem(name)] = name
+    bare = [name for name in pictures if _stem(name) not in captions]
+    if bare:
+        missing = (root / bare[0]).with_suffix(".txt")
+        raise DataError(f"{len(bare)} of {len(pictures)} pictures have no caption; {missing} is missing")
+    owners: dict[str, str] = {}
+    for name in pictures:
+        if (other := owners.setdefault(_stem(name), name)) != name:
+            raise DataError(
+                f"{root}: {other} and {name} have one caption, {captions[_stem(name)]}: it is not clear whose it is; "
+                "rename or remove one of them"
+            )
+    return [captions[_stem(name)] for name in pictures]
+
+
+def _what(files: list[str]) -> str:
+    """The suffixes that a folder without pictures does hold, for its error."""
+    if not files:
+        return ""
+    counts = Counter(_suffix(name) or "no suffix" for name in files)
+    hint = ": give its tars as FOLDER/*.tar" if ".tar" in counts else ""
+    return f", only {', '.join(f'{n} x {suffix}' for suffix, n in counts.most_common(5))}{hint}"

@@ -1,0 +1,41 @@
+"""What a source does not use: counted by reason, and said once."""
+
+import functools
+import logging
+import os
+
+log = logging.getLogger("reca")
+
+
+class LeftOut:
+    """Counts by reason, each with the first name it was met at."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, name)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
+
+    def say(self, where: str) -> None:
+        """One warning with all counts, if there are any."""
+        if self.counts:
+            say(logging.WARNING, f"{where}: left out are {self}")
+
+
+@functools.cache
+def say(level: int, message: str) -> None:
+    """Log a message once per process, and on rank 0 only: every rank opens the same sources."""
+    if os.environ.get("RANK", "0") == "0":
+        log.log(level, "%s", message)

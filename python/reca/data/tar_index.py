@@ -1,0 +1,164 @@
+"""The members of a tar, with every byte of the file accounted for.
+
+The standard library reads the headers. What it takes for the end of an archive is looked at again here: for it, a file
+that was cut off behind a member and a damaged header in the middle are ends as good as any.
+
+wids (of webdataset) also reads tars at random, and was looked at in its place: its reader checks no checksum, knows no
+long names and no links, keeps the last of two members of one name, and takes a cut file for a whole one.
+"""
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from reca.data.errors import DataError
+from reca.data.left_out import LeftOut
+from reca.data.source import IMAGE_SUFFIXES, hidden
+
+MAX_PADDING = 2**20  # zeros behind the archive: writers fill up to a record, interrupted downloads up to the whole file
+MAX_LINKS = 10
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip (gunzip it)",
+    b"BZh": "bzip2 (bunzip2 it)",
+    b"\xfd7zXZ": "xz (unxz it)",
+    b"\x28\xb5\x2f\xfd": "zstd (unzstd it)",
+    b"PK\x03\x04": "zip, not tar (unzip it and give the folder)",
+}
+
+
+class Stored(NamedTuple):
+    """Where a member's bytes are. pieces: of a sparse file, (place in the file, length) of what is stored, in order."""
+
+    offset: int
+    size: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+
+class Member(NamedTuple):
+    name: str  # without a leading "./"
+    stored: Stored
+
+
+def read_index(path: Path, left_out: LeftOut) -> list[Member]:
+    """All files of a tar in order, links resolved. Raises DataError for a tar that is not whole."""
+    infos = list(_headers(path))
+    files: dict[str, Stored] = {}
+    members = []
+    targets = {_clean(info.name): info for info in infos}  # of names that come twice, the last
+    for info in infos:
+        name = _clean(info.name)
+        if info.isdir():
+            continue
+        picture = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if any(hidden(part) for part in name.split("/") if part not in (".", "..")):
+            if picture:
+                left_out.add("hidden files", f"{path}: {name}")
+            continue
+        if info.isreg():
+            stored = _stored(info)
+        elif info.islnk():  # to a file in front of it
+            stored = files.get(_clean(info.linkname)) or _follow(info, targets)
+        else:
+            stored = _follow(info, targets) if info.issym() else None
+        if stored:
+            files[name] = stored
+            members.append(Member(name, stored))
+        elif picture:
+            left_out.add("members that are no file, or a link to none in the tar", f"{path}: {name}")
+    return members
+
+
+def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            yield from _walk(path, file, size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _walk(path: Path, file, size: int) -> Iterator[tarfile.TarInfo]:
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
+    except Exception as error:  # tarfile raises many kinds for bytes that are no tar
+        raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
+    place, last = 0, "its first member"
+    while True:
+        try:
+            info = tar.next()
+        except Exception as error:
+            raise DataError(_damage(path, size, place, last, str(error))) from error
+        if info is None:
+            break
+        stored = sum(length for _, length in info.sparse) if info.sparse is not None else info.size
+        if info.isreg() and info.offset_data + stored > size:
+            raise DataError(f"{path} is cut off at byte {size}, inside {info.name}: fetch or pack it again")
+        if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in info.sparse or ()):
+            raise DataError(_damage(path, size, info.offset, last, "a negative size"))
+        place, last = tar.offset, info.name
+        yield info
+    _check_end(path, file, size, tar.offset, last)
+
+
+def _check_end(path: Path, file, size: int, place: int, last: str) -> None:
+    """Raise DataError unless the archive ends as one does: with a block of zeros, and only zeros behind it."""
+    file.seek(place)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise DataError(
+            f"{path} is cut off at byte {size}, behind {last}: it has no end-of-archive block. Fetch or pack it again"
+        )
+    if block.strip(b"\0"):
+        raise DataError(_damage(path, size, place, last, "a bad header"))
+    if size - place > MAX_PADDING:
+        raise DataError(
+            f"{path} ends at byte {place}, behind {last}, but the file has {size} bytes. An interrupted download or "
+            "several tars in one file look like that: fetch or pack it again"
+        )
+    rest = file.read().lstrip(b"\0")
+    if rest:
+        raise DataError(
+            f"{path} ends at byte {place}, behind {last}, but {len(rest)} bytes follow. Tars cannot be put together by "
+            "cat: give them one by one, or pack them again"
+        )
+
+
+def _damage(path: Path, size: int, place: int, last: str, reason: str) -> str:
+    if place >= size:
+        return f"{path} is cut off at byte {size}, behind {last}: fetch or pack it again"
+    return f"{path} is damaged at byte {place}, behind {last} ({reason}): fetch or pack it again"
+
+
+def _what(file, error: Exception) -> str:
+    file.seek(0)
+    head = file.read(64)
+    for magic, name in COMPRESSIONS.items():
+        if head.startswith(magic):
+            return f"it is compressed by {name}, and pictures are read by their place in the file"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer (git lfs pull)"
+    return "the file is empty" if not head else str(error)
+
+
+def _stored(info: tarfile.TarInfo) -> Stored:
+    return Stored(info.offset_data, info.size, tuple(info.sparse or ()))
+
+
+def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
+    """The file that a link leads to inside of the tar, None when it leads to none."""
+    for _ in range(MAX_LINKS):
+        name = info.linkname
+        if info.issym():
+            name = posixpath.join(posixpath.dirname(_clean(info.name)), name)
+        info = targets.get(_clean(name))
+        if info is None or info.isdir():
+            return None
+        if info.isreg():
+            return _stored(info)
+    return None
+
+
+def _clean(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")

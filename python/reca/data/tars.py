@@ -1,0 +1,234 @@
+"""Pictures in webdataset tars: which members make a sample, and how they are read."""
+
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from reca.data.errors import BadSample, DataError
+from reca.data.left_out import LeftOut, say
+from reca.data.source import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_BYTES,
+    MAX_IMAGE_BYTES,
+    OTHER_IMAGE_SUFFIXES,
+    Sample,
+    checked_size,
+    decode_caption,
+    digest,
+)
+from reca.data.tar_index import Member, Stored, read_index
+
+MAX_SHARDS = 1_000_000
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class Entry(NamedTuple):
+    """A sample: where its picture and its caption are."""
+
+    path: Path
+    key: str
+    image: Stored
+    text: Stored | None
+
+
+class Tars:
+    """Samples of webdataset tars. Members are read by their offset.
+
+    The members of a sample follow each other and have one key: their name up to the first dot of its last part. The
+    picture is the member whose suffix is a picture's alone (a.jpg); others of the key (a.seg.png, a.json) are parts
+    that are not read. Pictures of a key that has no such member have dots in their names (v1.5_a.jpg, v1.5_b.jpg): each
+    is a sample, whose key is its name up to the last dot. A key that comes twice, a member that comes twice and a
+    second picture of one sample are errors; picture members that are not used are counted.
+    """
+
+    def __init__(self, paths: Sequence[Path], kind: str):
+        self.kind, self.left_out = kind, LeftOut()
+        self.entries: list[Entry] = []
+        common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+        for path in paths:
+            shard = os.path.relpath(os.path.abspath(path), common)
+            for sample in _samples(path, self.left_out):
+                if kind == "t2i" and sample.text is None:
+                    raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
+                text = sample.text.stored if sample.text and kind == "t2i" else None
+                self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
+        if not self.entries:
+            why = f": left out are {self.left_out}" if self.left_out else ""
+            raise DataError(f"no pictures in {_some(paths)}{why}")
+        self.left_out.say(_some(paths))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.entries[index]
+        text = entry.text and decode_caption(_read(entry.path, entry.text, MAX_CAPTION_BYTES, "caption"))
+        return Sample(entry.key, _read(entry.path, entry.image, MAX_IMAGE_BYTES, "picture"), text)
+
+    def key(self, index: int) -> str:
+        return self.entries[index].key
+
+    def size(self, index: int) -> int:
+        entry = self.entries[index]
+        return entry.image.size + (entry.text.size if entry.text else 0)
+
+    def identity(self) -> str:
+        return digest((self.key(index), self.size(index)) for index in range(len(self)))
+
+
+class _Sample(NamedTuple):
+    key: str
+    image: Member
+    text: Member | None
+
+
+def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
+    """The samples of one tar. Raises DataError for what does not belong together clearly."""
+    samples, seen, dotted, plain = [], {}, {}, {}
+    for key, members in _groups(path, read_index(path, left_out)):
+        parts = _split(path, key, members)
+        for name, group in parts.items():
+            if name in seen:
+                again = next(iter(group.values())).name
+                raise DataError(
+                    f"{path}: {again} stands apart from {seen[name]}, which has the same key {name!r}. The files of "
+                    "one sample must follow each other, and every sample needs a name of its own: pack the tar again "
+                    "(tar --sort=name)"
+                )
+            seen[name] = next(iter(group.values())).name
+            image = _picture(path, name, group)
+            for member in group.values():
+                suffix = _last_suffix(member.name)
+                if member is not image and suffix in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
+                    why = "further pictures of a sample" if image else "pictures in formats that are not read"
+                    left_out.add(why, f"{path}: {member.name}")
+            if image:
+                samples.append(_Sample(name, image, group.get(".txt")))
+                (plain if name == key else dotted).setdefault(key, image.name)
+    for key, name in dotted.items():
+        if key in plain:
+            raise DataError(
+                f"{path}: {name} stands apart from {plain[key]}. It is not clear whether it is a part of sample "
+                f"{key!r} or a picture of its own: pack the tar again with the parts together, or without the dot"
+            )
+    if dotted:
+        first = next(iter(dotted.values()))
+        say(logging.INFO, f"{path}: pictures with dots in their names are samples of their own (the first: {first})")
+    return samples
+
+
+def _groups(path: Path, members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, suffix -> member) of members that follow each other with one key, which ends at the first dot."""
+    key, group = None, {}
+    for member in members:
+        folder, _, base = member.name.rpartition("/")
+        stem, dot, suffix = base.partition(".")
+        if not dot:
+            continue  # no part of a sample, for webdataset too
+        this = f"{folder}/{stem}" if folder else stem
+        if this != key:
+            if group:
+                yield key, group
+            key, group = this, {}
+        suffix = f".{suffix.lower()}"
+        if suffix in group:
+            raise DataError(
+                f"{path}: {group[suffix].name} and {member.name} are both the {suffix} of sample {key!r}: it is not "
+                "clear which belongs to it. Pack the tar again with one of them, or with names that differ"
+            )
+        group[suffix] = member
+    if group:
+        yield key, group
+
+
+def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
+    """Key -> suffix -> member: the group as it is, or by names up to the last dot if no picture has the key alone."""
+    if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
+        _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
+    ):
+        return {key: group}
+    parts: dict[str, dict[str, Member]] = {}
+    for member in group.values():
+        stem = member.name[: -len(_last_suffix(member.name))]
+        parts.setdefault(stem, {})[_last_suffix(member.name)] = member
+    return parts
+
+
+def _picture(path: Path, key: str, group: dict[str, Member]) -> Member | None:
+    images = [member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES]
+    if len(images) > 1:
+        raise DataError(
+            f"{path}: {images[0].name} and {images[1].name} are both the picture of sample {key!r}: it is not clear "
+            "which to train on. Pack the tar again with one of them, or with names that differ"
+        )
+    return images[0] if images else None
+
+
+def _last_suffix(name: str) -> str:
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return (dot + suffix).lower()
+
+
+def _read(path: Path, stored: Stored, limit: int, what: str) -> bytes:
+    checked_size(stored.size, limit, what)
+    with path.open("rb") as file:
+        file.seek(stored.offset)
+        if not stored.pieces:
+            data = file.read(stored.size)
+        else:  # a sparse file: what is not stored is zero
+            whole = bytearray(stored.size)
+            for place, length in stored.pieces:
+                whole[place : place + length] = file.read(length)
+            data = bytes(whole)
+    if len(data) != stored.size:
+        raise BadSample(f"{path} is shorter than when the run began")
+    return data
+
+
+def expand(spec: str) -> list[Path]:
+    """Paths of a tar, of a glob, or of {000..009} ranges. Raises DataError when one is missing."""
+    paths: dict[Path, None] = {}  # in order, each once
+    missing = []
+    spec = os.path.expanduser(spec)
+    for name in [spec] if os.path.exists(spec) else _ranges(spec):
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        paths |= dict.fromkeys(map(Path, found))
+        if not found:
+            missing.append(name)
+    if not paths:
+        raise DataError(f"no tar file matches {spec!r}")
+    if missing:
+        raise DataError(
+            f"{spec}: {len(missing)} of the range are missing: {_some(missing)}. Fetch them, or name the range that "
+            "is there"
+        )
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is no file, but {spec!r} names it as a tar")
+    return list(paths)
+
+
+def _ranges(spec: str) -> list[str]:
+    """The names of all numbers of all ranges in `spec`."""
+    names = [""]
+    end = 0
+    for match in RANGE.finditer(spec):
+        first, last = match.groups()
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise DataError(f"{spec}: the range {match[0]} is empty; write the smaller number first")
+        if len(names) * len(numbers) > MAX_SHARDS:
+            raise DataError(f"{spec}: {match[0]} makes more than {MAX_SHARDS} names")
+        between = spec[end : match.start()]
+        names = [f"{name}{between}{str(n).zfill(len(first))}" for name in names for n in numbers]
+        end = match.end()
+    return [name + spec[end:] for name in names]
+
+
+def _some(paths: Sequence[Path | str]) -> str:
+    shown = ", ".join(map(str, paths[:5]))
+    return shown if len(paths) <= 5 else f"{shown}, … ({len(paths)})"

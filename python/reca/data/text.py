@@ -1,0 +1,41 @@
+"""Bytes of text files -> str, for captions, templates and conversations alike."""
+
+import codecs
+
+# UTF-32's mark begins with UTF-16's, so it is looked for first.
+SIGNATURES = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(data: bytes) -> str:
+    """Text of UTF-8, or of what a byte order mark says. The mark is dropped, and every line ends in \\n.
+
+    Raises ValueError with the reason.
+    """
+    encoding = "utf-8"
+    for mark, name in SIGNATURES:
+        if data.startswith(mark):
+            data, encoding = data[len(mark) :], name
+            break
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at {error.start}"
+        raise ValueError(f"the text is not {encoding.upper()} ({found}): save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError("the text holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def encodable(text: str) -> bool:
+    """Whether a tokenizer can take the text; JSON lets halves of a surrogate pair through, which are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
