@@ -1,46 +1,128 @@
 """Bytes of a picture -> the views an adapter asks for. Pillow's decoder is the definition; DALI's must agree."""
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from reca.data.sources import DataError
+from reca.data.errors import BadSample, DataError
+from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for pictures
 MAX_SIDE = 2**15  # a picture larger than this on a side is taken for a broken header
+MAX_PIXELS = 2**26  # 8192 x 8192, which take 0.8 GB while they are decoded and made RGB
+MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three pictures
+SMALL = 2**22  # pixels
+STRIP = 2**22  # pixels that are converted at a time
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-class BadImage(ValueError):
+class BadImage(BadSample):
     """Bytes that are no readable picture; the message says why."""
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB picture, upright, transparency on white. Raises BadImage."""
+    """A decoded RGB picture, upright, transparency on white, of 16 bits the upper 8. Raises BadImage."""
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            if max(file.size) > MAX_SIDE:
-                raise BadImage(f"{file.size[0]} x {file.size[1]} pixels")
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: keep the upper 8
-                values = np.asarray(image, dtype=np.float64)
-                image = Image.fromarray((values / 257 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        return _open_rgb(data)
+    except BadImage:
+        bare = without_metadata(data)
+        if bare is None or len(bare) == len(data):
+            raise
+        try:
+            return _open_rgb(bare)
+        except BadImage:
+            pass
+        raise
+
+
+def _open_rgb(data: bytes) -> Image.Image:
+    with opened(data) as file:
+        file.load()
+        method = TRANSPOSE.get(orientation(file))
+        image = file if method is None else file.transpose(method)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _eight_bits(image, file)
+        return _flatten(image)
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """The file of a picture whose header is sound. Raises BadImage, also for what goes wrong inside of the context."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            limit = MAX_PIXELS_WEBP if file.format == "WEBP" else MAX_PIXELS
+            if max(file.size) > MAX_SIDE or file.width * file.height > limit:
+                raise BadImage(
+                    f"{file.width} x {file.height} pixels; at most {MAX_SIDE} on a side and {limit} in all are read"
+                )
+            yield file
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its own words hold an address in memory
-        raise BadImage("no picture in a format that Pillow knows") from error
+        raise BadImage(f"no picture in a format that is read ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 (upright) where it is not there or garbled."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many kinds for garbled EXIF
+        return 1
+
+
+def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits by the scale of its mode: whatever its values, two pictures are scaled alike.
+
+    Raises BadImage where the format does not say what white is.
+    """
+    # Older Pillow opens a PNG of 16 bits in mode "I".
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and file.format == "PNG"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
+        raise BadImage(f"pixels are {kind}, which have no fixed white: save it with 8 or 16 bits")
+    tags = getattr(file, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    values = np.asarray(image)
+    grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = 255 - grey
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB, transparency on white. In strips, so that no second copy of the whole picture is held."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image.copy()
+    whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if image.has_transparency_data:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        whole.paste(strip.convert("RGB"), (0, top))
+    return whole
 
 
 def read_image(path: Path) -> Tensor:
@@ -95,19 +177,47 @@ def geometry(
 
 def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
     """uint8 [3, H, W]."""
-    if view.fit == "pad":
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), (view.fill,) * 3)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    elif view.fit == "stretch":
-        image = image.resize((max(image.size),) * 2, RESAMPLE[view.resample])
+    if view.fit in ("pad", "stretch"):
+        image = (_pad if view.fit == "pad" else _stretch)(image, view)
     box, size = geometry(*image.size, view, crop)
     image = image.resize(size, RESAMPLE[view.resample], box=box)
     if view.blur > 1:
         small = [max(1, math.ceil(side / view.blur)) for side in size]
         image = image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
     return _tensor(image)
+
+
+def _too_large(side: int, image: Image.Image) -> bool:
+    """Whether a square is much larger than the picture it is made for, which then is a thin one."""
+    return side**2 > max(SMALL, min(4 * image.width * image.height, MAX_PIXELS))
+
+
+def _pad(image: Image.Image, view: View) -> Image.Image:
+    """The picture in the middle of a square of its long side.
+
+    Where that square is too large, the picture is resized first, as it would be inside of it.
+    """
+    side = max(image.size)
+    if _too_large(side, image):
+        inner = [max(1, round(length * view.size / side)) for length in image.size]
+        image, side = image.resize(inner, RESAMPLE[view.resample]), view.size
+    square = Image.new("RGB", (side, side), (view.fill,) * 3)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _stretch(image: Image.Image, view: View) -> Image.Image:
+    """The picture resized to a square of its long side.
+
+    Where that square is too large, the long side shrinks to the view's before the short one grows: the two filters
+    commute, up to the rounding in between.
+    """
+    side = max(image.size)
+    if _too_large(side, image):
+        thin = [view.size if length == side else length for length in image.size]
+        thick = [view.size if length == side else side for length in image.size]
+        return image.resize(thin, RESAMPLE[view.resample]).resize(thick, RESAMPLE[view.resample])
+    return image.resize((side, side), RESAMPLE[view.resample])
 
 
 class PillowDecoder:
