@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-import os
+import logging
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reca.data.sources import DataError
+from reca.data.errors import DataError
 from reca.data.views import Views
 from reca.folders import writable
 
+log = logging.getLogger("reca")
+
+
+def content(image: bytes) -> str:
+    """The address of a picture's features: a hash of its bytes, wherever the file lies and whatever its name."""
+    return hashlib.sha256(image).hexdigest()
+
 
 class FeatureCache:
-    """One safetensors file per sample, below a folder named after everything that the features depend on.
+    """One safetensors file per picture, below a folder named after everything else that the features depend on.
 
     identity: JSON-able; caches of another identity in the same folder are left alone. A checkpoint that changes under
     the same name is not noticed: remove the folder then.
@@ -32,30 +41,52 @@ class FeatureCache:
                     "would see one crop for ever. Set data.cache=null"
                 )
         text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
         writable(self.folder, "data.cache")
 
-    def path(self, key: str) -> Path:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+    def path(self, address: str) -> Path:
+        return self.folder / address[:2] / f"{address}.safetensors"
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """One sample's features, None when they are not there or not readable (a torn file is made again)."""
+    def get(self, address: str) -> dict[str, Tensor] | None:
+        """One picture's features, None when they are not there or not readable (a torn file is made again)."""
         try:
-            return load_file(self.path(key))
-        except (FileNotFoundError, SafetensorError):
+            return load_file(self.path(address))
+        except (OSError, SafetensorError, ValueError):
             return None
 
-    def put(self, keys: Sequence[str], features: dict[str, Any]) -> None:
-        """Keep a batch's features, each of which is a list or has a first dim of the samples that `keys` name."""
-        for number, key in enumerate(keys):
-            path = self.path(key)
-            path.parent.mkdir(exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}")
+    def put(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
+        """Keep a batch's features, each of which is a list or has a first dim of the pictures in `addresses`.
+
+        A cache that cannot be written, because its disk is full for example, is read only from then on: the run does
+        not need it.
+        """
+        if self.full:
+            return
+        for number, address in enumerate(addresses):
             # Two names may hold one tensor (Harmon's picture is its own h_v), which the format does not take.
             rows = {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
-            save_file(rows, part)
-            part.replace(path)
+            path = self.path(address)
+            part = path.with_suffix(f".{uuid.uuid4().hex}.part")
+            try:
+                path.parent.mkdir(exist_ok=True)
+                save_file(rows, part)
+                part.replace(path)
+            except (OSError, SafetensorError) as error:
+                self.full = True
+                log.warning(
+                    "data.cache %s cannot be written to (%s, %s): features are kept no longer, and the run goes on "
+                    "without. Free some space, or set data.cache=null",
+                    *(self.folder, error, _free(self.folder)),
+                )
+                part.unlink(missing_ok=True)
+                return
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError:
+        return "its disk is away"
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:

@@ -1,34 +1,95 @@
-"""The record of unreadable samples."""
+"""The record of unusable samples, shared by all ranks and all starts of a run."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import threading
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from reca.data.sources import DataError
+from reca.data.errors import DataError
+from reca.data.source import Source
+
+log = logging.getLogger("reca")
 
 
 class Ledger:
-    """Counts bad samples, writes each once to a JSONL file, and stops the run when there are too many."""
+    """Counts bad samples, writes each once to a JSONL file, and stops the run when there are too many.
 
-    def __init__(self, path: Path | None, size: int, max_fraction: float):
-        self.path, self.size, self.max_fraction = path, size, max_fraction
+    All ranks write to one file, under a lock, and read what the others have added; so does the next start of the run.
+    A line counts while the sample is what it was: a file that was repaired, replaced or removed (its size says so) is
+    looked at anew, and one that can be used after all (a disk that was away) counts no longer.
+    """
+
+    def __init__(self, path: Path | None, source: Source, max_fraction: float):
+        self.path, self.source, self.max_fraction = path, source, max_fraction
         self.bad: dict[str, str] = {}
         self.lock = threading.Lock()
+        self.place = 0  # bytes of the file that are known here
+        self.count()
 
-    def add(self, key: str, size: int, reason: str) -> None:
+    def count(self) -> int:
+        """Distinct samples that are bad, met by whichever rank and start."""
+        if self.path and self.path.exists():
+            with self.lock, contextlib.suppress(OSError), self.path.open("rb") as file:
+                self._absorb(file)
+        return len(self.bad)
+
+    def add(self, index: int, reason: str) -> None:
         """Raises DataError when more than the allowed share of all samples is bad."""
+        key = self.source.key(index)
         with self.lock:
-            if key in self.bad:
-                return
+            if key not in self.bad:
+                self._write({"key": key, "sample": index, "bytes": self.source.size(index), "reason": reason})
+            if not self.bad:
+                log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
             self.bad[key] = reason
-            if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"key": key, "bytes": size, "reason": reason}) + "\n")
-            if len(self.bad) > self.max_fraction * self.size:
+            size = len(self.source)
+            if len(self.bad) > self.max_fraction * size:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
-                    f"{len(self.bad)} of {self.size} pictures are unreadable, more than data.max_bad_fraction="
+                    f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="
                     f"{self.max_fraction}: {first}. All are in {self.path or 'the ledger'}; repair or remove them, or "
                     "raise data.max_bad_fraction"
                 )
+
+    def sound(self, index: int) -> None:
+        """Take back what an earlier start said of a sample."""
+        if self.bad:
+            self.bad.pop(self.source.key(index), None)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        """Append a line, unless another rank has done so."""
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                with contextlib.suppress(OSError):  # some file systems have no locks: then a line may come twice
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                torn = self._absorb(file)
+                if entry["key"] not in self.bad:
+                    line = json.dumps(entry).encode() + b"\n"
+                    file.write(b"\n" * torn + line)
+                    file.flush()
+                    self.place = file.tell()
+        except OSError as error:
+            log.warning("%s cannot be written (%s): %s", self.path, error.strerror, json.dumps(entry))
+
+    def _absorb(self, file: BinaryIO) -> bool:
+        """Count what others have written; whether the last line has no end, as a killed process leaves it."""
+        file.seek(self.place)
+        new = file.read()
+        whole, _, tail = new.rpartition(b"\n")
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                key, index = entry["key"], entry["sample"]
+                if 0 <= index < len(self.source) and self.source.key(index) == key:
+                    if self.source.size(index) == entry["bytes"]:
+                        self.bad.setdefault(key, entry["reason"])
+                    else:
+                        self.bad.pop(key, None)
+        self.place += len(new) - len(tail)
+        return bool(tail)

@@ -1,5 +1,6 @@
 """Endless micro-batches of one kind of sample, from any position on, on any number of ranks."""
 
+import errno
 import functools
 import itertools
 from collections import deque
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from reca.data import dali
-from reca.data.cache import FeatureCache, collate
+from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
+from reca.data.errors import BadSample, DataError
 from reca.data.ledger import Ledger
-from reca.data.pixels import BadImage, PillowDecoder
+from reca.data.pixels import PillowDecoder
 from reca.data.sampler import sample_index, substitute_index
-from reca.data.sources import DataError, Sample, Source, open_source
+from reca.data.source import Sample, Source
+from reca.data.sources import open_source
 from reca.data.templates import load_templates
 from reca.data.views import Views
 from reca.draws import Draws, Purpose
@@ -26,6 +29,7 @@ from reca.split import Share, split
 
 SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
 ATTEMPTS = 100
+OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file that was to be read
 
 
 def open_sources(config: DataConfig, kinds: Iterable[str]) -> dict[str, Source]:
@@ -67,8 +71,7 @@ def open_loader(
     source = source or open_sources(config, [kind])[kind]
     cache = None
     if config.cache:
-        spec = getattr(config, SPECS[kind])
-        cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, spec, config.image_root, identity])
+        cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, identity])
     shares = split(per_update or micro_batch * world, micro_batch, world)[rank]
     stream = Stream(shares, per_update or micro_batch * world, start, neighbours)
     return Loader(config, source, kind, views, seed, stream, ledger, cache)
@@ -101,7 +104,8 @@ class Row(NamedTuple):
     sample: Sample
     gen: Tensor | None
     und: Tensor | None
-    features: dict[str, Tensor] | None
+    features: dict[str, Tensor] | None = None
+    address: str = ""  # in the cache
 
 
 class Loader:
@@ -130,13 +134,13 @@ class Loader:
         self.decode = _decoder(config, views, self.draws)
         self.templates = load_templates(config.templates, config.template_count) if kind == "reca" else None
         self.cache = cache
-        self.ledger = Ledger(ledger, len(source), config.max_bad_fraction)
+        self.ledger = Ledger(ledger, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
     @property
     def bad(self) -> int:
-        """Distinct unreadable samples met so far."""
-        return len(self.ledger.bad)
+        """Distinct unusable samples met so far, by all ranks."""
+        return self.ledger.count()
 
     def __iter__(self) -> Iterator[Batch]:
         stream, ahead = iter(self.stream), deque()
@@ -167,7 +171,8 @@ class Loader:
         done.set_result(self._read(position))
         return done
 
-    def _read(self, position: int) -> Row:
+    def _read(self, position: int, cached: bool = True) -> Row:
+        """The sample of a position, or its substitute. cached: features will do in place of views."""
         size = len(self.source)
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -175,33 +180,49 @@ class Loader:
             else:
                 index = sample_index(self.order, size, position)
             try:
-                sample = self.source[index]
-            except OSError as error:
-                self.ledger.add(f"sample {index}", 0, f"{type(error).__name__}: {error}")
-                continue
-            if self.cache and (features := self.cache.get(sample.key)):
-                return Row(sample, None, None, features)
-            try:
-                return Row(sample, *self.decode(sample.image, position), None)
-            except BadImage as error:
-                self.ledger.add(sample.key, len(sample.image), str(error))
-        raise DataError(f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {sample.key}")
+                row = self._row(index, position, cached)
+            except BadSample as error:
+                self.ledger.add(index, str(error))
+            else:
+                self.ledger.sound(index)
+                return row
+        raise DataError(
+            f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {self.source.key(index)}"
+        )
+
+    def _row(self, index: int, position: int, cached: bool) -> Row:
+        """Raises BadSample for what is wrong with the sample, and DataError with its key for anything else."""
+        try:
+            sample = self.source[index]
+            address = content(sample.image) if self.cache else ""
+            if self.cache and cached and (features := self.cache.get(address)):
+                return Row(sample, None, None, features, address)
+            return Row(sample, *self.decode(sample.image, position), address=address)
+        except (BadSample, DataError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
+                raise BadSample(reason) from error
+            raise DataError(f"sample {self.source.key(index)} (data.{SPECS[self.kind]}): {reason}") from error
 
     def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
+        whole = all(row.features for row in rows)
+        if not whole:  # a batch that is new in part is encoded as a whole
+            rows = [
+                self._read(position, cached=False) if row.features else row
+                for position, row in zip(positions, rows, strict=True)
+            ]
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:
             picks = (self.draws.uniform(Purpose.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
             text = [self.templates[i] for i in picks.tolist()]
-        if all(row.features for row in rows):
+        if whole:
             return Batch(self.kind, ids, text, features=collate([row.features for row in rows]))
-        # A batch that is new in part is encoded as a whole.
-        views = [
-            self.decode(row.sample.image, position) if row.features else (row.gen, row.und)
-            for position, row in zip(positions, rows, strict=True)
-        ]
-        gen, und = (None if column[0] is None else list(column) for column in zip(*views, strict=True))
-        keep = self.cache and functools.partial(self.cache.put, [row.sample.key for row in rows])
+        gen, und = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
+        gen, und = (None if view[0] is None else view for view in (gen, und))
+        keep = self.cache and functools.partial(self.cache.put, [row.address for row in rows])
         return Batch(self.kind, ids, text, gen, und, keep=keep)
 
 
