@@ -95,7 +95,7 @@ def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
             if name in seen:
                 again = next(iter(group.values())).name
                 raise DataError(
-                    f"{path}: {again} stands apart from {seen[name]}, which has the same key {name!r}. The files of "
+                    f"{path}: {again} stands apart from {seen[name]}, which has the key {name!r} too. The files of "
                     "one sample must follow each other, and every sample needs a name of its own: pack the tar again "
                     "(tar --sort=name)"
                 )

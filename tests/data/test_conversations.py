@@ -1,0 +1,125 @@
+"""Rows of LLaVA-style files: roles, forms that are refused, and what is said of them."""
+
+import json
+
+import pytest
+
+from reca.data.errors import DataError
+from reca.data.sources import open_source
+from tests.data.files import conversations, fill, picture, row
+
+GOOD = row("human", "Q", "gpt", "A")
+
+
+def opened(tmp_path, *rows, image_root=None):
+    return open_source(str(conversations(tmp_path, *rows)), "i2t", image_root and str(image_root))
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (("human", "<image>\nQ", "gpt", "A"), [("Q", "A")]),
+        (("human", "Q\n<image>", "gpt", " A "), [("Q", "A")]),
+        (("user", "Q", "assistant", "A", "Human", "R", "GPT", "B"), [("Q", "A"), ("R", "B")]),
+        (("system", "Be kind.", "human", "<image>\nQ", "gpt", "A"), [("Be kind.\nQ", "A")]),
+        (("human", "<image>", "human", "Q", "gpt", "A"), [("Q", "A")]),
+        (("system", "Be kind.", "human", "<image>", "human", "Q", "gpt", "A"), [("Be kind.\nQ", "A")]),
+        (("human", "<image>", "gpt", "A caption."), [("", "A caption.")]),
+        (("human", "Q", "gpt", "A", "human", "R"), [("Q", "A")]),
+    ],
+)
+def test_turns_are_paired_by_role(tmp_path, turns, expected):
+    assert opened(tmp_path, row(*turns))[0].text == expected
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("text", "are no objects"),
+        ({"conversations": GOOD["conversations"]}, "have no picture"),
+        (GOOD | {"image": None}, "have no picture"),
+        (GOOD | {"image": []}, "have no picture"),
+        (GOOD | {"image": ["a.png", "b.png"]}, "have more than one picture"),
+        (GOOD | {"image": 7}, "have a picture whose name is no text"),
+        (GOOD | {"image": ["a.png", 1][1:]}, "have a picture whose name is no text"),
+        (GOOD | {"image": "a\0.png"}, "have a picture whose name is no text"),
+        (GOOD | {"image": "\ud800.png"}, "have a picture whose name is no text"),
+        (GOOD | {"image": "/etc/a.png"}, "have a picture outside data.image_root"),
+        (GOOD | {"image": "../a.png"}, "have a picture outside data.image_root"),
+        (GOOD | {"image": "."}, "have a picture outside data.image_root"),
+        ({"image": "a.png"}, "have no conversation"),
+        ({"image": "a.png", "conversations": {}}, "have no conversation"),
+        ({"image": "a.png", "conversations": []}, "have no conversation"),
+        ({"image": "a.png", "conversations": ["Q", "A"]}, "have a turn whose value is no text"),
+        (
+            {"image": "a.png", "conversations": [{"from": "human"}, {"from": "gpt"}]},
+            "have a turn whose value is no text",
+        ),
+        (row("human", "Q", "gpt", None), "have a turn whose value is no text"),
+        (row("human", "Q", "gpt", 3), "have a turn whose value is no text"),
+        (row("human", "Q", None, "A"), "have a turn that is neither from human nor from gpt"),
+        (row("human", "Q", "tool", "A"), "have a turn that is neither from human nor from gpt"),
+        (row("human", "Q", "gpt", "\ud83d"), "have a turn with halves of characters or NUL"),
+        (row("human", "Q"), "have no answer"),
+        (row("system", "S", "human", "Q"), "have no answer"),
+        (row("human", "Q", "human", "R", "gpt", "A"), "do not alternate"),
+        (row("gpt", "A", "human", "Q"), "do not alternate"),
+        (row("human", "Q", "gpt", "A", "gpt", "B"), "do not alternate"),
+        (row("human", "Q", "gpt", "A", "system", "S", "human", "R", "gpt", "B"), "do not alternate"),
+        (row("human", "<image><image>\nQ", "gpt", "A"), "have more than one <image> for one picture"),
+        (row("human", "Q", "gpt", "A", "human", "<image>\nR", "gpt", "B"), "have an <image> behind the first question"),
+        (row("human", "Q", "gpt", "<image>"), "have an <image> behind the first question"),
+        (row("human", "Q", "gpt", " \n"), "have an empty answer"),
+    ],
+)
+def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplog):
+    source = opened(tmp_path, GOOD, bad, bad)
+    assert [source[i].text for i in range(len(source))] == [[("Q", "A")]]
+    ((found, count),) = source.left_out.counts.items()
+    assert reason in found and count == 2
+    assert f"rows.json: left out are 2 {found} (the first: row 2)" in caplog.text
+    with pytest.raises(DataError, match=f"rows.json .*(holds no conversation.*{reason}|not LLaVA-style)"):
+        opened(tmp_path, bad)
+
+
+def test_a_last_question_without_an_answer_is_said(tmp_path):
+    source = opened(tmp_path, row("human", "Q", "gpt", "A", "human", "R"))
+    assert source.left_out.counts == {"last questions without an answer (the rest of their rows is used)": 1}
+
+
+def test_names_of_pictures_start_from_the_root(tmp_path):
+    names = ["a.png", ["a.png"], "./a.png", "d/../a.png", str(tmp_path / "a.png")]
+    source = opened(tmp_path, *(GOOD | {"image": name} for name in names))
+    assert [source[i].key for i in range(len(source))] == ["a.png"] * 5
+    source = opened(tmp_path, GOOD | {"image": str(tmp_path / "a.png")}, image_root="/")
+    assert source[0].key == str(tmp_path / "a.png")[1:] and source[0].image == picture()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks(tmp_path, encoding):
+    path = conversations(tmp_path)
+    path.write_bytes(json.dumps([row("human", "Q", "gpt", "Wörter")], ensure_ascii=False).encode(encoding))
+    assert open_source(str(path), "i2t")[0].text == [("Q", "Wörter")]
+
+
+def test_files_that_are_none(tmp_path):
+    path = conversations(tmp_path)
+    for data, words in (
+        (b"caf\xe9", "not UTF-8 .byte 0xe9 at 3"),
+        (b"[" * 10**6, "is not JSON"),
+        (b"[]", "not LLaVA-style"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"rows.json.*{words}"):
+            open_source(str(path), "i2t")
+
+
+def test_identity_is_of_rows_and_sizes_and_not_of_the_place(tmp_path):
+    one, two = (opened(fill(tmp_path / name, {}) / "x", GOOD).identity() for name in ("here", "there"))
+    assert one == two
+    assert opened(tmp_path / "there/x", row("human", "Q", "gpt", "B")).identity() != one
+    path = conversations(tmp_path / "there/x", GOOD)
+    path.with_name("a.png").write_bytes(picture() + b"0")
+    changed = open_source(str(path), "i2t").identity()
+    path.with_name("a.png").unlink()
+    assert len({one, changed, open_source(str(path), "i2t").identity()}) == 3

@@ -1,0 +1,150 @@
+"""Which files below a folder are pictures, in which order, and what is said of the others."""
+
+import os
+
+import pytest
+
+from reca.data.errors import BadSample, DataError
+from reca.data.sources import open_source
+from tests.data.files import fill, picture
+
+
+def keys(root, kind="reca"):
+    source = open_source(str(root), kind)
+    return [source.key(i) for i in range(len(source))]
+
+
+def captions(root):
+    source = open_source(str(root), "t2i")
+    return [source[i].text for i in range(len(source))]
+
+
+def test_order_is_by_parts_of_the_path(tmp_path):
+    fill(tmp_path, {name: picture() for name in ("b.png", "a/z.png", "a-b/c.png", "a.png", "Z.jpg")})
+    assert keys(tmp_path) == ["Z.jpg", "a/z.png", "a-b/c.png", "a.png", "b.png"]
+
+
+def test_hidden_files_and_copies_of_systems_are_no_pictures(tmp_path):
+    junk = ["._p.png", ".cache/p.png", "__MACOSX/p.png", "d/.ipynb_checkpoints/p.png", "d/@eaDir/p.png", ".DS_Store"]
+    fill(tmp_path, {"p.png": picture(), "d/q.png": picture()} | dict.fromkeys(junk, b"junk"))
+    source = open_source(str(tmp_path), "reca")
+    assert [source.key(i) for i in range(len(source))] == ["d/q.png", "p.png"]
+    assert source.left_out.counts == {"hidden files and folders": 5}
+
+
+def test_a_root_may_lie_in_a_hidden_folder_and_be_named_like_a_tar(tmp_path):
+    for name in (".data/photos", "my.target", "shard.tar"):
+        assert keys(fill(tmp_path / name, {"a.png": picture()})) == ["a.png"]
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    other = fill(tmp_path / "other", {"x.png": picture(), "deep/y.png": picture()})
+    root = fill(tmp_path / "root", {"z.png": picture(), "real/w.png": picture()})
+    for name, target in (
+        ("linked", other),
+        ("again", other),
+        ("loop", root),
+        ("real/up", root),
+        ("a_link", root / "real"),
+    ):
+        os.symlink(target, root / name)
+    source = open_source(str(root), "reca")
+    assert [source.key(i) for i in range(len(source))] == ["again/deep/y.png", "again/x.png", "real/w.png", "z.png"]
+    assert source.left_out.counts == {"links to a folder that is read already": 4}
+
+
+def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
+    root = fill(tmp_path, {"a.png": picture(), "b.heic": b"", "c.CR2": b"", "d.tar": b"", "notes.md": b""})
+    os.symlink(root / "nowhere", root / "e.png")
+    os.mkfifo(root / "f.jpg")
+    for _ in range(2):
+        assert keys(root) == ["a.png"]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "2 pictures in formats that are not read (the first: b.heic)" in line
+    assert "2 pictures that are no file, or a link to none (the first: e.png)" in line
+    assert "1 tar files below a folder of pictures (the first: d.tar)" in line
+
+
+def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
+    root, scandir = fill(tmp_path, {"a.png": picture(), "locked/b.png": picture()}), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    source = open_source(str(root), "reca")
+    assert len(source) == 1 and "1 folders that cannot be read (the first: locked, Permission denied)" in str(
+        source.left_out
+    )
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
+    with pytest.raises(DataError, match=r"holds no pictures .*only 2 x \.tar: give its tars as FOLDER/\*\.tar"):
+        open_source(str(fill(tmp_path, {"0.tar": b"", "1.tar": b""})), "reca")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"\xef\xbb\xbfa cat\r\n", "a cat"),
+        ("zwei Wörter\rzwei Zeilen".encode("utf-16"), "zwei Wörter\nzwei Zeilen"),
+        (b"\xfe\xff" + "猫".encode("utf-16-be"), "猫"),
+        ("a cat".encode("utf-32"), "a cat"),
+    ],
+)
+def test_byte_order_marks_are_no_part_of_a_caption(tmp_path, data, text):
+    assert captions(fill(tmp_path, {"a.png": picture(), "a.txt": data})) == [text]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"cat\x92s", "caption: the text is not UTF-8 .byte 0x92 at 3"),
+        (b"\xff\xfea", "not UTF-16-LE"),
+        ("a cat".encode("utf-16-le"), "NUL characters"),
+        (b" \n\xef\xbb\xbf"[:2], "the caption is empty"),
+        (b"\xef\xbb\xbf\r\n", "the caption is empty"),
+        (b"a" * (2**20 + 1), "the caption has 1048577 bytes"),
+    ],
+)
+def test_captions_that_are_none_are_bad_samples(tmp_path, data, reason):
+    with pytest.raises(BadSample, match=reason):
+        captions(fill(tmp_path, {"a.png": picture(), "a.txt": data}))
+
+
+def test_captions_are_found_whatever_the_case_of_their_suffix(tmp_path):
+    assert captions(fill(tmp_path, {"A.JPG": picture(), "A.TXT": b"x"})) == ["x"]
+
+
+def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
+    fill(tmp_path / "two", {"a.png": picture(), "a.txt": b"x", "a.TXT": b"y"})
+    with pytest.raises(DataError, match="a.TXT and a.txt are captions of one name"):
+        open_source(str(tmp_path / "two"), "t2i")
+    fill(tmp_path / "one", {"a.png": picture(), "a.jpg": picture(), "a.txt": b"x"})
+    with pytest.raises(DataError, match="a.jpg and a.png have one caption, a.txt"):
+        open_source(str(tmp_path / "one"), "t2i")
+    assert keys(tmp_path / "one") == ["a.jpg", "a.png"]
+
+
+def test_files_too_large_for_a_picture_are_not_read(tmp_path):
+    path = fill(tmp_path, {"a.png": b""}) / "a.png"
+    os.truncate(path, 2**28 + 1)
+    with pytest.raises(BadSample, match="the picture has 268435457 bytes"):
+        open_source(str(tmp_path), "reca")[0]
+
+
+def test_identity_is_of_names_and_sizes_and_not_of_the_place(tmp_path):
+    files = {"a.png": picture(), "b.png": picture(), "a.txt": b"one", "b.txt": b"two"}
+    one, two = (open_source(str(fill(tmp_path / name, files)), "t2i").identity() for name in ("here", "there"))
+    assert one == two and len(one) == 64
+    for changed in ({"a.png": picture() + b"0"}, {"a.txt": b"three"}, {"c.png": picture(), "c.txt": b"c"}):
+        assert open_source(str(fill(tmp_path / "there", changed)), "t2i").identity() not in (one, two)
+        two = open_source(str(tmp_path / "there"), "t2i").identity()
+
+
+def test_names_that_are_no_text_do_not_matter(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(picture())
+    source = open_source(str(tmp_path), "reca")
+    assert source[0].image == picture() and len(source.identity()) == 64
