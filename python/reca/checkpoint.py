@@ -215,7 +215,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
 def _reading(folder: Path, read: Callable):
     try:
         return read()
-    except Exception as error:  # of safetensors, of torch.distributed.checkpoint, of the disk
+    except (Exception, dcp.api.CheckpointException) as error:  # of safetensors, the disk, DCP: a BaseException
         raise CheckpointError(
             f"{folder} cannot be read ({type(error).__name__}: {_first_line(error)}); remove {folder.parent} to use "
             "the checkpoint before it"

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,32 +11,44 @@ import torch
 from reca import checkpoint, runs, units
 from reca.check import memory, skeleton
 from reca.config import Recipe, RecipeError
-from reca.data.sources import DataError
+from reca.data.loader import open_sources
+from reca.data.sources import DataError, Source
+from reca.data.templates import load_templates
 from reca.models.base import Adapter
 from reca.optim import freeze
 
 log = logging.getLogger("reca")
 
 
-def check(recipe: Recipe, ranks: int, node: int, adapter: Adapter | None = None) -> None:
+def check(
+    recipe: Recipe, kinds: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None
+) -> tuple[dict[str, Source], list[str]]:
     """Raise what `Trainer` would run into after minutes of loading; takes seconds and no memory.
 
-    node: ranks on this machine. adapter: a model that is there already, in place of the recipe's.
+    kinds: those that samples are needed of. node: ranks on this machine.
+    adapter: a model that is there already, in place of the recipe's.
 
-    Raises RecipeError or ValueError for the recipe, DataError for the disk, RuntimeError kinds of `runs.parent`.
+    Returns the sources of samples, by kind, and the templates.
+    Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
+    train.init_from.
     """
     runs.parent(recipe)
     _devices(node)
-    if adapter is None:
+    model = adapter
+    if model is None:
         _files_exist(recipe)
-        adapter, _ = skeleton(recipe)
-        _memory(recipe, adapter, ranks, node)
+        model, _ = skeleton(recipe)
     else:
-        freeze(adapter, recipe.train.train, recipe.train.frozen)
+        freeze(model, recipe.train.train, recipe.train.frozen)
     for kind in recipe.active_kinds():
-        if kind not in adapter.kinds:
+        if kind not in model.kinds:
             raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
-    _disk(recipe, adapter)
+    sources = open_sources(recipe.data, kinds)
+    templates = load_templates(recipe.data.templates, recipe.data.template_count)
+    if adapter is None:
+        _memory(recipe, model, ranks, node)
+    _disk(recipe, model)
+    return sources, templates
 
 
 def _devices(node: int) -> None:

@@ -15,7 +15,6 @@ import torch
 from reca import checkpoint, distributed, exits, objective, preflight, runs, signals, split
 from reca.config import KindConfig, Recipe, as_dict, save_recipe
 from reca.data.loader import Loader, open_loader, open_sources
-from reca.data.templates import load_templates
 from reca.folders import writable
 from reca.jsonl import JsonLines
 from reca.log import RunLog
@@ -102,9 +101,7 @@ class Trainer:
         kinds = [*self.kinds, *(kind for kind in self._yardsticks() if kind not in self.kinds)]
         with distributed.together():
             if distributed.rank() == 0:
-                preflight.check(recipe, distributed.world(), distributed.node(), adapter)
-                sources = open_sources(recipe.data, kinds)
-                templates = load_templates(recipe.data.templates, recipe.data.template_count)
+                sources, templates = preflight.check(recipe, kinds, distributed.world(), distributed.node(), adapter)
                 self.identity = runs.identity(recipe, sources, templates)
                 if state is not None:
                     runs.reject_changed(recipe, self.run_dir, state, self.identity)

@@ -7,9 +7,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from reca.config import Recipe
 from reca.data.views import View, Views
 from reca.draws import Purpose
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.train import Trainer
 
 SIDE = 4
 
@@ -96,3 +98,14 @@ def write_recipe(folder: Path, images: Path) -> Path:
         "log: {every: 1, tensorboard: false}\n"
     )
     return path
+
+
+def weights(adapter: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in adapter.named_parameters()}
+
+
+def run_toy(recipe: Recipe, **kwargs) -> Trainer:
+    """The trainer of a run of the toy that has ended."""
+    trainer = Trainer(recipe, ToyAdapter(**kwargs))
+    trainer.run()
+    return trainer

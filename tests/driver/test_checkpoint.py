@@ -1,0 +1,246 @@
+"""What is on a disk: damaged, planted, left over, full."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reca import checkpoint, exits, manifest
+from reca.checkpoint import CheckpointError
+from reca.data.cache import FeatureCache
+from reca.data.views import View, Views
+from reca.models.weights import read_tensors
+from reca.runs import load_recipe
+from reca.status import Status
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter, run_toy, weights
+
+
+def damaged(change, recipe, updates=6):
+    """A run with checkpoints at updates 3 and 6, the newest of which `change` has damaged."""
+    trainer = run_toy(recipe("checkpoint.every=3", f"train.updates={updates}"))
+    newest = checkpoint.newest(trainer.run_dir)
+    change(newest)
+    return trainer, newest
+
+
+def weight_file(folder):
+    return next((folder / "weights").glob("*.safetensors"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "weights cut": lambda folder: cut(weight_file(folder)),
+    "a bit of the weights": lambda folder: flip(weight_file(folder)),
+    "optimizer cut": lambda folder: cut(next((folder / "optimizer").glob("*.safetensors"))),
+    "a bit of the optimizer": lambda folder: flip(next((folder / "optimizer").glob("*.safetensors"))),
+    "weights gone": lambda folder: shutil.rmtree(folder / "weights"),
+    "counters cut": lambda folder: (folder / "state.json").write_text("{"),
+    "empty list": lambda folder: (folder / "COMPLETE").write_text(""),
+    "list of something else": lambda folder: (folder / "COMPLETE").write_text("[1, 2]"),
+    "list is a folder": lambda folder: ((folder / "COMPLETE").unlink(), (folder / "COMPLETE").mkdir()),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplog):
+    whole, newest = damaged(change, recipe)
+    kept = weights(whole.adapter)
+    again = Trainer(recipe("checkpoint.every=3"), ToyAdapter())
+    assert again.update == 3 and "000006 is DAMAGED" in caplog.text and "going back to" in caplog.text
+    assert newest.with_name("000006.damaged").is_dir()
+    again.run()
+    assert all(torch.equal(value, kept[name]) for name, value in weights(again.adapter).items())
+    assert checkpoint.newest(again.run_dir).name == "000006"
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, recipe):
+    trainer = run_toy(recipe("train.updates=2"))
+    change(checkpoint.newest(trainer.run_dir))
+    with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 to start this run again"):
+        Trainer(recipe(), ToyAdapter())
+    with pytest.raises(CheckpointError, match="000002"):
+        checkpoint.overlay(trainer.run_dir, ToyAdapter())
+
+
+def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
+    trainer = Trainer(recipe("checkpoint.every=1", "checkpoint.keep=2", "train.updates=1000001"), ToyAdapter())
+    trainer.update = 999_997
+    folder = trainer.run_dir / "checkpoints"
+    for name in ("999999.partial", "best", "1e9", "²"):  # a digit for str.isdigit only
+        (folder / name).mkdir(parents=True)
+        (folder / name / "COMPLETE").touch()
+    trainer.run()
+    assert [path.name for path in checkpoint.complete(trainer.run_dir)] == ["1000000", "1000001"]
+
+
+def test_leftovers_of_killed_processes_go(recipe):
+    trainer = run_toy(recipe("train.updates=2"))
+    folder = trainer.run_dir / "checkpoints"
+    for name in ("000003.partial", "000001.old.partial"):
+        (folder / name / "weights").mkdir(parents=True)
+    Trainer(recipe(), ToyAdapter())
+    assert [path.name for path in folder.iterdir()] == ["000002"]
+
+
+def test_a_checkpoint_half_removed_does_not_count(recipe, monkeypatch):
+    """Removal that is stopped anywhere leaves a folder that no run takes for a checkpoint."""
+    trainer = run_toy(recipe("checkpoint.every=1", "train.updates=3", "checkpoint.keep=0"))
+    real, first = shutil.rmtree, checkpoint.complete(trainer.run_dir)[0]
+
+    def stopped(folder, *args, **kwargs):
+        if Path(folder).exists() and not str(folder).endswith(".damaged"):
+            real(Path(folder) / "weights")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._remove(first)
+    assert first not in checkpoint.complete(trainer.run_dir)
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Bytes that make a folder when they are unpickled, and the check that they never were."""
+    trap = tmp_path / "sprung"
+    torch.save({"state_dict": Trap(trap)}, tmp_path / "code.pth")
+    yield [pickle.dumps(Trap(trap)), (tmp_path / "code.pth").read_bytes()]
+    assert not trap.exists()
+
+
+def test_the_trap_works(tmp_path, planted):
+    """The two tests below would see code that runs."""
+    for data in planted:
+        (tmp_path / "file").write_bytes(data)
+        with pytest.raises(Exception):  # noqa: B017
+            torch.load(tmp_path / "file", weights_only=True)
+    assert isinstance(pickle.loads(pickle.dumps(Trap(tmp_path / "elsewhere"))), type(None))
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+def try_everything(recipe, run_dir):
+    """Every way that a run is read."""
+    for read in (
+        lambda: Status.read(run_dir),
+        lambda: checkpoint.newest_sound(run_dir),
+        lambda: checkpoint.overlay(run_dir, ToyAdapter()),
+        lambda: checkpoint.load(run_dir / "checkpoints/000002", ToyAdapter(), torch.optim.SGD([torch.zeros(1)])),
+        lambda: load_recipe(run_dir / "recipe.yaml"),
+        lambda: Trainer(recipe("train.updates=3"), ToyAdapter()).run(),
+    ):
+        with contextlib.suppress(RuntimeError, ValueError):
+            read()
+
+
+def test_no_file_of_a_run_runs_code(recipe, planted, tmp_path):
+    trainer = run_toy(recipe("train.updates=2"))
+    shutil.copytree(trainer.run_dir, tmp_path / "sound")
+    files = manifest.files(trainer.run_dir)
+    assert len(files) > 6
+    # names that torch's own formats and loaders look for
+    names = [".metadata", "__0_0.distcp", "optimizer.pt", "state.pkl", "pytorch_model.bin"]
+    others = [f"{folder}{name}" for folder in ("", "checkpoints/000002/optimizer/") for name in names]
+    for name in [*files, *others]:
+        for data in planted if name in others else planted[:1]:
+            shutil.rmtree(trainer.run_dir)
+            shutil.copytree(tmp_path / "sound", trainer.run_dir)
+            path = trainer.run_dir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            marker = trainer.run_dir / "checkpoints/000002/COMPLETE"
+            if name.startswith("checkpoints/000002") and path != marker:  # and the list says that this is right
+                folder = marker.parent
+                inside = [file for file in manifest.files(folder) if file != "COMPLETE"]
+                marker.write_text(json.dumps(manifest.entries(folder, inside)))
+            try_everything(recipe, trainer.run_dir)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".index.json"])
+def test_no_weight_file_runs_code(planted, tmp_path, suffix):
+    for data in planted:
+        path = tmp_path / f"weights{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(ValueError):
+            read_tensors(path)
+
+
+def test_no_cached_feature_runs_code(planted, tmp_path):
+    cache = FeatureCache(tmp_path / "cache", Views(gen=View(4), und=None), "identity")
+    for data in planted:
+        path = cache.path("key")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        assert cache.get("key") is None
+
+
+def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
+    """Every step of saving, failing: the earlier checkpoint stays, nothing is left over, and training goes on."""
+    for step in ("_make_room", "_write", "_write_state", "_checksums", "_publish"):
+        trainer = Trainer(recipe(f"run_dir={recipe().run_dir}/{step}"), ToyAdapter())
+        trainer.update = 1
+        assert trainer.save() is not None
+        trainer.update = 2
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            assert trainer.save() is None
+        assert [path.name for path in (trainer.run_dir / "checkpoints").iterdir()] == ["000001"], step
+        assert "No space left on device" in caplog.text
+        caplog.clear()
+        assert trainer.save().name == "000002"
+
+
+def test_checksums_tell_every_change(tmp_path):
+    save_file({"a": torch.arange(10)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("b")
+    listed = manifest.entries(tmp_path, manifest.files(tmp_path))
+    assert manifest.damage(tmp_path, listed) == []
+    flip(tmp_path / "a.safetensors")
+    assert manifest.damage(tmp_path, listed) == ["a.safetensors has other contents than were written"]
+    (tmp_path / "b").unlink()
+    cut(tmp_path / "a.safetensors")
+    size = listed["a.safetensors"]["bytes"]
+    assert manifest.damage(tmp_path, listed) == [
+        f"a.safetensors has {size - 100} of {size} bytes",
+        "b is missing",
+    ]
+
+
+def test_exit_codes_are_those_of_the_exceptions():
+    from reca.config import RecipeError
+    from reca.data.sources import DataError
+    from reca.status import RunInUse
+    from reca.train import NonFiniteError, NotSavedError
+
+    expected = {
+        RecipeError: 3, CheckpointError: 3, ValueError: 3, DataError: 4, OSError: 4, NonFiniteError: 5,
+        NotSavedError: 6, RunInUse: 7,
+    }  # fmt: skip
+    assert {kind: exits.expected(kind("text")) for kind in expected} == expected
+    assert exits.expected(KeyError("text")) is None and exits.code_of(KeyError("text")) == 1
+    assert exits.code_of(SystemExit(75)) == 75 and exits.code_of(KeyboardInterrupt()) == 130

@@ -1,0 +1,300 @@
+"""The folder of a run: its status, its lock, and what may change when it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reca import checkpoint, exits
+from reca.cli import main
+from reca.config import RecipeError
+from reca.data.sources import DataError
+from reca.status import RunInUse, Status, locked
+from reca.train import NonFiniteError, Trainer
+from tests.driver.toy import ToyAdapter, run_toy, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_status_of_a_run_from_start_to_end(recipe):
+    trainer = Trainer(recipe("checkpoint.every=2", "train.updates=4"), ToyAdapter())
+    seen, step = [], trainer.step
+
+    def watched(batches):
+        seen.append(json.loads((trainer.run_dir / "status.json").read_text()))
+        return step(batches)
+
+    trainer.step = watched
+    trainer.run()
+    assert [(s["state"], s["update"], s["checkpoint"]) for s in seen] == [
+        ("running", 0, None),
+        ("running", 0, None),
+        ("running", 2, "checkpoints/000002"),
+        ("running", 2, "checkpoints/000002"),
+    ]
+    status = Status.read(trainer.run_dir)
+    assert (status.state, status.update, status.updates, status.exit_code) == ("finished", 4, 4, 0)
+    assert status.checkpoint == "checkpoints/000004" and status.pid == os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(DataError("no such picture"), 4), (NonFiniteError("nan"), 5), (KeyError("a bug"), 1)]
+)
+def test_a_failure_is_in_the_status(recipe, error, code):
+    trainer = Trainer(recipe(), ToyAdapter())
+
+    def fails(batches):
+        raise error
+
+    trainer.step = fails
+    with pytest.raises(type(error)):
+        trainer.run()
+    status = Status.read(trainer.run_dir)
+    assert (status.state, status.exit_code, status.reason) == ("failed", code, str(error))
+
+
+def test_a_failure_before_the_first_update_is_in_the_status(recipe):
+    with pytest.raises(RecipeError):
+        Trainer(recipe("objective.i2t.weight=1"), ToyAdapter())
+    assert Status.read(Path(recipe().run_dir)).exit_code == exits.RECIPE
+
+
+def test_reca_status(recipe, capsys, tmp_path):
+    assert main(["status", str(tmp_path)]) == 3
+    assert "is no folder of a run" in capsys.readouterr().err
+    run_toy(recipe("train.updates=1"))
+    assert main(["status", recipe().run_dir]) == 0
+    assert "state       finished" in capsys.readouterr().out
+    (tmp_path / "run/status.json").write_text("{")
+    assert main(["status", recipe().run_dir]) == 3
+    assert "status.json cannot be read" in capsys.readouterr().err
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from reca.status import RunFolder
+folder = RunFolder(Path(sys.argv[1]), 10)
+folder.saved(None, 0)
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that uses tmp_path/run."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert process.stdout.readline() == "holds\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(recipe, holder, monkeypatch):
+    run_dir = Path(recipe().run_dir)
+    monkeypatch.setattr("reca.status.PATIENCE", 0.1)
+    before = (run_dir / "status.json").read_text()
+    with pytest.raises(RunInUse, match=f"in use by process {holder.pid} on "):
+        Trainer(recipe(), ToyAdapter())
+    assert (run_dir / "status.json").read_text() == before and locked(run_dir)
+    assert Status.read(run_dir).state == "running"
+    holder.kill()
+    holder.wait()
+    status = Status.read(run_dir)
+    assert (status.state, status.exit_code) == ("failed", exits.INTERRUPTED) and "without a word" in status.reason
+    run_toy(recipe("train.updates=1"))
+    assert Status.read(run_dir).state == "finished"
+
+
+def test_a_start_waits_for_a_process_that_is_just_ending(recipe, holder):
+    os.kill(holder.pid, signal.SIGSTOP)
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {holder.pid}"])
+    run_toy(recipe("train.updates=1"))
+    killer.wait()
+
+
+def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
+    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reca.status.replace_text", full)
+    trainer.run()
+    assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
+
+
+def test_signals_before_the_first_update_end_the_process_as_interrupted(recipe):
+    adapter = ToyAdapter()
+    adapter.roles = lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(1)
+    with pytest.raises(SystemExit) as stop:
+        Trainer(recipe(), adapter)
+    assert stop.value.code == exits.INTERRUPTED
+    assert Status.read(Path(recipe().run_dir)).state == "interrupted"
+
+
+def test_a_signal_at_the_last_update_is_no_interruption(recipe):
+    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+    trainer.progress = lambda update: update == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    trainer.run()
+    assert Status.read(trainer.run_dir).state == "finished"
+
+
+def test_a_log_holds_every_update_once(recipe):
+    """Updates that were made after the checkpoint a run goes back to are made, and written, again."""
+    trainer = Trainer(recipe("train.updates=5", "checkpoint.every=2"), ToyAdapter())
+    step = trainer.step
+
+    def fails_at_three(batches):
+        if trainer.update == 3:
+            with (trainer.run_dir / "log.jsonl").open("a") as file:
+                file.write('{"update": 4, "lo')  # torn by a kill
+            raise OSError("the machine goes down")
+        return step(batches)
+
+    trainer.step = fails_at_three
+    with pytest.raises(OSError):
+        trainer.run()
+    run_toy(recipe("train.updates=5", "checkpoint.every=2"))
+    lines = [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+FREE = [
+    "data.workers=1", "data.prefetch=5", "data.max_bad_fraction=0.5", "data.cache={folder}/cache", "train.threads=1",
+    "train.max_skips=9", "train.activation_checkpointing=true", "checkpoint.keep=0", "log.every=3", "parallel.shard=1",
+    "objective.reca.micro_batch=8", "objective.t2i.per_update=3", "objective.i2t.micro_batch=1", "data.captions=null",
+    "data.conversations={folder}/none.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FREE)
+def test_what_changes_no_result_may_change(recipe, change, tmp_path):
+    run_toy(recipe("train.updates=2"))
+    assert Trainer(recipe(change.format(folder=tmp_path)), ToyAdapter()).update == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("optim.lr=0.5", "optim.lr 0.01 -> 0.5"),
+        ("train.seed=1", "train.seed 0 -> 1"),
+        ("objective.reca.per_update=4", "objective.reca.per_update 8 -> 4"),
+        ("objective.t2i.weight=1", "objective.t2i.weight 0.0 -> 1.0"),
+        ("data.template_count=5", "data.templates: None -> None has other contents"),
+    ],
+)
+def test_what_changes_the_result_is_refused(recipe, change, words):
+    run_toy(recipe("train.updates=2"))
+    with pytest.raises(RecipeError, match="holds a run of another recipe") as refused:
+        Trainer(recipe(change), ToyAdapter())
+    assert words in str(refused.value)
+
+
+def test_micro_batches_matter_where_each_has_its_own_mean(recipe):
+    run_toy(recipe("train.updates=2", "objective.mean=micro_batch"))
+    with pytest.raises(RecipeError, match="objective.reca.micro_batch 2 -> 4"):
+        Trainer(recipe("objective.mean=micro_batch", "objective.reca.micro_batch=4"), ToyAdapter())
+
+
+def test_data_may_move_and_not_change(recipe, images, tmp_path):
+    whole = run_toy(recipe(f"run_dir={tmp_path}/whole"))
+    run_toy(recipe("train.updates=2"))
+    moved = images.rename(tmp_path / "other disk")
+    resumed = run_toy(recipe(f"data.images={moved}", f"data.captions={moved}"))
+    assert all(torch.equal(value, weights(resumed.adapter)[name]) for name, value in weights(whole.adapter).items())
+
+    run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.updates=2"))
+    (moved / "003.png").unlink()
+    with pytest.raises(RecipeError, match=r"data.images: .* has other contents \(24 samples, now 23\)"):
+        Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
+
+
+def test_templates_may_move_and_not_change(recipe, tmp_path):
+    (tmp_path / "one.txt").write_text("Draw this.\nDraw that.\n")
+    run_toy(recipe("train.updates=2", f"data.templates={tmp_path}/one.txt"))
+    (tmp_path / "one.txt").rename(tmp_path / "two.txt")
+    Trainer(recipe(f"data.templates={tmp_path}/two.txt"), ToyAdapter())
+    (tmp_path / "two.txt").write_text("Draw this.\nDraw those.\n")
+    with pytest.raises(RecipeError, match="data.templates.*has other contents"):
+        Trainer(recipe(f"data.templates={tmp_path}/two.txt"), ToyAdapter())
+
+
+def rates(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [round(line["lr"], 6) for line in lines if "lr" in line]
+
+
+def test_a_longer_run_keeps_its_schedule_unless_told(recipe, caplog):
+    linear = ["optim.schedule=linear", "optim.lr=1"]
+    run_toy(recipe(*linear, "train.updates=4"))
+    longer = run_toy(recipe(*linear, "train.updates=6"))
+    assert rates(longer.run_dir) == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert "schedule of the learning rate, which ends at update 4 as it did before" in caplog.text
+    told = run_toy(recipe(*linear, "train.updates=8", "optim.decay_updates=16"))
+    assert rates(told.run_dir)[6:] == [0.625, 0.5625]
+    assert "ends at update 16 now; until here it was 4" in caplog.text
+    kept = run_toy(recipe(*linear, "train.updates=9"))
+    assert rates(kept.run_dir)[8:] == [0.5]
+
+
+def test_a_finished_run_says_so(recipe, capsys, tmp_path):
+    command = [
+        "train", "show_o_tiny", "objective.reca.per_update=2", "objective.i2t.weight=0", "log.tensorboard=false",
+        f"run_dir={tmp_path}/run",
+    ]  # fmt: skip
+    assert main([*command, "train.updates=2"]) == 0
+    assert capsys.readouterr().out.startswith("2 updates done.")
+    for fewer in (2, 1):
+        assert main([*command, f"train.updates={fewer}"]) == 0
+        assert f"has 2 updates already and train.updates={fewer}: nothing to do" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "run").name == "000002"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.images=/nowhere"], "/nowhere does not exist"),
+        (["data.images=null"], "data.images is null"),
+        (["data.templates=/nowhere.txt"], "template file /nowhere.txt"),
+        (["model.weights=/nowhere/model.safetensors"], "model.weights=/nowhere/model.safetensors does not exist"),
+        (["train.train=[und_lm, everything]"], "'everything', which is no role"),
+        (["train.frozen=[nothing.*]"], "no parameter matches 'nothing.*'"),
+        (["train.init_from=/nowhere"], "train.init_from=/nowhere is no folder of a run"),
+    ],
+)
+def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):
+    from reca.config import load_recipe
+    from reca.models.show_o import Adapter
+
+    monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
+    recipe = load_recipe("show_o_512", [f"run_dir={tmp_path}", f"data.images={tmp_path}", *overrides])
+    recipe.objective.i2t.weight = 0.0
+    monkeypatch.setattr("reca.preflight.host_memory", lambda: 2**40)
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError) as error:
+        Trainer(recipe)
+    assert words in str(error.value)
+
+
+def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
+    from reca.config import load_recipe
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr("reca.preflight.host_memory", lambda: 2**34)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = load_recipe("bagel_7b", [f"run_dir={tmp_path}", f"data.images={tmp_path}"])
+    with pytest.raises(RecipeError, match=r"needs at least 1\d\d\.\d\d GiB .* this machine has 16.00 GiB"):
+        Trainer(recipe)
