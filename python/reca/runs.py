@@ -39,7 +39,7 @@ def identity(recipe: Recipe, sources: Mapping[str, Any], templates: list[str]) -
     sources: the samples of every active kind.
     """
     found = {
-        f"data.{SPECS[kind]}": [len(sources[kind]), getattr(sources[kind], "identity", lambda: "")()]
+        f"data.{SPECS[kind]}": [len(sources[kind]), sources[kind].identity()]
         for kind in recipe.active_kinds()
     }
     if "reca" in recipe.active_kinds():
