@@ -1,11 +1,14 @@
 """The `reca` command."""
 
 import argparse
+import io
 import logging
+import os
 import re
 import runpy
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 
@@ -14,9 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns the exit code, one of reca/exits.py.
     """
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("reca").setLevel(logging.INFO)
-    options = _parser().parse_args(arguments)
+    _set_up_output()
+    options = _parse(arguments)
     from reca import distributed, exits
 
     try:
@@ -31,15 +33,45 @@ def main(arguments: list[str] | None = None) -> int:
 def _tell(error: BaseException) -> None:
     """Print what a user has to know of an error: a sentence where it is foreseen, else the traceback."""
     from reca import distributed, exits
+    from reca.errors import tell
 
     if isinstance(error, SystemExit | distributed.PeerFailed):
         return
     if isinstance(error, KeyboardInterrupt):
-        print("reca: stopped", file=sys.stderr)
+        tell("reca: stopped")
     elif exits.expected(error) is None:
-        traceback.print_exception(error)
+        tell("".join(traceback.format_exception(error)))
     else:
-        print(f"reca: {error}", file=sys.stderr)
+        tell(f"reca: {error}")
+
+
+def _set_up_output() -> None:
+    """Log lines with their level. Of a run on many ranks, rank 0 tells what happens, and any rank warns, but once."""
+    from reca.errors import OnceOverRanks
+
+    rank = int(os.environ.get("RANK", 0))
+    where = f"[rank {rank}] " if rank else ""
+    logging.basicConfig(format=f"{where}%(levelname)s %(message)s", level=logging.ERROR if rank else logging.WARNING)
+    logging.getLogger("reca").setLevel(logging.WARNING if rank else logging.INFO)
+    if "RANK" in os.environ:
+        logging.getLogger("reca").addFilter(OnceOverRanks())
+    if rank:
+        warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
+    for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments, with overrides on either side of options: argparse itself takes them in one place only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    more = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
+    if unknown := [text for text in rest if text not in more]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:
+        options.overrides += more
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
-        sub.add_argument("recipe", help="recipe name or .yaml file" + (", or the folder of a run" if or_run else ""))
+        sub.add_argument(
+            "recipe", type=_path_text, help="recipe name or .yaml file" + (", or the folder of a run" if or_run else "")
+        )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
 
     train = command("train", _train, "Train a recipe, or continue its run.")
@@ -60,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--explain", action="store_true", help="print every key with its value and meaning, and stop")
 
     status = command("status", _status, "Say what a run is doing, or how it ended.")
-    status.add_argument("folder", type=Path, help="the folder of a run")
+    status.add_argument("folder", type=_path, help="the folder of a run")
 
     check = command("check", _check, "Say what a recipe needs: parameters, FLOPs and memory, without any weights.")
     takes_recipe(check)
@@ -74,24 +108,24 @@ def _parser() -> argparse.ArgumentParser:
 
     edit = command("edit", _edit, "Change an image by an instruction.")
     takes_recipe(edit, or_run=True)
-    edit.add_argument("--image", type=Path, required=True)
+    edit.add_argument("--image", type=_path, required=True)
     edit.add_argument("--instruction", required=True)
     _takes_sampling(edit)
 
     answer = command("answer", _answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
-    answer.add_argument("--image", type=Path, required=True)
+    answer.add_argument("--image", type=_path, required=True)
     answer.add_argument("--question", required=True)
 
     export = command("export", _export, "Write a run's weights in the files that the public inference code reads.")
     takes_recipe(export, or_run=True)
-    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("--out", type=_path, required=True, help="folder to write")
 
     demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
     demo.add_argument("--umm", default="show_o", help="which model family: show_o, harmon, open_uni or bagel")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     demo.add_argument(
-        "--out", type=Path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM"
+        "--out", type=_path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM"
     )
     demo.add_argument(
         "--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs"
@@ -104,12 +138,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path_text(text: str) -> str:
+    from reca.config import home
+
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    try:
+        return home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path(text: str) -> Path:
+    return Path(_path_text(text))
+
+
 def _takes_sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
     )
-    sub.add_argument("--out", type=Path, default=Path("."), help="folder for the PNG files")
+    sub.add_argument("--out", type=_path, default=Path("."), help="folder for the PNG files")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -120,7 +169,8 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
-        print(explain(recipe))
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(explain(recipe))
         return
     draw = f"Draw with: reca generate {recipe.run_dir} --prompt 'a yellow broccoli'"
     done = finished(recipe)
@@ -155,11 +205,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace, ability: str | None = None) -> tuple:
     """The recipe that is named, or that a run was made with, and the class of its adapter."""
-    from reca.config import RecipeError, load_recipe
+    from reca.config import RecipeError, UnknownRecipe, load_recipe
     from reca.models import UMMS, umm
 
     kept = Path(options.recipe) / "recipe.yaml"
-    recipe = load_recipe(kept if kept.is_file() else options.recipe, options.overrides)
+    try:
+        recipe = load_recipe(kept if kept.is_file() else options.recipe, options.overrides)
+    except UnknownRecipe as error:
+        raise RecipeError(f"{options.recipe!r} is no folder of a run, and there is {error}") from error
     adapter = umm(recipe.umm).Adapter
     if ability and ability not in adapter.abilities:
         able = [name for name in UMMS if ability in umm(name).Adapter.abilities]
@@ -252,17 +305,21 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
     """--sampling as keyword arguments of `method`, once everything else that is asked is found to be right too."""
-    from omegaconf import OmegaConf
-
     from reca.folders import writable
     from reca.models.inference import check_pairs, sampling_options
+    from reca.values import guess
 
     _reject_empty(texts)
     check_pairs(seeds=seeds)
+    given = {}
     for text in options.sampling:
-        if "=" not in text:
-            raise ValueError(f"--sampling {text!r} has no '='; write --sampling key=value")
-    given = sampling_options(method, OmegaConf.to_container(OmegaConf.from_dotlist(options.sampling)))
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ValueError(
+                f"--sampling {text!r} has no {'value' if equals else repr('=')}; write --sampling key=value"
+            )
+        given[key] = guess(value, f"--sampling {key}")
+    given = sampling_options(method, given)
     writable(options.out, "--out")
     return given
 

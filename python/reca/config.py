@@ -1,32 +1,39 @@
-"""Recipes: YAML parsed into typed, documented dataclasses (OmegaConf structured configs)."""
+"""Recipes: YAML and overrides read into typed, documented dataclasses."""
 
+import copy
+import glob
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Optional
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, Optional, get_type_hints
 
 from reca.data.config import DataConfig
 from reca.models import UMMS, umm
 from reca.models.base import KINDS
-from reca.options import check_values, option
+from reca.options import GLOB, HUB, LOCAL, RecipeError, check_values, option, share, shown
+from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+COMMAND_LINE = "the command line"
+UPDATES = 10**9  # the most that a run makes: samples are numbered in 56 bits
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run as written; the message says which key, why, and what would be right."""
+class UnknownRecipe(RecipeError):
+    """There is no such recipe."""
 
 
 @dataclass
 class KindConfig:
     weight: float = option(0.0, "lambda of this loss in the total; a kind of weight 0 is never computed", least=0)
-    per_update: int = option(8, "samples of this kind in one update, over all ranks and micro-batches")
-    micro_batch: int = option(8, "most samples in one forward pass on one rank; an update is split evenly below it")
+    per_update: int = option(
+        8, "samples of this kind in one update, over all ranks and micro-batches", least=1, most=2**24
+    )
+    micro_batch: int = option(
+        8, "most samples in one forward pass on one rank; an update is split evenly below it", least=1, most=2**24
+    )
 
 
 @dataclass
@@ -47,23 +54,27 @@ class ObjectiveConfig:
 class OptimConfig:
     name: str = option("adamw", "adamw, or apex for NVIDIA apex's FusedAdam", ("adamw", "apex"))
     lr: float = option(1e-5, "peak learning rate", least=0)
-    betas: list[float] = option(lambda: [0.9, 0.95], "AdamW betas")
-    eps: float = option(1e-8, "AdamW epsilon")
-    weight_decay: float = option(0.0, "decoupled weight decay, on the parameters the adapter's decays() names")
-    clip: Optional[float] = option(1.0, "largest global gradient norm; null never clips", least=0)
+    betas: list[float] = option(lambda: [0.9, 0.95], "AdamW betas", least=0, below=1)
+    eps: float = option(1e-8, "AdamW epsilon", above=0)
+    weight_decay: float = option(0.0, "decoupled weight decay, on the parameters the adapter's decays() names", least=0)
+    clip: Optional[float] = option(1.0, "largest global gradient norm; null never clips", above=0)
     schedule: str = option("constant", "shape of the learning rate after warm-up", ("constant", "cosine", "linear"))
-    warmup: int = option(0, "updates of linear warm-up", least=0)
-    decay_updates: Optional[int] = option(None, "updates after which the schedule has ended; null = train.updates")
-    hold: float = option(0.0, "linear and cosine: share of the updates at the peak before the decay starts")
-    final: float = option(0.0, "learning rate at the end, as a share of the peak")
+    warmup: int = option(0, "updates of linear warm-up", least=0, most=UPDATES)
+    decay_updates: Optional[int] = option(
+        None, "updates after which the schedule has ended; null = train.updates", least=1, most=UPDATES
+    )
+    hold: float = share(0.0, "linear and cosine: share of the updates at the peak before the decay starts")
+    final: float = share(0.0, "learning rate at the end, as a share of the peak")
 
 
 @dataclass
 class TrainConfig:
-    updates: int = option(1000, "optimizer updates to make in all", least=1)
-    seed: int = option(0, "key of every random draw of the run")
+    updates: int = option(1000, "optimizer updates to make in all", least=1, most=UPDATES)
+    seed: int = option(0, "key of every random draw of the run", least=0)
     init_from: Optional[str] = option(
-        None, "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)"
+        None,
+        "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)",
+        path=LOCAL,
     )
     train: Optional[list[str]] = option(None, "parameter roles to train; null = what the paper trains for this UMM")
     frozen: list[str] = option(list, "name patterns of parameters that stay as they are although their role is trained")
@@ -71,7 +82,7 @@ class TrainConfig:
     activation_checkpointing: bool = option(False, "recompute the repeated layers in the backward pass")
     compile: bool = option(False, "torch.compile the repeated layers")
     max_skips: int = option(3, "consecutive updates with a non-finite loss or gradient before the run stops", least=0)
-    threads: Optional[int] = option(None, "CPU threads; null leaves torch's choice", least=1)
+    threads: Optional[int] = option(None, "CPU threads; null leaves torch's choice", least=1, most=2**12)
 
 
 @dataclass
@@ -81,7 +92,7 @@ class ParallelConfig:
         "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ",
         least=1,
     )
-    timeout_minutes: int = option(30, "how long a collective may take", least=1)
+    timeout_minutes: int = option(30, "how long a collective may take", least=1, most=60 * 24 * 365)
 
 
 @dataclass
@@ -112,7 +123,7 @@ class Recipe:
     parallel: ParallelConfig = option(ParallelConfig, "")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "")
     log: LogConfig = option(LogConfig, "")
-    run_dir: str = option("runs/reca", "folder of checkpoints and logs; an existing one is continued")
+    run_dir: str = option("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
 
     def active_kinds(self) -> list[str]:
         """Kinds of loss with a weight, in the order in which an update runs them."""
@@ -128,97 +139,173 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
 
     Raises RecipeError for an unknown recipe, key or value.
     """
-    path = Path(name)
+    path = Path(home(str(name)))
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise RecipeError(f"no recipe {str(name)!r}: give a .yaml file or one of {', '.join(recipe_names())}")
-    for text in overrides:
-        if "=" not in text:
-            raise RecipeError(f"override {text!r} has no '='; write key.sub=value")
-    written = _read(str(path), OmegaConf.load, path)
-    given = _read("the command line", OmegaConf.from_dotlist, list(overrides))
+    try:
+        written = read_yaml(path.read_bytes(), shown(str(path))[1:-1])
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise UnknownRecipe(
+            f"no recipe {shown(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
+        ) from error
+    except OSError as error:
+        raise RecipeError(f"recipe {shown(str(path))} cannot be read ({error.strerror})") from error
+    source = shown(str(path))[1:-1]
+    if not isinstance(written, dict):
+        raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
 
-    family = OmegaConf.merge(written, given).get("umm", "show_o")
-    try:
-        schema = OmegaConf.structured(Recipe(umm=family, model=umm(family).Config()))
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    for source, layer in ((str(path), written), ("the command line", given)):
-        _reject_unknown(schema, layer, source)
-    try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(schema, written, given))
-        _check(recipe)
-    except (OmegaConfBaseException, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]  # OmegaConf adds lines about its own types
-        raise RecipeError(f"{key}: {reason}" if key else reason) from error
+    given = [_split(text) for text in overrides]
+    family = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
+    for key, text in given:
+        if key == "umm":
+            family = convert(read_override(key, text, str), str, key, COMMAND_LINE)
+    recipe = Recipe(umm=family)
+    check_values(recipe)
+    recipe.model = umm(family).Config()
+    _Layer(recipe, source).put(recipe, written)
+    layer = _Layer(recipe, COMMAND_LINE)
+    for key, text in given:
+        layer.override(key, text)
+    _check(recipe)
     return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    """Write a recipe that `load_recipe` reads back to the same values."""
+    path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
 
 
 def as_dict(recipe: Recipe) -> dict:
-    return OmegaConf.to_container(OmegaConf.structured(recipe))
+    return asdict(recipe)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with paths that mean the same in every working folder: relative ones made absolute.
+
+    world:SPLIT, addresses and names of the hub stay as they are.
+    """
+    recipe = copy.deepcopy(recipe)
+    for config, f, _ in walk(recipe):
+        value, kind = getattr(config, f.name), f.metadata.get("path")
+        if kind and value and not _is_address(value) and not (kind == HUB and not os.path.exists(value)):
+            here = glob.escape(os.getcwd()) if kind == GLOB and ".tar" in Path(value).name else os.getcwd()
+            setattr(config, f.name, os.path.join(here, value.removeprefix("./")))
+    return recipe
+
+
+def home(text: str) -> str:
+    """A path with ~ expanded. Raises RecipeError for the home of nobody, and for variables, which nothing expands."""
+    if text.startswith("~"):
+        full = os.path.expanduser(text)
+        if full.startswith("~"):
+            raise RecipeError(f"{shown(text)}: there is no such user; write ./~ for a file whose name begins with ~")
+        return full
+    if re.match(r"\$[A-Za-z_]", text) or "${" in text:
+        raise RecipeError(f"{shown(text)}: variables are not expanded here; write the path itself, or ~ for home")
+    return text
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
+    """(group, field, full key) of every key that is no group."""
+    for f in fields(config):
+        value, key = getattr(config, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            yield from walk(value, f"{key}.")
+        else:
+            yield config, f, key
 
 
 def explain(recipe: Recipe) -> str:
-    """Every key with its value and its documentation, one a line."""
+    """Every key with its value and its documentation, one a line. What stands left is an override that gives it."""
     lines = []
-
-    def walk(config: Any, prefix: str) -> None:
-        for f in fields(config):
-            value, key = getattr(config, f.name), f"{prefix}{f.name}"
-            if is_dataclass(value):
-                walk(value, f"{key}.")
-                continue
-            choices = f.metadata.get("choices")
-            among = f" [{', '.join(map(str, choices))}]" if choices else ""
-            lines.append((f"{key}={value}", f"{f.metadata.get('doc', '')}{among}"))
-
-    walk(recipe, "")
+    for config, f, key in walk(recipe):
+        choices = f.metadata.get("choices")
+        among = f" [{', '.join(map(override_text, choices))}]" if choices else ""
+        lines.append((f"{key}={override_text(getattr(config, f.name))}", f"{f.metadata.get('doc', '')}{among}"))
     width = min(48, max(len(left) for left, _ in lines))
     return "\n".join(f"{left:<{width}}  {doc}" for left, doc in lines)
 
 
-def _read(source: str, parse: Callable, what: Any) -> Any:
-    try:
-        config = parse(what)
-    except Exception as error:  # YAML errors come as their own family
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{source} is not YAML: {reason} (did the shell take quotes away?)") from error
-    if not OmegaConf.is_dict(config):
-        raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
-    return config
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {shown(text)} has no {'key' if equals else repr('=')}; write key.sub=value")
+    return key, value
 
 
-def _keys(config: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        full = f"{prefix}{key}"
-        keys.append(full)
-        if OmegaConf.is_dict(config._get_node(key)) and not OmegaConf.is_missing(config, key):
-            keys += _keys(config[key], f"{full}.")
-    return keys
+def _is_address(text: str) -> bool:
+    return text.startswith("world:") or "://" in text
 
 
-def _reject_unknown(schema: Any, layer: Any, source: str) -> None:
-    known = _keys(schema)
-    free = [
-        key for key in known if OmegaConf.is_dict(OmegaConf.select(schema, key)) and not OmegaConf.select(schema, key)
-    ]
-    for key in _keys(layer):
-        group, value = OmegaConf.select(schema, key), OmegaConf.select(layer, key)
-        if OmegaConf.is_dict(group) and not OmegaConf.is_dict(value):
-            raise RecipeError(f"{key} in {source} is a group of keys, not a value; write {key}.sub=value")
-        if key in known or any(key.startswith(f"{parent}.") for parent in free):
-            continue
+class _Layer:
+    """One source of values, a file or the command line, on its way into a recipe."""
+
+    def __init__(self, recipe: Recipe, source: str):
+        self.recipe, self.source = recipe, source
+
+    def put(self, group: Any, raw: dict, prefix: str = "") -> None:
+        for name, value in raw.items():
+            self.put_key(group, name, value, f"{prefix}{name}")
+
+    def put_key(self, group: Any, name: str, raw: Any, key: str) -> None:
+        wanted, f = self._declared(group, name, key)
+        if is_dataclass(wanted):
+            if not isinstance(raw, dict):
+                raise RecipeError(
+                    f"{shown(key)[1:-1]} in {self.source} is a group of keys, not a value; write {key}.sub=value"
+                )
+            self.put(getattr(group, name), raw, f"{key}.")
+            return
+        value = convert(raw, wanted, key, self.source)
+        if f.metadata.get("path") and value is not None:
+            if not value.strip(BLANK):
+                raise RecipeError(f"{key} in {self.source} is an empty text; write a path")
+            try:
+                value = home(value)
+            except RecipeError as error:
+                raise RecipeError(f"{key} in {self.source}: {error}") from error
+        elif any(
+            "\ud800" <= c <= "\udfff" for item in (value if isinstance(value, list) else [value]) for c in str(item)
+        ):
+            raise RecipeError(f"{key} in {self.source} is not UTF-8 text")
+        setattr(group, name, value)
+
+    def override(self, key: str, text: str) -> None:
+        *groups, name = key.split(".")
+        group = self.recipe
+        for part in groups:
+            wanted, _ = self._declared(group, part, key)
+            if not is_dataclass(wanted):
+                raise self._unknown(key)
+            group = getattr(group, part)
+        wanted, _ = self._declared(group, name, key)
+        self.put_key(group, name, read_override(key, text, wanted), key)
+
+    def _declared(self, group: Any, name: str, key: str) -> tuple[Any, Any]:
+        """The type and the field of a key; of a group, its dataclass."""
+        for f in fields(group):
+            if f.name == name:
+                value = getattr(group, name)
+                return (type(value), f) if is_dataclass(value) else (get_type_hints(type(group))[name], f)
+        raise self._unknown(key)
+
+    def _unknown(self, key: str) -> RecipeError:
+        known = [full for _, _, full in walk(self.recipe)]
+        groups = {full[: m.start()] for full in known for m in re.finditer(r"\.", full)}
+        lists = [full for full in known if re.match(rf"{re.escape(full)}[.\[]", key)]
+        if lists:
+            return RecipeError(
+                f"{shown(key)} in {self.source}: {lists[0]} has no keys below it; write all of its value"
+            )
         last = key.rsplit(".", 1)[-1]
-        near = get_close_matches(key, known, 1) or [full for full in known if full.rsplit(".", 1)[-1] == last][:1]
+        near = get_close_matches(key[:200], [*known, *groups], 1)
+        near = near or [full for full in known if full.rsplit(".", 1)[-1] == last][:1]
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"unknown key {key!r} in {source}{hint} (reca train RECIPE --explain lists all keys)")
+        return RecipeError(
+            f"unknown key {shown(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
+        )
 
 
 def _check(config: Any, prefix: str = "") -> None:
@@ -227,15 +314,15 @@ def _check(config: Any, prefix: str = "") -> None:
         value = getattr(config, f.name)
         if is_dataclass(value):
             _check(value, f"{prefix}{f.name}.")
-    if isinstance(config, KindConfig) and config.weight and (config.per_update < 1 or config.micro_batch < 1):
-        raise ValueError(f"{prefix}per_update and micro_batch must be at least 1 for a kind with a weight")
     if isinstance(config, ObjectiveConfig) and config.condition == "other" and config.reca.per_update < 2:
-        raise ValueError(
+        raise RecipeError(
             f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.per_update to 2 or more"
         )
-    if isinstance(config, OptimConfig) and (len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas)):
-        raise ValueError(f"{prefix}betas={config.betas} must be two numbers from 0 to below 1")
-    if isinstance(config, LogConfig) and config.profile and not re.fullmatch(r"\d+:\d+", config.profile):
-        raise ValueError(f"{prefix}profile={config.profile!r} must be first:last, such as 10:13")
+    if isinstance(config, OptimConfig) and len(config.betas) != 2:
+        raise RecipeError(f"{prefix}betas={shown(config.betas)} must be two numbers from 0 to below 1")
+    if isinstance(config, LogConfig) and config.profile is not None:
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", config.profile)
+        if not match or int(match[1]) > int(match[2]):
+            raise RecipeError(f"{prefix}profile={shown(config.profile)} must be first:last, such as 10:13")
     if isinstance(config, Recipe) and not config.active_kinds():
-        raise ValueError("every weight of objective is 0: there is nothing to train")
+        raise RecipeError("every weight of objective is 0: there is nothing to train")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from reca import distributed
-from reca.config import ObjectiveConfig
+from reca.config import ObjectiveConfig, RecipeError
 from reca.draws import Draws
-from reca.models.base import KINDS, Adapter, Batch
+from reca.models.base import KINDS, Adapter, Batch, LossTerm
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -49,6 +49,7 @@ def backward(
         condition = objective.condition if kind == "reca" else "own"
         with autocast:
             term = adapter(batch, draws[kind], condition)
+        _check_reach(adapter, kind, term)
         weight, samples = totals[kind]
         if not batch.counted:
             # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
@@ -71,6 +72,24 @@ def _totals(adapter: Adapter, micro_batches: list[Batch], draws: Draws) -> Tenso
     for weight, samples in own:
         total += torch.stack((weight, weight.new_full((), samples)))
     return distributed.sum_over_ranks(total)
+
+
+def _check_reach(adapter: Adapter, kind: str, term: LossTerm) -> None:
+    """Refuse a loss that no trained parameter has a part in, which backward would only find without saying which.
+
+    Raises RecipeError.
+    """
+    if term.sum.requires_grad:
+        return
+    roles, trained = adapter.roles(), set()
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            trained.add(roles[name])
+    raise RecipeError(
+        f"the {kind} loss of {adapter.name} depends on no parameter that is trained (of roles "
+        f"{', '.join(sorted(trained))}), so it cannot train: set objective.{kind}.weight=0, or name another role in "
+        f"train.train (there are {', '.join(sorted(set(roles.values())))})"
+    )
 
 
 @torch.no_grad()

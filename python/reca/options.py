@@ -1,15 +1,41 @@
-"""How a recipe key is declared: a dataclass field that carries its own documentation."""
+"""How a recipe key is declared: a dataclass field that carries its own documentation and what its values may be."""
 
+import math
 from dataclasses import MISSING, field, fields
 from typing import Any
 
+LARGEST = 2**63 - 1  # the largest number of any integer key
 
-def option(default: Any = MISSING, doc: str = "", choices: tuple | None = None, least: float | None = None) -> Any:
+# What a path key may hold beside a path, which decides how it is made absolute (see `reca.config.located`).
+LOCAL = "local"  # a file or folder
+GLOB = "glob"  # a file, a folder, a pattern of tar files, or world:SPLIT
+HUB = "hub"  # a file or folder that is there, or else a name of the Hugging Face hub
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as written; the message says which key, why, and what would be right."""
+
+
+def option(
+    default: Any = MISSING,
+    doc: str = "",
+    choices: tuple | None = None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    fewest: int = 0,
+    path: str | None = None,
+) -> Any:
     """A documented recipe key. Mutable defaults (lists, nested configs) are given as a callable.
 
-    choices: all values there are. least: the smallest that a number may be.
+    choices: all values there are, of the key or of each item of its list. least, most: the smallest and the largest
+    that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
+    that a list has at least. path: LOCAL, GLOB or HUB for a text that names files.
     """
-    metadata = {"doc": doc, "choices": choices, "least": least}
+    metadata = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
+    metadata |= {"least": least, "above": above, "most": most, "below": below}
     if default is MISSING:
         return field(metadata=metadata)
     if callable(default):
@@ -17,11 +43,59 @@ def option(default: Any = MISSING, doc: str = "", choices: tuple | None = None, 
     return field(default=default, metadata=metadata)
 
 
+def count(default: Any, doc: str = "") -> Any:
+    """A documented recipe key that counts parts of a model, or a list of such counts: at least 1."""
+    return option(default, doc, least=1, most=2**24, fewest=1)
+
+
+def pixels(default: int | None, doc: str = "") -> Any:
+    """A documented recipe key for the side of a picture: at least 1 pixel."""
+    return option(default, doc, least=1, most=2**14)
+
+
+def share(default: float, doc: str = "") -> Any:
+    """A documented recipe key for a part of a whole, from 0 to 1."""
+    return option(default, doc, least=0, most=1)
+
+
 def check_values(config: Any, prefix: str = "") -> None:
-    """Raise ValueError when a field of `config` is outside what it declared. prefix: of the keys, in the message."""
+    """Raise RecipeError when a field of `config` is outside what it declared. prefix: of the keys, in the message."""
     for f in fields(config):
-        choices, least, value = f.metadata.get("choices"), f.metadata.get("least"), getattr(config, f.name)
-        if choices and value not in choices:
-            raise ValueError(f"{prefix}{f.name}={value!r} is not one of {', '.join(map(repr, choices))}")
-        if least is not None and value is not None and not value >= least:
-            raise ValueError(f"{prefix}{f.name}={value:g} must be at least {least:g}")
+        choices, value, key = f.metadata.get("choices"), getattr(config, f.name), f"{prefix}{f.name}"
+        for item in (value if isinstance(value, list) else [value]) if choices else ():
+            if item not in choices:
+                raise RecipeError(f"{key}={shown(item)} is not one of {', '.join(map(shown, choices))}")
+        if isinstance(value, list):
+            if len(value) < f.metadata.get("fewest", 0):
+                raise RecipeError(f"{key}={shown(value)} must have at least {f.metadata['fewest']} item")
+            for i, item in enumerate(value):
+                _check_number(f"{key}[{i}]", item, f.metadata)
+        _check_number(key, value, f.metadata)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and short."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 90 else f"{text[:60]}...{text[-20:]}"
+
+
+def _check_number(key: str, value: Any, metadata: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{key}={value} must be a finite number")
+    least, above, most, below = (metadata.get(name) for name in ("least", "above", "most", "below"))
+    if least is not None and value < least:
+        raise RecipeError(f"{key}={_number(value)} must be at least {_number(least)}")
+    if above is not None and value <= above:
+        raise RecipeError(f"{key}={_number(value)} must be above {_number(above)}")
+    if below is not None and value >= below:
+        raise RecipeError(f"{key}={_number(value)} must be below {_number(below)}")
+    if most is None and isinstance(value, int):
+        most = LARGEST
+    if most is not None and value > most:
+        raise RecipeError(f"{key}={_number(value)} must be at most {_number(most)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from reca import checkpoint, distributed, exits, objective, preflight, runs, signals, split
-from reca.config import KindConfig, Recipe, as_dict, save_recipe
+from reca.config import KindConfig, Recipe, as_dict, located, save_recipe
 from reca.data.loader import Loader, open_loader, open_sources
 from reca.folders import writable
 from reca.jsonl import JsonLines
@@ -148,7 +148,7 @@ class Trainer:
     def _run(self) -> None:
         recipe, speaks = self.recipe, distributed.rank() == 0
         if speaks:
-            save_recipe(recipe, self.run_dir / "recipe.yaml")
+            save_recipe(located(recipe), self.run_dir / "recipe.yaml")
         record = RunLog(
             self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
         )

@@ -111,7 +111,7 @@ def gpu_tests():
     """
     code = """
         import sys, pytest
-        for name in ("diffusers", "transformers", "omegaconf", "safetensors", "tqdm", "jinja2"):
+        for name in ("diffusers", "transformers", "yaml", "safetensors", "tqdm", "jinja2"):
             sys.modules[name] = None
         sys.exit(pytest.main(["-q", "--collect-only", "-m", "gpu", *sys.argv[1:]]))
         """

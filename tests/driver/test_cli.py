@@ -44,11 +44,104 @@ def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show_o_tiny", "--gpus", "1", "train.precision=bf16", "--node", "2", "train.updates=7"],
+        ["--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.updates=7", "--node", "2"],
+        ["show_o_tiny", "train.precision=bf16", "--node", "2", "--gpus", "1", "train.updates=7"],
+        ["--node", "2", "--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.updates=7"],
+    ],
+)
+def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("reca.check.report", lambda recipe, gpus, node: seen.append((recipe, gpus, node)))
+    assert main(["check", *arguments]) == 0
+    ((recipe, gpus, node),) = seen
+    assert (recipe.train.precision, recipe.train.updates, gpus, node) == ("bf16", 7, 1, 2)
+
+
+@pytest.mark.parametrize("command", ["train", "check", "generate", "edit", "answer", "export"])
+def test_every_command_takes_overrides_behind_its_options(command, tmp_path, capsys):
+    options = {
+        "train": ["--explain"],
+        "check": ["--gpus", "1"],
+        "generate": ["--prompt", "a red circle"],
+        "edit": ["--image", "none.png", "--instruction", "x"],
+        "answer": ["--image", "none.png", "--question", "x"],
+        "export": ["--out", str(tmp_path)],
+    }
+    assert main([command, "bagel_tiny", *options[command], "optim.lrr=1"]) == 3
+    assert "did you mean optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["doctor", "a=b"], ["train", "show_o_tiny", "--nothing"], ["demo", "optim.lr=1"]]
+)
+def test_arguments_that_mean_nothing_are_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_home_expands_in_paths_of_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    drawn = ["--prompt", "a red circle", "--sampling", "steps=1", "--out", "~/pictures"]
+    assert main(["generate", "show_o_tiny", *drawn]) == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    with pytest.raises(SystemExit):
+        main(["generate", "show_o_tiny", "--prompt", "a", "--out", "~no_such_user/x"])
+    assert "there is no such user" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nosuchrun", "a=b", "runs/gone"])
+def test_a_run_that_is_not_there(name, capsys):
+    assert main(["generate", name, "--prompt", "a red circle"]) == 3
+    error = capsys.readouterr().err
+    assert f"'{name}' is no folder of a run, and there is no recipe" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["bagel", "open_uni"])
+def test_a_loss_that_trains_nothing_is_exit_3(name, capsys, tmp_path):
+    small = [f"objective.{kind}.{key}=2" for kind in ("reca", "i2t") for key in ("per_update", "micro_batch")]
+    assert main(["train", f"{name}_tiny", "objective.i2t.weight=1", *small, f"run_dir={tmp_path}/run"]) == 3
+    error = capsys.readouterr().err
+    assert f"the i2t loss of {name} depends on no parameter that is trained" in error
+    assert "set objective.i2t.weight=0, or name another role in train.train" in error
+
+
+def test_a_run_that_trains_nothing_is_exit_3(capsys, tmp_path):
+    assert main(["train", "show_o_tiny", *TINY, "train.frozen=[*]", f"run_dir={tmp_path}/run"]) == 3
+    assert "nothing is trained" in capsys.readouterr().err
+
+
+def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
+    """init_from is kept as an absolute path; the sources, too, mean the same to the run that starts from it."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "show_o_tiny", *TINY, "run_dir=first"]) == 0
+    assert main(["train", "show_o_tiny", *TINY, "run_dir=second", "train.init_from=first"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    drawn = ["--prompt", "a red circle", "--sampling", "steps=1"]
+    assert main(["generate", "../second", *drawn]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "show_o_tiny", *TINY, "run_dir=second", "train.init_from=first"]) == 0  # goes on
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("reca.doctor.report", lambda: 1 / 0)
+    assert main(["doctor"]) == 1
+    assert "Traceback" in (error := capsys.readouterr().err) and "ZeroDivisionError" in error
+
+
+@pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--sampling", "stepz=3"], "no sampling option 'stepz'; did you mean steps"),
         (["--sampling", "steps=many"], "steps=many: expected a whole number"),
         (["--sampling", "steps"], "write --sampling key=value"),
+        (["--sampling", "steps="], "has no value"),
+        (["--sampling", "steps=010"], "steps=010: expected a whole number"),
+        (["--sampling", "steps=[1, 2"], "steps=[1, 2: expected a whole number"),
         (["--seed", "-1"], "seed -1 lies outside"),
         (["--prompt", " "], "the text is empty"),
         (["--out", __file__], "cannot be written to"),

@@ -450,13 +450,11 @@ def test_trained_understanding_gets_its_gradient():
     assert model.connector.fc1.weight.grad is None
 
 
-def test_answers_without_anything_to_train():
+def test_answers_learn_where_the_understanding_expert_does():
+    """reca.objective refuses a loss that asks for no gradient."""
     model = Adapter.load(config()).train()
     freeze(model, None)
-    with pytest.raises(ValueError, match="i2t loss cannot train it. Set objective.i2t.weight=0"):
-        model(batch(model, "i2t"), Draws(0))
-    with torch.no_grad():  # the probe of drift
-        assert float(model(batch(model, "i2t"), Draws(0)).weight) > 0
+    assert not model(batch(model, "i2t"), Draws(0)).sum.requires_grad
     freeze(model, ["und_lm"])
     model(batch(model, "i2t"), Draws(0)).sum.backward()
 

@@ -268,11 +268,6 @@ class Bagel(Adapter):
     def answer_loss(self, batch: Batch, h_v: list[Tensor]) -> LossTerm:
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
         h_v = list(h_v)
-        if self.training and torch.is_grad_enabled() and not self.learns_prompt(h_v):
-            raise ValueError(
-                "BAGEL's answers depend on nothing that is trained, so an i2t loss cannot train it. Set "
-                "objective.i2t.weight=0, or name und_lm in train.train"
-            )
         talks = [self.conversation(turns) for turns in batch.text]
         samples = [[prompt.Seen(*rows.shape[:2]), talk] for rows, talk in zip(h_v, talks, strict=True)]
         hidden, _ = self.read(samples, h_v)

@@ -3,57 +3,61 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import option
+from reca.options import HUB, count, option, pixels, share
 
 
 @dataclass
 class LanguageSizes:
-    hidden_size: int = option(3584, "width of the two Qwen2 experts")
-    num_hidden_layers: int = option(28, "their layers")
-    num_attention_heads: int = option(28, "their query heads")
-    num_key_value_heads: int = option(4, "their key and value heads")
-    intermediate_size: int = option(18944, "width of their MLPs")
-    vocab_size: int = option(152064, "rows of the embedding table, more than the tokenizer has")
-    rms_norm_eps: float = option(1e-6, "epsilon of every RMSNorm")
-    rope_theta: float = option(1e6, "base of the rotary frequencies")
+    hidden_size: int = count(3584, "width of the two Qwen2 experts")
+    num_hidden_layers: int = count(28, "their layers")
+    num_attention_heads: int = count(28, "their query heads")
+    num_key_value_heads: int = count(4, "their key and value heads")
+    intermediate_size: int = count(18944, "width of their MLPs")
+    vocab_size: int = count(152064, "rows of the embedding table, more than the tokenizer has")
+    rms_norm_eps: float = option(1e-6, "epsilon of every RMSNorm", above=0)
+    rope_theta: float = option(1e6, "base of the rotary frequencies", above=0)
 
 
 @dataclass
 class VisionSizes:
-    hidden_size: int = option(1152, "width of SigLIP")
-    num_hidden_layers: int = option(27, "layers of the published tower; the last is neither stored nor run")
-    num_attention_heads: int = option(16, "its heads")
-    intermediate_size: int = option(4304, "width of its MLP")
-    image_size: int = option(980, "pixels on the side of the square that its position tables cover", least=1)
-    patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
-    layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon")
+    hidden_size: int = count(1152, "width of SigLIP")
+    num_hidden_layers: int = count(27, "layers of the published tower; the last is neither stored nor run")
+    num_attention_heads: int = count(16, "its heads")
+    intermediate_size: int = count(4304, "width of its MLP")
+    image_size: int = pixels(980, "pixels on the side of the square that its position tables cover")
+    patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
+    layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon", above=0)
 
 
 @dataclass
 class AutoencoderSizes:
-    block_out_channels: list[int] = option(lambda: [128, 256, 512, 512], "channels per level, outermost first")
-    layers_per_block: int = option(2, "residual blocks per encoder level; a decoder level has one more")
-    latent_channels: int = option(16, "channels of a latent")
-    scaling_factor: float = option(0.3611, "latents are multiplied by this, after the shift is taken off")
+    block_out_channels: list[int] = count(lambda: [128, 256, 512, 512], "channels per level, outermost first")
+    layers_per_block: int = count(2, "residual blocks per encoder level; a decoder level has one more")
+    latent_channels: int = count(16, "channels of a latent")
+    scaling_factor: float = option(0.3611, "latents are multiplied by this, after the shift is taken off", above=0)
     shift_factor: float = option(0.1159, "the shift")
 
 
 @dataclass
 class PatchSizes:
-    size: int = option(4, "pixels on the side of a latent")
-    channels: int = option(16, "channels of a latent")
+    size: int = count(4, "pixels on the side of a latent")
+    channels: int = count(16, "channels of a latent")
 
 
 @dataclass
 class BagelConfig:
     weights: Optional[str] = option(
-        None, "hub id or folder of BAGEL-7B-MoT, or a weight file in such a folder; null: random"
+        None, "hub id or folder of BAGEL-7B-MoT, or a weight file in such a folder; null: random", path=HUB
     )
     overlay: Optional[str] = option(
-        None, "a second weight file, whole or in part, put over the first, as RECA results are published"
+        None, "a second weight file, whole or in part, put over the first, as RECA results are published", path=HUB
     )
-    codec_weights: Optional[str] = option(None, "hub id, folder or file of ae.safetensors; null: beside weights")
-    tokenizer: Optional[str] = option(None, "hub id or folder of the tokenizer; null: beside weights, or `words`")
+    codec_weights: Optional[str] = option(
+        None, "hub id, folder or file of ae.safetensors; null: beside weights", path=HUB
+    )
+    tokenizer: Optional[str] = option(
+        None, "hub id or folder of the tokenizer; null: beside weights, or `words`", path=HUB
+    )
     words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
     dtype: str = option(
         "fp32",
@@ -69,26 +73,26 @@ class BagelConfig:
     )
     autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
     patches: PatchSizes = option(PatchSizes, "")
-    latent_patch_size: int = option(2, "latents on the side of an image token")
-    max_latent_size: int = option(64, "image tokens on the side of the largest picture: its position table")
-    image_size: int = option(
-        1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing", least=1
-    )
-    image_min_size: int = option(512, "its shortest side", least=1)
-    understanding_size: int = option(224, "RECA: longest side, in pixels, of what h_v is made of", least=1)
+    latent_patch_size: int = count(2, "latents on the side of an image token")
+    max_latent_size: int = count(64, "image tokens on the side of the largest picture: its position table")
+    image_size: int = pixels(1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing")
+    image_min_size: int = pixels(512, "its shortest side")
+    understanding_size: int = pixels(224, "RECA: longest side, in pixels, of what h_v is made of")
     hv_source: str = option(
         "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
     )
-    hv_blur: int = option(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1)
-    answer_size: int = option(980, "longest side, in pixels, of a picture to talk about", least=1)
-    answer_min_size: int = option(378, "its shortest side", least=1)
-    edit_size: int = option(980, "longest side, in pixels, of what SigLIP sees of a picture to edit", least=1)
-    edit_min_size: int = option(224, "its shortest side", least=1)
-    template_drop: float = option(0.1, "RECA: share of samples that lose their template; h_v always stays")
-    caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
-    timestep_shift: float = option(1.0, "training: above 1, noise levels move towards pure noise; sampling has its own")
+    hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    answer_size: int = pixels(980, "longest side, in pixels, of a picture to talk about")
+    answer_min_size: int = pixels(378, "its shortest side")
+    edit_size: int = pixels(980, "longest side, in pixels, of what SigLIP sees of a picture to edit")
+    edit_min_size: int = pixels(224, "its shortest side")
+    template_drop: float = share(0.1, "RECA: share of samples that lose their template; h_v always stays")
+    caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
+    timestep_shift: float = option(
+        1.0, "training: above 1, noise levels move towards pure noise; sampling has its own", above=0
+    )
     parity: bool = option(False, "round noise levels, latents and noisy latents to bf16 as the release does")
-    seed: int = option(0, "of a random initialisation")
+    seed: int = option(0, "of a random initialisation", least=0)
 
 
 def tiny() -> BagelConfig:

@@ -3,61 +3,69 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import option
+from reca.options import HUB, count, option, pixels, share
+
+ACTIVATIONS = ("gelu_new", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass
 class PhiSizes:
-    hidden_size: int = option(2048, "width of the language model")
-    num_hidden_layers: int = option(24, "its layers")
-    num_attention_heads: int = option(32, "its heads")
-    intermediate_size: int = option(8192, "width of its MLP")
-    hidden_act: str = option("gelu_new", "its activation")
-    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
-    partial_rotary_factor: float = option(0.5, "share of a head that rotary positions turn")
-    rope_theta: float = option(1e4, "base of the rotary frequencies")
-    max_position_embeddings: int = option(2048, "positions it was trained on")
+    hidden_size: int = count(2048, "width of the language model")
+    num_hidden_layers: int = count(24, "its layers")
+    num_attention_heads: int = count(32, "its heads")
+    intermediate_size: int = count(8192, "width of its MLP")
+    hidden_act: str = option("gelu_new", "its activation", ACTIVATIONS)
+    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon", above=0)
+    partial_rotary_factor: float = option(0.5, "share of a head that rotary positions turn", above=0, most=1)
+    rope_theta: float = option(1e4, "base of the rotary frequencies", above=0)
+    max_position_embeddings: int = count(2048, "positions it was trained on")
 
 
 @dataclass
 class ClipSizes:
-    hidden_size: int = option(1024, "width of the CLIP vision tower")
-    num_hidden_layers: int = option(24, "layers of the published tower; the last is neither loaded nor run")
-    num_attention_heads: int = option(16, "its heads")
-    intermediate_size: int = option(4096, "width of its MLP")
-    image_size: int = option(336, "pixels on the side of what it sees", least=1)
-    patch_size: int = option(14, "pixels on the side of a patch; one patch is one row of h_v")
-    hidden_act: str = option("quick_gelu", "its activation")
-    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon")
+    hidden_size: int = count(1024, "width of the CLIP vision tower")
+    num_hidden_layers: int = count(24, "layers of the published tower; the last is neither loaded nor run")
+    num_attention_heads: int = count(16, "its heads")
+    intermediate_size: int = count(4096, "width of its MLP")
+    image_size: int = pixels(336, "pixels on the side of what it sees")
+    patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
+    hidden_act: str = option("quick_gelu", "its activation", ACTIVATIONS)
+    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon", above=0)
 
 
 @dataclass
 class MagvitSizes:
-    channels: int = option(128, "base width of MAGVITv2")
-    encoder_multipliers: list[int] = option(lambda: [1, 2, 2, 4, 4], "width per encoder level, in base widths")
-    encoder_blocks: list[int] = option(lambda: [4, 3, 4, 3, 4], "residual blocks per encoder level")
-    decoder_multipliers: list[int] = option(lambda: [1, 1, 2, 2, 4], "width per decoder level, in base widths")
-    decoder_blocks: list[int] = option(lambda: [4, 4, 3, 4, 3], "residual blocks per decoder level")
-    z_channels: int = option(13, "bits of a code; the codebook has 2 ** z_channels entries")
+    channels: int = count(128, "base width of MAGVITv2")
+    encoder_multipliers: list[int] = count(lambda: [1, 2, 2, 4, 4], "width per encoder level, in base widths")
+    encoder_blocks: list[int] = count(lambda: [4, 3, 4, 3, 4], "residual blocks per encoder level")
+    decoder_multipliers: list[int] = count(lambda: [1, 1, 2, 2, 4], "width per decoder level, in base widths")
+    decoder_blocks: list[int] = count(lambda: [4, 4, 3, 4, 3], "residual blocks per decoder level")
+    z_channels: int = option(13, "bits of a code; the codebook has 2 ** z_channels entries", least=1, most=24)
 
 
 @dataclass
 class PatchSizes:
-    size: int = option(4, "pixels on the side of a patch")
-    entries: int = option(145, "codebook entries")
+    size: int = count(4, "pixels on the side of a patch")
+    entries: int = count(145, "codebook entries")
 
 
 @dataclass
 class ShowOConfig:
-    weights: Optional[str] = option(None, "hub id or folder of the Show-o checkpoint; null: random")
+    weights: Optional[str] = option(None, "hub id or folder of the Show-o checkpoint; null: random", path=HUB)
     codec_weights: Optional[str] = option(
-        None, "hub id or folder of the image tokenizer; null: the codec folder inside weights, random without weights"
+        None,
+        "hub id or folder of the image tokenizer; null: the codec folder inside weights, random without weights",
+        path=HUB,
     )
     clip_weights: Optional[str] = option(
-        None, "hub id or folder of the CLIP tower; null: the clip folder inside weights, random without weights"
+        None,
+        "hub id or folder of the CLIP tower; null: the clip folder inside weights, random without weights",
+        path=HUB,
     )
     tokenizer: Optional[str] = option(
-        None, "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, `words` without weights"
+        None,
+        "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, `words` without weights",
+        path=HUB,
     )
     words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
     dtype: str = option("fp32", "type the language model is kept in; CLIP and codec stay fp32", ("fp32", "bf16"))
@@ -65,11 +73,9 @@ class ShowOConfig:
     hv_source: Optional[str] = option(
         None, "what h_v is made of in RECA: clip or vq; null: what understanding reads", (None, "clip", "vq")
     )
-    hv_down_scale: int = option(2, "vq: shrink the picture by this before its codes become h_v", least=1)
+    hv_down_scale: int = count(2, "vq: shrink the picture by this before its codes become h_v")
     hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
-    hv_blur: int = option(
-        1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)", least=1
-    )
+    hv_blur: int = count(1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
     parity: bool = option(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
@@ -82,16 +88,16 @@ class ShowOConfig:
     prompt_gradient: Optional[bool] = option(
         None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
     )
-    image_size: int = option(512, "pixels on the side of a generated picture", least=1)
-    text_slots: int = option(576, "text budget of training sequences (the release's max_seq_length)")
-    sampling_slots: int = option(128, "text budget when pictures are drawn")
-    reca_slots: int = option(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the picture")
+    image_size: int = pixels(512, "pixels on the side of a generated picture")
+    text_slots: int = count(576, "text budget of training sequences (the release's max_seq_length)")
+    sampling_slots: int = count(128, "text budget when pictures are drawn")
+    reca_slots: int = count(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the picture")
     system_prompt: str = option(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.",
         "clip: text before the image of a conversation",
     )
-    caption_drop: float = option(0.1, "share of captions that text-to-image training drops, for guidance")
+    caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
     phi: PhiSizes = option(PhiSizes, "")
     clip: ClipSizes = option(ClipSizes, "")
     codec: str = option(
@@ -99,7 +105,7 @@ class ShowOConfig:
     )
     magvit: MagvitSizes = option(MagvitSizes, "")
     patches: PatchSizes = option(PatchSizes, "")
-    seed: int = option(0, "of a random initialisation")
+    seed: int = option(0, "of a random initialisation", least=0)
 
 
 def tiny() -> ShowOConfig:

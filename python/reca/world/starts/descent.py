@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from reca import checkpoint
-from reca.config import Recipe, save_recipe
+from reca.config import Recipe, located, save_recipe
 from reca.models.base import Adapter
 from reca.world.source import Split
 from reca.world.starts import Progress, scaled
@@ -52,7 +52,7 @@ def matrices(*parts: nn.Module) -> list[nn.Parameter]:
 def leave(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
     """All parameters as the checkpoint of a run, which `train.init_from` starts from."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, folder / "recipe.yaml")
+    save_recipe(located(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
     saved = checkpoint.save(folder, {"update": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
     if saved is None:

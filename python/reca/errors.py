@@ -1,0 +1,111 @@
+"""Errors and warnings, told once however many ranks have them."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
+
+HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to tell the same
+
+
+def tell(sentence: str) -> None:
+    """Print an error on stderr. Under torchrun, only the first rank that has this sentence does; rank 0 if it has it.
+
+    What only one rank has is told by that rank. Where ranks cannot find out of each other, every one tells.
+    """
+    with _unterminated():
+        if _first(sentence):
+            print(sentence, file=sys.stderr, flush=True)
+            _explain_to_torchrun()
+
+
+@contextlib.contextmanager
+def _unterminated() -> Iterator[None]:
+    """Go on when torchrun ends this rank because another has failed: what this one has to tell is still to be told."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _first(sentence: str) -> bool:
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    key = _key("error", sentence)
+    try:
+        store = _store()
+        if rank != 0:
+            with contextlib.suppress(Exception):  # of another name in every version of torch: rank 0 has not told it
+                store.wait([f"{key}/told"], timedelta(seconds=HEAD_START))
+        mine = store.add(key, 1) == 1
+        if mine:
+            # Told before it is printed: whoever reads this key prints nothing, and waits for torchrun to end it.
+            store.set(f"{key}/told", "1")
+        else:
+            time.sleep(1)  # the rank that tells it is the first to end
+        return mine
+    except Exception:  # no store, or one that is gone with its rank: twice is better than never
+        return True
+
+
+class OnceOverRanks(logging.Filter):
+    """Lets a warning pass on the first rank that has it; of one that comes again, each time once."""
+
+    def __init__(self):
+        super().__init__()
+        self.times: Counter[str] = Counter()
+        self.store = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or self.store is False:
+            return True
+        key = _key("warning", record.getMessage())
+        self.times[key] += 1
+        try:
+            self.store = self.store or _store()
+            return self.store.add(f"{key}/{self.times[key]}", 1) == 1
+        except Exception:  # as for errors: twice is better than never
+            self.store = False
+            return True
+
+
+def _key(what: str, message: str) -> str:
+    digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
+    return f"reca/{what}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{digest}"
+
+
+def _store():
+    import torch.distributed as dist
+
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=HEAD_START),
+        wait_for_workers=False,
+    )
+
+
+def _explain_to_torchrun() -> None:
+    """Make torchrun's own report of the failure point at the sentence instead of at a manual for tracebacks."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and "RANK" in os.environ:
+        message = {
+            "message": "see the line above that begins with 'reca:'",
+            "extraInfo": {"timestamp": int(time.time())},
+        }
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            json.dump({"message": message}, file)

@@ -1,0 +1,298 @@
+"""Text to values and back, by the type that a recipe key declares.
+
+YAML 1.1 guesses types from how a text looks: 0010 is 8, 12:30 is 750, no is false. Here the key decides. A text key
+takes the text as it is written, a number key takes decimal numbers only. So files are parsed down to their scalars
+(`read_yaml`), overrides are split into theirs (`read_override`), and `convert` makes values of both.
+"""
+
+import math
+import re
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
+
+import yaml
+
+from reca.options import RecipeError, shown
+
+NULLS = ("null", "Null", "NULL", "None", "~")
+DEEPEST = 50  # brackets in brackets of a YAML text
+BLANK = " \t\r\n"  # what may stand around a value
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+_WHOLE = re.compile(r"[+-]?([0-9]{1,3}(_[0-9]{3})+|[0-9]+)")
+_NUMBER = re.compile(rf"({_WHOLE.pattern}(\.[0-9]*)?|[+-]?\.[0-9]+)([eE][+-]?[0-9]+)?")
+_LEADING_ZERO = re.compile(r"[+-]?0[0-9_]")
+_DOUBLE_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_SINGLE_QUOTED = r"'(?:[^']|'')*'"
+_QUOTED = re.compile(f"{_DOUBLE_QUOTED}|{_SINGLE_QUOTED}", re.DOTALL)
+_ITEM = re.compile(rf"\s*(?:({_DOUBLE_QUOTED}|{_SINGLE_QUOTED})\s*(?=,|\Z)|([^,]*))(,|\Z)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
+
+
+class Scalar(NamedTuple):
+    """A text of a recipe that has no type yet. quoted: it stood in quotes, so that it is no null."""
+
+    text: str
+    quoted: bool = False
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without guesses: every plain scalar is text, but for the merge key <<."""
+
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        """Keep brackets to a depth at which the scanner, whose work grows with its square, is done at once."""
+        if self.flow_level > DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "brackets are nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML whose texts are in quotes wherever any reader would take them for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    if not text.isprintable():  # line breaks of all kinds too: only double quotes keep them as they are
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+    style = "'" if text in NULLS or text.lower() in TRUE + FALSE or _NUMBER.match(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def read_yaml(data: bytes | str, source: str) -> Any:
+    """The mappings (dict), lists and scalars (Scalar) of a YAML text; None for an empty one.
+
+    Raises RecipeError for what is not YAML, for a key that is given twice, and for tags and anchors that it can not
+    follow. source: names the text in the message.
+    """
+    try:
+        node = yaml.compose(data, _Loader)
+        return None if node is None else _raw(node, source, {})
+    except (yaml.YAMLError, UnicodeError) as error:
+        reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        raise RecipeError(f"{source} is not YAML: {reason[:300]}") from error
+    except (RecursionError, ValueError, OverflowError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{source} is not YAML: its lists or escapes cannot be read") from error
+
+
+def write_yaml(values: dict) -> str:
+    """YAML that `read_yaml` and `convert` read back to the same values."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
+
+
+def read_override(key: str, text: str, wanted: Any) -> Any:
+    """What stands behind the = of an override, as `read_yaml` gives it: a text key takes all of it, quotes taken off.
+
+    wanted: the type of the key, or a dataclass for a group of keys, which takes {key: value, ...}.
+    """
+    wanted, optional = _without_none(wanted)
+    inside = text.strip(BLANK)
+    if not inside:
+        ways = [f"{key}=null for none"] * optional + [f"{key}='\"\"' for an empty text"] * (wanted is str)
+        raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one behind the ='}")
+    if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
+        return _items(key, inside)
+    if hasattr(wanted, "__dataclass_fields__") and inside[0] == "{":
+        return read_yaml(text, f"{key} in the command line")
+    return _scalar(key, text if wanted is str else inside)
+
+
+def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
+    """The value of type `wanted` that a part of a recipe means. Raises RecipeError."""
+    wanted, optional = _without_none(wanted)
+    if isinstance(raw, Scalar) and not raw.quoted and raw.text in ("", *NULLS):
+        if optional:
+            return None
+        quoted = '"' + raw.text + '"'
+        text = f"; write '{quoted}' for this word" if wanted is str and raw.text else ""
+        raise RecipeError(f"{key} in {source} cannot be null{text}")
+    try:
+        return _convert(raw, wanted, key, source)
+    except _Wrong as wrong:
+        found = "a list" if isinstance(raw, list) else "a group of keys" if isinstance(raw, dict) else shown(raw.text)
+        raise RecipeError(f"{key}={found} in {source}: expected {wrong}") from wrong
+
+
+def guess(text: str, key: str) -> Any:
+    """The value that a text looks like, where no key declares a type: null, a number, true or false, a list, a text."""
+    inside = text.strip(BLANK)
+    if inside.startswith("[") and inside.endswith("]") and len(inside) > 1:
+        return [_guess(item) for item in _items(key, inside)]
+    return _guess(_scalar(key, inside))
+
+
+def override_text(value: Any) -> str:
+    """A value as it is written behind the = of an override."""
+    if isinstance(value, list):
+        return f"[{', '.join(_text(item, in_list=True) for item in value)}]"
+    return _text(value)
+
+
+class _Wrong(Exception):
+    """What was expected, in words."""
+
+
+def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
+    if get_origin(wanted) is list:
+        if not isinstance(raw, list):
+            raise _Wrong("a list, such as [a, b]")
+        (item,) = get_args(wanted)
+        return [convert(part, item, f"{key}[{i}]", source) for i, part in enumerate(raw)]
+    if not isinstance(raw, Scalar):
+        raise _Wrong({str: "a text; put it in quotes", bool: "true or false"}.get(wanted, "a number"))
+    if wanted is str:
+        if "\0" in raw.text:
+            raise _Wrong("a text without NUL characters")
+        return raw.text
+    return {int: _whole, float: _real, bool: _truth}[wanted](raw.text)
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        near = ""
+        if _NUMBER.fullmatch(text) and len(text) < 30 and math.isfinite(float(text)) and float(text).is_integer():
+            near = f", such as {int(float(text))}"
+        raise _Wrong(f"a whole number{near}")
+    if _LEADING_ZERO.match(text):
+        raise _Wrong(f"a number without leading zeros, such as {text.lstrip('+-0_') or '0'}")
+    if len(text) > 40:
+        raise _Wrong("a number that fits 64 bits")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        finite = text.lower().lstrip("+-.") in ("inf", "infinity", "nan")
+        raise _Wrong("a finite number" if finite else "a number")
+    if _LEADING_ZERO.match(text):
+        raise _Wrong("a number without leading zeros")
+    value = float(text)
+    if not math.isfinite(value) or (value == 0 and re.search("[1-9]", re.split("[eE]", text)[0])):
+        raise _Wrong("a number that fits a float")
+    return value
+
+
+def _truth(text: str) -> bool:
+    if text in (text.lower(), text.upper(), text.capitalize()) and text.lower() in TRUE + FALSE:
+        return text.lower() in TRUE
+    raise _Wrong("true or false")
+
+
+def _guess(scalar: Scalar) -> Any:
+    text, quoted = scalar
+    if quoted:
+        return text
+    if text in NULLS:
+        return None
+    for read in (_whole, _real):
+        try:
+            return read(text)
+        except _Wrong:
+            pass
+    return _truth(text) if text.lower() in ("true", "false") else text
+
+
+def _without_none(wanted: Any) -> tuple[Any, bool]:
+    """A type without its None, and whether it had one."""
+    if get_origin(wanted) not in (Union, UnionType):
+        return wanted, False
+    (rest,) = (kind for kind in get_args(wanted) if kind is not NoneType)
+    return rest, True
+
+
+def _raw(node: yaml.Node, source: str, done: dict[int, Any]) -> Any:
+    if id(node) in done:
+        if done[id(node)] is node:
+            raise RecipeError(f"{source}: an anchor at {_place(node)} contains itself")
+        return done[id(node)]
+    done[id(node)] = node
+    if node.tag not in (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map", "merge")):
+        raise RecipeError(f"{source}: tags such as the one at {_place(node)} are not read; leave it out")
+    if isinstance(node, yaml.ScalarNode):
+        raw = Scalar(node.value, node.style is not None)
+    elif isinstance(node, yaml.SequenceNode):
+        raw = [_raw(part, source, done) for part in node.value]
+    else:
+        raw = _mapping(node, source, done)
+    done[id(node)] = raw
+    return raw
+
+
+def _mapping(node: yaml.MappingNode, source: str, done: dict[int, Any]) -> dict[str, Any]:
+    own, merged = {}, {}
+    for key, value in node.value:
+        if key.tag.endswith(":merge"):
+            groups = _raw(value, source, done)
+            groups = groups if isinstance(groups, list) else [groups]
+            if not all(isinstance(group, dict) for group in groups):
+                raise RecipeError(f"{source}: << at {_place(key)} takes a group of keys, or a list of them")
+            for group in groups:
+                merged = group | merged  # of two, the first holds
+            continue
+        name = _raw(key, source, done)
+        if not isinstance(name, Scalar):
+            raise RecipeError(f"{source}: the key at {_place(key)} is no text")
+        if name.text in own:
+            raise RecipeError(f"{source}: key {shown(name.text)} stands twice, the second time at {_place(key)}")
+        own[name.text] = _raw(value, source, done)
+    return merged | own
+
+
+def _place(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
+def _items(key: str, text: str) -> list[Scalar]:
+    """The items of a [list] in an override: split at commas outside of quotes, and otherwise as they are written."""
+    inside, items, position = text[1:-1], [], 0
+    while position < len(inside):
+        match = _ITEM.match(inside, position)
+        quoted, plain, _ = match.groups()
+        if quoted is None and not plain.strip(BLANK):
+            if match.end() == len(inside) and (not match[3] or not items):
+                break  # nothing, or what follows the last comma
+            raise RecipeError(f"{key}={shown(text)}: an item is empty; write '' for an empty text")
+        items.append(_scalar(key, quoted or plain.strip(BLANK)))
+        position = match.end()
+    return items
+
+
+def _scalar(key: str, text: str) -> Scalar:
+    stripped = text.strip(BLANK)
+    if not _QUOTED.fullmatch(stripped):
+        return Scalar(text)
+    if stripped[0] == "'":
+        return Scalar(stripped[1:-1].replace("''", "'"), True)
+    try:
+        return Scalar(_ESCAPE.sub(_unescaped, stripped[1:-1]), True)
+    except (KeyError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{key}={shown(text)}: a backslash in double quotes begins an escape that is none") from error
+
+
+def _unescaped(match: re.Match) -> str:
+    code = match[1]
+    if code[0] in "xuU" and len(code) > 1:
+        return chr(int(code[1:], 16))
+    return "\n" if code == "n" else yaml.scanner.Scanner.ESCAPE_REPLACEMENTS[code]
+
+
+def _text(value: Any, in_list: bool = False) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        return repr(value)
+    bare = value.isprintable() and value == value.strip(BLANK) and value not in ("", *NULLS) and value[0] not in "\"'"
+    if bare and not (in_list and "," in value):
+        return value
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'

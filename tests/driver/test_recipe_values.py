@@ -1,0 +1,354 @@
+"""Values of recipes: what a text means is decided by the type of its key, never by how the text looks."""
+
+import math
+
+import pytest
+
+from reca.config import RecipeError, as_dict, explain, load_recipe, located, recipe_names, save_recipe
+from reca.values import override_text
+
+# Texts that YAML, OmegaConf or Python would take for something else.
+TEXTS = [
+    *"0010 no on off yes true 12:30 1:02:03 1e3 1e5 1.10 007 0x1f 0o17 1_000 .inf nan none nil Nothing *.tar &a !x a=b "
+    "{000..003}.tar {a [a a] a,b a: ?a -a -5 --a @a `a %a |a >a a:b 2024-01-01 ??? \\n y n << = # #1 é 写 😀".split(),
+    "/photos #1",
+    "a: b",
+    "it's",
+    'say "so"',
+    "'tis",
+    " a ",
+    "a\tb",
+    "a\nb",
+    "\ufeffa",
+    "\x85",
+    "\u2028",
+    "[a, b]x",
+    "~a b",
+]
+# The same, were it not that a path may not begin with the home of nobody, nor name a variable.
+WORDS = [*TEXTS, "~x", "$HOME/x", "${umm}", "${oc.env:HOME}", "\\${a}", "a${b", "''"]
+
+
+def show_o(*overrides):
+    return load_recipe("show_o_tiny", list(overrides))
+
+
+def in_file(tmp_path, text, *overrides):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe(path, list(overrides))
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith("~")])
+def test_a_path_takes_the_text_as_it_is(text):
+    assert show_o(f"run_dir={text}").run_dir == text
+    assert show_o(f"data.images={text}").data.images == text
+
+
+@pytest.mark.parametrize("text", WORDS[:-1])
+def test_a_sentence_takes_the_text_as_it_is(text):
+    assert show_o(f"model.system_prompt={text}").model.system_prompt == text
+
+
+@pytest.mark.parametrize("text", [t for t in WORDS[:-1] if "," not in t and t == t.strip() and "\n" not in t])
+def test_an_item_of_a_list_takes_the_text_as_it_is(text):
+    assert show_o(f"log.prompts=[a cat, {text}]").log.prompts == ["a cat", text]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ('"10:13"', "10:13"),
+        ("'it''s'", "it's"),
+        (r'"a\nb\u00e9\x41\U0001F600\"\\"', 'a\nbéA😀"\\'),
+        ('"null"', "null"),
+        ("''", ""),
+        ('"a" and "b"', '"a" and "b"'),
+        ('"', '"'),
+    ],
+)
+def test_quotes_around_all_of_a_text_are_taken_off(written, meant):
+    assert show_o(f"model.system_prompt={written}").model.system_prompt == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("[]", []),
+        ("[a,b , c]", ["a", "b", "c"]),
+        ("[a,]", ["a"]),
+        ("['a, b', \"c\\n\", d]", ["a, b", "c\n", "d"]),
+        ("[*embed*, #1, 12:30, {a]", ["*embed*", "#1", "12:30", "{a"]),
+    ],
+)
+def test_lists_of_the_command_line(written, meant):
+    assert show_o(f"train.frozen={written}").train.frozen == meant
+
+
+@pytest.mark.parametrize("word", ["null", "Null", "NULL", "None", "~"])
+def test_null_is_null_everywhere(word, tmp_path):
+    recipe = show_o(f"data.cache={word}", f"optim.clip={word}", f"train.threads={word}", f"train.train={word}")
+    assert (recipe.data.cache, recipe.optim.clip, recipe.train.threads, recipe.train.train) == (None,) * 4
+    assert show_o(f"model.prompt_gradient={word}", f"model.hv_source={word}").model.hv_source is None
+    assert in_file(tmp_path, f"optim: {{clip: {word}}}").optim.clip is None
+    assert in_file(tmp_path, f'model: {{system_prompt: "{word}"}}').model.system_prompt == word
+    for key in ("run_dir", "train.updates", "optim.lr", "train.frozen", "train.compile", "model.system_prompt"):
+        with pytest.raises(RecipeError, match=f"{key} in the command line cannot be null"):
+            show_o(f"{key}={word}")
+    with pytest.raises(RecipeError, match="train.frozen\\[1\\] in the command line cannot be null"):
+        show_o(f"train.frozen=[a, {word}]")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run_dir=", "run_dir= has no value; write run_dir='\"\"' for an empty text"),
+        ("data.cache= ", "write data.cache=null for none or data.cache='\"\"'"),
+        ("train.updates=", "train.updates= has no value; write one behind the ="),
+        ('run_dir=""', "run_dir in the command line is an empty text; write a path"),
+        ("run_dir=~nobody_of_this_name/x", "there is no such user"),
+        ("run_dir=$HOME/x", "variables are not expanded"),
+        ("run_dir=runs/${train.seed}", "variables are not expanded"),
+        ("run_dir=a\0b", "without NUL"),
+        ("model.system_prompt=\udcff", "is not UTF-8"),
+        (r'run_dir="\q"', "a backslash in double quotes"),
+        ("train.frozen=[a,,b]", "an item is empty"),
+        ("train.frozen=a", "train.frozen='a' in the command line: expected a list"),
+        ("optim.betas.0=0.5", "optim.betas has no keys below it"),
+        ("optim.betas[0]=0.5", "optim.betas has no keys below it"),
+        ("run_dir.x=1", "run_dir has no keys below it"),
+        (".=1", "unknown key"),
+        ("optim..lr=1", "unknown key"),
+        ("objective={reca: {weight: 2}", "objective in the command line is not YAML"),
+        ("objective=[reca]", "objective in the command line is a group of keys"),
+    ],
+)
+def test_what_is_no_text_is_named(override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        show_o(override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["1.5", "3.0", "1e3", "true", "0x10", "0o10", "12:30", "ten", "--1", "1__0", "1_00", "٣", "1 0"]
+)
+def test_a_whole_number_is_one(text):
+    with pytest.raises(RecipeError, match="expected a whole number"):
+        show_o(f"train.updates={text}")
+
+
+@pytest.mark.parametrize("text", ["010", "-07", "00", "0_010"])
+def test_a_leading_zero_changes_no_number(text):
+    for key in ("train.updates", "optim.lr"):
+        with pytest.raises(RecipeError, match="without leading zeros|a whole number|a number"):
+            show_o(f"{key}={text}")
+
+
+def test_numbers():
+    assert show_o("train.updates=+12_000").train.updates == 12000
+    for text, value in {
+        "1e-5": 1e-5,
+        "1E-5": 1e-5,
+        "1": 1.0,
+        ".5": 0.5,
+        "5.": 5.0,
+        "1_000.5": 1000.5,
+        "0": 0.0,
+        "+1": 1,
+    }.items():
+        assert show_o(f"optim.lr={text}").optim.lr == value and type(show_o(f"optim.lr={text}").optim.lr) is float
+    for text in (
+        ".inf",
+        "inf",
+        "-.inf",
+        "nan",
+        "NaN",
+        ".nan",
+        "1e999",
+        "1e-999",
+        "1,5",
+        "12:30",
+        "true",
+        "fast",
+        "1e",
+        ".",
+    ):
+        with pytest.raises(RecipeError, match="optim.lr"):
+            show_o(f"optim.lr={text}")
+    with pytest.raises(RecipeError, match="fits 64 bits"):
+        show_o("train.seed=" + "9" * 5000)
+    with pytest.raises(RecipeError, match="at most 9223372036854775807"):
+        show_o("train.seed=9223372036854775808")
+
+
+def test_truths():
+    for text, value in {"true": True, "False": False, "YES": True, "off": False, "1": True, "0": False}.items():
+        assert show_o(f"log.tensorboard={text}").log.tensorboard is value
+    for text in ("2", "tRUE", "1.0", "[]", "y"):
+        with pytest.raises(RecipeError, match="expected true or false"):
+            show_o(f"log.tensorboard={text}")
+
+
+def test_files_are_read_by_the_types_of_the_keys(tmp_path):
+    recipe = in_file(
+        tmp_path,
+        "run_dir: 0010\nlog: {profile: 10:13, prompts: [no, 12:30, on, 1e3, 007, '']}\noptim: {lr: 1e-5}\n"
+        "data: {images: no, captions: !!str 1, cache: }\nmodel: {system_prompt: 'null'}\ntrain: {updates: '10'}\n",
+    )
+    assert (recipe.run_dir, recipe.log.profile, recipe.optim.lr) == ("0010", "10:13", 1e-5)
+    assert recipe.log.prompts == ["no", "12:30", "on", "1e3", "007", ""]
+    assert (recipe.data.images, recipe.data.captions, recipe.data.cache) == ("no", "1", None)
+    assert (recipe.model.system_prompt, recipe.train.updates) == ("null", 10)
+
+
+def test_anchors_and_merges(tmp_path):
+    text = (
+        "objective:\n  reca: &k {weight: 1, micro_batch: 2}\n  t2i: {<<: *k, weight: 3}\n  i2t: {weight: 5, <<: [*k]}\n"
+    )
+    objective = in_file(tmp_path, text).objective
+    assert (objective.t2i.weight, objective.t2i.micro_batch) == (3, 2)
+    assert (objective.i2t.weight, objective.i2t.micro_batch) == (5, 2)
+
+
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_dir: a\nrun_dir: b\n", "key 'run_dir' stands twice, the second time at line 2"),
+        ("optim: {lr: 1, lr: 2}\n", "key 'lr' stands twice"),
+        ("train: {updates: 010}\n", "train.updates='010' in .*r.yaml: expected a number without leading zeros"),
+        ("train: {updates: 12:30}\n", "expected a whole number"),
+        ("train: {updates: 1.0}\n", "expected a whole number, such as 1"),
+        ("optim: {lr: .inf}\n", "expected a finite number"),
+        ("optim: {lr: {a: 1}}\n", "optim.lr=a group of keys"),
+        ("optim: {betas: [0.9, [1]]}\n", r"optim.betas\[1\]=a list"),
+        ("optim: {betas: [0.9, null]}\n", r"optim.betas\[1\] in .* cannot be null"),
+        ("run_dir: [a]\n", "run_dir=a list in .*: expected a text; put it in quotes"),
+        ("run_dir: ~\n", "run_dir in .* cannot be null"),
+        ("run_dir: ${oc.env:HOME}/x\n", "variables are not expanded"),
+        ("optim:\n", "optim in .* is a group of keys"),
+        ("model: null\n", "model in .* is a group of keys"),
+        ("1: a\n", "unknown key '1'"),
+        ("[a]: b\n", "the key at line 1 is no text"),
+        ("run_dir: !!python/object/apply:os.system [ls]\n", "tags such as the one at line 1 are not read"),
+        ("run_dir: !!binary aaaa\n", "tags such as"),
+        ("log: &a {<<: *a}\n", "contains itself"),
+        ("log: {<<: 3}\n", "takes a group of keys"),
+        ("log: {prompts: &p [*p]}\n", "contains itself"),
+        (BOMB, "unknown key 'a0'"),
+        ("a: b\n---\nc: d\n", "not YAML"),
+        ("[" * 5000, "not YAML|cannot be read"),
+        ("", "holds no keys"),
+        ("- a\n", "holds no keys"),
+        (b"run_dir: \xff\n", "not YAML"),
+        (b"\0", "not YAML"),
+        ('run_dir: "\\UFFFFFFFF"\n', "not YAML"),
+        ("umm: [a]\n", "umm=a list"),
+        ("umm: null\n", "umm in .* cannot be null"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_sentence(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        in_file(tmp_path, text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_saved_recipes_and_their_explanations_read_back_exactly(text, tmp_path):
+    recipe = show_o()
+    recipe.model.system_prompt, recipe.log.prompts = text, [text, "", text]
+    recipe.optim.lr, recipe.optim.eps, recipe.train.seed = 0.1 + 0.2, math.pi * 1e-30, 2**63 - 1
+    save_recipe(recipe, tmp_path / "r.yaml")
+    assert as_dict(load_recipe(tmp_path / "r.yaml")) == as_dict(recipe)
+    again = show_o(f"model.system_prompt={override_text(text)}", f"log.prompts={override_text(recipe.log.prompts)}")
+    assert (again.model.system_prompt, again.log.prompts) == (text, recipe.log.prompts)
+
+
+def test_a_name_that_is_not_utf8_reads_back(tmp_path):
+    save_recipe(show_o("run_dir=a\udcffb"), tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").run_dir == "a\udcffb"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_explained_line_is_an_override(name):
+    recipe = load_recipe(name)
+    lines = [line.split("  ")[0] for line in explain(recipe).splitlines()]
+    assert as_dict(load_recipe(name, lines)) == as_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=-1", "optim.eps=0", "optim.betas=[1.0, 0.9]", "optim.betas=[0.9, -0.1]", "optim.betas=[]",
+        "optim.weight_decay=-1", "optim.clip=0", "optim.clip=-1", "optim.warmup=-1", "optim.decay_updates=0",
+        "optim.hold=1.01", "optim.hold=-0.1", "optim.final=1.5", "optim.final=-0.1",
+        "train.updates=0", "train.updates=9999999999", "train.seed=-1", "train.max_skips=-1", "train.threads=0",
+        "parallel.shard=0", "parallel.timeout_minutes=0", "parallel.timeout_minutes=9999999999",
+        "checkpoint.every=-1", "checkpoint.keep=-1", "log.every=-1", "log.sample_every=-1", "log.profile=13:10",
+        "log.profile=1", "log.profile=", "objective.reca.per_update=0", "objective.i2t.micro_batch=0",
+        "objective.i2t.weight=-1", "data.workers=-1", "data.prefetch=-1", "data.max_bad_fraction=1.1",
+        "data.template_count=0", "model.seed=-1", "model.caption_drop=1.1", "model.image_size=0", "model.text_slots=0",
+        "model.phi.hidden_size=0", "model.phi.layer_norm_eps=0", "model.phi.partial_rotary_factor=1.5",
+        "model.phi.hidden_act=softmax", "model.magvit.encoder_blocks=[]", "model.magvit.encoder_blocks=[1, 0]",
+        "model.magvit.z_channels=99",
+    ],
+)  # fmt: skip
+def test_numbers_have_bounds(override):
+    with pytest.raises(RecipeError, match=override.split("=")[0].replace(".", r"\.")):
+        show_o(override)
+
+
+def test_every_number_has_a_least_value():
+    """A new key is declared with the smallest value that makes sense, or stands here."""
+    signed = {"shift_factor"}
+    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"):
+        from reca.config import walk
+
+        for _, f, key in walk(load_recipe(name)):
+            if any(kind in str(f.type) for kind in ("int", "float")) and f.name not in signed:
+                assert any(f.metadata.get(bound) is not None for bound in ("least", "above")), key
+
+
+def test_every_path_key_expands_home(monkeypatch, tmp_path):
+    from reca.config import walk
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    count = 0
+    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"):
+        for _, f, key in walk(load_recipe(name)):
+            if f.metadata.get("path"):
+                recipe = load_recipe(name, [f"{key}=~/x"])
+                group = recipe
+                for part in key.split("."):
+                    group = getattr(group, part)
+                assert group == f"{tmp_path}/x", key
+                count += 1
+    assert count > 40
+    assert in_file(tmp_path, "run_dir: ~/x\n").run_dir == f"{tmp_path}/x"
+    assert load_recipe("~/r.yaml").run_dir == f"{tmp_path}/x"
+
+
+def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
+    here = tmp_path / "a[1]"
+    (here / "model").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    recipe = located(
+        show_o("run_dir=runs/x", "train.init_from=./before", "data.images=shards/*.tar", "data.captions=photos",
+               "data.conversations=world:understood", "model.weights=model", "model.codec_weights=owner/name",
+               "data.templates=/t.txt")
+    )  # fmt: skip
+    assert recipe.run_dir == f"{here}/runs/x" and recipe.train.init_from == f"{here}/before"
+    assert recipe.data.images == f"{tmp_path}/a[[]1]/shards/*.tar" and recipe.data.captions == f"{here}/photos"
+    assert (recipe.data.conversations, recipe.data.templates, recipe.data.cache) == ("world:understood", "/t.txt", None)
+    assert (recipe.model.weights, recipe.model.codec_weights) == (f"{here}/model", "owner/name")
+    assert as_dict(located(recipe)) == as_dict(recipe)
+
+
+def test_recipes_that_cannot_be_read(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    for name in (tmp_path / "folder.yaml", tmp_path / "none.yaml", "x" * 5000, "x" * 5000 + ".yaml", "a\0b", "", "\n"):
+        with pytest.raises(RecipeError, match="no recipe|cannot be read") as caught:
+            load_recipe(name)
+        assert "\n" not in str(caught.value)
