@@ -75,5 +75,5 @@ def departures(objective: Any, kinds: Iterable[str], ranks: int) -> str | None:
         f"the samples of the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not the recipe's: "
         f"{'; '.join(others)}. "
         "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the update "
-        "is near the recipe's and not the same; objective.mean=update averages over all samples of the update"
+        "changes a little where samples carry different numbers of tokens; objective.mean=update averages over all"
     )

@@ -24,6 +24,7 @@ UNEVEN = (
 ).split()
 SMOOTH = ["optim.eps=1", "optim.lr=1"]
 ODD = [*SMOOTH, "objective.reca.per_update=7"]
+OTHER = [*SMOOTH, "objective.reca.per_update=3", "objective.condition=other"]
 
 
 def released(name: str) -> list[str]:
@@ -43,6 +44,7 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["toy_1", 1, toy, ODD],
         ["chained_1", 1, toy, chained],
         ["unclipped_1", 1, toy, [*ODD, "optim.clip=null"]],
+        ["other_1", 1, toy, OTHER],
         ["released_1", 1, "show_o_tiny", released("show_o_512")],
         *[[f"{name}_1", 1, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["toy_2", 2, toy, ODD],
@@ -51,7 +53,9 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["parts", 2, toy, [*ODD, "train.updates=2"]],
         *[[f"{name}_2", 2, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["parts", 3, toy, [*ODD, "train.updates=4"]],
+        ["recomputed_3", 3, "show_o_tiny", [*UNEVEN, "train.activation_checkpointing=true"]],
         *[[f"{name}_3", 3, f"{name}_tiny", UNEVEN] for name in UMMS],
+        ["other_4", 4, toy, OTHER],
         ["toy_4", 4, toy, [*ODD, "parallel.shard=2"]],
         *[[f"{name}_4", 4, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["released_8", 8, "show_o_tiny", released("show_o_512")],
@@ -118,6 +122,15 @@ def test_the_release_of_show_o_on_eight_ranks(runs):
     said = [line["warning"] for line in log(eight) if "warning" in line]
     assert any("reca 2 or 1 instead of 2; i2t 2 or 1 instead of 2" in text for text in said)
     assert not any("instead of" in line.get("warning", "") for line in log(one))
+
+
+def test_activation_checkpointing_on_ranks_of_unequal_micro_batches(runs):
+    same(final(runs / "show_o_1"), final(runs / "recomputed_3"), atol=2e-6)
+
+
+def test_h_v_of_another_sample_does_not_depend_on_the_ranks(runs):
+    """The control, 3 samples on 4 ranks: each h_v comes from a sample of another rank, and one rank computes a copy."""
+    same(final(runs / "other_1"), final(runs / "other_4"), atol=2e-6)
 
 
 def test_runs_go_on_with_another_number_of_ranks(runs):
