@@ -50,11 +50,13 @@ def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
 
 
 def skeleton(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
-    """The model of `load` with weights of any value."""
-    words = config.words
-    if config.weights or config.tokenizer:
+    """The model of `load` with weights of any value. A tokenizer on this machine is read, for its number of tokens."""
+    folder = Path(config.weights).expanduser() if config.weights else None
+    own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
+    if own and not own.is_dir():
         words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
-    model = cls(config, load_tokenizer(replace(config, tokenizer=None, words=words), None))
+        config, folder = replace(config, tokenizer=None, words=words), None
+    model = cls(config, load_tokenizer(config, folder))
     for parameter in (trained(model) if config.weights else model.showo).parameters():
         parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
     return model
