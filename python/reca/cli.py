@@ -341,7 +341,13 @@ def _write(pictures: list, options: argparse.Namespace, seeds: list[int], texts:
     for i, (picture, seed, text) in enumerate(zip(pictures, seeds, texts, strict=True)):
         words = re.sub(r"\W+", "-", text).strip("-")[:40]
         path = options.out / f"{i:03d}_seed{seed}_{words}.png"
-        grid([picture]).save(path)
+        try:
+            grid([picture]).save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"{path} cannot be written ({error.strerror or error}); give another folder as --out"
+            ) from error
         print(path)
 
 

@@ -16,9 +16,12 @@ def writable(folder: Path, what: str) -> Path:
     return folder
 
 
+PART = ".part"  # of a file that is being written; a killed process leaves it
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it has the old text or the new one, on the disk too."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with part.open("w") as file:
             file.write(text)

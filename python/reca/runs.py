@@ -38,10 +38,7 @@ def identity(recipe: Recipe, sources: Mapping[str, Any], templates: list[str]) -
 
     sources: the samples of every active kind.
     """
-    found = {
-        f"data.{SPECS[kind]}": [len(sources[kind]), sources[kind].identity()]
-        for kind in recipe.active_kinds()
-    }
+    found = {f"data.{SPECS[kind]}": [len(sources[kind]), sources[kind].identity()] for kind in recipe.active_kinds()}
     if "reca" in recipe.active_kinds():
         found["data.templates"] = _digest("\n".join(templates).encode())
     found |= {f"model.{name}": _fingerprint(value) for name, value in files(recipe).items()}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reca import distributed, exits
-from reca.folders import replace_text
+from reca.folders import PART, replace_text
 
 log = logging.getLogger("reca")
 
@@ -90,8 +90,11 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: Path, updates: int):
-        self.path = run_dir
+        self.path, self.mute = run_dir, False
         self.lock = _lock(run_dir)
+        if distributed.rank() == 0:
+            for part in run_dir.glob(f".*{PART}"):
+                part.unlink()
         self.status = Status(updates=updates, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world())
 
     def __enter__(self) -> "RunFolder":
@@ -107,23 +110,26 @@ class RunFolder:
             self.tell("failed", exits.code_of(error), f"{told}{str(error) or type(error).__name__}")
         self.close()
 
-    def saved(self, checkpoint: Path | None, update: int) -> None:
-        """Take note of a complete checkpoint; None if there is none yet."""
+    def saved(self, checkpoint: Path | None) -> None:
+        """Take note of the newest complete checkpoint; None if there is none."""
         self.status.checkpoint = checkpoint and str(checkpoint.relative_to(self.path))
-        self.status.update = update
+        self.status.update = 0 if checkpoint is None else int(checkpoint.name)
         self.tell("running")
 
     def tell(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
-        """Write the status. Rank 0 does; a failure is told by whichever rank has it first, as the others follow it."""
+        """Write the status: rank 0 does, or any rank that fails. The first end that is told stays; others follow it."""
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        if state == "failed":
+        if state != "running":
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                if json.loads((self.path / FILE).read_text()).get("state") == "failed":
+                if json.loads((self.path / FILE).read_text()).get("state") != "running":
                     return
         if distributed.rank() == 0 or state == "failed":
-            _write(self.path / FILE, json.dumps(asdict(status), indent=1) + "\n")
+            reason = _write(self.path / FILE, json.dumps(asdict(status), indent=1) + "\n")
+            if reason and not self.mute:
+                log.error("%s cannot be written (%s): it does not say how this run stands", self.path / FILE, reason)
+            self.mute = reason is not None
 
     def close(self) -> None:
         """Let the folder go."""
@@ -190,16 +196,18 @@ def _take(handle: int, start: int, length: int) -> bool:
             time.sleep(0.05)
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace the status; on a full disk write over it, for which the space is there already."""
+def _write(path: Path, text: str) -> str | None:
+    """Replace the status; on a full disk write over it, for which the space is there already. Why that failed, too."""
     try:
         replace_text(path, text)
-    except OSError:
+    except OSError as error:
+        reason = error.strerror
         try:
             with path.open("r+b") as file:
                 file.write(text.encode())
                 file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            log.error("%s cannot be written (%s)", path, error.strerror)
+        except OSError:
+            return reason
+    return None

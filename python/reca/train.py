@@ -68,11 +68,12 @@ class Trainer:
         recipe = self.recipe
         if distributed.rank() == 0:
             checkpoint.remove_leftovers(self.run_dir)
+        self.folder.saved(checkpoint.newest(self.run_dir))
         newest = checkpoint.newest_sound(self.run_dir, set_aside=True)
         state = None if newest is None else checkpoint.read_state(newest)
         self.update = 0 if state is None else state["update"]
         self.schedule_end = runs.schedule_end(recipe, state)
-        self.folder.saved(newest, self.update)
+        self.folder.saved(newest)
         self.sources = self._check(adapter, state)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
@@ -94,6 +95,8 @@ class Trainer:
             self._tell_of_resuming(state)
         self.loaders = {kind: self._loader(kind) for kind in self.kinds}
         self.fixed = self._fixed_batches()
+        self.training = True  # from here on a signal waits for the end of an update, on every rank
+        distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Everything that needs no weights, on rank 0 first. Returns the sources of samples by kind."""
@@ -159,7 +162,6 @@ class Trainer:
             record.warn(self.update, departures)
         streams = {kind: iter(loader) for kind, loader in self.loaders.items()}
         profiler = self._profiler()
-        self.training = True
         try:
             with self._listening(), profiler:
                 while self.update < recipe.train.updates:
@@ -195,7 +197,6 @@ class Trainer:
                             log.warning("interrupted at update %d; the same command continues the run", self.update)
                         raise SystemExit(exits.INTERRUPTED)
         finally:
-            self.training = False
             for loader in self.loaders.values():
                 loader.close()
             record.close()
@@ -233,7 +234,7 @@ class Trainer:
         }
         saved = checkpoint.save(self.run_dir, state, self.adapter, self.optimizer, self.recipe.checkpoint.keep)
         if saved is not None:
-            self.folder.saved(saved, self.update)
+            self.folder.saved(saved)
         return saved
 
     def _save_last(self) -> None:

@@ -81,7 +81,7 @@ import sys, time
 from pathlib import Path
 from reca.status import RunFolder
 folder = RunFolder(Path(sys.argv[1]), 10)
-folder.saved(None, 0)
+folder.saved(None)
 print("holds", flush=True)
 time.sleep(60)
 """
