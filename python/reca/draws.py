@@ -46,7 +46,8 @@ class Draws:
 
     def noise(self, purpose: Purpose, sample_ids: Tensor) -> Philox:
         """The address of a sample's noise; kernels regenerate the numbers from it and never store them."""
-        seed = torch.tensor(self.seed, dtype=torch.int64, device=sample_ids.device)
+        # Filled and not copied: a copy from the host would wait for a GPU.
+        seed = torch.full((), self.seed, dtype=torch.int64, device=sample_ids.device)
         return Philox(seed, sample_ids, int(purpose))
 
     def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:

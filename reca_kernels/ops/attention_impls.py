@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reca_kernels.host import on_device
 from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
 from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
 from reca_kernels.reference.attention import allowed
@@ -211,9 +212,9 @@ def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
         line[: own.shape[0], : own.shape[1]] = own
     blind = ~sees.any(-1, keepdim=True)
     if plan.device.type == "cpu" or not bool(blind.any()):
-        return sees[:, None].to(plan.device), None
+        return on_device(sees[:, None], plan.device), None
     sees[..., :1] |= blind
-    return sees[:, None].to(plan.device), blind[..., None].to(plan.device)
+    return on_device(sees[:, None], plan.device), on_device(blind[..., None], plan.device)
 
 
 # ---- FlexAttention ----
@@ -267,14 +268,15 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
 
     blocks = create_block_mask(sees, None, None, len(place_q), len(place_k), device=plan.device)
     queries, keys = (
-        None if bool(chosen.all()) else chosen.nonzero()[:, 0].to(plan.device) for chosen in (solid[asked], solid)
+        None if bool(chosen.all()) else on_device(chosen.nonzero()[:, 0], plan.device)
+        for chosen in (solid[asked], solid)
     )
     return queries, keys, blocks
 
 
 def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
     """Run, sample and rules of the chosen rows, int32 each, and which rows those are."""
-    return table[chosen][:, :5].T.contiguous().to(device).unbind(0), chosen.nonzero()[:, 0].to(device)
+    return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 
 IMPLS: dict[str, Callable] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "flex": flex, "dense": dense}

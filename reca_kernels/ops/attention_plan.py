@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reca_kernels.host import on_device
+
 MODES = ("causal", "full", "noise", "pad")
 
 Span = tuple[int, int]  # [start, stop)
@@ -261,9 +263,9 @@ def _calls(plan: AttentionPlan) -> Calls:
         calls.append(
             Call(
                 rows=len(rows),
-                keys=None if _counts_up(keys, kept) else keys.to(plan.device),
-                cu_q=torch.tensor(_starts(lengths_q), dtype=torch.int32, device=plan.device),
-                cu_k=torch.tensor(_starts(lengths_k), dtype=torch.int32, device=plan.device),
+                keys=None if _counts_up(keys, kept) else on_device(keys, plan.device),
+                cu_q=on_device(torch.tensor(_starts(lengths_q), dtype=torch.int32), plan.device),
+                cu_k=on_device(torch.tensor(_starts(lengths_k), dtype=torch.int32), plan.device),
                 max_q=max(lengths_q),
                 max_k=max(lengths_k),
                 causal=causal,
@@ -271,8 +273,8 @@ def _calls(plan: AttentionPlan) -> Calls:
         )
     whole = torch.cat(order) if order else torch.empty(0, dtype=torch.int64)
     return Calls(
-        order=None if _counts_up(whole, sum(plan.query_sizes)) else whole.to(plan.device),
-        unpadded=None if kept == len(unpadded) else unpadded.nonzero()[:, 0].to(plan.device),
+        order=None if _counts_up(whole, sum(plan.query_sizes)) else on_device(whole, plan.device),
+        unpadded=None if kept == len(unpadded) else on_device(unpadded.nonzero()[:, 0], plan.device),
         calls=tuple(calls),
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
+from reca_kernels.host import on_device
 from reca_kernels.ops.philox import Philox, checked
 from reca_kernels.reference import diffusion_loss as reference
 
@@ -33,7 +34,7 @@ def diffusion_schedule(
     if kind != "cosine":
         raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
     kept = None if keep is None else diffusion_steps(steps, keep)
-    return reference.schedule(steps, kept).float().to(device)
+    return on_device(reference.schedule(steps, kept).float(), device)
 
 
 def diffusion_steps(steps: int, keep: int) -> Tensor:

@@ -112,7 +112,8 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, kind):
     real = data[f"{kind}.llm_attention_mask"].bool()
     lengths = real.sum(1)
     ((_, inputs, hidden),) = spy.seen["language"]
-    assert set(inputs) == {"inputs_embeds", "use_cache"}  # no mask, and positions that count up from 0 …
+    assert inputs.keys() == {"inputs_embeds", "attention_mask", "use_cache"}
+    assert inputs["attention_mask"] == {"full_attention": None}  # no mask, and positions that count up from 0 …
     ours = torch.arange(inputs["inputs_embeds"].shape[1]) < lengths[:, None]
     positions = torch.arange(ours.shape[1]).expand(ours.shape)[ours]
     assert torch.equal(positions, data[f"{kind}.llm_position_ids"][real])  # … as there

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -55,6 +55,7 @@ class Batch:
     keep: Callable[[dict[str, Any]], None] | None = None
     neighbour: "Batch | None" = None
     counted: bool = True
+    _host_ids: Tensor | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -68,7 +69,7 @@ class Batch:
             return [move(item) for item in value] if isinstance(value, list) else value
 
         features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
-        return replace(
+        moved = replace(
             self,
             sample_ids=move(self.sample_ids),
             gen=move(self.gen),
@@ -76,6 +77,16 @@ class Batch:
             features=features,
             neighbour=self.neighbour and self.neighbour.to(device),
         )
+        moved._host_ids = self.host_ids
+        return moved
+
+    @property
+    def host_ids(self) -> Tensor:
+        """sample_ids on the host, wherever the rest is: int64 [B].
+
+        What decides shapes is drawn from them, since a GPU that has to be asked is waited for. The bits are the same.
+        """
+        return self.sample_ids.cpu() if self._host_ids is None else self._host_ids
 
 
 class LossTerm(NamedTuple):

@@ -203,7 +203,7 @@ class Bagel(Adapter):
             if images is None:
                 side, images = self.config.latent_patch_size, batch.features["moments"]
             count = sum((image.shape[-2] // side) * (image.shape[-1] // side) for image in images)
-        return torch.tensor(float(count), dtype=torch.float32, device=batch.sample_ids.device)
+        return torch.full((), count, dtype=torch.float32, device=batch.sample_ids.device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         if batch.kind == "i2t":
@@ -232,9 +232,7 @@ class Bagel(Adapter):
         _, context = self.read(*given)
         velocity = self.velocity(context, sizes, tokens, t)
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
-        return LossTerm(
-            total / velocity.shape[1], torch.tensor(float(len(velocity)), dtype=torch.float32, device=velocity.device)
-        )
+        return LossTerm(total / velocity.shape[1], torch.full_like(total.detach(), len(velocity)))
 
     def drawn(self, moments: list[Tensor] | Tensor, draws: Draws, ids: Tensor) -> list[Tensor]:
         """A draw of every image's posterior, fp32 [C, h, w]; the release draws too, in training and in inference."""
@@ -254,7 +252,7 @@ class Bagel(Adapter):
         RECA drops the text of some samples and never h_v; a dropped text takes no position.
         """
         share = self.config.template_drop if batch.kind == "reca" else self.config.caption_drop
-        dropped = (draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < share).tolist()
+        dropped = (draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
         samples = [[] if out else [self.text(text)] for text, out in zip(batch.text, dropped, strict=True)]
         if batch.kind == "t2i":
             return samples, None, None
@@ -276,7 +274,7 @@ class Bagel(Adapter):
         total = masked_linear_cross_entropy(
             hidden, self.language_model.lm_head.weight, labels, reduction="sum", num_labelled=labelled
         )
-        return LossTerm(total, (labels != prompt.IGNORE).sum().float())
+        return LossTerm(total, torch.full_like(total.detach(), labelled))
 
     # text
 

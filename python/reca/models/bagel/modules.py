@@ -15,6 +15,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
 from reca.models.patch_codec import PatchCodec
+from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
 CERTAIN = -60.0  # log-variance of a latent without spread
@@ -53,7 +54,7 @@ class VisionModel(nn.Module):
         """A row per patch, [B, H / p, W / p, C]. Every image sees itself only."""
         p = self.sizes.patch_size
         height, width = (size // p for size in pixels.shape[2:])
-        positions = grid(height, width, side(self.sizes)).to(pixels.device)
+        positions = on_device(grid(height, width, side(self.sizes)), pixels.device)
         patches = patchify(pixels, p).to(self.embeddings.patch_embedding.weight.dtype)
         hidden = self.encoder(inputs_embeds=self.embeddings(patches, positions)).last_hidden_state
         return self.post_layernorm(hidden).unflatten(1, (height, width))

@@ -21,6 +21,7 @@ from reca.models.bagel.modules import grid
 from reca.models.bagel.mot import GEN, UND, Split
 from reca.models.text import encode as encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
+from reca_kernels.host import on_device
 
 BEGIN, END, IMAGE, END_OF_IMAGE = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
 SPECIAL_TOKENS = (BEGIN, END, IMAGE, END_OF_IMAGE)
@@ -104,8 +105,8 @@ class Layout:
     cursors: list[int]
 
     def to(self, device: torch.device) -> "Layout":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type is Tensor}
-        return replace(self, **moved, positions={expert: p.to(device) for expert, p in self.positions.items()})
+        moved = {f.name: on_device(getattr(self, f.name), device) for f in fields(self) if f.type is Tensor}
+        return replace(self, **moved, positions={expert: on_device(p, device) for expert, p in self.positions.items()})
 
 
 def layout(

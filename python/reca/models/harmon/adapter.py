@@ -32,6 +32,7 @@ from reca_kernels import (
     masked_linear_cross_entropy,
     template_concat,
 )
+from reca_kernels.host import on_device
 
 
 class Harmon(Adapter):
@@ -119,7 +120,9 @@ class Harmon(Adapter):
     def states(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
         """Last hidden states of the language model, [B, L, H]. Causal and padded on the right: no mask."""
         embeddings = template_concat(self.llm.model.embed_tokens.weight, visual, layout.src)
-        return self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        # None: no mask beside the causal one. Left to itself, transformers asks the device whether it needs another.
+        mask = {"full_attention": None}
+        return self.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
     def understood(self, encoded: Tensor) -> Tensor:  # [B, buffers + S, D]
         """h_v of a fully visible picture, buffers first, [B, buffers + S, H]."""
@@ -158,9 +161,11 @@ class Harmon(Adapter):
     def weight(self, batch: Batch, draws: Draws) -> Tensor:
         if batch.kind == "i2t":
             counts = [sum(label != IGNORE for label in self.conversation(tuple(turns)).labels) for turns in batch.text]
-            return torch.tensor(float(sum(counts)), dtype=torch.float32, device=batch.sample_ids.device)
-        side = self.config.image_size // modules.factor(self.config)
-        return self.hidden_counts(draws, batch.sample_ids, side * side).sum().float() * self.config.mar.repeats
+            weight = sum(counts)
+        else:
+            side = self.config.image_size // modules.factor(self.config)
+            weight = int(self.hidden_counts(draws, batch.host_ids, side * side).sum()) * self.config.mar.repeats
+        return torch.full((), weight, dtype=torch.float32, device=batch.sample_ids.device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         """Sum over hidden tokens and their timesteps of the diffusion loss, or over answers of the cross-entropy."""
@@ -171,13 +176,13 @@ class Harmon(Adapter):
 
     def drawing_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         seen = self.mar.encode(features["seen"]) if batch.kind == "reca" else None
-        return self.token_loss(self.prompts(batch, draws), features["latents"], batch.sample_ids, draws, seen)
+        return self.token_loss(self.prompts(batch, draws), features["latents"], batch.host_ids, draws, seen)
 
     def token_loss(
         self,
         prompts: list[Prompt],
         latents: Tensor,  # [B, m, n, C]
-        ids: Tensor,  # int64 [B], global ids of the samples
+        ids: Tensor,  # int64 [B], global ids of the samples, on the host
         draws: Draws,
         seen: Tensor | None = None,  # [B, buffers + S', D], the encoded picture that h_v is made of
     ) -> LossTerm:
@@ -187,6 +192,7 @@ class Harmon(Adapter):
         size = grid[0] * grid[1]
         counts = self.hidden_counts(draws, ids, size)
         masking = Masking.of(draws.uniform(Purpose.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
+        masking, ids = masking.to(latents.device), on_device(ids, latents.device)
         encoded = self.mar.encode(latents, masking.visible, masking.real)
         z = self.condition(prompts, encoded, masking, grid, seen)
 
@@ -200,7 +206,7 @@ class Harmon(Adapter):
         x_t = diffusion_prepare(x0, t, noise, table, rows=rows)
         out = self.mar.diffloss.net(x_t, t, z.flatten(0, 1).index_select(0, masking.hidden))
         total = diffusion_loss(out, x0, t, noise, table, rows=rows, reduction="sum")
-        return LossTerm(total, counts.sum().float() * repeats)
+        return LossTerm(total, torch.full_like(total.detach(), int(counts.sum()) * repeats))
 
     def answer_loss(self, batch: Batch, latents: Tensor) -> LossTerm:
         """Next-token cross-entropy of the answers; logits exist for labelled rows only."""
@@ -212,7 +218,7 @@ class Harmon(Adapter):
         hidden = self.states(layout, self.understood(encoded))
         labels, head = layout.labels.flatten(), self.llm.lm_head.weight
         total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum", num_labelled=labelled)
-        return LossTerm(total, (labels != IGNORE).sum().float())
+        return LossTerm(total, torch.full_like(total.detach(), labelled))
 
     def hidden_counts(self, draws: Draws, sample_ids: Tensor, size: int) -> Tensor:
         """How many tokens of each picture are hidden, int64 [B]."""
@@ -224,7 +230,7 @@ class Harmon(Adapter):
     def prompts(self, batch: Batch, draws: Draws) -> list[Prompt]:
         """A template or caption per sample, some of them dropped; h_v stays."""
         make = prompt.template if batch.kind == "reca" else prompt.caption
-        drop = draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < self.config.text_drop
+        drop = draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.text_drop
         texts = zip(batch.text, drop.tolist(), strict=True)
         return [make(self.tokenizer, None if dropped else text) for text, dropped in texts]
 
@@ -240,7 +246,7 @@ class Harmon(Adapter):
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(draws.at(int(batch.sample_ids[0])).seed)
+            torch.manual_seed(draws.at(int(batch.host_ids[0])).seed)
             yield
 
     # inference

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reca_kernels.host import on_device
+
 WIDTH = 0.25  # of the truncated normal distribution of the hidden share, whose peak is at 1
 
 
@@ -29,15 +31,19 @@ class Masking(NamedTuple):
 
     @classmethod
     def of(cls, order: Tensor, counts: Tensor) -> "Masking":  # int64 [B, S], int64 [B]
-        """Hide the tokens with order < count. One transfer to the host: `counts`."""
-        (batch, size), device, hide = order.shape, order.device, counts.tolist()
+        """Hide the tokens with order < count. Both on the host, since the numbers decide shapes."""
+        (batch, size), hide = order.shape, counts.tolist()
         hidden = order < counts[:, None]
-        places = torch.arange(size, device=device)
+        places = torch.arange(size)
         lengths = [size - count for count in hide]
         visible = torch.where(hidden, size, places).sort(dim=1).values[:, : max(lengths, default=0)]
-        rows = torch.where(hidden, torch.arange(batch, device=device)[:, None] * size + places, batch * size)
+        rows = torch.where(hidden, torch.arange(batch)[:, None] * size + places, batch * size)
         real = visible < size if len(set(lengths)) > 1 else None
         return cls(visible.clamp(max=size - 1), real, lengths, rows.flatten().sort().values[: sum(hide)])
+
+    def to(self, device: torch.device) -> "Masking":
+        real, hidden = (x if x is None else on_device(x, device) for x in (self.real, self.hidden))
+        return Masking(on_device(self.visible, device), real, self.lengths, hidden)
 
 
 def hidden_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:

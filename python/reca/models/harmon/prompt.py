@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.text import control, encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
+from reca_kernels.host import on_device
 
 START, END = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [START, END, "<|endoftext|>"]
@@ -94,7 +95,7 @@ class Layout(NamedTuple):
     rows: Tensor
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Layout(*(on_device(tensor, device) for tensor in self))
 
 
 def layout(prompts: Sequence[Prompt], buffers: int, given: int, drawn: Sequence[int] | None = None) -> Layout:

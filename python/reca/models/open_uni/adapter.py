@@ -20,7 +20,7 @@ from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.open_uni import convert, modules, prompt, sampling
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.prompt import IGNORE, Prompt
-from reca.models.pixels import to_unit
+from reca.models.pixels import per_channel, to_unit
 from reca.models.planned import greedy
 from reca.models.text import check_tokenizer, control, read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
@@ -33,6 +33,7 @@ from reca_kernels import (
     masked_linear_cross_entropy,
     template_concat,
 )
+from reca_kernels.host import on_device
 
 log = logging.getLogger("reca")
 
@@ -146,7 +147,7 @@ class OpenUni(Adapter):
 
     def vit_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised first, resized then, as the release does."""
-        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (per_channel(v, pixels) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return F.interpolate(
             ((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear"
         )
@@ -175,7 +176,7 @@ class OpenUni(Adapter):
         device, n, queries = self.meta_queries.device, mask.shape[1], Run(self.config.queries)
         seen = attention_plan(prompt.runs(mask, side), device=device)
         behind = attention_plan([(*sample, queries) for sample in prompt.runs(mask, side, cached=True)], device=device)
-        positions = prompt.positions(prompt.extend(mask, self.config.queries)).to(device)
+        positions = on_device(prompt.positions(prompt.extend(mask, self.config.queries)), device)
         cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
         with torch.no_grad():
             model(
@@ -199,14 +200,14 @@ class OpenUni(Adapter):
         table = self.mllm.get_input_embeddings().weight
         visual = table.new_empty(0, table.shape[1]) if h_v is None else h_v.to(table.dtype).flatten(0, -2)
         with torch.no_grad():
-            return template_concat(table, visual, src.to(table.device))
+            return template_concat(table, visual, on_device(src, table.device))
 
     def weight(self, batch: Batch, draws: Draws) -> Tensor:
         device = batch.sample_ids.device
         if batch.kind != "i2t":
-            return torch.tensor(float(len(batch)), dtype=torch.float32, device=device)
+            return torch.full((), len(batch), dtype=torch.float32, device=device)
         counts = [sum(label != IGNORE for label in self.conversation(turns).labels) for turns in batch.text]
-        return torch.tensor(float(sum(counts)), dtype=torch.float32, device=device)
+        return torch.full((), sum(counts), dtype=torch.float32, device=device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         if batch.kind == "i2t":
@@ -229,7 +230,7 @@ class OpenUni(Adapter):
             frame = len(prompt.with_image(self.tokenizer, "", 0).ids)
             room = prompt.MAX_LENGTH - modules.hv_tokens(self.config) - frame
             return [prompt.with_image(self.tokenizer, text, room) for text in batch.text]
-        drop = (draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < CAPTION_DROP).tolist()
+        drop = (draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
         texts = [None if out else text for text, out in zip(batch.text, drop, strict=True)]
         return [_cut(prompt.caption(self.tokenizer, text)) for text in texts]
 
@@ -249,10 +250,10 @@ class OpenUni(Adapter):
         labelled = int((layout.labels != IGNORE).sum())  # on the host, so that no GPU is waited for
         hidden = self.mllm.model.language_model(
             inputs_embeds=self.embed(layout.src, h_v),
-            position_ids=prompt.positions(mask).to(h_v.device),
+            position_ids=on_device(prompt.positions(mask), h_v.device),
             plan=attention_plan(prompt.runs(mask, "right"), device=h_v.device),
         ).last_hidden_state
-        targets = layout.labels[:, 1:].to(h_v.device)
+        targets = on_device(layout.labels[:, 1:], h_v.device)
         total = masked_linear_cross_entropy(
             hidden[:, :-1].flatten(0, 1),
             self.mllm.lm_head.weight,
@@ -260,7 +261,7 @@ class OpenUni(Adapter):
             reduction="sum",
             num_labelled=labelled,
         )
-        return LossTerm(total, (targets != IGNORE).sum().float())
+        return LossTerm(total, torch.full_like(total.detach(), labelled))
 
     def generate(
         self,

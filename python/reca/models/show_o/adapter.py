@@ -14,12 +14,13 @@ from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.inference import check_pairs, warn_of_cut
-from reca.models.pixels import to_unit
+from reca.models.pixels import per_channel, to_unit
 from reca.models.show_o import loading, modules, prompt, sampling
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.prompt import IGNORE
 from reca.models.text import Remembered, encode
 from reca_kernels import masked_linear_cross_entropy, template_concat
+from reca_kernels.host import on_device
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -176,9 +177,11 @@ class ShowO(Adapter):
         device = batch.sample_ids.device
         if batch.kind == "i2t":
             labels = (label for turns in batch.text for label in self.conversation(turns)[1])
-            return torch.tensor(float(sum(label != IGNORE for label in labels)), dtype=torch.float32, device=device)
-        masked = self.masked_count(draws, batch.sample_ids).sum().float()
-        return masked if batch.kind == "reca" else masked + 2 * len(batch)  # soi and eoi are learned too
+            learned = sum(label != IGNORE for label in labels)
+            return torch.full((), learned, dtype=torch.float32, device=device)
+        masked = float(self.masked_count(draws, batch.host_ids).sum())
+        learned = masked if batch.kind == "reca" else masked + 2 * len(batch)  # soi and eoi are learned too
+        return torch.full((), learned, dtype=torch.float32, device=device)
 
     def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         """Sum over predicted tokens of the cross-entropy over the whole vocabulary, and their number."""
@@ -189,9 +192,8 @@ class ShowO(Adapter):
         clip = self.hv_source == "clip"
         make, slots = (prompt.reca_clip, self.config.reca_slots) if clip else (prompt.reca_vq, self.config.text_slots)
         samples = [make(self.template(text), v, slots, h_v.shape[1], n) for text in batch.text]
-        layout = prompt.layout(samples, v).to(self.device)
-        self.hide(layout, features["codes"], self.masked(draws, batch.sample_ids))
-        return self.cross_entropy(self.hidden(layout, h_v, self.learns_prompt or not clip), layout.labels)
+        layout, labelled = self.hidden_picture(samples, features["codes"], batch, draws)
+        return self.cross_entropy(self.hidden(layout, h_v, self.learns_prompt or not clip), layout.labels, labelled)
 
     @property
     def learns_prompt(self) -> bool:
@@ -200,23 +202,22 @@ class ShowO(Adapter):
         return not self.config.parity if chosen is None else chosen
 
     def t2i_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        dropped = draws.uniform(Purpose.CONDITION_DROP, batch.sample_ids)[:, 0] < self.config.caption_drop
+        dropped = draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.caption_drop
         texts = [[] if drop else self.tokens(text) for text, drop in zip(batch.text, dropped.tolist(), strict=True)]
         samples = [prompt.t2i(text, self.vocabulary, self.config.text_slots, self.image_tokens) for text in texts]
-        layout = prompt.layout(samples, self.vocabulary).to(self.device)
-        self.hide(layout, features["codes"], self.masked(draws, batch.sample_ids))
-        return self.cross_entropy(self.hidden(layout), layout.labels)
+        layout, labelled = self.hidden_picture(samples, features["codes"], batch, draws)
+        return self.cross_entropy(self.hidden(layout), layout.labels, labelled)
 
     def i2t_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
         h_v = features["h_v"]
         samples = [self.talk(*self.conversation(turns), h_v.shape[1]) for turns in batch.text]
         layout = prompt.layout(samples, self.vocabulary)
-        labelled = int((layout.labels != IGNORE).sum())  # on the host, so that no GPU is waited for
+        labelled = _labelled(layout)
         layout = layout.to(self.device)
         return self.cross_entropy(self.hidden(layout, h_v), layout.labels, labelled)
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> LossTerm:
-        """hidden [B, L, H], labels [B, L]. labelled: how many there are, where the host knows."""
+        """hidden [B, L, H], labels [B, L]. labelled: how many there are; a GPU that has to be asked is waited for."""
         head = self.showo.lm_head
         total = masked_linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -227,6 +228,16 @@ class ShowO(Adapter):
             num_labelled=labelled,
         )
         return LossTerm(total, (labels != IGNORE).sum().float())
+
+    def hidden_picture(
+        self, samples: list[prompt.Sample], codes: Tensor, batch: Batch, draws: Draws
+    ) -> tuple[prompt.Layout, int]:
+        """The layout of a picture to predict, on the device, and how many of its rows carry a label."""
+        layout, masked = prompt.layout(samples, self.vocabulary), self.masked(draws, batch.host_ids)
+        labelled = _labelled(layout) + int(masked.sum())
+        layout = layout.to(self.device)
+        self.hide(layout, codes, on_device(masked, self.device))
+        return layout, labelled
 
     def hide(self, layout: prompt.Layout, codes: Tensor, masked: Tensor) -> None:  # int64, bool [B, N]
         """Put the picture into the layout: masked codes as the mask token, with themselves as labels."""
@@ -341,8 +352,13 @@ class ShowO(Adapter):
 
 
 def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (per_channel(values, pixels) for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels + 1) / 2 - mean) / std
+
+
+def _labelled(layout: prompt.Layout) -> int:
+    """How many rows carry a label. layout: still on the host, so that no GPU is waited for."""
+    return int((layout.labels != IGNORE).sum())
 
 
 def _center_crop(image: Tensor, size: int) -> Tensor:  # uint8 [3, H, W]

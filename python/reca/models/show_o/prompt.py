@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.base import Turn
 from reca.models.text import encode as encode
 from reca_kernels import AttentionPlan, Run, TextSegment, VisualSegment, attention_plan, concat_plan
+from reca_kernels.host import on_device
 
 SPECIAL_TOKENS = (
     "[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>",
@@ -94,7 +95,7 @@ class Layout:
     runs: list[tuple[Run, ...]]
 
     def to(self, device: torch.device) -> "Layout":
-        move = (tensor.to(device) for tensor in (self.src, self.position_ids, self.labels))
+        move = (on_device(tensor, device) for tensor in (self.src, self.position_ids, self.labels))
         return Layout(*move, self.runs)
 
     def plan(self) -> AttentionPlan:

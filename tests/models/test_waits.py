@@ -1,0 +1,229 @@
+"""No loss of any model waits for a GPU: what decides shapes is known to the host, and copies stand in the queue."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reca.config import load_recipe
+from reca.data.pixels import make_view
+from reca.draws import Draws
+from reca.models import umm
+from reca.models.bagel import config as bagel
+from reca.models.base import Batch
+from reca.models.harmon import config as harmon
+from reca.models.open_uni.config import tiny as open_uni_sizes
+from reca.models.show_o import config as show_o
+from reca.world.source import world_source
+from reca.world.starts import FAMILIES
+from reca_kernels import Run, attention_plan
+from reca_kernels.host import on_device
+from reca_kernels.ops import attention_impls
+from tests.models.fake_gpu import GPU, Waited, gpu
+
+# Ways to wait, and what is none. x: fp32 [4] on the GPU; h: int64 [4] on the host.
+WAITS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "item": lambda x, h: x[0].item(),
+    "float": lambda x, h: float(x.sum()),
+    "int": lambda x, h: int(x[0]),
+    "bool": lambda x, h: bool((x > 0).any()),
+    "if": lambda x, h: 1 if x.sum() > 0 else 0,
+    "tolist": lambda x, h: x.tolist(),
+    "list": lambda x, h: [float(one) for one in x],
+    "range": lambda x, h: h[: x.long()[0]],
+    "cpu": lambda x, h: x.cpu(),
+    "to": lambda x, h: x.to("cpu", non_blocking=True),
+    "numpy": lambda x, h: x.numpy(),
+    "nonzero": lambda x, h: x.nonzero(),
+    "where": lambda x, h: torch.where(x > 0),
+    "mask": lambda x, h: x[x > 0],
+    "masked_select": lambda x, h: x.masked_select(x > 0),
+    "assignment": lambda x, h: x.__setitem__(h > 0, 1.0),
+    "unique": lambda x, h: x.unique(),
+    "repeats": lambda x, h: x.repeat_interleave(x.long()),
+    "equal": lambda x, h: torch.equal(x, x),
+    "split": lambda x, h: x.split(x.long().tolist()),
+    "up": lambda x, h: h.to(x.device),
+    "up_late_dtype": lambda x, h: h.to(x.device, torch.float32),
+    "tensor": lambda x, h: torch.tensor([1.0, 2.0], device=x.device),
+    "scalar": lambda x, h: torch.tensor(1.0, device=x.device),
+    "new_tensor": lambda x, h: x.new_tensor([1.0]),
+    "as_tensor": lambda x, h: torch.as_tensor([1, 2], device=x.device),
+    "index": lambda x, h: x[h],
+    "list_index": lambda x, h: x[[0, 2]],
+    "fill": lambda x, h: x.copy_(h),
+    "mixed": lambda x, h: x + h,
+}
+NONE: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "late": lambda x, h: x + on_device(h, x.device),
+    "full": lambda x, h: torch.full((), 3, device=x.device) + x,
+    "arange": lambda x, h: x[torch.arange(2, device=x.device)],
+    "where": lambda x, h: torch.where(x > 0, x, 0.0).sum(),
+    "slice": lambda x, h: x[: int(h[1])],
+    "host": lambda x, h: h[h > 1].tolist(),
+    "repeats": lambda x, h: x.repeat_interleave(x.long(), output_size=4),
+    "scalar": lambda x, h: x * torch.tensor(2.0),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_waits_are_seen(name, monkeypatch):
+    with gpu(monkeypatch) as waits:
+        x, h = waits.put(torch.zeros(4)), torch.arange(4)
+        # Some are refused by torch, as there is nothing to see.
+        with waits, pytest.raises((Waited, RuntimeError, NotImplementedError, TypeError)):
+            WAITS[name](x, h)
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_other_work_is_none(name, monkeypatch):
+    with gpu(monkeypatch) as waits:
+        x, h = waits.put(torch.zeros(4)), torch.arange(4)
+        with waits:
+            NONE[name](x, h)
+
+
+# ---- the losses ----
+
+# The published codecs in small, and everything that changes what the host decides.
+MAGVIT = show_o.MagvitSizes(32, [1, 1, 1], [1] * 3, [1, 1, 1], [1] * 3, 4)
+KL16 = harmon.AutoencoderSizes(32, [1, 1, 2], 1, latent_channels=4)
+FLUX = bagel.AutoencoderSizes([32, 32], 1, 4)
+VARIANTS = {
+    "show_o": [{}, {"parity": True}, {"hv_source": "vq", "hv_down_scale": 1}, {"codec": "magvitv2", "magvit": MAGVIT}],
+    "harmon": [{}, {"parity": True}, {"codec": "kl16", "autoencoder": KL16}],
+    "open_uni": [{}, {"parity": True}, {"codec": "dc_ae", "autoencoder": open_uni_sizes().autoencoder}],
+    "bagel": [{}, {"parity": True}, {"hv_source": "vae"}, {"codec": "flux", "autoencoder": FLUX, "image_size": 16}],
+}
+
+
+def cases():
+    for family in FAMILIES:
+        for changes in VARIANTS[family]:
+            for kind in sorted(umm(family).Adapter.kinds):
+                yield pytest.param(family, changes, kind, id=f"{family}-{kind}-{'-'.join(changes) or 'plain'}")
+
+
+def batch_of(model, kind, n=4):
+    source, views = world_source("understood?seed=0", "i2t"), model.views(kind)
+    samples = [source[i] for i in range(n)]
+
+    def seen(view):
+        return view and [make_view(Image.open(io.BytesIO(sample.image)), view) for sample in samples]
+
+    text = [sample.text if kind == "i2t" else sample.text[0].answer for sample in samples]
+    return Batch(kind, torch.arange(n), text, gen=seen(views.gen), und=seen(views.und))
+
+
+@pytest.mark.parametrize("family,changes,kind", list(cases()))
+def test_no_loss_waits(family, changes, kind, monkeypatch):
+    model = umm(family).Adapter.load(replace(load_recipe(f"{family}_tiny").model, **changes)).train()
+    batch, given = batch_of(model, kind), []
+    weight = float(model.weight(batch, Draws(0)))
+    without_kernels(monkeypatch, family, given)
+    with gpu(monkeypatch) as waits:
+        waits.put(model)
+        batch = batch.to(GPU)
+        with waits:
+            term = model(batch, Draws(0))
+            again = model.weight(batch, Draws(0))
+    assert term.sum.device == term.weight.device == again.device == GPU
+    assert term.sum.shape == term.weight.shape == again.shape == ()
+    assert term.sum.dtype == term.weight.dtype == again.dtype == torch.float32
+    # The head's products have as many rows as carry a label, which the host has to know.
+    cross_entropy = kind == "i2t" or family == "show_o"
+    assert given == ([weight] if cross_entropy else [])
+
+
+def test_ids_on_the_host_follow_a_batch():
+    batch = Batch("t2i", torch.arange(3), [""] * 3)
+    assert batch.host_ids.tolist() == [0, 1, 2]
+    moved = batch.to(GPU)
+    assert moved.sample_ids.is_meta and moved.host_ids.tolist() == [0, 1, 2] == moved.to(GPU).host_ids.tolist()
+    assert replace(batch.to("cpu"), sample_ids=torch.tensor([7, 8, 9])).host_ids.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("impl", ["calls", "dense", "flex"])
+def test_no_plan_waits(impl, monkeypatch):
+    """Index tensors and masks of a layout that is new, as ragged batches bring one every step."""
+    runs = [(Run(2, "pad"), Run(3), Run(6, "full", seen_before=True), Run(5)), (Run(4), Run(6, "full", True), Run(6))]
+    make = {"calls": lambda plan: plan.calls, "dense": attention_impls._dense_mask, "flex": attention_impls._blocks}
+    monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", lambda *a, **b: None)
+    with gpu(monkeypatch) as waits, waits:
+        assert make[impl](attention_plan(runs, device=GPU))
+    for kept in (attention_impls._mask_of, attention_impls._blocks_of):
+        kept.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_loss_waits_for_a_real_gpu(family):
+    """Real kernels; torch raises for what it knows to wait."""
+    device = torch.device("cuda")
+    model = umm(family).Adapter.load(load_recipe(f"{family}_tiny").model, device).train()
+    for kind in sorted(model.kinds):
+        first = batch_of(model, kind)
+        other = replace(first, sample_ids=first.sample_ids + 100)  # other draws, so other layouts
+        batches = [batch.to(device) for batch in (first, other)]
+        model(batches[0], Draws(0))  # compiles, and makes what is kept
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            term = model(batches[1], Draws(0))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batches[1], Draws(0)))
+
+
+def without_kernels(monkeypatch, family, given):
+    """Ops as the shapes they return, on tensors of one device."""
+
+    def together(*tensors):
+        for x in tensors:
+            assert x is None or x.device == GPU, x.device
+
+    def concat(table, visual, src, adds=(), out_dtype=None):
+        together(table, visual, src, *(x for add in adds for x in add))
+        return table.new_empty(*src.shape, table.shape[1], dtype=out_dtype)
+
+    def head(hidden, weight, labels, bias=None, *, reduction, num_labelled=None):
+        together(hidden, weight, labels, bias)
+        given.append(num_labelled)
+        return hidden.new_zeros((), dtype=torch.float32)
+
+    def flow_prepare(x0, t, noise, patch=1, out_dtype=None):
+        images = list(x0)
+        together(*images, t, noise.seed, noise.sample_ids)
+        if isinstance(x0, Tensor):
+            return torch.empty_like(x0, dtype=out_dtype or torch.float32)
+        rows = sum(z.shape[1] * z.shape[2] // patch**2 for z in images)
+        return images[0].new_empty(rows, images[0].shape[0] * patch**2, dtype=out_dtype or torch.float32)
+
+    def flow(pred, x0, t, noise, patch=1, reduction="mean"):
+        together(pred, *x0, t, noise.seed, noise.sample_ids)
+        return pred.new_zeros((len(x0),) if reduction == "sample" else (), dtype=torch.float32)
+
+    def diffuse(x0, t, noise, schedule, rows=None, out_dtype=None):
+        together(x0, t, noise.seed, noise.sample_ids, schedule, rows)
+        return x0.new_empty(len(t), x0.shape[1])
+
+    def diffusion(out, x0, t, noise, schedule, rows=None, reduction="mean"):
+        together(out, x0, t, noise.seed, noise.sample_ids, schedule, rows)
+        return out.new_zeros((), dtype=torch.float32)
+
+    adapter = import_module(f"reca.models.{family}.adapter")
+    stands = {
+        "template_concat": concat,
+        "masked_linear_cross_entropy": head,
+        "flow_matching_prepare": flow_prepare,
+        "flow_matching_loss": flow,
+        "diffusion_prepare": diffuse,
+        "diffusion_loss": diffusion,
+    }
+    for name in stands.keys() & vars(adapter).keys():
+        monkeypatch.setattr(adapter, name, stands[name])
