@@ -27,7 +27,9 @@ from safetensors.torch import load_file
 
 from reca import checkpoint, exits, jsonl
 from reca.cli import main as reca
+from reca.models import umm
 from reca.status import Status
+from reca.train import Trainer  # noqa: F401  # imported here once, and not by every fork
 
 UPDATES, EVERY = 24, 5  # of a run, and between its checkpoints
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for the ranks that are left
@@ -218,6 +220,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    umm("show_o")
     dice, began = random.Random(options.seed), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="reca_kills_"))
     wanted, kept, usual = {}, {}, {}
