@@ -10,13 +10,16 @@ READY := $(VENV)/.ready
 # What the installed package is made from: a change here means installing again.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test gpu-test bench doctor clean
+.PHONY: demo test faults gpu-test bench doctor clean
 
 demo: $(READY)
 	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
+
+faults: $(READY)
+	$(BIN)/python -m tests.faults.kills
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest tests -m gpu

@@ -1,0 +1,143 @@
+"""Two gloo ranks of which one fails: launch_failing.py FOLDER; what came of every case is printed as JSON.
+
+The ranks are forks of this process, so that everything is imported once.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+
+from reca import checkpoint, distributed, exits
+from reca.config import load_recipe
+from reca.status import Status
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter, write_images, write_recipe
+
+FOLDER = Path(sys.argv[1])
+FULL = OSError(28, "No space left on device")
+
+
+def trainer(name: str, *overrides: str) -> Trainer:
+    keys = [
+        f"run_dir={FOLDER / name}",
+        "train.updates=4",
+        "checkpoint.every=2",
+        "parallel.timeout_minutes=1",
+        *overrides,
+    ]
+    return Trainer(load_recipe(FOLDER / "toy.yaml", keys), ToyAdapter(), progress=lambda update: None)
+
+
+def failing(function, when) -> object:
+    """The function, which raises on rank 1 while `when()` holds."""
+
+    def wrapped(*args):
+        if distributed.rank() == 1 and when():
+            raise FULL
+        return function(*args)
+
+    return wrapped
+
+
+def full_once(name: str) -> None:
+    """Rank 1 cannot write its share of the first checkpoint."""
+    job = trainer(name)
+    checkpoint._checksums = failing(checkpoint._checksums, lambda: job.update == 2)
+    job.run()
+
+
+def full_at_the_end(name: str) -> None:
+    job = trainer(name)
+    writer = checkpoint.HuggingFaceStorageWriter
+    writer.write_data = failing(writer.write_data, lambda: job.update == 4)
+    job.run()
+
+
+def no_data(name: str) -> None:
+    trainer(name, "data.images=/nowhere")
+
+
+def damaged(name: str) -> None:
+    """The newest checkpoint has another bit; a share of the files is checked by each rank."""
+    trainer(name).run()
+    path = next((FOLDER / name / "checkpoints/000004/optimizer").glob("shard-00002*"))
+    distributed.barrier()
+    if distributed.rank() == 0:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    distributed.barrier()
+    job = trainer(name)
+    assert job.update == 2, job.update
+    job.run()
+
+
+def interrupted(name: str) -> None:
+    """A signal to rank 1 alone."""
+    job, step = trainer(name), Trainer.step
+
+    def signalled(batches):
+        if distributed.rank() == 1 and job.update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(job, batches)
+
+    job.step = signalled
+    job.run()
+
+
+def one_breaks(name: str) -> None:
+    job, step = trainer(name), Trainer.step
+
+    def broken(batches):
+        if distributed.rank() == 1 and job.update == 3:
+            raise FULL
+        return step(job, batches)
+
+    job.step = broken
+    job.run()
+
+
+CASES = (full_once, full_at_the_end, no_data, damaged, interrupted, one_breaks)
+
+
+def run(case) -> list[int]:
+    """Exit codes of both ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        code = 0
+        try:
+            case(case.__name__)
+        except BaseException as error:
+            code = exits.code_of(error)
+            print(f"{case.__name__}, rank {rank}: {error!r}", file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.basicConfig(stream=sys.stderr)
+    write_recipe(FOLDER, write_images(FOLDER / "images"))
+    found = {}
+    for case in CASES:
+        codes = run(case)
+        status = Status.read(FOLDER / case.__name__)
+        complete = [path.name for path in checkpoint.complete(FOLDER / case.__name__)]
+        found[case.__name__] = [codes, status.state, status.exit_code, status.reason, complete]
+    print(json.dumps(found))

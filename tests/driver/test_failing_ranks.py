@@ -1,0 +1,41 @@
+"""Two ranks of which one fails: the other neither waits for ever nor takes the run for done."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / "tests/driver/launch_failing.py"), str(tmp_path_factory.mktemp("ranks"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("case", "codes", "state", "exit_code", "checkpoints"),
+    [
+        ("full_once", [0, 0], "finished", 0, ["000004"]),
+        ("full_at_the_end", [6, 6], "failed", 6, ["000002"]),
+        ("no_data", [4, 4], "failed", 4, []),
+        ("damaged", [0, 0], "finished", 0, ["000002", "000004"]),
+        ("interrupted", [75, 75], "interrupted", 75, ["000002", "000003"]),
+        ("one_breaks", [1, 4], "failed", 4, ["000002"]),
+    ],
+)
+def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, checkpoints):
+    assert outcomes[case][:3] == [codes, state, exit_code]
+    assert outcomes[case][4] == checkpoints
+
+
+def test_the_rank_that_failed_is_in_the_status(outcomes):
+    assert outcomes["one_breaks"][3] == "rank 1: [Errno 28] No space left on device"
