@@ -169,3 +169,50 @@ def test_dali_hands_other_files_to_pillow():
     for data in (b"", JPEG[: len(JPEG) // 2]):
         with pytest.raises(BadImage):
             other(data, 0)
+
+
+class FailingDali:
+    """Stands in for nvidia.dali where a picture cannot be decoded."""
+
+    RGB = None
+
+    def __init__(self):
+        self.decoders = self
+
+    def image(self, *_, **__):
+        raise RuntimeError("nvJPEG error\nin two lines")
+
+
+def test_what_dali_cannot_decode_goes_through_pillow(monkeypatch, caplog):
+    views, failing = Views(gen=View(16), und=None), FailingDali()
+    decoder = dali.DaliDecoder.__new__(dali.DaliDecoder)
+    decoder.views, decoder.draws, decoder.dynamic, decoder.types, decoder.device = (
+        views,
+        Draws(0),
+        failing,
+        failing,
+        "cpu",
+    )
+    decoder.pillow, decoder.failed = PillowDecoder(views, Draws(0)), False
+    for _ in range(2):
+        assert torch.equal(decoder(JPEG, 0)[0], decoder.pillow(JPEG, 0)[0])
+    assert [record.getMessage() for record in caplog.records] == [
+        "what DALI cannot decode goes through Pillow; the first: nvJPEG error in two lines"
+    ]
+    with pytest.raises(BadImage):
+        decoder(JPEG[: len(JPEG) // 2], 0)
+
+
+def test_dali_gets_upright_jpegs_of_grey_and_rgb():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    garbled = JPEG[:2] + b"\xff\xe1\x00\x0cExif\0\0junk" + JPEG[2:]
+    assert dali._plain_jpeg(JPEG) and dali._plain_jpeg(encoded(picture(mode="L"), "JPEG")) and dali._plain_jpeg(garbled)
+    for data in (
+        b"",
+        b"junk",
+        encoded(picture()),
+        encoded(picture(), "JPEG", exif=exif),
+        encoded(picture(mode="CMYK"), "JPEG"),
+    ):
+        assert not dali._plain_jpeg(data)

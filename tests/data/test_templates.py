@@ -45,3 +45,15 @@ def test_fewer_templates():
     for count in (0, 361):
         with pytest.raises(DataError, match=f"template_count={count}, but there are 360"):
             load_templates(count=count)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_no_part_of_a_sentence(tmp_path, encoding):
+    (tmp_path / "mine.txt").write_bytes("Erzähl.\r\nSieh.\r\n".encode(encoding))
+    assert load_templates(str(tmp_path / "mine.txt")) == ["Erzähl.", "Sieh."]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"l\x92image\n")
+    with pytest.raises(DataError, match="mine.txt cannot be read: the text is not UTF-8 .byte 0x92 at 1"):
+        load_templates(str(tmp_path / "mine.txt"))

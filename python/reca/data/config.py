@@ -10,7 +10,8 @@ from reca.options import GLOB, LOCAL, option, share
 class DataConfig:
     images: Optional[str] = option(
         None,
-        "pictures to reconstruct: a folder, tar files (a glob or {000..009} range), or world:SPLIT?seed=N",
+        "pictures to reconstruct: a folder, webdataset tars (a glob, or a {000..009} range of which every number is "
+        "there), or world:SPLIT?seed=N",
         path=GLOB,
     )
     conversations: Optional[str] = option(
@@ -37,7 +38,7 @@ class DataConfig:
     )
     workers: int = option(2, "threads that read and decode ahead; 0 decodes when asked", least=0, most=2**12)
     prefetch: int = option(2, "batches decoded ahead", least=0, most=2**12)
-    max_bad_fraction: float = share(0.01, "largest share of unreadable pictures before the run stops")
+    max_bad_fraction: float = share(0.01, "largest share of unreadable samples, met by all ranks, before the run stops")
     cache: Optional[str] = option(
-        None, "folder of features of the frozen encoders, made once and read afterwards", path=LOCAL
+        None, "folder of features of the frozen encoders, made once per picture and read afterwards", path=LOCAL
     )

@@ -5,6 +5,8 @@ through Pillow. So does resizing on a CPU: DALI's cubic filter keeps what Pillow
 differs by up to 7 grey levels at sharp edges and is not faster there (docs/log.md).
 """
 
+import logging
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +15,8 @@ from torch import Tensor
 from reca.data.pixels import BadImage, PillowDecoder, crop_position, geometry, make_view, opened, orientation
 from reca.data.views import View, Views
 from reca.draws import Draws
+
+log = logging.getLogger("reca")
 
 
 def available() -> bool:
@@ -33,7 +37,7 @@ class DaliDecoder:
 
         self.views, self.draws, self.dynamic, self.types = views, draws, dynamic, types
         self.device = device or ("gpu" if torch.cuda.is_available() else "cpu")
-        self.pillow = PillowDecoder(views, draws)
+        self.pillow, self.failed = PillowDecoder(views, draws), False
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
         """(gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
@@ -47,8 +51,12 @@ class DaliDecoder:
                 jpeg_fancy_upsampling=True,  # the chroma pixels that every CPU decoder gives
             )
             height, width = image.shape[:2]
-        except Exception as error:  # DALI too raises many kinds for broken bytes
-            raise BadImage(f"DALI: {' '.join(str(error).split())[:200]}") from error
+        except Exception as error:  # of many kinds; whether the picture is bad, Pillow says
+            reason = " ".join(str(error).split())[:200]
+            if not self.failed:
+                self.failed = True
+                log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
+            return self.pillow(data, sample_id)
         crop = crop_position(self.views, self.draws, sample_id)
         return tuple(view and self._view(image, width, height, view, crop) for view in (self.views.gen, self.views.und))
 

@@ -11,7 +11,7 @@ PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
 PNG_ORIENTATION = b"eXIf"
 JPEG = b"\xff\xd8"
 JPEG_SCAN = 0xDA
-JPEG_PIXELS = frozenset({0xE0, 0xEE})  # application segments that say how colours are coded: JFIF and Adobe
+JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # say how colours are coded: how they begin, least bytes
 JPEG_COMMENT = 0xFE
 
 
@@ -51,8 +51,15 @@ def _jpeg(data: bytes) -> bytes:
         if marker == JPEG_SCAN:
             break
         (length,) = struct.unpack_from(">H", data, place + 2)
-        application = 0xE0 <= marker <= 0xEF or marker == JPEG_COMMENT
-        if not application or marker in JPEG_PIXELS:
-            parts.append(data[place : place + 2 + length])
+        segment = data[place : place + 2 + length]
+        if _needed(marker, segment[4:]):
+            parts.append(segment)
         place += 2 + length
     return b"".join(parts) + data[place:]
+
+
+def _needed(marker: int, content: bytes) -> bool:
+    if marker in JPEG_COLOURS:
+        start, least = JPEG_COLOURS[marker]
+        return content.startswith(start) and len(content) >= least
+    return not (0xE0 <= marker <= 0xEF or marker == JPEG_COMMENT)

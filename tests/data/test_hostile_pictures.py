@@ -1,0 +1,225 @@
+"""Pictures that are deep, thin, huge, or carry broken metadata."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from reca.data import pixels
+from reca.data.pixels import BadImage, make_view, open_rgb
+from reca.data.views import View
+from tests.data.files import picture
+
+
+def saved(values, format, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def grey(data):
+    """The one value that all pixels have."""
+    (value,) = np.unique(np.asarray(open_rgb(data)))
+    return int(value)
+
+
+def chunk(kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+def with_chunk(png, *chunks):
+    """A PNG with chunks behind its header."""
+    return png[:33] + b"".join(chunks) + png[33:]
+
+
+def with_segment(jpeg, marker, data):
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data + jpeg[2:]
+
+
+# ---- deep ----
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("value", "level"), [(0, 0), (200, 0), (255, 0), (260, 1), (32768, 128), (65535, 255)])
+def test_sixteen_bits_are_scaled_by_their_mode(format, value, level):
+    assert grey(saved(np.full((8, 8), value, np.uint16), format)) == level
+    mixed = np.array([[value, 65535]], np.uint16)  # what else is in the picture does not matter
+    assert np.asarray(open_rgb(saved(mixed, format)))[0, 0, 0] == level
+
+
+def tiff(bits, photometric, data):
+    """A grey TIFF of 2 x 1 pixels: a header, 8 entries of a directory, and the pixels behind them."""
+    entries = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 8 * 12 + 4, 277: 1, 279: len(data)}
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [
+        (saved(np.array([[0x8000, 0xFFFF]], ">u2"), "TIFF"), [128, 255]),
+        (tiff(16, 1, struct.pack("<HH", 0x8000, 0xFFFF)), [128, 255]),
+        (tiff(16, 0, struct.pack("<HH", 0x8000, 0xFFFF)), [127, 0]),  # white is zero
+        (tiff(12, 1, b"\x80\x0f\xff"), [128, 255]),  # two pixels in three bytes
+    ],
+    ids=["big endian", "little endian", "white is zero", "12 bits"],
+)
+def test_other_codings_of_deep_grey(data, levels):
+    assert np.asarray(open_rgb(data))[0, :, 0].tolist() == levels
+
+
+def test_one_grey_of_sixteen_bits_may_be_transparent():
+    values = np.array([[1000, 40000]], np.uint16)
+    got = np.asarray(open_rgb(with_chunk(saved(values, "PNG"), chunk(b"tRNS", struct.pack(">H", 1000)))))
+    assert got[0, :, 0].tolist() == [255, 40000 >> 8]
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
+def test_pixels_without_a_fixed_white_are_refused(values):
+    with pytest.raises(BadImage, match="have no fixed white: save it with 8 or 16 bits"):
+        open_rgb(saved(values, "TIFF"))
+
+
+# ---- thin and huge ----
+
+
+@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad", "bound"])
+@pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (8000, 2)])
+def test_thin_pictures_make_no_large_ones(fit, size, monkeypatch):
+    """A square of the long side has 900 million pixels."""
+    made, new, resize = [], Image.new, Image.Image.resize
+
+    def counted_new(mode, size, *options):
+        made.append(size[0] * size[1])
+        return new(mode, size, *options)
+
+    def counted_resize(self, size, *options, **more):
+        made.extend((size[0] * size[1], size[0] * self.height))  # Pillow filters rows, then columns
+        return resize(self, size, *options, **more)
+
+    image = new("RGB", size)
+    monkeypatch.setattr(Image, "new", counted_new)
+    monkeypatch.setattr(Image.Image, "resize", counted_resize)
+    view = make_view(image, View(512, fit, min_size=256, stride=16, blur=2))
+    assert max(view.shape[1:]) == 512 and 0 < max(made) <= 512 * 30000
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (3000, 300), (200, 3000)])
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_thin_pictures_are_what_the_square_would_give(fit, size, monkeypatch):
+    """Resizing before the square is made changes the levels by rounding; at pad's edges, by what the filter mixes."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, view = Image.fromarray(noise), View(64, fit)
+    thin = make_view(image, view).float()
+    monkeypatch.setattr(pixels, "_too_large", lambda *_: False)
+    square = make_view(image, view).float()
+    if fit == "stretch":
+        assert (thin - square).abs().max() <= 2
+    else:
+        assert (thin - square).abs().mean() < 3 and thin.shape == square.shape
+
+
+def test_decompression_bombs_are_bad_images(monkeypatch):
+    def header(width, height, depth=8, colour=0):
+        ihdr = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+        return PngImagePlugin._MAGIC + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    for width, height in ((20000, 20000), (2**15 + 1, 1), (8193, 8192), (2**31 - 1, 2**31 - 1)):
+        with pytest.raises(BadImage, match="pixels"):
+            open_rgb(header(width, height))
+    monkeypatch.setattr(pixels, "MAX_PIXELS_WEBP", 63)
+    with pytest.raises(BadImage, match="8 x 8 pixels; at most 32768 on a side and 63 in all"):
+        open_rgb(picture(format="WEBP"))
+
+
+def test_large_pictures_are_converted_in_strips(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (70, 50, 4), dtype=np.uint8)
+    data = saved(noise, "PNG")
+    whole = np.asarray(open_rgb(data))
+    monkeypatch.setattr(pixels, "STRIP", 130)
+    assert np.array_equal(np.asarray(open_rgb(data)), whole)
+
+
+@pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "EPS", "PDF", "ICNS", "QOI"])
+def test_only_listed_formats_are_opened(format):
+    with pytest.raises(BadImage, match="no picture in a format that is read"):
+        open_rgb(picture(size=(16, 16), format=format))
+
+
+# ---- metadata ----
+
+
+def test_large_text_costs_no_picture():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 2_000_000, zip=True)
+    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+    info = PngImagePlugin.PngInfo()
+    for number in range(70):
+        info.add_text(f"page {number}", "x" * 999_999, zip=True)
+    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2**21))),
+        chunk(b"iCCP", b"p\0\7junk"),
+        chunk(b"zTXt", b"k\0\7junk"),
+        chunk(b"tEXt", b"k\0junk", crc=7),
+        chunk(b"eXIf", b"junk"),
+        chunk(b"eXIf", b"MM\0*\0\0\0\x08\xff\xff"),
+        chunk(b"pHYs", b"1"),
+        chunk(b"gAMA", b""),
+        chunk(b"cHRM", b"12"),
+        chunk(b"sRGB", b""),
+        chunk(b"acTL", b"1"),
+        chunk(b"fcTL", bytes(26)),
+        chunk(b"zzZz", b"unknown"),
+    ],
+    ids=lambda data: data[4:8].decode(),
+)
+def test_broken_chunks_cost_no_picture(broken):
+    assert open_rgb(with_chunk(picture(), broken)).getpixel((7, 7)) == (200, 30, 30)
+
+
+def test_orientation_and_transparency_outlive_broken_chunks():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bad = chunk(b"tEXt", b"k\0junk", crc=7)
+    assert open_rgb(with_chunk(picture(size=(40, 24), exif=exif), bad)).size == (24, 40)
+    clear = picture((255, 0, 0), mode="RGB", transparency=(255, 0, 0))
+    assert open_rgb(with_chunk(clear, bad)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("marker", "data"),
+    [
+        (0xE1, b"Exif\0\0junk"),
+        (0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta"),
+        (0xE2, b"MPF\0junk"),
+        (0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\2"),
+        (0xE2, b"ICC_PROFILE\0\1\2junk"),
+        (0xED, b"Photoshop 3.0\x008BIM\4\x04"),
+        (0xED, b"Photoshop 3.0\x008BIM" + b"\xff" * 40),
+        (0xE0, b"JFIF\0"),
+        (0xFE, b"comment\xff"),
+    ],
+)
+def test_broken_segments_cost_no_picture(marker, data):
+    assert open_rgb(with_segment(picture(format="JPEG", quality=100), marker, data)).size == (8, 8)
+
+
+def test_garbled_orientation_is_upright():
+    for value in (0, 9, 65535):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        for format in ("JPEG", "PNG", "WEBP"):
+            assert open_rgb(picture(size=(40, 24), format=format, exif=exif)).size == (40, 24)

@@ -1,0 +1,239 @@
+"""Bad samples are counted over ranks and starts, written once, and whoever meets another exception names the sample."""
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+
+import pytest
+
+from reca.data.config import DataConfig
+from reca.data.errors import DataError
+from reca.data.ledger import Ledger
+from reca.data.loader import open_loader
+from reca.data.pixels import BadImage
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import fill, picture
+
+VIEWS = Views(gen=View(4), und=None)
+
+
+def loader(root, kind="reca", micro_batch=2, **options):
+    config = {"workers": 0, "max_bad_fraction": 0.5, "decoder": "pillow"} | options.pop("config", {})
+    spec = {"reca": "images", "t2i": "captions"}[kind]
+    data = DataConfig(**{spec: str(root)} | config)
+    return open_loader(data, kind, VIEWS, seed=0, micro_batch=micro_batch, **options)
+
+
+def take(stream, n):
+    return list(itertools.islice(iter(stream), n))
+
+
+def keys(path):
+    return [json.loads(line)["key"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eight pictures, of which two are none."""
+    files = {f"{i}.png": picture((i, 0, 0)) for i in range(6)} | {"bad0.png": b"junk", "bad1.png": b"x"}
+    return fill(tmp_path / "photos", files)
+
+
+def read_as(rank, root, path, start):
+    start.wait()
+    stream = loader(root, rank=rank, world=4, micro_batch=2, ledger=path)
+    take(stream, 8)
+    os._exit(0 if stream.bad == 2 else 1)
+
+
+def test_four_ranks_write_each_bad_file_once(root, tmp_path):
+    context = multiprocessing.get_context("fork")
+    path, start = tmp_path / "bad.jsonl", context.Barrier(4)
+    ranks = [context.Process(target=read_as, args=(rank, root, path, start)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * 4
+    assert sorted(keys(path)) == ["bad0.png", "bad1.png"]
+
+
+def test_the_share_counts_all_ranks(root, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    source = open_source(str(root), "reca")
+    one, two = (Ledger(path, source, max_fraction=0.2) for _ in range(2))
+    one.add(6, "junk")
+    assert (one.count(), two.count()) == (1, 1)
+    with pytest.raises(DataError, match=r"2 of 8 samples are unreadable.*bad0.png \(junk\); bad1.png \(x\)"):
+        two.add(7, "x")
+    with pytest.raises(DataError, match="2 of 8 samples"):  # a start that finds the same ones ends as the one before it
+        Ledger(path, source, max_fraction=0.2).add(7, "x")
+    Ledger(path, source, max_fraction=0.3).add(7, "x")
+    assert keys(path) == ["bad0.png", "bad1.png"]
+
+
+def test_starts_write_each_bad_file_once(root, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for start in range(3):
+        stream = loader(root, ledger=path, start=start)
+        take(stream, 8)
+        assert stream.bad == 2
+    assert sorted(keys(path)) == ["bad0.png", "bad1.png"]
+    assert [json.loads(line)["bytes"] for line in sorted(path.read_text().splitlines())] == [4, 1]
+
+
+def test_repaired_and_removed_files_count_no_longer(root, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    take(loader(root, ledger=path), 8)
+    (root / "bad0.png").write_bytes(picture())
+    assert loader(root, ledger=path).bad == 1
+    (root / "bad1.png").unlink()
+    assert loader(root, ledger=path).bad == 0
+    (root / "bad0.png").write_bytes(b"other junk")
+    stream = loader(root, ledger=path)
+    take(stream, 8)
+    assert stream.bad == 1 and keys(path).count("bad0.png") == 2  # another file than the one of the first line
+
+
+def test_a_file_that_was_away_counts_no_longer_when_it_is_back(root, tmp_path):
+    source = open_source(str(root), "reca")
+    ledger = Ledger(tmp_path / "bad.jsonl", source, 0.5)
+    ledger.add(0, "OSError: the disk is away")
+    ledger.sound(0)
+    assert ledger.bad == {}
+
+
+def test_torn_lines_and_lines_of_other_data_do_not_matter(root, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"key": "other.png", "sample": 99, "bytes": 1, "reason": ""}\n[]\nnull\n{"key": "bad0')
+    stream = loader(root, ledger=path)
+    take(stream, 8)
+    assert stream.bad == 2
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()[4:]] in (
+        ["bad0.png", "bad1.png"],
+        ["bad1.png", "bad0.png"],
+    )
+
+
+def test_a_ledger_that_cannot_be_written_still_counts(root, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    stream = loader(root, ledger=tmp_path / "file" / "bad.jsonl")
+    take(stream, 8)
+    assert stream.bad == 2 and "cannot be written" in caplog.text
+
+
+def test_the_first_bad_sample_is_said(root, tmp_path, caplog):
+    take(loader(root, ledger=tmp_path / "bad.jsonl"), 8)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "is left out: no picture in a format that is read" in warnings[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_captions_that_are_none_are_bad_samples(tmp_path, workers):
+    files = {f"{i}.png": picture() for i in range(4)} | {"0.txt": b"a", "1.txt": b"", "2.txt": b"\x92", "3.txt": b"b"}
+    stream = loader(fill(tmp_path, files), "t2i", config={"workers": workers})
+    assert {text for batch in take(stream, 8) for text in batch.text} == {"a", "b"}
+    assert {key: reason[:22] for key, reason in stream.ledger.bad.items()} == {
+        "1.png": "the caption is empty",
+        "2.png": "caption: the text is n",
+    }
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [RuntimeError("strange"), MemoryError(), OSError(24, "Too many open files")])
+def test_any_other_exception_names_the_sample(root, workers, error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    stream = loader(root, config={"workers": workers})
+    monkeypatch.setattr(stream, "decode", fail)
+    with pytest.raises(DataError, match=rf"sample \w+\.png \(data.images\): {type(error).__name__}") as raised:
+        take(stream, 1)
+    assert raised.value.__cause__ is error
+    stream.close()
+
+
+def test_files_that_vanish_are_bad_samples(root):
+    stream = loader(root)
+    (root / "0.png").unlink()
+    take(stream, 8)
+    assert "FileNotFoundError" in stream.ledger.bad["0.png"] and stream.bad == 3
+
+
+def test_nothing_readable_names_the_last_sample(tmp_path):
+    stream = loader(fill(tmp_path, {"a.png": b""}), config={"max_bad_fraction": 1.0})
+    with pytest.raises(DataError, match="100 substitutes in a row are unreadable, the last a.png"):
+        take(stream, 1)
+
+
+# ---- the feature cache ----
+
+
+def cached(spec, folder):
+    """Mean level of each of 4 samples, through the cache."""
+    stream, means = loader(spec, micro_batch=1, config={"cache": str(folder), "images": str(spec)}), []
+    for batch in take(stream, 4):
+        features = batch.features or {"mean": batch.gen[0].float().mean()[None]}
+        if batch.features is None:
+            batch.keep(features)
+        means.append(round(float(features["mean"][0])))
+    return means
+
+
+def test_features_belong_to_the_content(tmp_path, monkeypatch):
+    root, cache = (
+        fill(tmp_path / "here", {"a/x.png": picture((3, 3, 3)), "b/x.png": picture((9, 9, 9))}),
+        tmp_path / "c",
+    )
+    assert sorted(cached(root, cache)) == [3, 3, 9, 9]
+    stamp = os.stat(root / "a/x.png")
+    (root / "a/x.png").write_bytes(picture((5, 5, 5)))  # of the same size, and made to look as old
+    os.utime(root / "a/x.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert sorted(cached(root, cache)) == [5, 5, 9, 9]
+    root.rename(tmp_path / "there")
+    monkeypatch.setattr("reca.data.pixels.open_rgb", None)  # nothing is decoded
+    assert sorted(cached(tmp_path / "there", cache)) == [5, 5, 9, 9]
+
+
+def test_names_that_are_no_text_are_cached(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(picture((7, 7, 7)))
+    assert cached(tmp_path / "photos", tmp_path / "c") == [7] * 4
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch, caplog):
+    def full(tensors, path):
+        path.write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reca.data.cache.save_file", full)
+    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+    stream = loader(root, config={"cache": str(tmp_path / "c")})
+    for batch in take(stream, 4):
+        batch.keep({"mean": batch.gen[0].float().mean()[None].expand(2)})
+    warnings = [record.getMessage() for record in caplog.records if "data.cache" in record.getMessage()]
+    assert len(warnings) == 1 and "No space left on device" in warnings[0] and "MiB free" in warnings[0]
+    assert str(tmp_path / "c") in warnings[0] and not [p for p in (tmp_path / "c").rglob("*") if p.is_file()]
+
+
+def test_a_cached_picture_in_a_batch_that_is_new_in_part_may_be_bad_by_now(root, tmp_path, monkeypatch):
+    """Its position is filled by a substitute, as any other's."""
+    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+    cache = {"cache": str(tmp_path / "c")}
+    (first,) = take(loader(root, micro_batch=1, config=cache), 1)
+    first.keep({"mean": first.gen[0].float().mean()[None]})
+    stream = loader(root, config=cache)
+    bad, decode = stream._read(0).sample, stream.decode
+
+    def refuse(data, position):
+        if data == bad.image:
+            raise BadImage("junk")
+        return decode(data, position)
+
+    monkeypatch.setattr(stream, "decode", refuse)
+    (batch,) = take(stream, 1)
+    assert len(batch.gen) == 2 and stream.bad == 1
