@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # What the installed package is made from: a change here means installing again.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test faults gpu-test bench doctor clean
+.PHONY: demo test faults fuzz gpu-test bench doctor clean
 
 demo: $(READY)
 	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
@@ -20,6 +20,10 @@ test: $(READY)
 
 faults: $(READY)
 	$(BIN)/python -m tests.faults.kills
+
+# The tests of tests/fuzz with inputs by the ten thousand, other ones each time; the last lines tell how many.
+fuzz: $(READY)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/fuzz
 
 gpu-test: $(READY)
 	$(BIN)/python -m pytest tests -m gpu
