@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from reca.data.errors import BadSample
 from reca.data.text import decode_text
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif".split())
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .avif".split())
 # Pictures too, in formats that are not read. They are counted, so that no folder of them shrinks in silence.
 OTHER_IMAGE_SUFFIXES = frozenset(
     ".heic .heif .jxl .jp2 .j2k .jpf .jpx .psd .svg .ico .tga .ppm .pgm .pbm .pnm .qoi .dds .exr .hdr .eps .raw .cr2 "
