@@ -224,12 +224,14 @@ def _model(options: argparse.Namespace, recipe, adapter: type):
     """The adapter a recipe describes or a run has trained, ready for inference."""
     import torch
 
+    from reca.models.inference import warn_of_random_weights
     from reca.runs import load_trained
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(options.recipe)
     if (folder / "recipe.yaml").is_file():
         return load_trained(folder, recipe, device)
+    warn_of_random_weights(options.recipe, recipe.model)
     return adapter.load(recipe.model, device).eval()
 
 
@@ -272,8 +274,8 @@ def _export(options: argparse.Namespace) -> None:
 
     recipe, adapter = _recipe(options)
     writable(options.out, "--out")
-    _model(options, recipe, adapter).export(options.out)
-    print(f"wrote {', '.join(sorted(path.name for path in options.out.iterdir()))} to {options.out}")
+    written = _model(options, recipe, adapter).export(options.out)
+    print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
 
 
 def _demo(options: argparse.Namespace) -> None:

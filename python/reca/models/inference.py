@@ -74,6 +74,16 @@ def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[st
         log.warning("words that this model does not know are read as %s: %s", tokenizer.unk_token, ", ".join(words))
 
 
+def warn_of_random_weights(name: str, config: Any) -> None:
+    """Log that a model comes from no file and has learned nothing. name: of its recipe, config: its model section."""
+    if config.weights is None:
+        log.warning(
+            "%s names no weights (model.weights=null): this model is random, so its pictures are noise and its answers "
+            "mean nothing; name the folder of a trained run instead, or give model.weights",
+            name,
+        )
+
+
 def _fits(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, UnionType):
         return any(_fits(value, kind) for kind in get_args(wanted))
