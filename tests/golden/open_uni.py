@@ -24,6 +24,11 @@ class ByteTokenizer:
         self.specials = specials
         self.pattern = re.compile("(" + "|".join(map(re.escape, specials)) + ")")
 
+    @classmethod
+    def of(cls, golden: Golden) -> "ByteTokenizer":
+        c = golden.config
+        return cls(c.get("special_token_ids") or {name: 256 + i for i, name in enumerate(c["tokenizer"]["specials"])})
+
     def convert_tokens_to_ids(self, token: str) -> int:
         return self.specials[token]
 
@@ -58,9 +63,7 @@ def planned(model: Adapter, prompts: list[prompt.Prompt], side: str) -> tuple[Co
 
 
 def build(golden: Golden) -> Adapter:
-    c = golden.config
-    specials = c.get("special_token_ids") or {name: 256 + i for i, name in enumerate(c["tokenizer"]["specials"])}
-    model = Adapter(_config(c), ByteTokenizer(specials))
+    model = Adapter(_config(golden.config), ByteTokenizer.of(golden))
     put(model.mllm, convert.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden")
     put(model.vae, golden.part("vae."), "golden")
     model.put_trained({n: t for n, t in golden.weights.items() if n.startswith(convert.TRAINED)}, "golden")
@@ -101,10 +104,10 @@ class Recorded(Draws):
         self.given, self.tables = noise, {Purpose.TIMESTEP: u, Purpose.CONDITION_DROP: drop}
 
     def noise(self, purpose: Purpose, sample_ids: Tensor) -> Tensor:
-        return self.given
+        return self.given[sample_ids]
 
     def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
-        return self.tables[purpose][:, None]
+        return self.tables[purpose][sample_ids, None]
 
 
 class Record:

@@ -1,5 +1,6 @@
 """BAGEL against the public code: preprocessing, understanding, codec, losses, gradients, sampling, editing, answers."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -73,7 +74,9 @@ def test_preprocessing(golden, model):
 
 
 def test_positions(golden):
-    assert torch.equal(modules.grid(3, 4, 8), golden.data["pos.extrapolate"])
+    call = golden.cases["tensors"]["pos.extrapolate"]["call"]  # …(height, width, pixels of a token, side of the table)
+    height, width, pixels, side = map(int, re.findall(r"\d+", call))
+    assert torch.equal(modules.grid(height // pixels, width // pixels, side), golden.data["pos.extrapolate"])
 
 
 def test_position_tables(golden, model):
@@ -199,7 +202,7 @@ def test_reca_loss_and_every_stage_of_it(golden, clean, reca, case):
 def test_cached_prefix_equals_the_packed_pass(golden, model, reca):
     data, values = golden.data, golden.cases["values"]
     h_v = seen(golden, model, values["reca.vit_image_order"])[:1]
-    items = whole_samples(model, reca, h_v * 3)[0]
+    items = whole_samples(model, reca, h_v * len(reca[0]))[0]
     size = values["reca.vae_latent_shapes"][0]
     with torch.no_grad():
         _, context = model.read([items[:-1]], h_v)
@@ -308,7 +311,7 @@ def test_text_to_image(golden, model, case):
 def test_editing(golden, model, renorm):
     data, values = golden.data, golden.cases["values"]
     source = data["edit.source_u8"].permute(2, 0, 1)
-    raw = [data[f"pre.image_u8.{i}"].permute(2, 0, 1) for i in range(3)]
+    raw = [tensor.permute(2, 0, 1) for name, tensor in data.items() if name.startswith("pre.image_u8.")]
     assert any(torch.equal(sampling.fitted(image, model.edit_views().gen), source) for image in raw)
     full, textless, imageless, sizes = sampling.edit_contexts(
         model, [source], [words(values["edit.text_ids"])], list(data["edit.posterior_noise"])
@@ -327,7 +330,8 @@ def test_editing(golden, model, renorm):
 @torch.no_grad()
 def test_answering(golden, model):
     data, text = golden.data, golden.cases["values"]["vqa.text_ids"]
-    h_v = seen(golden, model, [2])
+    number = re.search(r"image (\d+)", golden.cases["tensors"]["vqa.tokens"]["meaning"])[1]
+    h_v = seen(golden, model, [int(number)])
     _, context = model.read([[prompt.Seen(*h_v[0].shape[:2]), model.text(words(text))]], h_v)
     tokens, logits = sampling.greedy(model, context, len(data["vqa.tokens"]))
     assert data["vqa.tokens"][0] == model.vocabulary.bos

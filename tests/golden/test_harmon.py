@@ -104,7 +104,8 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, kind):
     monkeypatch.setattr(model, "prompts", lambda *_: given)
     spy = Spy(monkeypatch, model)
     model.zero_grad()
-    features = {"latents": data["vae.latents"], "seen": data["vae.latents"]}
+    latents = data["vae.latents"][: len(given)]
+    features = {"latents": latents, "seen": latents}
     batch = Batch(kind, torch.arange(len(given)), [""] * len(given))
     term = model.loss(batch, features, Recorded(golden, kind))
 
@@ -134,7 +135,7 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, kind):
     every = (torch.arange(repeats)[:, None] * len(hides) * size + rows).flatten()
     assert torch.equal(t, data[f"{kind}.t"][every])
     cost = diffusion_loss(
-        out.detach(), data["vae.latents"].flatten(0, 2), t, data[f"{kind}.noise"][every], diffusion_schedule(),
+        out.detach(), latents.flatten(0, 2), t, data[f"{kind}.noise"][every], diffusion_schedule(),
         rows=rows.repeat(repeats), reduction="none",
     )  # fmt: skip
     costs(out, data[f"{kind}.noise"][every], cost, {n: data[f"{kind}.row_{n}"][every] for n in ("loss", "mse", "vb")})
@@ -154,7 +155,7 @@ def test_answer_loss_and_every_stage_of_it(golden, model, monkeypatch):
     spy = Spy(monkeypatch, model)
     model.zero_grad()
     batch = Batch("i2t", torch.arange(len(given)), [[number] for number in range(len(given))])
-    term = model.loss(batch, {"seen": data["vae.latents"]}, None)
+    term = model.loss(batch, {"seen": data["vae.latents"][: len(given)]}, None)
     assert model.weight(batch, None) == term.weight
 
     image = data["und.h_v"].shape[1]
@@ -240,11 +241,10 @@ def test_generation(golden, model, monkeypatch):
 
 def test_answers(golden, model):
     data = golden.data
-    ids = data["txt.input_ids"][0].tolist()
-    encoded = model.mar.encode(data["vae.latents"][:1])
+    given = [prompt.Prompt(ids, prompt.SLOT) for ids in data["txt.input_ids"].tolist()]
+    encoded = model.mar.encode(data["vae.latents"][: len(given)])
     h_v = model.understood(encoded)
-    given = prompt.Prompt(ids, prompt.SLOT)
-    layout = prompt.layout([given], golden.config["mar"]["buffer_size"], grid(golden)[0] * grid(golden)[1])
+    layout = prompt.layout(given, golden.config["mar"]["buffer_size"], grid(golden)[0] * grid(golden)[1])
     logits = model.llm.lm_head(model.states(layout, h_v)[:, -1])
     close(logits, data["txt.logits_last"])
     embeddings = template_concat(model.llm.model.embed_tokens.weight, h_v.detach(), layout.src)

@@ -9,6 +9,7 @@ from reca.models.base import Batch, Turn
 from reca.models.open_uni import prompt, sampling
 from tests.golden.open_uni import (
     GRADIENT,
+    ByteTokenizer,
     Record,
     Recorded,
     build,
@@ -32,18 +33,21 @@ def model(golden):
 
 @pytest.fixture
 def draws(golden):
-    """The second sample of the text-to-image case loses its caption."""
-    return Recorded(golden.data["train.noise"], golden.data["train.u"], torch.tensor([1.0, 0.0]))
+    """Those samples of the text-to-image case lose their caption whose ids are the unconditional prompt's."""
+    data, empty = golden.data, len(ByteTokenizer.of(golden).whole(golden.cases["strings"]["cfg_prompt"]))
+    kept = [float(mask.sum()) != empty for mask in data["t2i.attention_mask"]]
+    return Recorded(data["train.noise"], data["train.u"], torch.tensor(kept, dtype=torch.float32))
 
 
 def batch(golden, kind):
-    c = golden.config
-    return Batch(kind, torch.arange(2), c["templates"] if kind == "reca" else [c["caption"]] * 2)
+    c, n = golden.config, len(golden.data[f"{kind}.input_ids"])
+    return Batch(kind, torch.arange(n), c["templates"][:n] if kind == "reca" else [c["caption"]] * n)
 
 
 def features(golden, kind):
-    made = {"latents": golden.data["vae.latents"]}
-    return made | {"h_v": golden.data["und.h_v"]} if kind == "reca" else made
+    n = len(golden.data[f"{kind}.input_ids"])
+    made = {"latents": golden.data["vae.latents"][:n]}
+    return made | {"h_v": golden.data["und.h_v"][:n]} if kind == "reca" else made
 
 
 def test_crop_and_resize(golden, model):
@@ -103,7 +107,8 @@ def test_loss_and_every_stage_of_it(golden, model, draws, kind):
     close(noisy, data[f"{kind}.noisy"])
     close(given["encoder_hidden_states"].detach(), data[f"{kind}.prompt_embeds"])
     close(given["timestep"], data[f"{kind}.timesteps"])
-    close(model.sigma(draws, torch.arange(2)), data["train.sigmas_at_timesteps"])
+    samples = torch.arange(len(noisy))
+    close(model.sigma(draws, samples), data["train.sigmas_at_timesteps"][samples])
     close(velocity.detach(), data[f"{kind}.model_pred"])
     loss = term.sum / term.weight
     close(loss.detach(), data[f"{kind}.loss"])

@@ -1,5 +1,7 @@
 """OpenUni's RECA step against the released RECA code: data, prompt, two losses, one optimizer update."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +21,9 @@ from tests.golden.open_uni import (
     release_src,
     same_stages,
 )
+
+# what moves all keys alike and so nothing that is attended to: no rotary position stands between
+ZERO = re.compile(r"connector\..*k_proj\.bias|transformer\..*attn2\.to_k\.bias")
 
 
 def matches(config: dict) -> bool:
@@ -62,8 +67,19 @@ def test_frozen_encoders(golden, model):
     close(model.latents(golden.data["batch.pixel_values"]), golden.data["latents"])
 
 
-@pytest.mark.parametrize("name", ["step1", "step2"])
-def test_loss(golden, model, batch, name):
+def steps(golden):
+    """Names of the recorded micro-batches, in order."""
+    found = {key.split(".")[0] for key in golden.data if re.match(r"step\d+\.loss", key)}
+    return sorted(found, key=lambda name: int(name.removeprefix("step")))
+
+
+def test_loss(golden, model, batch):
+    assert steps(golden)
+    for name in steps(golden):
+        same_step(golden, model, batch, name)
+
+
+def same_step(golden, model, batch, name):
     data = golden.data
     with Record(model) as record:
         term = step(model, golden, batch, name)
@@ -79,7 +95,7 @@ def test_loss(golden, model, batch, name):
 
 
 def test_gradient_and_update(golden, model, batch):
-    """Two micro-batches, the mean of their gradients clipped, one AdamW step with the release's decay groups."""
+    """The micro-batches of an update, the mean of their gradients clipped, one AdamW step with its decay groups."""
     data, c = golden.data, golden.config["optimizer"]
     freeze(model, None)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -88,20 +104,21 @@ def test_gradient_and_update(golden, model, batch):
     )
     set_lr(optimizer, c["lr"])
     model.zero_grad()
-    for number, name in enumerate(("step1", "step2")):
+    for number, name in enumerate(steps(golden)[: c["accumulation"]]):
         term = step(model, golden, batch, name)
         (term.sum / term.weight / c["accumulation"]).backward()
         if number == 0:
             for key, wanted in data.items():
-                if key.startswith("step1.grad_norm."):
-                    ours = model.get_parameter(key.removeprefix("step1.grad_norm.")).grad.norm() * c["accumulation"]
+                if key.startswith(f"{name}.grad_norm."):
+                    ours = model.get_parameter(key.removeprefix(f"{name}.grad_norm.")).grad.norm() * c["accumulation"]
                     assert float(ours) == pytest.approx(float(wanted), rel=GRADIENT), key
     assert gradient_norm(model, c["clip"]) == pytest.approx(float(data["update.total_norm"]), rel=GRADIENT)
     optimizer.step()
     for key, wanted in data.items():
         if key.startswith("update.delta_norm."):
             name = key.removeprefix("update.delta_norm.")
-            assert float((model.get_parameter(name) - before[name]).norm()) == pytest.approx(float(wanted), rel=2e-3), (
-                name
-            )
+            ours = float((model.get_parameter(name).detach() - before[name]).norm())
+            # Where the gradient is zero, Adam steps on what rounding left of it: by up to lr, in any direction.
+            noise = c["lr"] * before[name].numel() ** 0.5 if ZERO.search(name) else 0.0
+            assert ours == pytest.approx(float(wanted), rel=2e-3, abs=noise), name
     torch.testing.assert_close(model.meta_queries.detach(), data["update.meta_queries"], rtol=0, atol=1e-2 * c["lr"])

@@ -25,6 +25,8 @@ from tests.golden.show_o import (
 )
 
 DROP = 0.3  # condition dropout of the golden data
+ZERO = "k_layernorm.bias"  # no gradient but of the rotary part: the rest moves all keys alike
+NOISE = 1e-7  # of a gradient's element that is zero: 1e-8 was seen, on other data 2e-8
 RECON_VQ = ("recon_vq", "recon_vq_blur")
 
 
@@ -89,10 +91,16 @@ def pixels_of(golden, case: str):
     return golden.data[f"{case}.pixels"]
 
 
+def codes_of(golden, model, case: str):
+    """The pictures of a case, int64 [B, N], read from what is hidden of them and what is not. Cases differ in B."""
+    v, ids, labels = model.vocabulary, golden.data[f"{case}.masked_ids"], golden.data[f"{case}.mask_labels"]
+    return torch.where(ids == v.mask, labels, ids) - v.offset
+
+
 def reca(golden, model, case: str):
     """(batch, features, draws) of a reconstruction case."""
     data, texts = golden.data, ids(golden.cases["tensors"]["recon.texts"]["value"])
-    codes = data["vq.codes"]
+    codes = codes_of(golden, model, case)
     words = [" ".join(map(str, text)) for text in texts]
     if case == "recon_clip":
         h_v = data["und.clip_feat"]
@@ -100,8 +108,8 @@ def reca(golden, model, case: str):
         h_v = data["und.vq_small_codes" if case == "recon_vq" else "und.vq_blur_codes"]
         words = words[:1] * len(codes)  # one template per micro-batch
         model.config = replace(model.config, hv_source="vq")
-    batch = Batch("reca", torch.arange(len(codes)), words)
-    return batch, {"codes": codes, "h_v": h_v}, recorded(golden, case)
+    batch = Batch("reca", torch.arange(len(codes)), words[: len(codes)])
+    return batch, {"codes": codes, "h_v": h_v[: len(codes)]}, recorded(golden, case)
 
 
 def reca_layout(golden, model, case: str) -> prompt.Layout:
@@ -124,7 +132,7 @@ def t2i_layout(golden, model) -> prompt.Layout:
     samples = [prompt.t2i(t, model.vocabulary, model.config.text_slots, model.image_tokens) for t in texts]
     layout = prompt.layout(samples, model.vocabulary)
     draws = recorded(golden, "t2i")
-    model.hide(layout, golden.data["vq.codes"], model.masked(draws, torch.arange(len(texts))))
+    model.hide(layout, codes_of(golden, model, "t2i"), model.masked(draws, torch.arange(len(texts))))
     return layout
 
 
@@ -198,7 +206,7 @@ def test_schedule(golden):
 
 @pytest.mark.parametrize("case", ["t2i", "recon_clip", *RECON_VQ])
 def test_masking(golden, model, case):
-    data, v, codes = golden.data, model.vocabulary, golden.data["vq.codes"] + model.vocabulary.offset
+    data, v, codes = golden.data, model.vocabulary, codes_of(golden, model, case) + model.vocabulary.offset
     draws, samples = recorded(golden, case), torch.arange(len(codes))
     masked = model.masked(draws, samples)
     assert torch.equal(torch.where(masked, v.mask, codes), data[f"{case}.masked_ids"])
@@ -265,7 +273,8 @@ def test_reca_clip_sequence(golden, model):
     same_mask(layout, data["recon_clip.allowed"])
     assert torch.equal(layout.labels[:, model.image], data["recon_clip.labels"][:, model.image])
     with torch.no_grad():
-        close_rows(model.embed(layout.src, data["und.clip_feat"]), data["recon_clip.input_embeds"], layout)
+        h_v = data["und.clip_feat"][: len(layout.src)]
+        close_rows(model.embed(layout.src, h_v), data["recon_clip.input_embeds"], layout)
 
 
 @pytest.mark.parametrize("case", RECON_VQ)
@@ -336,7 +345,7 @@ def test_joint_loss_and_gradients(golden, model):
     texts = golden.cases["tensors"]["t2i.texts"]["value"]
     batch = Batch("t2i", torch.arange(len(texts)), texts)
     draws = recorded(golden, "t2i")
-    t2i = model.loss(batch, {"codes": data["vq.codes"]}, draws)
+    t2i = model.loss(batch, {"codes": codes_of(golden, model, "t2i")}, draws)
     assert t2i.weight == model.weight(batch, draws)
     understand_with(model, "vq")
     layout = lm_layout(golden, model)
@@ -396,14 +405,18 @@ def test_update(golden, model):
         {"params": [p for n, p in trained.items() if model.decays(n, p) == decay], "weight_decay": 0.1 * decay}
         for decay in (True, False)
     ]
-    torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-4).step()
+    lr, eps = 1e-2, 1e-4
+    torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=eps).step()
     wanted = golden.cases["adamw_step"]["params"]
     assert wanted.keys() == trained.keys()
     try:
         for name, (norm, total) in wanted.items():
             after = trained[name].detach().double()
-            assert float(after.norm()) == pytest.approx(norm, rel=1e-6), name
-            assert float(after.sum()) == pytest.approx(total, abs=1e-6 * after.numel() ** 0.5 + 1e-5), name
+            # Of a gradient that is zero the step makes lr / eps times what rounding left of it, in any direction.
+            noise = lr / eps * NOISE if name.endswith(ZERO) else 0.0
+            n = after.numel()
+            assert float(after.norm()) == pytest.approx(norm, rel=1e-6, abs=noise * n**0.5), name
+            assert float(after.sum()) == pytest.approx(total, abs=1e-6 * n**0.5 + 1e-5 + noise * n), name
     finally:
         with torch.no_grad():
             for name, value in before.items():
