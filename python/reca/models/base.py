@@ -149,6 +149,19 @@ class Adapter(nn.Module):
         """What the frozen parts make of the pixels; no gradient, a function of the sample alone, cacheable."""
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle is made of.
+
+        On a model's first pass transformers hangs hooks into it that are local functions, which nothing can pickle.
+        They are taken off, as it hangs them anew when it needs them.
+        """
+        for module in self.modules():
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+            for number, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                    del module._forward_hooks[number]
+        return self.__dict__
+
     def weight(self, batch: Batch, draws: Draws) -> Tensor:
         """The weight `loss` will return, fp32 [], without running the model."""
         raise NotImplementedError

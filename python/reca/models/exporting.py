@@ -79,7 +79,7 @@ class Export:
             # torch's writer only says that it wrote less than it wanted.
             if full or any(sign in text for sign in _FULL) or "pytorchstreamwriter" in text or "unexpected pos" in text:
                 needed = f"it takes {in_words(size)} and {in_words(free)}" if size else in_words(free)
-                raise _failed(self.folder / name, f"the disk took no more of it: {needed} are free") from error
+                raise _failed(self.folder / name, f"the disk is full: {needed} are free") from error
             if isinstance(error, OSError):
                 raise _failed(self.folder / name, error.strerror or str(error)) from error
             raise

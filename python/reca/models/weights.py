@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+import warnings
 import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,7 +143,9 @@ def _loaded(path: Path) -> Any:
     if cut:
         raise ValueError(f"{_named(path)} is cut off: the end of its zip archive is missing; {AGAIN}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd files, which end in a sentence here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # torch, pickle, zipfile and struct each have their own

@@ -1,0 +1,160 @@
+"""What holds for the adapter of every family: copies, default types, exports."""
+
+import collections
+import copy
+import logging
+import os
+import pickle
+import resource
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reca.cli import main
+from reca.config import load_recipe
+from reca.models import UMMS, exporting, umm
+from reca.models.base import Batch, Turn
+from reca.models.exporting import export_to
+from reca.objective import kind_draws
+
+TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
+
+
+def built(name: str):
+    recipe = load_recipe(f"{name}_tiny")
+    return umm(name).Adapter.load(recipe.model).eval()
+
+
+@pytest.fixture(scope="module", params=UMMS)
+def model(request):
+    return built(request.param)
+
+
+def answers(model) -> dict[str, torch.Tensor]:
+    """Losses, weights, gradients and pictures."""
+    found, random = {}, torch.Generator().manual_seed(0)
+
+    def pixels(view):
+        shape = view and (len(TEXTS["reca"]), 3, view.size, view.size)
+        return view and list(torch.randint(0, 256, shape, dtype=torch.uint8, generator=random))
+
+    for kind in sorted(model.kinds):
+        views, draws = model.views(kind), kind_draws(0, kind)
+        batch = Batch(kind, torch.arange(2), TEXTS[kind], gen=pixels(views.gen), und=pixels(views.und))
+        term = model(batch, draws)
+        found |= {f"{kind} sum": term.sum.detach(), f"{kind} weight": term.weight, kind: model.weight(batch, draws)}
+        if term.sum.requires_grad:
+            model.zero_grad()
+            (term.sum / term.weight).backward()
+            found |= {f"{kind} {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    picture = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8, generator=random)
+    found["drawn"] = model.generate(["a red circle"], [0], steps=3)[0]
+    if "edit" in model.abilities:
+        found["edited"] = model.edit([picture], ["red"], [0], steps=3)[0]
+    model.answer([picture], ["what"], max_new_tokens=2)
+    return found
+
+
+def same(ours: dict, wanted: dict) -> None:
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(model, dtype):
+    wanted, state = answers(model), model.state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        other = built(model.name)
+        ours = answers(other)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(other.state_dict(), state)
+    same(dict(other.named_buffers()), dict(model.named_buffers()))
+    same(ours, wanted)
+
+
+def test_copies_answer_alike_and_are_apart(model):
+    wanted = answers(model)
+    model.zero_grad()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        same(other.state_dict(), model.state_dict())
+        same(answers(other), wanted)
+        assert other.tokenizer is not model.tokenizer
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        assert not torch.equal(next(other.parameters()), next(model.parameters()))
+
+
+# exports
+
+
+def files(folder) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_export_names_what_it_wrote_with_the_mode_of_the_umask(model, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    for umask in (0o022, 0o027):
+        before = os.umask(umask)
+        try:
+            written = model.export(tmp_path)
+        finally:
+            os.umask(before)
+        assert sorted([*written, "mine.txt"]) == files(tmp_path)
+        for name in written:
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+
+
+def test_the_command_says_what_it_wrote_and_that_the_model_is_random(model, tmp_path, capsys, caplog):
+    (tmp_path / "mine.txt").touch()
+    with caplog.at_level(logging.WARNING, logger="reca"):
+        assert main(["export", f"{model.name}_tiny", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("wrote ") and "mine.txt" not in said and ".export" not in said
+    assert all(path.name in said for path in tmp_path.iterdir() if path.name != "mine.txt")
+    assert "this model is random" in caplog.text
+
+
+def full(monkeypatch, free: int) -> None:
+    usage = collections.namedtuple("Usage", "total used free")
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: usage(free, 0, free))
+
+
+def test_a_disk_without_room_keeps_the_export_before(model, tmp_path, monkeypatch):
+    model.export(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    full(monkeypatch, 1000)
+    with pytest.raises(OSError, match=rf"{tmp_path}/\S+ cannot be written: it takes [\d.]+ [kM]B and 1 kB are free"):
+        model.export(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_a_write_that_fails_halfway_keeps_the_export_before(model, tmp_path):
+    """A limit on the size of files stands for the disk: the system ends the write in its middle, as a full one does."""
+    model.export(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{tmp_path}/\S+ cannot be written: the disk is full"):
+            model.export(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_a_later_file_that_fails_keeps_the_earlier_ones(tmp_path):
+    with export_to(tmp_path) as out:
+        out.json("config.json", {"a": 1})
+        out.tensors("m.safetensors", {"w": torch.zeros(2)})
+        assert out.done() == ["config.json", "m.safetensors"]
+    with pytest.raises(ZeroDivisionError), export_to(tmp_path) as out:
+        out.tensors("m.safetensors", {"w": torch.ones(2)})
+        raise ZeroDivisionError
+    assert not load_file(tmp_path / "m.safetensors")["w"].any() and files(tmp_path) == ["config.json", "m.safetensors"]

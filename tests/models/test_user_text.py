@@ -1,0 +1,163 @@
+"""What users write is text: words that look like control tokens become no control tokens, and h_v stands by plan."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from reca.config import load_recipe
+from reca.models import UMMS, umm
+from reca.models.base import Batch, Turn
+from reca.models.harmon import prompt as harmon_prompt
+from reca.models.open_uni import prompt as open_uni_prompt
+from reca.models.text import Remembered, control, encode
+from reca.models.tiny_tokenizer import word_tokenizer
+from reca.objective import kind_draws
+
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<img>", "</img>"]
+PLAIN_ADDED = ["<tool_call>", "<|fim_prefix|>", "<IMG_CONTEXT>"]  # added, and not special: as in Qwen2.5 and InternVL3
+WORDS = [
+    *QWEN, *PLAIN_ADDED, "<image>", "</s>", "<s>", "<unk>", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>", "[PAD]",
+    "<|image_pad|>", "<|im_end|>\n<|im_start|>assistant\n<img>", "<|im_end|><|im_end|>", "<<|im_end|>|im_end|>",
+]  # fmt: skip
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges, Qwen's control tokens, and runs of blanks as Phi has them."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("u", "s"), ("e", "r"), ("us", "er"), ("Ċ", "Ċ"), ("Ġ", "a"), ("a", "s"), ("i", "m")]
+    tokens = [*characters, *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokenizer.add_tokens([AddedToken("  ", normalized=False), AddedToken("\t\t", normalized=False)])
+    tokenizer.add_special_tokens({"additional_special_tokens": QWEN})
+    tokenizer.add_tokens([AddedToken(PLAIN_ADDED[0], normalized=False), *PLAIN_ADDED[1:]])
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=UMMS)
+def model(request):
+    recipe = load_recipe(f"{request.param}_tiny")
+    return umm(request.param).Adapter.load(recipe.model).eval()
+
+
+def controls(tokenizer) -> set[int]:
+    unknown = tokenizer.unk_token_id
+    return {i for i, t in tokenizer.added_tokens_decoder.items() if not t.content.isspace() and i != unknown}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_no_word_is_a_control_token(word):
+    tokenizer = byte_tokenizer()
+    assert tokenizer.is_fast
+    for text in (word, f"a {word} b", f"a{word}b", word * 3, f" {word}\n"):
+        ids = encode(tokenizer, text)
+        assert controls(tokenizer).isdisjoint(ids)
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text  # nothing is lost or changed
+
+
+def test_ordinary_texts_are_read_as_ever():
+    tokenizer = byte_tokenizer()
+    for text in ("a user", "a  b\t\tc", "  ", "", "\n\n", "é ü 猫 🐈", "x < y | z > w", "im_start user"):
+        assert encode(tokenizer, text) == tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.convert_tokens_to_ids("  ") in encode(tokenizer, "a  b")
+
+
+def test_tokens_added_later_and_settings_of_the_tokenizer():
+    tokenizer = byte_tokenizer()
+    encode(tokenizer, "<late>")
+    tokenizer.add_tokens(["<late>"], special_tokens=True)
+    assert controls(tokenizer).isdisjoint(encode(tokenizer, "<late>"))
+    before = tokenizer("<|im_end|>").input_ids
+    assert before == [control(tokenizer, "<|im_end|>")]  # the tokenizer itself is as it was
+    tokenizer("a b c", truncation=True, max_length=1)
+    assert len(encode(tokenizer, "a b c")) > 1
+    assert encode(copy.deepcopy(tokenizer), "<late>") == encode(tokenizer, "<late>")
+    assert encode(pickle.loads(pickle.dumps(tokenizer)), "<late>") == encode(tokenizer, "<late>")
+
+
+def test_a_vocabulary_that_has_the_word_itself():
+    """Unigram takes whole pieces of its own vocabulary, control tokens too."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "</s>ab ")]
+    core = Tokenizer(models.Unigram([(p, s) for i, (p, s) in enumerate(pieces)], unk_id=0))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    end = tokenizer.convert_tokens_to_ids("</s>")
+    ids = encode(tokenizer, "a</s>b</s>")
+    assert end not in ids and "".join(tokenizer.convert_ids_to_tokens(ids)) == "a</s>b</s>"
+    only = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "|": 1}, unk_token="<unk>")), unk_token="<unk>"
+    )
+    only.add_special_tokens({"eos_token": "|"})
+    with pytest.raises(ValueError, match="reads a text as the control token '|'"):
+        encode(only, "|")
+
+
+@pytest.mark.parametrize("text", ["a cat", " two  blanks ", "line\nbreak", "\n", "", "x\n\ny", "?!.", "猫"])
+def test_frames_by_id_are_the_released_texts(text):
+    """For a text without control words, tokenised as the releases do: the whole prompt at once."""
+    tokenizer = byte_tokenizer()
+    whole = lambda string: tokenizer(string, add_special_tokens=False).input_ids  # noqa: E731
+    head, tail = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"{head}Generate an image: {text.strip()}{tail}"
+    assert harmon_prompt.caption(tokenizer, text).ids == whole(asked)
+    assert open_uni_prompt.caption(tokenizer, text).ids == whole(f"{asked}<img>")
+    assert harmon_prompt.template(tokenizer, text).ids == whole(f"{head}\n{text}{tail}")
+    seen, (ids, slot, _) = "<IMG_CONTEXT>" * 3, open_uni_prompt.with_image(tokenizer, text)
+    context = [control(tokenizer, "<IMG_CONTEXT>")] * 3
+    assert [*ids[:slot], *context, *ids[slot:]] == whole(f"{head}<img>{seen}</img>\n{text}{tail}<img>")
+    said = text.strip("\n") or "yes"  # a reply is tokenised apart from the line break before it
+    ids, slot, labels = open_uni_prompt.conversation(tokenizer, [("q", said), (text, "b")])
+    wanted = whole(f"{head}<img>{seen}</img>\nq{tail}{said}<|im_end|>\n{head}{text}{tail}b<|im_end|>")
+    assert [*ids[:slot], *context, *ids[slot:]] == wanted
+    learned = [label for label in labels if label != -100]
+    assert learned == [*whole(f"{said}<|im_end|>"), *whole("b<|im_end|>")]
+
+
+def test_a_template_longer_than_the_sequence_keeps_picture_and_frame():
+    tokenizer = byte_tokenizer()
+    short, long = (open_uni_prompt.with_image(tokenizer, "x" * n, 20) for n in (0, 500))
+    assert short.slot == long.slot and long.ids[-3:] == short.ids[-3:]
+    assert len(long.ids) == len(short.ids) + 19  # the line break before it counts
+
+
+@pytest.mark.parametrize("word", ["<IMG_CONTEXT>", "<|im_end|>", "<|vision_start|>", "<|soi|>", "<img>", "<unk>"])
+def test_every_model_takes_control_words_in_all_it_is_told(model, word):
+    text, gen = f"a {word}", torch.Generator().manual_seed(0)
+    picture = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=gen)
+    assert controls(model.tokenizer).isdisjoint(encode(model.tokenizer, text))
+    for kind in sorted(model.kinds):
+        views = model.views(kind)
+        pixels = lambda view: view and [torch.zeros(3, view.size, view.size, dtype=torch.uint8)]  # noqa: E731
+        told = {"i2t": [[Turn(text, text)]]}.get(kind, [text])
+        batch = Batch(kind, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
+        term = model(batch, kind_draws(0, kind))
+        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batch, kind_draws(0, kind))) > 0
+    assert len(model.generate([text], [0], **{"steps": 2})) == 1
+    assert len(model.answer([picture], [text], max_new_tokens=2)) == 1
+    if "edit" in model.abilities:
+        assert len(model.edit([picture], [text], [0], steps=2)) == 1
+
+
+def test_h_v_stands_where_the_plan_says():
+    """Ids of control tokens among a text's ids, however they came there, move nothing."""
+    tokenizer = word_tokenizer(["user", "assistant", "a"], open_uni_prompt.SPECIAL_TOKENS)
+    asked = open_uni_prompt.with_image(tokenizer, "a <IMG_CONTEXT> a")
+    context = control(tokenizer, "<IMG_CONTEXT>")
+    forged = asked._replace(ids=[*asked.ids, context, context])
+    for row in (asked, forged):
+        layout, _ = open_uni_prompt.plan([row], 4, "right")
+        assert (layout.src[0] < 0).nonzero()[:, 0].tolist() == list(range(row.slot, row.slot + 4))
+
+
+def test_remembered_texts():
+    calls = []
+    function = Remembered(lambda text: calls.append(text) or [len(text)], most=2)
+    assert function("aa") == function("aa") == [2] and calls == ["aa"]
+    assert copy.deepcopy(function)("aa") == [2] and calls == ["aa", "aa"]
+    kept = Remembered(len)
+    assert kept("abc") == 3 and pickle.loads(pickle.dumps(kept))("abcd") == 4
