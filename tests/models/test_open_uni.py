@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from reca.config import load_recipe
 from reca.data.pixels import make_view
 from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.open_uni import Adapter, Config, convert, prompt
-from reca.models.open_uni.config import ConnectorSizes, LanguageSizes, SanaSizes, tiny
+from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, tiny
+from reca.models.tiny_tokenizer import word_tokenizer
 from reca.optim import freeze
 from reca_kernels import dispatch, native
 
@@ -328,3 +330,52 @@ def test_drawing_in_batches(model):
         model.generate(prompts, [0])
     with pytest.raises(ValueError, match="steps=0"):
         model.generate(["a"], [0], steps=0)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tiny model in the folders of its four parts, as they are published, and the recipe that names them."""
+    folder = tmp_path_factory.mktemp("published")
+    sizes = AutoencoderSizes(8, 8, ["ResBlock"] * 2, [8, 16], [1, 1], [1, 1])
+    given = config(codec="dc_ae", autoencoder=sizes, image_size=16)
+    torch.manual_seed(0)
+    model = Adapter(given, word_tokenizer(WORDS, prompt.SPECIAL_TOKENS))
+    model.transformer.save_pretrained(folder / "dit" / "transformer")
+    model.vae.save_pretrained(folder / "vae")
+    (folder / "mllm").mkdir()
+    save_file(model.mllm.state_dict(), folder / "mllm" / "model.safetensors")
+    model.tokenizer.save_pretrained(folder / "mllm")
+    trained = {name: t for name, t in model.state_dict().items() if name.startswith(convert.REQUIRED)}
+    torch.save(trained, folder / "open_uni.pth")
+    parts = {name: str(folder / name) for name in ("mllm", "dit", "vae")}
+    return model, folder, replace(given, weights=str(folder / "open_uni.pth"), **parts)
+
+
+def test_the_four_published_parts(published):
+    model, _, given = published
+    again = Adapter.load(given)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert again.transformer.config.num_layers == model.transformer.config.num_layers
+    assert not any(p.is_meta for p in [*again.parameters(), *again.buffers()])
+
+
+@pytest.mark.parametrize(
+    "part", ["mllm/model", "dit/transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
+)
+def test_a_published_part_that_is_damaged(published, part):
+    _, folder, given = published
+    path = folder / f"{part}.safetensors"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(ValueError, match=rf"{path} \(43 bytes\) is a Git LFS pointer"):
+            Adapter.load(given)
+        state = load_file(path) if path.write_bytes(whole) else {}
+        state.pop(next(iter(state)))
+        save_file(state, path)
+        with pytest.raises(ValueError, match="1 missing"):
+            Adapter.load(given)
+    finally:
+        path.write_bytes(whole)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HUB = ["*.json", *convert.WEIGHTS]  # what there is to download
+HUB = ["*.json", "*.safetensors", "*.bin"]  # what there is to download
 
 
 def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
