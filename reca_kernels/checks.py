@@ -6,20 +6,37 @@ import sys
 import torch
 from torch import Tensor
 
+from reca_kernels import library
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def local(op: str, **tensors: Tensor | None) -> None:
-    """No DTensor: a kernel would see the local shard only and give gradients of one rank."""
+def plain(op: str, **tensors: Tensor | None) -> bool:
+    """What library.plain says of them. Raises TypeError for what an op cannot take in any way."""
+    try:
+        if library.plain(*tensors.values()):
+            return True
+    except TypeError:  # not a tensor
+        pass
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is None:
-        return
     for name, tensor in tensors.items():
-        if isinstance(tensor, distributed.DTensor):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if distributed is not None and isinstance(tensor, distributed.DTensor):
+            # A kernel would see the local shard only and give gradients of one rank.
             raise TypeError(
                 f"{op}: {name} is a DTensor. Call the op inside the module's forward, where FSDP2 has gathered the "
                 f"parameters, or pass {name}.full_tensor()"
             )
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise TypeError(
+                f"{op}: {name} must be a dense tensor, whose elements lie in memory, got a {kind} one; "
+                "make it dense first"
+            )
+    return False
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:
@@ -56,18 +73,21 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
+# ---- values: of plain memory only. A public function looks where its tensors are plain, a registered op's kernel always.
+
+
+def _wanted(tensor: Tensor) -> bool:
+    """Whether to look at the values: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
     wanted = tensor.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"
-    return wanted and tensor.numel() > 0 and not torch.compiler.is_compiling()
+    return wanted and tensor.numel() > 0
 
 
 def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise ValueError for a label outside [0, classes) that is not ignore_index, where values may be looked at.
+    """Raise ValueError for a label outside [0, classes) that is not ignore_index.
 
     Unchecked, such a row makes the loss NaN.
     """
-    if not _readable(labels):
+    if not _wanted(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
     if bool(outside.any()):
@@ -79,8 +99,8 @@ def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> N
 
 
 def labels_fit(op: str, labels: Tensor, ignore_index: int, most: int | None) -> None:
-    """Raise ValueError where more than `most` rows carry a label, where values may be looked at."""
-    if most is None or not _readable(labels):
+    """Raise ValueError where more than `most` rows carry a label."""
+    if most is None or not _wanted(labels):
         return
     count = int((labels != ignore_index).sum())
     if count > most:
@@ -88,8 +108,8 @@ def labels_fit(op: str, labels: Tensor, ignore_index: int, most: int | None) -> 
 
 
 def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) -> None:
-    """Raise ValueError for an index outside [low, high), where values may be looked at; low None: no lower bound."""
-    if not _readable(index):
+    """Raise ValueError for an index outside [low, high); low None: no lower bound."""
+    if not _wanted(index):
         return
     smallest, largest = (int(x) for x in index.aminmax())
     if largest >= high or (low is not None and smallest < low):

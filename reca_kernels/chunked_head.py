@@ -16,6 +16,7 @@ A backend's module holds
     reduce(losses, labels, options) -> (loss, scale)
 """
 
+import math
 from types import ModuleType
 
 import torch
@@ -42,6 +43,16 @@ def labelled_rows(labels: Tensor, ignore_index: int, most: int | None) -> int:
     if capturing(labels):
         return len(labels)
     return int((labels != ignore_index).sum())
+
+
+def unit_of(dtype: torch.dtype, z_loss: float) -> float | None:
+    """By how much the gradient over fp16 logits is written too large, to be taken off in fp32; None: not at all.
+
+    p - y is at most 1, times 1 + 2 z_loss log_sum_exp, for which a log_sum_exp of 100 is allowed; fp16 ends at 2^16 and
+    has all its digits from 2^-14 on. Divided by the number of rows before it is written, and before a loss scale
+    multiplies it, the gradient of all but the label's class would be 0 at a vocabulary of 58,498.
+    """
+    return 2.0 ** (15 - math.ceil(math.log2(1 + 200 * abs(z_loss)))) if dtype == torch.float16 else None
 
 
 def forward(
@@ -74,6 +85,9 @@ def forward(
     rows, row_labels = (room(most, dtype=torch.int64) for _ in range(2))
     kernels.pick_rows(labels, options.ignore_index, options.reduction == "mean", losses, rows, row_labels, scale)
 
+    unit = unit_of(dtype, options.z_loss) if any(grad_dtypes) and row_grad is None else None
+    factor = scale if unit is None else torch.full_like(scale, unit)
+
     bounded = window is not None or filter_eps is not None
     dropped = room(count, dtype=torch.float32, zero=True) if bounded else None
     dx = None if dx_dtype is None else room(count, width, dtype=dx_dtype, zero=True)
@@ -96,17 +110,19 @@ def forward(
         kernels.copy_rows(hidden, rows[part], x[:n], None)
         torch.mm(x[:n], weight.t(), out=logits[:n, :classes])
         kernels.row_gradients(
-            logits[:n], bias, row_labels[part], rows[part], row_grad, scale, options, losses,
+            logits[:n], bias, row_labels[part], rows[part], row_grad, factor, options, losses,
             (low, high) if any(grad_dtypes) else None, dropped, classes,
         )  # fmt: skip
         gradient, head, columns = logits[:n, low:high], weight[low:high], None
         if filtered:
-            columns, left_out = needed_columns(gradient, scale, filter_eps)
+            columns, left_out = needed_columns(gradient, factor, filter_eps)
             dropped.index_add_(0, rows[part].clamp(min=0), left_out)  # of row -1 it is 0
         if columns is not None:
             gradient, head = gradient.index_select(1, columns), head.index_select(0, columns)
         if dx is not None:
-            kernels.copy_rows(torch.mm(gradient, head), None, dx, rows[part])
+            product = room(n, width, dtype=dtype if unit is None else torch.float32)
+            add_product(product, gradient, head, first=True)
+            kernels.copy_rows(product, None, dx, rows[part])
         if dw is not None and columns is None:
             add_product(dw[low:high], gradient.t(), x[:n], first=begin == 0 and not filtered)
         elif dw is not None:
@@ -117,6 +133,10 @@ def forward(
             total = gradient.sum(0, dtype=torch.float32)
             db[low:high] += total if columns is None else torch.zeros_like(db[low:high]).index_copy_(0, columns, total)
 
+    if unit is not None:
+        for gradient in (dx, dw, db):
+            if gradient is not None:
+                gradient.mul_(scale / unit)
     loss, _ = kernels.reduce(losses, labels, options)
     return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype), dropped
 

@@ -71,15 +71,24 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
 }
 
 
-def choose(op: str, tensor: Tensor, backend: str | None = None, *, dtype: torch.dtype | None = None) -> str:
-    """The backend that runs `op` on tensors like `tensor`; `dtype` where another one than the tensor's decides.
+def choose(
+    op: str,
+    tensor: Tensor,
+    backend: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    numel: int | None = None,
+) -> str:
+    """The backend that runs `op` on tensors like `tensor`; `dtype`, `numel` where others than the tensor's decide.
 
     `backend`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run: ValueError
     for an unknown name, RuntimeError otherwise. With neither, or "auto", the table decides.
     """
     forced = backend or os.environ.get("RECA_BACKEND") or "auto"
-    # A compiled graph is made once for many sizes, so there the table is read as for a large tensor.
-    numel = None if torch.compiler.is_compiling() else tensor.numel()
+    # A graph is made once for many sizes, so where they are symbols the table is read as for a large tensor.
+    numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
+    if type(numel) is not int:
+        numel = None
     return _choose(op, tensor.device.type, tensor.device.index, dtype or tensor.dtype, numel, forced)
 
 

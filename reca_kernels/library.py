@@ -1,16 +1,99 @@
-"""Registration of ops with torch, and what every op's autograd shares.
+"""Registration of ops with torch, when an op may go around the dispatcher, and what every op's autograd shares.
 
-In eager mode an op runs through its autograd.Function, which costs half of what a registered op costs. Under
-torch.compile it is a registered op, so that it is one node of the graph. Both call the same kernels.
+A kernel takes addresses. So in eager mode, on plain memory, an op runs raw through its autograd.Function, which costs
+half of what a registered op costs. Everything else is the dispatcher's: graphs that are traced, modes, fake and meta
+tensors, subclasses, negated views. There the op is a registered one, one node of any graph. Both call the same kernels.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("reca", "DEF")
+
+# ---- plain memory ----
+
+# What the dispatcher would do on its way to a kernel that the raw path does by itself, or need not do.
+_ON_THE_WAY = (
+    "CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect"
+)  # fmt: skip
+_PLAIN = functools.reduce(
+    int.__or__, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in _ON_THE_WAY)
+)
+_MORE = ~_PLAIN
+_keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called on the addresses of these tensors, with nothing in between.
+
+    Not under torch.compile, a dispatch or function mode, a transform of torch.func, torch.jit.trace or forward mode
+    AD; not for a subclass, a fake, meta, sparse, quantized or nested tensor, a negated view, or a zero tensor.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if has_torch_function(tensors) or _keys_of_thread().raw_repr() & _MORE:
+        return False
+    for tensor in tensors:  # the keys of wrappers and of memory that is not all there
+        if tensor is not None and _keys_of(tensor).raw_repr() & _MORE:
+            return False
+    return True
+
+
+def _refuse_transforms(op: str, tensors: Iterable[Any]) -> None:
+    """Raise RuntimeError where derivatives would be lost in silence: a kernel has backward() and no more."""
+    transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    kind = torch._C._functorch.TransformType
+    name = None
+    if transforms & {kind.Grad, kind.Jvp}:
+        name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
+    elif forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        name = "forward mode AD"
+    if name:
+        raise RuntimeError(
+            f"{op} has no derivative for {name}: its gradient comes from a kernel, by backward(). "
+            "Use backend='reference' there"
+        )
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def outside_of_modes(function: Callable) -> Callable:
+    """Cache tensors that the host makes from numbers. Arguments are hashable.
+
+    They are made outside of any mode, so that no later call finds a fake one or one of inference mode; under a mode,
+    the caller gets what the mode makes of them.
+    """
+
+    @functools.lru_cache(maxsize=32)
+    def kept(*arguments: Any) -> Any:
+        with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
+            return function(*arguments)
+
+    @functools.wraps(function)
+    def made(*arguments: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return function(*arguments)
+        tensors = kept(*arguments)
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return tensors
+        return tree_map_only(Tensor, torch.ops.aten.lift_fresh, tensors)
+
+    made.cache_clear = kept.cache_clear
+    return made
+
+
+# ---- registration ----
 
 
 def register(
@@ -19,27 +102,41 @@ def register(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-) -> Any:
-    """Register `name(arguments) -> results` and return torch.ops.reca.name.
+    flops: Callable | None = None,
+) -> Callable:
+    """Register `name(arguments) -> results` as torch.ops.reca.name and return a function that calls it.
 
     kernel         runs it on real tensors
     fake           allocates results of the same shape, dtype, stride
     backward       (ctx, *grads) -> a gradient or None per argument; without it, to differentiate the op is an error
     setup_context  (ctx, inputs, output), saves what backward needs
+    flops          (*arguments) -> what FlopCounterMode counts; without it nothing
+
+    The function raises RuntimeError for transforms that would lose a derivative.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)
     torch.library.register_fake(f"reca::{name}", fake, lib=_library)
+    public = name.removesuffix("_backward").removesuffix("_scale")
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(_twice(name.removesuffix("_backward")))
+        raise RuntimeError(_twice(public))
 
     torch.library.register_autograd(
         f"reca::{name}", backward or refuse, setup_context=setup_context if backward else None, lib=_library
     )
-    return getattr(torch.ops.reca, name)
+    op = getattr(torch.ops.reca, name)
+    if flops is not None:
+        register_flop_formula(op, get_raw=True)(flops)
+
+    def call(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(public, tree_iter(arguments))
+        return op(*arguments)
+
+    return call
 
 
 def _twice(op: str) -> str:

@@ -23,6 +23,9 @@ def forward(
     filter_eps: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
+    if hidden.dtype == torch.float16:
+        # Torch's fp16 products are slow on CPUs, and gradients over logits would end at 2^-24, before any loss scale.
+        hidden, weight, bias = (None if x is None else x.float() for x in (hidden, weight, bias))
     dtype = hidden.dtype
     classes = weight.shape[0]
     rows = (labels != options.ignore_index).nonzero()[:, 0]

@@ -50,7 +50,7 @@ def attention(
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
     do not fit the plan or each other.
     """
-    checks.local(OP, q=q, k=k, v=v)
+    checks.plain(OP, q=q, k=k, v=v)
     checks.floating(OP, q=q, k=k, v=v)
     checks.one_device(OP, q=q, k=k, v=v)
     if dtype := checks.autocast_dtype(q):

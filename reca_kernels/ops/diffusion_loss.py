@@ -6,7 +6,6 @@ A backend's file holds, for contiguous tensors, noise a Philox address with one 
     losses(out, x0, t, noise, table, rows, gradient) -> fp32 [M]       writes d loss / d out into gradient unless None
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
 from reca_kernels.host import on_device
-from reca_kernels.ops.philox import Philox, checked
+from reca_kernels.ops.philox import Philox, addressed, checked
 from reca_kernels.reference import diffusion_loss as reference
 
 OP = "diffusion_loss"
 WIDEST = 128  # channels a kernel's buffers hold
 
 
-@functools.cache
 def diffusion_schedule(
     steps: int = 1000, kind: str = "cosine", device: torch.device | str = "cpu", keep: int | None = None
 ) -> Tensor:
@@ -33,6 +31,11 @@ def diffusion_schedule(
     """
     if kind != "cosine":
         raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
+    return _schedule(steps, keep, torch.device(device))
+
+
+@library.outside_of_modes
+def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
     kept = None if keep is None else diffusion_steps(steps, keep)
     return on_device(reference.schedule(steps, kept).float(), device)
 
@@ -59,12 +62,13 @@ def diffusion_prepare(
     noise: where to draw eps (one sample id per row, C elements each), or eps itself [M, C]. Not differentiable.
     Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
     """
-    t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    plain = checks.plain(OP, **_named(x0, t, noise, schedule, rows))
+    t, noise, rows = _checked(x0, t, noise, schedule, rows, plain)
     backend = _backend(x0, x0, backend)
     with torch.no_grad():
         if backend == "reference":
             return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype or x0.dtype)
-        if torch.compiler.is_compiling():
+        if not plain:
             return _prepare_op(x0, t, *_flat(noise), schedule, rows, out_dtype or x0.dtype, backend)
         return _run_prepare(x0, t, noise, schedule, rows, out_dtype or x0.dtype, backend)
 
@@ -89,15 +93,15 @@ def diffusion_loss(
     Derivatives  by out only, the first only; the gradient is written in the pass that computes the loss.
     Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels.md
     """
-    t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    plain = checks.plain(OP, out=out, **_named(x0, t, noise, schedule, rows))
+    t, noise, rows = _checked(x0, t, noise, schedule, rows, plain)
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
-    checks.local(OP, out=out)
     checks.floating(OP, out=out)
     checks.one_device(OP, out=out, x0=x0)
     if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
-    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, x0, backend))
+    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, x0, backend), plain, reduction == "none")
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
@@ -114,7 +118,18 @@ def _backend(tensor: Tensor, x0: Tensor, backend: str | None) -> str:
     return chosen
 
 
-def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
+def _named(x0, t, noise, schedule, rows) -> dict[str, Tensor | None]:
+    tensors = {"x0": x0, "t": t, "schedule": schedule, "rows": rows}
+    return {**tensors, "noise": noise} if isinstance(noise, Tensor) else {**tensors, **addressed(noise)}
+
+
+def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None) -> None:
+    if rows is not None:
+        checks.index_inside(OP, "rows", rows, 0, len(x0))
+    checks.index_inside(OP, "t", t, 0, len(schedule))
+
+
+def _checked(x0, t, noise, schedule, rows, plain) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
     checks.floating(OP, x0=x0)
     checks.integer(OP, t=t)
     if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
@@ -127,10 +142,7 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
         checks.integer(OP, rows=rows)
         if rows.shape != t.shape:
             raise ValueError(f"{OP}: rows must be [M] = [{len(t)}] like t, got {list(rows.shape)}")
-        checks.index_inside(OP, "rows", rows, 0, len(x0)) if len(rows) else None
         rows = rows.long().contiguous()
-    if len(t):
-        checks.index_inside(OP, "t", t, 0, len(schedule))
     if schedule.ndim != 2 or schedule.shape[1] != len(reference.COLUMNS):
         raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
     if isinstance(noise, Tensor):
@@ -142,6 +154,8 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
     if tuple(ids.shape) != expected:
         raise ValueError(f"{OP}: {name} must be {list(expected)}, got {list(ids.shape)}")
     checks.one_device(OP, x0=x0, t=t, schedule=schedule, rows=rows, **{name: ids})
+    if plain:
+        _check_indices(x0, t, schedule, rows)
     return t.long().contiguous(), noise, rows
 
 
@@ -159,18 +173,19 @@ def _run_prepare(x0, t, noise, table, rows, dtype, backend) -> Tensor:
     return out
 
 
-def _losses(out, x0, t, noise, table, rows, backend) -> Tensor:
+def _losses(out, x0, t, noise, table, rows, backend, plain, some_unseen) -> Tensor:
     if backend == "reference":
         return reference.losses(out, x0, t, noise, table, rows)
-    if torch.compiler.is_compiling():
+    if not plain:
         return _loss_op(out, x0, t, *_flat(noise), table, rows, backend)[0]
     if out.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(out, x0, t, noise, table, rows, backend)
+        return _Function.apply(out, x0, t, noise, table, rows, backend, some_unseen)
     return _run_losses(out, x0, t, noise, table, rows, backend, False)[0]
 
 
 def _run_losses(out, x0, t, noise, table, rows, backend, learn) -> tuple[Tensor, Tensor]:
-    out = out.contiguous()
+    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
+    out = (out.float() if learn and out.dtype == torch.float16 else out).contiguous()
     gradient = torch.empty_like(out) if learn else out.new_empty(0)
     kernel = dispatch.load(backend, OP).losses
     table = table.float().contiguous()
@@ -182,31 +197,47 @@ class _Function(torch.autograd.Function):
     retain_graph, has the kernel write it again."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x0, t, noise, table, rows, backend) -> Tensor:
+    def forward(ctx: Any, out: Tensor, x0, t, noise, table, rows, backend, some_unseen) -> Tensor:
         losses, ctx.gradient = _run_losses(out, x0, t, noise, table, rows, backend, True)
         seed, ids, ctx.stream, given = _flat(noise)
         ctx.save_for_backward(out, x0, t, table, rows, seed, ids, given)
-        ctx.backend = backend
+        ctx.backend, ctx.some_unseen = backend, some_unseen
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         out, x0, t, table, rows, seed, ids, given = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
+        plain = library.plain(grad, out)
         with torch.no_grad():
-            if gradient is None:
+            if gradient is None and plain:
                 noise = _unflat(seed, ids, ctx.stream, given)
-                _, gradient = _run_losses(out, x0, t, noise, table, rows, ctx.backend, True)
-            gradient.mul_(grad[:, None])
-        return *library.once(OP, (gradient,), (grad, out)), *[None] * 6
+                gradient = _run_losses(out, x0, t, noise, table, rows, ctx.backend, True)[1]
+            elif gradient is None:
+                gradient = _loss_op(out, x0, t, seed, ids, ctx.stream, given, table, rows, ctx.backend)[1]
+            if plain:
+                unseen = grad == 0
+                gradient.mul_(grad[:, None])
+                if ctx.some_unseen and (grad.is_cuda or bool(unseen.any())):  # a CPU can look, and has less to do
+                    gradient.masked_fill_(unseen[:, None], 0)
+            else:
+                gradient = _scaled(gradient, grad)
+            gradient = gradient.to(out.dtype)
+        return *library.once(OP, (gradient,), (grad, out)), *[None] * 7
 
 
-# ---- under torch.compile ----
+def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    """By its row's number in grad [M]; 0 makes 0 of NaN and infinity too."""
+    return torch.where((grad == 0)[:, None], 0, gradient * grad[:, None])
+
+
+# ---- through the dispatcher ----
 
 _NOISE = "Tensor? seed, Tensor? ids, int stream, Tensor? given"
 
 
 def _op_prepare(x0, t, seed, ids, stream, given, table, rows, dtype, backend) -> Tensor:
+    _check_indices(x0, t, table, rows)
     return _run_prepare(x0, t, _unflat(seed, ids, stream, given), table, rows, dtype, backend)
 
 
@@ -215,22 +246,25 @@ def _op_prepare_fake(x0, t, seed, ids, stream, given, table, rows, dtype, backen
 
 
 def _op_loss(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
+    _check_indices(x0, t, table, rows)
     return _run_losses(out, x0, t, _unflat(seed, ids, stream, given), table, rows, backend, True)
 
 
 def _op_loss_fake(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(out, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
+    gradient = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format)
     return out.new_empty(out.shape[0], dtype=torch.float32), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     (gradient,) = ctx.saved_tensors
-    return (gradient * grad[:, None]).to(gradient.dtype), *[None] * 9
+    return _scaled(gradient, grad).to(ctx.dtype), *[None] * 9
 
 
 _prepare_op = library.register(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
-from reca_kernels.ops.philox import Philox, checked
+from reca_kernels.ops.philox import Philox, addressed, checked
 from reca_kernels.reference import flow_matching as reference
 
 OP = "flow_matching"
@@ -40,13 +40,13 @@ def flow_matching_prepare(
               order is element i of its noise.
     Not differentiable. Raises ValueError for shapes that do not fit.
     """
+    plain = checks.plain(OP, t=t, **_named(x0, noise))
     images = _images(x0, patch)
-    checks.local(OP, t=t, **({"x0": x0} if isinstance(x0, Tensor) else {}))
     t, noise = _level(t, images), _noise(noise, images)
     out_dtype = out_dtype or images[0].dtype
     backend = dispatch.choose(OP, images[0], backend)
     with torch.no_grad():
-        flat = _prepare(images, t if backend == "reference" else t.float(), noise, patch, out_dtype, backend)
+        flat = _prepare(images, t if backend == "reference" else t.float(), noise, patch, out_dtype, backend, plain)
     return flat.view(_shape(x0, patch))
 
 
@@ -65,15 +65,15 @@ def flow_matching_loss(
 
     pred       shaped like flow_matching_prepare's result for the same x0, noise and patch; any float dtype
     t          the levels given to flow_matching_prepare. The target does not depend on them.
-    weight     multiplies every image's error
+    weight     multiplies every image's error; NaN and infinity in an image of weight 0 reach nothing
     reduction  "mean" over all elements, "sum", or "sample": [B], every image's mean
     Derivatives by pred only, and the first only. The gradient is written in the pass that computes the loss.
     Raises ValueError for shapes that do not fit or an x0 that requires a gradient.
     """
+    plain = checks.plain(OP, pred=pred, t=t, **_named(x0, noise))
     images = _images(x0, patch)
     if reduction not in ("mean", "sum", "sample"):
         raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
-    checks.local(OP, pred=pred)
     checks.floating(OP, pred=pred)
     _level(t, images)
     noise = _noise(noise, images)
@@ -86,9 +86,10 @@ def flow_matching_loss(
     # fp64 anywhere is for the reference.
     dtype = torch.float64 if images[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
-    sums = _losses(pred, images, noise, patch, backend)
+    masked = None if weight is None else weight == 0
+    sums = _losses(pred, images, noise, patch, backend, masked, plain, reduction == "sample" or weight is not None)
     if weight is not None:
-        sums = sums * weight.to(sums.dtype)
+        sums = torch.where(~masked | sums.isfinite(), sums, 0) * weight.to(sums.dtype)
     if reduction == "sum":
         return sums.sum()
     counts = [image.numel() for image in images]
@@ -97,6 +98,11 @@ def flow_matching_loss(
     if all(n == counts[0] for n in counts):
         return sums / max(counts[0], 1)
     return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), counts, strict=True)])  # no copy from the host
+
+
+def _named(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> dict[str, Tensor]:
+    images = {"x0": x0} if isinstance(x0, Tensor) else {f"x0[{i}]": image for i, image in enumerate(x0)}
+    return {**images, "noise": noise} if isinstance(noise, Tensor) else {**images, **addressed(noise)}
 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
@@ -161,11 +167,17 @@ def _unflat(seed: Tensor | None, ids: Tensor | None, stream: int, given: Tensor 
 
 
 def _prepare(
-    images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, dtype: torch.dtype, backend: str
+    images: list[Tensor],
+    t: Tensor,
+    noise: Philox | Tensor,
+    patch: int,
+    dtype: torch.dtype,
+    backend: str,
+    plain: bool,
 ) -> Tensor:
     if backend == "reference":
         return reference.prepare(images, t, noise, patch, dtype)
-    if torch.compiler.is_compiling():
+    if not plain:
         return _prepare_op(images, t, *_flat(noise), patch, dtype, backend)
     return _run_prepare(images, t, noise, patch, dtype, backend)
 
@@ -176,30 +188,53 @@ def _run_prepare(images, t, noise, patch, dtype, backend) -> Tensor:
     return out
 
 
-def _losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, backend: str) -> Tensor:
+def _losses(
+    pred: Tensor,
+    images: list[Tensor],
+    noise: Philox | Tensor,
+    patch: int,
+    backend: str,
+    masked: Tensor | None,
+    plain: bool,
+    some_unseen: bool,
+) -> Tensor:
+    """Sums of squared errors per image; masked: images that the loss leaves out, some_unseen: there may be such."""
     if backend == "reference":
-        return reference.losses(pred.reshape(-1), images, noise, patch)
-    if torch.compiler.is_compiling():
+        return reference.losses(pred.reshape(-1), images, noise, patch, masked)
+    if not plain:
         return _loss_op(pred, images, *_flat(noise), patch, backend)[0]
     if pred.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(pred, images, noise, patch, backend)
+        return _Function.apply(pred, images, noise, patch, backend, some_unseen)
     return _run_losses(pred, images, noise, patch, backend, False)[0]
 
 
 def _run_losses(pred, images, noise, patch, backend, learn) -> tuple[Tensor, Tensor]:
-    pred = pred.contiguous()
+    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
+    pred = (pred.float() if learn and pred.dtype == torch.float16 else pred).contiguous()
     gradient = torch.empty_like(pred) if learn else pred.new_empty(0)
     return dispatch.load(backend, OP).losses(pred, images, noise, patch, gradient if learn else None), gradient
 
 
-def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Multiply gradient in place by its image's number in grad [B]."""
+def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: bool) -> Tensor:
+    """Multiply gradient in place by its image's number in grad [B]. some_unseen: 0 makes 0 of NaN and infinity too."""
+    unseen = grad == 0
+    zero = some_unseen and (grad.is_cuda or bool(unseen.any()))  # a CPU can look, and then has less to do
     if all(n == lengths[0] for n in lengths):
-        gradient.view(len(lengths), -1).mul_(grad[:, None])
-    else:
-        for part, g in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), strict=True):
-            part.mul_(g)
+        lines = gradient.view(len(lengths), -1).mul_(grad[:, None])
+        if zero:
+            lines.masked_fill_(unseen[:, None], 0)
+        return gradient
+    for part, g, without in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), unseen.unbind(), strict=True):
+        part.mul_(g)
+        if zero:
+            part.masked_fill_(without, 0)
     return gradient
+
+
+def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same, into new memory and by single operations of torch."""
+    parts = zip(gradient.reshape(-1).split(list(lengths)), grad.unbind(), strict=True)
+    return torch.cat([torch.where(g == 0, 0, part * g) for part, g in parts]).view(gradient.shape)
 
 
 class _Function(torch.autograd.Function):
@@ -207,26 +242,42 @@ class _Function(torch.autograd.Function):
     retain_graph, has the kernel write it again."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, backend: str):
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        images: list[Tensor],
+        noise: Philox | Tensor,
+        patch: int,
+        backend: str,
+        some_unseen: bool,
+    ) -> Tensor:
         losses, ctx.gradient = _run_losses(pred, images, noise, patch, backend, True)
         seed, ids, ctx.stream, given = _flat(noise)
         ctx.save_for_backward(pred, seed, ids, given, *images)
-        ctx.patch, ctx.backend = patch, backend
+        ctx.patch, ctx.backend, ctx.some_unseen = patch, backend, some_unseen
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pred, seed, ids, given, *images = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
+        lengths = [image.numel() for image in images]
+        plain = library.plain(grad, pred)
         with torch.no_grad():
-            if gradient is None:
+            if gradient is None and plain:
                 noise = _unflat(seed, ids, ctx.stream, given)
-                _, gradient = _run_losses(pred, images, noise, ctx.patch, ctx.backend, True)
-            _scale(gradient, grad, [image.numel() for image in images])
-        return *library.once(OP, (gradient,), (grad, pred)), None, None, None, None
+                gradient = _run_losses(pred, images, noise, ctx.patch, ctx.backend, True)[1]
+            elif gradient is None:
+                gradient = _loss_op(pred, images, seed, ids, ctx.stream, given, ctx.patch, ctx.backend)[1]
+            if plain:
+                gradient = _scale(gradient, grad, lengths, ctx.some_unseen)
+            else:
+                gradient = _scaled(gradient, grad, lengths)
+            gradient = gradient.to(pred.dtype)
+        return *library.once(OP, (gradient,), (grad, pred)), *[None] * 5
 
 
-# ---- under torch.compile ----
+# ---- through the dispatcher ----
 
 _NOISE = "Tensor? seed, Tensor? ids, int stream, Tensor? given"
 
@@ -244,19 +295,20 @@ def _op_loss(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Te
 
 
 def _op_loss_fake(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Tensor, Tensor]:
-    gradient = torch.empty_like(pred, memory_format=torch.contiguous_format)
+    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+    gradient = torch.empty_like(pred, dtype=dtype, memory_format=torch.contiguous_format)
     return pred.new_empty(len(images), dtype=torch.float32), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.lengths = [image.numel() for image in inputs[1]]
+    ctx.lengths, ctx.dtype = [image.numel() for image in inputs[1]], inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     (gradient,) = ctx.saved_tensors
-    return _scale(gradient.clone(), grad, ctx.lengths), [None] * len(ctx.lengths), *[None] * 6
+    return _scaled(gradient, grad, ctx.lengths).to(ctx.dtype), [None] * len(ctx.lengths), *[None] * 6
 
 
 _prepare_op = library.register(

@@ -49,20 +49,21 @@ def masked_cross_entropy(
                  that row's loss is NaN and its gradient 0.
     Derivatives  first only; a second derivative raises RuntimeError, except with backend="reference".
     """
-    checks.local(OP, logits=logits, labels=labels)
+    plain = checks.plain(OP, logits=logits, labels=labels)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
     checks.floating(OP, logits=logits)
     checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, softcap, reduction)
     checks.one_device(OP, logits=logits, labels=labels)
-    checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
+    if plain:
+        checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if inplace:
         _check_inplace(logits)
     if backend == "reference":
         return reference.masked_cross_entropy(logits, labels, **options._asdict())
-    if torch.compiler.is_compiling():
+    if not plain:
         return _op(logits, labels, *options, backend)[0]
     if logits.requires_grad and torch.is_grad_enabled():
         return _Function.apply(logits, labels, options, inplace, backend)
@@ -85,12 +86,18 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _same_pitch(logits: Tensor) -> Tensor | None:
-    """Room for the gradient with rows as far apart as those of padded logits, so that both are read in equal steps."""
+def _in_step(logits: Tensor) -> Tensor | None:
+    """Room for the gradient whose rows begin as far from a 16-byte boundary as those of the logits, and are as far
+    apart as those of padded logits: so both are read in equal steps. None: no more than shape and dtype matter.
+    """
     pitch, along = logits.stride()
     if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # rows much farther apart are a slice of something else
         return None
-    return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
+    lead = logits.data_ptr() % 16 // logits.element_size()
+    if lead == 0 or logits.numel() == 0:
+        return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
+    room = torch.empty(lead + logits.shape[0] * pitch, dtype=logits.dtype, device=logits.device)
+    return room.as_strided(logits.shape, (pitch, 1), lead)
 
 
 def _forward(
@@ -131,19 +138,23 @@ class _Function(torch.autograd.Function):
             raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
         logits, labels, stats, scale = ctx.saved_tensors
         with torch.no_grad():
-            out = logits.detach() if ctx.inplace else _same_pitch(logits)
-            gradient = _backward(grad, scale, logits, labels, stats, ctx.options, ctx.backend, out)
-        if ctx.inplace:
-            ctx.spent = True
-            torch.autograd.graph.increment_version(logits)
+            if not library.plain(grad, logits):
+                gradient = _backward_op(grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
+            else:
+                out = logits.detach() if ctx.inplace else _in_step(logits)
+                gradient = _backward(grad, scale, logits, labels, stats, ctx.options, ctx.backend, out)
+                if ctx.inplace:
+                    ctx.spent = True
+                    torch.autograd.graph.increment_version(logits)
         return *library.once(OP, (gradient,), (grad, logits)), None, None, None, None
 
 
-# ---- under torch.compile ----
+# ---- through the dispatcher ----
 
 
 def _op_forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *options, backend = rest
+    checks.labels_inside(OP, labels, logits.shape[1], options[0])
     return _forward(logits, labels, CrossEntropyOptions(*options), backend)
 
 

@@ -9,7 +9,8 @@ A backend's file holds
 hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
 for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
 gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
-rows dw and db add up in fp32. With a window (low, high) of classes only its logits have a gradient, with filter_eps
+rows dw and db add up in fp32. Of fp16 parameters the gradients without row_grad are asked for, and kept, in fp32: what
+a loss scale is there to save is lost in fp16 as long as that scale is not in it. With a window (low, high) of classes only its logits have a gradient, with filter_eps
 only those of tiles that carry as much, and dropped, fp32 [N], is what the others' would have been (0 where no gradient
 is made); without both dropped is None.
 """
@@ -52,8 +53,10 @@ def masked_linear_cross_entropy(
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
-    Dtypes       products run in the dtype of hidden, under autocast in its dtype. The weight's gradient adds up in
-                 fp32 over chunks and has the dtype of the weight, so an fp32 weight loses nothing to autocast.
+    Dtypes       products run in the dtype of hidden, under autocast in its dtype; in fp32 where that is fp16 on a CPU.
+                 The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
+                 loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the
+                 loss scale.
     num_labelled at least as many rows as carry a label. The sizes of the products must be known, so without it GPUs are
                  waited for once per call, and a captured CUDA graph multiplies all N rows. A larger number costs the
                  products of as many more rows. A smaller one raises ValueError on CPUs and with RECA_CHECK=1; else the
@@ -76,7 +79,7 @@ def masked_linear_cross_entropy(
 
     Loss, labels, derivatives: see `masked_cross_entropy`.
     """
-    checks.local(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    plain = checks.plain(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
     if hidden.ndim != 2:
         raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
@@ -104,8 +107,8 @@ def masked_linear_cross_entropy(
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
     checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
     checks.one_device(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
-    checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
-    checks.labels_fit(OP, labels, ignore_index, num_labelled)
+    if plain:
+        _check_labels(labels, weight, ignore_index, num_labelled)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
@@ -115,13 +118,18 @@ def masked_linear_cross_entropy(
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     settings = chunk_rows, num_labelled, backward_window, filter_eps, dtype, needs, backend
-    if torch.compiler.is_compiling():
+    if not plain:
         loss, *_, dropped = _op(hidden, weight, labels, bias, *options, *settings)
     elif any(needs):
         loss, dropped = _Function.apply(hidden, weight, labels, bias, options, *settings)
     else:
         loss, *_, dropped = _run(hidden, weight, labels, bias, None, options, *settings)
     return (loss, dropped) if bounded else loss
+
+
+def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, num_labelled: int | None) -> None:
+    checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
+    checks.labels_fit(OP, labels, ignore_index, num_labelled)
 
 
 def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
@@ -159,11 +167,23 @@ def _run(
             row_grad,
             options,
             chunk_rows,
-            tuple(x.dtype if need else None for x, need in zip(parameters, needs, strict=True)),
+            tuple(_kept(x, row_grad) if need else None for x, need in zip(parameters, needs, strict=True)),
             num_labelled,
             None if window is None else tuple(window),
             filter_eps,
         )
+
+
+def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
+    """Of its gradient, until the upstream gradient is known, and with it the loss scale."""
+    early = row_grad is None and parameter.dtype == torch.float16
+    return torch.float32 if early else parameter.dtype
+
+
+def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    if gradient.dtype == dtype:
+        return dispatch.load(backend, OP).scale(gradient, grad)
+    return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class _Function(torch.autograd.Function):
@@ -190,19 +210,20 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, bias, *gradients = ctx.saved_tensors
+        scaled, rows = (_scaled, _run_rows) if library.plain(grad) else (_scaled_by_op, _rows_op)
         with torch.no_grad():
             if gradients:
-                scale = dispatch.load(ctx.backend, OP).scale
-                gradients = [None if g is None else scale(g, grad) for g in gradients]
+                parameters = zip((hidden, weight, bias), gradients, strict=True)
+                gradients = [None if g is None else scaled(g, grad, x.dtype, ctx.backend) for x, g in parameters]
             else:
-                row_grad = grad.contiguous()
-                _, *gradients, _ = _run(hidden, weight, labels, bias, row_grad, ctx.options, *ctx.rest)
+                found = rows(hidden, weight, labels, bias, grad.contiguous(), *ctx.options, *ctx.rest)[1:4]
+                gradients = [g if need else None for g, need in zip(found, ctx.rest[-2], strict=True)]
         sources = [x for x in (grad, hidden, weight, bias) if x is not None]
         dx, dw, db = library.once(OP, gradients, sources)
         return dx, dw, None, db, *[None] * 8
 
 
-# ---- under torch.compile ----
+# ---- through the dispatcher ----
 # A registered op returns tensors only, so what nobody needs is an empty tensor.
 
 _SETTINGS = (
@@ -211,11 +232,16 @@ _SETTINGS = (
 )
 
 
+def _run_rows(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return _run(hidden, weight, labels, bias, row_grad, CrossEntropyOptions(*rest[:5]), *rest[5:])
+
+
 def _op_rows(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    options, settings = CrossEntropyOptions(*rest[:5]), rest[5:]
-    loss, *rest = _run(hidden, weight, labels, bias, row_grad, options, *settings)
+    loss, *rest = _run_rows(hidden, weight, labels, bias, row_grad, *rest)
     return loss, *(hidden.new_empty(0) if x is None else x for x in rest)
 
 
@@ -225,7 +251,9 @@ def _op_rows_fake(
     options, bounds, needs = CrossEntropyOptions(*rest[:5]), rest[7:9], rest[-2]
     loss = hidden.new_empty(labels.shape if options.reduction == "none" else (), dtype=torch.float32)
     parameters = zip((hidden, weight, bias), needs, strict=True)
-    gradients = [x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in parameters]
+    gradients = [
+        x.new_empty(x.shape, dtype=_kept(x, row_grad)) if need else hidden.new_empty(0) for x, need in parameters
+    ]
     dropped = hidden.new_empty(0 if bounds == (None, None) else labels.shape, dtype=torch.float32)
     return loss, *gradients, dropped
 
@@ -237,6 +265,7 @@ def _now(rest: tuple) -> tuple:
 
 
 def _op_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _check_labels(labels, weight, rest[0], rest[6])
     return _op_rows(hidden, weight, labels, bias, None, *_now(rest))
 
 
@@ -258,7 +287,8 @@ def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.rest[4] == "none":
         _, *gradients, _ = _rows_op(hidden, weight, labels, bias, grad.contiguous(), *ctx.rest)
     else:
-        gradients = [_scale_op(g, grad, backend) if need else g for g, need in zip(gradients, needs, strict=True)]
+        parameters = zip((hidden, weight, bias), gradients, needs, strict=True)
+        gradients = [_scaled_by_op(g, grad, x.dtype, backend) if need else g for x, g, need in parameters]
     dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
     return dx, dw, None, db, *[None] * len(ctx.rest)
 
@@ -266,6 +296,23 @@ def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 def _op_scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
     scaled = dispatch.load(backend, OP).scale(gradient, grad)
     return scaled.clone() if scaled is gradient else scaled
+
+
+def _scaled_by_op(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return _scale_op(gradient, grad, backend).to(dtype)
+
+
+def _flops(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, **_: Any) -> int:
+    """Of the products over rows that carry a label; over all rows where the labels cannot be looked at."""
+    (ignore_index, *_, reduction), needs = rest[:5], rest[-2]
+    rows = int((labels != ignore_index).sum()) if library.plain(labels) else labels.shape[0]
+    return 2 * rows * weight.numel() * (1 if reduction == "none" else 1 + sum(needs[:2]))
+
+
+def _flops_backward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any, **_: Any
+) -> int:
+    return _flops(hidden, weight, labels, bias, *rest[:4], "", *rest[5:])
 
 
 _scale_op = library.register(
@@ -278,6 +325,7 @@ _rows_op = library.register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_rows,
     _op_rows_fake,
+    flops=_flops_backward,
 )
 _op = library.register(
     f"{OP}(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_SETTINGS})"
@@ -286,4 +334,5 @@ _op = library.register(
     _op_forward_fake,
     _op_autograd,
     _setup_context,
+    _flops,
 )

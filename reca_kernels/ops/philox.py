@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import dispatch
+from reca_kernels import checks, dispatch, library
 from reca_kernels.reference import philox as reference
 
 OP = "philox"
@@ -49,12 +49,28 @@ def checked(op: str, noise: Philox) -> Philox:
     return Philox(seed, ids.contiguous(), stream)
 
 
+def addressed(noise: Philox) -> dict[str, Tensor]:
+    """Its tensors by name."""
+    return {"noise.seed": noise.seed, "noise.sample_ids": noise.sample_ids}
+
+
 def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:
+    plain = checks.plain(OP, **addressed(noise))
     noise = checked(OP, noise)
-    ids = noise.sample_ids
-    out = torch.empty(len(ids), n, dtype=torch.float32, device=ids.device)
-    backend = dispatch.choose(OP, out, backend)
-    if backend == "reference" or torch.compiler.is_compiling():
+    backend = dispatch.choose(OP, noise.sample_ids, backend, dtype=torch.float32, numel=len(noise.sample_ids) * n)
+    if backend == "reference":
         return getattr(reference, f"philox_{law}")(*noise, n)
-    dispatch.load(backend, OP).draw(noise, law, out)
+    return (_fill if plain else _op)(*noise, n, law, backend)
+
+
+def _fill(seed: Tensor, ids: Tensor, stream: int, n: int, law: str, backend: str) -> Tensor:
+    out = torch.empty(len(ids), n, dtype=torch.float32, device=ids.device)
+    dispatch.load(backend, OP).draw(Philox(seed, ids, stream), law, out)
     return out
+
+
+_op = library.register(
+    f"{OP}(Tensor seed, Tensor ids, int stream, SymInt n, str law, str backend) -> Tensor",
+    _fill,
+    lambda seed, ids, stream, n, law, backend: ids.new_empty(ids.shape[0], n, dtype=torch.float32),
+)

@@ -47,8 +47,10 @@ def template_concat(
     """
     rows = (table, visual, *(r for r, _ in adds))
     indices = (src, *(i for _, i in adds))
-    for name, tensor in zip(("table", "visual", *(f"adds[{i}]" for i in range(len(adds)))), rows, strict=True):
-        checks.local(OP, **{name: tensor})
+    named = {"table": table, "visual": visual, **{f"adds[{i}]": r for i, (r, _) in enumerate(adds)}}
+    others = {f"the index of adds[{i}]": index for i, (_, index) in enumerate(adds)}
+    plain = checks.plain(OP, src=src, **named, **others)
+    for name, tensor in named.items():
         checks.floating(OP, **{name: tensor})
         if tensor.ndim not in ((2, 3) if name == "visual" else (2,)) or tensor.shape[-1] != table.shape[-1]:
             shape = "[Nv, D] or [B, n, D]" if name == "visual" else "[rows, D]"
@@ -61,17 +63,18 @@ def template_concat(
             raise ValueError(
                 f"{OP}: an index in adds must be shaped like src, {list(src.shape)}, got {list(index.shape)}"
             )
-    checks.one_device(OP, table=table, visual=visual, src=src, **{f"adds[{i}]": r for i, (r, _) in enumerate(adds)})
+    checks.one_device(OP, src=src, **named, **others)
     out_dtype = out_dtype or table.dtype
     rows = tuple(r.reshape(-1, r.shape[-1]) if r.ndim == 3 else r for r in rows)
-    _check_indices(rows, indices)
+    if plain:
+        _check_indices(rows, indices)
     # The backend is chosen for the dtypes that backends share, or for the one that only the reference takes.
     dtype = next((d for d in (out_dtype, *(r.dtype for r in rows)) if d not in dispatch.FLOATS), table.dtype)
     backend = dispatch.choose(OP, table, backend, dtype=dtype)
     if backend == "reference":
         return reference.template_concat(table, visual, src, adds=adds, out_dtype=out_dtype)
     flat = tuple(index.reshape(-1).contiguous() for index in indices)
-    if torch.compiler.is_compiling():
+    if not plain:
         out = _op(rows, flat, out_dtype, backend)
     elif torch.is_grad_enabled() and any(r.requires_grad for r in rows):
         out = _Function.apply(flat, out_dtype, backend, *rows)
@@ -118,18 +121,20 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[3:]
         rows, indices = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
+        run = _backward if library.plain(grad, *rows) else _backward_op
         with torch.no_grad():
             gradients = [
-                _backward(grad, *index, r, ctx.backend) if need else None
+                run(grad, *index, r, ctx.backend) if need else None
                 for need, r, index in zip(needs, rows, _sources(indices), strict=True)
             ]
         return None, None, None, *library.once(OP, gradients, (grad,))
 
 
-# ---- under torch.compile ----
+# ---- through the dispatcher ----
 
 
 def _op_forward(rows: list[Tensor], indices: list[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
+    _check_indices(rows, indices)
     return _forward(rows, indices, out_dtype, backend)
 
 

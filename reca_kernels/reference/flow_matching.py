@@ -34,12 +34,16 @@ def prepare(images: Sequence[Tensor], t: Tensor, noise: Tensor | tuple, patch: i
     return torch.cat(parts).to(dtype)
 
 
-def losses(pred: Tensor, images: Sequence[Tensor], noise: Tensor | tuple, patch: int) -> Tensor:
-    """Sum of squared errors per image, [B], from a flat prediction."""
+def losses(
+    pred: Tensor, images: Sequence[Tensor], noise: Tensor | tuple, patch: int, masked: Tensor | None = None
+) -> Tensor:
+    """Sum of squared errors per image, [B], from a flat prediction. Of masked images, bool [B], finite ones only."""
     sums, start = [], 0
-    for image, eps in zip(images, noise_of(images, noise), strict=True):
-        part = _wide(pred[start : start + image.numel()])
-        sums.append((part - (eps - _wide(tokens(image, patch)))).square().sum())
+    for b, (image, eps) in enumerate(zip(images, noise_of(images, noise), strict=True)):
+        error = _wide(pred[start : start + image.numel()]) - (eps - _wide(tokens(image, patch)))
+        if masked is not None:
+            error = torch.where(masked[b] & ~error.isfinite(), 0, error)
+        sums.append(error.square().sum())
         start += image.numel()
     return torch.stack(sums)
 

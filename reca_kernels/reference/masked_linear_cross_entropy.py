@@ -23,6 +23,8 @@ def masked_linear_cross_entropy(
     filter_eps: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # [] or [N]; with a window or a filter also [N]
     """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits; all rows are one chunk."""
+    # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach the weight.
+    hidden = torch.where((labels != ignore_index)[:, None], hidden, 0)
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     options = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap
