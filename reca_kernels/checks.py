@@ -18,6 +18,8 @@ def plain(op: str, **tensors: Tensor | None) -> bool:
             return True
     except TypeError:  # not a tensor
         pass
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(f"{op}: torch.jit.trace would keep sizes and choices as constants; use torch.export")
     distributed = sys.modules.get("torch.distributed.tensor")
     for name, tensor in tensors.items():
         if tensor is None:
@@ -73,7 +75,7 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-# ---- values: of plain memory only. A public function looks where its tensors are plain, a registered op's kernel always.
+# ---- values: of plain memory only. A public function looks where its tensors are, a registered op's kernel always.
 
 
 def _wanted(tensor: Tensor) -> bool:

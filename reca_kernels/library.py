@@ -42,14 +42,24 @@ def plain(*tensors: Tensor | None) -> bool:
         return False
     if has_torch_function(tensors) or _keys_of_thread().raw_repr() & _MORE:
         return False
-    for tensor in tensors:  # the keys of wrappers and of memory that is not all there
+    for tensor in tensors:  # noqa: SIM110  a generator costs a microsecond
         if tensor is not None and _keys_of(tensor).raw_repr() & _MORE:
             return False
     return True
 
 
-def _refuse_transforms(op: str, tensors: Iterable[Any]) -> None:
-    """Raise RuntimeError where derivatives would be lost in silence: a kernel has backward() and no more."""
+def _on_memory(kernel: Callable) -> Callable:
+    """The kernel, on tensors of which the dispatcher may have made another: a zero tensor arrives as one expanded 0."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        return x.contiguous() if 0 in x.stride() else x
+
+    return lambda *arguments: kernel(*tree_map_only(Tensor, laid_out, arguments))
+
+
+def _refuse_transforms(op: str, listed: bool, tensors: Iterable[Any]) -> None:
+    """Raise RuntimeError where derivatives would be lost in silence: a kernel has backward() and no more. And under
+    vmap for an op that takes lists (`listed`), which torch cannot unpack."""
     transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
     kind = torch._C._functorch.TransformType
     name = None
@@ -57,6 +67,8 @@ def _refuse_transforms(op: str, tensors: Iterable[Any]) -> None:
         name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
     elif forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
         name = "forward mode AD"
+    elif listed and kind.Vmap in transforms:
+        raise RuntimeError(f"{op} takes lists of tensors, which vmap cannot batch. Use backend='reference' there")
     if name:
         raise RuntimeError(
             f"{op} has no derivative for {name}: its gradient comes from a kernel, by backward(). "
@@ -117,7 +129,7 @@ def register(
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)
+        _library.impl(name, _on_memory(kernel), key)
     torch.library.register_fake(f"reca::{name}", fake, lib=_library)
     public = name.removesuffix("_backward").removesuffix("_scale")
 
@@ -133,7 +145,7 @@ def register(
 
     def call(*arguments: Any) -> Any:
         if not torch.compiler.is_compiling():
-            _refuse_transforms(public, tree_iter(arguments))
+            _refuse_transforms(public, "Tensor[]" in schema, tree_iter(arguments))
         return op(*arguments)
 
     return call

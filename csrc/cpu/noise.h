@@ -135,11 +135,12 @@ template <Law law>
 static void draw(const NoiseAddress& noise, int64_t sample, int64_t begin, int64_t n, float* out) {
   const uint64_t id = uint64_t(noise.sample_ids[sample]);
   const vuint c2 = vuint{} + uint32_t(id), c3 = vuint{} + (uint32_t(id >> 32) << 8 | noise.stream);
+  const uint32_t top = uint32_t(id >> 56) << 24;
   for (int64_t done = 0; done < n; done += 4 * W) {
     const uint64_t block = uint64_t(begin + done) / 4;
     const vuint c0 = uint32_t(block) + lanes();
     const vuint carry = (vuint)(c0 < uint32_t(block)) & 1;  // a comparison gives all ones
-    finish<law>(philox(c0, uint32_t(block >> 32) + carry, c2, c3, noise.seed), out + done);
+    finish<law>(philox(c0, (uint32_t(block >> 32) | top) + carry, c2, c3, noise.seed), out + done);
   }
 }
 
@@ -151,16 +152,17 @@ static void draw_rows(const NoiseAddress& noise, int64_t begin, int64_t rows, in
   const int64_t* id = noise.sample_ids + begin;
   int64_t block = 0;
   for (int64_t done = 0; done < total; done += W) {
-    alignas(vuint) uint32_t c0[W] = {}, c2[W] = {}, c3[W] = {};
+    alignas(vuint) uint32_t c0[W] = {}, c1[W] = {}, c2[W] = {}, c3[W] = {};
     const int64_t here = total - done < W ? total - done : W;
     for (int64_t i = 0; i < here; ++i) {
       c0[i] = uint32_t(block);
+      c1[i] = uint32_t(uint64_t(*id) >> 56) << 24;
       c2[i] = uint32_t(*id);
       c3[i] = uint32_t(uint64_t(*id) >> 32) << 8 | noise.stream;
       if (++block == blocks) block = 0, ++id;
     }
     const auto lanes = [](const uint32_t* p) { return *reinterpret_cast<const vuint*>(p); };
-    finish<law>(philox(lanes(c0), vuint{}, lanes(c2), lanes(c3), noise.seed), out + 4 * done);
+    finish<law>(philox(lanes(c0), lanes(c1), lanes(c2), lanes(c3), noise.seed), out + 4 * done);
   }
 }
 

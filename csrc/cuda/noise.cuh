@@ -15,12 +15,13 @@ __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b);
 
 // A sample's noise, with its address read from memory once.
 struct Stream {
-  uint32_t k0, k1, c2, c3;
+  uint32_t k0, k1, c1, c2, c3;  // c1: its upper 8 bits
 };
 
 __device__ __forceinline__ Stream stream_of(const DeviceNoise& noise, int64_t sample) {
   const uint64_t seed = *noise.seed, id = uint64_t(noise.sample_ids[sample]);
-  return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(id), uint32_t(id >> 32) << 8 | noise.stream};
+  return {uint32_t(seed), uint32_t(seed >> 32), uint32_t(id >> 56) << 24, uint32_t(id),
+          uint32_t(id >> 32) << 8 | noise.stream};
 }
 
 // Lower and upper half. One instruction; written as 64-bit C++, nvcc 13 adds a zero to every upper half.
@@ -37,7 +38,7 @@ __device__ __forceinline__ uint2 product(uint32_t a, uint32_t b) {
 
 // The words of elements [4 block, 4 block + 4).
 __device__ __forceinline__ void philox(Stream s, uint64_t block, uint32_t (&w)[4]) {
-  w[0] = uint32_t(block), w[1] = uint32_t(block >> 32), w[2] = s.c2, w[3] = s.c3;
+  w[0] = uint32_t(block), w[1] = uint32_t(block >> 32) | s.c1, w[2] = s.c2, w[3] = s.c3;
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint2 p0 = product(w[0], philox_m0), p1 = product(w[2], philox_m1);

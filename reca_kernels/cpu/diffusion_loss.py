@@ -23,7 +23,7 @@ def losses(
     rows: Tensor | None,  # [M]
     gradient: Tensor | None,  # [M, 2 C]
 ) -> Tensor:  # fp32 [M]
-    losses = torch.empty(len(t), dtype=torch.float32)
+    losses = torch.empty(len(t), dtype=torch.float32, device=out.device)
     native.module.diffusion_loss(
         _arguments(x0, t, noise, table, rows),
         native.DTYPES[out.dtype],

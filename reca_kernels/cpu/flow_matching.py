@@ -15,7 +15,7 @@ def prepare(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int,
 
 
 def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
-    sums = torch.empty(len(images), dtype=torch.float32)
+    sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
     native.module.flow_matching_loss(
         _arguments(images, None, noise, patch),
         native.DTYPES[pred.dtype],

@@ -33,13 +33,13 @@ def forward(
     options: CrossEntropyOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss [] or [N], stats [N, 2], scale []
     args = arguments(logits, labels, options)
-    losses = torch.empty(logits.shape[0], dtype=torch.float32)
-    stats = torch.zeros(logits.shape[0], 2, dtype=torch.float32)  # rows without a label stay 0
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    stats = torch.zeros(logits.shape[0], 2, dtype=torch.float32, device=logits.device)  # rows without a label stay 0
     native.module.masked_cross_entropy_forward(args, losses.data_ptr(), stats.data_ptr())
-    scale = torch.ones((), dtype=torch.float32)
+    scale = torch.ones((), dtype=torch.float32, device=logits.device)
     if options.reduction == "none":
         return losses, stats, scale
-    loss = torch.empty((), dtype=torch.float32)
+    loss = torch.empty((), dtype=torch.float32, device=logits.device)
     mean = options.reduction == "mean"
     count = native.module.reduce_losses(args, losses.data_ptr(), mean, loss.data_ptr())
     return loss, stats, scale / max(count, 1) if mean else scale

@@ -31,23 +31,23 @@ def forward(
     rows = (labels != options.ignore_index).nonzero()[:, 0]
     count = rows.shape[0]
     row_labels = labels[rows]
-    row_losses = torch.empty(count, dtype=torch.float32)
+    row_losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
     row_scale = None if row_grad is None else row_grad[rows]
     scale = 1 / max(count, 1) if options.reduction == "mean" else 1.0
     wants_gradient = any(grad_dtypes)
     low, high = window or (0, classes)
     bounded = window is not None or filter_eps is not None
-    dropped = torch.zeros(labels.shape[0], dtype=torch.float32) if bounded else None
+    dropped = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device) if bounded else None
 
-    dx = None if dx_dtype is None else torch.zeros(hidden.shape, dtype=dx_dtype)
+    dx = None if dx_dtype is None else torch.zeros_like(hidden, dtype=dx_dtype, memory_format=torch.contiguous_format)
     dw = None
     if dw_dtype is not None:
         # A single chunk adds up inside the product, in fp32 already.
         dw = (torch.zeros if bounded or not count else torch.empty)(
-            weight.shape, dtype=dtype if count <= chunk_rows else torch.float32
+            weight.shape, dtype=dtype if count <= chunk_rows else torch.float32, device=hidden.device
         )
-    db = None if db_dtype is None else torch.zeros(classes, dtype=torch.float32)
-    buffer = torch.empty(min(count, chunk_rows), classes, dtype=dtype)
+    db = None if db_dtype is None else torch.zeros(classes, dtype=torch.float32, device=hidden.device)
+    buffer = torch.empty(min(count, chunk_rows), classes, dtype=dtype, device=hidden.device)
     for begin in range(0, count, chunk_rows):
         chunk = slice(begin, min(begin + chunk_rows, count))
         x = hidden.index_select(0, rows[chunk])
@@ -89,7 +89,7 @@ def forward(
             total = gradient.sum(0, dtype=torch.float32)
             db[low:high] += total if columns is None else torch.zeros_like(db[low:high]).index_copy_(0, columns, total)
 
-    losses = torch.zeros(labels.shape[0], dtype=torch.float32).index_copy_(0, rows, row_losses)
+    losses = torch.zeros(labels.shape[0], dtype=torch.float32, device=hidden.device).index_copy_(0, rows, row_losses)
     loss = losses if options.reduction == "none" else row_losses.sum(dtype=torch.float64).mul(scale).float()
     return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype), dropped
 

@@ -35,7 +35,7 @@ def forward(
             f"{('table', 'visual', *(f'adds[{i}]' for i in range(len(sources) - 2)))[number]}, "
             f"which has {sources[number][0].shape[0]} rows"
         )
-    out = torch.empty(length, width, dtype=out_dtype)
+    out = torch.empty(length, width, dtype=out_dtype, device=sources[0][0].device)
     native.module.template_concat_forward(
         native_sources, length, width, native.DTYPES[out_dtype], out.data_ptr(), torch.get_num_threads()
     )
@@ -55,8 +55,8 @@ def backward(
     rows: Tensor,  # [K, D], only its shape and dtype count
 ) -> Tensor:  # [K, D]
     length, width = grad.shape
-    out = torch.empty(rows.shape, dtype=rows.dtype)
-    workspace = torch.empty(rows.shape[0] + 1 + length, dtype=torch.int64)
+    out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    workspace = torch.empty(rows.shape[0] + 1 + length, dtype=torch.int64, device=rows.device)
     native.module.template_concat_backward(
         native.DTYPES[grad.dtype],
         grad.data_ptr(),

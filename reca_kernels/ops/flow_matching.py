@@ -101,7 +101,8 @@ def flow_matching_loss(
 
 
 def _named(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> dict[str, Tensor]:
-    images = {"x0": x0} if isinstance(x0, Tensor) else {f"x0[{i}]": image for i, image in enumerate(x0)}
+    listed = isinstance(x0, list | tuple)
+    images = {f"x0[{i}]": image for i, image in enumerate(x0)} if listed else {"x0": x0}
     return {**images, "noise": noise} if isinstance(noise, Tensor) else {**images, **addressed(noise)}
 
 
@@ -112,9 +113,10 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     if not images:
         raise ValueError(f"{OP}: x0 holds no image")
     if patch < 1 or any(side % patch for image in images for side in image.shape[1:]):
-        sizes = sorted({tuple(image.shape[1:]) for image in images})
+        sizes = sorted({tuple(map(int, image.shape[1:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
-    if len({(image.shape[0], image.dtype, image.device) for image in images}) > 1:
+    kinds = [(image.shape[0], image.dtype, image.device) for image in images]
+    if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{OP}: all images of x0 must have the same channels, dtype and device")
     checks.floating(OP, x0=images[0])
     if any(image.requires_grad for image in images):
@@ -231,7 +233,7 @@ def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: 
     return gradient
 
 
-def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
+def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: bool = True) -> Tensor:
     """The same, into new memory and by single operations of torch."""
     parts = zip(gradient.reshape(-1).split(list(lengths)), grad.unbind(), strict=True)
     return torch.cat([torch.where(g == 0, 0, part * g) for part, g in parts]).view(gradient.shape)
@@ -269,11 +271,8 @@ class _Function(torch.autograd.Function):
                 gradient = _run_losses(pred, images, noise, ctx.patch, ctx.backend, True)[1]
             elif gradient is None:
                 gradient = _loss_op(pred, images, seed, ids, ctx.stream, given, ctx.patch, ctx.backend)[1]
-            if plain:
-                gradient = _scale(gradient, grad, lengths, ctx.some_unseen)
-            else:
-                gradient = _scaled(gradient, grad, lengths)
-            gradient = gradient.to(pred.dtype)
+            scale = _scale if plain else _scaled
+            gradient = scale(gradient, grad, lengths, ctx.some_unseen).to(pred.dtype)
         return *library.once(OP, (gradient,), (grad, pred)), *[None] * 5
 
 

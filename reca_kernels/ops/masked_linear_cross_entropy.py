@@ -10,9 +10,9 @@ hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32,
 for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
 gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
 rows dw and db add up in fp32. Of fp16 parameters the gradients without row_grad are asked for, and kept, in fp32: what
-a loss scale is there to save is lost in fp16 as long as that scale is not in it. With a window (low, high) of classes only its logits have a gradient, with filter_eps
-only those of tiles that carry as much, and dropped, fp32 [N], is what the others' would have been (0 where no gradient
-is made); without both dropped is None.
+a loss scale is there to save is lost in fp16 as long as that scale is not in it. With a window (low, high) of classes
+only its logits have a gradient, with filter_eps only those of tiles that carry as much, and dropped, fp32 [N], is what
+the others' would have been (0 where no gradient is made); without both dropped is None.
 """
 
 from typing import Any

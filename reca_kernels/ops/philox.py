@@ -18,7 +18,7 @@ class Philox(NamedTuple):
     """The address of a batch's noise.
 
     seed        int64 [] on the device, so that a captured CUDA graph can be replayed with another seed
-    sample_ids  int64 [B], contiguous: global sample ids
+    sample_ids  int64 [B], contiguous: global sample ids, any of the 2^64
     stream      which of a sample's independent streams, 0..255
     """
 
@@ -50,8 +50,9 @@ def checked(op: str, noise: Philox) -> Philox:
 
 
 def addressed(noise: Philox) -> dict[str, Tensor]:
-    """Its tensors by name."""
-    return {"noise.seed": noise.seed, "noise.sample_ids": noise.sample_ids}
+    """Its tensors by name; a seed that is none is what `checked` complains of."""
+    ids = {"noise.sample_ids": noise.sample_ids}
+    return {"noise.seed": noise.seed, **ids} if isinstance(noise.seed, Tensor) else ids
 
 
 def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:

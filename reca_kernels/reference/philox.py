@@ -4,8 +4,11 @@ Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011
 
 One draw is addressed by a seed, a sample and a stream inside the sample, and by its element index there:
     key      (seed low, seed high)
-    counter  (block low, block high, sample low, sample high << 8 | stream)   with block = element // 4
+    counter  (block low, block high | sample >> 56 << 24, sample low, sample >> 32 << 8 | stream)
+             with block = element // 4, below 2^56
     word     element % 4
+
+So each of the 2^64 sample ids has noise of its own; those below 2^56 leave the second word to the block.
 """
 
 import torch
@@ -40,7 +43,7 @@ def philox_bits(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor
     blocks = torch.arange((n + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids[:, None]
     zero = torch.zeros_like(blocks + ids)
-    counter = (blocks & LOW, blocks >> 32, ids & LOW, ((ids >> 32) & 0xFFFFFF) << 8 | stream)
+    counter = (blocks & LOW, blocks >> 32 | (ids >> 56 & 0xFF) << 24, ids & LOW, ((ids >> 32) & 0xFFFFFF) << 8 | stream)
     words = philox_4x32_10(tuple(zero + c for c in counter), (seed & LOW, (seed >> 32) & LOW))
     return torch.stack(words, dim=-1).flatten(1)[:, :n]
 

@@ -146,7 +146,7 @@ def losses(
     rows: Tensor | None,  # [M]
     gradient: Tensor | None,  # [M, 2 C]
 ) -> Tensor:  # fp32 [M]
-    losses = torch.empty(len(t), device=out.device)
+    losses = torch.empty(len(t), dtype=torch.float32, device=out.device)
     programs, address, compiled = _launch(x0, noise, len(t))
     if programs:
         with torch.cuda.device_of(out):

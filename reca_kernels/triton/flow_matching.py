@@ -141,8 +141,8 @@ def prepare(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int,
 
 def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
     seed, ids, stream, given = _noise(noise)
-    sums = torch.empty(len(images), device=pred.device)
-    partial = torch.empty(pred.numel() // BLOCK + len(images), device=pred.device)
+    sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
+    partial = torch.empty(pred.numel() // BLOCK + len(images), dtype=torch.float32, device=pred.device)
     done = 0
     with torch.cuda.device_of(pred):
         for table, programs, start, count, compiled in _launches(images, noise, patch, (pred, gradient)):

@@ -276,7 +276,7 @@ def forward(
     options: CrossEntropyOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:  # loss [] or [N], stats [N, 2], scale []
     rows, classes = logits.shape
-    losses, stats = (torch.empty(shape, device=logits.device) for shape in ((rows,), (rows, 2)))
+    losses, stats = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((rows,), (rows, 2)))
     ignore_index, smoothing, z_loss, softcap, _ = options
     base, lead = on_boundary(logits)
     with torch.cuda.device_of(logits):
@@ -292,8 +292,8 @@ def forward(
 def reduce(losses: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
     """(loss, scale)"""
     if options.reduction == "none":
-        return losses, torch.ones((), device=losses.device)
-    loss, scale = (torch.empty((), device=losses.device) for _ in range(2))
+        return losses, torch.ones((), dtype=torch.float32, device=losses.device)
+    loss, scale = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))
     reduce_kernel[1,](
         losses, labels, loss, scale, len(losses), options.ignore_index, MEAN=options.reduction == "mean", BLOCK=2048,
         **LAUNCH,

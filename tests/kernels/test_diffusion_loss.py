@@ -28,7 +28,7 @@ def case(channels=16, rows=333, samples=50, seed=0, device="cpu"):
     t[:20] = 0
     t[20:25] = 999
     out = torch.randn(rows, 2 * channels, generator=generator)
-    noise = Philox(torch.tensor(9, device=device), (torch.arange(rows) + 100).to(device), 4)
+    noise = Philox(torch.tensor(9, device=device), (torch.arange(rows) * (1 + (3 << 56)) + 100).to(device), 4)
     return out.to(device), x0.to(device), t.to(device), noise, index.to(device)
 
 

@@ -39,7 +39,7 @@ def case(layout, dtype=torch.float32, seed=0, device="cpu"):
     draw = lambda size: torch.randn(size, generator=generator).to(device, dtype)  # noqa: E731
     x0 = draw(shape) if isinstance(shape, torch.Size) else [draw(s) for s in shape]
     count = len(x0)
-    noise = Philox(torch.tensor(-77, device=device), (torch.arange(count) * 1000 + 3).to(device), 4)
+    noise = Philox(torch.tensor(-77, device=device), (torch.arange(count) * (1000 + (5 << 56)) + 3).to(device), 4)
     return x0, torch.rand(count, generator=generator).to(device), noise, patch
 
 

@@ -40,8 +40,19 @@ def test_known_answer_through_an_address():
     assert bits[0, 4:].tolist() == [int(words[0]), int(words[1])]
 
 
+def test_ids_from_2_56_on_have_noise_of_their_own():
+    """Their upper 8 bits stand above the block; 0 there, as in all ids below, changes no bit."""
+    ids = [7 | top << 56 for top in (0, 1, 128, 255)]
+    signed = torch.tensor([i - (i >> 63 << 64) for i in ids])
+    rows = reference.philox_bits(torch.tensor(5), signed, 3, 8)
+    for top, row in zip((0, 1, 128, 255), rows, strict=True):
+        counter = tuple(torch.tensor([c]) for c in (1, top << 24, 7, 3))
+        words = reference.philox_4x32_10(counter, (torch.tensor([5]), torch.tensor([0])))
+        assert row[4:].tolist() == [int(word) for word in words]
+
+
 def address(device="cpu", **changes):
-    ids = torch.tensor([0, 3, (1 << 33) + 5, 123456789], device=device)
+    ids = torch.tensor([(1 << 56) + 1, 3, (1 << 33) + 5, -1], device=device)
     return Philox(torch.tensor(-1234567890123, device=device), ids, 7)._replace(**changes)
 
 
