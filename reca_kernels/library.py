@@ -6,11 +6,13 @@ tensors, subclasses, negated views. There the op is a registered one, one node o
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
@@ -80,29 +82,37 @@ def _has_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
-def outside_of_modes(function: Callable) -> Callable:
-    """Cache tensors that the host makes from numbers. Arguments are hashable.
+@contextmanager
+def no_modes() -> Iterator[None]:
+    """For tensors that are kept: no later call finds a fake one, one of inference mode or of a transform."""
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch.inference_mode(False),
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+    ):
+        yield
 
-    They are made outside of any mode, so that no later call finds a fake one or one of inference mode; under a mode,
-    the caller gets what the mode makes of them.
+
+def in_mode(tensors: Any) -> Any:
+    """Kept tensors, in any nest, as the active dispatch mode wants them: fake, or known to a graph that is traced."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return tensors
+    return tree_map_only(Tensor, torch.ops.aten.lift_fresh, tensors)
+
+
+def outside_of_modes(function: Callable) -> Callable:
+    """Keep tensors that the host makes from numbers: no_modes() makes them, in_mode() hands them out.
+
+    Arguments are hashable.
     """
 
     @functools.lru_cache(maxsize=32)
     def kept(*arguments: Any) -> Any:
-        with torch.inference_mode(False), torch._C.DisableTorchFunction(), _disable_current_modes():
+        with no_modes():
             return function(*arguments)
 
-    @functools.wraps(function)
-    def made(*arguments: Any) -> Any:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return function(*arguments)
-        tensors = kept(*arguments)
-        if torch._C._len_torch_dispatch_stack() == 0:
-            return tensors
-        return tree_map_only(Tensor, torch.ops.aten.lift_fresh, tensors)
-
-    made.cache_clear = kept.cache_clear
-    return made
+    return functools.wraps(function)(lambda *arguments: in_mode(kept(*arguments)))
 
 
 # ---- registration ----

@@ -11,6 +11,7 @@ from torch import Tensor
 from reca_kernels import checks
 from reca_kernels.ops.attention_impls import IMPLS, unusable
 from reca_kernels.ops.attention_plan import AttentionPlan, total
+from reca_kernels.ops.attention_rows import has_hidden, shielded
 from reca_kernels.ops.flash_functions import flash_module, problems
 
 OP = "attention"
@@ -36,6 +37,8 @@ def attention(
     """softmax(scale * q k^T) v over the pairs (row, key) that `plan` lets see each other.
 
     Exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and give no gradient.
+    NaN and infinity in rows that no other row attends to, of noise and of padding, reach no other row; on GPUs the
+    gradient of noise that holds them reaches what the noise has seen.
 
     Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose runs
                    say where its padding is. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
@@ -50,7 +53,9 @@ def attention(
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
     do not fit the plan or each other.
     """
-    checks.plain(OP, q=q, k=k, v=v)
+    plain = checks.plain(OP, q=q, k=k, v=v)
+    if not plain and not torch.compiler.is_compiling():
+        q, k, v = map(_laid_out, (q, k, v))
     checks.floating(OP, q=q, k=k, v=v)
     checks.one_device(OP, q=q, k=k, v=v)
     if dtype := checks.autocast_dtype(q):
@@ -61,12 +66,25 @@ def attention(
     _check(q, k, v, plan)
     same = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
-    name = _choose(q.device, q.dtype, q.shape[-1], same, forced)
+    name = _choose(q.device, q.dtype, int(q.shape[-1]), same, forced)
     if not any(plan.segments):  # no row sees anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
-    if forced == "auto" and q.device.type == "cpu" and dense_is_faster(plan, *q.shape[-2:]):
+    if forced == "auto" and q.device.type == "cpu" and dense_is_faster(plan, *map(int, q.shape[-2:])):
         name = "dense"
-    return IMPLS[name](q, k, v, plan, q.shape[-1] ** -0.5 if scale is None else scale, same)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return IMPLS[name](q, k, v, plan, scale, same)
+
+    # The segments of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
+    if has_hidden(plan) and (name == "dense" or (q.device.type == "cpu" and not torch.compiler.is_compiling())):
+        return shielded(run, q, k, v, plan, plain)
+    return run(q, k, v)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A zero tensor with memory: torch's attention reads beyond its only element."""
+    return torch.where(x.new_ones((), dtype=torch.bool), x, 0) if x._is_zerotensor() else x
 
 
 def _after(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:

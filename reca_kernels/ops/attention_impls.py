@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reca_kernels import library
 from reca_kernels.host import on_device
 from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
 from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
@@ -166,7 +167,7 @@ def _sample(
             attn_mask=sees,
             is_causal=segment.causal and not before,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=bool(q.shape[1] != k.shape[1]),
         )
         for i, piece in zip(own, out.split([cuts[i].length for i in own], dim=2), strict=True):
             pieces[i] = piece
@@ -180,7 +181,7 @@ def _gathered(parts: list[Tensor]) -> Tensor:
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
     sees, blind = _dense_mask(plan)
     padded = (_padded(x, size) for x, size in zip((q, k, v), (plan.query_sizes, *[plan.key_sizes] * 2), strict=True))
-    out = F.scaled_dot_product_attention(*padded, attn_mask=sees, scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+    out = F.scaled_dot_product_attention(*padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2]))
     out = out.transpose(1, 2)
     if blind is not None:
         out = out.masked_fill(blind, 0)
@@ -199,21 +200,25 @@ def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
     return _mask_of(plan)
 
 
-@functools.lru_cache(maxsize=8)
+@library.outside_of_modes
 def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
     """bool [B, 1, Lq, Lk], and bool [B, Lq, 1, 1] of the rows to set to 0; None: none.
 
-    Torch's CPU kernel gives 0 and no gradient to a row that sees nothing. Elsewhere a softmax over nothing may be NaN,
-    so such rows get the first key to see and lose what they made of it.
+    Torch's CPU kernel gives 0 to a row that sees nothing. Elsewhere a softmax over nothing may be NaN, so such rows get
+    the first key to see and lose what they made of it.
     """
     sees = torch.zeros(len(plan.samples), max(plan.query_sizes), max(plan.key_sizes), dtype=torch.bool)
     for line, sample in zip(sees, plan.samples, strict=True):
         own = allowed(sample)
         line[: own.shape[0], : own.shape[1]] = own
     blind = ~sees.any(-1, keepdim=True)
-    if plan.device.type == "cpu" or not bool(blind.any()):
+    if plan.device.type == "cpu":
+        for line, size in zip(blind, plan.query_sizes, strict=True):
+            line[size:] = False  # cut away in the end
+    else:
+        sees[..., :1] |= blind
+    if not bool(blind.any()):
         return on_device(sees[:, None], plan.device), None
-    sees[..., :1] |= blind
     return on_device(sees[:, None], plan.device), on_device(blind[..., None], plan.device)
 
 
@@ -229,7 +234,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, sam
     packed = [x.transpose(0, 1)[None] for x in packed]
     on_gpu = q.device.type == "cuda" and not torch.compiler.is_compiling()
     run = _compiled(flex_attention) if on_gpu else flex_attention
-    out = run(*packed, block_mask=blocks, scale=scale, enable_gqa=q.shape[-2] != k.shape[-2])
+    out = run(*packed, block_mask=blocks, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2]))
     return _put(out[0].transpose(0, 1), queries, rows.shape[0]).view(q.shape)
 
 

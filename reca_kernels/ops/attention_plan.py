@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reca_kernels import library
 from reca_kernels.host import on_device
 
 MODES = ("causal", "full", "noise", "pad")
@@ -115,7 +116,7 @@ class AttentionPlan:
         """Made when first needed, on GPUs with the plan, so that a compiled step finds them."""
         if not self.made:
             _make_calls(self)
-        return self.made[0]
+        return library.in_mode(self.made[0])
 
 
 def attention_plan(samples: Iterable[Sequence[Run]], *, device: torch.device | str = "cpu") -> AttentionPlan:
@@ -229,7 +230,8 @@ def _pairs(segment: Segment) -> int:
 
 @torch.compiler.disable  # made once, on the host
 def _make_calls(plan: AttentionPlan) -> None:
-    plan.made.append(_calls(plan))
+    with library.no_modes():
+        plan.made.append(_calls(plan))
 
 
 def _calls(plan: AttentionPlan) -> Calls:

@@ -43,8 +43,14 @@ def attention(
     for sample, queries, keys, values in zip(plan.samples, *parts, strict=True):
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         sees = allowed(sample).to(q.device)
+        # What is not finite is taken for 0, and the rows that see it become NaN: 0 * NaN must not reach the others.
+        lost = ~(keys.isfinite() & values.isfinite()).all(-1)  # [key rows, Hq]
+        keys, values = (torch.where(lost[..., None], 0, x) for x in (keys, values))
+        poisoned = (sees[:, :, None] & lost).any(1) | (~queries.isfinite().all(-1) & sees.any(1, keepdim=True))
+        queries = torch.where(queries.isfinite().all(-1, keepdim=True) & ~poisoned[..., None], queries, 0)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
         weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         weights = weights.masked_fill(~sees.any(1, keepdim=True), 0)  # rows that see nothing
-        out.append(torch.einsum("hqk,khd->qhd", weights, values))
+        seen = torch.einsum("hqk,khd->qhd", weights, values)
+        out.append(seen.masked_fill(~sees.any(1)[:, None, None], 0).masked_fill(poisoned[..., None], torch.nan))
     return torch.cat(out).to(q.dtype).view(q.shape) if out else torch.zeros_like(q)
