@@ -181,7 +181,9 @@ def _gathered(parts: list[Tensor]) -> Tensor:
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
     sees, blind = _dense_mask(plan)
     padded = (_padded(x, size) for x, size in zip((q, k, v), (plan.query_sizes, *[plan.key_sizes] * 2), strict=True))
-    out = F.scaled_dot_product_attention(*padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2]))
+    out = F.scaled_dot_product_attention(
+        *padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2])
+    )
     out = out.transpose(1, 2)
     if blind is not None:
         out = out.masked_fill(blind, 0)

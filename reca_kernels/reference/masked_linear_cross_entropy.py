@@ -1,5 +1,7 @@
 """Linear head and cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,14 +36,13 @@ def masked_linear_cross_entropy(
     if not logits.requires_grad:
         loss = masked_cross_entropy(logits, labels, reduction=reduction, **options)
         return loss, torch.zeros(len(labels), dtype=loss.dtype, device=loss.device)
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(masked_cross_entropy(leaf, labels, reduction="sum", **options), leaf)
+    summed = functools.partial(masked_cross_entropy, labels=labels, reduction="sum", **options)
+    gradient = torch.func.grad(summed)(logits.detach())
     low, high = backward_window or (0, logits.shape[1])
     column = torch.arange(logits.shape[1], device=logits.device)
     outside = (column < low) | (column >= high)
     if filter_eps is not None:
         sums = F.pad(gradient.abs(), (0, -logits.shape[1] % TILE)).unflatten(1, (-1, TILE)).sum(2)
-        outside |= (sums.amax(0) <= filter_eps).repeat_interleave(TILE)[: logits.shape[1]]
+        outside = outside | (sums.amax(0) <= filter_eps).repeat_interleave(TILE)[: logits.shape[1]]
     loss = masked_cross_entropy(torch.where(outside, logits.detach(), logits), labels, reduction=reduction, **options)
     return loss, gradient.abs().mul(outside).sum(1, dtype=loss.dtype)

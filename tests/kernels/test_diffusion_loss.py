@@ -17,7 +17,7 @@ KERNELS = pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCHEDULE = diffusion_schedule()
 # Triton's interpreter says so of densities that are infinite or 0, which kernels meet in silence.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def case(channels=16, rows=333, samples=50, seed=0, device="cpu"):
@@ -289,6 +289,18 @@ def test_opcheck():
     out.requires_grad_()
     torch.library.opcheck(torch.ops.reca.diffusion_loss, (out, x0, t, *noise, None, SCHEDULE, rows, "cpu"))
     torch.library.opcheck(torch.ops.reca.diffusion_prepare, (x0, t, *noise, None, SCHEDULE, rows, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss", reference=False))
+def test_a_row_that_the_caller_leaves_out_reaches_nothing(backend, device):
+    """Its upstream gradient is 0, and 0 times NaN would be NaN."""
+    out, x0, t, noise, rows = case(rows=40, device=device)
+    out[3], out[7, 5] = float("nan"), float("inf")
+    out.requires_grad_()
+    losses = diffusion_loss(out, x0, t, noise, SCHEDULE.to(device), rows=rows, reduction="none", backend=backend)
+    keep = losses.isfinite()
+    (gradient,) = torch.autograd.grad(torch.where(keep, losses, 0).sum(), out)
+    assert keep.sum() == 38 and not gradient[~keep].any() and gradient[keep].isfinite().all()
 
 
 @needs_native

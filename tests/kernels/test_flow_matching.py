@@ -302,6 +302,30 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.reca.flow_matching_prepare, (images, t, *noise, None, 1, torch.float32, "cpu"))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+@pytest.mark.parametrize(("backend", "device"), targets("flow_matching"))
+def test_an_image_of_weight_0_reaches_nothing(backend, device, layout, reduction):
+    x0, t, noise, patch = case(layout, device=device)
+    count = len(x0)
+    shape = flow_matching_prepare(x0, t, noise, patch=patch).shape
+    pred = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
+    weight = torch.arange(1.0, count + 1, device=device)
+    weight[0] = 0
+    first = x0[0].numel()
+    results = []
+    for junk in (None, float("nan"), float("inf")):
+        p = pred.clone()
+        if junk is not None:
+            p.view(-1)[:first:3] = junk
+        p.requires_grad_()
+        loss = flow_matching_loss(p, x0, t, noise, patch=patch, weight=weight, reduction=reduction, backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), p)[0]))
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
 def _bad(message, **changes):
     x0, t, noise, patch = case("batch")
     arguments = {"pred": torch.zeros(x0.shape), "x0": x0, "t": t, "noise": noise, "patch": patch} | changes

@@ -152,6 +152,22 @@ def test_gradient_has_the_pitch_of_padded_logits(backend, device, beside, kept):
     assert gradient.stride() == (kept, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [(slice(1, None), slice(None)), (slice(None), slice(1, None))], ids=["rows", "columns"])
+@KERNELS
+def test_gradient_of_a_slice_begins_where_its_logits_do(backend, device, cut, dtype):
+    """As far from a 16-byte boundary, so that both are read in equal steps of 16 bytes."""
+    leaves, labels = problem(rows=7, classes=78, dtype=dtype, device=device)
+    whole = logits_of(leaves).detach()
+    view, labels = whole[cut], labels[cut[0]].clamp(max=76)
+    results = []
+    for logits in (view.detach().requires_grad_(), view.contiguous().requires_grad_()):
+        results.append(torch.autograd.grad(masked_cross_entropy(logits, labels, backend=backend), logits)[0])
+    got, want = results
+    assert view.data_ptr() % 16 != 0 and got.data_ptr() % 16 == view.data_ptr() % 16 and got.stride() == view.stride()
+    torch.testing.assert_close(got, want)
+
+
 @KERNELS
 def test_a_row_does_not_see_its_batch(backend, device):
     """The same bits alone, in another place, and the second time."""
