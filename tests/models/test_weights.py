@@ -3,6 +3,7 @@
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 
 from reca.models.hub import fetch
 from reca.models.weights import read_tensors
@@ -29,13 +30,35 @@ def test_neither_path_nor_hub_id(source):
         fetch(source)
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host")
+HUB_ERRORS = {
+    "cannot be reached (OSError)": OSError("no route to host\nand more\nlines"),
+    "is switched off (HF_HUB_OFFLINE)": errors.OfflineModeIsEnabled("offline"),
+    "has no such file there": errors.EntryNotFoundError("404"),
+    "could not be copied from: the disk of its cache is full (HF_HOME moves it)": OSError(
+        28, "No space left on device"
+    ),
+    "cannot be reached (RuntimeError)": RuntimeError("of a library below"),
+}
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="owner/name is not on this machine, and the hub cannot be reached"):
-        fetch("owner/name")
+
+@pytest.mark.parametrize("cause", HUB_ERRORS)
+def test_a_hub_that_gives_nothing(monkeypatch, cause):
+    """One sentence: which repository, why not, how large, how to get it, where to put it."""
+
+    def fails(*_, **__):
+        raise HUB_ERRORS[cause]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(ValueError) as caught:
+        fetch("ByteDance-Seed/BAGEL-7B-MoT", ["*.json", "*.txt"])
+    assert str(caught.value) == (
+        f"model.weights: ByteDance-Seed/BAGEL-7B-MoT, about 29.6 GB, is not on this machine, and the hub {cause}; get it "
+        "elsewhere with `hf download ByteDance-Seed/BAGEL-7B-MoT --include '*.json' --include '*.txt' --local-dir "
+        "BAGEL-7B-MoT`, copy the folder here and set model.weights=BAGEL-7B-MoT"
+    )
+    with pytest.raises(ValueError, match=r"hf download a/b c/d\.pth --local-dir b`.* set model\.overlay=b/c/d\.pth"):
+        fetch("a/b/c/d.pth", key="model.overlay")
 
 
 def test_wrong_files(tmp_path):
