@@ -53,9 +53,9 @@ def test_a_hub_that_gives_nothing(monkeypatch, cause):
     with pytest.raises(ValueError) as caught:
         fetch("ByteDance-Seed/BAGEL-7B-MoT", ["*.json", "*.txt"])
     assert str(caught.value) == (
-        f"model.weights: ByteDance-Seed/BAGEL-7B-MoT, about 29.6 GB, is not on this machine, and the hub {cause}; get it "
-        "elsewhere with `hf download ByteDance-Seed/BAGEL-7B-MoT --include '*.json' --include '*.txt' --local-dir "
-        "BAGEL-7B-MoT`, copy the folder here and set model.weights=BAGEL-7B-MoT"
+        f"model.weights: ByteDance-Seed/BAGEL-7B-MoT, about 29.6 GB, is not on this machine, and the hub {cause}; "
+        "get it elsewhere with `hf download ByteDance-Seed/BAGEL-7B-MoT --include '*.json' --include '*.txt' "
+        "--local-dir BAGEL-7B-MoT`, copy the folder here and set model.weights=BAGEL-7B-MoT"
     )
     with pytest.raises(ValueError, match=r"hf download a/b c/d\.pth --local-dir b`.* set model\.overlay=b/c/d\.pth"):
         fetch("a/b/c/d.pth", key="model.overlay")
