@@ -61,7 +61,7 @@ class Tally:
     """What came of one form of kill."""
 
     kills: int = 0
-    missed: int = 0  # the run had ended before the signal came
+    missed: int = 0  # the run had ended before the signal came; not counted among the kills
     lost: list[int] = field(default_factory=list)  # updates to make again
     wrong: list[str] = field(default_factory=list)  # exit codes, states, hangs
 
@@ -243,7 +243,7 @@ def main() -> int:
             children = start(run_dir, ranks)
             struck = strike(kill, children, run_dir, dice, usual[ranks])
             codes = finish(children, struck)
-            if not struck:
+            if not struck or codes == [0] * ranks:  # it had ended, or was just ending
                 tally.missed += 1
                 break
             tally.kills += 1
