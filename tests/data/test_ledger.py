@@ -206,12 +206,13 @@ def test_names_that_are_no_text_are_cached(tmp_path):
 
 
 def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch, caplog):
-    def full(tensors, path):
-        path.write_bytes(b"half of")
+    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+
+    def full(path, data):
+        path.open("wb").write(data[:7])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reca.data.cache.save_file", full)
-    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
     stream = loader(root, config={"cache": str(tmp_path / "c")})
     for batch in take(stream, 4):
         batch.keep({"mean": batch.gen[0].float().mean()[None].expand(2)})

@@ -298,3 +298,15 @@ def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
     recipe = load_recipe("bagel_7b", [f"run_dir={tmp_path}", f"data.images={tmp_path}"])
     with pytest.raises(RecipeError, match=r"needs at least 1\d\d\.\d\d GiB .* this machine has 16.00 GiB"):
         Trainer(recipe)
+
+
+def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):
+    """Colleagues read them too: libraries that write weights give their files mode 0600."""
+    before = os.umask(0o022)
+    try:
+        trainer = run_toy(recipe("train.updates=2", f"data.cache={tmp_path}/cache"))
+    finally:
+        os.umask(before)
+    files = [path for folder in (trainer.run_dir, tmp_path / "cache") for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "cache").rglob("*"))
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o644 for path in files}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from reca.data.errors import DataError
@@ -69,9 +69,9 @@ class FeatureCache:
             part = path.with_suffix(f".{uuid.uuid4().hex}.part")
             try:
                 path.parent.mkdir(exist_ok=True)
-                save_file(rows, part)
+                part.write_bytes(save(rows))  # save_file would keep colleagues out: mode 0600
                 part.replace(path)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 self.full = True
                 log.warning(
                     "data.cache %s cannot be written to (%s, %s): features are kept no longer, and the run goes on "
