@@ -1,6 +1,7 @@
 """Recipes: YAML and overrides read into typed, documented dataclasses."""
 
 import copy
+import functools
 import glob
 import os
 import re
@@ -288,7 +289,7 @@ class _Layer:
         for f in fields(group):
             if f.name == name:
                 value = getattr(group, name)
-                return (type(value), f) if is_dataclass(value) else (get_type_hints(type(group))[name], f)
+                return (type(value), f) if is_dataclass(value) else (_types(type(group))[name], f)
         raise self._unknown(key)
 
     def _unknown(self, key: str) -> RecipeError:
@@ -306,6 +307,9 @@ class _Layer:
         return RecipeError(
             f"unknown key {shown(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
         )
+
+
+_types = functools.cache(get_type_hints)
 
 
 def _check(config: Any, prefix: str = "") -> None:
