@@ -14,7 +14,7 @@ from typing import Any, Optional, get_type_hints
 from reca.data.config import DataConfig
 from reca.models import UMMS, umm
 from reca.models.base import KINDS
-from reca.options import GLOB, HUB, LOCAL, RecipeError, check_values, option, share, shown
+from reca.options import GLOB, HUB, LOCAL, RecipeError, check_heads, check_values, option, share, shown
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -314,6 +314,9 @@ _types = functools.cache(get_type_hints)
 
 def _check(config: Any, prefix: str = "") -> None:
     check_values(config, prefix)
+    check_heads(config, prefix)
+    if hasattr(config, "check"):
+        config.check(prefix)
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):

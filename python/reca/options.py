@@ -73,6 +73,38 @@ def check_values(config: Any, prefix: str = "") -> None:
         _check_number(key, value, f.metadata)
 
 
+def check_heads(config: Any, prefix: str) -> None:
+    """Raise RecipeError when the sizes of a transformer do not fit each other. config: its group of keys, if it is one.
+
+    Every head is as wide as every other, key and value heads serve as many query heads each, and rotary positions turn
+    pairs of channels.
+    """
+    width, heads, groups, theta, rotary = (
+        getattr(config, name, None)
+        for name in (
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "rope_theta",
+            "partial_rotary_factor",
+        )
+    )
+    if width is None or heads is None:
+        return
+    if width % heads:
+        raise RecipeError(f"{prefix}hidden_size={width} must be a multiple of {prefix}num_attention_heads={heads}")
+    if groups and heads % groups:
+        raise RecipeError(
+            f"{prefix}num_attention_heads={heads} must be a multiple of {prefix}num_key_value_heads={groups}"
+        )
+    turned = int(width // heads * (rotary or 1))
+    if theta and (turned % 2 or not turned):
+        raise RecipeError(
+            f"{prefix}hidden_size={width} over {prefix}num_attention_heads={heads} leaves {turned} channels of a head "
+            "to rotary positions, which turn pairs: it must be even"
+        )
+
+
 def shown(value: Any) -> str:
     """A value in a message: on one line, and short."""
     text = "null" if value is None else repr(value)

@@ -300,6 +300,24 @@ def test_numbers_have_bounds(override):
         show_o(override)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("show_o_tiny", ["model.phi.num_attention_heads=7"], "hidden_size=96 must be a multiple of model.phi.num_att"),
+        ("show_o_tiny", ["model.clip.hidden_size=1"], "hidden_size=1 must be a multiple"),
+        ("show_o_tiny", ["model.phi.partial_rotary_factor=0.3"], "leaves 9 channels"),
+        ("harmon_tiny", ["model.language.num_key_value_heads=3"], "=4 must be a multiple of model.language.num_key"),
+        ("bagel_tiny", ["model.language={hidden_size: 4}"], "leaves 1 channels"),
+        ("open_uni_tiny", ["model.sana.attention_head_dim=7"], "is 28, and .* is 64"),
+        ("bagel_tiny", ["model.vision.patch_size=7"], "vision.image_size=18 must be a multiple"),
+        ("bagel_tiny", ["model.vision.image_size=12"], "model.understanding_size=18 must be at most model.vision"),
+    ],
+)
+def test_sizes_of_a_transformer_fit_each_other(name, overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name, overrides)
+
+
 def test_every_number_has_a_least_value():
     """A new key is declared with the smallest value that makes sense, or stands here."""
     signed = {"shift_factor"}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, count, option, pixels, share
+from reca.options import HUB, RecipeError, count, option, pixels, share
 
 
 @dataclass
@@ -93,6 +93,20 @@ class BagelConfig:
     )
     parity: bool = option(False, "round noise levels, latents and noisy latents to bf16 as the release does")
     seed: int = option(0, "of a random initialisation", least=0)
+
+    def check(self, prefix: str) -> None:
+        """No picture is larger than what SigLIP's position tables cover. Raises RecipeError."""
+        covered, patch = self.vision.image_size, self.vision.patch_size
+        if covered % patch:
+            raise RecipeError(
+                f"{prefix}vision.image_size={covered} must be a multiple of {prefix}vision.patch_size={patch}"
+            )
+        for name in ("understanding_size", "answer_size", "edit_size"):
+            if getattr(self, name) > covered:
+                raise RecipeError(
+                    f"{prefix}{name}={getattr(self, name)} must be at most {prefix}vision.image_size={covered}, which "
+                    "the position tables cover"
+                )
 
 
 def tiny() -> BagelConfig:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, count, option, pixels
+from reca.options import HUB, RecipeError, count, option, pixels
 
 
 @dataclass
@@ -50,6 +50,16 @@ class SanaSizes:
         "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions",
         above=0,
     )
+
+    def check(self, prefix: str) -> None:
+        """Both attentions have the same width. Raises RecipeError."""
+        own = self.num_attention_heads * self.attention_head_dim
+        cross = self.num_cross_attention_heads * self.cross_attention_head_dim
+        if own != cross:
+            raise RecipeError(
+                f"{prefix}num_attention_heads x attention_head_dim is {own}, and num_cross_attention_heads x "
+                f"cross_attention_head_dim is {cross}: both are the width of the DiT and must be equal"
+            )
 
 
 @dataclass
