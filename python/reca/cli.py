@@ -11,6 +11,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+MOST_GPUS = 2**20
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand.
@@ -200,6 +202,8 @@ def _check(options: argparse.Namespace) -> None:
     from reca.check import report
     from reca.config import load_recipe
 
+    if max(options.gpus, options.node) > MOST_GPUS:
+        raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
 
 

@@ -92,6 +92,7 @@ class ParallelConfig:
         None,
         "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ",
         least=1,
+        most=2**20,
     )
     timeout_minutes: int = option(30, "how long a collective may take", least=1, most=60 * 24 * 365)
 

@@ -60,6 +60,11 @@ def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsy
     assert (recipe.train.precision, recipe.train.updates, gpus, node) == ("bf16", 7, 1, 2)
 
 
+def test_no_number_of_gpus_makes_check_run_away(capsys):
+    assert main(["check", "show_o_tiny", "--gpus", "9" * 20]) == 3
+    assert "must be at most 1048576" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "check", "generate", "edit", "answer", "export"])
 def test_every_command_takes_overrides_behind_its_options(command, tmp_path, capsys):
     options = {
