@@ -21,6 +21,7 @@ log = logging.getLogger("reca")
 
 FILE, LOCK = "status.json", ".lock"
 STATES = ("running", "interrupted", "failed", "finished")
+TAKEN = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
 PATIENCE = 2.0  # seconds in which a process that was killed lets go of its lock
 
 
@@ -59,23 +60,30 @@ class Status:
 
         Raises ValueError when the folder has no readable status.
         """
-        path = run_dir / FILE
-        try:
-            found = json.loads(path.read_text())
-            status = cls(**{f.name: found[f.name] for f in fields(cls)})
-        except FileNotFoundError as error:
-            raise ValueError(f"{run_dir} is no folder of a run: it has no {FILE}") from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); the next start writes it anew"
-            ) from error
-        if status.state == "running" and not locked(run_dir):
+        status = cls._written(run_dir)
+        if status.state != "running" or _in_use(run_dir, status):
+            return status
+        status = cls._written(run_dir)  # again: it may just have ended, and let the folder go
+        if status.state == "running":
             status.state, status.exit_code = "failed", exits.INTERRUPTED
             status.reason = (
                 f"process {status.pid} on {status.host} ended without a word (killed, or the machine went down); the "
                 f"same command continues from update {status.update}"
             )
         return status
+
+    @classmethod
+    def _written(cls, run_dir: Path) -> "Status":
+        path = run_dir / FILE
+        try:
+            found = json.loads(path.read_text())
+            return cls(**{f.name: found[f.name] for f in fields(cls)})
+        except FileNotFoundError as error:
+            raise ValueError(f"{run_dir} is no folder of a run: it has no {FILE}") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); the next start writes it anew"
+            ) from error
 
     def describe(self) -> str:
         """One line for each field that is set."""
@@ -86,21 +94,29 @@ class RunFolder:
     """The folder of a run while a process uses it: locked, with a status that tells the truth when it is left.
 
     Used as a context manager around every part of a run: an exception that leaves it is written into the status.
-    Raises RunInUse if another process has the folder.
+    Raises RunInUse if another process, or a run that is going on in this one, has the folder.
     """
 
     def __init__(self, run_dir: Path, updates: int):
-        self.path, self.mute = run_dir, False
+        self.path, self.mute, self.busy = run_dir, False, False
         self.lock = _lock(run_dir)
+        self.key = _key(self.lock)
+        _HELD[self.key] = self
         if distributed.rank() == 0:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
         self.status = Status(updates=updates, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world())
 
     def __enter__(self) -> "RunFolder":
+        if self.lock is None:
+            raise RunInUse(
+                f"this run has let {self.path} go, because it has ended or another has begun there: start it again"
+            )
+        self.busy = True
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        self.busy = False
         if error is None:
             return
         if isinstance(error, SystemExit) and error.code == exits.INTERRUPTED:
@@ -134,33 +150,71 @@ class RunFolder:
     def close(self) -> None:
         """Let the folder go."""
         if self.lock is not None:
+            del _HELD[self.key]
             os.close(self.lock)
             self.lock = None
 
 
-def locked(run_dir: Path) -> bool:
-    """Whether some other process uses the folder."""
+# The folders that this process holds, by what _key answers. A process has no lock against itself, and loses the one it
+# has as soon as it closes the lock file, however often that is open: it must not be opened where it is held.
+_HELD: dict[tuple[int, int, int], RunFolder] = {}
+
+
+def _key(file: int | Path) -> tuple[int, int, int]:
+    """A lock file, by whatever path, in this process: a fork has none of its parent's locks."""
+    status = os.stat(file)
+    return status.st_dev, status.st_ino, os.getpid()
+
+
+def locked(run_dir: Path) -> bool | None:
+    """Whether some process uses the folder; None where the file system has no locks."""
+    path = run_dir / LOCK
     try:
-        handle = os.open(run_dir / LOCK, os.O_RDONLY)
+        if _key(path) in _HELD:
+            return True
+        handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
         fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
+        return True if error.errno in TAKEN else None
     finally:
         os.close(handle)
     return False
 
 
-def _lock(run_dir: Path) -> int | None:
+def _in_use(run_dir: Path, status: Status) -> bool:
+    """Whether a run that says it is running does run. Without locks, only its own machine can tell."""
+    in_use = locked(run_dir)
+    if in_use is not None or status.host != socket.gethostname():
+        return in_use is not False
+    try:
+        os.kill(status.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
+def _give_way(run_dir: Path) -> None:
+    """Let go what an earlier run of this process holds. Raises RunInUse if that is going on."""
+    with contextlib.suppress(FileNotFoundError):
+        if held := _HELD.get(_key(run_dir / LOCK)):
+            if held.busy:
+                raise RunInUse(f"{run_dir} is in use by this very process. Wait for that run, or give another run_dir")
+            held.close()
+
+
+def _lock(run_dir: Path) -> int:
     """Hold byte RANK of the lock file until it is closed or this process ends, however it ends.
 
     Rank 0 takes all bytes first, so that no process of another run, or of this one before it was killed, has any.
     POSIX record locks work across the machines of a shared file system, and never against the process itself.
     """
-    handle = None
     with distributed.together():
+        _give_way(run_dir)
         if distributed.rank() == 0:
             handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             if not _take(handle, 0, 0):
@@ -188,7 +242,7 @@ def _take(handle: int, start: int, length: int) -> bool:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
             return True
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in TAKEN:
                 log.warning("the run folder cannot be locked (%s): start no second process on it", error.strerror)
                 return True
             if time.monotonic() > end:
