@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
 from reca.data.config import DataConfig
+from reca.folders import replace_text
 from reca.models import UMMS, umm
 from reca.models.base import KINDS
 from reca.options import GLOB, HUB, LOCAL, RecipeError, check_heads, check_values, option, share, shown
@@ -175,8 +176,8 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe that `load_recipe` reads back to the same values."""
-    path.write_text(write_yaml(as_dict(recipe)), encoding="utf-8")
+    """Write a recipe that `load_recipe` reads back to the same values. One that stands there stays until it is."""
+    replace_text(path, write_yaml(as_dict(recipe)))
 
 
 def as_dict(recipe: Recipe) -> dict:

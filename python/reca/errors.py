@@ -23,7 +23,7 @@ def tell(sentence: str) -> None:
     with _unterminated():
         if _first(sentence):
             print(sentence, file=sys.stderr, flush=True)
-            _explain_to_torchrun()
+            _tell_torchrun(sentence)
 
 
 @contextlib.contextmanager
@@ -99,13 +99,10 @@ def _store():
     )
 
 
-def _explain_to_torchrun() -> None:
-    """Make torchrun's own report of the failure point at the sentence instead of at a manual for tracebacks."""
+def _tell_torchrun(sentence: str) -> None:
+    """Make torchrun's own report of the failure, which comes last, end in the sentence."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and "RANK" in os.environ:
-        message = {
-            "message": "see the line above that begins with 'reca:'",
-            "extraInfo": {"timestamp": int(time.time())},
-        }
+        message = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
         with contextlib.suppress(OSError), open(path, "w") as file:
             json.dump({"message": message}, file)

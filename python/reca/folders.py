@@ -23,7 +23,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file so that, whatever happens, it has the old text or the new one, on the disk too."""
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

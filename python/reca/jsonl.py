@@ -1,7 +1,9 @@
 """JSON lines that a run leaves behind; a full disk loses lines and never the run."""
 
+import contextlib
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -38,22 +40,28 @@ class JsonLines:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; torn ones, and a file that is not there, are nothing."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+    return [value for _, value in _lines(path)]
 
 
 def keep_until(path: Path, update: int) -> None:
-    """Drop the lines of later updates, which a run that goes on from `update` is going to write again."""
-    lines = read(path)
-    kept = [line for line in lines if line.get("update", 0) <= update]
-    if len(kept) < len(lines):
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    """Keep only what a run that goes on from `update` will not write again: whole lines of updates until then."""
+    lines = _lines(path)
+    kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= update)
+    if path.is_file() and kept != path.read_bytes():
+        replace_text(path, kept.decode())
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines that are JSON objects, as they stand there and as what they mean."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found.append((line, value))
+    return found
+
+
+def _update(value: dict[str, Any]) -> float:
+    update = value.get("update", 0)
+    return update if isinstance(update, int | float) else math.inf
