@@ -1,13 +1,14 @@
 """Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
 
     run_dir/checkpoints/000500/
-        weights/    trained parameters, one file a rank, reshardable
+        weights/    parameters that this run or one before it has changed, one file a rank, reshardable
         optimizer/  optimizer state, likewise
         state.json  counters
         COMPLETE    written last: size and SHA-256 of every file above
 
-Frozen parameters are not saved: they are those of `model.weights`. Nothing that is read here can run code: tensors are
-safetensors, everything else is JSON.
+What no run has changed is not saved: it is that of `model.weights`. So a checkpoint needs no other run's: the one that
+train.init_from names may train on, move or go. Nothing that is read here can run code: tensors are safetensors,
+everything else is JSON.
 """
 
 import json
@@ -63,16 +64,20 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these updates again.
     Raises CheckpointError when all of them are damaged; it names what to remove.
     """
-    faults = {}
-    for folder in reversed(complete(run_dir)):
-        fault = damage(folder)
-        if not fault:
-            for damaged, reason in faults.items():
-                log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, folder)
-                if set_aside:
-                    _set_aside(damaged)
-            return folder
-        faults[folder] = fault
+    faults: dict[Path, str] = {}
+    while True:
+        there = distributed.gather(complete(run_dir))[0]  # of rank 0: on a network's disk, others may see it later
+        faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
+        if not (left := [folder for folder in there if folder not in faults]):
+            break
+        if fault := damage(left[-1]):
+            faults[left[-1]] = fault
+            continue
+        for damaged, reason in faults.items():
+            log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, left[-1])
+            if set_aside:
+                _set_aside(damaged)
+        return left[-1]
     if not faults:
         return None
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in faults.items())
@@ -82,14 +87,19 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     )
 
 
-def damage(folder: Path) -> str:
-    """What is wrong with the files of a complete checkpoint, in words; empty when nothing is. Ranks share the work."""
+def damage(folder: Path, contents: bool = True) -> str:
+    """What is wrong with the files of a complete checkpoint, in words; empty when nothing is.
+
+    contents: read the files, too, and let ranks share that work; all of them must call it then.
+    """
     try:
         listed = manifest.read(folder / MARKER)
-        own = dict(list(listed.items())[distributed.rank() :: distributed.world()])
-        faults = manifest.damage(folder, own)
+        own = dict(list(listed.items())[distributed.rank() :: distributed.world()]) if contents else listed
+        faults = manifest.damage(folder, own, contents)
     except (OSError, ValueError) as error:
         faults = [f"{MARKER} cannot be read: {error}"]
+    if not contents:
+        return "; ".join(faults)
     return "; ".join(dict.fromkeys(fault for part in distributed.gather(faults) for fault in part))
 
 
@@ -110,7 +120,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
     state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
     try:
         _together(lambda: _make_room(run_dir, partial, adapter))
-        _together(lambda: _write(partial / "weights", trained(adapter)))
+        _together(lambda: _write(partial / "weights", changed(adapter)))
         _together(lambda: _write(partial / "optimizer", _tensors(moments)))
         _together(lambda: _write_state(partial, state))
         listed = _together(lambda: _checksums(partial))
@@ -125,7 +135,10 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
         return None
     if distributed.rank() == 0 and keep:
         for old in complete(run_dir)[:-keep]:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:
+                log.warning("checkpoint %s cannot be removed (%s); checkpoint.keep=%d", old, error.strerror, keep)
     return final
 
 
@@ -136,7 +149,7 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
     """
     if not (folder / MARKER).exists():
         raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
-    weights = trained(adapter)
+    weights = changed(adapter)
     saved = _saved(folder / "weights")
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
@@ -167,33 +180,50 @@ def read_state(folder: Path) -> dict:
         ) from error
 
 
-def overlay(run_dir: Path, adapter: nn.Module) -> None:
-    """Put what another run has trained over the adapter's parameters, whatever this run trains.
+def overlay(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
+    """Put what another run has changed over the adapter's parameters, whatever this run trains. Returns their names.
 
-    Raises CheckpointError if that run has no complete checkpoint, or parameters that this model has not.
+    Raises CheckpointError if that run has no sound checkpoint, or parameters that this model has not.
     """
     folder = newest_sound(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
-    own = {name: p.detach() for name, p in adapter.named_parameters()}
+    names = fitting(folder, adapter)
+    own = dict(adapter.named_parameters())
+    _read(folder / "weights", {name: own[name].detach() for name in names})
+    return names
+
+
+def fitting(folder: Path, adapter: nn.Module) -> frozenset[str]:
+    """Names of a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
+    own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     saved = _saved(folder / "weights")
-    misfits = sorted(name for name, shape in saved.items() if name not in own or tuple(own[name].shape) != shape)
+    misfits = sorted(name for name, shape in saved.items() if own.get(name) != shape)
     if misfits:
         raise CheckpointError(
             f"{folder} does not fit this model: {len(misfits)} of its parameters are missing here or have another "
             f"shape, the first {misfits[:5]}. Both runs must name the same umm and sizes"
         )
-    _read(folder / "weights", {name: own[name] for name in saved})
+    return frozenset(saved)
 
 
-def trained(adapter: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name; the tensors themselves, so that loading fills them."""
-    return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad}
+def changed(adapter: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are not the published ones, by name: those being trained and those a run before has trained.
+
+    The tensors themselves, so that loading fills them.
+    """
+    return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad or name in adapter.inherited}
 
 
 def size(adapter: nn.Module) -> int:
-    """Bytes of a checkpoint: the trained parameters and AdamW's two moments of each."""
-    return 3 * sum(p.numel() * p.element_size() for p in trained(adapter).values())
+    """Bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained."""
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in (*changed(adapter).values(), *trained, *trained))
+
+
+def free_space(run_dir: Path) -> int:
+    """Bytes free where a run's checkpoints go, which may be linked to another disk."""
+    return shutil.disk_usage(run_dir / "checkpoints").free
 
 
 def _tensors(state: dict) -> dict[str, Tensor]:
@@ -202,7 +232,14 @@ def _tensors(state: dict) -> dict[str, Tensor]:
 
 
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder of shards."""
+    """Names and shapes of the tensors in a folder of shards.
+
+    Raises CheckpointError for shards that cannot be read, or that were put there by another hand.
+    """
+    listed = _reading(folder, lambda: manifest.read(folder.parent / MARKER))
+    strangers = sorted(p.name for p in folder.glob("*.safetensors") if f"{folder.name}/{p.name}" not in listed)
+    if strangers:
+        raise CheckpointError(f"{folder} holds {strangers[0]}, which is no file of this checkpoint: remove it")
     metadata = _reading(folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
     return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
@@ -250,7 +287,7 @@ def _make_room(run_dir: Path, partial: Path, adapter: nn.Module) -> None:
     if distributed.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        need, free = size(adapter), shutil.disk_usage(run_dir).free
+        need, free = size(adapter), free_space(run_dir)
         if need > free:
             raise OSError(f"it needs about {units.size(need)} and {units.size(free)} are free")
 

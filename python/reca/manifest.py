@@ -31,10 +31,10 @@ def read(path: Path) -> dict[str, dict]:
     return listed
 
 
-def damage(folder: Path, listed: dict[str, dict]) -> list[str]:
+def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list[str]:
     """What of the listed files is not as it was written, in words; empty when all is well.
 
-    Sizes are compared first: a file of another size is not read.
+    Sizes are compared first: a file of another size is not read, and without `contents` none is.
     """
     faults, same_size = [], []
     for name, entry in listed.items():
@@ -44,7 +44,7 @@ def damage(folder: Path, listed: dict[str, dict]) -> list[str]:
             faults.append(f"{name} is missing")
         elif have != entry["bytes"]:
             faults.append(f"{name} has {have} of {entry['bytes']} bytes")
-        else:
+        elif contents:
             same_size.append(name)
     try:
         now = entries(folder, same_size)

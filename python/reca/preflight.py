@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,18 +20,18 @@ log = logging.getLogger("reca")
 
 
 def check(
-    recipe: Recipe, kinds: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None
+    recipe: Recipe, kinds: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None, begins: bool = True
 ) -> tuple[dict[str, Source], list[str]]:
     """Raise what `Trainer` would run into after minutes of loading; takes seconds and no memory.
 
     kinds: those that samples are needed of. node: ranks on this machine.
-    adapter: a model that is there already, in place of the recipe's.
+    adapter: a model that is there already, in place of the recipe's. begins: the run starts from train.init_from, and
+    does not go on from a checkpoint of its own.
 
     Returns the sources of samples, by kind, and the templates.
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
     train.init_from.
     """
-    runs.parent(recipe)
     _devices(node)
     model = adapter
     if model is None:
@@ -43,6 +42,8 @@ def check(
     for kind in recipe.active_kinds():
         if kind not in model.kinds:
             raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
+    if begins:
+        runs.check_parent(recipe, model)
     sources = open_sources(recipe.data, kinds)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
@@ -95,7 +96,7 @@ def host_memory() -> int:
 
 def _disk(recipe: Recipe, adapter: Adapter) -> None:
     run_dir, keep = Path(recipe.run_dir), recipe.checkpoint.keep
-    need, free = checkpoint.size(adapter), shutil.disk_usage(run_dir).free
+    need, free = checkpoint.size(adapter), checkpoint.free_space(run_dir)
     if need > free:
         raise DataError(
             f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "

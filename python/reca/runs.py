@@ -1,5 +1,6 @@
 """How runs follow each other: what may change when a run goes on, which run another starts from, what it has made."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint
+from reca import checkpoint, distributed, exits
 from reca.config import Recipe, RecipeError, as_dict, load_recipe
 from reca.data.loader import SPECS
 from reca.models import umm
 from reca.models.base import Adapter
+from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
 FREE = (
@@ -30,21 +32,27 @@ BY_CONTENT = (
     "data.template*",
     "train.init_from",
 )
-HEAD = 1 << 20  # bytes at the start of a weight file that tell it from others: headers, names, shapes, first values
+PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that tell it from others
 
 
-def identity(recipe: Recipe, sources: Mapping[str, Any], templates: list[str]) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
 
-    sources: the samples of every active kind.
+    sources: the samples of every active kind. state: of the checkpoint to go on from. It holds what the run before this
+    one had made when this one began, which does not matter any longer.
     """
     found = {f"data.{SPECS[kind]}": [len(sources[kind]), sources[kind].identity()] for kind in recipe.active_kinds()}
     if "reca" in recipe.active_kinds():
         found["data.templates"] = _digest("\n".join(templates).encode())
     found |= {f"model.{name}": _fingerprint(value) for name, value in files(recipe).items()}
     if recipe.train.init_from is not None:
-        folder = checkpoint.newest(Path(recipe.train.init_from))
-        found["train.init_from"] = folder and _digest((folder / checkpoint.MARKER).read_bytes())
+        if state is not None and state["recipe"]["train"]["init_from"] == recipe.train.init_from:
+            found["train.init_from"] = state["identity"].get("train.init_from")
+        else:
+            folder = checkpoint.newest(Path(recipe.train.init_from))
+            found["train.init_from"] = folder and _digest((folder / checkpoint.MARKER).read_bytes())
     return found
 
 
@@ -76,12 +84,25 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
 
 
 def finished(recipe: Recipe) -> int | None:
-    """The updates of a run that has no more to make; None for any other. Raises RecipeError as `reject_changed`."""
-    newest = checkpoint.newest(Path(recipe.run_dir))
-    if newest is None or int(newest.name) < recipe.train.updates:
+    """The updates of a run that has no more to make; None for any other. Its status says so, too, from then on.
+
+    Sizes tell here whether the checkpoint is sound: nothing is read that takes time.
+    Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
+    """
+    run_dir = Path(recipe.run_dir)
+    newest = checkpoint.newest(run_dir)
+    if newest is None or int(newest.name) < recipe.train.updates or checkpoint.damage(newest, contents=False):
         return None
     state = checkpoint.read_state(newest)
-    reject_changed(recipe, Path(recipe.run_dir), state, state["identity"])
+    reject_changed(recipe, run_dir, state, state["identity"])
+    if distributed.speaks():
+        with contextlib.suppress(ValueError):
+            if Status.read(run_dir).state == "finished":
+                return state["update"]
+        with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.updates) as folder:
+            folder.saved(newest)
+            folder.tell("finished", exits.DONE)
+            folder.close()
     return state["update"]
 
 
@@ -97,28 +118,27 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
 
 
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
-    """The model of a run: the weights it started from with its newest checkpoint on top."""
+    """The model of a run: the published weights with its newest checkpoint on top."""
     adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
-    inherit(adapter, recipe)
     checkpoint.overlay(run_dir, adapter)
     return adapter.eval()
 
 
 def inherit(adapter: Adapter, recipe: Recipe) -> None:
-    """Put what the runs before this one have trained over the published weights: `train.init_from`, and its own."""
-    before = parent(recipe)
-    if before is not None:
-        inherit(adapter, before)
-        checkpoint.overlay(Path(recipe.train.init_from), adapter)
+    """Put what the run that `train.init_from` names has made over the published weights, where a run begins."""
+    if recipe.train.init_from is not None:
+        adapter.inherited = checkpoint.overlay(Path(recipe.train.init_from), adapter)
 
 
-def parent(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run that `train.init_from` names, if it names one.
+def check_parent(recipe: Recipe, model: Adapter) -> None:
+    """See that this run can start from what `train.init_from` names, if it names anything.
 
-    Raises RecipeError when it is no run, or one of other published files; CheckpointError when it has saved nothing.
+    model: the recipe's, with or without weights.
+    Raises RecipeError when it is no run, or one of other published files; CheckpointError when it has saved nothing, or
+    another model.
     """
     if recipe.train.init_from is None:
-        return None
+        return
     folder = Path(recipe.train.init_from)
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
@@ -134,30 +154,41 @@ def parent(recipe: Recipe) -> Recipe | None:
             f"train.init_from={folder} is a run of other published files than this recipe ({differences}); both must "
             "name the same umm and the same files"
         )
-    if checkpoint.newest(folder) is None:
+    newest = checkpoint.newest(folder)
+    if newest is None:
         raise checkpoint.CheckpointError(f"{folder} has no complete checkpoint; did the run save one?")
-    return before
+    if not checkpoint.damage(newest, contents=False):
+        checkpoint.fitting(newest, model)
 
 
 def files(recipe: Recipe) -> dict[str, str]:
-    """The files and folders a model comes from: its free-text keys."""
-    free = (f.name for f in fields(recipe.model) if not f.metadata.get("choices"))
-    values = {name: getattr(recipe.model, name) for name in free}
-    return {name: value for name, value in values.items() if isinstance(value, str)}
+    """The files, folders and names of the hub that a model comes from, by key."""
+    values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _fingerprint(source: str) -> str:
     """What tells a weight file or a folder of them from others without reading gigabytes; a hub id is its own."""
-    if "/" not in source and not Path(source).suffix:  # a word or a sentence, such as a system prompt
-        return source
     path = Path(source).expanduser()
     if path.is_file():
-        with path.open("rb") as file:
-            return _digest(b"%d %s" % (path.stat().st_size, file.read(HEAD)))
+        return _digest(_excerpt(path))
     if path.is_dir():
-        inside = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.rglob("*") if p.is_file())
-        return _digest(repr(inside).encode())
+        inside = sorted(
+            p for p in path.rglob("*") if p.is_file() and not p.relative_to(path).as_posix().startswith(".")
+        )
+        return _digest(b"".join(b"%r %s" % (p.relative_to(path).as_posix(), _excerpt(p)) for p in inside))
     return source
+
+
+def _excerpt(path: Path) -> bytes:
+    """Size and evenly spread pieces of a file, the first and the last bytes among them."""
+    size = path.stat().st_size
+    pieces = [b"%d" % size]
+    with path.open("rb") as file:
+        for i in range(PIECES):
+            file.seek(max(0, size - PIECE) * i // (PIECES - 1))
+            pieces.append(file.read(PIECE))
+    return b"".join(pieces)
 
 
 def _digest(data: bytes) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,7 @@ class Trainer:
         with distributed.together():
             if distributed.rank() == 0:
                 writable(self.run_dir, "run_dir")
+                writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.updates)
         self.training, self.interrupted = False, False
         with self.folder, self._listening():
@@ -79,7 +81,10 @@ class Trainer:
         # Sharding takes one block at a time to its device, which then never holds the whole model.
         whole = self.device if distributed.world() == 1 else torch.device("cpu")
         self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, whole)
-        runs.inherit(self.adapter, recipe)
+        if state is None:
+            runs.inherit(self.adapter, recipe)
+        else:
+            self.adapter.inherited = frozenset(state["inherited"])
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         if recipe.train.compile:  # before recomputation is wrapped around it: Dynamo would not look into that
             compile_blocks(self.adapter)
@@ -104,8 +109,10 @@ class Trainer:
         kinds = [*self.kinds, *(kind for kind in self._yardsticks() if kind not in self.kinds)]
         with distributed.together():
             if distributed.rank() == 0:
-                sources, templates = preflight.check(recipe, kinds, distributed.world(), distributed.node(), adapter)
-                self.identity = runs.identity(recipe, sources, templates)
+                sources, templates = preflight.check(
+                    recipe, kinds, distributed.world(), distributed.node(), adapter, begins=state is None
+                )
+                self.identity = runs.identity(recipe, sources, templates, state)
                 if state is not None:
                     runs.reject_changed(recipe, self.run_dir, state, self.identity)
         with distributed.together():
@@ -229,6 +236,7 @@ class Trainer:
             "samples": {kind: self._position(kind) for kind in self.kinds},
             "schedule_end": self.schedule_end,
             "ranks": distributed.world(),
+            "inherited": sorted(self.adapter.inherited),
             "recipe": as_dict(self.recipe),
             "identity": self.identity if distributed.rank() == 0 else None,
         }
@@ -339,8 +347,12 @@ class Trainer:
     def _listening(self):
         """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second ends the process at once.
 
-        Before the first update there is nothing to save, and the first signal ends the process.
+        Before the first update there is nothing to save, and the first signal ends the process. Only the main thread
+        of a process can listen: in another one, as of a server, signals do what they did.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def interrupt(number, _frame):
             signal.signal(number, signal.SIG_DFL)
@@ -355,7 +367,7 @@ class Trainer:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 _NO_PROFILER = contextlib.nullcontext()

@@ -1,0 +1,142 @@
+"""Runs that start from another run need it at their first start only."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reca import checkpoint
+from reca.checkpoint import CheckpointError
+from reca.config import RecipeError
+from reca.runs import load_trained
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter, run_toy, weights
+
+FIRST = ["objective.reca.weight=0", "objective.t2i.weight=1", "train.frozen=['layers.0.*']"]
+SECOND = ["train.frozen=['layers.1.*']"]
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """`load` reads the toy's published weights."""
+    package = SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+    monkeypatch.setattr("reca.runs.umm", lambda _: package)
+
+
+@pytest.fixture
+def start(recipe, tmp_path):
+    """The recipe of a run tmp_path/name that begins where `before` ended."""
+
+    def start(name: str, before: str | None, *overrides: str):
+        init = [] if before is None else [f"train.init_from={tmp_path / before}"]
+        return recipe(f"run_dir={tmp_path / name}", "train.updates=2", *init, *overrides)
+
+    return start
+
+
+def equal(a: dict, b: dict, part: str = "") -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items() if name.startswith(part))
+
+
+@pytest.mark.parametrize("fate", ["trains on", "goes", "moves", "is damaged"])
+def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path, published):
+    """Its layer, which the second run freezes, stays what it was when that began."""
+    first = weights(run_toy(start("first", None, *FIRST)).adapter)
+    second = run_toy(start("second", "first", *SECOND))
+    assert equal(weights(second.adapter), first, "layers.1") and not equal(weights(second.adapter), first, "layers.0")
+
+    if fate == "trains on":
+        changed = run_toy(start("first", None, *FIRST, "train.updates=4", "checkpoint.keep=1"))
+        assert not equal(weights(changed.adapter), first, "layers.1")
+    elif fate == "goes":
+        shutil.rmtree(tmp_path / "first")
+    elif fate == "moves":
+        (tmp_path / "first").rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(tmp_path / "first/checkpoints")
+    loaded = load_trained(second.run_dir, second.recipe)
+    assert equal(weights(second.adapter), weights(loaded))
+    resumed = run_toy(start("second", "first", *SECOND, "train.updates=4"))
+    assert resumed.update == 4 and equal(weights(resumed.adapter), first, "layers.1")
+
+
+def test_a_chain_of_three(start, tmp_path, published):
+    """The third trains what the second did; the first one's layer comes through both, also when they are gone."""
+    first = weights(run_toy(start("first", None, *FIRST)).adapter)
+    run_toy(start("second", "first", *SECOND))
+    shutil.rmtree(tmp_path / "first")
+    third = run_toy(start("third", "second", *SECOND))
+    shutil.rmtree(tmp_path / "second")
+    assert equal(weights(third.adapter), first, "layers.1")
+    assert equal(weights(load_trained(third.run_dir, third.recipe)), weights(third.adapter))
+    assert set(checkpoint.changed(third.adapter)) == {n for n in weights(third.adapter) if n.startswith("layers")}
+
+
+def test_a_run_does_not_start_from_itself(start):
+    with pytest.raises(RecipeError, match="is no folder of a run"):
+        Trainer(start("run", "run"), ToyAdapter())
+    run_toy(start("run", None))
+    with pytest.raises(RecipeError, match="train.init_from: None -> .* has other contents"):
+        Trainer(start("run", "run"), ToyAdapter())
+
+
+def test_a_run_goes_on_from_where_it_began(start, tmp_path):
+    run_toy(start("first", None, *FIRST))
+    run_toy(start("other", None, *FIRST, "train.seed=1"))
+    run_toy(start("second", "first", *SECOND))
+    for before in (None, "other", "nowhere"):
+        with pytest.raises(RecipeError, match="train.init_from: .* has other contents"):
+            Trainer(start("second", before, *SECOND, "train.updates=4"), ToyAdapter())
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    Trainer(start("second", "copy", *SECOND, "train.updates=4"), ToyAdapter())
+
+
+def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
+    run_toy(start("first", None))
+    narrow = ToyAdapter()
+    narrow.layers[0] = torch.nn.Linear(48, 47)
+    monkeypatch.setattr("reca.runs.inherit", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(CheckpointError, match="2 of its parameters"):
+        Trainer(start("second", "first"), narrow)
+
+
+def test_a_run_starts_from_one_that_is_going_on(start, tmp_path):
+    """Checkpoints that a live run removes meanwhile are not taken for damaged ones."""
+    run_toy(start("first", None, "checkpoint.every=1"))
+    damage = checkpoint.damage
+
+    def removes(folder: Path, contents: bool = True) -> str:
+        if folder.name == "000002":
+            folder.rename(folder.with_name("000003"))
+        return damage(folder, contents)
+
+    checkpoint.damage = removes
+    try:
+        assert checkpoint.newest_sound(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
+    finally:
+        checkpoint.damage = damage
+
+
+def test_a_file_of_another_hand_is_named(start, caplog):
+    """Copies by way of other systems bring ._NAME along."""
+    folder = checkpoint.newest(run_toy(start("run", None)).run_dir)
+    stranger = folder / "weights/._shard.safetensors"
+    stranger.write_bytes(b"")
+    (folder / ".DS_Store").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"holds \._shard\.safetensors, which is no file of this checkpoint"):
+        Trainer(start("run", None), ToyAdapter())
+    stranger.unlink()
+    assert Trainer(start("run", None), ToyAdapter()).update == 2 and "DAMAGED" not in caplog.text
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(start, monkeypatch, caplog):
+    def busy(_):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint, "_remove", busy)
+    trainer = run_toy(start("run", None, "checkpoint.every=1", "checkpoint.keep=1"))
+    assert "cannot be removed (Device or resource busy)" in caplog.text
+    assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"

@@ -1,0 +1,208 @@
+"""The lock and the status of a run folder: inside one process, at the moment a run ends, without locks."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from reca import checkpoint, exits, jsonl, status
+from reca.cli import main
+from reca.config import load_recipe
+from reca.runs import finished
+from reca.status import RunFolder, RunInUse, Status, locked
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter, run_toy
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+
+
+def locked_elsewhere(run_dir: Path) -> bool:
+    """What another process sees of the lock."""
+    script = "import sys; from pathlib import Path; from reca.status import locked; sys.exit(locked(Path(sys.argv[1])))"
+    return bool(subprocess.run([sys.executable, "-c", script, str(run_dir)], env=ENVIRONMENT).returncode)
+
+
+def test_reading_the_status_in_the_process_of_the_run_keeps_its_lock(recipe):
+    run_dir, seen = Path(recipe().run_dir), []
+    trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), lambda _: seen.append(Status.read(run_dir).state))
+    assert locked(run_dir) and locked_elsewhere(run_dir)
+    trainer.run()
+    assert seen == ["running", "running"] and not locked(run_dir) and not locked_elsewhere(run_dir)
+
+
+def test_a_link_to_a_folder_is_the_same_folder(recipe, tmp_path):
+    folder = RunFolder(tmp_path, 1)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert locked(tmp_path / "link") and locked_elsewhere(tmp_path)
+    folder.close()
+
+
+def test_of_two_trainers_in_one_process_the_newer_has_the_folder(recipe):
+    older, newer = (Trainer(recipe("train.updates=2"), ToyAdapter()) for _ in range(2))
+    with pytest.raises(RunInUse, match="has let .* go"):
+        older.run()
+    assert locked_elsewhere(newer.run_dir)
+    newer.run()
+    with pytest.raises(RunInUse, match="it has ended"):
+        newer.run()
+    assert Status.read(newer.run_dir).state == "finished"
+
+
+def test_a_run_that_goes_on_in_this_process_is_not_disturbed(recipe):
+    refused = []
+
+    def start_another(_):
+        with pytest.raises(RunInUse, match="by this very process") as error:
+            Trainer(recipe(), ToyAdapter())
+        refused.append(error)
+
+    trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), start_another)
+    trainer.run()
+    assert len(refused) == 2 and Status.read(trainer.run_dir).state == "finished"
+
+
+def test_training_in_a_thread(recipe):
+    """signal.signal is for the main thread only."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(run_toy(recipe("train.updates=2")).update))
+    thread.start()
+    thread.join()
+    assert done == [2]
+
+
+START = """
+import sys, time
+from pathlib import Path
+from reca import status
+status.PATIENCE = 0.2
+sys.stdin.read()
+try:
+    folder = status.RunFolder(Path(sys.argv[1]), 1)
+except status.RunInUse:
+    print("refused", flush=True)
+else:
+    print("started", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_many_starts_at_once_one_wins(tmp_path):
+    command = [sys.executable, "-c", START, str(tmp_path)]
+    starts = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for _ in range(6)
+    ]
+    try:
+        for start in starts:
+            start.stdin.close()
+        assert sorted(start.stdout.readline() for start in starts) == ["refused\n"] * 5 + ["started\n"]
+    finally:
+        for start in starts:
+            start.kill()
+            start.wait()
+            start.stdout.close()
+
+
+def test_a_run_that_ends_while_its_status_is_read_has_not_failed(recipe, monkeypatch):
+    """It may end, and let the folder go, between the reading of the file and the look at the lock."""
+    run_dir = run_toy(recipe("train.updates=1")).run_dir
+    ended = (run_dir / "status.json").read_text()
+    (run_dir / "status.json").write_text(json.dumps(json.loads(ended) | {"state": "running", "exit_code": None}))
+    monkeypatch.setattr(status, "locked", lambda _: (run_dir / "status.json").write_text(ended) and False)
+    assert Status.read(run_dir).state == "finished"
+
+
+def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", lambda *_: None)
+    RunFolder(tmp_path, 1).saved(None)
+    status._HELD.clear()
+    monkeypatch.setattr("fcntl.lockf", none)
+    assert locked(tmp_path) is None and Status.read(tmp_path).state == "running"
+    monkeypatch.setattr("socket.gethostname", lambda: "another machine")  # whose processes cannot be seen
+    assert Status.read(tmp_path).state == "running"
+    monkeypatch.undo()
+    monkeypatch.setattr("fcntl.lockf", none)
+    written = json.loads((tmp_path / "status.json").read_text())
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "status.json").write_text(json.dumps(written | {"pid": ended.pid}))
+    assert Status.read(tmp_path).state == "failed"
+
+
+@pytest.mark.parametrize("state", ["running", "interrupted"])
+def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
+    """Killed between its last checkpoint and its last word, or told to make fewer updates: nothing to requeue."""
+    command = [
+        "train", "show_o_tiny", "objective.reca.per_update=2", "objective.i2t.weight=0", "log.tensorboard=false",
+        f"run_dir={tmp_path}", "train.updates=1",
+    ]  # fmt: skip
+    assert main(command) == 0
+    path = tmp_path / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state, "exit_code": 75}))
+    assert main(["status", str(tmp_path)]) == exits.INTERRUPTED
+    assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 0
+    assert not locked(tmp_path)
+
+    moments = next((tmp_path / "checkpoints/000001/optimizer").glob("*.safetensors"))
+    moments.write_bytes(b"")  # a result that is torn is none
+    recipe = load_recipe("show_o_tiny", command[2:])
+    assert finished(recipe) is None
+
+
+def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"update": 1}\n{"update": 2, "loss": 0.10}\n{"update": 3, "lo')
+    jsonl.keep_until(path, 2)
+    lines = jsonl.JsonLines(path)
+    lines.write({"update": 3})
+    lines.close()
+    assert path.read_bytes() == b'{"update": 1}\n{"update": 2, "loss": 0.10}\n{"update": 3}\n'
+
+
+def test_what_is_no_line_of_a_log_goes(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"update": null}\n{"update": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"update": 1}\n')
+    jsonl.keep_until(path, 4)
+    assert path.read_bytes() == b'{"update": 1}\n'
+    jsonl.keep_until(tmp_path / "none.jsonl", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_recipe_that_cannot_be_written_anew_stays(recipe, monkeypatch):
+    run_dir = run_toy(recipe("train.updates=1")).run_dir
+    before = (run_dir / "recipe.yaml").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.run()
+    assert (run_dir / "recipe.yaml").read_bytes() == before
+
+
+def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
+    run_dir = Path(recipe().run_dir)
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match="checkpoints cannot be written to"):
+        Trainer(recipe(), ToyAdapter())
+    (tmp_path / "disk").mkdir()
+    run_toy(recipe("train.updates=1"))
+    assert checkpoint.newest(run_dir).resolve() == tmp_path / "disk/000001"
+
+    asked = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(Path(path).resolve()) or SimpleNamespace(free=7))
+    assert checkpoint.free_space(run_dir) == 7 and asked == [tmp_path / "disk"]
