@@ -112,7 +112,9 @@ def outside_of_modes(function: Callable) -> Callable:
         with no_modes():
             return function(*arguments)
 
-    return functools.wraps(function)(lambda *arguments: in_mode(kept(*arguments)))
+    handed_out = functools.wraps(function)(lambda *arguments: in_mode(kept(*arguments)))
+    handed_out.cache_clear = kept.cache_clear
+    return handed_out
 
 
 # ---- registration ----

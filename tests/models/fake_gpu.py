@@ -120,7 +120,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         torch, "autocast", lambda kind, *a, **b: nullcontext() if kind == "meta" else autocast(kind, *a, **b)
     )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != "meta" and enabled(kind))
-    kept = (attention_plan._plan, diffusion_loss.diffusion_schedule)
+    kept = (attention_plan._plan, diffusion_loss._schedule)
     try:
         for cached in kept:
             cached.cache_clear()

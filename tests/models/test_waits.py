@@ -24,6 +24,7 @@ from reca.world.starts import FAMILIES
 from reca_kernels import Run, attention_plan
 from reca_kernels.host import on_device
 from reca_kernels.ops import attention_impls
+from reca_kernels.ops import attention_plan as attention_plans
 from tests.models.fake_gpu import GPU, Waited, gpu
 
 # Ways to wait, and what is none. x: fp32 [4] on the GPU; h: int64 [4] on the host.
@@ -150,14 +151,19 @@ def test_ids_on_the_host_follow_a_batch():
 
 @pytest.mark.parametrize("impl", ["calls", "dense", "flex"])
 def test_no_plan_waits(impl, monkeypatch):
-    """Index tensors and masks of a layout that is new, as ragged batches bring one every step."""
+    """Index tensors and masks of a layout that is new, as ragged batches bring one every step.
+
+    The functions that make them are called, as what keeps their results lets no mode see how they are made.
+    """
     runs = [(Run(2, "pad"), Run(3), Run(6, "full", seen_before=True), Run(5)), (Run(4), Run(6, "full", True), Run(6))]
-    make = {"calls": lambda plan: plan.calls, "dense": attention_impls._dense_mask, "flex": attention_impls._blocks}
+    make = {
+        "calls": attention_plans._calls,
+        "dense": attention_impls._mask_of.__wrapped__,
+        "flex": attention_impls._blocks_of.__wrapped__,
+    }
     monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", lambda *a, **b: None)
     with gpu(monkeypatch) as waits, waits:
         assert make[impl](attention_plan(runs, device=GPU))
-    for kept in (attention_impls._mask_of, attention_impls._blocks_of):
-        kept.cache_clear()
 
 
 @pytest.mark.gpu
