@@ -1,5 +1,6 @@
 """Rows of LLaVA-style files: roles, forms that are refused, and what is said of them."""
 
+import gzip
 import json
 
 import pytest
@@ -87,6 +88,28 @@ def test_a_last_question_without_an_answer_is_said(tmp_path):
     assert source.left_out.counts == {"last questions without an answer (the rest of their rows is used)": 1}
 
 
+def test_rows_one_a_line(tmp_path):
+    path = conversations(tmp_path).with_name("rows.JSONL")
+    lines = [json.dumps(row("human", "Q", "gpt", answer), ensure_ascii=False) for answer in ("A", "B\u2028", "C")]
+    path.write_text(f"{lines[0]}\r\n\n{lines[1]}\n {lines[2]}", newline="")
+    source = open_source(str(path), "i2t")
+    assert [source[i].text for i in range(len(source))] == [[("Q", "A")], [("Q", "B")], [("Q", "C")]]
+    path.write_text(f"{lines[0]}\n{lines[1][:-2]}")
+    with pytest.raises(DataError, match=r"rows.JSONL is not JSON: line 2: Expecting .*, at its character \d+"):
+        open_source(str(path), "i2t")
+    path.with_name("rows.json").write_text("\n".join(lines))
+    with pytest.raises(
+        DataError, match=r"rows.json is not JSON: Extra data.*of rows one a line the name ends in .jsonl"
+    ):
+        open_source(str(path.with_name("rows.json")), "i2t")
+
+
+def test_names_of_other_chat_formats(tmp_path):
+    turns = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
+    source = opened(tmp_path, {"images": ["b.png"], "messages": turns}, {"image": "a.png", "conversations": turns})
+    assert [source[i][::2] for i in range(2)] == [("b.png", [("Q", "A")]), ("a.png", [("Q", "A")])]
+
+
 def test_names_of_pictures_start_from_the_root(tmp_path):
     names = ["a.png", ["a.png"], "./a.png", "d/../a.png", str(tmp_path / "a.png")]
     source = opened(tmp_path, *(GOOD | {"image": name} for name in names))
@@ -108,6 +131,11 @@ def test_files_that_are_none(tmp_path):
         (b"caf\xe9", "not UTF-8 .byte 0xe9 at 3"),
         (b"[" * 10**6, "is not JSON"),
         (b"[]", "not LLaVA-style"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (gzip.compress(b"[]"), "is compressed by gzip; unpack it first"),
+        (b"PK\3\4", "is a zip archive"),
     ):
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"rows.json.*{words}"):

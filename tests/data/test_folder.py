@@ -128,6 +128,25 @@ def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
     assert keys(tmp_path / "one") == ["a.jpg", "a.png"]
 
 
+def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(fill(tmp_path, {"a.png": picture()}))
+    for spec in ("", "  "):
+        with pytest.raises(DataError, match="is no path; name the data, or null for none"):
+            open_source(spec, "reca")
+    assert keys(".") == ["a.png"]
+
+
+@pytest.mark.parametrize("spec", ["locked/photos", "locked/0.tar", "locked/*.tar", "locked/{0..3}.tar"])
+@pytest.mark.parametrize("kind", ["reca", "i2t"])
+def test_a_folder_above_may_not_be_looked_into(tmp_path, monkeypatch, spec, kind):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(DataError, match="locked.* cannot be read: Permission denied"):
+        open_source(str(tmp_path / spec), kind)
+
+
 def test_files_too_large_for_a_picture_are_not_read(tmp_path):
     path = fill(tmp_path, {"a.png": b""}) / "a.png"
     os.truncate(path, 2**28 + 1)

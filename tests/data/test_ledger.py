@@ -7,6 +7,7 @@ import multiprocessing
 import os
 
 import pytest
+import torch
 
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
@@ -15,7 +16,7 @@ from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import fill, picture
+from tests.data.files import conversations, fill, picture, row
 
 VIEWS = Views(gen=View(4), und=None)
 
@@ -43,6 +44,7 @@ def root(tmp_path):
 
 
 def read_as(rank, root, path, start):
+    torch.set_num_threads(1)  # a forked process lacks the other threads of OpenMP, and would wait for them
     start.wait()
     stream = loader(root, rank=rank, world=4, micro_batch=2, ledger=path)
     take(stream, 8)
@@ -73,6 +75,24 @@ def test_the_share_counts_all_ranks(root, tmp_path):
         Ledger(path, source, max_fraction=0.2).add(7, "x")
     Ledger(path, source, max_fraction=0.3).add(7, "x")
     assert keys(path) == ["bad0.png", "bad1.png"]
+
+
+def test_the_share_is_not_exceeded_where_it_is_reached(tmp_path):
+    """0.29 * 100 is a little less than 29 in floating point."""
+    source = open_source(str(fill(tmp_path, {f"{i}.png": b"" for i in range(100)})), "reca")
+    for share in range(100):
+        ledger = Ledger(None, source, share / 100)
+        for index in range(share):
+            ledger.add(index, "junk")
+        with pytest.raises(DataError, match=f"{share + 1} of 100 samples"):
+            ledger.add(share, "junk")
+
+
+def test_the_share_is_of_pictures_and_not_of_rows_about_them(tmp_path):
+    rows = [row("human", str(i), "gpt", "A", image=name) for i in range(50) for name in ("a.png", "b.png")]
+    ledger = Ledger(None, open_source(str(conversations(tmp_path, *rows)), "i2t"), 0.4)
+    with pytest.raises(DataError, match="1 of 2 samples"):
+        ledger.add(1, "junk")
 
 
 def test_starts_write_each_bad_file_once(root, tmp_path):

@@ -149,9 +149,11 @@ def test_damaged_and_strange_tars(tmp_path):
         "is damaged at byte 1024, behind a.jpg": whole[:1030] + b"?" + whole[1031:],
         "Tars cannot be put together by cat": whole + whole,
         "ends at byte 2048, behind b.jpg, but the file has": whole + bytes(2**21),
-        "compressed by gzip .gunzip it.": gzip.compress(whole),
-        "is a Git LFS pointer .git lfs pull.": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-        "the file is empty": b"",
+        "it is compressed by gzip; unpack it first": gzip.compress(whole),
+        "it is a Git LFS pointer and not the file itself": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "it is empty: its download": b"",
+        "it is a zip archive; unpack it first": b"PK\3\4" + bytes(600),
+        "it is a web page": b"<!DOCTYPE html>",
         "no pictures in": bytes(10240),
     }
     for words, data in cases.items():
@@ -185,6 +187,13 @@ def test_every_number_of_a_range_must_exist(tmp_path):
     (tmp_path / "a-001.tar").mkdir()
     with pytest.raises(DataError, match="a-001.tar is no file"):
         opened(tmp_path / "a-{000..002}.tar")
+
+
+def test_globs_of_folders_below_each_other(tmp_path):
+    """`**` stands for any number of folders, none too."""
+    for name in ("2.tar", "a/0.tar", "b/c/1.tar"):
+        tar(tmp_path / name, ("a.jpg", DARK))
+    assert keys(tmp_path / "**/*.tar") == ["2.tar/a.jpg", "a/0.tar/a.jpg", "b/c/1.tar/a.jpg"]
 
 
 def test_ranges_of_folders_and_names_with_brackets(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from reca.models.files import read_json
+from reca.files import read_json
 from reca.models.text import read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.models.weights import read_tensors, weight_file

@@ -16,7 +16,8 @@ class DataConfig:
     )
     conversations: Optional[str] = option(
         None,
-        "questions and answers about pictures (i2t): a LLaVA-style .json with data.image_root, or world:SPLIT",
+        "questions and answers about pictures (i2t): a LLaVA-style .json or .jsonl with data.image_root, or "
+        "world:SPLIT",
         path=LOCAL,
     )
     captions: Optional[str] = option(

@@ -12,10 +12,12 @@ from reca.data.folder import total_size
 from reca.data.left_out import LeftOut
 from reca.data.source import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.text import decode_text, encodable
+from reca.files import HEAD, packed, placeholder
 from reca.models.base import Turn
 
 IMAGE = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+LINES = (".jsonl", ".ndjson")  # of files that hold one row a line
 FORM = '{"image": NAME, "conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}'
 
 
@@ -31,6 +33,8 @@ class Row(NamedTuple):
 class Conversations:
     """A list of {"image": name, "conversations": [{"from": "human"|"gpt", "value": text}, ...]}.
 
+    A .jsonl holds one such row a line. Names of other chat formats are read too: "images" of one picture, "messages"
+    of "role" and "content".
     A question is what "human" (or "user") says, its answer what "gpt" (or "assistant") says behind it. A "system" turn
     in front becomes the beginning of the first question. One `<image>` may stand in the first question, and is removed.
     Rows of any other form are left out and counted by reason when the file is opened.
@@ -39,7 +43,9 @@ class Conversations:
     def __init__(self, path: Path, image_root: str | None):
         if not path.is_file():
             fault = "is no file" if path.exists() else "does not exist"
-            raise DataError(f"conversations file {path} {fault}; give a LLaVA-style .json as data.conversations")
+            raise DataError(
+                f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
+            )
         self.root = Path(image_root).expanduser() if image_root else path.parent
         items = _load(path)
         if not isinstance(items, list) or not any(isinstance(item, dict) for item in items):
@@ -83,18 +89,36 @@ class Conversations:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(decode_text(path.read_bytes()))
+        data = path.read_bytes()
+        if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
+            raise DataError(f"conversations file {path} {cause}")
+        text = decode_text(data)
+        return _lines(text) if path.suffix.lower() in LINES else json.loads(text)
     except OSError as error:
         raise DataError(f"conversations file {path} cannot be read: {error.strerror}") from error
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:  # of json, or of bytes that are no text
-        raise DataError(f"{path} is not JSON: {error}") from error
+        hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{path} is not JSON: {error}{hint}") from error
+
+
+def _lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+    return rows
 
 
 def _image(item: Any, root: str) -> str:
     """The picture's path below `root`. Raises BadRow."""
     if not isinstance(item, dict):
         raise BadRow("are no objects")
-    image = item.get("image")
+    image = item.get("image", item.get("images"))
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image is None or image == "" or image == []:
@@ -128,20 +152,21 @@ def _turns(item: dict, number: int, left_out: LeftOut) -> tuple[Turn, ...]:
 
 def _said(item: dict) -> list[tuple[str, str]]:
     """(role, text) of every turn. Raises BadRow."""
-    turns = item.get("conversations")
+    turns = item.get("conversations", item.get("messages"))
     if not isinstance(turns, list) or not turns:
         raise BadRow("have no conversation")
     said = []
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if not isinstance(text, str):
             raise BadRow("have a turn whose value is no text")
-        role = turn.get("from")
+        role = turn.get("from", turn.get("role"))
         role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if role is None:
             raise BadRow("have a turn that is neither from human nor from gpt")
-        if not encodable(turn["value"]) or "\0" in turn["value"]:
+        if not encodable(text) or "\0" in text:
             raise BadRow("have a turn with halves of characters or NUL")
-        said.append((role, turn["value"]))
+        said.append((role, text))
     return said
 
 

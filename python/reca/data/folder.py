@@ -1,8 +1,9 @@
 """Pictures below a folder."""
 
 import os
-from collections import Counter, deque
-from pathlib import Path, PurePosixPath
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from reca.data.errors import DataError
 from reca.data.left_out import LeftOut
@@ -32,13 +33,12 @@ class Folder:
             raise DataError(f"data folder {root} {fault}; give a folder of pictures, a .tar, or world:SPLIT")
         self.root, self.kind, self.left_out = root, kind, LeftOut()
         files = _walk(root, self.left_out)
-        self.names = sorted((n for n in files if _suffix(n) in IMAGE_SUFFIXES), key=lambda name: name.split("/"))
+        self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
             raise DataError(f"{root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
-        tars = [name for name in files if _suffix(name) == ".tar"]
-        for name in sorted(tars):
+        for name in sorted(files.get(".tar", ())):
             self.left_out.add("tar files below a folder of pictures", name)
-        self.captions = _captions(root, self.names, files) if kind == "t2i" else None
+        self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if kind == "t2i" else None
         self.left_out.say(str(root))
 
     def __len__(self) -> int:
@@ -76,19 +76,19 @@ def _read(path: Path, limit: int, what: str) -> bytes:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return os.path.splitext(name)[0]
 
 
-def _walk(root: Path, left_out: LeftOut) -> list[str]:
-    """Paths of all files below `root`, from there on, each folder read once.
+def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
+    """Suffix -> paths, from `root` on, of all files below it. Each folder is read once.
 
     Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
     """
-    files, seen = [], set()
+    files, seen = defaultdict(list), set()
     waiting, links = deque([("", False)]), deque()
     while waiting or links:
         folder, linked = waiting.popleft() if waiting else links.popleft()
@@ -118,7 +118,7 @@ def _walk(root: Path, left_out: LeftOut) -> list[str]:
                 if suffix in IMAGE_SUFFIXES:
                     left_out.add("pictures that are no file, or a link to none", name)
             else:
-                files.append(name)
+                files[suffix].append(name)
                 if suffix in OTHER_IMAGE_SUFFIXES:
                     left_out.add("pictures in formats that are not read", name)
     return files
@@ -132,10 +132,10 @@ def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
         return False, False
 
 
-def _captions(root: Path, pictures: list[str], files: list[str]) -> list[str]:
+def _captions(root: Path, pictures: Sequence[str], texts: Sequence[str]) -> list[str]:
     """The caption file of every picture. Raises DataError when there is none, or when it is not clear which."""
     captions: dict[str, str] = {}
-    for name in sorted(name for name in files if _suffix(name) == ".txt"):
+    for name in texts:
         if _stem(name) in captions:
             raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one of them")
         captions[_stem(name)] = name
@@ -153,10 +153,11 @@ def _captions(root: Path, pictures: list[str], files: list[str]) -> list[str]:
     return [captions[_stem(name)] for name in pictures]
 
 
-def _what(files: list[str]) -> str:
+def _what(files: Mapping[str, Sequence[str]]) -> str:
     """The suffixes that a folder without pictures does hold, for its error."""
     if not files:
         return ""
-    counts = Counter(_suffix(name) or "no suffix" for name in files)
-    hint = ": give its tars as FOLDER/*.tar" if ".tar" in counts else ""
-    return f", only {', '.join(f'{n} x {suffix}' for suffix, n in counts.most_common(5))}{hint}"
+    most = sorted(files, key=lambda suffix: -len(files[suffix]))[:5]
+    counts = ", ".join(f"{len(files[suffix])} x {suffix or 'no suffix'}" for suffix in most)
+    hint = ": give its tars as FOLDER/*.tar" if ".tar" in files else ""
+    return f", only {counts}{hint}"

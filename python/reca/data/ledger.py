@@ -26,6 +26,7 @@ class Ledger:
         self.path, self.source, self.max_fraction = path, source, max_fraction
         self.bad: dict[str, str] = {}
         self.lock = threading.Lock()
+        self.pictures = 0  # distinct samples of the source, once they are needed
         self.place = 0  # bytes of the file that are known here
         self.count()
 
@@ -45,8 +46,9 @@ class Ledger:
             if not self.bad:
                 log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
             self.bad[key] = reason
-            size = len(self.source)
-            if len(self.bad) > self.max_fraction * size:
+            # Many rows may ask about one picture. They are counted as the bad ones are: once.
+            size = self.pictures = self.pictures or len(set(map(self.source.key, range(len(self.source)))))
+            if len(self.bad) / size > self.max_fraction:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
                     f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="

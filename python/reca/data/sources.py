@@ -23,11 +23,14 @@ def open_source(spec: str, kind: str, image_root: str | None = None) -> Source:
         from reca.world.source import world_source
 
         return world_source(spec.removeprefix("world:"), kind)
-    if "\0" in spec:
-        raise DataError(f"{spec!r} is no path")
+    if "\0" in spec or not spec.strip():
+        raise DataError(f"{spec!r} is no path; name the data, or null for none")
     path = Path(spec).expanduser()
-    if kind == "i2t":
-        return Conversations(path, image_root)
-    if not path.is_dir() and TAR.search(path.name):
-        return Tars(expand(spec), kind)
-    return Folder(path, kind)
+    try:
+        if kind == "i2t":
+            return Conversations(path, image_root)
+        if not path.is_dir() and TAR.search(path.name):
+            return Tars(expand(spec), kind)
+        return Folder(path, kind)
+    except OSError as error:  # of a folder above it that may not be looked into, say
+        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error

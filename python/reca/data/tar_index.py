@@ -16,16 +16,10 @@ from typing import NamedTuple
 from reca.data.errors import DataError
 from reca.data.left_out import LeftOut
 from reca.data.source import IMAGE_SUFFIXES, hidden
+from reca.files import HEAD, packed, placeholder
 
 MAX_PADDING = 2**20  # zeros behind the archive: writers fill up to a record, interrupted downloads up to the whole file
 MAX_LINKS = 10
-COMPRESSIONS = {
-    b"\x1f\x8b": "gzip (gunzip it)",
-    b"BZh": "bzip2 (bunzip2 it)",
-    b"\xfd7zXZ": "xz (unxz it)",
-    b"\x28\xb5\x2f\xfd": "zstd (unzstd it)",
-    b"PK\x03\x04": "zip, not tar (unzip it and give the folder)",
-}
 
 
 class Stored(NamedTuple):
@@ -133,13 +127,8 @@ def _damage(path: Path, size: int, place: int, last: str, reason: str) -> str:
 
 def _what(file, error: Exception) -> str:
     file.seek(0)
-    head = file.read(64)
-    for magic, name in COMPRESSIONS.items():
-        if head.startswith(magic):
-            return f"it is compressed by {name}, and pictures are read by their place in the file"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer (git lfs pull)"
-    return "the file is empty" if not head else str(error)
+    head = file.read(HEAD)
+    return f"it {cause}" if (cause := placeholder(head) or packed(head)) else str(error)
 
 
 def _stored(info: tarfile.TarInfo) -> Stored:

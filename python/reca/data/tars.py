@@ -195,7 +195,7 @@ def expand(spec: str) -> list[Path]:
     missing = []
     spec = os.path.expanduser(spec)
     for name in [spec] if os.path.exists(spec) else _ranges(spec):
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         paths |= dict.fromkeys(map(Path, found))
         if not found:
             missing.append(name)

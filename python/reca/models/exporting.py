@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.files import in_words
+from reca.files import in_words
 
 _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
 

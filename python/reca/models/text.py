@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from reca.models.files import damage
+from reca.files import damage
 
 _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from reca.models.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
+from reca.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
 
 log = logging.getLogger("reca")
 

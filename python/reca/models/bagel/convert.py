@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reca.files import read_json
 from reca.models.bagel.config import BagelConfig
-from reca.models.files import read_json
 from reca.models.weights import read_tensors
 
 PUBLISHED = "ema.safetensors"

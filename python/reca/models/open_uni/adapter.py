@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
+from reca.files import read_json
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
-from reca.models.files import read_json
 from reca.models.hub import TOKENIZER, fetch
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.open_uni import convert, modules, prompt, sampling

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reca.models.files import read_json
+from reca.files import read_json
 from reca.models.weights import read_tensors
 
 # what Show-o publishes, what the release's trainer saves, what other hub repositories hold

@@ -1,0 +1,104 @@
+"""What files on disk hold, by their first bytes, and what to do about those that cannot be used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HEAD = 1 << 10  # bytes that tell what a file is
+DOWNLOADS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
+AGAIN = "fetch it again"
+
+# first bytes -> what the file is
+_ARCHIVES = {
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+}
+_ZIP = b"PK\x03\x04"  # torch.save writes such, too
+# first bytes -> what the file is, what to give in its place
+_NO_WEIGHTS = {
+    b"\x89HDF": ("an HDF5 file of Keras or TensorFlow", "the PyTorch or safetensors file"),
+    b"GGUF": ("a GGUF file of llama.cpp", "the PyTorch or safetensors file"),
+    b"\x93NUMPY": ("a NumPy array", "the PyTorch or safetensors file"),
+    b"\x89PNG": ("a picture", "the file of the weights"),
+    b"\xff\xd8\xff": ("a picture", "the file of the weights"),
+    b"%PDF": ("a PDF", "the file of the weights"),
+}
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins so has the header of safetensors: its length in 8 bytes, below 100 MB, and JSON."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
+def size_of(path: Path) -> str:
+    """The size of a file in words, such as 132 bytes or 5.82 GB."""
+    return in_words(path.stat().st_size)
+
+
+def in_words(count: float) -> str:
+    """A number of bytes in words."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def placeholder(head: bytes) -> str | None:
+    """What a file that begins so holds in place of its own content, and what to do; None: nothing seen.
+
+    Such as "is a Git LFS pointer and not the file itself; run `git lfs pull` …".
+    """
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return f"is empty: its download or copy did not finish; {AGAIN}"
+    if head.startswith((b"version https://git-lfs", b"version http://git-media", b"# xet version")):
+        return (
+            "is a Git LFS pointer and not the file itself; run `git lfs pull` in its repository, or get it with "
+            "`hf download`"
+        )
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<body", b"<error")) and b"<svg" not in text:
+        return f"is a web page (an error or a login, saved in the file's place); {AGAIN}"
+    if not head.strip(b"\0"):
+        return f"begins with zeros alone: its download or copy did not finish; {AGAIN}"
+    return None
+
+
+def packed(head: bytes, zipped: bool = True) -> str | None:
+    """As `placeholder`, of a file that has to be unpacked first. zipped: zip archives count."""
+    what = next((what for magic, what in _ARCHIVES.items() if head.startswith(magic)), None)
+    if zipped and head.startswith(_ZIP):
+        what = "a zip archive"
+    return what and f"is {what}; unpack it first"
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file that ought to hold weights or JSON, its size in front; None: nothing seen."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if is_safetensors(head):
+        return None
+    cause = placeholder(head) or packed(head, zipped=False)
+    if cause is None:
+        foreign = (
+            f"is {what}; give {instead}" for magic, (what, instead) in _NO_WEIGHTS.items() if head.startswith(magic)
+        )
+        cause = next(foreign, None)
+    if cause is None and path.suffix in DOWNLOADS:
+        cause = f"is a download that has not finished; {AGAIN}"
+    return cause and f"({size_of(path)}) {cause}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ValueError with file, size and cause where it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        cause = damage(path) or f"({size_of(path)}) is no JSON ({error}); {AGAIN}"
+        raise ValueError(f"{path} {cause}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} ({size_of(path)}) holds a JSON {type(content).__name__} and no object; {AGAIN}")
+    return content
