@@ -1,7 +1,9 @@
 """Pictures that are deep, thin, huge, or carry broken metadata."""
 
+import gzip
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -134,6 +136,49 @@ def test_decompression_bombs_are_bad_images(monkeypatch):
     monkeypatch.setattr(pixels, "MAX_PIXELS_WEBP", 63)
     with pytest.raises(BadImage, match="8 x 8 pixels; at most 32768 on a side and 63 in all"):
         open_rgb(picture(format="WEBP"))
+
+
+def test_large_photos_are_decoded_at_half_the_size(monkeypatch):
+    photo = Image.effect_noise((12, 8), 90).resize((120, 80)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = photo.resize((60, 40), Image.Resampling.BOX)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 120 * 80 - 1)
+    for options in ({}, {"progressive": True}, {"subsampling": 0}):
+        buffer = io.BytesIO()
+        photo.save(buffer, "JPEG", quality=95, exif=exif, **options)
+        got = open_rgb(buffer.getvalue())
+        want = np.asarray(half.transpose(Image.Transpose.ROTATE_270)).astype(int)
+        assert got.size == (40, 60) and np.abs(np.asarray(got) - want).mean() < 2
+    monkeypatch.setattr(pixels, "MAX_PIXELS_JPEG", 120 * 80 - 1)
+    with pytest.raises(BadImage, match="120 x 80 pixels; at most 32768 on a side and 9599 in all"):
+        open_rgb(buffer.getvalue())
+    for mode, format in (("CMYK", "JPEG"), ("RGB", "PNG")):  # whose decoders hold more, or know no half
+        with pytest.raises(BadImage, match="9599 in all"):
+            open_rgb(picture(0, (120, 80), mode, format))
+
+
+def test_a_photo_of_100_megapixels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert open_rgb(picture(77, (11648, 8736), "L", "JPEG")).size == (5824, 4368)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "the file is empty"),
+        (bytes(600), "the file begins with zeros alone"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the file is a Git LFS pointer"),
+        (b"<!DOCTYPE html><title>404</title>", "the file is a web page"),
+        (gzip.compress(b"x"), "the file is compressed by gzip; unpack it first"),
+        (b"<?xml version='1.0'?><svg/>", "no picture in a format that is read"),
+        (b"\x89PNG\r\n\x1a\n", "no picture in a format that is read"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_picture(data, words):
+    with pytest.raises(BadImage, match=words):
+        open_rgb(data)
 
 
 def test_large_pictures_are_converted_in_strips(monkeypatch):

@@ -95,7 +95,7 @@ def test_bad_files_are_skipped_counted_and_listed(folder, tmp_path):
     assert stream.bad == 2
     lines = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == ["02.png", "deep/05.png"]
-    assert all("no picture in a format" in line["reason"] and line["bytes"] == 22 for line in lines)
+    assert all("the file is a web page" in line["reason"] and line["bytes"] == 22 for line in lines)
 
 
 def test_substitutes_do_not_depend_on_the_split(folder):

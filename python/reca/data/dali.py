@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reca.data.pixels import BadImage, PillowDecoder, crop_position, geometry, make_view, opened, orientation
+from reca.data.pixels import (
+    MAX_PIXELS,
+    BadImage,
+    PillowDecoder,
+    crop_position,
+    geometry,
+    make_view,
+    opened,
+    orientation,
+)
 from reca.data.views import View, Views
 from reca.draws import Draws
 
@@ -77,9 +86,13 @@ class DaliDecoder:
 
 
 def _plain_jpeg(data: bytes) -> bool:
-    """Whether the bytes are an upright JPEG of RGB or grey pixels. What Pillow cannot open is left to it to reject."""
+    """Whether the bytes are an upright JPEG of RGB or grey pixels, of a size that is decoded whole.
+
+    What Pillow cannot open is left to it to reject.
+    """
     try:
         with opened(data) as header:
-            return header.format == "JPEG" and header.mode in ("RGB", "L") and orientation(header) == 1
+            small = header.width * header.height <= MAX_PIXELS
+            return small and header.format == "JPEG" and header.mode in ("RGB", "L") and orientation(header) == 1
     except BadImage:
         return False

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from reca.data.errors import BadSample, DataError
 from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
 from reca.draws import Draws, Purpose
+from reca.files import HEAD, packed, placeholder
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for pictures
 MAX_SIDE = 2**15  # a picture larger than this on a side is taken for a broken header
 MAX_PIXELS = 2**26  # 8192 x 8192, which take 0.8 GB while they are decoded and made RGB
 MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three pictures
+MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS they are decoded at half the size, at most 0.9 GB
 SMALL = 2**22  # pixels
 STRIP = 2**22  # pixels that are converted at a time
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
@@ -35,12 +38,19 @@ TRANSPOSE = {
 }
 
 
+# Between Pillow's limit and MAX_PIXELS_JPEG.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
 class BadImage(BadSample):
     """Bytes that are no readable picture; the message says why."""
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB picture, upright, transparency on white, of 16 bits the upper 8. Raises BadImage."""
+    """A decoded RGB picture, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
+
+    A JPEG of more than MAX_PIXELS has half its width and height.
+    """
     try:
         return _open_rgb(data)
     except BadImage:
@@ -56,6 +66,8 @@ def open_rgb(data: bytes) -> Image.Image:
 
 def _open_rgb(data: bytes) -> Image.Image:
     with opened(data) as file:
+        if file.width * file.height > MAX_PIXELS:
+            file.draft(None, (file.width // 2, file.height // 2))
         file.load()
         method = TRANSPOSE.get(orientation(file))
         image = file if method is None else file.transpose(method)
@@ -69,7 +81,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     """The file of a picture whose header is sound. Raises BadImage, also for what goes wrong inside of the context."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            limit = MAX_PIXELS_WEBP if file.format == "WEBP" else MAX_PIXELS
+            limit = _most_pixels(file)
             if max(file.size) > MAX_SIDE or file.width * file.height > limit:
                 raise BadImage(
                     f"{file.width} x {file.height} pixels; at most {MAX_SIDE} on a side and {limit} in all are read"
@@ -78,9 +90,21 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # its own words hold an address in memory
-        raise BadImage(f"no picture in a format that is read ({', '.join(FORMATS)})") from error
+        cause = placeholder(data[:HEAD]) or packed(data[:HEAD])
+        raise BadImage(
+            f"the file {cause}" if cause else f"no picture in a format that is read ({', '.join(FORMATS)})"
+        ) from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _most_pixels(file: Image.Image) -> int:
+    """The most pixels that a file of its format may have."""
+    if file.format == "WEBP":
+        return MAX_PIXELS_WEBP
+    if file.format in ("JPEG", "MPO") and file.mode in ("RGB", "L"):
+        return MAX_PIXELS_JPEG
+    return MAX_PIXELS
 
 
 def orientation(image: Image.Image) -> int:
