@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from reca.config import load_recipe
@@ -59,6 +59,30 @@ def test_no_word_is_a_control_token(word):
         ids = encode(tokenizer, text)
         assert controls(tokenizer).isdisjoint(ids)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text  # nothing is lost or changed
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcff", "\udc00\ud800 <|im_end|>"])
+def test_halves_of_characters_are_refused(model, text):
+    """The command line gives bytes that are no UTF-8 as such; the tokenizers library says "must be str" of them."""
+    words = r"the text '.*\\ud.*' holds bytes or halves of characters"
+    for tokenizer in (byte_tokenizer(), model.tokenizer):
+        with pytest.raises(ValueError, match=words):
+            encode(tokenizer, text)
+    with pytest.raises(ValueError, match=words):
+        model.generate([text], [0], steps=2)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_look_alikes_become_no_control_token(normalized):
+    """NFKC makes ASCII of full-width letters before added tokens are looked for."""
+    tokenizer = byte_tokenizer()
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()])
+    tokenizer.add_tokens([AddedToken("<|end|>", normalized=normalized, lstrip=True, rstrip=True)])
+    wide = "".join(chr(ord(letter) + 0xFEE0) for letter in "<|end|>")
+    assert not controls(tokenizer).isdisjoint(tokenizer(wide if normalized else "<|end|>").input_ids)
+    for text in (wide, "<|END|>", " <|end\u0301|>\n", "<|im_end|>", "<|e<|end|>nd|>", "<|end|>" * 999):
+        assert encode(tokenizer, text) and controls(tokenizer).isdisjoint(encode(tokenizer, text)), text
 
 
 def test_ordinary_texts_are_read_as_ever():

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from reca.files import read_json
 from reca.models.text import read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import read_tensors, weight_file
+from reca.models.weights import put, read_tensors, weight_file
 
 STATE = {"a.weight": torch.arange(4.0).view(2, 2), "b.bias": torch.ones(300)}
 
@@ -88,6 +88,8 @@ def test_other_suffixes(tmp_path):
     refused(tmp_path / "m.safetensors", "torch file under another suffix", "rename it to m.pth")
     torch.save(STATE, tmp_path / "m.pkl")
     refused(tmp_path / "m.pkl", "rename it to m.pth")
+    torch.save(STATE, tmp_path / "m.pth.tar")
+    refused(tmp_path / "m.pth.tar", "rename it to m.pth")
     (tmp_path / "m.safetensors.incomplete").write_bytes(b"12345678{")
     refused(tmp_path / "m.safetensors.incomplete")
     (tmp_path / "notes.txt").write_text("notes")
@@ -305,6 +307,77 @@ def test_an_index_and_shards_that_differ(tmp_path):
     (tmp_path / "model-2-of-12.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"model-2-of-12\.safetensors \(\d+ bytes\) is a Git LFS pointer"):
         read_tensors(tmp_path)
+
+
+def test_safetensors_go_before_other_formats(tmp_path):
+    """A repository may hold both, and what is left of the other one, such as its index, does not matter."""
+    shards(tmp_path, index=False)
+    other = {name: f"pytorch_model-{i}-of-12.bin" for i, name in enumerate(MANY, 1)}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": other}))
+    same(read_tensors(tmp_path), MANY)
+    for name, file in other.items():
+        torch.save({name: MANY[name] + 1}, tmp_path / file)
+    same(read_tensors(tmp_path), MANY)
+    (tmp_path / "pytorch_model.bin.index.json").unlink()
+    same(read_tensors(weight_file(tmp_path)), MANY)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    same(read_tensors(tmp_path), {name: tensor + 1 for name, tensor in MANY.items()})
+
+
+def test_links_of_a_hub_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    save_file(STATE, tmp_path / "blobs/0123abcd")
+    snapshot = tmp_path / "snapshots/f00"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123abcd")
+    same(read_tensors(snapshot))
+    same(read_tensors(weight_file(snapshot)))
+    (tmp_path / "blobs/0123abcd").unlink()
+    with pytest.raises(ValueError, match="f00 holds no weight file"):
+        read_tensors(snapshot)
+
+
+# types
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e5m2, torch.bfloat16),
+    ],
+)
+def test_types_that_are_computed_in(tmp_path, dtype, kept):
+    state = {name: (tensor * 2).to(dtype) for name, tensor in torch.nn.Linear(2, 2).state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    module = torch.nn.Linear(2, 2)
+    for wanted in (None, torch.float32):
+        put(module, read_tensors(tmp_path / "m.safetensors"), "m", wanted)
+        assert {parameter.dtype for parameter in module.parameters()} == {wanted or kept}
+        assert torch.equal(module.weight.float(), state["weight"].float())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.ones(2, 2, dtype=torch.int8),
+        torch.ones(2, 2, dtype=torch.uint8),
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.ones(2, 2, dtype=torch.complex64),
+        torch.eye(2).to_sparse(),
+        torch.empty(2, 2, device="meta"),
+    ],
+    ids=["int8", "uint8", "bool", "complex", "sparse", "meta"],
+)
+def test_weights_of_other_types_are_refused(weight):
+    words = r"m does not fit .*\n  1 without plain floating-point numbers: weight: file \w+$"
+    with pytest.raises(ValueError, match=words):
+        put(torch.nn.Linear(2, 2), {"weight": weight, "bias": torch.ones(2)}, "m", torch.float32)
 
 
 def test_which_file_of_a_folder(tmp_path):

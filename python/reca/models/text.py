@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from reca.data.text import encodable
 from reca.files import damage
 
 _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.WeakKeyDictionary()
@@ -24,8 +25,13 @@ _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.W
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of the text alone, without any control token: what frames it is the model's own business.
 
-    Raises ValueError for a text that a tokenizer of another kind cannot but read as a control token.
+    Raises ValueError for a text with halves of characters, and for one that a tokenizer of another kind cannot but read
+    as a control token.
     """
+    if not encodable(text):
+        raise ValueError(
+            f"the text {text[:80]!r} holds bytes or halves of characters that are no Unicode; write it anew"
+        )
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # no tokenizer of the tokenizers library inside
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()

@@ -96,7 +96,8 @@ def _check_kind(path: Path) -> None:
         raise ValueError(f"{_named(path)} holds no {wanted} file: its first bytes are {head[:8].hex(' ')}; {AGAIN}")
     if found != wanted:
         suffix = ".safetensors" if found == "safetensors" else ".pth"
-        raise ValueError(f"{_named(path)} holds a {found} file under another suffix; rename it to {path.stem}{suffix}")
+        stem = path.stem.removesuffix(".pth")  # of model.pth.tar
+        raise ValueError(f"{_named(path)} holds a {found} file under another suffix; rename it to {stem}{suffix}")
     if tensors:
         _check_header(path, int.from_bytes(head[:8], "little"))
 
@@ -210,24 +211,21 @@ def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's index, or of its numbered shards."""
-    for pattern in (f"*.safetensors{INDEX}", f"*{INDEX}"):
-        indices = sorted(folder.glob(pattern))
-        if len(indices) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(p.name for p in indices)}; name the one that is meant")
-        if indices:
-            return _index(indices[0])
+    """The tensors of a folder's index, of its only weight file, or of its numbered shards."""
+    found = weight_file(folder)
+    if found != folder:
+        return read_tensors(found)
     shards: dict[tuple[str, str], dict[int, Path]] = {}
     counts = {}
     for path in folder.iterdir():
         if match := _SHARD.fullmatch(path.name):
             shards.setdefault((match[1], match[4]), {})[int(match[2])] = path
             counts[match[1], match[4]] = int(match[3])
+    if any(suffix == "safetensors" for _, suffix in shards):  # go before other formats
+        shards = {key: files for key, files in shards.items() if key[1] == "safetensors"}
     if len(shards) > 1:
         groups = ", ".join(f"{stem}*.{suffix}" for stem, suffix in sorted(shards))
         raise ValueError(f"{folder} holds shards of several files ({groups}); leave one in it")
-    if not shards:
-        raise ValueError(f"{folder} holds no *{INDEX} and no shards; name the weight file itself")
     ((key, numbered),) = shards.items()
     first = min(numbered)
     if missing := sorted(set(range(first, first + counts[key])) - numbered.keys()):
@@ -300,7 +298,9 @@ def no_memory() -> Iterator[None]:
 def put(module: nn.Module, state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None) -> None:
     """Make `state` the parameters and persistent buffers of `module`, without a copy where no cast is needed.
 
-    what: names the source in errors. Raises ValueError that lists missing keys, unexpected keys and wrong shapes.
+    dtype: of all floating-point numbers; None keeps those of the file, but fp64 becomes fp32, and 8 bits become bf16.
+    what: names the source in errors. Raises ValueError that lists missing keys, unexpected keys, and wrong shapes and
+    types.
     """
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - state.keys())
@@ -310,12 +310,34 @@ def put(module: nn.Module, state: Mapping[str, Tensor], what: str, dtype: torch.
         for name in wanted.keys() & state.keys()
         if state[name].shape != wanted[name].shape
     ]
-    if missing or unexpected or shapes:
+    types = [
+        f"{name}: file {str(state[name].dtype).removeprefix('torch.')}"
+        for name in wanted.keys() & state.keys()
+        if wanted[name].is_floating_point() and not _is_plain(state[name])
+    ]
+    if missing or unexpected or shapes or types:
         report = "".join(
             f"\n  {len(names)} {kind}: {', '.join(sorted(names)[:8])}{' ...' if len(names) > 8 else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            for kind, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+                ("without plain floating-point numbers", types),
+            )
             if names
         )
         raise ValueError(f"{what} does not fit the configured model; check model.weights and the sizes.{report}")
-    cast = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in state.items()}
+    cast = {n: t.to(dtype or _computed(t.dtype)) if t.is_floating_point() else t for n, t in state.items()}
     module.load_state_dict(cast, strict=True, assign=True)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it holds floating-point numbers, each at its place: not integers, not quantized, not sparse, not meta."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    """The type that numbers of a file's type are computed in."""
+    if dtype.itemsize == 1:
+        return torch.bfloat16
+    return torch.float32 if dtype == torch.float64 else dtype

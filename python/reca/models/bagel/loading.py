@@ -47,7 +47,8 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
     if config.overlay:
         state |= convert.read(fetch(config.overlay, convert.HUB, "model.overlay"))
     for name in list(state):  # one by one, so that no second copy of all stands in memory
-        state[name] = state[name].to(_dtype(model, name))
+        if state[name].is_floating_point():
+            state[name] = state[name].to(_dtype(model, name))
     put(published(model), state, str(source))
     for table in model.modules():
         if isinstance(table, PositionTable):
