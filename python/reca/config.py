@@ -112,7 +112,9 @@ class LogConfig:
     sample_every: int = option(0, "updates between grids; 0 draws none", least=0)
     gap_every: int = option(0, "updates between measurements of the condition gap; 0 measures none", least=0)
     drift_every: int = option(0, "updates between losses on a fixed captioned batch; 0 measures none", least=0)
-    profile: Optional[str] = option(None, "first:last update to record with torch.profiler, e.g. 10:13")
+    profile: Optional[str] = option(
+        None, "first:last update to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
+    )
 
 
 @dataclass

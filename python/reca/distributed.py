@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,21 +15,41 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from reca import exits
-from reca.config import ParallelConfig
+from reca.config import ParallelConfig, RecipeError
 from reca.models.base import Adapter
 
 
 def start(config: ParallelConfig) -> torch.device:
-    """Join the process group that torchrun prepared, if any; the device of this rank."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    """Join the process group that torchrun prepared, if any; the device of this rank.
+
+    Other launchers will do that set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    Raises RecipeError for more processes on this machine than it has GPUs.
+    """
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", _gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout_minutes)
         )
+    if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
+        hosts = gather(socket.gethostname())
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
     return device
+
+
+def _gpu(visible: int) -> int:
+    """The GPU of this process, of those that it sees: its number on the machine, or the only one it was given."""
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun shows the same GPUs to all processes
+    if node > visible and not own:
+        raise RecipeError(
+            f"{node} processes on a machine with {visible} GPUs: start as many as there are GPUs (torchrun "
+            "--nproc-per-node), or make more of them visible (CUDA_VISIBLE_DEVICES)"
+        )
+    names = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "RANK")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0) % visible
 
 
 def stop() -> None:

@@ -32,7 +32,6 @@ def check(
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
     train.init_from.
     """
-    _devices(node)
     model = adapter
     if model is None:
         _files_exist(recipe)
@@ -50,14 +49,6 @@ def check(
         _memory(recipe, model, ranks, node)
     _disk(recipe, model)
     return sources, templates
-
-
-def _devices(node: int) -> None:
-    if torch.cuda.is_available() and node > torch.cuda.device_count():
-        raise RecipeError(
-            f"{node} processes on a machine with {torch.cuda.device_count()} GPUs: start as many as there are GPUs "
-            "(torchrun --nproc-per-node), or make more of them visible (CUDA_VISIBLE_DEVICES)"
-        )
 
 
 def _files_exist(recipe: Recipe) -> None:

@@ -20,7 +20,6 @@ from reca.folders import PART, replace_text
 log = logging.getLogger("reca")
 
 FILE, LOCK = "status.json", ".lock"
-STATES = ("running", "interrupted", "failed", "finished")
 TAKEN = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
 PATIENCE = 2.0  # seconds in which a process that was killed lets go of its lock
 

@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +11,11 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, objective, preflight, runs, signals, split
+from reca import checkpoint, distributed, exits, monitors, objective, preflight, runs, split
 from reca.config import KindConfig, Recipe, as_dict, located, save_recipe
 from reca.data.loader import Loader, open_loader, open_sources
 from reca.folders import writable
+from reca.interruption import Interruption
 from reca.jsonl import JsonLines
 from reca.log import RunLog
 from reca.models import umm
@@ -62,8 +61,8 @@ class Trainer:
                 writable(self.run_dir, "run_dir")
                 writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.updates)
-        self.training, self.interrupted = False, False
-        with self.folder, self._listening():
+        self.interruption = Interruption()
+        with self.folder, self.interruption.listening():
             self._set_up(adapter)
 
     def _set_up(self, adapter: Adapter | None) -> None:
@@ -100,7 +99,7 @@ class Trainer:
             self._tell_of_resuming(state)
         self.loaders = {kind: self._loader(kind) for kind in self.kinds}
         self.fixed = self._fixed_batches()
-        self.training = True  # from here on a signal waits for the end of an update, on every rank
+        self.interruption.waits = True  # from here on a signal waits for the end of an update, on every rank
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
@@ -145,10 +144,10 @@ class Trainer:
     def run(self) -> Path:
         """Train to `train.updates`.
 
-        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1 or Ctrl-C; NotSavedError when the last checkpoint of
-        the run could not be written; NonFiniteError on NaN.
+        Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
+        of the run could not be written; NonFiniteError on NaN.
         """
-        with self.folder:
+        with self.folder, self.interruption.listening():
             self._run()
             distributed.barrier()
             self.folder.tell("finished", exits.DONE)
@@ -162,15 +161,15 @@ class Trainer:
         record = RunLog(
             self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
         )
-        watch = signals.Signals()
-        for hazard in signals.hazards(recipe, self.adapter, self.roles):
+        monitor = monitors.Monitor()
+        for hazard in monitors.hazards(recipe, self.adapter, self.roles):
             record.warn(self.update, hazard)
         if departures := split.departures(recipe.objective, self.kinds, distributed.world()):
             record.warn(self.update, departures)
         streams = {kind: iter(loader) for kind, loader in self.loaders.items()}
         profiler = self._profiler()
         try:
-            with self._listening(), profiler:
+            with profiler:
                 while self.update < recipe.train.updates:
                     began = time.perf_counter()
                     batches = {
@@ -182,7 +181,7 @@ class Trainer:
                     images = sum(self._kind(kind).per_update for kind in self.kinds)
                     metrics |= {"images_per_s": images / (time.perf_counter() - began), "data_wait_s": waited}
                     self._probe(metrics, batches)
-                    for warning in watch.check(self.update, metrics, self.kinds):
+                    for warning in monitor.check(self.update, metrics, self.kinds):
                         record.warn(self.update, warning)
                     record.progress(metrics["loss"], metrics["images_per_s"])
                     if self.progress:
@@ -194,7 +193,7 @@ class Trainer:
                         record.pictures(self.update, self._samples())
                     if profiler is not _NO_PROFILER:
                         profiler.step()
-                    stop = distributed.any_rank(self.interrupted, self.device)
+                    stop = distributed.any_rank(self.interruption.asked, self.device)
                     if stop or last:
                         self._save_last()
                     elif _due(self.update, recipe.checkpoint.every):
@@ -333,41 +332,17 @@ class Trainer:
             return self.adapter.generate(prompts, list(range(len(prompts))))
 
     def _profiler(self):
-        if not self.recipe.log.profile:
+        """Record those of the updates of log.profile that are still to be made. The first of a run is update 1."""
+        first, last = map(int, (self.recipe.log.profile or "0:0").split(":"))
+        if last <= self.update:
             return _NO_PROFILER
-        first, last = map(int, self.recipe.log.profile.split(":"))
+        wait = max(0, first - 1 - self.update)
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(
-                wait=max(0, first - 1), warmup=min(1, first), active=last - first + 1, repeat=1
+                wait=max(0, wait - 1), warmup=min(1, wait), active=last - self.update - wait, repeat=1
             ),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / f"trace_rank{distributed.rank()}.json")),
         )
-
-    @contextlib.contextmanager
-    def _listening(self):
-        """SIGTERM, SIGUSR1 and Ctrl-C raise a flag that is read between updates; a second ends the process at once.
-
-        Before the first update there is nothing to save, and the first signal ends the process. Only the main thread
-        of a process can listen: in another one, as of a server, signals do what they did.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupt(number, _frame):
-            signal.signal(number, signal.SIG_DFL)
-            self.interrupted = True
-            if not self.training:
-                raise SystemExit(exits.INTERRUPTED)
-
-        before = {
-            number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 _NO_PROFILER = contextlib.nullcontext()

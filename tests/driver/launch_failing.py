@@ -103,7 +103,14 @@ def one_breaks(name: str) -> None:
     job.run()
 
 
-CASES = (full_once, full_at_the_end, no_data, damaged, interrupted, one_breaks)
+def bare(name: str) -> None:
+    """A launcher that says nothing of machines, as srun with RANK and WORLD_SIZE exported."""
+    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+    trainer(name).run()
+    assert distributed.node() == 2
+
+
+CASES = (bare, full_once, full_at_the_end, no_data, damaged, interrupted, one_breaks)
 
 
 def run(case) -> list[int]:

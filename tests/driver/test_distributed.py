@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca.config import as_dict, load_recipe
+from reca import distributed
+from reca.config import RecipeError, as_dict, load_recipe
 from reca.models import UMMS, umm
 from tests.driver.toy import write_images, write_recipe
 
@@ -164,3 +165,21 @@ def test_torchrun_starts_the_command(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "1 updates done" in done.stdout and len(metrics(tmp_path / "run")) == 1
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    def gpu(visible: int, **environment: str) -> int:
+        monkeypatch.setattr(os, "environ", environment)
+        return distributed._gpu(visible)
+
+    assert gpu(8) == 0
+    assert gpu(4, **TORCHRUN) == 3
+    assert gpu(8, RANK="11", SLURM_LOCALID="3") == 3
+    assert gpu(1, RANK="11", SLURM_LOCALID="3") == 0  # srun --gpus-per-task=1
+    assert gpu(8, RANK="11") == 3
+    for visible in (1, 2):
+        with pytest.raises(RecipeError, match=f"4 processes on a machine with {visible} GPUs"):
+            gpu(visible, **TORCHRUN)

@@ -294,3 +294,25 @@ def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):
     second = run(recipe(f"run_dir={tmp_path}/second", "train.updates=9", cache))
     for name, value in weights(plain.adapter).items():
         assert torch.equal(weights(first.adapter)[name], value) and torch.equal(weights(second.adapter)[name], value)
+
+
+@pytest.mark.parametrize(("start", "recorded"), [(0, [3, 4]), (2, [3, 4]), (3, [4]), (4, None)])
+def test_the_profile_is_of_the_updates_it_names(recipe, start, recorded):
+    """Numbered as in log.jsonl, also where a run goes on."""
+    if start:
+        run(recipe(f"train.updates={start}"))
+    trainer = Trainer(recipe("log.profile=3:4"), ToyAdapter())
+    step = trainer.step
+
+    def named(batches):
+        with torch.profiler.record_function(f"update {trainer.update + 1}"):
+            return step(batches)
+
+    trainer.step = named
+    trainer.run()
+    trace = trainer.run_dir / "trace_rank0.json"
+    if recorded is None:
+        assert not trace.exists()
+    else:
+        names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+        assert sorted(name for name in names if name.startswith("update ")) == [f"update {n}" for n in recorded]

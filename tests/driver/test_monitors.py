@@ -1,6 +1,6 @@
 import pytest
 
-from reca import signals
+from reca import monitors
 from tests.driver.toy import ToyAdapter
 
 
@@ -9,7 +9,7 @@ def warnings(watch, metrics, updates=1, kinds=("reca",)):
 
 
 def test_copying_is_said_once_and_only_after_a_deep_fall():
-    watch = signals.Signals()
+    watch = monitors.Monitor()
     steady = {"reca/loss": 5.0, "reca/weight": 1.0}
     assert warnings(watch, steady, 300) == []
     found = warnings(watch, steady | {"reca/loss": 0.1}, 100)
@@ -17,12 +17,12 @@ def test_copying_is_said_once_and_only_after_a_deep_fall():
 
 
 def test_dead_batch():
-    found = warnings(signals.Signals(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
+    found = warnings(monitors.Monitor(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
     assert len(found) == 1 and "no sample of kind i2t" in found[0]
 
 
 def test_drift_and_gap():
-    watch = signals.Signals()
+    watch = monitors.Monitor()
     assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
     found = warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.0, "reca/gap": 0.5})
     assert ["text-to-image" in found[0], "leans on h_v" in found[1]] == [True, True]
@@ -38,5 +38,5 @@ def test_drift_and_gap():
     ],
 )
 def test_hazards_of_a_recipe(recipe, roles, i2t, words):
-    found = signals.hazards(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
+    found = monitors.hazards(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
     assert (words is None) == (found == []) and (words is None or words in found[0])

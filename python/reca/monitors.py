@@ -29,7 +29,7 @@ def hazards(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]
     return found
 
 
-class Signals:
+class Monitor:
     """Watches the metrics of a run; `check` returns new warnings, each said once until it clears."""
 
     def __init__(self) -> None:

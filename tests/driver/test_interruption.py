@@ -1,0 +1,78 @@
+"""Signals to a run, from its set-up to its last word."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from reca import exits
+from reca.status import RunFolder, Status
+from reca.train import Trainer
+from tests.driver.toy import ToyAdapter, run_toy
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+
+
+def interrupted(trainer: Trainer) -> int:
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    status = Status.read(trainer.run_dir)
+    assert (stop.value.code, status.state, status.exit_code) == (exits.INTERRUPTED, "interrupted", exits.INTERRUPTED)
+    return status.update
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_end_a_run_behind_the_update(recipe, number):
+    before = [signal.getsignal(n) for n in SIGNALS]
+    trainer = Trainer(recipe(), ToyAdapter(), lambda update: update == 2 and os.kill(os.getpid(), number))
+    assert interrupted(trainer) == 2
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_two_kinds_of_signals_are_one_interruption(recipe):
+    """A batch system sends SIGUSR1, and SIGTERM when its patience ends: the update is still ended."""
+
+    def signals(update: int) -> None:
+        if update == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert interrupted(Trainer(recipe(), ToyAdapter(), signals)) == 2
+
+
+@pytest.mark.parametrize("moment", ["samples", "save", "loading of the first batch"])
+def test_a_signal_at_any_moment_waits_for_the_update(recipe, moment, monkeypatch):
+    trainer = Trainer(recipe("log.prompts=[a]", "log.sample_every=1", "checkpoint.every=1"), ToyAdapter())
+    name = {"samples": "_samples", "save": "save", "loading of the first batch": "_profiler"}[moment]
+    original = getattr(trainer, name)
+
+    def signalled():
+        monkeypatch.setattr(trainer, name, original)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    monkeypatch.setattr(trainer, name, signalled)
+    assert interrupted(trainer) == (2 if moment == "save" else 1)
+
+
+def test_a_signal_behind_the_last_update_does_not_hide_that_the_run_is_finished(recipe, monkeypatch):
+    tell = RunFolder.tell
+
+    def signalled(folder, state, *more):
+        if state == "finished":
+            os.kill(os.getpid(), signal.SIGTERM)
+        tell(folder, state, *more)
+
+    monkeypatch.setattr(RunFolder, "tell", signalled)
+    assert Status.read(run_toy(recipe("train.updates=1")).run_dir).state == "finished"
+
+
+def test_nohup_stays_what_it_is(recipe):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), lambda _: os.kill(os.getpid(), signal.SIGHUP))
+        trainer.run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert Status.read(Path(trainer.run_dir)).state == "finished"
