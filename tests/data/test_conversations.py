@@ -41,6 +41,8 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
         (GOOD | {"image": None}, "have no picture"),
         (GOOD | {"image": []}, "have no picture"),
         (GOOD | {"image": ["a.png", "b.png"]}, "have more than one picture"),
+        (GOOD | {"images": ["b.png"]}, 'have both "image" and "images", which differ'),
+        (GOOD | {"messages": []}, 'have both "conversations" and "messages", which differ'),
         (GOOD | {"image": 7}, "have a picture whose name is no text"),
         (GOOD | {"image": ["a.png", 1][1:]}, "have a picture whose name is no text"),
         (GOOD | {"image": "a\0.png"}, "have a picture whose name is no text"),
@@ -107,6 +109,9 @@ def test_rows_one_a_line(tmp_path):
 def test_names_of_other_chat_formats(tmp_path):
     turns = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
     source = opened(tmp_path, {"images": ["b.png"], "messages": turns}, {"image": "a.png", "conversations": turns})
+    empty = {"image": None, "conversations": None, "from": None}  # as a table has them
+    same = opened(tmp_path, GOOD | {"images": ["a.png"]}, empty | {"images": ["b.png"], "messages": turns})
+    assert [same[i].key for i in range(2)] == ["a.png", "b.png"] and not same.left_out
     assert [source[i][::2] for i in range(2)] == [("b.png", [("Q", "A")]), ("a.png", [("Q", "A")])]
 
 

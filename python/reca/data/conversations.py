@@ -2,7 +2,6 @@
 
 import json
 import os
-import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,11 +113,19 @@ def _lines(text: str) -> list[Any]:
     return rows
 
 
+def _value(item: dict, name: str, other: str) -> Any:
+    """What a row or turn has under one of two names. Raises BadRow where they differ."""
+    found = [item[key] for key in (name, other) if item.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1] and [found[0]] != found[1]:
+        raise BadRow(f'have both "{name}" and "{other}", which differ')
+    return found[0] if found else None
+
+
 def _image(item: Any, root: str) -> str:
     """The picture's path below `root`. Raises BadRow."""
     if not isinstance(item, dict):
         raise BadRow("are no objects")
-    image = item.get("image", item.get("images"))
+    image = _value(item, "image", "images")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image is None or image == "" or image == []:
@@ -127,10 +134,10 @@ def _image(item: Any, root: str) -> str:
         raise BadRow("have more than one picture")
     if not isinstance(image, str) or "\0" in image or not encodable(image):
         raise BadRow("have a picture whose name is no text")
-    name = os.path.normpath(os.path.join(root, image))
-    if os.path.commonpath([name, root]) != root or name == root:
+    name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
+    if not name.startswith(inside) or name == inside:
         raise BadRow("have a picture outside data.image_root")
-    return posixpath.relpath(name, root)
+    return name.removeprefix(inside)
 
 
 def _turns(item: dict, number: int, left_out: LeftOut) -> tuple[Turn, ...]:
@@ -152,15 +159,15 @@ def _turns(item: dict, number: int, left_out: LeftOut) -> tuple[Turn, ...]:
 
 def _said(item: dict) -> list[tuple[str, str]]:
     """(role, text) of every turn. Raises BadRow."""
-    turns = item.get("conversations", item.get("messages"))
+    turns = _value(item, "conversations", "messages")
     if not isinstance(turns, list) or not turns:
         raise BadRow("have no conversation")
     said = []
     for turn in turns:
-        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        text = _value(turn, "value", "content") if isinstance(turn, dict) else None
         if not isinstance(text, str):
             raise BadRow("have a turn whose value is no text")
-        role = turn.get("from", turn.get("role"))
+        role = _value(turn, "from", "role")
         role = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
         if role is None:
             raise BadRow("have a turn that is neither from human nor from gpt")
