@@ -75,7 +75,7 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-# ---- values: of plain memory only. A public function looks where its tensors are, a registered op's kernel always.
+# ---- values, of plain memory only: a public function looks where it may, a registered op's kernel always
 
 
 def _wanted(tensor: Tensor) -> bool:

@@ -59,6 +59,13 @@ def _on_memory(kernel: Callable) -> Callable:
     return lambda *arguments: kernel(*tree_map_only(Tensor, laid_out, arguments))
 
 
+def has_values(*tensors: Tensor | None) -> bool:
+    """Whether values may be read, even where a kernel may not go: of a subclass, or under a function mode."""
+    if torch.compiler.is_compiling() or _keys_of_thread().raw_repr() & _MORE:
+        return False
+    return all(tensor is None or not _keys_of(tensor).raw_repr() & _MORE for tensor in tensors)
+
+
 def _refuse_transforms(op: str, listed: bool, tensors: Iterable[Any]) -> None:
     """Raise RuntimeError where derivatives would be lost in silence: a kernel has backward() and no more. And under
     vmap for an op that takes lists (`listed`), which torch cannot unpack."""

@@ -154,7 +154,7 @@ def _checked(x0, t, noise, schedule, rows, plain) -> tuple[Tensor, Philox | Tens
     if tuple(ids.shape) != expected:
         raise ValueError(f"{OP}: {name} must be {list(expected)}, got {list(ids.shape)}")
     checks.one_device(OP, x0=x0, t=t, schedule=schedule, rows=rows, **{name: ids})
-    if plain:
+    if plain or library.has_values(t, rows):
         _check_indices(x0, t, schedule, rows)
     return t.long().contiguous(), noise, rows
 

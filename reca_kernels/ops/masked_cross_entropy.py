@@ -55,7 +55,7 @@ def masked_cross_entropy(
     checks.floating(OP, logits=logits)
     checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, softcap, reduction)
     checks.one_device(OP, logits=logits, labels=labels)
-    if plain:
+    if plain or library.has_values(labels):
         checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)

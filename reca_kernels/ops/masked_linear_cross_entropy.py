@@ -107,7 +107,7 @@ def masked_linear_cross_entropy(
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
     checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
     checks.one_device(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if plain:
+    if plain or library.has_values(labels):
         _check_labels(labels, weight, ignore_index, num_labelled)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)

@@ -65,8 +65,8 @@ def template_concat(
             )
     checks.one_device(OP, src=src, **named, **others)
     out_dtype = out_dtype or table.dtype
-    rows = tuple(r.reshape(-1, r.shape[-1]) if r.ndim == 3 else r for r in rows)
-    if plain:
+    rows = tuple(r.flatten(0, 1) if r.ndim == 3 else r for r in rows)
+    if plain or library.has_values(*indices):
         _check_indices(rows, indices)
     # The backend is chosen for the dtypes that backends share, or for the one that only the reference takes.
     dtype = next((d for d in (out_dtype, *(r.dtype for r in rows)) if d not in dispatch.FLOATS), table.dtype)

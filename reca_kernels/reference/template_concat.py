@@ -21,7 +21,7 @@ def template_concat(
 
     def lookup(rows: Tensor, index: Tensor) -> Tensor:
         """Rows at index; zeros where the index is negative."""
-        rows = rows.reshape(-1, rows.shape[-1])
+        rows = rows.flatten(0, -2)
         if rows.shape[0] == 0:
             return rows.new_zeros((*index.shape, rows.shape[-1]), dtype=wide)
         found = rows[index.clamp(min=0).long()].to(wide)
