@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -61,6 +62,44 @@ int64_t reduce_losses(const reca::CrossEntropy& args, Address losses, bool mean,
   }
   *at<float>(loss) = float(mean && count > 0 ? total / double(count) : total);
   return count;
+}
+
+// ---- values that are looked at before a kernel runs ----
+
+template <typename T>
+int64_t first_outside(const T* index, int64_t count, int64_t low, int64_t high, std::optional<int64_t> skipped) {
+  for (int64_t i = 0; i < count; ++i) {
+    if ((index[i] < low || index[i] >= high) && index[i] != skipped) return i;
+  }
+  return -1;
+}
+
+// The first place of a number that is neither in [low, high) nor `skipped`; -1: none.
+int64_t index_outside(Address index, bool is_int64, int64_t count, int64_t low, int64_t high,
+                      std::optional<int64_t> skipped) {
+  return is_int64 ? first_outside(at<int64_t>(index), count, low, high, skipped)
+                  : first_outside(at<int32_t>(index), count, low, high, skipped);
+}
+
+// Whether all exponents have a zero: those of NaN and infinity are ones throughout.
+template <typename T>
+bool finite(const T* bits, int64_t count, T exponent) {
+  for (int64_t begin = 0; begin < count; begin += 4096) {
+    const int64_t end = begin + 4096 < count ? begin + 4096 : count;
+    T found = 0;
+    for (int64_t i = begin; i < end; ++i) found |= (bits[i] & exponent) == exponent;
+    if (found) return false;
+  }
+  return true;
+}
+
+bool all_finite(int dtype, Address data, int64_t count) {
+  switch (static_cast<reca::DType>(dtype)) {
+    case reca::DType::f32: return finite<uint32_t>(at<uint32_t>(data), count, 0x7f800000);
+    case reca::DType::bf16: return finite<uint16_t>(at<uint16_t>(data), count, 0x7f80);
+    case reca::DType::f16: return finite<uint16_t>(at<uint16_t>(data), count, 0x7c00);
+  }
+  return false;
 }
 
 // ---- template_concat ----
@@ -266,6 +305,9 @@ PYBIND11_MODULE(_native, m) {
     reca::masked_linear_cross_entropy_rows(args, at<float>(losses), at<float>(grad), scale, at<void>(gradient),
                                            gradient_stride);
   });
+  m.def("index_outside", &index_outside);
+  m.def("all_finite", &all_finite);
+
   m.def("reduce_losses", &reduce_losses);
 
   py::class_<reca::Source>(m, "Source", py::module_local()).def(py::init(&source));

@@ -6,13 +6,14 @@ keys that it saw. So rows that hold such a number are taken for 0 with all of th
 is NaN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reca_kernels import library
+from reca_kernels import checks, library
 from reca_kernels.host import on_device
 from reca_kernels.ops.attention_plan import AttentionPlan
 
@@ -25,6 +26,7 @@ class Hidden(NamedTuple):
     padding: Tensor  # bool [runs + 1]
 
 
+@functools.lru_cache(maxsize=32)
 def has_hidden(plan: AttentionPlan) -> bool:
     return any(run.mode in ("noise", "pad") for sample in plan.samples for run in sample)
 
@@ -53,10 +55,8 @@ def shielded(
     run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, plain: bool
 ) -> Tensor:
     """run(q, k, v), without what rows hold that no other row attends to."""
-    if plain and q.device.type == "cpu":
-        total = sum(x.detach().sum(dtype=torch.float32) for x in (q, k, v))
-        if total.isfinite():  # one NaN or infinity makes a sum that is none
-            return run(q, k, v)
+    if plain and q.device.type == "cpu" and all(map(checks.all_finite, (q, k, v))):
+        return run(q, k, v)
     queries, keys, padding = _hidden(plan)
     held = torch.zeros(len(padding), dtype=torch.float32, device=q.device)
     for x in (k, v):

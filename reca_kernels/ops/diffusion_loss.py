@@ -216,10 +216,9 @@ class _Function(torch.autograd.Function):
             elif gradient is None:
                 gradient = _loss_op(out, x0, t, seed, ids, ctx.stream, given, table, rows, ctx.backend)[1]
             if plain:
-                unseen = grad == 0
                 gradient.mul_(grad[:, None])
-                if ctx.some_unseen and (grad.is_cuda or bool(unseen.any())):  # a CPU can look, and has less to do
-                    gradient.masked_fill_(unseen[:, None], 0)
+                if ctx.some_unseen and (grad.is_cuda or not grad.all()):  # a CPU can look, and has less to do
+                    gradient.masked_fill_((grad == 0)[:, None], 0)
             else:
                 gradient = _scaled(gradient, grad)
             gradient = gradient.to(out.dtype)

@@ -107,21 +107,27 @@ def _named(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> dict[str, T
 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
-    images = list(x0.unbind()) if isinstance(x0, Tensor) and x0.ndim == 4 else x0
-    if isinstance(images, Tensor) or any(image.ndim != 3 for image in images):
+    batch = isinstance(x0, Tensor)
+    images = x0
+    if batch and x0.ndim == 4:
+        images = x0.contiguous().unbind()
+    elif batch or any(image.ndim != 3 for image in images):
         raise ValueError(f"{OP}: x0 must be [B, C, H, W] or a list of [C, H, W]")
     if not images:
         raise ValueError(f"{OP}: x0 holds no image")
-    if patch < 1 or any(side % patch for image in images for side in image.shape[1:]):
+    several = images[:1] if batch else images
+    if patch < 1 or any(side % patch for image in several for side in image.shape[1:]):
         sizes = sorted({tuple(map(int, image.shape[1:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
-    kinds = [(image.shape[0], image.dtype, image.device) for image in images]
+    kinds = [(image.shape[0], image.dtype, image.device) for image in several]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{OP}: all images of x0 must have the same channels, dtype and device")
     checks.floating(OP, x0=images[0])
-    if any(image.requires_grad for image in images):
+    if any(image.requires_grad for image in several):
         raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
-    if patch == 1 and not isinstance(x0, Tensor):
+    if batch:
+        return list(images)
+    if patch == 1:
         # Tokens of one latent: backends keep the order in memory, and take the channels from the shape.
         images = [image.movedim(0, -1).contiguous().view(image.shape) for image in images]
     return [image.contiguous() for image in images]
@@ -219,17 +225,16 @@ def _run_losses(pred, images, noise, patch, backend, learn) -> tuple[Tensor, Ten
 
 def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: bool) -> Tensor:
     """Multiply gradient in place by its image's number in grad [B]. some_unseen: 0 makes 0 of NaN and infinity too."""
-    unseen = grad == 0
-    zero = some_unseen and (grad.is_cuda or bool(unseen.any()))  # a CPU can look, and then has less to do
+    zero = some_unseen and (grad.is_cuda or not grad.all())  # a CPU can look, and then has less to do
     if all(n == lengths[0] for n in lengths):
         lines = gradient.view(len(lengths), -1).mul_(grad[:, None])
         if zero:
-            lines.masked_fill_(unseen[:, None], 0)
+            lines.masked_fill_((grad == 0)[:, None], 0)
         return gradient
-    for part, g, without in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), unseen.unbind(), strict=True):
+    for part, g in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), strict=True):
         part.mul_(g)
         if zero:
-            part.masked_fill_(without, 0)
+            part.masked_fill_(g == 0, 0)
     return gradient
 
 

@@ -232,7 +232,7 @@ def test_template_concat(data):
     index = integers(draw, -1, counts[2] - 1, *shape)
     if not fits:
         src = src.clone()
-        src.view(-1)[0] = draw(st.sampled_from([counts[0], -counts[1] - 1, 2**31 - 1, -(2**31)]))
+        src[(0,) * src.ndim] = draw(st.sampled_from([counts[0], -counts[1] - 1, 2**31 - 1, -(2**31)]))
     tensors = [leaf(draw, values(draw, n, width, dtype=t)) for n, t in zip(counts, dtypes, strict=True)]
     added = draw(st.booleans())
     if not added:
