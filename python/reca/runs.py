@@ -74,9 +74,10 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
         changed = ["umm"]  # no other key can be compared
     told = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
     for key in sorted(before.keys() | now.keys()):
+        if key.startswith("data.") and (key in before) != (key in now):
+            continue  # of a kind that has come or gone: its weight is told
         if before.get(key) != now.get(key) and "umm" not in changed:
-            counts = _counts(before.get(key), now.get(key))
-            told.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r} has other contents{counts}")
+            told.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
     if told:
         raise RecipeError(
             f"{run_dir} holds a run of another recipe ({'; '.join(told)}). Use another run_dir, or undo the change"
@@ -200,6 +201,13 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys that name what has changed, with both values where they differ."""
+    keys = ["data.templates", "data.template_count"] if key == "data.templates" else [key]
+    differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
+    return " and ".join(differing) or f"{key}={new.get(key)!r}"
 
 
 def _counts(before: Any, now: Any) -> str:

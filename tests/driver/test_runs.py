@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import checkpoint, exits
+from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.config import RecipeError
 from reca.data.sources import DataError
@@ -193,14 +193,16 @@ def test_what_changes_no_result_may_change(recipe, change, tmp_path):
         ("train.seed=1", "train.seed 0 -> 1"),
         ("objective.reca.per_update=4", "objective.reca.per_update 8 -> 4"),
         ("objective.t2i.weight=1", "objective.t2i.weight 0.0 -> 1.0"),
-        ("data.template_count=5", "data.templates: None -> None has other contents"),
+        ("model.weights=owner/name", "model.weights None -> 'owner/name'"),
+        ("model.system_prompt=/think", "-> '/think'"),
+        ("data.template_count=5", "data.template_count None -> 5 has other contents"),
     ],
 )
 def test_what_changes_the_result_is_refused(recipe, change, words):
     run_toy(recipe("train.updates=2"))
     with pytest.raises(RecipeError, match="holds a run of another recipe") as refused:
         Trainer(recipe(change), ToyAdapter())
-    assert words in str(refused.value)
+    assert words in str(refused.value) and str(refused.value).count("->") == 1
 
 
 def test_micro_batches_matter_where_each_has_its_own_mean(recipe):
@@ -218,8 +220,24 @@ def test_data_may_move_and_not_change(recipe, images, tmp_path):
 
     run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.updates=2"))
     (moved / "003.png").unlink()
-    with pytest.raises(RecipeError, match=r"data.images: .* has other contents \(24 samples, now 23\)"):
+    with pytest.raises(RecipeError, match=r"data.images='.*' has other contents \(24 samples, now 23\)"):
         Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
+
+
+def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
+    """Two results of one architecture have the same names and sizes."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(2**21))
+    own = runs._fingerprint(f"{tmp_path}/one")
+    assert own == runs._fingerprint(f"{tmp_path}/two")
+    (tmp_path / "two/.cache").mkdir()
+    (tmp_path / "two/.cache/lock").touch()  # of the hub's client
+    assert own == runs._fingerprint(f"{tmp_path}/two")
+    (tmp_path / "two/model.safetensors").write_bytes(bytes(2**21 - 1) + b"x")
+    assert own != runs._fingerprint(f"{tmp_path}/two")
+    one, two = (runs._fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
+    assert one != two and runs._fingerprint("owner/name") == "owner/name"
 
 
 def test_templates_may_move_and_not_change(recipe, tmp_path):
