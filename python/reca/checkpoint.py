@@ -47,18 +47,18 @@ class CheckpointError(RuntimeError):
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Names are updates: digits, compared as numbers."""
+    """List the complete checkpoints of a run, oldest first. Names are updates: digits, compared as numbers."""
     markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
     return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, sound or not."""
+    """Find the newest complete checkpoint of a run, sound or not."""
     return next(reversed(complete(run_dir)), None)
 
 
 def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
-    """The newest checkpoint whose files are those that were written; None if the run has no checkpoint.
+    """Find the newest checkpoint whose files are those that were written; None if the run has no checkpoint.
 
     A damaged one is reported loudly and the one before it is taken. Every rank gets the same answer.
     set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these updates again.
@@ -88,7 +88,7 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
 
 
 def damage(folder: Path, contents: bool = True) -> str:
-    """What is wrong with the files of a complete checkpoint, in words; empty when nothing is.
+    """Say what is wrong with the files of a complete checkpoint; empty when nothing is.
 
     contents: read the files, too, and let ranks share that work; all of them must call it then.
     """
@@ -171,7 +171,7 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
 
 
 def read_state(folder: Path) -> dict:
-    """The counters of a checkpoint. Raises CheckpointError when they cannot be read."""
+    """Read the counters of a checkpoint. Raises CheckpointError when they cannot be read."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -195,7 +195,7 @@ def overlay(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
 
 
 def fitting(folder: Path, adapter: nn.Module) -> frozenset[str]:
-    """Names of a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
+    """Name a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
     own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     saved = _saved(folder / "weights")
     misfits = sorted(name for name, shape in saved.items() if own.get(name) != shape)
@@ -208,7 +208,7 @@ def fitting(folder: Path, adapter: nn.Module) -> frozenset[str]:
 
 
 def changed(adapter: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are not the published ones, by name: those being trained and those a run before has trained.
+    """Return what is not as published, by name: parameters that are trained, and those a run before has trained.
 
     The tensors themselves, so that loading fills them.
     """
@@ -216,13 +216,13 @@ def changed(adapter: nn.Module) -> dict[str, Tensor]:
 
 
 def size(adapter: nn.Module) -> int:
-    """Bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained."""
+    """Count the bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
     return sum(p.numel() * p.element_size() for p in (*changed(adapter).values(), *trained, *trained))
 
 
 def free_space(run_dir: Path) -> int:
-    """Bytes free where a run's checkpoints go, which may be linked to another disk."""
+    """Count the bytes free where a run's checkpoints go, which may be linked to another disk."""
     return shutil.disk_usage(run_dir / "checkpoints").free
 
 

@@ -20,7 +20,7 @@ from reca.models.base import Adapter
 
 
 def start(config: ParallelConfig) -> torch.device:
-    """Join the process group that torchrun prepared, if any; the device of this rank.
+    """Join the process group that torchrun prepared, if any. Returns the device of this rank.
 
     Other launchers will do that set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     Raises RecipeError for more processes on this machine than it has GPUs.
@@ -40,7 +40,7 @@ def start(config: ParallelConfig) -> torch.device:
 
 
 def _gpu(visible: int) -> int:
-    """The GPU of this process, of those that it sees: its number on the machine, or the only one it was given."""
+    """Choose the GPU of this process among those that it sees: by its number here, or the only one it was given."""
     node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own = visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun shows the same GPUs to all processes
     if node > visible and not own:
@@ -70,7 +70,7 @@ def leave(code: int) -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its run that talks to the user, joined to the others or not."""
+    """Tell whether this process is the one of its run that talks to the user, joined to the others or not."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -83,7 +83,7 @@ def world() -> int:
 
 
 def node() -> int:
-    """Ranks on this machine."""
+    """Count the ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
@@ -116,7 +116,7 @@ def together() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every rank holds, in the order of ranks; on every rank. value: anything that pickles."""
+    """Return what every rank holds, in the order of ranks, on every rank. value: anything that pickles."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -131,14 +131,14 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; every rank gets the same answer."""
+    """Tell whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():
         return flag
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
 
 
 def shard_size(config: ParallelConfig, ranks: int, node: int) -> int:
-    """Ranks that share one copy of the weights, of `ranks` with at least `node` on each machine.
+    """Count the ranks that share one copy of the weights, of `ranks` with at least `node` on each machine.
 
     By default those of one machine; all ranks where machines do not hold equally many.
     Raises ValueError for a `config.shard` that does not divide the ranks.
@@ -181,6 +181,6 @@ def _ranks_per_node(device: torch.device) -> int:
 
 
 def sync_gradients(adapter: nn.Module, on: bool) -> None:
-    """Whether the next backward reduces gradients; only the last micro-batch of an update needs to."""
+    """Set whether the next backward reduces gradients; only the last micro-batch of an update needs to."""
     if dist.is_initialized():
         adapter.set_requires_gradient_sync(on)

@@ -13,7 +13,7 @@ STOPPED = 130  # Ctrl-C outside of training
 
 
 def expected(error: BaseException) -> int | None:
-    """The exit code of an error whose message tells a user all there is to know; None for any other."""
+    """Return the exit code of an error whose message tells a user all there is to know; None for any other."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         return code
@@ -23,7 +23,7 @@ def expected(error: BaseException) -> int | None:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code that a process ends with on this exception."""
+    """Return the exit code that a process ends with on this exception."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
     if isinstance(error, KeyboardInterrupt):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def writable(folder: Path, what: str) -> Path:
-    """The folder, made if need be. Raises ValueError when nothing can be written to it. what: names it in the error."""
+    """Make the folder if need be. Raises ValueError when nothing can be written to it. what: names it in the error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

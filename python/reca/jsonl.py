@@ -39,7 +39,7 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; torn ones, and a file that is not there, are nothing."""
+    """Read the whole lines of a file; torn ones, and a file that is not there, are nothing."""
     return [value for _, value in _lines(path)]
 
 
@@ -52,7 +52,7 @@ def keep_until(path: Path, update: int) -> None:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines that are JSON objects, as they stand there and as what they mean."""
+    """Read the lines that are JSON objects, each as it stands there and as what it means."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):

@@ -12,19 +12,19 @@ THREADS = 8  # hashlib releases the interpreter lock
 
 
 def entries(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Size and SHA-256 of these files of `folder`, by name."""
+    """Take size and SHA-256 of these files of `folder`, by name."""
     with ThreadPoolExecutor(THREADS) as pool:
         names = list(names)
         return dict(zip(names, pool.map(lambda name: _entry(folder / name), names), strict=True))
 
 
 def files(folder: Path) -> list[str]:
-    """Names of all files below `folder`, sorted."""
+    """Name all files below `folder`, sorted."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def read(path: Path) -> dict[str, dict]:
-    """The entries of a manifest. Raises ValueError when it is not one, OSError when it is not readable."""
+    """Read the entries of a manifest. Raises ValueError when it is not one, OSError when it is not readable."""
     listed = json.loads(path.read_bytes())
     if not isinstance(listed, dict) or not all(_is_entry(entry) for entry in listed.values()):
         raise ValueError(f"{path} is no list of files")
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, dict]:
 
 
 def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list[str]:
-    """What of the listed files is not as it was written, in words; empty when all is well.
+    """Say what of the listed files is not as it was written; empty when all is well.
 
     Sizes are compared first: a file of another size is not read, and without `contents` none is.
     """

@@ -52,7 +52,7 @@ def check(
 
 
 def _files_exist(recipe: Recipe) -> None:
-    """A path that is written as a path, and is not there."""
+    """Refuse a path that is written as one and is not there."""
     for name, value in runs.files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().exists():
             raise RecipeError(
@@ -81,7 +81,7 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine."""
+    """Count the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

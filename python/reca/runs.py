@@ -38,7 +38,7 @@ PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that tel
 def identity(
     recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
+    """Describe what a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
 
     sources: the samples of every active kind. state: of the checkpoint to go on from. It holds what the run before this
     one had made when this one began, which does not matter any longer.
@@ -85,7 +85,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
 
 
 def finished(recipe: Recipe) -> int | None:
-    """The updates of a run that has no more to make; None for any other. Its status says so, too, from then on.
+    """Return the updates of a run that has no more to make; None for any other. Its status says so from then on.
 
     Sizes tell here whether the checkpoint is sound: nothing is read that takes time.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
@@ -108,7 +108,7 @@ def finished(recipe: Recipe) -> int | None:
 
 
 def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
-    """The update at which the learning rate's schedule ends.
+    """Return the update at which the learning rate's schedule ends.
 
     A run that is continued keeps the end it began with, however many updates it is to make now, unless
     optim.decay_updates tells another.
@@ -118,8 +118,29 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
     return recipe.train.updates if state is None else state["schedule_end"]
 
 
+def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
+    """Say what will be other from a checkpoint on than it was until there, although a run may go on so.
+
+    state: of the checkpoint. ranks: of this start.
+    """
+    found, end, before = [], schedule_end(recipe, state), state["schedule_end"]
+    if recipe.optim.schedule != "constant" and end != before:
+        found.append(f"the schedule of the learning rate ends at update {end} now; until here it was {before}")
+    elif recipe.optim.schedule != "constant" and end < recipe.train.updates:
+        found.append(
+            f"train.updates={recipe.train.updates} goes beyond the schedule of the learning rate, which ends at update "
+            f"{end} as it did before; optim.decay_updates={recipe.train.updates} stretches it"
+        )
+    if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
+        found.append(
+            "objective.mean=micro_batch depends on how an update is split: until here by "
+            f"{state['ranks']} processes, now by {ranks}"
+        )
+    return found
+
+
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
-    """The model of a run: the published weights with its newest checkpoint on top."""
+    """Load the model of a run: the published weights with its newest checkpoint on top."""
     adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
     checkpoint.overlay(run_dir, adapter)
     return adapter.eval()
@@ -163,7 +184,7 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
 
 
 def files(recipe: Recipe) -> dict[str, str]:
-    """The files, folders and names of the hub that a model comes from, by key."""
+    """Return the files, folders and names of the hub that a model comes from, by key."""
     values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
     return {name: value for name, value in values.items() if value is not None}
 

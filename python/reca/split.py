@@ -13,7 +13,7 @@ class Share(NamedTuple):
 
 
 def split(per_update: int, micro_batch: int, ranks: int) -> list[list[Share]]:
-    """The passes of every rank, by rank and pass.
+    """Plan the passes of every rank, by rank and pass.
 
     All ranks make as many passes, because FSDP2 communicates in each. Of P passes on R ranks, micro-batch p R + r is
     that of rank r in pass p. Sizes differ by one at most, are micro_batch at most, and larger ones come first, so that
@@ -38,18 +38,18 @@ def split(per_update: int, micro_batch: int, ranks: int) -> list[list[Share]]:
 
 
 def passes(config: Any, ranks: int) -> int:
-    """Forward passes of a kind on each rank in one update. config: its KindConfig."""
+    """Count the forward passes of a kind on each rank in one update. config: its KindConfig."""
     return len(split(config.per_update, config.micro_batch, ranks)[0])
 
 
 def sizes(per_update: int, micro_batch: int, ranks: int) -> list[int]:
-    """The different sizes of the micro-batches, largest first. Copies are none."""
+    """List the different sizes of the micro-batches, largest first. Copies are none."""
     shares = split(per_update, micro_batch, ranks)
     return sorted({share.size for rank in shares for share in rank if share.counted}, reverse=True)
 
 
 def describe(per_update: int, micro_batch: int, ranks: int) -> str:
-    """Passes, samples of a rank and of a micro-batch, in words."""
+    """Describe passes, samples of a rank and of a micro-batch."""
     shares = split(per_update, micro_batch, ranks)
     own = [sum(share.size for share in rank if share.counted) for rank in shares]
     count = len(shares[0])
@@ -59,7 +59,7 @@ def describe(per_update: int, micro_batch: int, ranks: int) -> str:
 
 
 def departures(objective: Any, kinds: Iterable[str], ranks: int) -> str | None:
-    """What `ranks` change about the update that the recipe describes, in words; None if nothing.
+    """Say what `ranks` change about the update that the recipe describes; None if nothing.
 
     objective: an ObjectiveConfig. A mean over the update does not depend on micro-batches.
     """

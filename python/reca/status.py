@@ -55,7 +55,7 @@ class Status:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Status":
-        """The status of a run, as of now: a run whose process is gone without a word has failed.
+        """Read the status of a run as of now: one whose process is gone without a word has failed.
 
         Raises ValueError when the folder has no readable status.
         """
@@ -85,7 +85,7 @@ class Status:
             ) from error
 
     def describe(self) -> str:
-        """One line for each field that is set."""
+        """Write one line for each field that is set."""
         return "\n".join(f"{name:<11} {value}" for name, value in asdict(self).items() if value is not None)
 
 
@@ -160,13 +160,13 @@ _HELD: dict[tuple[int, int, int], RunFolder] = {}
 
 
 def _key(file: int | Path) -> tuple[int, int, int]:
-    """A lock file, by whatever path, in this process: a fork has none of its parent's locks."""
+    """Identify a lock file, by whatever path, in this process: a fork has none of its parent's locks."""
     status = os.stat(file)
     return status.st_dev, status.st_ino, os.getpid()
 
 
 def locked(run_dir: Path) -> bool | None:
-    """Whether some process uses the folder; None where the file system has no locks."""
+    """Tell whether some process uses the folder; None where the file system has no locks."""
     path = run_dir / LOCK
     try:
         if _key(path) in _HELD:
@@ -184,7 +184,7 @@ def locked(run_dir: Path) -> bool | None:
 
 
 def _in_use(run_dir: Path, status: Status) -> bool:
-    """Whether a run that says it is running does run. Without locks, only its own machine can tell."""
+    """Tell whether a run that says it is running does run. Without locks, only its own machine can tell."""
     in_use = locked(run_dir)
     if in_use is not None or status.host != socket.gethostname():
         return in_use is not False

@@ -96,14 +96,17 @@ class Trainer:
         self.skips = 0
         if newest is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
-            self._tell_of_resuming(state)
+            if distributed.rank() == 0:
+                log.info("continuing %s at update %d", self.run_dir, self.update)
+                for difference in runs.differences(recipe, state, distributed.world()):
+                    log.warning(difference)
         self.loaders = {kind: self._loader(kind) for kind in self.kinds}
         self.fixed = self._fixed_batches()
         self.interruption.waits = True  # from here on a signal waits for the end of an update, on every rank
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Everything that needs no weights, on rank 0 first. Returns the sources of samples by kind."""
+        """Check all that needs no weights, on rank 0 first. Returns the sources of samples by kind."""
         recipe, sources = self.recipe, {}
         kinds = [*self.kinds, *(kind for kind in self._yardsticks() if kind not in self.kinds)]
         with distributed.together():
@@ -118,28 +121,6 @@ class Trainer:
             if distributed.rank() > 0:
                 sources = open_sources(recipe.data, kinds)
         return sources
-
-    def _tell_of_resuming(self, state: dict[str, Any]) -> None:
-        recipe, ranks = self.recipe, distributed.world()
-        if distributed.rank():
-            return
-        log.info("continuing %s at update %d", self.run_dir, self.update)
-        if recipe.optim.schedule != "constant" and self.schedule_end != state["schedule_end"]:
-            log.warning(
-                "the schedule of the learning rate ends at update %d now; until here it was %d",
-                self.schedule_end, state["schedule_end"],
-            )  # fmt: skip
-        elif recipe.optim.schedule != "constant" and self.schedule_end < recipe.train.updates:
-            log.warning(
-                "train.updates=%d goes beyond the schedule of the learning rate, which ends at update %d as it did "
-                "before; optim.decay_updates=%d stretches it",
-                recipe.train.updates, self.schedule_end, recipe.train.updates,
-            )  # fmt: skip
-        if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
-            log.warning(
-                "objective.mean=micro_batch depends on how an update is split: until here by %d processes, now by %d",
-                state["ranks"], ranks,
-            )  # fmt: skip
 
     def run(self) -> Path:
         """Train to `train.updates`.
@@ -208,7 +189,11 @@ class Trainer:
             record.close()
 
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """One update from this rank's micro-batches, by kind. Skipped, and counted, if it is not finite."""
+        """Make one update from this rank's micro-batches, by kind. Skips and counts it if it is not finite.
+
+        Returns the update's metrics by name, as log.jsonl has them.
+        Raises NonFiniteError after train.max_skips such updates in a row.
+        """
         self.adapter.train()
         sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
         norm = gradient_norm(self.adapter, self.recipe.optim.clip)
