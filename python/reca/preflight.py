@@ -1,8 +1,9 @@
 """What can be known before any weight is read: whether a run has a chance on these GPUs, this memory and this disk."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -99,3 +100,15 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
             "run_dir %s: %d more checkpoints of %s will be kept and %s are free; free space or lower checkpoint.keep",
             run_dir, more, units.size(need), units.size(free),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a GPU's lack of memory into a RecipeError that says what helps: `check` does not know of activations."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RecipeError(
+            f"out of memory ({str(error).splitlines()[0]}). Lower micro_batch of the objective's kinds, set "
+            "train.activation_checkpointing=true, or use more GPUs"
+        ) from error

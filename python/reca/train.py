@@ -62,7 +62,7 @@ class Trainer:
                 writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.updates)
         self.interruption = Interruption()
-        with self.folder, self.interruption.listening():
+        with self.folder, self.interruption.listening(), preflight.memory_errors():
             self._set_up(adapter)
 
     def _set_up(self, adapter: Adapter | None) -> None:
@@ -128,7 +128,7 @@ class Trainer:
         Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
         of the run could not be written; NonFiniteError on NaN.
         """
-        with self.folder, self.interruption.listening():
+        with self.folder, self.interruption.listening(), preflight.memory_errors():
             self._run()
             distributed.barrier()
             self.folder.tell("finished", exits.DONE)

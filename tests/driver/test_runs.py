@@ -59,6 +59,18 @@ def test_a_failure_is_in_the_status(recipe, error, code):
     assert (status.state, status.exit_code, status.reason) == ("failed", code, str(error))
 
 
+def test_a_gpu_that_is_full_is_told_with_what_helps(recipe):
+    trainer = Trainer(recipe(), ToyAdapter())
+
+    def full(batches):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
+
+    trainer.step = full
+    with pytest.raises(RecipeError, match=r"Tried to allocate 2.00 GiB\.\). Lower micro_batch"):
+        trainer.run()
+    assert Status.read(trainer.run_dir).exit_code == exits.RECIPE
+
+
 def test_a_failure_before_the_first_update_is_in_the_status(recipe):
     with pytest.raises(RecipeError):
         Trainer(recipe("objective.i2t.weight=1"), ToyAdapter())
