@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 import traceback
 import warnings
@@ -174,7 +175,7 @@ def _train(options: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(explain(recipe))
         return
-    draw = f"Draw with: reca generate {recipe.run_dir} --prompt 'a yellow broccoli'"
+    draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     done = finished(recipe)
     if done is None:
         Trainer(recipe).run()

@@ -142,6 +142,7 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
 @pytest.mark.parametrize("state", ["running", "interrupted"])
 def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     """Killed between its last checkpoint and its last word, or told to make fewer updates: nothing to requeue."""
+    tmp_path /= "a run"
     command = [
         "train", "show_o_tiny", "objective.reca.per_update=2", "objective.i2t.weight=0", "log.tensorboard=false",
         f"run_dir={tmp_path}", "train.updates=1",
@@ -150,7 +151,8 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     path = tmp_path / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state, "exit_code": 75}))
     assert main(["status", str(tmp_path)]) == exits.INTERRUPTED
-    assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main(command) == 0 and "nothing to do" in (told := capsys.readouterr().out)
+    assert f"reca generate '{tmp_path}' --prompt" in told
     assert main(["status", str(tmp_path)]) == 0
     assert not locked(tmp_path)
 
