@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reca.config import RECIPES, RecipeError, as_dict, explain, load_recipe, recipe_names, save_recipe, walk
 from reca.models import UMMS
 from reca.values import BLANK, NULLS, guess, override_text, write_yaml
-from tests.fuzz.bounds import counted
+from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations
 
 # A recipe of one key for every family: thousands of them are read in a minute.
@@ -107,6 +107,7 @@ def test_overrides(folder, given_):
         assert as_dict(recipe) == as_dict(load_recipe(path)) == as_dict(again)
 
 
+@fewer(0.25)
 @given(FAMILIES, TEXTS, TEXTS, st.lists(TEXTS, max_size=3), st.floats(min_value=0, allow_infinity=False))
 def test_values_survive_files_and_explanations(folder, family, path, sentence_, words, number):
     """What is put into a recipe by a program is what its file, and the lines of --explain, give back."""
@@ -124,6 +125,7 @@ def test_values_survive_files_and_explanations(folder, family, path, sentence_, 
         assert as_dict(load_recipe(SMALL[family], again)) == as_dict(recipe)
 
 
+@fewer(0.25)
 @given(st.sampled_from(recipe_names()), mutations())
 def test_damaged_recipes(folder, name, how):
     path = folder / "damaged.yaml"
@@ -147,6 +149,7 @@ TREES = st.recursive(
 )
 
 
+@fewer(0.25)
 @given(
     st.dictionaries(st.sampled_from(["umm", "run_dir", "optim", "objective", "train", "model", "data"]) | TEXTS, TREES)
 )
@@ -161,6 +164,7 @@ def test_recipe_texts(folder, groups):
             sentence(error)
 
 
+@fewer(0.25)
 @given(VALUES)
 def test_guesses(text):
     with counted("sampling options"):
@@ -170,6 +174,7 @@ def test_guesses(text):
             sentence(error)
 
 
+@fewer(0.25)
 @given(FAMILIES, st.lists(st.text(string.printable, max_size=12) | overrides().map(lambda pair: pair[1]), max_size=4))
 def test_many_overrides(family, texts):
     with counted("command lines"):

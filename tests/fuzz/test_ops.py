@@ -34,7 +34,7 @@ from reca_kernels import (
 )
 from reca_kernels.reference import attention as attention_definition
 from reca_kernels.reference import philox as philox_definition
-from tests.fuzz.bounds import counted
+from tests.fuzz.bounds import counted, fewer
 
 BACKENDS = ["reference"] + ["cpu"] * (native.module is not None) * 3
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -175,6 +175,7 @@ def options_of(draw):
     }
 
 
+@fewer(0.25)
 @given(st.data())
 def test_masked_cross_entropy(data):
     draw = data.draw
@@ -194,6 +195,7 @@ def test_masked_cross_entropy(data):
         )
 
 
+@fewer(0.25)
 @given(st.data())
 def test_masked_linear_cross_entropy(data):
     draw = data.draw
@@ -221,6 +223,7 @@ def test_masked_linear_cross_entropy(data):
         )
 
 
+@fewer(0.25)
 @given(st.data())
 def test_template_concat(data):
     draw = data.draw
@@ -262,6 +265,7 @@ def address_of(draw, count):
     return Philox(torch.tensor(draw(whole)), placed(draw, ids), draw(st.integers(0, 255)))
 
 
+@fewer(0.25)
 @given(st.data())
 def test_philox(data):
     draw = data.draw
@@ -274,6 +278,7 @@ def test_philox(data):
     refused("philox", lambda: philox_uniform(address._replace(stream=256), n))
 
 
+@fewer(0.25)
 @given(st.data())
 def test_flow_matching(data):
     draw = data.draw
@@ -303,6 +308,7 @@ def test_flow_matching(data):
         refused("flow_matching", lambda: flow_matching_loss(pred[..., :0, None], x0, t, noise, patch=patch))
 
 
+@fewer(0.25)
 @given(st.data())
 def test_diffusion_loss(data):
     draw = data.draw
@@ -331,6 +337,7 @@ def test_diffusion_loss(data):
         )
 
 
+@fewer(0.25)
 @given(st.data())
 def test_attention(data):
     draw = data.draw
@@ -354,6 +361,7 @@ def test_attention(data):
     assert not got[padding].any()
 
 
+@fewer(0.25)
 @given(st.data())
 def test_what_is_no_argument(data):
     """Wrong kinds, numbers of dimensions, dtypes and lengths, one at a time."""
