@@ -101,6 +101,7 @@ def finished(recipe: Recipe) -> int | None:
             if Status.read(run_dir).state == "finished":
                 return state["update"]
         with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.updates) as folder:
+            checkpoint.remove_leftovers(run_dir)
             folder.saved(newest)
             folder.tell("finished", exits.DONE)
             folder.close()

@@ -151,10 +151,11 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     path = tmp_path / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state, "exit_code": 75}))
     assert main(["status", str(tmp_path)]) == exits.INTERRUPTED
+    (tmp_path / "checkpoints/000000.old.partial/weights").mkdir(parents=True)
     assert main(command) == 0 and "nothing to do" in (told := capsys.readouterr().out)
     assert f"reca generate '{tmp_path}' --prompt" in told
     assert main(["status", str(tmp_path)]) == 0
-    assert not locked(tmp_path)
+    assert not locked(tmp_path) and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
 
     moments = next((tmp_path / "checkpoints/000001/optimizer").glob("*.safetensors"))
     moments.write_bytes(b"")  # a result that is torn is none

@@ -161,18 +161,20 @@ def strike(kill: Kill, children: list[int], run_dir: Path, dice: random.Random, 
     return True
 
 
-def right(kill: Kill, codes: list[int | None], before_update: int, after: Status | None) -> str | None:
+def right(kill: Kill, codes: list[int | None], before: Status | None, after: Status | None) -> str | None:
     """What is wrong with the way a killed start ended, in words."""
     if kill.signal == signal.SIGKILL:
         if -signal.SIGKILL not in codes:
             return f"codes {codes}"
-        return None if after is None or after.state == "failed" else f"state {after.state} after SIGKILL"
+        # Before its first word a start leaves the status of the one before.
+        return None if after == before or after.state == "failed" else f"state {after.state} after SIGKILL"
     if None in codes:
         return f"hung: codes {codes}"
     if -signal.SIGTERM in codes:  # handlers were not set up yet: nothing has begun, and nothing is lost
         return None
     # A rank that is ended before its first update leaves the others without it: they fail, and the status stays.
-    if kill.ranks > 1 and set(codes) == {exits.INTERRUPTED, exits.BUG} and after and after.update == before_update:
+    began = before.update if before else 0
+    if kill.ranks > 1 and set(codes) == {exits.INTERRUPTED, exits.BUG} and after and after.update == began:
         codes = [exits.INTERRUPTED]
     if set(codes) not in ({exits.INTERRUPTED}, {exits.DONE}):
         return f"codes {codes}"
@@ -239,7 +241,7 @@ def main() -> int:
         forms = [kill for kill in KILLS if kill.ranks == ranks]
         for _ in range(options.chain):
             kill = min(dice.sample(forms, len(forms)), key=lambda k: tallies[k].kills)
-            tally, before = tallies[kill], saved(run_dir)
+            tally, before = tallies[kill], status(run_dir)
             children = start(run_dir, ranks)
             struck = strike(kill, children, run_dir, dice, usual[ranks])
             codes = finish(children, struck)
