@@ -163,17 +163,20 @@ def strike(kill: Kill, children: list[int], run_dir: Path, dice: random.Random, 
 
 def right(kill: Kill, codes: list[int | None], before: Status | None, after: Status | None) -> str | None:
     """What is wrong with the way a killed start ended, in words."""
+    began = before.update if before else 0
     if kill.signal == signal.SIGKILL:
         if -signal.SIGKILL not in codes:
             return f"codes {codes}"
-        # Before its first word a start leaves the status of the one before.
-        return None if after == before or after.state == "failed" else f"state {after.state} after SIGKILL"
+        # Before its first word a start leaves the status of the one before; a rank that is ended in the set-up, because
+        # another was killed, has nothing to save and says so.
+        if after == before or after.state == "failed" or (exits.INTERRUPTED in codes and after.update == began):
+            return None
+        return f"state {after.state} after SIGKILL"
     if None in codes:
         return f"hung: codes {codes}"
     if -signal.SIGTERM in codes:  # handlers were not set up yet: nothing has begun, and nothing is lost
         return None
     # A rank that is ended before its first update leaves the others without it: they fail, and the status stays.
-    began = before.update if before else 0
     if kill.ranks > 1 and set(codes) == {exits.INTERRUPTED, exits.BUG} and after and after.update == began:
         codes = [exits.INTERRUPTED]
     if set(codes) not in ({exits.INTERRUPTED}, {exits.DONE}):
