@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from reca import units
 from reca.config import Recipe
 from reca.distributed import shard_size
 from reca.draws import Draws
@@ -27,8 +28,6 @@ from reca_kernels.reference import masked_linear_cross_entropy as linear
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
 TEXT = "Describe the image in detail."
-FLOP_UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
-BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 class Parameters(NamedTuple):
@@ -196,7 +195,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     if recipe.objective.reca.weight:
         pictures = recipe.objective.reca.per_update
         steps[f"update of {pictures} pictures"] = pictures * sum(work)
-    lines += [_line(name, n, FLOP_UNITS) for name, n in steps.items()]
+    lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
     lines += ["", f"samples of an update on {gpus} GPU{'s' * (gpus > 1)}"]
     for kind in recipe.active_kinds():
         config = getattr(recipe.objective, kind)
@@ -204,10 +203,10 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     if text := departures(recipe.objective, recipe.active_kinds(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
-    lines += [_line(name, n, BYTE_UNITS) for name, n in (*need._asdict().items(), ("all", need.total))]
+    lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]
     return "\n".join(lines)
 
 
-def _line(name: str, amount: float, units: tuple[tuple[float, str], ...]) -> str:
-    size, unit = next((u for u in units if amount >= u[0]), units[-1])
-    return f"  {name:<22}{amount / size:>18.2f} {unit}"
+def _line(name: str, amount: float, table: tuple[tuple[float, str], ...]) -> str:
+    unit, word = units.largest(amount, table)
+    return f"  {name:<22}{amount / unit:>18.2f} {word}"

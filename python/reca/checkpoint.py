@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from reca import distributed, manifest, units
+from reca import distributed, exits, manifest, units
 
 log = logging.getLogger("reca")
 # One process without a process group is what a laptop has, and no reason to warn.
@@ -43,7 +43,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, or does not belong to this run."""
 
-    exit_code = 3
+    exit_code = exits.RECIPE
 
 
 def complete(run_dir: Path) -> list[Path]:

@@ -175,7 +175,7 @@ def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precis
 
 def _ranks_per_node(device: torch.device) -> int:
     """The fewest of any machine, so that every rank says the same."""
-    own = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", world())), device=device)
+    own = torch.tensor(node(), device=device)
     dist.all_reduce(own, dist.ReduceOp.MIN)
     return int(own)
 
