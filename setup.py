@@ -108,7 +108,10 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages("python", include=["reca*"]), *find_packages(include=["reca_kernels*"])],
     package_dir={"reca": "python/reca"},
-    package_data={"reca": ["**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"], "reca_kernels": ["*.json"]},
+    package_data={
+        "reca": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"],
+        "reca_kernels": ["py.typed", "*.json"],
+    },
     ext_modules=[Extension("reca_kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -10,6 +10,7 @@ from reca_kernels.ops.masked_cross_entropy import masked_cross_entropy
 from reca_kernels.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
 from reca_kernels.ops.philox import Philox, philox_normal, philox_uniform
 from reca_kernels.ops.template_concat import template_concat
+from reca_kernels.version import __version__
 
 __all__ = [
     "AttentionPlan",
@@ -18,6 +19,7 @@ __all__ = [
     "Run",
     "TextSegment",
     "VisualSegment",
+    "__version__",
     "attention",
     "attention_plan",
     "backend_report",

@@ -1,0 +1,36 @@
+"""What the distribution says of itself is said once, and is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import reca
+import reca_kernels
+
+ROOT = Path(__file__).parents[1]
+PROJECT = (ROOT / "pyproject.toml").read_text()
+VERSION = re.search(r'^version = "(.+)"$', PROJECT, re.M)[1]
+
+
+def test_one_version():
+    assert reca.__version__ == reca_kernels.__version__ == VERSION
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == VERSION
+    assert re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] in (VERSION, "Unreleased")
+
+
+def test_the_licence_and_types_come_with_the_packages():
+    assert 'license = "Apache-2.0"' in PROJECT and 'license-files = ["LICENSE", "NOTICE"]' in PROJECT
+    assert "Apache License\n                           Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+    assert (ROOT / "NOTICE").read_text().startswith("reca\nCopyright")
+    packaged = (ROOT / "setup.py").read_text()
+    for package in (reca, reca_kernels):
+        assert (Path(package.__file__).parent / "py.typed").is_file()
+        assert f'"{package.__name__}": ["py.typed"' in packaged
+
+
+@pytest.mark.parametrize("tool", ["ruff"])
+def test_one_pin_of_a_tool(tool):
+    pins = re.findall(rf"{tool}==([\d.]+)", PROJECT)
+    hook = re.search(rf"{tool}-pre-commit\n\s+rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert {*pins, hook[1]} == {pins[0]}
