@@ -15,16 +15,9 @@ from benchmarks.devices import Cpu, Cuda, Device, ceilings
 from benchmarks.plot import plot
 from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, read, write
 from benchmarks.runner import Case, ceiling_rows, facts, measure, show
+from reca_kernels import dispatch
 
-OPS = (
-    "philox",
-    "template_concat",
-    "masked_cross_entropy",
-    "masked_linear_cross_entropy",
-    "flow_matching",
-    "diffusion_loss",
-    "attention",
-)
+OPS = (*dispatch.OPS, "attention")
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -12,8 +12,8 @@ from benchmarks.runner import Case, Provider, compiled
 from benchmarks.shapes import ATTENTION as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import Run, attention, attention_plan
+from reca_kernels.attention import reference
 from reca_kernels.ops.attention_impls import IMPLS, unusable
-from reca_kernels.reference import attention as reference
 
 
 def cases(device: Device):

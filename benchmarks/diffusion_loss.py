@@ -11,7 +11,7 @@ from benchmarks.runner import Case, Provider, compiled, ours
 from benchmarks.shapes import DIFFUSION as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule
-from reca_kernels.reference import diffusion_loss as reference
+from reca_kernels.diffusion_loss import reference
 
 
 def cases(device: Device):

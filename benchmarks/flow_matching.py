@@ -10,7 +10,7 @@ from benchmarks.runner import Case, Provider, compiled, ours
 from benchmarks.shapes import FLOW as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare
-from reca_kernels.reference.flow_matching import tokens
+from reca_kernels.flow_matching.reference import tokens
 
 
 def cases(device: Device):

@@ -1,7 +1,7 @@
 """Which backend runs an op, and why.
 
-A backend is a folder of this package, and an op is one file in it: reca_kernels.<backend>.<op>. What a backend's file
-must hold is stated in reca_kernels/ops/<op>.py. `reference` is plain PyTorch and always there.
+An op is a folder of this package, and a backend is a file in it: `<op>/<backend>.py`. `reference` is plain PyTorch, the
+op's definition, and always there. A folder is dispatched once it holds a kernel backend beside the definition.
 """
 
 import importlib
@@ -20,16 +20,22 @@ from torch import Tensor
 from reca_kernels import native
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
-OPS = (
-    "philox",
-    "template_concat",
-    "masked_cross_entropy",
-    "masked_linear_cross_entropy",
-    "flow_matching",
-    "diffusion_loss",
-)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+PACKAGE = Path(__file__).parent
+
+
+def has_backend(op: str, backend: str) -> bool:
+    return (PACKAGE / op / f"{backend}.py").exists()
+
+
+OPS = tuple(
+    sorted(
+        folder.name
+        for folder in PACKAGE.iterdir()
+        if any(has_backend(folder.name, backend) for backend in BACKENDS if backend != "reference")
+    )
+)
 
 # Where nothing was measured, the first of these that can run an op does; none: reference.
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -142,7 +148,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
     """Why `backend` cannot run `op` on that kind of device; None when it can."""
     if backend == "reference":
         return None
-    if not (Path(__file__).parent / backend / f"{op}.py").exists():
+    if not has_backend(op, backend):
         return f"it has no {op}"
     if backend in ("cpu", "cuda"):
         if native.module is None:
@@ -172,7 +178,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
 
 @cache
 def load(backend: str, op: str) -> ModuleType:
-    return importlib.import_module(f"reca_kernels.{backend}.{op}")
+    return importlib.import_module(f"reca_kernels.{op}.{backend}")
 
 
 def backend_report() -> str:

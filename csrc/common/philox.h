@@ -1,6 +1,6 @@
 // Philox-4x32-10 (Salmon, Moraes, Dror, Shaw 2011) and standard normals from it. Host and device.
 //
-// The same arithmetic, operation by operation, as reca_kernels/reference/philox.py, so that all backends give the same
+// The same arithmetic, operation by operation, as reca_kernels/philox/reference.py, so that all backends give the same
 // bits. Nothing here may be contracted into a fused multiply-add.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace reca {
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
 constexpr uint32_t philox_w0 = 0x9E3779B9, philox_w1 = 0xBB67AE85;
 
-// Where a batch's noise is: see reca_kernels/ops/philox.py.
+// Where a batch's noise is: see `Philox` in reca_kernels/philox.
 struct NoiseAddress {
   uint64_t seed;
   const int64_t* sample_ids;  // [B]

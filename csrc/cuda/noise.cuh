@@ -1,6 +1,6 @@
 // Philox words and standard normals, one block of four elements at a time; see csrc/common/philox.h.
 //
-// Results have the bits of reca_kernels/reference/philox.py. There every multiplication and addition is rounded on its
+// Results have the bits of reca_kernels/philox/reference.py. There every multiplication and addition is rounded on its
 // own, so here mul() and add() are too, and a fused multiply-add stands only where the product is exact anyway: powers
 // of two, or few enough bits.
 #pragma once

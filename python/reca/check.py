@@ -24,7 +24,7 @@ from reca.models.base import ROLES, Adapter, Batch
 from reca.optim import freeze
 from reca.parallelize import recompute_blocks
 from reca.split import departures, describe, passes
-from reca_kernels.reference import masked_linear_cross_entropy as linear
+from reca_kernels.masked_linear_cross_entropy import reference as linear
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
 TEXT = "Describe the image in detail."

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reca_kernels import library
+from reca_kernels.attention.reference import allowed
 from reca_kernels.host import on_device
 from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
 from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
-from reca_kernels.reference.attention import allowed
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
+from reca_kernels.diffusion_loss import reference
 from reca_kernels.host import on_device
 from reca_kernels.ops.philox import Philox, addressed, checked
-from reca_kernels.reference import diffusion_loss as reference
 
 OP = "diffusion_loss"
 WIDEST = 128  # channels a kernel's buffers hold

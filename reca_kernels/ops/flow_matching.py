@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
+from reca_kernels.flow_matching import reference
 from reca_kernels.ops.philox import Philox, addressed, checked
-from reca_kernels.reference import flow_matching as reference
 
 OP = "flow_matching"
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
+from reca_kernels.masked_linear_cross_entropy import reference
 from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
-from reca_kernels.reference import masked_linear_cross_entropy as reference
 from reca_kernels.tiles import TILE
 
 OP = "masked_linear_cross_entropy"

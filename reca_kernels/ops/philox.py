@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
-from reca_kernels.reference import philox as reference
+from reca_kernels.philox import reference
 
 OP = "philox"
 

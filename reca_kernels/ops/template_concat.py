@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks, dispatch, library
-from reca_kernels.reference import template_concat as reference
+from reca_kernels.template_concat import reference
 
 OP = "template_concat"
 

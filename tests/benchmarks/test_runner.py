@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import runner
-from benchmarks.__main__ import main
+from benchmarks.__main__ import OPS, main
 from benchmarks.devices import Ceilings, Cpu, Cuda, ceilings
 from benchmarks.rows import BACKWARD, BOTH, FORWARD
 from benchmarks.runner import Case, Provider, measure
@@ -65,7 +65,7 @@ def test_no_gpu_is_a_clear_error(capsys):
 def test_unknown_op_is_a_clear_error(capsys):
     with pytest.raises(SystemExit):
         main(["--ops", "attention_of_nobody"])
-    assert "unknown ops attention_of_nobody; known are philox" in capsys.readouterr().err
+    assert f"unknown ops attention_of_nobody; known are {', '.join(OPS)}" in capsys.readouterr().err
 
 
 def test_percentiles_are_those_of_numpy():

@@ -32,8 +32,8 @@ from reca_kernels import (
     philox_uniform,
     template_concat,
 )
-from reca_kernels.reference import attention as attention_definition
-from reca_kernels.reference import philox as philox_definition
+from reca_kernels.attention import reference as attention_definition
+from reca_kernels.philox import reference as philox_definition
 from tests.fuzz.bounds import counted, fewer
 
 BACKENDS = ["reference"] + ["cpu"] * (native.module is not None) * 3

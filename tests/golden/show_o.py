@@ -10,7 +10,7 @@ from reca.models.exporting import export_to
 from reca.models.show_o import prompt
 from reca.models.show_o.convert import WEIGHTS
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca_kernels.reference.attention import allowed as allowed_keys
+from reca_kernels.attention.reference import allowed as allowed_keys
 from tests.golden.conftest import Golden
 
 LOGITS = 2e-5  # tolerance that cases.json states for fp32 on a CPU

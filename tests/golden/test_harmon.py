@@ -8,7 +8,7 @@ from reca.data.pixels import make_view
 from reca.models.base import Batch
 from reca.models.harmon import prompt, sampling
 from reca_kernels import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, template_concat
-from reca_kernels.reference import diffusion_loss as reference
+from reca_kernels.diffusion_loss import reference
 from tests.golden.harmon import GENERATION, STAGE, Recorded, RecordedChance, Spy, branches, build, close, prompts
 
 

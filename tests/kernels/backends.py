@@ -7,17 +7,14 @@ without a GPU.
 """
 
 import os
-from pathlib import Path
 
 import pytest
 
-import reca_kernels
-from reca_kernels import native
+from reca_kernels import dispatch, native
 from tests import interpreter
 from tests.kernels import emulated
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and interpreter.problem() is None
-PACKAGE = Path(reca_kernels.__file__).parent
 
 
 def targets(op: str, *, reference: bool = True, skip: tuple[str, ...] = ()) -> list:
@@ -46,5 +43,5 @@ def targets(op: str, *, reference: bool = True, skip: tuple[str, ...] = ()) -> l
     return [
         pytest.param(backend, device, marks=marks, id=f"{backend}-{device}")
         for backend, device, marks in candidates
-        if backend not in skip and (reference if backend == "reference" else (PACKAGE / backend / f"{op}.py").exists())
+        if backend not in skip and (reference if backend == "reference" else dispatch.has_backend(op, backend))
     ]

@@ -1,6 +1,6 @@
 """What the compiler made of Triton kernels, on any machine: registers, local memory, width of loads and stores.
 
-    def launches(): forward(torch.empty(...), ...)        # a launcher of reca_kernels.triton, on CPU tensors
+    def launches(): forward(torch.empty(...), ...)        # a launcher of an op's triton.py, on CPU tensors
 
     for made in cubin.compiled(launches):                 # one per kernel, specialisation and GPU
         made.assert_lean(loads=(128,), stores=(128,))

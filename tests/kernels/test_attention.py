@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import Run, attention, attention_plan, backend_report
+from reca_kernels.attention import reference
 from reca_kernels.ops import attention_impls, flash_functions
 from reca_kernels.ops.attention import choose, dense_is_faster
 from reca_kernels.ops.attention_impls import IMPLS
 from reca_kernels.ops.attention_plan import MODES, segments, total
-from reca_kernels.reference import attention as reference
 
 # Small samples of every layout: a batch of two, so that lengths differ.
 LAYOUTS = {

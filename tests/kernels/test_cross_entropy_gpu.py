@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reca_kernels import masked_cross_entropy, masked_linear_cross_entropy
-from reca_kernels.reference import masked_cross_entropy as reference
+from reca_kernels.masked_cross_entropy import reference
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import IGNORED, close, exact, logits_of, problem
 from tests.kernels.on_gpu import capture

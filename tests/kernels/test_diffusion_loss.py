@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, native
-from reca_kernels.reference import diffusion_loss as reference
+from reca_kernels.diffusion_loss import reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
@@ -443,7 +443,7 @@ def test_compiled_by_inductor(backend):
 
 
 def launches():
-    from reca_kernels.triton import diffusion_loss as op
+    from reca_kernels.diffusion_loss import triton as op
 
     for dtype in (torch.float32, torch.bfloat16):
         out, x0 = torch.empty(512, 32, dtype=dtype), torch.empty(64, 16, dtype=dtype)

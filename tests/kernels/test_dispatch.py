@@ -81,6 +81,25 @@ def test_report_names_every_op():
     assert all(f"{op} on cpu" in report for op in dispatch.OPS) and torch.__version__ in report
 
 
+def test_ops_are_the_folders_with_a_kernel():
+    assert {"philox", "template_concat", "masked_cross_entropy", "masked_linear_cross_entropy"} <= set(dispatch.OPS)
+    assert "attention" not in dispatch.OPS, "it has a definition, and runs on torch and flash-attn"
+
+
+def test_a_folder_does_not_hide_the_function_of_its_name():
+    """Python sets a package as an attribute of its parent when it is first imported."""
+    out = run("""
+        import importlib, inspect, reca_kernels
+        from reca_kernels import dispatch
+        for op in dispatch.OPS:
+            for backend in dispatch.BACKENDS:
+                if dispatch.has_backend(op, backend) and (backend != "triton" or importlib.util.find_spec("triton")):
+                    dispatch.load(backend, op)
+        print([name for name in reca_kernels.__all__ if inspect.ismodule(getattr(reca_kernels, name))])
+        """)
+    assert out == "[]\n"
+
+
 def test_without_the_native_module_everything_runs_and_says_so():
     """An import that fails stands for a machine without a compiler."""
     out = run("""

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare, native
-from reca_kernels.cuda import flow_matching as cuda
-from reca_kernels.reference import flow_matching as reference
-from reca_kernels.reference import philox
+from reca_kernels.flow_matching import cuda, reference
+from reca_kernels.philox import reference as philox
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
@@ -482,7 +481,7 @@ def test_compute_sanitizer(tool):
 
 
 def launches():
-    from reca_kernels.triton import flow_matching as op
+    from reca_kernels.flow_matching import triton as op
 
     noise = Philox(torch.tensor(5), torch.arange(2), 3)
     batch = list(torch.empty(2, 16, 8, 8, dtype=torch.bfloat16).unbind())

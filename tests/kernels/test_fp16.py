@@ -17,8 +17,8 @@ from reca_kernels import (
     masked_linear_cross_entropy,
 )
 from reca_kernels.chunked_head import unit_of
-from reca_kernels.reference import diffusion_loss as diffusion
-from reca_kernels.reference.philox import philox_normal
+from reca_kernels.diffusion_loss import reference as diffusion
+from reca_kernels.philox.reference import philox_normal
 from tests.kernels.backends import targets
 
 # numpy's, in Triton's interpreter

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from reca_kernels import masked_cross_entropy, native
+from reca_kernels.masked_cross_entropy import reference
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
-from reca_kernels.reference import masked_cross_entropy as reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, close, exact, gradients, logits_of, problem
@@ -344,7 +344,7 @@ SHOW_O = 58498  # classes; rows of as many 16-bit elements begin on 4-byte bound
 
 
 def launches():
-    from reca_kernels.triton import masked_cross_entropy as op
+    from reca_kernels.masked_cross_entropy import triton as op
 
     labels, stats, one = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2), torch.ones(())
     everything = CrossEntropyOptions(IGNORED, 0.1, 1e-3, 5.0, "mean")

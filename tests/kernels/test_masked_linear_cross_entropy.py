@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reca_kernels import chunked_head, masked_linear_cross_entropy
+from reca_kernels.masked_linear_cross_entropy import reference
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
-from reca_kernels.reference import masked_linear_cross_entropy as reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, OPTIONS, close, exact, gradients, problem
@@ -353,7 +353,7 @@ SHOW_O, PITCH = 58498, 58624
 
 
 def launches():
-    from reca_kernels.triton import masked_linear_cross_entropy as op
+    from reca_kernels.masked_linear_cross_entropy import triton as op
 
     everything = CrossEntropyOptions(IGNORED, 0.1, 1e-3, 5.0, "mean")
     plain = CrossEntropyOptions(IGNORED, 0.0, 0.0, None, "mean")

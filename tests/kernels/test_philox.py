@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reca_kernels import Philox, native, philox_normal, philox_uniform
-from reca_kernels.reference import philox as reference
+from reca_kernels.philox import reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 
@@ -156,7 +156,7 @@ def test_no_samples_and_no_elements(backend, device):
 
 
 def launches():
-    from reca_kernels.triton import philox
+    from reca_kernels.philox import triton as philox
 
     philox.draw(address(), "normal", torch.empty(4, 4096))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reca_kernels import TextSegment, VisualSegment, concat_plan, native, segments, template_concat
-from reca_kernels.reference import template_concat as reference
+from reca_kernels.template_concat import reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
@@ -293,7 +293,7 @@ def test_positions_sorted_by_row():
 
 
 def wide_launches():
-    from reca_kernels.triton import template_concat as op
+    from reca_kernels.template_concat import triton as op
 
     src, width = torch.zeros(128, dtype=torch.int32), 2048
     for dtype in (torch.float32, torch.bfloat16):
@@ -306,7 +306,7 @@ def wide_launches():
 
 
 def narrow_launches():
-    from reca_kernels.triton import template_concat as op
+    from reca_kernels.template_concat import triton as op
 
     src = torch.zeros(128, dtype=torch.int64)
     table, visual, grad = (torch.empty(rows, 37, dtype=torch.float16) for rows in (16, 64, 128))

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from reca_kernels.reference.philox import philox_normal
+from reca_kernels.philox.reference import philox_normal
 
 COLUMNS = ("sqrt_abar", "sqrt_1m_abar", "sqrt_recip", "sqrt_recip_m1", "c1", "c2", "log_posterior", "log_beta")
 

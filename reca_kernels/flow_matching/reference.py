@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca_kernels.reference.philox import philox_normal
+from reca_kernels.philox.reference import philox_normal
 
 
 def tokens(image: Tensor, patch: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The diffusion loss on CUDA devices: csrc/cuda/diffusion_loss.cu."""
+"""The diffusion loss on CPUs: csrc/cpu/diffusion_loss.cpp."""
 
 from typing import Any
 
@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.cuda.philox import address
 from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.cpu import address
 
 
 def prepare(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
-    noise = noise.float() if isinstance(noise, Tensor) else noise
-    native.module.cuda.diffusion_prepare(
-        _arguments(x0, t, noise, table, rows), native.DTYPES[out.dtype], out.data_ptr(), *native.launch(out)
-    )
+    native.module.diffusion_prepare(_arguments(x0, t, noise, table, rows), native.DTYPES[out.dtype], out.data_ptr())
 
 
 def losses(
@@ -27,21 +24,19 @@ def losses(
     gradient: Tensor | None,  # [M, 2 C]
 ) -> Tensor:  # fp32 [M]
     losses = torch.empty(len(t), dtype=torch.float32, device=out.device)
-    noise = noise.float() if isinstance(noise, Tensor) else noise
-    native.module.cuda.diffusion_loss(
+    native.module.diffusion_loss(
         _arguments(x0, t, noise, table, rows),
         native.DTYPES[out.dtype],
         out.data_ptr(),
         0 if gradient is None else gradient.data_ptr(),
         losses.data_ptr(),
-        *native.launch(out),
     )
     return losses
 
 
 def _arguments(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None) -> Any:
     """The native struct. It holds addresses only: the tensors must outlive the call."""
-    return native.module.cuda.Diffusion(
+    return native.module.Diffusion(
         native.DTYPES[x0.dtype],
         x0.data_ptr(),
         0 if rows is None else rows.data_ptr(),
@@ -50,4 +45,5 @@ def _arguments(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, row
         len(t),
         x0.shape[1],
         *address(noise),
+        torch.get_num_threads(),
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reca_kernels.ops.philox import Philox
-from reca_kernels.triton.philox import FUSE, normal_pair, words
+from reca_kernels.philox.triton import FUSE, normal_pair, words
 
 ELEMENTS = 1024  # of x_t, padding included, that a program handles
 LN_2 = tl.constexpr(0.6931471805599453)

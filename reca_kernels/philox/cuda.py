@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.cpu.philox import LAWS
 from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.cpu import LAWS
 
 
 def draw(noise: Philox, law: str, out: Tensor) -> None:

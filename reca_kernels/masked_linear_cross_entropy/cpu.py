@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.cpu.masked_cross_entropy import arguments
+from reca_kernels.masked_cross_entropy.cpu import arguments
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 from reca_kernels.tiles import needed_columns
 

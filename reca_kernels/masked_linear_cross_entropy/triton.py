@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reca_kernels import chunked_head
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
-from reca_kernels.triton.masked_cross_entropy import (
+from reca_kernels.masked_cross_entropy.triton import (
     LAUNCH,
     capped,
     joined,
@@ -28,6 +27,7 @@ from reca_kernels.triton.masked_cross_entropy import (
     row_loss,
     switches,
 )
+from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 
 __all__ = ["copy_rows", "forward", "pick_rows", "reduce", "row_gradients", "scale"]
 

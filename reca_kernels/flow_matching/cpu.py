@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.cpu.philox import address
 from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.cpu import address
 
 
 def prepare(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:

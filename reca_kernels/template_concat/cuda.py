@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native, segments
-from reca_kernels.cpu.template_concat import native_source
+from reca_kernels.template_concat.cpu import native_source
 
 
 def forward(

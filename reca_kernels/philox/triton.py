@@ -1,4 +1,4 @@
-"""Counter-based random numbers in Triton, with the bits of reca_kernels/reference/philox.py.
+"""Counter-based random numbers in Triton, with the bits of reca_kernels/philox/reference.py.
 
 There every multiplication and addition is rounded alone. So kernels that draw are launched with FUSE: no product is
 fused with a sum, but by tl.fma where it is exact anyway.

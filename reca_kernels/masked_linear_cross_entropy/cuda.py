@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import chunked_head, native
-from reca_kernels.cuda.masked_cross_entropy import arguments, reduce
+from reca_kernels.masked_cross_entropy.cuda import arguments, reduce
 from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 
 __all__ = ["copy_rows", "forward", "pick_rows", "reduce", "row_gradients", "scale"]

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.cuda.flow_matching import runs
+from reca_kernels.flow_matching.cuda import runs
 from reca_kernels.ops.philox import Philox
-from reca_kernels.triton.philox import FUSE, normals
+from reca_kernels.philox.triton import FUSE, normals
 
 BLOCK = 2048
 RUNS = 8  # that one launch takes; compiled for 1 and for RUNS

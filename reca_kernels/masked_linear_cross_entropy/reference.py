@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reca_kernels.reference.masked_cross_entropy import masked_cross_entropy
+from reca_kernels.masked_cross_entropy.reference import masked_cross_entropy
 from reca_kernels.tiles import TILE
 
 
