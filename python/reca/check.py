@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from reca import units
 from reca.config import Recipe
 from reca.distributed import shard_size
-from reca.draws import Draws
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import ROLES, Adapter, Batch
 from reca.optim import freeze
 from reca.parallelize import recompute_blocks
+from reca.rng import CounterRNG
 from reca.split import departures, describe, passes
 from reca_kernels.masked_linear_cross_entropy import reference as linear
 
@@ -36,7 +36,7 @@ class Parameters(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Of one picture in a RECA step. A multiplication with its addition is two; attention counts every pair of rows."""
+    """Of one image in a RECA step. A multiplication with its addition is two; attention counts every pair of rows."""
 
     encode: float  # frozen encoders, which a feature cache runs once
     forward: float
@@ -44,7 +44,7 @@ class Flops(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on the GPU that holds most. Activations, the pictures and the allocator's gaps come on top."""
+    """Bytes on the GPU that holds most. Activations, the images and the allocator's gaps come on top."""
 
     weights: int  # the fp32 masters of what is trained, and what is frozen
     gradients: int
@@ -56,14 +56,14 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def skeleton(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
+def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
     """The recipe's model without memory, frozen as in training, and the mode its tensors belong to.
 
     Raises ValueError for roles and patterns that the model does not have.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        adapter = umm(recipe.umm).Adapter.skeleton(recipe.model)
+        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     return adapter, fake
 
@@ -77,26 +77,26 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
     return {role: Parameters(total[role], trained[role]) for role in ROLES if role in total}
 
 
-def flops(adapter: Adapter, fake: FakeTensorMode, pictures: int) -> Flops:
-    """Counted by running the loss itself on tensors without memory; only ids, masks and draws are real."""
+def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
+    """Counted by running the loss itself on tensors without memory; only ids, masks and rng are real."""
     views = adapter.views("reca")
 
     def blank(view) -> list[Tensor] | None:
-        return view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(pictures)]
+        return view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in range(images)]
 
     with fake:
         gen, und = blank(views.gen), blank(views.und)
-    batch = Batch("reca", torch.arange(pictures), [TEXT] * pictures, gen, und)
+    batch = Batch("reca", torch.arange(images), [TEXT] * images, gen, und)
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
     with _on_the_reference(), sdpa_kernel(SDPBackend.MATH), counter:
         features = {key: _indices(value) for key, value in adapter.encode(batch).items()}
         encoded = counter.get_total_flops()
-        loss = adapter.loss(batch, features, Draws(0)).sum
+        loss = adapter.loss(batch, features, CounterRNG(0)).sum
         forward = counter.get_total_flops()
         loss.backward()
         backward = counter.get_total_flops()
     adapter.zero_grad(set_to_none=True)
-    return Flops(*(n / pictures for n in (encoded, forward - encoded, backward - forward)))
+    return Flops(*(n / images for n in (encoded, forward - encoded, backward - forward)))
 
 
 def _convolution_backward(grad, x, weight, *others, **_) -> int:  # shapes, and the last but one of them output_mask
@@ -140,10 +140,10 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
                 type of computation; one GPU: bf16 copies of trained matrices, at most
     """
-    for kind in recipe.active_kinds():
-        if kind not in adapter.kinds:
-            raise ValueError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
-    several = sum(passes(getattr(recipe.objective, kind), gpus) for kind in recipe.active_kinds()) > 1
+    for task in recipe.active_tasks():
+        if task not in adapter.tasks:
+            raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
+    several = sum(passes(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
     shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
@@ -180,7 +180,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     """All of it as text. Raises ValueError for what `reca train` on so many GPUs would refuse."""
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
-    adapter, fake = skeleton(recipe)
+    adapter, fake = build_meta(recipe)
     need = memory(adapter, recipe, gpus, node)
     if recipe.train.activation_checkpointing:
         recompute_blocks(adapter)
@@ -189,18 +189,18 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
     lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
     lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]
-    lines += ["", "one picture of a RECA step, attention counted as dense"]
+    lines += ["", "one image of a RECA step, attention counted as dense"]
     lines += [f"  {'rows of ' + name:<22}{n:>18,}" for name, n in rows.items()]
     steps = {"encoders": work.encode, "forward": work.forward, "backward": work.backward, "all": sum(work)}
     if recipe.objective.reca.weight:
-        pictures = recipe.objective.reca.per_update
-        steps[f"update of {pictures} pictures"] = pictures * sum(work)
+        images = recipe.objective.reca.batch_size
+        steps[f"update of {images} images"] = images * sum(work)
     lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
     lines += ["", f"samples of an update on {gpus} GPU{'s' * (gpus > 1)}"]
-    for kind in recipe.active_kinds():
-        config = getattr(recipe.objective, kind)
-        lines.append(f"  {kind:<22}{config.per_update:>18}   {describe(config.per_update, config.micro_batch, gpus)}")
-    if text := departures(recipe.objective, recipe.active_kinds(), gpus):
+    for task in recipe.active_tasks():
+        config = getattr(recipe.objective, task)
+        lines.append(f"  {task:<22}{config.batch_size:>18}   {describe(config.batch_size, config.micro_batch, gpus)}")
+    if text := departures(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
     lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]

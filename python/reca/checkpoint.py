@@ -47,7 +47,7 @@ class CheckpointError(RuntimeError):
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first. Names are updates: digits, compared as numbers."""
+    """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers."""
     markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
     return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
 
@@ -61,7 +61,7 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     """Find the newest checkpoint whose files are those that were written; None if the run has no checkpoint.
 
     A damaged one is reported loudly and the one before it is taken. Every rank gets the same answer.
-    set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these updates again.
+    set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these steps again.
     Raises CheckpointError when all of them are damaged; it names what to remove.
     """
     faults: dict[Path, str] = {}
@@ -112,7 +112,7 @@ def remove_leftovers(run_dir: Path) -> None:
 def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
     """Write a checkpoint; None, loudly, if the disk would not take it. Older checkpoints stay until it is complete.
 
-    state: JSON-able, with the number of updates done as "update".
+    state: JSON-able, with the number of steps done as "update".
     """
     final = run_dir / "checkpoints" / f"{state['update']:06d}"
     partial = final.with_name(final.name + PARTIAL)

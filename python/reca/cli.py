@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=_path, required=True, help="folder to write")
 
     demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
-    demo.add_argument("--umm", default="show_o", help="which model family: show_o, harmon, open_uni or bagel")
+    demo.add_argument("--umm", default="show_o", help="which UMM: show_o, harmon, open_uni or bagel")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     demo.add_argument(
-        "--out", type=_path, help="folder of the report; demo_out, for another family than show_o demo_out/UMM"
+        "--out", type=_path, help="folder of the report; demo_out, for another UMM than show_o demo_out/UMM"
     )
     demo.add_argument(
         "--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs"
@@ -157,7 +157,7 @@ def _path(text: str) -> Path:
 
 
 def _takes_sampling(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
     )
@@ -179,11 +179,11 @@ def _train(options: argparse.Namespace) -> None:
     done = finished(recipe)
     if done is None:
         Trainer(recipe).run()
-        told = f"{recipe.train.updates} updates done. {draw}"
+        told = f"{recipe.train.steps} steps done. {draw}"
     else:
         told = (
-            f"{recipe.run_dir} has {done} updates already and train.updates={recipe.train.updates}: nothing to do. "
-            f"Give a larger train.updates, or another run_dir. {draw}"
+            f"{recipe.run_dir} has {done} steps already and train.steps={recipe.train.steps}: nothing to do. "
+            f"Give a larger train.steps, or another run_dir. {draw}"
         )
     if distributed.speaks():
         print(told)
@@ -211,16 +211,16 @@ def _check(options: argparse.Namespace) -> None:
 def _recipe(options: argparse.Namespace, ability: str | None = None) -> tuple:
     """The recipe that is named, or that a run was made with, and the class of its adapter."""
     from reca.config import RecipeError, UnknownRecipe, load_recipe
-    from reca.models import UMMS, umm
+    from reca.models import UMMS, umm_package
 
     kept = Path(options.recipe) / "recipe.yaml"
     try:
         recipe = load_recipe(kept if kept.is_file() else options.recipe, options.overrides)
     except UnknownRecipe as error:
         raise RecipeError(f"{options.recipe!r} is no folder of a run, and there is {error}") from error
-    adapter = umm(recipe.umm).Adapter
+    adapter = umm_package(recipe.umm).Adapter
     if ability and ability not in adapter.abilities:
-        able = [name for name in UMMS if ability in umm(name).Adapter.abilities]
+        able = [name for name in UMMS if ability in umm_package(name).Adapter.abilities]
         raise RecipeError(f"{recipe.umm} cannot {ability}; recipes of {' and '.join(able)} can")
     return recipe, adapter
 
@@ -342,14 +342,14 @@ def _read(path: Path):
     return read_image(path)
 
 
-def _write(pictures: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
+def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
     from reca.log import grid
 
-    for i, (picture, seed, text) in enumerate(zip(pictures, seeds, texts, strict=True)):
+    for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True)):
         words = re.sub(r"\W+", "-", text).strip("-")[:40]
         path = options.out / f"{i:03d}_seed{seed}_{words}.png"
         try:
-            grid([picture]).save(path)
+            grid([image]).save(path)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(

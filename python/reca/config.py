@@ -13,14 +13,14 @@ from typing import Any, Optional, get_type_hints
 
 from reca.data.config import DataConfig
 from reca.folders import replace_text
-from reca.models import UMMS, umm
-from reca.models.base import KINDS
-from reca.options import GLOB, HUB, LOCAL, RecipeError, check_heads, check_values, option, share, shown
+from reca.models import UMMS, umm_package
+from reca.models.base import TASKS
+from reca.options import GLOB, HUB, LOCAL, RecipeError, check_heads, check_values, config_field, share, shown
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 COMMAND_LINE = "the command line"
-UPDATES = 10**9  # the most that a run makes: samples are numbered in 56 bits
+MAX_STEPS = 10**9  # the most that a run makes: samples are numbered in 56 bits
 
 
 class UnknownRecipe(RecipeError):
@@ -28,23 +28,25 @@ class UnknownRecipe(RecipeError):
 
 
 @dataclass
-class KindConfig:
-    weight: float = option(0.0, "lambda of this loss in the total; a kind of weight 0 is never computed", least=0)
-    per_update: int = option(
-        8, "samples of this kind in one update, over all ranks and micro-batches", least=1, most=2**24
+class TaskConfig:
+    weight: float = config_field(0.0, "lambda of this loss in the total; a task of weight 0 is never computed", least=0)
+    batch_size: int = config_field(
+        8, "samples of this task in one update, over all ranks and micro-batches", least=1, most=2**24
     )
-    micro_batch: int = option(
+    micro_batch: int = config_field(
         8, "most samples in one forward pass on one rank; an update is split evenly below it", least=1, most=2**24
     )
 
 
 @dataclass
 class ObjectiveConfig:
-    reca: KindConfig = option(lambda: KindConfig(weight=1.0), "reconstruction from h_v (the RECA loss)")
-    i2t: KindConfig = option(KindConfig, "image to text; 1 where understanding and generation share weights")
-    t2i: KindConfig = option(KindConfig, "caption to image: supervised fine-tuning (SFT)")
-    condition: str = option("own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other"))
-    mean: str = option(
+    reca: TaskConfig = config_field(lambda: TaskConfig(weight=1.0), "reconstruction from h_v (the RECA loss)")
+    i2t: TaskConfig = config_field(TaskConfig, "image to text; 1 where understanding and generation share weights")
+    t2i: TaskConfig = config_field(TaskConfig, "caption to image: supervised fine-tuning (SFT)")
+    condition: str = config_field(
+        "own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other")
+    )
+    mean: str = config_field(
         "update",
         "what a loss is averaged over: all weights of the update, or each micro-batch by itself (as the releases do) "
         "and then these, each with its share of the update's samples",
@@ -54,85 +56,97 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = option("adamw", "adamw, or apex for NVIDIA apex's FusedAdam", ("adamw", "apex"))
-    lr: float = option(1e-5, "peak learning rate", least=0)
-    betas: list[float] = option(lambda: [0.9, 0.95], "AdamW betas", least=0, below=1)
-    eps: float = option(1e-8, "AdamW epsilon", above=0)
-    weight_decay: float = option(0.0, "decoupled weight decay, on the parameters the adapter's decays() names", least=0)
-    clip: Optional[float] = option(1.0, "largest global gradient norm; null never clips", above=0)
-    schedule: str = option("constant", "shape of the learning rate after warm-up", ("constant", "cosine", "linear"))
-    warmup: int = option(0, "updates of linear warm-up", least=0, most=UPDATES)
-    decay_updates: Optional[int] = option(
-        None, "updates after which the schedule has ended; null = train.updates", least=1, most=UPDATES
+    name: str = config_field("adamw", "adamw, or apex for NVIDIA apex's FusedAdam", ("adamw", "apex"))
+    lr: float = config_field(1e-5, "peak learning rate", least=0)
+    betas: list[float] = config_field(lambda: [0.9, 0.95], "AdamW betas", least=0, below=1)
+    eps: float = config_field(1e-8, "AdamW epsilon", above=0)
+    weight_decay: float = config_field(
+        0.0, "decoupled weight decay, on the parameters the adapter's decays() names", least=0
     )
-    hold: float = share(0.0, "linear and cosine: share of the updates at the peak before the decay starts")
-    final: float = share(0.0, "learning rate at the end, as a share of the peak")
+    max_grad_norm: Optional[float] = config_field(1.0, "largest global gradient norm; null never clips", above=0)
+    schedule: str = config_field(
+        "constant", "shape of the learning rate after warm-up", ("constant", "cosine", "linear")
+    )
+    warmup_steps: int = config_field(0, "steps of linear warm-up", least=0, most=MAX_STEPS)
+    decay_steps: Optional[int] = config_field(
+        None, "steps after which the schedule has ended; null = train.steps", least=1, most=MAX_STEPS
+    )
+    stable_fraction: float = share(0.0, "linear and cosine: share of the steps at the peak before the decay starts")
+    min_lr_ratio: float = share(0.0, "learning rate at the end, as a share of the peak")
 
 
 @dataclass
 class TrainConfig:
-    updates: int = option(1000, "optimizer updates to make in all", least=1, most=UPDATES)
-    seed: int = option(0, "key of every random draw of the run", least=0)
-    init_from: Optional[str] = option(
+    steps: int = config_field(1000, "optimizer steps to make in all", least=1, most=MAX_STEPS)
+    seed: int = config_field(0, "key of every random draw of the run", least=0)
+    init_from: Optional[str] = config_field(
         None,
         "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)",
         path=LOCAL,
     )
-    train: Optional[list[str]] = option(None, "parameter roles to train; null = what the paper trains for this UMM")
-    frozen: list[str] = option(list, "name patterns of parameters that stay as they are although their role is trained")
-    precision: str = option("fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16"))
-    activation_checkpointing: bool = option(False, "recompute the repeated layers in the backward pass")
-    compile: bool = option(False, "torch.compile the repeated layers")
-    max_skips: int = option(3, "consecutive updates with a non-finite loss or gradient before the run stops", least=0)
-    threads: Optional[int] = option(None, "CPU threads; null leaves torch's choice", least=1, most=2**12)
+    train: Optional[list[str]] = config_field(
+        None, "parameter roles to train; null = what the paper trains for this UMM"
+    )
+    frozen: list[str] = config_field(
+        list, "name patterns of parameters that stay as they are although their role is trained"
+    )
+    precision: str = config_field(
+        "fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16")
+    )
+    activation_checkpointing: bool = config_field(False, "recompute the repeated layers in the backward pass")
+    compile: bool = config_field(False, "torch.compile the repeated layers")
+    max_skips: int = config_field(
+        3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
+    )
+    threads: Optional[int] = config_field(None, "CPU threads; null leaves torch's choice", least=1, most=2**12)
 
 
 @dataclass
 class ParallelConfig:
-    shard: Optional[int] = option(
+    shard: Optional[int] = config_field(
         None,
         "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ",
         least=1,
         most=2**20,
     )
-    timeout_minutes: int = option(30, "how long a collective may take", least=1, most=60 * 24 * 365)
+    timeout_minutes: int = config_field(30, "how long a collective may take", least=1, most=60 * 24 * 365)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = option(500, "updates between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
-    keep: int = option(2, "newest checkpoints to keep; 0 keeps all", least=0)
+    every: int = config_field(500, "steps between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
+    keep: int = config_field(2, "newest checkpoints to keep; 0 keeps all", least=0)
 
 
 @dataclass
 class LogConfig:
-    every: int = option(10, "updates between lines of log.jsonl", least=0)
-    tensorboard: bool = option(True, "write TensorBoard files, if tensorboard is installed")
-    prompts: list[str] = option(list, "prompts drawn into a grid PNG during training")
-    sample_every: int = option(0, "updates between grids; 0 draws none", least=0)
-    gap_every: int = option(0, "updates between measurements of the condition gap; 0 measures none", least=0)
-    drift_every: int = option(0, "updates between losses on a fixed captioned batch; 0 measures none", least=0)
-    profile: Optional[str] = option(
+    every: int = config_field(10, "steps between lines of log.jsonl", least=0)
+    tensorboard: bool = config_field(True, "write TensorBoard files, if tensorboard is installed")
+    prompts: list[str] = config_field(list, "prompts drawn into a grid PNG during training")
+    sample_every: int = config_field(0, "steps between grids; 0 rng none", least=0)
+    gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
+    drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
+    profile: Optional[str] = config_field(
         None, "first:last update to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
     )
 
 
 @dataclass
 class Recipe:
-    umm: str = option("show_o", "the model family", UMMS)
-    model: Any = option(None, "keys of that family, see models/<umm>/config.py")
-    data: DataConfig = option(DataConfig, "")
-    objective: ObjectiveConfig = option(ObjectiveConfig, "")
-    optim: OptimConfig = option(OptimConfig, "")
-    train: TrainConfig = option(TrainConfig, "")
-    parallel: ParallelConfig = option(ParallelConfig, "")
-    checkpoint: CheckpointConfig = option(CheckpointConfig, "")
-    log: LogConfig = option(LogConfig, "")
-    run_dir: str = option("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
+    umm: str = config_field("show_o", "which unified multimodal model", UMMS)
+    model: Any = config_field(None, "keys of that model, see models/<umm>/config.py")
+    data: DataConfig = config_field(DataConfig, "")
+    objective: ObjectiveConfig = config_field(ObjectiveConfig, "")
+    optim: OptimConfig = config_field(OptimConfig, "")
+    train: TrainConfig = config_field(TrainConfig, "")
+    parallel: ParallelConfig = config_field(ParallelConfig, "")
+    checkpoint: CheckpointConfig = config_field(CheckpointConfig, "")
+    log: LogConfig = config_field(LogConfig, "")
+    run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
 
-    def active_kinds(self) -> list[str]:
+    def active_tasks(self) -> list[str]:
         """Kinds of loss with a weight, in the order in which an update runs them."""
-        return [kind for kind in KINDS if getattr(self.objective, kind).weight]
+        return [task for task in TASKS if getattr(self.objective, task).weight]
 
 
 def recipe_names() -> list[str]:
@@ -162,13 +176,13 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
         raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
 
     given = [_split(text) for text in overrides]
-    family = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
+    umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
     for key, text in given:
         if key == "umm":
-            family = convert(read_override(key, text, str), str, key, COMMAND_LINE)
-    recipe = Recipe(umm=family)
+            umm = convert(read_override(key, text, str), str, key, COMMAND_LINE)
+    recipe = Recipe(umm=umm)
     check_values(recipe)
-    recipe.model = umm(family).Config()
+    recipe.model = umm_package(umm).Config()
     _Layer(recipe, source).put(recipe, written)
     layer = _Layer(recipe, COMMAND_LINE)
     for key, text in given:
@@ -193,9 +207,9 @@ def located(recipe: Recipe) -> Recipe:
     """
     recipe = copy.deepcopy(recipe)
     for config, f, _ in walk(recipe):
-        value, kind = getattr(config, f.name), f.metadata.get("path")
-        if kind and value and not _is_address(value) and not (kind == HUB and not os.path.exists(value)):
-            here = glob.escape(os.getcwd()) if kind == GLOB and ".tar" in Path(value).name else os.getcwd()
+        value, task = getattr(config, f.name), f.metadata.get("path")
+        if task and value and not _is_address(value) and not (task == HUB and not os.path.exists(value)):
+            here = glob.escape(os.getcwd()) if task == GLOB and ".tar" in Path(value).name else os.getcwd()
             setattr(config, f.name, os.path.join(here, value.removeprefix("./")))
     return recipe
 
@@ -325,9 +339,9 @@ def _check(config: Any, prefix: str = "") -> None:
         value = getattr(config, f.name)
         if is_dataclass(value):
             _check(value, f"{prefix}{f.name}.")
-    if isinstance(config, ObjectiveConfig) and config.condition == "other" and config.reca.per_update < 2:
+    if isinstance(config, ObjectiveConfig) and config.condition == "other" and config.reca.batch_size < 2:
         raise RecipeError(
-            f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.per_update to 2 or more"
+            f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.batch_size to 2 or more"
         )
     if isinstance(config, OptimConfig) and len(config.betas) != 2:
         raise RecipeError(f"{prefix}betas={shown(config.betas)} must be two numbers from 0 to below 1")
@@ -335,5 +349,5 @@ def _check(config: Any, prefix: str = "") -> None:
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", config.profile)
         if not match or int(match[1]) > int(match[2]):
             raise RecipeError(f"{prefix}profile={shown(config.profile)} must be first:last, such as 10:13")
-    if isinstance(config, Recipe) and not config.active_kinds():
+    if isinstance(config, Recipe) and not config.active_tasks():
         raise RecipeError("every weight of objective is 0: there is nothing to train")

@@ -23,8 +23,8 @@ _NO_WEIGHTS = {
     b"\x89HDF": ("an HDF5 file of Keras or TensorFlow", "the PyTorch or safetensors file"),
     b"GGUF": ("a GGUF file of llama.cpp", "the PyTorch or safetensors file"),
     b"\x93NUMPY": ("a NumPy array", "the PyTorch or safetensors file"),
-    b"\x89PNG": ("a picture", "the file of the weights"),
-    b"\xff\xd8\xff": ("a picture", "the file of the weights"),
+    b"\x89PNG": ("an image", "the file of the weights"),
+    b"\xff\xd8\xff": ("an image", "the file of the weights"),
     b"%PDF": ("a PDF", "the file of the weights"),
 }
 

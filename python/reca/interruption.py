@@ -1,4 +1,4 @@
-"""Signals that end a run early: between two updates, with a checkpoint."""
+"""Signals that end a run early: between two steps, with a checkpoint."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ class Interruption:
     """What a run is told by SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP. A second signal of the same kind ends the process.
 
     asked    a signal has come
-    waits    the run looks at `asked` between updates. Until it does there is nothing to save: a signal ends it at once
+    waits    the run looks at `asked` between steps. Until it does there is nothing to save: a signal ends it at once
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_until(path: Path, update: int) -> None:
-    """Keep only what a run that goes on from `update` will not write again: whole lines of updates until then."""
+    """Keep only what a run that goes on from `update` will not write again: whole lines of steps until then."""
     lines = _lines(path)
     kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= update)
     if path.is_file() and kept != path.read_bytes():

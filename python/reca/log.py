@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, log.jsonl, TensorBoard and grids of sample pictures."""
+"""What a run tells: a progress bar, log.jsonl, TensorBoard and grids of sample images."""
 
 import contextlib
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger("reca")
 class RunLog:
     """Rank 0's record of a run. Other ranks hold a silent one."""
 
-    def __init__(self, run_dir: Path, updates: int, done: int, tensorboard: bool, speaks: bool, bar: bool = True):
+    def __init__(self, run_dir: Path, steps: int, done: int, tensorboard: bool, speaks: bool, bar: bool = True):
         self.run_dir, self.speaks, self.board = run_dir, speaks, None
         self.bar = tqdm(
-            total=updates,
+            total=steps,
             initial=done,
             unit="update",
             dynamic_ncols=True,
@@ -58,7 +58,7 @@ class RunLog:
             log.warning("update %d: %s", update, warning)
             self.lines.write({"update": update, "warning": warning})
 
-    def pictures(self, update: int, images: list[Tensor]) -> None:
+    def images(self, update: int, images: list[Tensor]) -> None:
         if self.speaks:
             path = self.run_dir / "samples" / f"{update:06d}.png"
             try:
@@ -78,14 +78,14 @@ class RunLog:
 
 
 def grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures (uint8 [3, H, W]) side by side on white, row by row."""
+    """Images (uint8 [3, H, W]) side by side on white, row by row."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     height = max(image.shape[1] for image in images) + gap
     width = max(image.shape[2] for image in images) + gap
     sheet = Image.new("RGB", (columns * width - gap, math.ceil(len(images) / columns) * height - gap), "white")
     for i, image in enumerate(images):
-        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        sheet.paste(picture, (i % columns * width, i // columns * height))
+        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from reca.config import Recipe
 from reca.models.base import Adapter
 
-START = 100  # updates whose mean loss later losses are compared with
-COPYING = 0.3  # share of that loss under which the model probably copies h_v into the picture
+START = 100  # steps whose mean loss later losses are compared with
+COPYING = 0.3  # share of that loss under which the model probably copies h_v into the image
 DRIFT = 1.05  # growth of a fixed batch's loss that counts as forgetting
 GAP = 3.0  # growth of the condition gap that, with drift, speaks of copying
 
 
-def hazards(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
+def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
     """What is known before the first update to endanger this run."""
-    found, roles = list(adapter.hazards()), set(roles)
+    found, roles = list(adapter.config_warnings()), set(roles)
     if "shared_lm" in roles and recipe.objective.reca.weight and not recipe.objective.i2t.weight:
         found.append(
             "understanding and generation share trained weights but objective.i2t.weight is 0: understanding may be "
@@ -38,13 +38,13 @@ class Monitor:
         self.first: dict[str, float] = {}
         self.raised: set[str] = set()
 
-    def check(self, update: int, metrics: dict[str, float], kinds: Iterable[str]) -> list[str]:
+    def check(self, update: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
         conditions = {}
-        for kind in kinds:
+        for task in tasks:
             text = (
-                f"no sample of kind {kind} in this update carries a label; its loss was skipped. Check the {kind} data"
+                f"no sample of task {task} in this update carries a label; its loss was skipped. Check the {task} data"
             )
-            conditions[f"no {kind} labels"] = metrics.get(f"{kind}/weight") == 0, text
+            conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
         if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])
             if len(early) < START:
@@ -53,7 +53,7 @@ class Monitor:
             level = sum(early) / len(early)
             text = (
                 f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPYING:.0%} of its first {START} "
-                f"updates ({level:.3g}). If text-to-image pictures get worse the model copies h_v: lower the "
+                f"steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower the "
                 "understanding resolution or blur that view"
             )
             conditions["copying"] = len(early) == START and self.smooth["reca"] < COPYING * level, text

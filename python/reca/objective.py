@@ -1,6 +1,6 @@
-"""L_total = sum over kinds of lambda_k * L_k, each L_k a mean over the whole update.
+"""L_total = sum over tasks of lambda_k * L_k, each L_k a mean over the whole update.
 
-A kind's loss is (sum over ranks and micro-batches of its sums) / (the same of its weights). So one GPU that
+A task's loss is (sum over ranks and micro-batches of its sums) / (the same of its weights). So one GPU that
 accumulates eight micro-batches makes the update that eight GPUs make at once, and lambda keeps its meaning when
 micro-batches carry different numbers of tokens.
 
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from reca import distributed
 from reca.config import ObjectiveConfig, RecipeError
-from reca.draws import Draws
-from reca.models.base import KINDS, Adapter, Batch, LossTerm
+from reca.models.base import TASKS, Adapter, Batch, LossTerm
+from reca.rng import CounterRNG
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-def kind_draws(seed: int, kind: str) -> Draws:
+def task_rng(seed: int, task: str) -> CounterRNG:
     """Kinds number their samples separately, so each has a key of its own."""
-    return Draws(seed, KINDS.index(kind))
+    return CounterRNG(seed, TASKS.index(task))
 
 
 def backward(
@@ -35,22 +35,22 @@ def backward(
 ) -> dict[str, Tensor]:
     """Add the gradient of L_total over `batches` to the parameters.
 
-    batches: the micro-batches of one update on this rank, by kind. Every rank has as many.
-    Returns fp32 [2] tensors (sum, weight) by kind, over the samples that this rank counts.
-    A kind without any label in the whole update adds nothing.
+    batches: the micro-batches of one update on this rank, by task. Every rank has as many.
+    Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts.
+    A task without any label in the whole update adds nothing.
     """
-    draws = {kind: kind_draws(seed, kind) for kind in batches}
-    totals = {kind: _totals(adapter, micro_batches, draws[kind]) for kind, micro_batches in batches.items()}
+    rng = {task: task_rng(seed, task) for task in batches}
+    totals = {task: _totals(adapter, micro_batches, rng[task]) for task, micro_batches in batches.items()}
 
-    work = [(kind, batch) for kind, micro_batches in batches.items() for batch in micro_batches]
-    sums = {kind: torch.zeros_like(total) for kind, total in totals.items()}
-    for position, (kind, batch) in enumerate(work):
+    work = [(task, batch) for task, micro_batches in batches.items() for batch in micro_batches]
+    sums = {task: torch.zeros_like(total) for task, total in totals.items()}
+    for position, (task, batch) in enumerate(work):
         distributed.sync_gradients(adapter, position == len(work) - 1)
-        condition = objective.condition if kind == "reca" else "own"
+        condition = objective.condition if task == "reca" else "own"
         with autocast:
-            term = adapter(batch, draws[kind], condition)
-        _check_reach(adapter, kind, term)
-        weight, samples = totals[kind]
+            term = adapter(batch, rng[task], condition)
+        _check_reach(adapter, task, term)
+        weight, samples = totals[task]
         if not batch.counted:
             # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
             # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
@@ -59,22 +59,22 @@ def backward(
             scale = distributed.world() / weight.clamp(min=TINY)
         else:
             scale = distributed.world() * len(batch) / (samples * term.weight.clamp(min=TINY))
-        (getattr(objective, kind).weight * scale * term.sum).backward()
+        (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
-            sums[kind] += torch.stack((term.sum.detach(), term.weight))
+            sums[task] += torch.stack((term.sum.detach(), term.weight))
     return sums
 
 
-def _totals(adapter: Adapter, micro_batches: list[Batch], draws: Draws) -> Tensor:
-    """Weight and samples of one kind in the whole update, fp32 [2]."""
-    own = [(adapter.weight(batch, draws), len(batch)) for batch in micro_batches if batch.counted]
+def _totals(adapter: Adapter, micro_batches: list[Batch], rng: CounterRNG) -> Tensor:
+    """Weight and samples of one task in the whole update, fp32 [2]."""
+    own = [(adapter.weight(batch, rng), len(batch)) for batch in micro_batches if batch.counted]
     total = torch.zeros(2, device=micro_batches[0].sample_ids.device)
     for weight, samples in own:
         total += torch.stack((weight, weight.new_full((), samples)))
     return distributed.sum_over_ranks(total)
 
 
-def _check_reach(adapter: Adapter, kind: str, term: LossTerm) -> None:
+def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
     """Refuse a loss that no trained parameter has a part in, which backward would only find without saying which.
 
     Raises RecipeError.
@@ -86,8 +86,8 @@ def _check_reach(adapter: Adapter, kind: str, term: LossTerm) -> None:
         if parameter.requires_grad:
             trained.add(roles[name])
     raise RecipeError(
-        f"the {kind} loss of {adapter.name} depends on no parameter that is trained (of roles "
-        f"{', '.join(sorted(trained))}), so it cannot train: set objective.{kind}.weight=0, or name another role in "
+        f"the {task} loss of {adapter.name} depends on no parameter that is trained (of roles "
+        f"{', '.join(sorted(trained))}), so it cannot train: set objective.{task}.weight=0, or name another role in "
         f"train.train (there are {', '.join(sorted(set(roles.values())))})"
     )
 
@@ -96,11 +96,11 @@ def _check_reach(adapter: Adapter, kind: str, term: LossTerm) -> None:
 def evaluate(
     adapter: Adapter, batches: Iterable[Batch], seed: int, autocast: torch.autocast, condition: str = "own"
 ) -> float:
-    """Mean loss over fixed batches, with the draws their sample ids give."""
+    """Mean loss over fixed batches, with the rng their sample ids give."""
     sums = torch.zeros(2, device=next(adapter.parameters()).device)
     for batch in batches:
         with autocast:
-            term = adapter(batch, kind_draws(seed, batch.kind), condition)
+            term = adapter(batch, task_rng(seed, batch.task), condition)
         if batch.counted:
             sums += torch.stack((term.sum, term.weight))
     total, weight = distributed.sum_over_ranks(sums).tolist()

@@ -56,17 +56,17 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, fused=fused, **common)
 
 
-def lr_at(update: int, updates: int, config: OptimConfig) -> float:
-    """Learning rate of update number `update` (the first is 0) in a run of `updates`."""
-    if update < config.warmup:
-        return config.lr * (update + 1) / config.warmup
+def lr_at(update: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of update number `update` (the first is 0) in a run of `steps`."""
+    if update < config.warmup_steps:
+        return config.lr * (update + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    end = config.decay_updates or updates
-    start = max(config.warmup, int(config.hold * end))
+    end = config.decay_steps or steps
+    start = max(config.warmup_steps, int(config.stable_fraction * end))
     done = min(1.0, max(0.0, (update - start) / max(1, end - start)))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.lr * (config.final + (1 - config.final) * shape)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -75,8 +75,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def gradient_norm(adapter: nn.Module, clip: float | None) -> float:
-    """Global L2 norm of the gradients before clipping; clips them to `clip`, or leaves them as they are (None).
+def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
+    """Clip the gradients to a global L2 norm of `max_grad_norm` (None: leave them) and return the norm before.
 
     Norms are taken in fp32 whatever the gradients are: in fp16 they end at 65504. Waits for the device, since whether
     an update is made depends on the norm.
@@ -86,8 +86,8 @@ def gradient_norm(adapter: nn.Module, clip: float | None) -> float:
     norm = torch.nn.utils.get_total_norm(
         [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype in HALVES else g for g in gradients]
     )
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 

@@ -16,7 +16,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run as written; the message says which key, why, and what would be right."""
 
 
-def option(
+def config_field(
     default: Any = MISSING,
     doc: str = "",
     choices: tuple | None = None,
@@ -45,17 +45,17 @@ def option(
 
 def count(default: Any, doc: str = "") -> Any:
     """A documented recipe key that counts parts of a model, or a list of such counts: at least 1."""
-    return option(default, doc, least=1, most=2**24, fewest=1)
+    return config_field(default, doc, least=1, most=2**24, fewest=1)
 
 
 def pixels(default: int | None, doc: str = "") -> Any:
-    """A documented recipe key for the side of a picture: at least 1 pixel."""
-    return option(default, doc, least=1, most=2**14)
+    """A documented recipe key for the side of an image: at least 1 pixel."""
+    return config_field(default, doc, least=1, most=2**14)
 
 
 def share(default: float, doc: str = "") -> Any:
     """A documented recipe key for a part of a whole, from 0 to 1."""
-    return option(default, doc, least=0, most=1)
+    return config_field(default, doc, least=0, most=1)
 
 
 def check_values(config: Any, prefix: str = "") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from reca import checkpoint, runs, units
-from reca.check import memory, skeleton
+from reca.check import build_meta, memory
 from reca.config import Recipe, RecipeError
 from reca.data.loader import open_sources
 from reca.data.sources import DataError, Source
@@ -21,30 +21,30 @@ log = logging.getLogger("reca")
 
 
 def check(
-    recipe: Recipe, kinds: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None, begins: bool = True
+    recipe: Recipe, tasks: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None, begins: bool = True
 ) -> tuple[dict[str, Source], list[str]]:
     """Raise what `Trainer` would run into after minutes of loading; takes seconds and no memory.
 
-    kinds: those that samples are needed of. node: ranks on this machine.
+    tasks: those that samples are needed of. node: ranks on this machine.
     adapter: a model that is there already, in place of the recipe's. begins: the run starts from train.init_from, and
     does not go on from a checkpoint of its own.
 
-    Returns the sources of samples, by kind, and the templates.
+    Returns the sources of samples, by task, and the templates.
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
     train.init_from.
     """
     model = adapter
     if model is None:
         _files_exist(recipe)
-        model, _ = skeleton(recipe)
+        model, _ = build_meta(recipe)
     else:
         freeze(model, recipe.train.train, recipe.train.frozen)
-    for kind in recipe.active_kinds():
-        if kind not in model.kinds:
-            raise RecipeError(f"{recipe.umm} has no {kind} loss: set objective.{kind}.weight=0")
+    for task in recipe.active_tasks():
+        if task not in model.tasks:
+            raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     if begins:
         runs.check_parent(recipe, model)
-    sources = open_sources(recipe.data, kinds)
+    sources = open_sources(recipe.data, tasks)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
         _memory(recipe, model, ranks, node)
@@ -109,6 +109,6 @@ def memory_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RecipeError(
-            f"out of memory ({str(error).splitlines()[0]}). Lower micro_batch of the objective's kinds, set "
+            f"out of memory ({str(error).splitlines()[0]}). Lower micro_batch of the objective's tasks, set "
             "train.activation_checkpointing=true, or use more GPUs"
         ) from error

@@ -13,14 +13,14 @@ import torch
 from reca import checkpoint, distributed, exits
 from reca.config import Recipe, RecipeError, as_dict, load_recipe
 from reca.data.loader import SPECS
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
 FREE = (
     "run_dir", "log.*", "checkpoint.*", "parallel.*",
-    "train.updates", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
+    "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
     "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 # Keys that name something on a disk, which may have moved: `identity` compares what is there instead.
@@ -40,11 +40,11 @@ def identity(
 ) -> dict[str, Any]:
     """Describe what a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
 
-    sources: the samples of every active kind. state: of the checkpoint to go on from. It holds what the run before this
+    sources: the samples of every active task. state: of the checkpoint to go on from. It holds what the run before this
     one had made when this one began, which does not matter any longer.
     """
-    found = {f"data.{SPECS[kind]}": [len(sources[kind]), sources[kind].identity()] for kind in recipe.active_kinds()}
-    if "reca" in recipe.active_kinds():
+    found = {f"data.{SPECS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()}
+    if "reca" in recipe.active_tasks():
         found["data.templates"] = _digest("\n".join(templates).encode())
     found |= {f"model.{name}": _fingerprint(value) for name, value in files(recipe).items()}
     if recipe.train.init_from is not None:
@@ -63,10 +63,10 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     Raises RecipeError that names every such key with both values.
     """
     before, old, new = state["identity"], _flat(state["recipe"]), _flat(as_dict(recipe))
-    free = [*FREE, *BY_CONTENT, *before, *now, "optim.decay_updates"]
-    for kind in SPECS:
-        if not old.get(f"objective.{kind}.weight") and not new[f"objective.{kind}.weight"]:
-            free.append(f"objective.{kind}.*")
+    free = [*FREE, *BY_CONTENT, *before, *now, "optim.decay_steps"]
+    for task in SPECS:
+        if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
+            free.append(f"objective.{task}.*")
     if new["objective.mean"] == "update":
         free.append("objective.*.micro_batch")
     changed = [key for key in new if old.get(key) != new[key] and not any(fnmatchcase(key, f) for f in free)]
@@ -85,14 +85,14 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
 
 
 def finished(recipe: Recipe) -> int | None:
-    """Return the updates of a run that has no more to make; None for any other. Its status says so from then on.
+    """Return the steps of a run that has no more to make; None for any other. Its status says so from then on.
 
     Sizes tell here whether the checkpoint is sound: nothing is read that takes time.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
     """
     run_dir = Path(recipe.run_dir)
     newest = checkpoint.newest(run_dir)
-    if newest is None or int(newest.name) < recipe.train.updates or checkpoint.damage(newest, contents=False):
+    if newest is None or int(newest.name) < recipe.train.steps or checkpoint.damage(newest, contents=False):
         return None
     state = checkpoint.read_state(newest)
     reject_changed(recipe, run_dir, state, state["identity"])
@@ -100,7 +100,7 @@ def finished(recipe: Recipe) -> int | None:
         with contextlib.suppress(ValueError):
             if Status.read(run_dir).state == "finished":
                 return state["update"]
-        with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.updates) as folder:
+        with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.steps) as folder:
             checkpoint.remove_leftovers(run_dir)
             folder.saved(newest)
             folder.tell("finished", exits.DONE)
@@ -111,12 +111,12 @@ def finished(recipe: Recipe) -> int | None:
 def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
     """Return the update at which the learning rate's schedule ends.
 
-    A run that is continued keeps the end it began with, however many updates it is to make now, unless
-    optim.decay_updates tells another.
+    A run that is continued keeps the end it began with, however many steps it is to make now, unless
+    optim.decay_steps tells another.
     """
-    if recipe.optim.decay_updates is not None:
-        return recipe.optim.decay_updates
-    return recipe.train.updates if state is None else state["schedule_end"]
+    if recipe.optim.decay_steps is not None:
+        return recipe.optim.decay_steps
+    return recipe.train.steps if state is None else state["schedule_end"]
 
 
 def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
@@ -127,10 +127,10 @@ def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[st
     found, end, before = [], schedule_end(recipe, state), state["schedule_end"]
     if recipe.optim.schedule != "constant" and end != before:
         found.append(f"the schedule of the learning rate ends at update {end} now; until here it was {before}")
-    elif recipe.optim.schedule != "constant" and end < recipe.train.updates:
+    elif recipe.optim.schedule != "constant" and end < recipe.train.steps:
         found.append(
-            f"train.updates={recipe.train.updates} goes beyond the schedule of the learning rate, which ends at update "
-            f"{end} as it did before; optim.decay_updates={recipe.train.updates} stretches it"
+            f"train.steps={recipe.train.steps} goes beyond the schedule of the learning rate, which ends at update "
+            f"{end} as it did before; optim.decay_steps={recipe.train.steps} stretches it"
         )
     if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
         found.append(
@@ -142,7 +142,7 @@ def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[st
 
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
     """Load the model of a run: the published weights with its newest checkpoint on top."""
-    adapter = umm(recipe.umm).Adapter.load(recipe.model, device)
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
     checkpoint.overlay(run_dir, adapter)
     return adapter.eval()
 

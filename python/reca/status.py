@@ -1,6 +1,6 @@
 """What a run is doing, for people and for batch scripts: run_dir/status.json, and the lock of who uses the folder.
 
-{"state": "interrupted", "update": 125, "updates": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
+{"state": "interrupted", "update": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class Status:
     """The contents of status.json.
 
     state         running, interrupted (saved: the same command continues), failed, or finished
-    update        updates whose result is in the checkpoint
-    updates       updates that the run is to make
+    update        steps whose result is in the checkpoint
+    steps       steps that the run is to make
     checkpoint    newest complete checkpoint, relative to the run folder; null if there is none
     exit_code     that of the process; null while it runs
     reason        of a failure, in words
@@ -44,7 +44,7 @@ class Status:
 
     state: str = "running"
     update: int = 0
-    updates: int = 0
+    steps: int = 0
     checkpoint: str | None = None
     exit_code: int | None = None
     reason: str | None = None
@@ -96,7 +96,7 @@ class RunFolder:
     Raises RunInUse if another process, or a run that is going on in this one, has the folder.
     """
 
-    def __init__(self, run_dir: Path, updates: int):
+    def __init__(self, run_dir: Path, steps: int):
         self.path, self.mute, self.busy = run_dir, False, False
         self.lock = _lock(run_dir)
         self.key = _key(self.lock)
@@ -104,7 +104,7 @@ class RunFolder:
         if distributed.rank() == 0:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
-        self.status = Status(updates=updates, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world())
+        self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world())
 
     def __enter__(self) -> "RunFolder":
         if self.lock is None:

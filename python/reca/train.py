@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from reca import checkpoint, distributed, exits, monitors, objective, preflight, runs, split
-from reca.config import KindConfig, Recipe, as_dict, located, save_recipe
+from reca.config import Recipe, TaskConfig, as_dict, located, save_recipe
 from reca.data.loader import Loader, open_loader, open_sources
 from reca.folders import writable
 from reca.interruption import Interruption
 from reca.jsonl import JsonLines
 from reca.log import RunLog
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import Adapter, Batch
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import compile_blocks, recompute_blocks
@@ -43,7 +43,7 @@ class Trainer:
     """One run of one recipe. An existing run directory is continued from its newest sound checkpoint.
 
     adapter: a model to train in place of the one `recipe.model` describes (it must come from the same weights when a
-    run is continued). progress: called with the number of updates done, in place of a progress bar.
+    run is continued). progress: called with the number of steps done, in place of a progress bar.
 
     What is wrong with recipe, data, memory or disk is raised before the weights are read. While the process lives, the
     folder is locked; its status.json says how the run stands, and how it ended.
@@ -54,13 +54,13 @@ class Trainer:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.start(recipe.parallel)
-        self.kinds, self.able = recipe.active_kinds(), (adapter or umm(recipe.umm).Adapter).kinds
-        self.passes = {kind: split.passes(self._kind(kind), distributed.world()) for kind in self.kinds}
+        self.tasks, self.able = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
+        self.passes = {task: split.passes(self._task(task), distributed.world()) for task in self.tasks}
         with distributed.together():
             if distributed.rank() == 0:
                 writable(self.run_dir, "run_dir")
                 writable(self.run_dir / "checkpoints", "folder")
-        self.folder = RunFolder(self.run_dir, recipe.train.updates)
+        self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.interruption = Interruption()
         with self.folder, self.interruption.listening(), preflight.memory_errors():
             self._set_up(adapter)
@@ -79,7 +79,7 @@ class Trainer:
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
         whole = self.device if distributed.world() == 1 else torch.device("cpu")
-        self.adapter = adapter or umm(recipe.umm).Adapter.load(recipe.model, whole)
+        self.adapter = adapter or umm_package(recipe.umm).Adapter.load(recipe.model, whole)
         if state is None:
             runs.inherit(self.adapter, recipe)
         else:
@@ -100,30 +100,30 @@ class Trainer:
                 log.info("continuing %s at update %d", self.run_dir, self.update)
                 for difference in runs.differences(recipe, state, distributed.world()):
                     log.warning(difference)
-        self.loaders = {kind: self._loader(kind) for kind in self.kinds}
+        self.loaders = {task: self._loader(task) for task in self.tasks}
         self.fixed = self._fixed_batches()
         self.interruption.waits = True  # from here on a signal waits for the end of an update, on every rank
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Check all that needs no weights, on rank 0 first. Returns the sources of samples by kind."""
+        """Check all that needs no weights, on rank 0 first. Returns the sources of samples by task."""
         recipe, sources = self.recipe, {}
-        kinds = [*self.kinds, *(kind for kind in self._yardsticks() if kind not in self.kinds)]
+        tasks = [*self.tasks, *(task for task in self._yardsticks() if task not in self.tasks)]
         with distributed.together():
             if distributed.rank() == 0:
                 sources, templates = preflight.check(
-                    recipe, kinds, distributed.world(), distributed.node(), adapter, begins=state is None
+                    recipe, tasks, distributed.world(), distributed.node(), adapter, begins=state is None
                 )
                 self.identity = runs.identity(recipe, sources, templates, state)
                 if state is not None:
                     runs.reject_changed(recipe, self.run_dir, state, self.identity)
         with distributed.together():
             if distributed.rank() > 0:
-                sources = open_sources(recipe.data, kinds)
+                sources = open_sources(recipe.data, tasks)
         return sources
 
     def run(self) -> Path:
-        """Train to `train.updates`.
+        """Train to `train.steps`.
 
         Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
         of the run could not be written; NonFiniteError on NaN.
@@ -140,38 +140,38 @@ class Trainer:
         if speaks:
             save_recipe(located(recipe), self.run_dir / "recipe.yaml")
         record = RunLog(
-            self.run_dir, recipe.train.updates, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
+            self.run_dir, recipe.train.steps, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
         )
         monitor = monitors.Monitor()
-        for hazard in monitors.hazards(recipe, self.adapter, self.roles):
+        for hazard in monitors.config_warnings(recipe, self.adapter, self.roles):
             record.warn(self.update, hazard)
-        if departures := split.departures(recipe.objective, self.kinds, distributed.world()):
+        if departures := split.departures(recipe.objective, self.tasks, distributed.world()):
             record.warn(self.update, departures)
-        streams = {kind: iter(loader) for kind, loader in self.loaders.items()}
+        streams = {task: iter(loader) for task, loader in self.loaders.items()}
         profiler = self._profiler()
         try:
             with profiler:
-                while self.update < recipe.train.updates:
+                while self.update < recipe.train.steps:
                     began = time.perf_counter()
                     batches = {
-                        kind: [next(streams[kind]).to(self.device) for _ in range(self.passes[kind])]
-                        for kind in self.kinds
+                        task: [next(streams[task]).to(self.device) for _ in range(self.passes[task])]
+                        for task in self.tasks
                     }
                     waited = time.perf_counter() - began
                     metrics = self.step(batches)
-                    images = sum(self._kind(kind).per_update for kind in self.kinds)
+                    images = sum(self._task(task).batch_size for task in self.tasks)
                     metrics |= {"images_per_s": images / (time.perf_counter() - began), "data_wait_s": waited}
                     self._probe(metrics, batches)
-                    for warning in monitor.check(self.update, metrics, self.kinds):
+                    for warning in monitor.check(self.update, metrics, self.tasks):
                         record.warn(self.update, warning)
                     record.progress(metrics["loss"], metrics["images_per_s"])
                     if self.progress:
                         self.progress(self.update)
-                    last = self.update == recipe.train.updates
+                    last = self.update == recipe.train.steps
                     if _due(self.update, recipe.log.every) or last:
                         record.record(self.update, metrics)
                     if recipe.log.prompts and _due(self.update, recipe.log.sample_every):
-                        record.pictures(self.update, self._samples())
+                        record.images(self.update, self._samples())
                     if profiler is not _NO_PROFILER:
                         profiler.step()
                     stop = distributed.any_rank(self.interruption.asked, self.device)
@@ -189,14 +189,14 @@ class Trainer:
             record.close()
 
     def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """Make one update from this rank's micro-batches, by kind. Skips and counts it if it is not finite.
+        """Make one update from this rank's micro-batches, by task. Skips and counts it if it is not finite.
 
         Returns the update's metrics by name, as log.jsonl has them.
-        Raises NonFiniteError after train.max_skips such updates in a row.
+        Raises NonFiniteError after train.max_skips such steps in a row.
         """
         self.adapter.train()
         sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
-        norm = gradient_norm(self.adapter, self.recipe.optim.clip)
+        norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         lr = lr_at(self.update, self.schedule_end, self.recipe.optim)
         if math.isfinite(norm):
             set_lr(self.optimizer, lr)
@@ -204,20 +204,20 @@ class Trainer:
             self.skips = 0
         self.optimizer.zero_grad(set_to_none=True)
 
-        metrics = _means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.kinds)
-        metrics["loss"] = sum(self._kind(kind).weight * metrics[f"{kind}/loss"] for kind in self.kinds)
+        metrics = _means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
+        metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
         if not math.isfinite(norm):
             self._skip(batches, metrics)
         self.update += 1
         metrics |= {"grad_norm": norm, "lr": lr}
-        metrics |= {f"{kind}/bad_files": float(loader.bad) for kind, loader in self.loaders.items()}
+        metrics |= {f"{task}/bad_files": float(loader.bad) for task, loader in self.loaders.items()}
         return metrics
 
     def save(self) -> Path | None:
         """Write a checkpoint; None, loudly, if the disk would not take it."""
         state = {
             "update": self.update,
-            "samples": {kind: self._position(kind) for kind in self.kinds},
+            "samples": {task: self._position(task) for task in self.tasks},
             "schedule_end": self.schedule_end,
             "ranks": distributed.world(),
             "inherited": sorted(self.adapter.inherited),
@@ -235,29 +235,29 @@ class Trainer:
             there = f"the newest is of update {kept.update}" if kept.checkpoint else "there is none before it"
             raise NotSavedError(
                 f"update {self.update} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
-                "Free space there: the same command makes the updates since then again"
+                "Free space there: the same command makes the steps since then again"
             )
 
-    def _kind(self, kind: str) -> KindConfig:
-        return getattr(self.recipe.objective, kind)
+    def _task(self, task: str) -> TaskConfig:
+        return getattr(self.recipe.objective, task)
 
-    def _position(self, kind: str) -> int:
-        return self.update * self._kind(kind).per_update
+    def _position(self, task: str) -> int:
+        return self.update * self._task(task).batch_size
 
-    def _loader(self, kind: str) -> Loader:
+    def _loader(self, task: str) -> Loader:
         return open_loader(
             self.recipe.data,
-            kind,
-            self.adapter.views(kind),
-            source=self.sources[kind],
+            task,
+            self.adapter.views(task),
+            source=self.sources[task],
             seed=self.recipe.train.seed,
-            micro_batch=self._kind(kind).micro_batch,
-            per_update=self._kind(kind).per_update,
-            neighbours=kind == "reca" and self.recipe.objective.condition == "other",
-            start=self._position(kind),
+            micro_batch=self._task(task).micro_batch,
+            batch_size=self._task(task).batch_size,
+            neighbours=task == "reca" and self.recipe.objective.condition == "other",
+            start=self._position(task),
             rank=distributed.rank(),
             world=distributed.world(),
-            ledger=self.run_dir / f"bad_{kind}.jsonl",
+            ledger=self.run_dir / f"bad_{task}.jsonl",
             identity=[self.recipe.umm, self.recipe.train.precision, as_dict(self.recipe)["model"]],
         )
 
@@ -265,10 +265,10 @@ class Trainer:
         self.skips += 1
         dump = {
             "update": self.update,
-            "losses": {kind: str(metrics[f"{kind}/loss"]) for kind in self.kinds},
+            "losses": {task: str(metrics[f"{task}/loss"]) for task in self.tasks},
             "sample_ids": {
-                kind: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
-                for kind, list_ in batches.items()
+                task: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
+                for task, list_ in batches.items()
             },
         }
         lines = JsonLines(self.run_dir / f"non_finite_{distributed.rank()}.jsonl")
@@ -277,7 +277,7 @@ class Trainer:
         log.warning("update %d skipped: loss or gradient is not finite (%s)", self.update, dump["losses"])
         if self.skips > self.recipe.train.max_skips:
             raise NonFiniteError(
-                f"{self.skips} updates in a row were not finite; the parameters are those of the last good update. "
+                f"{self.skips} steps in a row were not finite; the parameters are those of the last good update. "
                 f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32"
             )
 
@@ -291,22 +291,22 @@ class Trainer:
             own, other = (objective.evaluate(self.adapter, [probe], seed, self.autocast, c) for c in ("own", "other"))
             metrics["reca/gap"] = other - own
         if _due(self.update, every.drift_every) or (every.drift_every and self.update == 1):
-            for kind, batch in self.fixed.items():
-                metrics[f"{kind}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
+            for task, batch in self.fixed.items():
+                metrics[f"{task}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
 
     def _yardsticks(self) -> list[str]:
         """Kinds whose first samples are the yardsticks of drift."""
         data = self.recipe.data
         there = {"i2t": data.conversations, "t2i": data.captions}
-        return [kind for kind in there if there[kind] and kind in self.able and self.recipe.log.drift_every]
+        return [task for task in there if there[task] and task in self.able and self.recipe.log.drift_every]
 
     def _fixed_batches(self) -> dict[str, Batch]:
         fixed = {}
-        for kind in self._yardsticks():
-            views, seed = self.adapter.views(kind), self.recipe.train.seed
-            source = self.sources[kind]
-            loader = open_loader(self.recipe.data, kind, views, seed=seed, micro_batch=8, source=source)
-            fixed[kind] = next(iter(loader)).to(self.device)
+        for task in self._yardsticks():
+            views, seed = self.adapter.views(task), self.recipe.train.seed
+            source = self.sources[task]
+            loader = open_loader(self.recipe.data, task, views, seed=seed, micro_batch=8, source=source)
+            fixed[task] = next(iter(loader)).to(self.device)
             loader.close()
         return fixed
 
@@ -317,7 +317,7 @@ class Trainer:
             return self.adapter.generate(prompts, list(range(len(prompts))))
 
     def _profiler(self):
-        """Record those of the updates of log.profile that are still to be made. The first of a run is update 1."""
+        """Record those of the steps of log.profile that are still to be made. The first of a run is update 1."""
         first, last = map(int, (self.recipe.log.profile or "0:0").split(":"))
         if last <= self.update:
             return _NO_PROFILER
@@ -337,13 +337,13 @@ def _due(update: int, every: int) -> bool:
     return every > 0 and update % every == 0
 
 
-def _means(sums: dict[str, torch.Tensor], kinds: list[str]) -> dict[str, float]:
+def _means(sums: dict[str, torch.Tensor], tasks: list[str]) -> dict[str, float]:
     names = list(sums)
     table = torch.stack([sums[name].float() for name in names]).tolist()  # one transfer for all of them
     metrics = {}
     for name, (total, weight) in zip(names, table, strict=True):
         mean = total / weight if weight else 0.0
-        if name in kinds:
+        if name in tasks:
             metrics |= {f"{name}/loss": mean, f"{name}/weight": weight}
         else:
             metrics[name] = mean

@@ -1,4 +1,4 @@
-"""Small files for the tests of data: pictures, folders, tars and conversations."""
+"""Small files for the tests of data: images, folders, tars and conversations."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def row(*turns, image="a.png"):
 
 
 def conversations(root, *rows):
-    """A file of rows beside the pictures a.png and b.png. Its path."""
+    """A file of rows beside the images a.png and b.png. Its path."""
     fill(root, {"a.png": picture(), "b.png": picture((1, 2, 3))})
     path = root / "rows.json"
     path.write_text(json.dumps(list(rows)))

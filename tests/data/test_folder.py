@@ -1,4 +1,4 @@
-"""Which files below a folder are pictures, in which order, and what is said of the others."""
+"""Which files below a folder are images, in which order, and what is said of the others."""
 
 import os
 
@@ -9,8 +9,8 @@ from reca.data.sources import open_source
 from tests.data.files import fill, picture
 
 
-def keys(root, kind="reca"):
-    source = open_source(str(root), kind)
+def keys(root, task="reca"):
+    source = open_source(str(root), task)
     return [source.key(i) for i in range(len(source))]
 
 
@@ -60,9 +60,9 @@ def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
     for _ in range(2):
         assert keys(root) == ["a.png"]
     (line,) = (record.getMessage() for record in caplog.records)
-    assert "2 pictures in formats that are not read (the first: b.heic)" in line
-    assert "2 pictures that are no file, or a link to none (the first: e.png)" in line
-    assert "1 tar files below a folder of pictures (the first: d.tar)" in line
+    assert "2 images in formats that are not read (the first: b.heic)" in line
+    assert "2 images that are no file, or a link to none (the first: e.png)" in line
+    assert "1 tar files below a folder of images (the first: d.tar)" in line
 
 
 def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
-    with pytest.raises(DataError, match=r"holds no pictures .*only 2 x \.tar: give its tars as FOLDER/\*\.tar"):
+    with pytest.raises(DataError, match=r"holds no images .*only 2 x \.tar: give its tars as FOLDER/\*\.tar"):
         open_source(str(fill(tmp_path, {"0.tar": b"", "1.tar": b""})), "reca")
 
 
@@ -137,20 +137,20 @@ def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["locked/photos", "locked/0.tar", "locked/*.tar", "locked/{0..3}.tar"])
-@pytest.mark.parametrize("kind", ["reca", "i2t"])
-def test_a_folder_above_may_not_be_looked_into(tmp_path, monkeypatch, spec, kind):
+@pytest.mark.parametrize("task", ["reca", "i2t"])
+def test_a_folder_above_may_not_be_looked_into(tmp_path, monkeypatch, spec, task):
     def refuse(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(DataError, match="locked.* cannot be read: Permission denied"):
-        open_source(str(tmp_path / spec), kind)
+        open_source(str(tmp_path / spec), task)
 
 
 def test_files_too_large_for_a_picture_are_not_read(tmp_path):
     path = fill(tmp_path, {"a.png": b""}) / "a.png"
     os.truncate(path, 2**28 + 1)
-    with pytest.raises(BadSample, match="the picture has 268435457 bytes"):
+    with pytest.raises(BadSample, match="the image has 268435457 bytes"):
         open_source(str(tmp_path), "reca")[0]
 
 

@@ -1,4 +1,4 @@
-"""Pictures that are deep, thin, huge, or carry broken metadata."""
+"""Images that are deep, thin, huge, or carry broken metadata."""
 
 import gzip
 import io
@@ -28,9 +28,9 @@ def grey(data):
     return int(value)
 
 
-def chunk(kind, data, crc=None):
-    crc = zlib.crc32(kind + data) if crc is None else crc
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+def chunk(task, data, crc=None):
+    crc = zlib.crc32(task + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + task + data + struct.pack(">I", crc)
 
 
 def with_chunk(png, *chunks):
@@ -49,7 +49,7 @@ def with_segment(jpeg, marker, data):
 @pytest.mark.parametrize(("value", "level"), [(0, 0), (200, 0), (255, 0), (260, 1), (32768, 128), (65535, 255)])
 def test_sixteen_bits_are_scaled_by_their_mode(format, value, level):
     assert grey(saved(np.full((8, 8), value, np.uint16), format)) == level
-    mixed = np.array([[value, 65535]], np.uint16)  # what else is in the picture does not matter
+    mixed = np.array([[value, 65535]], np.uint16)  # what else is in the image does not matter
     assert np.asarray(open_rgb(saved(mixed, format)))[0, 0, 0] == level
 
 
@@ -171,9 +171,9 @@ def test_a_photo_of_100_megapixels():
         (bytes(600), "the file begins with zeros alone"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "the file is a Git LFS pointer"),
         (b"<!DOCTYPE html><title>404</title>", "the file is a web page"),
-        (gzip.compress(b"x"), "the file is compressed by gzip; unpack it first"),
-        (b"<?xml version='1.0'?><svg/>", "no picture in a format that is read"),
-        (b"\x89PNG\r\n\x1a\n", "no picture in a format that is read"),
+        (gzip.compress(b"x", mtime=0), "the file is compressed by gzip; unpack it first"),
+        (b"<?xml version='1.0'?><svg/>", "no image in a format that is read"),
+        (b"\x89PNG\r\n\x1a\n", "no image in a format that is read"),
     ],
 )
 def test_what_stands_in_the_place_of_a_picture(data, words):
@@ -191,7 +191,7 @@ def test_large_pictures_are_converted_in_strips(monkeypatch):
 
 @pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "EPS", "PDF", "ICNS", "QOI"])
 def test_only_listed_formats_are_opened(format):
-    with pytest.raises(BadImage, match="no picture in a format that is read"):
+    with pytest.raises(BadImage, match="no image in a format that is read"):
         open_rgb(picture(size=(16, 16), format=format))
 
 

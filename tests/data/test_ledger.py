@@ -21,11 +21,11 @@ from tests.data.files import conversations, fill, picture, row
 VIEWS = Views(gen=View(4), und=None)
 
 
-def loader(root, kind="reca", micro_batch=2, **options):
+def loader(root, task="reca", micro_batch=2, **options):
     config = {"workers": 0, "max_bad_fraction": 0.5, "decoder": "pillow"} | options.pop("config", {})
-    spec = {"reca": "images", "t2i": "captions"}[kind]
+    spec = {"reca": "images", "t2i": "captions"}[task]
     data = DataConfig(**{spec: str(root)} | config)
-    return open_loader(data, kind, VIEWS, seed=0, micro_batch=micro_batch, **options)
+    return open_loader(data, task, VIEWS, seed=0, micro_batch=micro_batch, **options)
 
 
 def take(stream, n):
@@ -38,7 +38,7 @@ def keys(path):
 
 @pytest.fixture
 def root(tmp_path):
-    """Eight pictures, of which two are none."""
+    """Eight images, of which two are none."""
     files = {f"{i}.png": picture((i, 0, 0)) for i in range(6)} | {"bad0.png": b"junk", "bad1.png": b"x"}
     return fill(tmp_path / "photos", files)
 
@@ -148,7 +148,7 @@ def test_a_ledger_that_cannot_be_written_still_counts(root, tmp_path, caplog):
 def test_the_first_bad_sample_is_said(root, tmp_path, caplog):
     take(loader(root, ledger=tmp_path / "bad.jsonl"), 8)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1 and "is left out: no picture in a format that is read" in warnings[0]
+    assert len(warnings) == 1 and "is left out: no image in a format that is read" in warnings[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

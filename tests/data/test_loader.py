@@ -30,15 +30,15 @@ def folder(tmp_path):
     for i in range(20):
         (tmp_path / "deep" if i % 2 else tmp_path).mkdir(exist_ok=True)
         (tmp_path / ("deep" if i % 2 else ".") / f"{i:02d}.png").write_bytes(png(i))
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     return tmp_path
 
 
-def loader(images, kind="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, ledger=None, **config):
-    spec = {"reca": "images", "t2i": "captions", "i2t": "conversations"}[kind]
+def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, ledger=None, **config):
+    spec = {"reca": "images", "t2i": "captions", "i2t": "conversations"}[task]
     data = DataConfig(**{spec: str(images), "workers": 0, "max_bad_fraction": 0.3} | config)
     return open_loader(
-        data, kind, VIEWS, seed=seed, micro_batch=micro_batch, start=start, rank=rank, world=world, ledger=ledger
+        data, task, VIEWS, seed=seed, micro_batch=micro_batch, start=start, rank=rank, world=world, ledger=ledger
     )
 
 
@@ -119,7 +119,7 @@ def test_missing_empty_and_pictureless_folders(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         loader(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         loader(tmp_path / "empty")
     with pytest.raises(DataError, match="data.images is null"):
         open_loader(DataConfig(), "reca", VIEWS, seed=0, micro_batch=1)
@@ -129,15 +129,15 @@ def test_captions_stand_beside_pictures(folder):
     with pytest.raises(DataError, match="have no caption"):
         loader(folder, "t2i")
     for path in folder.rglob("*.png"):
-        path.with_suffix(".txt").write_text(f"picture {int(path.stem)}\n")
+        path.with_suffix(".txt").write_text(f"image {int(path.stem)}\n")
     batch = take(loader(folder, "t2i"), 1)[0]
-    assert batch.text == [f"picture {v}" for v in values([batch])]
+    assert batch.text == [f"image {v}" for v in values([batch])]
 
 
 def make_tar(path, first, count, captions=True):
     with tarfile.open(path, "w") as tar:
         for i in range(first, first + count):
-            for suffix, data in (("png", png(i)), ("txt", f"picture {i}".encode())):
+            for suffix, data in (("png", png(i)), ("txt", f"image {i}".encode())):
                 if suffix == "txt" and not captions:
                     continue
                 info = tarfile.TarInfo(f"{i:04d}.{suffix}")
@@ -151,7 +151,7 @@ def test_tars_by_glob_and_range(tmp_path):
     for spec in (tmp_path / "a-*.tar", tmp_path / "a-{000..001}.tar"):
         batches = take(loader(spec, "t2i"), 3)
         assert sorted(values(batches)) == list(range(12))
-        assert [t for b in batches for t in b.text] == [f"picture {v}" for v in values(batches)]
+        assert [t for b in batches for t in b.text] == [f"image {v}" for v in values(batches)]
 
 
 def test_broken_tars(tmp_path):

@@ -1,4 +1,4 @@
-"""From bytes to views: every kind of file, every fit, both decoders."""
+"""From bytes to views: every task of file, every fit, both decoders."""
 
 import io
 
@@ -11,7 +11,7 @@ from reca.data import dali
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
 from reca.data.sources import DataError
 from reca.data.views import View, Views
-from reca.draws import Draws
+from reca.rng import CounterRNG
 
 
 def picture(width=40, height=24, mode="RGB"):
@@ -68,7 +68,7 @@ JPEG = encoded(picture(200, 120), "JPEG", quality=92)
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not a picture", b"<html><body>404</body></html>", JPEG[: len(JPEG) // 2], encoded(picture())[:60]],
+    [b"", b"not an image", b"<html><body>404</body></html>", JPEG[: len(JPEG) // 2], encoded(picture())[:60]],
     ids=["empty", "text", "html", "truncated jpeg", "truncated png"],
 )
 def test_broken_bytes_are_bad_images(data):
@@ -81,8 +81,8 @@ def test_what_is_said_of_no_picture(tmp_path):
         read_image(tmp_path)
     with pytest.raises(DataError, match="none.png does not exist"):
         read_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(DataError, match="text.png is no readable picture: no picture in a format that is read"):
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(DataError, match="text.png is no readable image: no image in a format that is read"):
         read_image(tmp_path / "text.png")
 
 
@@ -117,7 +117,7 @@ def test_center_crop_takes_the_middle_and_pad_keeps_everything():
 
 
 def test_random_crop_is_a_function_of_the_sample():
-    decoder = PillowDecoder(Views(gen=View(16, fit="random_crop"), und=None), Draws(3))
+    decoder = PillowDecoder(Views(gen=View(16, fit="random_crop"), und=None), CounterRNG(3))
     data = encoded(picture(90, 20))
     views = [decoder(data, i)[0] for i in range(6)]
     assert torch.equal(views[2], decoder(data, 2)[0])
@@ -153,7 +153,7 @@ def test_dali_equals_pillow_within_one_level(fit):
     from skimage import data
 
     views = Views(gen=View(96, fit=fit, min_size=32, stride=16), und=View(56, resample="bilinear"))
-    pillow, other = PillowDecoder(views, Draws(0)), dali.DaliDecoder(views, Draws(0), "cpu")
+    pillow, other = PillowDecoder(views, CounterRNG(0)), dali.DaliDecoder(views, CounterRNG(0), "cpu")
     for i, name in enumerate(("astronaut", "coffee", "chelsea")):
         jpeg = encoded(Image.fromarray(getattr(data, name)()), "JPEG", quality=90)
         for a, b in zip(pillow(jpeg, i), other(jpeg, i), strict=True):
@@ -163,7 +163,7 @@ def test_dali_equals_pillow_within_one_level(fit):
 @needs_dali
 def test_dali_hands_other_files_to_pillow():
     views = Views(gen=View(16), und=None)
-    pillow, other = PillowDecoder(views, Draws(0)), dali.DaliDecoder(views, Draws(0), "cpu")
+    pillow, other = PillowDecoder(views, CounterRNG(0)), dali.DaliDecoder(views, CounterRNG(0), "cpu")
     for data in (encoded(picture(mode="P"), "GIF"), encoded(picture(mode="CMYK"), "JPEG"), encoded(picture())):
         assert torch.equal(pillow(data, 0)[0], other(data, 0)[0])
     for data in (b"", JPEG[: len(JPEG) // 2]):
@@ -172,7 +172,7 @@ def test_dali_hands_other_files_to_pillow():
 
 
 class FailingDali:
-    """Stands in for nvidia.dali where a picture cannot be decoded."""
+    """Stands in for nvidia.dali where an image cannot be decoded."""
 
     RGB = None
 
@@ -186,14 +186,14 @@ class FailingDali:
 def test_what_dali_cannot_decode_goes_through_pillow(monkeypatch, caplog):
     views, failing = Views(gen=View(16), und=None), FailingDali()
     decoder = dali.DaliDecoder.__new__(dali.DaliDecoder)
-    decoder.views, decoder.draws, decoder.dynamic, decoder.types, decoder.device = (
+    decoder.views, decoder.rng, decoder.dynamic, decoder.types, decoder.device = (
         views,
-        Draws(0),
+        CounterRNG(0),
         failing,
         failing,
         "cpu",
     )
-    decoder.pillow, decoder.failed = PillowDecoder(views, Draws(0)), False
+    decoder.pillow, decoder.failed = PillowDecoder(views, CounterRNG(0)), False
     for _ in range(2):
         assert torch.equal(decoder(JPEG, 0)[0], decoder.pillow(JPEG, 0)[0])
     assert [record.getMessage() for record in caplog.records] == [

@@ -13,12 +13,12 @@ from tests.data.files import picture, tar
 DARK, LIGHT = picture((1, 1, 1)), picture((250, 250, 250))
 
 
-def opened(path, kind="reca"):
-    return open_source(str(path), kind)
+def opened(path, task="reca"):
+    return open_source(str(path), task)
 
 
-def keys(path, kind="reca"):
-    source = opened(path, kind)
+def keys(path, task="reca"):
+    source = opened(path, task)
     return [source.key(i) for i in range(len(source))]
 
 
@@ -43,8 +43,8 @@ def test_pairs_adjacent_members_of_one_key(tmp_path):
         (["a.jpg", "a.jpg"], "a.jpg and a.jpg are both the .jpg of sample 'a'"),
         (["a.jpg", "a.JPG"], "a.jpg and a.JPG are both the .jpg"),
         (["./a.jpg", "a.txt", "a.txt"], "a.txt and a.txt are both the .txt"),
-        (["a.jpg", "a.png"], "a.jpg and a.png are both the picture of sample 'a'"),
-        (["v1.5.jpg", "v1.5.png"], "v1.5.jpg and v1.5.png are both the picture of sample 'v1.5'"),
+        (["a.jpg", "a.png"], "a.jpg and a.png are both the image of sample 'a'"),
+        (["v1.5.jpg", "v1.5.png"], "v1.5.jpg and v1.5.png are both the image of sample 'v1.5'"),
         (["a.jpg", "b.jpg", "a.seg.png"], "a.seg.png stands apart from a.jpg"),
         (["d/a.jpg", "b.jpg", "d/a.jpg"], "d/a.jpg stands apart from d/a.jpg"),
     ],
@@ -69,9 +69,9 @@ def test_parts_that_are_not_read_are_counted(tmp_path, caplog):
     )
     source = opened(path)
     assert len(source) == 2
-    assert source.left_out.counts == {"further pictures of a sample": 1, "pictures in formats that are not read": 1}
+    assert source.left_out.counts == {"further images of a sample": 1, "images in formats that are not read": 1}
     assert f"(the first: {path}: a.seg.png)" in caplog.text
-    with pytest.raises(DataError, match=r"no pictures in .*1 pictures in formats that are not read .*b\.heic"):
+    with pytest.raises(DataError, match=r"no images in .*1 images in formats that are not read .*b\.heic"):
         opened(tar(tmp_path / "t.tar", ("b.heic", b"")))
 
 
@@ -154,7 +154,7 @@ def test_damaged_and_strange_tars(tmp_path):
         "it is empty: its download": b"",
         "it is a zip archive; unpack it first": b"PK\3\4" + bytes(600),
         "it is a web page": b"<!DOCTYPE html>",
-        "no pictures in": bytes(10240),
+        "no images in": bytes(10240),
     }
     for words, data in cases.items():
         path.write_bytes(data)

@@ -20,7 +20,7 @@ from reca.train import Trainer
 
 DISK, ELSEWHERE = Path(sys.argv[1]), Path(sys.argv[2])
 FILLER = DISK / "filler"
-TINY = ["objective.reca.per_update=2", "objective.i2t.weight=0", "data.workers=0", "train.threads=1"]
+TINY = ["objective.reca.batch_size=2", "objective.i2t.weight=0", "data.workers=0", "train.threads=1"]
 MESSAGES = io.StringIO()
 
 
@@ -42,7 +42,7 @@ def command(*arguments: str) -> int:
 
 
 def train(run_dir: Path, at: dict, *overrides: str) -> int:
-    """A run of 4 updates with a checkpoint after each; `at` holds what is done before an update."""
+    """A run of 4 steps with a checkpoint after each; `at` holds what is done before an update."""
     step = Trainer.step
 
     def watched(trainer: Trainer, batches: dict) -> dict:
@@ -51,8 +51,8 @@ def train(run_dir: Path, at: dict, *overrides: str) -> int:
 
     Trainer.step = watched
     try:
-        updates = ["train.updates=4", "checkpoint.every=1", f"run_dir={run_dir}"]
-        return command("train", "show_o_tiny", *TINY, *updates, *overrides)
+        steps = ["train.steps=4", "checkpoint.every=1", f"run_dir={run_dir}"]
+        return command("train", "show_o_tiny", *TINY, *steps, *overrides)
     finally:
         Trainer.step = step
 

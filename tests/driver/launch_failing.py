@@ -26,7 +26,7 @@ FULL = OSError(28, "No space left on device")
 def trainer(name: str, *overrides: str) -> Trainer:
     keys = [
         f"run_dir={FOLDER / name}",
-        "train.updates=4",
+        "train.steps=4",
         "checkpoint.every=2",
         "parallel.timeout_minutes=1",
         *overrides,

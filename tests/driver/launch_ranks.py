@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from reca import distributed
 from reca.config import load_recipe
-from reca.models import umm
+from reca.models import umm_package
 from reca.train import Trainer
 from tests.driver.toy import ToyAdapter
 
@@ -48,7 +48,7 @@ def main() -> int:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     for name in {load_recipe(recipe).umm for _, _, recipe, _ in jobs}:
-        umm(name)
+        umm_package(name)
     codes = []
     for ranks, group in groupby(jobs, key=lambda job: job[1]):
         own, children = list(group), []

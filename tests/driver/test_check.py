@@ -13,16 +13,16 @@ from reca import check
 from reca.cli import main
 from reca.config import ParallelConfig, load_recipe, recipe_names
 from reca.distributed import shard_size
-from reca.draws import Draws
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import Batch
 from reca.optim import freeze, make_optimizer
+from reca.rng import CounterRNG
 
 TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"]
 
 
 def numbers(name, *overrides):
-    adapter, _ = check.skeleton(load_recipe(name, list(overrides)))
+    adapter, _ = check.build_meta(load_recipe(name, list(overrides)))
     return check.parameters(adapter)
 
 
@@ -71,7 +71,7 @@ def test_harmon_trains_what_its_authors_count(name, millions):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
     recipe = load_recipe(name)
-    adapter, fake = check.skeleton(recipe)
+    adapter, fake = check.build_meta(recipe)
     count = check.parameters(adapter)
     assert sum(n.total for n in count.values()) == sum(p.numel() for p in adapter.parameters())
     assert {role for role, n in count.items() if n.trained} <= set(adapter.trainable_roles)
@@ -87,8 +87,8 @@ def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
 @pytest.mark.parametrize("name", TINY)
 def test_flops_are_those_of_a_real_step(name):
     recipe = load_recipe(name)
-    without_memory = check.flops(*check.skeleton(recipe), 4)
-    adapter = umm(recipe.umm).Adapter.load(recipe.model).eval()
+    without_memory = check.flops(*check.build_meta(recipe), 4)
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model).eval()
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     assert check.flops(adapter, contextlib.nullcontext(), 4) == without_memory
     assert 0 < without_memory.forward < without_memory.backward
@@ -97,7 +97,7 @@ def test_flops_are_those_of_a_real_step(name):
 def test_flops_of_a_transformer_by_hand():
     """Two for every weight and row, forward; attention 4 d for every pair of rows; the head on hidden rows alone."""
     recipe = load_recipe("show_o_tiny")
-    adapter, fake = check.skeleton(recipe)
+    adapter, fake = check.build_meta(recipe)
     phi, pictures = adapter.showo.model, 4
     work = check.flops(adapter, fake, pictures)
     rows = sum(adapter.sequence().values()) + len(adapter.template(check.TEXT)) + 7  # mmu soi eoi bos eos, soi eoi
@@ -105,7 +105,7 @@ def test_flops_of_a_transformer_by_hand():
     attention = 4 * rows**2 * recipe.model.phi.hidden_size * recipe.model.phi.num_hidden_layers
     projector = sum(m.weight.numel() for m in adapter.mm_projector.modules() if isinstance(m, nn.Linear))
     batch = Batch("reca", torch.arange(pictures), [check.TEXT] * pictures)
-    head = float(adapter.weight(batch, Draws(0))) / pictures * adapter.showo.lm_head.weight.numel()
+    head = float(adapter.weight(batch, CounterRNG(0))) / pictures * adapter.showo.lm_head.weight.numel()
     by_hand = 2 * (rows * weights + adapter.clip_tokens * projector + head) + attention
     assert work.forward == pytest.approx(by_hand, rel=0.01)  # the rest: rotary angles
 
@@ -123,12 +123,12 @@ def test_depthwise_convolutions_count_their_own_channel_only():
 def test_memory_of_a_real_step(name):
     overrides = ["objective.i2t.weight=0"]
     recipe = load_recipe(name, overrides)
-    need = check.memory(check.skeleton(recipe)[0], recipe, 1, 8)
-    adapter = umm(recipe.umm).Adapter.load(recipe.model)
+    need = check.memory(check.build_meta(recipe)[0], recipe, 1, 8)
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model)
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
     pictures = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
-    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, pictures), Draws(0)).sum.backward()
+    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, pictures), CounterRNG(0)).sum.backward()
     optimizer.step()
     held = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
     assert need.weights == held(adapter.parameters()) + held(adapter.buffers())
@@ -141,9 +141,9 @@ def test_memory_of_a_real_step(name):
 def test_memory_when_sharded():
     """One backward pass per update, then two; three ranks divide no dimension of most parameters."""
     once = load_recipe(
-        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=2"]
+        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=2"]
     )
-    adapter, _ = check.skeleton(once)
+    adapter, _ = check.build_meta(once)
     parts, trained, whole = 0, 0, 0
     for p in adapter.parameters():
         own = (p.shape[0] + 2) // 3 * (p.numel() // p.shape[0]) * 4
@@ -156,12 +156,12 @@ def test_memory_when_sharded():
     rest = sum(p.numel() for p in adapter.parameters()) - layers
     assert need.copies == 4 * (rest + layers * 2 // 3)  # two of three layers
     twice = load_recipe(
-        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=1"]
+        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1"]
     )
     assert check.memory(adapter, twice, 3, 8).gradients == whole
     replicas = load_recipe(
         "show_o_tiny",
-        ["objective.i2t.weight=0", "objective.reca.per_update=6", "objective.reca.micro_batch=1", "parallel.shard=1"],
+        ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1", "parallel.shard=1"],
     )
     assert check.memory(adapter, replicas, 3, 8).moments == 2 * whole
 
@@ -174,13 +174,13 @@ def test_parts_of_a_parameter():
 
 def test_bf16_weights_and_copies():
     recipe = load_recipe("show_o_tiny", ["model.dtype=bf16", "train.precision=bf16"])
-    adapter, _ = check.skeleton(recipe)
+    adapter, _ = check.build_meta(recipe)
     need = check.memory(adapter, recipe, 1, 8)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.bfloat16}
     assert need.gradients == 2 * sum(p.numel() for p in trained) and need.copies == 0
     masters = load_recipe("show_o_tiny", ["train.precision=bf16"])
-    adapter, _ = check.skeleton(masters)
+    adapter, _ = check.build_meta(masters)
     assert check.memory(adapter, masters, 1, 8).copies == 2 * sum(
         p.numel() for p in adapter.parameters() if p.requires_grad and p.ndim > 1
     )
@@ -214,7 +214,7 @@ def test_shards_by_default():
 
 
 def test_command_says_how_an_update_is_split(capsys):
-    keys = [f"objective.{kind}.{key}" for kind in ("reca", "i2t") for key in ("per_update=10", "micro_batch=2")]
+    keys = [f"objective.{task}.{key}" for task in ("reca", "i2t") for key in ("batch_size=10", "micro_batch=2")]
     for gpus in (1, 2, 3, 4, 6, 8, 16, 64):
         assert main(["check", "show_o_tiny", *keys, "objective.mean=micro_batch", "--gpus", str(gpus)]) == 0
         out = " ".join(capsys.readouterr().out.split())
@@ -226,7 +226,7 @@ def test_command_says_how_an_update_is_split(capsys):
 def test_command(capsys):
     assert main(["check", "show_o_tiny"]) == 0
     out = capsys.readouterr().out
-    assert "335,520" in out and "rows of picture" in out and "MFLOP" in out and "MiB" in out
+    assert "335,520" in out and "rows of image" in out and "MFLOP" in out and "MiB" in out
 
 
 def test_bagel_at_full_size_takes_little_memory():

@@ -22,9 +22,9 @@ from reca.train import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 
-def damaged(change, recipe, updates=6):
-    """A run with checkpoints at updates 3 and 6, the newest of which `change` has damaged."""
-    trainer = run_toy(recipe("checkpoint.every=3", f"train.updates={updates}"))
+def damaged(change, recipe, steps=6):
+    """A run with checkpoints at steps 3 and 6, the newest of which `change` has damaged."""
+    trainer = run_toy(recipe("checkpoint.every=3", f"train.steps={steps}"))
     newest = checkpoint.newest(trainer.run_dir)
     change(newest)
     return trainer, newest
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, recipe):
-    trainer = run_toy(recipe("train.updates=2"))
+    trainer = run_toy(recipe("train.steps=2"))
     change(checkpoint.newest(trainer.run_dir))
     with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 to start this run again"):
         Trainer(recipe(), ToyAdapter())
@@ -80,7 +80,7 @@ def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, reci
 
 
 def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
-    trainer = Trainer(recipe("checkpoint.every=1", "checkpoint.keep=2", "train.updates=1000001"), ToyAdapter())
+    trainer = Trainer(recipe("checkpoint.every=1", "checkpoint.keep=2", "train.steps=1000001"), ToyAdapter())
     trainer.update = 999_997
     folder = trainer.run_dir / "checkpoints"
     for name in ("999999.partial", "best", "1e9", "²"):  # a digit for str.isdigit only
@@ -91,7 +91,7 @@ def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
 
 
 def test_leftovers_of_killed_processes_go(recipe):
-    trainer = run_toy(recipe("train.updates=2"))
+    trainer = run_toy(recipe("train.steps=2"))
     folder = trainer.run_dir / "checkpoints"
     for name in ("000003.partial", "000001.old.partial"):
         (folder / name / "weights").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_leftovers_of_killed_processes_go(recipe):
 
 def test_a_checkpoint_half_removed_does_not_count(recipe, monkeypatch):
     """Removal that is stopped anywhere leaves a folder that no run takes for a checkpoint."""
-    trainer = run_toy(recipe("checkpoint.every=1", "train.updates=3", "checkpoint.keep=0"))
+    trainer = run_toy(recipe("checkpoint.every=1", "train.steps=3", "checkpoint.keep=0"))
     real, first = shutil.rmtree, checkpoint.complete(trainer.run_dir)[0]
 
     def stopped(folder, *args, **kwargs):
@@ -152,14 +152,14 @@ def try_everything(recipe, run_dir):
         lambda: checkpoint.overlay(run_dir, ToyAdapter()),
         lambda: checkpoint.load(run_dir / "checkpoints/000002", ToyAdapter(), torch.optim.SGD([torch.zeros(1)])),
         lambda: load_recipe(run_dir / "recipe.yaml"),
-        lambda: Trainer(recipe("train.updates=3"), ToyAdapter()).run(),
+        lambda: Trainer(recipe("train.steps=3"), ToyAdapter()).run(),
     ):
         with contextlib.suppress(RuntimeError, ValueError):
             read()
 
 
 def test_no_file_of_a_run_runs_code(recipe, planted, tmp_path):
-    trainer = run_toy(recipe("train.updates=2"))
+    trainer = run_toy(recipe("train.steps=2"))
     shutil.copytree(trainer.run_dir, tmp_path / "sound")
     files = manifest.files(trainer.run_dir)
     assert len(files) > 6

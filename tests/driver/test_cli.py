@@ -33,7 +33,7 @@ def test_usage_error_is_exit_2():
     assert stop.value.code == 2
 
 
-TINY = ["train.updates=1", "objective.reca.per_update=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
+TINY = ["train.steps=1", "objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
 
 
 @pytest.mark.parametrize("name", ["show_o_tiny", "harmon_tiny"])
@@ -46,10 +46,10 @@ def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_pat
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["show_o_tiny", "--gpus", "1", "train.precision=bf16", "--node", "2", "train.updates=7"],
-        ["--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.updates=7", "--node", "2"],
-        ["show_o_tiny", "train.precision=bf16", "--node", "2", "--gpus", "1", "train.updates=7"],
-        ["--node", "2", "--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.updates=7"],
+        ["show_o_tiny", "--gpus", "1", "train.precision=bf16", "--node", "2", "train.steps=7"],
+        ["--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7", "--node", "2"],
+        ["show_o_tiny", "train.precision=bf16", "--node", "2", "--gpus", "1", "train.steps=7"],
+        ["--node", "2", "--gpus", "1", "show_o_tiny", "train.precision=bf16", "train.steps=7"],
     ],
 )
 def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsys):
@@ -57,7 +57,7 @@ def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsy
     monkeypatch.setattr("reca.check.report", lambda recipe, gpus, node: seen.append((recipe, gpus, node)))
     assert main(["check", *arguments]) == 0
     ((recipe, gpus, node),) = seen
-    assert (recipe.train.precision, recipe.train.updates, gpus, node) == ("bf16", 7, 1, 2)
+    assert (recipe.train.precision, recipe.train.steps, gpus, node) == ("bf16", 7, 1, 2)
 
 
 def test_no_number_of_gpus_makes_check_run_away(capsys):
@@ -90,9 +90,9 @@ def test_arguments_that_mean_nothing_are_exit_2(arguments, capsys):
 
 def test_home_expands_in_paths_of_options(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    drawn = ["--prompt", "a red circle", "--sampling", "steps=1", "--out", "~/pictures"]
+    drawn = ["--prompt", "a red circle", "--sampling", "steps=1", "--out", "~/images"]
     assert main(["generate", "show_o_tiny", *drawn]) == 0
-    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    assert len(list((tmp_path / "images").iterdir())) == 1
     with pytest.raises(SystemExit):
         main(["generate", "show_o_tiny", "--prompt", "a", "--out", "~no_such_user/x"])
     assert "there is no such user" in capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_a_run_that_is_not_there(name, capsys):
 
 @pytest.mark.parametrize("name", ["bagel", "open_uni"])
 def test_a_loss_that_trains_nothing_is_exit_3(name, capsys, tmp_path):
-    small = [f"objective.{kind}.{key}=2" for kind in ("reca", "i2t") for key in ("per_update", "micro_batch")]
+    small = [f"objective.{task}.{key}=2" for task in ("reca", "i2t") for key in ("batch_size", "micro_batch")]
     assert main(["train", f"{name}_tiny", "objective.i2t.weight=1", *small, f"run_dir={tmp_path}/run"]) == 3
     error = capsys.readouterr().err
     assert f"the i2t loss of {name} depends on no parameter that is trained" in error
@@ -141,7 +141,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--sampling", "stepz=3"], "no sampling option 'stepz'; did you mean steps"),
+        (["--sampling", "stepz=3"], "no sampling config_field 'stepz'; did you mean steps"),
         (["--sampling", "steps=many"], "steps=many: expected a whole number"),
         (["--sampling", "steps"], "write --sampling key=value"),
         (["--sampling", "steps="], "has no value"),
@@ -172,13 +172,13 @@ def test_a_run_dir_that_is_a_file_is_exit_3(capsys):
 def test_a_run_of_another_model_is_named_by_its_umm(capsys, tmp_path):
     assert main(["train", "show_o_tiny", *TINY, f"run_dir={tmp_path}"]) == 0
     capsys.readouterr()
-    assert main(["train", "bagel_tiny", "train.updates=1", f"run_dir={tmp_path}"]) == 3
+    assert main(["train", "bagel_tiny", "train.steps=1", f"run_dir={tmp_path}"]) == 3
     error = capsys.readouterr().err
     assert "(umm 'show_o' -> 'bagel')" in error and "words" not in error
 
 
 def test_harmon_trains_from_a_cache(tmp_path):
-    """Its h_v is made of the picture's own latents: one tensor under two names."""
+    """Its h_v is made of the image's own latents: one tensor under two names."""
     for run in ("first", "second"):
         assert main(["train", "harmon_tiny", *TINY, f"data.cache={tmp_path}/cache", f"run_dir={tmp_path}/{run}"]) == 0
 

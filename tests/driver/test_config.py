@@ -17,11 +17,11 @@ def test_override_is_typed(recipe):
         ("optim.lr=fast", "fast"),
         ("optim.schedule=cosinus", "'constant', 'cosine', 'linear'"),
         ("umm=bagle", "umm='bagle' is not one of 'show_o', 'harmon', 'open_uni', 'bagel'"),
-        ("train.updates", "has no '='"),
+        ("train.steps", "has no '='"),
         ("objective.reca.weight=0", "nothing to train"),
         ("objective.reca.micro_batch=0", "objective.reca.micro_batch=0 must be at least 1"),
         ("objective.reca.weight=-1", "objective.reca.weight=-1 must be at least 0"),
-        ("train.updates=0", "train.updates=0 must be at least 1"),
+        ("train.steps=0", "train.steps=0 must be at least 1"),
         ("train.threads=-1", "train.threads=-1 must be at least 1"),
         ("data.workers=-1", "data.workers=-1 must be at least 0"),
         ("model.hv_blur=0", "model.hv_blur=0 must be at least 1"),
@@ -50,7 +50,7 @@ def test_unknown_recipe_lists_the_known():
         load_recipe("shouo")
 
 
-@pytest.mark.parametrize("override", ["train.updates=four", "train.a\nb=1", "optim.betas=0.9"])
+@pytest.mark.parametrize("override", ["train.steps=four", "train.a\nb=1", "optim.betas=0.9"])
 def test_a_mistake_is_one_line(recipe, override):
     with pytest.raises(RecipeError) as caught:
         recipe(override)

@@ -11,7 +11,7 @@ import torch
 
 from reca import distributed
 from reca.config import RecipeError, as_dict, load_recipe
-from reca.models import UMMS, umm
+from reca.models import UMMS, umm_package
 from tests.driver.toy import write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -19,22 +19,22 @@ RANKS = [1, 2, 3, 4]
 # 10 samples in micro-batches of 3 or 2, on one rank and on four; 3 samples of another kind, so that one of four ranks
 # computes a copy. AdamW with so large an epsilon is smooth: the noise of a gradient near zero stays small.
 UNEVEN = (
-    "objective.reca.per_update=10 objective.reca.micro_batch=3 objective.i2t.per_update=3 objective.i2t.micro_batch=2 "
-    "optim.schedule=constant optim.warmup=0 optim.eps=1 optim.lr=0.5 train.updates=2 data.workers=0 log.every=1 "
+    "objective.reca.batch_size=10 objective.reca.micro_batch=3 objective.i2t.batch_size=3 objective.i2t.micro_batch=2 "
+    "optim.schedule=constant optim.warmup_steps=0 optim.eps=1 optim.lr=0.5 train.steps=2 data.workers=0 log.every=1 "
     "log.gap_every=1 log.tensorboard=false"
 ).split()
 SMOOTH = ["optim.eps=1", "optim.lr=1"]
-ODD = [*SMOOTH, "objective.reca.per_update=7"]
-OTHER = [*SMOOTH, "objective.reca.per_update=3", "objective.condition=other"]
+ODD = [*SMOOTH, "objective.reca.batch_size=7"]
+OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 
 def released(name: str) -> list[str]:
     """The objective of a released recipe, and one update."""
     objective = as_dict(load_recipe(name))["objective"]
-    kinds = [
-        f"objective.{k}.{key}={objective[k][key]}" for k in ("reca", "i2t") for key in ("per_update", "micro_batch")
+    tasks = [
+        f"objective.{k}.{key}={objective[k][key]}" for k in ("reca", "i2t") for key in ("batch_size", "micro_batch")
     ]
-    return [*kinds, f"objective.mean={objective['mean']}", "train.updates=1", "data.workers=0", "log.every=1"]
+    return [*tasks, f"objective.mean={objective['mean']}", "train.steps=1", "data.workers=0", "log.every=1"]
 
 
 def jobs(toy: Path, folder: Path) -> list[list]:
@@ -44,16 +44,16 @@ def jobs(toy: Path, folder: Path) -> list[list]:
     return [
         ["toy_1", 1, toy, ODD],
         ["chained_1", 1, toy, chained],
-        ["unclipped_1", 1, toy, [*ODD, "optim.clip=null"]],
+        ["unclipped_1", 1, toy, [*ODD, "optim.max_grad_norm=null"]],
         ["other_1", 1, toy, OTHER],
         ["released_1", 1, "show_o_tiny", released("show_o_512")],
         *[[f"{name}_1", 1, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["toy_2", 2, toy, ODD],
         ["chained_2", 2, toy, chained],
-        ["unclipped_2", 2, toy, [*ODD, "optim.clip=null"]],
-        ["parts", 2, toy, [*ODD, "train.updates=2"]],
+        ["unclipped_2", 2, toy, [*ODD, "optim.max_grad_norm=null"]],
+        ["parts", 2, toy, [*ODD, "train.steps=2"]],
         *[[f"{name}_2", 2, f"{name}_tiny", UNEVEN] for name in UMMS],
-        ["parts", 3, toy, [*ODD, "train.updates=4"]],
+        ["parts", 3, toy, [*ODD, "train.steps=4"]],
         ["recomputed_3", 3, "show_o_tiny", [*UNEVEN, "train.activation_checkpointing=true"]],
         *[[f"{name}_3", 3, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["other_4", 4, toy, OTHER],
@@ -110,7 +110,7 @@ def test_every_model_makes_the_same_update_on_any_number_of_ranks(runs, name, ra
     # The update is large beside the tolerance.
     recipe = load_recipe(f"{name}_tiny")
     made = final(one)
-    start = umm(name).Adapter.load(recipe.model).named_parameters()
+    start = umm_package(name).Adapter.load(recipe.model).named_parameters()
     assert max((made[key] - value.detach()).abs().max() for key, value in start) > 0.02
 
 
@@ -135,7 +135,7 @@ def test_h_v_of_another_sample_does_not_depend_on_the_ranks(runs):
 
 
 def test_runs_go_on_with_another_number_of_ranks(runs):
-    """Two updates on two ranks, two on three, two on one: 7 samples each."""
+    """Two steps on two ranks, two on three, two on one: 7 samples each."""
     same(final(runs / "toy_1"), final(runs / "parts"), atol=2e-6)
 
 
@@ -164,7 +164,7 @@ def test_torchrun_starts_the_command(tmp_path):
     command += ["train", "show_o_tiny", *released("show_o_512"), "train.threads=1", f"run_dir={tmp_path}/run"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "1 updates done" in done.stdout and len(metrics(tmp_path / "run")) == 1
+    assert "1 steps done" in done.stdout and len(metrics(tmp_path / "run")) == 1
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}

@@ -59,7 +59,7 @@ def test_in_the_middle_training_goes_on(outcomes):
 def test_at_the_last_save_the_run_has_failed_and_goes_on_later(outcomes):
     found = outcomes["at_the_last_save"]
     assert (found["code"], found["state"], found["update"]) == (6, "failed", 3)
-    assert "its checkpoint could NOT be written" in found["said"] and "updates done" not in found["said"]
+    assert "its checkpoint could NOT be written" in found["said"] and "steps done" not in found["said"]
     assert found["partial"] == [] and found["checkpoints"] == ["000002", "000003"]
     assert (found["again"], found["then"]) == (0, ["000003", "000004"])
 
@@ -80,7 +80,7 @@ def test_a_cache_that_is_full_is_done_without(outcomes):
     ("case", "words"),
     [
         ("in_the_export", "pytorch_model.safetensors cannot be written"),
-        ("in_the_pictures", "000_seed0_a-red-circle.png cannot be written"),
+        ("in_the_images", "000_seed0_a-red-circle.png cannot be written"),
         ("in_the_demo", "demo/seed0"),
     ],
 )

@@ -23,7 +23,7 @@ SECOND = ["train.frozen=['layers.1.*']"]
 def published(monkeypatch):
     """`load` reads the toy's published weights."""
     package = SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
-    monkeypatch.setattr("reca.runs.umm", lambda _: package)
+    monkeypatch.setattr("reca.runs.umm_package", lambda _: package)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def start(recipe, tmp_path):
 
     def start(name: str, before: str | None, *overrides: str):
         init = [] if before is None else [f"train.init_from={tmp_path / before}"]
-        return recipe(f"run_dir={tmp_path / name}", "train.updates=2", *init, *overrides)
+        return recipe(f"run_dir={tmp_path / name}", "train.steps=2", *init, *overrides)
 
     return start
 
@@ -49,7 +49,7 @@ def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path
     assert equal(weights(second.adapter), first, "layers.1") and not equal(weights(second.adapter), first, "layers.0")
 
     if fate == "trains on":
-        changed = run_toy(start("first", None, *FIRST, "train.updates=4", "checkpoint.keep=1"))
+        changed = run_toy(start("first", None, *FIRST, "train.steps=4", "checkpoint.keep=1"))
         assert not equal(weights(changed.adapter), first, "layers.1")
     elif fate == "goes":
         shutil.rmtree(tmp_path / "first")
@@ -59,7 +59,7 @@ def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path
         shutil.rmtree(tmp_path / "first/checkpoints")
     loaded = load_trained(second.run_dir, second.recipe)
     assert equal(weights(second.adapter), weights(loaded))
-    resumed = run_toy(start("second", "first", *SECOND, "train.updates=4"))
+    resumed = run_toy(start("second", "first", *SECOND, "train.steps=4"))
     assert resumed.update == 4 and equal(weights(resumed.adapter), first, "layers.1")
 
 
@@ -89,9 +89,9 @@ def test_a_run_goes_on_from_where_it_began(start, tmp_path):
     run_toy(start("second", "first", *SECOND))
     for before in (None, "other", "nowhere"):
         with pytest.raises(RecipeError, match="train.init_from .* has other contents"):
-            Trainer(start("second", before, *SECOND, "train.updates=4"), ToyAdapter())
+            Trainer(start("second", before, *SECOND, "train.steps=4"), ToyAdapter())
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
-    Trainer(start("second", "copy", *SECOND, "train.updates=4"), ToyAdapter())
+    Trainer(start("second", "copy", *SECOND, "train.steps=4"), ToyAdapter())
 
 
 def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):

@@ -65,13 +65,13 @@ def test_a_signal_behind_the_last_update_does_not_hide_that_the_run_is_finished(
         tell(folder, state, *more)
 
     monkeypatch.setattr(RunFolder, "tell", signalled)
-    assert Status.read(run_toy(recipe("train.updates=1")).run_dir).state == "finished"
+    assert Status.read(run_toy(recipe("train.steps=1")).run_dir).state == "finished"
 
 
 def test_nohup_stays_what_it_is(recipe):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), lambda _: os.kill(os.getpid(), signal.SIGHUP))
+        trainer = Trainer(recipe("train.steps=2"), ToyAdapter(), lambda _: os.kill(os.getpid(), signal.SIGHUP))
         trainer.run()
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -4,8 +4,8 @@ from reca import monitors
 from tests.driver.toy import ToyAdapter
 
 
-def warnings(watch, metrics, updates=1, kinds=("reca",)):
-    return [w for u in range(updates) for w in watch.check(u, metrics, kinds)]
+def warnings(watch, metrics, steps=1, tasks=("reca",)):
+    return [w for u in range(steps) for w in watch.check(u, metrics, tasks)]
 
 
 def test_copying_is_said_once_and_only_after_a_deep_fall():
@@ -18,7 +18,7 @@ def test_copying_is_said_once_and_only_after_a_deep_fall():
 
 def test_dead_batch():
     found = warnings(monitors.Monitor(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
-    assert len(found) == 1 and "no sample of kind i2t" in found[0]
+    assert len(found) == 1 and "no sample of task i2t" in found[0]
 
 
 def test_drift_and_gap():
@@ -38,5 +38,5 @@ def test_drift_and_gap():
     ],
 )
 def test_hazards_of_a_recipe(recipe, roles, i2t, words):
-    found = monitors.hazards(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
+    found = monitors.config_warnings(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
     assert (words is None) == (found == []) and (words is None or words in found[0])

@@ -87,12 +87,12 @@ def test_lists_of_the_command_line(written, meant):
 
 @pytest.mark.parametrize("word", ["null", "Null", "NULL", "None", "~"])
 def test_null_is_null_everywhere(word, tmp_path):
-    recipe = show_o(f"data.cache={word}", f"optim.clip={word}", f"train.threads={word}", f"train.train={word}")
-    assert (recipe.data.cache, recipe.optim.clip, recipe.train.threads, recipe.train.train) == (None,) * 4
+    recipe = show_o(f"data.cache={word}", f"optim.max_grad_norm={word}", f"train.threads={word}", f"train.train={word}")
+    assert (recipe.data.cache, recipe.optim.max_grad_norm, recipe.train.threads, recipe.train.train) == (None,) * 4
     assert show_o(f"model.prompt_gradient={word}", f"model.hv_source={word}").model.hv_source is None
-    assert in_file(tmp_path, f"optim: {{clip: {word}}}").optim.clip is None
+    assert in_file(tmp_path, f"optim: {{max_grad_norm: {word}}}").optim.max_grad_norm is None
     assert in_file(tmp_path, f'model: {{system_prompt: "{word}"}}').model.system_prompt == word
-    for key in ("run_dir", "train.updates", "optim.lr", "train.frozen", "train.compile", "model.system_prompt"):
+    for key in ("run_dir", "train.steps", "optim.lr", "train.frozen", "train.compile", "model.system_prompt"):
         with pytest.raises(RecipeError, match=f"{key} in the command line cannot be null"):
             show_o(f"{key}={word}")
     with pytest.raises(RecipeError, match="train.frozen\\[1\\] in the command line cannot be null"):
@@ -104,7 +104,7 @@ def test_null_is_null_everywhere(word, tmp_path):
     [
         ("run_dir=", "run_dir= has no value; write run_dir='\"\"' for an empty text"),
         ("data.cache= ", "write data.cache=null for none or data.cache='\"\"'"),
-        ("train.updates=", "train.updates= has no value; write one behind the ="),
+        ("train.steps=", "train.steps= has no value; write one behind the ="),
         ('run_dir=""', "run_dir in the command line is an empty text; write a path"),
         ("run_dir=~nobody_of_this_name/x", "there is no such user"),
         ("run_dir=$HOME/x", "variables are not expanded"),
@@ -134,18 +134,18 @@ def test_what_is_no_text_is_named(override, message):
 )
 def test_a_whole_number_is_one(text):
     with pytest.raises(RecipeError, match="expected a whole number"):
-        show_o(f"train.updates={text}")
+        show_o(f"train.steps={text}")
 
 
 @pytest.mark.parametrize("text", ["010", "-07", "00", "0_010"])
 def test_a_leading_zero_changes_no_number(text):
-    for key in ("train.updates", "optim.lr"):
+    for key in ("train.steps", "optim.lr"):
         with pytest.raises(RecipeError, match="without leading zeros|a whole number|a number"):
             show_o(f"{key}={text}")
 
 
 def test_numbers():
-    assert show_o("train.updates=+12_000").train.updates == 12000
+    assert show_o("train.steps=+12_000").train.steps == 12000
     for text, value in {
         "1e-5": 1e-5,
         "1E-5": 1e-5,
@@ -193,12 +193,12 @@ def test_files_are_read_by_the_types_of_the_keys(tmp_path):
     recipe = in_file(
         tmp_path,
         "run_dir: 0010\nlog: {profile: 10:13, prompts: [no, 12:30, on, 1e3, 007, '']}\noptim: {lr: 1e-5}\n"
-        "data: {images: no, captions: !!str 1, cache: }\nmodel: {system_prompt: 'null'}\ntrain: {updates: '10'}\n",
+        "data: {images: no, captions: !!str 1, cache: }\nmodel: {system_prompt: 'null'}\ntrain: {steps: '10'}\n",
     )
     assert (recipe.run_dir, recipe.log.profile, recipe.optim.lr) == ("0010", "10:13", 1e-5)
     assert recipe.log.prompts == ["no", "12:30", "on", "1e3", "007", ""]
     assert (recipe.data.images, recipe.data.captions, recipe.data.cache) == ("no", "1", None)
-    assert (recipe.model.system_prompt, recipe.train.updates) == ("null", 10)
+    assert (recipe.model.system_prompt, recipe.train.steps) == ("null", 10)
 
 
 def test_anchors_and_merges(tmp_path):
@@ -218,9 +218,9 @@ BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}
     [
         ("run_dir: a\nrun_dir: b\n", "key 'run_dir' stands twice, the second time at line 2"),
         ("optim: {lr: 1, lr: 2}\n", "key 'lr' stands twice"),
-        ("train: {updates: 010}\n", "train.updates='010' in .*r.yaml: expected a number without leading zeros"),
-        ("train: {updates: 12:30}\n", "expected a whole number"),
-        ("train: {updates: 1.0}\n", "expected a whole number, such as 1"),
+        ("train: {steps: 010}\n", "train.steps='010' in .*r.yaml: expected a number without leading zeros"),
+        ("train: {steps: 12:30}\n", "expected a whole number"),
+        ("train: {steps: 1.0}\n", "expected a whole number, such as 1"),
         ("optim: {lr: .inf}\n", "expected a finite number"),
         ("optim: {lr: {a: 1}}\n", "optim.lr=a group of keys"),
         ("optim: {betas: [0.9, [1]]}\n", r"optim.betas\[1\]=a list"),
@@ -282,12 +282,13 @@ def test_every_explained_line_is_an_override(name):
     "override",
     [
         "optim.lr=-1", "optim.eps=0", "optim.betas=[1.0, 0.9]", "optim.betas=[0.9, -0.1]", "optim.betas=[]",
-        "optim.weight_decay=-1", "optim.clip=0", "optim.clip=-1", "optim.warmup=-1", "optim.decay_updates=0",
-        "optim.hold=1.01", "optim.hold=-0.1", "optim.final=1.5", "optim.final=-0.1",
-        "train.updates=0", "train.updates=9999999999", "train.seed=-1", "train.max_skips=-1", "train.threads=0",
+        "optim.weight_decay=-1", "optim.max_grad_norm=0", "optim.max_grad_norm=-1", "optim.warmup_steps=-1",
+        "optim.decay_steps=0",
+        "optim.stable_fraction=1.01", "optim.stable_fraction=-0.1", "optim.min_lr_ratio=1.5", "optim.min_lr_ratio=-0.1",
+        "train.steps=0", "train.steps=9999999999", "train.seed=-1", "train.max_skips=-1", "train.threads=0",
         "parallel.shard=0", "parallel.timeout_minutes=0", "parallel.timeout_minutes=9999999999",
         "checkpoint.every=-1", "checkpoint.keep=-1", "log.every=-1", "log.sample_every=-1", "log.profile=13:10",
-        "log.profile=1", "log.profile=", "objective.reca.per_update=0", "objective.i2t.micro_batch=0",
+        "log.profile=1", "log.profile=", "objective.reca.batch_size=0", "objective.i2t.micro_batch=0",
         "objective.i2t.weight=-1", "data.workers=-1", "data.prefetch=-1", "data.max_bad_fraction=1.1",
         "data.template_count=0", "model.seed=-1", "model.caption_drop=1.1", "model.image_size=0", "model.text_slots=0",
         "model.phi.hidden_size=0", "model.phi.layer_norm_eps=0", "model.phi.partial_rotary_factor=1.5",

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_status_of_a_run_from_start_to_end(recipe):
-    trainer = Trainer(recipe("checkpoint.every=2", "train.updates=4"), ToyAdapter())
+    trainer = Trainer(recipe("checkpoint.every=2", "train.steps=4"), ToyAdapter())
     seen, step = [], trainer.step
 
     def watched(batches):
@@ -39,12 +39,12 @@ def test_the_status_of_a_run_from_start_to_end(recipe):
         ("running", 2, "checkpoints/000002"),
     ]
     status = Status.read(trainer.run_dir)
-    assert (status.state, status.update, status.updates, status.exit_code) == ("finished", 4, 4, 0)
+    assert (status.state, status.update, status.steps, status.exit_code) == ("finished", 4, 4, 0)
     assert status.checkpoint == "checkpoints/000004" and status.pid == os.getpid()
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(DataError("no such picture"), 4), (NonFiniteError("nan"), 5), (KeyError("a bug"), 1)]
+    ("error", "code"), [(DataError("no such image"), 4), (NonFiniteError("nan"), 5), (KeyError("a bug"), 1)]
 )
 def test_a_failure_is_in_the_status(recipe, error, code):
     trainer = Trainer(recipe(), ToyAdapter())
@@ -80,7 +80,7 @@ def test_a_failure_before_the_first_update_is_in_the_status(recipe):
 def test_reca_status(recipe, capsys, tmp_path):
     assert main(["status", str(tmp_path)]) == 3
     assert "is no folder of a run" in capsys.readouterr().err
-    run_toy(recipe("train.updates=1"))
+    run_toy(recipe("train.steps=1"))
     assert main(["status", recipe().run_dir]) == 0
     assert "state       finished" in capsys.readouterr().out
     (tmp_path / "run/status.json").write_text("{")
@@ -126,19 +126,19 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(re
     holder.wait()
     status = Status.read(run_dir)
     assert (status.state, status.exit_code) == ("failed", exits.INTERRUPTED) and "without a word" in status.reason
-    run_toy(recipe("train.updates=1"))
+    run_toy(recipe("train.steps=1"))
     assert Status.read(run_dir).state == "finished"
 
 
 def test_a_start_waits_for_a_process_that_is_just_ending(recipe, holder):
     os.kill(holder.pid, signal.SIGSTOP)
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {holder.pid}"])
-    run_toy(recipe("train.updates=1"))
+    run_toy(recipe("train.steps=1"))
     killer.wait()
 
 
 def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
-    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter())
 
     def full(path, text):
         raise OSError(28, "No space left on device")
@@ -158,7 +158,7 @@ def test_signals_before_the_first_update_end_the_process_as_interrupted(recipe):
 
 
 def test_a_signal_at_the_last_update_is_no_interruption(recipe):
-    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter())
     trainer.progress = lambda update: update == 2 and os.kill(os.getpid(), signal.SIGTERM)
     trainer.run()
     assert Status.read(trainer.run_dir).state == "finished"
@@ -166,7 +166,7 @@ def test_a_signal_at_the_last_update_is_no_interruption(recipe):
 
 def test_a_log_holds_every_update_once(recipe):
     """Updates that were made after the checkpoint a run goes back to are made, and written, again."""
-    trainer = Trainer(recipe("train.updates=5", "checkpoint.every=2"), ToyAdapter())
+    trainer = Trainer(recipe("train.steps=5", "checkpoint.every=2"), ToyAdapter())
     step = trainer.step
 
     def fails_at_three(batches):
@@ -179,7 +179,7 @@ def test_a_log_holds_every_update_once(recipe):
     trainer.step = fails_at_three
     with pytest.raises(OSError):
         trainer.run()
-    run_toy(recipe("train.updates=5", "checkpoint.every=2"))
+    run_toy(recipe("train.steps=5", "checkpoint.every=2"))
     lines = [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
 
@@ -187,14 +187,14 @@ def test_a_log_holds_every_update_once(recipe):
 FREE = [
     "data.workers=1", "data.prefetch=5", "data.max_bad_fraction=0.5", "data.cache={folder}/cache", "train.threads=1",
     "train.max_skips=9", "train.activation_checkpointing=true", "checkpoint.keep=0", "log.every=3", "parallel.shard=1",
-    "objective.reca.micro_batch=8", "objective.t2i.per_update=3", "objective.i2t.micro_batch=1", "data.captions=null",
+    "objective.reca.micro_batch=8", "objective.t2i.batch_size=3", "objective.i2t.micro_batch=1", "data.captions=null",
     "data.conversations={folder}/none.json",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", FREE)
 def test_what_changes_no_result_may_change(recipe, change, tmp_path):
-    run_toy(recipe("train.updates=2"))
+    run_toy(recipe("train.steps=2"))
     assert Trainer(recipe(change.format(folder=tmp_path)), ToyAdapter()).update == 2
 
 
@@ -203,7 +203,7 @@ def test_what_changes_no_result_may_change(recipe, change, tmp_path):
     [
         ("optim.lr=0.5", "optim.lr 0.01 -> 0.5"),
         ("train.seed=1", "train.seed 0 -> 1"),
-        ("objective.reca.per_update=4", "objective.reca.per_update 8 -> 4"),
+        ("objective.reca.batch_size=4", "objective.reca.batch_size 8 -> 4"),
         ("objective.t2i.weight=1", "objective.t2i.weight 0.0 -> 1.0"),
         ("model.weights=owner/name", "model.weights None -> 'owner/name'"),
         ("model.system_prompt=/think", "-> '/think'"),
@@ -211,26 +211,26 @@ def test_what_changes_no_result_may_change(recipe, change, tmp_path):
     ],
 )
 def test_what_changes_the_result_is_refused(recipe, change, words):
-    run_toy(recipe("train.updates=2"))
+    run_toy(recipe("train.steps=2"))
     with pytest.raises(RecipeError, match="holds a run of another recipe") as refused:
         Trainer(recipe(change), ToyAdapter())
     assert words in str(refused.value) and str(refused.value).count("->") == 1
 
 
 def test_micro_batches_matter_where_each_has_its_own_mean(recipe):
-    run_toy(recipe("train.updates=2", "objective.mean=micro_batch"))
+    run_toy(recipe("train.steps=2", "objective.mean=micro_batch"))
     with pytest.raises(RecipeError, match="objective.reca.micro_batch 2 -> 4"):
         Trainer(recipe("objective.mean=micro_batch", "objective.reca.micro_batch=4"), ToyAdapter())
 
 
 def test_data_may_move_and_not_change(recipe, images, tmp_path):
     whole = run_toy(recipe(f"run_dir={tmp_path}/whole"))
-    run_toy(recipe("train.updates=2"))
+    run_toy(recipe("train.steps=2"))
     moved = images.rename(tmp_path / "other disk")
     resumed = run_toy(recipe(f"data.images={moved}", f"data.captions={moved}"))
     assert all(torch.equal(value, weights(resumed.adapter)[name]) for name, value in weights(whole.adapter).items())
 
-    run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.updates=2"))
+    run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.steps=2"))
     (moved / "003.png").unlink()
     with pytest.raises(RecipeError, match=r"data.images='.*' has other contents \(24 samples, now 23\)"):
         Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
@@ -254,7 +254,7 @@ def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
 
 def test_templates_may_move_and_not_change(recipe, tmp_path):
     (tmp_path / "one.txt").write_text("Draw this.\nDraw that.\n")
-    run_toy(recipe("train.updates=2", f"data.templates={tmp_path}/one.txt"))
+    run_toy(recipe("train.steps=2", f"data.templates={tmp_path}/one.txt"))
     (tmp_path / "one.txt").rename(tmp_path / "two.txt")
     Trainer(recipe(f"data.templates={tmp_path}/two.txt"), ToyAdapter())
     (tmp_path / "two.txt").write_text("Draw this.\nDraw those.\n")
@@ -269,27 +269,27 @@ def rates(run_dir):
 
 def test_a_longer_run_keeps_its_schedule_unless_told(recipe, caplog):
     linear = ["optim.schedule=linear", "optim.lr=1"]
-    run_toy(recipe(*linear, "train.updates=4"))
-    longer = run_toy(recipe(*linear, "train.updates=6"))
+    run_toy(recipe(*linear, "train.steps=4"))
+    longer = run_toy(recipe(*linear, "train.steps=6"))
     assert rates(longer.run_dir) == [1, 0.75, 0.5, 0.25, 0, 0]
     assert "schedule of the learning rate, which ends at update 4 as it did before" in caplog.text
-    told = run_toy(recipe(*linear, "train.updates=8", "optim.decay_updates=16"))
+    told = run_toy(recipe(*linear, "train.steps=8", "optim.decay_steps=16"))
     assert rates(told.run_dir)[6:] == [0.625, 0.5625]
     assert "ends at update 16 now; until here it was 4" in caplog.text
-    kept = run_toy(recipe(*linear, "train.updates=9"))
+    kept = run_toy(recipe(*linear, "train.steps=9"))
     assert rates(kept.run_dir)[8:] == [0.5]
 
 
 def test_a_finished_run_says_so(recipe, capsys, tmp_path):
     command = [
-        "train", "show_o_tiny", "objective.reca.per_update=2", "objective.i2t.weight=0", "log.tensorboard=false",
+        "train", "show_o_tiny", "objective.reca.batch_size=2", "objective.i2t.weight=0", "log.tensorboard=false",
         f"run_dir={tmp_path}/run",
     ]  # fmt: skip
-    assert main([*command, "train.updates=2"]) == 0
-    assert capsys.readouterr().out.startswith("2 updates done.")
+    assert main([*command, "train.steps=2"]) == 0
+    assert capsys.readouterr().out.startswith("2 steps done.")
     for fewer in (2, 1):
-        assert main([*command, f"train.updates={fewer}"]) == 0
-        assert f"has 2 updates already and train.updates={fewer}: nothing to do" in capsys.readouterr().out
+        assert main([*command, f"train.steps={fewer}"]) == 0
+        assert f"has 2 steps already and train.steps={fewer}: nothing to do" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "run").name == "000002"
 
 
@@ -334,7 +334,7 @@ def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):
     """Colleagues read them too: libraries that write weights give their files mode 0600."""
     before = os.umask(0o022)
     try:
-        trainer = run_toy(recipe("train.updates=2", f"data.cache={tmp_path}/cache"))
+        trainer = run_toy(recipe("train.steps=2", f"data.cache={tmp_path}/cache"))
     finally:
         os.umask(before)
     files = [path for folder in (trainer.run_dir, tmp_path / "cache") for path in folder.rglob("*") if path.is_file()]

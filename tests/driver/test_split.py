@@ -21,26 +21,26 @@ def counted(shares):
 
 @pytest.mark.parametrize("ranks", [*RANKS, 5, 7, 100])
 def test_every_sample_once_and_equal_work(ranks):
-    for per_update, micro_batch in itertools.product(
+    for batch_size, micro_batch in itertools.product(
         [1, 2, 3, 5, 7, 10, 20, 48, 64, 96, 97], [1, 2, 3, 4, 48, 64, 200]
     ):
-        shares = split(per_update, micro_batch, ranks)
-        assert sorted(counted(shares)) == list(range(per_update))
+        shares = split(batch_size, micro_batch, ranks)
+        assert sorted(counted(shares)) == list(range(batch_size))
         assert len(shares) == ranks and len({len(rank) for rank in shares}) == 1
         everything = [s for rank in shares for s in rank]
-        assert all(1 <= s.size <= micro_batch and 0 <= s.start <= per_update - s.size for s in everything)
+        assert all(1 <= s.size <= micro_batch and 0 <= s.start <= batch_size - s.size for s in everything)
         sizes_ = {s.size for s in everything if s.counted}
         assert max(sizes_) - min(sizes_) <= 1
         # The slowest rank of every pass, added up, computes no more than an even division gives one rank.
-        assert sum(max(s.size for s in one) for one in zip(*shares, strict=True)) == math.ceil(per_update / ranks)
-        assert len(shares[0]) == math.ceil(math.ceil(per_update / ranks) / micro_batch)
+        assert sum(max(s.size for s in one) for one in zip(*shares, strict=True)) == math.ceil(batch_size / ranks)
+        assert len(shares[0]) == math.ceil(math.ceil(batch_size / ranks) / micro_batch)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_copies_are_micro_batches_that_another_rank_counts(ranks):
     """A loss that is not finite is then so on that rank, too, which skips the update by itself."""
-    for per_update, micro_batch in itertools.product(range(1, 70), [1, 2, 3]):
-        everything = [s for rank in split(per_update, micro_batch, ranks) for s in rank]
+    for batch_size, micro_batch in itertools.product(range(1, 70), [1, 2, 3]):
+        everything = [s for rank in split(batch_size, micro_batch, ranks) for s in rank]
         assert {s[:2] for s in everything if not s.counted} <= {s[:2] for s in everything if s.counted}
 
 
@@ -74,18 +74,18 @@ def test_numbers_below_one():
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_start_on_any_number_of_gpus(name):
     recipe = load_recipe(name)
-    for ranks, kind in itertools.product(RANKS, recipe.active_kinds()):
-        config = getattr(recipe.objective, kind)
-        assert len(counted(split(config.per_update, config.micro_batch, ranks))) == config.per_update
+    for ranks, task in itertools.product(RANKS, recipe.active_tasks()):
+        config = getattr(recipe.objective, task)
+        assert len(counted(split(config.batch_size, config.micro_batch, ranks))) == config.batch_size
         assert passes(config, ranks) >= 1
-        changed = any(size != config.micro_batch for size in sizes(config.per_update, config.micro_batch, ranks))
-        said = departures(recipe.objective, [kind], ranks)
-        assert (f"{kind} " in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
-    assert not departures(recipe.objective, recipe.active_kinds(), 1)
+        changed = any(size != config.micro_batch for size in sizes(config.batch_size, config.micro_batch, ranks))
+        said = departures(recipe.objective, [task], ranks)
+        assert (f"{task} " in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
+    assert not departures(recipe.objective, recipe.active_tasks(), 1)
 
 
 def test_positions_do_not_depend_on_the_ranks():
-    """Three updates of 10 from the second on. The neighbour is the next sample, and the first after the last."""
+    """Three steps of 10 from the second on. The neighbour is the next sample, and the first after the last."""
     for ranks in RANKS:
         seen = set()
         for shares in split(10, 3, ranks):
@@ -97,15 +97,15 @@ def test_positions_do_not_depend_on_the_ranks():
         assert seen == set(range(10, 40))
 
 
-def gradient(recipe, micro_batch, condition="own", mean="update", per_update=7):
+def gradient(recipe, micro_batch, condition="own", mean="update", batch_size=7):
     """Of one update of the toy model on one rank."""
-    keys = (f"objective.condition={condition}", f"objective.mean={mean}", f"objective.reca.per_update={per_update}")
+    keys = (f"objective.condition={condition}", f"objective.mean={mean}", f"objective.reca.batch_size={batch_size}")
     r, adapter = recipe(*keys), ToyAdapter(dtype=torch.float64)
     other = condition == "other"
     loader = open_loader(
-        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, per_update=per_update, neighbours=other
+        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, batch_size=batch_size, neighbours=other
     )
-    batches = list(itertools.islice(loader, len(split(per_update, micro_batch, 1)[0])))
+    batches = list(itertools.islice(loader, len(split(batch_size, micro_batch, 1)[0])))
     sums = backward(adapter, {"reca": batches}, r.objective, 0, torch.autocast("cpu", enabled=False))
     return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]), sums["reca"]
 
@@ -127,13 +127,13 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
     """7 samples in 3, 2 and 2: each mean by 3/7, 2/7 and 2/7. With one sample in each it is the mean over samples."""
     for micro_batch, parts in ((3, [(0, 3), (3, 2), (5, 2)]), (1, [(i, 1) for i in range(7)])):
         found, _ = gradient(recipe, micro_batch, mean="micro_batch")
-        r, adapter = recipe("objective.reca.per_update=7"), ToyAdapter(dtype=torch.float64)
-        from reca.objective import kind_draws
+        r, adapter = recipe("objective.reca.batch_size=7"), ToyAdapter(dtype=torch.float64)
+        from reca.objective import task_rng
 
         loss = 0
         for start, size in parts:
             loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=size, start=start)
-            term = adapter(next(iter(loader)), kind_draws(0, "reca"))
+            term = adapter(next(iter(loader)), task_rng(0, "reca"))
             loss = loss + size / 7 * term.sum / term.weight
         loss.backward()
         expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
@@ -142,7 +142,7 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
 
 def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
     r, adapter = recipe(), ToyAdapter()
-    loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, per_update=1, rank=1, world=2)
+    loader = open_loader(r.data, "reca", adapter.views("reca"), seed=0, micro_batch=1, batch_size=1, rank=1, world=2)
     batch, loss = next(iter(loader)), adapter.loss
     assert not batch.counted
     adapter.loss = lambda *given: (term := loss(*given))._replace(sum=term.sum + float("nan"))
@@ -154,4 +154,4 @@ def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
 
 def test_condition_other_needs_another_sample(recipe):
     with pytest.raises(RecipeError, match="condition=other takes h_v from another sample"):
-        recipe("objective.condition=other", "objective.reca.per_update=1")
+        recipe("objective.condition=other", "objective.reca.batch_size=1")

@@ -31,7 +31,7 @@ def locked_elsewhere(run_dir: Path) -> bool:
 
 def test_reading_the_status_in_the_process_of_the_run_keeps_its_lock(recipe):
     run_dir, seen = Path(recipe().run_dir), []
-    trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), lambda _: seen.append(Status.read(run_dir).state))
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter(), lambda _: seen.append(Status.read(run_dir).state))
     assert locked(run_dir) and locked_elsewhere(run_dir)
     trainer.run()
     assert seen == ["running", "running"] and not locked(run_dir) and not locked_elsewhere(run_dir)
@@ -45,7 +45,7 @@ def test_a_link_to_a_folder_is_the_same_folder(recipe, tmp_path):
 
 
 def test_of_two_trainers_in_one_process_the_newer_has_the_folder(recipe):
-    older, newer = (Trainer(recipe("train.updates=2"), ToyAdapter()) for _ in range(2))
+    older, newer = (Trainer(recipe("train.steps=2"), ToyAdapter()) for _ in range(2))
     with pytest.raises(RunInUse, match="has let .* go"):
         older.run()
     assert locked_elsewhere(newer.run_dir)
@@ -63,7 +63,7 @@ def test_a_run_that_goes_on_in_this_process_is_not_disturbed(recipe):
             Trainer(recipe(), ToyAdapter())
         refused.append(error)
 
-    trainer = Trainer(recipe("train.updates=2"), ToyAdapter(), start_another)
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter(), start_another)
     trainer.run()
     assert len(refused) == 2 and Status.read(trainer.run_dir).state == "finished"
 
@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_in_this_process_is_not_disturbed(recipe):
 def test_training_in_a_thread(recipe):
     """signal.signal is for the main thread only."""
     done = []
-    thread = threading.Thread(target=lambda: done.append(run_toy(recipe("train.updates=2")).update))
+    thread = threading.Thread(target=lambda: done.append(run_toy(recipe("train.steps=2")).update))
     thread.start()
     thread.join()
     assert done == [2]
@@ -112,7 +112,7 @@ def test_of_many_starts_at_once_one_wins(tmp_path):
 
 def test_a_run_that_ends_while_its_status_is_read_has_not_failed(recipe, monkeypatch):
     """It may end, and let the folder go, between the reading of the file and the look at the lock."""
-    run_dir = run_toy(recipe("train.updates=1")).run_dir
+    run_dir = run_toy(recipe("train.steps=1")).run_dir
     ended = (run_dir / "status.json").read_text()
     (run_dir / "status.json").write_text(json.dumps(json.loads(ended) | {"state": "running", "exit_code": None}))
     monkeypatch.setattr(status, "locked", lambda _: (run_dir / "status.json").write_text(ended) and False)
@@ -141,11 +141,11 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("state", ["running", "interrupted"])
 def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
-    """Killed between its last checkpoint and its last word, or told to make fewer updates: nothing to requeue."""
+    """Killed between its last checkpoint and its last word, or told to make fewer steps: nothing to requeue."""
     tmp_path /= "a run"
     command = [
-        "train", "show_o_tiny", "objective.reca.per_update=2", "objective.i2t.weight=0", "log.tensorboard=false",
-        f"run_dir={tmp_path}", "train.updates=1",
+        "train", "show_o_tiny", "objective.reca.batch_size=2", "objective.i2t.weight=0", "log.tensorboard=false",
+        f"run_dir={tmp_path}", "train.steps=1",
     ]  # fmt: skip
     assert main(command) == 0
     path = tmp_path / "status.json"
@@ -183,13 +183,13 @@ def test_what_is_no_line_of_a_log_goes(tmp_path):
 
 
 def test_a_recipe_that_cannot_be_written_anew_stays(recipe, monkeypatch):
-    run_dir = run_toy(recipe("train.updates=1")).run_dir
+    run_dir = run_toy(recipe("train.steps=1")).run_dir
     before = (run_dir / "recipe.yaml").read_bytes()
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    trainer = Trainer(recipe("train.updates=2"), ToyAdapter())
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter())
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         trainer.run()
@@ -203,7 +203,7 @@ def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="checkpoints cannot be written to"):
         Trainer(recipe(), ToyAdapter())
     (tmp_path / "disk").mkdir()
-    run_toy(recipe("train.updates=1"))
+    run_toy(recipe("train.steps=1"))
     assert checkpoint.newest(run_dir).resolve() == tmp_path / "disk/000001"
 
     asked = []

@@ -40,7 +40,7 @@ def losses(run_dir):
 
 
 def test_loss_falls_and_only_allowed_parameters_move(recipe):
-    trainer = run(recipe("train.updates=40"))
+    trainer = run(recipe("train.steps=40"))
     before, after = weights(ToyAdapter()), weights(trainer.adapter)
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("tower"), name
@@ -58,22 +58,22 @@ def test_accumulation_does_not_change_the_update(recipe, micro_batch, tmp_path):
 
 
 def test_gradient_is_that_of_the_pooled_mean(recipe, images):
-    """Two kinds: sum over kinds of lambda * (all sums / all weights), whatever the micro-batches hold."""
-    r = recipe("objective.t2i.weight=0.5", "objective.t2i.per_update=4", "objective.t2i.micro_batch=1")
+    """Two tasks: sum over tasks of lambda * (all sums / all weights), whatever the micro-batches hold."""
+    r = recipe("objective.t2i.weight=0.5", "objective.t2i.batch_size=4", "objective.t2i.micro_batch=1")
     adapter = ToyAdapter(dtype=torch.float64)
     batches = {}
-    for kind, size, count in (("reca", 2, 4), ("t2i", 1, 4)):
-        stream = iter(open_loader(r.data, kind, adapter.views(kind), seed=0, micro_batch=size))
-        batches[kind] = [next(stream) for _ in range(count)]
+    for task, size, count in (("reca", 2, 4), ("t2i", 1, 4)):
+        stream = iter(open_loader(r.data, task, adapter.views(task), seed=0, micro_batch=size))
+        batches[task] = [next(stream) for _ in range(count)]
     autocast = torch.autocast("cpu", enabled=False)
     backward(adapter, batches, r.objective, 0, autocast)
 
-    from reca.objective import kind_draws
+    from reca.objective import task_rng
 
     expected = ToyAdapter(dtype=torch.float64)
     total = 0
-    for kind, weight in (("reca", 1.0), ("t2i", 0.5)):
-        terms = [expected(b, kind_draws(0, kind)) for b in batches[kind]]
+    for task, weight in (("reca", 1.0), ("t2i", 0.5)):
+        terms = [expected(b, task_rng(0, task)) for b in batches[task]]
         total = total + weight * sum(t.sum for t in terms) / sum(t.weight for t in terms)
     total.backward()
     for (name, p), q in zip(adapter.named_parameters(), expected.parameters(), strict=True):
@@ -83,13 +83,13 @@ def test_gradient_is_that_of_the_pooled_mean(recipe, images):
 
 def test_a_kind_of_weight_zero_is_never_computed(recipe):
     trainer = Trainer(recipe(), ToyAdapter())
-    trainer.adapter.views = lambda kind: pytest.fail("t2i was touched") if kind == "t2i" else None
-    assert trainer.kinds == ["reca"]
+    trainer.adapter.views = lambda task: pytest.fail("t2i was touched") if task == "t2i" else None
+    assert trainer.tasks == ["reca"]
 
 
 def test_resume_is_exact(recipe, tmp_path):
     whole = run(recipe(f"run_dir={tmp_path}/whole"))
-    run(recipe(f"run_dir={tmp_path}/parts", "train.updates=3"))
+    run(recipe(f"run_dir={tmp_path}/parts", "train.steps=3"))
     resumed = run(recipe(f"run_dir={tmp_path}/parts"))
     assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -115,15 +115,15 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
 
 
 def test_non_finite_updates_are_skipped_then_fatal(recipe):
-    trainer = Trainer(recipe("train.updates=20", "train.max_skips=2"), ToyAdapter())
+    trainer = Trainer(recipe("train.steps=20", "train.max_skips=2"), ToyAdapter())
     loss = trainer.adapter.loss
 
-    def poisoned(batch, features, draws):
-        term = loss(batch, features, draws)
+    def poisoned(batch, features, rng):
+        term = loss(batch, features, rng)
         return term._replace(sum=term.sum * float("nan")) if trainer.update in (1, 4, 5, 6) else term
 
     trainer.adapter.loss = poisoned
-    with pytest.raises(NonFiniteError, match="3 updates in a row"):
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.adapter.parameters())
     dump = [json.loads(line) for line in (trainer.run_dir / "non_finite_0.jsonl").read_text().splitlines()]
@@ -187,14 +187,14 @@ def test_keep_limits_checkpoints(recipe):
 
 
 def test_a_changed_recipe_is_refused_on_resume(recipe):
-    run(recipe("train.updates=2"))
+    run(recipe("train.steps=2"))
     with pytest.raises(RecipeError, match="lr 0.01 -> 0.5"):
         Trainer(recipe("optim.lr=0.5"), ToyAdapter())
 
 
 def test_compiled_and_recomputed_blocks_are_both(recipe, tmp_path):
     """Either alone and both together make the same update, and compiled ones are compiled."""
-    uneven = ("train.updates=2", "objective.reca.micro_batch=3")
+    uneven = ("train.steps=2", "objective.reca.micro_batch=3")
     plain = run(recipe(f"run_dir={tmp_path}/plain", *uneven))
     for i, (compiled, recomputed) in enumerate([(True, False), (False, True), (True, True)]):
         torch._dynamo.reset()
@@ -227,16 +227,16 @@ def test_sample_grids_and_gap(recipe):
 def test_condition_other_swaps_h_v(recipe):
     trainer = Trainer(recipe(), ToyAdapter())
     batch = next(iter(trainer.loaders["reca"]))
-    from reca.objective import kind_draws
+    from reca.objective import task_rng
 
-    own, other = (trainer.adapter(batch, kind_draws(0, "reca"), c).sum for c in ("own", "other"))
+    own, other = (trainer.adapter(batch, task_rng(0, "reca"), c).sum for c in ("own", "other"))
     assert own != other
 
 
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     trainer = run(recipe())
     monkeypatch.setattr(
-        "reca.runs.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.umm_package", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
     )
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
@@ -251,7 +251,7 @@ def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatc
         kept = name.startswith(("tower", "layers.1"))
         assert torch.equal(value, weights(sft.adapter)[name]) == kept, name
     monkeypatch.setattr(
-        "reca.runs.umm", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
+        "reca.runs.umm_package", lambda _: SimpleNamespace(Adapter=SimpleNamespace(load=lambda *_: ToyAdapter()))
     )
     loaded = load_trained(reca.run_dir, reca.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(reca.adapter).items())
@@ -280,18 +280,18 @@ def test_what_a_run_cannot_start_from(recipe, tmp_path):
     ],
 )
 def test_learning_rate(recipe, schedule, expected):
-    """10 updates: 2 of warm-up, then decay to a tenth."""
-    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup=2", "optim.final=0.1").optim
+    """10 steps: 2 of warm-up, then decay to a tenth."""
+    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup_steps=2", "optim.min_lr_ratio=0.1").optim
     got = [lr_at(u, 10, config) for u in (0, 1, 2, 4, 8)]
     assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):
-    plain = run(recipe(f"run_dir={tmp_path}/plain", "train.updates=9"))
+    plain = run(recipe(f"run_dir={tmp_path}/plain", "train.steps=9"))
     cache = f"data.cache={tmp_path}/features"
-    first = run(recipe(f"run_dir={tmp_path}/first", "train.updates=9", cache))
+    first = run(recipe(f"run_dir={tmp_path}/first", "train.steps=9", cache))
     monkeypatch.setattr("reca.data.pixels.open_rgb", None)  # bytes are read, to find the features, and not decoded
-    second = run(recipe(f"run_dir={tmp_path}/second", "train.updates=9", cache))
+    second = run(recipe(f"run_dir={tmp_path}/second", "train.steps=9", cache))
     for name, value in weights(plain.adapter).items():
         assert torch.equal(weights(first.adapter)[name], value) and torch.equal(weights(second.adapter)[name], value)
 
@@ -300,7 +300,7 @@ def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):
 def test_the_profile_is_of_the_updates_it_names(recipe, start, recorded):
     """Numbered as in log.jsonl, also where a run goes on."""
     if start:
-        run(recipe(f"train.updates={start}"))
+        run(recipe(f"train.steps={start}"))
     trainer = Trainer(recipe("log.profile=3:4"), ToyAdapter())
     step = trainer.step
 

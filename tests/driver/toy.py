@@ -9,8 +9,8 @@ from torch import nn
 
 from reca.config import Recipe
 from reca.data.views import View, Views
-from reca.draws import Purpose
 from reca.models.base import Adapter, Batch, LossTerm
+from reca.rng import RandomStream
 from reca.train import Trainer
 
 SIDE = 4
@@ -23,7 +23,7 @@ class ToyConfig:
 
 class ToyAdapter(Adapter):
     name = "toy"
-    kinds = frozenset({"reca", "t2i"})
+    tasks = frozenset({"reca", "t2i"})
     abilities = frozenset({"generate"})
     trainable_roles = frozenset({"gen_head"})
     condition_keys = ("h_v",)
@@ -43,7 +43,7 @@ class ToyAdapter(Adapter):
         self.tower, self.layers = linear(), nn.ModuleList([linear(), linear()])
         self.seen: list[int] = []
 
-    def views(self, kind: str) -> Views:
+    def views(self, task: str) -> Views:
         return Views(gen=View(SIDE), und=None)
 
     def encode(self, batch: Batch) -> dict:
@@ -51,14 +51,14 @@ class ToyAdapter(Adapter):
         with torch.no_grad():
             return {"target": pixels, "h_v": self.tower(pixels)}
 
-    def weight(self, batch: Batch, draws) -> torch.Tensor:
+    def weight(self, batch: Batch, rng) -> torch.Tensor:
         return torch.tensor(float(sum(1 + int(i) % 3 for i in batch.sample_ids)))
 
-    def loss(self, batch: Batch, features: dict, draws) -> LossTerm:
+    def loss(self, batch: Batch, features: dict, rng) -> LossTerm:
         self.seen += batch.sample_ids.tolist()
         target = features["target"]
-        noise = draws.normal(Purpose.NOISE, batch.sample_ids, target.shape[1]).to(target)
-        x = noise + (features["h_v"] if batch.kind == "reca" else 0)
+        noise = rng.normal(RandomStream.NOISE, batch.sample_ids, target.shape[1]).to(target)
+        x = noise + (features["h_v"] if batch.task == "reca" else 0)
         for layer in self.layers:
             x = torch.tanh(layer(x))
         weights = 1 + batch.sample_ids % 3  # samples count differently, as packed tokens do
@@ -82,19 +82,19 @@ def write_images(folder: Path, count: int = 24) -> Path:
     for i in range(count):
         pixels = torch.randint(0, 256, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8).numpy()
         Image.fromarray(pixels).resize((4 * SIDE, 4 * SIDE)).save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}.txt").write_text(f"picture {i}")
+        (folder / f"{i:03d}.txt").write_text(f"image {i}")
     return folder
 
 
 def write_recipe(folder: Path, images: Path) -> Path:
-    """A recipe for the toy adapter over a folder of images: 8 samples an update, 6 updates."""
+    """A recipe for the toy adapter over a folder of images: 8 samples an update, 6 steps."""
     path = folder / "toy.yaml"
     path.write_text(
         f"umm: show_o\nrun_dir: {folder / 'run'}\n"
         f"data: {{images: {images}, captions: {images}, workers: 0, decoder: pillow}}\n"
-        "objective: {reca: {weight: 1.0, per_update: 8, micro_batch: 2}}\n"
+        "objective: {reca: {weight: 1.0, batch_size: 8, micro_batch: 2}}\n"
         "optim: {lr: 0.01}\n"
-        "train: {updates: 6}\n"
+        "train: {steps: 6}\n"
         "log: {every: 1, tensorboard: false}\n"
     )
     return path

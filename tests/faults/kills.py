@@ -27,11 +27,11 @@ from safetensors.torch import load_file
 
 from reca import checkpoint, exits, jsonl
 from reca.cli import main as reca
-from reca.models import umm
+from reca.models import umm_package
 from reca.status import Status
 from reca.train import Trainer  # noqa: F401  # imported here once, and not by every fork
 
-UPDATES, EVERY = 24, 5  # of a run, and between its checkpoints
+STEPS, EVERY = 24, 5  # of a run, and between its checkpoints
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for the ranks that are left
 ENDLESS = 120.0  # seconds after which a start has hung
 
@@ -62,7 +62,7 @@ class Tally:
 
     kills: int = 0
     missed: int = 0  # the run had ended before the signal came; not counted among the kills
-    lost: list[int] = field(default_factory=list)  # updates to make again
+    lost: list[int] = field(default_factory=list)  # steps to make again
     wrong: list[str] = field(default_factory=list)  # exit codes, states, hangs
 
 
@@ -78,7 +78,7 @@ class Chains:
 def command(run_dir: Path) -> list[str]:
     return [
         "train", "show_o_tiny", "data.images=world:unlabeled?seed=0", "objective.i2t.weight=0", "data.workers=0",
-        "objective.reca.per_update=4", "objective.reca.micro_batch=2", f"train.updates={UPDATES}", "train.threads=1",
+        "objective.reca.batch_size=4", "objective.reca.micro_batch=2", f"train.steps={STEPS}", "train.threads=1",
         f"checkpoint.every={EVERY}", "log.every=1", "log.tensorboard=false", f"run_dir={run_dir}",
         "parallel.timeout_minutes=1",
     ]  # fmt: skip
@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    umm("show_o")
+    umm_package("show_o")
     dice, began = random.Random(options.seed), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="reca_kills_"))
     wanted, kept, usual = {}, {}, {}
@@ -277,7 +277,7 @@ def report(tallies: dict[Kill, Tally], chains: Chains, root: Path, seconds: floa
     wrong = [fault for tally in tallies.values() for fault in tally.wrong]
     print(f"{'all':<44}{len(every):>6}{max(every):>12}{sum(every) / len(every):>7.1f}{len(wrong):>7}")
     print(
-        f"{chains.count} runs of {UPDATES} updates, a checkpoint every {EVERY}: {chains.other_bits} with other bits "
+        f"{chains.count} runs of {STEPS} steps, a checkpoint every {EVERY}: {chains.other_bits} with other bits "
         f"than an uninterrupted run, {len(chains.left_over)} files left over; {seconds:.0f} s"
     )
     for fault in [*wrong, *chains.left_over]:

@@ -16,12 +16,12 @@ from reca.values import BLANK, NULLS, guess, override_text, write_yaml
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations
 
-# A recipe of one key for every family: thousands of them are read in a minute.
+# A recipe of one key for every UMM: thousands of them are read in a minute.
 FOLDER = tempfile.TemporaryDirectory()
-SMALL = {family: Path(FOLDER.name) / f"{family}.yaml" for family in UMMS}
-for family, path in SMALL.items():
-    path.write_text(f"umm: {family}\n")
-KEYS = {family: [key for _, _, key in walk(load_recipe(path))] for family, path in SMALL.items()}
+SMALL = {umm: Path(FOLDER.name) / f"{umm}.yaml" for umm in UMMS}
+for umm, path in SMALL.items():
+    path.write_text(f"umm: {umm}\n")
+KEYS = {umm: [key for _, _, key in walk(load_recipe(path))] for umm, path in SMALL.items()}
 
 # Pieces that YAML, OmegaConf, Python or a shell read as something else than text.
 WORDS = """
@@ -40,7 +40,7 @@ NUMBERS = st.one_of(
     st.from_regex(r"[+-]?[0-9_]{0,4}\.?[0-9]{0,3}([eE][+-]?[0-9]{1,3})?", fullmatch=True),
 ).map(str)
 VALUES = TEXTS | LISTS | NUMBERS
-FAMILIES = st.sampled_from(UMMS)
+UMMS = st.sampled_from(UMMS)
 NOT_KEYS = st.lists(PIECES | st.sampled_from(["optim", "lr", "betas", "0", ".", "model", "umm"]), max_size=5).map(
     ".".join
 )
@@ -48,10 +48,10 @@ NOT_KEYS = st.lists(PIECES | st.sampled_from(["optim", "lr", "betas", "0", ".", 
 
 @st.composite
 def overrides(draw):
-    """(family, override): mostly of a key that there is."""
-    family = draw(FAMILIES)
-    key = draw(st.sampled_from(KEYS[family]) | NOT_KEYS | st.sampled_from(["optim", "model", "objective.reca", "data"]))
-    return family, f"{key}={draw(VALUES)}" if draw(st.integers(0, 20)) else draw(TEXTS)
+    """(umm, override): mostly of a key that there is."""
+    umm = draw(UMMS)
+    key = draw(st.sampled_from(KEYS[umm]) | NOT_KEYS | st.sampled_from(["optim", "model", "objective.reca", "data"]))
+    return umm, f"{key}={draw(VALUES)}" if draw(st.integers(0, 20)) else draw(TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,10 @@ def sound(recipe) -> None:
 
 @given(overrides())
 def test_overrides(folder, given_):
-    family, override = given_
+    umm, override = given_
     with counted("overrides"):
         try:
-            recipe = load_recipe(SMALL[family], [override])
+            recipe = load_recipe(SMALL[umm], [override])
         except RecipeError as error:
             sentence(error)
             return
@@ -104,26 +104,26 @@ def test_overrides(folder, given_):
             nested = {part: nested}
         path = folder / "written.yaml"
         path.write_text(write_yaml({"umm": recipe.umm} | nested))
-        again = load_recipe(SMALL[family], [f"{key}={override_text(value)}"])
+        again = load_recipe(SMALL[umm], [f"{key}={override_text(value)}"])
         assert as_dict(recipe) == as_dict(load_recipe(path)) == as_dict(again)
 
 
 @fewer(0.25)
-@given(FAMILIES, TEXTS, TEXTS, st.lists(TEXTS, max_size=3), st.floats(min_value=0, allow_infinity=False))
-def test_values_survive_files_and_explanations(folder, family, path, sentence_, words, number):
+@given(UMMS, TEXTS, TEXTS, st.lists(TEXTS, max_size=3), st.floats(min_value=0, allow_infinity=False))
+def test_values_survive_files_and_explanations(folder, umm, path, sentence_, words, number):
     """What is put into a recipe by a program is what its file, and the lines of --explain, give back."""
     assume("\0" not in path + sentence_ + "".join(words) and path.strip(BLANK) and not path.startswith(("~", "$")))
     assume("${" not in path and not any("\ud800" <= c <= "\udfff" for c in sentence_ + "".join(words)))
-    recipe = load_recipe(SMALL[family])
+    recipe = load_recipe(SMALL[umm])
     recipe.run_dir, recipe.log.prompts, recipe.model.words = path, [sentence_], words
     recipe.optim.lr = number
     with counted("recipes written and read"):
         save_recipe(recipe, folder / "v.yaml")
         assert as_dict(load_recipe(folder / "v.yaml")) == as_dict(recipe)
         lines = explain(recipe).splitlines()
-        assert len(lines) == len(KEYS[family])
-        again = [f"{key}={override_text(value_of(recipe, key))}" for key in KEYS[family]]
-        assert as_dict(load_recipe(SMALL[family], again)) == as_dict(recipe)
+        assert len(lines) == len(KEYS[umm])
+        again = [f"{key}={override_text(value_of(recipe, key))}" for key in KEYS[umm]]
+        assert as_dict(load_recipe(SMALL[umm], again)) == as_dict(recipe)
 
 
 @fewer(0.25)
@@ -176,10 +176,10 @@ def test_guesses(text):
 
 
 @fewer(0.25)
-@given(FAMILIES, st.lists(st.text(string.printable, max_size=12) | overrides().map(lambda pair: pair[1]), max_size=4))
-def test_many_overrides(family, texts):
+@given(UMMS, st.lists(st.text(string.printable, max_size=12) | overrides().map(lambda pair: pair[1]), max_size=4))
+def test_many_overrides(umm, texts):
     with counted("command lines"):
         try:
-            sound(load_recipe(SMALL[family], texts))
+            sound(load_recipe(SMALL[umm], texts))
         except RecipeError as error:
             sentence(error)

@@ -271,7 +271,7 @@ def test_philox(data):
     draw = data.draw
     address, n, backend = address_of(draw, draw(SIZES)), draw(st.integers(0, 70)), draw(st.sampled_from(BACKENDS))
     bare = Philox(*(x.as_subclass(torch.Tensor) for x in address[:2]), address.stream)
-    with counted("draws"), MODES[draw(st.sampled_from(sorted(MODES)))]():
+    with counted("rng"), MODES[draw(st.sampled_from(sorted(MODES)))]():
         got = [draw_it(address, n, backend=backend) for draw_it in (philox_uniform, philox_normal)]
     for ours, law in zip(got, (philox_definition.philox_uniform, philox_definition.philox_normal), strict=True):
         assert torch.equal(ours.as_subclass(torch.Tensor).view(torch.int32), law(*bare, n).view(torch.int32))

@@ -1,4 +1,4 @@
-"""Pictures in all formats that Pillow writes, damaged: a view, or BadImage."""
+"""Images in all formats that Pillow writes, damaged: a view, or BadImage."""
 
 import io
 import struct
@@ -27,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def seeds():
-    """{name: bytes} of a small picture in every format and mode that Pillow can write."""
+    """{name: bytes} of a small image in every format and mode that Pillow can write."""
     Image.init()
     noise = Image.effect_noise((24, 16), 80)
     rgb = Image.merge("RGB", (noise, noise.rotate(180), noise.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
@@ -86,7 +86,7 @@ def test_damaged_pictures_are_views_or_bad_images(name, changes, repair, fit):
     data = mutate(SEEDS[name], changes)
     if repair and data.startswith(PNG):
         data = with_sums(data)
-    with counted("pictures"), warnings.catch_warnings():
+    with counted("images"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = open_rgb(data)

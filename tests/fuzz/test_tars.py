@@ -1,4 +1,4 @@
-"""Tars of any members, cut and damaged: every picture is a sample or counted, or the tar is refused."""
+"""Tars of any members, cut and damaged: every image is a sample or counted, or the tar is refused."""
 
 import io
 import posixpath
@@ -34,12 +34,12 @@ def path():
 def packed(members, format=tarfile.USTAR_FORMAT):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as out:
-        for number, (name, kind, target) in enumerate(members):
+        for number, (name, task, target) in enumerate(members):
             info = tarfile.TarInfo(name)
-            info.type, data = kind, f"{number} {name}".encode() * (number + 1)
-            if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            info.type, data = task, f"{number} {name}".encode() * (number + 1)
+            if task in (tarfile.LNKTYPE, tarfile.SYMTYPE):
                 info.linkname = target
-            elif kind == tarfile.REGTYPE:
+            elif task == tarfile.REGTYPE:
                 info.size = len(data)
             out.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
@@ -50,8 +50,8 @@ def stem(name):
 
 
 @fewer(0.25)
-@given(members=MEMBERS, format=FORMATS, kind=st.sampled_from(["reca", "t2i"]))
-def test_every_picture_is_a_sample_or_counted(path, members, format, kind):
+@given(members=MEMBERS, format=FORMATS, task=st.sampled_from(["reca", "t2i"]))
+def test_every_picture_is_a_sample_or_counted(path, members, format, task):
     try:
         path.write_bytes(packed(members, format))
     except ValueError:  # a name that is too long for the format
@@ -62,7 +62,7 @@ def test_every_picture_is_a_sample_or_counted(path, members, format, kind):
             files[posixpath.normpath(name).lstrip("/")] = f"{number} {name}".encode() * (number + 1)
     with counted("tars of any members"):
         try:
-            source = Tars([path], kind)
+            source = Tars([path], task)
         except DataError as error:
             assert str(path) in str(error)
             return
@@ -79,7 +79,7 @@ def test_every_picture_is_a_sample_or_counted(path, members, format, kind):
             if name in files:  # links have the content of another
                 assert sample.image == files[name]
             texts = [data for text, data in files.items() if text.lower().endswith(".txt") and stem(text) == stem(name)]
-            if kind == "t2i" and texts:
+            if task == "t2i" and texts:
                 assert sample.text.encode() in texts
 
 

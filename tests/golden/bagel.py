@@ -1,4 +1,4 @@
-"""What the tests of BAGEL's format share: the published folder, recorded draws, and where our rows stand in a pack."""
+"""What the tests of BAGEL's format share: the published folder, recorded rng, and where our rows stand in a pack."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from reca.data.pixels import make_view
 from reca.data.views import View
-from reca.draws import Draws, Purpose
 from reca.models.bagel import Adapter, Config, prompt
 from reca.models.bagel.config import AutoencoderSizes, LanguageSizes, VisionSizes
 from reca.models.bagel.mot import GEN, UND
 from reca.models.tiny_tokenizer import word_tokenizer
+from reca.rng import CounterRNG, RandomStream
 from tests.golden.conftest import Golden
 
 ACTIVATION = {"atol": 1e-4, "rtol": 0}  # cases.json
@@ -82,25 +82,25 @@ def seen(golden: Golden, model: Adapter, order: Sequence[int]) -> list[Tensor]:
     return model.look([make_view(picture, view(golden.config["vit_transform"])) for picture in pictures])
 
 
-class Recorded(Draws):
+class Recorded(CounterRNG):
     """Numbers of golden data in place of counter-based ones."""
 
     def __init__(self, gaussians: list[float], posterior: list[Tensor], noise: Tensor, drop: list[float]):
         super().__init__(0)
         self.gaussians, self.posterior, self.given, self.drop = gaussians, posterior, noise, drop
 
-    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Tensor:
-        assert purpose == Purpose.NOISE
+    def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Tensor:
+        assert purpose == RandomStream.NOISE
         return self.given
 
-    def normal(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
-        if purpose == Purpose.POSTERIOR:
+    def normal(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
+        if purpose == RandomStream.POSTERIOR:
             return torch.stack([self.posterior[i].flatten() for i in sample_ids.tolist()])
-        assert purpose == Purpose.TIMESTEP
+        assert purpose == RandomStream.TIMESTEP
         return torch.tensor(self.gaussians)[sample_ids][:, None]
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
-        assert purpose == Purpose.CONDITION_DROP
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
+        assert purpose == RandomStream.CONDITION_DROP
         return torch.tensor(self.drop)[sample_ids][:, None]
 
 

@@ -1,9 +1,8 @@
-"""What the tests of Harmon share: the model with the published tensors, recorded draws, tolerances."""
+"""What the tests of Harmon share: the model with the published tensors, recorded rng, tolerances."""
 
 import torch
 from torch import Tensor
 
-from reca.draws import Draws, Purpose
 from reca.models.harmon import Adapter, Config, convert, loading
 from reca.models.harmon.config import AutoencoderSizes, LanguageSizes, MarSizes
 from reca.models.harmon.masking import WIDTH
@@ -11,6 +10,7 @@ from reca.models.harmon.modules import EPS
 from reca.models.harmon.prompt import Prompt
 from reca.models.harmon.sampling import Chance
 from reca.models.weights import put
+from reca.rng import CounterRNG, RandomStream
 from tests.golden.conftest import Golden
 
 # cases.json: max|a - b| / max|b| of a re-run with another attention, and of a second implementation
@@ -62,8 +62,8 @@ def _config(c: dict) -> Config:
     )
 
 
-class Recorded(Draws):
-    """The noise, timesteps, orders and mask of one recorded case in place of counter-based draws.
+class Recorded(CounterRNG):
+    """The noise, timesteps, orders and mask of one recorded case in place of counter-based rng.
 
     Noise and timesteps are recorded for every token (repeat slowest); a row's number says which one is meant.
     """
@@ -80,13 +80,13 @@ class Recorded(Draws):
         least = (golden.config["mar"]["mask_ratio_min"] - 1) / WIDTH
         low = torch.special.ndtr(torch.tensor(least, dtype=torch.float64))
         rate = (torch.special.ndtr((share - 1) / WIDTH) - low) / (0.5 - low)
-        self.tables = {Purpose.MASK_ORDER: orders, Purpose.MASK_RATE: rate[:, None]}
+        self.tables = {RandomStream.MASK_ORDER: orders, RandomStream.MASK_RATE: rate[:, None]}
 
-    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Tensor:
+    def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Tensor:
         return self.given[sample_ids]
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
-        if purpose == Purpose.TIMESTEP:
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
+        if purpose == RandomStream.TIMESTEP:
             return (self.t[sample_ids, None] + 0.5) / 1000
         return self.tables[purpose]
 

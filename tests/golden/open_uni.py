@@ -1,4 +1,4 @@
-"""What the tests of the two OpenUni formats share: the model with the published tensors, recorded draws, tolerances."""
+"""What the tests of the two OpenUni formats share: the model with the published tensors, recorded rng, tolerances."""
 
 import re
 from types import SimpleNamespace
@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from reca.draws import Draws, Purpose
 from reca.models.open_uni import Adapter, Config, convert, modules, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, VisionSizes
 from reca.models.weights import put
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import ConcatPlan
 from tests.golden.conftest import Golden
 
@@ -96,17 +96,17 @@ def _config(c: dict) -> Config:
     )
 
 
-class Recorded(Draws):
+class Recorded(CounterRNG):
     """Noise and uniform numbers of golden data in place of counter-based ones."""
 
     def __init__(self, noise: Tensor, u: Tensor, drop: Tensor | None = None):
         super().__init__(0)
-        self.given, self.tables = noise, {Purpose.TIMESTEP: u, Purpose.CONDITION_DROP: drop}
+        self.given, self.tables = noise, {RandomStream.TIMESTEP: u, RandomStream.CONDITION_DROP: drop}
 
-    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Tensor:
+    def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Tensor:
         return self.given[sample_ids]
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         return self.tables[purpose][sample_ids, None]
 
 

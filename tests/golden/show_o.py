@@ -1,15 +1,15 @@
-"""What the tests of the two Show-o formats share: the model in its published folders, recorded draws, comparisons."""
+"""What the tests of the two Show-o formats share: the model in its published folders, recorded rng, comparisons."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from reca.draws import Draws, Purpose
 from reca.models.exporting import export_to
 from reca.models.show_o import prompt
 from reca.models.show_o.convert import WEIGHTS
 from reca.models.tiny_tokenizer import word_tokenizer
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels.attention.reference import allowed as allowed_keys
 from tests.golden.conftest import Golden
 
@@ -30,19 +30,19 @@ def write_folders(folder: Path, published: dict, model: dict, codec: dict, clip:
     return folder
 
 
-class Recorded(Draws):
+class Recorded(CounterRNG):
     """Uniform numbers of golden data in place of counter-based ones: purpose -> [B] or [B, n]."""
 
     def __init__(self, **tables: Tensor):
         super().__init__(0)
-        self.tables = {Purpose[name.upper()]: table for name, table in tables.items()}
+        self.tables = {RandomStream[name.upper()]: table for name, table in tables.items()}
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         return self.tables[purpose][sample_ids].reshape(len(sample_ids), n)
 
 
 def recorded(golden: Golden, case: str) -> Recorded:
-    """The masking draws of a case of the format `show_o`."""
+    """The masking rng of a case of the format `show_o`."""
     tables = {"mask_rate": golden.data[f"{case}.rand_t"], "mask_order": golden.data[f"{case}.rand_scores"]}
     if f"{case}.rand_drop" in golden.data:
         tables["condition_drop"] = golden.data[f"{case}.rand_drop"]

@@ -114,7 +114,7 @@ def test_codec(golden, model):
 
 @pytest.fixture
 def reca(golden, model):
-    """The batch of three, its features and its draws."""
+    """The batch of three, its features and its rng."""
     data, values, patch = golden.data, golden.cases["values"], golden.config["latent_patch_size"]
     sizes = values["reca.vae_latent_shapes"]
     texts = [words(ids) for ids in values["reca.text_ids"]]
@@ -122,14 +122,14 @@ def reca(golden, model):
     moments = [crop(data["vae.moments"][i], size, patch) for i, size in zip(order, sizes, strict=True)]
     posterior = [crop(data["vae.posterior_noise"][i], size, patch) for i, size in zip(order, sizes, strict=True)]
     gaussians, drop = values["reca.timestep_gaussians"], values["reca.text_dropout_uniforms"]
-    draws = Recorded(gaussians, posterior, data["reca.noise"], drop)
+    rng = Recorded(gaussians, posterior, data["reca.noise"], drop)
     model.config.template_drop = values["reca.text_dropout_prob"]
-    return Batch("reca", torch.arange(len(sizes)), texts), moments, draws, sizes
+    return Batch("reca", torch.arange(len(sizes)), texts), moments, rng, sizes
 
 
 def whole_samples(model, reca, h_v):
-    batch, moments, draws, sizes = reca
-    samples, *_ = model.prompts(batch, {"h_v": h_v, "moments": moments}, draws)
+    batch, moments, rng, sizes = reca
+    samples, *_ = model.prompts(batch, {"h_v": h_v, "moments": moments}, rng)
     return [[*items, prompt.Noisy(*size)] for items, size in zip(samples, sizes, strict=True)]
 
 
@@ -159,25 +159,25 @@ def test_reca_sequence(golden, model, reca):
 @pytest.mark.parametrize("case", ["full", "frozen", "frozen_shift3"])
 def test_reca_loss_and_every_stage_of_it(golden, clean, reca, case):
     model, data, values = clean, golden.data, golden.cases["values"]
-    batch, moments, draws, _ = reca
+    batch, moments, rng, _ = reca
     if case != "full":
         freeze(model, None)
     model.config.timestep_shift = 3.0 if case == "frozen_shift3" else 1.0
     h_v = seen(golden, model, values["reca.vit_image_order"])
     with Record(model) as record:
-        term = model.loss(batch, {"h_v": h_v, "moments": moments}, draws)
+        term = model.loss(batch, {"h_v": h_v, "moments": moments}, rng)
     same_loss(term.sum / term.weight, data[f"reca.{case}.loss"])
     cached = replace(batch, features={"moments": moments})
-    assert float(term.weight) == len(data["reca.noise"]) == float(model.weight(cached, draws))
+    assert float(term.weight) == len(data["reca.noise"]) == float(model.weight(cached, rng))
 
     packed = Packed(model, whole_samples(model, reca, h_v))
     v = model.llm2vae(record.seen["hidden"][1][GEN])
     close(v, data["reca.frozen_shift3.v_pred" if case == "frozen_shift3" else "reca.v_pred"])
     if case != "frozen_shift3":
-        drawn = model.drawn(moments, draws, batch.sample_ids)
+        drawn = model.drawn(moments, rng, batch.sample_ids)
         patch = model.config.latent_patch_size
         close(torch.cat([modules.patchify(z, patch) for z in drawn]), data["reca.latent_clean"])
-        close(model.level(draws, batch.sample_ids), torch.tensor(values["reca.t_shift1"]))
+        close(model.level(rng, batch.sample_ids), torch.tensor(values["reca.t_shift1"]))
         close(record.packed("input", packed), data["reca.packed_embed"])
         for i in range(golden.config["llm_config"]["num_hidden_layers"]):
             close(record.packed(f"layer {i}", packed), data[f"reca.layer_out.{i}"])

@@ -13,17 +13,17 @@ loaded, model = show_o.loaded, show_o.model  # fixtures
 
 
 class OneSample:
-    """A golden folder whose cases of one kind have their first sample alone."""
+    """A golden folder whose cases of one task have their first sample alone."""
 
-    def __init__(self, golden: Golden, kind: str):
+    def __init__(self, golden: Golden, task: str):
         self.folder, self.config, self.weights = golden.folder, golden.config, golden.weights
         self.cases = copy.deepcopy(golden.cases)
         self.cases["grad_norms"] = {key: {} for key in self.cases["grad_norms"]}  # of other batches
         self.data = dict(golden.data)
         for name, tensor in golden.data.items():
-            if name.startswith(kind) and not name.endswith(".loss"):
+            if name.startswith(task) and not name.endswith(".loss"):
                 self.data[name] = tensor[:1]
-        if kind == "t2i":
+        if task == "t2i":
             rest = golden.data["joint_vq.logits"][len(golden.data["t2i.labels"]) :]
             first = golden.data["joint_vq.logits"][:1]
             self.data["joint_vq.logits"] = first.new_empty(1 + len(rest), *first.shape[1:])
@@ -32,7 +32,7 @@ class OneSample:
             loss = F.cross_entropy(first[0, picture], self.data["t2i.labels"][0, picture])
             self.data["joint_vq.loss_t2i"] = loss[None]
             self.cases["tensors"]["t2i.texts"]["value"] = golden.cases["tensors"]["t2i.texts"]["value"][:1]
-        for case in (name for name in ("recon_clip", *show_o.RECON_VQ) if name.startswith(kind)):
+        for case in (name for name in ("recon_clip", *show_o.RECON_VQ) if name.startswith(task)):
             logits, labels = self.data[f"{case}.img_logits"][0], self.data[f"{case}.mask_labels"][0]
             self.data[f"{case}.loss"] = F.cross_entropy(logits, labels)[None]
 

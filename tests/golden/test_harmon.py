@@ -78,10 +78,10 @@ def costs(out, noise, rows, wanted):
     close(rows - mse, wanted["vb"])
 
 
-def gradients_agree(golden, model, kind):
+def gradients_agree(golden, model, task):
     cases, parameters = golden.cases, dict(model.named_parameters())
     total = torch.stack([p.grad.norm() for p in parameters.values() if p.grad is not None]).norm()
-    for name, wanted in cases["grad_norms"][kind].items():
+    for name, wanted in cases["grad_norms"][task].items():
         if name == "__total_norm__":
             ours = total
         elif wanted is None:
@@ -91,41 +91,41 @@ def gradients_agree(golden, model, kind):
             ours = parameters[name].grad.norm()
         assert abs(float(ours) - wanted) <= STAGE * wanted, (name, float(ours), wanted)
     without = {n for n, p in parameters.items() if p.grad is None and not n.startswith("vae.")}
-    assert without == set(cases["no_grad_params"][kind]) - {"mar.class_emb.weight"}  # no parameter here
+    assert without == set(cases["no_grad_params"][task]) - {"mar.class_emb.weight"}  # no parameter here
     for name, wanted in golden.data.items():
-        if name.startswith(f"{kind}.grad."):
-            close(parameters[name.removeprefix(f"{kind}.grad.")].grad, wanted)
+        if name.startswith(f"{task}.grad."):
+            close(parameters[name.removeprefix(f"{task}.grad.")].grad, wanted)
 
 
-@pytest.mark.parametrize("kind", ["t2i", "reca"])
-def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, kind):
+@pytest.mark.parametrize("task", ["t2i", "reca"])
+def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, task):
     data, size = golden.data, grid(golden)[0] * grid(golden)[1]
-    given = prompts(golden, kind)
+    given = prompts(golden, task)
     monkeypatch.setattr(model, "prompts", lambda *_: given)
     spy = Spy(monkeypatch, model)
     model.zero_grad()
     latents = data["vae.latents"][: len(given)]
     features = {"latents": latents, "seen": latents}
-    batch = Batch(kind, torch.arange(len(given)), [""] * len(given))
-    term = model.loss(batch, features, Recorded(golden, kind))
+    batch = Batch(task, torch.arange(len(given)), [""] * len(given))
+    term = model.loss(batch, features, Recorded(golden, task))
 
     # Here padding stands behind a sequence, there between prompt and picture: real rows are compared, in order.
-    real = data[f"{kind}.llm_attention_mask"].bool()
+    real = data[f"{task}.llm_attention_mask"].bool()
     lengths = real.sum(1)
     ((_, inputs, hidden),) = spy.seen["language"]
     assert inputs.keys() == {"inputs_embeds", "attention_mask", "use_cache"}
     assert inputs["attention_mask"] == {"full_attention": None}  # no mask, and positions that count up from 0 …
     ours = torch.arange(inputs["inputs_embeds"].shape[1]) < lengths[:, None]
     positions = torch.arange(ours.shape[1]).expand(ours.shape)[ours]
-    assert torch.equal(positions, data[f"{kind}.llm_position_ids"][real])  # … as there
-    close(inputs["inputs_embeds"][ours], data[f"{kind}.llm_inputs_embeds"][real])
-    close(hidden.last_hidden_state[ours], data[f"{kind}.llm_last_hidden"][real])
+    assert torch.equal(positions, data[f"{task}.llm_position_ids"][real])  # … as there
+    close(inputs["inputs_embeds"][ours], data[f"{task}.llm_inputs_embeds"][real])
+    close(hidden.last_hidden_state[ours], data[f"{task}.llm_last_hidden"][real])
 
     (((encoded, visible, _, _), _, z),) = spy.seen["decode"]
-    hides = torch.ones_like(data[f"{kind}.mask"]).scatter(1, visible, 0.0)
-    assert torch.equal(hides, data[f"{kind}.mask"])
-    close(encoded, data[f"{kind}.x_enc_residual"])
-    close(z, data[f"{kind}.z"])
+    hides = torch.ones_like(data[f"{task}.mask"]).scatter(1, visible, 0.0)
+    assert torch.equal(hides, data[f"{task}.mask"])
+    close(encoded, data[f"{task}.x_enc_residual"])
+    close(z, data[f"{task}.z"])
 
     # The head saw hidden rows only; of those, what every row cost, and what all of them did.
     rows = hides.flatten().nonzero()[:, 0]
@@ -133,16 +133,16 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, kind):
     (((x_t, t, condition), _, out),) = spy.seen["head"]
     assert len(x_t) == repeats * len(rows) == term.weight and len(condition) == len(rows)
     every = (torch.arange(repeats)[:, None] * len(hides) * size + rows).flatten()
-    assert torch.equal(t, data[f"{kind}.t"][every])
+    assert torch.equal(t, data[f"{task}.t"][every])
     cost = diffusion_loss(
-        out.detach(), latents.flatten(0, 2), t, data[f"{kind}.noise"][every], diffusion_schedule(),
+        out.detach(), latents.flatten(0, 2), t, data[f"{task}.noise"][every], diffusion_schedule(),
         rows=rows.repeat(repeats), reduction="none",
     )  # fmt: skip
-    costs(out, data[f"{kind}.noise"][every], cost, {n: data[f"{kind}.row_{n}"][every] for n in ("loss", "mse", "vb")})
-    close(term.sum / term.weight, data[f"{kind}.loss"])
+    costs(out, data[f"{task}.noise"][every], cost, {n: data[f"{task}.row_{n}"][every] for n in ("loss", "mse", "vb")})
+    close(term.sum / term.weight, data[f"{task}.loss"])
 
     (term.sum / term.weight).backward()
-    gradients_agree(golden, model, kind)
+    gradients_agree(golden, model, task)
 
 
 def test_answer_loss_and_every_stage_of_it(golden, model, monkeypatch):

@@ -32,22 +32,22 @@ def model(golden):
 
 
 @pytest.fixture
-def draws(golden):
+def rng(golden):
     """Those samples of the text-to-image case lose their caption whose ids are the unconditional prompt's."""
     data, empty = golden.data, len(ByteTokenizer.of(golden).whole(golden.cases["strings"]["cfg_prompt"]))
     kept = [float(mask.sum()) != empty for mask in data["t2i.attention_mask"]]
     return Recorded(data["train.noise"], data["train.u"], torch.tensor(kept, dtype=torch.float32))
 
 
-def batch(golden, kind):
-    c, n = golden.config, len(golden.data[f"{kind}.input_ids"])
-    return Batch(kind, torch.arange(n), c["templates"][:n] if kind == "reca" else [c["caption"]] * n)
+def batch(golden, task):
+    c, n = golden.config, len(golden.data[f"{task}.input_ids"])
+    return Batch(task, torch.arange(n), c["templates"][:n] if task == "reca" else [c["caption"]] * n)
 
 
-def features(golden, kind):
-    n = len(golden.data[f"{kind}.input_ids"])
+def features(golden, task):
+    n = len(golden.data[f"{task}.input_ids"])
     made = {"latents": golden.data["vae.latents"][:n]}
-    return made | {"h_v": golden.data["und.h_v"][:n]} if kind == "reca" else made
+    return made | {"h_v": golden.data["und.h_v"][:n]} if task == "reca" else made
 
 
 def test_crop_and_resize(golden, model):
@@ -83,43 +83,43 @@ def test_prompt_texts(golden, model):
     assert prompt.caption(tokenizer, None).ids == tokenizer.whole(strings["cfg_prompt"])
 
 
-@pytest.mark.parametrize("kind", ["reca", "t2i"])
-def test_ids_and_padding(golden, model, draws, kind):
-    prompts = model.prompts(batch(golden, kind), draws)
-    layout, mask = planned(model, prompts, "left" if kind == "reca" else "right")
-    assert torch.equal(mask, golden.data[f"{kind}.attention_mask"])
-    wanted = golden.data[f"{kind}.input_ids"]
+@pytest.mark.parametrize("task", ["reca", "t2i"])
+def test_ids_and_padding(golden, model, rng, task):
+    prompts = model.prompts(batch(golden, task), rng)
+    layout, mask = planned(model, prompts, "left" if task == "reca" else "right")
+    assert torch.equal(mask, golden.data[f"{task}.attention_mask"])
+    wanted = golden.data[f"{task}.input_ids"]
     assert torch.equal(release_src(model, layout), torch.where(mask, wanted, prompt.PAD_ID))
     context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
     assert layout.src[layout.src < 0].tolist() == list(range(-1, -1 - int((wanted == context).sum()), -1))
 
 
-@pytest.mark.parametrize("kind", ["reca", "t2i"])
-def test_loss_and_every_stage_of_it(golden, model, draws, kind):
+@pytest.mark.parametrize("task", ["reca", "t2i"])
+def test_loss_and_every_stage_of_it(golden, model, rng, task):
     data = golden.data
-    part = {name: data[f"{kind}.{name}"] for name in ("inputs_embeds", "llm_mask", "position_ids", "connector_out")}
-    part["query_hidden"] = data[f"{kind}.llm_query_hidden"]
+    part = {name: data[f"{task}.{name}"] for name in ("inputs_embeds", "llm_mask", "position_ids", "connector_out")}
+    part["query_hidden"] = data[f"{task}.llm_query_hidden"]
     model.zero_grad()
     with Record(model) as record:
-        term = model.loss(batch(golden, kind), features(golden, kind), draws)
-    same_stages(record, data[f"{kind}.attention_mask"], part)
+        term = model.loss(batch(golden, task), features(golden, task), rng)
+    same_stages(record, data[f"{task}.attention_mask"], part)
     ((noisy,), given, (velocity,)) = record.seen["dit"][0]
-    close(noisy, data[f"{kind}.noisy"])
-    close(given["encoder_hidden_states"].detach(), data[f"{kind}.prompt_embeds"])
-    close(given["timestep"], data[f"{kind}.timesteps"])
+    close(noisy, data[f"{task}.noisy"])
+    close(given["encoder_hidden_states"].detach(), data[f"{task}.prompt_embeds"])
+    close(given["timestep"], data[f"{task}.timesteps"])
     samples = torch.arange(len(noisy))
-    close(model.sigma(draws, samples), data["train.sigmas_at_timesteps"][samples])
-    close(velocity.detach(), data[f"{kind}.model_pred"])
+    close(model.sigma(rng, samples), data["train.sigmas_at_timesteps"][samples])
+    close(velocity.detach(), data[f"{task}.model_pred"])
     loss = term.sum / term.weight
-    close(loss.detach(), data[f"{kind}.loss"])
+    close(loss.detach(), data[f"{task}.loss"])
 
     loss.backward()
     cases = golden.cases
-    assert not wrong_norms(model, cases["grad_norms"][kind], cases["zero_grad_params"][kind])
+    assert not wrong_norms(model, cases["grad_norms"][task], cases["zero_grad_params"][task])
     parameters = dict(model.named_parameters())
     for name, wanted in data.items():
-        if name.startswith(f"{kind}.grad."):
-            ours = parameters[name.removeprefix(f"{kind}.grad.")].grad
+        if name.startswith(f"{task}.grad."):
+            ours = parameters[name.removeprefix(f"{task}.grad.")].grad
             assert float((ours - wanted).norm()) <= GRADIENT * float(wanted.norm()), name
     assert not cases["trainable_without_grad"]
 

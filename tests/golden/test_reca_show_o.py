@@ -110,13 +110,13 @@ def clip_case(golden, model):
     return batch, features, Recorded(mask_rate=data["clip.u"], mask_order=data["clip.perm"])
 
 
-def reca_layout(model, batch, features, draws) -> prompt.Layout:
+def reca_layout(model, batch, features, rng) -> prompt.Layout:
     """As `reca_loss` makes it."""
     layouts = []
     hide = model.hide
     model.hide = lambda layout, *rest: (hide(layout, *rest), layouts.append(layout))
     try:
-        model.loss(batch, features, draws)
+        model.loss(batch, features, rng)
     finally:
         del model.hide
     return layouts[0]
@@ -133,8 +133,8 @@ def test_clip_h_v(golden, model):
 @torch.no_grad()
 def test_clip_sequence_and_logits(golden, model):
     data, n = golden.data, model.image
-    batch, features, draws = clip_case(golden, model)
-    layout = reca_layout(model, batch, features, draws)
+    batch, features, rng = clip_case(golden, model)
+    layout = reca_layout(model, batch, features, rng)
     same_ids(layout, data["clip.input_ids"], model.vocabulary, model.clip_tokens)
     same_mask(layout, data["clip.visible"][:, None])
     assert torch.equal(layout.labels[:, n], data["clip.labels"][:, n])
@@ -145,9 +145,9 @@ def test_clip_sequence_and_logits(golden, model):
 
 
 def test_clip_loss_and_gradients(golden, model):
-    batch, features, draws = clip_case(golden, model)
-    term = model.loss(batch, features, draws)
-    assert term.weight == model.weight(batch, draws)
+    batch, features, rng = clip_case(golden, model)
+    term = model.loss(batch, features, rng)
+    assert term.weight == model.weight(batch, rng)
     same_loss(mean(term), golden.data["clip.loss_recon"])
     mean(term).backward()
     same_norms(model, norms_of(golden, "clip"))
@@ -159,10 +159,10 @@ def test_clip_loss_and_gradients(golden, model):
 def t2i_case(golden):
     data = golden.data
     texts = words(data["joint.t2i_text_ids"])
-    draws = Recorded(
+    rng = Recorded(
         mask_rate=data["joint.t2i_u"], mask_order=data["joint.t2i_perm"], condition_drop=data["joint.t2i_drop_draw"]
     )
-    return Batch("t2i", torch.arange(len(texts)), texts), {"codes": data["joint.t2i_codes"]}, draws
+    return Batch("t2i", torch.arange(len(texts)), texts), {"codes": data["joint.t2i_codes"]}, rng
 
 
 def i2t_layout(golden, model) -> prompt.Layout:
@@ -229,15 +229,15 @@ def vq_case(golden, model):
     image = data["vq.input_ids"][:, model.image]
     codes = torch.where(image == model.vocabulary.mask, data["vq.labels"][:, model.image], image) - offset
     batch = Batch("reca", torch.arange(len(texts)), texts)
-    draws = Recorded(mask_rate=data["vq.u"], mask_order=data["vq.perm"])
-    return batch, {"codes": codes, "h_v": given}, draws
+    rng = Recorded(mask_rate=data["vq.u"], mask_order=data["vq.perm"])
+    return batch, {"codes": codes, "h_v": given}, rng
 
 
 @torch.no_grad()
 def test_vq_sequence_and_logits(golden, model):
     data, n = golden.data, model.image
-    batch, features, draws = vq_case(golden, model)
-    layout = reca_layout(model, batch, features, draws)
+    batch, features, rng = vq_case(golden, model)
+    layout = reca_layout(model, batch, features, rng)
     same_mask(layout, data["vq.visible"][:, None])
     assert torch.equal(layout.labels[:, n], data["vq.labels"][:, n])
     logits = model.showo.lm_head(model.hidden(layout, features["h_v"])[:, n])
@@ -247,9 +247,9 @@ def test_vq_sequence_and_logits(golden, model):
 
 
 def test_vq_loss_and_gradients(golden, model):
-    batch, features, draws = vq_case(golden, model)
-    term = model.loss(batch, features, draws)
-    assert term.weight == model.weight(batch, draws)
+    batch, features, rng = vq_case(golden, model)
+    term = model.loss(batch, features, rng)
+    assert term.weight == model.weight(batch, rng)
     same_loss(mean(term), golden.data["vq.loss_recon"])
     mean(term).backward()
     same_norms(model, norms_of(golden, "vq"))

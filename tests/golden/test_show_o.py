@@ -98,7 +98,7 @@ def codes_of(golden, model, case: str):
 
 
 def reca(golden, model, case: str):
-    """(batch, features, draws) of a reconstruction case."""
+    """(batch, features, rng) of a reconstruction case."""
     data, texts = golden.data, ids(golden.cases["tensors"]["recon.texts"]["value"])
     codes = codes_of(golden, model, case)
     words = [" ".join(map(str, text)) for text in texts]
@@ -113,7 +113,7 @@ def reca(golden, model, case: str):
 
 
 def reca_layout(golden, model, case: str) -> prompt.Layout:
-    batch, features, draws = reca(golden, model, case)
+    batch, features, rng = reca(golden, model, case)
     make, slots = (
         (prompt.reca_clip, model.config.reca_slots)
         if case == "recon_clip"
@@ -122,7 +122,7 @@ def reca_layout(golden, model, case: str) -> prompt.Layout:
     visual = features["h_v"].shape[1]
     samples = [make(model.template(t), model.vocabulary, slots, visual, model.image_tokens) for t in batch.text]
     layout = prompt.layout(samples, model.vocabulary)
-    model.hide(layout, features["codes"], model.masked(draws, batch.sample_ids))
+    model.hide(layout, features["codes"], model.masked(rng, batch.sample_ids))
     return layout
 
 
@@ -131,8 +131,8 @@ def t2i_layout(golden, model) -> prompt.Layout:
     texts = [[] if d else t for t, d in zip(ids(golden.cases["tensors"]["t2i.texts"]["value"]), drop, strict=True)]
     samples = [prompt.t2i(t, model.vocabulary, model.config.text_slots, model.image_tokens) for t in texts]
     layout = prompt.layout(samples, model.vocabulary)
-    draws = recorded(golden, "t2i")
-    model.hide(layout, codes_of(golden, model, "t2i"), model.masked(draws, torch.arange(len(texts))))
+    rng = recorded(golden, "t2i")
+    model.hide(layout, codes_of(golden, model, "t2i"), model.masked(rng, torch.arange(len(texts))))
     return layout
 
 
@@ -207,8 +207,8 @@ def test_schedule(golden):
 @pytest.mark.parametrize("case", ["t2i", "recon_clip", *RECON_VQ])
 def test_masking(golden, model, case):
     data, v, codes = golden.data, model.vocabulary, codes_of(golden, model, case) + model.vocabulary.offset
-    draws, samples = recorded(golden, case), torch.arange(len(codes))
-    masked = model.masked(draws, samples)
+    rng, samples = recorded(golden, case), torch.arange(len(codes))
+    masked = model.masked(rng, samples)
     assert torch.equal(torch.where(masked, v.mask, codes), data[f"{case}.masked_ids"])
     assert torch.equal(torch.where(masked, codes, -100), data[f"{case}.mask_labels"])
     torch.testing.assert_close(sampling.cosine(data[f"{case}.rand_t"]), data[f"{case}.mask_prob"], rtol=0, atol=1e-7)
@@ -344,9 +344,9 @@ def test_joint_loss_and_gradients(golden, model):
     data = golden.data
     texts = golden.cases["tensors"]["t2i.texts"]["value"]
     batch = Batch("t2i", torch.arange(len(texts)), texts)
-    draws = recorded(golden, "t2i")
-    t2i = model.loss(batch, {"codes": codes_of(golden, model, "t2i")}, draws)
-    assert t2i.weight == model.weight(batch, draws)
+    rng = recorded(golden, "t2i")
+    t2i = model.loss(batch, {"codes": codes_of(golden, model, "t2i")}, rng)
+    assert t2i.weight == model.weight(batch, rng)
     understand_with(model, "vq")
     layout = lm_layout(golden, model)
     lm = model.cross_entropy(model.hidden(layout), layout.labels)
@@ -384,9 +384,9 @@ RECA = {
 def test_reca_loss_and_gradients(golden, model, name):
     case, parity = RECA[name]
     model.config = replace(model.config, parity=parity)
-    batch, features, draws = reca(golden, model, case)
-    term = model.loss(batch, features, draws)
-    assert term.weight == model.weight(batch, draws)
+    batch, features, rng = reca(golden, model, case)
+    term = model.loss(batch, features, rng)
+    assert term.weight == model.weight(batch, rng)
     same_loss(mean(term), golden.data[f"{case}.loss"])
     mean(term).backward()
     same_norms(model, golden.cases["grad_norms"][name])

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from reca import draws
+from reca import rng
 from reca_kernels.ops import attention_plan, diffusion_loss
 
 GPU = torch.device("meta")
@@ -112,9 +112,9 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
-    """The mode, with draws that know such tensors, and nothing kept of it afterwards."""
+    """The mode, with rng that know such tensors, and nothing kept of it afterwards."""
     for name in ("philox_uniform", "philox_normal"):
-        monkeypatch.setattr(draws, name, _drawn(getattr(draws, name)))
+        monkeypatch.setattr(rng, name, _drawn(getattr(rng, name)))
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
     monkeypatch.setattr(
         torch, "autocast", lambda kind, *a, **b: nullcontext() if kind == "meta" else autocast(kind, *a, **b)

@@ -1,4 +1,4 @@
-"""What holds for the adapter of every family: copies, default types, exports."""
+"""What holds for the adapter of every UMM: copies, default types, exports."""
 
 import collections
 import copy
@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 
 from reca.cli import main
 from reca.config import load_recipe
-from reca.models import UMMS, exporting, umm
+from reca.models import UMMS, exporting, umm_package
 from reca.models.base import Batch, Turn
 from reca.models.exporting import export_to
-from reca.objective import kind_draws
+from reca.objective import task_rng
 
 TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
 
 
 def built(name: str):
     recipe = load_recipe(f"{name}_tiny")
-    return umm(name).Adapter.load(recipe.model).eval()
+    return umm_package(name).Adapter.load(recipe.model).eval()
 
 
 @pytest.fixture(scope="module", params=UMMS)
@@ -40,15 +40,15 @@ def answers(model) -> dict[str, torch.Tensor]:
         shape = view and (len(TEXTS["reca"]), 3, view.size, view.size)
         return view and list(torch.randint(0, 256, shape, dtype=torch.uint8, generator=random))
 
-    for kind in sorted(model.kinds):
-        views, draws = model.views(kind), kind_draws(0, kind)
-        batch = Batch(kind, torch.arange(2), TEXTS[kind], gen=pixels(views.gen), und=pixels(views.und))
-        term = model(batch, draws)
-        found |= {f"{kind} sum": term.sum.detach(), f"{kind} weight": term.weight, kind: model.weight(batch, draws)}
+    for task in sorted(model.tasks):
+        views, rng = model.views(task), task_rng(0, task)
+        batch = Batch(task, torch.arange(2), TEXTS[task], gen=pixels(views.gen), und=pixels(views.und))
+        term = model(batch, rng)
+        found |= {f"{task} sum": term.sum.detach(), f"{task} weight": term.weight, task: model.weight(batch, rng)}
         if term.sum.requires_grad:
             model.zero_grad()
             (term.sum / term.weight).backward()
-            found |= {f"{kind} {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            found |= {f"{task} {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     picture = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8, generator=random)
     found["drawn"] = model.generate(["a red circle"], [0], steps=3)[0]
     if "edit" in model.abilities:

@@ -1,4 +1,4 @@
-"""What the families' losses of answers have in common."""
+"""What the UMMs' losses of answers have in common."""
 
 import io
 from importlib import import_module
@@ -9,21 +9,21 @@ from PIL import Image
 
 from reca.config import load_recipe
 from reca.data.pixels import make_view
-from reca.draws import Draws
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import Batch
+from reca.rng import CounterRNG
 from reca.world.source import world_source
-from reca.world.starts import FAMILIES
+from reca.world.starts import UMMS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_counted_on_the_host(family, monkeypatch):
+@pytest.mark.parametrize("umm", UMMS)
+def test_answers_are_counted_on_the_host(umm, monkeypatch):
     """A GPU that has to be asked how many there are is waited for."""
-    model = umm(family).Adapter.load(load_recipe(f"{family}_tiny").model).eval()
+    model = umm_package(umm).Adapter.load(load_recipe(f"{umm}_tiny").model).eval()
     source, view = world_source("understood?seed=0", "i2t"), model.views("i2t").und
     samples = [source[i] for i in range(3)]
     und = [make_view(Image.open(io.BytesIO(sample.image)), view) for sample in samples]
-    adapter = import_module(f"reca.models.{family}.adapter")
+    adapter = import_module(f"reca.models.{umm}.adapter")
     counts, loss = [], adapter.masked_linear_cross_entropy
 
     def recorded(*args, num_labelled=None, **kwargs):
@@ -31,5 +31,5 @@ def test_answers_are_counted_on_the_host(family, monkeypatch):
         return loss(*args, num_labelled=num_labelled, **kwargs)
 
     monkeypatch.setattr(adapter, "masked_linear_cross_entropy", recorded)
-    term = model(Batch("i2t", torch.arange(3), [sample.text for sample in samples], und=und), Draws(0))
+    term = model(Batch("i2t", torch.arange(3), [sample.text for sample in samples], und=und), CounterRNG(0))
     assert counts == [int(term.weight)] and counts[0] > 3 * 3

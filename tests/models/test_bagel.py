@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from reca.config import load_recipe
 from reca.data.cache import collate
 from reca.data.pixels import make_view
-from reca.draws import Draws, Purpose
 from reca.models.bagel import Adapter, Config, adapter, convert, loading, modules, prompt, sampling
 from reca.models.bagel.config import AutoencoderSizes, tiny
 from reca.models.bagel.mot import GEN, UND, attend, grouped
 from reca.models.base import ROLES, Batch, Turn
 from reca.optim import freeze, make_optimizer
+from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained
 from reca.train import Trainer
 from reca_kernels import dispatch, native
@@ -99,12 +99,12 @@ def images(sizes, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
+def batch(model, task: str, rows=(0, 1, 2, 3)) -> Batch:
     """Samples of different sizes as the views make them."""
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(SIZES)]
-    views = model.views(kind)
+    views = model.views(task)
     gen, und = (view and [make_view(pictures[row], view) for row in rows] for view in (views.gen, views.und))
-    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+    return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 
 def count(module) -> int:
@@ -231,61 +231,61 @@ def test_tiny_is_small(plain):
 # losses
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_weight_is_what_loss_returns(model, kind):
-    sample = batch(model, kind)
-    term = model(sample, Draws(3))
-    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+@pytest.mark.parametrize("task", TEXTS)
+def test_weight_is_what_loss_returns(model, task):
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(3))
+    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
     assert math.isfinite(float(term.sum.detach()))
-    if kind != "i2t":
+    if task != "i2t":
         assert float(term.weight) == sum(i.shape[1] * i.shape[2] for i in sample.gen) / model.token_side**2
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_a_batch_is_the_sum_of_its_samples(model, kind):
+@pytest.mark.parametrize("task", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(model, task):
     """Pictures of three sizes and texts of different lengths in one pack; one of them dropped, or all but one."""
-    together = model(batch(model, kind), Draws(3)).sum
-    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    together = model(batch(model, task), CounterRNG(3)).sum
+    alone = sum(model(batch(model, task, [row]), CounterRNG(3)).sum for row in range(4))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("task", TEXTS)
 @pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1)])
-def test_cached_features_give_the_same_loss(model, kind, rows):
-    sample = batch(model, kind, rows)
+def test_cached_features_give_the_same_loss(model, task, rows):
+    sample = batch(model, task, rows)
     features = model.encode(sample)
     assert not any(tensor.requires_grad for tensors in features.values() for tensor in tensors)
     kept = collate([{name: value[i] for name, value in features.items()} for i in range(len(rows))])
-    assert isinstance(kept["h_v" if kind == "i2t" else "moments"], torch.Tensor) == (rows == (0, 1))
+    assert isinstance(kept["h_v" if task == "i2t" else "moments"], torch.Tensor) == (rows == (0, 1))
     cached = replace(sample, gen=None, und=None, features=kept)
-    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
-    assert model.weight(cached, Draws(1)) == model.weight(sample, Draws(1))
+    assert torch.equal(model(cached, CounterRNG(1)).sum, model(sample, CounterRNG(1)).sum)
+    assert model.weight(cached, CounterRNG(1)) == model.weight(sample, CounterRNG(1))
 
 
 def test_condition_of_another_image_changes_the_loss(model):
     sample = batch(model, "reca")
-    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
 def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
     ids = torch.arange(400)
     rows = torch.zeros(400, 3, 3, 64)
-    samples, h_v, _ = plain.prompts(Batch("reca", ids, ["describe this"] * 400), {"h_v": rows}, Draws(0))
+    samples, h_v, _ = plain.prompts(Batch("reca", ids, ["describe this"] * 400), {"h_v": rows}, CounterRNG(0))
     assert all(isinstance(items[0], prompt.Seen) for items in samples) and len(h_v) == 400
     assert 20 < sum(len(items) == 1 for items in samples) < 65
-    captions, *_ = plain.prompts(Batch("t2i", ids, ["a red square"] * 400), {}, Draws(0))
+    captions, *_ = plain.prompts(Batch("t2i", ids, ["a red square"] * 400), {}, CounterRNG(0))
     assert 20 < sum(items == [] for items in captions) < 65
 
 
-@pytest.mark.parametrize("kind", ["reca", "t2i"])
-def test_a_batch_without_any_text(kind):
+@pytest.mark.parametrize("task", ["reca", "t2i"])
+def test_a_batch_without_any_text(task):
     model = Adapter.load(config(template_drop=1.0, caption_drop=1.0))
     freeze(model, None)
-    sample = batch(model, kind)
-    term = model(sample, Draws(0))
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(0))
     term.sum.backward()
     changed = replace(sample, text=["what", "is", "this", "?"])
-    assert torch.equal(model(changed, Draws(0)).sum, term.sum)
+    assert torch.equal(model(changed, CounterRNG(0)).sum, term.sum)
 
 
 def test_dropped_images_keep_their_position_and_dropped_texts_do_not(plain):
@@ -297,9 +297,9 @@ def test_dropped_images_keep_their_position_and_dropped_texts_do_not(plain):
 
 def test_noise_levels(plain):
     ids = torch.arange(2000)
-    level = plain.level(Draws(0), ids)
+    level = plain.level(CounterRNG(0), ids)
     plain.config.timestep_shift = 3.0
-    moved = plain.level(Draws(0), ids)
+    moved = plain.level(CounterRNG(0), ids)
     plain.config.timestep_shift = 1.0
     assert abs(float(level.logit().mean())) < 0.1 and abs(float(level.logit().std()) - 1) < 0.1
     torch.testing.assert_close(moved.logit(), level.logit() + math.log(3.0), rtol=0, atol=1e-4)
@@ -314,7 +314,7 @@ def test_parity_rounds_to_bf16(monkeypatch):
 
     monkeypatch.setattr(adapter, "flow_matching_prepare", recorded)
     for name, dtype in (("pixels", torch.float32), ("parity", torch.bfloat16)):
-        built(name)(batch(built(name), "reca"), Draws(0))
+        built(name)(batch(built(name), "reca"), CounterRNG(0))
         assert given["dtypes"] == {dtype}
         assert torch.equal(given["t"], given["t"].to(dtype).float())
 
@@ -323,9 +323,9 @@ def test_the_posterior_is_drawn_for_every_sample(plain):
     flux = built("flux")
     moments = flux.encode(batch(flux, "t2i", [0, 0]))["moments"]
     assert torch.equal(moments[0], moments[1])
-    first, second = flux.drawn(moments, Draws(0), torch.tensor([1, 2]))
+    first, second = flux.drawn(moments, CounterRNG(0), torch.tensor([1, 2]))
     mean, log_variance = moments[0].chunk(2)
-    noise = Draws(0).normal(Purpose.POSTERIOR, torch.tensor([1]), mean.numel()).view_as(mean)
+    noise = CounterRNG(0).normal(RandomStream.POSTERIOR, torch.tensor([1]), mean.numel()).view_as(mean)
     expected = 0.3611 * (mean + (0.5 * log_variance).exp() * noise - 0.1159)
     torch.testing.assert_close(first, expected)
     assert not torch.equal(first, second)
@@ -339,8 +339,8 @@ def test_it_learns_photographs_and_what_is_frozen_stays(tmp_path):
     for name in ("astronaut", "coffee", "chelsea"):
         Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
     changes = {
-        "data.images": folder, "data.workers": 0, "objective.reca.per_update": 12, "objective.reca.micro_batch": 12,
-        "train.updates": 50, "train.threads": 1, "log.every": 1, "run_dir": tmp_path / "run",
+        "data.images": folder, "data.workers": 0, "objective.reca.batch_size": 12, "objective.reca.micro_batch": 12,
+        "train.steps": 50, "train.threads": 1, "log.every": 1, "run_dir": tmp_path / "run",
     }  # fmt: skip
     recipe = load_recipe("bagel_tiny", [f"{key}={value}" for key, value in changes.items()])
     trainer = Trainer(recipe, progress=lambda _: None)
@@ -360,10 +360,10 @@ def test_it_learns_photographs_and_what_is_frozen_stays(tmp_path):
 
 
 def test_resume_is_exact(tmp_path):
-    small = ["data.workers=0", "objective.reca.per_update=8", "objective.reca.micro_batch=4", "train.threads=1"]
+    small = ["data.workers=0", "objective.reca.batch_size=8", "objective.reca.micro_batch=4", "train.threads=1"]
 
-    def run(name, updates):
-        recipe = load_recipe("bagel_tiny", [*small, f"run_dir={tmp_path}/{name}", f"train.updates={updates}"])
+    def run(name, steps):
+        recipe = load_recipe("bagel_tiny", [*small, f"run_dir={tmp_path}/{name}", f"train.steps={steps}"])
         trainer = Trainer(recipe, progress=lambda _: None)
         trainer.run()
         return trainer.adapter.state_dict()
@@ -377,10 +377,10 @@ def test_resume_is_exact(tmp_path):
 def test_two_ranks_make_the_update_of_one(tmp_path):
     """FSDP2: whole and frozen experts, a pass without a graph before the one with, and a rank whose captions are all
     dropped beside one whose are not."""
-    kinds = [
-        f"objective.{kind}.{key}" for kind in ("reca", "t2i") for key in ("weight=1", "per_update=4", "micro_batch=1")
+    tasks = [
+        f"objective.{task}.{key}" for task in ("reca", "t2i") for key in ("weight=1", "batch_size=4", "micro_batch=1")
     ]
-    common = ["bagel_tiny", *kinds, "model.caption_drop=0.5", "data.workers=0", "train.updates=2", "train.threads=1"]
+    common = ["bagel_tiny", *tasks, "model.caption_drop=0.5", "data.workers=0", "train.steps=2", "train.threads=1"]
     root = Path(__file__).parents[2]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -417,10 +417,10 @@ def test_the_kernels_of_this_project_run(plain, monkeypatch):
         return load(backend, op)
 
     monkeypatch.setattr(dispatch, "load", recorded)
-    plain(batch(plain, "reca"), Draws(0)).sum.backward()
+    plain(batch(plain, "reca"), CounterRNG(0)).sum.backward()
     assert {("cpu", "template_concat"), ("cpu", "flow_matching")} <= ran
     assert ("cpu", "masked_linear_cross_entropy") not in ran
-    plain(batch(plain, "i2t"), Draws(0))
+    plain(batch(plain, "i2t"), CounterRNG(0))
     assert ("cpu", "masked_linear_cross_entropy") in ran
 
 
@@ -431,7 +431,7 @@ def test_understanding_runs_without_a_graph(plain):
         layer.register_forward_hook(lambda _, args, out: graphs.append({e: x.requires_grad for e, x in out[0].items()}))
         for layer in plain.blocks()
     ]
-    plain(batch(plain, "reca"), Draws(0))
+    plain(batch(plain, "reca"), CounterRNG(0))
     for hook in hooks:
         hook.remove()
     n = len(plain.blocks())
@@ -441,12 +441,12 @@ def test_understanding_runs_without_a_graph(plain):
 def test_trained_understanding_gets_its_gradient():
     model = Adapter.load(config())
     freeze(model, ["gen_lm", "gen_head", "und_lm", "bridge"])
-    model(batch(model, "reca"), Draws(0)).sum.backward()
+    model(batch(model, "reca"), CounterRNG(0)).sum.backward()
     for name in ("connector.fc1.weight", "language_model.model.layers.0.self_attn.k_proj.weight"):
         assert bool(model.get_parameter(name).grad.any()), name
     freeze(model, ["gen_lm"])
     model.zero_grad()
-    model(batch(model, "reca"), Draws(0)).sum.backward()
+    model(batch(model, "reca"), CounterRNG(0)).sum.backward()
     assert model.connector.fc1.weight.grad is None
 
 
@@ -454,15 +454,15 @@ def test_answers_learn_where_the_understanding_expert_does():
     """reca.objective refuses a loss that asks for no gradient."""
     model = Adapter.load(config()).train()
     freeze(model, None)
-    assert not model(batch(model, "i2t"), Draws(0)).sum.requires_grad
+    assert not model(batch(model, "i2t"), CounterRNG(0)).sum.requires_grad
     freeze(model, ["und_lm"])
-    model(batch(model, "i2t"), Draws(0)).sum.backward()
+    model(batch(model, "i2t"), CounterRNG(0)).sum.backward()
 
 
 def test_a_prompt_of_latents_learns_through_the_generation_expert():
     vae = built("vae")
     vae.zero_grad()
-    vae(batch(vae, "reca"), Draws(0)).sum.backward()
+    vae(batch(vae, "reca"), CounterRNG(0)).sum.backward()
     assert bool(vae.vae2llm.weight.grad.any())
     assert vae.language_model.model.layers[0].self_attn.k_proj.weight.grad is None
 
@@ -470,7 +470,7 @@ def test_a_prompt_of_latents_learns_through_the_generation_expert():
 def test_one_time_embedding_per_image(plain):
     rows = []
     hook = plain.time_embedder.register_forward_hook(lambda _, args, out: rows.append(len(out)))
-    plain(batch(plain, "reca"), Draws(0))
+    plain(batch(plain, "reca"), CounterRNG(0))
     plain.generate(["a", "a red"], [0, 1], steps=3)
     hook.remove()
     assert rows == [4, 1, 1]
@@ -497,14 +497,14 @@ def test_attention_on_a_gpu(dtype, causal):
 
 def test_recomputed_layers_give_the_same_gradient(plain):
     sample = batch(plain, "reca")
-    plain(sample, Draws(0)).sum.backward()
+    plain(sample, CounterRNG(0)).sum.backward()
     wanted = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
     plain.zero_grad()
     forwards = {}
     for block in plain.blocks():
         forwards[block] = block.forward
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    plain(sample, Draws(0)).sum.backward()
+    plain(sample, CounterRNG(0)).sum.backward()
     for block, forward in forwards.items():
         block.forward = forward
     assert wanted.keys() == {n for n, p in plain.named_parameters() if p.grad is not None}
@@ -517,12 +517,12 @@ def test_compiled_layers_give_the_same_gradient():
     model = Adapter.load(config(language=replace(tiny().language, num_hidden_layers=1)))
     freeze(model, None)
     sample = batch(model, "reca")
-    model(sample, Draws(0)).sum.backward()
+    model(sample, CounterRNG(0)).sum.backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for block in model.blocks():
         block.compile(backend="aot_eager")
-    model(sample, Draws(0)).sum.backward()
+    model(sample, CounterRNG(0)).sum.backward()
     torch._dynamo.reset()
     assert wanted.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
     for name, gradient in wanted.items():
@@ -539,17 +539,17 @@ def test_types(tmp_path):
     assert found["bf16"] == {(role, fp32 if role == "codec" else bf16) for role in roles}
     kept = Adapter.trainable_roles | {"codec"}
     assert found["mixed"] == {(role, fp32 if role in kept else bf16) for role in roles}
-    wanted = float(models["fp32"](batch(models["fp32"], "reca"), Draws(0)).sum.detach())
+    wanted = float(models["fp32"](batch(models["fp32"], "reca"), CounterRNG(0)).sum.detach())
     for d, model in models.items():
         freeze(model.eval(), None)
         sample = batch(model, "reca")
         for autocast in (False, True):
             with torch.autocast("cpu", bf16, enabled=autocast):
-                term = model(sample, Draws(0))
+                term = model(sample, CounterRNG(0))
             term.sum.backward()
             assert abs(float(term.sum.detach()) - wanted) < 0.02 * wanted, (d, autocast)
-        for kind in ("i2t", "t2i"):
-            assert math.isfinite(float(model(batch(model, kind), Draws(0)).sum.detach()))
+        for task in ("i2t", "t2i"):
+            assert math.isfinite(float(model(batch(model, task), CounterRNG(0)).sum.detach()))
         picture = images([(20, 20)])
         assert model.generate(["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
         assert model.edit(picture, ["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
@@ -789,15 +789,15 @@ def test_every_parameter_has_a_role(plain):
 
 
 def test_hazards(published):
-    assert built().hazards() == []
-    assert ["copy" in text for text in built("vae").hazards()] == [True]
+    assert built().config_warnings() == []
+    assert ["copy" in text for text in built("vae").config_warnings()] == [True]
     published.config.understanding_size = 512
     published.requires_grad_(False)
-    assert "h_v is made at 512 pixels" in published.hazards()[0]
+    assert "h_v is made at 512 pixels" in published.config_warnings()[0]
     published.config.understanding_size = 224
-    assert published.hazards() == []
+    assert published.config_warnings() == []
     published.requires_grad_(True)
-    assert "SigLIP runs without a gradient" in published.hazards()[0]
+    assert "SigLIP runs without a gradient" in published.config_warnings()[0]
 
 
 def test_a_blur_reaches_h_v_and_not_the_target():

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from reca import objective
 from reca.config import ObjectiveConfig, OptimConfig, load_recipe
 from reca.data.loader import open_loader
-from reca.draws import Draws
 from reca.models.base import ROLES, Batch, Turn
 from reca.models.harmon import Adapter, Config, adapter, prompt
 from reca.models.harmon.config import AutoencoderSizes, tiny
 from reca.models.harmon.masking import Masking, hidden_counts
 from reca.optim import freeze, make_optimizer
+from reca.rng import CounterRNG
 from reca.train import Trainer
 from reca_kernels import dispatch, native
 
@@ -61,10 +61,10 @@ def images(n: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator))
 
 
-def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
-    views = model.views(kind)
+def batch(model, task: str, rows=(0, 1, 2, 3)) -> Batch:
+    views = model.views(task)
     gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
-    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+    return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 
 # sequences
@@ -149,20 +149,20 @@ def test_shares_of_hidden_tokens_are_those_of_a_cut_normal_distribution():
 # losses
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_weight_is_what_loss_returns(model, kind):
-    sample = batch(model, kind)
-    term = model(sample, Draws(3))
-    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+@pytest.mark.parametrize("task", TEXTS)
+def test_weight_is_what_loss_returns(model, task):
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(3))
+    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
     assert math.isfinite(float(term.sum.detach()))
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_a_batch_is_the_sum_of_its_samples(kind):
-    """Texts and visible tokens of different numbers: padding must not matter, and draws belong to samples."""
+@pytest.mark.parametrize("task", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(task):
+    """Texts and visible tokens of different numbers: padding must not matter, and rng belong to samples."""
     model = built().eval()
-    together = model(batch(model, kind), Draws(3))
-    alone = [model(batch(model, kind, [row]), Draws(3)) for row in range(4)]
+    together = model(batch(model, task), CounterRNG(3))
+    alone = [model(batch(model, task, [row]), CounterRNG(3)) for row in range(4)]
     torch.testing.assert_close(together.sum, sum(term.sum for term in alone), rtol=1e-5, atol=1e-4)
     assert together.weight == sum(term.weight for term in alone)
 
@@ -170,43 +170,43 @@ def test_a_batch_is_the_sum_of_its_samples(kind):
 def test_one_rate_per_micro_batch_is_parity_alone():
     ids = torch.arange(64)
     for parity in (False, True):
-        counts = Adapter.load(config(parity=parity)).hidden_counts(Draws(0), ids, 25)
+        counts = Adapter.load(config(parity=parity)).hidden_counts(CounterRNG(0), ids, 25)
         assert (len(set(counts.tolist())) == 1) == parity
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_cached_features_give_the_same_loss(model, kind):
-    sample = batch(model, kind)
+@pytest.mark.parametrize("task", TEXTS)
+def test_cached_features_give_the_same_loss(model, task):
+    sample = batch(model, task)
     features = model.encode(sample)
     assert not any(tensor.requires_grad for tensor in features.values())
     cached = replace(sample, gen=None, und=None, features=features)
-    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
+    assert torch.equal(model(cached, CounterRNG(1)).sum, model(sample, CounterRNG(1)).sum)
 
 
 def test_condition_of_another_image_changes_the_loss(model):
     sample = batch(model, "reca")
-    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
-@pytest.mark.parametrize("kind", ["reca", "t2i"])
-def test_texts_are_dropped_and_the_image_stays(model, kind):
+@pytest.mark.parametrize("task", ["reca", "t2i"])
+def test_texts_are_dropped_and_the_image_stays(model, task):
     ids = torch.arange(400)
-    whole = model.prompts(Batch(kind, ids, ["a red square"] * 400), Draws(0))
-    make = prompt.template if kind == "reca" else prompt.caption
+    whole = model.prompts(Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
+    make = prompt.template if task == "reca" else prompt.caption
     empty = make(model.tokenizer, None)
     dropped = [row == empty for row in whole]
     assert 20 < sum(dropped) < 65
-    assert {row.slot for row in whole} == {3 if kind == "reca" else None}
-    part = model.prompts(Batch(kind, ids[100:200], ["a red square"] * 100), Draws(0))
+    assert {row.slot for row in whole} == {3 if task == "reca" else None}
+    part = model.prompts(Batch(task, ids[100:200], ["a red square"] * 100), CounterRNG(0))
     assert [row == empty for row in part] == dropped[100:200]
     model.config.text_drop, kept = 0.0, model.config.text_drop
-    assert empty not in model.prompts(Batch(kind, ids, ["a red square"] * 400), Draws(0))
+    assert empty not in model.prompts(Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
     model.config.text_drop = kept
 
 
 def gradients(model, sample) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    term = model(sample, Draws(0))
+    term = model(sample, CounterRNG(0))
     term.sum.backward()
     return {"loss": term.sum.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -234,9 +234,9 @@ def test_understanding_may_see_fewer_or_blurred_pixels():
     assert (und.size, und.fit, und.blur) == (12, "stretch", 3)
     features = small.encode(batch(small, "reca"))
     assert features["latents"].shape[1:3] == (5, 5) and features["seen"].shape[1:3] == (3, 3)
-    term = small(batch(small, "reca"), Draws(0))
-    assert torch.isfinite(term.sum) and small.hazards() == []
-    [said] = Adapter.load(config(understanding_size=40)).hazards()
+    term = small(batch(small, "reca"), CounterRNG(0))
+    assert torch.isfinite(term.sum) and small.config_warnings() == []
+    [said] = Adapter.load(config(understanding_size=40)).config_warnings()
     assert "40 pixels, more than the 20" in said
 
 
@@ -248,16 +248,16 @@ def test_other_patches_and_widths():
     latents = model.encode(sample)["latents"]
     assert latents.shape == (4, 3, 3, 192)
     torch.testing.assert_close(model.pixels(latents), torch.stack(sample.gen) / 127.5 - 1, rtol=0, atol=1e-5)
-    assert torch.isfinite(model(sample, Draws(0)).sum)
+    assert torch.isfinite(model(sample, CounterRNG(0)).sum)
     assert model.generate(["a"], [0], steps=2, diffusion_steps=2)[0].shape == (3, 24, 24)
 
 
 def test_autocast_stays_near(model):
     sample = batch(model, "reca")
     with torch.autocast("cpu", torch.bfloat16):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
     assert term.sum.dtype == torch.float32
-    torch.testing.assert_close(term.sum, model(sample, Draws(0)).sum, rtol=2e-2, atol=0)
+    torch.testing.assert_close(term.sum, model(sample, CounterRNG(0)).sum, rtol=2e-2, atol=0)
 
 
 # dropout
@@ -267,13 +267,13 @@ def test_dropout_is_a_function_of_seed_and_samples():
     model = built()
     sample = batch(model, "reca")
     state = torch.get_rng_state()
-    first = model(sample, Draws(0)).sum
+    first = model(sample, CounterRNG(0)).sum
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1000)
-    assert torch.equal(model(sample, Draws(0)).sum, first)
-    assert model.eval()(sample, Draws(0)).sum != first
+    assert torch.equal(model(sample, CounterRNG(0)).sum, first)
+    assert model.eval()(sample, CounterRNG(0)).sum != first
     cached = replace(sample, sample_ids=sample.sample_ids + 100)
-    assert model.train()(cached, Draws(0)).sum != model.eval()(cached, Draws(0)).sum
+    assert model.train()(cached, CounterRNG(0)).sum != model.eval()(cached, CounterRNG(0)).sum
 
 
 def test_recomputed_layers_drop_what_they_dropped():
@@ -304,13 +304,13 @@ def photographs(tmp_path_factory):
 
 def recipe(photographs, run_dir, *overrides):
     own = [f"data.images={photographs}", f"run_dir={run_dir}", "data.templates=null", "data.workers=0"]
-    own += ["objective.i2t.weight=0", "objective.reca.per_update=8", "objective.reca.micro_batch=8"]
+    own += ["objective.i2t.weight=0", "objective.reca.batch_size=8", "objective.reca.micro_batch=8"]
     own += ["optim.lr=2e-3", "optim.schedule=constant", "train.threads=1", "train.frozen=[]", "log.tensorboard=false"]
     return load_recipe("harmon_tiny", [*own, *overrides])
 
 
 def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
-    r = recipe(photographs, tmp_path, "train.updates=50", "log.every=1")
+    r = recipe(photographs, tmp_path, "train.steps=50", "log.every=1")
     r.model.codec, r.model.autoencoder = "kl16", replace(KL16["autoencoder"], scale=1.0)
     trainer = Trainer(r, Adapter.load(r.model))
     before = {n: t.clone() for n, t in trainer.adapter.state_dict().items()}
@@ -323,13 +323,13 @@ def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
     assert stays == {n for n in before if n.startswith("vae.") or n == "mar.class_emb.weight"}
 
 
-@pytest.mark.parametrize("kind", ["t2i", "i2t"])
-def test_the_other_losses_learn(kind):
+@pytest.mark.parametrize("task", ["t2i", "i2t"])
+def test_the_other_losses_learn(task):
     model = Adapter.load(config())
     freeze(model, None)
-    optimizer, sample, losses = make_optimizer(model, OptimConfig(lr=3e-3)), batch(model, kind), []
+    optimizer, sample, losses = make_optimizer(model, OptimConfig(lr=3e-3)), batch(model, task), []
     for _ in range(50):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
         (term.sum / term.weight).backward()
         losses.append(float((term.sum / term.weight).detach()))
         optimizer.step()
@@ -338,11 +338,11 @@ def test_the_other_losses_learn(kind):
 
 
 def test_a_continued_run_makes_the_same_bits(photographs, tmp_path):
-    """With dropout, two kinds of loss, and a stop in between."""
+    """With dropout, two tasks of loss, and a stop in between."""
 
-    def run(folder, updates):
-        i2t = ["objective.i2t.weight=1", "objective.i2t.per_update=4", "objective.i2t.micro_batch=2"]
-        r = recipe(photographs, folder, f"train.updates={updates}", "model.parity=true", "model.mar.dropout=0.1", *i2t)
+    def run(folder, steps):
+        i2t = ["objective.i2t.weight=1", "objective.i2t.batch_size=4", "objective.i2t.micro_batch=2"]
+        r = recipe(photographs, folder, f"train.steps={steps}", "model.parity=true", "model.mar.dropout=0.1", *i2t)
         return {n: p.detach() for n, p in _ran(Trainer(r)).adapter.named_parameters()}
 
     whole = run(tmp_path / "whole", 4)
@@ -358,7 +358,7 @@ def _ran(trainer: Trainer) -> Trainer:
 
 
 def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
-    """Dropout aside, whose draws belong to micro-batches."""
+    """Dropout aside, whose rng belong to micro-batches."""
     r, grads = recipe(photographs, tmp_path), []
     for micro_batch in (8, 2):
         model = built().eval()
@@ -382,9 +382,9 @@ def test_the_kernels_of_this_project_run(model, monkeypatch):
         return load(backend, op)
 
     monkeypatch.setattr(dispatch, "load", recorded)
-    model(batch(model, "reca"), Draws(0)).sum.backward()
+    model(batch(model, "reca"), CounterRNG(0)).sum.backward()
     assert {("cpu", "template_concat"), ("cpu", "diffusion_loss"), ("cpu", "philox")} <= ran
-    model(batch(model, "i2t"), Draws(0)).sum.backward()
+    model(batch(model, "i2t"), CounterRNG(0)).sum.backward()
     assert ("cpu", "masked_linear_cross_entropy") in ran
 
 
@@ -403,7 +403,7 @@ def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypat
         for name, part in (("cond_embed", head.cond_embed), ("input_proj", head.input_proj))
     ]
     sample = batch(model, "reca")
-    term = model(sample, Draws(0))
+    term = model(sample, CounterRNG(0))
     for hook in hooks:
         hook.remove()
     hidden, repeats = int(term.weight) // 4, model.config.mar.repeats
@@ -424,18 +424,18 @@ def test_no_mask_has_two_sides(model, monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    for kind in TEXTS:
-        model(batch(model, kind), Draws(0))
+    for task in TEXTS:
+        model(batch(model, task), CounterRNG(0))
     shapes = {tuple(mask.shape) for mask in masks if mask is not None}
     assert len(masks) > 10 and all(shape[1:3] == (1, 1) for shape in shapes)
     assert not (model.config.parity and shapes)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", TEXTS)
-def test_a_gpu_agrees_with_the_cpu(kind):
+@pytest.mark.parametrize("task", TEXTS)
+def test_a_gpu_agrees_with_the_cpu(task):
     one, other = built().eval(), built().eval().cuda()
-    sample = batch(one, kind)
+    sample = batch(one, task)
     expected, got = gradients(one, sample), gradients(other, sample.to(torch.device("cuda")))
     assert expected.keys() == got.keys()
     for name, value in expected.items():
@@ -446,7 +446,7 @@ def test_a_gpu_agrees_with_the_cpu(kind):
 def test_a_gpu_draws_answers_and_keeps_its_generator():
     model = built().cuda()
     state, sample = torch.cuda.get_rng_state(), batch(model, "reca").to(torch.device("cuda"))
-    assert torch.equal(model(sample, Draws(0)).sum, model(sample, Draws(0)).sum)
+    assert torch.equal(model(sample, CounterRNG(0)).sum, model(sample, CounterRNG(0)).sum)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert model.generate(["a red square"], [0], **SAMPLING)[0].shape == (3, 20, 20)
     assert isinstance(model.answer(images(1, 20), ["what is this?"], 3)[0], str)
@@ -544,7 +544,7 @@ def test_a_taught_answer_is_given():
     turns = [[Turn("what is this?", "a red square.")], [Turn("what is this?", "a blue circle")]]
     sample = Batch("i2t", torch.arange(2), turns, und=pictures)
     for _ in range(60):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
         (term.sum / term.weight).backward()
         optimizer.step()
         optimizer.zero_grad()

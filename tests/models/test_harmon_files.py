@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from reca.config import load_recipe
-from reca.draws import Draws
 from reca.models.harmon import Adapter, convert
 from reca.models.harmon.config import tiny
 from reca.models.tiny_tokenizer import word_tokenizer
+from reca.rng import CounterRNG
 from tests.models.test_harmon import KL16, WORDS, batch, config
 
 # in millions, from the models' page: LLM, MAR with class table, blocks of encoder and of decoder, head, projectors, all
@@ -152,8 +152,8 @@ def test_round_trip(model, folder):
     assert sorted(path.name for path in folder.iterdir()) == ["harmon.pth", "kl16.ckpt", "tokenizer"]
     other = loaded(weights=str(folder))
     same(model, other)
-    for kind in ("reca", "i2t", "t2i"):
-        assert torch.equal(model(batch(model, kind), Draws(0)).sum, other(batch(other, kind), Draws(0)).sum)
+    for task in ("reca", "i2t", "t2i"):
+        assert torch.equal(model(batch(model, task), CounterRNG(0)).sum, other(batch(other, task), CounterRNG(0)).sum)
     same(model, loaded(weights=str(folder / "harmon.pth")))
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from reca.models import UMMS, umm
+from reca.models import UMMS, umm_package
 from reca.models.inference import check_pairs, sampling_options, warn_of_cut, warn_of_unknown_words
 from reca.models.pixels import check_side, to_unit
 from reca.models.tiny_tokenizer import word_tokenizer
@@ -13,7 +13,7 @@ from reca.models.tiny_tokenizer import word_tokenizer
 
 @pytest.mark.parametrize("name", UMMS)
 def test_options_of_every_model(name):
-    adapter = umm(name).Adapter
+    adapter = umm_package(name).Adapter
     assert sampling_options(adapter.generate, {"steps": 3, "guidance": 2}) == {"steps": 3, "guidance": 2}
     for ability in adapter.abilities & {"generate", "edit"}:
         with pytest.raises(ValueError, match="'stepz'; did you mean steps.*defaults: .*steps=.*guidance="):
@@ -32,17 +32,17 @@ def test_options_of_every_model(name):
         ({"renorm": 3}, "renorm=3: expected a word, such as global"),
         ({"interval": [0.1]}, r"interval=\[0.1\]: expected \[a number, a number\], such as \[0.4, 1.0\]"),
         ({"height": "tall"}, "height=tall: expected a whole number or null, such as null"),
-        ({"seeds": [1]}, "no sampling option 'seeds'"),
+        ({"seeds": [1]}, "no sampling config_field 'seeds'"),
     ],
 )
 def test_options_of_another_type(given, words):
     with pytest.raises(ValueError, match=words):
-        sampling_options(umm("bagel").Adapter.generate, given)
+        sampling_options(umm_package("bagel").Adapter.generate, given)
 
 
 def test_options_that_fit():
     given = {"interval": [0, 1.0], "height": None, "width": 20, "renorm": "channel"}
-    assert sampling_options(umm("bagel").Adapter.generate, given) == given | {"interval": (0, 1.0)}
+    assert sampling_options(umm_package("bagel").Adapter.generate, given) == given | {"interval": (0, 1.0)}
 
 
 def test_lists_of_one_length_and_seeds_with_an_address():

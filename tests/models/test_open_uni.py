@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from reca.config import load_recipe
 from reca.data.pixels import make_view
-from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.open_uni import Adapter, Config, convert, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, tiny
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.optim import freeze
+from reca.rng import CounterRNG
 from reca_kernels import dispatch, native
 
 WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue square describe this".split(" ")
@@ -42,10 +42,10 @@ def images(n: int, size: int) -> list[torch.Tensor]:
     )
 
 
-def batch(model, kind: str, rows=(0, 1, 2, 3)) -> Batch:
-    views = model.views(kind)
+def batch(model, task: str, rows=(0, 1, 2, 3)) -> Batch:
+    views = model.views(task)
     gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
-    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+    return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 
 def count(module: torch.nn.Module) -> int:
@@ -82,7 +82,7 @@ def test_published_sizes(recipe):
     assert model.vae.config.scaling_factor == 0.41407
     names = set(model.state_dict())
     assert {n for n in names if n.startswith("connector.layers.0.")} == {
-        f"connector.layers.0.{n}.{kind}"
+        f"connector.layers.0.{n}.{task}"
         for n in (
             "layer_norm1",
             "layer_norm2",
@@ -90,7 +90,7 @@ def test_published_sizes(recipe):
             "mlp.fc2",
             *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")),
         )
-        for kind in ("weight", "bias")
+        for task in ("weight", "bias")
     }
     assert {"meta_queries", "projector.weight", "transformer.transformer_blocks.0.attn1.to_q.weight"} <= names
 
@@ -104,43 +104,44 @@ def test_sana_1_5_has_query_and_key_norms():
 # losses
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_weight_is_what_loss_returns(model, kind):
-    sample = batch(model, kind)
-    term = model(sample, Draws(3))
-    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+@pytest.mark.parametrize("task", TEXTS)
+def test_weight_is_what_loss_returns(model, task):
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(3))
+    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
     assert math.isfinite(float(term.sum.detach()))
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_a_batch_is_the_sum_of_its_samples(model, kind):
+@pytest.mark.parametrize("task", TEXTS)
+def test_a_batch_is_the_sum_of_its_samples(model, task):
     """Texts of different lengths: padding must not matter, on whichever side it stands."""
-    together = model(batch(model, kind), Draws(3)).sum
-    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    together = model(batch(model, task), CounterRNG(3)).sum
+    alone = sum(model(batch(model, task, [row]), CounterRNG(3)).sum for row in range(4))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", TEXTS)
-def test_cached_features_give_the_same_loss(model, kind):
-    sample = batch(model, kind)
+@pytest.mark.parametrize("task", TEXTS)
+def test_cached_features_give_the_same_loss(model, task):
+    sample = batch(model, task)
     features = model.encode(sample)
     assert not any(tensor.requires_grad for tensor in features.values())
     assert torch.equal(
-        model(replace(sample, gen=None, und=None, features=features), Draws(1)).sum, model(sample, Draws(1)).sum
+        model(replace(sample, gen=None, und=None, features=features), CounterRNG(1)).sum,
+        model(sample, CounterRNG(1)).sum,
     )
 
 
 def test_condition_of_another_image_changes_the_loss(model):
     sample = batch(model, "reca")
-    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
 def test_captions_are_dropped_for_some_samples_and_templates_never(model):
     ids = torch.arange(400)
-    t2i = model.prompts(Batch("t2i", ids, ["a red square"] * 400), Draws(0))
+    t2i = model.prompts(Batch("t2i", ids, ["a red square"] * 400), CounterRNG(0))
     empty = prompt.caption(model.tokenizer, None)
     assert 20 < sum(row == empty for row in t2i) < 65
-    reca = model.prompts(Batch("reca", ids, ["describe this"] * 400), Draws(0))
+    reca = model.prompts(Batch("reca", ids, ["describe this"] * 400), CounterRNG(0))
     assert all(row == reca[0] for row in reca)
 
 
@@ -152,7 +153,7 @@ def test_it_learns_and_what_is_frozen_stays():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     sample, losses = batch(model, "reca"), []
     for _ in range(50):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
         (term.sum / term.weight).backward()
         losses.append(float((term.sum / term.weight).detach()))
         optimizer.step()
@@ -172,9 +173,9 @@ def test_the_kernels_of_this_project_run(model, monkeypatch):
         return load(backend, op)
 
     monkeypatch.setattr(dispatch, "load", recorded)
-    model(batch(model, "reca"), Draws(0)).sum.backward()
+    model(batch(model, "reca"), CounterRNG(0)).sum.backward()
     assert {("cpu", "template_concat"), ("cpu", "flow_matching")} <= ran
-    model(batch(model, "i2t"), Draws(0)).sum.backward()
+    model(batch(model, "i2t"), CounterRNG(0)).sum.backward()
     assert ("cpu", "masked_linear_cross_entropy") in ran
 
 
@@ -184,7 +185,7 @@ def test_the_prompt_runs_without_a_graph(model):
     hook = model.mllm.model.language_model.register_forward_hook(
         lambda *_, out=None: graphs.append(_[-1].last_hidden_state.requires_grad)
     )
-    model(batch(model, "reca"), Draws(0))
+    model(batch(model, "reca"), CounterRNG(0))
     hook.remove()
     assert graphs == [False, True]
 

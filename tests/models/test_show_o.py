@@ -10,12 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reca.data.pixels import make_view
-from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.config import MagvitSizes, tiny
 from reca.models.show_o.modules import Magvit
 from reca.models.tiny_tokenizer import word_tokenizer
+from reca.rng import CounterRNG
 
 WORDS = "a red blue square circle describe what is this the picture ? . drawn with care".split()
 VARIANTS = {
@@ -61,10 +61,10 @@ TEXTS = {
 }
 
 
-def batch(model, kind: str, rows: list[int] = (0, 1, 2, 3)) -> Batch:
-    views = model.views(kind)
+def batch(model, task: str, rows: list[int] = (0, 1, 2, 3)) -> Batch:
+    views = model.views(task)
     gen, und = (view and [images(4, view.size)[row] for row in rows] for view in (views.gen, views.und))
-    return Batch(kind, torch.tensor(rows) + 7, [TEXTS[kind][row] for row in rows], gen=gen, und=und)
+    return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 
 # sizes
@@ -101,7 +101,7 @@ def test_published_sizes(clip):
     assert hasattr(model, "clip") == clip
     if clip:
         bridge = model.mm_projector.state_dict(prefix="mm_projector.")
-        assert set(bridge) == {f"mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+        assert set(bridge) == {f"mm_projector.{i}.{task}" for i in (0, 2) for task in ("weight", "bias")}
         assert sum(t.numel() for t in bridge.values()) == 6_295_552
         assert model.clip_tokens == 576
         assert model.conversation_budget(28) == 996
@@ -127,44 +127,44 @@ def test_tiny_is_small():
 # losses
 
 
-@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
-def test_weight_is_what_loss_returns(model, kind):
-    sample = batch(model, kind)
-    term = model(sample, Draws(3))
-    assert float(term.weight) == float(model.weight(sample, Draws(3))) > 0
+@pytest.mark.parametrize("task", ["reca", "i2t", "t2i"])
+def test_weight_is_what_loss_returns(model, task):
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(3))
+    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
     assert math.isfinite(float(term.sum.detach()))
 
 
-@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
-def test_a_batch_is_the_sum_of_its_samples(model, kind):
+@pytest.mark.parametrize("task", ["reca", "i2t", "t2i"])
+def test_a_batch_is_the_sum_of_its_samples(model, task):
     """Texts of different lengths: what stands on the left of the shorter ones must not matter."""
-    together = model(batch(model, kind), Draws(3)).sum
-    alone = sum(model(batch(model, kind, [row]), Draws(3)).sum for row in range(4))
+    together = model(batch(model, task), CounterRNG(3)).sum
+    alone = sum(model(batch(model, task, [row]), CounterRNG(3)).sum for row in range(4))
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
-def test_cached_features_give_the_same_loss(model, kind):
-    sample = batch(model, kind)
+@pytest.mark.parametrize("task", ["reca", "i2t", "t2i"])
+def test_cached_features_give_the_same_loss(model, task):
+    sample = batch(model, task)
     features = model.encode(sample)
     assert not any(tensor.requires_grad for tensor in features.values())
     cached = replace(sample, gen=None, und=None, features=features)
-    assert torch.equal(model(cached, Draws(1)).sum, model(sample, Draws(1)).sum)
+    assert torch.equal(model(cached, CounterRNG(1)).sum, model(sample, CounterRNG(1)).sum)
 
 
 def test_condition_of_another_image_changes_the_loss(model):
     sample = batch(model, "reca")
-    assert model(sample, Draws(1), "other").sum != model(sample, Draws(1)).sum
+    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
-@pytest.mark.parametrize("kind", ["reca", "i2t", "t2i"])
-def test_it_learns(kind):
+@pytest.mark.parametrize("task", ["reca", "i2t", "t2i"])
+def test_it_learns(task):
     model = Adapter.load(config())
     trained = [p for n, p in model.named_parameters() if model.roles()[n] in model.trainable_roles]
-    optimizer, sample = torch.optim.AdamW(trained, lr=3e-3), batch(model, kind)
+    optimizer, sample = torch.optim.AdamW(trained, lr=3e-3), batch(model, task)
     losses = []
     for _ in range(50):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
         (term.sum / term.weight).backward()
         losses.append(float((term.sum / term.weight).detach()))
         optimizer.step()
@@ -175,8 +175,8 @@ def test_it_learns(kind):
 def test_autocast_stays_near(model):
     sample = batch(model, "reca")
     with torch.autocast("cpu", torch.bfloat16):
-        term = model(sample, Draws(0))
-    exact = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
+    exact = model(sample, CounterRNG(0))
     assert term.sum.dtype == torch.float32
     torch.testing.assert_close(term.sum, exact.sum, rtol=2e-2, atol=0)
 
@@ -184,8 +184,8 @@ def test_autocast_stays_near(model):
 def test_a_conversation_without_room_for_its_answer_has_no_weight():
     model = Adapter.load(config(text_slots=6, understanding="vq", hv_down_scale=1))
     sample = Batch("i2t", torch.tensor([0]), [[Turn("what is this picture?", "a square")]], und=images(1, 20))
-    term = model(sample, Draws(0))
-    assert term.weight == 0 and term.sum == 0 and model.weight(sample, Draws(0)) == 0
+    term = model(sample, CounterRNG(0))
+    assert term.weight == 0 and term.sum == 0 and model.weight(sample, CounterRNG(0)) == 0
     term.sum.backward()
 
 
@@ -206,15 +206,15 @@ def test_captions_are_dropped_at_the_configured_rate(monkeypatch):
     model = Adapter.load(config(caption_drop=1.0))
     sample = batch(model, "t2i")
     empty = replace(sample, text=[""] * 4)
-    assert torch.equal(model(sample, Draws(0)).sum, model(empty, Draws(0)).sum)
+    assert torch.equal(model(sample, CounterRNG(0)).sum, model(empty, CounterRNG(0)).sum)
     model.config = replace(model.config, caption_drop=0.0)
-    assert not torch.equal(model(sample, Draws(0)).sum, model(empty, Draws(0)).sum)
+    assert not torch.equal(model(sample, CounterRNG(0)).sum, model(empty, CounterRNG(0)).sum)
 
 
 def test_which_parameters_the_prompt_of_reca_teaches():
     for given, reached in (({}, True), ({"parity": True}, False), ({"parity": True, "prompt_gradient": True}, True)):
         model = Adapter.load(config(**given))
-        term = model(batch(model, "reca"), Draws(0))
+        term = model(batch(model, "reca"), CounterRNG(0))
         term.sum.backward()
         assert (model.mm_projector[0].weight.grad is not None) == reached
         assert (model.showo.model.embed_tokens.weight.grad is not None) == reached
@@ -256,7 +256,7 @@ def test_roles_and_decay():
     ],
 )
 def test_hazards(given, said):
-    found = Adapter.load(config(**given)).hazards()
+    found = Adapter.load(config(**given)).config_warnings()
     assert len(found) == len(said) and all(text in warning for text, warning in zip(said, found, strict=True))
 
 
@@ -310,7 +310,7 @@ def test_a_taught_answer_is_given():
     turns = [[Turn("what is this?", "a red square.")], [Turn("what is this?", "a blue circle")]]
     sample = Batch("i2t", torch.arange(2), turns, und=pictures)
     for _ in range(60):
-        term = model(sample, Draws(0))
+        term = model(sample, CounterRNG(0))
         (term.sum / term.weight).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -327,8 +327,8 @@ def test_round_trip(folder):
     ]  # fmt: skip
     for (name, one), (_, other) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
-    for kind in ("reca", "i2t", "t2i"):
-        assert torch.equal(model(batch(model, kind), Draws(0)).sum, loaded(batch(model, kind), Draws(0)).sum)
+    for task in ("reca", "i2t", "t2i"):
+        assert torch.equal(model(batch(model, task), CounterRNG(0)).sum, loaded(batch(model, task), CounterRNG(0)).sum)
     assert all(p.requires_grad and not p.is_meta for p in loaded.parameters())
 
 
@@ -388,7 +388,7 @@ def test_dtype(folder):
     assert {p.dtype for p in model.clip.parameters()} == {torch.float32}
     assert model.codec.codebook.dtype == torch.float32
     assert len(model.generate(["a red square"], [0], steps=2)) == 1
-    assert math.isfinite(float(model(batch(model, "reca"), Draws(0)).sum.detach()))
+    assert math.isfinite(float(model(batch(model, "reca"), CounterRNG(0)).sum.detach()))
 
 
 def drop(state):
@@ -489,10 +489,10 @@ def test_sizes_that_do_not_divide(given, said):
 def test_templates_and_conversations_without_room():
     model = Adapter.load(config(reca_slots=12))
     with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.reca_slots=12 leaves room for 7"):
-        model(batch(model, "reca"), Draws(0))
+        model(batch(model, "reca"), CounterRNG(0))
     model = Adapter.load(config(clip=replace(tiny().clip, image_size=60)))
     with pytest.raises(ValueError, match="model.text_slots=24 leaves -51 tokens for a conversation"):
-        model(batch(model, "i2t"), Draws(0))
+        model(batch(model, "i2t"), CounterRNG(0))
 
 
 def test_a_blur_reaches_h_v_and_not_the_target():

@@ -9,13 +9,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from reca.config import load_recipe
-from reca.models import UMMS, umm
+from reca.models import UMMS, umm_package
 from reca.models.base import Batch, Turn
 from reca.models.harmon import prompt as harmon_prompt
 from reca.models.open_uni import prompt as open_uni_prompt
 from reca.models.text import Remembered, control, encode
 from reca.models.tiny_tokenizer import word_tokenizer
-from reca.objective import kind_draws
+from reca.objective import task_rng
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<img>", "</img>"]
 PLAIN_ADDED = ["<tool_call>", "<|fim_prefix|>", "<IMG_CONTEXT>"]  # added, and not special: as in Qwen2.5 and InternVL3
@@ -43,7 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module", params=UMMS)
 def model(request):
     recipe = load_recipe(f"{request.param}_tiny")
-    return umm(request.param).Adapter.load(recipe.model).eval()
+    return umm_package(request.param).Adapter.load(recipe.model).eval()
 
 
 def controls(tokenizer) -> set[int]:
@@ -154,13 +154,13 @@ def test_every_model_takes_control_words_in_all_it_is_told(model, word):
     text, gen = f"a {word}", torch.Generator().manual_seed(0)
     picture = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=gen)
     assert controls(model.tokenizer).isdisjoint(encode(model.tokenizer, text))
-    for kind in sorted(model.kinds):
-        views = model.views(kind)
+    for task in sorted(model.tasks):
+        views = model.views(task)
         pixels = lambda view: view and [torch.zeros(3, view.size, view.size, dtype=torch.uint8)]  # noqa: E731
-        told = {"i2t": [[Turn(text, text)]]}.get(kind, [text])
-        batch = Batch(kind, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
-        term = model(batch, kind_draws(0, kind))
-        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batch, kind_draws(0, kind))) > 0
+        told = {"i2t": [[Turn(text, text)]]}.get(task, [text])
+        batch = Batch(task, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
+        term = model(batch, task_rng(0, task))
+        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batch, task_rng(0, task))) > 0
     assert len(model.generate([text], [0], **{"steps": 2})) == 1
     assert len(model.answer([picture], [text], max_new_tokens=2)) == 1
     if "edit" in model.abilities:

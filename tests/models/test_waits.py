@@ -12,15 +12,15 @@ from torch import Tensor
 
 from reca.config import load_recipe
 from reca.data.pixels import make_view
-from reca.draws import Draws
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.bagel import config as bagel
 from reca.models.base import Batch
 from reca.models.harmon import config as harmon
 from reca.models.open_uni.config import tiny as open_uni_sizes
 from reca.models.show_o import config as show_o
+from reca.rng import CounterRNG
 from reca.world.source import world_source
-from reca.world.starts import FAMILIES
+from reca.world.starts import UMMS
 from reca_kernels import Run, attention_plan
 from reca_kernels.host import on_device
 from reca_kernels.ops import attention_impls
@@ -104,40 +104,40 @@ VARIANTS = {
 
 
 def cases():
-    for family in FAMILIES:
-        for changes in VARIANTS[family]:
-            for kind in sorted(umm(family).Adapter.kinds):
-                yield pytest.param(family, changes, kind, id=f"{family}-{kind}-{'-'.join(changes) or 'plain'}")
+    for umm in UMMS:
+        for changes in VARIANTS[umm]:
+            for task in sorted(umm_package(umm).Adapter.tasks):
+                yield pytest.param(umm, changes, task, id=f"{umm}-{task}-{'-'.join(changes) or 'plain'}")
 
 
-def batch_of(model, kind, n=4):
-    source, views = world_source("understood?seed=0", "i2t"), model.views(kind)
+def batch_of(model, task, n=4):
+    source, views = world_source("understood?seed=0", "i2t"), model.views(task)
     samples = [source[i] for i in range(n)]
 
     def seen(view):
         return view and [make_view(Image.open(io.BytesIO(sample.image)), view) for sample in samples]
 
-    text = [sample.text if kind == "i2t" else sample.text[0].answer for sample in samples]
-    return Batch(kind, torch.arange(n), text, gen=seen(views.gen), und=seen(views.und))
+    text = [sample.text if task == "i2t" else sample.text[0].answer for sample in samples]
+    return Batch(task, torch.arange(n), text, gen=seen(views.gen), und=seen(views.und))
 
 
-@pytest.mark.parametrize("family,changes,kind", list(cases()))
-def test_no_loss_waits(family, changes, kind, monkeypatch):
-    model = umm(family).Adapter.load(replace(load_recipe(f"{family}_tiny").model, **changes)).train()
-    batch, given = batch_of(model, kind), []
-    weight = float(model.weight(batch, Draws(0)))
-    without_kernels(monkeypatch, family, given)
+@pytest.mark.parametrize("umm,changes,task", list(cases()))
+def test_no_loss_waits(umm, changes, task, monkeypatch):
+    model = umm_package(umm).Adapter.load(replace(load_recipe(f"{umm}_tiny").model, **changes)).train()
+    batch, given = batch_of(model, task), []
+    weight = float(model.weight(batch, CounterRNG(0)))
+    without_kernels(monkeypatch, umm, given)
     with gpu(monkeypatch) as waits:
         waits.put(model)
         batch = batch.to(GPU)
         with waits:
-            term = model(batch, Draws(0))
-            again = model.weight(batch, Draws(0))
+            term = model(batch, CounterRNG(0))
+            again = model.weight(batch, CounterRNG(0))
     assert term.sum.device == term.weight.device == again.device == GPU
     assert term.sum.shape == term.weight.shape == again.shape == ()
     assert term.sum.dtype == term.weight.dtype == again.dtype == torch.float32
     # The head's products have as many rows as carry a label, which the host has to know.
-    cross_entropy = kind == "i2t" or family == "show_o"
+    cross_entropy = task == "i2t" or umm == "show_o"
     assert given == ([weight] if cross_entropy else [])
 
 
@@ -167,26 +167,26 @@ def test_no_plan_waits(impl, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_loss_waits_for_a_real_gpu(family):
+@pytest.mark.parametrize("umm", UMMS)
+def test_no_loss_waits_for_a_real_gpu(umm):
     """Real kernels; torch raises for what it knows to wait."""
     device = torch.device("cuda")
-    model = umm(family).Adapter.load(load_recipe(f"{family}_tiny").model, device).train()
-    for kind in sorted(model.kinds):
-        first = batch_of(model, kind)
-        other = replace(first, sample_ids=first.sample_ids + 100)  # other draws, so other layouts
+    model = umm_package(umm).Adapter.load(load_recipe(f"{umm}_tiny").model, device).train()
+    for task in sorted(model.tasks):
+        first = batch_of(model, task)
+        other = replace(first, sample_ids=first.sample_ids + 100)  # other rng, so other layouts
         batches = [batch.to(device) for batch in (first, other)]
-        model(batches[0], Draws(0))  # compiles, and makes what is kept
+        model(batches[0], CounterRNG(0))  # compiles, and makes what is kept
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            term = model(batches[1], Draws(0))
+            term = model(batches[1], CounterRNG(0))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batches[1], Draws(0)))
+        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batches[1], CounterRNG(0)))
 
 
-def without_kernels(monkeypatch, family, given):
+def without_kernels(monkeypatch, umm, given):
     """Ops as the shapes they return, on tensors of one device."""
 
     def together(*tensors):
@@ -222,7 +222,7 @@ def without_kernels(monkeypatch, family, given):
         together(out, x0, t, noise.seed, noise.sample_ids, schedule, rows)
         return out.new_zeros((), dtype=torch.float32)
 
-    adapter = import_module(f"reca.models.{family}.adapter")
+    adapter = import_module(f"reca.models.{umm}.adapter")
     stands = {
         "template_concat": concat,
         "masked_linear_cross_entropy": head,

@@ -190,7 +190,7 @@ WRAPPED = {
     "model": lambda s: {"model": s},
     "module": lambda s: {"module": s},
     "twice": lambda s: {"state_dict": {"model": s}, "step": torch.tensor(5)},
-    "ema": lambda s: {"ema": s, "updates": 3},
+    "ema": lambda s: {"ema": s, "steps": 3},
     "model_ema": lambda s: {"model_ema": {"module": s}},
     "params": lambda s: {"params": s, "params_ema": {n: t + 1 for n, t in s.items()}},
     "another name": lambda s: {"denoiser_weights": s, "step": 1},

@@ -1,4 +1,4 @@
-"""The whole experiment at a minuscule budget, for every family: it runs, and its report says what the run showed."""
+"""The whole experiment at a minuscule budget, for every UMM: it runs, and its report says what the run showed."""
 
 import re
 from dataclasses import replace
@@ -12,41 +12,41 @@ from reca.config import load_recipe
 from reca.world import experiment, report
 from reca.world.captions import WORDS
 from reca.world.scenes import SIDE
-from reca.world.starts import FAMILIES, start
+from reca.world.starts import UMMS, start
 from reca.world.starts.language import WORDS as FACT_WORDS
 
 SCALE = 0.004
 ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
 
 
-def serial(family, out):
+def serial(umm, out):
     """What `run` does, in this process."""
     threads = torch.get_num_threads()
     try:
-        done = {experiment.BEFORE: experiment._start(family, 0, out, SCALE)}
-        for arm in experiment.arms(start(family)):
-            done[arm.name] = experiment._post_train(family, 0, out, arm, SCALE)
+        done = {experiment.BEFORE: experiment._start(umm, 0, out, SCALE)}
+        for arm in experiment.arms(start(umm)):
+            done[arm.name] = experiment._post_train(umm, 0, out, arm, SCALE)
     finally:
         torch.set_num_threads(threads)
     return {0: done}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_experiment_runs_to_its_report(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("umm", UMMS)
+def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
     (tmp_path / "seed0").mkdir()
-    quick = {name: min(value, 10) for name, value in start(family).sampling.items() if name.endswith("steps")}
-    faster = replace(start(family), sampling=start(family).sampling | quick)
-    monkeypatch.setattr(import_module(f"reca.world.starts.{family}"), "START", faster)
-    results = serial(family, tmp_path)
-    begin = start(family)
+    quick = {name: min(value, 10) for name, value in start(umm).sampling.items() if name.endswith("steps")}
+    faster = replace(start(umm), sampling=start(umm).sampling | quick)
+    monkeypatch.setattr(import_module(f"reca.world.starts.{umm}"), "START", faster)
+    results = serial(umm, tmp_path)
+    begin = start(umm)
     wanted = [*ROWS[:3], *([begin.generation[0]] if begin.generation else []), *ROWS[3:]]
     assert list(results[0]) == wanted
 
     table = report.table(results)
     lines = table.splitlines()
     assert [line.split()[0] for line in lines[2 : 2 + len(wanted)]] == wanted
-    page = report.write(results, family, tmp_path, SCALE).read_text()
-    assert f"--umm {family} " in page and "Its numbers mean nothing" in page
+    page = report.write(results, umm, tmp_path, SCALE).read_text()
+    assert f"--umm {umm} " in page and "Its numbers mean nothing" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # one file, nothing fetched
     for name in wanted:
         assert f"<h3>{name}</h3>" in page
@@ -59,27 +59,27 @@ def test_the_experiment_runs_to_its_report(family, tmp_path, monkeypatch):
         assert reason in page.replace("&#39;", "'")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_start_is_where_post_training_starts(family, tmp_path):
-    """A run of no updates has the weights that pre-training left."""
-    begin = start(family)
+@pytest.mark.parametrize("umm", UMMS)
+def test_the_start_is_where_post_training_starts(umm, tmp_path):
+    """A run of no steps has the weights that pre-training left."""
+    begin = start(umm)
     recipe = load_recipe(begin.recipe)
     model = begin.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
-    from reca.models import umm
+    from reca.models import umm_package
     from reca.runs import inherit
 
     again = load_recipe(begin.recipe, [begin.begins_at.format(folder=tmp_path / "before")])
-    loaded = umm(family).Adapter.load(again.model)
+    loaded = umm_package(umm).Adapter.load(again.model)
     inherit(loaded, again)
     own = dict(model.named_parameters())
     assert all(torch.equal(p, own[name]) for name, p in loaded.named_parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recipes_know_every_word(family):
-    words = set(load_recipe(start(family).recipe).model.words)
+@pytest.mark.parametrize("umm", UMMS)
+def test_recipes_know_every_word(umm):
+    words = set(load_recipe(start(umm).recipe).model.words)
     assert set(WORDS) - {"USER", "ASSISTANT", ":", "\n"} <= words
-    if family == "open_uni":
+    if umm == "open_uni":
         assert set(FACT_WORDS) <= words
 
 

@@ -1,4 +1,4 @@
-"""Features of the frozen encoders, kept on disk: a picture is decoded and encoded once, however many epochs follow."""
+"""Features of the frozen encoders, kept on disk: an image is decoded and encoded once, however many epochs follow."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ log = logging.getLogger("reca")
 
 
 def content(image: bytes) -> str:
-    """The address of a picture's features: a hash of its bytes, wherever the file lies and whatever its name."""
+    """The address of an image's features: a hash of its bytes, wherever the file lies and whatever its name."""
     return hashlib.sha256(image).hexdigest()
 
 
 class FeatureCache:
-    """One safetensors file per picture, below a folder named after everything else that the features depend on.
+    """One safetensors file per image, below a folder named after everything else that the features depend on.
 
     identity: JSON-able; caches of another identity in the same folder are left alone. A checkpoint that changes under
     the same name is not noticed: remove the folder then.
@@ -37,7 +37,7 @@ class FeatureCache:
         for name, view in (("generation", views.gen), ("understanding", views.und)):
             if view and view.fit == "random_crop":
                 raise DataError(
-                    f"data.cache keeps one set of features per picture, but the {name} view crops at random: the model "
+                    f"data.cache keeps one set of features per image, but the {name} view crops at random: the model "
                     "would see one crop for ever. Set data.cache=null"
                 )
         text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
@@ -48,14 +48,14 @@ class FeatureCache:
         return self.folder / address[:2] / f"{address}.safetensors"
 
     def get(self, address: str) -> dict[str, Tensor] | None:
-        """One picture's features, None when they are not there or not readable (a torn file is made again)."""
+        """One image's features, None when they are not there or not readable (a torn file is made again)."""
         try:
             return load_file(self.path(address))
         except (OSError, SafetensorError, ValueError):
             return None
 
     def put(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
-        """Keep a batch's features, each of which is a list or has a first dim of the pictures in `addresses`.
+        """Keep a batch's features, each of which is a list or has a first dim of the images in `addresses`.
 
         A cache that cannot be written, because its disk is full for example, is read only from then on: the run does
         not need it.
@@ -63,7 +63,7 @@ class FeatureCache:
         if self.full:
             return
         for number, address in enumerate(addresses):
-            # Two names may hold one tensor (Harmon's picture is its own h_v), which the format does not take.
+            # Two names may hold one tensor (Harmon's image is its own h_v), which the format does not take.
             rows = {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
             path = self.path(address)
             part = path.with_suffix(f".{uuid.uuid4().hex}.part")

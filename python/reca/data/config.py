@@ -3,43 +3,42 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, LOCAL, option, share
+from reca.options import GLOB, LOCAL, config_field, share
 
 
 @dataclass
 class DataConfig:
-    images: Optional[str] = option(
+    images: Optional[str] = config_field(
         None,
-        "pictures to reconstruct: a folder, webdataset tars (a glob, or a {000..009} range of which every number is "
+        "images to reconstruct: a folder, webdataset tars (a glob, or a {000..009} range of which every number is "
         "there), or world:SPLIT?seed=N",
         path=GLOB,
     )
-    conversations: Optional[str] = option(
+    conversations: Optional[str] = config_field(
         None,
-        "questions and answers about pictures (i2t): a LLaVA-style .json or .jsonl with data.image_root, or "
-        "world:SPLIT",
+        "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, or world:SPLIT",
         path=LOCAL,
     )
-    captions: Optional[str] = option(
+    captions: Optional[str] = config_field(
         None,
-        "captioned pictures (t2i): a folder or tars with a .txt beside every picture, or world:SPLIT",
+        "captioned images (t2i): a folder or tars with a .txt beside every image, or world:SPLIT",
         path=GLOB,
     )
-    image_root: Optional[str] = option(
-        None, "folder that the picture names of a conversations file start from", path=LOCAL
+    image_root: Optional[str] = config_field(
+        None, "folder that the image names of a conversations file start from", path=LOCAL
     )
-    templates: Optional[str] = option(
+    templates: Optional[str] = config_field(
         None, "text file of template sentences, one a line, or world:; null: the 360 of this package", path=LOCAL
     )
-    template_count: Optional[int] = option(
+    template_count: Optional[int] = config_field(
         None, "use this many of the templates, evenly spread; null uses all", least=1
     )
-    decoder: str = option(
+    decoder: str = config_field(
         "auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali")
     )
-    workers: int = option(2, "threads that read and decode ahead; 0 decodes when asked", least=0, most=2**12)
-    prefetch: int = option(2, "batches decoded ahead", least=0, most=2**12)
+    workers: int = config_field(2, "threads that read and decode ahead; 0 decodes when asked", least=0, most=2**12)
+    prefetch: int = config_field(2, "batches decoded ahead", least=0, most=2**12)
     max_bad_fraction: float = share(0.01, "largest share of unreadable samples, met by all ranks, before the run stops")
-    cache: Optional[str] = option(
-        None, "folder of features of the frozen encoders, made once per picture and read afterwards", path=LOCAL
+    cache: Optional[str] = config_field(
+        None, "folder of features of the frozen encoders, made once per image and read afterwards", path=LOCAL
     )

@@ -1,4 +1,4 @@
-"""LLaVA-style JSON: questions and answers about pictures."""
+"""LLaVA-style JSON: questions and answers about images."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 class Conversations:
     """A list of {"image": name, "conversations": [{"from": "human"|"gpt", "value": text}, ...]}.
 
-    A .jsonl holds one such row a line. Names of other chat formats are read too: "images" of one picture, "messages"
+    A .jsonl holds one such row a line. Names of other chat formats are read too: "images" of one image, "messages"
     of "role" and "content".
     A question is what "human" (or "user") says, its answer what "gpt" (or "assistant") says behind it. A "system" turn
     in front becomes the beginning of the first question. One `<image>` may stand in the first question, and is removed.
@@ -58,9 +58,9 @@ class Conversations:
             except BadRow as error:
                 self.left_out.add(str(error), f"row {number}")
         if not self.rows:
-            raise DataError(f"{path} holds no conversation about a picture: {self.left_out or 'it is empty'}")
+            raise DataError(f"{path} holds no conversation about an image: {self.left_out or 'it is empty'}")
         if not self.root.is_dir():
-            raise DataError(f"data.image_root {self.root} is no folder; give the one that the picture names start from")
+            raise DataError(f"data.image_root {self.root} is no folder; give the one that the image names start from")
         self.left_out.say(str(path))
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class Conversations:
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         with (self.root / row.image).open("rb") as file:
-            checked_size(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES, "picture")
+            checked_size(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES, "image")
             return Sample(row.image, file.read(MAX_IMAGE_BYTES), list(row.turns))
 
     def key(self, index: int) -> str:
@@ -79,7 +79,7 @@ class Conversations:
         return total_size([self.root / self.rows[index].image])
 
     def identity(self) -> str:
-        sizes: dict[str, int] = {}  # many rows may ask about one picture
+        sizes: dict[str, int] = {}  # many rows may ask about one image
         for index, row in enumerate(self.rows):
             if row.image not in sizes:
                 sizes[row.image] = self.size(index)
@@ -122,21 +122,21 @@ def _value(item: dict, name: str, other: str) -> Any:
 
 
 def _image(item: Any, root: str) -> str:
-    """The picture's path below `root`. Raises BadRow."""
+    """The image's path below `root`. Raises BadRow."""
     if not isinstance(item, dict):
         raise BadRow("are no objects")
     image = _value(item, "image", "images")
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image is None or image == "" or image == []:
-        raise BadRow("have no picture")
+        raise BadRow("have no image")
     if isinstance(image, list):
-        raise BadRow("have more than one picture")
+        raise BadRow("have more than one image")
     if not isinstance(image, str) or "\0" in image or not encodable(image):
-        raise BadRow("have a picture whose name is no text")
+        raise BadRow("have an image whose name is no text")
     name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
     if not name.startswith(inside) or name == inside:
-        raise BadRow("have a picture outside data.image_root")
+        raise BadRow("have an image outside data.image_root")
     return name.removeprefix(inside)
 
 
@@ -181,7 +181,7 @@ def _pairs(texts: Sequence[str], opening: str) -> tuple[Turn, ...]:
     """Turns of texts that alternate. opening: what the system says before the first. Raises BadRow."""
     first, *rest = texts
     if first.count(IMAGE) > 1:
-        raise BadRow("have more than one <image> for one picture")
+        raise BadRow("have more than one <image> for one image")
     if IMAGE in opening or any(IMAGE in text for text in rest):
         raise BadRow("have an <image> behind the first question")
     parts = (opening.strip(), first.replace(IMAGE, "").strip())

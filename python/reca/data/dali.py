@@ -23,7 +23,7 @@ from reca.data.pixels import (
     orientation,
 )
 from reca.data.views import View, Views
-from reca.draws import Draws
+from reca.rng import CounterRNG
 
 log = logging.getLogger("reca")
 
@@ -40,13 +40,13 @@ def available() -> bool:
 class DaliDecoder:
     """As PillowDecoder: within one grey level on device "cpu", but for sharp edges on "gpu"."""
 
-    def __init__(self, views: Views, draws: Draws, device: str | None = None):
+    def __init__(self, views: Views, rng: CounterRNG, device: str | None = None):
         import nvidia.dali.experimental.dynamic as dynamic
         from nvidia.dali import types
 
-        self.views, self.draws, self.dynamic, self.types = views, draws, dynamic, types
+        self.views, self.rng, self.dynamic, self.types = views, rng, dynamic, types
         self.device = device or ("gpu" if torch.cuda.is_available() else "cpu")
-        self.pillow, self.failed = PillowDecoder(views, draws), False
+        self.pillow, self.failed = PillowDecoder(views, rng), False
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
         """(gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
@@ -60,13 +60,13 @@ class DaliDecoder:
                 jpeg_fancy_upsampling=True,  # the chroma pixels that every CPU decoder gives
             )
             height, width = image.shape[:2]
-        except Exception as error:  # of many kinds; whether the picture is bad, Pillow says
+        except Exception as error:  # of many kinds; whether the image is bad, Pillow says
             reason = " ".join(str(error).split())[:200]
             if not self.failed:
                 self.failed = True
                 log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
             return self.pillow(data, sample_id)
-        crop = crop_position(self.views, self.draws, sample_id)
+        crop = crop_position(self.views, self.rng, sample_id)
         return tuple(view and self._view(image, width, height, view, crop) for view in (self.views.gen, self.views.und))
 
     def _view(self, image, width: int, height: int, view: View, crop: float) -> Tensor:

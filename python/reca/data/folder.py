@@ -1,4 +1,4 @@
-"""Pictures below a folder."""
+"""Images below a folder."""
 
 import os
 from collections import defaultdict, deque
@@ -21,24 +21,24 @@ from reca.data.source import (
 
 
 class Folder:
-    """Pictures below a folder, in order of their paths. A caption is the .txt beside a picture.
+    """Images below a folder, in order of their paths. A caption is the .txt beside an image.
 
     Linked folders are read, each folder once. Names that start with a dot are skipped, as are folders of copies that
     systems make (__MACOSX, @eaDir).
     """
 
-    def __init__(self, root: Path, kind: str):
+    def __init__(self, root: Path, task: str):
         if not root.is_dir():
             fault = "is no folder" if root.exists() else "does not exist"
-            raise DataError(f"data folder {root} {fault}; give a folder of pictures, a .tar, or world:SPLIT")
-        self.root, self.kind, self.left_out = root, kind, LeftOut()
+            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or world:SPLIT")
+        self.root, self.task, self.left_out = root, task, LeftOut()
         files = _walk(root, self.left_out)
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
-            raise DataError(f"{root} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
+            raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
         for name in sorted(files.get(".tar", ())):
-            self.left_out.add("tar files below a folder of pictures", name)
-        self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if kind == "t2i" else None
+            self.left_out.add("tar files below a folder of images", name)
+        self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
         self.left_out.say(str(root))
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class Folder:
         text = None
         if self.captions is not None:
             text = decode_caption(_read(self.root / self.captions[index], MAX_CAPTION_BYTES, "caption"))
-        return Sample(self.key(index), _read(self.root / self.names[index], MAX_IMAGE_BYTES, "picture"), text)
+        return Sample(self.key(index), _read(self.root / self.names[index], MAX_IMAGE_BYTES, "image"), text)
 
     def key(self, index: int) -> str:
         return self.names[index]
@@ -108,7 +108,7 @@ def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             suffix = _suffix(name)
-            is_folder, is_file = _kind(entry)
+            is_folder, is_file = _task(entry)
             if hidden(entry.name):
                 if is_folder or suffix in IMAGE_SUFFIXES:
                     left_out.add("hidden files and folders", name)
@@ -116,15 +116,15 @@ def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
                 (links if entry.is_symlink() else waiting).append((name, linked or entry.is_symlink()))
             elif not is_file:
                 if suffix in IMAGE_SUFFIXES:
-                    left_out.add("pictures that are no file, or a link to none", name)
+                    left_out.add("images that are no file, or a link to none", name)
             else:
                 files[suffix].append(name)
                 if suffix in OTHER_IMAGE_SUFFIXES:
-                    left_out.add("pictures in formats that are not read", name)
+                    left_out.add("images in formats that are not read", name)
     return files
 
 
-def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
+def _task(entry: os.DirEntry) -> tuple[bool, bool]:
     """Whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
     try:
         return entry.is_dir(), entry.is_file()
@@ -132,29 +132,29 @@ def _kind(entry: os.DirEntry) -> tuple[bool, bool]:
         return False, False
 
 
-def _captions(root: Path, pictures: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The caption file of every picture. Raises DataError when there is none, or when it is not clear which."""
+def _captions(root: Path, images: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The caption file of every image. Raises DataError when there is none, or when it is not clear which."""
     captions: dict[str, str] = {}
     for name in texts:
         if _stem(name) in captions:
             raise DataError(f"{root}: {captions[_stem(name)]} and {name} are captions of one name: remove one of them")
         captions[_stem(name)] = name
-    bare = [name for name in pictures if _stem(name) not in captions]
+    bare = [name for name in images if _stem(name) not in captions]
     if bare:
         missing = (root / bare[0]).with_suffix(".txt")
-        raise DataError(f"{len(bare)} of {len(pictures)} pictures have no caption; {missing} is missing")
+        raise DataError(f"{len(bare)} of {len(images)} images have no caption; {missing} is missing")
     owners: dict[str, str] = {}
-    for name in pictures:
+    for name in images:
         if (other := owners.setdefault(_stem(name), name)) != name:
             raise DataError(
                 f"{root}: {other} and {name} have one caption, {captions[_stem(name)]}: it is not clear whose it is; "
                 "rename or remove one of them"
             )
-    return [captions[_stem(name)] for name in pictures]
+    return [captions[_stem(name)] for name in images]
 
 
 def _what(files: Mapping[str, Sequence[str]]) -> str:
-    """The suffixes that a folder without pictures does hold, for its error."""
+    """The suffixes that a folder without images does hold, for its error."""
     if not files:
         return ""
     most = sorted(files, key=lambda suffix: -len(files[suffix]))[:5]

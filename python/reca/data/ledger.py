@@ -26,7 +26,7 @@ class Ledger:
         self.path, self.source, self.max_fraction = path, source, max_fraction
         self.bad: dict[str, str] = {}
         self.lock = threading.Lock()
-        self.pictures = 0  # distinct samples of the source, once they are needed
+        self.images = 0  # distinct samples of the source, once they are needed
         self.place = 0  # bytes of the file that are known here
         self.count()
 
@@ -46,8 +46,8 @@ class Ledger:
             if not self.bad:
                 log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
             self.bad[key] = reason
-            # Many rows may ask about one picture. They are counted as the bad ones are: once.
-            size = self.pictures = self.pictures or len(set(map(self.source.key, range(len(self.source)))))
+            # Many rows may ask about one image. They are counted as the bad ones are: once.
+            size = self.images = self.images or len(set(map(self.source.key, range(len(self.source)))))
             if len(self.bad) / size > self.max_fraction:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(

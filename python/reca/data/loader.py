@@ -1,4 +1,4 @@
-"""Endless micro-batches of one kind of sample, from any position on, on any number of ranks."""
+"""Endless micro-batches of one task of sample, from any position on, on any number of ranks."""
 
 import errno
 import functools
@@ -23,8 +23,8 @@ from reca.data.source import Sample, Source
 from reca.data.sources import open_source
 from reca.data.templates import load_templates
 from reca.data.views import Views
-from reca.draws import Draws, Purpose
-from reca.models.base import KINDS, Batch
+from reca.models.base import TASKS, Batch
+from reca.rng import CounterRNG, RandomStream
 from reca.split import Share, split
 
 SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
@@ -32,27 +32,27 @@ ATTEMPTS = 100
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file that was to be read
 
 
-def open_sources(config: DataConfig, kinds: Iterable[str]) -> dict[str, Source]:
-    """The samples of each kind. Raises DataError when a source is missing or empty."""
+def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
+    """The samples of each task. Raises DataError when a source is missing or empty."""
     sources = {}
-    for kind in kinds:
-        spec = getattr(config, SPECS[kind])
+    for task in tasks:
+        spec = getattr(config, SPECS[task])
         if spec is None:
             raise DataError(
-                f"objective.{kind}.weight is above 0 but data.{SPECS[kind]} is null; say where its samples are"
+                f"objective.{task}.weight is above 0 but data.{SPECS[task]} is null; say where its samples are"
             )
-        sources[kind] = open_source(spec, kind, config.image_root)
+        sources[task] = open_source(spec, task, config.image_root)
     return sources
 
 
 def open_loader(
     config: DataConfig,
-    kind: str,
+    task: str,
     views: Views,
     *,
     seed: int,
     micro_batch: int,
-    per_update: int | None = None,
+    batch_size: int | None = None,
     neighbours: bool = False,
     start: int = 0,
     rank: int = 0,
@@ -61,27 +61,27 @@ def open_loader(
     identity: Any = None,
     source: Source | None = None,
 ) -> "Loader":
-    """The loader a recipe describes, of one kind of sample. Raises DataError as `open_sources`.
+    """The loader a recipe describes, of one task of sample. Raises DataError as `open_sources`.
 
-    per_update: samples of one update on all ranks; null = one full micro-batch on each.
+    batch_size: samples of one update on all ranks; null = one full micro-batch on each.
     neighbours: every batch comes with its `neighbour`.
-    identity: what, beside the pictures, the features in data.cache depend on.
+    identity: what, beside the images, the features in data.cache depend on.
     source: the samples, where they have been opened already.
     """
-    source = source or open_sources(config, [kind])[kind]
+    source = source or open_sources(config, [task])[task]
     cache = None
     if config.cache:
-        cache = FeatureCache(Path(config.cache).expanduser(), views, [kind, identity])
-    shares = split(per_update or micro_batch * world, micro_batch, world)[rank]
-    stream = Stream(shares, per_update or micro_batch * world, start, neighbours)
-    return Loader(config, source, kind, views, seed, stream, ledger, cache)
+        cache = FeatureCache(Path(config.cache).expanduser(), views, [task, identity])
+    shares = split(batch_size or micro_batch * world, micro_batch, world)[rank]
+    stream = Stream(shares, batch_size or micro_batch * world, start, neighbours)
+    return Loader(config, source, task, views, seed, stream, ledger, cache)
 
 
 class Stream(NamedTuple):
     """The positions that one rank reads: its micro-batches of update after update."""
 
     shares: list[Share]
-    per_update: int
+    batch_size: int
     start: int = 0
     neighbours: bool = False
 
@@ -91,10 +91,10 @@ class Stream(NamedTuple):
         The neighbour is the sample after the last of the micro-batch, and for the last of an update the first, so
         that it is the same one however the update is split.
         """
-        for base in itertools.count(self.start, self.per_update):
+        for base in itertools.count(self.start, self.batch_size):
             for share in self.shares:
                 after = share.start + share.size
-                neighbour = [base + after % self.per_update] if self.neighbours else []
+                neighbour = [base + after % self.batch_size] if self.neighbours else []
                 yield share, range(base + share.start, base + after), neighbour
 
 
@@ -121,18 +121,18 @@ class Loader:
         self,
         config: DataConfig,
         source: Source,
-        kind: str,
+        task: str,
         views: Views,
         seed: int,
         stream: Stream,
         ledger: Path | None = None,
         cache: FeatureCache | None = None,
     ):
-        self.config, self.source, self.kind, self.stream = config, source, kind, stream
-        self.draws = Draws(seed, KINDS.index(kind))
-        self.order = Draws(seed, KINDS.index(kind), 1).seed
-        self.decode = _decoder(config, views, self.draws)
-        self.templates = load_templates(config.templates, config.template_count) if kind == "reca" else None
+        self.config, self.source, self.task, self.stream = config, source, task, stream
+        self.rng = CounterRNG(seed, TASKS.index(task))
+        self.order = CounterRNG(seed, TASKS.index(task), 1).seed
+        self.decode = _decoder(config, views, self.rng)
+        self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache = cache
         self.ledger = Ledger(ledger, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
@@ -204,7 +204,7 @@ class Loader:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
                 raise BadSample(reason) from error
-            raise DataError(f"sample {self.source.key(index)} (data.{SPECS[self.kind]}): {reason}") from error
+            raise DataError(f"sample {self.source.key(index)} (data.{SPECS[self.task]}): {reason}") from error
 
     def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
         whole = all(row.features for row in rows)
@@ -216,22 +216,22 @@ class Loader:
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:
-            picks = (self.draws.uniform(Purpose.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
+            picks = (self.rng.uniform(RandomStream.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
             text = [self.templates[i] for i in picks.tolist()]
         if whole:
-            return Batch(self.kind, ids, text, features=collate([row.features for row in rows]))
+            return Batch(self.task, ids, text, features=collate([row.features for row in rows]))
         gen, und = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
         gen, und = (None if view[0] is None else view for view in (gen, und))
         keep = self.cache and functools.partial(self.cache.put, [row.address for row in rows])
-        return Batch(self.kind, ids, text, gen, und, keep=keep)
+        return Batch(self.task, ids, text, gen, und, keep=keep)
 
 
-def _decoder(config: DataConfig, views: Views, draws: Draws) -> PillowDecoder | dali.DaliDecoder:
+def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:
     wanted = config.decoder
     if wanted == "auto":
         wanted = "dali" if torch.cuda.is_available() and dali.available() else "pillow"
     if wanted == "pillow":
-        return PillowDecoder(views, draws)
+        return PillowDecoder(views, rng)
     if not dali.available():
         raise DataError("data.decoder=dali, but DALI is not installed: pip install 'reca[dali]', or use pillow")
-    return dali.DaliDecoder(views, draws)
+    return dali.DaliDecoder(views, rng)

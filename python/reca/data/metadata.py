@@ -1,4 +1,4 @@
-"""Picture files without their metadata: text, colour profiles, EXIF and previews.
+"""Image files without their metadata: text, colour profiles, EXIF and previews.
 
 Decoders read metadata before the pixels, and reject a file whose metadata is large or garbled. Its pixels are sound.
 """
@@ -16,7 +16,7 @@ JPEG_COMMENT = 0xFE
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """The same picture with what its pixels need, None for a format that this is not known of."""
+    """The same image with what its pixels need, None for a format that this is not known of."""
     if data.startswith(PNG):
         return _png(data)
     if data.startswith(JPEG):

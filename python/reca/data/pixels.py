@@ -1,4 +1,4 @@
-"""Bytes of a picture -> the views an adapter asks for. Pillow's decoder is the definition; DALI's must agree."""
+"""Bytes of an image -> the views an adapter asks for. Pillow's decoder is the definition; DALI's must agree."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ from torch import Tensor
 from reca.data.errors import BadSample, DataError
 from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
-from reca.draws import Draws, Purpose
 from reca.files import HEAD, packed, placeholder
+from reca.rng import CounterRNG, RandomStream
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for pictures
-MAX_SIDE = 2**15  # a picture larger than this on a side is taken for a broken header
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for images
+MAX_SIDE = 2**15  # an image larger than this on a side is taken for a broken header
 MAX_PIXELS = 2**26  # 8192 x 8192, which take 0.8 GB while they are decoded and made RGB
-MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three pictures
+MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three images
 MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS they are decoded at half the size, at most 0.9 GB
 SMALL = 2**22  # pixels
 STRIP = 2**22  # pixels that are converted at a time
@@ -43,11 +43,11 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class BadImage(BadSample):
-    """Bytes that are no readable picture; the message says why."""
+    """Bytes that are no readable image; the message says why."""
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB picture, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
+    """A decoded RGB image, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
 
     A JPEG of more than MAX_PIXELS has half its width and height.
     """
@@ -78,7 +78,7 @@ def _open_rgb(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The file of a picture whose header is sound. Raises BadImage, also for what goes wrong inside of the context."""
+    """The file of an image whose header is sound. Raises BadImage, also for what goes wrong inside of the context."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             limit = _most_pixels(file)
@@ -92,7 +92,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:  # its own words hold an address in memory
         cause = placeholder(data[:HEAD]) or packed(data[:HEAD])
         raise BadImage(
-            f"the file {cause}" if cause else f"no picture in a format that is read ({', '.join(FORMATS)})"
+            f"the file {cause}" if cause else f"no image in a format that is read ({', '.join(FORMATS)})"
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
         raise BadImage(f"{type(error).__name__}: {error}") from error
@@ -116,7 +116,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits by the scale of its mode: whatever its values, two pictures are scaled alike.
+    """Grey of more than 8 bits by the scale of its mode: whatever its values, two images are scaled alike.
 
     Raises BadImage where the format does not say what white is.
     """
@@ -136,7 +136,7 @@ def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, transparency on white. In strips, so that no second copy of the whole picture is held."""
+    """RGB, transparency on white. In strips, so that no second copy of the whole image is held."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
     whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
@@ -150,13 +150,13 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture file as uint8 [3, H, W]. Raises DataError."""
+    """An image file as uint8 [3, H, W]. Raises DataError."""
     if not path.is_file():
         raise DataError(f"image {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
         return _tensor(open_rgb(path.read_bytes()))
     except BadImage as error:
-        raise DataError(f"{path} is no readable picture: {error}") from error
+        raise DataError(f"{path} is no readable image: {error}") from error
 
 
 def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
@@ -212,14 +212,14 @@ def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
 
 
 def _too_large(side: int, image: Image.Image) -> bool:
-    """Whether a square is much larger than the picture it is made for, which then is a thin one."""
+    """Whether a square is much larger than the image it is made for, which then is a thin one."""
     return side**2 > max(SMALL, min(4 * image.width * image.height, MAX_PIXELS))
 
 
 def _pad(image: Image.Image, view: View) -> Image.Image:
-    """The picture in the middle of a square of its long side.
+    """The image in the middle of a square of its long side.
 
-    Where that square is too large, the picture is resized first, as it would be inside of it.
+    Where that square is too large, the image is resized first, as it would be inside of it.
     """
     side = max(image.size)
     if _too_large(side, image):
@@ -231,7 +231,7 @@ def _pad(image: Image.Image, view: View) -> Image.Image:
 
 
 def _stretch(image: Image.Image, view: View) -> Image.Image:
-    """The picture resized to a square of its long side.
+    """The image resized to a square of its long side.
 
     Where that square is too large, the long side shrinks to the view's before the short one grows: the two filters
     commute, up to the rounding in between.
@@ -245,23 +245,23 @@ def _stretch(image: Image.Image, view: View) -> Image.Image:
 
 
 class PillowDecoder:
-    """Views of single pictures."""
+    """Views of single images."""
 
-    def __init__(self, views: Views, draws: Draws):
-        self.views, self.draws = views, draws
+    def __init__(self, views: Views, rng: CounterRNG):
+        self.views, self.rng = views, rng
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
         """(gen, und), uint8 [3, H, W] each. Raises BadImage."""
         image = open_rgb(data)
-        crop = crop_position(self.views, self.draws, sample_id)
+        crop = crop_position(self.views, self.rng, sample_id)
         return tuple(view and make_view(image, view, crop) for view in (self.views.gen, self.views.und))
 
 
-def crop_position(views: Views, draws: Draws, sample_id: int) -> float:
+def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:
     """Both views of a sample are cropped at the same place."""
     if not any(view and view.fit == "random_crop" for view in (views.gen, views.und)):
         return 0.5
-    return float(draws.uniform(Purpose.CROP, torch.tensor([sample_id])))
+    return float(rng.uniform(RandomStream.CROP, torch.tensor([sample_id])))
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from reca.draws import Draws
+from reca.rng import CounterRNG
 
 
 def sample_index(seed: int, size: int, position: int) -> int:
@@ -16,10 +16,10 @@ def sample_index(seed: int, size: int, position: int) -> int:
 def substitute_index(seed: int, size: int, position: int, attempt: int) -> int:
     """Index of the sample that stands in for an unreadable one: the same slot of another permutation."""
     epoch, slot = divmod(position, size)
-    return int(_order(Draws(seed, 1 + attempt).seed, epoch, size)[slot])
+    return int(_order(CounterRNG(seed, 1 + attempt).seed, epoch, size)[slot])
 
 
 @functools.lru_cache(maxsize=16)
 def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(Draws(seed, epoch).seed)
+    generator = torch.Generator().manual_seed(CounterRNG(seed, epoch).seed)
     return torch.randperm(size, generator=generator)

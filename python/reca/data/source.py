@@ -8,7 +8,7 @@ from reca.data.errors import BadSample
 from reca.data.text import decode_text
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .gif .tif .tiff .avif".split())
-# Pictures too, in formats that are not read. They are counted, so that no folder of them shrinks in silence.
+# Images too, in formats that are not read. They are counted, so that no folder of them shrinks in silence.
 OTHER_IMAGE_SUFFIXES = frozenset(
     ".heic .heif .jxl .jp2 .j2k .jpf .jpx .psd .svg .ico .tga .ppm .pgm .pbm .pnm .qoi .dds .exr .hdr .eps .raw .cr2 "
     ".cr3 .nef .arw .orf .raf .rw2 .dng".split()
@@ -36,7 +36,7 @@ class Source(Protocol):
         ...
 
     def size(self, index: int) -> int:
-        """Bytes of the sample's picture and caption, without reading them; -1 for a file that is not there."""
+        """Bytes of the sample's image and caption, without reading them; -1 for a file that is not there."""
         ...
 
     def identity(self) -> str:
@@ -58,7 +58,7 @@ def hidden(name: str) -> bool:
 
 
 def checked_size(size: int, limit: int, what: str) -> int:
-    """Raises BadSample when a picture or caption is larger than any should be."""
+    """Raises BadSample when an image or caption is larger than any should be."""
     if size > limit:
         raise BadSample(f"the {what} has {size} bytes, more than the {limit} that are read")
     return size

@@ -45,9 +45,9 @@ def read_index(path: Path, left_out: LeftOut) -> list[Member]:
         name = _clean(info.name)
         if info.isdir():
             continue
-        picture = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        image = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         if any(hidden(part) for part in name.split("/") if part not in (".", "..")):
-            if picture:
+            if image:
                 left_out.add("hidden files", f"{path}: {name}")
             continue
         if info.isreg():
@@ -59,7 +59,7 @@ def read_index(path: Path, left_out: LeftOut) -> list[Member]:
         if stored:
             files[name] = stored
             members.append(Member(name, stored))
-        elif picture:
+        elif image:
             left_out.add("members that are no file, or a link to none in the tar", f"{path}: {name}")
     return members
 

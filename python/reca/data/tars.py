@@ -1,4 +1,4 @@
-"""Pictures in webdataset tars: which members make a sample, and how they are read."""
+"""Images in webdataset tars: which members make a sample, and how they are read."""
 
 import glob
 import logging
@@ -27,7 +27,7 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Entry(NamedTuple):
-    """A sample: where its picture and its caption are."""
+    """A sample: where its image and its caption are."""
 
     path: Path
     key: str
@@ -39,26 +39,26 @@ class Tars:
     """Samples of webdataset tars. Members are read by their offset.
 
     The members of a sample follow each other and have one key: their name up to the first dot of its last part. The
-    picture is the member whose suffix is a picture's alone (a.jpg); others of the key (a.seg.png, a.json) are parts
-    that are not read. Pictures of a key that has no such member have dots in their names (v1.5_a.jpg, v1.5_b.jpg): each
+    image is the member whose suffix is an image's alone (a.jpg); others of the key (a.seg.png, a.json) are parts
+    that are not read. Images of a key that has no such member have dots in their names (v1.5_a.jpg, v1.5_b.jpg): each
     is a sample, whose key is its name up to the last dot. A key that comes twice, a member that comes twice and a
-    second picture of one sample are errors; picture members that are not used are counted.
+    second image of one sample are errors; image members that are not used are counted.
     """
 
-    def __init__(self, paths: Sequence[Path], kind: str):
-        self.kind, self.left_out = kind, LeftOut()
+    def __init__(self, paths: Sequence[Path], task: str):
+        self.task, self.left_out = task, LeftOut()
         self.entries: list[Entry] = []
         common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
         for path in paths:
             shard = os.path.relpath(os.path.abspath(path), common)
             for sample in _samples(path, self.left_out):
-                if kind == "t2i" and sample.text is None:
+                if task == "t2i" and sample.text is None:
                     raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
-                text = sample.text.stored if sample.text and kind == "t2i" else None
+                text = sample.text.stored if sample.text and task == "t2i" else None
                 self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
         if not self.entries:
             why = f": left out are {self.left_out}" if self.left_out else ""
-            raise DataError(f"no pictures in {_some(paths)}{why}")
+            raise DataError(f"no images in {_some(paths)}{why}")
         self.left_out.say(_some(paths))
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Tars:
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[index]
         text = entry.text and decode_caption(_read(entry.path, entry.text, MAX_CAPTION_BYTES, "caption"))
-        return Sample(entry.key, _read(entry.path, entry.image, MAX_IMAGE_BYTES, "picture"), text)
+        return Sample(entry.key, _read(entry.path, entry.image, MAX_IMAGE_BYTES, "image"), text)
 
     def key(self, index: int) -> str:
         return self.entries[index].key
@@ -100,11 +100,11 @@ def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
                     "(tar --sort=name)"
                 )
             seen[name] = next(iter(group.values())).name
-            image = _picture(path, name, group)
+            image = _image(path, name, group)
             for member in group.values():
                 suffix = _last_suffix(member.name)
                 if member is not image and suffix in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
-                    why = "further pictures of a sample" if image else "pictures in formats that are not read"
+                    why = "further images of a sample" if image else "images in formats that are not read"
                     left_out.add(why, f"{path}: {member.name}")
             if image:
                 samples.append(_Sample(name, image, group.get(".txt")))
@@ -113,11 +113,11 @@ def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
         if key in plain:
             raise DataError(
                 f"{path}: {name} stands apart from {plain[key]}. It is not clear whether it is a part of sample "
-                f"{key!r} or a picture of its own: pack the tar again with the parts together, or without the dot"
+                f"{key!r} or an image of its own: pack the tar again with the parts together, or without the dot"
             )
     if dotted:
         first = next(iter(dotted.values()))
-        say(logging.INFO, f"{path}: pictures with dots in their names are samples of their own (the first: {first})")
+        say(logging.INFO, f"{path}: images with dots in their names are samples of their own (the first: {first})")
     return samples
 
 
@@ -146,7 +146,7 @@ def _groups(path: Path, members: Iterator[Member]) -> Iterator[tuple[str, dict[s
 
 
 def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
-    """Key -> suffix -> member: the group as it is, or by names up to the last dot if no picture has the key alone."""
+    """Key -> suffix -> member: the group as it is, or by names up to the last dot if no image has the key alone."""
     if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
         _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
     ):
@@ -158,11 +158,11 @@ def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str
     return parts
 
 
-def _picture(path: Path, key: str, group: dict[str, Member]) -> Member | None:
+def _image(path: Path, key: str, group: dict[str, Member]) -> Member | None:
     images = [member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES]
     if len(images) > 1:
         raise DataError(
-            f"{path}: {images[0].name} and {images[1].name} are both the picture of sample {key!r}: it is not clear "
+            f"{path}: {images[0].name} and {images[1].name} are both the image of sample {key!r}: it is not clear "
             "which to train on. Pack the tar again with one of them, or with names that differ"
         )
     return images[0] if images else None

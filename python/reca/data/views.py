@@ -29,7 +29,7 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """The views one kind of loss needs. `None` means that this kind does not look at the image in that way."""
+    """The views one task of loss needs. `None` means that this task does not look at the image in that way."""
 
     gen: View | None
     und: View | None

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from reca.data.views import Views
-from reca.draws import Draws
+from reca.rng import CounterRNG
 
-KINDS = ("reca", "i2t", "t2i")
+TASKS = ("reca", "i2t", "t2i")
 
 ROLES = (
     "und_encoder",  # vision tower that only understanding uses
@@ -36,9 +36,9 @@ class Turn(NamedTuple):
 
 @dataclass
 class Batch:
-    """Samples of one kind on their way to the loss.
+    """Samples of one task on their way to the loss.
 
-    gen, und    uint8 [3, H, W] per sample, or None where the kind's views have none
+    gen, und    uint8 [3, H, W] per sample, or None where the task's views have none
     text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
     features    what `encode` returned for these samples, when it comes from a cache
     keep        takes what `encode` returns, to put it into a cache
@@ -46,7 +46,7 @@ class Batch:
     counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
     """
 
-    kind: str
+    task: str
     sample_ids: Tensor  # int64 [B]
     text: list[Any]
     gen: list[Tensor] | None = None
@@ -115,7 +115,7 @@ class Adapter(nn.Module):
     """One UMM. Data flows image -> views -> encode -> prompt -> model -> loss."""
 
     name: ClassVar[str]
-    kinds: ClassVar[frozenset[str]]  # which of KINDS it can train on
+    tasks: ClassVar[frozenset[str]]  # which of TASKS it can train on
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
@@ -130,7 +130,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def skeleton(cls, config: Any) -> "Adapter":
+    def build_meta(cls, config: Any) -> "Adapter":
         """What `load` builds, from no file: sizes, types and roles are those of the recipe, weights are not.
 
         A tokenizer that would have to be downloaded is replaced by one that has no words but as many tokens, where
@@ -139,11 +139,11 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def sequence(self) -> dict[str, int]:
-        """Rows of one RECA sequence by what they stand for, without text; pictures are squares of the largest size."""
+        """Rows of one RECA sequence by what they stand for, without text; images are squares of the largest size."""
         raise NotImplementedError
 
-    def views(self, kind: str) -> Views:
-        """The pixels this kind of loss needs."""
+    def views(self, task: str) -> Views:
+        """The pixels this task of loss needs."""
         raise NotImplementedError
 
     def encode(self, batch: Batch) -> dict[str, Any]:
@@ -163,15 +163,15 @@ class Adapter(nn.Module):
                     del module._forward_hooks[number]
         return self.__dict__
 
-    def weight(self, batch: Batch, draws: Draws) -> Tensor:
+    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
         """The weight `loss` will return, fp32 [], without running the model."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        """The native loss of `batch.kind`."""
+    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        """The native loss of `batch.task`."""
         raise NotImplementedError
 
-    def forward(self, batch: Batch, draws: Draws, condition: str = "own") -> LossTerm:
+    def forward(self, batch: Batch, rng: CounterRNG, condition: str = "own") -> LossTerm:
         """The loss from pixels. condition="other" gives every sample the next one's h_v: a control, and a probe.
 
         The last gets that of `batch.neighbour`, or of the first sample where there is no neighbour.
@@ -184,7 +184,7 @@ class Adapter(nn.Module):
                     "condition 'other' takes h_v from another sample: it needs two samples, or a batch with neighbour"
                 )
             features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
-        return self.loss(batch, features, draws)
+        return self.loss(batch, features, rng)
 
     def _features(self, batch: Batch) -> dict[str, Any]:
         """From the cache, or encoded and put there."""
@@ -195,12 +195,12 @@ class Adapter(nn.Module):
             batch.keep(features)
         return features
 
-    def hazards(self) -> list[str]:
+    def config_warnings(self) -> list[str]:
         """What in this configuration is known to make RECA collapse, in words (models/docs: collapse signals)."""
         return []
 
     def generate(self, prompts: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
-        """Text to image: uint8 [3, H, W] per prompt. The picture depends on (prompt, seed), not on the batch."""
+        """Text to image: uint8 [3, H, W] per prompt. The image depends on (prompt, seed), not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")
 
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:

@@ -29,7 +29,7 @@ def check_pairs(**lists: Sequence) -> None:
 
 
 def check_multiple(factor: int, height: int, width: int) -> None:
-    """Raise ValueError for a picture that is not whole tokens, of `factor` pixels on a side."""
+    """Raise ValueError for an image that is not whole tokens, of `factor` pixels on a side."""
     if height % factor or width % factor:
         raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
 
@@ -46,13 +46,15 @@ def sampling_options(method: Callable, given: dict[str, Any]) -> dict[str, Any]:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             usual = ", ".join(f"{p.name}={_shown(p.default)}" for p in known.values())
-            raise ValueError(f"there is no sampling option {name!r}{hint}. Options and their defaults: {usual}")
+            raise ValueError(f"there is no sampling config_field {name!r}{hint}. Options and their defaults: {usual}")
         wanted = known[name].annotation
         if not _fits(value, wanted):
             usual = _shown(known[name].default)
-            raise ValueError(f"sampling option {name}={_shown(value)}: expected {_words(wanted)}, such as {usual}")
+            raise ValueError(
+                f"sampling config_field {name}={_shown(value)}: expected {_words(wanted)}, such as {usual}"
+            )
         if name in AT_LEAST_ONE and value is not None and value < 1:
-            raise ValueError(f"sampling option {name}={value}: expected at least 1")
+            raise ValueError(f"sampling config_field {name}={value}: expected at least 1")
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked
 
@@ -78,7 +80,7 @@ def warn_of_random_weights(name: str, config: Any) -> None:
     """Log that a model comes from no file and has learned nothing. name: of its recipe, config: its model section."""
     if config.weights is None:
         log.warning(
-            "%s names no weights (model.weights=null): this model is random, so its pictures are noise and its answers "
+            "%s names no weights (model.weights=null): this model is random, so its images are noise and its answers "
             "mean nothing; name the folder of a trained run instead, or give model.weights",
             name,
         )

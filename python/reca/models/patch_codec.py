@@ -25,7 +25,7 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def fit(self, pixels: Tensor) -> None:  # [B, 3, H, W] in [-1, 1]
-        """Take the components from these pictures. Their spread is evened out by half and has a mean square of 1."""
+        """Take the components from these images. Their spread is evened out by half and has a mean square of 1."""
         patches = self._patches(pixels).flatten(0, 1).double()
         mean = patches.mean(0)
         variances, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))

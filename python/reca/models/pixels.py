@@ -9,7 +9,7 @@ from reca_kernels.host import on_device
 
 
 def to_unit(images: Tensor | Sequence[Tensor]) -> Tensor:
-    """uint8 pixels as fp32 in [-1, 1]; pictures of one size, uint8 [3, H, W] each, are stacked to [B, 3, H, W]."""
+    """uint8 pixels as fp32 in [-1, 1]; images of one size, uint8 [3, H, W] each, are stacked to [B, 3, H, W]."""
     pixels = images if isinstance(images, Tensor) else torch.stack(list(images))
     return pixels.float() / 127.5 - 1
 
@@ -20,6 +20,6 @@ def per_channel(values: Sequence[float], pixels: Tensor) -> Tensor:
 
 
 def check_side(key: str, side: float, factor: int) -> None:
-    """Raise ValueError for a square picture that is not whole tokens, of `factor` pixels on a side."""
+    """Raise ValueError for a square image that is not whole tokens, of `factor` pixels on a side."""
     if side < factor or side % factor:
         raise ValueError(f"{key} is {side:g} pixels, which must be a multiple of {factor}")

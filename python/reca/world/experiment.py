@@ -1,6 +1,6 @@
 """The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike.
 
-The experiment is the same for every family; `starts` has what is not.
+The experiment is the same for every UMM; `starts` has what is not.
 """
 
 import json
@@ -29,7 +29,7 @@ SPARSEST = 10  # every tenth prompt still asks for something of every category
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to post-train. All arms make the same number of updates from the same start."""
+    """One way to post-train. All arms make the same number of train_steps from the same start."""
 
     name: str
     says: str
@@ -45,7 +45,7 @@ def _sft(told: str) -> tuple[str, ...]:
 
 
 def arms(begin: Start) -> list[Arm]:
-    """The rows of a family's table."""
+    """The rows of a UMM's table."""
     generation = [Arm(*begin.generation)] if begin.generation else []
     return [
         Arm("RECA", "unlabeled images only", ()),
@@ -66,24 +66,24 @@ class Outcome:
     seconds: float
 
 
-def demo(family: str, seeds: int, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
+def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
     """Run the experiment for seeds 0 ... seeds - 1, print the table and write out/report.html.
 
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
     """
-    results = run(family, range(seeds), out, scale)
+    results = run(umm, range(seeds), out, scale)
     print(report.table(results))
-    path = report.write(results, family, out, scale)
+    path = report.write(results, umm, out, scale)
     print(f"\nreport: {path.resolve()}")
     return results
 
 
-def run(family: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
+def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
     """{seed: {BEFORE or arm: outcome}}. Jobs are processes of one thread each, as many at once as there are cores."""
-    begin = start(family)
+    begin = start(umm)
     rows = arms(begin)
     results: dict[int, dict[str, Outcome]] = {seed: {} for seed in seeds}
-    steps, updates = scaled(begin.steps, scale), scaled(load_recipe(begin.recipe).train.updates, scale)
+    steps, train_steps = scaled(begin.steps, scale), scaled(load_recipe(begin.recipe).train.steps, scale)
     jobs: dict[Future, tuple[int, str]] = {}
     workers = min(os.cpu_count() or 1, len(seeds) * len(rows))
     for seed in seeds:
@@ -91,9 +91,9 @@ def run(family: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, d
         (out / f"seed{seed}").mkdir(parents=True)
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet) as pool,
-        tqdm(total=len(seeds) * (steps + updates * len(rows)), unit="update", desc="demo", smoothing=0.05) as bar,
+        tqdm(total=len(seeds) * (steps + train_steps * len(rows)), unit="update", desc="demo", smoothing=0.05) as bar,
     ):
-        jobs = {pool.submit(_start, family, seed, out, scale): (seed, BEFORE) for seed in seeds}
+        jobs = {pool.submit(_start, umm, seed, out, scale): (seed, BEFORE) for seed in seeds}
         while jobs:
             done = [job for job in jobs if job.done()]
             for job in done:
@@ -101,7 +101,7 @@ def run(family: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, d
                 results[seed][name] = outcome = job.result()
                 tqdm.write(f"seed {seed}: {name:<14} {_line(outcome.measured)}  ({outcome.seconds:.0f} s)")
                 if name == BEFORE:
-                    jobs |= {pool.submit(_post_train, family, seed, out, arm, scale): (seed, arm.name) for arm in rows}
+                    jobs |= {pool.submit(_post_train, umm, seed, out, arm, scale): (seed, arm.name) for arm in rows}
             bar.update(_steps_done(out, seeds) - bar.n)
             time.sleep(0.5)
     return {
@@ -115,9 +115,9 @@ def _quiet() -> None:
         warnings.simplefilter("ignore", category)
 
 
-def _start(family: str, seed: int, out: Path, scale: float) -> Outcome:
+def _start(umm: str, seed: int, out: Path, scale: float) -> Outcome:
     """Pre-train, save and measure."""
-    began, begin = time.perf_counter(), start(family)
+    began, begin = time.perf_counter(), start(umm)
     torch.set_num_threads(1)
     curve: list[tuple[int, float]] = []
 
@@ -130,18 +130,18 @@ def _start(family: str, seed: int, out: Path, scale: float) -> Outcome:
     return Outcome(_measure(model, begin, seed, scale), curve, time.perf_counter() - began)
 
 
-def _post_train(family: str, seed: int, out: Path, arm: Arm, scale: float) -> Outcome:
+def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outcome:
     """Post-train by the driver, as `reca train` would, and measure."""
-    began, begin, run_dir = time.perf_counter(), start(family), _folder(out, seed, arm.name)
+    began, begin, run_dir = time.perf_counter(), start(umm), _folder(out, seed, arm.name)
     own = [text.format(seed=seed) for text in arm.overrides]
-    updates = scaled(load_recipe(begin.recipe).train.updates, scale)
+    train_steps = scaled(load_recipe(begin.recipe).train.steps, scale)
     recipe = load_recipe(
         begin.recipe,
         [
             begin.begins_at.format(folder=_folder(out, seed, BEFORE)),
             f"run_dir={run_dir}",
             f"train.seed={seed}",
-            f"train.updates={updates}",
+            f"train.steps={train_steps}",
             "train.threads=1",
             f"data.images=world:unlabeled?seed={seed}",
             f"data.conversations=world:understood?seed={seed}",

@@ -55,11 +55,11 @@ def verdicts(results: Results) -> list[str]:
     return said
 
 
-def write(results: Results, family: str, out: Path, scale: float = 1.0) -> Path:
+def write(results: Results, umm: str, out: Path, scale: float = 1.0) -> Path:
     """The report as one self-contained file."""
     from reca.world.experiment import arms
 
-    begin, first = start(family), next(iter(results))
+    begin, first = start(umm), next(iter(results))
     recipe = load_recipe(begin.recipe)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -86,11 +86,11 @@ def write(results: Results, family: str, out: Path, scale: float = 1.0) -> Path:
         held_out=sorted(f"{pair.colour} {pair.shape}" for pair in held_out_pairs(first)),
         pictures={name: _pictures(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
-        updates=scaled(recipe.train.updates, scale),
+        steps=scaled(recipe.train.steps, scale),
         settings=as_dict(recipe),
         seconds={name: f"{results[first][name].seconds:.0f}" for name in names},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
-        command=f"reca demo --umm {family} --seeds {len(results)}" + (f" --scale {scale:g}" if scale != 1 else ""),
+        command=f"reca demo --umm {umm} --seeds {len(results)}" + (f" --scale {scale:g}" if scale != 1 else ""),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")

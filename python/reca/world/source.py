@@ -1,4 +1,4 @@
-"""The world as a data source: scenes drawn by index, as PNG bytes with what each kind of loss reads beside them."""
+"""The world as a data source: scenes drawn by index, as PNG bytes with what each task of loss reads beside them."""
 
 import io
 import random
@@ -58,10 +58,10 @@ def unseen(seed: int) -> Split:
 
 
 class WorldSource:
-    """A split for one kind of loss: bare (reca), with a caption (t2i), or with a question and its answer (i2t)."""
+    """A split for one task of loss: bare (reca), with a caption (t2i), or with a question and its answer (i2t)."""
 
-    def __init__(self, split: Split, kind: str, told: str):
-        self.split, self.kind, self.told = split, kind, told
+    def __init__(self, split: Split, task: str, told: str):
+        self.split, self.task, self.told = split, task, told
         held = held_out_pairs(split.seed)
         self.named = {pair for pair in all_pairs() if pair not in held} if told == "sparse" else None
         self.share = 0.5 if told == "half" else 1.0
@@ -73,9 +73,9 @@ class WorldSource:
         buffer = io.BytesIO()
         Image.fromarray(self.split.picture(index).permute(1, 2, 0).numpy()).save(buffer, "PNG")
         scene, rng, text = self.split.scene(index), self.split.rng(index, "text"), None
-        if self.kind == "t2i":
+        if self.task == "t2i":
             text = phrase(caption(scene, self.named, rng, self.share), rng)
-        if self.kind == "i2t":
+        if self.task == "i2t":
             text = [Turn(rng.choice(QUESTIONS), caption(scene))]
         return Sample(self.key(index), buffer.getvalue(), text)
 
@@ -86,13 +86,13 @@ class WorldSource:
         return 0  # drawn when it is asked for
 
     def identity(self) -> str:
-        return digest([self.split.name, self.split.seed, len(self), self.kind, self.told])
+        return digest([self.split.name, self.split.seed, len(self), self.task, self.told])
 
 
 SPLITS = {"captioned": captioned, "understood": understood, "unlabeled": unlabeled, "unseen": unseen}
 
 
-def world_source(spec: str, kind: str) -> WorldSource:
+def world_source(spec: str, task: str) -> WorldSource:
     """`SPLIT?seed=N&told=sparse|half|full`. told: whether t2i captions withhold the colours of held-out pairs (sparse),
     tell every colour half the time (half) or always (full, the default). Raises DataError."""
     name, _, query = spec.partition("?")
@@ -102,4 +102,4 @@ def world_source(spec: str, kind: str) -> WorldSource:
             f"world:{spec} is not known; write world:SPLIT?seed=N&told=WHAT with SPLIT one of {', '.join(SPLITS)} and "
             f"WHAT one of {', '.join(TOLD)}"
         )
-    return WorldSource(SPLITS[name](int(options["seed"])), kind, options["told"])
+    return WorldSource(SPLITS[name](int(options["seed"])), task, options["told"])

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
-from reca.draws import Draws, Purpose
 from reca.models.bagel import loading, modules, prompt, sampling
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.pixels import check_side, to_unit
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
 
-MAX_PIXELS = 14 * 14 * 9 * 1024  # area of every picture but those to talk about
+MAX_PIXELS = 14 * 14 * 9 * 1024  # area of every image but those to talk about
 MAX_TALK_PIXELS = 2_007_040
-ENCODED_AT_ONCE = 1 << 20  # pixels in one call of the codec or of SigLIP: one picture of 1024 x 1024
+ENCODED_AT_ONCE = 1 << 20  # pixels in one call of the codec or of SigLIP: one image of 1024 x 1024
 PROMPT_ROLES = ("und_encoder", "bridge", "und_lm", "embed")
 
 
@@ -33,7 +33,7 @@ class Bagel(Adapter):
     """
 
     name = "bagel"
-    kinds = frozenset({"reca", "t2i", "i2t"})
+    tasks = frozenset({"reca", "t2i", "i2t"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = frozenset({"gen_lm", "gen_head"})
     condition_keys = ("h_v",)
@@ -60,14 +60,14 @@ class Bagel(Adapter):
         return loading.load(cls, config).to(device)
 
     @classmethod
-    def skeleton(cls, config: BagelConfig) -> "Bagel":
+    def build_meta(cls, config: BagelConfig) -> "Bagel":
         model = cls(config, loading.load_tokenizer(replace(config, tokenizer=None), None))
         return loading.as_kept(model)
 
     def sequence(self) -> dict[str, int]:
-        picture, stride = self.config.image_size // self.token_side, self.config.vision.patch_size
+        image, stride = self.config.image_size // self.token_side, self.config.vision.patch_size
         given = self.config.understanding_size // (stride if self.config.hv_source == "vit" else self.token_side)
-        return {"h_v": given**2, "picture": picture**2}
+        return {"h_v": given**2, "image": image**2}
 
     @property
     def device(self) -> torch.device:
@@ -80,18 +80,18 @@ class Bagel(Adapter):
 
     # pixels -> features
 
-    def views(self, kind: str) -> Views:
+    def views(self, task: str) -> Views:
         c, patch, side = self.config, self.config.vision.patch_size, self.token_side
-        if kind == "i2t":
+        if task == "i2t":
             return Views(gen=None, und=_bound(c.answer_size, c.answer_min_size, patch, MAX_TALK_PIXELS))
         gen = _bound(c.image_size, c.image_min_size, side)
-        if kind == "t2i":
+        if task == "t2i":
             return Views(gen=gen, und=None)
         size, stride = c.understanding_size, patch if c.hv_source == "vit" else side
         return Views(gen=gen, und=replace(_bound(size, size, stride), blur=c.hv_blur))
 
     def edit_views(self) -> Views:
-        """A picture to edit as the codec sees it, and what SigLIP then sees of that."""
+        """An image to edit as the codec sees it, and what SigLIP then sees of that."""
         c = self.config
         return Views(gen=self.views("t2i").gen, und=_bound(c.edit_size, c.edit_min_size, c.vision.patch_size))
 
@@ -101,7 +101,7 @@ class Bagel(Adapter):
         if batch.gen is not None:
             features["moments"] = self.moments(batch.gen)
         if batch.und is not None:
-            vae = batch.kind == "reca" and self.config.hv_source == "vae"
+            vae = batch.task == "reca" and self.config.hv_source == "vae"
             features["h_v"] = self.moments(batch.und) if vae else self.look(batch.und)
         return features
 
@@ -135,7 +135,7 @@ class Bagel(Adapter):
         tokens: Tensor,  # [sum of h w, numbers]
         t: Tensor,  # fp32 [samples] or [1], for all of them
     ) -> Tensor:  # [sum of h w, numbers]
-        """The velocity of one noisy picture per sample."""
+        """The velocity of one noisy image per sample."""
         out, _ = self.run([[prompt.Noisy(*size)] for size in sizes], context, None, tokens, t)
         return self.llm2vae(out[GEN].to(self.llm2vae.weight.dtype))
 
@@ -181,7 +181,7 @@ class Bagel(Adapter):
         return self.connector(torch.cat([rows.flatten(0, 1) for rows in h_v]))
 
     def learns_prompt(self, h_v: list[Tensor] | None) -> bool:
-        """Whether a gradient is wanted of what stands before the picture; RECA wants none."""
+        """Whether a gradient is wanted of what stands before the image; RECA wants none."""
         if h_v and any(rows.requires_grad for rows in h_v):
             return True
         return any(p.requires_grad and self.role(name) in PROMPT_ROLES for name, p in self.named_parameters())
@@ -189,13 +189,13 @@ class Bagel(Adapter):
     @staticmethod
     def row_type(weight: Tensor) -> torch.dtype:
         """The type of the residual stream: autocast's, as in the release, or the weights'."""
-        kind = weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        task = weight.device.type
+        return torch.get_autocast_dtype(task) if torch.is_autocast_enabled(task) else weight.dtype
 
     # losses
 
-    def weight(self, batch: Batch, draws: Draws) -> Tensor:
-        if batch.kind == "i2t":
+    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
+        if batch.task == "i2t":
             labels = (label for turns in batch.text for label in self.conversation(turns).labels)
             count = sum(label != prompt.IGNORE for label in labels)
         else:
@@ -205,56 +205,56 @@ class Bagel(Adapter):
             count = sum((image.shape[-2] // side) * (image.shape[-1] // side) for image in images)
         return torch.full((), count, dtype=torch.float32, device=batch.sample_ids.device)
 
-    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        if batch.kind == "i2t":
+    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        if batch.task == "i2t":
             return self.answer_loss(batch, features["h_v"])
-        return self.flow_loss(batch, features, draws)
+        return self.flow_loss(batch, features, rng)
 
-    def flow_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+    def flow_loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         """Sum over image tokens of the mean squared error of their velocity, and the number of tokens."""
-        return self.token_loss(self.prompts(batch, features, draws), features["moments"], batch.sample_ids, draws)
+        return self.token_loss(self.prompts(batch, features, rng), features["moments"], batch.sample_ids, rng)
 
     def token_loss(
         self,
         given: tuple[list, list | None, list | None],  # what `read` takes: items per sample, h_v, clean latents
-        moments: list[Tensor] | Tensor,  # of the picture to draw, [2 C, h, w] per sample
+        moments: list[Tensor] | Tensor,  # of the image to draw, [2 C, h, w] per sample
         ids: Tensor,  # int64 [B], global ids of the samples
-        draws: Draws,
+        rng: CounterRNG,
     ) -> LossTerm:
         patch = self.config.latent_patch_size
-        latents = self.drawn(moments, draws, ids)
+        latents = self.drawn(moments, rng, ids)
         sizes = [(z.shape[1] // patch, z.shape[2] // patch) for z in latents]
-        t = self.level(draws, ids)
+        t = self.level(rng, ids)
         if self.config.parity:
             latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
-        noise = draws.noise(Purpose.NOISE, ids)
+        noise = rng.noise(RandomStream.NOISE, ids)
         tokens = flow_matching_prepare(latents, t, noise, patch=patch)
         _, context = self.read(*given)
         velocity = self.velocity(context, sizes, tokens, t)
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
         return LossTerm(total / velocity.shape[1], torch.full_like(total.detach(), len(velocity)))
 
-    def drawn(self, moments: list[Tensor] | Tensor, draws: Draws, ids: Tensor) -> list[Tensor]:
-        """A draw of every image's posterior, fp32 [C, h, w]; the release draws too, in training and in inference."""
+    def drawn(self, moments: list[Tensor] | Tensor, rng: CounterRNG, ids: Tensor) -> list[Tensor]:
+        """A draw of every image's posterior, fp32 [C, h, w]; the release rng too, in training and in inference."""
         latents = []
         for i, one in enumerate(moments):
-            noise = draws.normal(Purpose.POSTERIOR, ids[i : i + 1], one.numel() // 2)
+            noise = rng.normal(RandomStream.POSTERIOR, ids[i : i + 1], one.numel() // 2)
             latents.append(self.codec.latents(one, noise.view(-1, *one.shape[1:])))
         return latents
 
-    def level(self, draws: Draws, ids: Tensor) -> Tensor:
+    def level(self, rng: CounterRNG, ids: Tensor) -> Tensor:
         """Noise level per image, fp32 [B]: logit-normal, shifted."""
-        return modules.shifted(draws.normal(Purpose.TIMESTEP, ids)[:, 0].sigmoid(), self.config.timestep_shift)
+        return modules.shifted(rng.normal(RandomStream.TIMESTEP, ids)[:, 0].sigmoid(), self.config.timestep_shift)
 
-    def prompts(self, batch: Batch, features: dict[str, Any], draws: Draws) -> tuple[list, list | None, list | None]:
-        """What stands before the picture: items per sample, and their h_v or clean latents.
+    def prompts(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> tuple[list, list | None, list | None]:
+        """What stands before the image: items per sample, and their h_v or clean latents.
 
         RECA drops the text of some samples and never h_v; a dropped text takes no position.
         """
-        share = self.config.template_drop if batch.kind == "reca" else self.config.caption_drop
-        dropped = (draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
+        share = self.config.template_drop if batch.task == "reca" else self.config.caption_drop
+        dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
         samples = [[] if out else [self.text(text)] for text, out in zip(batch.text, dropped, strict=True)]
-        if batch.kind == "t2i":
+        if batch.task == "t2i":
             return samples, None, None
         h_v, patch = list(features["h_v"]), self.config.latent_patch_size
         if self.config.hv_source == "vit":
@@ -331,7 +331,7 @@ class Bagel(Adapter):
     def blocks(self) -> list[nn.Module]:
         return list(self.language_model.model.layers)
 
-    def hazards(self) -> list[str]:
+    def config_warnings(self) -> list[str]:
         c, found = self.config, []
         if c.hv_source == "vae":
             found.append(

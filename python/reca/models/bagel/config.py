@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, RecipeError, count, option, pixels, share
+from reca.options import HUB, RecipeError, config_field, count, pixels, share
 
 
 @dataclass
@@ -14,8 +14,8 @@ class LanguageSizes:
     num_key_value_heads: int = count(4, "their key and value heads")
     intermediate_size: int = count(18944, "width of their MLPs")
     vocab_size: int = count(152064, "rows of the embedding table, more than the tokenizer has")
-    rms_norm_eps: float = option(1e-6, "epsilon of every RMSNorm", above=0)
-    rope_theta: float = option(1e6, "base of the rotary frequencies", above=0)
+    rms_norm_eps: float = config_field(1e-6, "epsilon of every RMSNorm", above=0)
+    rope_theta: float = config_field(1e6, "base of the rotary frequencies", above=0)
 
 
 @dataclass
@@ -26,7 +26,7 @@ class VisionSizes:
     intermediate_size: int = count(4304, "width of its MLP")
     image_size: int = pixels(980, "pixels on the side of the square that its position tables cover")
     patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
-    layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon", above=0)
+    layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
 @dataclass
@@ -34,8 +34,10 @@ class AutoencoderSizes:
     block_out_channels: list[int] = count(lambda: [128, 256, 512, 512], "channels per level, outermost first")
     layers_per_block: int = count(2, "residual blocks per encoder level; a decoder level has one more")
     latent_channels: int = count(16, "channels of a latent")
-    scaling_factor: float = option(0.3611, "latents are multiplied by this, after the shift is taken off", above=0)
-    shift_factor: float = option(0.1159, "the shift")
+    scaling_factor: float = config_field(
+        0.3611, "latents are multiplied by this, after the shift is taken off", above=0
+    )
+    shift_factor: float = config_field(0.1159, "the shift")
 
 
 @dataclass
@@ -46,56 +48,56 @@ class PatchSizes:
 
 @dataclass
 class BagelConfig:
-    weights: Optional[str] = option(
+    weights: Optional[str] = config_field(
         None, "hub id or folder of BAGEL-7B-MoT, or a weight file in such a folder; null: random", path=HUB
     )
-    overlay: Optional[str] = option(
+    overlay: Optional[str] = config_field(
         None, "a second weight file, whole or in part, put over the first, as RECA results are published", path=HUB
     )
-    codec_weights: Optional[str] = option(
+    codec_weights: Optional[str] = config_field(
         None, "hub id, folder or file of ae.safetensors; null: beside weights", path=HUB
     )
-    tokenizer: Optional[str] = option(
+    tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the tokenizer; null: beside weights, or `words`", path=HUB
     )
-    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
-    dtype: str = option(
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    dtype: str = config_field(
         "fp32",
         "type the weights are kept in; mixed: fp32 for what RECA trains, bf16 for the rest. The codec stays fp32",
         ("fp32", "bf16", "mixed"),
     )
-    language: LanguageSizes = option(LanguageSizes, "")
-    vision: VisionSizes = option(VisionSizes, "")
-    codec: str = option(
+    language: LanguageSizes = config_field(LanguageSizes, "")
+    vision: VisionSizes = config_field(VisionSizes, "")
+    codec: str = config_field(
         "flux",
         "image autoencoder: flux, or patches (linear; stands in for it in the embedded world)",
         ("flux", "patches"),
     )
-    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
-    patches: PatchSizes = option(PatchSizes, "")
+    autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "")
+    patches: PatchSizes = config_field(PatchSizes, "")
     latent_patch_size: int = count(2, "latents on the side of an image token")
-    max_latent_size: int = count(64, "image tokens on the side of the largest picture: its position table")
-    image_size: int = pixels(1024, "longest side, in pixels, of a target or a picture to edit; side of a drawing")
+    max_latent_size: int = count(64, "image tokens on the side of the largest image: its position table")
+    image_size: int = pixels(1024, "longest side, in pixels, of a target or an image to edit; side of a drawing")
     image_min_size: int = pixels(512, "its shortest side")
     understanding_size: int = pixels(224, "RECA: longest side, in pixels, of what h_v is made of")
-    hv_source: str = option(
+    hv_source: str = config_field(
         "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
     )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    answer_size: int = pixels(980, "longest side, in pixels, of a picture to talk about")
+    answer_size: int = pixels(980, "longest side, in pixels, of an image to talk about")
     answer_min_size: int = pixels(378, "its shortest side")
-    edit_size: int = pixels(980, "longest side, in pixels, of what SigLIP sees of a picture to edit")
+    edit_size: int = pixels(980, "longest side, in pixels, of what SigLIP sees of an image to edit")
     edit_min_size: int = pixels(224, "its shortest side")
     template_drop: float = share(0.1, "RECA: share of samples that lose their template; h_v always stays")
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
-    timestep_shift: float = option(
+    timestep_shift: float = config_field(
         1.0, "training: above 1, noise levels move towards pure noise; sampling has its own", above=0
     )
-    parity: bool = option(False, "round noise levels, latents and noisy latents to bf16 as the release does")
-    seed: int = option(0, "of a random initialisation", least=0)
+    parity: bool = config_field(False, "round noise levels, latents and noisy latents to bf16 as the release does")
+    seed: int = config_field(0, "of a random initialisation", least=0)
 
     def check(self, prefix: str) -> None:
-        """No picture is larger than what SigLIP's position tables cover. Raises RecipeError."""
+        """No image is larger than what SigLIP's position tables cover. Raises RecipeError."""
         covered, patch = self.vision.image_size, self.vision.patch_size
         if covered % patch:
             raise RecipeError(
@@ -110,7 +112,7 @@ class BagelConfig:
 
 
 def tiny() -> BagelConfig:
-    """A random model of about half a million parameters on pictures of 20 pixels: 25 image tokens, 9 rows of h_v."""
+    """A random model of about half a million parameters on images of 20 pixels: 25 image tokens, 9 rows of h_v."""
     return BagelConfig(
         language=LanguageSizes(64, 3, 4, 2, 192, 96),
         vision=VisionSizes(64, 4, 4, 128, 18, 6),

@@ -4,7 +4,7 @@ Text, image borders and h_v are rows of the understanding expert, latents are ro
 kept apart, each side contiguous, so that no layer gathers or scatters; they meet as keys of the same attention calls.
 
 A sequence is read in passes. A pass sees what earlier passes left in a `Context`, and leaves its own keys and values
-there. Where understanding is frozen its rows run without a graph, also in the pass of a noisy picture, so that no
+there. Where understanding is frozen its rows run without a graph, also in the pass of a noisy image, so that no
 gradient reaches their keys and values (as the release's `freeze_und`, which detaches them one by one).
 """
 
@@ -35,7 +35,7 @@ class Split(NamedTuple):
     und: int  # rows of the understanding expert
     gen: int  # rows of the generation expert
     causal: bool
-    kept: bool  # later rows of the sample see them; False for a noisy picture
+    kept: bool  # later rows of the sample see them; False for a noisy image
 
     def rows(self, expert: str) -> int:
         return self.gen if expert == GEN else self.und

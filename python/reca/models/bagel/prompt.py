@@ -1,8 +1,8 @@
 """BAGEL's sequences: items that each enter as one split, one position per image.
 
-    RECA        [h_v] [template] [noisy picture]        a dropped template is left out and takes no position
-    t2i         [caption] [noisy picture]
-    edit        [clean picture] [h_v] [instruction] [noisy picture]
+    RECA        [h_v] [template] [noisy image]        a dropped template is left out and takes no position
+    t2i         [caption] [noisy image]
+    edit        [clean image] [h_v] [instruction] [noisy image]
     i2t         [h_v] [question answer ...]             every text framed by the tokens that begin and end a turn
 
 Text is causal and its positions count up; an image sees all of itself, stands at one position, and moves the next by
@@ -68,7 +68,7 @@ class Clean(NamedTuple):
 
 
 class Noisy(NamedTuple):
-    """The picture that is being drawn. Nothing after it sees it."""
+    """The image that is being drawn. Nothing after it sees it."""
 
     height: int
     width: int
@@ -179,7 +179,7 @@ def _check(item: Seen | Clean | Noisy, size: int, key: str) -> None:
     if max(item) > size:
         raise ValueError(
             f"an image of {item.height} x {item.width} tokens is beyond the {size} x {size} positions there are; use a "
-            f"smaller picture (or a model with a larger model.{key})"
+            f"smaller image (or a model with a larger model.{key})"
         )
 
 

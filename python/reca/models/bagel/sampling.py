@@ -9,10 +9,10 @@ from torch import Tensor
 
 from reca.data.pixels import make_view
 from reca.data.views import View
-from reca.draws import Draws, Purpose
 from reca.models.bagel import modules, prompt
 from reca.models.bagel.mot import Context
 from reca.models.inference import check_multiple, check_pairs
+from reca.rng import CounterRNG, RandomStream
 
 if TYPE_CHECKING:
     from reca.models.bagel.adapter import Bagel
@@ -42,7 +42,7 @@ def generate(
     side, largest = model.token_side, model.config.image_size
     height, width = height or largest, width or largest
     check_multiple(side, height, width)
-    size, pictures = (height // side, width // side), []  # in tokens
+    size, images = (height // side, width // side), []  # in tokens
     for i in range(0, len(prompts), batch):
         samples = [[model.text(text)] for text in prompts[i : i + batch]]
         sizes = [size] * len(samples)
@@ -51,8 +51,8 @@ def generate(
             model, start(model, sizes, seeds[i : i + batch]), sizes, full, model.context(len(samples)), None,
             steps=steps, guidance=guidance, interval=interval, renorm=renorm, renorm_min=renorm_min, shift=shift,
         )  # fmt: skip
-        pictures += pixels(model, tokens, sizes)
-    return pictures
+        images += pixels(model, tokens, sizes)
+    return images
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def edit(
     The model gets the image as latents and as h_v, the latter made of the fitted image as the release does.
     """
     check_pairs(images=images, instructions=instructions, seeds=seeds)
-    pictures = []
+    edited = []
     for i in range(0, len(images), batch):
         sources = [fitted(image, model.edit_views().gen) for image in images[i : i + batch]]
         posterior = posterior_noise(model, sources, seeds[i : i + batch])
@@ -86,8 +86,8 @@ def edit(
             steps=steps, guidance=guidance, image_guidance=image_guidance, interval=interval, renorm=renorm,
             renorm_min=renorm_min, shift=shift,
         )  # fmt: skip
-        pictures += pixels(model, tokens, sizes)
-    return pictures
+        edited += pixels(model, tokens, sizes)
+    return edited
 
 
 def edit_contexts(
@@ -96,14 +96,14 @@ def edit_contexts(
     instructions: list[str],
     noise: list[Tensor],  # [C, h, w] of each source's posterior
 ) -> tuple[Context, Context, Context, list[tuple[int, int]]]:
-    """What a picture is drawn from: everything, all but the text, all but the image; and sizes in tokens."""
+    """What an image is drawn from: everything, all but the text, all but the image; and sizes in tokens."""
     moments = model.moments([source.to(model.device) for source in sources])
     clean = [model.codec.latents(m, e) for m, e in zip(moments, noise, strict=True)]
     h_v = model.look([fitted(source, model.edit_views().und).to(model.device) for source in sources])
     side = model.token_side
     sizes = [(source.shape[1] // side, source.shape[2] // side) for source in sources]
-    pictured = [[prompt.Clean(*size), prompt.Seen(*rows.shape[:2])] for size, rows in zip(sizes, h_v, strict=True)]
-    _, textless = model.read(pictured, h_v, clean)
+    depicted = [[prompt.Clean(*size), prompt.Seen(*rows.shape[:2])] for size, rows in zip(sizes, h_v, strict=True)]
+    _, textless = model.read(depicted, h_v, clean)
     texts, n = [[model.text(text)] for text in instructions], len(sources)
     # The text alone stands at position 0, though training leaves the places of dropped images free: as released.
     _, both = model.read(texts * 2, context=textless + model.context(n))
@@ -130,12 +130,12 @@ def denoise(
 ) -> Tensor:
     """Latents in tokens, by Euler's method.
 
-    steps     points of the time grid from noise to picture, as the release counts: there is one Euler step less
+    steps     points of the time grid from noise to image, as the release counts: there is one Euler step less
     guidance  of the text; at 1 or below none, neither by the image
     image_guidance  of the image; at 1 or below none
     interval  guided where interval[0] < t <= interval[1]; t runs from 1 (noise) to 0, after the shift
     renorm    how a guided velocity is kept from growing beyond the one without guidance: by its norm over the whole
-              picture (global), over every token (channel), or every token's before guidance by the image (text_channel)
+              image (global), over every token (channel), or every token's before guidance by the image (text_channel)
     renorm_min  the least factor
     """
     if steps < 2:
@@ -166,7 +166,7 @@ def denoise(
 
 
 def guide(v: Tensor, others: list[Tensor], text: float, image: float, renorm: str, least: float) -> Tensor:
-    """The guided velocity of one picture, [h w, numbers]; others: without the text and, perhaps, without the image."""
+    """The guided velocity of one image, [h w, numbers]; others: without the text and, perhaps, without the image."""
     out = others[0] + text * (v - others[0])
     if renorm == "text_channel":
         out = _renormed(out, v, least, dim=-1)
@@ -183,11 +183,11 @@ def _renormed(out: Tensor, v: Tensor, least: float, dim) -> Tensor:
 
 
 def start(model: "Bagel", sizes: list[tuple[int, int]], seeds: list[int]) -> Tensor:
-    """Standard normal tokens; each picture's are a function of its seed alone."""
+    """Standard normal tokens; each image's are a function of its seed alone."""
     numbers, one = model.vae2llm.in_features, torch.zeros(1, dtype=torch.int64, device=model.device)
     return torch.cat(
         [
-            Draws(seed).normal(Purpose.NOISE, one, height * width * numbers).view(-1, numbers)
+            CounterRNG(seed).normal(RandomStream.NOISE, one, height * width * numbers).view(-1, numbers)
             for (height, width), seed in zip(sizes, seeds, strict=True)
         ]
     )
@@ -197,21 +197,21 @@ def posterior_noise(model: "Bagel", images: list[Tensor], seeds: list[int]) -> l
     one, made = torch.zeros(1, dtype=torch.int64, device=model.device), []
     for image, seed in zip(images, seeds, strict=True):
         h, w = (size // model.codec.factor for size in image.shape[1:])
-        made.append(Draws(seed).normal(Purpose.POSTERIOR, one, model.codec.channels * h * w).view(-1, h, w))
+        made.append(CounterRNG(seed).normal(RandomStream.POSTERIOR, one, model.codec.channels * h * w).view(-1, h, w))
     return made
 
 
 def pixels(model: "Bagel", tokens: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """uint8 [3, H, W] per picture."""
-    patch, pictures = model.config.latent_patch_size, []
+    """uint8 [3, H, W] per image."""
+    patch, images = model.config.latent_patch_size, []
     for rows, (height, width) in zip(tokens.split([h * w for h, w in sizes]), sizes, strict=True):
         decoded = model.codec.decode(modules.unpatchify(rows, height, width, patch)[None])[0]
-        pictures.append(((decoded * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8))
-    return pictures
+        images.append(((decoded * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8))
+    return images
 
 
 def fitted(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
-    """The picture as a view makes it, on the CPU."""
+    """The image as a view makes it, on the CPU."""
     return make_view(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())), view)
 
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.data.pixels import make_view
 from reca.data.views import View, Views
-from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.harmon import loading, modules, prompt, sampling
 from reca.models.harmon.config import HarmonConfig
@@ -25,6 +24,7 @@ from reca.models.harmon.prompt import IGNORE, Prompt
 from reca.models.inference import check_multiple, check_pairs, warn_of_cut
 from reca.models.pixels import to_unit
 from reca.models.text import Remembered, control
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
     diffusion_loss,
     diffusion_prepare,
@@ -38,11 +38,11 @@ from reca_kernels.host import on_device
 class Harmon(Adapter):
     """Parameters have their published names; those of `vae` are named as diffusers names them.
 
-    features of `encode`: latents fp32 [B, m, n, C], of the picture to draw; seen, of the picture that h_v is made of.
+    features of `encode`: latents fp32 [B, m, n, C], of the image to draw; seen, of the image that h_v is made of.
     """
 
     name = "harmon"
-    kinds = frozenset({"reca", "i2t", "t2i"})
+    tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     condition_keys = ("seen",)
@@ -65,14 +65,14 @@ class Harmon(Adapter):
         return loading.load(cls, config, device)
 
     @classmethod
-    def skeleton(cls, config: HarmonConfig) -> "Harmon":
+    def build_meta(cls, config: HarmonConfig) -> "Harmon":
         return cls(config, loading.load_tokenizer(replace(config, tokenizer=None), None))
 
     def sequence(self) -> dict[str, int]:
-        """The encoder and the language model see what is visible of the picture, the decoder all of it."""
+        """The encoder and the language model see what is visible of the image, the decoder all of it."""
         factor, buffers = modules.factor(self.config), self.config.mar.buffers
         given, drawn = (size // factor for size in (self.understanding_size, self.config.image_size))
-        return {"h_v": buffers + given**2, "buffers": buffers, "picture": drawn**2}
+        return {"h_v": buffers + given**2, "buffers": buffers, "image": drawn**2}
 
     @property
     def device(self) -> torch.device:
@@ -80,16 +80,16 @@ class Harmon(Adapter):
 
     @property
     def understanding_size(self) -> int:
-        """Pixels on the side of the picture that RECA's h_v is made of."""
+        """Pixels on the side of the image that RECA's h_v is made of."""
         return self.config.understanding_size or self.config.image_size
 
     # pixels -> features
 
-    def views(self, kind: str) -> Views:
+    def views(self, task: str) -> Views:
         size, blur = self.config.image_size, self.config.hv_blur
-        if kind == "i2t":
+        if task == "i2t":
             return Views(gen=None, und=View(size, fit="pad"))
-        if kind == "t2i":
+        if task == "t2i":
             return Views(gen=View(size, fit="random_crop"), und=None)
         same = self.understanding_size == size and blur == 1
         return Views(
@@ -99,7 +99,7 @@ class Harmon(Adapter):
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
         features = {} if batch.gen is None else {"latents": self.latents(to_unit(batch.gen))}
-        if batch.kind != "t2i":
+        if batch.task != "t2i":
             features["seen"] = features["latents"] if batch.und is None else self.latents(to_unit(batch.und))
         return features
 
@@ -125,7 +125,7 @@ class Harmon(Adapter):
         return self.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
     def understood(self, encoded: Tensor) -> Tensor:  # [B, buffers + S, D]
-        """h_v of a fully visible picture, buffers first, [B, buffers + S, H]."""
+        """h_v of a fully visible image, buffers first, [B, buffers + S, H]."""
         return self._softened(self.proj_in(encoded), encoded.shape[1])
 
     def condition(
@@ -134,9 +134,9 @@ class Harmon(Adapter):
         encoded: Tensor,  # [B, buffers + V, D], of the visible tokens
         masking: Masking,
         grid: tuple[int, int],
-        seen: Tensor | None = None,  # [B, buffers + S', D], of the picture that h_v is made of
+        seen: Tensor | None = None,  # [B, buffers + S', D], of the image that h_v is made of
     ) -> Tensor:  # [B, m n, D]
-        """What the diffusion head is conditioned on, for every token of the picture to draw."""
+        """What the diffusion head is conditioned on, for every token of the image to draw."""
         buffers, given = self.config.mar.buffers, 0
         if seen is None:
             visual = self.proj_in(encoded)
@@ -158,40 +158,40 @@ class Harmon(Adapter):
 
     # losses
 
-    def weight(self, batch: Batch, draws: Draws) -> Tensor:
-        if batch.kind == "i2t":
+    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
+        if batch.task == "i2t":
             counts = [sum(label != IGNORE for label in self.conversation(tuple(turns)).labels) for turns in batch.text]
             weight = sum(counts)
         else:
             side = self.config.image_size // modules.factor(self.config)
-            weight = int(self.hidden_counts(draws, batch.host_ids, side * side).sum()) * self.config.mar.repeats
+            weight = int(self.hidden_counts(rng, batch.host_ids, side * side).sum()) * self.config.mar.repeats
         return torch.full((), weight, dtype=torch.float32, device=batch.sample_ids.device)
 
-    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         """Sum over hidden tokens and their timesteps of the diffusion loss, or over answers of the cross-entropy."""
-        with self._dropout(batch, draws):
-            if batch.kind == "i2t":
+        with self._dropout(batch, rng):
+            if batch.task == "i2t":
                 return self.answer_loss(batch, features["seen"])
-            return self.drawing_loss(batch, features, draws)
+            return self.drawing_loss(batch, features, rng)
 
-    def drawing_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        seen = self.mar.encode(features["seen"]) if batch.kind == "reca" else None
-        return self.token_loss(self.prompts(batch, draws), features["latents"], batch.host_ids, draws, seen)
+    def drawing_loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        seen = self.mar.encode(features["seen"]) if batch.task == "reca" else None
+        return self.token_loss(self.prompts(batch, rng), features["latents"], batch.host_ids, rng, seen)
 
     def token_loss(
         self,
         prompts: list[Prompt],
         latents: Tensor,  # [B, m, n, C]
         ids: Tensor,  # int64 [B], global ids of the samples, on the host
-        draws: Draws,
-        seen: Tensor | None = None,  # [B, buffers + S', D], the encoded picture that h_v is made of
+        rng: CounterRNG,
+        seen: Tensor | None = None,  # [B, buffers + S', D], the encoded image that h_v is made of
     ) -> LossTerm:
         """Sum over hidden tokens and their timesteps, and how many these are."""
         repeats = self.config.mar.repeats
         grid = tuple(latents.shape[1:3])
         size = grid[0] * grid[1]
-        counts = self.hidden_counts(draws, ids, size)
-        masking = Masking.of(draws.uniform(Purpose.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
+        counts = self.hidden_counts(rng, ids, size)
+        masking = Masking.of(rng.uniform(RandomStream.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
         masking, ids = masking.to(latents.device), on_device(ids, latents.device)
         encoded = self.mar.encode(latents, masking.visible, masking.real)
         z = self.condition(prompts, encoded, masking, grid, seen)
@@ -200,8 +200,8 @@ class Harmon(Adapter):
         repeat = torch.arange(repeats, device=ids.device)[:, None]
         numbers = ((ids[masking.hidden // size] * repeats + repeat) * size + masking.hidden % size).flatten()
         rows = masking.hidden.repeat(repeats)
-        t = (draws.uniform(Purpose.TIMESTEP, numbers)[:, 0] * modules.STEPS).long()
-        noise = draws.noise(Purpose.NOISE, numbers)
+        t = (rng.uniform(RandomStream.TIMESTEP, numbers)[:, 0] * modules.STEPS).long()
+        noise = rng.noise(RandomStream.NOISE, numbers)
         x0, table = latents.flatten(0, 2), diffusion_schedule(modules.STEPS, device=latents.device)
         x_t = diffusion_prepare(x0, t, noise, table, rows=rows)
         out = self.mar.diffloss.net(x_t, t, z.flatten(0, 1).index_select(0, masking.hidden))
@@ -220,25 +220,25 @@ class Harmon(Adapter):
         total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum", num_labelled=labelled)
         return LossTerm(total, torch.full_like(total.detach(), labelled))
 
-    def hidden_counts(self, draws: Draws, sample_ids: Tensor, size: int) -> Tensor:
-        """How many tokens of each picture are hidden, int64 [B]."""
-        uniform = draws.uniform(Purpose.MASK_RATE, sample_ids)[:, 0]
+    def hidden_counts(self, rng: CounterRNG, sample_ids: Tensor, size: int) -> Tensor:
+        """How many tokens of each image are hidden, int64 [B]."""
+        uniform = rng.uniform(RandomStream.MASK_RATE, sample_ids)[:, 0]
         if self.config.parity:
             uniform = uniform[:1].expand_as(uniform)
         return hidden_counts(uniform, size, self.config.mar.mask_ratio_min)
 
-    def prompts(self, batch: Batch, draws: Draws) -> list[Prompt]:
+    def prompts(self, batch: Batch, rng: CounterRNG) -> list[Prompt]:
         """A template or caption per sample, some of them dropped; h_v stays."""
-        make = prompt.template if batch.kind == "reca" else prompt.caption
-        drop = draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.text_drop
+        make = prompt.template if batch.task == "reca" else prompt.caption
+        drop = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.text_drop
         texts = zip(batch.text, drop.tolist(), strict=True)
         return [make(self.tokenizer, None if dropped else text) for text, dropped in texts]
 
     @contextlib.contextmanager
-    def _dropout(self, batch: Batch, draws: Draws) -> Iterator[None]:
+    def _dropout(self, batch: Batch, rng: CounterRNG) -> Iterator[None]:
         """Dropout from torch's generator, seeded by the first sample, and the generator as before afterwards.
 
-        Attention drops probabilities inside its kernel, so these draws cannot be addressed by sample. Seeded so, a
+        Attention drops probabilities inside its kernel, so these rng cannot be addressed by sample. Seeded so, a
         micro-batch drops the same whenever and after whatever it runs; another micro_batch drops otherwise.
         """
         if not (self.training and self.config.mar.dropout):
@@ -246,7 +246,7 @@ class Harmon(Adapter):
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            torch.manual_seed(draws.at(int(batch.host_ids[0])).seed)
+            torch.manual_seed(rng.fold_in(int(batch.host_ids[0])).seed)
             yield
 
     # inference
@@ -266,13 +266,13 @@ class Harmon(Adapter):
         width: int | None = None,
         batch: int = 32,
     ) -> list[Tensor]:
-        """Pictures by MAR (`sampling.draw_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        """Images by MAR (`sampling.draw_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
         check_pairs(prompts=prompts, seeds=seeds)
         side, factor = self.config.image_size, modules.factor(self.config)
         height, width = height or side, width or side
         check_multiple(factor, height, width)
         warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
-        pictures = []
+        images = []
         with self._evaluating():
             for i in range(0, len(prompts), batch):
                 cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]
@@ -289,8 +289,8 @@ class Harmon(Adapter):
                     temperature=temperature,
                     clip_sample_range=clip_sample_range,
                 )
-                pictures += list((127.5 * self.pixels(latents) + 128).clamp(0, 255).to(torch.uint8))
-        return pictures
+                images += list((127.5 * self.pixels(latents) + 128).clamp(0, 255).to(torch.uint8))
+        return images
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         """Questions of the same length share a batch, up to 32 of them, so that no row is padding."""
@@ -347,7 +347,7 @@ class Harmon(Adapter):
         mar = self.mar
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
 
-    def hazards(self) -> list[str]:
+    def config_warnings(self) -> list[str]:
         if self.understanding_size <= self.config.image_size:
             return []
         return [

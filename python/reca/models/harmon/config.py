@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, count, option, pixels, share
+from reca.options import HUB, config_field, count, pixels, share
 
 
 @dataclass
@@ -14,8 +14,8 @@ class LanguageSizes:
     num_key_value_heads: int = count(2, "its key and value heads")
     intermediate_size: int = count(8960, "width of its MLP")
     vocab_size: int = count(151936, "tokens; the output head is the embedding table")
-    rms_norm_eps: float = option(1e-6, "its RMSNorm epsilon", above=0)
-    rope_theta: float = option(1e6, "base of its rotary frequencies", above=0)
+    rms_norm_eps: float = config_field(1e-6, "its RMSNorm epsilon", above=0)
+    rope_theta: float = config_field(1e6, "base of its rotary frequencies", above=0)
 
 
 @dataclass
@@ -26,7 +26,7 @@ class MarSizes:
     heads: int = count(16, "attention heads of both")
     decoder_width: Optional[int] = count(None, "width of the decoder where it is another than the encoder's")
     decoder_heads: Optional[int] = count(None, "heads of the decoder where they are others than the encoder's")
-    mlp_ratio: float = option(4.0, "width of a block's MLP over its own width", above=0)
+    mlp_ratio: float = config_field(4.0, "width of a block's MLP over its own width", above=0)
     patch_size: int = count(1, "latents on the side of a token")
     base_grid: int = count(16, "tokens on the side of the grid that the position tables were made for")
     buffers: int = count(64, "buffer tokens in front of the image")
@@ -34,8 +34,10 @@ class MarSizes:
     head_width: int = count(1536, "width of the diffusion head")
     classes: int = count(1000, "rows of MAR's class table, which nothing reads")
     mask_ratio_min: float = share(0.7, "smallest share of tokens that training hides")
-    repeats: int = count(4, "timesteps that the diffusion loss draws for every hidden token")
-    dropout: float = option(0.1, "dropout in attention and MLP while training, h_v's pass included", least=0, below=1)
+    repeats: int = count(4, "timesteps that the diffusion loss rng for every hidden token")
+    dropout: float = config_field(
+        0.1, "dropout in attention and MLP while training, h_v's pass included", least=0, below=1
+    )
 
 
 @dataclass
@@ -45,40 +47,42 @@ class AutoencoderSizes:
     blocks: int = count(2, "kl16: residual blocks per level; the decoder has one more")
     patch: int = count(4, "patches: pixels on the side of a latent")
     latent_channels: int = count(16, "channels of a latent")
-    scale: float = option(0.2325, "latents are multiplied by this", above=0)
+    scale: float = config_field(0.2325, "latents are multiplied by this", above=0)
 
 
 @dataclass
 class HarmonConfig:
-    weights: Optional[str] = option(
+    weights: Optional[str] = config_field(
         None,
         "a weight file, or a folder or hub id with one; owner/name/file names a file of the hub; null: random",
         path=HUB,
     )
-    vae_weights: Optional[str] = option(
+    vae_weights: Optional[str] = config_field(
         None, "kl16.ckpt; null: the vae.* part of weights, or kl16.ckpt beside it", path=HUB
     )
-    tokenizer: Optional[str] = option(
+    tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the Qwen2.5 tokenizer; null: a word list if random", path=HUB
     )
-    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
-    language: LanguageSizes = option(LanguageSizes, "")
-    mar: MarSizes = option(MarSizes, "")
-    codec: str = option(
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    language: LanguageSizes = config_field(LanguageSizes, "")
+    mar: MarSizes = config_field(MarSizes, "")
+    codec: str = config_field(
         "kl16", "kl16, or patches (linear; stands in for it in the embedded world)", ("kl16", "patches")
     )
-    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "")
-    image_size: int = pixels(512, "pixels on the side of a picture, drawn or asked about")
+    autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "")
+    image_size: int = pixels(512, "pixels on the side of an image, drawn or asked about")
     understanding_size: Optional[int] = pixels(
-        None, "pixels on the side of the picture that RECA's h_v is made of; null: image_size, as released"
+        None, "pixels on the side of the image that RECA's h_v is made of; null: image_size, as released"
     )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    hv_grad_scale: float = option(
+    hv_grad_scale: float = config_field(
         0.1, "what the gradient that reaches the encoder through h_v is multiplied by", least=0
     )
     text_drop: float = share(0.1, "share of templates and captions that become the unconditional text; h_v stays")
-    parity: bool = option(False, "hide the same number of tokens in all samples of a micro-batch, as the release does")
-    seed: int = option(0, "of a random initialisation", least=0)
+    parity: bool = config_field(
+        False, "hide the same number of tokens in all samples of a micro-batch, as the release does"
+    )
+    seed: int = config_field(0, "of a random initialisation", least=0)
 
 
 def tiny() -> HarmonConfig:

@@ -1,4 +1,4 @@
-"""Which tokens of a picture are hidden: MAR hides most of them, at random."""
+"""Which tokens of an image are hidden: MAR hides most of them, at random."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ WIDTH = 0.25  # of the truncated normal distribution of the hidden share, whose 
 
 
 class Masking(NamedTuple):
-    """What is left of B pictures of S tokens.
+    """What is left of B images of S tokens.
 
-    visible  int64 [B, V]: the visible tokens in raster order, V of the picture that shows most
+    visible  int64 [B, V]: the visible tokens in raster order, V of the image that shows most
     real     bool [B, V]: False where `visible` is padding; None: nowhere
-    lengths  visible tokens of each picture
-    hidden   int64 [N]: the hidden tokens of all pictures, in the flattened batch
+    lengths  visible tokens of each image
+    hidden   int64 [N]: the hidden tokens of all images, in the flattened batch
     """
 
     visible: Tensor
@@ -26,7 +26,7 @@ class Masking(NamedTuple):
 
     @classmethod
     def equal(cls, visible: Tensor) -> "Masking":
-        """The same number of visible tokens in every picture."""
+        """The same number of visible tokens in every image."""
         return cls(visible, None, [visible.shape[1]] * len(visible))
 
     @classmethod

@@ -87,7 +87,7 @@ def channels(config: HarmonConfig) -> int:
 
 
 def check_sizes(config: HarmonConfig) -> None:
-    """Raise ValueError for pictures that are not whole tokens."""
+    """Raise ValueError for images that are not whole tokens."""
     for key in ("image_size", "understanding_size"):
         size = getattr(config, key)
         if size is not None:

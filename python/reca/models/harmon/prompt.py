@@ -1,7 +1,7 @@
 """Harmon's sequences: [chat turn, with h_v in it][visible tokens, buffers], in Qwen2's chat format.
 
 The language model is causal over all of it. Samples are padded on the right, where no real row looks, so no mask is
-needed, and positions count up from 0. The release pads between prompt and picture instead and masks that; the numbers
+needed, and positions count up from 0. The release pads between prompt and image instead and masks that; the numbers
 are the same.
 """
 
@@ -102,7 +102,7 @@ def layout(prompts: Sequence[Prompt], buffers: int, given: int, drawn: Sequence[
     """Lay out prompts whose visual rows come as the encoder makes them, buffers first.
 
     given  tokens of h_v, 0: none. A sample's visual rows are buffers, h_v's tokens, …
-    drawn  visible tokens of each picture to draw, None: none is drawn. … buffers, as many tokens as the longest has
+    drawn  visible tokens of each image to draw, None: none is drawn. … buffers, as many tokens as the longest has
     In the sequence the buffers stand behind the tokens they belong to.
     """
     most = max(drawn) if drawn is not None else 0

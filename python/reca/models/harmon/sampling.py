@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from reca.draws import Draws, Purpose
 from reca.models.harmon import modules
 from reca.models.harmon.masking import Masking
 from reca.models.harmon.prompt import Prompt
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import diffusion_schedule, diffusion_steps
 
 if TYPE_CHECKING:
@@ -20,25 +20,25 @@ SCHEDULES = ("constant", "linear")
 
 
 class Chance:
-    """The random choices of a sampler: functions of (seed of the picture, step)."""
+    """The random choices of a sampler: functions of (seed of the image, step)."""
 
     def __init__(self, seeds: Tensor):  # int64 [B]
-        self.seeds, self.draws = seeds, Draws(0)
+        self.seeds, self.rng = seeds, CounterRNG(0)
 
     def order(self, size: int) -> Tensor:
-        """A permutation of the tokens per picture, int64 [B, size]; its head is drawn last."""
-        return self.draws.uniform(Purpose.MASK_ORDER, self.seeds, size).argsort(dim=1, stable=True)
+        """A permutation of the tokens per image, int64 [B, size]; its head is drawn last."""
+        return self.rng.uniform(RandomStream.MASK_ORDER, self.seeds, size).argsort(dim=1, stable=True)
 
     def start(self, step: int, n: int, channels: int) -> Tensor:
         """Where the n tokens of a step begin, fp32 [B, n, C]."""
-        return self._normal(self.draws.at(step), Purpose.NOISE, n, channels)
+        return self._normal(self.rng.fold_in(step), RandomStream.NOISE, n, channels)
 
     def noise(self, step: int, inner: int, n: int, channels: int) -> Tensor:
         """What diffusion step number `inner` adds to them, fp32 [B, n, C]."""
-        return self._normal(self.draws.at(step).at(inner), Purpose.POSTERIOR, n, channels)
+        return self._normal(self.rng.fold_in(step).fold_in(inner), RandomStream.POSTERIOR, n, channels)
 
-    def _normal(self, draws: Draws, purpose: Purpose, n: int, channels: int) -> Tensor:
-        return draws.normal(purpose, self.seeds, n * channels).view(-1, n, channels)
+    def _normal(self, rng: CounterRNG, purpose: RandomStream, n: int, channels: int) -> Tensor:
+        return rng.normal(purpose, self.seeds, n * channels).view(-1, n, channels)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def draw_latents(
     temperature: float = 1.0,
     clip_sample_range: float | None = None,
 ) -> Tensor:  # [B, m, n, C], scaled latents
-    """All tokens hidden at first; each step draws some of those left, fewer at first, with `diffusion` steps.
+    """All tokens hidden at first; each step rng some of those left, fewer at first, with `diffusion` steps.
 
     guidance s mixes noise as uncond + s (cond - uncond); "linear" lets s grow from 1 with the share that is drawn.
     clip_sample_range: limit of the x0 that a diffusion step predicts, as in diffusers; None, as released, is none.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
-from reca.draws import Draws, Purpose
 from reca.files import read_json
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.hub import TOKENIZER, fetch
@@ -25,6 +24,7 @@ from reca.models.planned import greedy
 from reca.models.text import check_tokenizer, control, read_tokenizer
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.models.weights import no_memory, put, read_tensors, weight_file
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
     Run,
     attention_plan,
@@ -47,7 +47,7 @@ DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_p
 
 class OpenUni(Adapter):
     name = "open_uni"
-    kinds = frozenset({"reca", "t2i", "i2t"})
+    tasks = frozenset({"reca", "t2i", "i2t"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     condition_keys = ("h_v",)
@@ -99,13 +99,13 @@ class OpenUni(Adapter):
         return model.to(device)
 
     @classmethod
-    def skeleton(cls, config: OpenUniConfig) -> "OpenUni":
+    def build_meta(cls, config: OpenUniConfig) -> "OpenUni":
         """In fp32. `load` keeps InternVL3 in the type of its files, so published in bf16 it takes half."""
         return cls(config, _tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
 
     def sequence(self) -> dict[str, int]:
         latents = (self.config.image_size // modules.factor(self.config)) ** 2
-        return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "picture": latents}
+        return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "image": latents}
 
     def put_trained(self, state: dict[str, Tensor], source: str) -> None:
         """Overlay the parts a published file holds, in fp32; SANA stays as it is when the file has none of it."""
@@ -120,21 +120,21 @@ class OpenUni(Adapter):
             if own:
                 put(getattr(self, part), own, f"{source} ({part})", torch.float32)
 
-    def views(self, kind: str) -> Views:
-        if kind == "i2t":
+    def views(self, task: str) -> Views:
+        if task == "i2t":
             return Views(gen=None, und=View(self.config.understanding_size))
         gen = View(self.config.image_size, fit="random_crop")
-        blurred = kind == "reca" and self.config.hv_blur > 1
+        blurred = task == "reca" and self.config.hv_blur > 1
         return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
         """latents [B, C, h, w] of gen; h_v [B, n, H] of und (i2t, and reca with a blur) or of gen (reca)."""
-        if batch.kind == "i2t":
+        if batch.task == "i2t":
             return {"h_v": self.understand(to_unit(batch.und))}
         pixels = to_unit(batch.gen)
         features = {"latents": self.latents(pixels)}
-        if batch.kind == "reca":
+        if batch.task == "reca":
             features["h_v"] = self.understand(to_unit(batch.und) if batch.und else pixels)
         return features
 
@@ -202,42 +202,42 @@ class OpenUni(Adapter):
         with torch.no_grad():
             return template_concat(table, visual, on_device(src, table.device))
 
-    def weight(self, batch: Batch, draws: Draws) -> Tensor:
+    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
         device = batch.sample_ids.device
-        if batch.kind != "i2t":
+        if batch.task != "i2t":
             return torch.full((), len(batch), dtype=torch.float32, device=device)
         counts = [sum(label != IGNORE for label in self.conversation(turns).labels) for turns in batch.text]
         return torch.full((), sum(counts), dtype=torch.float32, device=device)
 
-    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        if batch.kind == "i2t":
+    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        if batch.task == "i2t":
             return self.answer_loss(batch, features["h_v"])
-        h_v = features["h_v"] if batch.kind == "reca" else None
-        cond = self.condition(self.prompts(batch, draws), h_v, "left" if batch.kind == "reca" else "right")
-        rows = self.flow_loss(cond, features["latents"], batch.sample_ids, draws)
-        return LossTerm(rows.sum(), self.weight(batch, draws))
+        h_v = features["h_v"] if batch.task == "reca" else None
+        cond = self.condition(self.prompts(batch, rng), h_v, "left" if batch.task == "reca" else "right")
+        rows = self.flow_loss(cond, features["latents"], batch.sample_ids, rng)
+        return LossTerm(rows.sum(), self.weight(batch, rng))
 
-    def flow_loss(self, cond: Tensor, latents: Tensor, sample_ids: Tensor, draws: Draws) -> Tensor:
+    def flow_loss(self, cond: Tensor, latents: Tensor, sample_ids: Tensor, rng: CounterRNG) -> Tensor:
         """Mean squared error of the velocity per sample, fp32 [B]."""
-        t, noise = self.sigma(draws, sample_ids), draws.noise(Purpose.NOISE, sample_ids)
+        t, noise = self.sigma(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
         noisy = flow_matching_prepare(latents, t.to(torch.bfloat16).float() if self.config.parity else t, noise)
         velocity = self.transformer(noisy, encoder_hidden_states=cond, timestep=t * STEPS, return_dict=False)[0]
         return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
 
-    def prompts(self, batch: Batch, draws: Draws) -> list[Prompt]:
+    def prompts(self, batch: Batch, rng: CounterRNG) -> list[Prompt]:
         """A prompt per sample; a caption is dropped, a template never."""
-        if batch.kind == "reca":
+        if batch.task == "reca":
             frame = len(prompt.with_image(self.tokenizer, "", 0).ids)
             room = prompt.MAX_LENGTH - modules.hv_tokens(self.config) - frame
             return [prompt.with_image(self.tokenizer, text, room) for text in batch.text]
-        drop = (draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
+        drop = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
         texts = [None if out else text for text, out in zip(batch.text, drop, strict=True)]
         return [_cut(prompt.caption(self.tokenizer, text)) for text in texts]
 
     @staticmethod
-    def sigma(draws: Draws, sample_ids: Tensor) -> Tensor:
+    def sigma(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
         """Noise level per sample, fp32 [B]: uniform over 1/1000 ... 1, without the schedule's inference shift."""
-        index = (draws.uniform(Purpose.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
+        index = (rng.uniform(RandomStream.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
         return (STEPS - index) / STEPS
 
     def conversation(self, turns: list) -> Prompt:
@@ -274,18 +274,18 @@ class OpenUni(Adapter):
         width: int | None = None,
         batch: int = 16,
     ) -> list[Tensor]:
-        """Pictures by DPM-Solver++ (`sampling.sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        """Images by DPM-Solver++ (`sampling.sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
         check_pairs(prompts=prompts, seeds=seeds)
         whole = [prompt.caption(self.tokenizer, text) for text in prompts]
         warn_of_cut([asked.ids for asked in whole], prompt.MAX_TEXT)
         cond = [_cut(asked) for asked in whole]
-        uncond, pictures = [prompt.caption(self.tokenizer, None)], []
+        uncond, images = [prompt.caption(self.tokenizer, None)], []
         for i in range(0, len(prompts), batch):
             texts, own = cond[i : i + batch], seeds[i : i + batch]
-            pictures += sampling.sample(
+            images += sampling.sample(
                 self, texts, uncond * len(texts), None, own, steps=steps, guidance=guidance, height=height, width=width
             )
-        return pictures
+        return images
 
     def edit(
         self,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, RecipeError, count, option, pixels
+from reca.options import HUB, RecipeError, config_field, count, pixels
 
 
 @dataclass
@@ -13,7 +13,7 @@ class VisionSizes:
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4096, "width of its MLP")
     patch_size: int = count(14, "pixels on the side of a patch")
-    layer_norm_eps: float = option(1e-6, "its LayerNorm epsilon", above=0)
+    layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
 @dataclass
@@ -24,8 +24,8 @@ class LanguageSizes:
     num_key_value_heads: int = count(2, "its key and value heads")
     intermediate_size: int = count(8960, "width of its MLP")
     vocab_size: int = count(151674, "rows of its embedding table")
-    rms_norm_eps: float = option(1e-6, "its RMSNorm epsilon", above=0)
-    rope_theta: float = option(1e6, "base of its rotary frequencies", above=0)
+    rms_norm_eps: float = config_field(1e-6, "its RMSNorm epsilon", above=0)
+    rope_theta: float = config_field(1e6, "base of its rotary frequencies", above=0)
 
 
 @dataclass
@@ -43,9 +43,9 @@ class SanaSizes:
     num_cross_attention_heads: int = count(20, "heads of its cross-attention")
     cross_attention_head_dim: int = count(112, "width of such a head")
     caption_channels: int = count(2304, "width of its text condition")
-    mlp_ratio: float = option(2.5, "width of its MLP over its own width", above=0)
-    qk_norm: Optional[str] = option(None, "rms_norm_across_heads for SANA-1.5", (None, "rms_norm_across_heads"))
-    interpolation_scale: Optional[float] = option(
+    mlp_ratio: float = config_field(2.5, "width of its MLP over its own width", above=0)
+    qk_norm: Optional[str] = config_field(None, "rms_norm_across_heads for SANA-1.5", (None, "rms_norm_across_heads"))
+    interpolation_scale: Optional[float] = config_field(
         None,
         "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions",
         above=0,
@@ -66,7 +66,7 @@ class SanaSizes:
 class AutoencoderSizes:
     latent_channels: int = count(32, "channels of a DC-AE latent")
     attention_head_dim: int = count(32, "width of an attention head")
-    block_types: list[str] = option(
+    block_types: list[str] = config_field(
         lambda: ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
         "kind of block per stage, outermost first",
         ("ResBlock", "EfficientViTBlock"),
@@ -75,7 +75,7 @@ class AutoencoderSizes:
     block_out_channels: list[int] = count(lambda: [128, 256, 512, 512, 1024, 1024], "channels per stage")
     encoder_layers: list[int] = count(lambda: [2, 2, 2, 3, 3, 3], "blocks per encoder stage")
     decoder_layers: list[int] = count(lambda: [3] * 6, "blocks per decoder stage")
-    scaling_factor: float = option(0.41407, "latents are multiplied by this", above=0)
+    scaling_factor: float = config_field(0.41407, "latents are multiplied by this", above=0)
 
 
 @dataclass
@@ -86,37 +86,39 @@ class PatchSizes:
 
 @dataclass
 class OpenUniConfig:
-    weights: Optional[str] = option(
+    weights: Optional[str] = config_field(
         None,
         "the .pth that OpenUni publishes (connector, projector, queries and perhaps the DiT), or the folder of an "
         "export; null: random",
         path=HUB,
     )
-    overlay: Optional[str] = option(
+    overlay: Optional[str] = config_field(
         None, "a second such file put over the first, as RECA results are published", path=HUB
     )
-    mllm: Optional[str] = option(None, "hub id or folder of InternVL3, original or -hf layout; null: random", path=HUB)
-    dit: Optional[str] = option(None, "hub id or folder of SANA in diffusers layout; null: random", path=HUB)
-    vae: Optional[str] = option(None, "hub id or folder of DC-AE in diffusers layout; null: random", path=HUB)
-    tokenizer: Optional[str] = option(
+    mllm: Optional[str] = config_field(
+        None, "hub id or folder of InternVL3, original or -hf layout; null: random", path=HUB
+    )
+    dit: Optional[str] = config_field(None, "hub id or folder of SANA in diffusers layout; null: random", path=HUB)
+    vae: Optional[str] = config_field(None, "hub id or folder of DC-AE in diffusers layout; null: random", path=HUB)
+    tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the tokenizer; null: mllm's, or a word list if random", path=HUB
     )
-    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
-    vision: VisionSizes = option(VisionSizes, "")
-    language: LanguageSizes = option(LanguageSizes, "")
-    connector: ConnectorSizes = option(ConnectorSizes, "")
-    sana: SanaSizes = option(SanaSizes, "")
-    codec: str = option(
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    vision: VisionSizes = config_field(VisionSizes, "")
+    language: LanguageSizes = config_field(LanguageSizes, "")
+    connector: ConnectorSizes = config_field(ConnectorSizes, "")
+    sana: SanaSizes = config_field(SanaSizes, "")
+    codec: str = config_field(
         "dc_ae", "autoencoder: dc_ae, or patches (linear; stands in for it in the embedded world)", ("dc_ae", "patches")
     )
-    autoencoder: AutoencoderSizes = option(AutoencoderSizes, "dc_ae's sizes")
-    patches: PatchSizes = option(PatchSizes, "patches' sizes")
+    autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "dc_ae's sizes")
+    patches: PatchSizes = config_field(PatchSizes, "patches' sizes")
     queries: int = count(256, "learnable queries behind every prompt")
-    image_size: int = pixels(512, "pixels on the side of a generated picture")
+    image_size: int = pixels(512, "pixels on the side of a generated image")
     understanding_size: int = pixels(448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck")
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    parity: bool = option(False, "round sigma to bf16 as the release does")
-    seed: int = option(0, "of a random initialisation", least=0)
+    parity: bool = config_field(False, "round sigma to bf16 as the release does")
+    seed: int = config_field(0, "of a random initialisation", least=0)
 
 
 def tiny() -> OpenUniConfig:

@@ -127,7 +127,7 @@ def latent_channels(config: OpenUniConfig) -> int:
 
 
 def check_sizes(config: OpenUniConfig) -> None:
-    """Raise ValueError for pictures that are not whole latents, or not whole rows of h_v."""
+    """Raise ValueError for images that are not whole latents, or not whole rows of h_v."""
     check_side("model.image_size", config.image_size, factor(config))
     check_side("model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE)
 

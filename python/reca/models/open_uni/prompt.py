@@ -36,13 +36,13 @@ def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
 
 
 def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """A picture and a text, and a reply that opens a picture. most: tokens that the text is cut to."""
+    """An image and a text, and a reply that opens an image. most: tokens that the text is cut to."""
     asked = question(tokenizer, text, most)
     return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """A picture and a text, and the start of the reply."""
+    """An image and a text, and the start of the reply."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
     behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")[:most]]
     return Prompt([*before, *behind, *_reply(tokenizer)], len(before))

@@ -6,11 +6,11 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
-from reca.draws import Draws, Purpose
 from reca.models.base import in_fp32
 from reca.models.inference import check_multiple
 from reca.models.open_uni import modules
 from reca.models.open_uni.prompt import Prompt
+from reca.rng import CounterRNG, RandomStream
 
 if TYPE_CHECKING:
     from reca.models.open_uni.adapter import OpenUni
@@ -45,7 +45,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Tensor]:
-    """uint8 [3, height, width] per prompt. Each picture's start noise is a function of its seed alone.
+    """uint8 [3, height, width] per prompt. Each image's start noise is a function of its seed alone.
 
     Raises ValueError when height or width is no multiple of a latent's side: 32 pixels with the published autoencoder.
     """
@@ -58,7 +58,7 @@ def sample(
     shape = (modules.latent_channels(model.config), height // factor, width // factor)
     one = torch.zeros(1, dtype=torch.int64, device=device)
     n = shape[0] * shape[1] * shape[2]
-    start = torch.cat([Draws(seed).normal(Purpose.NOISE, one, n).view(1, *shape) for seed in seeds])
+    start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
     pixels = denoise(
         model, model.condition(cond, h_v, "right"), model.condition(uncond, h_v, "right"), start, steps, guidance
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PhiForCausalLM, PreTrainedTokenizerBase
 
 from reca.data.views import View, Views
-from reca.draws import Draws, Purpose
 from reca.models.base import Adapter, Batch, LossTerm, in_fp32
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.pixels import per_channel, to_unit
@@ -19,6 +18,7 @@ from reca.models.show_o import loading, modules, prompt, sampling
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.prompt import IGNORE
 from reca.models.text import Remembered, encode
+from reca.rng import CounterRNG, RandomStream
 from reca_kernels import masked_linear_cross_entropy, template_concat
 from reca_kernels.host import on_device
 
@@ -33,7 +33,7 @@ class ShowO(Adapter):
     """
 
     name = "show_o"
-    kinds = frozenset({"reca", "i2t", "t2i"})
+    tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
     condition_keys = ("h_v",)
@@ -56,15 +56,15 @@ class ShowO(Adapter):
         return loading.load(cls, config).to(device)
 
     @classmethod
-    def skeleton(cls, config: ShowOConfig) -> "ShowO":
-        return loading.skeleton(cls, config)
+    def build_meta(cls, config: ShowOConfig) -> "ShowO":
+        return loading.build_meta(cls, config)
 
     def sequence(self) -> dict[str, int]:
         if self.hv_source == "clip":
             given = self.clip_tokens
         else:
             given = self.image_tokens // (1 if self.config.hv_resize_back else self.config.hv_down_scale**2)
-        return {"h_v": given, "picture": self.image_tokens}
+        return {"h_v": given, "image": self.image_tokens}
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +80,7 @@ class ShowO(Adapter):
 
     @property
     def image_tokens(self) -> int:
-        """N, the codes of a picture."""
+        """N, the codes of an image."""
         return (self.config.image_size // self.codec.factor) ** 2
 
     @property
@@ -90,12 +90,12 @@ class ShowO(Adapter):
 
     # pixels -> features
 
-    def views(self, kind: str) -> Views:
-        if kind == "i2t":
+    def views(self, task: str) -> Views:
+        if task == "i2t":
             clip = self.config.understanding == "clip"
             size = self.config.clip.image_size if clip else self.config.image_size
             return Views(gen=None, und=View(size, fit="center_crop"))
-        if kind == "t2i":
+        if task == "t2i":
             return Views(gen=View(self.config.image_size, fit="center_crop"), und=None)
         gen = View(self.config.image_size, fit="squash")
         blurred = self.hv_source == "clip" and self.config.hv_blur > 1
@@ -103,20 +103,20 @@ class ShowO(Adapter):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
-        if batch.kind == "i2t":
+        if batch.task == "i2t":
             pixels = to_unit(batch.und)
             clip = self.config.understanding == "clip"
             return {"h_v": self.look(clip_normalised(pixels)) if clip else self.codec.encode(pixels)}
         pixels = to_unit(batch.gen)
         features = {"codes": self.codec.encode(pixels)}
-        if batch.kind == "reca":
+        if batch.task == "reca":
             clip = self.hv_source == "clip"
             seen = to_unit(batch.und) if batch.und else pixels
             features["h_v"] = self.look(self.clip_view(seen)) if clip else self.codec.encode(self.shrunk(seen))
         return features
 
     def clip_view(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1]
-        """What CLIP gets of the picture to reconstruct, [B, 3, S, S]."""
+        """What CLIP gets of the image to reconstruct, [B, 3, S, S]."""
         size = [self.config.clip.image_size] * 2
         norm = self.config.clip_norm or ("upstream" if self.config.parity else "clip")
         if norm == "upstream":
@@ -160,7 +160,7 @@ class ShowO(Adapter):
         ).last_hidden_state
 
     def code_logits(self, layout: prompt.Layout, codes: Tensor) -> Tensor:  # int64 [B, N]; `entries` is the mask
-        """Logits over the codebook at the picture's positions, [B, N, entries]."""
+        """Logits over the codebook at the image's positions, [B, N, entries]."""
         v, head = self.vocabulary, self.showo.lm_head
         layout.src[:, self.image] = (codes + v.offset).int()
         hidden = self.hidden(layout)[:, self.image]
@@ -168,31 +168,31 @@ class ShowO(Adapter):
 
     @property
     def image(self) -> slice:
-        """Where the picture's codes stand in every layout that has one."""
+        """Where the image's codes stand in every layout that has one."""
         return slice(-1 - self.image_tokens, -1)
 
     # losses
 
-    def weight(self, batch: Batch, draws: Draws) -> Tensor:
+    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
         device = batch.sample_ids.device
-        if batch.kind == "i2t":
+        if batch.task == "i2t":
             labels = (label for turns in batch.text for label in self.conversation(turns)[1])
             learned = sum(label != IGNORE for label in labels)
             return torch.full((), learned, dtype=torch.float32, device=device)
-        masked = float(self.masked_count(draws, batch.host_ids).sum())
-        learned = masked if batch.kind == "reca" else masked + 2 * len(batch)  # soi and eoi are learned too
+        masked = float(self.masked_count(rng, batch.host_ids).sum())
+        learned = masked if batch.task == "reca" else masked + 2 * len(batch)  # soi and eoi are learned too
         return torch.full((), learned, dtype=torch.float32, device=device)
 
-    def loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         """Sum over predicted tokens of the cross-entropy over the whole vocabulary, and their number."""
-        return {"reca": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss}[batch.kind](batch, features, draws)
+        return {"reca": self.reca_loss, "t2i": self.t2i_loss, "i2t": self.i2t_loss}[batch.task](batch, features, rng)
 
-    def reca_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+    def reca_loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         h_v, n, v = features["h_v"], self.image_tokens, self.vocabulary
         clip = self.hv_source == "clip"
         make, slots = (prompt.reca_clip, self.config.reca_slots) if clip else (prompt.reca_vq, self.config.text_slots)
         samples = [make(self.template(text), v, slots, h_v.shape[1], n) for text in batch.text]
-        layout, labelled = self.hidden_picture(samples, features["codes"], batch, draws)
+        layout, labelled = self.hidden_image(samples, features["codes"], batch, rng)
         return self.cross_entropy(self.hidden(layout, h_v, self.learns_prompt or not clip), layout.labels, labelled)
 
     @property
@@ -201,14 +201,14 @@ class ShowO(Adapter):
         chosen = self.config.prompt_gradient
         return not self.config.parity if chosen is None else chosen
 
-    def t2i_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
-        dropped = draws.uniform(Purpose.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.caption_drop
+    def t2i_loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        dropped = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < self.config.caption_drop
         texts = [[] if drop else self.tokens(text) for text, drop in zip(batch.text, dropped.tolist(), strict=True)]
         samples = [prompt.t2i(text, self.vocabulary, self.config.text_slots, self.image_tokens) for text in texts]
-        layout, labelled = self.hidden_picture(samples, features["codes"], batch, draws)
+        layout, labelled = self.hidden_image(samples, features["codes"], batch, rng)
         return self.cross_entropy(self.hidden(layout), layout.labels, labelled)
 
-    def i2t_loss(self, batch: Batch, features: dict[str, Any], draws: Draws) -> LossTerm:
+    def i2t_loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         h_v = features["h_v"]
         samples = [self.talk(*self.conversation(turns), h_v.shape[1]) for turns in batch.text]
         layout = prompt.layout(samples, self.vocabulary)
@@ -229,30 +229,30 @@ class ShowO(Adapter):
         )
         return LossTerm(total, (labels != IGNORE).sum().float())
 
-    def hidden_picture(
-        self, samples: list[prompt.Sample], codes: Tensor, batch: Batch, draws: Draws
+    def hidden_image(
+        self, samples: list[prompt.Sample], codes: Tensor, batch: Batch, rng: CounterRNG
     ) -> tuple[prompt.Layout, int]:
-        """The layout of a picture to predict, on the device, and how many of its rows carry a label."""
-        layout, masked = prompt.layout(samples, self.vocabulary), self.masked(draws, batch.host_ids)
+        """The layout of an image to predict, on the device, and how many of its rows carry a label."""
+        layout, masked = prompt.layout(samples, self.vocabulary), self.masked(rng, batch.host_ids)
         labelled = _labelled(layout) + int(masked.sum())
         layout = layout.to(self.device)
         self.hide(layout, codes, on_device(masked, self.device))
         return layout, labelled
 
     def hide(self, layout: prompt.Layout, codes: Tensor, masked: Tensor) -> None:  # int64, bool [B, N]
-        """Put the picture into the layout: masked codes as the mask token, with themselves as labels."""
+        """Put the image into the layout: masked codes as the mask token, with themselves as labels."""
         ids = codes + self.vocabulary.offset
         layout.src[:, self.image] = torch.where(masked, self.vocabulary.mask, ids).int()
         layout.labels[:, self.image] = torch.where(masked, ids, IGNORE)
 
-    def masked(self, draws: Draws, sample_ids: Tensor) -> Tensor:  # int64 [B]
-        """Which codes of a picture are hidden, bool [B, N]."""
-        order = draws.uniform(Purpose.MASK_ORDER, sample_ids, self.image_tokens).argsort(dim=-1, stable=True)
-        return order < self.masked_count(draws, sample_ids)
+    def masked(self, rng: CounterRNG, sample_ids: Tensor) -> Tensor:  # int64 [B]
+        """Which codes of an image are hidden, bool [B, N]."""
+        order = rng.uniform(RandomStream.MASK_ORDER, sample_ids, self.image_tokens).argsort(dim=-1, stable=True)
+        return order < self.masked_count(rng, sample_ids)
 
-    def masked_count(self, draws: Draws, sample_ids: Tensor) -> Tensor:  # int64 [B]
+    def masked_count(self, rng: CounterRNG, sample_ids: Tensor) -> Tensor:  # int64 [B]
         """How many, fp32 [B, 1]: cos(pi/2 t) of them, at least one."""
-        share = sampling.cosine(draws.uniform(Purpose.MASK_RATE, sample_ids)).clamp(min=0)
+        share = sampling.cosine(rng.uniform(RandomStream.MASK_RATE, sample_ids)).clamp(min=0)
         return (self.image_tokens * share).round().clamp(min=1)
 
     # text
@@ -295,17 +295,17 @@ class ShowO(Adapter):
         temperature: float = 1.0,
         batch: int = 64,
     ) -> list[Tensor]:
-        """Pictures by MaskGIT (`sampling.draw_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        """Images by MaskGIT (`sampling.draw_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
         check_pairs(prompts=prompts, seeds=seeds)
-        pictures, ids = [], [self.tokens(text) for text in prompts]
+        images, ids = [], [self.tokens(text) for text in prompts]
         warn_of_cut(ids, self.config.sampling_slots - 2)  # bos and eos stand there too
         for i in range(0, len(prompts), batch):
             texts = ids[i : i + batch]
             chance = sampling.Chance(torch.tensor(seeds[i : i + batch], device=self.device))
             codes = sampling.draw_codes(self, texts, chance, steps=steps, guidance=guidance, temperature=temperature)
             pixels = (self.codec.decode(codes) + 1) / 2
-            pictures += list(pixels.clamp(0, 1).mul(255).round().to(torch.uint8))
-        return pictures
+            images += list(pixels.clamp(0, 1).mul(255).round().to(torch.uint8))
+        return images
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         check_pairs(images=images, questions=questions)
@@ -332,14 +332,14 @@ class ShowO(Adapter):
     def blocks(self) -> list[nn.Module]:
         return list(self.showo.model.layers)
 
-    def hazards(self) -> list[str]:
+    def config_warnings(self) -> list[str]:
         config, found = self.config, []
         if self.hv_source == "clip":
             return found
         if config.hv_down_scale == 1:
             found.append(
-                "h_v is made of the picture's own codes at full resolution, which the model learns to copy. Shrink the "
-                "picture (model.hv_down_scale=2) or blur it (model.hv_down_scale=8 model.hv_resize_back=true)"
+                "h_v is made of the image's own codes at full resolution, which the model learns to copy. Shrink the "
+                "image (model.hv_down_scale=2) or blur it (model.hv_down_scale=8 model.hv_resize_back=true)"
             )
         given = self.image_tokens // (1 if config.hv_resize_back else config.hv_down_scale**2)
         length = config.text_slots + given + self.image_tokens + 5

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import HUB, count, option, pixels, share
+from reca.options import HUB, config_field, count, pixels, share
 
 ACTIVATIONS = ("gelu_new", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
@@ -14,10 +14,10 @@ class PhiSizes:
     num_hidden_layers: int = count(24, "its layers")
     num_attention_heads: int = count(32, "its heads")
     intermediate_size: int = count(8192, "width of its MLP")
-    hidden_act: str = option("gelu_new", "its activation", ACTIVATIONS)
-    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon", above=0)
-    partial_rotary_factor: float = option(0.5, "share of a head that rotary positions turn", above=0, most=1)
-    rope_theta: float = option(1e4, "base of the rotary frequencies", above=0)
+    hidden_act: str = config_field("gelu_new", "its activation", ACTIVATIONS)
+    layer_norm_eps: float = config_field(1e-5, "its LayerNorm epsilon", above=0)
+    partial_rotary_factor: float = config_field(0.5, "share of a head that rotary positions turn", above=0, most=1)
+    rope_theta: float = config_field(1e4, "base of the rotary frequencies", above=0)
     max_position_embeddings: int = count(2048, "positions it was trained on")
 
 
@@ -29,8 +29,8 @@ class ClipSizes:
     intermediate_size: int = count(4096, "width of its MLP")
     image_size: int = pixels(336, "pixels on the side of what it sees")
     patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
-    hidden_act: str = option("quick_gelu", "its activation", ACTIVATIONS)
-    layer_norm_eps: float = option(1e-5, "its LayerNorm epsilon", above=0)
+    hidden_act: str = config_field("quick_gelu", "its activation", ACTIVATIONS)
+    layer_norm_eps: float = config_field(1e-5, "its LayerNorm epsilon", above=0)
 
 
 @dataclass
@@ -40,7 +40,7 @@ class MagvitSizes:
     encoder_blocks: list[int] = count(lambda: [4, 3, 4, 3, 4], "residual blocks per encoder level")
     decoder_multipliers: list[int] = count(lambda: [1, 1, 2, 2, 4], "width per decoder level, in base widths")
     decoder_blocks: list[int] = count(lambda: [4, 4, 3, 4, 3], "residual blocks per decoder level")
-    z_channels: int = option(13, "bits of a code; the codebook has 2 ** z_channels entries", least=1, most=24)
+    z_channels: int = config_field(13, "bits of a code; the codebook has 2 ** z_channels entries", least=1, most=24)
 
 
 @dataclass
@@ -51,65 +51,67 @@ class PatchSizes:
 
 @dataclass
 class ShowOConfig:
-    weights: Optional[str] = option(None, "hub id or folder of the Show-o checkpoint; null: random", path=HUB)
-    codec_weights: Optional[str] = option(
+    weights: Optional[str] = config_field(None, "hub id or folder of the Show-o checkpoint; null: random", path=HUB)
+    codec_weights: Optional[str] = config_field(
         None,
         "hub id or folder of the image tokenizer; null: the codec folder inside weights, random without weights",
         path=HUB,
     )
-    clip_weights: Optional[str] = option(
+    clip_weights: Optional[str] = config_field(
         None,
         "hub id or folder of the CLIP tower; null: the clip folder inside weights, random without weights",
         path=HUB,
     )
-    tokenizer: Optional[str] = option(
+    tokenizer: Optional[str] = config_field(
         None,
         "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, `words` without weights",
         path=HUB,
     )
-    words: list[str] = option(list, "vocabulary of the word tokenizer that a random model uses")
-    dtype: str = option("fp32", "type the language model is kept in; CLIP and codec stay fp32", ("fp32", "bf16"))
-    understanding: str = option("clip", "what image-to-text reads: clip, or vq (the image's codes)", ("clip", "vq"))
-    hv_source: Optional[str] = option(
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    dtype: str = config_field("fp32", "type the language model is kept in; CLIP and codec stay fp32", ("fp32", "bf16"))
+    understanding: str = config_field(
+        "clip", "what image-to-text reads: clip, or vq (the image's codes)", ("clip", "vq")
+    )
+    hv_source: Optional[str] = config_field(
         None, "what h_v is made of in RECA: clip or vq; null: what understanding reads", (None, "clip", "vq")
     )
-    hv_down_scale: int = count(2, "vq: shrink the picture by this before its codes become h_v")
-    hv_resize_back: bool = option(False, "vq: resize the shrunk picture back (a blur) instead of keeping it small")
+    hv_down_scale: int = count(2, "vq: shrink the image by this before its codes become h_v")
+    hv_resize_back: bool = config_field(False, "vq: resize the shrunk image back (a blur) instead of keeping it small")
     hv_blur: int = count(1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    parity: bool = option(
+    parity: bool = config_field(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
-    clip_norm: Optional[str] = option(
+    clip_norm: Optional[str] = config_field(
         None,
         "pixels CLIP gets in RECA: clip (bicubic with antialias, CLIP's mean and std) or upstream (bilinear without, "
         "mean and std .5); null: upstream if parity, else clip",
         (None, "clip", "upstream"),
     )
-    prompt_gradient: Optional[bool] = option(
+    prompt_gradient: Optional[bool] = config_field(
         None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
     )
-    image_size: int = pixels(512, "pixels on the side of a generated picture")
+    image_size: int = pixels(512, "pixels on the side of a generated image")
     text_slots: int = count(576, "text budget of training sequences (the release's max_seq_length)")
-    sampling_slots: int = count(128, "text budget when pictures are drawn")
-    reca_slots: int = count(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the picture")
-    system_prompt: str = option(
+    sampling_slots: int = count(128, "text budget when images are drawn")
+    reca_slots: int = count(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the image")
+    system_prompt: str = config_field(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.",
         "clip: text before the image of a conversation",
     )
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
-    phi: PhiSizes = option(PhiSizes, "")
-    clip: ClipSizes = option(ClipSizes, "")
-    codec: str = option(
+    phi: PhiSizes = config_field(PhiSizes, "")
+    clip: ClipSizes = config_field(ClipSizes, "")
+    codec: str = config_field(
         "magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches")
     )
-    magvit: MagvitSizes = option(MagvitSizes, "")
-    patches: PatchSizes = option(PatchSizes, "")
-    seed: int = option(0, "of a random initialisation", least=0)
+    magvit: MagvitSizes = config_field(MagvitSizes, "")
+    patches: PatchSizes = config_field(PatchSizes, "")
+    seed: int = config_field(0, "of a random initialisation", least=0)
 
 
 def tiny() -> ShowOConfig:
-    """A random model of about half a million parameters on pictures of 20 pixels: 25 codes, 9 rows of h_v."""
+    """A random model of about half a million parameters on images of 20 pixels: 25 codes, 9 rows of h_v."""
     return ShowOConfig(
         phi=PhiSizes(96, 3, 3, 384, "relu", max_position_embeddings=128),
         clip=ClipSizes(64, 3, 4, 256, 18, 6),

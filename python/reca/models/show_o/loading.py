@@ -49,7 +49,7 @@ def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
     return model
 
 
-def skeleton(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
+def build_meta(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
     """The model of `load` with weights of any value. A tokenizer on this machine is read, for its number of tokens."""
     folder = Path(config.weights).expanduser() if config.weights else None
     own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"

@@ -269,7 +269,7 @@ def projector(width_in: int, width: int) -> nn.Sequential:
 
 
 def check_sizes(config: ShowOConfig, factor: int) -> None:
-    """Raise ValueError for pictures that do not divide into codes or patches. factor: pixels on a code's side."""
+    """Raise ValueError for images that do not divide into codes or patches. factor: pixels on a code's side."""
     sides = {"model.image_size": (config.image_size, factor)}
     if "vq" in (config.hv_source, config.understanding):
         step = 1 if config.hv_resize_back else factor

@@ -81,7 +81,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Layout:
-    """A batch of sequences, padded on the left, so that a picture ends one row before the end in all of them.
+    """A batch of sequences, padded on the left, so that an image ends one row before the end in all of them.
 
     src           int32 [B, L]: token ids; -1 - r for row r of the batch's h_v, B*n rows
     position_ids  int64 [B, L]
@@ -122,7 +122,7 @@ def framed(text: list[int], v: Vocabulary, budget: int) -> list[int]:
     return ids if len(ids) <= budget else [*ids[: budget - 1], v.eos]
 
 
-def picture(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
+def image(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
     """soi, hidden codes, eoi. ends: soi and eoi predict themselves."""
     ids = [v.soi, *[v.mask] * image_tokens, v.eoi]
     return TextSegment(ids, [v.soi, *[IGNORE] * image_tokens, v.eoi] if ends else None)
@@ -132,7 +132,7 @@ def t2i(text: list[int], v: Vocabulary, slots: int, image_tokens: int) -> Sample
     """Text to image; an empty text is the unconditional prompt. `slots` text tokens besides t2i."""
     ids = [v.t2i, *framed(text, v, slots)]
     return Sample(
-        [TextSegment(ids), picture(v, image_tokens, ends=True)],
+        [TextSegment(ids), image(v, image_tokens, ends=True)],
         [Run(len(ids), "causal"), Run(image_tokens + 2, "full")],
         ((0, slots + 1 - len(ids)),),
     )
@@ -168,7 +168,7 @@ def reca_clip(template: list[int], v: Vocabulary, slots: int, visual: int, image
         raise ValueError(f"a template has {len(template)} tokens; model.reca_slots={slots} leaves room for {slots - 5}")
     end = 2 + visual + len(text)
     return Sample(
-        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment(text), picture(v, image_tokens)],
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment(text), image(v, image_tokens)],
         [
             Run(2, "causal"),
             Run(visual, "full", seen_before=True),
@@ -186,7 +186,7 @@ def reca_vq(template: list[int], v: Vocabulary, slots: int, visual: int, image_t
     if len(text) >= slots:  # the release wants one PAD at least
         raise ValueError(f"a template has {len(template)} tokens; model.text_slots={slots} leaves room for {slots - 3}")
     return Sample(
-        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), picture(v, image_tokens)],
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), image(v, image_tokens)],
         [Run(1, "causal"), Run(visual + 2, "full"), Run(len(text), "causal"), Run(image_tokens + 2, "full")],
         ((0, slots - len(text)),),
     )

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reca.draws import Draws, Purpose
 from reca.models import planned
 from reca.models.show_o import prompt
+from reca.rng import CounterRNG, RandomStream
 
 if TYPE_CHECKING:
     from reca.models.show_o.adapter import ShowO
@@ -22,21 +22,21 @@ def cosine(t: Tensor) -> Tensor:
 
 
 class Chance:
-    """The random choices of a sampler: functions of (seed of the picture, step)."""
+    """The random choices of a sampler: functions of (seed of the image, step)."""
 
     def __init__(self, seeds: Tensor):  # int64 [B]
-        self.seeds, self.draws = seeds, Draws(0)
+        self.seeds, self.rng = seeds, CounterRNG(0)
 
     def codes(self, step: int, probabilities: Tensor) -> Tensor:  # [B, N, K]
         """A code per position, int64 [B, N]."""
-        u = self.draws.at(step).uniform(Purpose.TOKEN, self.seeds, probabilities.shape[1])
+        u = self.rng.fold_in(step).uniform(RandomStream.TOKEN, self.seeds, probabilities.shape[1])
         sums = probabilities.cumsum(-1)
         index = torch.searchsorted(sums, (u * sums[..., -1])[..., None], right=True)[..., 0]
         return index.clamp(max=probabilities.shape[-1] - 1)
 
     def gumbel(self, step: int, n: int) -> Tensor:
         """Standard Gumbel noise, fp32 [B, n]."""
-        u = self.draws.at(step).uniform(Purpose.CONFIDENCE, self.seeds, n)
+        u = self.rng.fold_in(step).uniform(RandomStream.CONFIDENCE, self.seeds, n)
         return -(-u.clamp(min=TINY).log()).clamp(min=TINY).log()
 
 
@@ -50,7 +50,7 @@ def draw_codes(
     guidance: float = 5.0,
     temperature: float = 1.0,
 ) -> Tensor:  # int64 [B, N]
-    """All codes hidden at first; each step draws every hidden code and hides the least certain ones again.
+    """All codes hidden at first; each step rng every hidden code and hides the least certain ones again.
 
     guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty: it is
     multiplied by what is left of the way at every step, so it vanishes at the last.

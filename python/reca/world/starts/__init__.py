@@ -1,6 +1,6 @@
-"""Where the demo starts from: per family, a tiny model that understands more than it can draw.
+"""Where the demo starts from: per UMM, a tiny model that understands more than it can draw.
 
-Everything of the demo that depends on the family is in its file here. A file has START and
+Everything of the demo that depends on the UMM is in its file here. A file has START and
 `pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which leaves in `folder` what `START.begins_at` names.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from reca.config import Recipe, RecipeError
 from reca.models.base import Adapter
 
-FAMILIES = ("show_o", "harmon", "open_uni", "bagel")
+UMMS = ("show_o", "harmon", "open_uni", "bagel")
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
@@ -29,7 +29,7 @@ class Start:
     says         the model, in a sentence of the report
     assumes      what its pre-training assumes, sentences of the report
     generation   name, meaning and overrides of the arm whose h_v comes from the generation side; None: there is none
-    left_out     rows that other families have and this one cannot, with the reason
+    left_out     rows that other UMMs have and this one cannot, with the reason
     """
 
     recipe: str
@@ -43,11 +43,11 @@ class Start:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def start(family: str) -> Start:
-    """Raises RecipeError for a family without a demo."""
-    if family not in FAMILIES:
-        raise RecipeError(f"there is no demo of {family!r}; --umm (UMM= of make) is one of {', '.join(FAMILIES)}")
-    return import_module(f"reca.world.starts.{family}").START
+def start(umm: str) -> Start:
+    """Raises RecipeError for a UMM without a demo."""
+    if umm not in UMMS:
+        raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(UMMS)}")
+    return import_module(f"reca.world.starts.{umm}").START
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.draws import Draws
 from reca.models.bagel import Adapter, modules, prompt, sampling
+from reca.rng import CounterRNG
 from reca.world.captions import TEMPLATES, caption, phrase
 from reca.world.source import captioned, understood
 from reca.world.starts import Progress, Start, scaled
@@ -124,7 +124,7 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
 
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
-    split, slots, draws, half = captioned(seed), _Slots(model), Draws(seed), DRAWN // 2
+    split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
     moments = torch.stack(model.moments(list(pictures(split, scale))))
 
     def loss(step: int) -> Tensor:

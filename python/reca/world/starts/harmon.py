@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from reca.config import Recipe
-from reca.draws import Draws, Purpose
 from reca.models.base import Batch, Turn
 from reca.models.harmon import Adapter, modules, prompt
+from reca.rng import CounterRNG, RandomStream
 from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.world.source import captioned, understood
 from reca.world.starts import Progress, Start, scaled
@@ -43,12 +43,12 @@ class _Remembering(Adapter):
         return self.conditioned
 
 
-class _Noisier(Draws):
+class _Noisier(CounterRNG):
     """Timesteps of much noise more often: the last tenth three times in ten."""
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         uniform = super().uniform(purpose, sample_ids, n)
-        if purpose is not Purpose.TIMESTEP:
+        if purpose is not RandomStream.TIMESTEP:
             return uniform
         return (1 - (1 - uniform).square()).clamp(max=1 - 2**-24)  # below 1, as the others
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.draws import Draws
 from reca.models.base import Batch
 from reca.models.open_uni import Adapter, modules, prompt
 from reca.models.text import control
+from reca.rng import CounterRNG
 from reca.world.captions import TEMPLATES, caption, phrase
 from reca.world.source import captioned, understood
 from reca.world.starts import Progress, Start, scaled
@@ -123,7 +123,7 @@ def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
 
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
-    split, slots, draws, half = captioned(seed), _Slots(model), Draws(seed), DRAWN // 2
+    split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
     latents = torch.cat([model.latents(unit(part)) for part in pictures(split, scale).split(500)])
 
     def loss(step: int) -> Tensor:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.draws import Draws
 from reca.models.base import Batch, Turn
 from reca.models.show_o import Adapter, prompt
+from reca.rng import CounterRNG
 from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.world.source import Split, captioned, understood
 from reca.world.starts import Progress, Start, scaled
@@ -31,7 +31,7 @@ SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
-    rng, draws = random.Random(seed), Draws(seed)
+    rng, draws = random.Random(seed), CounterRNG(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
     drawn, named = (pictures(split, scale) for split in (captioned(seed), understood(seed)))
@@ -52,7 +52,7 @@ class _Task:
         self,
         model: Adapter,
         rng: random.Random,
-        draws: Draws,
+        draws: CounterRNG,
         drawn: Split,
         named: Split,
         codes: Tensor,

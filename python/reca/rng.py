@@ -13,7 +13,7 @@ from torch import Tensor
 from reca_kernels import Philox, philox_normal, philox_uniform
 
 
-class Purpose(IntEnum):
+class RandomStream(IntEnum):
     """The independent streams of one sample. Values are part of the format of a run: never renumber."""
 
     TEMPLATE = 0
@@ -28,33 +28,33 @@ class Purpose(IntEnum):
     CONFIDENCE = 9
 
 
-class Draws:
+class CounterRNG:
     """Counter-based random numbers of one seed.
 
-    sample_ids: int64 [B], the global ids of the samples in the stream of their kind (unique over a whole run).
+    sample_ids: int64 [B], the global ids of the samples in the stream of their task (unique over a whole run).
     """
 
     def __init__(self, seed: int, *path: int):
-        """`path` names a sub-stream, such as a kind of loss or a sampling step: (seed, *path) is hashed."""
+        """`path` names a sub-stream, such as a task of loss or a sampling step: (seed, *path) is hashed."""
         self.seed = seed
         for part in path:
             self.seed = _mix(self.seed, part)
 
-    def at(self, step: int) -> "Draws":
-        """The draws of one step of an iterative sampler, independent of those of every other step."""
-        return Draws(self.seed, step)
+    def fold_in(self, step: int) -> "CounterRNG":
+        """The rng of one step of an iterative sampler, independent of those of every other step."""
+        return CounterRNG(self.seed, step)
 
-    def noise(self, purpose: Purpose, sample_ids: Tensor) -> Philox:
+    def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Philox:
         """The address of a sample's noise; kernels regenerate the numbers from it and never store them."""
         # Filled and not copied: a copy from the host would wait for a GPU.
         seed = torch.full((), self.seed, dtype=torch.int64, device=sample_ids.device)
         return Philox(seed, sample_ids, int(purpose))
 
-    def uniform(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         """fp32 [B, n] in [0, 1)."""
         return philox_uniform(self.noise(purpose, sample_ids), n)
 
-    def normal(self, purpose: Purpose, sample_ids: Tensor, n: int = 1) -> Tensor:
+    def normal(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         """fp32 [B, n], standard normal."""
         return philox_normal(self.noise(purpose, sample_ids), n)
 
