@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 # What the installed package is made from: a change here means installing again.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test faults fuzz gpu-test bench doctor clean
+.PHONY: demo test faults fuzz gpu-test bench doctor docs clean
 
 demo: $(READY)
 	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
@@ -33,6 +33,17 @@ bench: $(READY)
 
 doctor: $(READY)
 	$(BIN)/reca doctor
+
+# The site in build/site. It is made from the sources in a small environment of its own, without torch.
+docs: build/docs-env/.ready
+	NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+build/docs-env/.ready: pyproject.toml
+	$(PYTHON) -m venv build/docs-env
+	build/docs-env/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	build/docs-env/bin/python -m pip install --quiet --group docs
+	touch $@
 
 # A torch that is already importable is used; otherwise $(TORCH) is installed first, so nothing else picks a version.
 $(VENV)/.torch:

@@ -1,0 +1,79 @@
+"""Load and train from Python. The command line calls the same functions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from reca import distributed
+from reca.config import Recipe, RecipeError, UnknownRecipe, load_recipe
+from reca.models import umm
+from reca.models.base import Adapter
+from reca.models.inference import warn_of_random_weights
+from reca.runs import finished, load_trained
+from reca.trainer import Trainer
+
+
+class TrainedRun(NamedTuple):
+    """A run that has made all its steps."""
+
+    folder: Path  # what `load` takes
+    steps: int  # made in all
+    new_steps: bool  # whether any of them was made by this call
+
+
+def load(
+    source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), device: torch.device | str | None = None
+) -> Adapter:
+    """Load a model, ready for inference.
+
+    source     name or path of a recipe, whose published files are loaded; or the folder of a run, whose newest checkpoint is
+               laid over them. An export is loaded by the recipe it was made of: {"model.weights": FOLDER}.
+    overrides  recipe keys to change: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
+    device     where the weights are put; None: a GPU if there is one.
+
+    Returns the model's `Adapter`: generate, edit and answer, as far as its `abilities` go.
+    Raises RecipeError (a ValueError) when the recipe cannot be read, ValueError when files are missing or do not fit.
+    """
+    recipe = recipe_of(source, overrides)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if is_run(source):
+        return load_trained(Path(source), recipe, device)
+    warn_of_random_weights(str(source), recipe.model)
+    return umm(recipe.umm).Adapter.load(recipe.model, device).eval()
+
+
+def train(
+    recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[str, Any] = (), model: Adapter | None = None
+) -> TrainedRun:
+    """Train a recipe, or continue its run, until it has made `train.steps` steps.
+
+    recipe     name or path of a recipe, or one that `load_recipe` returned.
+    overrides  recipe keys to change: ["train.steps=100"] or {"train.steps": 100}.
+    model      an adapter to train in place of the one that the recipe loads.
+
+    Under torchrun every rank makes this call. Raises what docs/failure.md lists: RecipeError, DataError, Interrupted and others.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
+    made = finished(recipe)
+    if made is None:
+        Trainer(recipe, model).run()
+    distributed.stop()
+    return TrainedRun(Path(recipe.run_dir), recipe.train.steps if made is None else made, made is None)
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether `source` is the folder of a run."""
+    return (Path(source) / "recipe.yaml").is_file()
+
+
+def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read the recipe that is named, or that a run was made with."""
+    try:
+        return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
+    except UnknownRecipe as error:
+        raise RecipeError(f"{str(source)!r} is no folder of a run, and there is {error}") from error
