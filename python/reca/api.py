@@ -28,13 +28,19 @@ def load(
 ) -> Adapter:
     """Load a model, ready for inference.
 
-    source     name or path of a recipe, whose published files are loaded; or the folder of a run, whose newest checkpoint is
-               laid over them. An export is loaded by the recipe it was made of: {"model.weights": FOLDER}.
-    overrides  recipe keys to change: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
-    device     where the weights are put; None: a GPU if there is one.
+    Args:
+        source: Name or path of a recipe, whose published files are loaded; or the folder of a run, whose newest
+            checkpoint is laid over them. An export is loaded by the recipe it was made of, with
+            {"model.weights": FOLDER}.
+        overrides: Recipe keys to change: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
+        device: Where the weights are put. None: on a GPU, if there is one.
 
-    Returns the model's `Adapter`: generate, edit and answer, as far as its `abilities` go.
-    Raises RecipeError (a ValueError) when the recipe cannot be read, ValueError when files are missing or do not fit.
+    Returns:
+        The model's `Adapter`. It generates, edits and answers as far as its `abilities` go.
+
+    Raises:
+        RecipeError: The recipe cannot be read as written. It is a ValueError.
+        ValueError: Files are missing, or do not fit the recipe.
     """
     recipe = recipe_of(source, overrides)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,11 +55,17 @@ def train(
 ) -> TrainedRun:
     """Train a recipe, or continue its run, until it has made `train.steps` steps.
 
-    recipe     name or path of a recipe, or one that `load_recipe` returned.
-    overrides  recipe keys to change: ["train.steps=100"] or {"train.steps": 100}.
-    model      an adapter to train in place of the one that the recipe loads.
+    Under torchrun every rank makes this call.
 
-    Under torchrun every rank makes this call. Raises what docs/failure.md lists: RecipeError, DataError, Interrupted and others.
+    Args:
+        recipe: Name or path of a recipe, or one that `load_recipe` returned.
+        overrides: Recipe keys to change: ["train.steps=100"] or {"train.steps": 100}.
+        model: An adapter to train in place of the one that the recipe loads.
+
+    Raises:
+        RecipeError: The recipe cannot be run as written, or the run folder holds a run of another one.
+        DataError: Data or disk.
+        Interrupted: A signal came; what was made is saved, and the same call continues.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)

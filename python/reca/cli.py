@@ -168,7 +168,7 @@ def _train(options: argparse.Namespace) -> None:
     from reca import distributed
     from reca.config import explain, load_recipe
     from reca.runs import finished
-    from reca.train import Trainer
+    from reca.trainer import Trainer
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:

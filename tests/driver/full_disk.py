@@ -16,7 +16,7 @@ from pathlib import Path
 from reca import checkpoint
 from reca.cli import main
 from reca.status import Status
-from reca.train import Trainer
+from reca.trainer import Trainer
 
 DISK, ELSEWHERE = Path(sys.argv[1]), Path(sys.argv[2])
 FILLER = DISK / "filler"

@@ -16,7 +16,7 @@ import torch
 from reca import checkpoint, distributed, exits
 from reca.config import load_recipe
 from reca.status import Status
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 FOLDER = Path(sys.argv[1])

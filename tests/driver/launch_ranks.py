@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from reca import distributed
 from reca.config import load_recipe
 from reca.models import umm_package
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter
 
 

@@ -18,7 +18,7 @@ from reca.data.views import View, Views
 from reca.models.weights import read_tensors
 from reca.runs import load_recipe
 from reca.status import Status
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 
@@ -235,7 +235,7 @@ def test_exit_codes_are_those_of_the_exceptions():
     from reca.config import RecipeError
     from reca.data.sources import DataError
     from reca.status import RunInUse
-    from reca.train import NonFiniteError, NotSavedError
+    from reca.trainer import NonFiniteError, NotSavedError
 
     expected = {
         RecipeError: 3, CheckpointError: 3, ValueError: 3, DataError: 4, OSError: 4, NonFiniteError: 5,

@@ -12,7 +12,7 @@ from reca import checkpoint
 from reca.checkpoint import CheckpointError
 from reca.config import RecipeError
 from reca.runs import load_trained
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 FIRST = ["objective.reca.weight=0", "objective.t2i.weight=1", "train.frozen=['layers.0.*']"]

@@ -8,7 +8,7 @@ import pytest
 
 from reca import exits
 from reca.status import RunFolder, Status
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]

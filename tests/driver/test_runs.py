@@ -16,7 +16,7 @@ from reca.cli import main
 from reca.config import RecipeError
 from reca.data.sources import DataError
 from reca.status import RunInUse, Status, locked
-from reca.train import NonFiniteError, Trainer
+from reca.trainer import NonFiniteError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 ROOT = Path(__file__).parents[2]

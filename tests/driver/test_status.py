@@ -16,7 +16,7 @@ from reca.cli import main
 from reca.config import load_recipe
 from reca.runs import finished
 from reca.status import RunFolder, RunInUse, Status, locked
-from reca.train import Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from reca.objective import backward
 from reca.optim import lr_at
 from reca.runs import load_trained
 from reca.status import Status
-from reca.train import NonFiniteError, NotSavedError, Trainer
+from reca.trainer import NonFiniteError, NotSavedError, Trainer
 from tests.driver.toy import ToyAdapter
 
 

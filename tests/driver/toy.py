@@ -11,7 +11,7 @@ from reca.config import Recipe
 from reca.data.views import View, Views
 from reca.models.base import Adapter, Batch, LossTerm
 from reca.rng import RandomStream
-from reca.train import Trainer
+from reca.trainer import Trainer
 
 SIDE = 4
 

@@ -29,7 +29,7 @@ from reca import checkpoint, exits, jsonl
 from reca.cli import main as reca
 from reca.models import umm_package
 from reca.status import Status
-from reca.train import Trainer  # noqa: F401  # imported here once, and not by every fork
+from reca.trainer import Trainer  # noqa: F401  # imported here once, and not by every fork
 
 STEPS, EVERY = 24, 5  # of a run, and between its checkpoints
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for the ranks that are left

@@ -26,7 +26,7 @@ from reca.models.base import ROLES, Batch, Turn
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained
-from reca.train import Trainer
+from reca.trainer import Trainer
 from reca_kernels import dispatch, native
 
 WORDS = [

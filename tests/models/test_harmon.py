@@ -20,7 +20,7 @@ from reca.models.harmon.config import AutoencoderSizes, tiny
 from reca.models.harmon.masking import Masking, hidden_counts
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG
-from reca.train import Trainer
+from reca.trainer import Trainer
 from reca_kernels import dispatch, native
 
 WORDS = "a red blue square circle describe what is this the picture ? with care".split()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reca.config import load_recipe
 from reca.models.base import Adapter
-from reca.train import Trainer
+from reca.trainer import Trainer
 from reca.world import report
 from reca.world.measure import Measured, measure
 from reca.world.starts import Start, scaled, start
