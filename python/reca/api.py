@@ -8,7 +8,7 @@ import torch
 
 from reca import distributed
 from reca.config import Recipe, RecipeError, UnknownRecipe, load_recipe
-from reca.models import umm
+from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.inference import warn_of_random_weights
 from reca.runs import finished, load_trained
@@ -47,7 +47,7 @@ def load(
     if is_run(source):
         return load_trained(Path(source), recipe, device)
     warn_of_random_weights(str(source), recipe.model)
-    return umm(recipe.umm).Adapter.load(recipe.model, device).eval()
+    return umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
     Raises:
         RecipeError: The recipe cannot be run as written, or the run folder holds a run of another one.
         DataError: Data or disk.
-        Interrupted: A signal came; what was made is saved, and the same call continues.
+        SystemExit: With code 75: a signal came, what was made is saved, and the same call continues.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)

@@ -78,6 +78,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from reca.models import UMMS
+
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=_path, required=True, help="folder to write")
 
     demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
-    demo.add_argument("--umm", default="show_o", help="which UMM: show_o, harmon, open_uni or bagel")
+    demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)}")
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     demo.add_argument(
         "--out", type=_path, help="folder of the report; demo_out, for another UMM than show_o demo_out/UMM"
@@ -165,29 +167,25 @@ def _takes_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from reca import distributed
+    from reca import api, distributed
     from reca.config import explain, load_recipe
-    from reca.runs import finished
-    from reca.trainer import Trainer
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
         if int(os.environ.get("RANK", 0)) == 0:
             print(explain(recipe))
         return
+    run = api.train(recipe)
+    if not distributed.speaks():
+        return
     draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
-    done = finished(recipe)
-    if done is None:
-        Trainer(recipe).run()
-        told = f"{recipe.train.steps} steps done. {draw}"
+    if run.new_steps:
+        print(f"{run.steps} steps done. {draw}")
     else:
-        told = (
-            f"{recipe.run_dir} has {done} steps already and train.steps={recipe.train.steps}: nothing to do. "
+        print(
+            f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "
             f"Give a larger train.steps, or another run_dir. {draw}"
         )
-    if distributed.speaks():
-        print(told)
-    distributed.stop()
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -208,45 +206,32 @@ def _check(options: argparse.Namespace) -> None:
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
 
 
-def _recipe(options: argparse.Namespace, ability: str | None = None) -> tuple:
-    """The recipe that is named, or that a run was made with, and the class of its adapter."""
-    from reca.config import RecipeError, UnknownRecipe, load_recipe
+def _adapter(options: argparse.Namespace, ability: str) -> type:
+    """The class of the model that is named, which must have the ability."""
+    from reca.api import recipe_of
+    from reca.config import RecipeError
     from reca.models import UMMS, umm_package
 
-    kept = Path(options.recipe) / "recipe.yaml"
-    try:
-        recipe = load_recipe(kept if kept.is_file() else options.recipe, options.overrides)
-    except UnknownRecipe as error:
-        raise RecipeError(f"{options.recipe!r} is no folder of a run, and there is {error}") from error
-    adapter = umm_package(recipe.umm).Adapter
-    if ability and ability not in adapter.abilities:
+    umm = recipe_of(options.recipe, options.overrides).umm
+    adapter = umm_package(umm).Adapter
+    if ability not in adapter.abilities:
         able = [name for name in UMMS if ability in umm_package(name).Adapter.abilities]
-        raise RecipeError(f"{recipe.umm} cannot {ability}; recipes of {' and '.join(able)} can")
-    return recipe, adapter
+        raise RecipeError(f"{umm} cannot {ability}; recipes of {' and '.join(able)} can")
+    return adapter
 
 
-def _model(options: argparse.Namespace, recipe, adapter: type):
-    """The adapter a recipe describes or a run has trained, ready for inference."""
-    import torch
+def _model(options: argparse.Namespace):
+    from reca.api import load
 
-    from reca.models.inference import warn_of_random_weights
-    from reca.runs import load_trained
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(options.recipe)
-    if (folder / "recipe.yaml").is_file():
-        return load_trained(folder, recipe, device)
-    warn_of_random_weights(options.recipe, recipe.model)
-    return adapter.load(recipe.model, device).eval()
+    return load(options.recipe, options.overrides)
 
 
 def _generate(options: argparse.Namespace) -> None:
     from reca.models.inference import warn_of_unknown_words
 
     seeds = [options.seed + i for i in range(len(options.prompt))]
-    recipe, adapter = _recipe(options, "generate")
-    sampling = _sampling(options, adapter.generate, seeds, options.prompt)
-    model = _model(options, recipe, adapter)
+    sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
+    model = _model(options)
     warn_of_unknown_words(model.tokenizer, options.prompt)
     _write(model.generate(options.prompt, seeds, **sampling), options, seeds, options.prompt)
 
@@ -255,10 +240,9 @@ def _edit(options: argparse.Namespace) -> None:
     from reca.models.inference import warn_of_unknown_words
 
     seeds, instructions = [options.seed], [options.instruction]
-    recipe, adapter = _recipe(options, "edit")
-    sampling = _sampling(options, adapter.edit, seeds, instructions)
+    sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
     image = _read(options.image)
-    model = _model(options, recipe, adapter)
+    model = _model(options)
     warn_of_unknown_words(model.tokenizer, instructions)
     _write(model.edit([image], instructions, seeds, **sampling), options, seeds, instructions)
 
@@ -266,20 +250,21 @@ def _edit(options: argparse.Namespace) -> None:
 def _answer(options: argparse.Namespace) -> None:
     from reca.models.inference import warn_of_unknown_words
 
-    recipe, adapter = _recipe(options, "answer")
+    _adapter(options, "answer")
     _reject_empty([options.question])
     image = _read(options.image)
-    model = _model(options, recipe, adapter)
+    model = _model(options)
     warn_of_unknown_words(model.tokenizer, [options.question])
     print(model.answer([image], [options.question])[0])
 
 
 def _export(options: argparse.Namespace) -> None:
+    from reca.api import recipe_of
     from reca.folders import writable
 
-    recipe, adapter = _recipe(options)
+    recipe_of(options.recipe, options.overrides)
     writable(options.out, "--out")
-    written = _model(options, recipe, adapter).export(options.out)
+    written = _model(options).export(options.out)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
 
 

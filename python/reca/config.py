@@ -5,7 +5,7 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,7 +133,7 @@ class LogConfig:
 
 @dataclass
 class Recipe:
-    umm: str = config_field("show_o", "which unified multimodal model", UMMS)
+    umm: str = config_field("show_o", f"the model: {', '.join(UMMS)}, or an importable package.module of your own")
     model: Any = config_field(None, "keys of that model, see models/<umm>/config.py")
     data: DataConfig = config_field(DataConfig, "")
     objective: ObjectiveConfig = config_field(ObjectiveConfig, "")
@@ -153,10 +153,14 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
-    """A recipe by name (see `recipe_names`) or path, with `key.sub=value` overrides.
+def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read a recipe by name (see `recipe_names`) or path.
 
-    Raises RecipeError for an unknown recipe, key or value.
+    Args:
+        overrides: Keys to change, as ["key.sub=value", ...] or {"key.sub": value, ...}.
+
+    Raises:
+        RecipeError: An unknown recipe, key or value.
     """
     path = Path(home(str(name)))
     if path.suffix not in (".yaml", ".yml"):
@@ -175,14 +179,12 @@ def load_recipe(name: str | Path, overrides: list[str] = ()) -> Recipe:
     if not isinstance(written, dict):
         raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
 
-    given = [_split(text) for text in overrides]
+    given = _given(overrides)
     umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
     for key, text in given:
         if key == "umm":
             umm = convert(read_override(key, text, str), str, key, COMMAND_LINE)
-    recipe = Recipe(umm=umm)
-    check_values(recipe)
-    recipe.model = umm_package(umm).Config()
+    recipe = Recipe(umm=umm, model=umm_package(umm).Config())
     _Layer(recipe, source).put(recipe, written)
     layer = _Layer(recipe, COMMAND_LINE)
     for key, text in given:
@@ -245,6 +247,22 @@ def explain(recipe: Recipe) -> str:
         lines.append((f"{key}={override_text(getattr(config, f.name))}", f"{f.metadata.get('doc', '')}{among}"))
     width = min(48, max(len(left) for left, _ in lines))
     return "\n".join(f"{left:<{width}}  {doc}" for left, doc in lines)
+
+
+def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Overrides as pairs of key and text."""
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides={shown(overrides)} must be a list of key=value, or a dict")
+    if not isinstance(overrides, Mapping):
+        return [_split(text) for text in overrides]
+    pairs: list[tuple[str, str]] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            pairs += [(f"{key}.{name}", text) for name, text in _given(value)]
+        else:
+            value = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            pairs.append((key, override_text(value)))
+    return pairs
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ TINY = ["train.steps=1", "objective.reca.batch_size=2", "objective.reca.micro_ba
 def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_path):
     image = str(tmp_path / "none.png")
     assert main(["edit", name, "--image", image, "--instruction", "draw it red"]) == 3
-    assert f"{name[:-5]} cannot edit; recipes of open_uni and bagel can" in capsys.readouterr().err
+    assert f"{name[:-5]} cannot edit; recipes of bagel and open_uni can" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,41 @@
-"""The four UMMs. Each folder has the same files: config, modules, prompt, adapter, sampling, convert."""
+"""The unified multimodal models. Each folder has the same files: config, model, prompt, loss, sampling, weights."""
 
+import re
+from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
-UMMS = ("show_o", "harmon", "open_uni", "bagel")
+from reca.options import RecipeError, shown
+
+UMMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
+OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")  # package.module
 
 
-def umm_package(name: str):
-    """The package of a UMM; it exports `Config` (a dataclass of recipe keys) and `Adapter`."""
-    if name not in UMMS:
-        raise ValueError(f"umm={name!r} is unknown; it must be one of {', '.join(UMMS)}")
-    return import_module(f"reca.models.{name}")
+def umm_package(name: str) -> ModuleType:
+    """Import the package of a model: a folder beside this file, or any `package.module` on the Python path.
+
+    Returns:
+        A module with `Config`, a dataclass of recipe keys, and `Adapter`.
+
+    Raises:
+        RecipeError: There is no such package, or it lacks one of the two.
+    """
+    if name in UMMS:
+        return import_module(f"reca.models.{name}")
+    if not OUTSIDE.fullmatch(name):
+        raise RecipeError(
+            f"umm={shown(name)} is not one of {', '.join(map(repr, UMMS))}; a model of your own is named package.module"
+        )
+    try:
+        package = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # something that the package itself imports
+        raise RecipeError(
+            f"umm={name} cannot be imported: there is no module {error.name}; install it, or put its folder on "
+            "PYTHONPATH"
+        ) from error
+    if not isinstance(getattr(package, "Adapter", None), type) or not is_dataclass(getattr(package, "Config", None)):
+        raise RecipeError(f"umm={name} must define Config, a dataclass, and Adapter (see reca/models/base.py)")
+    return package

@@ -205,7 +205,7 @@ class Adapter(nn.Module):
 
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
         """Image and instruction to image, all uint8 [3, H, W]."""
-        raise NotImplementedError(f"{self.name} cannot edit images; BAGEL and OpenUni can")
+        raise NotImplementedError(f"{self.name} cannot edit images; it can {' and '.join(sorted(self.abilities))}")
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         """Image and question to text, greedy."""

@@ -1,0 +1,92 @@
+"""`import reca`: load and train, as the command line does."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import reca
+from reca import api, cli
+from reca.config import RecipeError, load_recipe
+from tests.driver.toy import ToyAdapter, write_images, write_recipe
+
+SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]
+
+
+def test_importing_reca_is_light():
+    heavy = (
+        "import sys, reca; assert reca.__version__; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_reca_offers():
+    assert reca.load is api.load and reca.train is api.train
+    with pytest.raises(AttributeError, match="'reca' has no attribute 'lode'; it offers .*load, train"):
+        reca.lode  # noqa: B018
+
+
+def test_a_run_is_trained_continued_and_loaded(tmp_path):
+    folder = tmp_path / "run"
+    given = {"run_dir": folder, "train": {"steps": 1, "threads": 1}, "data.workers": 0, "objective.i2t.weight": 0}
+    given |= {"objective.reca.batch_size": 4, "log.tensorboard": False}
+    run = reca.train("show_o_tiny", given)
+    assert run == (folder, 1, True)
+    assert reca.train("show_o_tiny", given) == (folder, 1, False)
+    assert reca.train(load_recipe("show_o_tiny", given | {"train.steps": 2})) == (folder, 2, True)
+    model, start = reca.load(folder), reca.load("show_o_tiny")
+    assert not model.training and model.name == "show_o"
+    assert not torch.equal(model.showo.lm_head.weight, start.showo.lm_head.weight)
+    image = model.generate(["a red square"], seeds=[0], steps=2)[0]
+    assert image.shape == (3, 20, 20) and torch.equal(
+        image, reca.load(str(folder)).generate(["a red square"], [0], steps=2)[0]
+    )
+
+
+def test_a_model_of_ones_own_is_trained(tmp_path):
+    recipe, model = write_recipe(tmp_path, write_images(tmp_path / "images")), ToyAdapter()
+    before = model.layers[0].weight.detach().clone()
+    assert reca.train(recipe, ["train.steps=2"], model=model).steps == 2
+    assert not torch.equal(model.layers[0].weight, before)
+
+
+def test_overrides_have_two_forms():
+    given = {"optim": {"lr": 3e-4, "betas": (0.8, 0.9)}, "train.init_from": None, "log.prompts": ["a, b", "null"]}
+    texts = ["optim.lr=3e-4", "optim.betas=[0.8, 0.9]", "train.init_from=null", 'log.prompts=["a, b", "null"]']
+    assert load_recipe("show_o_tiny", given) == load_recipe("show_o_tiny", texts)
+    with pytest.raises(RecipeError, match="overrides='train.steps=3' must be a list of key=value, or a dict"):
+        load_recipe("show_o_tiny", "train.steps=3")
+    with pytest.raises(RecipeError, match="did you mean train.steps"):
+        load_recipe("show_o_tiny", {"train": {"step": 3}})
+    with pytest.raises(TypeError, match="change the Recipe itself"):
+        reca.train(load_recipe("show_o_tiny"), SMALL)
+
+
+def test_sources_that_are_none(tmp_path):
+    with pytest.raises(RecipeError, match="is no folder of a run, and there is no recipe"):
+        reca.load(tmp_path)
+    with pytest.raises(RecipeError, match="'show_oo' is no folder of a run"):
+        reca.load("show_oo")
+
+
+def test_a_random_model_is_said_to_be_one(caplog):
+    with caplog.at_level(logging.WARNING, logger="reca"):
+        reca.load("show_o_tiny")
+    assert "show_o_tiny names no weights" in caplog.text
+
+
+def test_the_command_line_has_no_second_way(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(api, "train", lambda recipe: calls.append(recipe) or api.TrainedRun(tmp_path, 7, True))
+    assert cli.main(["train", "show_o_tiny", f"run_dir={tmp_path}"]) == 0
+    assert calls[0].run_dir == str(tmp_path) and "7 steps done" in capsys.readouterr().out
+    monkeypatch.setattr(api, "load", lambda *given: calls.append(given) or 1 / 0)
+    for command in (
+        ["generate", "--prompt", "a"],
+        ["export", "--out", str(tmp_path)],
+    ):
+        cli.main([command[0], "show_o_tiny", "model.seed=1", *command[1:]])
+        assert calls[-1] == ("show_o_tiny", ["model.seed=1"])
