@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reca import units
 from reca.config import Recipe
+from reca.data.batch import Batch
 from reca.distributed import shard_size
 from reca.models import umm_package
-from reca.models.base import ROLES, Adapter, Batch
+from reca.models.base import ROLES, Adapter
 from reca.optim import freeze
 from reca.parallelize import recompute_blocks
 from reca.rng import CounterRNG

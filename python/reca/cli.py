@@ -269,7 +269,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from reca.world.experiment import demo
+    from reca.toy_world.experiment import demo
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
         raise ValueError(

@@ -11,11 +11,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
+from reca.data.batch import TASKS
 from reca.data.config import DataConfig
+from reca.data.spec import parse_spec
 from reca.folders import replace_text
 from reca.models import UMMS, umm_package
-from reca.models.base import TASKS
-from reca.options import GLOB, HUB, LOCAL, RecipeError, check_heads, check_values, config_field, share, shown
+from reca.options import GLOB, HUB, LOCAL, SPEC, RecipeError, check_heads, check_values, config_field, share, shown
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -202,16 +203,16 @@ def as_dict(recipe: Recipe) -> dict:
     return asdict(recipe)
 
 
-def located(recipe: Recipe) -> Recipe:
-    """The recipe with paths that mean the same in every working folder: relative ones made absolute.
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with paths that mean the same in every working folder: relative ones made absolute.
 
-    world:SPLIT, addresses and names of the hub stay as they are.
+    Importable specs, addresses and names of the hub stay as they are.
     """
     recipe = copy.deepcopy(recipe)
     for config, f, _ in walk(recipe):
-        value, task = getattr(config, f.name), f.metadata.get("path")
-        if task and value and not _is_address(value) and not (task == HUB and not os.path.exists(value)):
-            here = glob.escape(os.getcwd()) if task == GLOB and ".tar" in Path(value).name else os.getcwd()
+        value, kind = getattr(config, f.name), f.metadata.get("path")
+        if kind and value and not _is_no_path(value, kind):
+            here = glob.escape(os.getcwd()) if kind == GLOB and ".tar" in Path(value).name else os.getcwd()
             setattr(config, f.name, os.path.join(here, value.removeprefix("./")))
     return recipe
 
@@ -272,8 +273,10 @@ def _split(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _is_address(text: str) -> bool:
-    return text.startswith("world:") or "://" in text
+def _is_no_path(text: str, kind: str) -> bool:
+    if kind == HUB and not os.path.exists(text):
+        return True
+    return "://" in text or (kind in (GLOB, SPEC) and parse_spec(text) is not None)
 
 
 class _Layer:

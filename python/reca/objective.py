@@ -15,15 +15,11 @@ from torch import Tensor
 
 from reca import distributed
 from reca.config import ObjectiveConfig, RecipeError
-from reca.models.base import TASKS, Adapter, Batch, LossTerm
+from reca.data.batch import Batch, task_rng
+from reca.models.base import Adapter, LossTerm
 from reca.rng import CounterRNG
 
 TINY = torch.finfo(torch.float32).tiny
-
-
-def task_rng(seed: int, task: str) -> CounterRNG:
-    """Kinds number their samples separately, so each has a key of its own."""
-    return CounterRNG(seed, TASKS.index(task))
 
 
 def backward(

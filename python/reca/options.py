@@ -6,9 +6,10 @@ from typing import Any
 
 LARGEST = 2**63 - 1  # the largest number of any integer key
 
-# What a path key may hold beside a path, which decides how it is made absolute (see `reca.config.located`).
+# What a path key may hold beside a path, which decides how it is made absolute (see `reca.config.absolute_paths`).
 LOCAL = "local"  # a file or folder
-GLOB = "glob"  # a file, a folder, a pattern of tar files, or world:SPLIT
+GLOB = "glob"  # a file, a folder, a pattern of tar files, or an importable spec (reca/data/spec.py)
+SPEC = "spec"  # a file, or an importable spec
 HUB = "hub"  # a file or folder that is there, or else a name of the Hugging Face hub
 
 
@@ -32,7 +33,7 @@ def config_field(
 
     choices: all values there are, of the key or of each item of its list. least, most: the smallest and the largest
     that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
-    that a list has at least. path: LOCAL, GLOB or HUB for a text that names files.
+    that a list has at least. path: LOCAL, GLOB, SPEC or HUB for a text that names files.
     """
     metadata = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "below": below}

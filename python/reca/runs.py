@@ -12,7 +12,7 @@ import torch
 
 from reca import checkpoint, distributed, exits
 from reca.config import Recipe, RecipeError, as_dict, load_recipe
-from reca.data.loader import SPECS
+from reca.data.sources import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.status import RunFolder, Status
@@ -43,7 +43,9 @@ def identity(
     sources: the samples of every active task. state: of the checkpoint to go on from. It holds what the run before this
     one had made when this one began, which does not matter any longer.
     """
-    found = {f"data.{SPECS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()}
+    found = {
+        f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
+    }
     if "reca" in recipe.active_tasks():
         found["data.templates"] = _digest("\n".join(templates).encode())
     found |= {f"model.{name}": _fingerprint(value) for name, value in files(recipe).items()}
@@ -64,7 +66,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     """
     before, old, new = state["identity"], _flat(state["recipe"]), _flat(as_dict(recipe))
     free = [*FREE, *BY_CONTENT, *before, *now, "optim.decay_steps"]
-    for task in SPECS:
+    for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
             free.append(f"objective.{task}.*")
     if new["objective.mean"] == "update":

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 
 from reca import checkpoint, distributed, exits, monitors, objective, preflight, runs, split
-from reca.config import Recipe, TaskConfig, as_dict, located, save_recipe
-from reca.data.loader import Loader, open_loader, open_sources
+from reca.config import Recipe, TaskConfig, absolute_paths, as_dict, save_recipe
+from reca.data.batch import Batch
+from reca.data.loader import Loader, open_loader
+from reca.data.sources import open_sources
 from reca.folders import writable
 from reca.interruption import Interruption
 from reca.jsonl import JsonLines
 from reca.log import RunLog
 from reca.models import umm_package
-from reca.models.base import Adapter, Batch
+from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import compile_blocks, recompute_blocks
 from reca.status import RunFolder
@@ -138,7 +140,7 @@ class Trainer:
     def _run(self) -> None:
         recipe, speaks = self.recipe, distributed.rank() == 0
         if speaks:
-            save_recipe(located(recipe), self.run_dir / "recipe.yaml")
+            save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
         record = RunLog(
             self.run_dir, recipe.train.steps, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
         )

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from reca.data.config import DataConfig
+from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.data.sampler import sample_index
-from reca.data.sources import DataError, open_source
+from reca.data.sources import open_source
 from reca.data.views import View, Views
 
 VIEWS = Views(gen=View(4), und=None)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from reca.data import dali
+from reca.data.errors import DataError
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
-from reca.data.sources import DataError
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reca.data.sources import DataError
+from reca.data.errors import DataError
 from reca.data.templates import load_templates
 
 SENTENCES = load_templates()

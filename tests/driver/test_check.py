@@ -12,9 +12,9 @@ from torch import nn
 from reca import check
 from reca.cli import main
 from reca.config import ParallelConfig, load_recipe, recipe_names
+from reca.data.batch import Batch
 from reca.distributed import shard_size
 from reca.models import umm_package
-from reca.models.base import Batch
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG
 

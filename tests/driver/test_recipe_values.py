@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from reca.config import RecipeError, as_dict, explain, load_recipe, located, recipe_names, save_recipe
+from reca.config import RecipeError, absolute_paths, as_dict, explain, load_recipe, recipe_names, save_recipe
 from reca.values import override_text
 
 # Texts that YAML, OmegaConf or Python would take for something else.
@@ -353,16 +353,20 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
     here = tmp_path / "a[1]"
     (here / "model").mkdir(parents=True)
     monkeypatch.chdir(here)
-    recipe = located(
+    recipe = absolute_paths(
         show_o("run_dir=runs/x", "train.init_from=./before", "data.images=shards/*.tar", "data.captions=photos",
-               "data.conversations=world:understood", "model.weights=model", "model.codec_weights=owner/name",
+               "data.conversations=reca.toy_world:understood", "model.weights=model", "model.codec_weights=owner/name",
                "data.templates=/t.txt")
     )  # fmt: skip
     assert recipe.run_dir == f"{here}/runs/x" and recipe.train.init_from == f"{here}/before"
     assert recipe.data.images == f"{tmp_path}/a[[]1]/shards/*.tar" and recipe.data.captions == f"{here}/photos"
-    assert (recipe.data.conversations, recipe.data.templates, recipe.data.cache) == ("world:understood", "/t.txt", None)
+    assert (recipe.data.conversations, recipe.data.templates, recipe.data.cache) == (
+        "reca.toy_world:understood",
+        "/t.txt",
+        None,
+    )
     assert (recipe.model.weights, recipe.model.codec_weights) == (f"{here}/model", "owner/name")
-    assert as_dict(located(recipe)) == as_dict(recipe)
+    assert as_dict(absolute_paths(recipe)) == as_dict(recipe)
 
 
 def test_recipes_that_cannot_be_read(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.config import RecipeError
-from reca.data.sources import DataError
+from reca.data.errors import DataError
 from reca.status import RunInUse, Status, locked
 from reca.trainer import NonFiniteError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights

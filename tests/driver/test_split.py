@@ -128,7 +128,7 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
     for micro_batch, parts in ((3, [(0, 3), (3, 2), (5, 2)]), (1, [(i, 1) for i in range(7)])):
         found, _ = gradient(recipe, micro_batch, mean="micro_batch")
         r, adapter = recipe("objective.reca.batch_size=7"), ToyAdapter(dtype=torch.float64)
-        from reca.objective import task_rng
+        from reca.data.batch import task_rng
 
         loss = 0
         for start, size in parts:

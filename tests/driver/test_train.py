@@ -14,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 from reca import checkpoint, exits
 from reca.checkpoint import CheckpointError
 from reca.config import RecipeError
+from reca.data.errors import DataError
 from reca.data.loader import open_loader
-from reca.data.sources import DataError
 from reca.objective import backward
 from reca.optim import lr_at
 from reca.runs import load_trained
@@ -68,7 +68,7 @@ def test_gradient_is_that_of_the_pooled_mean(recipe, images):
     autocast = torch.autocast("cpu", enabled=False)
     backward(adapter, batches, r.objective, 0, autocast)
 
-    from reca.objective import task_rng
+    from reca.data.batch import task_rng
 
     expected = ToyAdapter(dtype=torch.float64)
     total = 0
@@ -227,7 +227,7 @@ def test_sample_grids_and_gap(recipe):
 def test_condition_other_swaps_h_v(recipe):
     trainer = Trainer(recipe(), ToyAdapter())
     batch = next(iter(trainer.loaders["reca"]))
-    from reca.objective import task_rng
+    from reca.data.batch import task_rng
 
     own, other = (trainer.adapter(batch, task_rng(0, "reca"), c).sum for c in ("own", "other"))
     assert own != other

@@ -8,8 +8,9 @@ from PIL import Image
 from torch import nn
 
 from reca.config import Recipe
+from reca.data.batch import Batch
 from reca.data.views import View, Views
-from reca.models.base import Adapter, Batch, LossTerm
+from reca.models.base import Adapter, LossTerm
 from reca.rng import RandomStream
 from reca.trainer import Trainer
 

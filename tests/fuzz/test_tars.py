@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reca.data.errors import BadSample, DataError
-from reca.data.source import IMAGE_SUFFIXES
+from reca.data.sample import IMAGE_SUFFIXES
 from reca.data.tars import Tars
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations

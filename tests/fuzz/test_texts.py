@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from reca.data.conversations import Conversations
 from reca.data.errors import BadSample, DataError
-from reca.data.source import decode_caption
+from reca.data.sample import decode_caption
 from reca.data.templates import load_templates
 from tests.fuzz.bounds import counted, fewer
 from tests.fuzz.mutate import mutate, mutations

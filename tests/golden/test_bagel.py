@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from reca.data.batch import Batch
 from reca.data.pixels import bound_size, make_view
 from reca.models.bagel import Adapter, modules, prompt, sampling
 from reca.models.bagel.loading import published
 from reca.models.bagel.mot import GEN
-from reca.models.base import Batch
 from reca.optim import freeze
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy
 from tests.golden.bagel import (

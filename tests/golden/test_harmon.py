@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.models.base import Batch
 from reca.models.harmon import prompt, sampling
 from reca_kernels import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, template_concat
 from reca_kernels.diffusion_loss import reference

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
-from reca.models.base import Batch, Turn
 from reca.models.open_uni import prompt, sampling
 from tests.golden.open_uni import (
     GRADIENT,

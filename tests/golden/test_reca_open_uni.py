@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from reca.config import OptimConfig
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.models.base import Batch
 from reca.optim import freeze, gradient_norm, make_optimizer, set_lr
 from tests.golden.open_uni import (
     GRADIENT,

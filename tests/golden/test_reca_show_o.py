@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reca.models.base import Batch
+from reca.data.batch import Batch
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.config import ClipSizes, PatchSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.modules import PatchCodebook

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reca.models.base import Batch
+from reca.data.batch import Batch
 from reca.models.show_o import Adapter, prompt, sampling
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
 from tests.golden.show_o import (

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 
 from reca.cli import main
 from reca.config import load_recipe
+from reca.data.batch import Batch, Turn, task_rng
 from reca.models import UMMS, exporting, umm_package
-from reca.models.base import Batch, Turn
 from reca.models.exporting import export_to
-from reca.objective import task_rng
 
 TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
 

@@ -8,19 +8,19 @@ import torch
 from PIL import Image
 
 from reca.config import load_recipe
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models import umm_package
-from reca.models.base import Batch
 from reca.rng import CounterRNG
-from reca.world.source import world_source
-from reca.world.starts import UMMS
+from reca.toy_world import understood
+from reca.toy_world.pretrain import UMMS
 
 
 @pytest.mark.parametrize("umm", UMMS)
 def test_answers_are_counted_on_the_host(umm, monkeypatch):
     """A GPU that has to be asked how many there are is waited for."""
     model = umm_package(umm).Adapter.load(load_recipe(f"{umm}_tiny").model).eval()
-    source, view = world_source("understood?seed=0", "i2t"), model.views("i2t").und
+    source, view = understood("i2t"), model.views("i2t").und
     samples = [source[i] for i in range(3)]
     und = [make_view(Image.open(io.BytesIO(sample.image)), view) for sample in samples]
     adapter = import_module(f"reca.models.{umm}.adapter")

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from reca.config import load_recipe
+from reca.data.batch import Batch, Turn
 from reca.data.cache import collate
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, adapter, convert, loading, modules, prompt, sampling
 from reca.models.bagel.config import AutoencoderSizes, tiny
 from reca.models.bagel.mot import GEN, UND, attend, grouped
-from reca.models.base import ROLES, Batch, Turn
+from reca.models.base import ROLES
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reca import objective
 from reca.config import ObjectiveConfig, OptimConfig, load_recipe
+from reca.data.batch import Batch, Turn
 from reca.data.loader import open_loader
-from reca.models.base import ROLES, Batch, Turn
+from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, adapter, prompt
 from reca.models.harmon.config import AutoencoderSizes, tiny
 from reca.models.harmon.masking import Masking, hidden_counts

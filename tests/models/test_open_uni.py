@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reca.config import load_recipe
+from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
-from reca.models.base import Batch, Turn
 from reca.models.open_uni import Adapter, Config, convert, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, tiny
 from reca.models.tiny_tokenizer import word_tokenizer

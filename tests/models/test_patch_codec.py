@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from reca.models.patch_codec import PatchCodec
-from reca.world.detector import shows
-from reca.world.source import understood
+from reca.toy_world.detector import shows
+from reca.toy_world.splits import understood
 
 
 def pixels(n):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
-from reca.models.base import Batch, Turn
 from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.config import MagvitSizes, tiny
 from reca.models.show_o.modules import Magvit

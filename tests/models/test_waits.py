@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from reca.config import load_recipe
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models import umm_package
 from reca.models.bagel import config as bagel
-from reca.models.base import Batch
 from reca.models.harmon import config as harmon
 from reca.models.open_uni.config import tiny as open_uni_sizes
 from reca.models.show_o import config as show_o
 from reca.rng import CounterRNG
-from reca.world.source import world_source
-from reca.world.starts import UMMS
+from reca.toy_world import understood
+from reca.toy_world.pretrain import UMMS
 from reca_kernels import Run, attention_plan
 from reca_kernels.host import on_device
 from reca_kernels.ops import attention_impls
@@ -111,7 +111,7 @@ def cases():
 
 
 def batch_of(model, task, n=4):
-    source, views = world_source("understood?seed=0", "i2t"), model.views(task)
+    source, views = understood("i2t"), model.views(task)
     samples = [source[i] for i in range(n)]
 
     def seen(view):

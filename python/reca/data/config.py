@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, LOCAL, config_field, share
+from reca.options import GLOB, LOCAL, SPEC, config_field, share
 
 
 @dataclass
@@ -11,24 +11,27 @@ class DataConfig:
     images: Optional[str] = config_field(
         None,
         "images to reconstruct: a folder, webdataset tars (a glob, or a {000..009} range of which every number is "
-        "there), or world:SPLIT?seed=N",
+        "there), or package.module:FUNCTION?key=value of a function that makes a source",
         path=GLOB,
     )
     conversations: Optional[str] = config_field(
         None,
-        "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, or world:SPLIT",
-        path=LOCAL,
+        "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, or "
+        "package.module:FUNCTION",
+        path=SPEC,
     )
     captions: Optional[str] = config_field(
         None,
-        "captioned images (t2i): a folder or tars with a .txt beside every image, or world:SPLIT",
+        "captioned images (t2i): a folder or tars with a .txt beside every image, or package.module:FUNCTION",
         path=GLOB,
     )
     image_root: Optional[str] = config_field(
         None, "folder that the image names of a conversations file start from", path=LOCAL
     )
     templates: Optional[str] = config_field(
-        None, "text file of template sentences, one a line, or world:; null: the 360 of this package", path=LOCAL
+        None,
+        "text file of template sentences, one a line, or package.module:LIST; null: the 360 of this package",
+        path=SPEC,
     )
     template_count: Optional[int] = config_field(
         None, "use this many of the templates, evenly spread; null uses all", least=1

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.data.batch import Turn
 from reca.data.errors import DataError
 from reca.data.folder import total_size
 from reca.data.left_out import LeftOut
-from reca.data.source import MAX_IMAGE_BYTES, Sample, checked_size, digest
+from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.text import decode_text, encodable
 from reca.files import HEAD, packed, placeholder
-from reca.models.base import Turn
 
 IMAGE = "<image>"
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -45,7 +45,7 @@ class Conversations:
             raise DataError(
                 f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
             )
-        self.root = Path(image_root).expanduser() if image_root else path.parent
+        self.root = Path(image_root) if image_root else path.parent
         items = _load(path)
         if not isinstance(items, list) or not any(isinstance(item, dict) for item in items):
             raise DataError(f"{path} is not LLaVA-style: expected a list of {FORM}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from reca.data.errors import DataError
 from reca.data.left_out import LeftOut
-from reca.data.source import (
+from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
@@ -30,7 +30,7 @@ class Folder:
     def __init__(self, root: Path, task: str):
         if not root.is_dir():
             fault = "is no folder" if root.exists() else "does not exist"
-            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or world:SPLIT")
+            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or package.module:FUNCTION")
         self.root, self.task, self.left_out = root, task, LeftOut()
         files = _walk(root, self.left_out)
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))

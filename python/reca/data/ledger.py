@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from reca.data.errors import DataError
-from reca.data.source import Source
+from reca.data.sample import Source
 
 log = logging.getLogger("reca")
 

@@ -4,7 +4,7 @@ import errno
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,36 +13,22 @@ import torch
 from torch import Tensor
 
 from reca.data import dali
+from reca.data.batch import Batch, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.ledger import Ledger
 from reca.data.pixels import PillowDecoder
+from reca.data.sample import Sample, Source
 from reca.data.sampler import sample_index, substitute_index
-from reca.data.source import Sample, Source
-from reca.data.sources import open_source
+from reca.data.sources import DATA_KEYS, open_sources
 from reca.data.templates import load_templates
 from reca.data.views import Views
-from reca.models.base import TASKS, Batch
 from reca.rng import CounterRNG, RandomStream
 from reca.split import Share, split
 
-SPECS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}
 ATTEMPTS = 100
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file that was to be read
-
-
-def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
-    """The samples of each task. Raises DataError when a source is missing or empty."""
-    sources = {}
-    for task in tasks:
-        spec = getattr(config, SPECS[task])
-        if spec is None:
-            raise DataError(
-                f"objective.{task}.weight is above 0 but data.{SPECS[task]} is null; say where its samples are"
-            )
-        sources[task] = open_source(spec, task, config.image_root)
-    return sources
 
 
 def open_loader(
@@ -71,7 +57,7 @@ def open_loader(
     source = source or open_sources(config, [task])[task]
     cache = None
     if config.cache:
-        cache = FeatureCache(Path(config.cache).expanduser(), views, [task, identity])
+        cache = FeatureCache(Path(config.cache), views, [task, identity])
     shares = split(batch_size or micro_batch * world, micro_batch, world)[rank]
     stream = Stream(shares, batch_size or micro_batch * world, start, neighbours)
     return Loader(config, source, task, views, seed, stream, ledger, cache)
@@ -129,8 +115,8 @@ class Loader:
         cache: FeatureCache | None = None,
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
-        self.rng = CounterRNG(seed, TASKS.index(task))
-        self.order = CounterRNG(seed, TASKS.index(task), 1).seed
+        self.rng = task_rng(seed, task)
+        self.order = task_rng(seed, task, 1).seed
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache = cache
@@ -204,7 +190,7 @@ class Loader:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno not in OF_THE_MACHINE:
                 raise BadSample(reason) from error
-            raise DataError(f"sample {self.source.key(index)} (data.{SPECS[self.task]}): {reason}") from error
+            raise DataError(f"sample {self.source.key(index)} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
     def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
         whole = all(row.features for row in rows)

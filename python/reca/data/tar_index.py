@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from reca.data.errors import DataError
 from reca.data.left_out import LeftOut
-from reca.data.source import IMAGE_SUFFIXES, hidden
+from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.files import HEAD, packed, placeholder
 
 MAX_PADDING = 2**20  # zeros behind the archive: writers fill up to a record, interrupted downloads up to the whole file

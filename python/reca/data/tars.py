@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from reca.data.errors import BadSample, DataError
 from reca.data.left_out import LeftOut, say
-from reca.data.source import (
+from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
@@ -193,7 +193,6 @@ def expand(spec: str) -> list[Path]:
     """Paths of a tar, of a glob, or of {000..009} ranges. Raises DataError when one is missing."""
     paths: dict[Path, None] = {}  # in order, each once
     missing = []
-    spec = os.path.expanduser(spec)
     for name in [spec] if os.path.exists(spec) else _ranges(spec):
         found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         paths |= dict.fromkeys(map(Path, found))

@@ -3,13 +3,18 @@
 from pathlib import Path
 
 from reca.data.errors import DataError
+from reca.data.spec import load_object, parse_spec
 from reca.data.text import decode_text
 
 
-def load_templates(path: str | None = None, count: int | None = None) -> list[str]:
-    """The sentences of a text file, one a line; those of the embedded world for "world:"; without a path, those of this
-    package. count: so many of them, evenly spread. Raises DataError."""
-    lines = _lines(path)
+def load_templates(source: str | None = None, count: int | None = None) -> list[str]:
+    """Return template sentences.
+
+    source: a text file, one sentence a line; or the importable spec of a list; None takes the 360 of this package.
+    count: takes so many of them, evenly spread.
+    Raises DataError.
+    """
+    lines = _lines(source)
     if count is None:
         return lines
     if not 1 <= count <= len(lines):
@@ -19,14 +24,21 @@ def load_templates(path: str | None = None, count: int | None = None) -> list[st
     return [lines[i * len(lines) // count] for i in range(count)]
 
 
-def _lines(path: str | None) -> list[str]:
-    if path == "world:":
-        from reca.world.captions import TEMPLATES
-
-        return list(TEMPLATES)
-    file = Path(path).expanduser() if path else Path(__file__).with_name("templates.txt")
+def _lines(source: str | None) -> list[str]:
+    if source and parse_spec(source):
+        found = load_object(source, "data.templates")
+        if not isinstance(found, list | tuple) or not found or not all(isinstance(line, str) for line in found):
+            raise DataError(
+                f"data.templates={source} names a {type(found).__name__}; it must be a list of sentences, with at "
+                "least one"
+            )
+        return list(found)
+    file = Path(source) if source else Path(__file__).with_name("templates.txt")
     if not file.is_file():
-        raise DataError(f"template file {file} does not exist; data.templates names a text file, one sentence a line")
+        raise DataError(
+            f"template file {file} does not exist; data.templates names a text file, one sentence a line, or "
+            "package.module:LIST"
+        )
     try:
         text = decode_text(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -2,17 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.rng import CounterRNG
-
-TASKS = ("reca", "i2t", "t2i")
 
 ROLES = (
     "und_encoder",  # vision tower that only understanding uses
@@ -25,68 +23,6 @@ ROLES = (
     "codec",  # image tokenizer or VAE
     "embed",  # token embeddings and output head
 )
-
-
-class Turn(NamedTuple):
-    """One exchange of a conversation about an image."""
-
-    question: str
-    answer: str
-
-
-@dataclass
-class Batch:
-    """Samples of one task on their way to the loss.
-
-    gen, und    uint8 [3, H, W] per sample, or None where the task's views have none
-    text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
-    features    what `encode` returned for these samples, when it comes from a cache
-    keep        takes what `encode` returns, to put it into a cache
-    neighbour   one more sample, whose h_v the last of these gets under condition "other"
-    counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
-    """
-
-    task: str
-    sample_ids: Tensor  # int64 [B]
-    text: list[Any]
-    gen: list[Tensor] | None = None
-    und: list[Tensor] | None = None
-    features: dict[str, Any] | None = None
-    keep: Callable[[dict[str, Any]], None] | None = None
-    neighbour: "Batch | None" = None
-    counted: bool = True
-    _host_ids: Tensor | None = field(default=None, init=False, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same samples on `device`; copies from pinned memory do not block."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
-            return [move(item) for item in value] if isinstance(value, list) else value
-
-        features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
-        moved = replace(
-            self,
-            sample_ids=move(self.sample_ids),
-            gen=move(self.gen),
-            und=move(self.und),
-            features=features,
-            neighbour=self.neighbour and self.neighbour.to(device),
-        )
-        moved._host_ids = self.host_ids
-        return moved
-
-    @property
-    def host_ids(self) -> Tensor:
-        """sample_ids on the host, wherever the rest is: int64 [B].
-
-        What decides shapes is drawn from them, since a GPU that has to be asked is waited for. The bits are the same.
-        """
-        return self.sample_ids.cpu() if self._host_ids is None else self._host_ids
 
 
 class LossTerm(NamedTuple):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.bagel import loading, modules, prompt, sampling
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
-from reca.models.base import Adapter, Batch, LossTerm, in_fp32
+from reca.models.base import Adapter, LossTerm, in_fp32
 from reca.models.pixels import check_side, to_unit
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.views import View, Views
-from reca.models.base import Adapter, Batch, LossTerm, in_fp32
+from reca.models.base import Adapter, LossTerm, in_fp32
 from reca.models.harmon import loading, modules, prompt, sampling
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.masking import Masking, hidden_counts

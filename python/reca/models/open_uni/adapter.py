@@ -11,9 +11,10 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.files import read_json
-from reca.models.base import Adapter, Batch, LossTerm, in_fp32
+from reca.models.base import Adapter, LossTerm, in_fp32
 from reca.models.hub import TOKENIZER, fetch
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.open_uni import convert, modules, prompt, sampling

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PhiForCausalLM, PreTrainedTokenizerBase
 
+from reca.data.batch import Batch
 from reca.data.views import View, Views
-from reca.models.base import Adapter, Batch, LossTerm, in_fp32
+from reca.models.base import Adapter, LossTerm, in_fp32
 from reca.models.inference import check_pairs, warn_of_cut
 from reca.models.pixels import per_channel, to_unit
 from reca.models.show_o import loading, modules, prompt, sampling

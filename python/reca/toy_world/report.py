@@ -13,12 +13,12 @@ from PIL import Image
 
 from reca.config import as_dict, load_recipe
 from reca.log import grid
-from reca.world.measure import CATEGORIES, Rate
-from reca.world.scenes import held_out_pairs
-from reca.world.starts import scaled, start
+from reca.toy_world.measure import CATEGORIES, Rate
+from reca.toy_world.pretrain import scaled, start
+from reca.toy_world.scenes import held_out_pairs
 
 if TYPE_CHECKING:
-    from reca.world.experiment import Outcome
+    from reca.toy_world.experiment import Outcome
 
 Results = dict[int, dict[str, "Outcome"]]
 SHOWN = ("seen", "held-out")
@@ -57,7 +57,7 @@ def verdicts(results: Results) -> list[str]:
 
 def write(results: Results, umm: str, out: Path, scale: float = 1.0) -> Path:
     """The report as one self-contained file."""
-    from reca.world.experiment import arms
+    from reca.toy_world.experiment import arms
 
     begin, first = start(umm), next(iter(results))
     recipe = load_recipe(begin.recipe)

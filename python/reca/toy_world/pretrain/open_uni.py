@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.models.base import Batch
+from reca.data.batch import Batch
 from reca.models.open_uni import Adapter, modules, prompt
 from reca.models.text import control
 from reca.rng import CounterRNG
-from reca.world.captions import TEMPLATES, caption, phrase
-from reca.world.source import captioned, understood
-from reca.world.starts import Progress, Start, scaled
-from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, leave, matrices, pictures, unit
-from reca.world.starts.language import ASKED, IGNORE, reply
+from reca.toy_world.captions import TEMPLATES, caption, phrase
+from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain.alignment import alignment, filled
+from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
+from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, save_as_run, unit
+from reca.toy_world.splits import captioned, understood
 from reca_kernels import attention_plan, masked_linear_cross_entropy, template_concat
 
 UNDERSTANDING, DRAWING = 350, 600  # steps
 NAMED, DRAWN = 32, 64  # pictures in a step of each
-TOLD = 0.8  # how often a caption tells a colour
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
@@ -40,13 +40,13 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
 
     layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
-    descend(model.mllm.parameters(), matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
+    optimize(model.mllm.parameters(), matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
     model.mllm.requires_grad_(False)
 
     trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
     layers = (model.connector.layers, model.transformer.transformer_blocks)
-    descend(trained, matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
-    leave(model, recipe, folder, understanding + drawing)
+    optimize(trained, matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+    save_as_run(model, recipe, folder, understanding + drawing)
     return model
 
 
@@ -129,7 +129,7 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
     def loss(step: int) -> Tensor:
         index = torch.randint(len(latents), (DRAWN,))
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        texts = [caption(split.scene(i), None, rng, TOLD) for i in index.tolist()]
+        texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
         asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
         shown = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
         quoted = [slots.quoted(asked, slots.words(text)) for asked, text in zip(shown, texts[half:], strict=True)]

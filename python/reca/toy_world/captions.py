@@ -3,7 +3,7 @@
 import random
 from collections.abc import Container
 
-from reca.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
+from reca.toy_world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
 
 # What people write around a caption. It says nothing about the picture, and puts the caption at varied distances.
 BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
@@ -29,16 +29,16 @@ WORDS = tuple(
 
 
 def caption(
-    scene: Scene, told: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0
+    scene: Scene, coloured: Container[Thing] | None = None, rng: random.Random | None = None, share: float = 1.0
 ) -> str:
-    """The scene in words, seven at most.
+    """Describe the scene in at most seven words.
 
-    The colour of a thing is told if the thing is in `told` (None: any), and then with chance `share`.
+    coloured: the things whose colours are named, each with probability `share`; None is all things.
     """
     parts = []
     for thing in scene.things:
-        tell = (told is None or thing in told) and (rng is None or rng.random() < share)
-        parts.append(f"a {thing.colour} {thing.shape}" if tell else f"a {thing.shape}")
+        named = (coloured is None or thing in coloured) and (rng is None or rng.random() < share)
+        parts.append(f"a {thing.colour} {thing.shape}" if named else f"a {thing.shape}")
     return f" {scene.relation} ".join(parts)
 
 

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from reca.config import Recipe
-from reca.models.base import Batch, Turn
+from reca.data.batch import Batch, Turn
 from reca.models.harmon import Adapter, modules, prompt
 from reca.rng import CounterRNG, RandomStream
-from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.world.source import captioned, understood
-from reca.world.starts import Progress, Start, scaled
-from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, leave, matrices, pictures, unit
+from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain.alignment import alignment, filled
+from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, save_as_run, unit
+from reca.toy_world.splits import captioned, understood
 from reca_kernels import masked_linear_cross_entropy
 
 UNDERSTANDING, DRAWING = 200, 600  # steps; those of drawing go on with understanding
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
-TOLD = 0.8  # how often a caption tells a colour
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 OFFSET = 3.0  # of the diffusion head's input
 SEES = (
     "shared_encoder",
@@ -69,16 +69,16 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     language = (model.llm.model.layers, model.mar.encoder_blocks)
     roles = model.roles()
     understands = [p for name, p in model.named_parameters() if roles[name] in SEES or name.startswith("proj_in.")]
-    descend(understands, matrices(*language), lambda step: task.naming(), understanding, progress)
+    optimize(understands, matrices(*language), lambda step: task.naming(), understanding, progress)
 
     everything = [*model.parameters(), *task.readout.parameters()]
     layers = matrices(*language, model.mar.decoder_blocks, net.res_blocks)
     both = lambda step: task.drawing(step) + task.naming()  # noqa: E731
-    descend(everything, layers, both, drawing, progress, done=understanding)
+    optimize(everything, layers, both, drawing, progress, done=understanding)
 
     finished = Adapter.load(recipe.model)
     finished.load_state_dict(model.state_dict())
-    leave(finished, recipe, folder, understanding + drawing)
+    save_as_run(finished, recipe, folder, understanding + drawing)
     return finished
 
 
@@ -115,7 +115,7 @@ class _Task:
         model, rng, half = self.model, self.rng, DRAWN // 2
         index = torch.randint(len(self.to_draw), (DRAWN,))
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        texts = [caption(self.drawn.scene(i), None, rng, TOLD) for i in index.tolist()]
+        texts = [caption(self.drawn.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
         asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), self.draws)
         templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
         asked += [self.quoted(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]

@@ -7,8 +7,8 @@ the model has to find facts without that help: "second colour red". Large langua
 import random
 from collections.abc import Callable
 
-from reca.world.captions import QUESTIONS, TEMPLATES, caption
-from reca.world.scenes import Scene
+from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption
+from reca.toy_world.scenes import Scene
 
 ASKED = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
 IGNORE = -100

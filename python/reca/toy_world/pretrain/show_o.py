@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.models.base import Batch, Turn
+from reca.data.batch import Batch, Turn
 from reca.models.show_o import Adapter, prompt
 from reca.rng import CounterRNG
-from reca.world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.world.source import Split, captioned, understood
-from reca.world.starts import Progress, Start, scaled
-from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, matrices, pictures, unit
+from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain.alignment import alignment, filled
+from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, unit
+from reca.toy_world.splits import Split, captioned, understood
 
 STEPS = 800
 DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
-TOLD = 0.8  # how often a caption tells a colour
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 
 
@@ -40,7 +40,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     task = _Task(model, rng, draws, captioned(seed), understood(seed), codes, named)
 
     steps, layers = scaled(STEPS, scale), matrices(model.showo.model.layers, model.clip.encoder.layers)
-    descend(model.parameters(), layers, lambda step: task.drawing(step) + task.naming(), steps, progress)
+    optimize(model.parameters(), layers, lambda step: task.drawing(step) + task.naming(), steps, progress)
     model.export(folder)
     return model
 
@@ -71,7 +71,7 @@ class _Task:
         model, v, half = self.model, self.model.vocabulary, DRAWN // 2
         index = torch.randint(len(self.codes), (DRAWN,))
         ids = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        texts = [caption(self.drawn.scene(i), None, self.rng, TOLD) for i in index.tolist()]
+        texts = [caption(self.drawn.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
         batch = Batch("t2i", ids[:half], [phrase(text, self.rng) for text in texts[:half]])
         asked = model.loss(batch, {"codes": self.codes[index[:half]]}, self.draws)
 

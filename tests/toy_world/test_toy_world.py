@@ -5,12 +5,13 @@ import random
 import pytest
 
 from reca.config import load_recipe
+from reca.data.errors import DataError
 from reca.data.pixels import open_rgb
-from reca.data.sources import DataError, open_source
-from reca.world.captions import TEMPLATES, WORDS, caption, phrase
-from reca.world.measure import CATEGORIES, Rate, prompts
-from reca.world.scenes import Scene, Thing, held_out_pairs
-from reca.world.source import SPLITS
+from reca.data.sources import open_source
+from reca.toy_world import splits
+from reca.toy_world.captions import TEMPLATES, WORDS, caption, phrase
+from reca.toy_world.measure import CATEGORIES, Rate, prompts
+from reca.toy_world.scenes import Scene, Thing, held_out_pairs
 
 RED, BLUE = Thing("red", "square"), Thing("blue", "circle")
 
@@ -18,8 +19,8 @@ RED, BLUE = Thing("red", "square"), Thing("blue", "circle")
 def test_captions():
     scene = Scene((RED, BLUE), "left_of")
     assert caption(scene) == "a red square left_of a blue circle"
-    assert caption(scene, told={RED}) == "a red square left_of a circle"
-    assert caption(scene, told=()) == "a square left_of a circle"
+    assert caption(scene, coloured={RED}) == "a red square left_of a circle"
+    assert caption(scene, coloured=()) == "a square left_of a circle"
 
 
 def test_the_recipe_knows_every_word():
@@ -35,34 +36,46 @@ def test_phrases_add_words_around_and_change_nothing_inside():
 
 def test_captioned_pictures_hold_no_held_out_pair_and_unlabeled_ones_do():
     held = held_out_pairs(3)
-    captioned, unlabeled = SPLITS["captioned"](3), SPLITS["unlabeled"](3)
+    captioned, unlabeled = splits.captioned(3), splits.unlabeled(3)
     assert not any(t in held for i in range(300) for t in captioned.scene(i).things)
     assert any(t in held for i in range(50) for t in unlabeled.scene(i).things)
 
 
 def test_splits_do_not_share_pictures():
-    a, b = SPLITS["understood"](0), SPLITS["unseen"](0)
+    a, b = splits.understood(0), splits.unseen(0)
     assert [a.scene(i) for i in range(50)] != [b.scene(i) for i in range(50)]
 
 
 def test_sources_give_each_kind_its_text():
     held = held_out_pairs(1)
-    bare = open_source("world:unlabeled?seed=1", "reca")[0]
+    bare = open_source("reca.toy_world:unlabeled?seed=1", "reca")[0]
     assert bare.text is None and open_rgb(bare.image).size == (20, 20)
-    sparse = open_source("world:unlabeled?seed=1&told=sparse", "t2i")
+    sparse = open_source("reca.toy_world:unlabeled?seed=1&caption_detail=sparse", "t2i")
     split = sparse.split
     for i in range(200):
         for thing in split.scene(i).things:
             assert thing not in held or f"{thing.colour} {thing.shape}" not in sparse[i].text
-    talk = open_source("world:understood?seed=1", "i2t")[0].text
-    assert talk[0].answer == caption(SPLITS["understood"](1).scene(0))
-    assert open_source("world:unlabeled?seed=1", "t2i")[5] == open_source("world:unlabeled?seed=1", "t2i")[5]
+    talk = open_source("reca.toy_world:understood?seed=1", "i2t")[0].text
+    assert talk[0].answer == caption(splits.understood(1).scene(0))
+    assert (
+        open_source("reca.toy_world:unlabeled?seed=1", "t2i")[5]
+        == open_source("reca.toy_world:unlabeled?seed=1", "t2i")[5]
+    )
 
 
-@pytest.mark.parametrize("spec", ["nothing", "unlabeled?told=some", "unlabeled?seed=x", "unlabeled?colour=red"])
-def test_unknown_worlds_are_named(spec):
-    with pytest.raises(DataError, match="write world:SPLIT"):
-        open_source(f"world:{spec}", "reca")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nothing", "has no 'nothing'"),
+        ("unlabelled", "has no 'unlabelled'; did you mean unlabeled"),
+        ("unlabeled?caption_detail=some", "caption_detail=some of the toy world must be one of sparse, half, full"),
+        ("unlabeled?seed=x", "seed=x of the toy world must be a whole number"),
+        ("unlabeled?colour=red", "unexpected keyword argument 'colour'.*seed: int = 0, caption_detail"),
+    ],
+)
+def test_mistakes_in_a_spec_are_named(spec, words):
+    with pytest.raises(DataError, match=words):
+        open_source(f"reca.toy_world:{spec}", "reca")
 
 
 def test_prompts_are_independent_and_fixed():

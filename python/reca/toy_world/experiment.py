@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from reca.config import load_recipe
 from reca.models.base import Adapter
+from reca.toy_world import report
+from reca.toy_world.measure import Measured, measure
+from reca.toy_world.pretrain import Start, scaled, start
 from reca.trainer import Trainer
-from reca.world import report
-from reca.world.measure import Measured, measure
-from reca.world.starts import Start, scaled, start
 
 BEFORE = "before"
 SPARSEST = 10  # every tenth prompt still asks for something of every category
@@ -36,11 +36,11 @@ class Arm:
     overrides: tuple[str, ...]
 
 
-def _sft(told: str) -> tuple[str, ...]:
+def _sft(caption_detail: str) -> tuple[str, ...]:
     return (
         "objective.reca.weight=0",
         "objective.t2i.weight=1",
-        f"data.captions=world:unlabeled?seed={{seed}}&told={told}",
+        f"data.captions=reca.toy_world:unlabeled?seed={{seed}}&caption_detail={caption_detail}",
     )
 
 
@@ -143,8 +143,8 @@ def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outco
             f"train.seed={seed}",
             f"train.steps={train_steps}",
             "train.threads=1",
-            f"data.images=world:unlabeled?seed={seed}",
-            f"data.conversations=world:understood?seed={seed}",
+            f"data.images=reca.toy_world:unlabeled?seed={seed}",
+            f"data.conversations=reca.toy_world:understood?seed={seed}",
             "data.workers=0",
             *own,
         ],

@@ -14,17 +14,17 @@ from torch import Tensor
 from reca.config import Recipe
 from reca.models.bagel import Adapter, modules, prompt, sampling
 from reca.rng import CounterRNG
-from reca.world.captions import TEMPLATES, caption, phrase
-from reca.world.source import captioned, understood
-from reca.world.starts import Progress, Start, scaled
-from reca.world.starts.alignment import alignment, filled
-from reca.world.starts.descent import descend, leave, pictures, unit
-from reca.world.starts.language import ASKED, IGNORE, reply
+from reca.toy_world.captions import TEMPLATES, caption, phrase
+from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain.alignment import alignment, filled
+from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
+from reca.toy_world.pretrain.optimize import optimize, pictures, save_as_run, unit
+from reca.toy_world.splits import captioned, understood
 from reca_kernels import masked_linear_cross_entropy
 
 UNDERSTANDING, DRAWING = 350, 600  # steps
 NAMED, DRAWN = 32, 64  # pictures in a step of each
-TOLD = 0.8  # how often a caption tells a colour
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
 class _Quoting(Adapter):
@@ -55,15 +55,15 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
 
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
     sees = ("und_encoder", "bridge", "und_lm", "embed")
-    descend(part(*sees), matrices(*sees), _naming(model, seed, rng, scale), understanding, progress)
+    optimize(part(*sees), matrices(*sees), _naming(model, seed, rng, scale), understanding, progress)
     for parameter in part(*sees):
         parameter.requires_grad_(False)
     draws = ("gen_lm", "gen_head")
-    descend(part(*draws), matrices(*draws), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+    optimize(part(*draws), matrices(*draws), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
 
     finished = Adapter.load(recipe.model)
     finished.load_state_dict(model.state_dict())
-    leave(finished, recipe, folder, understanding + drawing)
+    save_as_run(finished, recipe, folder, understanding + drawing)
     return finished
 
 
@@ -130,7 +130,7 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
     def loss(step: int) -> Tensor:
         index = torch.randint(len(moments), (DRAWN,))
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        texts = [caption(split.scene(i), None, rng, TOLD) for i in index.tolist()]
+        texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
         asked = [[model.text(phrase(text, rng))] for text in texts[:half]]
         quoted = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
         h_v = [slots.quoted(slots.words(text)) for text in texts[half:]]

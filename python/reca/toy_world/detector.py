@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reca.world.scenes import BACKGROUND, COLOURS, MASKS, SIZE, Scene, Thing
+from reca.toy_world.scenes import BACKGROUND, COLOURS, MASKS, SIZE, Scene, Thing
 
 MIN_PIXELS = 8
 MIN_PURITY = 0.8

@@ -9,11 +9,11 @@ import torch
 
 from reca.cli import main
 from reca.config import load_recipe
-from reca.world import experiment, report
-from reca.world.captions import WORDS
-from reca.world.scenes import SIDE
-from reca.world.starts import UMMS, start
-from reca.world.starts.language import WORDS as FACT_WORDS
+from reca.toy_world import experiment, report
+from reca.toy_world.captions import WORDS
+from reca.toy_world.pretrain import UMMS, start
+from reca.toy_world.pretrain.language import WORDS as FACT_WORDS
+from reca.toy_world.scenes import SIDE
 
 SCALE = 0.004
 ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
@@ -36,7 +36,7 @@ def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
     (tmp_path / "seed0").mkdir()
     quick = {name: min(value, 10) for name, value in start(umm).sampling.items() if name.endswith("steps")}
     faster = replace(start(umm), sampling=start(umm).sampling | quick)
-    monkeypatch.setattr(import_module(f"reca.world.starts.{umm}"), "START", faster)
+    monkeypatch.setattr(import_module(f"reca.toy_world.pretrain.{umm}"), "START", faster)
     results = serial(umm, tmp_path)
     begin = start(umm)
     wanted = [*ROWS[:3], *([begin.generation[0]] if begin.generation else []), *ROWS[3:]]

@@ -47,7 +47,7 @@ def start(umm: str) -> Start:
     """Raises RecipeError for a UMM without a demo."""
     if umm not in UMMS:
         raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(UMMS)}")
-    return import_module(f"reca.world.starts.{umm}").START
+    return import_module(f"reca.toy_world.pretrain.{umm}").START
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from reca import checkpoint
-from reca.config import Recipe, located, save_recipe
+from reca.config import Recipe, absolute_paths, save_recipe
 from reca.models.base import Adapter
-from reca.world.source import Split
-from reca.world.starts import Progress, scaled
+from reca.toy_world.pretrain import Progress, scaled
+from reca.toy_world.splits import Split
 
 WARMUP, HOLD, FINAL = 60, 0.6, 0.05
 
 
-def descend(
+def optimize(
     parameters: Iterable[nn.Parameter],
     muon: Iterable[nn.Parameter],
     loss: Callable[[int], Tensor],
@@ -49,10 +49,10 @@ def matrices(*parts: nn.Module) -> list[nn.Parameter]:
     return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
 
-def leave(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
+def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
     """All parameters as the checkpoint of a run, which `train.init_from` starts from."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_recipe(located(recipe), folder / "recipe.yaml")
+    save_recipe(absolute_paths(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
     saved = checkpoint.save(folder, {"update": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
     if saved is None:

@@ -5,8 +5,18 @@ import random
 import pytest
 import torch
 
-from reca.world.detector import detect, shows
-from reca.world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing, all_pairs, draw_scene, held_out_pairs, render
+from reca.toy_world.detector import detect, shows
+from reca.toy_world.scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    all_pairs,
+    draw_scene,
+    held_out_pairs,
+    render,
+)
 
 
 def scenes(n, seed=0):

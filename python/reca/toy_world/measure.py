@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from reca.models.base import Adapter
-from reca.world.captions import caption
-from reca.world.detector import shows
-from reca.world.scenes import RELATIONS, SHAPES, Scene, Thing, all_pairs, held_out_pairs
-from reca.world.source import unseen
+from reca.toy_world.captions import caption
+from reca.toy_world.detector import shows
+from reca.toy_world.scenes import RELATIONS, SHAPES, Scene, Thing, all_pairs, held_out_pairs
+from reca.toy_world.splits import unseen
 
 CATEGORIES = ("single", "colour", "two", "attribution", "position")
 QUESTION = "what is this"
@@ -70,7 +70,7 @@ def prompts(seed: int) -> list[Prompt]:
 
     for _ in range(48):
         scene = two(all_pairs())
-        made.append(Prompt("two", "", caption(scene, told=()), scene, False, False))
+        made.append(Prompt("two", "", caption(scene, coloured=()), scene, False, False))
     for category, layout in (("attribution", False), ("position", True)):
         for name, pool in pools.items():
             for _ in range(48):

@@ -1,0 +1,94 @@
+"""Sources and templates of any installed package: `package.module:NAME`, or `package.module:NAME?key=value&key=value`.
+
+Whoever writes such a spec runs the code of that module.
+"""
+
+import importlib
+import inspect
+import re
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
+
+from reca.data.errors import DataError
+from reca.data.sample import Source
+from reca.values import guess
+
+_SPEC = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)(?:\?(.*))?", re.DOTALL)
+
+
+class Spec(NamedTuple):
+    """The parts of package.module:NAME?key=value."""
+
+    module: str
+    name: str
+    query: str | None
+
+
+def parse_spec(text: str) -> Spec | None:
+    """Return the parts of an importable spec; None for any other text, such as a path or an address."""
+    match = _SPEC.fullmatch(text)
+    return match and Spec(*match.groups())
+
+
+def load_object(text: str, key: str) -> Any:
+    """Import what a spec names. key: of the recipe, for messages.
+
+    Raises DataError for a module or a name that does not exist.
+    """
+    spec = parse_spec(text)
+    try:
+        module = importlib.import_module(spec.module)
+    except ImportError as error:
+        raise DataError(
+            f"{key}={text}: module {spec.module} cannot be imported ({error}). Install its package, or put the folder "
+            f"that holds it on PYTHONPATH; for a file of this name write ./{text}"
+        ) from error
+    if not hasattr(module, spec.name):
+        public = [name for name in dir(module) if not name.startswith("_")]
+        near = get_close_matches(spec.name, public, 1)
+        raise DataError(
+            f"{key}={text}: module {spec.module} has no {spec.name!r}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return getattr(module, spec.name)
+
+
+def call_source(text: str, task: str, key: str) -> Source:
+    """Call the function that a spec names as function(task=task, **arguments), and return the source it makes.
+
+    Arguments are read as numbers, true, false, null or text, by how they look.
+    Raises DataError when it is no function, takes other arguments, or does not return a source with samples.
+    """
+    function, arguments = load_object(text, key), _arguments(text, key)
+    if not callable(function):
+        raise DataError(f"{key}={text} names a {type(function).__name__}, not a function that returns a source")
+    try:
+        inspect.signature(function).bind(task=task, **arguments)
+    except TypeError as error:
+        raise DataError(
+            f"{key}={text}: {error}; the function is called with task={task!r} and the arguments behind the ?, and "
+            f"takes {inspect.signature(function)}"
+        ) from error
+    except ValueError as error:  # of a built-in function, which tells no signature
+        raise DataError(f"{key}={text} names a function of unknown signature; name one written in Python") from error
+    source = function(task=task, **arguments)
+    if missing := [name for name in ("__len__", "__getitem__", "key", "size", "identity") if not hasattr(source, name)]:
+        raise DataError(
+            f"{key}={text} returned a {type(source).__name__} without {', '.join(missing)}; a source has all that "
+            "reca.data.sample.Source lists"
+        )
+    if not len(source):
+        raise DataError(f"{key}={text} returned a source without samples")
+    return source
+
+
+def _arguments(text: str, key: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    query = parse_spec(text).query
+    for part in query.split("&") if query else ():
+        name, equals, value = part.partition("=")
+        if not equals or not name or name in arguments:
+            fault = "is given twice" if name in arguments else "is no name=value"
+            raise DataError(f"{key}={text}: {part!r} {fault}; write ?name=value&name=value")
+        arguments[name] = guess(unquote_plus(value), f"{key}: {name}")
+    return arguments

@@ -1,0 +1,48 @@
+"""Splits of the toy world: scenes that are a function of (seed, split, index)."""
+
+import random
+
+import torch
+
+from reca.toy_world.scenes import Scene, Thing, all_pairs, draw_scene, held_out_pairs, render
+
+
+class Split:
+    """`size` scenes that are a function of (seed, name, index), each of things from `pairs`."""
+
+    def __init__(self, name: str, seed: int, size: int, pairs: list[Thing]):
+        self.name, self.seed, self.size, self.pairs = name, seed, size, pairs
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rng(self, index: int, purpose: str = "scene") -> random.Random:
+        return random.Random(f"{self.seed}/{self.name}/{index}/{purpose}")
+
+    def scene(self, index: int) -> Scene:
+        return draw_scene(self.rng(index), self.pairs)
+
+    def picture(self, index: int) -> torch.Tensor:
+        """uint8 [3, H, W], with pixel noise."""
+        return render(self.scene(index), torch.Generator().manual_seed(self.rng(index, "noise").getrandbits(63)))
+
+
+def captioned(seed: int) -> Split:
+    """Pictures that pre-training draws from captions: no held-out pair among them."""
+    held = held_out_pairs(seed)
+    return Split("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
+
+
+def understood(seed: int) -> Split:
+    """Pictures that the understanding side has seen and named: every pair."""
+    return Split("understood", seed, 8000, all_pairs())
+
+
+def unlabeled(seed: int) -> Split:
+    """Pictures of post-training: every pair. RECA gets them bare; SFT gets them with captions."""
+    return Split("unlabeled", seed, 6000, all_pairs())
+
+
+def unseen(seed: int) -> Split:
+    """Pictures that no training sees, for measuring understanding."""
+    return Split("unseen", seed, 400, all_pairs())
