@@ -17,7 +17,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -119,16 +118,23 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
     moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
     state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
     try:
-        _together(lambda: _make_room(run_dir, partial, adapter))
-        _together(lambda: _write(partial / "weights", changed(adapter)))
-        _together(lambda: _write(partial / "optimizer", _tensors(moments)))
-        _together(lambda: _write_state(partial, state))
-        listed = _together(lambda: _checksums(partial))
-        _together(lambda: _publish(partial, final, listed))
-    except _NotSaved as failure:
+        with distributed.fail_together():
+            _make_room(run_dir, partial, adapter)
+        with distributed.fail_together():
+            _write(partial / "weights", changed(adapter))
+        with distributed.fail_together():
+            _write(partial / "optimizer", _tensors(moments))
+        with distributed.fail_together():
+            _write_state(partial, state)
+        with distributed.fail_together():
+            own = _checksums(partial)
+        listed = distributed.gather(own)
+        with distributed.fail_together():
+            _publish(partial, final, listed)
+    except (OSError, RuntimeError) as error:
         log.error(
             "checkpoint at update %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
-            state["update"], failure, run_dir,
+            state["update"], getattr(error, "reason", None) or _first_line(error), run_dir,
         )  # fmt: skip
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -259,23 +265,6 @@ def _reading(folder: Path, read: Callable):
         ) from error
 
 
-class _NotSaved(Exception):
-    """A step of saving failed on some rank; raised on all of them."""
-
-
-def _together(step: Callable[[], Any]) -> list:
-    """Run one step of saving; what it returned on every rank. No rank goes on to wait for one that failed."""
-    result = failure = None
-    try:
-        result = step()
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        failure = _first_line(error)
-    told = distributed.gather((result, failure))
-    if failures := [failure for _, failure in told if failure]:
-        raise _NotSaved(failures[0])
-    return [result for result, _ in told]
-
-
 def _first_line(error: BaseException) -> str:
     """What went wrong on the first rank that failed, without the trace that DCP adds."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
@@ -293,8 +282,12 @@ def _make_room(run_dir: Path, partial: Path, adapter: nn.Module) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, Tensor]) -> None:
-    if tensors:
+    if not tensors:
+        return
+    try:
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.api.CheckpointException as error:  # a BaseException
+        raise RuntimeError(_first_line(error)) from error
 
 
 def _write_state(partial: Path, state: dict) -> None:

@@ -93,26 +93,27 @@ def barrier() -> None:
 
 
 class PeerFailed(RuntimeError):
-    """Another rank has failed, and says why."""
+    """Another rank has failed, and prints the reason itself."""
 
-    def __init__(self, rank: int, exit_code: int):
-        super().__init__(f"rank {rank} failed")
-        self.exit_code = exit_code
+    def __init__(self, rank: int, exit_code: int, reason: str):
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.exit_code, self.reason = exit_code, reason
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Run the body on every rank, and leave it together: where it fails on any rank, all others raise PeerFailed."""
+def fail_together() -> Iterator[None]:
+    """Run the body on every rank and wait for all of them: where it raises on any rank, all others raise PeerFailed."""
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    codes = gather(0 if error is None else exits.code_of(error))
+    failures = gather(None if error is None else (exits.code_of(error), str(error) or type(error).__name__))
     if error is not None:
         raise error
-    if failed := [(rank, code) for rank, code in enumerate(codes) if code]:
-        raise PeerFailed(*failed[0])
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise PeerFailed(rank, *failure)
 
 
 def gather(value: Any) -> list[Any]:

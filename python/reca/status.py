@@ -212,7 +212,7 @@ def _lock(run_dir: Path) -> int:
     Rank 0 takes all bytes first, so that no process of another run, or of this one before it was killed, has any.
     POSIX record locks work across the machines of a shared file system, and never against the process itself.
     """
-    with distributed.together():
+    with distributed.fail_together():
         _give_way(run_dir)
         if distributed.rank() == 0:
             handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)

@@ -58,7 +58,7 @@ class Trainer:
         self.device = distributed.start(recipe.parallel)
         self.tasks, self.able = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         self.passes = {task: split.passes(self._task(task), distributed.world()) for task in self.tasks}
-        with distributed.together():
+        with distributed.fail_together():
             if distributed.rank() == 0:
                 writable(self.run_dir, "run_dir")
                 writable(self.run_dir / "checkpoints", "folder")
@@ -111,7 +111,7 @@ class Trainer:
         """Check all that needs no weights, on rank 0 first. Returns the sources of samples by task."""
         recipe, sources = self.recipe, {}
         tasks = [*self.tasks, *(task for task in self._yardsticks() if task not in self.tasks)]
-        with distributed.together():
+        with distributed.fail_together():
             if distributed.rank() == 0:
                 sources, templates = preflight.check(
                     recipe, tasks, distributed.world(), distributed.node(), adapter, begins=state is None
@@ -119,7 +119,7 @@ class Trainer:
                 self.identity = runs.identity(recipe, sources, templates, state)
                 if state is not None:
                     runs.reject_changed(recipe, self.run_dir, state, self.identity)
-        with distributed.together():
+        with distributed.fail_together():
             if distributed.rank() > 0:
                 sources = open_sources(recipe.data, tasks)
         return sources
