@@ -15,8 +15,9 @@ from torch import Tensor
 from reca.data.pixels import make_view
 from reca.data.views import View
 from reca.models.bagel import Adapter, Config, prompt
-from reca.models.bagel.config import AutoencoderSizes, LanguageSizes, VisionSizes
+from reca.models.bagel.config import AutoencoderSizes, VisionSizes
 from reca.models.bagel.mot import GEN, UND
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.rng import CounterRNG, RandomStream
 from tests.golden.conftest import Golden
@@ -50,7 +51,7 @@ def config(golden: Golden, folder: Path) -> Config:
 
     return Config(
         weights=str(folder),
-        language=sizes(LanguageSizes, c["llm_config"]),
+        language=sizes(Qwen2Sizes, c["llm_config"]),
         vision=sizes(VisionSizes, c["vit_config"]),
         autoencoder=AutoencoderSizes(
             block_out_channels=[vae["ch"] * m for m in vae["ch_mult"]],

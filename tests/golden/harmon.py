@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from reca.models.harmon import Adapter, Config, convert, loading
-from reca.models.harmon.config import AutoencoderSizes, LanguageSizes, MarSizes
+from reca.models.common.ldm_autoencoder import to_diffusers
+from reca.models.common.qwen2 import Qwen2Sizes
+from reca.models.harmon import Adapter, Config, loading
+from reca.models.harmon.config import AutoencoderSizes, MarSizes
 from reca.models.harmon.masking import WIDTH
 from reca.models.harmon.modules import EPS
 from reca.models.harmon.prompt import Prompt
@@ -22,7 +24,7 @@ def build(golden: Golden) -> Adapter:
     config = _config(golden.config)
     model = Adapter(config, None)
     levels = len(config.autoencoder.multipliers)
-    put(model.vae, convert.vae_native(golden.part("vae."), levels), "golden")
+    put(model.vae, to_diffusers(golden.part("vae."), levels), "golden")
     loading.put_trained(model, {n: t for n, t in golden.weights.items() if not n.startswith("vae.")}, "golden")
     return model.eval()
 
@@ -31,7 +33,7 @@ def _config(c: dict) -> Config:
     llm, mar, vae = c["llm"], c["mar"], c["vae"]
     assert llm["tie_word_embeddings"] and mar["layer_norm_eps"] == EPS and not vae["attn_resolutions_decoder"]
     return Config(
-        language=LanguageSizes(**{key: llm[key] for key in LanguageSizes.__dataclass_fields__}),
+        language=Qwen2Sizes(**{key: llm[key] for key in Qwen2Sizes.__dataclass_fields__}),
         mar=MarSizes(
             width=mar["encoder_embed_dim"],
             encoder_depth=mar["encoder_depth"],

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.open_uni import Adapter, Config, convert, modules, prompt
-from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, VisionSizes
+from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, VisionSizes
 from reca.models.weights import put
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import ConcatPlan
@@ -79,7 +80,7 @@ def _config(c: dict) -> Config:
 
     return Config(
         vision=sizes(VisionSizes, vision),
-        language=sizes(LanguageSizes, c["llm"]),
+        language=sizes(Qwen2Sizes, c["llm"]),
         connector=sizes(ConnectorSizes, c["connector"]),
         sana=sizes(SanaSizes, c["sana"]),
         autoencoder=sizes(

@@ -20,10 +20,11 @@ from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.cache import collate
 from reca.data.pixels import make_view
-from reca.models.bagel import Adapter, Config, adapter, convert, loading, modules, prompt, sampling
+from reca.models.bagel import Adapter, Config, adapter, loading, modules, prompt, sampling
 from reca.models.bagel.config import AutoencoderSizes, tiny
 from reca.models.bagel.mot import GEN, UND, attend, grouped
 from reca.models.base import ROLES
+from reca.models.common.ldm_autoencoder import to_ldm
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained
@@ -202,7 +203,7 @@ def test_published_names(published):
 
 
 def test_published_codec(published):
-    state = convert.codec_published(published.codec.autoencoder.state_dict(), 4)
+    state = to_ldm(published.codec.autoencoder.state_dict(), 4)
     assert len(state) == 244 and sum(t.numel() for t in state.values()) == 83_819_683
     shapes = {name: tuple(t.shape) for name, t in state.items()}
     assert shapes["encoder.mid.attn_1.q.weight"] == shapes["decoder.mid.attn_1.proj_out.weight"] == (512, 512, 1, 1)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from reca.config import load_recipe
+from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.harmon import Adapter, convert
 from reca.models.harmon.config import tiny
 from reca.models.tiny_tokenizer import word_tokenizer
@@ -113,11 +114,11 @@ def vae_names() -> set[str]:
 
 def test_published_names_of_the_autoencoder():
     vae = published("harmon_0_5b").vae.state_dict()
-    there = convert.vae_published(vae, 5)
+    there = to_ldm(vae, 5)
     assert there.keys() == vae_names()
     assert there["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     assert there["encoder.mid.attn_1.norm.weight"].shape == (512,)
-    back = convert.vae_native(there, 5)
+    back = to_diffusers(there, 5)
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in vae.items()}
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.open_uni import Adapter, Config, convert, prompt
-from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, LanguageSizes, SanaSizes, tiny
+from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, tiny
 from reca.models.tiny_tokenizer import word_tokenizer
 from reca.optim import freeze
 from reca.rng import CounterRNG
@@ -292,7 +293,7 @@ def test_every_parameter_has_a_role(model):
 
 def test_wrong_head_count_says_so():
     with pytest.raises(ValueError):
-        Adapter.load(config(language=LanguageSizes(50, 2, 4, 2, 96, 512), connector=ConnectorSizes(2, 3, 96)))
+        Adapter.load(config(language=Qwen2Sizes(50, 2, 4, 2, 96, 512), connector=ConnectorSizes(2, 3, 96)))
 
 
 def test_a_blur_reaches_h_v_and_not_the_target():

@@ -3,19 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.options import HUB, RecipeError, config_field, count, pixels, share
-
-
-@dataclass
-class LanguageSizes:
-    hidden_size: int = count(3584, "width of the two Qwen2 experts")
-    num_hidden_layers: int = count(28, "their layers")
-    num_attention_heads: int = count(28, "their query heads")
-    num_key_value_heads: int = count(4, "their key and value heads")
-    intermediate_size: int = count(18944, "width of their MLPs")
-    vocab_size: int = count(152064, "rows of the embedding table, more than the tokenizer has")
-    rms_norm_eps: float = config_field(1e-6, "epsilon of every RMSNorm", above=0)
-    rope_theta: float = config_field(1e6, "base of the rotary frequencies", above=0)
 
 
 @dataclass
@@ -66,7 +55,7 @@ class BagelConfig:
         "type the weights are kept in; mixed: fp32 for what RECA trains, bf16 for the rest. The codec stays fp32",
         ("fp32", "bf16", "mixed"),
     )
-    language: LanguageSizes = config_field(LanguageSizes, "")
+    language: Qwen2Sizes = config_field(lambda: Qwen2Sizes(3584, 28, 28, 4, 18944, 152064), "")
     vision: VisionSizes = config_field(VisionSizes, "")
     codec: str = config_field(
         "flux",
@@ -114,7 +103,7 @@ class BagelConfig:
 def tiny() -> BagelConfig:
     """A random model of about half a million parameters on images of 20 pixels: 25 image tokens, 9 rows of h_v."""
     return BagelConfig(
-        language=LanguageSizes(64, 3, 4, 2, 192, 96),
+        language=Qwen2Sizes(64, 3, 4, 2, 192, 96),
         vision=VisionSizes(64, 4, 4, 128, 18, 6),
         codec="patches",
         patches=PatchSizes(2, 12),

@@ -1,9 +1,8 @@
 """BAGEL's published files <-> our modules.
 
-Names in the main file are ours. The autoencoder's file has LDM's names, our autoencoder has those of diffusers.
+Names in the main file are ours.
 """
 
-import re
 from pathlib import Path
 
 from torch import Tensor
@@ -18,46 +17,6 @@ SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
 WEIGHTS = (*SINGLE, *(f"{name}.index.json" for name in SINGLE))
 CODEC = "ae.safetensors"
 HUB = ["*.safetensors", "*.json", "*.txt"]  # what there is to download
-
-_LDM = [
-    (r"^(encoder)\.down_blocks\.(\d+)\.resnets\.", r"\1.down.\2.block."),
-    (r"^(encoder)\.down_blocks\.(\d+)\.downsamplers\.0\.", r"\1.down.\2.downsample."),
-    (r"^(decoder)\.up_blocks\.(\d+)\.resnets\.", r"\1.up.\2.block."),
-    (r"^(decoder)\.up_blocks\.(\d+)\.upsamplers\.0\.", r"\1.up.\2.upsample."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
-    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-]
-
-
-def ldm_name(name: str, levels: int) -> str:
-    """A name of diffusers' AutoencoderKL as the FLUX file has it: levels of the decoder count from the image there."""
-    for pattern, replacement in _LDM:
-        name = re.sub(pattern, replacement, name)
-    return re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
-
-
-def codec_native(state: dict[str, Tensor], wanted: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The FLUX file in diffusers' names; names that diffusers has nothing for stay. wanted: diffusers' state_dict."""
-    ours = {ldm_name(name, levels): name for name in wanted}
-    made = {}
-    for name, tensor in state.items():
-        name = ours.get(name, name)
-        point = name in wanted and tensor.ndim == 4 and wanted[name].ndim == 2 and tensor.shape[2:] == (1, 1)
-        made[name] = tensor[:, :, 0, 0] if point else tensor  # attention's 1 x 1 convolutions are linear here
-    return made
-
-
-def codec_published(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    made = {}
-    for name, tensor in state.items():
-        point = ".attentions.0.to_" in name and tensor.ndim == 2
-        made[ldm_name(name, levels)] = tensor[:, :, None, None] if point else tensor
-    return made
 
 
 def read(source: Path) -> dict[str, Tensor]:

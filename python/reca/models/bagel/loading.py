@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.bagel import convert, prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import FluxCodec, PositionTable
+from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.exporting import export_to
 from reca.models.hub import TOKENIZER, beside, fetch
 from reca.models.text import read_tokenizer
@@ -69,7 +70,7 @@ def export(model: "Bagel", folder: Path, dtype: torch.dtype) -> list[str]:
     """All files of a published folder, those of the frozen parts too."""
     codec = model.codec.state_dict()
     if isinstance(model.codec, FluxCodec):
-        codec = convert.codec_published(model.codec.autoencoder.state_dict(), len(model.codec.sizes.block_out_channels))
+        codec = to_ldm(model.codec.autoencoder.state_dict(), len(model.codec.sizes.block_out_channels))
     with export_to(folder) as out:
         out.tensors(convert.PUBLISHED, {n: t.to(dtype) for n, t in published(model).state_dict().items()})
         out.tensors(convert.CODEC, codec)
@@ -111,8 +112,7 @@ def _load_codec(codec: nn.Module, source: Path) -> None:
         put(codec, state, str(path), torch.float32)
         return
     levels = len(codec.sizes.block_out_channels)
-    native = convert.codec_native(state, codec.autoencoder.state_dict(), levels)
-    put(codec.autoencoder, native, str(path), torch.float32)
+    put(codec.autoencoder, to_diffusers(state, levels), str(path), torch.float32)
 
 
 def _dtype(model: "Bagel", name: str) -> torch.dtype:

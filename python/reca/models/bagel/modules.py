@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
+from reca.models.common.siglip import siglip_encoder
 from reca.models.patch_codec import PatchCodec
 from reca_kernels.host import on_device
 
@@ -37,17 +36,8 @@ class VisionModel(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.embeddings = Embeddings(sizes)
-        self.encoder = SiglipEncoder(
-            SiglipVisionConfig(
-                hidden_size=sizes.hidden_size,
-                num_hidden_layers=sizes.num_hidden_layers - 1,
-                num_attention_heads=sizes.num_attention_heads,
-                intermediate_size=sizes.intermediate_size,
-                hidden_act="gelu_pytorch_tanh",
-                attn_implementation="sdpa",
-                layer_norm_eps=sizes.layer_norm_eps,
-            )
-        )
+        layers = sizes.num_hidden_layers - 1
+        self.encoder = siglip_encoder(sizes, width=sizes.hidden_size, layers=layers, eps=sizes.layer_norm_eps)
         self.post_layernorm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]

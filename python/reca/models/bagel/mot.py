@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from reca.models.bagel.config import LanguageSizes
+from reca.models.common.qwen2 import Qwen2Sizes
 
 UND, GEN = "", "_moe_gen"  # what the experts' parts have behind their names
 KeysValues = tuple[Tensor, Tensor]  # each [L, key heads, head_dim]
@@ -96,7 +96,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, sizes: LanguageSizes):
+    def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
         self.head_dim = sizes.hidden_size // sizes.num_attention_heads
         width, narrow = sizes.hidden_size, sizes.num_key_value_heads * self.head_dim
@@ -136,7 +136,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, sizes: LanguageSizes):
+    def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
         self.gate_proj = nn.Linear(sizes.hidden_size, sizes.intermediate_size, bias=False)
         self.up_proj = nn.Linear(sizes.hidden_size, sizes.intermediate_size, bias=False)
@@ -147,7 +147,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, sizes: LanguageSizes):
+    def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
         self.self_attn = Attention(sizes)
         for expert in (UND, GEN):
@@ -172,7 +172,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, sizes: LanguageSizes):
+    def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
         self.sizes = sizes
         self.embed_tokens = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, sizes: LanguageSizes):
+    def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
         self.model = Transformer(sizes)
         self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)

@@ -3,19 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.options import HUB, config_field, count, pixels, share
-
-
-@dataclass
-class LanguageSizes:
-    hidden_size: int = count(1536, "width of the Qwen2 language model")
-    num_hidden_layers: int = count(28, "its layers")
-    num_attention_heads: int = count(12, "its query heads")
-    num_key_value_heads: int = count(2, "its key and value heads")
-    intermediate_size: int = count(8960, "width of its MLP")
-    vocab_size: int = count(151936, "tokens; the output head is the embedding table")
-    rms_norm_eps: float = config_field(1e-6, "its RMSNorm epsilon", above=0)
-    rope_theta: float = config_field(1e6, "base of its rotary frequencies", above=0)
 
 
 @dataclass
@@ -64,7 +53,7 @@ class HarmonConfig:
         None, "hub id or folder of the Qwen2.5 tokenizer; null: a word list if random", path=HUB
     )
     words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
-    language: LanguageSizes = config_field(LanguageSizes, "")
+    language: Qwen2Sizes = config_field(Qwen2Sizes, "")
     mar: MarSizes = config_field(MarSizes, "")
     codec: str = config_field(
         "kl16", "kl16, or patches (linear; stands in for it in the embedded world)", ("kl16", "patches")
@@ -88,7 +77,7 @@ class HarmonConfig:
 def tiny() -> HarmonConfig:
     """A random model of about 0.3 M parameters with the wiring of the real one."""
     return HarmonConfig(
-        language=LanguageSizes(64, 2, 4, 2, 144, 128),
+        language=Qwen2Sizes(64, 2, 4, 2, 144, 128),
         mar=MarSizes(48, 2, 2, 4, base_grid=5, buffers=4, head_depth=2, head_width=64, classes=10),
         codec="patches",
         autoencoder=AutoencoderSizes(patch=4, latent_channels=24, scale=0.5),

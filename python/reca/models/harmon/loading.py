@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.exporting import export_to
 from reca.models.harmon import convert, prompt
 from reca.models.harmon.config import HarmonConfig
@@ -49,7 +50,7 @@ def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) 
             path = fetch(config.vae_weights, key="model.vae_weights") if config.vae_weights else near
             vae = convert.read_vae(path, _levels(config))
         elif vae:
-            vae = convert.vae_native(vae, _levels(config))
+            vae = to_diffusers(vae, _levels(config))
         else:
             raise ValueError(f"{source} holds no VAE; give model.vae_weights, such as wusize/harmon/{convert.VAE_FILE}")
         put(model.vae, vae, config.vae_weights or str(source), torch.float32)
@@ -78,7 +79,7 @@ def export(model: "Harmon", folder: Path) -> list[str]:
         if not model.config.vae_weights:
             vae = model.vae.state_dict()
             if model.config.codec == "kl16":
-                vae = convert.vae_published(vae, _levels(model.config))
+                vae = to_ldm(vae, _levels(model.config))
             out.pickled(convert.VAE_FILE, {"model": vae})
         if not model.config.tokenizer:
             out.tokenizer("tokenizer", model.tokenizer)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, LanguageSizes, MarSizes
+from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
+from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
 from reca.models.patch_codec import PatchCodec
 from reca.models.pixels import check_side
 
@@ -17,20 +18,8 @@ STEPS = 1000  # of the diffusion that training uses
 EPS = 1e-6
 
 
-def language_model(c: LanguageSizes) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=c.hidden_size,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_key_value_heads,
-            intermediate_size=c.intermediate_size,
-            vocab_size=c.vocab_size,
-            rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=True,
-        )
-    )
+def language_model(sizes: Qwen2Sizes) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM(qwen2_config(sizes, tie_word_embeddings=True))
 
 
 def projector(width_in: int, width_out: int, hidden: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.qwen2 import Qwen2Sizes
 from reca.options import HUB, RecipeError, config_field, count, pixels
 
 
@@ -14,18 +15,6 @@ class VisionSizes:
     intermediate_size: int = count(4096, "width of its MLP")
     patch_size: int = count(14, "pixels on the side of a patch")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
-
-
-@dataclass
-class LanguageSizes:
-    hidden_size: int = count(1536, "width of the Qwen2 language model")
-    num_hidden_layers: int = count(28, "its layers")
-    num_attention_heads: int = count(12, "its query heads")
-    num_key_value_heads: int = count(2, "its key and value heads")
-    intermediate_size: int = count(8960, "width of its MLP")
-    vocab_size: int = count(151674, "rows of its embedding table")
-    rms_norm_eps: float = config_field(1e-6, "its RMSNorm epsilon", above=0)
-    rope_theta: float = config_field(1e6, "base of its rotary frequencies", above=0)
 
 
 @dataclass
@@ -105,7 +94,7 @@ class OpenUniConfig:
     )
     words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
     vision: VisionSizes = config_field(VisionSizes, "")
-    language: LanguageSizes = config_field(LanguageSizes, "")
+    language: Qwen2Sizes = config_field(lambda: Qwen2Sizes(vocab_size=151674), "")
     connector: ConnectorSizes = config_field(ConnectorSizes, "")
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
@@ -125,7 +114,7 @@ def tiny() -> OpenUniConfig:
     """A random model of about 0.3 M parameters with the wiring of the real one."""
     return OpenUniConfig(
         vision=VisionSizes(32, 2, 2, 64, 14),
-        language=LanguageSizes(48, 2, 4, 2, 96, 512),
+        language=Qwen2Sizes(48, 2, 4, 2, 96, 512),
         connector=ConnectorSizes(2, 3, 96),
         sana=SanaSizes(2, 4, 8, 2, 16, 32),
         autoencoder=AutoencoderSizes(8, 8, ["ResBlock", "EfficientViTBlock"], [8, 16], [1, 1], [1, 1]),

@@ -1,10 +1,12 @@
 """The parts of OpenUni, all of them library classes at the configured sizes."""
 
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from reca.models.common.qwen2 import qwen2_config
+from reca.models.common.siglip import siglip_encoder
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.patch_codec import PatchCodec
 from reca.models.pixels import check_side
@@ -15,7 +17,7 @@ IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
 
 def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGeneration:
     """InternVL3: InternViT, pixel shuffle and projector, Qwen2."""
-    vision, language = config.vision, config.language
+    vision = config.vision
     return InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config=InternVLVisionConfig(
@@ -30,17 +32,7 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
                 use_qk_norm=False,
                 use_mean_pooling=True,  # no final norm
             ),
-            text_config=Qwen2Config(
-                hidden_size=language.hidden_size,
-                num_hidden_layers=language.num_hidden_layers,
-                num_attention_heads=language.num_attention_heads,
-                num_key_value_heads=language.num_key_value_heads,
-                intermediate_size=language.intermediate_size,
-                vocab_size=language.vocab_size,
-                rms_norm_eps=language.rms_norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
-                tie_word_embeddings=False,
-            ),
+            text_config=qwen2_config(config.language, tie_word_embeddings=False),
             attn_implementation={"text_config": PLANNED},
             image_token_id=image_token_id,
             image_seq_length=hv_tokens(config),
@@ -52,17 +44,8 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
 
 def connector(config: OpenUniConfig) -> SiglipEncoder:
     """Bidirectional transformer over the query states."""
-    return SiglipEncoder(
-        SiglipVisionConfig(
-            hidden_size=config.language.hidden_size,
-            num_hidden_layers=config.connector.num_hidden_layers,
-            num_attention_heads=config.connector.num_attention_heads,
-            intermediate_size=config.connector.intermediate_size,
-            hidden_act="gelu_pytorch_tanh",
-            attn_implementation="sdpa",
-            layer_norm_eps=1e-6,
-        )
-    )
+    sizes = config.connector
+    return siglip_encoder(sizes, width=config.language.hidden_size, layers=sizes.num_hidden_layers)
 
 
 def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
