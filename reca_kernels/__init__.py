@@ -3,7 +3,7 @@
 from reca_kernels.dispatch import backend_report
 from reca_kernels.ops.attention import attention
 from reca_kernels.ops.attention_plan import AttentionPlan, Run, attention_plan
-from reca_kernels.ops.concat_plan import ConcatPlan, TextSegment, VisualSegment, concat_plan
+from reca_kernels.ops.concat_plan import IGNORE_INDEX, ConcatPlan, TextSegment, VisualSegment, concat_plan
 from reca_kernels.ops.diffusion_loss import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps
 from reca_kernels.ops.flow_matching import flow_matching_loss, flow_matching_prepare
 from reca_kernels.ops.masked_cross_entropy import masked_cross_entropy
@@ -13,6 +13,7 @@ from reca_kernels.ops.template_concat import template_concat
 from reca_kernels.version import __version__
 
 __all__ = [
+    "IGNORE_INDEX",
     "AttentionPlan",
     "ConcatPlan",
     "Philox",

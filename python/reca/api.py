@@ -10,7 +10,7 @@ from reca import distributed
 from reca.config import Recipe, RecipeError, UnknownRecipe, load_recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.models.inference import warn_of_random_weights
+from reca.models.common.inference import warn_of_random_weights
 from reca.runs import finished, load_trained
 from reca.trainer import Trainer
 

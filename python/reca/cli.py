@@ -227,7 +227,7 @@ def _model(options: argparse.Namespace):
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from reca.models.inference import warn_of_unknown_words
+    from reca.models.common.inference import warn_of_unknown_words
 
     seeds = [options.seed + i for i in range(len(options.prompt))]
     sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
@@ -237,7 +237,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _edit(options: argparse.Namespace) -> None:
-    from reca.models.inference import warn_of_unknown_words
+    from reca.models.common.inference import warn_of_unknown_words
 
     seeds, instructions = [options.seed], [options.instruction]
     sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
@@ -248,7 +248,7 @@ def _edit(options: argparse.Namespace) -> None:
 
 
 def _answer(options: argparse.Namespace) -> None:
-    from reca.models.inference import warn_of_unknown_words
+    from reca.models.common.inference import warn_of_unknown_words
 
     _adapter(options, "answer")
     _reject_empty([options.question])
@@ -298,7 +298,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
     """--sampling as keyword arguments of `method`, once everything else that is asked is found to be right too."""
     from reca.folders import writable
-    from reca.models.inference import check_pairs, sampling_options
+    from reca.models.common.inference import check_pairs, sampling_options
     from reca.values import guess
 
     _reject_empty(texts)

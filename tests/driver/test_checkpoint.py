@@ -15,7 +15,7 @@ from reca import checkpoint, exits, manifest
 from reca.checkpoint import CheckpointError
 from reca.data.cache import FeatureCache
 from reca.data.views import View, Views
-from reca.models.weights import read_tensors
+from reca.models.common.weight_files import read_tensors
 from reca.runs import load_recipe
 from reca.status import Status
 from reca.trainer import Trainer

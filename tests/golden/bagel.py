@@ -18,7 +18,7 @@ from reca.models.bagel import Adapter, Config, prompt
 from reca.models.bagel.config import AutoencoderSizes, VisionSizes
 from reca.models.bagel.mot import GEN, UND
 from reca.models.common.qwen2 import Qwen2Sizes
-from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.rng import CounterRNG, RandomStream
 from tests.golden.conftest import Golden
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from reca.models.common.qwen2 import Qwen2Sizes
+from reca.models.common.weight_files import assign_state_dict
 from reca.models.open_uni import Adapter, Config, convert, modules, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, VisionSizes
-from reca.models.weights import put
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import ConcatPlan
 from tests.golden.conftest import Golden
@@ -65,8 +65,10 @@ def planned(model: Adapter, prompts: list[prompt.Prompt], side: str) -> tuple[Co
 
 def build(golden: Golden) -> Adapter:
     model = Adapter(_config(golden.config), ByteTokenizer.of(golden))
-    put(model.mllm, convert.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden")
-    put(model.vae, golden.part("vae."), "golden")
+    assign_state_dict(
+        model.mllm, convert.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden"
+    )
+    assign_state_dict(model.vae, golden.part("vae."), "golden")
     model.put_trained({n: t for n, t in golden.weights.items() if n.startswith(convert.TRAINED)}, "golden")
     return model.eval()
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reca.models.exporting import export_to
+from reca.models.common.exporting import export_to
+from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import prompt
 from reca.models.show_o.convert import WEIGHTS
-from reca.models.tiny_tokenizer import word_tokenizer
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.attention.reference import allowed as allowed_keys
 from tests.golden.conftest import Golden

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from reca.models import UMMS, umm_package
-from reca.models.inference import check_pairs, sampling_options, warn_of_cut, warn_of_unknown_words
-from reca.models.pixels import check_side, to_unit
-from reca.models.tiny_tokenizer import word_tokenizer
+from reca.models.common.images import check_side, to_unit
+from reca.models.common.inference import check_pairs, sampling_options, warn_of_cut, warn_of_unknown_words
+from reca.models.common.tiny_tokenizer import word_tokenizer
 
 
 @pytest.mark.parametrize("name", UMMS)

@@ -12,9 +12,9 @@ from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.qwen2 import Qwen2Sizes
+from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, convert, prompt
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, tiny
-from reca.models.tiny_tokenizer import word_tokenizer
 from reca.optim import freeze
 from reca.rng import CounterRNG
 from reca_kernels import dispatch, native

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reca.models.patch_codec import PatchCodec
+from reca.models.common.patch_codec import PatchCodec
 from reca.toy_world.detector import shows
 from reca.toy_world.splits import understood
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
+from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.config import MagvitSizes, tiny
 from reca.models.show_o.modules import Magvit
-from reca.models.tiny_tokenizer import word_tokenizer
 from reca.rng import CounterRNG
 
 WORDS = "a red blue square circle describe what is this the picture ? . drawn with care".split()

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from reca.files import read_json
-from reca.models.text import read_tokenizer
-from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import put, read_tensors, weight_file
+from reca.models.common.text import read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, read_tensors, weight_file
 
 STATE = {"a.weight": torch.arange(4.0).view(2, 2), "b.bias": torch.ones(300)}
 
@@ -357,7 +357,7 @@ def test_types_that_are_computed_in(tmp_path, dtype, kept):
     save_file(state, tmp_path / "m.safetensors")
     module = torch.nn.Linear(2, 2)
     for wanted in (None, torch.float32):
-        put(module, read_tensors(tmp_path / "m.safetensors"), "m", wanted)
+        assign_state_dict(module, read_tensors(tmp_path / "m.safetensors"), "m", wanted)
         assert {parameter.dtype for parameter in module.parameters()} == {wanted or kept}
         assert torch.equal(module.weight.float(), state["weight"].float())
 
@@ -377,7 +377,7 @@ def test_types_that_are_computed_in(tmp_path, dtype, kept):
 def test_weights_of_other_types_are_refused(weight):
     words = r"m does not fit .*\n  1 without plain floating-point numbers: weight: file \w+$"
     with pytest.raises(ValueError, match=words):
-        put(torch.nn.Linear(2, 2), {"weight": weight, "bias": torch.ones(2)}, "m", torch.float32)
+        assign_state_dict(torch.nn.Linear(2, 2), {"weight": weight, "bias": torch.ones(2)}, "m", torch.float32)
 
 
 def test_which_file_of_a_folder(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from reca.models.hub import fetch
-from reca.models.weights import read_tensors
+from reca.models.common.hub import fetch
+from reca.models.common.weight_files import read_tensors
 
 
 def test_a_local_path_comes_first(tmp_path):

@@ -16,7 +16,7 @@ from reca.models.bagel import loading, modules, prompt, sampling
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
 from reca.models.base import Adapter, LossTerm, in_fp32
-from reca.models.pixels import check_side, to_unit
+from reca.models.common.images import check_side, to_unit
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
 

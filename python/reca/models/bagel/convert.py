@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reca.files import read_json
 from reca.models.bagel.config import BagelConfig
-from reca.models.weights import read_tensors
+from reca.models.common.weight_files import read_tensors
 
 PUBLISHED = "ema.safetensors"
 # what BAGEL publishes, what the release's trainer saves, what RECA publishes

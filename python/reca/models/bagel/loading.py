@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.bagel import convert, prompt
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.modules import FluxCodec, PositionTable
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
-from reca.models.exporting import export_to
-from reca.models.hub import TOKENIZER, beside, fetch
-from reca.models.text import read_tokenizer
-from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import no_memory, put
+from reca.models.common.text import read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta
 
 if TYPE_CHECKING:
     from reca.models.bagel.adapter import Bagel
@@ -42,7 +42,7 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
     source = fetch(config.weights, convert.HUB)
     folder = beside(source)
     convert.check(folder, config)
-    with no_memory():
+    with init_on_meta():
         model = cls(config, load_tokenizer(config, folder))
     state = convert.read(source)
     if config.overlay:
@@ -50,7 +50,7 @@ def load(cls: type["Bagel"], config: BagelConfig) -> "Bagel":
     for name in list(state):  # one by one, so that no second copy of all stands in memory
         if state[name].is_floating_point():
             state[name] = state[name].to(_dtype(model, name))
-    put(published(model), state, str(source))
+    assign_state_dict(published(model), state, str(source))
     for table in model.modules():
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()
@@ -109,10 +109,10 @@ def _load_codec(codec: nn.Module, source: Path) -> None:
         raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
     state: dict[str, Tensor] = convert.read(path)
     if not isinstance(codec, FluxCodec):
-        put(codec, state, str(path), torch.float32)
+        assign_state_dict(codec, state, str(path), torch.float32)
         return
     levels = len(codec.sizes.block_out_channels)
-    put(codec.autoencoder, to_diffusers(state, levels), str(path), torch.float32)
+    assign_state_dict(codec.autoencoder, to_diffusers(state, levels), str(path), torch.float32)
 
 
 def _dtype(model: "Bagel", name: str) -> torch.dtype:

@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
+from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.siglip import siglip_encoder
-from reca.models.patch_codec import PatchCodec
 from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.models.bagel.modules import grid
 from reca.models.bagel.mot import GEN, UND, Split
-from reca.models.text import encode as encode
+from reca.models.common.text import encode as encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 

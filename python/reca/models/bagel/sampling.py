@@ -11,7 +11,7 @@ from reca.data.pixels import make_view
 from reca.data.views import View
 from reca.models.bagel import modules, prompt
 from reca.models.bagel.mot import Context
-from reca.models.inference import check_multiple, check_pairs
+from reca.models.common.inference import check_multiple, check_pairs
 from reca.rng import CounterRNG, RandomStream
 
 if TYPE_CHECKING:

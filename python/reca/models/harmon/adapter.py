@@ -18,13 +18,13 @@ from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm, in_fp32
+from reca.models.common.images import to_unit
+from reca.models.common.inference import check_multiple, check_pairs, warn_of_cut
+from reca.models.common.text import Remembered, control
 from reca.models.harmon import loading, modules, prompt, sampling
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.masking import Masking, hidden_counts
 from reca.models.harmon.prompt import IGNORE, Prompt
-from reca.models.inference import check_multiple, check_pairs, warn_of_cut
-from reca.models.pixels import to_unit
-from reca.models.text import Remembered, control
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
     diffusion_loss,

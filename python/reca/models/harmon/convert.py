@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from reca.models.common.ldm_autoencoder import to_diffusers
-from reca.models.weights import read_tensors, weight_file
+from reca.models.common.weight_files import read_tensors, weight_file
 
 HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # one tensor
 FILE, VAE_FILE = "harmon.pth", "kl16.ckpt"

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
-from reca.models.exporting import export_to
+from reca.models.common.text import check_tokenizer, read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, read_tensors
 from reca.models.harmon import convert, prompt
 from reca.models.harmon.config import HarmonConfig
-from reca.models.hub import TOKENIZER, beside, fetch
-from reca.models.text import check_tokenizer, read_tokenizer
-from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import no_memory, put, read_tensors
 
 if TYPE_CHECKING:
     from reca.models.harmon.adapter import Harmon
@@ -35,16 +35,16 @@ def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) 
             model = cls(config, tokenizer)
         if config.vae_weights:
             vae = convert.read_vae(fetch(config.vae_weights, key="model.vae_weights"), _levels(config))
-            put(model.vae, vae, config.vae_weights, torch.float32)
+            assign_state_dict(model.vae, vae, config.vae_weights, torch.float32)
         return model.to(device)
-    with no_memory():
+    with init_on_meta():
         model = cls(config, tokenizer)
     state, vae = convert.read(source)
     put_trained(model, state, str(source))
     near = beside(source) / convert.VAE_FILE
     if config.codec == "patches":
         path = fetch(config.vae_weights, key="model.vae_weights") if config.vae_weights else near
-        put(model.vae, read_tensors(path), str(path), torch.float32)
+        assign_state_dict(model.vae, read_tensors(path), str(path), torch.float32)
     else:
         if config.vae_weights or (not vae and near.is_file()):
             path = fetch(config.vae_weights, key="model.vae_weights") if config.vae_weights else near
@@ -53,7 +53,7 @@ def load(cls: type["Harmon"], config: HarmonConfig, device: torch.device | str) 
             vae = to_diffusers(vae, _levels(config))
         else:
             raise ValueError(f"{source} holds no VAE; give model.vae_weights, such as wusize/harmon/{convert.VAE_FILE}")
-        put(model.vae, vae, config.vae_weights or str(source), torch.float32)
+        assign_state_dict(model.vae, vae, config.vae_weights or str(source), torch.float32)
     return model.to(device)
 
 
@@ -64,7 +64,7 @@ def put_trained(model: "Harmon", state: dict[str, torch.Tensor], source: str) ->
         raise ValueError(f"{source}: {convert.HEAD} differs from {convert.TABLE}; Harmon's two are one tensor")
     if convert.TABLE in state:
         state = state | {convert.HEAD: state[convert.TABLE]}
-    put(trained(model), state, source, torch.float32)
+    assign_state_dict(trained(model), state, source, torch.float32)
     model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
 
 

@@ -8,10 +8,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
+from reca.models.common.images import check_side
+from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
-from reca.models.patch_codec import PatchCodec
-from reca.models.pixels import check_side
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 STEPS = 1000  # of the diffusion that training uses

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.text import control, encode
+from reca.models.common.text import control, encode
 from reca_kernels import TextSegment, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 

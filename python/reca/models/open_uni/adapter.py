@@ -15,16 +15,16 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.files import read_json
 from reca.models.base import Adapter, LossTerm, in_fp32
-from reca.models.hub import TOKENIZER, fetch
-from reca.models.inference import check_pairs, warn_of_cut
+from reca.models.common.hub import TOKENIZER, fetch
+from reca.models.common.images import per_channel, to_unit
+from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.planned import greedy
+from reca.models.common.text import check_tokenizer, control, read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, read_tensors, weight_file
 from reca.models.open_uni import convert, modules, prompt, sampling
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.prompt import IGNORE, Prompt
-from reca.models.pixels import per_channel, to_unit
-from reca.models.planned import greedy
-from reca.models.text import check_tokenizer, control, read_tokenizer
-from reca.models.tiny_tokenizer import word_tokenizer
-from reca.models.weights import no_memory, put, read_tensors, weight_file
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
     Run,
@@ -70,10 +70,10 @@ class OpenUni(Adapter):
         parts = {"weights": config.weights, "mllm": config.mllm, "dit": config.dit, "vae": config.vae}
         absent = [name for name, source in parts.items() if source is None]
         if absent == ["mllm", "dit", "vae"] and (frozen := convert.frozen_beside(config.weights)):
-            with no_memory():
+            with init_on_meta():
                 model = cls(config, _tokenizer(config))
             trained, _ = convert.overlay([Path(source) for source in (config.weights, config.overlay) if source])
-            put(model, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
+            assign_state_dict(model, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
             return model.to(device)
         if absent and len(absent) < len(parts):
             raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(parts)}")
@@ -83,10 +83,10 @@ class OpenUni(Adapter):
                 return cls(config, _tokenizer(config)).requires_grad_(True)
         if config.codec != "dc_ae":
             raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
-        with no_memory():
+        with init_on_meta():
             model = cls(config, _tokenizer(config))
         folder = fetch(config.mllm, MLLM, "model.mllm")
-        put(model.mllm, convert.mllm_native(_tensors(folder)), str(folder))
+        assign_state_dict(model.mllm, convert.mllm_native(_tensors(folder)), str(folder))
         for part, class_, key in (("transformer", SanaTransformer2DModel, "dit"), ("vae", AutoencoderDC, "vae")):
             wanted = [*DIFFUSERS, *(f"{part}/{name}" for name in DIFFUSERS)]
             folder = fetch(getattr(config, key), wanted, f"model.{key}")
@@ -119,7 +119,7 @@ class OpenUni(Adapter):
         for part in ("connector", "projector", "transformer"):
             own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
             if own:
-                put(getattr(self, part), own, f"{source} ({part})", torch.float32)
+                assign_state_dict(getattr(self, part), own, f"{source} ({part})", torch.float32)
 
     def views(self, task: str) -> Views:
         if task == "i2t":
@@ -387,7 +387,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 @in_fp32
 def _published(class_: type, folder: Path) -> nn.Module:
     """A model of diffusers from its folder, in fp32. The sizes are those of its config.json."""
-    with no_memory():
+    with init_on_meta():
         module = class_.from_config(read_json(folder / "config.json"))
-    put(module, _tensors(folder), str(folder), torch.float32)
+    assign_state_dict(module, _tensors(folder), str(folder), torch.float32)
     return module

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from reca.models.exporting import export_to
-from reca.models.weights import read_tensors
+from reca.models.common.exporting import export_to
+from reca.models.common.weight_files import read_tensors
 
 # InternVL's original layout -> transformers' layout. qkv is split in three and handled apart.
 _MLLM = [

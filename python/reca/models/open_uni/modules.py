@@ -5,12 +5,12 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
+from reca.models.common.images import check_side
+from reca.models.common.patch_codec import PatchCodec
+from reca.models.common.planned import PLANNED
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
 from reca.models.open_uni.config import OpenUniConfig
-from reca.models.patch_codec import PatchCodec
-from reca.models.pixels import check_side
-from reca.models.planned import PLANNED
 
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
 

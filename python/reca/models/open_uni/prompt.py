@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.text import control, encode
+from reca.models.common.text import control, encode
 from reca_kernels import ConcatPlan, Run, TextSegment, VisualSegment, concat_plan
 
 START, END, IMAGE, END_OF_IMAGE, CONTEXT = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"

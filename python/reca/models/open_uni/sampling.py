@@ -7,7 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
 from reca.models.base import in_fp32
-from reca.models.inference import check_multiple
+from reca.models.common.inference import check_multiple
 from reca.models.open_uni import modules
 from reca.models.open_uni.prompt import Prompt
 from reca.rng import CounterRNG, RandomStream

@@ -13,12 +13,12 @@ from transformers import PhiForCausalLM, PreTrainedTokenizerBase
 from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm, in_fp32
-from reca.models.inference import check_pairs, warn_of_cut
-from reca.models.pixels import per_channel, to_unit
+from reca.models.common.images import per_channel, to_unit
+from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.text import Remembered, encode
 from reca.models.show_o import loading, modules, prompt, sampling
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.prompt import IGNORE
-from reca.models.text import Remembered, encode
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import masked_linear_cross_entropy, template_concat
 from reca_kernels.host import on_device

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from reca.files import read_json
-from reca.models.weights import read_tensors
+from reca.models.common.weight_files import read_tensors
 
 # what Show-o publishes, what the release's trainer saves, what other hub repositories hold
 WEIGHTS = ("pytorch_model.safetensors", "pytorch_model.bin", "model.safetensors")

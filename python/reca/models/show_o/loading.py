@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.exporting import export_to
-from reca.models.hub import TOKENIZER, beside, fetch
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.text import read_tokenizer
+from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta
 from reca.models.show_o import convert, prompt
 from reca.models.show_o.config import ShowOConfig
-from reca.models.text import read_tokenizer
-from reca.models.tiny_tokenizer import UNKNOWN, word_tokenizer
-from reca.models.weights import no_memory, put
 
 if TYPE_CHECKING:
     from reca.models.show_o.adapter import ShowO
@@ -37,15 +37,15 @@ def load(cls: type["ShowO"], config: ShowOConfig) -> "ShowO":
             model = cls(config, tokenizer)
         model.showo.to(DTYPES[config.dtype])
     else:
-        with no_memory():
+        with init_on_meta():
             model = cls(config, tokenizer)
         convert.check(convert.published(folder), described(model), str(folder))
-        put(trained(model), convert.read(folder), str(folder), DTYPES[config.dtype])
+        assign_state_dict(trained(model), convert.read(folder), str(folder), DTYPES[config.dtype])
     if source := _part_source(config.codec_weights, folder, "codec"):
-        put(model.codec, convert.read(source), str(source), torch.float32)
+        assign_state_dict(model.codec, convert.read(source), str(source), torch.float32)
     if model.uses_clip and (source := _part_source(config.clip_weights, folder, "clip")):
         tower = convert.clip_tower(convert.read(source), config.clip.num_hidden_layers - 1)
-        put(model.clip, tower, str(source), torch.float32)
+        assign_state_dict(model.clip, tower, str(source), torch.float32)
     return model
 
 

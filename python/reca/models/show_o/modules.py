@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig
 
-from reca.models.pixels import check_side
-from reca.models.planned import PLANNED
+from reca.models.common.images import check_side
+from reca.models.common.planned import PLANNED
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
 
 GROUPS = 32  # of every GroupNorm in MAGVITv2

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Turn
-from reca.models.text import encode as encode
+from reca.models.common.text import encode as encode
 from reca_kernels import AttentionPlan, Run, TextSegment, VisualSegment, attention_plan, concat_plan
 from reca_kernels.host import on_device
 

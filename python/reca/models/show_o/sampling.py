@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reca.models import planned
+from reca.models.common import planned
 from reca.models.show_o import prompt
 from reca.rng import CounterRNG, RandomStream
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch
+from reca.models.common.text import control
 from reca.models.open_uni import Adapter, modules, prompt
-from reca.models.text import control
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import Progress, Start, scaled

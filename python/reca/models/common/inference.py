@@ -1,21 +1,34 @@
 """What generate, edit and answer of every UMM share: checks of what they are asked, and the options they take."""
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.text import encode
+from reca.models.common.text import encode
 
 log = logging.getLogger("reca")
 
 SEEDS = 2**56  # above it, the address of a sample's noise would not fit
 AT_LEAST_ONE = ("steps", "batch", "height", "width", "diffusion_steps")
 TYPES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside, whatever mode the model is in, and restore the mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def check_pairs(**lists: Sequence) -> None:

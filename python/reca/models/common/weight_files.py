@@ -1,4 +1,4 @@
-"""Published weight files: reading them, and putting them into modules that hold no memory yet."""
+"""Published weight files and what modules begin with: reading files, random weights, weights of a state dict."""
 
 import contextlib
 import json
@@ -276,10 +276,18 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def no_memory() -> Iterator[None]:
+def init_random(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Make parameters inside on `device` from `seed`, and leave the CPU's generator as it was."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def init_on_meta() -> Iterator[None]:
     """Parameters made inside live on the meta device; buffers (rotary frequencies, tables) are real.
 
-    Modules built so are filled by `put`, so loading holds one copy of the weights.
+    Modules built so are filled by `assign_state_dict`, so loading holds one copy of the weights.
     """
     register = nn.Module.register_parameter
 
@@ -295,7 +303,9 @@ def no_memory() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def put(module: nn.Module, state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None) -> None:
+def assign_state_dict(
+    module: nn.Module, state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None
+) -> None:
     """Make `state` the parameters and persistent buffers of `module`, without a copy where no cast is needed.
 
     dtype: of all floating-point numbers; None keeps those of the file, but fp64 becomes fp32, and 8 bits become bf16.

@@ -1,11 +1,13 @@
 """Attention by a plan in place of a mask, for language models of transformers: attn_implementation=PLANNED, plan=..."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from reca.models.common.greedy import greedy_tokens
 from reca_kernels import AttentionPlan, Run, attention, attention_plan
 
 PLANNED = "reca_planned"
@@ -45,26 +47,29 @@ def greedy(
     max_new_tokens: int,
     end: int,
 ) -> Tensor:
-    """The likeliest continuation, int64 [B, n], n <= max_new_tokens; ends when every row has met `end`.
+    """Continue prompts by the likeliest tokens, int64 [B, n], n <= max_new_tokens; ends when every row has met `end`.
 
     A new token sees all rows before it but the padding, which stands on the left; K/V of earlier rows are kept.
     """
-    cache, plan = DynamicCache(config=model.config), attention_plan(samples, device=embeddings.device)
-    tokens: list[Tensor] = []
-    for _ in range(max_new_tokens):
+    cache, count = DynamicCache(config=model.config), itertools.count(1)
+
+    def next_logits(tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            rows, at, layout = embeddings, positions, samples
+        else:
+            new = next(count)
+            rows, at = model.embed_tokens(tokens[:, None]), positions[:, -1:] + new
+            layout = [_behind(sample, new) for sample in samples]
         hidden = model(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            plan=plan,
+            inputs_embeds=rows,
+            position_ids=at,
+            plan=attention_plan(layout, device=embeddings.device),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state[:, -1:]
-        tokens.append(head(hidden)[:, 0].argmax(-1, keepdim=True))
-        if bool((torch.cat(tokens, 1) == end).any(1).all()):
-            break
-        embeddings, positions = model.embed_tokens(tokens[-1]), positions[:, -1:] + 1
-        plan = attention_plan([_behind(sample, len(tokens)) for sample in samples], device=embeddings.device)
-    return torch.cat(tokens, dim=1) if tokens else positions.new_empty(len(positions), 0)
+        ).last_hidden_state
+        return head(hidden[:, -1])
+
+    return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
 
 
 def _behind(sample: Sequence[Run], new: int) -> tuple[Run, ...]:

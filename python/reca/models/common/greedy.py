@@ -1,0 +1,30 @@
+"""Greedy decoding, and token ids back to text."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def greedy_tokens(
+    next_logits: Callable[[Tensor | None], Tensor], batch: int, max_new_tokens: int, eos: int | None
+) -> Tensor:
+    """Continue `batch` sequences by the likeliest token each time: int64 [B, n], n <= max_new_tokens.
+
+    next_logits: maps the tokens chosen last, int64 [B] (None at first), to the logits [B, V] of those that follow.
+    eos: decoding ends when every sequence has met it; None never ends early.
+    """
+    tokens: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        tokens.append(next_logits(tokens[-1] if tokens else None).argmax(-1))
+        if eos is not None and bool((torch.stack(tokens, 1) == eos).any(1).all()):
+            break
+    return torch.stack(tokens, 1) if tokens else torch.empty(batch, 0, dtype=torch.int64)
+
+
+def decode_replies(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, eos: int) -> list[str]:  # int64 [B, n]
+    """Decode each sequence up to its first `eos`, without special tokens and surrounding blanks."""
+    rows = (row[: row.index(eos)] if eos in row else row for row in tokens.tolist())
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
