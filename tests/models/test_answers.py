@@ -10,10 +10,9 @@ from PIL import Image
 from reca.config import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.models import umm_package
+from reca.models import UMMS, umm_package
 from reca.rng import CounterRNG
 from reca.toy_world import understood
-from reca.toy_world.pretrain import UMMS
 
 
 @pytest.mark.parametrize("umm", UMMS)

@@ -10,7 +10,7 @@ from reca.toy_world.splits import understood
 
 def pixels(n):
     split = understood(0)
-    return split, torch.stack([split.picture(i) for i in range(n)]).float() / 127.5 - 1
+    return split, torch.stack([split.image(i) for i in range(n)]).float() / 127.5 - 1
 
 
 def test_all_channels_lose_nothing():

@@ -13,14 +13,13 @@ from torch import Tensor
 from reca.config import load_recipe
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.models import umm_package
+from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
 from reca.models.harmon import config as harmon
 from reca.models.open_uni.config import tiny as open_uni_sizes
 from reca.models.show_o import config as show_o
 from reca.rng import CounterRNG
 from reca.toy_world import understood
-from reca.toy_world.pretrain import UMMS
 from reca_kernels import Run, attention_plan
 from reca_kernels.host import on_device
 from reca_kernels.ops import attention_impls

@@ -5,7 +5,7 @@ from collections.abc import Container
 
 from reca.toy_world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
 
-# What people write around a caption. It says nothing about the picture, and puts the caption at varied distances.
+# What people write around a caption. It says nothing about the image, and puts the caption at varied distances.
 BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
 AFTER = ("please", "in a picture", "on a dark ground", "drawn with care", "as a small picture on a dark ground")
 MOST_AFTER = 3

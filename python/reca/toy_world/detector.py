@@ -1,4 +1,4 @@
-"""A deterministic detector of the world's objects, and GenEval-style checks of a picture against a prompt."""
+"""A deterministic detector of the world's objects, and GenEval-style checks of an image against a prompt."""
 
 from dataclasses import dataclass
 
@@ -22,13 +22,13 @@ class Found:
     column: float
 
 
-def detect(picture: Tensor) -> list[Found] | None:
-    """Objects of a picture (uint8 [3, H, W]), or None if something in it is no object of this world.
+def detect(image: Tensor) -> list[Found] | None:
+    """Objects of an image (uint8 [3, H, W]), or None if something in it is no object of this world.
 
     Pixels take their nearest palette colour; 8-connected regions of at least 8 pixels are objects if 80 % of a region
     has one colour and its outline overlaps a shape by an intersection over union of 0.75.
     """
-    names = (picture.permute(1, 2, 0).float()[:, :, None] - _PALETTE).square().sum(-1).argmin(-1)
+    names = (image.permute(1, 2, 0).float()[:, :, None] - _PALETTE).square().sum(-1).argmin(-1)
     found = []
     for region in _regions((names > 0).tolist()):
         if len(region) < MIN_PIXELS:
@@ -78,9 +78,9 @@ def _shape(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[str, float]
     return best
 
 
-def shows(picture: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
-    """Whether the picture shows exactly the scene's things: their shapes, and their colours and layout if asked."""
-    found = detect(picture)
+def shows(image: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
+    """Whether the image shows exactly the scene's things: their shapes, and their colours and layout if asked."""
+    found = detect(image)
     if found is None or len(found) != len(scene.things):
         return False
     orders = [found, found[::-1]] if len(found) == 2 else [found]

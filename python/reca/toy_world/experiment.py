@@ -1,6 +1,6 @@
 """The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike.
 
-The experiment is the same for every UMM; `starts` has what is not.
+The experiment is the same for every model; reca.toy_world.pretrain holds what is not.
 """
 
 import json
@@ -9,7 +9,6 @@ import shutil
 import time
 import warnings
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,81 +18,42 @@ from tqdm import tqdm
 from reca.config import load_recipe
 from reca.models.base import Adapter
 from reca.toy_world import report
+from reca.toy_world.arms import BEFORE, Arm, Outcome, Results, arms
 from reca.toy_world.measure import Measured, measure
-from reca.toy_world.pretrain import Start, scaled, start
+from reca.toy_world.pretrain import DemoSetup, demo_setup, scaled
 from reca.trainer import Trainer
 
-BEFORE = "before"
-SPARSEST = 10  # every tenth prompt still asks for something of every category
+SPARSEST = 10  # every tenth prompt still covers every category
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One way to post-train. All arms make the same number of train_steps from the same start."""
-
-    name: str
-    says: str
-    overrides: tuple[str, ...]
-
-
-def _sft(caption_detail: str) -> tuple[str, ...]:
-    return (
-        "objective.reca.weight=0",
-        "objective.t2i.weight=1",
-        f"data.captions=reca.toy_world:unlabeled?seed={{seed}}&caption_detail={caption_detail}",
-    )
-
-
-def arms(begin: Start) -> list[Arm]:
-    """The rows of a UMM's table."""
-    generation = [Arm(*begin.generation)] if begin.generation else []
-    return [
-        Arm("RECA", "unlabeled images only", ()),
-        Arm("SFT", "the same images with the captioner's sparse captions", _sft("sparse")),
-        *generation,
-        Arm("RECA-other", "control: the h_v of another image", ("objective.condition=other",)),
-        Arm("SFT-half", "captions that tell any colour half the time", _sft("half")),
-        Arm("SFT-full", "captions that tell everything", _sft("full")),
-    ]
-
-
-@dataclass
-class Outcome:
-    """What one model of one seed came to."""
-
-    measured: Measured
-    curve: list[tuple[int, float]]
-    seconds: float
-
-
-def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
+def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> Results:
     """Run the experiment for seeds 0 ... seeds - 1, print the table and write out/report.html.
 
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
     """
     results = run(umm, range(seeds), out, scale)
     print(report.table(results))
-    path = report.write(results, umm, out, scale)
+    path = report.write(results, arms(demo_setup(umm)), umm, out, scale)
     print(f"\nreport: {path.resolve()}")
     return results
 
 
-def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, dict[str, Outcome]]:
-    """{seed: {BEFORE or arm: outcome}}. Jobs are processes of one thread each, as many at once as there are cores."""
-    begin = start(umm)
-    rows = arms(begin)
-    results: dict[int, dict[str, Outcome]] = {seed: {} for seed in seeds}
-    steps, train_steps = scaled(begin.steps, scale), scaled(load_recipe(begin.recipe).train.steps, scale)
+def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> Results:
+    """Run all arms of all seeds, in processes of one thread each, as many at once as there are cores."""
+    setup = demo_setup(umm)
+    rows = arms(setup)
+    results: Results = {seed: {} for seed in seeds}
+    steps, train_steps = scaled(setup.steps, scale), scaled(load_recipe(setup.recipe).train.steps, scale)
     jobs: dict[Future, tuple[int, str]] = {}
     workers = min(os.cpu_count() or 1, len(seeds) * len(rows))
     for seed in seeds:
-        shutil.rmtree(out / f"seed{seed}", ignore_errors=True)  # a run is continued, and this is a new one
+        shutil.rmtree(out / f"seed{seed}", ignore_errors=True)  # the driver would continue the runs there
         (out / f"seed{seed}").mkdir(parents=True)
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet) as pool,
-        tqdm(total=len(seeds) * (steps + train_steps * len(rows)), unit="update", desc="demo", smoothing=0.05) as bar,
+        tqdm(total=len(seeds) * (steps + train_steps * len(rows)), unit="step", desc="demo", smoothing=0.05) as bar,
     ):
-        jobs = {pool.submit(_start, umm, seed, out, scale): (seed, BEFORE) for seed in seeds}
+        jobs = {pool.submit(_pretrain, umm, seed, out, scale): (seed, BEFORE) for seed in seeds}
         while jobs:
             done = [job for job in jobs if job.done()]
             for job in done:
@@ -110,14 +70,14 @@ def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> dict[int, dict
 
 
 def _quiet() -> None:
-    """What libraries say about their future versions is nothing to a viewer of the demo."""
+    """Silence what libraries warn of for their future versions."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
 
 
-def _start(umm: str, seed: int, out: Path, scale: float) -> Outcome:
+def _pretrain(umm: str, seed: int, out: Path, scale: float) -> Outcome:
     """Pre-train, save and measure."""
-    began, begin = time.perf_counter(), start(umm)
+    started, setup = time.perf_counter(), demo_setup(umm)
     torch.set_num_threads(1)
     curve: list[tuple[int, float]] = []
 
@@ -126,19 +86,19 @@ def _start(umm: str, seed: int, out: Path, scale: float) -> Outcome:
             curve.append((step, loss))
             _progress(out, seed, BEFORE).write_text(str(step))
 
-    model = begin.pretrain(load_recipe(begin.recipe), seed, _folder(out, seed, BEFORE), scale, progress)
-    return Outcome(_measure(model, begin, seed, scale), curve, time.perf_counter() - began)
+    model = setup.pretrain(load_recipe(setup.recipe), seed, _folder(out, seed, BEFORE), scale, progress)
+    return Outcome(_measure(model, setup, seed, scale), curve, time.perf_counter() - started)
 
 
 def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outcome:
     """Post-train by the driver, as `reca train` would, and measure."""
-    began, begin, run_dir = time.perf_counter(), start(umm), _folder(out, seed, arm.name)
-    own = [text.format(seed=seed) for text in arm.overrides]
-    train_steps = scaled(load_recipe(begin.recipe).train.steps, scale)
+    started, setup, run_dir = time.perf_counter(), demo_setup(umm), _folder(out, seed, arm.name)
+    overrides = [text.format(seed=seed) for text in arm.overrides]
+    train_steps = scaled(load_recipe(setup.recipe).train.steps, scale)
     recipe = load_recipe(
-        begin.recipe,
+        setup.recipe,
         [
-            begin.begins_at.format(folder=_folder(out, seed, BEFORE)),
+            setup.init_override.format(folder=_folder(out, seed, BEFORE)),
             f"run_dir={run_dir}",
             f"train.seed={seed}",
             f"train.steps={train_steps}",
@@ -146,18 +106,18 @@ def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outco
             f"data.images=reca.toy_world:unlabeled?seed={seed}",
             f"data.conversations=reca.toy_world:understood?seed={seed}",
             "data.workers=0",
-            *own,
+            *overrides,
         ],
     )
     trainer = Trainer(recipe, progress=lambda update: _progress(out, seed, arm.name).write_text(str(update)))
     trainer.run()
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     curve = [(line["update"], line["loss"]) for line in lines if "loss" in line]
-    return Outcome(_measure(trainer.adapter, begin, seed, scale), curve, time.perf_counter() - began)
+    return Outcome(_measure(trainer.adapter, setup, seed, scale), curve, time.perf_counter() - started)
 
 
-def _measure(model: Adapter, begin: Start, seed: int, scale: float) -> Measured:
-    return measure(model, seed, begin.sampling, every=min(max(1, round(1 / scale)), SPARSEST))
+def _measure(model: Adapter, setup: DemoSetup, seed: int, scale: float) -> Measured:
+    return measure(model, seed, setup.sampling, every=min(max(1, round(1 / scale)), SPARSEST))
 
 
 def _line(measured: Measured) -> str:

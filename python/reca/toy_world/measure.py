@@ -50,7 +50,7 @@ class Measured(NamedTuple):
 
     rates: dict[str, Rate]
     overall: float  # mean over the five categories
-    samples: list[tuple[str, Tensor, bool]]  # prompt, picture, verdict
+    samples: list[tuple[str, Tensor, bool]]  # prompt, image, verdict
 
 
 def prompts(seed: int) -> list[Prompt]:
@@ -80,14 +80,14 @@ def prompts(seed: int) -> list[Prompt]:
 
 
 def measure(model: Adapter, seed: int, sampling: dict[str, Any], every: int = 1) -> Measured:
-    """Draw every prompt of the world, judge the pictures, and ask about pictures that no training saw.
+    """Draw every prompt of the world, judge the images, and ask about images that no training saw.
 
-    every: n takes every n-th prompt and picture only, for a quick look.
+    every: n takes every n-th prompt and image only, for a quick look.
     """
     model.eval()
     asked = prompts(seed)[::every]
-    pictures = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)
-    verdicts = [shows(picture, p.scene, p.colours, p.layout) for p, picture in zip(asked, pictures, strict=True)]
+    images = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)
+    verdicts = [shows(image, p.scene, p.colours, p.layout) for p, image in zip(asked, images, strict=True)]
 
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
@@ -102,9 +102,9 @@ def measure(model: Adapter, seed: int, sampling: dict[str, Any], every: int = 1)
             count(p.pairs, hit)
     split = unseen(seed)
     shown = range(0, len(split), every)
-    answers = model.answer([split.picture(i) for i in shown], [QUESTION] * len(shown), max_new_tokens=9)
+    answers = model.answer([split.image(i) for i in shown], [QUESTION] * len(shown), max_new_tokens=9)
     for i, answer in zip(shown, answers, strict=True):
         count("understanding", answer == caption(split.scene(i)))
     rates = {name: Rate(*pair) for name, pair in counts.items()}
     overall = sum(rates[f"{c}, all"].share for c in CATEGORIES) / len(CATEGORIES)
-    return Measured(rates, overall, [(p.text, x, hit) for p, x, hit in zip(asked, pictures, verdicts, strict=True)])
+    return Measured(rates, overall, [(p.text, x, hit) for p, x, hit in zip(asked, images, verdicts, strict=True)])

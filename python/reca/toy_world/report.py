@@ -1,82 +1,79 @@
-"""What the demo says: a table for the terminal, and one HTML file with pictures, curves and settings."""
+"""Report of the demo: a table for the terminal, and one HTML file with images, curves and settings."""
 
 import base64
 import io
 import platform
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from reca.config import as_dict, load_recipe
 from reca.log import grid
+from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
 from reca.toy_world.measure import CATEGORIES, Rate
-from reca.toy_world.pretrain import scaled, start
+from reca.toy_world.pretrain import demo_setup, scaled
 from reca.toy_world.scenes import held_out_pairs
 
-if TYPE_CHECKING:
-    from reca.toy_world.experiment import Outcome
-
-Results = dict[int, dict[str, "Outcome"]]
-SHOWN = ("seen", "held-out")
+COLUMNS = ("seen", "held-out")
 
 
 def table(results: Results) -> str:
-    """Rows of models, columns of success rates in percent: with 95 % intervals for one seed, mean ± deviation else."""
-    rows = [("", *SHOWN, "overall", "understanding")]
+    """Tabulate success rates in percent, one model a row: with 95 % intervals for one seed, else mean ± deviation."""
+    rows = [("", *COLUMNS, "overall", "understanding")]
     for name in _names(results):
-        cells = [_cell([results[s][name].measured.rates[r] for s in results]) for r in SHOWN]
+        cells = [_cell([results[s][name].measured.rates[r] for s in results]) for r in COLUMNS]
         overall = _spread([100 * results[s][name].measured.overall for s in results])
         kept = _cell([results[s][name].measured.rates["understanding"] for s in results])
         rows.append((name, *cells, overall, kept))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     seeds = ", ".join(map(str, results))
-    return "\n".join([f"pictures that show what was asked, % (seeds {seeds})", *lines, "", *verdicts(results)])
+    return "\n".join([f"images that show what was asked, % (seeds {seeds})", *lines, "", *verdicts(results)])
 
 
 def verdicts(results: Results) -> list[str]:
-    """What the numbers say, for better or worse."""
-    said = []
+    """Compare RECA with SFT and with the model before, one sentence a seed."""
+    sentences = []
     for seed, outcomes in results.items():
-        reca, sft, before = (outcomes[name].measured for name in ("RECA", "SFT", "before"))
+        reca, sft, before = (outcomes[name].measured for name in ("RECA", "SFT", BEFORE))
         gap = 100 * (reca.rates["held-out"].share - sft.rates["held-out"].share)
         apart = reca.rates["held-out"].wilson()[0] > sft.rates["held-out"].wilson()[1]
         change = 100 * (reca.overall - before.overall)
         kept = 100 * (reca.rates["understanding"].share - before.rates["understanding"].share)
         seen = 100 * (reca.rates["seen"].share - before.rates["seen"].share)
-        said.append(
+        sentences.append(
             f"seed {seed}: held-out RECA - SFT {gap:+.1f} points, intervals {'apart' if apart else 'OVERLAPPING'}; "
             f"RECA changes overall {change:+.1f}, seen {seen:+.1f}, understanding {kept:+.1f} points"
         )
-    return said
+    return sentences
 
 
-def write(results: Results, umm: str, out: Path, scale: float = 1.0) -> Path:
-    """The report as one self-contained file."""
-    from reca.toy_world.experiment import arms
-
-    begin, first = start(umm), next(iter(results))
-    recipe = load_recipe(begin.recipe)
+def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: float = 1.0) -> Path:
+    """Write the report as one self-contained file, and return its path."""
+    setup, first = demo_setup(umm), next(iter(results))
+    recipe = load_recipe(setup.recipe)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(),
+        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     names = _names(results)
     details = [
         *(f"{c}, all" for c in CATEGORIES),
-        *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in SHOWN),
+        *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in COLUMNS),
     ]
     page = environment.get_template("report.html").render(
         seeds=list(results),
         scale=scale,
-        begin=begin,
-        arms={arm.name: arm.says for arm in arms(begin)},
+        setup=setup,
+        arms={arm.name: arm.description for arm in arms},
         names=names,
         table=table(results),
         details={
@@ -84,7 +81,7 @@ def write(results: Results, umm: str, out: Path, scale: float = 1.0) -> Path:
             for detail in details
         },
         held_out=sorted(f"{pair.colour} {pair.shape}" for pair in held_out_pairs(first)),
-        pictures={name: _pictures(results[first][name]) for name in names},
+        images={name: _images(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
         steps=scaled(recipe.train.steps, scale),
         settings=as_dict(recipe),
@@ -112,21 +109,21 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
-def _pictures(outcome: "Outcome", per_row: int = 12) -> list[dict[str, Any]]:
-    """Every ninth prompt's picture, enlarged, with its verdict."""
+def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
+    """Encode every ninth prompt's image, enlarged, with its verdict."""
     chosen = outcome.measured.samples[::9][: 4 * per_row]
-    return [{"prompt": text, "hit": hit, "png": _png(picture)} for text, picture, hit in chosen]
+    return [{"prompt": text, "hit": hit, "png": _png(image)} for text, image, hit in chosen]
 
 
-def _png(picture: torch.Tensor) -> str:
-    image = grid([picture])
+def _png(image: torch.Tensor) -> str:
+    image = grid([image])
     buffer = io.BytesIO()
     image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _curve(points: list[tuple[int, float]], width: int = 300, height: int = 90) -> dict[str, Any]:
-    """Polyline coordinates of a loss curve, its ends in words."""
+    """Return the polyline of a loss curve, its first and last value, and its maximum."""
     if not points:
         return {"line": "", "first": 0.0, "last": 0.0, "top": 0.0}
     last, top = points[-1][0], max(loss for _, loss in points)

@@ -1,4 +1,4 @@
-"""A world of coloured shapes: what a picture shows, and how it is drawn."""
+"""A world of coloured shapes: what a image shows, and how it is drawn."""
 
 import itertools
 import random
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIDE = 20  # pixels of a picture
+SIDE = 20  # pixels of a image
 SIZE = 8  # pixels of an object
 BACKGROUND = 0.08
 NOISE = 0.02
@@ -22,7 +22,7 @@ COLOURS = {
     "orange": (1.00, 0.55, 0.05),
     "white": (0.95, 0.95, 0.95),
 }
-PICTURES = {
+MASK_ROWS = {
     "square": "######## ######## ######## ######## ######## ######## ######## ########",
     "circle": "..####.. .######. ######## ######## ######## ######## .######. ..####..",
     "triangle": "........ ...##... ...##... ..####.. ..####.. .######. .######. ########",
@@ -30,9 +30,9 @@ PICTURES = {
     "ring": "######## ######## ##....## ##....## ##....## ##....## ######## ########",
     "diamond": "...##... ..####.. .######. ######## ######## .######. ..####.. ...##...",
 }
-SHAPES = tuple(PICTURES)
+SHAPES = tuple(MASK_ROWS)
 RELATIONS = ("left_of", "above")
-MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) for name, rows in PICTURES.items()}
+MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) for name, rows in MASK_ROWS.items()}
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Scene:
 
 def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
     """uint8 [3, SIDE, SIDE]; with a generator, pixel noise is added."""
-    picture = torch.full((3, SIDE, SIDE), BACKGROUND)
+    image = torch.full((3, SIDE, SIDE), BACKGROUND)
     for thing, (row, column) in zip(scene.things, scene.places(), strict=True):
-        place = picture[:, row : row + SIZE, column : column + SIZE]
+        place = image[:, row : row + SIZE, column : column + SIZE]
         colour = torch.tensor(COLOURS[thing.colour])[:, None, None]
         place.copy_(torch.where(MASKS[thing.shape], colour, place))
     if generator is not None:
-        picture = picture + torch.randn(picture.shape, generator=generator) * NOISE
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+        image = image + torch.randn(image.shape, generator=generator) * NOISE
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def held_out_pairs(seed: int, per_shape: int = 3) -> frozenset[Thing]:

@@ -22,27 +22,27 @@ class Split:
     def scene(self, index: int) -> Scene:
         return draw_scene(self.rng(index), self.pairs)
 
-    def picture(self, index: int) -> torch.Tensor:
+    def image(self, index: int) -> torch.Tensor:
         """uint8 [3, H, W], with pixel noise."""
         return render(self.scene(index), torch.Generator().manual_seed(self.rng(index, "noise").getrandbits(63)))
 
 
 def captioned(seed: int) -> Split:
-    """Pictures that pre-training draws from captions: no held-out pair among them."""
+    """Images that pre-training draws from captions: no held-out pair among them."""
     held = held_out_pairs(seed)
     return Split("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
 
 
 def understood(seed: int) -> Split:
-    """Pictures that the understanding side has seen and named: every pair."""
+    """Images that the understanding side has seen and named: every pair."""
     return Split("understood", seed, 8000, all_pairs())
 
 
 def unlabeled(seed: int) -> Split:
-    """Pictures of post-training: every pair. RECA gets them bare; SFT gets them with captions."""
+    """Images of post-training: every pair. RECA gets them bare; SFT gets them with captions."""
     return Split("unlabeled", seed, 6000, all_pairs())
 
 
 def unseen(seed: int) -> Split:
-    """Pictures that no training sees, for measuring understanding."""
+    """Images that no training sees, for measuring understanding."""
     return Split("unseen", seed, 400, all_pairs())

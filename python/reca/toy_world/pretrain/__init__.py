@@ -1,7 +1,7 @@
-"""Where the demo starts from: per UMM, a tiny model that understands more than it can draw.
+"""Pre-training of the demo: per model, a tiny one that understands more than it can generate.
 
-Everything of the demo that depends on the UMM is in its file here. A file has START and
-`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which leaves in `folder` what `START.begins_at` names.
+What the demo knows of a model lies in its file here: SETUP, and
+`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which saves in `folder` what `SETUP.init_override` names.
 """
 
 from collections.abc import Callable
@@ -11,45 +11,58 @@ from pathlib import Path
 from typing import Any
 
 from reca.config import Recipe, RecipeError
+from reca.models import UMMS
 from reca.models.base import Adapter
 
-UMMS = ("show_o", "harmon", "open_uni", "bagel")
+DEMO_UMMS = tuple(name for name in UMMS if Path(__file__).with_name(f"{name}.py").exists())
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
+# Assumptions that several models share.
+ALIGNED_H_V = (
+    "The understanding side, {parts}, learned first and is frozen from then on, also while the model learns to "
+    "generate. h_v is aligned with its text space: pre-training pulls every h_v token to the embedding of the word it "
+    "stands for and reads words in h_v's place; later captions are generated from there too. Large models bring such "
+    "alignment along; here it is made."
+)
+LINEAR_LATENTS = (
+    "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA."
+)
+
 
 @dataclass(frozen=True)
-class Start:
-    """
-    recipe       the tiny recipe that post-training runs
-    steps        steps of pre-training
-    pretrain     makes the model
-    begins_at    the override by which a recipe starts from what pretrain left in {folder}
-    sampling     how pictures are drawn for measuring
-    says         the model, in a sentence of the report
-    assumes      what its pre-training assumes, sentences of the report
-    generation   name, meaning and overrides of the arm whose h_v comes from the generation side; None: there is none
-    left_out     rows that other UMMs have and this one cannot, with the reason
+class DemoSetup:
+    """What the demo needs to know of a model.
+
+    recipe          name of the tiny recipe that post-training runs
+    steps           number of pre-training steps
+    pretrain        makes the model and saves it
+    init_override   override by which a recipe starts from what `pretrain` saved in {folder}
+    sampling        sampling options for measuring
+    description     the model, in a sentence of the report
+    assumptions     what its pre-training assumes, in sentences of the report
+    generation_arm  name, description and overrides of the arm whose h_v comes from the generation side; None: no such
+    omitted_arms    arms that other models have and this one cannot have, with the reason
     """
 
     recipe: str
     steps: int
     pretrain: Callable[[Recipe, int, Path, float, Progress], Adapter]
-    begins_at: str
+    init_override: str
     sampling: dict[str, Any]
-    says: str
-    assumes: tuple[str, ...]
-    generation: tuple[str, str, tuple[str, ...]] | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
+    description: str
+    assumptions: tuple[str, ...]
+    generation_arm: tuple[str, str, tuple[str, ...]] | None = None
+    omitted_arms: dict[str, str] = field(default_factory=dict)
 
 
-def start(umm: str) -> Start:
-    """Raises RecipeError for a UMM without a demo."""
-    if umm not in UMMS:
-        raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(UMMS)}")
-    return import_module(f"reca.toy_world.pretrain.{umm}").START
+def demo_setup(umm: str) -> DemoSetup:
+    """Return the setup of a model's demo. Raises RecipeError for a model without one."""
+    if umm not in DEMO_UMMS:
+        raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(DEMO_UMMS)}")
+    return import_module(f"reca.toy_world.pretrain.{umm}").SETUP
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:
-    """A share of a budget; all of it at scale 1."""
+    """Return a share of a budget; all of it at scale 1."""
     return max(least, round(count * scale))

@@ -1,6 +1,6 @@
 """A tiny BAGEL that understands more than it can draw.
 
-First SigLIP and the understanding expert learn to name every colour-shape pair, from pictures and from text. Then they
+First SigLIP and the understanding expert learn to name every colour-shape pair, from images and from text. Then they
 are frozen, as in BAGEL, and the generation expert learns to draw captions that lack the held-out pairs.
 """
 
@@ -15,15 +15,15 @@ from reca.config import Recipe
 from reca.models.bagel import Adapter, modules, prompt, sampling
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
 from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
-from reca.toy_world.pretrain.optimize import optimize, pictures, save_as_run, unit
+from reca.toy_world.pretrain.optimize import first_images, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import masked_linear_cross_entropy
 
 UNDERSTANDING, DRAWING = 350, 600  # steps
-NAMED, DRAWN = 32, 64  # pictures in a step of each
+NAMED, DRAWN = 32, 64  # images in a step of each
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
@@ -41,7 +41,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     rng = random.Random(seed)
     recipe.model.seed = seed
     model = _Quoting.load(recipe.model).train()
-    model.codec.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
 
@@ -87,12 +87,12 @@ class _Slots:
 
 
 def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of understanding: pictures named, captions quoted in h_v's place or asked to be drawn named
+    """The loss of one step of understanding: images named, captions quoted in h_v's place or asked to be drawn named
     alike, and h_v aligned with the words."""
     split, slots, v = understood(seed), _Slots(model), model.vocabulary
     view = model.views("reca").und
-    shown = pictures(split, scale)
-    seen = unit(torch.stack([sampling.fitted(picture, view) for picture in shown]))
+    shown = first_images(split, scale)
+    seen = unit(torch.stack([sampling.fitted(image, view) for image in shown]))
     words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
 
     def talk(asked: str, scene) -> prompt.Text:
@@ -125,7 +125,7 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
     split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
-    moments = torch.stack(model.moments(list(pictures(split, scale))))
+    moments = torch.stack(model.moments(list(first_images(split, scale))))
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(moments), (DRAWN,))
@@ -140,24 +140,21 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
     return loss
 
 
-START = Start(
+SETUP = DemoSetup(
     recipe="bagel_tiny",
     steps=UNDERSTANDING + DRAWING,
     pretrain=pretrain,
-    begins_at="train.init_from={folder}",
+    init_override="train.init_from={folder}",
     sampling={"steps": 20, "guidance": 1.0},
-    says="A BAGEL of 0.6 million parameters",
-    assumes=(
-        "The understanding side, SigLIP and the understanding expert, learned first and is frozen from then on, "
-        "also while the model learns to draw. h_v is aligned with its text space: pre-training pulls every h_v "
-        "token to the embedding of the word it stands for and reads words in h_v's place; later captions are "
-        "drawn from there too. Large models bring such alignment along; here it is made.",
-        'The understanding expert can say any fact of a prompt at once ("second colour red"), from a picture or from '
+    description="A BAGEL of 0.6 million parameters",
+    assumptions=(
+        ALIGNED_H_V.format(parts="SigLIP and the understanding expert"),
+        'The understanding expert can say any fact of a prompt at once ("second colour red"), from an image or from '
         "text; large language models can.",
-        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "pictures of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
+        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "images of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
         " out are trained in every arm, nothing else.",
-        "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA.",
+        LINEAR_LATENTS,
     ),
-    generation=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
+    generation_arm=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
 )

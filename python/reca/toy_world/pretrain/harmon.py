@@ -1,6 +1,6 @@
 """A tiny Harmon that understands more than it can draw.
 
-One MAR encoder and one language model do both. They first learn to name pictures of every pair, and go on with that
+One MAR encoder and one language model do both. They first learn to name images of every pair, and go on with that
 while captions without the held-out pairs are drawn. As in Show-o's start, h_v is aligned with words, and words stand in
 its place.
 """
@@ -16,14 +16,14 @@ from reca.data.batch import Batch, Turn
 from reca.models.harmon import Adapter, modules, prompt
 from reca.rng import CounterRNG, RandomStream
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
-from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, save_as_run, unit
+from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import masked_linear_cross_entropy
 
 UNDERSTANDING, DRAWING = 200, 600  # steps; those of drawing go on with understanding
-DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
+DRAWN, NAMED = 64, 32  # captioned and understood images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 OFFSET = 3.0  # of the diffusion head's input
 SEES = (
@@ -58,7 +58,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     torch.manual_seed(seed)
     recipe.model.seed = seed
     model = _Remembering.load(recipe.model).train()
-    model.vae.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    model.vae.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     net = model.mar.diffloss.net
     nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.3)
     # LayerNorm removes the length of its input, which the noise to predict must keep; beside an offset it nearly stays.
@@ -88,7 +88,9 @@ class _Task:
     def __init__(self, model: _Remembering, seed: int, rng: random.Random, scale: float):
         self.model, self.rng, self.draws = model, rng, _Noisier(seed)
         self.drawn, self.named = captioned(seed), understood(seed)
-        self.to_draw, self.to_name = (model.latents(unit(pictures(split, scale))) for split in (self.drawn, self.named))
+        self.to_draw, self.to_name = (
+            model.latents(unit(first_images(split, scale))) for split in (self.drawn, self.named)
+        )
         self.end = model.tokenizer.convert_tokens_to_ids(prompt.END)
         self.buffers, self.tokens = model.config.mar.buffers, self.to_name[0, :, :, 0].numel()
         self.readout = nn.Linear(model.config.mar.width, modules.channels(model.config))
@@ -125,7 +127,7 @@ class _Task:
         return term.sum / term.weight + error.square().mean()
 
     def naming(self) -> Tensor:
-        """Pictures named; h_v aligned with the words; and words in h_v's place named."""
+        """Images named; h_v aligned with the words; and words in h_v's place named."""
         model, index = self.model, torch.randint(len(self.to_name), (NAMED,))
         talks = [
             prompt.conversation(model.tokenizer, [Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))])
@@ -153,23 +155,23 @@ class _Task:
         return masked_linear_cross_entropy(hidden.flatten(0, 1), model.llm.lm_head.weight, layout.labels.flatten())
 
 
-START = Start(
+SETUP = DemoSetup(
     recipe="harmon_tiny",
     steps=UNDERSTANDING + DRAWING,
     pretrain=pretrain,
-    begins_at="train.init_from={folder}",
+    init_override="train.init_from={folder}",
     # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.
     sampling={"steps": 6, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
-    says="A Harmon of 0.4 million parameters",
-    assumes=(
+    description="A Harmon of 0.4 million parameters",
+    assumptions=(
         "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
         "words of a caption and its image tokens to one that says nothing, reads words in h_v's place, and draws "
         "captions from there. Large models bring such alignment along; here it is made.",
         "Drawing is pre-trained with two helps, which post-training has not: a readout, thrown away afterwards, that "
         "makes the diffusion head's conditions linear in the tokens, and timesteps of much noise more often.",
-        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "pictures of every pair, which stands in for KL-16.",
-        "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA.",
+        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "images of every pair, which stands in for KL-16.",
+        LINEAR_LATENTS,
     ),
-    left_out={"RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"},
+    omitted_arms={"RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"},
 )

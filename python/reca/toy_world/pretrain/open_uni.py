@@ -1,6 +1,6 @@
 """A tiny OpenUni that understands more than it can draw.
 
-First InternVL3's wiring learns to name every colour-shape pair, from pictures and from text. Then it is frozen, as in
+First InternVL3's wiring learns to name every colour-shape pair, from images and from text. Then it is frozen, as in
 OpenUni, and queries, connector and SANA learn to draw captions that lack the held-out pairs.
 """
 
@@ -17,15 +17,15 @@ from reca.models.common.text import control
 from reca.models.open_uni import Adapter, modules, prompt
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
 from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
-from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, save_as_run, unit
+from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import attention_plan, masked_linear_cross_entropy, template_concat
 
 UNDERSTANDING, DRAWING = 350, 600  # steps
-NAMED, DRAWN = 32, 64  # pictures in a step of each
+NAMED, DRAWN = 32, 64  # images in a step of each
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
@@ -36,7 +36,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     recipe.model.seed = seed
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
-    model.vae.fit(unit(pictures(understood(seed), min(scale, 0.25))))
+    model.vae.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
 
     layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
@@ -64,15 +64,15 @@ class _Slots:
         return filled(self.ids(text), self.count, self.end)
 
     def quoted(self, asked: prompt.Prompt, words: list[int]) -> prompt.Prompt:
-        """A prompt with a picture, with words in the picture's place."""
+        """A prompt with an image, with words in the image's place."""
         return prompt.Prompt(asked.ids[: asked.slot] + words + asked.ids[asked.slot :])
 
 
 def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of understanding: pictures named, captions quoted in h_v's place or asked to be drawn named
+    """The loss of one step of understanding: images named, captions quoted in h_v's place or asked to be drawn named
     alike, and h_v aligned with the words."""
     split, slots = understood(seed), _Slots(model)
-    shown = pictures(split, scale)
+    shown = first_images(split, scale)
     words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
 
     def said(heard: prompt.Prompt, scene) -> prompt.Prompt:
@@ -124,7 +124,7 @@ def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
     split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
-    latents = torch.cat([model.latents(unit(part)) for part in pictures(split, scale).split(500)])
+    latents = torch.cat([model.latents(unit(part)) for part in first_images(split, scale).split(500)])
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(latents), (DRAWN,))
@@ -139,26 +139,23 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
     return loss
 
 
-START = Start(
+SETUP = DemoSetup(
     recipe="open_uni_tiny",
     steps=UNDERSTANDING + DRAWING,
     pretrain=pretrain,
-    begins_at="train.init_from={folder}",
+    init_override="train.init_from={folder}",
     sampling={"steps": 20, "guidance": 1.0},
-    says="An OpenUni of 0.6 million parameters",
-    assumes=(
-        "The understanding side, a vision tower and a language model, learned first and is frozen from then on, "
-        "also while the model learns to draw. h_v is aligned with its text space: pre-training pulls every h_v "
-        "token to the embedding of the word it stands for and reads words in h_v's place; later captions are "
-        "drawn from there too. Large models bring such alignment along; here it is made.",
-        'The language model can say any fact of a prompt at once ("second colour red"), from a picture or from text. '
+    description="An OpenUni of 0.6 million parameters",
+    assumptions=(
+        ALIGNED_H_V.format(parts="a vision tower and a language model"),
+        'The language model can say any fact of a prompt at once ("second colour red"), from an image or from text. '
         "The queries in front of the generator need that; large language models can.",
-        "Pictures are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "pictures of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
+        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+        "images of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
         "nothing else.",
-        "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA.",
+        LINEAR_LATENTS,
     ),
-    left_out={
+    omitted_arms={
         "RECA with h_v from the generation side": (
             "which OpenUni has no way to read: its language model sees InternViT only"
         )

@@ -1,4 +1,4 @@
-"""The optimisation that every start shares: Muon on the matrices of the layers, AdamW on the rest."""
+"""Optimisation that all pre-training shares: Muon on the matrices of the layers, AdamW on the rest."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from reca.models.base import Adapter
 from reca.toy_world.pretrain import Progress, scaled
 from reca.toy_world.splits import Split
 
-WARMUP, HOLD, FINAL = 60, 0.6, 0.05
+WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05
 
 
 def optimize(
@@ -45,12 +45,12 @@ def optimize(
 
 
 def matrices(*parts: nn.Module) -> list[nn.Parameter]:
-    """All matrices of these layers."""
+    """List all matrices of these layers."""
     return [p for part in parts for p in part.parameters() if p.ndim == 2]
 
 
 def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> None:
-    """All parameters as the checkpoint of a run, which `train.init_from` starts from."""
+    """Save all parameters as the checkpoint of a run, which `train.init_from` can name."""
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(absolute_paths(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
@@ -59,17 +59,17 @@ def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> Non
         raise checkpoint.CheckpointError(f"the pre-trained model was not saved in {folder}; the log above says why")
 
 
-def pictures(split: Split, scale: float) -> Tensor:
-    """The first pictures of a split, all of them at scale 1; uint8 [n, 3, H, W]."""
-    return torch.stack([split.picture(i) for i in range(scaled(len(split), scale, least=64))])
+def first_images(split: Split, scale: float) -> Tensor:
+    """Stack the first images of a split, all of them at scale 1: uint8 [n, 3, H, W]."""
+    return torch.stack([split.image(i) for i in range(scaled(len(split), scale, least=64))])
 
 
 def unit(pixels: Tensor) -> Tensor:  # uint8
-    """fp32 in [-1, 1]."""
+    """Scale pixels to fp32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def _shape(step: int, steps: int) -> float:
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return max(FINAL, 1 - max(0.0, step / steps - HOLD) / (1 - HOLD) * (1 - FINAL))
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return max(MIN_LR_RATIO, 1 - max(0.0, step / steps - STABLE_FRACTION) / (1 - STABLE_FRACTION) * (1 - MIN_LR_RATIO))

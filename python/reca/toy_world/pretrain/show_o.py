@@ -17,13 +17,13 @@ from reca.data.batch import Batch, Turn
 from reca.models.show_o import Adapter, prompt
 from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import Progress, Start, scaled
+from reca.toy_world.pretrain import DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
-from reca.toy_world.pretrain.optimize import matrices, optimize, pictures, unit
+from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.toy_world.splits import Split, captioned, understood
 
 STEPS = 800
-DRAWN, NAMED = 64, 32  # captioned and understood pictures in one step
+DRAWN, NAMED = 64, 32  # captioned and understood images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 
@@ -34,7 +34,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     rng, draws = random.Random(seed), CounterRNG(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
-    drawn, named = (pictures(split, scale) for split in (captioned(seed), understood(seed)))
+    drawn, named = (first_images(split, scale) for split in (captioned(seed), understood(seed)))
     fit_codebook(model, named[:3000])
     codes = torch.cat([model.codec.encode(unit(part)) for part in drawn.split(500)])
     task = _Task(model, rng, draws, captioned(seed), understood(seed), codes, named)
@@ -56,11 +56,11 @@ class _Task:
         drawn: Split,
         named: Split,
         codes: Tensor,
-        pictures: Tensor,
+        images: Tensor,
     ):
         self.model, self.rng, self.draws, self.drawn, self.named = model, rng, draws, drawn, named
-        self.codes, self.pictures = codes, pictures
-        self.words = torch.stack([self.slots(caption(named.scene(i))) for i in range(len(pictures))])  # [n, slots]
+        self.codes, self.images = codes, images
+        self.words = torch.stack([self.slots(caption(named.scene(i))) for i in range(len(images))])  # [n, slots]
 
     def slots(self, text: str) -> Tensor:
         """A caption's token ids on the slots of h_v, filled up with the end of text."""
@@ -85,9 +85,9 @@ class _Task:
         return 0.5 * asked.sum / asked.weight + 0.5 * placed.sum / placed.weight
 
     def naming(self) -> Tensor:
-        """Pictures named; h_v aligned with the words; and words in h_v's place named."""
-        model, index = self.model, torch.randint(len(self.pictures), (NAMED,))
-        features = model.look(model.clip_view(unit(self.pictures[index])))
+        """Images named; h_v aligned with the words; and words in h_v's place named."""
+        model, index = self.model, torch.randint(len(self.images), (NAMED,))
+        features = model.look(model.clip_view(unit(self.images[index])))
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))] for i in index.tolist()]
         term = model.loss(Batch("i2t", index, turns), {"h_v": features}, self.draws)
         words = self.words[index]
@@ -106,11 +106,11 @@ class _Task:
         return layout
 
 
-def fit_codebook(model: Adapter, pictures: Tensor, rounds: int = 5) -> None:
-    """k-means over the pixel patches of pictures, started from patches far apart."""
+def fit_codebook(model: Adapter, images: Tensor, rounds: int = 5) -> None:
+    """k-means over the pixel patches of images, started from patches far apart."""
     codec = model.codec
     size = model.config.patches.size
-    patches = F.unfold(unit(pictures), size, stride=size).transpose(1, 2).flatten(0, 1)
+    patches = F.unfold(unit(images), size, stride=size).transpose(1, 2).flatten(0, 1)
     chosen = [patches[0]]
     distance = (patches - chosen[0]).square().sum(1)
     while len(chosen) < codec.entries:
@@ -124,21 +124,21 @@ def fit_codebook(model: Adapter, pictures: Tensor, rounds: int = 5) -> None:
     codec.codebook.copy_(centres)
 
 
-START = Start(
+SETUP = DemoSetup(
     recipe="show_o_tiny",
     steps=STEPS,
     pretrain=pretrain,
-    begins_at="model.weights={folder}",
+    init_override="model.weights={folder}",
     sampling={"steps": 18, "guidance": 0.0, "temperature": 0.5},
-    says="A Show-o of half a million parameters",
-    assumes=(
+    description="A Show-o of half a million parameters",
+    assumptions=(
         "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it "
         "stands for, reads words in h_v's place, and draws captions from there. Large models bring such alignment"
         " along; here it is made.",
-        "Pictures are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
+        "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
         "MAGVITv2. Token embeddings and projector stay frozen in every arm.",
     ),
-    generation=(
+    generation_arm=(
         "RECA-codebook",
         "h_v from the generation codebook",
         ("model.hv_source=vq", "model.hv_down_scale=1"),
