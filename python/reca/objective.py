@@ -8,6 +8,7 @@ With objective.mean=micro_batch it is a mean of the micro-batches' own means, ea
 samples. That is the release's mean where all have the same size. It depends on which samples share a micro-batch.
 """
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -18,6 +19,7 @@ from reca.config import ObjectiveConfig, RecipeError
 from reca.data.batch import Batch, task_rng
 from reca.models.base import Adapter, LossTerm
 from reca.rng import CounterRNG
+from reca_kernels.host import on_device
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -36,9 +38,12 @@ def backward(
     A task without any label in the whole update adds nothing.
     """
     rng = {task: task_rng(seed, task) for task in batches}
-    totals = {task: _totals(adapter, micro_batches, rng[task]) for task, micro_batches in batches.items()}
+    ready = {
+        task: [_ready(adapter, batch, rng[task]) for batch in micro_batches] for task, micro_batches in batches.items()
+    }
+    totals = _totals(ready)
 
-    work = [(task, batch) for task, micro_batches in batches.items() for batch in micro_batches]
+    work = [(task, batch) for task, micro_batches in ready.items() for batch in micro_batches]
     sums = {task: torch.zeros_like(total) for task, total in totals.items()}
     for position, (task, batch) in enumerate(work):
         distributed.sync_gradients(adapter, position == len(work) - 1)
@@ -54,20 +59,32 @@ def backward(
         elif objective.mean == "update":
             scale = distributed.world() / weight.clamp(min=TINY)
         else:
-            scale = distributed.world() * len(batch) / (samples * term.weight.clamp(min=TINY))
+            scale = distributed.world() * len(batch) / (samples * max(batch.prepared.weight, TINY))
         (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
             sums[task] += torch.stack((term.sum.detach(), term.weight))
     return sums
 
 
-def _totals(adapter: Adapter, micro_batches: list[Batch], rng: CounterRNG) -> Tensor:
-    """Weight and samples of one task in the whole update, fp32 [2]."""
-    own = [(adapter.weight(batch, rng), len(batch)) for batch in micro_batches if batch.counted]
-    total = torch.zeros(2, device=micro_batches[0].sample_ids.device)
-    for weight, samples in own:
-        total += torch.stack((weight, weight.new_full((), samples)))
-    return distributed.sum_over_ranks(total)
+def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Batch:
+    """Return the batch with what its loss needs, which the loader has made unless the batch came another way."""
+    ready = copy.copy(batch)
+    ready.prepared = adapter.ensure_prepared(batch, rng)
+    return ready
+
+
+def _totals(batches: dict[str, list[Batch]]) -> dict[str, Tensor]:
+    """Add up weight and samples of each task in the whole update, fp32 [2] each, on the device.
+
+    They are known on the host, so no rank runs the model for them, and one call adds up those of all ranks.
+    """
+    own = []
+    for micro_batches in batches.values():
+        counted = [batch for batch in micro_batches if batch.counted]
+        own.append([sum(batch.prepared.weight for batch in counted), float(sum(map(len, counted)))])
+    device = next(iter(batches.values()))[0].sample_ids.device
+    total = distributed.sum_over_ranks(on_device(torch.tensor(own, dtype=torch.float32), device))
+    return dict(zip(batches, total, strict=True))
 
 
 def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:

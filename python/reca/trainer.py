@@ -1,11 +1,11 @@
 """The training loop: batches -> loss -> gradient -> update, until done, interrupted or broken."""
 
 import contextlib
+import copy
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,7 @@ class Trainer:
             rank=distributed.rank(),
             world=distributed.world(),
             ledger=self.run_dir / f"bad_{task}.jsonl",
+            prepare=self.adapter.prepare,
             identity=[self.recipe.umm, self.recipe.train.precision, as_dict(self.recipe)["model"]],
         )
 
@@ -289,7 +290,8 @@ class Trainer:
             probe = batches["reca"][0]
             if len(probe) == 1 and probe.neighbour is None:
                 after = self.loaders["reca"].sample(int(probe.sample_ids[0]) + 1)
-                probe = replace(probe, neighbour=after.to(self.device))
+                probe = copy.copy(probe)
+                probe.neighbour = after.to(self.device)
             own, other = (objective.evaluate(self.adapter, [probe], seed, self.autocast, c) for c in ("own", "other"))
             metrics["reca/gap"] = other - own
         if _due(self.update, every.drift_every) or (every.drift_every and self.update == 1):
@@ -307,7 +309,9 @@ class Trainer:
         for task in self._yardsticks():
             views, seed = self.adapter.views(task), self.recipe.train.seed
             source = self.sources[task]
-            loader = open_loader(self.recipe.data, task, views, seed=seed, micro_batch=8, source=source)
+            loader = open_loader(
+                self.recipe.data, task, views, seed=seed, micro_batch=8, source=source, prepare=self.adapter.prepare
+            )
             fixed[task] = next(iter(loader)).to(self.device)
             loader.close()
         return fixed

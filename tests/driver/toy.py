@@ -10,7 +10,7 @@ from torch import nn
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.views import View, Views
-from reca.models.base import Adapter, LossTerm
+from reca.models.base import Adapter, LossTerm, Prepared
 from reca.rng import RandomStream
 from reca.trainer import Trainer
 
@@ -20,6 +20,11 @@ SIDE = 4
 @dataclass
 class ToyConfig:
     weights: str | None = None
+
+
+@dataclass(frozen=True)
+class ToyPrepared(Prepared):
+    sample_ids: torch.Tensor  # int64 [B]
 
 
 class ToyAdapter(Adapter):
@@ -52,17 +57,18 @@ class ToyAdapter(Adapter):
         with torch.no_grad():
             return {"target": pixels, "h_v": self.tower(pixels)}
 
-    def weight(self, batch: Batch, rng) -> torch.Tensor:
-        return torch.tensor(float(sum(1 + int(i) % 3 for i in batch.sample_ids)))
+    def prepare(self, batch: Batch, rng) -> ToyPrepared:
+        weight = float(sum(1 + int(i) % 3 for i in batch.host_ids))
+        return ToyPrepared(batch.task, rng.seed, weight, batch.sample_ids)
 
-    def loss(self, batch: Batch, features: dict, rng) -> LossTerm:
-        self.seen += batch.sample_ids.tolist()
+    def loss(self, prepared: ToyPrepared, features: dict, rng) -> LossTerm:
+        self.seen += prepared.sample_ids.tolist()
         target = features["target"]
-        noise = rng.normal(RandomStream.NOISE, batch.sample_ids, target.shape[1]).to(target)
-        x = noise + (features["h_v"] if batch.task == "reca" else 0)
+        noise = rng.normal(RandomStream.NOISE, prepared.sample_ids, target.shape[1]).to(target)
+        x = noise + (features["h_v"] if prepared.task == "reca" else 0)
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        weights = 1 + batch.sample_ids % 3  # samples count differently, as packed tokens do
+        weights = 1 + prepared.sample_ids % 3  # samples count differently, as packed tokens do
         rows = (x - target).square().mean(1)
         return LossTerm((rows * weights).sum(), weights.sum().float())
 

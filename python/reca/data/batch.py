@@ -37,6 +37,7 @@ class Batch:
     keep        takes what `encode` returns, to put it into a cache
     neighbour   one more sample, whose h_v the last of these gets under condition "other"
     counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
+    prepared    what `Adapter.prepare` returned, when the loader has called it; `replace` leaves it out
     """
 
     task: str
@@ -48,6 +49,7 @@ class Batch:
     keep: Callable[[dict[str, Any]], None] | None = None
     neighbour: "Batch | None" = None
     counted: bool = True
+    prepared: Any = field(default=None, init=False, repr=False)
     _host_ids: Tensor | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -70,6 +72,7 @@ class Batch:
             features=features,
             neighbour=self.neighbour and self.neighbour.to(device),
         )
+        moved.prepared = self.prepared and self.prepared.to(device)
         moved._host_ids = self.host_ids
         return moved
 

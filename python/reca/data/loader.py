@@ -4,7 +4,7 @@ import errno
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from reca.rng import CounterRNG, RandomStream
 from reca.split import Share, split
 
 ATTEMPTS = 100
+Prepare = Callable[[Batch, CounterRNG], Any]  # Adapter.prepare
 OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # no fault of the file that was to be read
 
 
@@ -46,12 +47,14 @@ def open_loader(
     ledger: Path | None = None,
     identity: Any = None,
     source: Source | None = None,
+    prepare: Prepare | None = None,
 ) -> "Loader":
     """The loader a recipe describes, of one task of sample. Raises DataError as `open_sources`.
 
     batch_size: samples of one update on all ranks; null = one full micro-batch on each.
     neighbours: every batch comes with its `neighbour`.
     identity: what, beside the images, the features in data.cache depend on.
+    prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
     source: the samples, where they have been opened already.
     """
     source = source or open_sources(config, [task])[task]
@@ -60,7 +63,7 @@ def open_loader(
         cache = FeatureCache(Path(config.cache), views, [task, identity])
     shares = split(batch_size or micro_batch * world, micro_batch, world)[rank]
     stream = Stream(shares, batch_size or micro_batch * world, start, neighbours)
-    return Loader(config, source, task, views, seed, stream, ledger, cache)
+    return Loader(config, source, task, views, seed, stream, ledger, cache, prepare)
 
 
 class Stream(NamedTuple):
@@ -113,13 +116,14 @@ class Loader:
         stream: Stream,
         ledger: Path | None = None,
         cache: FeatureCache | None = None,
+        prepare: Prepare | None = None,
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
         self.rng = task_rng(seed, task)
         self.order = task_rng(seed, task, 1).seed
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
-        self.cache = cache
+        self.cache, self.prepare = cache, prepare
         self.ledger = Ledger(ledger, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
@@ -133,14 +137,10 @@ class Loader:
         while True:
             while len(ahead) <= (self.config.prefetch if self.pool else 0):
                 share, positions, neighbour = next(stream)
-                ahead.append((share, positions, neighbour, [self._submit(p) for p in (*positions, *neighbour)]))
-            share, positions, neighbour, jobs = ahead.popleft()
-            rows = [job.result() for job in jobs]
-            batch = self._batch(positions, rows[: share.size])
-            if neighbour:
-                batch.neighbour = self._batch(neighbour, rows[share.size :])
-            batch.counted = share.counted
-            yield batch
+                jobs = [self._submit(self._read, position) for position in (*positions, *neighbour)]
+                # The pool begins jobs in this order, so one that waits for others never waits for one in the queue.
+                ahead.append(self._submit(self._assemble, share, positions, neighbour, jobs))
+            yield ahead.popleft().result()
 
     def sample(self, position: int) -> Batch:
         """One sample, read while the caller waits."""
@@ -150,12 +150,23 @@ class Loader:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def _submit(self, position: int) -> Future:
+    def _submit(self, function: Callable, *arguments: Any) -> Future:
         if self.pool:
-            return self.pool.submit(self._read, position)
+            return self.pool.submit(function, *arguments)
         done: Future = Future()
-        done.set_result(self._read(position))
+        done.set_result(function(*arguments))
         return done
+
+    def _assemble(self, share: Share, positions: range, neighbour: list[int], jobs: list[Future]) -> Batch:
+        """Make the batch of a share from its rows, and prepare it for the loss."""
+        rows = [job.result() for job in jobs]
+        batch = self._batch(positions, rows[: share.size])
+        if neighbour:
+            batch.neighbour = self._batch(neighbour, rows[share.size :])
+        batch.counted = share.counted
+        if self.prepare:
+            batch.prepared = self.prepare(batch, self.rng)
+        return batch
 
     def _read(self, position: int, cached: bool = True) -> Row:
         """The sample of a position, or its substitute. cached: features will do in place of views."""

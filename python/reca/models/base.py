@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.rng import CounterRNG
+from reca_kernels.host import on_device
+
+P = TypeVar("P", bound="Prepared")
 
 ROLES = (
     "und_encoder",  # vision tower that only understanding uses
@@ -25,11 +29,44 @@ ROLES = (
 )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a loss needs of its batch beside features. `Adapter.prepare` makes it on the host, before the step.
+
+    A model's own has its layout, labels and masks, too.
+
+    task    whose loss it is
+    seed    of the random numbers that it was made with
+    weight  what the loss is to be divided by, such as the number of predicted tokens
+    """
+
+    task: str
+    seed: int
+    weight: float
+
+    def to(self: P, device: torch.device | str) -> P:
+        """Copy the tensors to `device`. No GPU is waited for."""
+        return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return on_device(value, device)
+    if hasattr(value, "to"):
+        return value.to(device)
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+
+
 class LossTerm(NamedTuple):
     """A loss as a sum and the weight it is to be divided by, so that means can be taken over a whole update."""
 
     sum: Tensor  # fp32 [], carries the graph
     weight: Tensor  # fp32 [], no gradient
+
+    @classmethod
+    def of(cls, total: Tensor, prepared: Prepared) -> "LossTerm":
+        """Give a sum the weight that was counted on the host."""
+        return cls(total, torch.full_like(total.detach(), prepared.weight))
 
 
 def in_fp32(function: Callable) -> Callable:
@@ -103,8 +140,21 @@ class Adapter(nn.Module):
         """The weight `loss` will return, fp32 [], without running the model."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-        """The native loss of `batch.task`."""
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        """Lay out a batch's sequences, draw its masks and count its labels, all on the host.
+
+        The loader's threads call it, so it must not touch parameters. Draws are the same on every device.
+        """
+        return Prepared(batch.task, rng.seed, float(self.weight(batch, rng)))
+
+    def ensure_prepared(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        """Return what the loader has prepared with these random numbers, or prepare it now, on the batch's device."""
+        if batch.prepared is not None and batch.prepared.seed == rng.seed:
+            return batch.prepared
+        return self.prepare(batch, rng).to(batch.sample_ids.device)
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        """Compute the native loss of the task. It waits for no GPU."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, rng: CounterRNG, condition: str = "own") -> LossTerm:
@@ -120,7 +170,9 @@ class Adapter(nn.Module):
                     "condition 'other' takes h_v from another sample: it needs two samples, or a batch with neighbour"
                 )
             features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
-        return self.loss(batch, features, rng)
+        if type(self).prepare is Adapter.prepare:
+            return self.loss(batch, features, rng)
+        return self.loss(self.ensure_prepared(batch, rng), features, rng)
 
     def _features(self, batch: Batch) -> dict[str, Any]:
         """From the cache, or encoded and put there."""
