@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from reca_kernels import library, native
+from reca_kernels import native
 
 REDUCTIONS = ("mean", "sum", "none")
 # Torch does the same by operations of 3 microseconds each.
@@ -15,34 +15,39 @@ _index_outside = getattr(native.module, "index_outside", None)
 _all_finite = getattr(native.module, "all_finite", None)
 
 
-def plain(op: str, **tensors: Tensor | None) -> bool:
-    """What library.plain says of them. Raises TypeError for what an op cannot take in any way."""
-    try:
-        if library.plain(*tensors.values()):
-            return True
-    except TypeError:  # not a tensor
-        pass
+def dispatchable(op: str, **tensors: Tensor | None) -> None:
+    """Check what is not plain memory: the dispatcher may know how to run an op on it.
+
+    Raises:
+        TypeError: For what an op cannot take in any way.
+        ValueError: For tensors on several devices.
+        RuntimeError: Under torch.jit.trace.
+    """
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise RuntimeError(f"{op}: torch.jit.trace would keep sizes and choices as constants; use torch.export")
-    distributed = sys.modules.get("torch.distributed.tensor")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if distributed is not None and isinstance(tensor, distributed.DTensor):
-            # A kernel would see the local shard only and give gradients of one rank.
-            raise TypeError(
-                f"{op}: {name} is a DTensor. Call the op inside the module's forward, where FSDP2 has gathered the "
-                f"parameters, or pass {name}.full_tensor()"
-            )
+        reject_dtensor(op, name, tensor)
         if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
             kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
             raise TypeError(
                 f"{op}: {name} must be a dense tensor, whose elements lie in memory, got a {kind} one; "
                 "make it dense first"
             )
-    return False
+    one_device(op, **tensors)
+
+
+def reject_dtensor(op: str, name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a DTensor: a kernel would see the local shard only and give gradients of one rank."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        raise TypeError(
+            f"{op}: {name} is a DTensor. Call the op inside the module's forward, where FSDP2 has gathered the "
+            f"parameters, or pass {name}.full_tensor()"
+        )
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:

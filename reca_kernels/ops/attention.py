@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks
+from reca_kernels.memory import plain
 from reca_kernels.ops.attention_impls import IMPLS, unusable
 from reca_kernels.ops.attention_plan import AttentionPlan, total
 from reca_kernels.ops.attention_rows import has_hidden, shielded
@@ -53,11 +54,11 @@ def attention(
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
     do not fit the plan or each other.
     """
-    plain = checks.plain(OP, q=q, k=k, v=v)
-    if not plain and not torch.compiler.is_compiling():
-        q, k, v = map(_laid_out, (q, k, v))
+    if not (raw := plain(q, k, v)):
+        checks.dispatchable(OP, q=q, k=k, v=v)
+        if not torch.compiler.is_compiling():
+            q, k, v = map(_laid_out, (q, k, v))
     checks.floating(OP, q=q, k=k, v=v)
-    checks.one_device(OP, q=q, k=k, v=v)
     if dtype := checks.autocast_dtype(q):
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
         prefix = prefix and tuple(x.to(q.dtype) for x in prefix)
@@ -78,7 +79,7 @@ def attention(
 
     # The segments of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
     if has_hidden(plan) and (name == "dense" or (q.device.type == "cpu" and not torch.compiler.is_compiling())):
-        return shielded(run, q, k, v, plan, plain)
+        return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
 
 

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reca_kernels import library
 from reca_kernels.attention.reference import allowed
-from reca_kernels.host import on_device
+from reca_kernels.host import on_device, outside_of_modes
 from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
 from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
 
@@ -202,7 +201,7 @@ def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
     return _mask_of(plan)
 
 
-@library.outside_of_modes
+@outside_of_modes
 def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
     """bool [B, 1, Lq, Lk], and bool [B, Lq, 1, 1] of the rows to set to 0; None: none.
 

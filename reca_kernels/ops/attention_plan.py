@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import library
-from reca_kernels.host import on_device
+from reca_kernels.host import in_mode, no_modes, on_device
 
 MODES = ("causal", "full", "noise", "pad")
 
@@ -116,7 +115,7 @@ class AttentionPlan:
         """Made when first needed, on GPUs with the plan, so that a compiled step finds them."""
         if not self.made:
             _make_calls(self)
-        return library.in_mode(self.made[0])
+        return in_mode(self.made[0])
 
 
 def attention_plan(samples: Iterable[Sequence[Run]], *, device: torch.device | str = "cpu") -> AttentionPlan:
@@ -230,7 +229,7 @@ def _pairs(segment: Segment) -> int:
 
 @torch.compiler.disable  # made once, on the host
 def _make_calls(plan: AttentionPlan) -> None:
-    with library.no_modes():
+    with no_modes():
         plan.made.append(_calls(plan))
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, library
-from reca_kernels.host import on_device
+from reca_kernels import checks
+from reca_kernels.host import on_device, outside_of_modes
 from reca_kernels.ops.attention_plan import AttentionPlan
 
 
@@ -36,7 +36,7 @@ def _hidden(plan: AttentionPlan) -> Hidden:
     return _hidden_of(plan)
 
 
-@library.outside_of_modes
+@outside_of_modes
 def _hidden_of(plan: AttentionPlan) -> Hidden:
     runs = [run for sample in plan.samples for run in sample]
     hidden = [i for i, run in enumerate(runs) if run.mode in ("noise", "pad")]

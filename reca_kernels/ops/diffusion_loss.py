@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
 from reca_kernels.diffusion_loss import reference
-from reca_kernels.host import on_device
-from reca_kernels.ops.philox import Philox, addressed, checked
+from reca_kernels.host import on_device, outside_of_modes
+from reca_kernels.kernel_op import kernel_op
+from reca_kernels.memory import has_values, plain
+from reca_kernels.ops.philox import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
 
 OP = "diffusion_loss"
 WIDEST = 128  # channels a kernel's buffers hold
@@ -34,7 +36,7 @@ def diffusion_schedule(
     return _schedule(steps, keep, torch.device(device))
 
 
-@library.outside_of_modes
+@outside_of_modes
 def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
     kept = None if keep is None else diffusion_steps(steps, keep)
     return on_device(reference.schedule(steps, kept).float(), device)
@@ -62,15 +64,17 @@ def diffusion_prepare(
     noise: where to draw eps (one sample id per row, C elements each), or eps itself [M, C]. Not differentiable.
     Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
     """
-    plain = checks.plain(OP, **_named(x0, t, noise, schedule, rows))
-    t, noise, rows = _checked(x0, t, noise, schedule, rows, plain)
+    if not (raw := plain(x0, t, schedule, rows, *_tensors(noise))):
+        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, **_named(noise))
+    t, noise, rows = _checked(x0, t, noise, schedule, rows)
+    out_dtype = out_dtype or x0.dtype
     backend = _backend(x0, x0, backend)
     with torch.no_grad():
         if backend == "reference":
-            return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype or x0.dtype)
-        if not plain:
-            return _prepare_op(x0, t, *_flat(noise), schedule, rows, out_dtype or x0.dtype, backend)
-        return _run_prepare(x0, t, noise, schedule, rows, out_dtype or x0.dtype, backend)
+            if has_values(t, rows):
+                _check_indices(x0, t, schedule, rows)
+            return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype)
+        return _noisy(raw, x0, t, *flattened(noise), schedule, rows, out_dtype, backend)
 
 
 def diffusion_loss(
@@ -93,15 +97,23 @@ def diffusion_loss(
     Derivatives  by out only, the first only; the gradient is written in the pass that computes the loss.
     Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels.md
     """
-    plain = checks.plain(OP, out=out, **_named(x0, t, noise, schedule, rows))
-    t, noise, rows = _checked(x0, t, noise, schedule, rows, plain)
+    if not (raw := plain(out, x0, t, schedule, rows, *_tensors(noise))):
+        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, out=out, **_named(noise))
+    t, noise, rows = _checked(x0, t, noise, schedule, rows)
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
     checks.floating(OP, out=out)
-    checks.one_device(OP, out=out, x0=x0)
     if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
-    losses = _losses(out, x0, t, noise, schedule, rows, _backend(out, x0, backend), plain, reduction == "none")
+    backend = _backend(out, x0, backend)
+    if backend == "reference":
+        if has_values(t, rows):
+            _check_indices(x0, t, schedule, rows)
+        losses = reference.losses(out, x0, t, noise, schedule, rows)
+    else:
+        learns = not raw or (out.requires_grad and torch.is_grad_enabled())
+        uneven = reduction == "none"
+        losses, _ = _losses(raw, out, x0, t, *flattened(noise), schedule, rows, learns, uneven, backend)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
@@ -118,9 +130,12 @@ def _backend(tensor: Tensor, x0: Tensor, backend: str | None) -> str:
     return chosen
 
 
-def _named(x0, t, noise, schedule, rows) -> dict[str, Tensor | None]:
-    tensors = {"x0": x0, "t": t, "schedule": schedule, "rows": rows}
-    return {**tensors, "noise": noise} if isinstance(noise, Tensor) else {**tensors, **addressed(noise)}
+def _tensors(noise: Philox | Tensor) -> tuple[Tensor, ...]:
+    return (noise,) if isinstance(noise, Tensor) else noise[:2]
+
+
+def _named(noise: Philox | Tensor) -> dict[str, Tensor]:
+    return {"noise": noise} if isinstance(noise, Tensor) else addressed(noise)
 
 
 def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None) -> None:
@@ -129,7 +144,7 @@ def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None)
     checks.index_inside(OP, "t", t, 0, len(schedule))
 
 
-def _checked(x0, t, noise, schedule, rows, plain) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
+def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
     checks.floating(OP, x0=x0)
     checks.integer(OP, t=t)
     if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
@@ -153,130 +168,80 @@ def _checked(x0, t, noise, schedule, rows, plain) -> tuple[Tensor, Philox | Tens
         name, ids, expected = "noise.sample_ids", noise.sample_ids, (len(t),)
     if tuple(ids.shape) != expected:
         raise ValueError(f"{OP}: {name} must be {list(expected)}, got {list(ids.shape)}")
-    checks.one_device(OP, x0=x0, t=t, schedule=schedule, rows=rows, **{name: ids})
-    if plain or library.has_values(t, rows):
-        _check_indices(x0, t, schedule, rows)
     return t.long().contiguous(), noise, rows
 
 
-def _flat(noise: Philox | Tensor) -> tuple:
-    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+# ---- kernel ops ----
 
 
-def _unflat(seed: Tensor | None, ids: Tensor | None, stream: int, given: Tensor | None) -> Philox | Tensor:
-    return Philox(seed, ids, stream) if given is None else given
-
-
-def _run_prepare(x0, t, noise, table, rows, dtype, backend) -> Tensor:
-    out = torch.empty(len(t), x0.shape[1], dtype=dtype, device=x0.device)
+@kernel_op(
+    f"diffusion_prepare(Tensor x0, Tensor t, {NOISE_SCHEMA}, Tensor table, Tensor? rows, ScalarType dtype, str backend)"
+    " -> Tensor",
+    lambda x0, t, seed, ids, stream, explicit, table, rows, dtype, backend: x0.new_empty(
+        t.shape[0], x0.shape[1], dtype=dtype
+    ),
+)
+def _noisy(x0, t, seed, ids, stream, explicit, table, rows, dtype, backend) -> Tensor:
+    _check_indices(x0, t, table, rows)
+    out = torch.empty(t.shape[0], x0.shape[1], dtype=dtype, device=x0.device)
+    noise = unflattened(seed, ids, stream, explicit)
     dispatch.load(backend, OP).prepare(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
     return out
 
 
-def _losses(out, x0, t, noise, table, rows, backend, plain, some_unseen) -> Tensor:
-    if backend == "reference":
-        return reference.losses(out, x0, t, noise, table, rows)
-    if not plain:
-        return _loss_op(out, x0, t, *_flat(noise), table, rows, backend)[0]
-    if out.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(out, x0, t, noise, table, rows, backend, some_unseen)
-    return _run_losses(out, x0, t, noise, table, rows, backend, False)[0]
-
-
-def _run_losses(out, x0, t, noise, table, rows, backend, learn) -> tuple[Tensor, Tensor]:
-    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
-    out = (out.float() if learn and out.dtype == torch.float16 else out).contiguous()
-    gradient = torch.empty_like(out) if learn else out.new_empty(0)
-    kernel = dispatch.load(backend, OP).losses
-    table = table.float().contiguous()
-    return kernel(out, x0.contiguous(), t, noise, table, rows, gradient if learn else None), gradient
-
-
-class _Function(torch.autograd.Function):
-    """The forward pass writes the gradient; backward scales it in place and gives it away. A second backward, after
-    retain_graph, has the kernel write it again."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, x0, t, noise, table, rows, backend, some_unseen) -> Tensor:
-        losses, ctx.gradient = _run_losses(out, x0, t, noise, table, rows, backend, True)
-        seed, ids, ctx.stream, given = _flat(noise)
-        ctx.save_for_backward(out, x0, t, table, rows, seed, ids, given)
-        ctx.backend, ctx.some_unseen = backend, some_unseen
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, x0, t, table, rows, seed, ids, given = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        plain = library.plain(grad, out)
-        with torch.no_grad():
-            if gradient is None and plain:
-                noise = _unflat(seed, ids, ctx.stream, given)
-                gradient = _run_losses(out, x0, t, noise, table, rows, ctx.backend, True)[1]
-            elif gradient is None:
-                gradient = _loss_op(out, x0, t, seed, ids, ctx.stream, given, table, rows, ctx.backend)[1]
-            if plain:
-                gradient.mul_(grad[:, None])
-                if ctx.some_unseen and (grad.is_cuda or not grad.all()):  # a CPU can look, and has less to do
-                    gradient.masked_fill_((grad == 0)[:, None], 0)
-            else:
-                gradient = _scaled(gradient, grad)
-            gradient = gradient.to(out.dtype)
-        return *library.once(OP, (gradient,), (grad, out)), *[None] * 7
-
-
-def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
-    """By its row's number in grad [M]; 0 makes 0 of NaN and infinity too."""
-    return torch.where((grad == 0)[:, None], 0, gradient * grad[:, None])
-
-
-# ---- through the dispatcher ----
-
-_NOISE = "Tensor? seed, Tensor? ids, int stream, Tensor? given"
-
-
-def _op_prepare(x0, t, seed, ids, stream, given, table, rows, dtype, backend) -> Tensor:
-    _check_indices(x0, t, table, rows)
-    return _run_prepare(x0, t, _unflat(seed, ids, stream, given), table, rows, dtype, backend)
-
-
-def _op_prepare_fake(x0, t, seed, ids, stream, given, table, rows, dtype, backend) -> Tensor:
-    return x0.new_empty(t.shape[0], x0.shape[1], dtype=dtype)
-
-
-def _op_loss(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
-    _check_indices(x0, t, table, rows)
-    return _run_losses(out, x0, t, _unflat(seed, ids, stream, given), table, rows, backend, True)
-
-
-def _op_loss_fake(out, x0, t, seed, ids, stream, given, table, rows, backend) -> tuple[Tensor, Tensor]:
+def _losses_fake(
+    out, x0, t, seed, ids, stream, explicit, table, rows, learns, uneven, backend
+) -> tuple[Tensor, Tensor | None]:
     dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
-    gradient = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format) if learns else None
     return out.new_empty(out.shape[0], dtype=torch.float32), gradient
 
 
+@kernel_op(
+    f"diffusion_loss(Tensor out, Tensor x0, Tensor t, {NOISE_SCHEMA}, Tensor table, Tensor? rows, bool learns, "
+    "bool uneven, str backend) -> (Tensor, Tensor)",
+    _losses_fake,
+)
+def _losses(
+    out, x0, t, seed, ids, stream, explicit, table, rows, learns, uneven, backend
+) -> tuple[Tensor, Tensor | None]:
+    """Losses per row, and their derivative by out where it `learns`.
+
+    uneven: upstream gradients differ between rows, and where one is 0 it makes 0 of NaN and infinity too.
+    """
+    _check_indices(x0, t, table, rows)
+    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
+    out = (out.float() if learns and out.dtype == torch.float16 else out).contiguous()
+    gradient = torch.empty_like(out) if learns else None
+    noise, table = unflattened(seed, ids, stream, explicit), table.float().contiguous()
+    return dispatch.load(backend, OP).losses(out, x0.contiguous(), t, noise, table, rows, gradient), gradient
+
+
+# ---- the gradient ----
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    out, x0, t, seed, ids, ctx.stream, explicit, table, rows, _, ctx.uneven, ctx.backend = inputs
+    ctx.gradient = output[1]
+    ctx.mark_non_differentiable(ctx.gradient)
+    ctx.save_for_backward(out, x0, t, seed, ids, explicit, table, rows)
 
 
-def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, grad).to(ctx.dtype), *[None] * 9
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor]:
+    """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
+    out, x0, t, seed, ids, explicit, table, rows = ctx.saved_tensors
+    raw = plain(grad, out)
+    gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
+    if gradient is None:
+        noise = (seed, ids, ctx.stream, explicit)
+        _, gradient = _losses(raw, out, x0, t, *noise, table, rows, True, ctx.uneven, ctx.backend)
+    if not raw:
+        gradient = torch.where((grad == 0)[:, None], 0, gradient * grad[:, None])
+    else:
+        gradient.mul_(grad[:, None])
+        if ctx.uneven and (grad.is_cuda or not grad.all()):  # a CPU can look, and has less to do
+            gradient.masked_fill_((grad == 0)[:, None], 0)
+    return (gradient.to(out.dtype),)
 
 
-_prepare_op = library.register(
-    f"diffusion_prepare(Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, ScalarType dtype, str backend)"
-    " -> Tensor",
-    _op_prepare,
-    _op_prepare_fake,
-)
-_loss_op = library.register(
-    f"diffusion_loss(Tensor out, Tensor x0, Tensor t, {_NOISE}, Tensor table, Tensor? rows, str backend)"
-    " -> (Tensor, Tensor)",
-    _op_loss,
-    _op_loss_fake,
-    _op_autograd,
-    _setup_context,
-)
+_losses.register_autograd(_backward, setup_context=_setup_context, of=["out"])

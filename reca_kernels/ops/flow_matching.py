@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
 from reca_kernels.flow_matching import reference
-from reca_kernels.ops.philox import Philox, addressed, checked
+from reca_kernels.kernel_op import kernel_op
+from reca_kernels.memory import plain
+from reca_kernels.ops.philox import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
 
 OP = "flow_matching"
 
@@ -40,13 +42,17 @@ def flow_matching_prepare(
               order is element i of its noise.
     Not differentiable. Raises ValueError for shapes that do not fit.
     """
-    plain = checks.plain(OP, t=t, **_named(x0, noise))
+    if not (raw := plain(t, *_tensors(x0, noise))):
+        checks.dispatchable(OP, **_named(x0, t, noise))
     images = _images(x0, patch)
     t, noise = _level(t, images), _noise(noise, images)
     out_dtype = out_dtype or images[0].dtype
     backend = dispatch.choose(OP, images[0], backend)
     with torch.no_grad():
-        flat = _prepare(images, t if backend == "reference" else t.float(), noise, patch, out_dtype, backend, plain)
+        if backend == "reference":
+            flat = reference.prepare(images, t, noise, patch, out_dtype)
+        else:
+            flat = _noisy(raw, images, t.float(), *flattened(noise), patch, out_dtype, backend)
     return flat.view(_shape(x0, patch))
 
 
@@ -70,14 +76,14 @@ def flow_matching_loss(
     Derivatives by pred only, and the first only. The gradient is written in the pass that computes the loss.
     Raises ValueError for shapes that do not fit or an x0 that requires a gradient.
     """
-    plain = checks.plain(OP, pred=pred, t=t, **_named(x0, noise))
+    if not (raw := plain(pred, t, *_tensors(x0, noise))):
+        checks.dispatchable(OP, **_named(x0, t, noise), pred=pred)
     images = _images(x0, patch)
     if reduction not in ("mean", "sum", "sample"):
         raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
     checks.floating(OP, pred=pred)
     _level(t, images)
     noise = _noise(noise, images)
-    checks.one_device(OP, pred=pred, x0=images[0])
     expected = _shape(x0, patch)
     if tuple(pred.shape) != expected:
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
@@ -87,7 +93,12 @@ def flow_matching_loss(
     dtype = torch.float64 if images[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
     masked = None if weight is None else weight == 0
-    sums = _losses(pred, images, noise, patch, backend, masked, plain, reduction == "sample" or weight is not None)
+    if backend == "reference":
+        sums = reference.losses(pred.reshape(-1), images, noise, patch, masked)
+    else:
+        learns = not raw or (pred.requires_grad and torch.is_grad_enabled())
+        uneven = weight is not None or reduction == "sample"
+        sums, _ = _losses(raw, pred, images, *flattened(noise), patch, learns, uneven, backend)
     if weight is not None:
         sums = torch.where(~masked | sums.isfinite(), sums, 0) * weight.to(sums.dtype)
     if reduction == "sum":
@@ -100,10 +111,15 @@ def flow_matching_loss(
     return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), counts, strict=True)])  # no copy from the host
 
 
-def _named(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> dict[str, Tensor]:
+def _tensors(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> tuple[Tensor, ...]:
+    images = x0 if isinstance(x0, list | tuple) else (x0,)
+    return (*images, noise) if isinstance(noise, Tensor) else (*images, noise.seed, noise.sample_ids)
+
+
+def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> dict[str, Tensor]:
     listed = isinstance(x0, list | tuple)
     images = {f"x0[{i}]": image for i, image in enumerate(x0)} if listed else {"x0": x0}
-    return {**images, "noise": noise} if isinstance(noise, Tensor) else {**images, **addressed(noise)}
+    return {**images, "t": t, **({"noise": noise} if isinstance(noise, Tensor) else addressed(noise))}
 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
@@ -136,7 +152,6 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
 def _level(t: Tensor, images: list[Tensor]) -> Tensor:
     if tuple(t.shape) != (len(images),):
         raise ValueError(f"{OP}: t must be [{len(images)}], one level per image, got {list(t.shape)}")
-    checks.one_device(OP, x0=images[0], t=t)
     return t if t.dtype == torch.float64 else t.float().contiguous()
 
 
@@ -145,11 +160,9 @@ def _noise(noise: Philox | Tensor, images: list[Tensor]) -> Philox | Tensor:
         total = sum(image.numel() for image in images)
         if noise.numel() != total:
             raise ValueError(f"{OP}: noise has {noise.numel()} elements, x0 has {total}")
-        checks.one_device(OP, x0=images[0], noise=noise)
         double = torch.float64 in (noise.dtype, images[0].dtype)
         return (noise.to(images[0].dtype) if double else noise).contiguous()
     noise = checked(OP, noise)
-    checks.one_device(OP, x0=images[0], **{"noise.sample_ids": noise.sample_ids})
     if tuple(noise.sample_ids.shape) != (len(images),):
         raise ValueError(
             f"{OP}: noise.sample_ids must be [{len(images)}], one per image, got {list(noise.sample_ids.shape)}"
@@ -165,67 +178,82 @@ def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
     return sum(image.numel() for image in images) // width, width
 
 
-def _flat(noise: Philox | Tensor) -> tuple:
-    """(seed, sample ids, stream, given noise) for a registered op."""
-    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+# ---- kernel ops ----
 
 
-def _unflat(seed: Tensor | None, ids: Tensor | None, stream: int, given: Tensor | None) -> Philox | Tensor:
-    return Philox(seed, ids, stream) if given is None else given
-
-
-def _prepare(
-    images: list[Tensor],
-    t: Tensor,
-    noise: Philox | Tensor,
-    patch: int,
-    dtype: torch.dtype,
-    backend: str,
-    plain: bool,
-) -> Tensor:
-    if backend == "reference":
-        return reference.prepare(images, t, noise, patch, dtype)
-    if not plain:
-        return _prepare_op(images, t, *_flat(noise), patch, dtype, backend)
-    return _run_prepare(images, t, noise, patch, dtype, backend)
-
-
-def _run_prepare(images, t, noise, patch, dtype, backend) -> Tensor:
+@kernel_op(
+    f"flow_matching_prepare(Tensor[] images, Tensor t, {NOISE_SCHEMA}, int patch, ScalarType dtype, str backend)"
+    " -> Tensor",
+    lambda images, t, seed, ids, stream, explicit, patch, dtype, backend: t.new_empty(
+        sum(image.numel() for image in images), dtype=dtype
+    ),
+)
+def _noisy(images, t, seed, ids, stream, explicit, patch, dtype, backend) -> Tensor:
+    """x_t, flat."""
     out = torch.empty(sum(image.numel() for image in images), dtype=dtype, device=t.device)
+    noise = unflattened(seed, ids, stream, explicit)
     dispatch.load(backend, OP).prepare(images, t, noise, patch, out)
     return out
 
 
-def _losses(
-    pred: Tensor,
-    images: list[Tensor],
-    noise: Philox | Tensor,
-    patch: int,
-    backend: str,
-    masked: Tensor | None,
-    plain: bool,
-    some_unseen: bool,
-) -> Tensor:
-    """Sums of squared errors per image; masked: images that the loss leaves out, some_unseen: there may be such."""
-    if backend == "reference":
-        return reference.losses(pred.reshape(-1), images, noise, patch, masked)
-    if not plain:
-        return _loss_op(pred, images, *_flat(noise), patch, backend)[0]
-    if pred.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(pred, images, noise, patch, backend, some_unseen)
-    return _run_losses(pred, images, noise, patch, backend, False)[0]
+def _losses_fake(
+    pred, images, seed, ids, stream, explicit, patch, learns, uneven, backend
+) -> tuple[Tensor, Tensor | None]:
+    losses = pred.new_empty(len(images), dtype=torch.float32)
+    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+    return losses, _empty_like(pred, dtype) if learns else None
 
 
-def _run_losses(pred, images, noise, patch, backend, learn) -> tuple[Tensor, Tensor]:
+@kernel_op(
+    f"flow_matching_loss(Tensor pred, Tensor[] images, {NOISE_SCHEMA}, int patch, bool learns, bool uneven, "
+    "str backend) -> (Tensor, Tensor)",
+    _losses_fake,
+)
+def _losses(pred, images, seed, ids, stream, explicit, patch, learns, uneven, backend) -> tuple[Tensor, Tensor | None]:
+    """Sums of squared errors per image, and their derivative by pred where it `learns`.
+
+    uneven: upstream gradients differ between images, and where one is 0 it makes 0 of NaN and infinity too.
+    """
     # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
-    pred = (pred.float() if learn and pred.dtype == torch.float16 else pred).contiguous()
-    gradient = torch.empty_like(pred) if learn else pred.new_empty(0)
-    return dispatch.load(backend, OP).losses(pred, images, noise, patch, gradient if learn else None), gradient
+    pred = (pred.float() if learns and pred.dtype == torch.float16 else pred).contiguous()
+    gradient = torch.empty_like(pred) if learns else None
+    noise = unflattened(seed, ids, stream, explicit)
+    return dispatch.load(backend, OP).losses(pred, images, noise, patch, gradient), gradient
 
 
-def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: bool) -> Tensor:
-    """Multiply gradient in place by its image's number in grad [B]. some_unseen: 0 makes 0 of NaN and infinity too."""
-    zero = some_unseen and (grad.is_cuda or not grad.all())  # a CPU can look, and then has less to do
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+# ---- the gradient ----
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    pred, images, seed, ids, ctx.stream, explicit, ctx.patch, _, ctx.uneven, ctx.backend = inputs
+    ctx.gradient = output[1]
+    ctx.mark_non_differentiable(ctx.gradient)
+    ctx.save_for_backward(pred, seed, ids, explicit, *images)
+
+
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor]:
+    """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
+    pred, seed, ids, explicit, *images = ctx.saved_tensors
+    lengths = [image.numel() for image in images]
+    raw = plain(grad, pred)
+    gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
+    if gradient is None:
+        arguments = (pred, images, seed, ids, ctx.stream, explicit, ctx.patch, True, ctx.uneven, ctx.backend)
+        _, gradient = _losses(raw, *arguments)
+    gradient = _scale_(gradient, grad, lengths, ctx.uneven) if raw else _scaled(gradient, grad, lengths)
+    return (gradient.to(pred.dtype),)
+
+
+_losses.register_autograd(_backward, setup_context=_setup_context, of=["pred"])
+
+
+def _scale_(gradient: Tensor, grad: Tensor, lengths: Sequence[int], uneven: bool) -> Tensor:
+    """Multiply gradient in place by its image's number in grad [B]; 0 makes 0 of NaN and infinity too."""
+    zero = uneven and (grad.is_cuda or not grad.all())  # a CPU can look, and then has less to do
     if all(n == lengths[0] for n in lengths):
         lines = gradient.view(len(lengths), -1).mul_(grad[:, None])
         if zero:
@@ -238,92 +266,7 @@ def _scale(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: 
     return gradient
 
 
-def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int], some_unseen: bool = True) -> Tensor:
+def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
     """The same, into new memory and by single operations of torch."""
     parts = zip(gradient.reshape(-1).split(list(lengths)), grad.unbind(), strict=True)
     return torch.cat([torch.where(g == 0, 0, part * g) for part, g in parts]).view(gradient.shape)
-
-
-class _Function(torch.autograd.Function):
-    """The forward pass writes the gradient; backward scales it in place and gives it away. A second backward, after
-    retain_graph, has the kernel write it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pred: Tensor,
-        images: list[Tensor],
-        noise: Philox | Tensor,
-        patch: int,
-        backend: str,
-        some_unseen: bool,
-    ) -> Tensor:
-        losses, ctx.gradient = _run_losses(pred, images, noise, patch, backend, True)
-        seed, ids, ctx.stream, given = _flat(noise)
-        ctx.save_for_backward(pred, seed, ids, given, *images)
-        ctx.patch, ctx.backend, ctx.some_unseen = patch, backend, some_unseen
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pred, seed, ids, given, *images = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        lengths = [image.numel() for image in images]
-        plain = library.plain(grad, pred)
-        with torch.no_grad():
-            if gradient is None and plain:
-                noise = _unflat(seed, ids, ctx.stream, given)
-                gradient = _run_losses(pred, images, noise, ctx.patch, ctx.backend, True)[1]
-            elif gradient is None:
-                gradient = _loss_op(pred, images, seed, ids, ctx.stream, given, ctx.patch, ctx.backend)[1]
-            scale = _scale if plain else _scaled
-            gradient = scale(gradient, grad, lengths, ctx.some_unseen).to(pred.dtype)
-        return *library.once(OP, (gradient,), (grad, pred)), *[None] * 5
-
-
-# ---- through the dispatcher ----
-
-_NOISE = "Tensor? seed, Tensor? ids, int stream, Tensor? given"
-
-
-def _op_prepare(images, t, seed, ids, stream, given, patch, dtype, backend) -> Tensor:
-    return _run_prepare(images, t, _unflat(seed, ids, stream, given), patch, dtype, backend)
-
-
-def _op_prepare_fake(images, t, seed, ids, stream, given, patch, dtype, backend) -> Tensor:
-    return t.new_empty(sum(image.numel() for image in images), dtype=dtype)
-
-
-def _op_loss(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Tensor, Tensor]:
-    return _run_losses(pred, images, _unflat(seed, ids, stream, given), patch, backend, True)
-
-
-def _op_loss_fake(pred, images, seed, ids, stream, given, patch, backend) -> tuple[Tensor, Tensor]:
-    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-    gradient = torch.empty_like(pred, dtype=dtype, memory_format=torch.contiguous_format)
-    return pred.new_empty(len(images), dtype=torch.float32), gradient
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.lengths, ctx.dtype = [image.numel() for image in inputs[1]], inputs[0].dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    (gradient,) = ctx.saved_tensors
-    return _scaled(gradient, grad, ctx.lengths).to(ctx.dtype), [None] * len(ctx.lengths), *[None] * 6
-
-
-_prepare_op = library.register(
-    f"flow_matching_prepare(Tensor[] images, Tensor t, {_NOISE}, int patch, ScalarType dtype, str backend) -> Tensor",
-    _op_prepare,
-    _op_prepare_fake,
-)
-_loss_op = library.register(
-    f"flow_matching_loss(Tensor pred, Tensor[] images, {_NOISE}, int patch, str backend) -> (Tensor, Tensor)",
-    _op_loss,
-    _op_loss_fake,
-    _op_autograd,
-    _setup_context,
-)

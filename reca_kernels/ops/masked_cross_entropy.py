@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
+from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy import reference
+from reca_kernels.memory import has_values, plain
 from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 
 OP = "masked_cross_entropy"
@@ -49,25 +51,21 @@ def masked_cross_entropy(
                  that row's loss is NaN and its gradient 0.
     Derivatives  first only; a second derivative raises RuntimeError, except with backend="reference".
     """
-    plain = checks.plain(OP, logits=logits, labels=labels)
+    if not (raw := plain(logits, labels)):
+        checks.dispatchable(OP, logits=logits, labels=labels)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
     checks.floating(OP, logits=logits)
     checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, softcap, reduction)
-    checks.one_device(OP, logits=logits, labels=labels)
-    if plain or library.has_values(labels):
-        checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if inplace:
         _check_inplace(logits)
     if backend == "reference":
+        if has_values(labels):
+            checks.labels_inside(OP, labels, logits.shape[1], ignore_index)
         return reference.masked_cross_entropy(logits, labels, **options._asdict())
-    if not plain:
-        return _op(logits, labels, *options, backend)[0]
-    if logits.requires_grad and torch.is_grad_enabled():
-        return _Function.apply(logits, labels, options, inplace, backend)
-    return _forward(logits, labels, options, backend)[0]
+    return _forward(raw, logits, labels, *options, inplace, backend)[0]
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -82,85 +80,11 @@ def _check_inplace(logits: Tensor) -> None:
         )
 
 
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+# ---- kernel ops ----
 
 
-def _in_step(logits: Tensor) -> Tensor | None:
-    """Room for the gradient whose rows begin as far from a 16-byte boundary as those of the logits, and are as far
-    apart as those of padded logits: so both are read in equal steps. None: no more than shape and dtype matter.
-    """
-    pitch, along = logits.stride()
-    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # rows much farther apart are a slice of something else
-        return None
-    lead = logits.data_ptr() % 16 // logits.element_size()
-    if lead == 0 or logits.numel() == 0:
-        return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
-    room = torch.empty(lead + logits.shape[0] * pitch, dtype=logits.dtype, device=logits.device)
-    return room.as_strided(logits.shape, (pitch, 1), lead)
-
-
-def _forward(
-    logits: Tensor, labels: Tensor, options: CrossEntropyOptions, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return dispatch.load(backend, OP).forward(_rows(logits), labels.contiguous(), options)
-
-
-def _backward(
-    grad: Tensor,
-    scale: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    stats: Tensor,
-    options: CrossEntropyOptions,
-    backend: str,
-    out: Tensor | None = None,
-) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    kernel = dispatch.load(backend, OP).backward
-    kernel(grad.float(), scale, _rows(logits), labels.contiguous(), stats, options, out)
-    return out
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, options: CrossEntropyOptions, inplace: bool, backend: str
-    ) -> Tensor:
-        loss, stats, scale = _forward(logits, labels, options, backend)
-        ctx.save_for_backward(logits, labels, stats, scale)
-        ctx.options, ctx.inplace, ctx.backend, ctx.spent = options, inplace, backend, False
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.spent:
-            raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
-        logits, labels, stats, scale = ctx.saved_tensors
-        with torch.no_grad():
-            if not library.plain(grad, logits):
-                gradient = _backward_op(grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
-            else:
-                out = logits.detach() if ctx.inplace else _in_step(logits)
-                gradient = _backward(grad, scale, logits, labels, stats, ctx.options, ctx.backend, out)
-                if ctx.inplace:
-                    ctx.spent = True
-                    torch.autograd.graph.increment_version(logits)
-        return *library.once(OP, (gradient,), (grad, logits)), None, None, None, None
-
-
-# ---- through the dispatcher ----
-
-
-def _op_forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *options, backend = rest
-    checks.labels_inside(OP, labels, logits.shape[1], options[0])
-    return _forward(logits, labels, CrossEntropyOptions(*options), backend)
-
-
-def _op_forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    reduction = rest[4]
+def _forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, reduction = logits.shape[0], rest[4]
     loss, stats, scale = (
         logits.new_empty(shape, dtype=torch.float32)
         for shape in ((rows,) if reduction == "none" else (), (rows, 2), ())
@@ -168,38 +92,89 @@ def _op_forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor
     return loss, stats, scale
 
 
-def _op_backward(grad: Tensor, scale: Tensor, logits: Tensor, labels: Tensor, stats: Tensor, *rest: Any) -> Tensor:
-    *options, backend = rest
-    return _backward(grad, scale, logits, labels, stats, CrossEntropyOptions(*options), backend)
+@kernel_op(
+    f"{OP}(Tensor logits, Tensor labels, {SCHEMA}, bool inplace, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+def _forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *options, _, backend = rest
+    checks.labels_inside(OP, labels, logits.shape[1], options[0])
+    return dispatch.load(backend, OP).forward(_rows(logits), labels.contiguous(), CrossEntropyOptions(*options))
 
 
-def _op_backward_fake(grad: Tensor, scale: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+def _gradient_fake(grad: Tensor, scale: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+@kernel_op(
+    f"{OP}_backward(Tensor grad, Tensor scale, Tensor logits, Tensor labels, Tensor stats, {SCHEMA}, str backend)"
+    " -> Tensor",
+    _gradient_fake,
+)
+def _gradient(
+    grad: Tensor,
+    scale: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+    backend: str,
+    out: Tensor | None = None,  # in eager mode; may be the logits
+) -> Tensor:
+    options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
+    kernel = dispatch.load(backend, OP).backward
+    kernel(grad.float(), scale, _rows(logits), labels.contiguous(), stats, options, out)
+    return out
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _in_step(logits: Tensor) -> Tensor | None:
+    """Allocate the gradient so that it is read in equal steps with the logits.
+
+    Its rows begin as far from a 16-byte boundary as those of the logits, and are as far apart as those of padded
+    logits. None: no more than shape and dtype matter.
+    """
+    pitch, along = logits.stride()
+    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # rows much farther apart are a slice of something else
+        return None
+    lead = logits.data_ptr() % 16 // logits.element_size()
+    if lead == 0 or logits.numel() == 0:
+        return torch.empty_strided(logits.shape, (pitch, 1), dtype=logits.dtype, device=logits.device)
+    memory = torch.empty(lead + logits.shape[0] * pitch, dtype=logits.dtype, device=logits.device)
+    return memory.as_strided(logits.shape, (pitch, 1), lead)
+
+
+# ---- the gradient ----
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, labels, *ctx.rest = inputs
+    logits, labels, *ctx.options, ctx.inplace, ctx.backend = inputs
     _, stats, scale = output
     ctx.save_for_backward(logits, labels, stats, scale)
     ctx.mark_non_differentiable(stats, scale)
+    ctx.spent = False
 
 
-def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor]:
+    if ctx.spent:
+        raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
     logits, labels, stats, scale = ctx.saved_tensors
-    gradient = _backward_op(grad, scale, logits, labels, stats, *ctx.rest)
-    return gradient, *[None] * (1 + len(ctx.rest))
+    arguments = (grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
+    if not plain(grad, logits):
+        return (_gradient(False, *arguments),)
+    gradient = _gradient(True, *arguments, logits.detach() if ctx.inplace else _in_step(logits))
+    if ctx.inplace:
+        ctx.spent = True
+        torch.autograd.graph.increment_version(logits)
+    return (gradient,)
 
 
-_backward_op = library.register(
-    f"{OP}_backward(Tensor grad, Tensor scale, Tensor logits, Tensor labels, Tensor stats, {SCHEMA}, str backend)"
-    " -> Tensor",
-    _op_backward,
-    _op_backward_fake,
-)
-_op = library.register(
-    f"{OP}(Tensor logits, Tensor labels, {SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
-    _op_forward,
-    _op_forward_fake,
-    _op_autograd,
-    _setup_context,
-)
+_forward.register_autograd(_backward, setup_context=_setup_context, of=["logits"])

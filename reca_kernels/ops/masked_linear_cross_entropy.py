@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
+from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_linear_cross_entropy import reference
+from reca_kernels.memory import has_values, plain
 from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 from reca_kernels.tiles import TILE
 
@@ -79,7 +81,8 @@ def masked_linear_cross_entropy(
 
     Loss, labels, derivatives: see `masked_cross_entropy`.
     """
-    plain = checks.plain(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    if not (raw := plain(hidden, weight, labels, bias)):
+        checks.dispatchable(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
     if hidden.ndim != 2:
         raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
@@ -106,24 +109,20 @@ def masked_linear_cross_entropy(
         raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
     checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
-    checks.one_device(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if plain or library.has_values(labels):
-        _check_labels(labels, weight, ignore_index, num_labelled)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
+        if has_values(labels):
+            _check_labels(labels, weight, ignore_index, num_labelled)
         return reference.masked_linear_cross_entropy(
             hidden, weight, labels, bias, backward_window=backward_window, filter_eps=filter_eps, **options._asdict()
         )
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    # With reduction "none" the gradients are made in the backward pass.
+    made = torch.is_grad_enabled() and reduction != "none"
+    needs = [made and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     settings = chunk_rows, num_labelled, backward_window, filter_eps, dtype, needs, backend
-    if not plain:
-        loss, *_, dropped = _op(hidden, weight, labels, bias, *options, *settings)
-    elif any(needs):
-        loss, dropped = _Function.apply(hidden, weight, labels, bias, options, *settings)
-    else:
-        loss, *_, dropped = _run(hidden, weight, labels, bias, None, options, *settings)
+    loss, *_, dropped = _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)
     return (loss, dropped) if bounded else loss
 
 
@@ -142,36 +141,7 @@ def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
     return low // TILE * TILE, min(-(-high // TILE) * TILE, classes)
 
 
-def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    row_grad: Tensor | None,
-    options: CrossEntropyOptions,
-    chunk_rows: int,
-    num_labelled: int | None,
-    window: tuple[int, int] | list[int] | None,
-    filter_eps: float | None,
-    dtype: torch.dtype,
-    needs: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    parameters = (hidden, weight, bias)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return dispatch.load(backend, OP).forward(
-            hidden.to(dtype),
-            weight.to(dtype),
-            labels.contiguous(),
-            None if bias is None else bias.to(dtype),
-            row_grad,
-            options,
-            chunk_rows,
-            tuple(_kept(x, row_grad) if need else None for x, need in zip(parameters, needs, strict=True)),
-            num_labelled,
-            None if window is None else tuple(window),
-            filter_eps,
-        )
+# ---- kernel ops ----
 
 
 def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
@@ -180,159 +150,108 @@ def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
     return torch.float32 if early else parameter.dtype
 
 
-def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    if gradient.dtype == dtype:
-        return dispatch.load(backend, OP).scale(gradient, grad)
-    return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
-
-
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        options: CrossEntropyOptions,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        *settings, needs, backend = rest
-        recompute = options.reduction == "none"
-        now = [False] * 3 if recompute else needs
-        loss, *gradients, dropped = _run(hidden, weight, labels, bias, None, options, *settings, now, backend)
-        ctx.save_for_backward(hidden, weight, labels, bias, *([] if recompute else gradients))
-        ctx.options, ctx.rest, ctx.backend = options, rest, backend
-        if dropped is not None:
-            ctx.mark_non_differentiable(dropped)
-        return loss, dropped
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, bias, *gradients = ctx.saved_tensors
-        scaled, rows = (_scaled, _run_rows) if library.plain(grad) else (_scaled_by_op, _rows_op)
-        with torch.no_grad():
-            if gradients:
-                parameters = zip((hidden, weight, bias), gradients, strict=True)
-                gradients = [None if g is None else scaled(g, grad, x.dtype, ctx.backend) for x, g in parameters]
-            else:
-                found = rows(hidden, weight, labels, bias, grad.contiguous(), *ctx.options, *ctx.rest)[1:4]
-                gradients = [g if need else None for g, need in zip(found, ctx.rest[-2], strict=True)]
-        sources = [x for x in (grad, hidden, weight, bias) if x is not None]
-        dx, dw, db = library.once(OP, gradients, sources)
-        return dx, dw, None, db, *[None] * 8
-
-
-# ---- through the dispatcher ----
-# A registered op returns tensors only, so what nobody needs is an empty tensor.
-
-_SETTINGS = (
-    f"{SCHEMA}, int chunk_rows, int? num_labelled, int[]? window, float? filter_eps, "
-    "ScalarType dtype, bool[] needs, str backend"
-)
-
-
-def _run_rows(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    return _run(hidden, weight, labels, bias, row_grad, CrossEntropyOptions(*rest[:5]), *rest[5:])
-
-
-def _op_rows(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    loss, *rest = _run_rows(hidden, weight, labels, bias, row_grad, *rest)
-    return loss, *(hidden.new_empty(0) if x is None else x for x in rest)
-
-
-def _op_rows_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    options, bounds, needs = CrossEntropyOptions(*rest[:5]), rest[7:9], rest[-2]
-    loss = hidden.new_empty(labels.shape if options.reduction == "none" else (), dtype=torch.float32)
+    reduction, bounds, needs = rest[4], rest[7:9], rest[-2]
+    loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=torch.float32)
     parameters = zip((hidden, weight, bias), needs, strict=True)
-    gradients = [
-        x.new_empty(x.shape, dtype=_kept(x, row_grad)) if need else hidden.new_empty(0) for x, need in parameters
-    ]
-    dropped = hidden.new_empty(0 if bounds == (None, None) else labels.shape, dtype=torch.float32)
+    gradients = [x.new_empty(x.shape, dtype=_kept(x, row_grad)) if need else None for x, need in parameters]
+    dropped = None if bounds == (None, None) else hidden.new_empty(labels.shape, dtype=torch.float32)
     return loss, *gradients, dropped
 
 
-def _now(rest: tuple) -> tuple:
-    """The settings with which the forward op runs: reduction "none" makes its gradients in the backward pass."""
-    *settings, needs, backend = rest
-    return *settings, [False] * 3 if rest[4] == "none" else needs, backend
-
-
-def _op_forward(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    _check_labels(labels, weight, rest[0], rest[6])
-    return _op_rows(hidden, weight, labels, bias, None, *_now(rest))
-
-
-def _op_forward_fake(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _op_rows_fake(hidden, weight, labels, bias, None, *_now(rest))
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    hidden, weight, labels, bias, *ctx.rest = inputs
-    ctx.save_for_backward(hidden, weight, labels, bias, *output[1:4])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _op_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels, bias, *gradients = ctx.saved_tensors
-    needs, backend = ctx.rest[-2:]
-    if ctx.rest[4] == "none":
-        _, *gradients, _ = _rows_op(hidden, weight, labels, bias, grad.contiguous(), *ctx.rest)
-    else:
-        parameters = zip((hidden, weight, bias), gradients, needs, strict=True)
-        gradients = [_scaled_by_op(g, grad, x.dtype, backend) if need else g for x, g, need in parameters]
-    dx, dw, db = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return dx, dw, None, db, *[None] * len(ctx.rest)
-
-
-def _op_scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
-    scaled = dispatch.load(backend, OP).scale(gradient, grad)
-    return scaled.clone() if scaled is gradient else scaled
-
-
-def _scaled_by_op(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    return _scale_op(gradient, grad, backend).to(dtype)
-
-
-def _flops(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any, **_: Any) -> int:
-    """Of the products over rows that carry a label; over all rows where the labels cannot be looked at."""
-    (ignore_index, *_, reduction), needs = rest[:5], rest[-2]
-    rows = int((labels != ignore_index).sum()) if library.plain(labels) else labels.shape[0]
-    return 2 * rows * weight.numel() * (1 if reduction == "none" else 1 + sum(needs[:2]))
-
-
-def _flops_backward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, row_grad: Tensor | None, *rest: Any, **_: Any
+def _flops(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_grad: Tensor | None, *rest: Any, **_: Any
 ) -> int:
-    return _flops(hidden, weight, labels, bias, *rest[:4], "", *rest[5:])
+    """Of the products over rows that carry a label; over all rows where the labels cannot be looked at."""
+    ignore_index, needs = rest[0], rest[-2]
+    rows = int((labels != ignore_index).sum()) if plain(labels) else labels.shape[0]
+    return 2 * rows * weight.numel() * (1 + sum(needs[:2]))
 
 
-_scale_op = library.register(
-    f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor",
-    _op_scale,
-    lambda gradient, grad, backend: torch.empty_like(gradient),
-)
-_rows_op = library.register(
-    f"{OP}_backward(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? row_grad, {_SETTINGS})"
+@kernel_op(
+    f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int chunk_rows, "
+    "int? num_labelled, int[]? window, float? filter_eps, ScalarType dtype, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _op_rows,
-    _op_rows_fake,
-    flops=_flops_backward,
+    _fake,
+    flops=_flops,
 )
-_op = library.register(
-    f"{OP}(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, {_SETTINGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _op_forward,
-    _op_forward_fake,
-    _op_autograd,
-    _setup_context,
-    _flops,
-)
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_grad: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: str,
+    chunk_rows: int,
+    num_labelled: int | None,
+    window: tuple[int, int] | list[int] | None,
+    filter_eps: float | None,
+    dtype: torch.dtype,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """(loss, dx, dw, db, dropped); None for what nobody needs."""
+    if row_grad is None:
+        _check_labels(labels, weight, ignore_index, num_labelled)
+    parameters = (hidden, weight, bias)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return dispatch.load(backend, OP).forward(
+            hidden.to(dtype),
+            weight.to(dtype),
+            labels.contiguous(),
+            None if bias is None else bias.to(dtype),
+            row_grad,
+            CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction),
+            chunk_rows,
+            tuple(_kept(x, row_grad) if need else None for x, need in zip(parameters, needs, strict=True)),
+            num_labelled,
+            None if window is None else tuple(window),
+            filter_eps,
+        )
+
+
+@kernel_op(f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor", lambda x, *_: torch.empty_like(x))
+def _scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
+    return dispatch.load(backend, OP).scale(gradient, grad)
+
+
+def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """gradient times grad in the parameter's dtype."""
+    raw = plain(grad)
+    if raw and gradient.dtype != dtype:
+        return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
+    return _scale(raw, gradient, grad, backend).to(dtype)
+
+
+# ---- the gradient ----
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+    hidden, weight, bias, labels, _, *ctx.settings, needs, ctx.backend = inputs
+    ctx.needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    if ctx.settings[4] != "none" and needs != ctx.needs:
+        raise RuntimeError(
+            f"{OP}: this graph was traced with tensors that require other gradients, and makes only those; trace it "
+            "again with tensors that require theirs"
+        )
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:4])
+    ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, *gradients = ctx.saved_tensors
+    if ctx.settings[4] == "none":
+        arguments = (hidden, weight, bias, labels, grad.contiguous(), *ctx.settings, ctx.needs, ctx.backend)
+        _, *gradients, _ = _loss_and_gradients(plain(grad), *arguments)
+        return tuple(g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
+    parts = zip((hidden, weight, bias), gradients, ctx.needs, strict=True)
+    return tuple(_scaled(g, grad, x.dtype, ctx.backend) if need else None for x, g, need in parts)
+
+
+_loss_and_gradients.register_autograd(_backward, setup_context=_setup_context, of=["hidden", "weight", "bias"])

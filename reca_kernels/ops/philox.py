@@ -1,6 +1,7 @@
 """Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend.
 
-A backend's file holds draw(noise, law, out): fills out, fp32 [B, n]; law: "bits" (uint32 words), "uniform" or "normal".
+A backend's file holds draw(noise, distribution, out): fills out, fp32 [B, n].
+`distribution` is "bits" (uint32 words), "uniform" or "normal".
 """
 
 from typing import NamedTuple
@@ -8,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
+from reca_kernels.kernel_op import kernel_op
+from reca_kernels.memory import plain
 from reca_kernels.philox import reference
 
 OP = "philox"
@@ -37,8 +40,23 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
     return _draw(noise, n, "normal", backend)
 
 
+# What a registered op takes for noise: an address, or the noise itself.
+NOISE_SCHEMA = "Tensor? seed, Tensor? sample_ids, int stream, Tensor? explicit_noise"
+
+
+def flattened(noise: Philox | Tensor) -> tuple[Tensor | None, Tensor | None, int, Tensor | None]:
+    """Return the arguments of NOISE_SCHEMA."""
+    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+
+
+def unflattened(
+    seed: Tensor | None, sample_ids: Tensor | None, stream: int, explicit_noise: Tensor | None
+) -> Philox | Tensor:
+    return Philox(seed, sample_ids, stream) if explicit_noise is None else explicit_noise
+
+
 def checked(op: str, noise: Philox) -> Philox:
-    """The address with its ids side by side. Raises ValueError for one that kernels cannot read."""
+    """Return the address with its ids side by side. Raises ValueError for one that kernels cannot read."""
     seed, ids, stream = noise
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise ValueError(f"{op}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
@@ -46,32 +64,31 @@ def checked(op: str, noise: Philox) -> Philox:
         raise ValueError(f"{op}: seed must be an int64 tensor [] on {ids.device}, where sample_ids are, got {seed!r}")
     if not 0 <= stream < 256:
         raise ValueError(f"{op}: stream must be in 0..255, got {stream}")
-    return Philox(seed, ids.contiguous(), stream)
+    return noise if ids.is_contiguous() else Philox(seed, ids.contiguous(), stream)
 
 
 def addressed(noise: Philox) -> dict[str, Tensor]:
-    """Its tensors by name; a seed that is none is what `checked` complains of."""
+    """Return its tensors by name, without a seed that is none: of that `checked` complains."""
     ids = {"noise.sample_ids": noise.sample_ids}
     return {"noise.seed": noise.seed, **ids} if isinstance(noise.seed, Tensor) else ids
 
 
-def _draw(noise: Philox, n: int, law: str, backend: str | None) -> Tensor:
-    plain = checks.plain(OP, **addressed(noise))
+def _draw(noise: Philox, n: int, distribution: str, backend: str | None) -> Tensor:
+    if not (raw := plain(noise.seed, noise.sample_ids)):
+        checks.dispatchable(OP, **addressed(noise))
     noise = checked(OP, noise)
-    backend = dispatch.choose(OP, noise.sample_ids, backend, dtype=torch.float32, numel=len(noise.sample_ids) * n)
+    ids = noise.sample_ids
+    backend = dispatch.choose(OP, ids, backend, dtype=torch.float32, numel=ids.shape[0] * n)
     if backend == "reference":
-        return getattr(reference, f"philox_{law}")(*noise, n)
-    return (_fill if plain else _op)(*noise, n, law, backend)
+        return getattr(reference, f"philox_{distribution}")(*noise, n)
+    return _fill(raw, *noise, n, distribution, backend)
 
 
-def _fill(seed: Tensor, ids: Tensor, stream: int, n: int, law: str, backend: str) -> Tensor:
-    out = torch.empty(len(ids), n, dtype=torch.float32, device=ids.device)
-    dispatch.load(backend, OP).draw(Philox(seed, ids, stream), law, out)
-    return out
-
-
-_op = library.register(
-    f"{OP}(Tensor seed, Tensor ids, int stream, SymInt n, str law, str backend) -> Tensor",
-    _fill,
-    lambda seed, ids, stream, n, law, backend: ids.new_empty(ids.shape[0], n, dtype=torch.float32),
+@kernel_op(
+    f"{OP}(Tensor seed, Tensor ids, int stream, SymInt n, str distribution, str backend) -> Tensor",
+    lambda seed, ids, stream, n, distribution, backend: ids.new_empty(ids.shape[0], n, dtype=torch.float32),
 )
+def _fill(seed: Tensor, ids: Tensor, stream: int, n: int, distribution: str, backend: str) -> Tensor:
+    out = torch.empty(ids.shape[0], n, dtype=torch.float32, device=ids.device)
+    dispatch.load(backend, OP).draw(Philox(seed, ids, stream), distribution, out)
+    return out

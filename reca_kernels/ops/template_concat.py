@@ -3,9 +3,9 @@
 A backend's file holds
 
     forward(sources, out_dtype) -> [T, D]
-    backward(grad [T, D], index [T], flipped, rows) -> [K, D], the gradient of rows [K, D], in their dtype
+    backward(grad [T, D], index [T], negated, rows) -> [K, D], the gradient of rows [K, D], in their dtype
 
-A source is (rows [K, D], index [T], flipped): position t gets row index[t], or row -1 - index[t] when flipped, and
+A source is (rows [K, D], index [T], negated): position t gets row index[t], or row -1 - index[t] when negated, and
 nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward
 adds in the order of the sources, in fp32, and rounds once. backward adds in fp32 in a fixed order: of t on CPUs, that
 of reca_kernels/segments.py on GPUs.
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca_kernels import checks, dispatch, library
+from reca_kernels import checks, dispatch
+from reca_kernels.kernel_op import kernel_op
+from reca_kernels.memory import has_values, plain
 from reca_kernels.template_concat import reference
 
 OP = "template_concat"
@@ -47,40 +49,37 @@ def template_concat(
     """
     rows = (table, visual, *(r for r, _ in adds))
     indices = (src, *(i for _, i in adds))
-    named = {"table": table, "visual": visual, **{f"adds[{i}]": r for i, (r, _) in enumerate(adds)}}
-    others = {f"the index of adds[{i}]": index for i, (_, index) in enumerate(adds)}
-    plain = checks.plain(OP, src=src, **named, **others)
-    for name, tensor in named.items():
+    if not (raw := plain(*rows, *indices)):
+        others = {f"the index of adds[{i}]": index for i, index in enumerate(indices[1:])}
+        checks.dispatchable(OP, src=src, **_named(rows), **others)
+    width = table.shape[-1]
+    for name, tensor in _named(rows).items():
         checks.floating(OP, **{name: tensor})
-        if tensor.ndim not in ((2, 3) if name == "visual" else (2,)) or tensor.shape[-1] != table.shape[-1]:
+        if tensor.ndim not in ((2, 3) if name == "visual" else (2,)) or tensor.shape[-1] != width:
             shape = "[Nv, D] or [B, n, D]" if name == "visual" else "[rows, D]"
-            raise ValueError(
-                f"{OP}: {name} must be {shape} with the table's D = {table.shape[-1]}, got {list(tensor.shape)}"
-            )
+            raise ValueError(f"{OP}: {name} must be {shape} with the table's D = {width}, got {list(tensor.shape)}")
     for index in indices:
         checks.integer(OP, **{"src" if index is src else "the index in adds": index})
         if index.shape != src.shape:
             raise ValueError(
                 f"{OP}: an index in adds must be shaped like src, {list(src.shape)}, got {list(index.shape)}"
             )
-    checks.one_device(OP, src=src, **named, **others)
     out_dtype = out_dtype or table.dtype
-    rows = tuple(r.flatten(0, 1) if r.ndim == 3 else r for r in rows)
-    if plain or library.has_values(*indices):
-        _check_indices(rows, indices)
     # The backend is chosen for the dtypes that backends share, or for the one that only the reference takes.
     dtype = next((d for d in (out_dtype, *(r.dtype for r in rows)) if d not in dispatch.FLOATS), table.dtype)
     backend = dispatch.choose(OP, table, backend, dtype=dtype)
+    rows = tuple(r.flatten(0, 1) if r.ndim == 3 else r for r in rows)
     if backend == "reference":
+        if has_values(*indices):
+            _check_indices(rows, indices)
         return reference.template_concat(table, visual, src, adds=adds, out_dtype=out_dtype)
     flat = tuple(index.reshape(-1).contiguous() for index in indices)
-    if not plain:
-        out = _op(rows, flat, out_dtype, backend)
-    elif torch.is_grad_enabled() and any(r.requires_grad for r in rows):
-        out = _Function.apply(flat, out_dtype, backend, *rows)
-    else:
-        out = _forward(rows, flat, out_dtype, backend)
-    return out.view(*src.shape, table.shape[-1])
+    return _forward(raw, rows, flat, out_dtype, backend).view(*src.shape, width)
+
+
+def _named(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    table, visual, *added = rows
+    return {"table": table, "visual": visual, **{f"adds[{i}]": r for i, r in enumerate(added)}}
 
 
 def _check_indices(rows: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
@@ -91,59 +90,40 @@ def _check_indices(rows: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
 
 
 def _sources(indices: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
-    """Per source its index and whether that is flipped: src serves the table and the visual rows."""
+    """Return per source its index and whether that is negated: src serves the table and the visual rows."""
     src, *others = indices
     return [(src, False), (src, True), *((index, False) for index in others)]
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Elements of a row side by side; rows at any distance."""
+    """Return x with the elements of a row side by side, rows at any distance."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# ---- kernel ops ----
+
+
+@kernel_op(
+    f"{OP}(Tensor[] rows, Tensor[] indices, ScalarType out_dtype, str backend) -> Tensor",
+    lambda rows, indices, out_dtype, backend: rows[0].new_empty(
+        (indices[0].shape[0], rows[0].shape[1]), dtype=out_dtype
+    ),
+)
 def _forward(rows: Sequence[Tensor], indices: Sequence[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
+    _check_indices(rows, indices)
     sources = [(_dense(r), *index) for r, index in zip(rows, _sources(indices), strict=True)]
     return dispatch.load(backend, OP).forward(sources, out_dtype)
 
 
-def _backward(grad: Tensor, index: Tensor, flipped: bool, rows: Tensor, backend: str) -> Tensor:
-    return dispatch.load(backend, OP).backward(_dense(grad), index, flipped, rows)
+@kernel_op(
+    f"{OP}_backward(Tensor grad, Tensor index, bool negated, Tensor rows, str backend) -> Tensor",
+    lambda grad, index, negated, rows, backend: rows.new_empty(rows.shape),
+)
+def _gradient(grad: Tensor, index: Tensor, negated: bool, rows: Tensor, backend: str) -> Tensor:
+    return dispatch.load(backend, OP).backward(_dense(grad), index, negated, rows)
 
 
-class _Function(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, indices: tuple[Tensor, ...], out_dtype: torch.dtype, backend: str, *rows: Tensor) -> Tensor:
-        ctx.save_for_backward(*rows, *indices)
-        ctx.backend = backend
-        return _forward(rows, indices, out_dtype, backend)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:]
-        rows, indices = ctx.saved_tensors[: len(needs)], ctx.saved_tensors[len(needs) :]
-        run = _backward if library.plain(grad, *rows) else _backward_op
-        with torch.no_grad():
-            gradients = [
-                run(grad, *index, r, ctx.backend) if need else None
-                for need, r, index in zip(needs, rows, _sources(indices), strict=True)
-            ]
-        return None, None, None, *library.once(OP, gradients, (grad,))
-
-
-# ---- through the dispatcher ----
-
-
-def _op_forward(rows: list[Tensor], indices: list[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
-    _check_indices(rows, indices)
-    return _forward(rows, indices, out_dtype, backend)
-
-
-def _op_forward_fake(rows: list[Tensor], indices: list[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
-    return rows[0].new_empty((indices[0].shape[0], rows[0].shape[1]), dtype=out_dtype)
-
-
-def _op_backward_fake(grad: Tensor, index: Tensor, flipped: bool, rows: Tensor, backend: str) -> Tensor:
-    return rows.new_empty(rows.shape)
+# ---- the gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -152,25 +132,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*rows, *indices)
 
 
-def _op_autograd(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
     count = len(ctx.needs)
     rows, indices = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    raw = plain(grad, *rows)
     gradients = [
-        _backward_op(grad, *index, r, ctx.backend) if need else None
+        _gradient(raw, grad, *index, r, ctx.backend) if need else None
         for need, r, index in zip(ctx.needs, rows, _sources(indices), strict=True)
     ]
-    return gradients, [None] * len(indices), None, None
+    return (gradients,)
 
 
-_backward_op = library.register(
-    f"{OP}_backward(Tensor grad, Tensor index, bool flipped, Tensor rows, str backend) -> Tensor",
-    _backward,
-    _op_backward_fake,
-)
-_op = library.register(
-    f"{OP}(Tensor[] rows, Tensor[] indices, ScalarType out_dtype, str backend) -> Tensor",
-    _op_forward,
-    _op_forward_fake,
-    _op_autograd,
-    _setup_context,
-)
+_forward.register_autograd(_backward, setup_context=_setup_context, of=["rows"])

@@ -287,7 +287,7 @@ def test_compiled_graph_is_whole_and_equal():
 def test_opcheck():
     out, x0, t, noise, rows = case(rows=20)
     out.requires_grad_()
-    torch.library.opcheck(torch.ops.reca.diffusion_loss, (out, x0, t, *noise, None, SCHEDULE, rows, "cpu"))
+    torch.library.opcheck(torch.ops.reca.diffusion_loss, (out, x0, t, *noise, None, SCHEDULE, rows, True, False, "cpu"))
     torch.library.opcheck(torch.ops.reca.diffusion_prepare, (x0, t, *noise, None, SCHEDULE, rows, torch.float32, "cpu"))
 
 

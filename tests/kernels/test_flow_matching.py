@@ -297,7 +297,7 @@ def test_opcheck():
     x0, t, noise, _ = case("batch")
     images = list(x0.unbind())
     pred = torch.randn(x0.shape, requires_grad=True)
-    torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, images, *noise, None, 1, "cpu"))
+    torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, images, *noise, None, 1, True, False, "cpu"))
     torch.library.opcheck(torch.ops.reca.flow_matching_prepare, (images, t, *noise, None, 1, torch.float32, "cpu"))
 
 

@@ -334,7 +334,7 @@ def test_registered_op(backend, device, reduction):
     leaves, labels = problem(rows=3, device=device)
     torch.library.opcheck(
         torch.ops.reca.masked_cross_entropy.default,
-        (logits_of(leaves), labels, IGNORED, 0.1, 1e-3, 5.0, reduction, backend),
+        (logits_of(leaves), labels, IGNORED, 0.1, 1e-3, 5.0, reduction, False, backend),
     )
 
 

@@ -340,10 +340,10 @@ def test_scaling_a_gradient_that_is_not_aligned(backend, device, count):
 @KERNELS
 def test_registered_op(backend, device, reduction, window, eps):
     leaves, labels = problem(rows=4, device=device)
-    options = (IGNORED, 0.1, 1e-3, 5.0, reduction)
+    options, needs = (IGNORED, 0.1, 1e-3, 5.0, reduction), [reduction == "mean"] * 3
     torch.library.opcheck(
         torch.ops.reca.masked_linear_cross_entropy.default,
-        (*leaves[:2], labels, leaves[2], *options, 4, None, window, eps, torch.float32, [True] * 3, backend),
+        (*leaves, labels, None, *options, 4, None, window, eps, torch.float32, needs, backend),
     )
 
 

@@ -1,0 +1,201 @@
+"""Kernel ops: functions that call a kernel, as ops of torch that cost nothing where torch need not be asked.
+
+`kernel_op` is `torch.library.custom_op` with a second way in. In eager mode on plain memory a kernel op runs its body
+at once, which takes half the time of a registered op. Everywhere else (torch.compile, export, modes, fake and meta
+tensors, transforms, subclasses, negated views) it is torch.ops.reca.NAME, one node of any graph. An op's gradient is
+defined once, by `register_autograd`, and serves both.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import register_flop_formula
+
+from reca_kernels.memory import refuse_transforms
+
+_library = torch.library.Library("reca", "DEF")
+
+
+def kernel_op(schema: str, fake: Callable, *, flops: Callable | None = None) -> Callable[[Callable], Callable]:
+    """Decorate a function that calls a kernel on its tensors.
+
+    The op takes one argument more, `op(plain, *arguments)`: what `reca_kernels.memory.plain` says of the tensors. It
+    raises RuntimeError for transforms that would lose a derivative. `op.register_autograd` gives it a gradient;
+    without one, to differentiate it is an error.
+
+    Args:
+        schema: `name(arguments) -> results`. Arguments are positional; results are tensors, or None for nothing, which
+            the dispatcher gets as an empty tensor.
+        fake: Allocates results with the shapes, dtypes and strides of the real ones.
+        flops: Called with the arguments, returns what FlopCounterMode counts. Default: nothing is counted.
+    """
+
+    def decorate(body: Callable) -> Callable:
+        name = schema.split("(", 1)[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, _dispatched(body), key)
+        torch.library.register_fake(f"reca::{name}", _without_none(fake), lib=_library)
+        registered = getattr(torch.ops.reca, name)
+        if flops is not None:
+            register_flop_formula(registered, get_raw=True)(flops)
+        autograd = _Autograd(registered.default._schema, body)
+        torch.library.register_autograd(
+            f"reca::{name}", autograd.backward, setup_context=autograd.setup_context, lib=_library
+        )
+
+        @functools.wraps(body)
+        def op(plain: bool, *arguments: Any) -> Any:
+            if plain:
+                return autograd.eager(*arguments)
+            if not torch.compiler.is_compiling():
+                refuse_transforms(name, tree_iter(arguments), lists="Tensor[]" in schema)
+            return registered(*arguments)
+
+        op.register_autograd = autograd.register
+        return op
+
+    return decorate
+
+
+def _dispatched(body: Callable) -> Callable:
+    """The body as the dispatcher wants it.
+
+    A zero tensor arrives as one expanded 0 and gets memory. A result that is an argument is copied.
+    """
+    with_results = _without_none(body)
+
+    def with_memory(x: Tensor) -> Tensor:
+        return x.contiguous() if 0 in x.stride() else x
+
+    def run(*arguments: Any) -> Any:
+        arguments = tree_map_only(Tensor, with_memory, arguments)
+        given = {id(x) for x in tree_iter(arguments)}
+        return tree_map_only(Tensor, lambda x: x.clone() if id(x) in given else x, with_results(*arguments))
+
+    return run
+
+
+def _without_none(body: Callable) -> Callable:
+    def run(*arguments: Any) -> Any:
+        results = body(*arguments)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(x if x is not None else results[0].new_empty(0, dtype=torch.float32) for x in results)
+
+    return run
+
+
+class _Autograd:
+    """The gradient of one kernel op: as torch.library wants it, and as an autograd.Function for eager mode."""
+
+    def __init__(self, schema: Any, body: Callable) -> None:
+        self.name, self.body, self.eager = schema.name.removeprefix("reca::"), body, body
+        self.arguments = [argument.name for argument in schema.arguments]
+        self.lists = [str(argument.type) == "List[Tensor]" for argument in schema.arguments]
+        self.of: list[int] = []
+
+    def register(self, backward: Callable, *, setup_context: Callable, of: Sequence[str]) -> None:
+        """Give the op a gradient, by its arguments named in `of` and the first only.
+
+        Args:
+            backward: `(ctx, *grads)` returns a gradient or None per name in `of`; a list of them for a list of tensors.
+            setup_context: `(ctx, inputs, output)` saves what backward needs and marks what has no gradient.
+            of: The arguments that have a gradient.
+        """
+        self.user_backward, self.user_setup = once_differentiable(self.name)(backward), setup_context
+        self.of = [self.arguments.index(name) for name in of]
+        self.eager = self._eager()
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.list_lengths = [len(x) if listed else None for x, listed in zip(inputs, self.lists, strict=True)]
+        if self.of:
+            ctx.set_materialize_grads(False)
+            self.user_setup(ctx, inputs, output)
+
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        if not self.of:
+            raise RuntimeError(_no_derivative(self.name))
+        gradients: list = [None if n is None else [None] * n for n in ctx.list_lengths]
+        for place, gradient in zip(self.of, self.user_backward(ctx, *grads), strict=True):
+            gradients[place] = gradient
+        return tuple(gradients)
+
+    def _eager(self) -> Callable:
+        body, setup_context, backward, of = self.body, self.user_setup, self.user_backward, self.of
+        listed = self.lists[of[0]]  # the differentiable argument is a list
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, arguments: tuple, *_: Tensor | None) -> Any:
+                output = body(*arguments)
+                ctx.set_materialize_grads(False)
+                setup_context(ctx, arguments, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+                gradients = backward(ctx, *grads)
+                return None, *(gradients[0] if listed else gradients)
+
+        # Without what Function.apply does for transforms of torch.func, where no memory is plain: 2 microseconds.
+        apply = super(torch.autograd.Function, Function).apply
+
+        def eager(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                tensors = arguments[of[0]] if listed else [arguments[place] for place in of]
+                for tensor in tensors:
+                    if tensor is not None and tensor.requires_grad:
+                        return apply(arguments, *tensors)
+            return body(*arguments)
+
+        return eager
+
+
+# ---- the second derivative ----
+
+
+def once_differentiable(op: str) -> Callable[[Callable], Callable]:
+    """Decorate a backward(ctx, *grads): to differentiate its gradients again raises RuntimeError, with what to do.
+
+    Torch's decorator of that name lets `torch.autograd.grad(..., allow_unused=True)` pass in silence. Costs nothing
+    unless create_graph is on.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def once(ctx: Any, *grads: Tensor | None) -> tuple:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            return tree_map_only(Tensor, lambda gradient: _Once.apply(op, gradient, *sources), gradients)
+
+        return once
+
+    return decorate
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on its sources in a way that has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RuntimeError(_no_derivative(ctx.op))
+
+
+def _no_derivative(op: str) -> str:
+    return (
+        f"{op.removesuffix('_backward')} has no second derivative: its gradient comes from a kernel. "
+        "Use backend='reference' where a gradient is differentiated again"
+    )

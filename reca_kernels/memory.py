@@ -1,0 +1,86 @@
+"""Whether a kernel may be called on the addresses of tensors, or has to be called through torch's dispatcher."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
+
+
+def _bits(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr() for name in names)
+    return functools.reduce(int.__or__, keys)
+
+
+# What the dispatcher would do on its way to a kernel that the raw path does by itself, or need not do.
+_PLAIN = _bits(
+    "CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect"
+)  # fmt: skip
+_MORE = ~_PLAIN
+_CUDA = _bits("CUDA") & ~_bits("CPU")  # the bit of the device alone
+_DEVICES = _bits("CPU") ^ _bits("CUDA")
+_keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Return whether a kernel may be called on the addresses of these tensors, with nothing in between.
+
+    Not under torch.compile, a dispatch or function mode, a transform of torch.func, torch.jit.trace or forward mode
+    AD. Not for a subclass, a fake, meta, sparse, quantized or nested tensor, a negated view, or a zero tensor. Not for
+    tensors on several devices, or for what is no tensor.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or has_torch_function(tensors):
+        return False
+    keys = _keys_of_thread().raw_repr()
+    try:
+        for tensor in tensors:
+            if tensor is not None:
+                keys |= _keys_of(tensor).raw_repr()
+    except TypeError:
+        return False
+    if keys & _MORE:
+        return False
+    if not keys & _CUDA:
+        return True
+    return keys & _DEVICES == _CUDA and len({tensor.get_device() for tensor in tensors if tensor is not None}) == 1
+
+
+def has_values(*tensors: Tensor | None) -> bool:
+    """Return whether values may be read, even where a kernel may not go: of a subclass, or under a function mode."""
+    if torch.compiler.is_compiling() or _keys_of_thread().raw_repr() & _MORE:
+        return False
+    return all(tensor is None or not _keys_of(tensor).raw_repr() & _MORE for tensor in tensors)
+
+
+def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, differentiated: bool = False) -> None:
+    """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
+
+    Args:
+        op: The name in the message.
+        tensors: What the op is called with.
+        lists: The op takes lists of tensors, which vmap cannot batch.
+        differentiated: One of the tensors requires a gradient.
+    """
+    if torch.compiler.is_compiling():
+        return
+    transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    kind = torch._C._functorch.TransformType
+    name = None
+    if transforms & {kind.Grad, kind.Jvp}:
+        name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
+    elif forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        name = "forward mode AD"
+    elif lists and kind.Vmap in transforms:
+        raise RuntimeError(f"{op} takes lists of tensors, which vmap cannot batch. Use backend='reference' there")
+    if name:
+        raise RuntimeError(
+            f"{op} has no derivative for {name}: its gradient comes from a kernel, by backward(). "
+            "Use backend='reference' there"
+        )
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
