@@ -60,7 +60,7 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
 
 def floating(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is not None and not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
 
 
@@ -89,13 +89,12 @@ def cross_entropy(
 
 def _wanted(tensor: Tensor) -> bool:
     """Whether to look at the values: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
-    wanted = tensor.device.type == "cpu" or os.environ.get("RECA_CHECK") == "1"
-    return wanted and tensor.numel() > 0
+    return (tensor.is_cpu or os.environ.get("RECA_CHECK") == "1") and tensor.numel() > 0
 
 
 def _outside(index: Tensor, low: int | None, high: int, skipped: int | None = None) -> int:
     """The first place of a number that is neither in [low, high) nor `skipped`; -1: none."""
-    if _index_outside is not None and index.device.type == "cpu" and index.is_contiguous():
+    if _index_outside is not None and index.is_cpu and index.is_contiguous():
         least = -(2**63) if low is None else low
         return _index_outside(index.data_ptr(), index.dtype == torch.int64, index.numel(), least, high, skipped)
     outside = index >= high

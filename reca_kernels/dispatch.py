@@ -95,16 +95,17 @@ def choose(
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:
         numel = None
-    return _choose(op, tensor.device.type, tensor.device.index, dtype or tensor.dtype, numel, forced)
+    return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
-def _choose(op: str, device: str, index: int | None, dtype: torch.dtype, numel: int | None, forced: str) -> str:
-    return _decide(op, device, index, dtype, numel, forced)
+def _choose(op: str, device: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
+    return _decide(op, device, dtype, numel, forced)
 
 
 @lru_cache(maxsize=4096)
-def _decide(op: str, device: str, index: int | None, dtype: torch.dtype, numel: int | None, forced: str) -> str:
+def _decide(op: str, where: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
+    device, index = where.type, where.index
     if forced != "auto":
         if forced not in BACKENDS:
             raise ValueError(f"{op}: unknown backend {forced!r}; expected auto, {', '.join(BACKENDS)}")

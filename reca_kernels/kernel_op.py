@@ -7,7 +7,7 @@ defined once, by `register_autograd`, and serves both.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ class _Autograd:
 
     def _eager(self) -> Callable:
         body, setup_context, backward, of = self.body, self.user_setup, self.user_backward, self.of
-        listed = self.lists[of[0]]  # the differentiable argument is a list
+        listed = any(self.lists[place] for place in of)
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -140,20 +140,26 @@ class _Autograd:
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> tuple:
                 gradients = backward(ctx, *grads)
-                return None, *(gradients[0] if listed else gradients)
+                return None, *(_spread(gradients) if listed else gradients)
 
         # Without what Function.apply does for transforms of torch.func, where no memory is plain: 2 microseconds.
         apply = super(torch.autograd.Function, Function).apply
 
         def eager(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
-                tensors = arguments[of[0]] if listed else [arguments[place] for place in of]
+                tensors = [arguments[place] for place in of]
+                if listed:
+                    tensors = _spread(tensors)
                 for tensor in tensors:
                     if tensor is not None and tensor.requires_grad:
                         return apply(arguments, *tensors)
             return body(*arguments)
 
         return eager
+
+
+def _spread(nested: Iterable) -> list:
+    return [x for part in nested for x in (part if isinstance(part, list | tuple) else (part,))]
 
 
 # ---- the second derivative ----
