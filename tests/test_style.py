@@ -1,8 +1,10 @@
-"""The repository is as ruff, with the settings of pyproject.toml, would have it."""
+"""The repository is as ruff, with the settings of pyproject.toml, would have it, and its imports point one way."""
 
+import ast
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,114 @@ ROOT = Path(__file__).parents[1]
 def test_ruff_finds_nothing(command):
     done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- imports ----
+
+
+def modules() -> dict[str, Path]:
+    """Name of a module -> its file, for both packages."""
+    found = {}
+    for base, package in ((ROOT / "python", "reca"), (ROOT, "reca_kernels")):
+        for path in (base / package).rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, known: Collection[str]) -> set[str]:
+    """Names of the known modules that a file imports: anywhere in it, in functions and under TYPE_CHECKING too."""
+    named = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            named += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not followed here"
+            named += [f"{node.module}.{alias.name}" for alias in node.names]
+    found = set()
+    for name in named:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {""}
+
+
+def circles(graph: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """The strongly connected components with more than one node (Tarjan 1972)."""
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for after in graph.get(node, ()):
+            if after not in number:
+                visit(after)
+            if after in stack:
+                low[node] = min(low[node], low[after])
+        if low[node] == number[node]:
+            place = stack.index(node)
+            if len(stack) - place > 1:
+                found.append(sorted(stack[place:]))
+            del stack[place:]
+
+    for node in graph:
+        if node not in number:
+            visit(node)
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports."""
+    files = modules()
+    return {name: imports(path.read_text(encoding="utf-8"), files) - {name} for name, path in files.items()}
+
+
+def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
+    """The same between folders. A file in a folder that has folders below it stands for itself."""
+    files = modules()
+    inner = {path.parent for path in files.values() for other in files.values() if path.parent in other.parents[1:]}
+
+    def node(name: str) -> str:
+        path = files[name]
+        return name if path.parent in inner else str(path.parent.relative_to(ROOT))
+
+    folders: dict[str, set[str]] = {}
+    for name, after in graph.items():
+        folders.setdefault(node(name), set()).update(node(other) for other in after)
+    return {name: after - {name} for name, after in folders.items()}
+
+
+# Files of python/reca that know of no data, no model and no run: everything may import them.
+FOUNDATION = {f"reca.{name}" for name in ("exits", "files", "folders", "options", "rng", "split", "units", "values")}
+
+
+def test_no_file_imports_itself_over_others():
+    assert circles(import_graph()) == []
+
+
+def test_no_folder_imports_itself_over_others():
+    assert circles(folder_graph(import_graph())) == []
+
+
+@pytest.mark.parametrize(("part", "below"), [("data", ()), ("models", ("reca.data",))])
+def test_imports_point_one_way(part, below):
+    """recipes -> driver -> models -> data -> ops."""
+    allowed = ("reca_kernels", f"reca.{part}", *below)
+    for name, after in import_graph().items():
+        if name in FOUNDATION:
+            assert {other for other in after if other.split(".")[0] == "reca"} <= FOUNDATION, name
+        elif f"{name}.".startswith(f"reca.{part}."):
+            above = {other for other in after if not f"{other}.".startswith(tuple(f"{a}." for a in allowed))}
+            assert above <= FOUNDATION, name
+
+
+def test_circles_are_found():
+    """Inside of functions and under TYPE_CHECKING too; of three files; a file that imports its own package is none."""
+    known = {"p", "p.a", "p.b", "p.c.d"}
+    source = "if TYPE_CHECKING:\n    from p.b import X\n\ndef f():\n    import p.c.d, os\n    from p import a, Y\n"
+    assert imports(source, known) == {"p.b", "p.c.d", "p.a", "p"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

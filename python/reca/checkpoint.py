@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from reca import distributed, exits, manifest, units
+from reca import distributed, exits, folders, manifest, units
 
 log = logging.getLogger("reca")
 # One process without a process group is what a laptop has, and no reason to warn.
@@ -299,7 +299,7 @@ def _checksums(partial: Path) -> dict[str, dict]:
     """Put this rank's share of the files on the disk and sum them up."""
     own = manifest.files(partial)[distributed.rank() :: distributed.world()]
     for name in own:
-        manifest.sync(partial / name)
+        folders.sync_to_disk(partial / name)
     return manifest.entries(partial, own)
 
 
@@ -308,14 +308,14 @@ def _publish(partial: Path, final: Path, listed: list[dict[str, dict]]) -> None:
     if distributed.rank() == 0:
         entries = {name: entry for part in listed for name, entry in part.items()}
         (partial / MARKER).write_text(json.dumps(entries, indent=1))
-        manifest.sync(partial / MARKER)
+        folders.sync_to_disk(partial / MARKER)
         for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
-            manifest.sync(folder)
+            folders.sync_to_disk(folder)
         if final.exists():
             _remove(final)
         partial.rename(final)
-        manifest.sync(final.parent)
-        manifest.sync(final.parent.parent)
+        folders.sync_to_disk(final.parent)
+        folders.sync_to_disk(final.parent.parent)
 
 
 def _remove(folder: Path) -> None:

@@ -260,10 +260,10 @@ def _answer(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from reca.api import recipe_of
-    from reca.folders import writable
+    from reca.folders import ensure_writable
 
     recipe_of(options.recipe, options.overrides)
-    writable(options.out, "--out")
+    ensure_writable(options.out, "--out")
     written = _model(options).export(options.out)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
 
@@ -297,8 +297,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
     """--sampling as keyword arguments of `method`, once everything else that is asked is found to be right too."""
-    from reca.folders import writable
-    from reca.models.common.inference import check_pairs, sampling_options
+    from reca.folders import ensure_writable
+    from reca.models.common.inference import check_pairs
+    from reca.sampling_options import check_sampling_options
     from reca.values import guess
 
     _reject_empty(texts)
@@ -311,8 +312,8 @@ def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list
                 f"--sampling {text!r} has no {'value' if equals else repr('=')}; write --sampling key=value"
             )
         given[key] = guess(value, f"--sampling {key}")
-    given = sampling_options(method, given)
-    writable(options.out, "--out")
+    given = check_sampling_options(method, given)
+    ensure_writable(options.out, "--out")
     return given
 
 
@@ -328,13 +329,13 @@ def _read(path: Path):
 
 
 def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
-    from reca.log import grid
+    from reca.image_grid import make_grid
 
     for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True)):
         words = re.sub(r"\W+", "-", text).strip("-")[:40]
         path = options.out / f"{i:03d}_seed{seed}_{words}.png"
         try:
-            grid([image]).save(path)
+            make_grid([image]).save(path)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise OSError(

@@ -14,7 +14,7 @@ from typing import Any, Optional, get_type_hints
 from reca.data.batch import TASKS
 from reca.data.config import DataConfig
 from reca.data.spec import parse_spec
-from reca.folders import replace_text
+from reca.folders import write_atomically
 from reca.models import UMMS, umm_package
 from reca.options import GLOB, HUB, LOCAL, SPEC, RecipeError, check_heads, check_values, config_field, share, shown
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
@@ -196,7 +196,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe that `load_recipe` reads back to the same values. One that stands there stays until it is."""
-    replace_text(path, write_yaml(as_dict(recipe)))
+    write_atomically(path, write_yaml(as_dict(recipe)))
 
 
 def as_dict(recipe: Recipe) -> dict:

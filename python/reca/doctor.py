@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import reca_kernels
+from reca import units
 
 
 def report() -> str:
@@ -24,7 +25,7 @@ def report() -> str:
         "",
     ]
     lines += [f"{name:<11} {_version(name, what)}" for name, what in _OPTIONAL.items()]
-    lines += [f"{'apex':<11} {_apex()}", f"{'disk':<11} {shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"]
+    lines += [f"{'apex':<11} {_apex()}", f"{'disk':<11} {units.size(shutil.disk_usage(Path.cwd()).free)} free here"]
     return "\n".join(lines)
 
 

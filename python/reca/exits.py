@@ -3,7 +3,7 @@
 DONE = 0
 BUG = 1  # an exception that nobody foresaw, with its traceback
 USAGE = 2
-RECIPE = 3  # recipe, config_field, or a checkpoint that does not belong to it
+RECIPE = 3  # recipe, option, or a checkpoint that does not belong to it
 DATA = 4  # data or disk
 NON_FINITE = 5
 NOT_SAVED = 6  # training ended or was interrupted, and the last checkpoint could not be written

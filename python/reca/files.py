@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reca import units
+
 HEAD = 1 << 10  # bytes that tell what a file is
 DOWNLOADS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 AGAIN = "fetch it again"
@@ -35,16 +37,8 @@ def is_safetensors(head: bytes) -> bool:
 
 
 def size_of(path: Path) -> str:
-    """The size of a file in words, such as 132 bytes or 5.82 GB."""
-    return in_words(path.stat().st_size)
-
-
-def in_words(count: float) -> str:
-    """A number of bytes in words."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} bytes"
+    """Write the size of a file, such as 132 bytes or 5.82 GiB."""
+    return units.size(path.stat().st_size)
 
 
 def placeholder(head: bytes) -> str | None:

@@ -1,33 +1,47 @@
-"""Folders that a command is going to write to, tried before the work begins, and files replaced as a whole."""
+"""Folders that a command writes to, tried before the work begins, and files that are replaced as a whole."""
 
 import os
 import tempfile
+import uuid
 from pathlib import Path
 
+PART = ".part"  # suffix of a file that is being written; a killed process leaves it
 
-def writable(folder: Path, what: str) -> Path:
-    """Make the folder if need be. Raises ValueError when nothing can be written to it. what: names it in the error."""
+
+def ensure_writable(folder: Path, name: str) -> Path:
+    """Make the folder if need be. name: what it is, for the message.
+
+    Raises ValueError when nothing can be written to it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{what} {folder} cannot be written to ({error.strerror}); name another folder") from error
+        raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder
 
 
-PART = ".part"  # of a file that is being written; a killed process leaves it
+def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
+    """Write a file so that, whatever happens, it has the old content or the new one.
 
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that, whatever happens, it has the old text or the new one, on the disk too."""
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    sync: wait until the new one is on the disk, which a machine that goes down then cannot lose.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if sync:
+            sync_to_disk(part)
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

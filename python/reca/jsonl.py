@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from reca.folders import replace_text
+from reca.folders import write_atomically
 
 log = logging.getLogger("reca")
 
@@ -48,7 +48,7 @@ def keep_until(path: Path, update: int) -> None:
     lines = _lines(path)
     kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= update)
     if path.is_file() and kept != path.read_bytes():
-        replace_text(path, kept.decode())
+        write_atomically(path, kept)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

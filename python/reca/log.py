@@ -1,15 +1,15 @@
-"""What a run tells: a progress bar, log.jsonl, TensorBoard and grids of sample images."""
+"""Log of a run: a progress bar, log.jsonl, TensorBoard and grids of sample images."""
 
 import contextlib
 import logging
 import math
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from reca.image_grid import make_grid
 from reca.jsonl import JsonLines, keep_until
 
 log = logging.getLogger("reca")
@@ -63,7 +63,7 @@ class RunLog:
             path = self.run_dir / "samples" / f"{update:06d}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
-                grid(images).save(path)
+                make_grid(images).save(path)
             except OSError as error:
                 log.warning("%s cannot be written (%s)", path, error)
 
@@ -75,18 +75,6 @@ class RunLog:
             if self.board:
                 with contextlib.suppress(OSError):  # a full disk
                     self.board.close()
-
-
-def grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Images (uint8 [3, H, W]) side by side on white, row by row."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    height = max(image.shape[1] for image in images) + gap
-    width = max(image.shape[2] for image in images) + gap
-    sheet = Image.new("RGB", (columns * width - gap, math.ceil(len(images) / columns) * height - gap), "white")
-    for i, image in enumerate(images):
-        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,15 +53,6 @@ def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list
         *faults,
         *(f"{name} has other contents than were written" for name in same_size if now[name] != listed[name]),
     ]
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _entry(path: Path) -> dict:

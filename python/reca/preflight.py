@@ -56,7 +56,7 @@ def check(
 def _files_exist(recipe: Recipe) -> None:
     """Refuse a path that is written as one and is not there."""
     for name, value in runs.files(recipe).items():
-        if value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().exists():
+        if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             raise RecipeError(
                 f"model.{name}={value} does not exist; give a file, a folder, or a hub id such as owner/name"
             )

@@ -194,7 +194,7 @@ def files(recipe: Recipe) -> dict[str, str]:
 
 def _fingerprint(source: str) -> str:
     """What tells a weight file or a folder of them from others without reading gigabytes; a hub id is its own."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.is_file():
         return _digest(_excerpt(path))
     if path.is_dir():

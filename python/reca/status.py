@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reca import distributed, exits
-from reca.folders import PART, replace_text
+from reca.folders import PART, write_atomically
 
 log = logging.getLogger("reca")
 
@@ -252,7 +252,7 @@ def _take(handle: int, start: int, length: int) -> bool:
 def _write(path: Path, text: str) -> str | None:
     """Replace the status; on a full disk write over it, for which the space is there already. Why that failed, too."""
     try:
-        replace_text(path, text)
+        write_atomically(path, text)
     except OSError as error:
         reason = error.strerror
         try:

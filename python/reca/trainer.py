@@ -16,7 +16,7 @@ from reca.config import Recipe, TaskConfig, absolute_paths, as_dict, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.data.sources import open_sources
-from reca.folders import writable
+from reca.folders import ensure_writable
 from reca.interruption import Interruption
 from reca.jsonl import JsonLines
 from reca.log import RunLog
@@ -60,8 +60,8 @@ class Trainer:
         self.passes = {task: split.passes(self._task(task), distributed.world()) for task in self.tasks}
         with distributed.fail_together():
             if distributed.rank() == 0:
-                writable(self.run_dir, "run_dir")
-                writable(self.run_dir / "checkpoints", "folder")
+                ensure_writable(self.run_dir, "run_dir")
+                ensure_writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.interruption = Interruption()
         with self.folder, self.interruption.listening(), preflight.memory_errors():

@@ -237,7 +237,7 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch,
     for batch in take(stream, 4):
         batch.keep({"mean": batch.gen[0].float().mean()[None].expand(2)})
     warnings = [record.getMessage() for record in caplog.records if "data.cache" in record.getMessage()]
-    assert len(warnings) == 1 and "No space left on device" in warnings[0] and "MiB free" in warnings[0]
+    assert len(warnings) == 1 and "No space left on device" in warnings[0] and "iB free" in warnings[0]
     assert str(tmp_path / "c") in warnings[0] and not [p for p in (tmp_path / "c").rglob("*") if p.is_file()]
 
 

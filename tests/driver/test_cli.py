@@ -24,7 +24,7 @@ def test_missing_images_are_exit_4(capsys, tmp_path):
 def test_doctor_names_backends_and_the_right_apex(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "masked_cross_entropy" in out and "apex" in out and "GB free" in out
+    assert "masked_cross_entropy" in out and "apex" in out and "iB free" in out
 
 
 def test_usage_error_is_exit_2():
@@ -141,7 +141,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--sampling", "stepz=3"], "no sampling config_field 'stepz'; did you mean steps"),
+        (["--sampling", "stepz=3"], "no sampling option 'stepz'; did you mean steps"),
         (["--sampling", "steps=many"], "steps=many: expected a whole number"),
         (["--sampling", "steps"], "write --sampling key=value"),
         (["--sampling", "steps="], "has no value"),

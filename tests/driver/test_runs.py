@@ -143,7 +143,7 @@ def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reca.status.replace_text", full)
+    monkeypatch.setattr("reca.status.write_atomically", full)
     trainer.run()
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
 

@@ -6,7 +6,7 @@ A golden folder holds config.json, cases.json and .safetensors files. A test mod
 
 which folders it can read, by the content of their config.json. A test that takes the fixture `golden` runs once for
 each of them: those under tests/golden/data, or those under the folders given by `pytest tests/golden --golden DIR`
-(DIR is a golden folder, or any parent of some; the config_field may be repeated).
+(DIR is a golden folder, or any parent of some; the option may be repeated).
 """
 
 import functools

@@ -40,7 +40,7 @@ def refused(path, *words):
         read_tensors(path)
     text = str(caught.value)
     assert str(path) in text and "\n" not in text and len(text) < 500, text
-    assert any(unit in text for unit in (" bytes)", "kB)", "MB)")), text
+    assert any(unit in text for unit in (" bytes)", "KiB)", "MiB)")), text
     assert all(word in text for word in words), text
 
 

@@ -53,7 +53,7 @@ def test_a_hub_that_gives_nothing(monkeypatch, cause):
     with pytest.raises(ValueError) as caught:
         fetch("ByteDance-Seed/BAGEL-7B-MoT", ["*.json", "*.txt"])
     assert str(caught.value) == (
-        f"model.weights: ByteDance-Seed/BAGEL-7B-MoT, about 29.6 GB, is not on this machine, and the hub {cause}; "
+        f"model.weights: ByteDance-Seed/BAGEL-7B-MoT, about 27.52 GiB, is not on this machine, and the hub {cause}; "
         "get it elsewhere with `hf download ByteDance-Seed/BAGEL-7B-MoT --include '*.json' --include '*.txt' "
         "--local-dir BAGEL-7B-MoT`, copy the folder here and set model.weights=BAGEL-7B-MoT"
     )

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from reca import units
 from reca.data.errors import DataError
 from reca.data.views import Views
-from reca.folders import writable
+from reca.folders import ensure_writable, write_atomically
 
 log = logging.getLogger("reca")
 
@@ -42,7 +42,7 @@ class FeatureCache:
                 )
         text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
         self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
-        writable(self.folder, "data.cache")
+        ensure_writable(self.folder, "data.cache")
 
     def path(self, address: str) -> Path:
         return self.folder / address[:2] / f"{address}.safetensors"
@@ -66,11 +66,9 @@ class FeatureCache:
             # Two names may hold one tensor (Harmon's image is its own h_v), which the format does not take.
             rows = {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
             path = self.path(address)
-            part = path.with_suffix(f".{uuid.uuid4().hex}.part")
             try:
                 path.parent.mkdir(exist_ok=True)
-                part.write_bytes(save(rows))  # save_file would keep colleagues out: mode 0600
-                part.replace(path)
+                write_atomically(path, save(rows), sync=False)  # save_file would keep colleagues out: mode 0600
             except OSError as error:
                 self.full = True
                 log.warning(
@@ -78,13 +76,12 @@ class FeatureCache:
                     "without. Free some space, or set data.cache=null",
                     *(self.folder, error, _free(self.folder)),
                 )
-                part.unlink(missing_ok=True)
                 return
 
 
 def _free(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+        return f"{units.size(shutil.disk_usage(folder).free)} free"
     except OSError:
         return "its disk is away"
 

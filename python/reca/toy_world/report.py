@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from PIL import Image
 
 from reca.config import as_dict, load_recipe
-from reca.log import grid
+from reca.image_grid import make_grid
 from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
 from reca.toy_world.measure import CATEGORIES, Rate
 from reca.toy_world.pretrain import demo_setup, scaled
@@ -116,7 +116,7 @@ def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
 
 
 def _png(image: torch.Tensor) -> str:
-    image = grid([image])
+    image = make_grid([image])
     buffer = io.BytesIO()
     image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.files import in_words
+from reca import units
 
 _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 28", "os error 27")
 
@@ -68,7 +68,7 @@ class Export:
     def _write(self, name: str, size: int, write: Callable[[Path], object]) -> None:
         free = shutil.disk_usage(self.aside).free
         if size > free:
-            raise _failed(self.folder / name, f"it takes {in_words(size)} and {in_words(free)} are free")
+            raise _failed(self.folder / name, f"it takes {units.size(size)} and {units.size(free)} are free")
         path = self.aside / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class Export:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             # torch's writer only says that it wrote less than it wanted.
             if full or any(sign in text for sign in _FULL) or "pytorchstreamwriter" in text or "unexpected pos" in text:
-                needed = f"it takes {in_words(size)} and {in_words(free)}" if size else in_words(free)
+                needed = f"it takes {units.size(size)} and {units.size(free)}" if size else units.size(free)
                 raise _failed(self.folder / name, f"the disk is full: {needed} are free") from error
             if isinstance(error, OSError):
                 raise _failed(self.folder / name, error.strerror or str(error)) from error

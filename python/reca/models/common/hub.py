@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+from reca import units
+
 # Bytes of what recipes ask the hub for, where they are known: of a repository's wanted files, or of one file.
 SIZES = {
     "showlab/show-o": 5.79e9,
@@ -52,7 +54,7 @@ def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, er
     """One sentence: what is missing, why, how large it is, and how to bring it here."""
     size = SIZES.get(f"{repository}/{file}" if file else repository)
     what = f"{file} of {repository}" if file else repository
-    amount = f", about {size / 1e9:.3g} GB," if size else ""
+    amount = f", about {units.size(size)}," if size else ""
     name = repository.split("/")[1]
     given = f"{name}/{file}" if file else name
     options = f" {file}" if file else "".join(f" --include '{pattern}'" for pattern in patterns or ())

@@ -1,0 +1,18 @@
+"""Images side by side in one."""
+
+import math
+
+from PIL import Image
+from torch import Tensor
+
+
+def make_grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Paste images (uint8 [3, H, W]) on white, row by row. columns: None makes the grid about square."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    height = max(image.shape[1] for image in images) + gap
+    width = max(image.shape[2] for image in images) + gap
+    grid = Image.new("RGB", (columns * width - gap, math.ceil(len(images) / columns) * height - gap), "white")
+    for i, image in enumerate(images):
+        place = (i % columns * width, i // columns * height)
+        grid.paste(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), place)
+    return grid

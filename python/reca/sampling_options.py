@@ -1,0 +1,56 @@
+"""Sampling options of the command line, checked against the signature of the adapter's method that takes them."""
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+COUNTS = ("steps", "batch", "height", "width", "diffusion_steps")  # options that must be at least 1
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
+
+
+def check_sampling_options(method: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """Return `given` as keyword arguments of an adapter's generate or edit, which takes its keyword-only parameters.
+
+    Raises ValueError for a name that is none of them, a value of another type, or a count below 1.
+    """
+    known = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    checked = {}
+    for name, value in given.items():
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            usual = ", ".join(f"{p.name}={_shown(p.default)}" for p in known.values())
+            raise ValueError(f"there is no sampling option {name!r}{hint}. Options and their defaults: {usual}")
+        wanted = known[name].annotation
+        if not _fits(value, wanted):
+            usual = _shown(known[name].default)
+            raise ValueError(f"sampling option {name}={_shown(value)}: expected {_words(wanted)}, such as {usual}")
+        if name in COUNTS and value is not None and value < 1:
+            raise ValueError(f"sampling option {name}={value}: expected at least 1")
+        checked[name] = tuple(value) if isinstance(value, list) else value
+    return checked
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, UnionType):
+        return any(_fits(value, kind) for kind in get_args(wanted))
+    if get_origin(wanted) is tuple:
+        kinds = get_args(wanted)
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, wanted) and (wanted is NoneType or not isinstance(value, bool))
+
+
+def _words(wanted: Any) -> str:
+    if isinstance(wanted, UnionType):
+        return " or ".join(map(_words, get_args(wanted)))
+    if get_origin(wanted) is tuple:
+        return f"[{', '.join(map(_words, get_args(wanted)))}]"
+    return TYPE_NAMES[wanted]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)

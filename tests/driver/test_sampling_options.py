@@ -1,0 +1,40 @@
+"""Sampling options are the keyword-only parameters of the method that takes them."""
+
+import pytest
+
+from reca.models import UMMS, umm_package
+from reca.sampling_options import check_sampling_options
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_options_of_every_model(name):
+    adapter = umm_package(name).Adapter
+    assert check_sampling_options(adapter.generate, {"steps": 3, "guidance": 2}) == {"steps": 3, "guidance": 2}
+    for ability in adapter.abilities & {"generate", "edit"}:
+        with pytest.raises(ValueError, match="'stepz'; did you mean steps.*defaults: .*steps=.*guidance="):
+            check_sampling_options(getattr(adapter, ability), {"stepz": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"steps": "many"}, "steps=many: expected a whole number, such as 50"),
+        ({"steps": 1.5}, "steps=1.5: expected a whole number"),
+        ({"steps": True}, "steps=True: expected a whole number"),
+        ({"steps": None}, "steps=null: expected a whole number"),
+        ({"batch": 0}, "batch=0: expected at least 1"),
+        ({"guidance": "high"}, "guidance=high: expected a number, such as 4.0"),
+        ({"renorm": 3}, "renorm=3: expected a word, such as global"),
+        ({"interval": [0.1]}, r"interval=\[0.1\]: expected \[a number, a number\], such as \[0.4, 1.0\]"),
+        ({"height": "tall"}, "height=tall: expected a whole number or null, such as null"),
+        ({"seeds": [1]}, "no sampling option 'seeds'"),
+    ],
+)
+def test_options_of_another_type(given, words):
+    with pytest.raises(ValueError, match=words):
+        check_sampling_options(umm_package("bagel").Adapter.generate, given)
+
+
+def test_options_that_fit():
+    given = {"interval": [0, 1.0], "height": None, "width": 20, "renorm": "channel"}
+    assert check_sampling_options(umm_package("bagel").Adapter.generate, given) == given | {"interval": (0, 1.0)}
