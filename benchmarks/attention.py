@@ -13,7 +13,7 @@ from benchmarks.shapes import ATTENTION as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import Run, attention, attention_plan
 from reca_kernels.attention import reference
-from reca_kernels.ops.attention_impls import IMPLS, unusable
+from reca_kernels.attention.implementations import IMPLS, unusable
 
 
 def cases(device: Device):

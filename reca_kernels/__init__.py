@@ -1,15 +1,17 @@
 """Fused kernels for reconstruction-alignment training of unified multimodal models."""
 
+from reca_kernels.attention.op import attention
+from reca_kernels.attention.plan import AttentionPlan, Run, attention_plan
+from reca_kernels.diffusion_loss.op import diffusion_loss, diffusion_prepare
+from reca_kernels.diffusion_loss.schedule import diffusion_schedule, diffusion_steps
 from reca_kernels.dispatch import backend_report
-from reca_kernels.ops.attention import attention
-from reca_kernels.ops.attention_plan import AttentionPlan, Run, attention_plan
-from reca_kernels.ops.concat_plan import IGNORE_INDEX, ConcatPlan, TextSegment, VisualSegment, concat_plan
-from reca_kernels.ops.diffusion_loss import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps
-from reca_kernels.ops.flow_matching import flow_matching_loss, flow_matching_prepare
-from reca_kernels.ops.masked_cross_entropy import masked_cross_entropy
-from reca_kernels.ops.masked_linear_cross_entropy import masked_linear_cross_entropy
-from reca_kernels.ops.philox import Philox, philox_normal, philox_uniform
-from reca_kernels.ops.template_concat import template_concat
+from reca_kernels.flow_matching.op import flow_matching_loss, flow_matching_prepare
+from reca_kernels.masked_cross_entropy.op import masked_cross_entropy
+from reca_kernels.masked_linear_cross_entropy.op import masked_linear_cross_entropy
+from reca_kernels.philox.address import Philox
+from reca_kernels.philox.op import philox_normal, philox_uniform
+from reca_kernels.template_concat.op import template_concat
+from reca_kernels.template_concat.plan import IGNORE_INDEX, ConcatPlan, TextSegment, VisualSegment, concat_plan
 from reca_kernels.version import __version__
 
 __all__ = [

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.tiles import needed_columns
 
 PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones

@@ -205,7 +205,7 @@ def backend_report() -> str:
             why = [f"{b}: {unusable(op, b, device)}" for b in _kernels(op, device) if b not in able]
             line = f"{op} on {device}: {chosen}, {_basis(op, device)}"
             lines.append(line + (f"  (not {'; '.join(why)})" if why else ""))
-    attention = importlib.import_module("reca_kernels.ops.attention")  # runs on torch and flash-attn, not on backends
+    attention = importlib.import_module("reca_kernels.attention.op")  # runs on torch and flash-attn, not on backends
     lines += attention.report(devices)
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 // Rows of several tables gathered, added and written once; and each table's gradient.
 //
 // Threads side by side take units of V elements: 16 bytes of what is written, where all rows begin and end on 16 bytes,
-// and one element otherwise. reca_kernels/segments.py states the order of sums.
+// and one element otherwise. reca_kernels/template_concat/row_gradients.py states the order of sums.
 #include "reca/template_concat.h"
 
 #include <type_traits>
@@ -15,7 +15,7 @@ namespace {
 // registers, and each load waits for the one before.
 constexpr int warps = 8, threads = warps * warp, blocks = 3;
 constexpr int ahead = 4;       // loads of a thread that are under way together
-constexpr int64_t chunk = 64;  // segments.CHUNK
+constexpr int64_t chunk = 64;  // row_gradients.CHUNK
 constexpr const char* op = "template_concat";
 
 struct Sources {

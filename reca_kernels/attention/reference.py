@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca_kernels.ops.attention_plan import AttentionPlan, Run
+from reca_kernels.attention.plan import AttentionPlan, Run
 
 
 def allowed(sample: Sequence[Run]) -> Tensor:  # bool [query rows, key rows]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 from reca_kernels.philox.cpu import address
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 from reca_kernels.philox.triton import FUSE, normal_pair, words
 
 ELEMENTS = 1024  # of x_t, padding included, that a program handles

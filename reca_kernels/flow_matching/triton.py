@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reca_kernels.flow_matching.cuda import runs
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 from reca_kernels.philox.triton import FUSE, normals
 
 BLOCK = 2048

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 
 def arguments(logits: Tensor, labels: Tensor, options: CrossEntropyOptions) -> Any:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 UNITS = 512  # of 16 bytes, that a program handles at a time: two per thread
 LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # said, because Triton 3.10 changes what is taken for unsaid

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from reca_kernels import native
 from reca_kernels.masked_cross_entropy.cpu import arguments
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.tiles import needed_columns
 
 

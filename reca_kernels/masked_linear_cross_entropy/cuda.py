@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reca_kernels import chunked_head, native
 from reca_kernels.masked_cross_entropy.cuda import arguments, reduce
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 __all__ = ["copy_rows", "forward", "pick_rows", "reduce", "row_gradients", "scale"]
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reca_kernels import chunked_head
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_cross_entropy.triton import (
     LAUNCH,
     capped,
@@ -27,7 +28,6 @@ from reca_kernels.masked_cross_entropy.triton import (
     row_loss,
     switches,
 )
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 
 __all__ = ["copy_rows", "forward", "pick_rows", "reduce", "row_gradients", "scale"]
 

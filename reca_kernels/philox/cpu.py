@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 
 LAWS = {"bits": 0, "uniform": 1, "normal": 2}
 

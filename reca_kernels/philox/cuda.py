@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 from reca_kernels.philox.cpu import LAWS
 
 

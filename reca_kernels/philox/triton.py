@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.ops.philox import Philox
+from reca_kernels.philox.address import Philox
 
 FUSE = {"enable_fp_fusion": False}
 BLOCK = 256  # Philox blocks, of four elements, that a program draws

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca_kernels import native, segments
+from reca_kernels import native
+from reca_kernels.template_concat import row_gradients
 from reca_kernels.template_concat.cpu import native_source
 
 
@@ -38,12 +39,12 @@ def backward(
     gradient = native.module.cuda.Gradient(
         native.DTYPES[grad.dtype], grad.data_ptr(), grad.stride(0), length, width, source, out.data_ptr()
     )
-    if segments.mostly_once(index, flipped, count):
+    if row_gradients.mostly_once(index, flipped, count):
         used = torch.zeros(2, count, dtype=torch.int64, device=grad.device)
         native.module.cuda.template_concat_backward_mapped(gradient, used.data_ptr(), *native.launch(out))
         return out
-    by_row = segments.by_row(index, flipped, count)
-    sums = segments.room_for_sums(length, width, grad.device)
+    by_row = row_gradients.by_row(index, flipped, count)
+    sums = row_gradients.room_for_sums(length, width, grad.device)
     native.module.cuda.template_concat_backward_sorted(
         gradient,
         by_row.rows.data_ptr(),

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels import segments
+from reca_kernels.template_concat import row_gradients
 
-CHUNK = tl.constexpr(segments.CHUNK)
+CHUNK = tl.constexpr(row_gradients.CHUNK)
 UNROLL = tl.constexpr(4)  # rows in flight while their sum waits
 
 
@@ -217,15 +217,15 @@ def backward(
     tiles, block, warps = _tiles(width)
     reads = grad, grad.stride(0)
     with torch.cuda.device_of(grad):
-        if segments.mostly_once(index, flipped, count):
+        if row_gradients.mostly_once(index, flipped, count):
             used = torch.zeros(2, count, dtype=torch.int64, device=grad.device)
             map_kernel[(triton.cdiv(length, 256),)](used, index, length, count, flipped, block=256)
             mapped_kernel[(count, tiles)](
                 gradient, *reads, used, index, length, count, width, flipped, block=block, num_warps=warps
             )
             return gradient
-        sorted_rows, places, starts = segments.by_row(index, flipped, count)
-        sums = segments.room_for_sums(length, width, grad.device)
+        sorted_rows, places, starts = row_gradients.by_row(index, flipped, count)
+        sums = row_gradients.room_for_sums(length, width, grad.device)
         if len(sums) > 0:
             chunks_kernel[(len(sums), tiles)](
                 sums, *reads, sorted_rows, places, starts, length, count, width, block=block, num_warps=warps

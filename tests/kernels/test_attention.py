@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import Run, attention, attention_plan, backend_report
-from reca_kernels.attention import reference
-from reca_kernels.ops import attention_impls, flash_functions
-from reca_kernels.ops.attention import choose, dense_is_faster
-from reca_kernels.ops.attention_impls import IMPLS
-from reca_kernels.ops.attention_plan import MODES, segments, total
+from reca_kernels.attention import flash_functions, implementations, reference
+from reca_kernels.attention.implementations import IMPLS
+from reca_kernels.attention.op import choose, dense_is_faster
+from reca_kernels.attention.plan import MODES, segments, total
 
 # Small samples of every layout: a batch of two, so that lengths differ.
 LAYOUTS = {
@@ -473,7 +472,7 @@ def test_choice_on_a_gpu(monkeypatch):
     forget()
     assert choose(device, half, 80, False) == "varlen"
     assert choose(device, half, 84, False) == "sdpa"
-    reason = attention_impls.unusable("varlen", device, half, 80, True)
+    reason = implementations.unusable("varlen", device, half, 80, True)
     assert reason == "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
     assert choose(device, half, 80, True, torchs=True) == "varlen"
 
@@ -509,7 +508,7 @@ def test_varlen_without_a_window_or_a_scale_is_not_taken(monkeypatch):
     ):
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
         forget()
-        assert told in attention_impls.unusable("varlen", *asked)
+        assert told in implementations.unusable("varlen", *asked)
 
 
 def test_cpu_takes_the_mask_where_calls_cost_more():
@@ -581,7 +580,7 @@ def test_checkpointing_recomputes_the_same():
 def test_impls_on_a_gpu(impl, name, heads, kv_heads, d):
     """Real kernels, forward and backward, in bf16; causal segments whose keys outnumber their rows are among them."""
     device = torch.device("cuda", 0)
-    if reason := attention_impls.unusable(impl, device, torch.bfloat16, d):
+    if reason := implementations.unusable(impl, device, torch.bfloat16, d):
         pytest.skip(reason)
     plan, qkv, upstream = problem(LAYOUTS[name], False, heads, kv_heads, d, torch.bfloat16)
     wide = [x.detach().double().requires_grad_() for x in qkv]

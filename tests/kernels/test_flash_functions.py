@@ -11,8 +11,8 @@ import torch
 
 from reca.doctor import report as doctor
 from reca_kernels import Run, attention, attention_plan, backend_report
-from reca_kernels.ops import attention_impls, flash_functions
-from reca_kernels.ops.attention import choose
+from reca_kernels.attention import flash_functions, implementations
+from reca_kernels.attention.op import choose
 
 KEYS = "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False"
 WORKS = f"def flash_attn_varlen_func({KEYS}, deterministic=False): return q * {{}}"
@@ -109,7 +109,7 @@ def test_the_function_is_found_wherever_it_is(install, files, capability, mark):
 def test_a_broken_one_is_told_of_and_never_taken(install, files, told):
     install(files)
     assert chosen() in ("varlen", "sdpa")
-    assert told in attention_impls.unusable("flash", GPU, torch.bfloat16, 64)
+    assert told in implementations.unusable("flash", GPU, torch.bfloat16, 64)
     assert told in backend_report() and told in doctor() and "reinstall or remove it" in doctor()
     plan = attention_plan([[Run(3)]])
     q = torch.zeros(3, 1, 8)
@@ -129,7 +129,7 @@ def test_an_empty_folder_is_no_package(install):
     """What is left of flash_attn when only another part of it was installed."""
     install({"flash_attn/ops/triton/layer_norm.py": ""})
     assert chosen() in ("varlen", "sdpa") and "reinstall or remove it" not in backend_report()
-    assert attention_impls.unusable("flash", GPU, torch.bfloat16, 64) == "flash-attn is not installed"
+    assert implementations.unusable("flash", GPU, torch.bfloat16, 64) == "flash-attn is not installed"
 
 
 def test_files_of_4_inside_2_are_no_fault(install):
@@ -152,9 +152,9 @@ def test_files_of_4_inside_2_are_no_fault(install):
 )
 def test_what_flash_attention_4_has_kernels_for(install, capability, head_dim, same, fits):
     install(FA4, capability)
-    assert (attention_impls.unusable("flash", GPU, torch.bfloat16, head_dim, same) is None) == fits
+    assert (implementations.unusable("flash", GPU, torch.bfloat16, head_dim, same) is None) == fits
     if not fits:
-        assert "FlashAttention 4" in attention_impls.unusable("flash", GPU, torch.bfloat16, head_dim, same)
+        assert "FlashAttention 4" in implementations.unusable("flash", GPU, torch.bfloat16, head_dim, same)
     install(FA2, capability)  # where it does not fit, 2 does
     assert chosen(head_dim, same) == "flash"
 

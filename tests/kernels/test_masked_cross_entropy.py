@@ -5,7 +5,7 @@ import torch
 
 from reca_kernels import masked_cross_entropy, native
 from reca_kernels.masked_cross_entropy import reference
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, close, exact, gradients, logits_of, problem

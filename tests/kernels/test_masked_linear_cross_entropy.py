@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reca_kernels import chunked_head, masked_linear_cross_entropy
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy import reference
-from reca_kernels.ops.cross_entropy_options import CrossEntropyOptions
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, OPTIONS, close, exact, gradients, problem

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from reca_kernels import TextSegment, VisualSegment, concat_plan, native, segments, template_concat
-from reca_kernels.template_concat import reference
+from reca_kernels import TextSegment, VisualSegment, concat_plan, native, template_concat
+from reca_kernels.template_concat import reference, row_gradients
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
@@ -156,11 +156,11 @@ def test_every_bit_is_copied(backend, device, dtype):
 
 
 def in_order(grad, index, flipped, count):
-    """The gradient as reca_kernels/segments.py states it."""
+    """The gradient as reca_kernels/template_concat/row_gradients.py states it."""
     rows = -1 - index if flipped else index
     result = torch.zeros(count, grad.shape[1])
     for k in range(count):
-        chunks = grad[rows == k].split(segments.CHUNK) if (rows == k).any() else ()
+        chunks = grad[rows == k].split(row_gradients.CHUNK) if (rows == k).any() else ()
         for number, chunk in enumerate(chunks):
             total = chunk[0].clone()
             for part in chunk[1:]:
@@ -182,7 +182,7 @@ def test_order_of_sums(backend, device, kind, width):
     rows = rows[torch.randperm(len(rows), generator=generator)]
     flipped = kind != "table"
     index = -1 - rows if flipped else rows
-    assert segments.mostly_once(index, flipped, len(uses)) == kind.endswith("once")
+    assert row_gradients.mostly_once(index, flipped, len(uses)) == kind.endswith("once")
     used = torch.randn(len(uses), width, generator=generator).to(device).requires_grad_()
     sources = (used[:1].detach(), used) if flipped else (used, used[:1].detach())
     x = template_concat(*sources, index.to(device), backend=backend)
@@ -282,10 +282,10 @@ def test_registered_ops(backend, device):
 
 def test_positions_sorted_by_row():
     index = torch.tensor([2, 0, -1, 2, 5, 3], dtype=torch.int32)
-    by_row = segments.by_row(index, False, 4)
+    by_row = row_gradients.by_row(index, False, 4)
     assert by_row.rows.tolist() == [-1, 0, 2, 2, 3, 5] and by_row.places.tolist() == [2, 1, 0, 3, 5, 4]
     assert by_row.starts.tolist() == [1, 2, 2, 4, 5]
-    flipped = segments.by_row(-1 - index, True, 4)
+    flipped = row_gradients.by_row(-1 - index, True, 4)
     assert all(torch.equal(a, b) for a, b in zip(by_row, flipped, strict=True))
 
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from reca import rng
-from reca_kernels.ops import attention_plan, diffusion_loss
+from reca_kernels.attention import plan as attention_plan
+from reca_kernels.diffusion_loss import schedule
 
 GPU = torch.device("meta")
 COPY, INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
@@ -120,7 +121,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
         torch, "autocast", lambda kind, *a, **b: nullcontext() if kind == "meta" else autocast(kind, *a, **b)
     )
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != "meta" and enabled(kind))
-    kept = (attention_plan._plan, diffusion_loss._schedule)
+    kept = (attention_plan._plan, schedule._schedule)
     try:
         for cached in kept:
             cached.cache_clear()

@@ -21,9 +21,9 @@ from reca.models.show_o import config as show_o
 from reca.rng import CounterRNG
 from reca.toy_world import understood
 from reca_kernels import Run, attention_plan
+from reca_kernels.attention import implementations
+from reca_kernels.attention import plan as attention_plans
 from reca_kernels.host import on_device
-from reca_kernels.ops import attention_impls
-from reca_kernels.ops import attention_plan as attention_plans
 from tests.models.fake_gpu import GPU, Waited, gpu
 
 # Ways to wait, and what is none. x: fp32 [4] on the GPU; h: int64 [4] on the host.
@@ -157,8 +157,8 @@ def test_no_plan_waits(impl, monkeypatch):
     runs = [(Run(2, "pad"), Run(3), Run(6, "full", seen_before=True), Run(5)), (Run(4), Run(6, "full", True), Run(6))]
     make = {
         "calls": attention_plans._calls,
-        "dense": attention_impls._mask_of.__wrapped__,
-        "flex": attention_impls._blocks_of.__wrapped__,
+        "dense": implementations._mask_of.__wrapped__,
+        "flex": implementations._blocks_of.__wrapped__,
     }
     monkeypatch.setattr("torch.nn.attention.flex_attention.create_block_mask", lambda *a, **b: None)
     with gpu(monkeypatch) as waits, waits:

@@ -49,7 +49,7 @@ struct Gradient {  // of one source
   void* gradient;  // [count, width]
 };
 
-// What reca_kernels/segments.py has sorted, and room for what does not fit one chunk.
+// What reca_kernels/template_concat/row_gradients.py has sorted, and room for what does not fit one chunk.
 struct Places {
   Index rows;             // [length], ascending
   const int64_t* places;  // [length]

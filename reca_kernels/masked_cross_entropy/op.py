@@ -18,8 +18,8 @@ from torch import Tensor
 from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy import reference
+from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
 from reca_kernels.memory import has_values, plain
-from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 
 OP = "masked_cross_entropy"
 

@@ -8,7 +8,7 @@ A backend's file holds
 A source is (rows [K, D], index [T], negated): position t gets row index[t], or row -1 - index[t] when negated, and
 nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward
 adds in the order of the sources, in fp32, and rounds once. backward adds in fp32 in a fixed order: of t on CPUs, that
-of reca_kernels/segments.py on GPUs.
+of reca_kernels/template_concat/row_gradients.py on GPUs.
 """
 
 from collections.abc import Sequence

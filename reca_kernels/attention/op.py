@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks
+from reca_kernels.attention.flash_functions import flash_module, problems
+from reca_kernels.attention.implementations import IMPLS, unusable
+from reca_kernels.attention.plan import AttentionPlan, total
+from reca_kernels.attention.rows import has_hidden, shielded
 from reca_kernels.memory import plain
-from reca_kernels.ops.attention_impls import IMPLS, unusable
-from reca_kernels.ops.attention_plan import AttentionPlan, total
-from reca_kernels.ops.attention_rows import has_hidden, shielded
-from reca_kernels.ops.flash_functions import flash_module, problems
 
 OP = "attention"
 # Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.

@@ -18,10 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reca_kernels.attention.flash_functions import (
+    flash_function,
+    flash_module,
+    varlen_is_told_of_groups,
+    varlen_parameters,
+)
+from reca_kernels.attention.plan import AttentionPlan, Call, Cut, Segment
 from reca_kernels.attention.reference import allowed
 from reca_kernels.host import on_device, outside_of_modes
-from reca_kernels.ops.attention_plan import AttentionPlan, Call, Cut, Segment
-from reca_kernels.ops.flash_functions import flash_function, flash_module, varlen_is_told_of_groups, varlen_parameters
 
 HALVES = (torch.bfloat16, torch.float16)
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
+from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy import reference
 from reca_kernels.memory import has_values, plain
-from reca_kernels.ops.cross_entropy_options import SCHEMA, CrossEntropyOptions
 from reca_kernels.tiles import TILE
 
 OP = "masked_linear_cross_entropy"

@@ -18,7 +18,7 @@ from reca_kernels import checks, dispatch
 from reca_kernels.flow_matching import reference
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
-from reca_kernels.ops.philox import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
+from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
 
 OP = "flow_matching"
 

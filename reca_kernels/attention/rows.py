@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks
+from reca_kernels.attention.plan import AttentionPlan
 from reca_kernels.host import on_device, outside_of_modes
-from reca_kernels.ops.attention_plan import AttentionPlan
 
 
 class Hidden(NamedTuple):

@@ -1,0 +1,36 @@
+"""Noise schedules of a diffusion process: what loss and sampler need of every step."""
+
+import torch
+from torch import Tensor
+
+from reca_kernels.diffusion_loss import reference
+from reca_kernels.host import on_device, outside_of_modes
+
+OP = "diffusion_schedule"
+
+
+def diffusion_schedule(
+    steps: int = 1000, kind: str = "cosine", device: torch.device | str = "cpu", keep: int | None = None
+) -> Tensor:
+    """fp32 [steps, 8], or [keep, 8]: what loss and sampler need of every step, computed in fp64.
+
+    Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
+    x_t, log of the posterior's variance (entry 1 in place of entry 0), log beta. keep: a sampler's steps, those of
+    `diffusion_steps`.
+    """
+    if kind != "cosine":
+        raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
+    return _schedule(steps, keep, torch.device(device))
+
+
+@outside_of_modes
+def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
+    kept = None if keep is None else diffusion_steps(steps, keep)
+    return on_device(reference.schedule(steps, kept).float(), device)
+
+
+def diffusion_steps(steps: int, keep: int) -> Tensor:
+    """int64 [keep]: the steps of [0, steps) that a sampler of fewer steps visits, evenly spaced, ascending."""
+    if not 1 <= keep <= steps:
+        raise ValueError(f"{OP}: a sampler keeps 1 to {steps} steps, got {keep}")
+    return (torch.arange(keep, dtype=torch.float64) * ((steps - 1) / max(keep - 1, 1))).round().long()
