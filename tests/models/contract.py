@@ -1,0 +1,108 @@
+"""What the conformance suite runs over: every model at its tiny size, variants of it, and batches of every task."""
+
+import functools
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import nn
+
+from reca.config import load_recipe
+from reca.data.batch import Batch, Turn
+from reca.data.pixels import make_view
+from reca.models import UMMS, umm_package
+from reca.models.base import Adapter
+from reca.optim import freeze
+from reca.rng import CounterRNG
+
+# model or variant -> the tiny recipe's overrides. A variant is there because it has code of its own in the loss.
+VARIANTS = {
+    "show_o parity": ["model.parity=true"],
+    "show_o vq": ["model.understanding=vq", "model.hv_down_scale=1"],
+    "show_o blur": ["model.understanding=vq", "model.hv_down_scale=2", "model.hv_resize_back=true"],
+    "show_o codes as h_v": ["model.hv_source=vq", "model.hv_down_scale=1"],
+    "harmon parity": ["model.parity=true"],
+    "open_uni parity": ["model.parity=true"],
+    "bagel flux": ["model.codec=flux", "model.autoencoder.block_out_channels=[32, 32]",
+                   "model.autoencoder.layers_per_block=1", "model.autoencoder.latent_channels=4",
+                   "model.max_latent_size=10"],
+    "bagel parity": ["model.parity=true"],
+    "bagel vae": ["model.hv_source=vae", "model.understanding_size=18"],
+    "bagel shift": ["model.timestep_shift=3"],
+}  # fmt: skip
+CASES = {**{name: [] for name in UMMS}, **VARIANTS}
+# The op that each model's loss of images runs.
+NATIVE_LOSS = {
+    "show_o": "masked_linear_cross_entropy",
+    "harmon": "diffusion_loss",
+    "open_uni": "flow_matching",
+    "bagel": "flow_matching",
+}
+# Draws that belong to a micro-batch instead of to its samples, as in the release.
+DRAWN_BY_BATCH = {"harmon parity"}
+
+TEXTS = {
+    "reca": ["describe the picture", "what is this", "describe this with care", "a picture"],
+    "t2i": ["a red square", "a blue circle drawn with care", "a square", ""],
+    "i2t": [
+        [Turn("what is this", "a red square")],
+        [Turn("what is this", "a circle"), Turn("describe the picture", "a red circle drawn with care")],
+        [Turn("this", "a square")],
+        [Turn("describe", "a blue square")],
+    ],
+}
+SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
+
+
+def load(case: str, *overrides: str) -> Adapter:
+    """The model of a case, with what RECA trains, in eval mode; no parameter that learns is zero."""
+    recipe = load_recipe(f"{case.split()[0]}_tiny", [*CASES[case], *overrides])
+    model = umm_package(recipe.umm).Adapter.load(recipe.model)
+    freeze(model, None)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@functools.cache
+def shared(case: str) -> Adapter:
+    """`load`, once for all tests that change nothing."""
+    return load(case)
+
+
+def images(sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
+    """Noise, uint8 [3, H, W] per size."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+
+
+def batch(model: Adapter, task: str, rows=(0, 1, 2, 3), sizes=SIZES) -> Batch:
+    """Samples of different sizes, as the model's views make them."""
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(sizes)]
+    views = model.views(task)
+    gen, und = (view and [make_view(pictures[row], view) for row in rows] for view in (views.gen, views.und))
+    return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
+
+
+def loss(model: Adapter, sample: Batch, seed: int = 0) -> torch.Tensor:
+    """The mean loss of a batch."""
+    term = model(sample, CounterRNG(seed))
+    return term.sum / term.weight
+
+
+def learnable(model: nn.Module, task: str) -> None:
+    """Train what RECA trains; for a task that this cannot lower, everything."""
+    freeze(model, None)
+    if not model(batch(model, task), CounterRNG(0)).sum.requires_grad:
+        freeze(model, sorted(set(model.roles().values()) - {"codec", "und_encoder"}))
+
+
+def cached(sample: Batch, features: dict) -> Batch:
+    return replace(sample, gen=None, und=None, features=features)
+
+
+def weight_of(model: Adapter, sample: Batch, rng: CounterRNG) -> float:
+    """The weight of a loss, as it is known before the model runs."""
+    return float(model.weight(sample, rng))

@@ -1,0 +1,321 @@
+"""What holds for every model: losses, gradients, learning, drawing, answers. `pytest -k bagel` runs one of them.
+
+A model outside of reca.models can be held to it: put its name and tiny recipe into tests/models/contract.py.
+"""
+
+import math
+
+import pytest
+import torch
+
+import reca
+from reca.data.batch import TASKS, Turn
+from reca.data.cache import collate
+from reca.models import UMMS
+from reca.models.base import ROLES
+from reca.parallelize import recompute_blocks
+from reca.rng import CounterRNG
+from reca_kernels import dispatch, native
+from tests.models.contract import (
+    CASES,
+    DRAWN_BY_BATCH,
+    NATIVE_LOSS,
+    TEXTS,
+    batch,
+    cached,
+    images,
+    learnable,
+    load,
+    loss,
+    shared,
+    weight_of,
+)
+
+
+@pytest.fixture(params=CASES)
+def model(request):
+    model = shared(request.param)
+    model.zero_grad()
+    return model
+
+
+@pytest.fixture(params=UMMS)
+def plain(request):
+    """A model without its variants."""
+    model = shared(request.param)
+    model.zero_grad()
+    return model
+
+
+# what it says of itself
+
+
+def test_roles_cover_all_parameters(model):
+    roles = model.roles()
+    assert roles.keys() == {name for name, _ in model.named_parameters()}
+    assert set(roles.values()) <= set(ROLES)
+    trained = {roles[name] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == model.trainable_roles & set(roles.values())
+
+
+def test_what_reca_trains_is_there(plain):
+    assert plain.trainable_roles <= set(plain.roles().values())
+
+
+def test_a_tiny_model_is_small(plain):
+    assert 2e5 < sum(p.numel() for p in plain.parameters()) < 1e6
+
+
+def test_blocks_are_parts_of_the_model_and_each_comes_once(model):
+    blocks, modules = model.blocks(), set(model.modules())
+    assert len(blocks) > 1 and len(set(blocks)) == len(blocks) and modules >= set(blocks)
+    assert not any(inner in set(blocks) for block in blocks for inner in list(block.modules())[1:])
+
+
+def test_decay_is_a_property_of_matrices(model):
+    assert not any(model.decays(name, p) for name, p in model.named_parameters() if name.endswith(".bias"))
+
+
+def test_views_have_what_a_task_needs(model):
+    for task in model.tasks:
+        views = model.views(task)
+        assert (views.gen is None) == (task == "i2t")
+        assert views.und is not None or task != "i2t"
+        assert views.und is None or task != "t2i"
+    assert model.tasks <= set(TASKS) and "reca" in model.tasks
+
+
+def test_a_tiny_recipe_warns_of_nothing(plain):
+    assert plain.config_warnings() == []
+
+
+# losses
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_the_weight_of_a_loss_is_known_before(model, task):
+    sample = batch(model, task)
+    term = model(sample, CounterRNG(3))
+    assert float(term.weight) == float(weight_of(model, sample, CounterRNG(3))) > 0
+    assert math.isfinite(float(term.sum.detach())) and not term.weight.requires_grad
+
+
+@pytest.mark.parametrize("task", TEXTS)
+@pytest.mark.parametrize("case", sorted(CASES.keys() - DRAWN_BY_BATCH))
+def test_a_batch_is_the_sum_of_its_samples(case, task):
+    """Texts of different lengths, images of different shapes, texts that are dropped: padding must not matter."""
+    model = shared(case)
+    together = model(batch(model, task), CounterRNG(3))
+    alone = [model(batch(model, task, [row]), CounterRNG(3)) for row in range(4)]
+    torch.testing.assert_close(together.sum, sum(term.sum for term in alone), rtol=1e-5, atol=1e-4)
+    assert float(together.weight) == sum(float(term.weight) for term in alone)
+
+
+@pytest.mark.parametrize("task", TEXTS)
+@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1)])
+def test_cached_features_give_the_same_loss(model, task, rows):
+    sample = batch(model, task, rows)
+    features = model.encode(sample)
+    assert not any(tensor.requires_grad for value in features.values() for tensor in value)
+    kept = collate([{name: value[i] for name, value in features.items()} for i in range(len(rows))])
+    wanted, found = model(sample, CounterRNG(1)), model(cached(sample, kept), CounterRNG(1))
+    assert torch.equal(found.sum, wanted.sum) and torch.equal(found.weight, wanted.weight)
+
+
+def test_draws_are_a_function_of_seed_and_samples(model):
+    sample, state = batch(model, "reca"), torch.get_rng_state()
+    first = model(sample, CounterRNG(0)).sum
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(100)
+    assert torch.equal(model(sample, CounterRNG(0)).sum, first)
+    assert not torch.equal(model(sample, CounterRNG(1)).sum, first)
+
+
+def test_condition_of_another_image_changes_the_loss(model):
+    sample = batch(model, "reca")
+    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_gradients_reach_what_is_trained_and_nothing_else(model, task):
+    term = model(batch(model, task), CounterRNG(0))
+    if not term.sum.requires_grad:
+        assert task == "i2t" and not model.trainable_roles & {"shared_lm", "und_lm"}
+        return
+    term.sum.backward()
+    roles = model.roles()
+    reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert reached and {roles[name] for name in reached} <= set(model.trainable_roles)
+    assert all(gradient.isfinite().all() for gradient in reached.values())
+    if task == "reca":
+        assert any(bool(gradient.any()) for gradient in reached.values())
+
+
+def test_autocast_stays_near(model):
+    sample = batch(model, "reca")
+    with torch.autocast("cpu", torch.bfloat16):
+        term = model(sample, CounterRNG(0))
+    assert term.sum.dtype == torch.float32
+    torch.testing.assert_close(term.sum, model(sample, CounterRNG(0)).sum, rtol=2e-2, atol=0)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss(model, batch(model, "reca")).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", UMMS)
+@pytest.mark.parametrize("around", ["recomputed", "compiled"])
+def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
+    model = load(name)
+    wanted = gradients(model)
+    if around == "recomputed":
+        recompute_blocks(model)
+    else:
+        for block in {type(block): block for block in model.blocks()}.values():  # one of each kind
+            block.compile(backend="aot_eager")
+    found = gradients(model)
+    torch._dynamo.reset()
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.skipif(native.module is None, reason=str(native.missing))
+def test_the_kernels_of_this_project_run(plain, monkeypatch):
+    ran, load_op = {}, dispatch.load
+
+    def recorded(backend, op):
+        ran.setdefault(task, set()).add((backend, op))
+        return load_op(backend, op)
+
+    monkeypatch.setattr(dispatch, "load", recorded)
+    for task in TEXTS:
+        term = plain(batch(plain, task), CounterRNG(0))
+        if term.sum.requires_grad:
+            term.sum.backward()
+    assert all({("cpu", "template_concat")} <= ran[task] for task in TEXTS)
+    assert ("cpu", "masked_linear_cross_entropy") in ran["i2t"]
+    assert ("cpu", NATIVE_LOSS[plain.name]) in ran["reca"] & ran["t2i"]
+    assert {backend for pairs in ran.values() for backend, _ in pairs} == {"cpu"}
+
+
+# learning
+
+
+@pytest.mark.parametrize("task", TEXTS)
+@pytest.mark.parametrize("name", UMMS)
+def test_it_learns_and_what_is_frozen_stays(name, task):
+    model = load(name)
+    learnable(model, task)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    optimizer, sample, losses = torch.optim.AdamW(trained.values(), lr=3e-3), batch(model, task), []
+    for _ in range(50):
+        term = loss(model, sample)
+        term.backward()
+        losses.append(float(term.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {key for key, tensor in tensors.items() if not torch.equal(tensor, before[key])}
+    assert changed and changed <= trained.keys()
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_a_taught_answer_is_given(name):
+    model = load(name)
+    learnable(model, "i2t")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    sizes = [(18, 18)] * 2
+    sample = batch(model, "i2t", (0, 1), sizes)
+    sample.text = [[Turn("what is this", answer)] for answer in ("a red square", "a blue circle")]
+    for _ in range(60):
+        loss(model, sample).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.answer(images(sizes), ["what is this"] * 2, 8) == ["a red square", "a blue circle"]
+
+
+def test_a_continued_run_makes_the_same_bits(plain, tmp_path):
+    given = {"data.workers": 0, "train.threads": 1, "log.tensorboard": False}
+    given |= {f"objective.{task}.{key}": n for task in TEXTS for key, n in (("batch_size", 4), ("micro_batch", 2))}
+
+    def run(folder: str, steps: int) -> dict[str, torch.Tensor]:
+        reca.train(f"{plain.name}_tiny", given | {"run_dir": tmp_path / folder, "train.steps": steps})
+        return reca.load(tmp_path / folder).state_dict()
+
+    whole = run("whole", 4)
+    run("halves", 2)
+    torch.rand(7)
+    halves = run("halves", 4)
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+
+
+# drawing, editing, answering
+
+PROMPTS, SEEDS = ["a red square", "a blue circle drawn with care", "a red square"], [5, 5, 6]
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_an_image_depends_on_its_prompt_and_seed_only(model):
+    together = model.generate(PROMPTS, SEEDS, steps=4)
+    alone = [model.generate([text], [seed], steps=4)[0] for text, seed in zip(PROMPTS, SEEDS, strict=True)]
+    halves = model.generate(PROMPTS, SEEDS, steps=4, batch=2)
+    size = model.views("t2i").gen.size
+    for one, other, third in zip(together, alone, halves, strict=True):
+        assert one.shape == (3, size, size) and one.dtype == torch.uint8
+        assert near(one, other) and near(one, third)
+    assert not near(together[0], together[1]) and not near(together[0], together[2])
+    assert all(
+        torch.equal(one, same) for one, same in zip(together, model.generate(PROMPTS, SEEDS, steps=4), strict=True)
+    )
+
+
+def test_what_cannot_be_drawn(plain):
+    assert plain.generate([], []) == []
+    with pytest.raises(ValueError, match="1 prompts, 2 seeds; there must be as many of each"):
+        plain.generate(["a"], [1, 2])
+    with pytest.raises(ValueError, match="steps=0"):
+        plain.generate(["a"], [0], steps=0)
+    with pytest.raises(ValueError, match="seed -1 lies outside"):
+        plain.generate(["a"], [-1])
+
+
+def test_answers_do_not_depend_on_the_batch(model):
+    pictures, questions = images([(20, 20), (12, 20), (30, 15)]), ["what is this", "describe the picture", "this"]
+    together = model.answer(pictures, questions, max_new_tokens=5)
+    assert all(isinstance(text, str) for text in together)
+    assert together == [model.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(pictures, questions, strict=True)]
+    assert model.answer(pictures, questions, max_new_tokens=0) == [""] * 3
+    with pytest.raises(ValueError, match="3 images, 1 questions; there must be as many of each"):
+        model.answer(pictures, questions[:1])
+
+
+def test_editing_sees_image_and_instruction(model):
+    pictures, texts, seeds = (
+        images([(20, 20), (12, 20), (30, 15)]),
+        ["a red square", "a blue circle", "a square"],
+        [0, 1, 2],
+    )
+    if "edit" not in model.abilities:
+        with pytest.raises(NotImplementedError, match=f"{model.name} cannot edit images"):
+            model.edit(pictures, texts, seeds)
+        return
+    together = model.edit(pictures, texts, seeds, steps=3)
+    assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in together)
+    alone = [model.edit([p], [text], [seed], steps=3)[0] for p, text, seed in zip(pictures, texts, seeds, strict=True)]
+    assert all(near(one, other) for one, other in zip(alone, together, strict=True))
+    for picture, text, seed in (
+        (pictures[0].flip(2), texts[0], 0),
+        (pictures[0], texts[1], 0),
+        (pictures[0], texts[0], 1),
+    ):
+        assert not torch.equal(model.edit([picture], [text], [seed], steps=3)[0], alone[0])
+    with pytest.raises(ValueError, match="3 images, 2 instructions, 1 seeds; there must be as many of each"):
+        model.edit(pictures, texts[:2], [0])
