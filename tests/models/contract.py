@@ -31,12 +31,12 @@ VARIANTS = {
     "bagel shift": ["model.timestep_shift=3"],
 }  # fmt: skip
 CASES = {**{name: [] for name in UMMS}, **VARIANTS}
-# The op that each model's loss of images runs.
-NATIVE_LOSS = {
-    "show_o": "masked_linear_cross_entropy",
-    "harmon": "diffusion_loss",
-    "open_uni": "flow_matching",
-    "bagel": "flow_matching",
+# The ops that each model's loss of images runs, and no others.
+OPS = {
+    "show_o": {"template_concat", "masked_linear_cross_entropy", "philox"},
+    "harmon": {"template_concat", "diffusion_loss", "philox"},
+    "open_uni": {"template_concat", "flow_matching", "philox"},
+    "bagel": {"template_concat", "flow_matching", "philox"},
 }
 # Draws that belong to a micro-batch instead of to its samples, as in the release.
 DRAWN_BY_BATCH = {"harmon parity"}
@@ -101,8 +101,3 @@ def learnable(model: nn.Module, task: str) -> None:
 
 def cached(sample: Batch, features: dict) -> Batch:
     return replace(sample, gen=None, und=None, features=features)
-
-
-def weight_of(model: Adapter, sample: Batch, rng: CounterRNG) -> float:
-    """The weight of a loss, as it is known before the model runs."""
-    return float(model.weight(sample, rng))

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,26 @@ def test_an_export_names_what_it_wrote_with_the_mode_of_the_umask(model, tmp_pat
         assert sorted([*written, "mine.txt"]) == files(tmp_path)
         for name in written:
             assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+
+
+def test_an_export_loads_again(model, tmp_path):
+    """Bit for bit, as far as the type of the published files goes; what is loaded exports the same files."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    written = model.export(first)
+    config = replace(load_recipe(f"{model.name}_tiny").model, weights=str(first), seed=7)
+    if any("tokenizer" in name for name in written):
+        config.words = []
+    again = umm_package(model.name).Adapter.load(config)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        found = again.state_dict()[name]
+        assert torch.equal(found, tensor) or torch.equal(found, tensor.bfloat16().to(tensor.dtype)), name
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert all(p.requires_grad and not p.is_meta for p in again.parameters())
+    again.export(second)
+    for name in written:
+        if name.endswith(".safetensors") or name.split("/")[-1] == "config.json":
+            assert (second / name).read_bytes() == (first / name).read_bytes(), name
 
 
 def test_the_command_says_what_it_wrote_and_that_the_model_is_random(model, tmp_path, capsys, caplog):

@@ -14,11 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 
 from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
-from reca.data.cache import collate
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, adapter, loading, modules, prompt, sampling
 from reca.models.bagel.config import AutoencoderSizes, tiny
@@ -29,7 +27,6 @@ from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained
 from reca.trainer import Trainer
-from reca_kernels import dispatch, native
 
 WORDS = [
     "a",
@@ -225,11 +222,6 @@ def test_published_views(published):
     assert (edit.und.size, edit.und.min_size, edit.gen) == (980, 224, views.gen)
 
 
-def test_tiny_is_small(plain):
-    assert 3e5 < count(plain) < 7e5
-    assert plain.token_side == 4
-
-
 # losses
 
 
@@ -241,32 +233,6 @@ def test_weight_is_what_loss_returns(model, task):
     assert math.isfinite(float(term.sum.detach()))
     if task != "i2t":
         assert float(term.weight) == sum(i.shape[1] * i.shape[2] for i in sample.gen) / model.token_side**2
-
-
-@pytest.mark.parametrize("task", TEXTS)
-def test_a_batch_is_the_sum_of_its_samples(model, task):
-    """Pictures of three sizes and texts of different lengths in one pack; one of them dropped, or all but one."""
-    together = model(batch(model, task), CounterRNG(3)).sum
-    alone = sum(model(batch(model, task, [row]), CounterRNG(3)).sum for row in range(4))
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("task", TEXTS)
-@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1)])
-def test_cached_features_give_the_same_loss(model, task, rows):
-    sample = batch(model, task, rows)
-    features = model.encode(sample)
-    assert not any(tensor.requires_grad for tensors in features.values() for tensor in tensors)
-    kept = collate([{name: value[i] for name, value in features.items()} for i in range(len(rows))])
-    assert isinstance(kept["h_v" if task == "i2t" else "moments"], torch.Tensor) == (rows == (0, 1))
-    cached = replace(sample, gen=None, und=None, features=kept)
-    assert torch.equal(model(cached, CounterRNG(1)).sum, model(sample, CounterRNG(1)).sum)
-    assert model.weight(cached, CounterRNG(1)) == model.weight(sample, CounterRNG(1))
-
-
-def test_condition_of_another_image_changes_the_loss(model):
-    sample = batch(model, "reca")
-    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
 def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
@@ -361,21 +327,6 @@ def test_it_learns_photographs_and_what_is_frozen_stays(tmp_path):
     assert with_state == {id(p) for n, p in model.named_parameters() if roles[n] in model.trainable_roles}
 
 
-def test_resume_is_exact(tmp_path):
-    small = ["data.workers=0", "objective.reca.batch_size=8", "objective.reca.micro_batch=4", "train.threads=1"]
-
-    def run(name, steps):
-        recipe = load_recipe("bagel_tiny", [*small, f"run_dir={tmp_path}/{name}", f"train.steps={steps}"])
-        trainer = Trainer(recipe, progress=lambda _: None)
-        trainer.run()
-        return trainer.adapter.state_dict()
-
-    whole = run("whole", 6)
-    run("parts", 3)
-    parts = run("parts", 6)
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
-
-
 def test_two_ranks_make_the_update_of_one(tmp_path):
     """FSDP2: whole and frozen experts, a pass without a graph before the one with, and a rank whose captions are all
     dropped beside one whose are not."""
@@ -408,22 +359,6 @@ def test_optimizer_decays_nothing(plain):
 
 
 # speed by construction
-
-
-@pytest.mark.skipif(native.module is None, reason=str(native.missing))
-def test_the_kernels_of_this_project_run(plain, monkeypatch):
-    ran, load = set(), dispatch.load
-
-    def recorded(backend, op):
-        ran.add((backend, op))
-        return load(backend, op)
-
-    monkeypatch.setattr(dispatch, "load", recorded)
-    plain(batch(plain, "reca"), CounterRNG(0)).sum.backward()
-    assert {("cpu", "template_concat"), ("cpu", "flow_matching")} <= ran
-    assert ("cpu", "masked_linear_cross_entropy") not in ran
-    plain(batch(plain, "i2t"), CounterRNG(0))
-    assert ("cpu", "masked_linear_cross_entropy") in ran
 
 
 def test_understanding_runs_without_a_graph(plain):
@@ -497,40 +432,6 @@ def test_attention_on_a_gpu(dtype, causal):
     torch.testing.assert_close(ours, attend(q, k, v, causal), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
 
 
-def test_recomputed_layers_give_the_same_gradient(plain):
-    sample = batch(plain, "reca")
-    plain(sample, CounterRNG(0)).sum.backward()
-    wanted = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
-    plain.zero_grad()
-    forwards = {}
-    for block in plain.blocks():
-        forwards[block] = block.forward
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    plain(sample, CounterRNG(0)).sum.backward()
-    for block, forward in forwards.items():
-        block.forward = forward
-    assert wanted.keys() == {n for n, p in plain.named_parameters() if p.grad is not None}
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(plain.get_parameter(name).grad, gradient, rtol=0, atol=1e-6, msg=name)
-
-
-def test_compiled_layers_give_the_same_gradient():
-    """train.compile: Dynamo must keep understanding out of the graph."""
-    model = Adapter.load(config(language=replace(tiny().language, num_hidden_layers=1)))
-    freeze(model, None)
-    sample = batch(model, "reca")
-    model(sample, CounterRNG(0)).sum.backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for block in model.blocks():
-        block.compile(backend="aot_eager")
-    model(sample, CounterRNG(0)).sum.backward()
-    torch._dynamo.reset()
-    assert wanted.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=0, atol=1e-5, msg=name)
-
-
 def test_types(tmp_path):
     built().export(tmp_path)
     models = {d: Adapter.load(config(weights=str(tmp_path), dtype=d)) for d in ("fp32", "bf16", "mixed")}
@@ -563,16 +464,6 @@ def test_types(tmp_path):
 
 def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return int((a.int() - b.int()).abs().max()) <= 1
-
-
-def test_a_picture_depends_on_its_prompt_and_seed_only(plain):
-    together = plain.generate(["a red square", "a", "a blue circle"], [3, 4, 5], steps=4)
-    assert together[0].shape == (3, 20, 20) and together[0].dtype == torch.uint8
-    alone = plain.generate(["a"], [4], steps=4)[0]
-    assert near(together[1], alone)
-    assert near(plain.generate(["a red square", "a", "a blue circle"], [3, 4, 5], steps=4, batch=2)[2], together[2])
-    assert not near(plain.generate(["a"], [5], steps=4)[0], alone)
-    assert not near(plain.generate(["a red square"], [4], steps=4)[0], alone)
 
 
 def test_sizes_of_pictures(plain):

@@ -1,7 +1,6 @@
 """Harmon's adapter beyond the golden data: sizes, sequences, losses, learning, sampling, kernels, bad input."""
 
 import json
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,17 +11,15 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from reca import objective
-from reca.config import ObjectiveConfig, OptimConfig, load_recipe
+from reca.config import ObjectiveConfig, load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.loader import open_loader
 from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, adapter, prompt
 from reca.models.harmon.config import AutoencoderSizes, tiny
 from reca.models.harmon.masking import Masking, hidden_counts
-from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
-from reca_kernels import dispatch, native
 
 WORDS = "a red blue square circle describe what is this the picture ? with care".split()
 TEXTS = {
@@ -150,43 +147,11 @@ def test_shares_of_hidden_tokens_are_those_of_a_cut_normal_distribution():
 # losses
 
 
-@pytest.mark.parametrize("task", TEXTS)
-def test_weight_is_what_loss_returns(model, task):
-    sample = batch(model, task)
-    term = model(sample, CounterRNG(3))
-    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
-    assert math.isfinite(float(term.sum.detach()))
-
-
-@pytest.mark.parametrize("task", TEXTS)
-def test_a_batch_is_the_sum_of_its_samples(task):
-    """Texts and visible tokens of different numbers: padding must not matter, and rng belong to samples."""
-    model = built().eval()
-    together = model(batch(model, task), CounterRNG(3))
-    alone = [model(batch(model, task, [row]), CounterRNG(3)) for row in range(4)]
-    torch.testing.assert_close(together.sum, sum(term.sum for term in alone), rtol=1e-5, atol=1e-4)
-    assert together.weight == sum(term.weight for term in alone)
-
-
 def test_one_rate_per_micro_batch_is_parity_alone():
     ids = torch.arange(64)
     for parity in (False, True):
         counts = Adapter.load(config(parity=parity)).hidden_counts(CounterRNG(0), ids, 25)
         assert (len(set(counts.tolist())) == 1) == parity
-
-
-@pytest.mark.parametrize("task", TEXTS)
-def test_cached_features_give_the_same_loss(model, task):
-    sample = batch(model, task)
-    features = model.encode(sample)
-    assert not any(tensor.requires_grad for tensor in features.values())
-    cached = replace(sample, gen=None, und=None, features=features)
-    assert torch.equal(model(cached, CounterRNG(1)).sum, model(sample, CounterRNG(1)).sum)
-
-
-def test_condition_of_another_image_changes_the_loss(model):
-    sample = batch(model, "reca")
-    assert model(sample, CounterRNG(1), "other").sum != model(sample, CounterRNG(1)).sum
 
 
 @pytest.mark.parametrize("task", ["reca", "t2i"])
@@ -253,14 +218,6 @@ def test_other_patches_and_widths():
     assert model.generate(["a"], [0], steps=2, diffusion_steps=2)[0].shape == (3, 24, 24)
 
 
-def test_autocast_stays_near(model):
-    sample = batch(model, "reca")
-    with torch.autocast("cpu", torch.bfloat16):
-        term = model(sample, CounterRNG(0))
-    assert term.sum.dtype == torch.float32
-    torch.testing.assert_close(term.sum, model(sample, CounterRNG(0)).sum, rtol=2e-2, atol=0)
-
-
 # dropout
 
 
@@ -324,20 +281,6 @@ def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
     assert stays == {n for n in before if n.startswith("vae.") or n == "mar.class_emb.weight"}
 
 
-@pytest.mark.parametrize("task", ["t2i", "i2t"])
-def test_the_other_losses_learn(task):
-    model = Adapter.load(config())
-    freeze(model, None)
-    optimizer, sample, losses = make_optimizer(model, OptimConfig(lr=3e-3)), batch(model, task), []
-    for _ in range(50):
-        term = model(sample, CounterRNG(0))
-        (term.sum / term.weight).backward()
-        losses.append(float((term.sum / term.weight).detach()))
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_a_continued_run_makes_the_same_bits(photographs, tmp_path):
     """With dropout, two tasks of loss, and a stop in between."""
 
@@ -372,21 +315,6 @@ def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
 
 
 # what runs
-
-
-@pytest.mark.skipif(native.module is None, reason=str(native.missing))
-def test_the_kernels_of_this_project_run(model, monkeypatch):
-    ran, load = set(), dispatch.load
-
-    def recorded(backend, op):
-        ran.add((backend, op))
-        return load(backend, op)
-
-    monkeypatch.setattr(dispatch, "load", recorded)
-    model(batch(model, "reca"), CounterRNG(0)).sum.backward()
-    assert {("cpu", "template_concat"), ("cpu", "diffusion_loss"), ("cpu", "philox")} <= ran
-    model(batch(model, "i2t"), CounterRNG(0)).sum.backward()
-    assert ("cpu", "masked_linear_cross_entropy") in ran
 
 
 def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypatch):
@@ -513,15 +441,6 @@ def test_options_out_of_range(model, options, words):
         model.generate(["a"], [0], **SAMPLING | options)
 
 
-def test_prompts_and_seeds_come_in_pairs(model):
-    with pytest.raises(ValueError, match="1 prompts, 2 seeds; there must be as many of each"):
-        model.generate(["a"], [1, 2])
-    with pytest.raises(ValueError, match="2 images, 1 questions"):
-        model.answer(images(2, 20), ["what is this?"])
-    with pytest.raises(NotImplementedError, match="harmon cannot edit images"):
-        model.edit(images(1, 20), ["a red square"], [0])
-
-
 def test_inference_is_without_dropout_in_training_mode_too():
     model = built()
     drawn = latents_of(model, ["a red square"], [3])
@@ -536,20 +455,6 @@ def test_answers_do_not_depend_on_the_batch(model):
     assert together == alone
     assert model.answer(pictures * 17, questions * 17, 6) == alone * 17  # more of one length than a batch holds
     assert model.answer(pictures[:1], questions[:1], 0) == [""]
-
-
-def test_a_taught_answer_is_given():
-    model = Adapter.load(config())
-    optimizer = make_optimizer(model, OptimConfig(lr=3e-3))
-    pictures = images(2, 20)
-    turns = [[Turn("what is this?", "a red square.")], [Turn("what is this?", "a blue circle")]]
-    sample = Batch("i2t", torch.arange(2), turns, und=pictures)
-    for _ in range(60):
-        term = model(sample, CounterRNG(0))
-        (term.sum / term.weight).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert model.answer(pictures, ["what is this?"] * 2, 8) == ["a red square .", "a blue circle"]
 
 
 # the driver's questions
