@@ -11,7 +11,7 @@ from benchmarks.rows import BACKWARD, BOTH, FORWARD, OURS
 from benchmarks.runner import Case, Provider, compiled
 from benchmarks.shapes import ATTENTION as SHAPES
 from benchmarks.shapes import shapes
-from reca_kernels import Run, attention, attention_plan
+from reca_kernels import AttentionSpan, attention, attention_plan
 from reca_kernels.attention import reference
 from reca_kernels.attention.implementations import IMPLS, unusable
 
@@ -24,7 +24,7 @@ def cases(device: Device):
 
 def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
     place, (heads, kv_heads), channels, batch = device.torch_device, s["heads"], s["channels"], s["batch"]
-    runs = [Run(*run) for run in s["runs"]]
+    runs = [AttentionSpan(*run) for run in s["runs"]]
     length = sum(run.length for run in runs)
     plan, one = attention_plan([runs] * batch, device=place), attention_plan([runs], device=place)
 

@@ -10,7 +10,7 @@ from benchmarks.rows import BOTH
 from benchmarks.runner import Case, Provider, compiled, ours
 from benchmarks.shapes import DIFFUSION as SHAPES
 from benchmarks.shapes import shapes
-from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule
+from reca_kernels import Philox, diffusion_add_noise, diffusion_loss, diffusion_schedule
 from reca_kernels.diffusion_loss import reference
 
 
@@ -33,7 +33,7 @@ def cases(device: Device):
                 )
 
             def run(x, backend):
-                x_t = diffusion_prepare(x.x0, x.t, x.noise, x.table, rows=x.rows, backend=backend)
+                x_t = diffusion_add_noise(x.x0, x.t, x.noise, x.table, rows=x.rows, backend=backend)
                 return x_t, diffusion_loss(x.out, x.x0, x.t, x.noise, x.table, rows=x.rows, backend=backend)
 
             def exact(x):

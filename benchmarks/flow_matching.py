@@ -9,7 +9,7 @@ from benchmarks.rows import BOTH
 from benchmarks.runner import Case, Provider, compiled, ours
 from benchmarks.shapes import FLOW as SHAPES
 from benchmarks.shapes import shapes
-from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare
+from reca_kernels import Philox, flow_matching_add_noise, flow_matching_loss
 from reca_kernels.flow_matching.reference import tokens
 
 
@@ -27,12 +27,12 @@ def cases(device: Device):
                 x = SimpleNamespace(images=images, t=t)
                 x.x0 = torch.stack(images) if patch == 1 else images
                 x.noise = Philox(torch.tensor(seed, device=place), torch.arange(len(images), device=place), 4)
-                shape = flow_matching_prepare(x.x0, t, x.noise, patch=patch).shape
+                shape = flow_matching_add_noise(x.x0, t, x.noise, patch=patch).shape
                 x.pred = torch.randn(shape, generator=generator, device=place).to(dtype).requires_grad_()
                 return x
 
             def run(x, backend, patch=patch):
-                x_t = flow_matching_prepare(x.x0, x.t, x.noise, patch=patch, backend=backend)
+                x_t = flow_matching_add_noise(x.x0, x.t, x.noise, patch=patch, backend=backend)
                 return x_t, flow_matching_loss(x.pred, x.x0, x.t, x.noise, patch=patch, backend=backend)
 
             def upstream(x, patch=patch):  # image by image

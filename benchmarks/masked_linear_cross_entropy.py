@@ -15,7 +15,7 @@ from benchmarks.shapes import LINEAR_CROSS_ENTROPY as SHAPES
 from benchmarks.shapes import shapes
 from reca_kernels import masked_linear_cross_entropy
 
-WAITS = ", num_labelled not given"
+WAITS = ", max_labelled not given"
 
 
 def cases(device: Device):
@@ -41,7 +41,7 @@ def cases(device: Device):
             count = round(s["labelled"] * s["rows"])
 
             def run(x, backend, count=count):
-                options = {"backend": backend, "num_labelled": count}
+                options = {"backend": backend, "max_labelled": count}
                 return (masked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, **options),)
 
             def counting(x, backend):  # the labels are counted on the device, and the host waits for their number

@@ -124,7 +124,7 @@ def labels_fit(op: str, labels: Tensor, ignore_index: int, most: int | None) -> 
         return
     count = int((labels != ignore_index).sum())
     if count > most:
-        raise ValueError(f"{op}: {count} rows carry a label, which must not be more than num_labelled={most}")
+        raise ValueError(f"{op}: {count} rows carry a label, which must not be more than max_labelled={most}")
 
 
 def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) -> None:

@@ -262,7 +262,15 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
     runs = [(number, run) for number, sample in enumerate(plan.samples) for run in sample]
     table = torch.tensor(
         [
-            (i, number, run.mode != "causal", run.mode == "noise", run.seen_before, run.mode == "pad", run.cached)
+            (
+                i,
+                number,
+                run.mode != "causal",
+                run.mode == "noise",
+                run.visible_to_earlier,
+                run.mode == "pad",
+                run.cached,
+            )
             for i, (number, run) in enumerate(runs)
         ],
         dtype=torch.int32,
@@ -286,7 +294,7 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
 
 
 def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Run, sample and rules of the chosen rows, int32 each, and which rows those are."""
+    """AttentionSpan, sample and rules of the chosen rows, int32 each, and which rows those are."""
     return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 

@@ -21,20 +21,20 @@ MODES = ("causal", "full", "noise", "pad")
 Span = tuple[int, int]  # [start, stop)
 
 
-class Run(NamedTuple):
+class AttentionSpan(NamedTuple):
     """Rows of a sample that follow one rule. They see all runs before them, except noise and padding.
 
     mode         causal: and of their own run the rows up to themselves
                  full:   and their whole run
                  noise:  as full, and no other run sees this one (the noised target of BAGEL)
                  pad:    nothing; nobody sees them, their output is 0
-    seen_before  rows of earlier runs see this run too (the CLIP features of Show-o)
+    visible_to_earlier  rows of earlier runs see this run too (the CLIP features of Show-o)
     cached       the run has keys and values but no queries: a prefix that was computed before. Such runs come first.
     """
 
     length: int
     mode: str = "causal"
-    seen_before: bool = False
+    visible_to_earlier: bool = False
     cached: bool = False
 
 
@@ -93,7 +93,7 @@ class AttentionPlan:
     alike         all samples have the same sizes and segments, so one call per segment serves the whole batch
     """
 
-    samples: tuple[tuple[Run, ...], ...]
+    samples: tuple[tuple[AttentionSpan, ...], ...]
     device: torch.device
     query_sizes: tuple[int, ...]
     key_sizes: tuple[int, ...]
@@ -118,7 +118,7 @@ class AttentionPlan:
         return in_mode(self.made[0])
 
 
-def attention_plan(samples: Iterable[Sequence[Run]], *, device: torch.device | str = "cpu") -> AttentionPlan:
+def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.device | str = "cpu") -> AttentionPlan:
     """Plan the attention of samples made of runs. Plans are kept: the same layout costs nothing the next time.
 
     device  where q, k and v will be
@@ -129,7 +129,7 @@ def attention_plan(samples: Iterable[Sequence[Run]], *, device: torch.device | s
 
 
 @functools.lru_cache(maxsize=32)
-def _plan(samples: tuple[tuple[Run, ...], ...], device: torch.device) -> AttentionPlan:
+def _plan(samples: tuple[tuple[AttentionSpan, ...], ...], device: torch.device) -> AttentionPlan:
     for number, sample in enumerate(samples):
         if problem := _problem(sample):
             raise ValueError(f"attention_plan: sample {number}, {problem}")
@@ -145,22 +145,22 @@ def _plan(samples: tuple[tuple[Run, ...], ...], device: torch.device) -> Attenti
     return plan
 
 
-def _problem(sample: tuple[Run, ...]) -> str | None:
+def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
     for i, run in enumerate(sample):
         where = f"run {i}: "
         if run.mode not in MODES:
             return f"{where}mode must be one of {', '.join(MODES)}, got {run.mode!r}"
         if run.length < 0:
             return f"{where}length must be 0 or more, got {run.length}"
-        if run.seen_before and run.mode in ("noise", "pad"):
-            return f"{where}a {run.mode} run is seen by no other run; drop seen_before or change the mode"
+        if run.visible_to_earlier and run.mode in ("noise", "pad"):
+            return f"{where}a {run.mode} run is seen by no other run; drop visible_to_earlier or change the mode"
         if run.cached and i > 0 and not sample[i - 1].cached:
             return f"{where}cached runs are a prefix and must come first, but run {i - 1} is not cached"
     return None
 
 
 @functools.lru_cache(maxsize=4096)
-def segments(sample: tuple[Run, ...]) -> tuple[Segment, ...]:
+def segments(sample: tuple[AttentionSpan, ...]) -> tuple[Segment, ...]:
     """The segments of one sample, in the order of their first rows."""
     ends = [0]
     for run in sample:
@@ -190,9 +190,9 @@ def segments(sample: tuple[Run, ...]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def _seen(run: Run, before: bool) -> bool:
+def _seen(run: AttentionSpan, before: bool) -> bool:
     """Whether rows of another run see this one; before: it stands before them."""
-    return run.mode in ("causal", "full") and (before or run.seen_before)
+    return run.mode in ("causal", "full") and (before or run.visible_to_earlier)
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca_kernels.attention.plan import AttentionPlan, Run
+from reca_kernels.attention.plan import AttentionPlan, AttentionSpan
 
 
-def allowed(sample: Sequence[Run]) -> Tensor:  # bool [query rows, key rows]
-    """Which row sees which key of one sample. Written from the rules of `Run`, row by row."""
+def allowed(sample: Sequence[AttentionSpan]) -> Tensor:  # bool [query rows, key rows]
+    """Which row sees which key of one sample. Written from the rules of `AttentionSpan`, row by row."""
     lengths = torch.tensor([run.length for run in sample], dtype=torch.int64)
 
     def of_row(values: list, dtype: torch.dtype = torch.bool) -> Tensor:
@@ -17,7 +17,7 @@ def allowed(sample: Sequence[Run]) -> Tensor:  # bool [query rows, key rows]
 
     place, number = torch.arange(int(lengths.sum())), of_row(list(range(len(sample))), torch.int64)
     whole, hidden = of_row([run.mode != "causal" for run in sample]), of_row([run.mode == "noise" for run in sample])
-    early, pad = of_row([run.seen_before for run in sample]), of_row([run.mode == "pad" for run in sample])
+    early, pad = of_row([run.visible_to_earlier for run in sample]), of_row([run.mode == "pad" for run in sample])
     own = whole[:, None] | (place <= place[:, None])
     other = torch.where(number < number[:, None], ~hidden, early)
     sees = torch.where(number == number[:, None], own, other) & ~pad & ~pad[:, None]

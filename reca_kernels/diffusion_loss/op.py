@@ -21,7 +21,7 @@ OP = "diffusion_loss"
 WIDEST = 128  # channels a kernel's buffers hold
 
 
-def diffusion_prepare(
+def diffusion_add_noise(
     x0: Tensor,  # [N, C]
     t: Tensor,  # [M] int
     noise: Philox | Tensor,
@@ -147,8 +147,8 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
 
 
 @kernel_op(
-    f"diffusion_prepare(Tensor x0, Tensor t, {NOISE_SCHEMA}, Tensor table, Tensor? rows, ScalarType dtype, str backend)"
-    " -> Tensor",
+    f"diffusion_add_noise(Tensor x0, Tensor t, {NOISE_SCHEMA}, Tensor table, Tensor? rows, ScalarType dtype, "
+    "str backend) -> Tensor",
     lambda x0, t, seed, ids, stream, explicit, table, rows, dtype, backend: x0.new_empty(
         t.shape[0], x0.shape[1], dtype=dtype
     ),

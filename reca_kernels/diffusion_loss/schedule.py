@@ -16,7 +16,7 @@ def diffusion_schedule(
 
     Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
     x_t, log of the posterior's variance (entry 1 in place of entry 0), log beta. keep: a sampler's steps, those of
-    `diffusion_steps`.
+    `space_timesteps`.
     """
     if kind != "cosine":
         raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
@@ -25,11 +25,11 @@ def diffusion_schedule(
 
 @outside_of_modes
 def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
-    kept = None if keep is None else diffusion_steps(steps, keep)
+    kept = None if keep is None else space_timesteps(steps, keep)
     return on_device(reference.schedule(steps, kept).float(), device)
 
 
-def diffusion_steps(steps: int, keep: int) -> Tensor:
+def space_timesteps(steps: int, keep: int) -> Tensor:
     """int64 [keep]: the steps of [0, steps) that a sampler of fewer steps visits, evenly spaced, ascending."""
     if not 1 <= keep <= steps:
         raise ValueError(f"{OP}: a sampler keeps 1 to {steps} steps, got {keep}")

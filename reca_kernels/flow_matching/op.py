@@ -23,7 +23,7 @@ from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked
 OP = "flow_matching"
 
 
-def flow_matching_prepare(
+def flow_matching_add_noise(
     x0: Tensor | Sequence[Tensor],  # [B, C, H, W], or B times [C, H, W]
     t: Tensor,  # [B]
     noise: Philox | Tensor,
@@ -69,8 +69,8 @@ def flow_matching_loss(
 ) -> Tensor:  # fp32 [] or [B]
     """Squared error of a predicted velocity against eps - x0, whose noise is drawn again from its address.
 
-    pred       shaped like flow_matching_prepare's result for the same x0, noise and patch; any float dtype
-    t          the levels given to flow_matching_prepare. The target does not depend on them.
+    pred       shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype
+    t          the levels given to flow_matching_add_noise. The target does not depend on them.
     weight     multiplies every image's error; NaN and infinity in an image of weight 0 reach nothing
     reduction  "mean" over all elements, "sum", or "sample": [B], every image's mean
     Derivatives by pred only, and the first only. The gradient is written in the pass that computes the loss.
@@ -182,7 +182,7 @@ def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
 
 
 @kernel_op(
-    f"flow_matching_prepare(Tensor[] images, Tensor t, {NOISE_SCHEMA}, int patch, ScalarType dtype, str backend)"
+    f"flow_matching_add_noise(Tensor[] images, Tensor t, {NOISE_SCHEMA}, int patch, ScalarType dtype, str backend)"
     " -> Tensor",
     lambda images, t, seed, ids, stream, explicit, patch, dtype, backend: t.new_empty(
         sum(image.numel() for image in images), dtype=dtype

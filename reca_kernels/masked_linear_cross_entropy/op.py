@@ -2,7 +2,7 @@
 
 A backend's file holds
 
-    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, num_labelled, window,
+    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, max_labelled, window,
             filter_eps) -> (loss, dx, dw, db, dropped)
     scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
 
@@ -42,7 +42,7 @@ def masked_linear_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     chunk_rows: int | None = None,
-    num_labelled: int | None = None,
+    max_labelled: int | None = None,
     backward_window: tuple[int, int] | None = None,
     filter_eps: float | None = None,
     backend: str | None = None,
@@ -59,7 +59,7 @@ def masked_linear_cross_entropy(
                  The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
                  loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the
                  loss scale.
-    num_labelled at least as many rows as carry a label. The sizes of the products must be known, so without it GPUs are
+    max_labelled at least as many rows as carry a label. The sizes of the products must be known, so without it GPUs are
                  waited for once per call, and a captured CUDA graph multiplies all N rows. A larger number costs the
                  products of as many more rows. A smaller one raises ValueError on CPUs and with RECA_CHECK=1; else the
                  rows too many have loss NaN and gradient 0.
@@ -94,8 +94,8 @@ def masked_linear_cross_entropy(
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     if chunk_rows is None:
         chunk_rows = 512 if hidden.device.type == "cpu" else 4096
-    if num_labelled is not None and num_labelled < 0:
-        raise ValueError(f"{OP}: num_labelled must be at least 0 or None, got {num_labelled}")
+    if max_labelled is not None and max_labelled < 0:
+        raise ValueError(f"{OP}: max_labelled must be at least 0 or None, got {max_labelled}")
     if backward_window is not None:
         backward_window = _rounded(backward_window, weight.shape[0])
     if filter_eps is not None and not filter_eps >= 0:
@@ -113,7 +113,7 @@ def masked_linear_cross_entropy(
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":
         if has_values(labels):
-            _check_labels(labels, weight, ignore_index, num_labelled)
+            _check_labels(labels, weight, ignore_index, max_labelled)
         return reference.masked_linear_cross_entropy(
             hidden, weight, labels, bias, backward_window=backward_window, filter_eps=filter_eps, **options._asdict()
         )
@@ -121,14 +121,14 @@ def masked_linear_cross_entropy(
     # With reduction "none" the gradients are made in the backward pass.
     made = torch.is_grad_enabled() and reduction != "none"
     needs = [made and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    settings = chunk_rows, num_labelled, backward_window, filter_eps, dtype, needs, backend
+    settings = chunk_rows, max_labelled, backward_window, filter_eps, dtype, needs, backend
     loss, *_, dropped = _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)
     return (loss, dropped) if bounded else loss
 
 
-def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, num_labelled: int | None) -> None:
+def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, max_labelled: int | None) -> None:
     checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
-    checks.labels_fit(OP, labels, ignore_index, num_labelled)
+    checks.labels_fit(OP, labels, ignore_index, max_labelled)
 
 
 def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
@@ -172,7 +172,7 @@ def _flops(
 
 @kernel_op(
     f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int chunk_rows, "
-    "int? num_labelled, int[]? window, float? filter_eps, ScalarType dtype, bool[] needs, str backend)"
+    "int? max_labelled, int[]? window, float? filter_eps, ScalarType dtype, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     flops=_flops,
@@ -189,7 +189,7 @@ def _loss_and_gradients(
     softcap: float | None,
     reduction: str,
     chunk_rows: int,
-    num_labelled: int | None,
+    max_labelled: int | None,
     window: tuple[int, int] | list[int] | None,
     filter_eps: float | None,
     dtype: torch.dtype,
@@ -198,7 +198,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor | None, ...]:
     """(loss, dx, dw, db, dropped); None for what nobody needs."""
     if row_grad is None:
-        _check_labels(labels, weight, ignore_index, num_labelled)
+        _check_labels(labels, weight, ignore_index, max_labelled)
     parameters = (hidden, weight, bias)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return dispatch.load(backend, OP).forward(
@@ -210,7 +210,7 @@ def _loss_and_gradients(
             CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction),
             chunk_rows,
             tuple(_kept(x, row_grad) if need else None for x, need in zip(parameters, needs, strict=True)),
-            num_labelled,
+            max_labelled,
             None if window is None else tuple(window),
             filter_eps,
         )

@@ -180,7 +180,7 @@ def test_ours_is_timed_with_the_number_of_labels_and_without(monkeypatch):
         if case.shape.startswith("size "):
             assert ours == [*both, "ours: reference"]
             continue
-        assert ours == [*both, *(name + ", num_labelled not given" for name in both)]
+        assert ours == [*both, *(name + ", max_labelled not given" for name in both)]
         x = SimpleNamespace(hidden=0, weight=0, labels=0, bias=0)
         for name in ours:
             given.clear()
@@ -188,7 +188,7 @@ def test_ours_is_timed_with_the_number_of_labels_and_without(monkeypatch):
             count = round(case.flops[BOTH] / 6 / _linear.SHAPES["cuda"][case.shape]["vocabulary"])
             count //= _linear.SHAPES["cuda"][case.shape]["hidden"]
             assert given == [
-                {"backend": name[6:].split(",")[0], "num_labelled": None if "not given" in name else count}
+                {"backend": name[6:].split(",")[0], "max_labelled": None if "not given" in name else count}
             ]
 
 

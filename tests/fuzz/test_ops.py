@@ -16,15 +16,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reca_kernels import (
+    AttentionSpan as Span,
+)
+from reca_kernels import (
     Philox,
-    Run,
     attention,
     attention_plan,
+    diffusion_add_noise,
     diffusion_loss,
-    diffusion_prepare,
     diffusion_schedule,
+    flow_matching_add_noise,
     flow_matching_loss,
-    flow_matching_prepare,
     masked_cross_entropy,
     masked_linear_cross_entropy,
     native,
@@ -206,7 +208,7 @@ def test_masked_linear_cross_entropy(data):
     tensors = [hidden, weight, bias] if draw(st.booleans()) else [hidden, weight]
     options, backend = options_of(draw), draw(st.sampled_from(BACKENDS))
     room = draw(st.sampled_from([None, rows, rows + 3]))
-    more = {"chunk_rows": draw(st.sampled_from([None, 1, 3])), "num_labelled": room, "backend": backend}
+    more = {"chunk_rows": draw(st.sampled_from([None, 1, 3])), "max_labelled": room, "backend": backend}
 
     def run(h, w, b=None):
         return masked_linear_cross_entropy(h, w, labels, b, **options, **more)
@@ -295,8 +297,8 @@ def test_flow_matching(data):
     if draw(st.booleans()):
         options["weight"] = torch.tensor([draw(st.sampled_from([0.0, 0.5, 2.0])) for _ in sizes])
     with counted("flows"):
-        x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
-        close(x_t, flow_matching_prepare(doubles, wide(t), noise, patch=patch, backend="reference"), TOLERANCE[dtype])
+        x_t = flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)
+        close(x_t, flow_matching_add_noise(doubles, wide(t), noise, patch=patch, backend="reference"), TOLERANCE[dtype])
         pred = leaf(draw, values(draw, *x_t.shape, dtype=draw(st.sampled_from(DTYPES))))
         compare(
             draw,
@@ -325,7 +327,7 @@ def test_diffusion_loss(data):
     options = {"rows": rows, "backend": backend}
     with counted("diffusions"):
         if not fits:
-            refused("diffusion_loss", lambda: diffusion_prepare(x0, t, noise, table, **options))
+            refused("diffusion_loss", lambda: diffusion_add_noise(x0, t, noise, table, **options))
             return refused("diffusion_loss", lambda: diffusion_loss(out, x0, t, noise, table, **options))
         options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
         compare(
@@ -341,7 +343,7 @@ def test_diffusion_loss(data):
 @given(st.data())
 def test_attention(data):
     draw = data.draw
-    runs = st.tuples(st.integers(0, 4), st.sampled_from(["causal", "full", "noise", "pad"])).map(lambda run: Run(*run))
+    runs = st.tuples(st.integers(0, 4), st.sampled_from(["causal", "full", "noise", "pad"])).map(lambda run: Span(*run))
     plan = attention_plan(draw(st.lists(st.lists(runs, min_size=1, max_size=4), min_size=1, max_size=3)))
     rows, heads = sum(plan.query_sizes), draw(st.sampled_from([(2, 2), (4, 2), (3, 1)]))
     hidden = torch.tensor(

@@ -13,7 +13,7 @@ from reca.models.bagel import Adapter, modules, prompt, sampling
 from reca.models.bagel.loading import published
 from reca.models.bagel.mot import GEN
 from reca.optim import freeze
-from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy
+from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
 from tests.golden.bagel import (
     LOSS,
     Packed,
@@ -241,7 +241,7 @@ def test_mixed_losses_and_gradients(golden, clean):
     t = torch.tensor(values["mixed.timestep_gaussians"]).sigmoid()
     raw = data["mixed.packed_timesteps"]
     noise = data["mixed.noise"][raw.isfinite()]  # clean images get no noise
-    tokens = flow_matching_prepare(drawn, t, noise, patch=patch)
+    tokens = flow_matching_add_noise(drawn, t, noise, patch=patch)
     parts = passes(samples)
     with Record(model) as record:
         hidden, context = model.read(parts["prefix"], h_v, [latents[1]])

@@ -7,7 +7,7 @@ from PIL import Image
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.models.harmon import prompt, sampling
-from reca_kernels import diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, template_concat
+from reca_kernels import diffusion_add_noise, diffusion_loss, diffusion_schedule, space_timesteps, template_concat
 from reca_kernels.diffusion_loss import reference
 from tests.golden.harmon import GENERATION, STAGE, Recorded, RecordedChance, Spy, branches, build, close, prompts
 
@@ -173,7 +173,7 @@ def test_diffusion_head_and_loss(golden, model):
     data, table = golden.data, diffusion_schedule()
     z = data["diff.z"].clone().requires_grad_()
     x0, t, noise, mask = (data[f"diff.{name}"] for name in ("target", "t", "noise", "mask"))
-    x_t = diffusion_prepare(x0, t, noise, table)
+    x_t = diffusion_add_noise(x0, t, noise, table)
     close(x_t, data["diff.x_t"])
     out = model.mar.diffloss.net(x_t, t, z)
     close(out, data["diff.net_out"])
@@ -188,10 +188,10 @@ def test_diffusion_head_and_loss(golden, model):
 def test_schedules(golden):
     data = golden.data
     torch.testing.assert_close(reference.betas(1000), data["sched.betas_1000"], rtol=1e-9, atol=0)
-    assert torch.equal(diffusion_steps(1000, 100), data["sched.map_100"])
-    respaced = reference.betas(1000, diffusion_steps(1000, 100))
+    assert torch.equal(space_timesteps(1000, 100), data["sched.map_100"])
+    respaced = reference.betas(1000, space_timesteps(1000, 100))
     torch.testing.assert_close(respaced, data["sched.betas_100"], rtol=1e-9, atol=0)
-    assert torch.equal(diffusion_steps(1000, int(golden.config["mar"]["num_sampling_steps"])), data["sched.map_gen"])
+    assert torch.equal(space_timesteps(1000, int(golden.config["mar"]["num_sampling_steps"])), data["sched.map_gen"])
 
 
 def test_what_decays(golden, model):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from reca_kernels import Run, attention, attention_plan, backend_report
+from reca_kernels import AttentionSpan as Span
+from reca_kernels import attention, attention_plan, backend_report
 from reca_kernels.attention import flash_functions, implementations, reference
 from reca_kernels.attention.implementations import IMPLS
 from reca_kernels.attention.op import choose, dense_is_faster
@@ -18,41 +19,89 @@ from reca_kernels.attention.plan import MODES, segments, total
 # Small samples of every layout: a batch of two, so that lengths differ.
 LAYOUTS = {
     "show_o_t2i": [
-        (Run(3, "pad"), Run(4), Run(9, "full")),
-        (Run(0, "pad"), Run(7), Run(9, "full")),
+        (Span(3, "pad"), Span(4), Span(9, "full")),
+        (Span(0, "pad"), Span(7), Span(9, "full")),
     ],
     "show_o_i2t_clip": [
-        (Run(2, "pad"), Run(3), Run(6, "full", seen_before=True), Run(5)),
-        (Run(0, "pad"), Run(3), Run(6, "full", seen_before=True), Run(7)),
+        (
+            Span(2, "pad"),
+            Span(3),
+            Span(6, "full", visible_to_earlier=True),
+            Span(5),
+        ),
+        (
+            Span(0, "pad"),
+            Span(3),
+            Span(6, "full", visible_to_earlier=True),
+            Span(7),
+        ),
     ],
     "show_o_reca_clip": [
-        (Run(1, "pad"), Run(2), Run(6, "full", seen_before=True), Run(5), Run(9, "full"), Run(1)),
-        (Run(0, "pad"), Run(2), Run(6, "full", seen_before=True), Run(6), Run(9, "full"), Run(1)),
+        (
+            Span(1, "pad"),
+            Span(2),
+            Span(6, "full", visible_to_earlier=True),
+            Span(5),
+            Span(9, "full"),
+            Span(1),
+        ),
+        (
+            Span(0, "pad"),
+            Span(2),
+            Span(6, "full", visible_to_earlier=True),
+            Span(6),
+            Span(9, "full"),
+            Span(1),
+        ),
     ],
     "show_o_reca_vq": [
-        (Run(0, "pad"), Run(1), Run(6, "full"), Run(5), Run(9, "full")),
-        (Run(2, "pad"), Run(1), Run(6, "full"), Run(3), Run(9, "full")),
+        (
+            Span(0, "pad"),
+            Span(1),
+            Span(6, "full"),
+            Span(5),
+            Span(9, "full"),
+        ),
+        (
+            Span(2, "pad"),
+            Span(1),
+            Span(6, "full"),
+            Span(3),
+            Span(9, "full"),
+        ),
     ],
     "harmon_llm": [
-        (Run(3), Run(8), Run(4), Run(0, "pad"), Run(5)),
-        (Run(3), Run(8), Run(2), Run(2, "pad"), Run(5)),
+        (Span(3), Span(8), Span(4), Span(0, "pad"), Span(5)),
+        (Span(3), Span(8), Span(2), Span(2, "pad"), Span(5)),
     ],
-    "harmon_mar": [(Run(11, "full"),), (Run(11, "full"),)],
+    "harmon_mar": [(Span(11, "full"),), (Span(11, "full"),)],
     "open_uni": [
-        (Run(4, "pad", cached=True), Run(9, cached=True), Run(6)),
-        (Run(0, "pad", cached=True), Run(13, cached=True), Run(6)),
+        (Span(4, "pad", cached=True), Span(9, cached=True), Span(6)),
+        (Span(0, "pad", cached=True), Span(13, cached=True), Span(6)),
     ],
     "bagel_reca": [
-        (Run(6, "full"), Run(5), Run(10, "noise")),
-        (Run(4, "full"), Run(0), Run(8, "noise")),
+        (Span(6, "full"), Span(5), Span(10, "noise")),
+        (Span(4, "full"), Span(0), Span(8, "noise")),
     ],
     "bagel_target": [
-        (Run(6, "full", cached=True), Run(5, cached=True), Run(10, "noise")),
-        (Run(4, "full", cached=True), Run(8, "noise")),
+        (Span(6, "full", cached=True), Span(5, cached=True), Span(10, "noise")),
+        (Span(4, "full", cached=True), Span(8, "noise")),
     ],
     "bagel_edits": [
-        (Run(3), Run(4, "noise"), Run(4, "full"), Run(2), Run(5, "noise")),
-        (Run(6, "noise"), Run(2), Run(3, "full"), Run(1), Run(1, "noise")),
+        (
+            Span(3),
+            Span(4, "noise"),
+            Span(4, "full"),
+            Span(2),
+            Span(5, "noise"),
+        ),
+        (
+            Span(6, "noise"),
+            Span(2),
+            Span(3, "full"),
+            Span(1),
+            Span(1, "noise"),
+        ),
     ],
 }
 PADDED = [name for name in LAYOUTS if not name.startswith("bagel") and name != "open_uni"] + ["open_uni"]
@@ -60,10 +109,10 @@ EXACT = ["sdpa", "dense", "flash", "varlen"]
 
 
 def random_sample(chance, prefix):
-    runs = [Run(chance.randint(0, 5), chance.choice(("causal", "full", "pad")), cached=True) for _ in range(prefix)]
+    runs = [Span(chance.randint(0, 5), chance.choice(("causal", "full", "pad")), cached=True) for _ in range(prefix)]
     for _ in range(chance.randint(0, 6)):
         mode = chance.choice(MODES)
-        runs.append(Run(chance.randint(0, 6), mode, mode in ("causal", "full") and chance.random() < 0.3))
+        runs.append(Span(chance.randint(0, 6), mode, mode in ("causal", "full") and chance.random() < 0.3))
     return tuple(runs)
 
 
@@ -257,7 +306,13 @@ def test_padding_gives_nothing_and_takes_nothing(impl):
 
 
 def test_nobody_sees_anything():
-    for samples in ([], [()], [(Run(3, "pad"),)], [(Run(3, cached=True),)], [(Run(0), Run(0, "full"))]):
+    for samples in (
+        [],
+        [()],
+        [(Span(3, "pad"),)],
+        [(Span(3, cached=True),)],
+        [(Span(0), Span(0, "full"))],
+    ):
         plan, qkv, upstream = problem(samples, padded=False)
         out = attention(*qkv, plan)
         assert out.shape == qkv[0].shape and (out == 0).all()
@@ -295,8 +350,8 @@ def test_frozen_prefix_equals_the_whole_sequence():
     weights = [torch.randn(4, width, width, generator=generator, dtype=torch.float64) * 0.3 for _ in range(2)]
     learned = [w.clone().requires_grad_() for w in weights]
     x = torch.randn(prefix + target, width, generator=generator, dtype=torch.float64)
-    runs = (Run(5, "full"), Run(4), Run(target, "noise"))
-    kept = (Run(5, "full", cached=True), Run(4, cached=True), Run(target, "noise"))
+    runs = (Span(5, "full"), Span(4), Span(target, "noise"))
+    kept = (Span(5, "full", cached=True), Span(4, cached=True), Span(target, "noise"))
 
     def project(w, x):
         q, k, v = (F.linear(x, m).view(-1, heads, width // heads) for m in w[:3])
@@ -385,7 +440,7 @@ def test_whole_rows_are_not_gathered():
 
 def test_continued_causal_rows_share_a_segment():
     """System prompt and text behind the image are one causal segment, since the image is open to both."""
-    (first, second) = segments((Run(3), Run(6, "full", seen_before=True), Run(5)))
+    (first, second) = segments((Span(3), Span(6, "full", visible_to_earlier=True), Span(5)))
     assert first == (((0, 3), (9, 14)), ((3, 9), (0, 3), (9, 14)), True)
     assert second == (((3, 9),), ((0, 9),), False)
 
@@ -409,13 +464,13 @@ def test_plans_are_kept():
 
 def test_plan_refuses():
     for sample, words in (
-        ([Run(2, "casual")], "sample 1, run 0: mode must be one of causal, full, noise, pad, got 'casual'"),
-        ([Run(2), Run(-1)], "sample 1, run 1: length must be 0 or more, got -1"),
-        ([Run(2, "noise", seen_before=True)], "a noise run is seen by no other run"),
-        ([Run(2), Run(1, cached=True)], "run 1: cached runs are a prefix and must come first"),
+        ([Span(2, "casual")], "sample 1, run 0: mode must be one of causal, full, noise, pad, got 'casual'"),
+        ([Span(2), Span(-1)], "sample 1, run 1: length must be 0 or more, got -1"),
+        ([Span(2, "noise", visible_to_earlier=True)], "a noise run is seen by no other run"),
+        ([Span(2), Span(1, cached=True)], "run 1: cached runs are a prefix and must come first"),
     ):
         with pytest.raises(ValueError, match=words):
-            attention_plan([[Run(1)], sample])
+            attention_plan([[Span(1)], sample])
 
 
 # ---- arguments and the choice ----
@@ -512,8 +567,19 @@ def test_varlen_without_a_window_or_a_scale_is_not_taken(monkeypatch):
 
 
 def test_cpu_takes_the_mask_where_calls_cost_more():
-    tiny = attention_plan([(Run(i % 5, "pad"), Run(10 - i % 5), Run(20, "full")) for i in range(64)])
-    real = attention_plan([(Run(2), Run(576, "full", True), Run(60 + i), Run(1024, "full"), Run(1)) for i in (0, 8)])
+    tiny = attention_plan([(Span(i % 5, "pad"), Span(10 - i % 5), Span(20, "full")) for i in range(64)])
+    real = attention_plan(
+        [
+            (
+                Span(2),
+                Span(576, "full", True),
+                Span(60 + i),
+                Span(1024, "full"),
+                Span(1),
+            )
+            for i in (0, 8)
+        ]
+    )
     assert dense_is_faster(tiny, heads=4, head_dim=16)
     assert not dense_is_faster(real, heads=32, head_dim=64)
 
@@ -596,7 +662,7 @@ def test_impls_on_a_gpu(impl, name, heads, kv_heads, d):
 @pytest.mark.gpu
 def test_gpu_deterministic_gradient():
     device = torch.device("cuda", 0)
-    plan, qkv, upstream = problem([(Run(700), Run(900, "full"))] * 3, False, 8, 8, 64, torch.bfloat16)
+    plan, qkv, upstream = problem([(Span(700), Span(900, "full"))] * 3, False, 8, 8, 64, torch.bfloat16)
     moved, upstream = [x.detach().to(device).requires_grad_() for x in qkv], upstream.to(device)
     torch.use_deterministic_algorithms(True)
     try:

@@ -37,7 +37,7 @@ def both(leaves, labels, backend, room=None):
         loss = masked_cross_entropy(hidden @ weight.T, labels, reduction=reduction, backend=backend).sum()
         results += [loss, *torch.autograd.grad(loss, (hidden, weight))]
         loss = masked_linear_cross_entropy(
-            hidden, weight, labels, bias, reduction=reduction, chunk_rows=100, num_labelled=room, backend=backend
+            hidden, weight, labels, bias, reduction=reduction, chunk_rows=100, max_labelled=room, backend=backend
         ).sum()
         results += [loss, *torch.autograd.grad(loss, leaves)]
     return [x.detach() for x in results]
@@ -141,7 +141,7 @@ def test_more_than_2_31_elements_of_hidden(backend):
     hidden[some] = torch.randn(3, width, generator=generator).bfloat16().cuda()
     weight = (torch.randn(64, width, generator=generator) * 0.1).bfloat16().cuda().requires_grad_()
     hidden.requires_grad_()
-    loss = masked_linear_cross_entropy(hidden, weight, labels, num_labelled=3, backend=backend)
+    loss = masked_linear_cross_entropy(hidden, weight, labels, max_labelled=3, backend=backend)
     dx, dw = torch.autograd.grad(loss, (hidden, weight))
     wide = exact([hidden[some], weight])
     want = reference.masked_cross_entropy(wide[0] @ wide[1].T, labels[some])
@@ -156,7 +156,7 @@ def test_inductor(backend):
     """One graph for several numbers of rows."""
 
     def step(hidden, weight, bias, labels):
-        head = masked_linear_cross_entropy(hidden, weight, labels, bias, num_labelled=len(labels), backend=backend)
+        head = masked_linear_cross_entropy(hidden, weight, labels, bias, max_labelled=len(labels), backend=backend)
         return head + masked_cross_entropy(hidden @ weight.T, labels, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
@@ -189,7 +189,7 @@ for classes in (5, 1003, 9001):
             logits = (leaves[0] @ leaves[1].T).detach()[:, 1:].requires_grad_()
             masked_cross_entropy(logits, labels.clamp(max=classes - 2), backend=BACKEND, **options).backward()
             masked_linear_cross_entropy(
-                *leaves[:2], labels, leaves[2], chunk_rows=4, num_labelled=8, backend=BACKEND, **options
+                *leaves[:2], labels, leaves[2], chunk_rows=4, max_labelled=8, backend=BACKEND, **options
             ).backward()
 torch.cuda.synchronize()
 """

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from reca_kernels import Philox, diffusion_loss, diffusion_prepare, diffusion_schedule, diffusion_steps, native
+from reca_kernels import Philox, diffusion_add_noise, diffusion_loss, diffusion_schedule, native, space_timesteps
 from reca_kernels.diffusion_loss import reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
@@ -64,7 +64,7 @@ def test_schedule_is_the_cosine_one():
 @pytest.mark.parametrize("keep", [1, 10, 100, 1000])
 def test_a_sampler_of_fewer_steps(keep):
     """It visits steps with the noise that training knows; its posteriors lead from one of them to the one before."""
-    steps = diffusion_steps(1000, keep)
+    steps = space_timesteps(1000, keep)
     assert len(set(steps.tolist())) == keep and steps[0] == 0 and steps[-1] == (999 if keep > 1 else 0)
     whole, kept = reference.schedule(1000), reference.schedule(1000, steps)
     torch.testing.assert_close(kept[:, :4], whole[steps, :4], rtol=1e-9, atol=0)
@@ -174,7 +174,7 @@ def test_variance_does_not_pull_the_noise_prediction(backend, device):
 def test_prepare_and_rows(backend, device):
     out, x0, t, noise, rows = case(device=device)
     schedule = diffusion_schedule(device=device)
-    x_t = diffusion_prepare(x0, t, noise, schedule, rows=rows, backend=backend)
+    x_t = diffusion_add_noise(x0, t, noise, schedule, rows=rows, backend=backend)
     eps = reference.noise_of(x0, len(t), noise)
     expected = schedule[t, 0:1] * x0[rows] + schedule[t, 1:2] * eps
     torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
@@ -192,11 +192,11 @@ def test_same_bits_on_every_backend(channels, backend, device):
     schedule = diffusion_schedule(device=device)
     for dtype in DTYPES:
         for out_dtype in DTYPES:
-            exact = diffusion_prepare(
+            exact = diffusion_add_noise(
                 x0.to(dtype), t, noise, SCHEDULE, rows=rows, out_dtype=out_dtype, backend="reference"
             )
             arguments = {"rows": there[3], "out_dtype": out_dtype, "backend": backend}
-            got = diffusion_prepare(there[0].to(dtype), *there[1:3], schedule, **arguments)
+            got = diffusion_add_noise(there[0].to(dtype), *there[1:3], schedule, **arguments)
             if (backend, device, out_dtype) == ("triton", "cpu", torch.bfloat16):  # its interpreter cuts bits off
                 torch.testing.assert_close(got, exact, rtol=2**-7, atol=0)
             else:
@@ -223,7 +223,7 @@ def test_given_noise_and_memory_that_is_not_aligned(dtype, backend, device):
         arguments = (f(x0.to(dtype)), t, f(eps), f(schedule))
         loss = diffusion_loss(leaf, *arguments, rows=rows, backend=backend)
         loss.backward()
-        results.append((loss.detach(), leaf.grad, diffusion_prepare(*arguments, rows=rows, backend=backend)))
+        results.append((loss.detach(), leaf.grad, diffusion_add_noise(*arguments, rows=rows, backend=backend)))
     for got, exact in zip(*results, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-3, atol=1e-6)
     step = schedule[t]
@@ -271,7 +271,7 @@ def test_compiled_graph_is_whole_and_equal():
 
     def step(out, seed):
         address = Philox(seed, noise.sample_ids, 4)
-        x_t = diffusion_prepare(x0, t, address, SCHEDULE, rows=rows)
+        x_t = diffusion_add_noise(x0, t, address, SCHEDULE, rows=rows)
         return x_t, diffusion_loss(out * 2, x0, t, address, SCHEDULE, rows=rows)
 
     results = []
@@ -288,7 +288,9 @@ def test_opcheck():
     out, x0, t, noise, rows = case(rows=20)
     out.requires_grad_()
     torch.library.opcheck(torch.ops.reca.diffusion_loss, (out, x0, t, *noise, None, SCHEDULE, rows, True, False, "cpu"))
-    torch.library.opcheck(torch.ops.reca.diffusion_prepare, (x0, t, *noise, None, SCHEDULE, rows, torch.float32, "cpu"))
+    torch.library.opcheck(
+        torch.ops.reca.diffusion_add_noise, (x0, t, *noise, None, SCHEDULE, rows, torch.float32, "cpu")
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss", reference=False))
@@ -357,7 +359,7 @@ def step(backend, channels=16, seed=9):
     noise.seed.fill_(seed)
 
     def run():
-        x_t = diffusion_prepare(x0, t, noise, schedule, rows=rows, backend=backend)
+        x_t = diffusion_add_noise(x0, t, noise, schedule, rows=rows, backend=backend)
         leaf = torch.cat((x_t, out[:, channels:]), 1).requires_grad_()
         losses = diffusion_loss(leaf, x0, t, noise, schedule, rows=rows, reduction="none", backend=backend)
         return [x_t, losses.detach(), *torch.autograd.grad(losses, leaf, torch.ones_like(losses))]
@@ -404,11 +406,11 @@ def test_more_than_2_31_elements(backend):
     x0 = torch.randn(7, 128, device="cuda", dtype=torch.bfloat16)
     rows, t = (torch.arange(count, device="cuda") % n for n in (7, 1000))
     noise = Philox(torch.tensor(3, device="cuda"), torch.arange(count, device="cuda"), 1)
-    x_t = diffusion_prepare(x0, t, noise, schedule, rows=rows, backend=backend)
+    x_t = diffusion_add_noise(x0, t, noise, schedule, rows=rows, backend=backend)
     tail = slice(count - 500, count)
     noise_there = noise._replace(sample_ids=noise.sample_ids[tail])
     assert x_t.numel() > 2**31
-    alone = diffusion_prepare(x0, t[tail], noise_there, schedule, rows=rows[tail], backend=backend)
+    alone = diffusion_add_noise(x0, t[tail], noise_there, schedule, rows=rows[tail], backend=backend)
     assert torch.equal(x_t[tail], alone)
     out = torch.cat((x_t, x_t), 1).requires_grad_()
     losses = diffusion_loss(out, x0, t, noise, schedule, rows=rows, reduction="none", backend=backend)
@@ -427,7 +429,7 @@ def test_compiled_by_inductor(backend):
 
     def f(out, seed, ids):
         address = Philox(seed, ids, 4)
-        x_t = diffusion_prepare(x0, t, address, schedule, rows=rows, backend=backend)
+        x_t = diffusion_add_noise(x0, t, address, schedule, rows=rows, backend=backend)
         return x_t, diffusion_loss(out * 2, x0, t, address, schedule, rows=rows, reduction="sum", backend=backend)
 
     results = []

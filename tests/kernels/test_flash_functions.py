@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reca.doctor import report as doctor
-from reca_kernels import Run, attention, attention_plan, backend_report
+from reca_kernels import AttentionSpan, attention, attention_plan, backend_report
 from reca_kernels.attention import flash_functions, implementations
 from reca_kernels.attention.op import choose
 
@@ -111,7 +111,7 @@ def test_a_broken_one_is_told_of_and_never_taken(install, files, told):
     assert chosen() in ("varlen", "sdpa")
     assert told in implementations.unusable("flash", GPU, torch.bfloat16, 64)
     assert told in backend_report() and told in doctor() and "reinstall or remove it" in doctor()
-    plan = attention_plan([[Run(3)]])
+    plan = attention_plan([[AttentionSpan(3)]])
     q = torch.zeros(3, 1, 8)
     with pytest.raises(RuntimeError, match="impl 'flash' was asked for, but"):
         attention(q, q, q, plan, impl="flash")

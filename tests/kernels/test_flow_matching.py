@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca_kernels import Philox, flow_matching_loss, flow_matching_prepare, native
+from reca_kernels import Philox, flow_matching_add_noise, flow_matching_loss, native
 from reca_kernels.flow_matching import cuda, reference
 from reca_kernels.philox import reference as philox
 from tests.kernels import cubin
@@ -55,9 +55,9 @@ def close(got, exact, relative):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prepare_mixes_data_and_noise(layout, backend, device):
     x0, t, noise, patch = case(layout, device=device)
-    x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
-    clean = flow_matching_prepare(x0, torch.zeros_like(t), noise, patch=patch, backend=backend)
-    pure = flow_matching_prepare(x0, torch.ones_like(t), noise, patch=patch, backend=backend)
+    x_t = flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)
+    clean = flow_matching_add_noise(x0, torch.zeros_like(t), noise, patch=patch, backend=backend)
+    pure = flow_matching_add_noise(x0, torch.ones_like(t), noise, patch=patch, backend=backend)
     images = list(x0)
     start = 0
     for level, image in zip(t, images, strict=True):
@@ -78,8 +78,8 @@ def test_same_bits_on_every_backend(layout, backend, device):
         there = case(layout, dtype, device=device)[:3]
         for out_dtype in DTYPES:
             arguments = {"patch": patch, "out_dtype": out_dtype}
-            got = flow_matching_prepare(*there, backend=backend, **arguments)
-            exact = flow_matching_prepare(x0, t, noise, backend="reference", **arguments)
+            got = flow_matching_add_noise(*there, backend=backend, **arguments)
+            exact = flow_matching_add_noise(x0, t, noise, backend="reference", **arguments)
             if (backend, device, out_dtype) == ("triton", "cpu", torch.bfloat16):  # its interpreter cuts bits off
                 torch.testing.assert_close(got, exact, rtol=2**-7, atol=0)
             else:
@@ -97,7 +97,7 @@ def test_same_bits_on_every_backend(layout, backend, device):
 def test_patch_order_is_row_column_channel(backend, device):
     x0 = [torch.arange(2 * 4 * 4.0, device=device).view(2, 4, 4)]
     noise = torch.zeros(4, 8, device=device)
-    got = flow_matching_prepare(x0, torch.zeros(1, device=device), noise, patch=2, backend=backend)
+    got = flow_matching_add_noise(x0, torch.zeros(1, device=device), noise, patch=2, backend=backend)
     first = [x0[0][c, r, k] for r in (0, 1) for k in (0, 1) for c in (0, 1)]
     assert got.shape == (4, 8) and got[0].tolist() == [float(v) for v in first]
     assert got[1, 0] == x0[0][0, 0, 2] and got[2, 0] == x0[0][0, 2, 0]
@@ -108,7 +108,7 @@ def test_patch_order_is_row_column_channel(backend, device):
 def test_images_of_a_list_become_tokens_of_one_latent(backend, device, second):
     x0 = [torch.arange(12.0, device=device).view(3, 2, 2), torch.ones(second, device=device).cumsum(1).cumsum(2)]
     t, noise = torch.zeros(2, device=device), torch.zeros(4 + x0[1][0].numel(), 3, device=device)
-    got = flow_matching_prepare(x0, t, noise, backend=backend)
+    got = flow_matching_add_noise(x0, t, noise, backend=backend)
     assert torch.equal(got, torch.cat([x.flatten(1).T for x in x0]))
     assert float(flow_matching_loss(-got, x0, t, noise, backend=backend)) == 0
 
@@ -120,7 +120,7 @@ def test_images_of_a_list_become_tokens_of_one_latent(backend, device, second):
 def test_loss_and_gradient_against_fp64(layout, dtype, reduction, backend, device):
     x0, t, noise, patch = case(layout)
     generator = torch.Generator().manual_seed(1)
-    shape = flow_matching_prepare(x0, t, noise, patch=patch).shape
+    shape = flow_matching_add_noise(x0, t, noise, patch=patch).shape
     pred = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
     exact_pred = pred.detach().double().cpu().requires_grad_()
     weight = torch.rand(len(t), generator=generator)
@@ -144,8 +144,8 @@ def test_more_images_than_fit_into_one_launch(backend, device):
     x0 = [torch.randn(8, 1, n, generator=generator) for n in range(1, 41)]
     noise, t = Philox(torch.tensor(5), torch.arange(40), 1), torch.rand(40, generator=generator)
     there = ([x.to(device) for x in x0], t.to(device), Philox(*(n.to(device) for n in noise[:2]), 1))
-    x_t = flow_matching_prepare(x0, t, noise)
-    assert torch.equal(flow_matching_prepare(*there, backend=backend).cpu(), x_t)
+    x_t = flow_matching_add_noise(x0, t, noise)
+    assert torch.equal(flow_matching_add_noise(*there, backend=backend).cpu(), x_t)
     got = flow_matching_loss(x_t.to(device), *there, reduction="sample", backend=backend)
     exact = flow_matching_loss(x_t.double(), wide(x0), t, noise, reduction="sample", backend="reference")
     close(got, exact, 1e-5)
@@ -160,7 +160,7 @@ def test_many_tiles_in_a_block(backend, device, monkeypatch):
         leaf = pred.clone().requires_grad_()
         loss = flow_matching_loss(leaf, x0, t, noise, backend=backend)
         loss.backward()
-        results.append((flow_matching_prepare(x0, t, noise, backend=backend), leaf.grad, loss.detach()))
+        results.append((flow_matching_add_noise(x0, t, noise, backend=backend), leaf.grad, loss.detach()))
     for one, three in zip(*results, strict=True):
         torch.testing.assert_close(one, three, rtol=1e-6, atol=0)
     assert torch.equal(results[0][0], results[1][0])
@@ -169,8 +169,8 @@ def test_many_tiles_in_a_block(backend, device, monkeypatch):
 @EVERYWHERE
 def test_noise_does_not_see_batch_or_packing(backend, device):
     x0, t, noise, patch = case("packed", device=device)
-    whole = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
-    alone = flow_matching_prepare(
+    whole = flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)
+    alone = flow_matching_add_noise(
         x0[2:3], t[2:3], noise._replace(sample_ids=noise.sample_ids[2:3]), patch=patch, backend=backend
     )
     start = sum(x.numel() for x in x0[:2]) // whole.shape[1]
@@ -183,7 +183,7 @@ def test_noise_does_not_see_batch_or_packing(backend, device):
 def test_given_noise_is_used(layout, dtype, backend, device):
     x0, t, _, _ = case(layout, device=device)
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
-    x_t = flow_matching_prepare(x0, t, eps, backend=backend)
+    x_t = flow_matching_add_noise(x0, t, eps, backend=backend)
     level = t.view(-1, 1, 1, 1)
     torch.testing.assert_close(x_t, (1 - level) * x0 + level * eps.float(), rtol=1e-6, atol=1e-6)
     assert float(flow_matching_loss(eps - x0, x0, t, eps, backend=backend)) < 1e-12
@@ -198,7 +198,7 @@ def test_threads_do_not_change_a_bit():
         pred = x0.clone().requires_grad_()
         loss = flow_matching_loss(pred, x0, t, noise, backend="cpu")
         loss.backward()
-        results.append((flow_matching_prepare(x0, t, noise, backend="cpu"), loss.detach(), pred.grad))
+        results.append((flow_matching_add_noise(x0, t, noise, backend="cpu"), loss.detach(), pred.grad))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -215,18 +215,18 @@ def test_layouts_dtypes_and_no_hidden_writes(backend, device):
     a.backward()
     assert torch.equal(a.detach(), b) and pred.grad.shape == pred.shape
     assert torch.equal(pred.detach(), kept) and pred._version == version
-    assert flow_matching_prepare(x0.bfloat16(), t, noise, backend=backend).dtype == torch.bfloat16
-    assert flow_matching_prepare(x0, t, noise, out_dtype=torch.float16, backend=backend).dtype == torch.float16
+    assert flow_matching_add_noise(x0.bfloat16(), t, noise, backend=backend).dtype == torch.bfloat16
+    assert flow_matching_add_noise(x0, t, noise, out_dtype=torch.float16, backend=backend).dtype == torch.float16
 
 
 @EVERYWHERE
 def test_fp64_levels_and_noise(backend, device):
     x0, t, noise, _ = case("batch", device=device)
-    x_t = flow_matching_prepare(x0, t, noise, backend=backend)
-    assert torch.equal(flow_matching_prepare(x0, t.double(), noise, backend=backend).float(), x_t)
+    x_t = flow_matching_add_noise(x0, t, noise, backend=backend)
+    assert torch.equal(flow_matching_add_noise(x0, t.double(), noise, backend=backend).float(), x_t)
     eps = torch.randn(x0.shape, device=device)
-    x_t = flow_matching_prepare(x0, t, eps, backend=backend)
-    assert torch.equal(flow_matching_prepare(x0, t, eps.double(), backend=backend), x_t)
+    x_t = flow_matching_add_noise(x0, t, eps, backend=backend)
+    assert torch.equal(flow_matching_add_noise(x0, t, eps.double(), backend=backend), x_t)
 
 
 def test_fp64_data_goes_to_the_reference():
@@ -245,8 +245,8 @@ def test_memory_that_is_not_aligned(backend, device):
     x0, t, noise, _ = case("batch in eights", device=device)
     shifted = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (x0, x0 * 2, t)]
     assert shifted[0].data_ptr() % 16 == 4
-    got = flow_matching_prepare(shifted[0], shifted[2], noise, backend=backend)
-    assert torch.equal(got, flow_matching_prepare(x0, t, noise, backend=backend))
+    got = flow_matching_add_noise(shifted[0], shifted[2], noise, backend=backend)
+    assert torch.equal(got, flow_matching_add_noise(x0, t, noise, backend=backend))
     got = flow_matching_loss(shifted[1], shifted[0], shifted[2], noise, backend=backend)
     torch.testing.assert_close(got, flow_matching_loss(x0 * 2, x0, t, noise, backend=backend), rtol=1e-6, atol=0)
 
@@ -279,10 +279,10 @@ def test_compiled_graph_is_whole_and_equal(layout):
 
     def step(pred, t, seed, ids):
         address = Philox(seed, ids, 4)
-        x_t = flow_matching_prepare(x0, t, address, patch=patch)
+        x_t = flow_matching_add_noise(x0, t, address, patch=patch)
         return x_t, flow_matching_loss(pred * 2, x0, t, address, patch=patch)
 
-    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape)
+    pred = torch.randn(flow_matching_add_noise(x0, t, noise, patch=patch).shape)
     results = []
     for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         leaf = pred.clone().requires_grad_()
@@ -298,7 +298,7 @@ def test_opcheck():
     images = list(x0.unbind())
     pred = torch.randn(x0.shape, requires_grad=True)
     torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, images, *noise, None, 1, True, False, "cpu"))
-    torch.library.opcheck(torch.ops.reca.flow_matching_prepare, (images, t, *noise, None, 1, torch.float32, "cpu"))
+    torch.library.opcheck(torch.ops.reca.flow_matching_add_noise, (images, t, *noise, None, 1, torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
@@ -307,7 +307,7 @@ def test_opcheck():
 def test_an_image_of_weight_0_reaches_nothing(backend, device, layout, reduction):
     x0, t, noise, patch = case(layout, device=device)
     count = len(x0)
-    shape = flow_matching_prepare(x0, t, noise, patch=patch).shape
+    shape = flow_matching_add_noise(x0, t, noise, patch=patch).shape
     pred = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     weight = torch.arange(1.0, count + 1, device=device)
     weight[0] = 0
@@ -350,7 +350,7 @@ def test_mistakes_are_named():
 @EVERYWHERE
 def test_backward_twice_and_the_first_gradient_stays(backend, device):
     x0, t, noise, patch = case("packed", device=device)
-    pred = torch.randn(flow_matching_prepare(x0, t, noise, patch=patch).shape, device=device).requires_grad_()
+    pred = torch.randn(flow_matching_add_noise(x0, t, noise, patch=patch).shape, device=device).requires_grad_()
     loss = flow_matching_loss(pred, x0, t, noise, patch=patch, backend=backend)
     (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
     kept = first.clone()
@@ -370,7 +370,7 @@ def step(layout, backend, seed=-77, dtype=torch.bfloat16):
     noise.seed.fill_(seed)
 
     def run():
-        x_t = flow_matching_prepare(x0, t, noise, patch=patch, backend=backend)
+        x_t = flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)
         pred = (x_t * 2).requires_grad_()
         loss = flow_matching_loss(pred, x0, t, noise, patch=patch, reduction="sample", backend=backend)
         return [x_t, loss.detach(), *torch.autograd.grad(loss, pred, torch.ones_like(loss))]
@@ -420,16 +420,16 @@ def test_more_than_2_31_elements(backend):
     large[2] = last
     noise = Philox(torch.tensor(3, device="cuda"), torch.tensor([0, 1, 2], device="cuda"), 1)
     t = torch.full((3,), 0.5, device="cuda")
-    x_t = flow_matching_prepare(large, t, noise, backend=backend)
+    x_t = flow_matching_add_noise(large, t, noise, backend=backend)
     third = noise._replace(sample_ids=noise.sample_ids[2:])
-    alone = flow_matching_prepare(last[None], t[:1], third, backend=backend)
+    alone = flow_matching_add_noise(last[None], t[:1], third, backend=backend)
     assert x_t.numel() > 2**31 and torch.equal(x_t[2], alone[0])
     losses = flow_matching_loss(x_t, large, t, noise, reduction="sample", backend=backend)
     alone = flow_matching_loss(alone, last[None], t[:1], third, backend=backend)
     torch.testing.assert_close(losses[2], alone, rtol=1e-5, atol=0)
     first_id = noise._replace(sample_ids=noise.sample_ids[:1])
-    one = flow_matching_prepare([large.view(48, 8192, 8192)], t[:1], first_id, backend=backend).flatten()
-    first = flow_matching_prepare([large[0]], t[:1], first_id, backend=backend)
+    one = flow_matching_add_noise([large.view(48, 8192, 8192)], t[:1], first_id, backend=backend).flatten()
+    first = flow_matching_add_noise([large[0]], t[:1], first_id, backend=backend)
     assert torch.equal(one[: first.numel()], first.flatten())
     blocks = torch.tensor([2**31 // 4 + 7], device="cuda")  # a Philox block beyond 2^31 elements
     zero, (seed, low) = torch.zeros_like(blocks), (noise.seed, 0xFFFFFFFF)
@@ -451,12 +451,12 @@ def test_compiled_by_inductor(layout, backend):
 
     def f(pred, t, seed, ids):
         address = Philox(seed, ids, 4)
-        x_t = flow_matching_prepare(x0, t, address, patch=patch, backend=backend)
+        x_t = flow_matching_add_noise(x0, t, address, patch=patch, backend=backend)
         return x_t, flow_matching_loss(pred * 2, x0, t, address, patch=patch, backend=backend)
 
     results = []
     for function in (f, torch.compile(f, fullgraph=True)):
-        leaf = flow_matching_prepare(x0, t, noise, patch=patch).requires_grad_()
+        leaf = flow_matching_add_noise(x0, t, noise, patch=patch).requires_grad_()
         x_t, loss = function(leaf, t, noise.seed, noise.sample_ids)
         loss.backward()
         results.append((x_t, loss.detach(), leaf.grad))

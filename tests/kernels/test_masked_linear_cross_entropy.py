@@ -109,7 +109,7 @@ def test_room_for_more_rows_than_carry_a_label(backend, device, reduction, most)
     results = []
     for room in (9, most):
         loss = masked_linear_cross_entropy(
-            *leaves[:2], labels, leaves[2], reduction=reduction, num_labelled=room, chunk_rows=3, backend=backend
+            *leaves[:2], labels, leaves[2], reduction=reduction, max_labelled=room, chunk_rows=3, backend=backend
         )
         results.append((loss.detach(), *gradients(loss, leaves)))
     for got, want in zip(*results, strict=True):
@@ -119,8 +119,8 @@ def test_room_for_more_rows_than_carry_a_label(backend, device, reduction, most)
 
 def test_more_labels_than_said():
     leaves, labels = problem()
-    with pytest.raises(ValueError, match="4 rows carry a label, which must not be more than num_labelled=3"):
-        masked_linear_cross_entropy(*leaves[:2], labels, num_labelled=3)
+    with pytest.raises(ValueError, match="4 rows carry a label, which must not be more than max_labelled=3"):
+        masked_linear_cross_entropy(*leaves[:2], labels, max_labelled=3)
 
 
 # The C++ kernels count by themselves.
@@ -129,7 +129,7 @@ def test_unchecked_labels_too_many_poison_their_rows(backend, device, monkeypatc
     monkeypatch.setattr("reca_kernels.checks.labels_fit", lambda *_: None)
     leaves, labels = problem(rows=9, device=device)
     labelled = (labels != IGNORED).nonzero()[:, 0].tolist()
-    loss = masked_linear_cross_entropy(*leaves[:2], labels, reduction="none", num_labelled=3, backend=backend)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, reduction="none", max_labelled=3, backend=backend)
     assert loss.isnan().nonzero()[:, 0].tolist() == labelled[3:]
     (dx,) = torch.autograd.grad(loss.sum(), leaves[0])
     assert dx.any(1).nonzero()[:, 0].tolist() == labelled[:3]
@@ -241,7 +241,7 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1][:0], labels), ValueError, "FSDP or ZeRO-3"),
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2][1:]), ValueError, "bias must be"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, chunk_rows=0), ValueError, "at least 1"),
-        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, num_labelled=-1), ValueError, "at least 0 or None"),
+        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, max_labelled=-1), ValueError, "at least 0 or None"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(5, 78)), ValueError, "<= V = 77"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, filter_eps=-0.1), ValueError, "filter_eps must be"),
         (

@@ -19,15 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from reca_kernels import (
+    AttentionSpan,
     Philox,
-    Run,
     attention,
     attention_plan,
+    diffusion_add_noise,
     diffusion_loss,
-    diffusion_prepare,
     diffusion_schedule,
+    flow_matching_add_noise,
     flow_matching_loss,
-    flow_matching_prepare,
     masked_cross_entropy,
     masked_linear_cross_entropy,
     native,
@@ -51,7 +51,7 @@ LABELS, SRC = torch.tensor([1, -100, 3, 5]), torch.tensor([0, -1, 3, -2])
 WEIGHT, VISUAL, X0, KEYS = _r(9, 8), _r(4, 8), _r(2, 3, 4, 4), _r(1, 7, 2, 8)
 LEVEL, STEPS, CLEAN, TABLE = torch.tensor([0.3, 0.0]), torch.tensor([0, 1, 500, 999]), _r(4, 8), diffusion_schedule()
 NOISE, NOISES = (Philox(torch.tensor(7), torch.arange(n) + 3, 1) for n in (2, 4))
-PLAN = attention_plan([[Run(3), Run(2, "noise"), Run(2)]])
+PLAN = attention_plan([[AttentionSpan(3), AttentionSpan(2, "noise"), AttentionSpan(2)]])
 
 
 def linear(h, b, **options):
@@ -74,9 +74,9 @@ OPS = {
         lambda p, b: flow_matching_loss(p, [X0[0], X0[1][:, :2]], LEVEL, NOISE, backend=b, patch=2),
         _r(6, 12),
     ),
-    "flow-prepare": (lambda x, b: flow_matching_prepare(x, LEVEL, NOISE, backend=b), _r(2, 3, 4, 4)),
+    "flow-prepare": (lambda x, b: flow_matching_add_noise(x, LEVEL, NOISE, backend=b), _r(2, 3, 4, 4)),
     "diffusion": (lambda o, b: diffusion_loss(o, CLEAN, STEPS, NOISES, TABLE, backend=b), _r(4, 16)),
-    "diffusion-prepare": (lambda x, b: diffusion_prepare(x, STEPS, NOISES, TABLE, backend=b), _r(4, 8)),
+    "diffusion-prepare": (lambda x, b: diffusion_add_noise(x, STEPS, NOISES, TABLE, backend=b), _r(4, 8)),
     "concat": (lambda t, b: template_concat(t, VISUAL, SRC, adds=[(t, SRC)], backend=b), _r(9, 8)),
     "philox": (lambda i, b: philox_normal(NOISE._replace(sample_ids=i), 6, backend=b), torch.tensor([3, 4])),
     "attention": (lambda q, b: attention(q, KEYS, KEYS, PLAN), _r(1, 7, 2, 8)),
@@ -360,7 +360,7 @@ def test_indices_are_checked_under_modes_too():
     with Through(), pytest.raises(ValueError, match="label 9 in row 0 is outside"):
         masked_cross_entropy(_r(1, 9), torch.tensor([9]), backend="cpu")
     with Seen(), pytest.raises(ValueError, match="t must be in"):
-        diffusion_prepare(CLEAN, STEPS + 1000, NOISES, TABLE, backend="cpu")
+        diffusion_add_noise(CLEAN, STEPS + 1000, NOISES, TABLE, backend="cpu")
     with Seen(), pytest.raises(ValueError, match="src must be in"):
         template_concat(WEIGHT, VISUAL, SRC + 100, backend="cpu")
 
@@ -373,7 +373,7 @@ def test_tensors_that_are_kept_are_real():
     with torch.inference_mode():
         diffusion_schedule(78)
     assert not diffusion_schedule(78).is_inference()
-    plan, q = attention_plan([[Run(2), Run(3, "noise"), Run(1, "pad")]]), _r(1, 6, 2, 8)
+    plan, q = attention_plan([[AttentionSpan(2), AttentionSpan(3, "noise"), AttentionSpan(1, "pad")]]), _r(1, 6, 2, 8)
     with torch.inference_mode():
         out = attention(q, q, q, plan, impl="dense")
     with warnings.catch_warnings():

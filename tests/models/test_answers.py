@@ -25,9 +25,9 @@ def test_answers_are_counted_on_the_host(umm, monkeypatch):
     adapter = import_module(f"reca.models.{umm}.adapter")
     counts, loss = [], adapter.masked_linear_cross_entropy
 
-    def recorded(*args, num_labelled=None, **kwargs):
-        counts.append(num_labelled)
-        return loss(*args, num_labelled=num_labelled, **kwargs)
+    def recorded(*args, max_labelled=None, **kwargs):
+        counts.append(max_labelled)
+        return loss(*args, max_labelled=max_labelled, **kwargs)
 
     monkeypatch.setattr(adapter, "masked_linear_cross_entropy", recorded)
     term = model(Batch("i2t", torch.arange(3), [sample.text for sample in samples], und=und), CounterRNG(0))

@@ -274,13 +274,13 @@ def test_noise_levels(plain):
 
 
 def test_parity_rounds_to_bf16(monkeypatch):
-    given, kernel = {}, adapter.flow_matching_prepare
+    given, kernel = {}, adapter.flow_matching_add_noise
 
     def recorded(x0, t, noise, **options):
         given["dtypes"], given["t"] = {image.dtype for image in x0}, t
         return kernel(x0, t, noise, **options)
 
-    monkeypatch.setattr(adapter, "flow_matching_prepare", recorded)
+    monkeypatch.setattr(adapter, "flow_matching_add_noise", recorded)
     for name, dtype in (("pixels", torch.float32), ("parity", torch.bfloat16)):
         built(name)(batch(built(name), "reca"), CounterRNG(0))
         assert given["dtypes"] == {dtype}

@@ -319,7 +319,7 @@ def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
 
 def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypatch):
     seen, head = {}, model.mar.diffloss.net
-    for name in ("diffusion_prepare", "diffusion_loss"):
+    for name in ("diffusion_add_noise", "diffusion_loss"):
         inner = getattr(adapter, name)
 
         def watched(*args, name=name, inner=inner, **kwargs):
@@ -338,7 +338,7 @@ def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypat
     hidden, repeats = int(term.weight) // 4, model.config.mar.repeats
     assert len(seen["input_proj"]) == repeats * hidden < repeats * 4 * 25
     assert len(seen["cond_embed"]) == hidden
-    for name, place in (("diffusion_prepare", 0), ("diffusion_loss", 1)):
+    for name, place in (("diffusion_add_noise", 0), ("diffusion_loss", 1)):
         args, kwargs = seen[name]
         assert args[place].shape == (4 * 25, 24) and len(kwargs["rows"]) == repeats * hidden
 

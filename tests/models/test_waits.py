@@ -20,7 +20,8 @@ from reca.models.open_uni.config import tiny as open_uni_sizes
 from reca.models.show_o import config as show_o
 from reca.rng import CounterRNG
 from reca.toy_world import understood
-from reca_kernels import Run, attention_plan
+from reca_kernels import AttentionSpan as Span
+from reca_kernels import attention_plan
 from reca_kernels.attention import implementations
 from reca_kernels.attention import plan as attention_plans
 from reca_kernels.host import on_device
@@ -154,7 +155,15 @@ def test_no_plan_waits(impl, monkeypatch):
 
     The functions that make them are called, as what keeps their results lets no mode see how they are made.
     """
-    runs = [(Run(2, "pad"), Run(3), Run(6, "full", seen_before=True), Run(5)), (Run(4), Run(6, "full", True), Run(6))]
+    runs = [
+        (
+            Span(2, "pad"),
+            Span(3),
+            Span(6, "full", visible_to_earlier=True),
+            Span(5),
+        ),
+        (Span(4), Span(6, "full", True), Span(6)),
+    ]
     make = {
         "calls": attention_plans._calls,
         "dense": implementations._mask_of.__wrapped__,
@@ -196,9 +205,9 @@ def without_kernels(monkeypatch, umm, given):
         together(table, visual, src, *(x for add in adds for x in add))
         return table.new_empty(*src.shape, table.shape[1], dtype=out_dtype)
 
-    def head(hidden, weight, labels, bias=None, *, reduction, num_labelled=None):
+    def head(hidden, weight, labels, bias=None, *, reduction, max_labelled=None):
         together(hidden, weight, labels, bias)
-        given.append(num_labelled)
+        given.append(max_labelled)
         return hidden.new_zeros((), dtype=torch.float32)
 
     def flow_prepare(x0, t, noise, patch=1, out_dtype=None):
@@ -225,9 +234,9 @@ def without_kernels(monkeypatch, umm, given):
     stands = {
         "template_concat": concat,
         "masked_linear_cross_entropy": head,
-        "flow_matching_prepare": flow_prepare,
+        "flow_matching_add_noise": flow_prepare,
         "flow_matching_loss": flow,
-        "diffusion_prepare": diffuse,
+        "diffusion_add_noise": diffuse,
         "diffusion_loss": diffusion,
     }
     for name in stands.keys() & vars(adapter).keys():

@@ -18,7 +18,7 @@ from reca.models.bagel.mot import GEN, UND, Context, LanguageModel
 from reca.models.base import Adapter, LossTerm, in_fp32
 from reca.models.common.images import check_side, to_unit
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import flow_matching_loss, flow_matching_prepare, masked_linear_cross_entropy, template_concat
+from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy, template_concat
 
 MAX_PIXELS = 14 * 14 * 9 * 1024  # area of every image but those to talk about
 MAX_TALK_PIXELS = 2_007_040
@@ -229,7 +229,7 @@ class Bagel(Adapter):
         if self.config.parity:
             latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
         noise = rng.noise(RandomStream.NOISE, ids)
-        tokens = flow_matching_prepare(latents, t, noise, patch=patch)
+        tokens = flow_matching_add_noise(latents, t, noise, patch=patch)
         _, context = self.read(*given)
         velocity = self.velocity(context, sizes, tokens, t)
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
@@ -273,7 +273,7 @@ class Bagel(Adapter):
         labels = self.layout(samples, [0] * len(samples)).labels
         labelled = sum(label != prompt.IGNORE for talk in talks for label in talk.labels)  # no GPU is waited for
         total = masked_linear_cross_entropy(
-            hidden, self.language_model.lm_head.weight, labels, reduction="sum", num_labelled=labelled
+            hidden, self.language_model.lm_head.weight, labels, reduction="sum", max_labelled=labelled
         )
         return LossTerm(total, torch.full_like(total.detach(), labelled))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from reca.models.common.greedy import greedy_tokens
-from reca_kernels import AttentionPlan, Run, attention, attention_plan
+from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 PLANNED = "reca_planned"
 
@@ -43,7 +43,7 @@ def greedy(
     head: nn.Module,
     embeddings: Tensor,  # [B, L, H]
     positions: Tensor,  # int64 [B, L]
-    samples: Sequence[Sequence[Run]],
+    samples: Sequence[Sequence[AttentionSpan]],
     max_new_tokens: int,
     end: int,
 ) -> Tensor:
@@ -72,8 +72,8 @@ def greedy(
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
 
 
-def _behind(sample: Sequence[Run], new: int) -> tuple[Run, ...]:
+def _behind(sample: Sequence[AttentionSpan], new: int) -> tuple[AttentionSpan, ...]:
     """The `new`-th row behind a sample, everything before it cached."""
     pads = sum(run.length for run in sample if run.mode == "pad")
     rows = sum(run.length for run in sample) - pads + new - 1
-    return Run(pads, "pad", cached=True), Run(rows, cached=True), Run(1)
+    return AttentionSpan(pads, "pad", cached=True), AttentionSpan(rows, cached=True), AttentionSpan(1)

@@ -27,8 +27,8 @@ from reca.models.harmon.masking import Masking, hidden_counts
 from reca.models.harmon.prompt import IGNORE, Prompt
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
+    diffusion_add_noise,
     diffusion_loss,
-    diffusion_prepare,
     diffusion_schedule,
     masked_linear_cross_entropy,
     template_concat,
@@ -204,7 +204,7 @@ class Harmon(Adapter):
         t = (rng.uniform(RandomStream.TIMESTEP, numbers)[:, 0] * modules.STEPS).long()
         noise = rng.noise(RandomStream.NOISE, numbers)
         x0, table = latents.flatten(0, 2), diffusion_schedule(modules.STEPS, device=latents.device)
-        x_t = diffusion_prepare(x0, t, noise, table, rows=rows)
+        x_t = diffusion_add_noise(x0, t, noise, table, rows=rows)
         out = self.mar.diffloss.net(x_t, t, z.flatten(0, 1).index_select(0, masking.hidden))
         total = diffusion_loss(out, x0, t, noise, table, rows=rows, reduction="sum")
         return LossTerm(total, torch.full_like(total.detach(), int(counts.sum()) * repeats))
@@ -218,7 +218,7 @@ class Harmon(Adapter):
         layout = layout.to(encoded.device)
         hidden = self.states(layout, self.understood(encoded))
         labels, head = layout.labels.flatten(), self.llm.lm_head.weight
-        total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum", num_labelled=labelled)
+        total = masked_linear_cross_entropy(hidden.flatten(0, 1), head, labels, reduction="sum", max_labelled=labelled)
         return LossTerm(total, torch.full_like(total.detach(), labelled))
 
     def hidden_counts(self, rng: CounterRNG, sample_ids: Tensor, size: int) -> Tensor:

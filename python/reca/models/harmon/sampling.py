@@ -11,7 +11,7 @@ from reca.models.harmon import modules
 from reca.models.harmon.masking import Masking
 from reca.models.harmon.prompt import Prompt
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import diffusion_schedule, diffusion_steps
+from reca_kernels import diffusion_schedule, space_timesteps
 
 if TYPE_CHECKING:
     from reca.models.harmon.adapter import Harmon
@@ -104,7 +104,7 @@ def denoise(
     device, (_, _, n, _) = z.device, z.shape
     channels = head.input_proj.in_features
     table = diffusion_schedule(modules.STEPS, keep=diffusion, device=device)
-    times = head.time(diffusion_steps(modules.STEPS, diffusion).to(device))
+    times = head.time(space_timesteps(modules.STEPS, diffusion).to(device))
     conditions = head.cond_embed(z.flatten(0, -2))
     x = chance.start(step, n, channels)
     for t in reversed(range(diffusion)):

@@ -27,10 +27,10 @@ from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.prompt import IGNORE, Prompt
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import (
-    Run,
+    AttentionSpan,
     attention_plan,
+    flow_matching_add_noise,
     flow_matching_loss,
-    flow_matching_prepare,
     masked_linear_cross_entropy,
     template_concat,
 )
@@ -174,7 +174,7 @@ class OpenUni(Adapter):
         once without a graph, keeping its K/V, and only the query rows have one. This is exact.
         """
         layout, mask = prompt.plan(prompts, modules.hv_tokens(self.config), side)
-        device, n, queries = self.meta_queries.device, mask.shape[1], Run(self.config.queries)
+        device, n, queries = self.meta_queries.device, mask.shape[1], AttentionSpan(self.config.queries)
         seen = attention_plan(prompt.runs(mask, side), device=device)
         behind = attention_plan([(*sample, queries) for sample in prompt.runs(mask, side, cached=True)], device=device)
         positions = on_device(prompt.positions(prompt.extend(mask, self.config.queries)), device)
@@ -221,7 +221,7 @@ class OpenUni(Adapter):
     def flow_loss(self, cond: Tensor, latents: Tensor, sample_ids: Tensor, rng: CounterRNG) -> Tensor:
         """Mean squared error of the velocity per sample, fp32 [B]."""
         t, noise = self.sigma(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
-        noisy = flow_matching_prepare(latents, t.to(torch.bfloat16).float() if self.config.parity else t, noise)
+        noisy = flow_matching_add_noise(latents, t.to(torch.bfloat16).float() if self.config.parity else t, noise)
         velocity = self.transformer(noisy, encoder_hidden_states=cond, timestep=t * STEPS, return_dict=False)[0]
         return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
 
@@ -260,7 +260,7 @@ class OpenUni(Adapter):
             self.mllm.lm_head.weight,
             targets.flatten(),
             reduction="sum",
-            num_labelled=labelled,
+            max_labelled=labelled,
         )
         return LossTerm(total, torch.full_like(total.detach(), labelled))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.common.text import control, encode
-from reca_kernels import ConcatPlan, Run, TextSegment, VisualSegment, concat_plan
+from reca_kernels import AttentionSpan, ConcatPlan, TextSegment, VisualSegment, concat_plan
 
 START, END, IMAGE, END_OF_IMAGE, CONTEXT = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIAL_TOKENS = [START, END, IMAGE, END_OF_IMAGE, CONTEXT]
@@ -88,11 +88,11 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def runs(mask: Tensor, side: str, cached: bool = False) -> list[tuple[Run, ...]]:
+def runs(mask: Tensor, side: str, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
     """Per sample what its rows see. mask: of a batch padded on `side`, on the host."""
     found = []
     for rows in mask.sum(1).tolist():
-        both = Run(mask.shape[1] - rows, "pad", cached=cached), Run(rows, cached=cached)
+        both = AttentionSpan(mask.shape[1] - rows, "pad", cached=cached), AttentionSpan(rows, cached=cached)
         found.append(both if side == "left" else both[::-1])
     return found
 

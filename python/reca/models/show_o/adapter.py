@@ -226,7 +226,7 @@ class ShowO(Adapter):
             labels.flatten(),
             head.bias,
             reduction="sum",
-            num_labelled=labelled,
+            max_labelled=labelled,
         )
         return LossTerm(total, (labels != IGNORE).sum().float())
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Turn
 from reca.models.common.text import encode as encode
-from reca_kernels import AttentionPlan, Run, TextSegment, VisualSegment, attention_plan, concat_plan
+from reca_kernels import AttentionPlan, AttentionSpan, TextSegment, VisualSegment, attention_plan, concat_plan
 from reca_kernels.host import on_device
 
 SPECIAL_TOKENS = (
@@ -75,7 +75,7 @@ class Sample(NamedTuple):
     """
 
     segments: list[TextSegment | VisualSegment]
-    runs: list[Run]
+    runs: list[AttentionSpan]
     starts: tuple[tuple[int, int], ...] = ((0, 0),)
 
 
@@ -92,7 +92,7 @@ class Layout:
     src: Tensor
     position_ids: Tensor
     labels: Tensor
-    runs: list[tuple[Run, ...]]
+    runs: list[tuple[AttentionSpan, ...]]
 
     def to(self, device: torch.device) -> "Layout":
         move = (on_device(tensor, device) for tensor in (self.src, self.position_ids, self.labels))
@@ -112,7 +112,7 @@ def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
         first = length - sum(run.length for run in sample.runs)
         for start, position in sample.starts:
             positions[row, first + start :] = torch.arange(position, position + length - first - start)
-        runs.append((Run(first, "pad"), *sample.runs) if first else tuple(sample.runs))
+        runs.append((AttentionSpan(first, "pad"), *sample.runs) if first else tuple(sample.runs))
     return Layout(plan.src, positions, plan.labels, runs)
 
 
@@ -133,7 +133,7 @@ def t2i(text: list[int], v: Vocabulary, slots: int, image_tokens: int) -> Sample
     ids = [v.t2i, *framed(text, v, slots)]
     return Sample(
         [TextSegment(ids), image(v, image_tokens, ends=True)],
-        [Run(len(ids), "causal"), Run(image_tokens + 2, "full")],
+        [AttentionSpan(len(ids), "causal"), AttentionSpan(image_tokens + 2, "full")],
         ((0, slots + 1 - len(ids)),),
     )
 
@@ -141,14 +141,14 @@ def t2i(text: list[int], v: Vocabulary, slots: int, image_tokens: int) -> Sample
 def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
     """Text alone, every next token predicted."""
     ids = framed(text, v, budget)
-    return Sample([TextSegment(ids, [*ids[1:], IGNORE])], [Run(len(ids), "causal")])
+    return Sample([TextSegment(ids, [*ids[1:], IGNORE])], [AttentionSpan(len(ids), "causal")])
 
 
 def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
     """A conversation about an image given as codes. labels: per token of the text, -100 where it is not learned."""
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
-        [Run(visual + 3, "full"), Run(len(text), "causal")],
+        [AttentionSpan(visual + 3, "full"), AttentionSpan(len(text), "causal")],
     )
 
 
@@ -157,7 +157,11 @@ def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int
     before = [v.mmu, *system, v.soi]
     return Sample(
         [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
-        [Run(len(before), "causal"), Run(visual, "full", seen_before=True), Run(len(text) + 1, "causal")],
+        [
+            AttentionSpan(len(before), "causal"),
+            AttentionSpan(visual, "full", visible_to_earlier=True),
+            AttentionSpan(len(text) + 1, "causal"),
+        ],
     )
 
 
@@ -170,11 +174,11 @@ def reca_clip(template: list[int], v: Vocabulary, slots: int, visual: int, image
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment(text), image(v, image_tokens)],
         [
-            Run(2, "causal"),
-            Run(visual, "full", seen_before=True),
-            Run(len(text) + 1, "causal"),
-            Run(image_tokens, "full"),
-            Run(1, "causal"),
+            AttentionSpan(2, "causal"),
+            AttentionSpan(visual, "full", visible_to_earlier=True),
+            AttentionSpan(len(text) + 1, "causal"),
+            AttentionSpan(image_tokens, "full"),
+            AttentionSpan(1, "causal"),
         ],
         ((0, 0), (end, slots + visual)),
     )
@@ -187,7 +191,12 @@ def reca_vq(template: list[int], v: Vocabulary, slots: int, visual: int, image_t
         raise ValueError(f"a template has {len(template)} tokens; model.text_slots={slots} leaves room for {slots - 3}")
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), image(v, image_tokens)],
-        [Run(1, "causal"), Run(visual + 2, "full"), Run(len(text), "causal"), Run(image_tokens + 2, "full")],
+        [
+            AttentionSpan(1, "causal"),
+            AttentionSpan(visual + 2, "full"),
+            AttentionSpan(len(text), "causal"),
+            AttentionSpan(image_tokens + 2, "full"),
+        ],
         ((0, slots - len(text)),),
     )
 
