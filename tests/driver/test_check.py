@@ -15,6 +15,8 @@ from reca.config import ParallelConfig, load_recipe, recipe_names
 from reca.data.batch import Batch
 from reca.distributed import shard_size
 from reca.models import umm_package
+from reca.models.show_o import prompt
+from reca.models.show_o.conditioner import conditioner
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG
 
@@ -100,13 +102,15 @@ def test_flops_of_a_transformer_by_hand():
     adapter, fake = check.build_meta(recipe)
     phi, pictures = adapter.showo.model, 4
     work = check.flops(adapter, fake, pictures)
-    rows = sum(adapter.sequence().values()) + len(adapter.template(check.TEXT)) + 7  # mmu soi eoi bos eos, soi eoi
+    rows = (
+        sum(adapter.sequence().values()) + len(adapter.tokens(prompt.TEMPLATE.format(check.TEXT))) + 7
+    )  # mmu soi eoi bos eos, soi eoi
     weights = sum(m.weight.numel() for m in phi.modules() if isinstance(m, nn.Linear))
     attention = 4 * rows**2 * recipe.model.phi.hidden_size * recipe.model.phi.num_hidden_layers
     projector = sum(m.weight.numel() for m in adapter.mm_projector.modules() if isinstance(m, nn.Linear))
     batch = Batch("reca", torch.arange(pictures), [check.TEXT] * pictures)
-    head = float(adapter.weight(batch, CounterRNG(0))) / pictures * adapter.showo.lm_head.weight.numel()
-    by_hand = 2 * (rows * weights + adapter.clip_tokens * projector + head) + attention
+    head = adapter.prepare(batch, CounterRNG(0)).weight / pictures * adapter.showo.lm_head.weight.numel()
+    by_hand = 2 * (rows * weights + conditioner(adapter, "reca").tokens() * projector + head) + attention
     assert work.forward == pytest.approx(by_hand, rel=0.01)  # the rest: rotary angles
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reca.data.batch import Batch
 from reca.models.common.exporting import export_to
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.show_o import prompt
-from reca.models.show_o.convert import WEIGHTS
+from reca.models.show_o import Adapter, prompt
+from reca.models.show_o.conditioner import ClipConditioner
+from reca.models.show_o.weights import FILES
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.attention.reference import allowed as allowed_keys
 from tests.golden.conftest import Golden
@@ -22,12 +24,23 @@ def write_folders(folder: Path, published: dict, model: dict, codec: dict, clip:
     """The tensors as published folders. The texts of golden data are numbers: token k is the word `k`."""
     with export_to(folder) as out:
         for part, config, state in (("", published, model), ("codec/", {}, codec), ("clip/", {}, clip)):
-            out.tensors(f"{part}{WEIGHTS[0]}", state)
+            out.tensors(f"{part}{FILES[0]}", state)
             out.json(f"{part}config.json", config)
         out.done()
     words = [str(i) for i in range(1, text_tokens - 1)]  # 0 is the unknown word, the last token ends texts
     word_tokenizer(words, [prompt.END_OF_TEXT]).save_pretrained(folder / "tokenizer")
     return folder
+
+
+def clip(model: Adapter) -> ClipConditioner:
+    """CLIP in front of the sequence, whatever the configuration says."""
+    return ClipConditioner(model.config, model.image_tokens, model.clip)
+
+
+def predicted(model: Adapter, batch: Batch, rng: CounterRNG) -> prompt.Layout:
+    """The sequences of a batch with its images, as the loss sees them."""
+    prepared = model.prepare(batch, rng)
+    return prompt.apply_mask(prepared.layout, batch.features["codes"], prepared.masked, model.vocabulary)
 
 
 class Recorded(CounterRNG):

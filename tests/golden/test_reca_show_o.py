@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from reca.data.batch import Batch
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.config import ClipSizes, PatchSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.loss import cross_entropy
 from reca.models.show_o.modules import PatchCodebook
+from reca.models.show_o.prompt import image_rows
 from tests.golden.show_o import (
     LOGITS,
     Recorded,
+    clip,
     close_rows,
     gradient_norms,
     kept,
+    predicted,
     same_features,
     same_ids,
     same_mask,
@@ -44,8 +48,8 @@ def recipe(config: dict, folder) -> ShowOConfig:
         patches=PatchSizes(config["resolution"] // grid, config["codebook_size"]),
         parity=True,
         image_size=config["resolution"],
-        text_slots=config["max_seq_length"],
-        reca_slots=config["recon_text_slots"],
+        max_text_tokens=config["max_seq_length"],
+        max_reca_tokens=config["recon_text_slots"],
         caption_drop=CONDITION_DROP,
     )
 
@@ -105,37 +109,26 @@ def norms_of(golden, case: str) -> dict[str, float]:
 
 def clip_case(golden, model):
     data = golden.data
-    batch = Batch("reca", torch.arange(len(data["clip.codes"])), words(data["clip.text_ids"]))
     features = {"codes": data["clip.codes"], "h_v": data["clip.clip_features"]}
-    return batch, features, Recorded(mask_rate=data["clip.u"], mask_order=data["clip.perm"])
-
-
-def reca_layout(model, batch, features, rng) -> prompt.Layout:
-    """As `reca_loss` makes it."""
-    layouts = []
-    hide = model.hide
-    model.hide = lambda layout, *rest: (hide(layout, *rest), layouts.append(layout))
-    try:
-        model.loss(batch, features, rng)
-    finally:
-        del model.hide
-    return layouts[0]
+    ids = torch.arange(len(data["clip.codes"]))
+    batch = Batch("reca", ids, words(data["clip.text_ids"]), features=features)
+    return batch, Recorded(mask_rate=data["clip.u"], mask_order=data["clip.perm"])
 
 
 @torch.no_grad()
 def test_clip_h_v(golden, model):
     data = golden.data
-    features = model.look(model.clip_view(data["clip.pixel_values"]))
+    features = clip(model).encode_understanding(clip(model).reca_pixels(data["clip.pixel_values"]))
     same_features(features, data["clip.clip_features"])
     same_features(model.visual(features), data["clip.h_v"])
 
 
 @torch.no_grad()
 def test_clip_sequence_and_logits(golden, model):
-    data, n = golden.data, model.image
-    batch, features, rng = clip_case(golden, model)
-    layout = reca_layout(model, batch, features, rng)
-    same_ids(layout, data["clip.input_ids"], model.vocabulary, model.clip_tokens)
+    data, n = golden.data, image_rows(model.image_tokens)
+    batch, rng = clip_case(golden, model)
+    layout, features = predicted(model, batch, rng), batch.features
+    same_ids(layout, data["clip.input_ids"], model.vocabulary, clip(model).tokens())
     same_mask(layout, data["clip.visible"][:, None])
     assert torch.equal(layout.labels[:, n], data["clip.labels"][:, n])
     sums = model.embed(layout.src, features["h_v"]).sum(-1)
@@ -145,9 +138,9 @@ def test_clip_sequence_and_logits(golden, model):
 
 
 def test_clip_loss_and_gradients(golden, model):
-    batch, features, rng = clip_case(golden, model)
-    term = model.loss(batch, features, rng)
-    assert term.weight == model.weight(batch, rng)
+    batch, rng = clip_case(golden, model)
+    term = model(batch, rng)
+    assert term.weight == model.prepare(batch, rng).weight
     same_loss(mean(term), golden.data["clip.loss_recon"])
     mean(term).backward()
     same_norms(model, norms_of(golden, "clip"))
@@ -162,7 +155,7 @@ def t2i_case(golden):
     rng = Recorded(
         mask_rate=data["joint.t2i_u"], mask_order=data["joint.t2i_perm"], condition_drop=data["joint.t2i_drop_draw"]
     )
-    return Batch("t2i", torch.arange(len(texts)), texts), {"codes": data["joint.t2i_codes"]}, rng
+    return Batch("t2i", torch.arange(len(texts)), texts, features={"codes": data["joint.t2i_codes"]}), rng
 
 
 def i2t_layout(golden, model) -> prompt.Layout:
@@ -171,40 +164,40 @@ def i2t_layout(golden, model) -> prompt.Layout:
         *(data[f"joint.mmu_{name}"].tolist() for name in ("text_ids", "text_labels", "system_ids")), strict=True
     ):
         end = max(i for i, token in enumerate(ids) if token != v.pad) + 1
-        samples.append(prompt.i2t_clip(ids[:end], labels[:end], v, system, model.clip_tokens))
+        samples.append(prompt.i2t_clip(ids[:end], labels[:end], v, system, clip(model).tokens()))
     return prompt.layout(samples, v)
 
 
 @torch.no_grad()
 def test_joint_sequences(golden, model):
     data = golden.data
-    layout = reca_layout(model, *t2i_case(golden))
+    layout = predicted(model, *t2i_case(golden))
     same_ids(layout, data["joint.t2i_input_ids"], model.vocabulary)
     same_mask(layout, data["joint.t2i_visible"][:, None])
-    counted = data["joint.t2i_labels"][:, model.config.text_slots + 1 :]
+    counted = data["joint.t2i_labels"][:, model.config.max_text_tokens + 1 :]
     assert torch.equal(layout.labels[:, -counted.shape[1] :], counted)
 
     layout = i2t_layout(golden, model)
     same_mask(layout, data["joint.mmu_visible"][:, None])
     for row, (rows, positions) in enumerate(kept(layout)):
         assert torch.equal(layout.labels[row, rows[:-1]], data["joint.mmu_labels"][row, positions[:-1] + 1])
-    features = model.look(seen_by_clip(data["joint.mmu_pixels_small"], model))
+    features = clip(model).encode_understanding(seen_by_clip(data["joint.mmu_pixels_small"], model))
     close_rows(model.embed(layout.src, features).sum(-1), data["joint.mmu_input_embeds_sum"], layout)
     longest = data["joint.mmu_text_ids"].shape[1]
     system = data["joint.mmu_system_ids"].shape[1]
-    assert model.conversation_budget(system) == longest
+    assert clip(model).conversation_budget(system) == longest
 
 
 def test_joint_losses_and_gradients(golden, model):
     """One micro-step of the trainer: 0 * t2i + 1 * i2t + 1 * recon."""
     data, share = golden.data, golden.config["loss_coeff"]
     with torch.no_grad():
-        features = model.look(seen_by_clip(data["joint.mmu_pixels_small"], model))
+        features = clip(model).encode_understanding(seen_by_clip(data["joint.mmu_pixels_small"], model))
     layout = i2t_layout(golden, model)
     losses = {
-        "t2i": mean(model.loss(*t2i_case(golden))),
-        "i2t": mean(model.cross_entropy(model.hidden(layout, features), layout.labels)),
-        "recon": mean(model.loss(*clip_case(golden, model))),
+        "t2i": mean(model(*t2i_case(golden))),
+        "i2t": cross_entropy(model, model.hidden(layout, features), layout.labels) / (layout.labels != -100).sum(),
+        "recon": mean(model(*clip_case(golden, model))),
     }
     for name, loss in losses.items():
         same_loss(loss, data[f"joint.loss_{name}"])
@@ -216,8 +209,13 @@ def test_joint_losses_and_gradients(golden, model):
 
 def vq_case(golden, model):
     data = golden.data
-    model.config = replace(model.config, hv_source="vq", text_slots=golden.config["vq_max_seq_length"])
     codes, given = data["clip.codes"], data["vq.given_codes"]
+    model.config = replace(
+        model.config,
+        hv_source="vq",
+        hv_down_scale=math.isqrt(model.image_tokens // given.shape[1]),
+        max_text_tokens=golden.config["vq_max_seq_length"],
+    )
     width = data["vq.input_ids"].shape[1]
     text = width - (3 + given.shape[1]) - (codes.shape[1] + 2)
     first = (data["vq.input_ids"] != model.vocabulary.pad).int().argmax(1)
@@ -226,18 +224,21 @@ def vq_case(golden, model):
         behind = start + 3 + given.shape[1]  # mmu soi codes eoi
         texts.append(" ".join(map(str, row[behind + 1 : text + 3 + given.shape[1] - 1])))  # without bos and eos
     offset = model.vocabulary.offset
-    image = data["vq.input_ids"][:, model.image]
-    codes = torch.where(image == model.vocabulary.mask, data["vq.labels"][:, model.image], image) - offset
-    batch = Batch("reca", torch.arange(len(texts)), texts)
+    image = data["vq.input_ids"][:, image_rows(model.image_tokens)]
+    codes = (
+        torch.where(image == model.vocabulary.mask, data["vq.labels"][:, image_rows(model.image_tokens)], image)
+        - offset
+    )
+    batch = Batch("reca", torch.arange(len(texts)), texts, features={"codes": codes, "h_v": given})
     rng = Recorded(mask_rate=data["vq.u"], mask_order=data["vq.perm"])
-    return batch, {"codes": codes, "h_v": given}, rng
+    return batch, rng
 
 
 @torch.no_grad()
 def test_vq_sequence_and_logits(golden, model):
-    data, n = golden.data, model.image
-    batch, features, rng = vq_case(golden, model)
-    layout = reca_layout(model, batch, features, rng)
+    data, n = golden.data, image_rows(model.image_tokens)
+    batch, rng = vq_case(golden, model)
+    layout, features = predicted(model, batch, rng), batch.features
     same_mask(layout, data["vq.visible"][:, None])
     assert torch.equal(layout.labels[:, n], data["vq.labels"][:, n])
     logits = model.showo.lm_head(model.hidden(layout, features["h_v"])[:, n])
@@ -247,9 +248,9 @@ def test_vq_sequence_and_logits(golden, model):
 
 
 def test_vq_loss_and_gradients(golden, model):
-    batch, features, rng = vq_case(golden, model)
-    term = model.loss(batch, features, rng)
-    assert term.weight == model.weight(batch, rng)
+    batch, rng = vq_case(golden, model)
+    term = model(batch, rng)
+    assert term.weight == model.prepare(batch, rng).weight
     same_loss(mean(term), golden.data["vq.loss_recon"])
     mean(term).backward()
     same_norms(model, norms_of(golden, "vq"))

@@ -8,13 +8,19 @@ import torch.nn.functional as F
 
 from reca.data.batch import Batch
 from reca.models.show_o import Adapter, prompt, sampling
+from reca.models.show_o.conditioner import CodeConditioner
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.loss import cross_entropy
+from reca.models.show_o.masking import cosine, sample_mask
+from reca.models.show_o.prompt import image_rows
 from tests.golden.show_o import (
     LOGITS,
     allowed_keys,
+    clip,
     close_rows,
     ids,
     kept,
+    predicted,
     recorded,
     same_features,
     same_ids,
@@ -52,9 +58,9 @@ def recipe(config: dict, folder) -> ShowOConfig:
         parity=True,
         image_size=config["image_size"],
         hv_down_scale=config["image_size"] // config["cond_image_size"],
-        text_slots=config["max_text_len"],
-        sampling_slots=config["max_text_len"],
-        reca_slots=config["recon_clip_pad_length"],
+        max_text_tokens=config["max_text_len"],
+        max_prompt_tokens=config["max_text_len"],
+        max_reca_tokens=config["recon_clip_pad_length"],
         caption_drop=DROP,
     )
 
@@ -98,7 +104,7 @@ def codes_of(golden, model, case: str):
 
 
 def reca(golden, model, case: str):
-    """(batch, features, rng) of a reconstruction case."""
+    """(batch with features, rng) of a reconstruction case."""
     data, texts = golden.data, ids(golden.cases["tensors"]["recon.texts"]["value"])
     codes = codes_of(golden, model, case)
     words = [" ".join(map(str, text)) for text in texts]
@@ -107,33 +113,23 @@ def reca(golden, model, case: str):
     else:
         h_v = data["und.vq_small_codes" if case == "recon_vq" else "und.vq_blur_codes"]
         words = words[:1] * len(codes)  # one template per micro-batch
-        model.config = replace(model.config, hv_source="vq")
-    batch = Batch("reca", torch.arange(len(codes)), words[: len(codes)])
-    return batch, {"codes": codes, "h_v": h_v[: len(codes)]}, recorded(golden, case)
+        model.config = replace(model.config, hv_source="vq", hv_resize_back=case == "recon_vq_blur")
+    features = {"codes": codes, "h_v": h_v[: len(codes)]}
+    return Batch("reca", torch.arange(len(codes)), words[: len(codes)], features=features), recorded(golden, case)
 
 
 def reca_layout(golden, model, case: str) -> prompt.Layout:
-    batch, features, rng = reca(golden, model, case)
-    make, slots = (
-        (prompt.reca_clip, model.config.reca_slots)
-        if case == "recon_clip"
-        else (prompt.reca_vq, model.config.text_slots)
-    )
-    visual = features["h_v"].shape[1]
-    samples = [make(model.template(t), model.vocabulary, slots, visual, model.image_tokens) for t in batch.text]
-    layout = prompt.layout(samples, model.vocabulary)
-    model.hide(layout, features["codes"], model.masked(rng, batch.sample_ids))
-    return layout
+    return predicted(model, *reca(golden, model, case))
 
 
 def t2i_layout(golden, model) -> prompt.Layout:
     drop = (golden.data["t2i.rand_drop"] < DROP).tolist()
     texts = [[] if d else t for t, d in zip(ids(golden.cases["tensors"]["t2i.texts"]["value"]), drop, strict=True)]
-    samples = [prompt.t2i(t, model.vocabulary, model.config.text_slots, model.image_tokens) for t in texts]
+    samples = [prompt.t2i(t, model.vocabulary, model.config.max_text_tokens, model.image_tokens) for t in texts]
     layout = prompt.layout(samples, model.vocabulary)
     rng = recorded(golden, "t2i")
-    model.hide(layout, codes_of(golden, model, "t2i"), model.masked(rng, torch.arange(len(texts))))
-    return layout
+    masked = sample_mask(rng, torch.arange(len(texts)), model.image_tokens)
+    return prompt.apply_mask(layout, codes_of(golden, model, "t2i"), masked, model.vocabulary)
 
 
 def lm_layout(golden, model) -> prompt.Layout:
@@ -154,7 +150,7 @@ def i2t_clip_layout(golden, model) -> prompt.Layout:
     for row, system in enumerate(data["mmu_clip.system_ids"].tolist()):
         (text,) = stripped(data["mmu_clip.text_ids"][row : row + 1], v.pad)
         labels = data["mmu_clip.text_labels"][row, : len(text)].tolist()
-        samples.append(prompt.i2t_clip(text, labels, v, system, model.clip_tokens))
+        samples.append(prompt.i2t_clip(text, labels, v, system, clip(model).tokens()))
     return prompt.layout(samples, v)
 
 
@@ -179,10 +175,10 @@ def test_codec_decodes(golden, model):
 
 def test_clip_features_and_projection(golden, model):
     data = golden.data
-    seen = model.clip_view(data["vq.pixels"])
+    seen = clip(model).reca_pixels(data["vq.pixels"])
     torch.testing.assert_close(seen, data["und.clip_pixels"], rtol=0, atol=1e-6)
     with torch.no_grad():
-        features = model.look(seen)
+        features = clip(model).encode_understanding(seen)
         same_features(features, data["und.clip_feat"])
         same_features(model.visual(features), data["und.h_v"])
 
@@ -192,7 +188,7 @@ def test_condition_codes(golden, model, case):
     data = golden.data
     if case == "blur":
         model.config = replace(model.config, hv_down_scale=golden.config["blur_down_scale"], hv_resize_back=True)
-    shrunk = model.shrunk(data["vq.pixels"])
+    shrunk = CodeConditioner(model.config, model.image_tokens, model.codec).reca_pixels(data["vq.pixels"])
     torch.testing.assert_close(shrunk, data[f"und.vq_{case}_pixels"], rtol=0, atol=1e-6)
     assert torch.equal(model.codec.encode(shrunk), data[f"und.vq_{case}_codes"])
 
@@ -201,17 +197,17 @@ def test_condition_codes(golden, model, case):
 
 
 def test_schedule(golden):
-    torch.testing.assert_close(sampling.cosine(golden.data["sched.t"]), golden.data["sched.cosine"], rtol=0, atol=0)
+    torch.testing.assert_close(cosine(golden.data["sched.t"]), golden.data["sched.cosine"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", ["t2i", "recon_clip", *RECON_VQ])
 def test_masking(golden, model, case):
     data, v, codes = golden.data, model.vocabulary, codes_of(golden, model, case) + model.vocabulary.offset
     rng, samples = recorded(golden, case), torch.arange(len(codes))
-    masked = model.masked(rng, samples)
+    masked = sample_mask(rng, samples, model.image_tokens)
     assert torch.equal(torch.where(masked, v.mask, codes), data[f"{case}.masked_ids"])
     assert torch.equal(torch.where(masked, codes, -100), data[f"{case}.mask_labels"])
-    torch.testing.assert_close(sampling.cosine(data[f"{case}.rand_t"]), data[f"{case}.mask_prob"], rtol=0, atol=1e-7)
+    torch.testing.assert_close(cosine(data[f"{case}.rand_t"]), data[f"{case}.mask_prob"], rtol=0, atol=1e-7)
 
 
 # sequences
@@ -229,7 +225,7 @@ def test_t2i_sequence(golden, model):
     layout, data = t2i_layout(golden, model), golden.data
     same_ids(layout, data["t2i.input_ids"], model.vocabulary)
     same_mask(layout, data["t2i.allowed"])
-    counted = data["t2i.labels"][:, model.config.text_slots + 1 :]
+    counted = data["t2i.labels"][:, model.config.max_text_tokens + 1 :]
     assert torch.equal(layout.labels[:, -counted.shape[1] :], counted)
     assert (layout.labels[:, : -counted.shape[1]] == -100).all()
 
@@ -255,7 +251,7 @@ def test_i2t_clip_sequence(golden, model):
     same_mask(layout, data["mmu_clip.allowed"])
     same_shifted_labels(layout, data["mmu_clip.labels"])
     with torch.no_grad():
-        embeddings = model.embed(layout.src, model.look(pixels_of(golden, "mmu_clip")))
+        embeddings = model.embed(layout.src, clip(model).encode_understanding(pixels_of(golden, "mmu_clip")))
     close_rows(embeddings, data["mmu_clip.input_embeds"], layout)
     assert (layout.src[:, 0] >= 0).all() and v.mmu in layout.src[:, 0]
 
@@ -269,9 +265,11 @@ def same_shifted_labels(layout, labels) -> None:
 
 def test_reca_clip_sequence(golden, model):
     layout, data = reca_layout(golden, model, "recon_clip"), golden.data
-    same_ids(layout, data["recon_clip.full_ids"], model.vocabulary, model.clip_tokens)
+    same_ids(layout, data["recon_clip.full_ids"], model.vocabulary, clip(model).tokens())
     same_mask(layout, data["recon_clip.allowed"])
-    assert torch.equal(layout.labels[:, model.image], data["recon_clip.labels"][:, model.image])
+    assert torch.equal(
+        layout.labels[:, image_rows(model.image_tokens)], data["recon_clip.labels"][:, image_rows(model.image_tokens)]
+    )
     with torch.no_grad():
         h_v = data["und.clip_feat"][: len(layout.src)]
         close_rows(model.embed(layout.src, h_v), data["recon_clip.input_embeds"], layout)
@@ -280,9 +278,11 @@ def test_reca_clip_sequence(golden, model):
 @pytest.mark.parametrize("case", RECON_VQ)
 def test_reca_vq_sequence(golden, model, case):
     layout, data = reca_layout(golden, model, case), golden.data
-    _, features, _ = reca(golden, model, case)
+    features = reca(golden, model, case)[0].features
     same_mask(layout, data[f"{case}.allowed"])
-    assert torch.equal(layout.labels[:, model.image], data[f"{case}.labels"][:, model.image])
+    assert torch.equal(
+        layout.labels[:, image_rows(model.image_tokens)], data[f"{case}.labels"][:, image_rows(model.image_tokens)]
+    )
     layout.src[layout.src < 0] = (features["h_v"] + model.vocabulary.offset).flatten().int()
     same_ids(layout, data[f"{case}.input_ids"], model.vocabulary)
 
@@ -315,7 +315,7 @@ def test_joint_logits(golden, model):
 @torch.no_grad()
 def test_i2t_clip_logits(golden, model):
     layout = i2t_clip_layout(golden, model)
-    ours = model.showo.lm_head(model.hidden(layout, model.look(pixels_of(golden, "mmu_clip"))))
+    ours = model.showo.lm_head(model.hidden(layout, clip(model).encode_understanding(pixels_of(golden, "mmu_clip"))))
     close_rows(ours, golden.data["mmu_clip.logits"], layout, LOGITS)
 
 
@@ -323,8 +323,8 @@ def test_i2t_clip_logits(golden, model):
 @pytest.mark.parametrize("case", ["recon_clip", *RECON_VQ])
 def test_reca_logits(golden, model, case):
     layout = reca_layout(golden, model, case)
-    _, features, _ = reca(golden, model, case)
-    ours = model.showo.lm_head(model.hidden(layout, features["h_v"])[:, model.image])
+    features = reca(golden, model, case)[0].features
+    ours = model.showo.lm_head(model.hidden(layout, features["h_v"])[:, image_rows(model.image_tokens)])
     torch.testing.assert_close(ours, golden.data[f"{case}.img_logits"], rtol=0, atol=LOGITS)
 
 
@@ -335,6 +335,10 @@ def mean(term):
     return term.sum / term.weight
 
 
+def mean_loss(model, layout, h_v=None):
+    return cross_entropy(model, model.hidden(layout, h_v), layout.labels) / (layout.labels != -100).sum()
+
+
 def same_loss(ours, wanted) -> None:
     torch.testing.assert_close(ours.detach(), wanted[0], rtol=0, atol=2e-6)
 
@@ -343,26 +347,27 @@ def test_joint_loss_and_gradients(golden, model):
     """Show-o's pre-training mix: t2i + 0.1 lm + i2t."""
     data = golden.data
     texts = golden.cases["tensors"]["t2i.texts"]["value"]
-    batch = Batch("t2i", torch.arange(len(texts)), texts)
+    features = {"codes": codes_of(golden, model, "t2i")}
+    batch = Batch("t2i", torch.arange(len(texts)), texts, features=features)
     rng = recorded(golden, "t2i")
-    t2i = model.loss(batch, {"codes": codes_of(golden, model, "t2i")}, rng)
-    assert t2i.weight == model.weight(batch, rng)
+    t2i = model(batch, rng)
+    assert t2i.weight == model.prepare(batch, rng).weight
     understand_with(model, "vq")
     layout = lm_layout(golden, model)
-    lm = model.cross_entropy(model.hidden(layout), layout.labels)
+    lm = mean_loss(model, layout)
     layout = i2t_vq_layout(golden, model)
-    i2t = model.cross_entropy(model.hidden(layout, model.codec.encode(pixels_of(golden, "mmu_vq"))), layout.labels)
-    for name, term in {"t2i": t2i, "lm": lm, "mmu": i2t}.items():
-        same_loss(mean(term), data[f"joint_vq.loss_{name}"])
-    (mean(t2i) + 0.1 * mean(lm) + mean(i2t)).backward()
+    i2t = mean_loss(model, layout, model.codec.encode(pixels_of(golden, "mmu_vq")))
+    for name, loss in {"t2i": mean(t2i), "lm": lm, "mmu": i2t}.items():
+        same_loss(loss, data[f"joint_vq.loss_{name}"])
+    (mean(t2i) + 0.1 * lm + i2t).backward()
     same_norms(model, golden.cases["grad_norms"]["joint_vq(t2i+0.1lm+mmu)"])
 
 
 def i2t_clip_loss(golden, model):
     layout = i2t_clip_layout(golden, model)
     with torch.no_grad():
-        features = model.look(pixels_of(golden, "mmu_clip"))
-    return mean(model.cross_entropy(model.hidden(layout, features), layout.labels))
+        features = clip(model).encode_understanding(pixels_of(golden, "mmu_clip"))
+    return mean_loss(model, layout, features)
 
 
 def test_i2t_clip_loss_and_gradients(golden, model):
@@ -384,9 +389,9 @@ RECA = {
 def test_reca_loss_and_gradients(golden, model, name):
     case, parity = RECA[name]
     model.config = replace(model.config, parity=parity)
-    batch, features, rng = reca(golden, model, case)
-    term = model.loss(batch, features, rng)
-    assert term.weight == model.weight(batch, rng)
+    batch, rng = reca(golden, model, case)
+    term = model(batch, rng)
+    assert term.weight == model.prepare(batch, rng).weight
     same_loss(mean(term), golden.data[f"{case}.loss"])
     mean(term).backward()
     same_norms(model, golden.cases["grad_norms"][name])
@@ -394,7 +399,7 @@ def test_reca_loss_and_gradients(golden, model, name):
 
 def test_update(golden, model):
     """One AdamW step of the release's objective, decay on everything that is no bias."""
-    total = i2t_clip_loss(golden, model) + mean(model.loss(*reca(golden, model, "recon_clip")))
+    total = i2t_clip_loss(golden, model) + mean(model(*reca(golden, model, "recon_clip")))
     same_loss(total, golden.data["total.loss"])
     total.backward()
     same_norms(model, golden.cases["grad_norms"]["total (mmu_clip in graph + recon_clip under no_grad embeddings)"])
@@ -426,7 +431,7 @@ def test_update(golden, model):
 # inference
 
 
-class Replayed(sampling.Chance):
+class Replayed(sampling.SamplerNoise):
     def __init__(self, golden):
         self.drawn, self.noise = golden.data["gen.step_multinomial"], golden.data["gen.step_gumbel"]
 
@@ -449,7 +454,7 @@ def test_generation(golden, model, monkeypatch):
         return logits[-1]
 
     monkeypatch.setattr(model, "code_logits", observed)
-    codes = sampling.draw_codes(
+    codes = sampling.sample_codes(
         model,
         ids(golden.cases["tensors"]["gen.prompts"]["value"]),
         Replayed(golden),
@@ -457,13 +462,13 @@ def test_generation(golden, model, monkeypatch):
         guidance=asked["guidance_scale"],
         temperature=asked["temperature"],
     )
-    layouts[0].src[:, model.image] = v.mask
+    layouts[0].src[:, image_rows(model.image_tokens)] = v.mask
     same_ids(layouts[0], torch.cat((data["gen.input_ids"], data["gen.uncond_input_ids"])), v)
     same_mask(layouts[0], data["gen.allowed"])
     wanted = data["gen.step0_img_logits"][..., v.offset : v.mask]
     torch.testing.assert_close(logits[0], wanted, rtol=0, atol=LOGITS)
     for step, given in enumerate(data["gen.step_model_input"]):
-        assert torch.equal(seen[step], given[:, model.image])
+        assert torch.equal(seen[step], given[:, image_rows(model.image_tokens)])
     assert torch.equal(codes, data["gen.final_codes"])
     torch.testing.assert_close(model.codec.decode(codes), data["gen.final_pixels"], rtol=0, atol=LOGITS)
 
@@ -483,13 +488,13 @@ def test_answer_from_codes(golden, model):
 def test_answer_from_clip(golden, model):
     v, wanted, given = model.vocabulary, golden.data["mmu_gen_clip.tokens"], golden.data["mmu_gen_clip.prompt_embeds"]
     system = golden.config["system_prompt_len"]
-    text = given.shape[1] - (system + model.clip_tokens + 3)
+    text = given.shape[1] - (system + clip(model).tokens() + 3)
     layout = prompt.layout(
-        [prompt.i2t_clip([0] * text, [-100] * text, v, [0] * system, model.clip_tokens) for _ in given], v
+        [prompt.i2t_clip([0] * text, [-100] * text, v, [0] * system, clip(model).tokens()) for _ in given], v
     )
     assert torch.equal(sampling.greedy(model, given, layout, len(wanted)).flatten(), wanted)
     table = model.showo.model.embed_tokens.weight
-    for row, token in ((0, v.mmu), (1 + system, v.soi), (2 + system + model.clip_tokens, v.eoi)):
+    for row, token in ((0, v.mmu), (1 + system, v.soi), (2 + system + clip(model).tokens(), v.eoi)):
         assert torch.equal(given[0, row], table[token])
 
 

@@ -5,8 +5,10 @@ decided. `Waits` looks at every operator and refuses what waits for a GPU: numbe
 nonzero, a mask as an index, a copy to the host), and copies from the host that are not asked to be asynchronous.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -109,6 +111,11 @@ class Waits(TorchDispatchMode):
         if isinstance(x, nn.Parameter):
             return nn.Parameter(made, requires_grad=x.requires_grad)
         return made
+
+
+def modules_of(umm: str) -> list[ModuleType]:
+    """The loaded modules of a model."""
+    return [module for name, module in sys.modules.items() if name.startswith(f"reca.models.{umm}.")]
 
 
 @contextmanager

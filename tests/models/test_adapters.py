@@ -45,7 +45,7 @@ def answers(model) -> dict[str, torch.Tensor]:
         views, rng = model.views(task), task_rng(0, task)
         batch = Batch(task, torch.arange(2), TEXTS[task], gen=pixels(views.gen), und=pixels(views.und))
         term = model(batch, rng)
-        found |= {f"{task} sum": term.sum.detach(), f"{task} weight": term.weight, task: model.weight(batch, rng)}
+        found |= {f"{task} sum": term.sum.detach(), f"{task} weight": term.weight}
         if term.sum.requires_grad:
             model.zero_grad()
             (term.sum / term.weight).backward()

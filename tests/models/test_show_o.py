@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
+from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt
+from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import MagvitSizes, tiny
 from reca.models.show_o.modules import Magvit
 from reca.rng import CounterRNG
@@ -103,8 +105,8 @@ def test_published_sizes(clip):
         bridge = model.mm_projector.state_dict(prefix="mm_projector.")
         assert set(bridge) == {f"mm_projector.{i}.{task}" for i in (0, 2) for task in ("weight", "bias")}
         assert sum(t.numel() for t in bridge.values()) == 6_295_552
-        assert model.clip_tokens == 576
-        assert model.conversation_budget(28) == 996
+        assert conditioner(model, "i2t").tokens() == 576
+        assert conditioner(model, "i2t").conversation_budget(28) == 996
 
 
 def test_magvit_keys():
@@ -122,17 +124,17 @@ def test_magvit_keys():
 
 
 def test_a_conversation_without_room_for_its_answer_has_no_weight():
-    model = Adapter.load(config(text_slots=6, understanding="vq", hv_down_scale=1))
+    model = Adapter.load(config(max_text_tokens=6, understanding="vq", hv_down_scale=1))
     sample = Batch("i2t", torch.tensor([0]), [[Turn("what is this picture?", "a square")]], und=images(1, 20))
     term = model(sample, CounterRNG(0))
-    assert term.weight == 0 and term.sum == 0 and model.weight(sample, CounterRNG(0)) == 0
+    assert term.weight == 0 and term.sum == 0 and model.prepare(sample, CounterRNG(0)).weight == 0
     term.sum.backward()
 
 
 def test_conversation_text():
     tokenizer = word_tokenizer([*WORDS, *prompt.WORDS], [prompt.END_OF_TEXT, *prompt.SPECIAL_TOKENS])
     v = prompt.Vocabulary.of(tokenizer, 4)
-    tokens = lambda text: prompt.encode(tokenizer, text)  # noqa: E731
+    tokens = lambda text: encode(tokenizer, text)  # noqa: E731
     turns = [Turn("what is this?", "a square"), Turn("describe", "red.")]
     ids, labels = prompt.conversation(tokens, turns, v)
     assert tokenizer.decode(ids) == (
@@ -165,9 +167,9 @@ def test_which_parameters_the_prompt_of_reca_teaches():
 def test_clip_norms_differ():
     model = Adapter.load(config())
     pixels = torch.stack(images(1, 20)).float() / 127.5 - 1
-    clip = model.clip_view(pixels)
+    clip = conditioner(model, "reca").reca_pixels(pixels)
     model.config = replace(model.config, clip_norm="upstream")
-    upstream = model.clip_view(pixels)
+    upstream = conditioner(model, "reca").reca_pixels(pixels)
     assert clip.shape == upstream.shape == (1, 3, 18, 18)
     assert upstream.abs().max() <= 1 < clip.abs().max()
 
@@ -191,7 +193,7 @@ def test_roles_and_decay():
     [
         ({"understanding": "vq", "hv_down_scale": 1}, ["full resolution"]),
         ({"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True}, []),
-        ({"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True, "text_slots": 80}, ["extrapolated"]),
+        ({"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True, "max_text_tokens": 80}, ["extrapolated"]),
         ({}, []),
     ],
 )
@@ -391,11 +393,11 @@ def test_sizes_that_do_not_divide(given, said):
 
 
 def test_templates_and_conversations_without_room():
-    model = Adapter.load(config(reca_slots=12))
-    with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.reca_slots=12 leaves room for 7"):
+    model = Adapter.load(config(max_reca_tokens=12))
+    with pytest.raises(ValueError, match=r"a template has \d+ tokens; model.max_reca_tokens=12 leaves room for 7"):
         model(batch(model, "reca"), CounterRNG(0))
     model = Adapter.load(config(clip=replace(tiny().clip, image_size=60)))
-    with pytest.raises(ValueError, match="model.text_slots=24 leaves -51 tokens for a conversation"):
+    with pytest.raises(ValueError, match="model.max_text_tokens=24 leaves -51 tokens for a conversation"):
         model(batch(model, "i2t"), CounterRNG(0))
 
 

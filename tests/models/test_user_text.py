@@ -159,7 +159,7 @@ def test_every_model_takes_control_words_in_all_it_is_told(model, word):
         told = {"i2t": [[Turn(text, text)]]}.get(task, [text])
         batch = Batch(task, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
         term = model(batch, task_rng(0, task))
-        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batch, task_rng(0, task))) > 0
+        assert bool(term.sum.isfinite()) and float(term.weight) == model.prepare(batch, task_rng(0, task)).weight > 0
     assert len(model.generate([text], [0], **{"steps": 2})) == 1
     assert len(model.answer([picture], [text], max_new_tokens=2)) == 1
     if "edit" in model.abilities:

@@ -1,17 +1,18 @@
-"""No loss of any model waits for a GPU: what decides shapes is known to the host, and copies stand in the queue."""
+"""No loss or gradient of any model waits for a GPU: the host decides shapes, and copies stand in the queue."""
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from reca.config import load_recipe
-from reca.data.batch import Batch
+from reca import objective
+from reca.config import ObjectiveConfig, load_recipe
+from reca.data.batch import Batch, task_rng
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
@@ -25,7 +26,7 @@ from reca_kernels import attention_plan
 from reca_kernels.attention import implementations
 from reca_kernels.attention import plan as attention_plans
 from reca_kernels.host import on_device
-from tests.models.fake_gpu import GPU, Waited, gpu
+from tests.models.fake_gpu import GPU, Waited, gpu, modules_of
 
 # Ways to wait, and what is none. x: fp32 [4] on the GPU; h: int64 [4] on the host.
 WAITS: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -124,21 +125,24 @@ def batch_of(model, task, n=4):
 @pytest.mark.parametrize("umm,changes,task", list(cases()))
 def test_no_loss_waits(umm, changes, task, monkeypatch):
     model = umm_package(umm).Adapter.load(replace(load_recipe(f"{umm}_tiny").model, **changes)).train()
-    batch, given = batch_of(model, task), []
-    weight = float(model.weight(batch, CounterRNG(0)))
+    batch, given, rng = batch_of(model, task), [], task_rng(0, task)
+    prepared = model.prepare(batch, rng)
     without_kernels(monkeypatch, umm, given)
     with gpu(monkeypatch) as waits:
         waits.put(model)
-        batch = batch.to(GPU)
+        here, batch.prepared = batch.to(GPU), prepared
         with waits:
-            term = model(batch, CounterRNG(0))
-            again = model.weight(batch, CounterRNG(0))
-    assert term.sum.device == term.weight.device == again.device == GPU
-    assert term.sum.shape == term.weight.shape == again.shape == ()
-    assert term.sum.dtype == term.weight.dtype == again.dtype == torch.float32
+            batch = batch.to(GPU)
+            terms = [model(batch, rng), model(here, rng)]  # prepared by the loader, and now
+            sums = objective.backward(model, {task: [batch]}, ObjectiveConfig(), 0, nullcontext())
+    for term in terms:
+        assert term.sum.device == term.weight.device == GPU
+        assert term.sum.shape == term.weight.shape == ()
+        assert term.sum.dtype == term.weight.dtype == torch.float32
+    assert sums[task].device == GPU and any(p.grad is not None for p in model.parameters())
     # The head's products have as many rows as carry a label, which the host has to know.
     cross_entropy = task == "i2t" or umm == "show_o"
-    assert given == ([weight] if cross_entropy else [])
+    assert given == ([prepared.weight] * 3 if cross_entropy else [])
 
 
 def test_ids_on_the_host_follow_a_batch():
@@ -191,7 +195,7 @@ def test_no_loss_waits_for_a_real_gpu(umm):
             term = model(batches[1], CounterRNG(0))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert bool(term.sum.isfinite()) and float(term.weight) == float(model.weight(batches[1], CounterRNG(0)))
+        assert bool(term.sum.isfinite()) and float(term.weight) == model.prepare(batches[1], CounterRNG(0)).weight
 
 
 def without_kernels(monkeypatch, umm, given):
@@ -203,12 +207,12 @@ def without_kernels(monkeypatch, umm, given):
 
     def concat(table, visual, src, adds=(), out_dtype=None):
         together(table, visual, src, *(x for add in adds for x in add))
-        return table.new_empty(*src.shape, table.shape[1], dtype=out_dtype)
+        return (table.new_empty(*src.shape, table.shape[1]) + table.sum() + visual.sum()).to(out_dtype or table.dtype)
 
     def head(hidden, weight, labels, bias=None, *, reduction, max_labelled=None):
         together(hidden, weight, labels, bias)
         given.append(max_labelled)
-        return hidden.new_zeros((), dtype=torch.float32)
+        return hidden.float().sum()
 
     def flow_prepare(x0, t, noise, patch=1, out_dtype=None):
         images = list(x0)
@@ -220,7 +224,7 @@ def without_kernels(monkeypatch, umm, given):
 
     def flow(pred, x0, t, noise, patch=1, reduction="mean"):
         together(pred, *x0, t, noise.seed, noise.sample_ids)
-        return pred.new_zeros((len(x0),) if reduction == "sample" else (), dtype=torch.float32)
+        return pred.float().flatten(1).sum(1) if reduction == "sample" else pred.float().sum()
 
     def diffuse(x0, t, noise, schedule, rows=None, out_dtype=None):
         together(x0, t, noise.seed, noise.sample_ids, schedule, rows)
@@ -228,9 +232,8 @@ def without_kernels(monkeypatch, umm, given):
 
     def diffusion(out, x0, t, noise, schedule, rows=None, reduction="mean"):
         together(out, x0, t, noise.seed, noise.sample_ids, schedule, rows)
-        return out.new_zeros((), dtype=torch.float32)
+        return out.float().sum()
 
-    adapter = import_module(f"reca.models.{umm}.adapter")
     stands = {
         "template_concat": concat,
         "masked_linear_cross_entropy": head,
@@ -239,5 +242,6 @@ def without_kernels(monkeypatch, umm, given):
         "diffusion_add_noise": diffuse,
         "diffusion_loss": diffusion,
     }
-    for name in stands.keys() & vars(adapter).keys():
-        monkeypatch.setattr(adapter, name, stands[name])
+    for module in modules_of(umm):
+        for name in stands.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, stands[name])

@@ -100,4 +100,4 @@ def test_wilson(hits, trials, low, high):
 
 def test_templates_fit_the_tiny_recipe():
     recipe = load_recipe("show_o_tiny")
-    assert max(len(t.split()) for t in TEMPLATES) + 5 + 5 <= recipe.model.reca_slots
+    assert max(len(t.split()) for t in TEMPLATES) + 5 + 5 <= recipe.model.max_reca_tokens

@@ -27,8 +27,8 @@ class ClipSizes:
     num_hidden_layers: int = count(24, "layers of the published tower; the last is neither loaded nor run")
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4096, "width of its MLP")
-    image_size: int = pixels(336, "pixels on the side of what it sees")
-    patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
+    image_size: int = pixels(336, "size in pixels of the image it reads")
+    patch_size: int = count(14, "size in pixels of a patch; one patch is one token of h_v")
     hidden_act: str = config_field("quick_gelu", "its activation", ACTIVATIONS)
     layer_norm_eps: float = config_field(1e-5, "its LayerNorm epsilon", above=0)
 
@@ -45,7 +45,7 @@ class MagvitSizes:
 
 @dataclass
 class PatchSizes:
-    size: int = count(4, "pixels on the side of a patch")
+    size: int = count(4, "size in pixels of a patch")
     entries: int = count(145, "codebook entries")
 
 
@@ -90,10 +90,10 @@ class ShowOConfig:
     prompt_gradient: Optional[bool] = config_field(
         None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
     )
-    image_size: int = pixels(512, "pixels on the side of a generated image")
-    text_slots: int = count(576, "text budget of training sequences (the release's max_seq_length)")
-    sampling_slots: int = count(128, "text budget when images are drawn")
-    reca_slots: int = count(128, "RECA with clip: slots of mmu, soi, eoi, bos, template, eos before the image")
+    image_size: int = pixels(512, "size in pixels of a generated image")
+    max_text_tokens: int = count(576, "most text tokens of a training sequence (the release's max_seq_length)")
+    max_prompt_tokens: int = count(128, "most text tokens of a prompt when images are generated")
+    max_reca_tokens: int = count(128, "RECA with clip: most of mmu, soi, eoi, bos, template, eos before the image")
     system_prompt: str = config_field(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.",
@@ -111,14 +111,14 @@ class ShowOConfig:
 
 
 def tiny() -> ShowOConfig:
-    """A random model of about half a million parameters on images of 20 pixels: 25 codes, 9 rows of h_v."""
+    """A random model of about half a million parameters on images of 20 pixels: 25 codes, 9 tokens of h_v."""
     return ShowOConfig(
         phi=PhiSizes(96, 3, 3, 384, "relu", max_position_embeddings=128),
         clip=ClipSizes(64, 3, 4, 256, 18, 6),
         codec="patches",
         image_size=20,
-        text_slots=24,
-        sampling_slots=24,
-        reca_slots=64,
+        max_text_tokens=24,
+        max_prompt_tokens=24,
+        max_reca_tokens=64,
         system_prompt="",
     )

@@ -1,19 +1,24 @@
-"""Parts of Show-o: its image tokenizers, and how library classes become its other parts.
+"""Parts of Show-o: its image tokenizers, how library classes become its other parts, and all of them together.
 
-A codec has `factor`, the pixels on the side of what one code stands for; `entries`, the size of its codebook;
+A codec has `factor`, the size in pixels of what one code stands for; `entries`, the size of its codebook;
 `encode(pixels) -> codes` and `decode(codes) -> pixels`, with codes row-major over the grid.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 
+from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.planned import PLANNED
+from reca.models.common.text import Remembered, encode
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
+from reca_kernels import template_concat
 
 GROUPS = 32  # of every GroupNorm in MAGVITv2
 
@@ -278,3 +283,66 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
         sides["model.clip.image_size"] = (config.clip.image_size, config.clip.patch_size)
     for name, (side, divisor) in sides.items():
         check_side(name, side, divisor)
+
+
+class Network(nn.Module):
+    """Show-o's parts. `showo` and `mm_projector` have their published names; `codec` and `clip` are frozen."""
+
+    @in_fp32
+    def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.codec = codec(config)
+        self.vocabulary = Vocabulary.of(tokenizer, self.codec.entries)
+        check_sizes(config, self.codec.factor)
+        self.showo = PhiForCausalLM(phi_config(config.phi, self.vocabulary.size))
+        if self.uses_clip:
+            self.clip = clip_tower(config.clip)
+            self.mm_projector = projector(config.clip.hidden_size, config.phi.hidden_size)
+        self.tokens = Remembered(functools.partial(encode, tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.showo.lm_head.weight.device
+
+    @property
+    def hv_source(self) -> str:
+        return self.config.hv_source or self.config.understanding
+
+    @property
+    def uses_clip(self) -> bool:
+        return "clip" in (self.config.understanding, self.hv_source)
+
+    @property
+    def image_tokens(self) -> int:
+        """N, the codes of an image."""
+        return (self.config.image_size // self.codec.factor) ** 2
+
+    def visual(self, h_v: Tensor) -> Tensor:
+        """Map CLIP features [B, n, C] or codes [B, n] into the language model's space, [B, n, H]."""
+        if h_v.is_floating_point():
+            return self.mm_projector(h_v.to(self.mm_projector[0].weight.dtype))
+        return self.showo.model.embed_tokens(h_v + self.vocabulary.offset)
+
+    def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:  # int32 [B, L]
+        """Make input embeddings, [B, L, H]."""
+        table = self.showo.model.embed_tokens.weight
+        visual = table.new_empty(0, table.shape[1]) if h_v is None else self.visual(h_v).to(table.dtype)
+        return template_concat(table, visual, src)
+
+    def hidden(self, layout: Layout, h_v: Tensor | None = None, learns_prompt: bool = True) -> Tensor:
+        """Compute the last hidden states, [B, L, H]. learns_prompt: a gradient reaches embeddings and projector."""
+        with torch.set_grad_enabled(learns_prompt and torch.is_grad_enabled()):
+            embeddings = self.embed(layout.src, h_v)
+        return self.showo.model(
+            inputs_embeds=embeddings,
+            position_ids=layout.position_ids,
+            plan=layout.plan(),
+            use_cache=False,
+        ).last_hidden_state
+
+    def code_logits(self, layout: Layout, codes: Tensor) -> Tensor:  # int64 [B, N]; `entries` is the mask
+        """Compute logits over the codebook at the image's positions, [B, N, entries]."""
+        v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
+        hidden = self.hidden(put_image(layout, codes + v.offset))[:, image]
+        return F.linear(hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask])

@@ -12,7 +12,7 @@ positions jump: the same numbers from fewer rows. Rows added to make a batch rec
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.data.batch import Turn
-from reca.models.common.text import encode as encode
-from reca_kernels import AttentionPlan, AttentionSpan, TextSegment, VisualSegment, attention_plan, concat_plan
+from reca_kernels import (
+    IGNORE_INDEX,
+    AttentionPlan,
+    AttentionSpan,
+    TextSegment,
+    VisualSegment,
+    attention_plan,
+    concat_plan,
+)
 from reca_kernels.host import on_device
 
 SPECIAL_TOKENS = (
@@ -30,7 +37,7 @@ SPECIAL_TOKENS = (
 END_OF_TEXT = "<|endoftext|>"
 TEMPLATE = "USER: \n {} ASSISTANT:"
 WORDS = ("USER", "ASSISTANT", ":", "\n")  # what prompts add to the user's text
-IGNORE = -100
+Tokens = Callable[[str], list[int]]  # a text's ids, without control tokens
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,13 @@ class Sample(NamedTuple):
     starts: tuple[tuple[int, int], ...] = ((0, 0),)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
     """A batch of sequences, padded on the left, so that an image ends one row before the end in all of them.
 
     src           int32 [B, L]: token ids; -1 - r for row r of the batch's h_v, B*n rows
     position_ids  int64 [B, L]
-    labels        int64 [B, L]: what this row predicts, -100 for nothing
+    labels        int64 [B, L]: what this row predicts, IGNORE_INDEX for nothing
     runs          per sample what its rows see
     """
 
@@ -116,7 +123,26 @@ def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
     return Layout(plan.src, positions, plan.labels, runs)
 
 
-def framed(text: list[int], v: Vocabulary, budget: int) -> list[int]:
+def image_rows(image_tokens: int) -> slice:
+    """Say where an image's codes stand in every layout that has one."""
+    return slice(-1 - image_tokens, -1)
+
+
+def put_image(layout: Layout, ids: Tensor) -> Layout:  # int64 [B, N]
+    """Return the layout with these tokens as its images."""
+    src = layout.src.clone()
+    src[:, image_rows(ids.shape[1])] = ids.int()
+    return replace(layout, src=src)
+
+
+def apply_mask(layout: Layout, codes: Tensor, masked: Tensor, v: Vocabulary) -> Layout:  # int64, bool [B, N]
+    """Return the layout with its images: masked codes as the mask token, with themselves as labels."""
+    ids, labels = codes + v.offset, layout.labels.clone()
+    labels[:, image_rows(ids.shape[1])] = torch.where(masked, ids, IGNORE_INDEX)
+    return replace(put_image(layout, torch.where(masked, v.mask, ids)), labels=labels)
+
+
+def add_bos_eos(text: list[int], v: Vocabulary, budget: int) -> list[int]:
     """bos text eos, cut so that it fits the budget and still ends in eos."""
     ids = [v.bos, *text, v.eos]
     return ids if len(ids) <= budget else [*ids[: budget - 1], v.eos]
@@ -125,29 +151,29 @@ def framed(text: list[int], v: Vocabulary, budget: int) -> list[int]:
 def image(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
     """soi, hidden codes, eoi. ends: soi and eoi predict themselves."""
     ids = [v.soi, *[v.mask] * image_tokens, v.eoi]
-    return TextSegment(ids, [v.soi, *[IGNORE] * image_tokens, v.eoi] if ends else None)
+    return TextSegment(ids, [v.soi, *[IGNORE_INDEX] * image_tokens, v.eoi] if ends else None)
 
 
-def t2i(text: list[int], v: Vocabulary, slots: int, image_tokens: int) -> Sample:
-    """Text to image; an empty text is the unconditional prompt. `slots` text tokens besides t2i."""
-    ids = [v.t2i, *framed(text, v, slots)]
+def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sample:
+    """Text to image; an empty text is the unconditional prompt. `budget` text tokens besides t2i."""
+    ids = [v.t2i, *add_bos_eos(text, v, budget)]
     return Sample(
         [TextSegment(ids), image(v, image_tokens, ends=True)],
         [AttentionSpan(len(ids), "causal"), AttentionSpan(image_tokens + 2, "full")],
-        ((0, slots + 1 - len(ids)),),
+        ((0, budget + 1 - len(ids)),),
     )
 
 
 def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
     """Text alone, every next token predicted."""
-    ids = framed(text, v, budget)
-    return Sample([TextSegment(ids, [*ids[1:], IGNORE])], [AttentionSpan(len(ids), "causal")])
+    ids = add_bos_eos(text, v, budget)
+    return Sample([TextSegment(ids, [*ids[1:], IGNORE_INDEX])], [AttentionSpan(len(ids), "causal")])
 
 
 def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
-    """A conversation about an image given as codes. labels: per token of the text, -100 where it is not learned."""
+    """A conversation about an image given as codes. labels: of the text's tokens, IGNORE_INDEX where not learned."""
     return Sample(
-        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
+        [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
         [AttentionSpan(visual + 3, "full"), AttentionSpan(len(text), "causal")],
     )
 
@@ -156,7 +182,7 @@ def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int
     """A conversation about an image given as CLIP features, which rows before them see too."""
     before = [v.mmu, *system, v.soi]
     return Sample(
-        [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE])],
+        [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
         [
             AttentionSpan(len(before), "causal"),
             AttentionSpan(visual, "full", visible_to_earlier=True),
@@ -165,11 +191,11 @@ def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int
     )
 
 
-def reca_clip(template: list[int], v: Vocabulary, slots: int, visual: int, image_tokens: int) -> Sample:
-    """Reconstruction from CLIP features. Raises ValueError for a template longer than the slots."""
+def reca_clip(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
+    """Reconstruction from CLIP features. Raises ValueError for a template longer than the budget."""
     text = [v.eoi, v.bos, *template, v.eos]
-    if len(text) + 2 > slots:
-        raise ValueError(f"a template has {len(template)} tokens; model.reca_slots={slots} leaves room for {slots - 5}")
+    if len(text) + 2 > budget:
+        raise _too_long(template, "max_reca_tokens", budget, budget - 5)
     end = 2 + visual + len(text)
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment(text), image(v, image_tokens)],
@@ -180,15 +206,15 @@ def reca_clip(template: list[int], v: Vocabulary, slots: int, visual: int, image
             AttentionSpan(image_tokens, "full"),
             AttentionSpan(1, "causal"),
         ],
-        ((0, 0), (end, slots + visual)),
+        ((0, 0), (end, budget + visual)),
     )
 
 
-def reca_vq(template: list[int], v: Vocabulary, slots: int, visual: int, image_tokens: int) -> Sample:
-    """Reconstruction from codes. Raises ValueError for a template longer than the slots."""
+def reca_vq(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
+    """Reconstruction from codes. Raises ValueError for a template longer than the budget."""
     text = [v.bos, *template, v.eos]
-    if len(text) >= slots:  # the release wants one PAD at least
-        raise ValueError(f"a template has {len(template)} tokens; model.text_slots={slots} leaves room for {slots - 3}")
+    if len(text) >= budget:  # the release wants one PAD at least
+        raise _too_long(template, "max_text_tokens", budget, budget - 3)
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), image(v, image_tokens)],
         [
@@ -197,25 +223,20 @@ def reca_vq(template: list[int], v: Vocabulary, slots: int, visual: int, image_t
             AttentionSpan(len(text), "causal"),
             AttentionSpan(image_tokens + 2, "full"),
         ],
-        ((0, slots - len(text)),),
+        ((0, budget - len(text)),),
     )
 
 
-def conversation(
-    tokens: Callable[[str], list[int]], turns: Sequence[Turn], v: Vocabulary
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of the turns; the answers and the eos behind each are learned."""
+def _too_long(template: list[int], key: str, budget: int, room: int) -> ValueError:
+    return ValueError(f"a template has {len(template)} tokens; model.{key}={budget} leaves room for {room}")
+
+
+def conversation(tokens: Tokens, turns: Sequence[Turn], v: Vocabulary) -> tuple[list[int], list[int]]:
+    """Join turns into ids and labels; the answers and the eos behind each are learned."""
     ids, labels = [], []
     for asked, answered in turns:
         whole = [*tokens(f"USER: {asked} ASSISTANT: {answered}"), v.eos]
         given = len(tokens(f"USER: {asked} ASSISTANT:"))
         ids += whole
-        labels += [IGNORE] * given + whole[given:]
+        labels += [IGNORE_INDEX] * given + whole[given:]
     return ids, labels
-
-
-def question(tokens: Callable[[str], list[int]], text: str, understanding: str, v: Vocabulary) -> list[int]:
-    """The text behind the image when an answer is wanted, as the release's inference scripts write it."""
-    if understanding == "vq":
-        return [v.bos, *tokens(f"USER: \n{text} ASSISTANT:")]
-    return tokens(f"USER: {text} ASSISTANT:")

@@ -6,6 +6,7 @@ what it shows (slot by slot), text in h_v's place answered like h_v, and caption
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,12 +16,16 @@ from torch import Tensor
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
 from reca.models.show_o import Adapter, prompt
+from reca.models.show_o.conditioner import conditioner
+from reca.models.show_o.loss import conversation, cross_entropy
+from reca.models.show_o.masking import sample_mask
 from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
 from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.toy_world.splits import Split, captioned, understood
+from reca_kernels import IGNORE_INDEX
 
 STEPS = 800
 DRAWN, NAMED = 64, 32  # captioned and understood images in one step
@@ -60,11 +65,12 @@ class _Task:
     ):
         self.model, self.rng, self.draws, self.drawn, self.named = model, rng, draws, drawn, named
         self.codes, self.images = codes, images
+        self.clip = conditioner(model, "reca")
         self.words = torch.stack([self.slots(caption(named.scene(i))) for i in range(len(images))])  # [n, slots]
 
     def slots(self, text: str) -> Tensor:
         """A caption's token ids on the slots of h_v, filled up with the end of text."""
-        return torch.tensor(filled(self.model.tokens(text), self.model.clip_tokens, self.model.vocabulary.eos))
+        return torch.tensor(filled(self.model.tokens(text), self.clip.tokens(), self.model.vocabulary.eos))
 
     def drawing(self, step: int) -> Tensor:
         """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt."""
@@ -72,38 +78,42 @@ class _Task:
         index = torch.randint(len(self.codes), (DRAWN,))
         ids = torch.arange(step * DRAWN, (step + 1) * DRAWN)
         texts = [caption(self.drawn.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        batch = Batch("t2i", ids[:half], [phrase(text, self.rng) for text in texts[:half]])
-        asked = model.loss(batch, {"codes": self.codes[index[:half]]}, self.draws)
+        phrases, codes = [phrase(text, self.rng) for text in texts[:half]], self.codes[index[:half]]
+        asked = model(Batch("t2i", ids[:half], phrases, features={"codes": codes}), self.draws)
 
         slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts[half:]]
-        samples = [
-            prompt.reca_clip(model.template(t), v, slots, model.clip_tokens, model.image_tokens) for t in templates
-        ]
+        templates = [model.tokens(prompt.TEMPLATE.format(text)) for text in templates]
+        samples = [prompt.reca_clip(t, v, slots, self.clip.tokens(), model.image_tokens) for t in templates]
         layout = self.with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
-        model.hide(layout, self.codes[index[half:]], model.masked(self.draws, ids[half:]))
-        placed = model.cross_entropy(model.hidden(layout), layout.labels)
-        return 0.5 * asked.sum / asked.weight + 0.5 * placed.sum / placed.weight
+        masked = sample_mask(self.draws, ids[half:], model.image_tokens)
+        layout = prompt.apply_mask(layout, self.codes[index[half:]], masked, v)
+        return 0.5 * asked.sum / asked.weight + 0.5 * self.cross_entropy(layout)
 
     def naming(self) -> Tensor:
         """Images named; h_v aligned with the words; and words in h_v's place named."""
         model, index = self.model, torch.randint(len(self.images), (NAMED,))
-        features = model.look(model.clip_view(unit(self.images[index])))
+        features = self.clip.encode_reca(unit(self.images[index]))
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))] for i in index.tolist()]
-        term = model.loss(Batch("i2t", index, turns), {"h_v": features}, self.draws)
+        term = model(Batch("i2t", index, turns, features={"h_v": features}), self.draws)
         words = self.words[index]
 
-        samples = [model.talk(*model.conversation(t), model.clip_tokens) for t in turns[: NAMED // 2]]
-        layout = self.with_words(prompt.layout(samples, model.vocabulary), words[: NAMED // 2])
-        text = model.cross_entropy(model.hidden(layout), layout.labels)
+        v, system = model.vocabulary, model.tokens(model.config.system_prompt)
+        talks = [conversation(model, self.clip, t) for t in turns[: NAMED // 2]]
+        layout = prompt.layout([self.clip.conversation_sample(*talk, v, system) for talk in talks], v)
+        text = self.cross_entropy(self.with_words(layout, words[: NAMED // 2]))
         table = model.showo.model.embed_tokens.weight[: model.vocabulary.offset]
-        return term.sum / term.weight + text.sum / text.weight + alignment(model.visual(features), words, table)
+        return term.sum / term.weight + text + alignment(model.visual(features), words, table)
+
+    def cross_entropy(self, layout: prompt.Layout) -> Tensor:
+        """Mean cross-entropy of the labelled rows."""
+        total = cross_entropy(self.model, self.model.hidden(layout), layout.labels)
+        return total / (layout.labels != IGNORE_INDEX).sum().float()
 
     @staticmethod
     def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]
-        """The layout with token ids where rows of h_v stood."""
+        """Put token ids where tokens of h_v stood."""
         src = layout.src.long()
-        layout.src = torch.where(src < 0, words.flatten()[(-1 - src).clamp(min=0)], src).int()
-        return layout
+        return replace(layout, src=torch.where(src < 0, words.flatten()[(-1 - src).clamp(min=0)], src).int())
 
 
 def fit_codebook(model: Adapter, images: Tensor, rounds: int = 5) -> None:

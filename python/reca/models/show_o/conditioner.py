@@ -1,0 +1,197 @@
+"""What an image in front of the sequence becomes: CLIP's features, or codes of the image tokenizer.
+
+RECA's h_v is of the kind model.hv_source names, an image to talk about of the kind model.understanding names.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+from reca.data.views import View
+from reca.models.common.images import per_channel
+from reca.models.show_o import prompt
+from reca.models.show_o.config import ShowOConfig
+from reca.models.show_o.modules import Magvit, Network, PatchCodebook
+from reca.models.show_o.prompt import Sample, Tokens, Vocabulary
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Conditioner(Protocol):
+    """Whatever depends on the choice between the two."""
+
+    def view(self) -> View:
+        """The pixels of an image to talk about."""
+
+    def reca_view(self, target: View) -> View | None:
+        """The pixels that RECA's h_v is made of; None: those of the target."""
+
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1], of `view`
+        """h_v of images to talk about: CLIP features fp32 [B, n, C], or codes int64 [B, n]."""
+
+    def encode_reca(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1], of `reca_view` or the target
+        """h_v of images to reconstruct, as `encode`."""
+
+    def tokens(self) -> int:
+        """Tokens of h_v of an image to talk about."""
+
+    def reca_tokens(self) -> int:
+        """Tokens of h_v in RECA."""
+
+    def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
+        """RECA's sequence. Raises ValueError for a template that is too long."""
+
+    def conversation_sample(self, ids: list[int], labels: list[int], v: Vocabulary, system: list[int]) -> Sample:
+        """The sequence of a conversation, or of a question, about an image."""
+
+    def conversation_budget(self, system: int) -> int:
+        """Most tokens of a conversation, so that it is as long as a text-to-image sequence. system: of that prompt."""
+
+    def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
+        """The text behind the image when an answer is wanted, as the release's inference scripts write it."""
+
+    def learns_prompt(self) -> bool:
+        """Whether RECA sends a gradient into token embeddings and projector."""
+
+    def warnings(self) -> list[str]:
+        """What is known to make RECA collapse."""
+
+
+@dataclass(frozen=True)
+class ClipConditioner:
+    """CLIP's patch features before its last layer, projected into the language model's space."""
+
+    config: ShowOConfig
+    image_tokens: int
+    tower: CLIPVisionModel
+
+    def view(self) -> View:
+        return View(self.config.clip.image_size, fit="center_crop")
+
+    def reca_view(self, target: View) -> View | None:
+        return replace(target, blur=self.config.hv_blur) if self.config.hv_blur > 1 else None
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.encode_understanding(clip_normalised(pixels))
+
+    def encode_reca(self, pixels: Tensor) -> Tensor:
+        return self.encode_understanding(self.reca_pixels(pixels))
+
+    def reca_pixels(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1]
+        """Resize and normalise an image to reconstruct for CLIP, [B, 3, S, S]."""
+        size = [self.config.clip.image_size] * 2
+        norm = self.config.clip_norm or ("upstream" if self.config.parity else "clip")
+        if norm == "upstream":
+            return F.interpolate(pixels, size, mode="bilinear")
+        return clip_normalised(F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1))
+
+    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S], normalised
+        """Encode patches, fp32 [B, n, C]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.tower(pixels.float()).last_hidden_state[:, 1:]
+
+    def tokens(self) -> int:
+        return (self.config.clip.image_size // self.config.clip.patch_size) ** 2
+
+    reca_tokens = tokens
+
+    def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
+        return prompt.reca_clip(template, v, self.config.max_reca_tokens, self.tokens(), self.image_tokens)
+
+    def conversation_sample(self, ids: list[int], labels: list[int], v: Vocabulary, system: list[int]) -> Sample:
+        return prompt.i2t_clip(ids, labels, v, system, self.tokens())
+
+    def conversation_budget(self, system: int) -> int:
+        return self.config.max_text_tokens - (self.tokens() - self.image_tokens) - system
+
+    def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
+        return tokens(f"USER: {text} ASSISTANT:")
+
+    def learns_prompt(self) -> bool:
+        chosen = self.config.prompt_gradient
+        return not self.config.parity if chosen is None else chosen
+
+    def warnings(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class CodeConditioner:
+    """Codes of the image tokenizer, embedded as those of the image to generate are."""
+
+    config: ShowOConfig
+    image_tokens: int
+    codec: Magvit | PatchCodebook
+
+    def view(self) -> View:
+        return View(self.config.image_size, fit="center_crop")
+
+    def reca_view(self, target: View) -> View | None:
+        return None
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.codec.encode(pixels)
+
+    def encode_reca(self, pixels: Tensor) -> Tensor:
+        return self.codec.encode(self.reca_pixels(pixels))
+
+    def reca_pixels(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R]
+        """Shrink an image, the bottleneck of h_v; with hv_resize_back, blur it by resizing it back."""
+        size = pixels.shape[-1]
+        small = F.interpolate(pixels, [size // self.config.hv_down_scale] * 2, mode="bilinear")
+        return F.interpolate(small, [size] * 2, mode="bilinear") if self.config.hv_resize_back else small
+
+    def tokens(self) -> int:
+        return self.image_tokens
+
+    def reca_tokens(self) -> int:
+        return self.image_tokens // (1 if self.config.hv_resize_back else self.config.hv_down_scale**2)
+
+    def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
+        return prompt.reca_vq(template, v, self.config.max_text_tokens, self.reca_tokens(), self.image_tokens)
+
+    def conversation_sample(self, ids: list[int], labels: list[int], v: Vocabulary, system: list[int]) -> Sample:
+        return prompt.i2t_vq(ids, labels, v, self.tokens())
+
+    def conversation_budget(self, system: int) -> int:
+        return self.config.max_text_tokens
+
+    def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
+        return [v.bos, *tokens(f"USER: \n{text} ASSISTANT:")]
+
+    def learns_prompt(self) -> bool:
+        return True
+
+    def warnings(self) -> list[str]:
+        config, found = self.config, []
+        if config.hv_down_scale == 1:
+            found.append(
+                "h_v is made of the image's own codes at full resolution, which the model learns to copy. Shrink the "
+                "image (model.hv_down_scale=2) or blur it (model.hv_down_scale=8 model.hv_resize_back=true)"
+            )
+        length = config.max_text_tokens + self.reca_tokens() + self.image_tokens + 5
+        if length > config.phi.max_position_embeddings:
+            found.append(
+                f"a RECA sequence counts {length} positions, but the language model was trained on "
+                f"{config.phi.max_position_embeddings}; its rotary positions are extrapolated"
+            )
+        return found
+
+
+def conditioner(net: Network, task: str) -> Conditioner:
+    """Choose what the images of a task become in front of the sequence."""
+    source = net.config.understanding if task == "i2t" else net.hv_source
+    if source == "clip":
+        return ClipConditioner(net.config, net.image_tokens, net.clip)
+    return CodeConditioner(net.config, net.image_tokens, net.codec)
+
+
+def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+    """Normalise pixels by CLIP's mean and standard deviation."""
+    mean, std = (per_channel(values, pixels) for values in (CLIP_MEAN, CLIP_STD))
+    return ((pixels + 1) / 2 - mean) / std

@@ -1,0 +1,92 @@
+"""Show-o's losses: cross-entropy over the whole vocabulary, of the hidden codes of an image or of a reply."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from reca.data.batch import Batch, Turn
+from reca.models import base
+from reca.models.base import LossTerm
+from reca.models.show_o import prompt
+from reca.models.show_o.conditioner import Conditioner, conditioner
+from reca.models.show_o.masking import sample_mask
+from reca.models.show_o.modules import Network
+from reca.models.show_o.prompt import Layout
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Prepared(base.Prepared):
+    """A batch's sequences. weight: how many of their tokens are predicted.
+
+    masked  bool [B, N]: the codes that are hidden of each image to predict; None: there is none
+    """
+
+    layout: Layout
+    masked: Tensor | None = None
+
+
+def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
+    """Lay out the sequences of a batch and draw what is hidden of its images."""
+    make = {"reca": _reca_samples, "t2i": _t2i_samples, "i2t": _i2t_samples}[batch.task]
+    layout, masked = prompt.layout(make(net, batch, rng), net.vocabulary), None
+    labelled = int((layout.labels != IGNORE_INDEX).sum())
+    if batch.task != "i2t":
+        masked = sample_mask(rng, batch.host_ids, net.image_tokens)
+        labelled += int(masked.sum())
+    return Prepared(batch.task, rng.seed, float(labelled), layout, masked)
+
+
+def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
+    """Sum the cross-entropy over predicted tokens."""
+    layout, h_v, learns_prompt = prepared.layout, features.get("h_v"), True
+    if prepared.masked is not None:
+        layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
+    if prepared.task == "reca":
+        learns_prompt = conditioner(net, "reca").learns_prompt()
+    total = cross_entropy(net, net.hidden(layout, h_v, learns_prompt), layout.labels, int(prepared.weight))
+    return LossTerm.of(total, prepared)
+
+
+def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> Tensor:
+    """Sum the cross-entropy of the labelled rows. hidden [B, L, H], labels [B, L], `labelled` of which are set."""
+    head = net.showo.lm_head
+    return masked_linear_cross_entropy(
+        hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, reduction="sum", max_labelled=labelled
+    )
+
+
+def _reca_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    source = conditioner(net, "reca")
+    return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in batch.text]
+
+
+def _t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    dropped = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < net.config.caption_drop
+    texts = [[] if drop else net.tokens(text) for text, drop in zip(batch.text, dropped.tolist(), strict=True)]
+    return [prompt.t2i(text, net.vocabulary, net.config.max_text_tokens, net.image_tokens) for text in texts]
+
+
+def _i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    source, system = conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
+    return [
+        source.conversation_sample(*conversation(net, source, turns), net.vocabulary, system) for turns in batch.text
+    ]
+
+
+def conversation(net: Network, source: Conditioner, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation, cut to what the text budget leaves beside the image and the system prompt.
+
+    Raises ValueError if that is nothing.
+    """
+    budget = source.conversation_budget(len(net.tokens(net.config.system_prompt)))
+    if budget < 1:
+        raise ValueError(
+            f"model.max_text_tokens={net.config.max_text_tokens} leaves {budget} tokens for a conversation beside "
+            f"{source.tokens()} tokens of h_v and the system prompt; raise it by {1 - budget} or more"
+        )
+    ids, labels = prompt.conversation(net.tokens, turns, net.vocabulary)
+    return ids[:budget], labels[:budget]

@@ -1,0 +1,121 @@
+"""Show-o as an Adapter: one Phi transformer understands and generates; CLIP and the image tokenizer are frozen."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.batch import Batch
+from reca.data.views import View, Views
+from reca.models.base import Adapter, LossTerm
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.show_o import sampling, weights
+from reca.models.show_o.conditioner import conditioner
+from reca.models.show_o.config import ShowOConfig
+from reca.models.show_o.loss import Prepared, compute_loss, prepare
+from reca.models.show_o.modules import Network
+from reca.rng import CounterRNG
+
+
+class ShowO(Network, Adapter):
+    """Features of `encode`: codes int64 [B, N]; h_v, CLIP features fp32 [B, n, C] or condition codes int64 [B, n]."""
+
+    name = "show_o"
+    tasks = frozenset({"reca", "i2t", "t2i"})
+    abilities = frozenset({"generate", "answer"})
+    trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
+    condition_keys = ("h_v",)
+
+    @classmethod
+    def load(cls, config: ShowOConfig, device: torch.device | str = "cpu") -> "ShowO":
+        return weights.load(cls, config).to(device)
+
+    @classmethod
+    def build_meta(cls, config: ShowOConfig) -> "ShowO":
+        return weights.build_meta(cls, config)
+
+    def sequence(self) -> dict[str, int]:
+        return {"h_v": conditioner(self, "reca").reca_tokens(), "image": self.image_tokens}
+
+    def views(self, task: str) -> Views:
+        if task == "i2t":
+            return Views(gen=None, und=conditioner(self, task).view())
+        if task == "t2i":
+            return Views(gen=View(self.config.image_size, fit="center_crop"), und=None)
+        gen = View(self.config.image_size, fit="squash")
+        return Views(gen=gen, und=conditioner(self, task).reca_view(gen))
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        if batch.task == "i2t":
+            return {"h_v": conditioner(self, "i2t").encode(to_unit(batch.und))}
+        pixels = to_unit(batch.gen)
+        features = {"codes": self.codec.encode(pixels)}
+        if batch.task == "reca":
+            given = to_unit(batch.und) if batch.und else pixels
+            features["h_v"] = conditioner(self, "reca").encode_reca(given)
+        return features
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        return prepare(self, batch, rng)
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        return compute_loss(self, prepared, features)
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int = 50,
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        batch: int = 64,
+    ) -> list[Tensor]:
+        """Generate images by MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        check_pairs(prompts=prompts, seeds=seeds)
+        images, ids = [], [self.tokens(text) for text in prompts]
+        warn_of_cut(ids, self.config.max_prompt_tokens - 2)  # bos and eos stand there too
+        for i in range(0, len(prompts), batch):
+            noise = sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device))
+            codes = sampling.sample_codes(
+                self, ids[i : i + batch], noise, steps=steps, guidance=guidance, temperature=temperature
+            )
+            images += list(to_uint8(self.codec.decode(codes)))
+        return images
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        check_pairs(images=images, questions=questions)
+        source = conditioner(self, "i2t")
+        und = to_unit([fit_to_view(image, source.view()) for image in images]).to(self.device)
+        with torch.no_grad():
+            h_v = source.encode(und)
+        return sampling.answer(self, h_v, questions, max_new_tokens)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write config.json and pytorch_model.safetensors as Show-o publishes them.
+
+        Frozen parts and a tokenizer that exist nowhere else (random, or fitted here) go into folders beside.
+        """
+        return weights.export(self, folder)
+
+    def roles(self) -> dict[str, str]:
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return "bias" not in name if self.config.parity else super().decays(name, parameter)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.showo.model.layers)
+
+    def config_warnings(self) -> list[str]:
+        return conditioner(self, "reca").warnings()
+
+
+def _role(name: str) -> str:
+    part = name.split(".")[0]
+    if part == "showo":
+        return "embed" if name.startswith(("showo.lm_head.", "showo.model.embed_tokens.")) else "shared_lm"
+    return {"mm_projector": "bridge", "clip": "und_encoder", "codec": "codec"}[part]

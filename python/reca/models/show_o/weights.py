@@ -1,0 +1,201 @@
+"""Show-o's weights: built from published folders or at random, and written back.
+
+Parameter names here are the published ones, except that transformers 5 renamed CLIP's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reca.files import read_json
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.text import read_tokenizer
+from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+from reca.models.show_o import prompt
+from reca.models.show_o.config import ShowOConfig
+from reca.models.show_o.modules import Network
+
+N = TypeVar("N", bound=Network)
+
+PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HUB = ["*.json", "*.safetensors", "*.bin"]  # what there is to download
+# what Show-o publishes, what the release's trainer saves, what other hub repositories hold
+FILES = ("pytorch_model.safetensors", "pytorch_model.bin", "model.safetensors")
+TRAINER = "unwrapped_model"  # the folder inside a checkpoint in which the release's trainer puts the model
+
+
+def load(cls: type[N], config: ShowOConfig) -> N:
+    """Build the model on the CPU. Parts without a source are random if `config.weights` is null, an error otherwise.
+
+    Raises ValueError for folders that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    folder = fetch(config.weights, HUB) if config.weights else None
+    tokenizer = load_tokenizer(config, folder)
+    if folder is None:
+        with init_random(config.seed):
+            net = cls(config, tokenizer)
+        net.showo.to(DTYPES[config.dtype])
+    else:
+        with init_on_meta():
+            net = cls(config, tokenizer)
+        check(read_config(folder), described(net), str(folder))
+        assign_state_dict(published_parts(net), read(folder), str(folder), DTYPES[config.dtype])
+    if source := _part_source(config.codec_weights, folder, "codec"):
+        assign_state_dict(net.codec, read(source), str(source), torch.float32)
+    if net.uses_clip and (source := _part_source(config.clip_weights, folder, "clip")):
+        tower = clip_tower(read(source), config.clip.num_hidden_layers - 1)
+        assign_state_dict(net.clip, tower, str(source), torch.float32)
+    return net
+
+
+def build_meta(cls: type[N], config: ShowOConfig) -> N:
+    """Build what `load` does, with weights of any value. A tokenizer on this machine is read, for its size."""
+    folder = Path(config.weights).expanduser() if config.weights else None
+    own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
+    if own and not own.is_dir():
+        words = [f"word{i}" for i in range(PHI_TOKENS - len((UNKNOWN, *prompt.WORDS, prompt.END_OF_TEXT)))]
+        config, folder = replace(config, tokenizer=None, words=words), None
+    net = cls(config, load_tokenizer(config, folder))
+    for parameter in (published_parts(net) if config.weights else net.showo).parameters():
+        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
+    return net
+
+
+def export(net: Network, folder: Path) -> list[str]:
+    """Write the published files; frozen parts that exist nowhere else go into folders beside."""
+    config = {
+        "_class_name": "Showo",
+        "_diffusers_version": "0.30.1",
+        **{key: value for key, (value, _) in described(net).items()},
+        "llm_model_path": "microsoft/phi-1_5",
+        "load_from_showo": True,
+    }
+    parts = {"": (config, published_parts(net))}
+    if not net.config.codec_weights:
+        parts["codec/"] = ({}, net.codec)
+    if net.uses_clip and not net.config.clip_weights:
+        parts["clip/"] = (net.clip.config.to_dict(), net.clip)
+    with export_to(folder) as out:
+        for where, (described_by, part) in parts.items():
+            out.tensors(f"{where}{FILES[0]}", part.state_dict())
+            out.json(f"{where}config.json", described_by)
+        if not net.config.tokenizer:
+            out.tokenizer("tokenizer", net.tokenizer)
+        return out.done()
+
+
+def published_parts(net: Network) -> nn.ModuleDict:
+    """The parts that Show-o's weight file holds, under their published names."""
+    names = ("showo", "mm_projector") if net.uses_clip else ("showo",)
+    return nn.ModuleDict({name: getattr(net, name) for name in names})
+
+
+def described(net: Network) -> dict[str, tuple]:
+    """config.json as Show-o writes it: key -> (value, the recipe keys it comes from)."""
+    v = net.vocabulary
+    return {
+        "codebook_size": (v.codes, "model.codec with its sizes"),
+        "llm_vocab_size": (v.offset - len(prompt.SPECIAL_TOKENS), "model.tokenizer"),
+        "mask_token_id": (v.mask, "model.tokenizer with the codebook"),
+        "num_vq_tokens": (net.image_tokens, "model.image_size with the codec's sizes"),
+        "vocab_size": (v.size, "model.tokenizer with the codebook"),
+        "w_clip_vit": (net.uses_clip, "model.understanding"),
+    }
+
+
+def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
+    """Read the text tokenizer and add Show-o's tokens behind its own, in the order that fixes their ids."""
+    if config.tokenizer:
+        source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer")
+    else:
+        source = folder and beside(folder) / "tokenizer"
+    if source is None:
+        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
+    elif source.is_dir():
+        tokenizer = read_tokenizer(source)
+    else:
+        raise ValueError(f"there is no tokenizer at {source.absolute()}; give model.tokenizer=microsoft/phi-1_5")
+    new = [token for token in prompt.SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    if 0 < len(new) < len(prompt.SPECIAL_TOKENS):
+        raise ValueError(f"the tokenizer of {source} has some of Show-o's tokens but lacks {', '.join(new)}")
+    tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer
+
+
+def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
+    """Find where a frozen part comes from; None: it stays random."""
+    if given:
+        return fetch(given, HUB, f"model.{part}_weights")
+    if folder is None:
+        return None
+    if not (source := beside(folder) / part).is_dir():
+        raise ValueError(f"{beside(folder).absolute()} has no folder {part!r} inside; give model.{part}_weights")
+    return source
+
+
+# published folders <-> our modules
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a published folder, or of a weight file. Raises ValueError when the folder holds none."""
+    if folder.is_file():
+        return read_tensors(folder)
+    for inner in (folder, folder / TRAINER):
+        for name in FILES:
+            if (inner / name).is_file():
+                return read_tensors(inner / name)
+            if (inner / f"{name}.index.json").is_file():
+                return read_tensors(inner / f"{name}.index.json")
+    raise ValueError(f"{folder} holds none of {', '.join(FILES)}; give the folder of a published checkpoint")
+
+
+def read_config(folder: Path) -> dict:
+    """Read config.json of a Show-o folder; empty when there is none."""
+    for path in (folder / "config.json", folder / TRAINER / "config.json"):
+        if path.is_file():
+            return read_json(path)
+    return {}
+
+
+def check(found: dict, wanted: dict, where: str) -> None:
+    """Raise ValueError when config.json says something else than the recipe makes.
+
+    wanted: config.json key -> (value, the recipe keys it comes from).
+    """
+    wrong = [
+        f"{key} is {found[key]}, but {source} makes it {value}"
+        for key, (value, source) in wanted.items()
+        if key in found and found[key] != value
+    ]
+    if wrong:
+        raise ValueError(f"{where}/config.json does not fit the recipe: {'; '.join(wrong)}")
+
+
+def split(state: dict[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
+    """Group tensors under each prefix, without it, and last those under none."""
+    parts: list[dict[str, Tensor]] = [{} for _ in (*prefixes, None)]
+    for name, tensor in state.items():
+        at = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), len(prefixes))
+        parts[at][name.removeprefix(prefixes[at]) if at < len(prefixes) else name] = tensor
+    return parts
+
+
+def clip_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Take the first `layers` layers of CLIP's vision tower, named as transformers 5 does.
+
+    Accepts files of transformers 4 (`vision_model.` in front) and 5, with or without the text tower.
+    """
+    inner, rest = split(state, "vision_model.")
+    kept = {}
+    for name, tensor in (inner or rest).items():
+        layer = name.removeprefix("encoder.layers.").split(".")[0] if name.startswith("encoder.layers.") else "0"
+        if int(layer) < layers and not name.startswith("post_layernorm.") and name != "embeddings.position_ids":
+            kept[name] = tensor
+    return kept
