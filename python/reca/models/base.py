@@ -92,6 +92,7 @@ class Adapter(nn.Module):
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
+    tokenizer: Any = None  # that of transformers, in models that have one
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
 
     @classmethod

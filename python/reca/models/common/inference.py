@@ -49,10 +49,10 @@ def warn_of_cut(prompts: Sequence[Sequence[int]], most: int) -> None:
         log.warning("a prompt has %d tokens and this model reads %d of it: its end is cut off", longest, most)
 
 
-def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]) -> None:
     """Log the words that a tokenizer has no token for; the model reads <unk> in their place."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
+    unknown = tokenizer and tokenizer.unk_token_id
+    if tokenizer is None or unknown is None:
         return
     words = dict.fromkeys(word for text in texts for word in text.split() if unknown in encode(tokenizer, word))
     if words:

@@ -1,0 +1,64 @@
+"""What CONTRIBUTING promises: a new model and a new op are a folder each, and nothing else is edited."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import reca
+from reca.cli import main
+from reca.config import load_recipe
+from tests.driver.toy import write_images
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_model_outside_is_trained_drawn_with_exported_and_loaded(tmp_path, monkeypatch):
+    """The example, copied into a package that this repository knows nothing of."""
+    package = tmp_path / "elsewhere"
+    package.mkdir()
+    shutil.copy(ROOT / "examples/custom_model.py", package / "denoiser.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    images = write_images(tmp_path / "images")
+    recipe = tmp_path / "denoiser.yaml"
+    recipe.write_text(
+        f"umm: elsewhere.denoiser\nrun_dir: {tmp_path / 'run'}\nmodel: {{width: 32}}\n"
+        f"data: {{images: {images}, captions: {images}, workers: 0}}\n"
+        "objective: {reca: {weight: 1, batch_size: 8, micro_batch: 4}, t2i: {weight: 0.5, batch_size: 4}}\n"
+        "optim: {lr: 0.01}\ntrain: {steps: 2, threads: 1}\nlog: {every: 1, tensorboard: false}\n"
+    )
+    assert reca.train(recipe) == (tmp_path / "run", 2, True)
+    model = reca.load(tmp_path / "run")
+    start = reca.load(recipe)
+    roles = model.roles()
+    for (name, ours), theirs in zip(model.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(ours, theirs) == (roles[name] == "und_encoder"), name
+    image = model.generate(["a"], seeds=[3])[0]
+    assert image.shape == (3, 8, 8) and not torch.equal(image, start.generate(["a"], [3])[0])
+    model.export(tmp_path / "exported")
+    again = reca.load(recipe, {"model.weights": tmp_path / "exported"})
+    assert torch.equal(again.generate(["a"], [3])[0], image)
+    with pytest.raises(ValueError, match="unknown key 'model.widht'.*did you mean model.width"):
+        load_recipe(recipe, ["model.widht=3"])
+
+
+def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
+    images, run = write_images(tmp_path / "images"), tmp_path / "run"
+    recipe = tmp_path / "denoiser.yaml"
+    recipe.write_text(
+        f"umm: examples.custom_model\nrun_dir: {run}\ndata: {{images: {images}, workers: 0}}\n"
+        "objective: {reca: {batch_size: 4}}\ntrain: {steps: 1, threads: 1}\nlog: {tensorboard: false}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> str:
+        assert main(list(arguments)) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    assert "1 steps done" in command("train", str(recipe))
+    assert "a-cat.png" in command("generate", str(run), "--prompt", "a cat", "--sampling", "steps=2")
+    assert "denoiser.safetensors" in command("export", str(run), "--out", str(tmp_path / "exported"))
+    assert "gen_head" in command("check", str(recipe), "--gpus", "2")
+    assert main(["edit", str(run), "--image", "a.png", "--instruction", "b"]) == 3
+    assert "examples.custom_model cannot edit; recipes of bagel and open_uni can" in capsys.readouterr().err
