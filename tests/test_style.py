@@ -98,7 +98,9 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 
 
 # Files of python/reca that know of no data, no model and no run: everything may import them.
-FOUNDATION = {f"reca.{name}" for name in ("exits", "files", "folders", "options", "rng", "split", "units", "values")}
+FOUNDATION = {
+    f"reca.{name}" for name in ("exits", "files", "folders", "micro_batches", "options", "rng", "units", "values")
+}
 
 
 PENDING = ("reca.models.", "reca_kernels")  # rooms that are being rebuilt; to be emptied

@@ -74,7 +74,7 @@ def train(
     made = finished(recipe)
     if made is None:
         Trainer(recipe, model).run()
-    distributed.stop()
+    distributed.shut_down()
     return TrainedRun(Path(recipe.run_dir), recipe.train.steps if made is None else made, made is None)
 
 

@@ -19,13 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from reca import units
 from reca.config import Recipe
 from reca.data.batch import Batch
-from reca.distributed import shard_size
+from reca.micro_batches import accumulation_steps, describe_split, size_warning
 from reca.models import umm_package
 from reca.models.base import ROLES, Adapter
 from reca.optim import freeze
-from reca.parallelize import recompute_blocks
+from reca.parallelize import checkpoint_activations, shard_size
 from reca.rng import CounterRNG
-from reca.split import departures, describe, passes
 from reca_kernels.masked_linear_cross_entropy import reference as linear
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
@@ -145,7 +144,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     for task in recipe.active_tasks():
         if task not in adapter.tasks:
             raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
-    several = sum(passes(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
+    several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
     shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
@@ -185,7 +184,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     adapter, fake = build_meta(recipe)
     need = memory(adapter, recipe, gpus, node)
     if recipe.train.activation_checkpointing:
-        recompute_blocks(adapter)
+        checkpoint_activations(adapter)
     count, rows = parameters(adapter), adapter.sequence()
     work = flops(adapter, fake, min(PICTURES, recipe.objective.reca.micro_batch))
     every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
@@ -201,8 +200,9 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     lines += ["", f"samples of an update on {gpus} GPU{'s' * (gpus > 1)}"]
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
-        lines.append(f"  {task:<22}{config.batch_size:>18}   {describe(config.batch_size, config.micro_batch, gpus)}")
-    if text := departures(recipe.objective, recipe.active_tasks(), gpus):
+        split = describe_split(config.batch_size, config.micro_batch, gpus)
+        lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
+    if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
     lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]

@@ -65,7 +65,7 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     """
     faults: dict[Path, str] = {}
     while True:
-        there = distributed.gather(complete(run_dir))[0]  # of rank 0: on a network's disk, others may see it later
+        there = distributed.all_gather(complete(run_dir))[0]  # of rank 0: on a network's disk, others may see it later
         faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
         if not (left := [folder for folder in there if folder not in faults]):
             break
@@ -93,13 +93,13 @@ def damage(folder: Path, contents: bool = True) -> str:
     """
     try:
         listed = manifest.read(folder / MARKER)
-        own = dict(list(listed.items())[distributed.rank() :: distributed.world()]) if contents else listed
+        own = dict(list(listed.items())[distributed.rank() :: distributed.world_size()]) if contents else listed
         faults = manifest.damage(folder, own, contents)
     except (OSError, ValueError) as error:
         faults = [f"{MARKER} cannot be read: {error}"]
     if not contents:
         return "; ".join(faults)
-    return "; ".join(dict.fromkeys(fault for part in distributed.gather(faults) for fault in part))
+    return "; ".join(dict.fromkeys(fault for part in distributed.all_gather(faults) for fault in part))
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -128,7 +128,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
             _write_state(partial, state)
         with distributed.fail_together():
             own = _checksums(partial)
-        listed = distributed.gather(own)
+        listed = distributed.all_gather(own)
         with distributed.fail_together():
             _publish(partial, final, listed)
     except (OSError, RuntimeError) as error:
@@ -297,7 +297,7 @@ def _write_state(partial: Path, state: dict) -> None:
 
 def _checksums(partial: Path) -> dict[str, dict]:
     """Put this rank's share of the files on the disk and sum them up."""
-    own = manifest.files(partial)[distributed.rank() :: distributed.world()]
+    own = manifest.files(partial)[distributed.rank() :: distributed.world_size()]
     for name in own:
         folders.sync_to_disk(partial / name)
     return manifest.entries(partial, own)

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
         _tell(error)
-    distributed.leave(code)
+    distributed.exit_process(code)
     return code
 
 
@@ -176,7 +176,7 @@ def _train(options: argparse.Namespace) -> None:
             print(explain(recipe))
         return
     run = api.train(recipe)
-    if not distributed.speaks():
+    if not distributed.is_main_process():
         return
     draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     if run.new_steps:

@@ -18,6 +18,7 @@ from reca import distributed
 from reca.config import ObjectiveConfig, RecipeError
 from reca.data.batch import Batch, task_rng
 from reca.models.base import Adapter, LossTerm
+from reca.parallelize import set_gradient_sync
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
 
@@ -46,7 +47,7 @@ def backward(
     work = [(task, batch) for task, micro_batches in ready.items() for batch in micro_batches]
     sums = {task: torch.zeros_like(total) for task, total in totals.items()}
     for position, (task, batch) in enumerate(work):
-        distributed.sync_gradients(adapter, position == len(work) - 1)
+        set_gradient_sync(adapter, position == len(work) - 1)
         condition = objective.condition if task == "reca" else "own"
         with autocast:
             term = adapter(batch, rng[task], condition)
@@ -57,9 +58,9 @@ def backward(
             # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
             scale = 0.0
         elif objective.mean == "update":
-            scale = distributed.world() / weight.clamp(min=TINY)
+            scale = distributed.world_size() / weight.clamp(min=TINY)
         else:
-            scale = distributed.world() * len(batch) / (samples * max(batch.prepared.weight, TINY))
+            scale = distributed.world_size() * len(batch) / (samples * max(batch.prepared.weight, TINY))
         (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
             sums[task] += torch.stack((term.sum.detach(), term.weight))

@@ -98,7 +98,7 @@ def finished(recipe: Recipe) -> int | None:
         return None
     state = checkpoint.read_state(newest)
     reject_changed(recipe, run_dir, state, state["identity"])
-    if distributed.speaks():
+    if distributed.is_main_process():
         with contextlib.suppress(ValueError):
             if Status.read(run_dir).state == "finished":
                 return state["update"]

@@ -104,7 +104,7 @@ class RunFolder:
         if distributed.rank() == 0:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
-        self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world())
+        self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world_size())
 
     def __enter__(self) -> "RunFolder":
         if self.lock is None:
@@ -121,7 +121,7 @@ class RunFolder:
         if isinstance(error, SystemExit) and error.code == exits.INTERRUPTED:
             self.tell("interrupted", exits.INTERRUPTED)
         elif not isinstance(error, distributed.PeerFailed):
-            told = f"rank {distributed.rank()}: " if distributed.world() > 1 else ""
+            told = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
             self.tell("failed", exits.code_of(error), f"{told}{str(error) or type(error).__name__}")
         self.close()
 

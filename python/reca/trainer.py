@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, monitors, objective, preflight, runs, split
+from reca import checkpoint, distributed, exits, micro_batches, monitors, objective, preflight, runs
 from reca.config import Recipe, TaskConfig, absolute_paths, as_dict, save_recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
@@ -23,7 +23,7 @@ from reca.log import RunLog
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
-from reca.parallelize import compile_blocks, recompute_blocks
+from reca.parallelize import parallelize
 from reca.status import RunFolder
 
 log = logging.getLogger("reca")
@@ -55,9 +55,11 @@ class Trainer:
         self.recipe, self.run_dir, self.progress = recipe, Path(recipe.run_dir), progress
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
-        self.device = distributed.start(recipe.parallel)
+        self.device = distributed.initialize(recipe.parallel.timeout_minutes)
         self.tasks, self.able = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
-        self.passes = {task: split.passes(self._task(task), distributed.world()) for task in self.tasks}
+        self.accumulation_steps = {
+            task: micro_batches.accumulation_steps(self._task(task), distributed.world_size()) for task in self.tasks
+        }
         with distributed.fail_together():
             if distributed.rank() == 0:
                 ensure_writable(self.run_dir, "run_dir")
@@ -80,18 +82,14 @@ class Trainer:
         self.sources = self._check(adapter, state)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
-        whole = self.device if distributed.world() == 1 else torch.device("cpu")
+        whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
         self.adapter = adapter or umm_package(recipe.umm).Adapter.load(recipe.model, whole)
         if state is None:
             runs.inherit(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
-        if recipe.train.compile:  # before recomputation is wrapped around it: Dynamo would not look into that
-            compile_blocks(self.adapter)
-        if recipe.train.activation_checkpointing:
-            recompute_blocks(self.adapter)
-        distributed.shard(self.adapter, recipe.parallel, self.device, recipe.train.precision)
+        parallelize(self.adapter, recipe, self.device)
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
@@ -100,7 +98,7 @@ class Trainer:
             checkpoint.load(newest, self.adapter, self.optimizer)
             if distributed.rank() == 0:
                 log.info("continuing %s at update %d", self.run_dir, self.update)
-                for difference in runs.differences(recipe, state, distributed.world()):
+                for difference in runs.differences(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.fixed = self._fixed_batches()
@@ -114,7 +112,12 @@ class Trainer:
         with distributed.fail_together():
             if distributed.rank() == 0:
                 sources, templates = preflight.check(
-                    recipe, tasks, distributed.world(), distributed.node(), adapter, begins=state is None
+                    recipe,
+                    tasks,
+                    distributed.world_size(),
+                    distributed.local_world_size(),
+                    adapter,
+                    begins=state is None,
                 )
                 self.identity = runs.identity(recipe, sources, templates, state)
                 if state is not None:
@@ -147,8 +150,8 @@ class Trainer:
         monitor = monitors.Monitor()
         for hazard in monitors.config_warnings(recipe, self.adapter, self.roles):
             record.warn(self.update, hazard)
-        if departures := split.departures(recipe.objective, self.tasks, distributed.world()):
-            record.warn(self.update, departures)
+        if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
+            record.warn(self.update, warning)
         streams = {task: iter(loader) for task, loader in self.loaders.items()}
         profiler = self._profiler()
         try:
@@ -156,7 +159,7 @@ class Trainer:
                 while self.update < recipe.train.steps:
                     began = time.perf_counter()
                     batches = {
-                        task: [next(streams[task]).to(self.device) for _ in range(self.passes[task])]
+                        task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
                         for task in self.tasks
                     }
                     waited = time.perf_counter() - began
@@ -221,7 +224,7 @@ class Trainer:
             "update": self.update,
             "samples": {task: self._position(task) for task in self.tasks},
             "schedule_end": self.schedule_end,
-            "ranks": distributed.world(),
+            "ranks": distributed.world_size(),
             "inherited": sorted(self.adapter.inherited),
             "recipe": as_dict(self.recipe),
             "identity": self.identity if distributed.rank() == 0 else None,
@@ -258,8 +261,8 @@ class Trainer:
             neighbours=task == "reca" and self.recipe.objective.condition == "other",
             start=self._position(task),
             rank=distributed.rank(),
-            world=distributed.world(),
-            ledger=self.run_dir / f"bad_{task}.jsonl",
+            world=distributed.world_size(),
+            bad_samples=self.run_dir / f"bad_{task}.jsonl",
             prepare=self.adapter.prepare,
             identity=[self.recipe.umm, self.recipe.train.precision, as_dict(self.recipe)["model"]],
         )

@@ -78,7 +78,7 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
 def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplog):
     source = opened(tmp_path, GOOD, bad, bad)
     assert [source[i].text for i in range(len(source))] == [[("Q", "A")]]
-    ((found, count),) = source.left_out.counts.items()
+    ((found, count),) = source.skipped.counts.items()
     assert reason in found and count == 2
     assert f"rows.json: left out are 2 {found} (the first: row 2)" in caplog.text
     with pytest.raises(DataError, match=f"rows.json .*(holds no conversation.*{reason}|not LLaVA-style)"):
@@ -87,7 +87,7 @@ def test_rows_of_other_forms_are_left_out_by_reason(tmp_path, bad, reason, caplo
 
 def test_a_last_question_without_an_answer_is_said(tmp_path):
     source = opened(tmp_path, row("human", "Q", "gpt", "A", "human", "R"))
-    assert source.left_out.counts == {"last questions without an answer (the rest of their rows is used)": 1}
+    assert source.skipped.counts == {"last questions without an answer (the rest of their rows is used)": 1}
 
 
 def test_rows_one_a_line(tmp_path):
@@ -111,7 +111,7 @@ def test_names_of_other_chat_formats(tmp_path):
     source = opened(tmp_path, {"images": ["b.png"], "messages": turns}, {"image": "a.png", "conversations": turns})
     empty = {"image": None, "conversations": None, "from": None}  # as a table has them
     same = opened(tmp_path, GOOD | {"images": ["a.png"]}, empty | {"images": ["b.png"], "messages": turns})
-    assert [same[i].key for i in range(2)] == ["a.png", "b.png"] and not same.left_out
+    assert [same[i].key for i in range(2)] == ["a.png", "b.png"] and not same.skipped
     assert [source[i][::2] for i in range(2)] == [("b.png", [("Q", "A")]), ("a.png", [("Q", "A")])]
 
 

@@ -29,7 +29,7 @@ def test_hidden_files_and_copies_of_systems_are_no_pictures(tmp_path):
     fill(tmp_path, {"p.png": picture(), "d/q.png": picture()} | dict.fromkeys(junk, b"junk"))
     source = open_source(str(tmp_path), "reca")
     assert [source.key(i) for i in range(len(source))] == ["d/q.png", "p.png"]
-    assert source.left_out.counts == {"hidden files and folders": 5}
+    assert source.skipped.counts == {"hidden files and folders": 5}
 
 
 def test_a_root_may_lie_in_a_hidden_folder_and_be_named_like_a_tar(tmp_path):
@@ -50,7 +50,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
         os.symlink(target, root / name)
     source = open_source(str(root), "reca")
     assert [source.key(i) for i in range(len(source))] == ["again/deep/y.png", "again/x.png", "real/w.png", "z.png"]
-    assert source.left_out.counts == {"links to a folder that is read already": 4}
+    assert source.skipped.counts == {"links to a folder that is read already": 4}
 
 
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
@@ -76,7 +76,7 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     source = open_source(str(root), "reca")
     assert len(source) == 1 and "1 folders that cannot be read (the first: locked, Permission denied)" in str(
-        source.left_out
+        source.skipped
     )
 
 

@@ -35,11 +35,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, ledger=None, **config):
+def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0, bad_samples=None, **config):
     spec = {"reca": "images", "t2i": "captions", "i2t": "conversations"}[task]
     data = DataConfig(**{spec: str(images), "workers": 0, "max_bad_fraction": 0.3} | config)
     return open_loader(
-        data, task, VIEWS, seed=seed, micro_batch=micro_batch, start=start, rank=rank, world=world, ledger=ledger
+        data,
+        task,
+        VIEWS,
+        seed=seed,
+        micro_batch=micro_batch,
+        start=start,
+        rank=rank,
+        world=world,
+        bad_samples=bad_samples,
     )
 
 
@@ -89,12 +97,12 @@ def spoil(folder, names):
 
 def test_bad_files_are_skipped_counted_and_listed(folder, tmp_path):
     spoil(folder, ["02.png", "deep/05.png"])
-    ledger = tmp_path / "ledger.jsonl"
-    stream = loader(folder, ledger=ledger)
+    bad_samples = tmp_path / "bad.jsonl"
+    stream = loader(folder, bad_samples=bad_samples)
     seen = Counter(values(take(stream, 5)))
     assert set(range(20)) - {2, 5} == set(seen) and sum(seen.values()) == 20  # all others once, two of them again
     assert stream.bad == 2
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    lines = [json.loads(line) for line in bad_samples.read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == ["02.png", "deep/05.png"]
     assert all("the file is a web page" in line["reason"] and line["bytes"] == 22 for line in lines)
 

@@ -69,7 +69,7 @@ def test_parts_that_are_not_read_are_counted(tmp_path, caplog):
     )
     source = opened(path)
     assert len(source) == 2
-    assert source.left_out.counts == {"further images of a sample": 1, "images in formats that are not read": 1}
+    assert source.skipped.counts == {"further images of a sample": 1, "images in formats that are not read": 1}
     assert f"(the first: {path}: a.seg.png)" in caplog.text
     with pytest.raises(DataError, match=r"no images in .*1 images in formats that are not read .*b\.heic"):
         opened(tar(tmp_path / "t.tar", ("b.heic", b"")))
@@ -79,7 +79,7 @@ def test_hidden_members_and_folders_are_no_pictures(tmp_path):
     names = ["._a.jpg", "a.jpg", "__MACOSX/._a.jpg", ".git/b.jpg", "./c.jpg", "README"]
     source = opened(tar(tmp_path / "s.tar", *((name, DARK) for name in names), ("d.jpg", (tarfile.DIRTYPE, ""))))
     assert [source.key(i) for i in range(len(source))] == ["s.tar/a.jpg", "s.tar/c.jpg"]
-    assert source.left_out.counts == {"hidden files": 3}
+    assert source.skipped.counts == {"hidden files": 3}
 
 
 def test_links_are_resolved_or_counted(tmp_path):
@@ -101,7 +101,7 @@ def test_links_are_resolved_or_counted(tmp_path):
     assert {source[i].key[6:]: source[i].image for i in range(len(source))} == {
         "d/a.jpg": DARK, "hard.jpg": DARK, "d/soft.jpg": DARK, "ahead.jpg": LIGHT, "chain.jpg": LIGHT, "z.jpg": LIGHT
     }  # fmt: skip
-    assert source.left_out.counts == {"members that are no file, or a link to none in the tar": 5}
+    assert source.skipped.counts == {"members that are no file, or a link to none in the tar": 5}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

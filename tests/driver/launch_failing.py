@@ -107,7 +107,7 @@ def bare(name: str) -> None:
     """A launcher that says nothing of machines, as srun with RANK and WORLD_SIZE exported."""
     del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
     trainer(name).run()
-    assert distributed.node() == 2
+    assert distributed.local_world_size() == 2
 
 
 CASES = (bare, full_once, full_at_the_end, no_data, damaged, interrupted, one_breaks)

@@ -41,7 +41,7 @@ def work(rank: int, ranks: int, port: int, folder: Path, jobs: list) -> None:
     for name, _, recipe, overrides in jobs:
         train(folder / name, recipe, overrides)
     distributed.barrier()
-    distributed.stop()
+    distributed.shut_down()
 
 
 def main() -> int:

@@ -67,7 +67,7 @@ def test_every_row_is_used_or_counted(root, rows):
         except DataError as error:
             assert str(path) in str(error)
             return
-        unused = {reason: n for reason, n in source.left_out.counts.items() if "the rest of their rows" not in reason}
+        unused = {reason: n for reason, n in source.skipped.counts.items() if "the rest of their rows" not in reason}
         assert len(source) + sum(unused.values()) == len(rows)
         answers, questions = said(rows, ("gpt", "assistant")), said(rows, ("human", "user"))
         for index in range(len(source)):

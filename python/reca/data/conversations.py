@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from reca.data.batch import Turn
 from reca.data.errors import DataError
 from reca.data.folder import total_size
-from reca.data.left_out import LeftOut
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
+from reca.data.skipped import Skipped
 from reca.data.text import decode_text, encodable
 from reca.files import HEAD, packed, placeholder
 
@@ -50,18 +50,18 @@ class Conversations:
         if not isinstance(items, list) or not any(isinstance(item, dict) for item in items):
             raise DataError(f"{path} is not LLaVA-style: expected a list of {FORM}")
         self.rows: list[Row] = []
-        self.left_out = LeftOut()
+        self.skipped = Skipped()
         root = os.path.abspath(self.root)
         for number, item in enumerate(items, 1):
             try:
-                self.rows.append(Row(_image(item, root), _turns(item, number, self.left_out)))
+                self.rows.append(Row(_image(item, root), _turns(item, number, self.skipped)))
             except BadRow as error:
-                self.left_out.add(str(error), f"row {number}")
+                self.skipped.add(str(error), f"row {number}")
         if not self.rows:
-            raise DataError(f"{path} holds no conversation about an image: {self.left_out or 'it is empty'}")
+            raise DataError(f"{path} holds no conversation about an image: {self.skipped or 'it is empty'}")
         if not self.root.is_dir():
             raise DataError(f"data.image_root {self.root} is no folder; give the one that the image names start from")
-        self.left_out.say(str(path))
+        self.skipped.warn(str(path))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,7 +140,7 @@ def _image(item: Any, root: str) -> str:
     return name.removeprefix(inside)
 
 
-def _turns(item: dict, number: int, left_out: LeftOut) -> tuple[Turn, ...]:
+def _turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
     """Questions with their answers. Raises BadRow."""
     said = _said(item)
     opening = said.pop(0)[1] if said and said[0][0] == "system" else ""
@@ -153,7 +153,7 @@ def _turns(item: dict, number: int, left_out: LeftOut) -> tuple[Turn, ...]:
         raise BadRow("have turns that do not alternate between human and gpt, human first")
     turns = _pairs([text for _, text in said], opening)
     if len(said) % 2:
-        left_out.add("last questions without an answer (the rest of their rows is used)", f"row {number}")
+        skipped.add("last questions without an answer (the rest of their rows is used)", f"row {number}")
     return turns
 
 

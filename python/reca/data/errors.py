@@ -10,4 +10,4 @@ class DataError(ValueError):
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; the message says why. It goes to the ledger, and another takes its place."""
+    """One sample that cannot be used; the message says why. It goes to the bad_samples, and another takes its place."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reca.data.errors import DataError
-from reca.data.left_out import LeftOut
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -18,6 +17,7 @@ from reca.data.sample import (
     digest,
     hidden,
 )
+from reca.data.skipped import Skipped
 
 
 class Folder:
@@ -31,15 +31,15 @@ class Folder:
         if not root.is_dir():
             fault = "is no folder" if root.exists() else "does not exist"
             raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or package.module:FUNCTION")
-        self.root, self.task, self.left_out = root, task, LeftOut()
-        files = _walk(root, self.left_out)
+        self.root, self.task, self.skipped = root, task, Skipped()
+        files = _walk(root, self.skipped)
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
             raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
         for name in sorted(files.get(".tar", ())):
-            self.left_out.add("tar files below a folder of images", name)
+            self.skipped.add("tar files below a folder of images", name)
         self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
-        self.left_out.say(str(root))
+        self.skipped.warn(str(root))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -83,7 +83,7 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
+def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     """Suffix -> paths, from `root` on, of all files below it. Each folder is read once.
 
     Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
@@ -95,7 +95,7 @@ def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
         try:
             status = os.stat(root / folder)
             if linked and (status.st_dev, status.st_ino) in seen:
-                left_out.add("links to a folder that is read already", folder)
+                skipped.add("links to a folder that is read already", folder)
                 continue
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(root / folder) as found:
@@ -103,7 +103,7 @@ def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
         except OSError as error:
             if not folder:
                 raise DataError(f"data folder {root} cannot be read: {error.strerror}") from error
-            left_out.add("folders that cannot be read", f"{folder}, {error.strerror}")
+            skipped.add("folders that cannot be read", f"{folder}, {error.strerror}")
             continue
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
@@ -111,16 +111,16 @@ def _walk(root: Path, left_out: LeftOut) -> dict[str, list[str]]:
             is_folder, is_file = _task(entry)
             if hidden(entry.name):
                 if is_folder or suffix in IMAGE_SUFFIXES:
-                    left_out.add("hidden files and folders", name)
+                    skipped.add("hidden files and folders", name)
             elif is_folder:
                 (links if entry.is_symlink() else waiting).append((name, linked or entry.is_symlink()))
             elif not is_file:
                 if suffix in IMAGE_SUFFIXES:
-                    left_out.add("images that are no file, or a link to none", name)
+                    skipped.add("images that are no file, or a link to none", name)
             else:
                 files[suffix].append(name)
                 if suffix in OTHER_IMAGE_SUFFIXES:
-                    left_out.add("images in formats that are not read", name)
+                    skipped.add("images in formats that are not read", name)
     return files
 
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from reca.data import dali
+from reca.data.bad_samples import BadSamples
 from reca.data.batch import Batch, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
-from reca.data.ledger import Ledger
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
 from reca.data.sampler import sample_index, substitute_index
 from reca.data.sources import DATA_KEYS, open_sources
 from reca.data.templates import load_templates
 from reca.data.views import Views
+from reca.micro_batches import MicroBatch, split_batch
 from reca.rng import CounterRNG, RandomStream
-from reca.split import Share, split
 
 ATTEMPTS = 100
 Prepare = Callable[[Batch, CounterRNG], Any]  # Adapter.prepare
@@ -44,7 +44,7 @@ def open_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-    ledger: Path | None = None,
+    bad_samples: Path | None = None,
     identity: Any = None,
     source: Source | None = None,
     prepare: Prepare | None = None,
@@ -61,20 +61,20 @@ def open_loader(
     cache = None
     if config.cache:
         cache = FeatureCache(Path(config.cache), views, [task, identity])
-    shares = split(batch_size or micro_batch * world, micro_batch, world)[rank]
+    shares = split_batch(batch_size or micro_batch * world, micro_batch, world)[rank]
     stream = Stream(shares, batch_size or micro_batch * world, start, neighbours)
-    return Loader(config, source, task, views, seed, stream, ledger, cache, prepare)
+    return Loader(config, source, task, views, seed, stream, bad_samples, cache, prepare)
 
 
 class Stream(NamedTuple):
     """The positions that one rank reads: its micro-batches of update after update."""
 
-    shares: list[Share]
+    shares: list[MicroBatch]
     batch_size: int
     start: int = 0
     neighbours: bool = False
 
-    def __iter__(self) -> Iterator[tuple[Share, range, list[int]]]:
+    def __iter__(self) -> Iterator[tuple[MicroBatch, range, list[int]]]:
         """Every micro-batch, its positions, and the position of its neighbour, if there shall be one.
 
         The neighbour is the sample after the last of the micro-batch, and for the last of an update the first, so
@@ -101,9 +101,9 @@ class Loader:
     """Iterating yields `Batch` objects, the micro-batches of this rank.
 
     Position p of the stream holds the same sample with the same id p however it is split: update u of N samples covers
-    positions u N and the following, and reca/split.py says which of them are this rank's. An unreadable sample's
-    position is filled by a substitute that depends on the position only, so batches stay full and every other sample
-    of the epoch is still delivered.
+    positions u N and the following, and reca/micro_batches.py says which of them are this rank's. The position of an
+    unreadable sample is filled by a substitute that depends on the position only, so batches stay full and every other
+    sample of the epoch is still delivered.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Loader:
         views: Views,
         seed: int,
         stream: Stream,
-        ledger: Path | None = None,
+        bad_samples: Path | None = None,
         cache: FeatureCache | None = None,
         prepare: Prepare | None = None,
     ):
@@ -124,13 +124,13 @@ class Loader:
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache, self.prepare = cache, prepare
-        self.ledger = Ledger(ledger, source, config.max_bad_fraction)
+        self.bad_samples = BadSamples(bad_samples, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
     @property
     def bad(self) -> int:
         """Distinct unusable samples met so far, by all ranks."""
-        return self.ledger.count()
+        return self.bad_samples.count()
 
     def __iter__(self) -> Iterator[Batch]:
         stream, ahead = iter(self.stream), deque()
@@ -157,7 +157,7 @@ class Loader:
         done.set_result(function(*arguments))
         return done
 
-    def _assemble(self, share: Share, positions: range, neighbour: list[int], jobs: list[Future]) -> Batch:
+    def _assemble(self, share: MicroBatch, positions: range, neighbour: list[int], jobs: list[Future]) -> Batch:
         """Make the batch of a share from its rows, and prepare it for the loss."""
         rows = [job.result() for job in jobs]
         batch = self._batch(positions, rows[: share.size])
@@ -179,9 +179,9 @@ class Loader:
             try:
                 row = self._row(index, position, cached)
             except BadSample as error:
-                self.ledger.add(index, str(error))
+                self.bad_samples.add(index, str(error))
             else:
-                self.ledger.sound(index)
+                self.bad_samples.mark_good(index)
                 return row
         raise DataError(
             f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {self.source.key(index)}"

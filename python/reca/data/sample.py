@@ -19,7 +19,7 @@ MAX_CAPTION_BYTES = 2**20
 
 
 class Sample(NamedTuple):
-    key: str  # names the sample in the ledger
+    key: str  # names the sample in the bad_samples
     image: bytes
     text: Any  # None, a caption, or a list of Turn
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reca.data.errors import DataError
-from reca.data.left_out import LeftOut
 from reca.data.sample import IMAGE_SUFFIXES, hidden
+from reca.data.skipped import Skipped
 from reca.files import HEAD, packed, placeholder
 
 MAX_PADDING = 2**20  # zeros behind the archive: writers fill up to a record, interrupted downloads up to the whole file
@@ -35,7 +35,7 @@ class Member(NamedTuple):
     stored: Stored
 
 
-def read_index(path: Path, left_out: LeftOut) -> list[Member]:
+def read_index(path: Path, skipped: Skipped) -> list[Member]:
     """All files of a tar in order, links resolved. Raises DataError for a tar that is not whole."""
     infos = list(_headers(path))
     files: dict[str, Stored] = {}
@@ -48,7 +48,7 @@ def read_index(path: Path, left_out: LeftOut) -> list[Member]:
         image = posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         if any(hidden(part) for part in name.split("/") if part not in (".", "..")):
             if image:
-                left_out.add("hidden files", f"{path}: {name}")
+                skipped.add("hidden files", f"{path}: {name}")
             continue
         if info.isreg():
             stored = _stored(info)
@@ -60,7 +60,7 @@ def read_index(path: Path, left_out: LeftOut) -> list[Member]:
             files[name] = stored
             members.append(Member(name, stored))
         elif image:
-            left_out.add("members that are no file, or a link to none in the tar", f"{path}: {name}")
+            skipped.add("members that are no file, or a link to none in the tar", f"{path}: {name}")
     return members
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reca.data.errors import BadSample, DataError
-from reca.data.left_out import LeftOut, say
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -20,6 +19,7 @@ from reca.data.sample import (
     decode_caption,
     digest,
 )
+from reca.data.skipped import Skipped, log_once
 from reca.data.tar_index import Member, Stored, read_index
 
 MAX_SHARDS = 1_000_000
@@ -46,20 +46,20 @@ class Tars:
     """
 
     def __init__(self, paths: Sequence[Path], task: str):
-        self.task, self.left_out = task, LeftOut()
+        self.task, self.skipped = task, Skipped()
         self.entries: list[Entry] = []
         common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
         for path in paths:
             shard = os.path.relpath(os.path.abspath(path), common)
-            for sample in _samples(path, self.left_out):
+            for sample in _samples(path, self.skipped):
                 if task == "t2i" and sample.text is None:
                     raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
                 text = sample.text.stored if sample.text and task == "t2i" else None
                 self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
         if not self.entries:
-            why = f": left out are {self.left_out}" if self.left_out else ""
+            why = f": left out are {self.skipped}" if self.skipped else ""
             raise DataError(f"no images in {_some(paths)}{why}")
-        self.left_out.say(_some(paths))
+        self.skipped.warn(_some(paths))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -86,10 +86,10 @@ class _Sample(NamedTuple):
     text: Member | None
 
 
-def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
+def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
     """The samples of one tar. Raises DataError for what does not belong together clearly."""
     samples, seen, dotted, plain = [], {}, {}, {}
-    for key, members in _groups(path, read_index(path, left_out)):
+    for key, members in _groups(path, read_index(path, skipped)):
         parts = _split(path, key, members)
         for name, group in parts.items():
             if name in seen:
@@ -105,7 +105,7 @@ def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
                 suffix = _last_suffix(member.name)
                 if member is not image and suffix in IMAGE_SUFFIXES | OTHER_IMAGE_SUFFIXES:
                     why = "further images of a sample" if image else "images in formats that are not read"
-                    left_out.add(why, f"{path}: {member.name}")
+                    skipped.add(why, f"{path}: {member.name}")
             if image:
                 samples.append(_Sample(name, image, group.get(".txt")))
                 (plain if name == key else dotted).setdefault(key, image.name)
@@ -117,7 +117,7 @@ def _samples(path: Path, left_out: LeftOut) -> list[_Sample]:
             )
     if dotted:
         first = next(iter(dotted.values()))
-        say(logging.INFO, f"{path}: images with dots in their names are samples of their own (the first: {first})")
+        log_once(logging.INFO, f"{path}: images with dots in their names are samples of their own (the first: {first})")
     return samples
 
 

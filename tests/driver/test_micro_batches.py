@@ -8,8 +8,8 @@ import torch
 
 from reca.config import RecipeError, load_recipe, recipe_names
 from reca.data.loader import Stream, open_loader
+from reca.micro_batches import accumulation_steps, describe_split, micro_batch_sizes, size_warning, split_batch
 from reca.objective import backward
-from reca.split import departures, describe, passes, sizes, split
 from tests.driver.toy import ToyAdapter
 
 RANKS = [1, 2, 3, 4, 6, 8, 16, 64]
@@ -24,7 +24,7 @@ def test_every_sample_once_and_equal_work(ranks):
     for batch_size, micro_batch in itertools.product(
         [1, 2, 3, 5, 7, 10, 20, 48, 64, 96, 97], [1, 2, 3, 4, 48, 64, 200]
     ):
-        shares = split(batch_size, micro_batch, ranks)
+        shares = split_batch(batch_size, micro_batch, ranks)
         assert sorted(counted(shares)) == list(range(batch_size))
         assert len(shares) == ranks and len({len(rank) for rank in shares}) == 1
         everything = [s for rank in shares for s in rank]
@@ -40,35 +40,39 @@ def test_every_sample_once_and_equal_work(ranks):
 def test_copies_are_micro_batches_that_another_rank_counts(ranks):
     """A loss that is not finite is then so on that rank, too, which skips the update by itself."""
     for batch_size, micro_batch in itertools.product(range(1, 70), [1, 2, 3]):
-        everything = [s for rank in split(batch_size, micro_batch, ranks) for s in rank]
+        everything = [s for rank in split_batch(batch_size, micro_batch, ranks) for s in rank]
         assert {s[:2] for s in everything if not s.counted} <= {s[:2] for s in everything if s.counted}
 
 
 def test_micro_batches_of_the_recipe_stay_where_they_fit():
     """With objective.mean=micro_batch the update is then the same, too."""
-    whole = [(s.start, s.size) for s in split(96, 12, 1)[0]]
+    whole = [(s.start, s.size) for s in split_batch(96, 12, 1)[0]]
     for ranks in (2, 4, 8):
-        assert sorted((s.start, s.size) for rank in split(96, 12, ranks) for s in rank) == whole
+        assert sorted((s.start, s.size) for rank in split_batch(96, 12, ranks) for s in rank) == whole
 
 
 def test_splits_by_hand():
     def starts_and_sizes(*numbers):
-        return [[(s.start, s.size) if s.counted else None for s in rank] for rank in split(*numbers)]
+        return [[(s.start, s.size) if s.counted else None for s in rank] for rank in split_batch(*numbers)]
 
     assert starts_and_sizes(10, 2, 1) == [[(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]]
     assert starts_and_sizes(10, 2, 2) == [[(0, 2), (4, 2), (8, 1)], [(2, 2), (6, 2), (9, 1)]]
     assert starts_and_sizes(10, 2, 3) == [[(0, 2), (6, 2)], [(2, 2), (8, 1)], [(4, 2), (9, 1)]]
     assert starts_and_sizes(3, 1, 2) == [[(0, 1), (2, 1)], [(1, 1), None]]
-    assert sizes(10, 2, 8) == [2, 1] and sizes(10, 2, 16) == [1] and sizes(10, 2, 5) == [2]
-    assert describe(10, 2, 8) == "1 to 2 per GPU, 1 pass of 2 or 1"
-    assert describe(10, 2, 16) == "0 to 1 per GPU, 1 pass of 1"
-    assert describe(10, 2, 1) == "10 per GPU, 5 passes of 2"
+    assert (
+        micro_batch_sizes(10, 2, 8) == [2, 1]
+        and micro_batch_sizes(10, 2, 16) == [1]
+        and micro_batch_sizes(10, 2, 5) == [2]
+    )
+    assert describe_split(10, 2, 8) == "1 to 2 per GPU, 1 pass of 2 or 1"
+    assert describe_split(10, 2, 16) == "0 to 1 per GPU, 1 pass of 1"
+    assert describe_split(10, 2, 1) == "10 per GPU, 5 passes of 2"
 
 
 def test_numbers_below_one():
     for numbers in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
         with pytest.raises(ValueError, match="must be at least 1, got"):
-            split(*numbers)
+            split_batch(*numbers)
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -76,19 +80,21 @@ def test_shipped_recipes_start_on_any_number_of_gpus(name):
     recipe = load_recipe(name)
     for ranks, task in itertools.product(RANKS, recipe.active_tasks()):
         config = getattr(recipe.objective, task)
-        assert len(counted(split(config.batch_size, config.micro_batch, ranks))) == config.batch_size
-        assert passes(config, ranks) >= 1
-        changed = any(size != config.micro_batch for size in sizes(config.batch_size, config.micro_batch, ranks))
-        said = departures(recipe.objective, [task], ranks)
+        assert len(counted(split_batch(config.batch_size, config.micro_batch, ranks))) == config.batch_size
+        assert accumulation_steps(config, ranks) >= 1
+        changed = any(
+            size != config.micro_batch for size in micro_batch_sizes(config.batch_size, config.micro_batch, ranks)
+        )
+        said = size_warning(recipe.objective, [task], ranks)
         assert (f"{task} " in (said or "")) == (changed and recipe.objective.mean == "micro_batch")
-    assert not departures(recipe.objective, recipe.active_tasks(), 1)
+    assert not size_warning(recipe.objective, recipe.active_tasks(), 1)
 
 
 def test_positions_do_not_depend_on_the_ranks():
     """Three steps of 10 from the second on. The neighbour is the next sample, and the first after the last."""
     for ranks in RANKS:
         seen = set()
-        for shares in split(10, 3, ranks):
+        for shares in split_batch(10, 3, ranks):
             rank = itertools.islice(Stream(shares, 10, start=10, neighbours=True), 3 * len(shares))
             for share, positions, (neighbour,) in rank:
                 update = positions[-1] // 10 * 10
@@ -105,7 +111,7 @@ def gradient(recipe, micro_batch, condition="own", mean="update", batch_size=7):
     loader = open_loader(
         r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, batch_size=batch_size, neighbours=other
     )
-    batches = list(itertools.islice(loader, len(split(batch_size, micro_batch, 1)[0])))
+    batches = list(itertools.islice(loader, len(split_batch(batch_size, micro_batch, 1)[0])))
     sums = backward(adapter, {"reca": batches}, r.objective, 0, torch.autocast("cpu", enabled=False))
     return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]), sums["reca"]
 

@@ -14,7 +14,7 @@ from reca.data.sample import Source
 log = logging.getLogger("reca")
 
 
-class Ledger:
+class BadSamples:
     """Counts bad samples, writes each once to a JSONL file, and stops the run when there are too many.
 
     All ranks write to one file, under a lock, and read what the others have added; so does the next start of the run.
@@ -52,11 +52,11 @@ class Ledger:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
                     f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="
-                    f"{self.max_fraction}: {first}. All are in {self.path or 'the ledger'}; repair or remove them, or "
+                    f"{self.max_fraction}: {first}. All are in {self.path or 'the log'}; repair or remove them, or "
                     "raise data.max_bad_fraction"
                 )
 
-    def sound(self, index: int) -> None:
+    def mark_good(self, index: int) -> None:
         """Take back what an earlier start said of a sample."""
         if self.bad:
             self.bad.pop(self.source.key(index), None)

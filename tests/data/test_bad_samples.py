@@ -9,9 +9,9 @@ import os
 import pytest
 import torch
 
+from reca.data.bad_samples import BadSamples
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
-from reca.data.ledger import Ledger
 from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
 from reca.data.sources import open_source
@@ -46,7 +46,7 @@ def root(tmp_path):
 def read_as(rank, root, path, start):
     torch.set_num_threads(1)  # a forked process lacks the other threads of OpenMP, and would wait for them
     start.wait()
-    stream = loader(root, rank=rank, world=4, micro_batch=2, ledger=path)
+    stream = loader(root, rank=rank, world=4, micro_batch=2, bad_samples=path)
     take(stream, 8)
     os._exit(0 if stream.bad == 2 else 1)
 
@@ -66,14 +66,14 @@ def test_four_ranks_write_each_bad_file_once(root, tmp_path):
 def test_the_share_counts_all_ranks(root, tmp_path):
     path = tmp_path / "bad.jsonl"
     source = open_source(str(root), "reca")
-    one, two = (Ledger(path, source, max_fraction=0.2) for _ in range(2))
+    one, two = (BadSamples(path, source, max_fraction=0.2) for _ in range(2))
     one.add(6, "junk")
     assert (one.count(), two.count()) == (1, 1)
     with pytest.raises(DataError, match=r"2 of 8 samples are unreadable.*bad0.png \(junk\); bad1.png \(x\)"):
         two.add(7, "x")
     with pytest.raises(DataError, match="2 of 8 samples"):  # a start that finds the same ones ends as the one before it
-        Ledger(path, source, max_fraction=0.2).add(7, "x")
-    Ledger(path, source, max_fraction=0.3).add(7, "x")
+        BadSamples(path, source, max_fraction=0.2).add(7, "x")
+    BadSamples(path, source, max_fraction=0.3).add(7, "x")
     assert keys(path) == ["bad0.png", "bad1.png"]
 
 
@@ -81,24 +81,24 @@ def test_the_share_is_not_exceeded_where_it_is_reached(tmp_path):
     """0.29 * 100 is a little less than 29 in floating point."""
     source = open_source(str(fill(tmp_path, {f"{i}.png": b"" for i in range(100)})), "reca")
     for share in range(100):
-        ledger = Ledger(None, source, share / 100)
+        bad_samples = BadSamples(None, source, share / 100)
         for index in range(share):
-            ledger.add(index, "junk")
+            bad_samples.add(index, "junk")
         with pytest.raises(DataError, match=f"{share + 1} of 100 samples"):
-            ledger.add(share, "junk")
+            bad_samples.add(share, "junk")
 
 
 def test_the_share_is_of_pictures_and_not_of_rows_about_them(tmp_path):
     rows = [row("human", str(i), "gpt", "A", image=name) for i in range(50) for name in ("a.png", "b.png")]
-    ledger = Ledger(None, open_source(str(conversations(tmp_path, *rows)), "i2t"), 0.4)
+    bad_samples = BadSamples(None, open_source(str(conversations(tmp_path, *rows)), "i2t"), 0.4)
     with pytest.raises(DataError, match="1 of 2 samples"):
-        ledger.add(1, "junk")
+        bad_samples.add(1, "junk")
 
 
 def test_starts_write_each_bad_file_once(root, tmp_path):
     path = tmp_path / "bad.jsonl"
     for start in range(3):
-        stream = loader(root, ledger=path, start=start)
+        stream = loader(root, bad_samples=path, start=start)
         take(stream, 8)
         assert stream.bad == 2
     assert sorted(keys(path)) == ["bad0.png", "bad1.png"]
@@ -107,29 +107,29 @@ def test_starts_write_each_bad_file_once(root, tmp_path):
 
 def test_repaired_and_removed_files_count_no_longer(root, tmp_path):
     path = tmp_path / "bad.jsonl"
-    take(loader(root, ledger=path), 8)
+    take(loader(root, bad_samples=path), 8)
     (root / "bad0.png").write_bytes(picture())
-    assert loader(root, ledger=path).bad == 1
+    assert loader(root, bad_samples=path).bad == 1
     (root / "bad1.png").unlink()
-    assert loader(root, ledger=path).bad == 0
+    assert loader(root, bad_samples=path).bad == 0
     (root / "bad0.png").write_bytes(b"other junk")
-    stream = loader(root, ledger=path)
+    stream = loader(root, bad_samples=path)
     take(stream, 8)
     assert stream.bad == 1 and keys(path).count("bad0.png") == 2  # another file than the one of the first line
 
 
 def test_a_file_that_was_away_counts_no_longer_when_it_is_back(root, tmp_path):
     source = open_source(str(root), "reca")
-    ledger = Ledger(tmp_path / "bad.jsonl", source, 0.5)
-    ledger.add(0, "OSError: the disk is away")
-    ledger.sound(0)
-    assert ledger.bad == {}
+    bad_samples = BadSamples(tmp_path / "bad.jsonl", source, 0.5)
+    bad_samples.add(0, "OSError: the disk is away")
+    bad_samples.mark_good(0)
+    assert bad_samples.bad == {}
 
 
 def test_torn_lines_and_lines_of_other_data_do_not_matter(root, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"key": "other.png", "sample": 99, "bytes": 1, "reason": ""}\n[]\nnull\n{"key": "bad0')
-    stream = loader(root, ledger=path)
+    stream = loader(root, bad_samples=path)
     take(stream, 8)
     assert stream.bad == 2
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()[4:]] in (
@@ -138,15 +138,15 @@ def test_torn_lines_and_lines_of_other_data_do_not_matter(root, tmp_path):
     )
 
 
-def test_a_ledger_that_cannot_be_written_still_counts(root, tmp_path, caplog):
+def test_a_list_of_bad_samples_that_cannot_be_written_still_counts(root, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
-    stream = loader(root, ledger=tmp_path / "file" / "bad.jsonl")
+    stream = loader(root, bad_samples=tmp_path / "file" / "bad.jsonl")
     take(stream, 8)
     assert stream.bad == 2 and "cannot be written" in caplog.text
 
 
 def test_the_first_bad_sample_is_said(root, tmp_path, caplog):
-    take(loader(root, ledger=tmp_path / "bad.jsonl"), 8)
+    take(loader(root, bad_samples=tmp_path / "bad.jsonl"), 8)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "is left out: no image in a format that is read" in warnings[0]
 
@@ -156,7 +156,7 @@ def test_captions_that_are_none_are_bad_samples(tmp_path, workers):
     files = {f"{i}.png": picture() for i in range(4)} | {"0.txt": b"a", "1.txt": b"", "2.txt": b"\x92", "3.txt": b"b"}
     stream = loader(fill(tmp_path, files), "t2i", config={"workers": workers})
     assert {text for batch in take(stream, 8) for text in batch.text} == {"a", "b"}
-    assert {key: reason[:22] for key, reason in stream.ledger.bad.items()} == {
+    assert {key: reason[:22] for key, reason in stream.bad_samples.bad.items()} == {
         "1.png": "the caption is empty",
         "2.png": "caption: the text is n",
     }
@@ -181,7 +181,7 @@ def test_files_that_vanish_are_bad_samples(root):
     stream = loader(root)
     (root / "0.png").unlink()
     take(stream, 8)
-    assert "FileNotFoundError" in stream.ledger.bad["0.png"] and stream.bad == 3
+    assert "FileNotFoundError" in stream.bad_samples.bad["0.png"] and stream.bad == 3
 
 
 def test_nothing_readable_names_the_last_sample(tmp_path):

@@ -7,7 +7,7 @@ import os
 log = logging.getLogger("reca")
 
 
-class LeftOut:
+class Skipped:
     """Counts by reason, each with the first name it was met at."""
 
     def __init__(self) -> None:
@@ -28,14 +28,14 @@ class LeftOut:
     def __str__(self) -> str:
         return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
 
-    def say(self, where: str) -> None:
+    def warn(self, where: str) -> None:
         """One warning with all counts, if there are any."""
         if self.counts:
-            say(logging.WARNING, f"{where}: left out are {self}")
+            log_once(logging.WARNING, f"{where}: left out are {self}")
 
 
 @functools.cache
-def say(level: int, message: str) -> None:
+def log_once(level: int, message: str) -> None:
     """Log a message once per process, and on rank 0 only: every rank opens the same sources."""
     if os.environ.get("RANK", "0") == "0":
         log.log(level, "%s", message)

@@ -1,0 +1,79 @@
+"""The samples of an update, split into micro-batches over ranks and gradient accumulation steps."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+
+class MicroBatch(NamedTuple):
+    """Samples that one rank runs forward and backward at once."""
+
+    start: int  # its first sample, counted from the first of the update
+    size: int  # number of samples
+    counted: bool = True  # False: a copy of another rank's micro-batch, run for FSDP2's collectives and counted there
+
+
+def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[MicroBatch]]:
+    """Split an update into micro-batches: a list for every rank, with one entry an accumulation step.
+
+    All ranks make the same number of steps, because FSDP2 communicates in each. On R ranks, micro-batch p R + r is that
+    of rank r in step p. Sizes differ by at most one, are at most `micro_batch`, and larger ones come first, so that an
+    update takes as long as ceil(batch_size / R) samples on one rank. With fewer samples than micro-batches, each has
+    one sample or a copy of one.
+
+    Raises ValueError for a number below 1.
+    """
+    if min(batch_size, micro_batch, ranks) < 1:
+        raise ValueError(
+            f"batch_size, micro_batch and ranks must be at least 1, got {batch_size}, {micro_batch} and {ranks}"
+        )
+    count = ranks * -(-batch_size // (micro_batch * ranks))
+    size, larger = divmod(batch_size, count)
+
+    def nth(i: int) -> MicroBatch:
+        if i >= batch_size:
+            return MicroBatch(i % batch_size, 1, counted=False)
+        return MicroBatch(i * size + min(i, larger), size + (i < larger))
+
+    return [[nth(i) for i in range(rank, count, ranks)] for rank in range(ranks)]
+
+
+def accumulation_steps(config: Any, ranks: int) -> int:
+    """Count the micro-batches of one task on each rank in one update. config: its TaskConfig."""
+    return len(split_batch(config.batch_size, config.micro_batch, ranks)[0])
+
+
+def micro_batch_sizes(batch_size: int, micro_batch: int, ranks: int) -> list[int]:
+    """List the distinct sizes of the micro-batches, largest first. Copies do not count."""
+    split = split_batch(batch_size, micro_batch, ranks)
+    return sorted({one.size for rank in split for one in rank if one.counted}, reverse=True)
+
+
+def describe_split(batch_size: int, micro_batch: int, ranks: int) -> str:
+    """Describe the samples of a rank, its passes, and the sizes of micro-batches."""
+    split = split_batch(batch_size, micro_batch, ranks)
+    own = [sum(one.size for one in rank if one.counted) for rank in split]
+    count = len(split[0])
+    samples = str(own[0]) if len(set(own)) == 1 else f"{min(own)} to {max(own)}"
+    each = " or ".join(map(str, micro_batch_sizes(batch_size, micro_batch, ranks)))
+    return f"{samples} per GPU, {count} pass{'es' * (count > 1)} of {each}"
+
+
+def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None:
+    """Describe how the update on `ranks` GPUs differs from the recipe's; None if it does not.
+
+    objective: an ObjectiveConfig. A mean over the update does not depend on micro-batches.
+    """
+    differing = []
+    for task in tasks if objective.mean == "micro_batch" else ():
+        config = getattr(objective, task)
+        actual = micro_batch_sizes(config.batch_size, config.micro_batch, ranks)
+        if actual != [config.micro_batch]:
+            differing.append(f"{task} {' or '.join(map(str, actual))} instead of {config.micro_batch}")
+    if not differing:
+        return None
+    return (
+        f"the samples of the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not the recipe's: "
+        f"{'; '.join(differing)}. "
+        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the update "
+        "changes a little where samples carry different numbers of tokens; objective.mean=update averages over all"
+    )
