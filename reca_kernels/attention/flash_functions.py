@@ -70,10 +70,10 @@ def problems() -> list[str]:
     return [found(module).problem for module in modules if found(module).problem]
 
 
-def flash_module(capability: tuple[int, int], head_dim: int, same: bool) -> tuple[str | None, str]:
+def flash_module(capability: tuple[int, int], head_dim: int, deterministic: bool) -> tuple[str | None, str]:
     """The module to take on a GPU of this compute capability, or None and why there is none."""
     installed = [module for module in MODULES if found(module).function]
-    reasons = {module: _unfit(module, capability, head_dim, same) for module in installed}
+    reasons = {module: _unfit(module, capability, head_dim, deterministic) for module in installed}
     for module, reason in reasons.items():
         if reason is None:
             return module, ""
@@ -81,7 +81,7 @@ def flash_module(capability: tuple[int, int], head_dim: int, same: bool) -> tupl
     return None, ", ".join(told) or "flash-attn is not installed"
 
 
-def _unfit(module: str, capability: tuple[int, int], head_dim: int, same: bool) -> str | None:
+def _unfit(module: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
     """Why a package has no kernels for such tensors, from what its interface.py asserts."""
     major = capability[0]
     if module == "flash_attn_interface" and major != 9:
@@ -91,23 +91,23 @@ def _unfit(module: str, capability: tuple[int, int], head_dim: int, same: bool) 
             return f"has a backward on compute capability 9.x to 12.x, the device has {major}.{capability[1]}"
         if major > 9 and head_dim > 128 and not (head_dim == 256 and major in (10, 11)):
             return f"takes head dimensions up to 128 on compute capability {major}.x, got {head_dim}"
-        if same and major == 12:
+        if deterministic and major == 12:
             return "has no deterministic gradient on compute capability 12.x"
     return None
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps what was chosen when it was traced
-def _module_for(device: torch.device, head_dim: int, same: bool) -> str:
+def _module_for(device: torch.device, head_dim: int, deterministic: bool) -> str:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    module, reason = flash_module(capability, head_dim, same)
+    module, reason = flash_module(capability, head_dim, deterministic)
     if module is None:
         raise RuntimeError(f"attention: impl 'flash' cannot run: {reason}")
     return module
 
 
-def flash_function(device: torch.device, head_dim: int, same: bool) -> Callable:
+def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> Callable:
     """The function of the module that `flash_module` names. Raises RuntimeError where there is none."""
-    return getattr(sys.modules[_module_for(device, head_dim, same)], NAME)
+    return getattr(sys.modules[_module_for(device, head_dim, deterministic)], NAME)
 
 
 # ---- torch ----

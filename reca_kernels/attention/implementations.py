@@ -1,11 +1,11 @@
-"""The ways to run an attention plan, and which of them can run where.
+"""Run an attention plan, in several ways, and say which of them can run where.
 
-Each takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
+Each way takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
 gradient must be the same in every run; it returns what q's rows get. All are exact and differ in rounding only.
 
     flash    flash-attn's variable-length function: FlashAttention 3 (Hopper), 2 or 4, whichever is installed and works
     varlen   the one inside torch (torch.nn.attention.varlen)
-    sdpa     torch's scaled_dot_product_attention, segment by segment; any device and dtype
+    sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype
     flex     FlexAttention: one compiled kernel that skips blocks in which nobody sees anybody
     dense    scaled_dot_product_attention with one mask over the padded batch
 """
@@ -24,7 +24,7 @@ from reca_kernels.attention.flash_functions import (
     varlen_is_told_of_groups,
     varlen_parameters,
 )
-from reca_kernels.attention.plan import AttentionPlan, Call, Cut, Segment
+from reca_kernels.attention.plan import AttentionPlan, Call, QueryGroup, QueryPiece
 from reca_kernels.attention.reference import allowed
 from reca_kernels.host import on_device, outside_of_modes
 
@@ -53,7 +53,7 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _put(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """[rows, ...] with x at index, and 0 elsewhere."""
+    """Return [rows, ...] with x at index, and 0 elsewhere."""
     if index is None:
         return x
     make = x.new_empty if x.shape[0] == rows else x.new_zeros
@@ -69,7 +69,7 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Call, float, bool], Tensor]
 
 
 def _by_calls(
-    call_one: Varlen, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool
+    call_one: Varlen, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool
 ) -> Tensor:
     # The kernels want the channels of a head side by side, heads and rows at any distance.
     rows, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in map(_flat, (q, k, v)))
@@ -77,18 +77,18 @@ def _by_calls(
     queries = _take(rows, order).split([call.rows for call in calls])
     k, v = _take(k, unpadded), _take(v, unpadded)
     outs = [
-        call_one(one, _take(k, call.keys), _take(v, call.keys), call, scale, same)
+        call_one(one, _take(k, call.keys), _take(v, call.keys), call, scale, deterministic)
         for one, call in zip(queries, calls, strict=True)
     ]
     return _put(outs[0] if len(outs) == 1 else torch.cat(outs), order, rows.shape[0]).view(q.shape)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
-    return _by_calls(_flash_call, q, k, v, plan, scale, same)
+def flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    return _by_calls(_flash_call, q, k, v, plan, scale, deterministic)
 
 
-def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
-    out = flash_function(q.device, q.shape[-1], same)(
+def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
+    out = flash_function(q.device, q.shape[-1], deterministic)(
         q,
         k,
         v,
@@ -98,16 +98,16 @@ def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same:
         max_seqlen_k=call.max_k,
         softmax_scale=scale,
         causal=call.causal,
-        deterministic=same,
+        deterministic=deterministic,
     )
     return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 returned (out, lse) for some months
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
-    return _by_calls(_varlen_call, q, k, v, plan, scale, same)
+def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    return _by_calls(_varlen_call, q, k, v, plan, scale, deterministic)
 
 
-def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same: bool) -> Tensor:
+def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_is_told_of_groups() else {}
@@ -128,15 +128,15 @@ def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, same
 # ---- torch's scaled_dot_product_attention ----
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
-    if plan.alike and q.ndim == 4:
-        out = _sample(*(x.transpose(1, 2) for x in (q, k, v)), plan.segments[0], plan.cuts[0], scale)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    if plan.uniform and q.ndim == 4:
+        out = _sample(*(x.transpose(1, 2) for x in (q, k, v)), plan.groups[0], plan.pieces[0], scale)
         return out.transpose(1, 2)
     sizes = (plan.query_sizes, plan.key_sizes, plan.key_sizes)
     lines = (_lines(x, size) for x, size in zip((q, k, v), sizes, strict=True))
     outs = [
-        _sample(*one, segments, cuts, scale)
-        for *one, segments, cuts in zip(*lines, plan.segments, plan.cuts, strict=True)
+        _sample(*one, groups, pieces, scale)
+        for *one, groups, pieces in zip(*lines, plan.groups, plan.pieces, strict=True)
     ]
     if q.ndim == 4:
         return torch.cat(outs).transpose(1, 2)
@@ -144,53 +144,53 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, sam
 
 
 def _lines(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Per sample [1, H, L, d]. Cut once for all, so that the gradient is put together once."""
+    """Split x into [1, H, L, d] per sample, all at once, so that the gradient is put together once."""
     parts = x.unbind(0) if x.ndim == 4 else x.split(list(sizes))
     return [part.transpose(0, 1)[None] for part in parts]
 
 
 def _sample(
-    q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], cuts: tuple[Cut, ...], scale: float
+    q: Tensor, k: Tensor, v: Tensor, groups: tuple[QueryGroup, ...], pieces: tuple[QueryPiece, ...], scale: float
 ) -> Tensor:
-    """Segments of one sample, or of samples that are alike, [B, H, L, d]."""
-    parts = q.split([cut.length for cut in cuts], dim=2)
-    pieces = [torch.zeros_like(part) if cut.segment < 0 else part for part, cut in zip(parts, cuts, strict=True)]
-    for number, segment in enumerate(segments):
-        own = [i for i, cut in enumerate(cuts) if cut.segment == number]
+    """Attend within one sample, or within uniform samples, [B, H, L, d]."""
+    parts = q.split([piece.length for piece in pieces], dim=2)
+    outs = [torch.zeros_like(part) if piece.group < 0 else part for part, piece in zip(parts, pieces, strict=True)]
+    for number, group in enumerate(groups):
+        own = [i for i, piece in enumerate(pieces) if piece.group == number]
         queries = _gathered([parts[i] for i in own])
-        keys = _gathered([k.narrow(2, start, stop - start) for start, stop in segment.keys])
-        values = _gathered([v.narrow(2, start, stop - start) for start, stop in segment.keys])
-        before = keys.shape[2] - queries.shape[2]  # keys that all rows of a causal segment see
+        keys = _gathered([k.narrow(2, start, stop - start) for start, stop in group.keys])
+        values = _gathered([v.narrow(2, start, stop - start) for start, stop in group.keys])
+        before = keys.shape[2] - queries.shape[2]  # keys that all rows of a causal group see
         sees = None
-        if segment.causal and before:
+        if group.causal and before:
             sees = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(before)
         out = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
             attn_mask=sees,
-            is_causal=segment.causal and not before,
+            is_causal=group.causal and not before,
             scale=scale,
             enable_gqa=bool(q.shape[1] != k.shape[1]),
         )
-        for i, piece in zip(own, out.split([cuts[i].length for i in own], dim=2), strict=True):
-            pieces[i] = piece
-    return _gathered(pieces)
+        for i, part in zip(own, out.split([pieces[i].length for i in own], dim=2), strict=True):
+            outs[i] = part
+    return _gathered(outs)
 
 
 def _gathered(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
-    sees, blind = _dense_mask(plan)
+def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    sees, fully_masked = _dense_mask(plan)
     padded = (_padded(x, size) for x, size in zip((q, k, v), (plan.query_sizes, *[plan.key_sizes] * 2), strict=True))
     out = F.scaled_dot_product_attention(
         *padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2])
     )
     out = out.transpose(1, 2)
-    if blind is not None:
-        out = out.masked_fill(blind, 0)
+    if fully_masked is not None:
+        out = out.masked_fill(fully_masked, 0)
     return out if q.ndim == 4 else torch.cat([line[:n] for line, n in zip(out, plan.query_sizes, strict=True)])
 
 
@@ -208,30 +208,30 @@ def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
 
 @outside_of_modes
 def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
-    """bool [B, 1, Lq, Lk], and bool [B, Lq, 1, 1] of the rows to set to 0; None: none.
+    """Return the mask, bool [B, 1, Lq, Lk], and the fully masked rows to set to 0, bool [B, Lq, 1, 1]; None: none.
 
-    Torch's CPU kernel gives 0 to a row that sees nothing. Elsewhere a softmax over nothing may be NaN, so such rows get
-    the first key to see and lose what they made of it.
+    Torch's CPU kernel gives 0 to a fully masked row. Elsewhere its softmax may be NaN, so it gets the first key to
+    attend to, and its result is replaced.
     """
     sees = torch.zeros(len(plan.samples), max(plan.query_sizes), max(plan.key_sizes), dtype=torch.bool)
     for line, sample in zip(sees, plan.samples, strict=True):
         own = allowed(sample)
         line[: own.shape[0], : own.shape[1]] = own
-    blind = ~sees.any(-1, keepdim=True)
+    fully_masked = ~sees.any(-1, keepdim=True)
     if plan.device.type == "cpu":
-        for line, size in zip(blind, plan.query_sizes, strict=True):
+        for line, size in zip(fully_masked, plan.query_sizes, strict=True):
             line[size:] = False  # cut away in the end
     else:
-        sees[..., :1] |= blind
-    if not bool(blind.any()):
+        sees[..., :1] |= fully_masked
+    if not bool(fully_masked.any()):
         return on_device(sees[:, None], plan.device), None
-    return on_device(sees[:, None], plan.device), on_device(blind[..., None], plan.device)
+    return on_device(sees[:, None], plan.device), on_device(fully_masked[..., None], plan.device)
 
 
 # ---- FlexAttention ----
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     rows = _flat(q)
@@ -256,34 +256,34 @@ def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
+    """Return the query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    runs = [(number, run) for number, sample in enumerate(plan.samples) for run in sample]
+    spans = [(number, span) for number, sample in enumerate(plan.samples) for span in sample]
     table = torch.tensor(
         [
             (
                 i,
                 number,
-                run.mode != "causal",
-                run.mode == "noise",
-                run.visible_to_earlier,
-                run.mode == "pad",
-                run.cached,
+                span.mode != "causal",
+                span.mode == "noise",
+                span.visible_to_earlier,
+                span.mode == "pad",
+                span.cached,
             )
-            for i, (number, run) in enumerate(runs)
+            for i, (number, span) in enumerate(spans)
         ],
         dtype=torch.int32,
     )
-    table = table.view(-1, 7).repeat_interleave(torch.tensor([run.length for _, run in runs], dtype=torch.int64), 0)
+    table = table.view(-1, 7).repeat_interleave(torch.tensor([span.length for _, span in spans], dtype=torch.int64), 0)
     solid, asked = table[:, 5] == 0, table[:, 6] == 0
-    (run_k, sample_k, _, noise_k, early_k), place_k = _columns(table, solid, plan.device)
-    (run_q, sample_q, whole_q, _, _), place_q = _columns(table, solid & asked, plan.device)
+    (span_k, sample_k, _, noise_k, early_k), place_k = _columns(table, solid, plan.device)
+    (span_q, sample_q, whole_q, _, _), place_q = _columns(table, solid & asked, plan.device)
 
     def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = (whole_q[i] > 0) | (place_k[j] <= place_q[i])
-        other = torch.where(run_k[j] < run_q[i], noise_k[j] == 0, early_k[j] > 0)
-        return (sample_k[j] == sample_q[i]) & torch.where(run_k[j] == run_q[i], own, other)
+        other = torch.where(span_k[j] < span_q[i], noise_k[j] == 0, early_k[j] > 0)
+        return (sample_k[j] == sample_q[i]) & torch.where(span_k[j] == span_q[i], own, other)
 
     blocks = create_block_mask(sees, None, None, len(place_q), len(place_k), device=plan.device)
     queries, keys = (
@@ -294,7 +294,7 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
 
 
 def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """AttentionSpan, sample and rules of the chosen rows, int32 each, and which rows those are."""
+    """Return span, sample and rules of the chosen rows, int32 each, and which rows those are."""
     return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 
@@ -305,12 +305,22 @@ IMPLS: dict[str, Callable] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "f
 
 
 def unusable(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, same: bool = False, torchs: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool = False,
+    torch_deterministic: bool = False,
 ) -> str | None:
-    """Why an impl cannot run on such tensors; None when it can.
+    """Return why an impl cannot run on such tensors; None when it can.
 
-    same    the gradient must not change between runs
-    torchs  torch.use_deterministic_algorithms is on
+    Args:
+        name: The impl.
+        device: Where the tensors are.
+        dtype: Of the tensors.
+        head_dim: Channels per head.
+        deterministic: The gradient must have the same bits in every run.
+        torch_deterministic: torch.use_deterministic_algorithms is on.
     """
     if name in ("flash", "varlen"):
         if device.type != "cuda":
@@ -326,10 +336,10 @@ def unusable(
         if head_dim % 8 or head_dim > 256:
             return f"it takes head dimensions that are multiples of 8 up to 256, got {head_dim}"
         if name == "flash":
-            module, reason = flash_module(torch.cuda.get_device_capability(device), head_dim, same)
+            module, reason = flash_module(torch.cuda.get_device_capability(device), head_dim, deterministic)
             if module is None:
                 return reason
-    if same and not torchs and device.type == "cuda" and name in ("varlen", "sdpa", "dense"):
+    if deterministic and not torch_deterministic and device.type == "cuda" and name in ("varlen", "sdpa", "dense"):
         return "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
     if name == "flex" and device.type != "cuda":
         return f"it has no backward on {device.type}"

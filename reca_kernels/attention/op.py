@@ -1,4 +1,4 @@
-"""Attention of rows that see runs of other rows: a few FlashAttention calls, no dense mask at real size."""
+"""Attention of rows that attend to spans of other rows: a few FlashAttention calls, no dense mask at real size."""
 
 import functools
 import os
@@ -19,8 +19,9 @@ OP = "attention"
 # Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.
 ORDER = {"cuda": ("flash", "varlen", "sdpa"), "cpu": ("sdpa",)}
 
-# On CPUs a mask costs the pairs that nobody sees, segments cost calls. Nanoseconds, forward and backward, of one pair
-# in one channel of one head, and of one more call; torch's CPU kernel skips what is above a diagonal in blocks.
+# CPU cost model: a dense mask computes masked pairs too; a call per query group pays its overhead. Nanoseconds, forward
+# and backward, of one pair in one channel of one head, and of one more call. Torch's CPU kernel skips what is above a
+# diagonal in blocks.
 PAIR_NS, CALL_NS, BLOCK = 0.4, 150_000, 512
 
 
@@ -35,19 +36,19 @@ def attention(
     impl: str | None = None,
     deterministic: bool | None = None,
 ) -> Tensor:  # as q
-    """softmax(scale * q k^T) v over the pairs (row, key) that `plan` lets see each other.
+    """Compute softmax(scale * q k^T) v over the pairs (row, key) that `plan` allows.
 
-    Exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and give no gradient.
-    NaN and infinity in rows that no other row attends to, of noise and of padding, reach no other row; on GPUs the
-    gradient of noise that holds them reaches what the noise has seen.
+    The result is exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and
+    give no gradient. NaN and infinity in rows that no other row attends to (noise and padding) reach no other row; on
+    GPUs the gradient of noise that holds them reaches what the noise attends to.
 
-    Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose runs
+    Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose spans
                    say where its padding is. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
-    prefix         keys and values of the plan's cached runs, [Tp, Hk, d] or [B, Lp, Hk, d]; k and v are then of the
-                   other runs. Without it k and v hold the rows of all runs. A prefix made under no_grad gets no
+    prefix         keys and values of the plan's cached spans, [Tp, Hk, d] or [B, Lp, Hk, d]; k and v are then of the
+                   other spans. Without it k and v hold the rows of all spans. A prefix made under no_grad gets no
                    gradient, and the result is exact.
     scale          default 1 / sqrt(d)
-    impl           "auto", "flash", "varlen", "sdpa", "flex" or "dense" (see `attention_impls`); default: the
+    impl           "auto", "flash", "varlen", "sdpa", "flex" or "dense" (see implementations.py); default: the
                    environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where it cannot run.
     deterministic  the gradient has the same bits in every run; default: torch.are_deterministic_algorithms_enabled()
 
@@ -65,31 +66,31 @@ def attention(
     if prefix is not None:
         k, v = _after(prefix, k, v, plan)
     _check(q, k, v, plan)
-    same = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
-    name = _choose(q.device, q.dtype, int(q.shape[-1]), same, forced)
-    if not any(plan.segments):  # no row sees anything
+    name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
+    if not any(plan.groups):  # no row sees anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
     if forced == "auto" and q.device.type == "cpu" and dense_is_faster(plan, *map(int, q.shape[-2:])):
         name = "dense"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return IMPLS[name](q, k, v, plan, scale, same)
+        return IMPLS[name](q, k, v, plan, scale, deterministic)
 
-    # The segments of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
+    # The groups of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
     if has_hidden(plan) and (name == "dense" or (q.device.type == "cpu" and not torch.compiler.is_compiling())):
         return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """A zero tensor with memory: torch's attention reads beyond its only element."""
+    """Give a zero tensor memory: torch's attention reads beyond its only element."""
     return torch.where(x.new_ones((), dtype=torch.bool), x, 0) if x._is_zerotensor() else x
 
 
 def _after(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:
-    """Keys and values of all runs: per sample the prefix and what comes behind."""
+    """Return keys and values of all spans: per sample the prefix and what comes behind."""
     joined = []
     for name, old, new in (("k", prefix[0], k), ("v", prefix[1], v)):
         if (old.ndim, old.shape[-2:], old.dtype, old.device) != (new.ndim, new.shape[-2:], new.dtype, new.device):
@@ -129,7 +130,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
             lines = f"{len(sizes)} samples of {', '.join(map(str, sorted(set(sizes))))} {name} rows"
             raise ValueError(
                 f"{OP}: the plan has {lines}, but the tensors have {x.shape[0]} of {x.shape[1]}. In a padded batch "
-                "every sample that is shorter than a line needs a pad run"
+                "every sample that is shorter than a line needs a pad span"
             )
         if x.ndim == 3 and x.shape[0] != sum(sizes):
             raise ValueError(f"{OP}: the plan has {sum(sizes)} {name} rows, but the tensors have {x.shape[0]}")
@@ -139,30 +140,45 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
 
 @functools.lru_cache(maxsize=32)
 def dense_is_faster(plan: AttentionPlan, heads: int, head_dim: int) -> bool:
-    """Whether on a CPU one call with a mask takes less time than a call per segment."""
-    segments = [segment for sample in plan.segments for segment in sample]
+    """Return whether on a CPU one call with a mask takes less time than a call per query group."""
+    groups = [group for sample in plan.groups for group in sample]
     pairs = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes)
-    for rows, keys, causal in ((total(one.rows), total(one.keys), one.causal) for one in segments):
+    for rows, keys, causal in ((total(one.rows), total(one.keys), one.causal) for one in groups):
         above = rows * (rows - BLOCK) // 2 if causal and rows == keys > BLOCK else 0
         pairs -= rows * keys - above
-    calls = len(plan.segments[0]) if plan.alike else len(segments)
+    calls = len(plan.groups[0]) if plan.uniform else len(groups)
     return pairs * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
-def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, same: bool, forced: str) -> str:
-    return choose(device, dtype, head_dim, same, forced, torch.are_deterministic_algorithms_enabled())
+def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool, forced: str) -> str:
+    return choose(device, dtype, head_dim, deterministic, forced, torch.are_deterministic_algorithms_enabled())
 
 
 @functools.lru_cache(maxsize=256)
 def choose(
-    device: torch.device, dtype: torch.dtype, head_dim: int, same: bool, forced: str = "auto", torchs: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    deterministic: bool,
+    forced: str = "auto",
+    torch_deterministic: bool = False,
 ) -> str:
-    """The impl that runs on such tensors. `forced` is one by name, or "auto"; torchs: its own determinism is on.
+    """Return the impl that runs on such tensors.
 
-    Raises ValueError for an unknown name and RuntimeError where a forced one cannot run.
+    Args:
+        device: Where the tensors are.
+        dtype: Of the tensors.
+        head_dim: Channels per head.
+        deterministic: The gradient must have the same bits in every run.
+        forced: An impl by name, or "auto".
+        torch_deterministic: torch.use_deterministic_algorithms is on.
+
+    Raises:
+        ValueError: For an unknown name.
+        RuntimeError: Where a forced impl cannot run.
     """
-    asked = (device, dtype, head_dim, same, torchs)
+    asked = (device, dtype, head_dim, deterministic, torch_deterministic)
     if forced == "auto":
         able = (name for name in ORDER.get(device.type, ("sdpa",)) if not unusable(name, *asked))
         return next(able, "sdpa")
@@ -177,8 +193,11 @@ def choose(
 
 
 def report(devices: Sequence[str]) -> list[str]:
-    """Lines of the backend report: what bf16 tensors of 64 channels run on and why not on what is better; what is
-    installed and cannot be imported, whatever the device."""
+    """Return lines of the backend report.
+
+    They say what bf16 tensors of 64 channels run on, and why not on what is better; and, whatever the device, what is
+    installed and cannot be imported.
+    """
     return [*map(_reported, devices), *(f"{OP}: {problem}; reinstall or remove it" for problem in problems())]
 
 

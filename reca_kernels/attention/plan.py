@@ -1,9 +1,9 @@
-"""Which rows of a batch see which, and that as a few calls of FlashAttention. Host side; a dense mask is never made.
+"""Plan the attention of a batch on the host: which rows attend to which keys, as a few calls of FlashAttention.
 
-Every row of the four models sees whole runs of other rows and, of its own run, everything or what is not behind it. So
-rows group into segments that see the same keys: a full segment is attention without a mask, a causal one is aligned
-bottom-right (its last row sees its last key). The segments of all samples make a few variable-length calls. Every row
-is in exactly one of them, so no results are merged.
+A dense mask is never made. Every row of the four models attends to whole spans of other rows and, of its own span, to
+everything or to the rows up to itself. So the rows of a sample fall into query groups with the same keys. A full group
+is attention without a mask. A causal group is aligned bottom-right: its last row attends to its last key. The groups of
+all samples make a few variable-length calls. Every row is in exactly one of them, so no results are merged.
 """
 
 import functools
@@ -18,18 +18,21 @@ from reca_kernels.host import in_mode, no_modes, on_device
 
 MODES = ("causal", "full", "noise", "pad")
 
-Span = tuple[int, int]  # [start, stop)
+Interval = tuple[int, int]  # [start, stop)
 
 
 class AttentionSpan(NamedTuple):
-    """Rows of a sample that follow one rule. They see all runs before them, except noise and padding.
+    """Describe consecutive rows of a sample that follow one rule.
 
-    mode         causal: and of their own run the rows up to themselves
-                 full:   and their whole run
-                 noise:  as full, and no other run sees this one (the noised target of BAGEL)
-                 pad:    nothing; nobody sees them, their output is 0
-    visible_to_earlier  rows of earlier runs see this run too (the CLIP features of Show-o)
-    cached       the run has keys and values but no queries: a prefix that was computed before. Such runs come first.
+    They attend to all earlier spans, except noise and padding.
+
+    Attributes:
+        length: Number of rows.
+        mode: `causal` attends to earlier spans and to earlier rows of its own span. `full` attends to its whole span
+            too. `noise` is `full`, and no other span attends to it (the noised target of BAGEL). `pad` attends to
+            nothing, nothing attends to it, and its output is 0.
+        visible_to_earlier: Rows of earlier spans attend to this span too (the CLIP features of Show-o).
+        cached: The span has keys and values but no queries: a prefix that was computed before. Such spans come first.
     """
 
     length: int
@@ -38,28 +41,31 @@ class AttentionSpan(NamedTuple):
     cached: bool = False
 
 
-class Segment(NamedTuple):
-    """Rows of one sample that see the same keys. Both in rows of the sample; causal: the last row sees the last key."""
+class QueryGroup(NamedTuple):
+    """Rows of one sample that attend to the same keys, both counted in the sample.
 
-    rows: tuple[Span, ...]
-    keys: tuple[Span, ...]
+    causal: the last row attends to all keys, the row before it to all but the last, and so on.
+    """
+
+    rows: tuple[Interval, ...]
+    keys: tuple[Interval, ...]
     causal: bool
 
 
-class Cut(NamedTuple):
-    """The next rows of a sample, and the number of the segment that they belong to; -1: padding."""
+class QueryPiece(NamedTuple):
+    """The next rows of a sample, and the number of their group; -1: padding."""
 
     length: int
-    segment: int
+    group: int
 
 
 class Call(NamedTuple):
-    """One variable-length attention call over segments of several samples.
+    """One variable-length attention call over groups of several samples.
 
     rows     number of its query rows
     keys     int64 [sum of keys]: which of the unpadded key rows it reads; None: all of them, in order
-    cu_q     int32 [n + 1]: running sum of query rows per segment; cu_k likewise of keys
-    max_q    query rows of the longest segment; max_k likewise of keys
+    cu_q     int32 [n + 1]: running sum of query rows per group; cu_k likewise of keys
+    max_q    query rows of the longest group; max_k likewise of keys
     """
 
     rows: int
@@ -72,8 +78,11 @@ class Call(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """order: int64, the query row at each place of the calls, one call after another; None: all rows, in order.
-    unpadded: int64, key rows without padding; None: there is no padding."""
+    """All calls of a plan.
+
+    order     int64: the query row at each place of the calls, one call after another; None: all rows, in order
+    unpadded  int64: key rows without padding; None: there is no padding
+    """
 
     order: Tensor | None
     unpadded: Tensor | None
@@ -82,28 +91,29 @@ class Calls(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What the rows of B samples see, and where its index tensors live. Made by `attention_plan`.
+    """What the rows of B samples attend to, and where the index tensors live. Made by `attention_plan`.
 
-    samples       per sample its runs; rows are counted through them, samples one after another or one per line
-    query_sizes   per sample its query rows: those of runs that are not cached, padding included
-    key_sizes     per sample its key rows: those of all runs
-    segments      per sample, what `Segment` says
-    cuts          per sample, its query rows in order
-    pairs         pairs (row, key) that see each other; a forward pass takes 4 * heads * head_dim * pairs FLOPs
-    alike         all samples have the same sizes and segments, so one call per segment serves the whole batch
+    samples       per sample its spans; rows are counted through them, samples one after another or one per line
+    query_sizes   per sample its query rows: those of spans that are not cached, padding included
+    key_sizes     per sample its key rows: those of all spans
+    groups        per sample its query groups
+    pieces        per sample its query rows in order
+    pairs         pairs (row, key) that are computed; a forward pass takes 4 * heads * head_dim * pairs FLOPs
+    uniform       all samples have the same sizes and groups, so one call per group serves the whole batch
     """
 
     samples: tuple[tuple[AttentionSpan, ...], ...]
     device: torch.device
     query_sizes: tuple[int, ...]
     key_sizes: tuple[int, ...]
-    segments: tuple[tuple[Segment, ...], ...]
-    cuts: tuple[tuple[Cut, ...], ...]
+    groups: tuple[tuple[QueryGroup, ...], ...]
+    pieces: tuple[tuple[QueryPiece, ...], ...]
     pairs: int
-    alike: bool
-    made: list["Calls"] = field(default_factory=list, repr=False)
+    uniform: bool
+    _cached_calls: list["Calls"] = field(default_factory=list, init=False, repr=False)
 
     def to(self, device: torch.device | str) -> "AttentionPlan":
+        """Return the plan of the same samples on another device."""
         return attention_plan(self.samples, device=device)
 
     @property
@@ -112,18 +122,23 @@ class AttentionPlan:
 
     @property
     def calls(self) -> "Calls":
-        """Made when first needed, on GPUs with the plan, so that a compiled step finds them."""
-        if not self.made:
+        """Return the calls. They are made when first needed; on GPUs with the plan, for compiled steps."""
+        if not self._cached_calls:
             _make_calls(self)
-        return in_mode(self.made[0])
+        return in_mode(self._cached_calls[0])
 
 
 def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.device | str = "cpu") -> AttentionPlan:
-    """Plan the attention of samples made of runs. Plans are kept: the same layout costs nothing the next time.
+    """Plan the attention of samples made of spans.
 
-    device  where q, k and v will be
+    Plans are kept: the same layout costs nothing the next time.
 
-    Raises ValueError for a run that contradicts itself.
+    Args:
+        samples: Per sample its spans, in order.
+        device: Where q, k and v will be.
+
+    Raises:
+        ValueError: For a span that contradicts itself.
     """
     return _plan(tuple(tuple(sample) for sample in samples), torch.device(device))
 
@@ -133,49 +148,49 @@ def _plan(samples: tuple[tuple[AttentionSpan, ...], ...], device: torch.device) 
     for number, sample in enumerate(samples):
         if problem := _problem(sample):
             raise ValueError(f"attention_plan: sample {number}, {problem}")
-    query_sizes = tuple(sum(run.length for run in sample if not run.cached) for sample in samples)
-    key_sizes = tuple(sum(run.length for run in sample) for sample in samples)
-    found = tuple(segments(sample) for sample in samples)
-    pairs = sum(_pairs(segment) for sample in found for segment in sample)
-    alike = len(set(zip(query_sizes, key_sizes, found, strict=True))) == 1
-    cuts = tuple(_cuts(*one) for one in zip(query_sizes, found, strict=True))
-    plan = AttentionPlan(samples, device, query_sizes, key_sizes, found, cuts, pairs, alike)
+    query_sizes = tuple(sum(span.length for span in sample if not span.cached) for sample in samples)
+    key_sizes = tuple(sum(span.length for span in sample) for sample in samples)
+    found = tuple(query_groups(sample) for sample in samples)
+    pairs = sum(_pairs(group) for sample in found for group in sample)
+    uniform = len(set(zip(query_sizes, key_sizes, found, strict=True))) == 1
+    pieces = tuple(_pieces(*one) for one in zip(query_sizes, found, strict=True))
+    plan = AttentionPlan(samples, device, query_sizes, key_sizes, found, pieces, pairs, uniform)
     if device.type == "cuda":
         _make_calls(plan)
     return plan
 
 
 def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
-    for i, run in enumerate(sample):
-        where = f"run {i}: "
-        if run.mode not in MODES:
-            return f"{where}mode must be one of {', '.join(MODES)}, got {run.mode!r}"
-        if run.length < 0:
-            return f"{where}length must be 0 or more, got {run.length}"
-        if run.visible_to_earlier and run.mode in ("noise", "pad"):
-            return f"{where}a {run.mode} run is seen by no other run; drop visible_to_earlier or change the mode"
-        if run.cached and i > 0 and not sample[i - 1].cached:
-            return f"{where}cached runs are a prefix and must come first, but run {i - 1} is not cached"
+    for i, span in enumerate(sample):
+        where = f"span {i}: "
+        if span.mode not in MODES:
+            return f"{where}mode must be one of {', '.join(MODES)}, got {span.mode!r}"
+        if span.length < 0:
+            return f"{where}length must be 0 or more, got {span.length}"
+        if span.visible_to_earlier and span.mode in ("noise", "pad"):
+            return f"{where}a {span.mode} span is seen by no other span; drop visible_to_earlier or change the mode"
+        if span.cached and i > 0 and not sample[i - 1].cached:
+            return f"{where}cached spans are a prefix and must come first, but span {i - 1} is not cached"
     return None
 
 
 @functools.lru_cache(maxsize=4096)
-def segments(sample: tuple[AttentionSpan, ...]) -> tuple[Segment, ...]:
-    """The segments of one sample, in the order of their first rows."""
+def query_groups(sample: tuple[AttentionSpan, ...]) -> tuple[QueryGroup, ...]:
+    """Return the query groups of one sample, in the order of their first rows."""
     ends = [0]
-    for run in sample:
-        ends.append(ends[-1] + run.length)
-    skipped = sum(run.length for run in sample if run.cached)  # query rows are counted without cached ones
+    for span in sample:
+        ends.append(ends[-1] + span.length)
+    skipped = sum(span.length for span in sample if span.cached)  # query rows are counted without cached ones
 
-    def spans(runs: Iterable[int]) -> Iterator[Span]:
-        return ((ends[i], ends[i + 1]) for i in runs)
+    def intervals(spans: Iterable[int]) -> Iterator[Interval]:
+        return ((ends[i], ends[i + 1]) for i in spans)
 
-    groups: list[tuple[list[int], set[int], bool]] = []  # own runs, other runs that they see, causal
-    for i, run in enumerate(sample):
-        if run.cached or run.mode == "pad" or run.length == 0:
+    groups: list[tuple[list[int], set[int], bool]] = []  # own spans, other spans that they see, causal
+    for i, span in enumerate(sample):
+        if span.cached or span.mode == "pad" or span.length == 0:
             continue
         others = {j for j, other in enumerate(sample) if j != i and other.length and _seen(other, j < i)}
-        causal = run.mode == "causal"
+        causal = span.mode == "causal"
         for own, seen, own_causal in groups:
             if causal and own_causal and others == seen | set(own):  # continues those rows
                 own.append(i)
@@ -184,21 +199,21 @@ def segments(sample: tuple[AttentionSpan, ...]) -> tuple[Segment, ...]:
             groups.append(([i], others, causal))
     found = []
     for own, others, causal in groups:
-        rows = _joined((a - skipped, b - skipped) for a, b in spans(own))
-        keys = _joined([*spans(sorted(others)), *spans(own)] if causal else spans(sorted({*others, *own})))
-        found.append(Segment(rows, keys, causal and total(rows) > 1))
+        rows = _joined((a - skipped, b - skipped) for a, b in intervals(own))
+        keys = _joined([*intervals(sorted(others)), *intervals(own)] if causal else intervals(sorted({*others, *own})))
+        found.append(QueryGroup(rows, keys, causal and total(rows) > 1))
     return tuple(found)
 
 
-def _seen(run: AttentionSpan, before: bool) -> bool:
-    """Whether rows of another run see this one; before: it stands before them."""
-    return run.mode in ("causal", "full") and (before or run.visible_to_earlier)
+def _seen(span: AttentionSpan, before: bool) -> bool:
+    """Return whether rows of another span attend to this one; before: it stands before them."""
+    return span.mode in ("causal", "full") and (before or span.visible_to_earlier)
 
 
-def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same rows in the same order in fewer spans."""
-    found: list[Span] = []
-    for start, stop in spans:
+def _joined(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """Return the same rows in the same order in fewer intervals."""
+    found: list[Interval] = []
+    for start, stop in intervals:
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], stop)
         else:
@@ -206,47 +221,47 @@ def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def _cuts(rows: int, segments: tuple[Segment, ...]) -> tuple[Cut, ...]:
-    cuts, end = [], 0
-    for (start, stop), number in sorted((span, i) for i, segment in enumerate(segments) for span in segment.rows):
+def _pieces(rows: int, groups: tuple[QueryGroup, ...]) -> tuple[QueryPiece, ...]:
+    pieces, end = [], 0
+    for (start, stop), number in sorted((interval, i) for i, group in enumerate(groups) for interval in group.rows):
         if start > end:
-            cuts.append(Cut(start - end, -1))
-        cuts.append(Cut(stop - start, number))
+            pieces.append(QueryPiece(start - end, -1))
+        pieces.append(QueryPiece(stop - start, number))
         end = stop
-    if end < rows or not cuts:
-        cuts.append(Cut(rows - end, -1))
-    return tuple(cuts)
+    if end < rows or not pieces:
+        pieces.append(QueryPiece(rows - end, -1))
+    return tuple(pieces)
 
 
-def total(spans: Iterable[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
+def total(intervals: Iterable[Interval]) -> int:
+    return sum(stop - start for start, stop in intervals)
 
 
-def _pairs(segment: Segment) -> int:
-    rows, keys = total(segment.rows), total(segment.keys)
-    return rows * keys - (rows * (rows - 1) // 2 if segment.causal else 0)
+def _pairs(group: QueryGroup) -> int:
+    rows, keys = total(group.rows), total(group.keys)
+    return rows * keys - (rows * (rows - 1) // 2 if group.causal else 0)
 
 
 @torch.compiler.disable  # made once, on the host
 def _make_calls(plan: AttentionPlan) -> None:
     with no_modes():
-        plan.made.append(_calls(plan))
+        plan._cached_calls.append(_calls(plan))
 
 
 def _calls(plan: AttentionPlan) -> Calls:
     query_starts, key_starts = _starts(plan.query_sizes), _starts(plan.key_sizes)
-    grouped: dict[tuple[bool, int], list[int]] = {}  # call -> its (sample, segment)
-    for number, sample in enumerate(plan.segments):
+    grouped: dict[tuple[bool, int], list[int]] = {}  # call -> its (sample, group)
+    for number, sample in enumerate(plan.groups):
         for causal in (False, True):
-            # Counted from the end: the segments that see most share a call, which then needs no gathered keys.
-            for rank, segment in enumerate(reversed([s for s in sample if s.causal == causal])):
-                grouped.setdefault((causal, rank), []).append((number, segment))
+            # Counted from the end: the groups that see most share a call, which then needs no gathered keys.
+            for rank, group in enumerate(reversed([s for s in sample if s.causal == causal])):
+                grouped.setdefault((causal, rank), []).append((number, group))
 
     pads = [
-        (key_starts[number] + start, key_starts[number] + start + run.length)
+        (key_starts[number] + start, key_starts[number] + start + span.length)
         for number, sample in enumerate(plan.samples)
-        for run, start in zip(sample, _starts([run.length for run in sample]), strict=False)
-        if run.mode == "pad"
+        for span, start in zip(sample, _starts([span.length for span in sample]), strict=False)
+        if span.mode == "pad"
     ]
     unpadded = torch.ones(sum(plan.key_sizes), dtype=torch.bool)
     for start, stop in pads:
@@ -256,10 +271,10 @@ def _calls(plan: AttentionPlan) -> Calls:
 
     order, calls = [], []
     for (causal, _), members in sorted(grouped.items()):
-        rows = _rows((query_starts[number], segment.rows) for number, segment in members)
-        keys = place[_rows((key_starts[number], segment.keys) for number, segment in members)]
-        lengths_q = [total(segment.rows) for _, segment in members]
-        lengths_k = [total(segment.keys) for _, segment in members]
+        rows = _rows((query_starts[number], group.rows) for number, group in members)
+        keys = place[_rows((key_starts[number], group.keys) for number, group in members)]
+        lengths_q = [total(group.rows) for _, group in members]
+        lengths_k = [total(group.keys) for _, group in members]
         order.append(rows)
         calls.append(
             Call(
@@ -281,18 +296,18 @@ def _calls(plan: AttentionPlan) -> Calls:
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    """Running sum, [n + 1]."""
+    """Return the running sum, [n + 1]."""
     found = [0]
     for length in lengths:
         found.append(found[-1] + length)
     return found
 
 
-def _rows(parts: Iterable[tuple[int, tuple[Span, ...]]]) -> Tensor:
-    """int64: the rows of spans that are counted from a start each."""
-    return torch.cat([torch.arange(start + a, start + b) for start, spans in parts for a, b in spans])
+def _rows(parts: Iterable[tuple[int, tuple[Interval, ...]]]) -> Tensor:
+    """Return the rows of intervals that are counted from a start each, int64."""
+    return torch.cat([torch.arange(start + a, start + b) for start, intervals in parts for a, b in intervals])
 
 
 def _counts_up(index: Tensor, n: int) -> bool:
-    """Whether it is 0, 1, ... n - 1."""
+    """Return whether index is 0, 1, ... n - 1."""
     return len(index) == n and torch.equal(index, torch.arange(n))

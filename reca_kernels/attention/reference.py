@@ -1,4 +1,4 @@
-"""Attention over runs with a dense mask per sample, in plain PyTorch: the definition."""
+"""Attention over spans with a dense mask per sample, in plain PyTorch: the definition."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,22 @@ from reca_kernels.attention.plan import AttentionPlan, AttentionSpan
 
 
 def allowed(sample: Sequence[AttentionSpan]) -> Tensor:  # bool [query rows, key rows]
-    """Which row sees which key of one sample. Written from the rules of `AttentionSpan`, row by row."""
-    lengths = torch.tensor([run.length for run in sample], dtype=torch.int64)
+    """Return which row attends to which key of one sample. Written from the rules of `AttentionSpan`, row by row."""
+    lengths = torch.tensor([span.length for span in sample], dtype=torch.int64)
 
     def of_row(values: list, dtype: torch.dtype = torch.bool) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
 
     place, number = torch.arange(int(lengths.sum())), of_row(list(range(len(sample))), torch.int64)
-    whole, hidden = of_row([run.mode != "causal" for run in sample]), of_row([run.mode == "noise" for run in sample])
-    early, pad = of_row([run.visible_to_earlier for run in sample]), of_row([run.mode == "pad" for run in sample])
+    whole, hidden = (
+        of_row([span.mode != "causal" for span in sample]),
+        of_row([span.mode == "noise" for span in sample]),
+    )
+    early, pad = of_row([span.visible_to_earlier for span in sample]), of_row([span.mode == "pad" for span in sample])
     own = whole[:, None] | (place <= place[:, None])
     other = torch.where(number < number[:, None], ~hidden, early)
     sees = torch.where(number == number[:, None], own, other) & ~pad & ~pad[:, None]
-    return sees[sum(run.length for run in sample if run.cached) :]
+    return sees[sum(span.length for span in sample if span.cached) :]
 
 
 def attention(

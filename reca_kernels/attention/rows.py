@@ -1,9 +1,8 @@
-"""Rows that no other row attends to: what stands in them, NaN and infinity too, reaches nothing else.
+"""Keep what rows of noise and padding hold, NaN and infinity too, from all other rows.
 
-Where such rows are no keys of a call (segments, variable-length calls) that is so by itself. Under a mask it is not:
-their weight is 0, and 0 * NaN is NaN; and a backward pass multiplies what a row of noise has made of its NaN with the
-keys that it saw. So rows that hold such a number are taken for 0 with all of their run, and what the run's own rows get
-is NaN.
+Where such rows are no keys of a call (query groups, variable-length calls) that is so by itself. Under a mask it is
+not: their weight is 0, and 0 * NaN is NaN; and a backward pass multiplies what a row of noise has made of its NaN with
+its keys. So a span that holds such a number is taken for 0, and its own rows become NaN.
 """
 
 import functools
@@ -19,16 +18,16 @@ from reca_kernels.host import on_device, outside_of_modes
 
 
 class Hidden(NamedTuple):
-    """Runs of noise and of padding, numbered from 0; the last number, of all other rows, is that of no such run."""
+    """Spans of noise and of padding, numbered from 0; the last number, of all other rows, is that of no such span."""
 
-    queries: Tensor  # int64 [query rows]: a row's run
+    queries: Tensor  # int64 [query rows]: a row's span
     keys: Tensor  # int64 [key rows]
-    padding: Tensor  # bool [runs + 1]
+    padding: Tensor  # bool [spans + 1]
 
 
 @functools.lru_cache(maxsize=32)
 def has_hidden(plan: AttentionPlan) -> bool:
-    return any(run.mode in ("noise", "pad") for sample in plan.samples for run in sample)
+    return any(span.mode in ("noise", "pad") for sample in plan.samples for span in sample)
 
 
 @torch.compiler.disable
@@ -38,24 +37,24 @@ def _hidden(plan: AttentionPlan) -> Hidden:
 
 @outside_of_modes
 def _hidden_of(plan: AttentionPlan) -> Hidden:
-    runs = [run for sample in plan.samples for run in sample]
-    hidden = [i for i, run in enumerate(runs) if run.mode in ("noise", "pad")]
-    number = torch.full((len(runs),), len(hidden))
+    spans = [span for sample in plan.samples for span in sample]
+    hidden = [i for i, span in enumerate(spans) if span.mode in ("noise", "pad")]
+    number = torch.full((len(spans),), len(hidden))
     number[hidden] = torch.arange(len(hidden))
-    lengths = torch.tensor([run.length for run in runs], dtype=torch.int64)
-    asked = torch.tensor([not run.cached for run in runs])
+    lengths = torch.tensor([span.length for span in spans], dtype=torch.int64)
+    asked = torch.tensor([not span.cached for span in spans])
     return Hidden(
         on_device(number[asked].repeat_interleave(lengths[asked]), plan.device),
         on_device(number.repeat_interleave(lengths), plan.device),
-        on_device(torch.tensor([runs[i].mode == "pad" for i in hidden] + [False]), plan.device),
+        on_device(torch.tensor([spans[i].mode == "pad" for i in hidden] + [False]), plan.device),
     )
 
 
 def shielded(
-    run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, plain: bool
+    run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, raw: bool
 ) -> Tensor:
-    """run(q, k, v), without what rows hold that no other row attends to."""
-    if plain and q.device.type == "cpu" and all(map(checks.all_finite, (q, k, v))):
+    """Return run(q, k, v), without what rows hold that no other row attends to."""
+    if raw and q.device.type == "cpu" and all(map(checks.all_finite, (q, k, v))):
         return run(q, k, v)
     queries, keys, padding = _hidden(plan)
     held = torch.zeros(len(padding), dtype=torch.float32, device=q.device)

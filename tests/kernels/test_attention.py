@@ -14,7 +14,7 @@ from reca_kernels import attention, attention_plan, backend_report
 from reca_kernels.attention import flash_functions, implementations, reference
 from reca_kernels.attention.implementations import IMPLS
 from reca_kernels.attention.op import choose, dense_is_faster
-from reca_kernels.attention.plan import MODES, segments, total
+from reca_kernels.attention.plan import MODES, query_groups, total
 
 # Small samples of every layout: a batch of two, so that lengths differ.
 LAYOUTS = {
@@ -238,7 +238,7 @@ CASES = [(name, False) for name in LAYOUTS] + [(name, True) for name in PADDED] 
 @pytest.mark.parametrize("impl", EXACT)
 def test_every_impl_is_the_definition(impl, name, padded):
     plan, qkv, upstream = problem({**LAYOUTS, **RANDOM}[name], padded)
-    if not any(plan.segments):
+    if not any(plan.groups):
         pytest.skip("nobody sees anything; see test_nobody_sees_anything")
     want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
     same(with_gradients(run(impl, plan, qkv), qkv, upstream), want)
@@ -248,7 +248,7 @@ def test_every_impl_is_the_definition(impl, name, padded):
 @pytest.mark.parametrize("name", [*LAYOUTS, *RANDOM])
 def test_flex_forward(name):
     plan, qkv, _ = problem({**LAYOUTS, **RANDOM}[name], padded=False)
-    if not any(plan.segments):
+    if not any(plan.groups):
         pytest.skip("nobody sees anything; see test_nobody_sees_anything")
     qkv = [x.detach() for x in qkv]  # it has no backward on CPUs
     same([run("flex", plan, qkv)], [reference.attention(*qkv, plan)])
@@ -386,16 +386,16 @@ def test_frozen_prefix_equals_the_whole_sequence():
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *RANDOM])
 def test_plan_covers_every_pair_once(name):
-    """Every row that sees anything is in one segment, and its keys there are those of the rules."""
+    """Every row that sees anything is in one query group, and its keys there are those of the rules."""
     for sample in {**LAYOUTS, **RANDOM}[name]:
         want = reference.allowed(sample)
         got = torch.zeros_like(want)
         served = torch.zeros(len(want), dtype=torch.int64)
-        for segment in segments(sample):
-            rows, keys = (torch.cat([torch.arange(*span) for span in spans]) for spans in (segment.rows, segment.keys))
-            assert len(keys.unique()) == len(keys) == total(segment.keys)
+        for group in query_groups(sample):
+            rows, keys = (torch.cat([torch.arange(*span) for span in spans]) for spans in (group.rows, group.keys))
+            assert len(keys.unique()) == len(keys) == total(group.keys)
             block = torch.ones(len(rows), len(keys), dtype=torch.bool)
-            got[rows[:, None], keys] = block.tril(len(keys) - len(rows)) if segment.causal else block
+            got[rows[:, None], keys] = block.tril(len(keys) - len(rows)) if group.causal else block
             served[rows] += 1
         assert torch.equal(got, want)
         assert torch.equal(served, want.any(1).long())
@@ -438,9 +438,9 @@ def test_whole_rows_are_not_gathered():
         assert order is None and unpadded is None and calls[0].keys is None
 
 
-def test_continued_causal_rows_share_a_segment():
-    """System prompt and text behind the image are one causal segment, since the image is open to both."""
-    (first, second) = segments((Span(3), Span(6, "full", visible_to_earlier=True), Span(5)))
+def test_continued_causal_rows_share_a_query_group():
+    """System prompt and text behind the image are one causal group, since the image is open to both."""
+    (first, second) = query_groups((Span(3), Span(6, "full", visible_to_earlier=True), Span(5)))
     assert first == (((0, 3), (9, 14)), ((3, 9), (0, 3), (9, 14)), True)
     assert second == (((3, 9),), ((0, 9),), False)
 
@@ -448,9 +448,11 @@ def test_continued_causal_rows_share_a_segment():
 def test_bagels_rule():
     """q sees k when k is not behind it or is in its full split, unless k is in another noise split."""
     for sample in LAYOUTS["bagel_edits"]:
-        split = torch.cat([torch.full((run.length,), i) for i, run in enumerate(sample)])
-        noise = torch.cat([torch.full((run.length,), i if run.mode == "noise" else -1) for i, run in enumerate(sample)])
-        full = torch.cat([torch.full((run.length,), run.mode in ("full", "noise")) for run in sample])
+        split = torch.cat([torch.full((span.length,), i) for i, span in enumerate(sample)])
+        noise = torch.cat(
+            [torch.full((span.length,), i if span.mode == "noise" else -1) for i, span in enumerate(sample)]
+        )
+        full = torch.cat([torch.full((span.length,), span.mode in ("full", "noise")) for span in sample])
         i = torch.arange(len(split))
         want = (i <= i[:, None]) | ((split == split[:, None]) & full)
         want &= ~((noise >= 0) & (noise != noise[:, None]))
@@ -464,10 +466,10 @@ def test_plans_are_kept():
 
 def test_plan_refuses():
     for sample, words in (
-        ([Span(2, "casual")], "sample 1, run 0: mode must be one of causal, full, noise, pad, got 'casual'"),
-        ([Span(2), Span(-1)], "sample 1, run 1: length must be 0 or more, got -1"),
-        ([Span(2, "noise", visible_to_earlier=True)], "a noise run is seen by no other run"),
-        ([Span(2), Span(1, cached=True)], "run 1: cached runs are a prefix and must come first"),
+        ([Span(2, "casual")], "sample 1, span 0: mode must be one of causal, full, noise, pad, got 'casual'"),
+        ([Span(2), Span(-1)], "sample 1, span 1: length must be 0 or more, got -1"),
+        ([Span(2, "noise", visible_to_earlier=True)], "a noise span is seen by no other span"),
+        ([Span(2), Span(1, cached=True)], "span 1: cached spans are a prefix and must come first"),
     ):
         with pytest.raises(ValueError, match=words):
             attention_plan([[Span(1)], sample])
@@ -529,7 +531,7 @@ def test_choice_on_a_gpu(monkeypatch):
     assert choose(device, half, 84, False) == "sdpa"
     reason = implementations.unusable("varlen", device, half, 80, True)
     assert reason == "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
-    assert choose(device, half, 80, True, torchs=True) == "varlen"
+    assert choose(device, half, 80, True, torch_deterministic=True) == "varlen"
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2)])
@@ -644,7 +646,7 @@ def test_checkpointing_recomputes_the_same():
 @pytest.mark.parametrize("impl", ["flash", "varlen", "sdpa", "flex", "dense"])
 @pytest.mark.parametrize("heads,kv_heads,d", [(4, 4, 64), (4, 2, 80), (4, 1, 128)])
 def test_impls_on_a_gpu(impl, name, heads, kv_heads, d):
-    """Real kernels, forward and backward, in bf16; causal segments whose keys outnumber their rows are among them."""
+    """Real kernels, forward and backward, in bf16; causal groups whose keys outnumber their rows are among them."""
     device = torch.device("cuda", 0)
     if reason := implementations.unusable(impl, device, torch.bfloat16, d):
         pytest.skip(reason)
