@@ -13,7 +13,7 @@ from reca.data.batch import TASKS, Turn
 from reca.data.cache import collate
 from reca.models import UMMS
 from reca.models.base import ROLES
-from reca.parallelize import recompute_blocks
+from reca.parallelize import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch, native
 from tests.models.contract import (
@@ -187,7 +187,7 @@ def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
     model = load(name)
     wanted = gradients(model)
     if around == "recomputed":
-        recompute_blocks(model)
+        checkpoint_activations(model)
     else:
         for block in {type(block): block for block in model.blocks()}.values():  # one of each kind
             block.compile(backend="aot_eager")
