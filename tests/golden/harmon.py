@@ -6,12 +6,12 @@ from torch import Tensor
 from reca.models.common.ldm_autoencoder import to_diffusers
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.weight_files import assign_state_dict
-from reca.models.harmon import Adapter, Config, loading
+from reca.models.harmon import Adapter, Config, weights
 from reca.models.harmon.config import AutoencoderSizes, MarSizes
 from reca.models.harmon.masking import WIDTH
 from reca.models.harmon.modules import EPS
 from reca.models.harmon.prompt import Prompt
-from reca.models.harmon.sampling import Chance
+from reca.models.harmon.sampling import SamplerNoise
 from reca.rng import CounterRNG, RandomStream
 from tests.golden.conftest import Golden
 
@@ -24,8 +24,8 @@ def build(golden: Golden) -> Adapter:
     config = _config(golden.config)
     model = Adapter(config, None)
     levels = len(config.autoencoder.multipliers)
-    assign_state_dict(model.vae, to_diffusers(golden.part("vae."), levels), "golden")
-    loading.put_trained(model, {n: t for n, t in golden.weights.items() if not n.startswith("vae.")}, "golden")
+    assign_state_dict(model.codec, to_diffusers(golden.part("vae."), levels), "golden")
+    weights.assign_published(model, {n: t for n, t in golden.weights.items() if not n.startswith("vae.")}, "golden")
     return model.eval()
 
 
@@ -98,7 +98,7 @@ def branches(golden: Golden) -> int:
     return 1 if golden.config["generation"]["cfg"] == 1 else 2
 
 
-class RecordedChance(Chance):
+class RecordedChance(SamplerNoise):
     """The orders and noise of the recorded sampling, of the pictures alone: the unconditional half copies them."""
 
     def __init__(self, golden: Golden):

@@ -6,7 +6,8 @@ from PIL import Image
 
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.models.harmon import prompt, sampling
+from reca.models.harmon import loss, prompt, sampling
+from reca.rng import CounterRNG
 from reca_kernels import diffusion_add_noise, diffusion_loss, diffusion_schedule, space_timesteps, template_concat
 from reca_kernels.diffusion_loss import reference
 from tests.golden.harmon import GENERATION, STAGE, Recorded, RecordedChance, Spy, branches, build, close, prompts
@@ -45,7 +46,7 @@ def test_pictures_to_reconstruct_and_to_understand(golden, model):
 def test_autoencoder(golden, model):
     data = golden.data
     with torch.no_grad():
-        close(model.vae.encode(data["vae.pixels"]).latent_dist.parameters, data["vae.moments"])
+        close(model.codec.encode(data["vae.pixels"]).latent_dist.parameters, data["vae.moments"])
     close(model.latents(data["vae.pixels"]), data["vae.latents"])
     close(model.pixels(data["vae.decode_in"]), data["vae.decode_out"])
 
@@ -57,7 +58,7 @@ def test_understanding(golden, model):
     data = golden.data
     encoded = model.mar.encode(data["vae.latents"])
     close(encoded, data["und.x_enc"])
-    close(buffers_last(golden, model.understood(encoded)), data["und.h_v"])
+    close(buffers_last(golden, model.encode_understanding(encoded)), data["und.h_v"])
 
 
 def test_position_tables(golden, model):
@@ -90,7 +91,7 @@ def gradients_agree(golden, model, task):
         else:
             ours = parameters[name].grad.norm()
         assert abs(float(ours) - wanted) <= STAGE * wanted, (name, float(ours), wanted)
-    without = {n for n, p in parameters.items() if p.grad is None and not n.startswith("vae.")}
+    without = {n for n, p in parameters.items() if p.grad is None and not n.startswith("codec.")}
     assert without == set(cases["no_grad_params"][task]) - {"mar.class_emb.weight"}  # no parameter here
     for name, wanted in golden.data.items():
         if name.startswith(f"{task}.grad."):
@@ -101,13 +102,13 @@ def gradients_agree(golden, model, task):
 def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, task):
     data, size = golden.data, grid(golden)[0] * grid(golden)[1]
     given = prompts(golden, task)
-    monkeypatch.setattr(model, "prompts", lambda *_: given)
+    monkeypatch.setattr(loss, "sample_prompts", lambda *_: given)
     spy = Spy(monkeypatch, model)
     model.zero_grad()
     latents = data["vae.latents"][: len(given)]
-    features = {"latents": latents, "seen": latents}
-    batch = Batch(task, torch.arange(len(given)), [""] * len(given))
-    term = model.loss(batch, features, Recorded(golden, task))
+    features = {"latents": latents, "h_v": latents}
+    batch = Batch(task, torch.arange(len(given)), [""] * len(given), features=features)
+    term = model(batch, Recorded(golden, task))
 
     # Here padding stands behind a sequence, there between prompt and picture: real rows are compared, in order.
     real = data[f"{task}.llm_attention_mask"].bool()
@@ -154,9 +155,10 @@ def test_answer_loss_and_every_stage_of_it(golden, model, monkeypatch):
     monkeypatch.setattr(model, "conversation", lambda turns: given[turns[0]])
     spy = Spy(monkeypatch, model)
     model.zero_grad()
-    batch = Batch("i2t", torch.arange(len(given)), [[number] for number in range(len(given))])
-    term = model.loss(batch, {"seen": data["vae.latents"][: len(given)]}, None)
-    assert model.weight(batch, None) == term.weight
+    features = {"h_v": data["vae.latents"][: len(given)]}
+    batch = Batch("i2t", torch.arange(len(given)), [[number] for number in range(len(given))], features=features)
+    term = model(batch, CounterRNG(0))
+    assert model.prepare(batch, CounterRNG(0)).weight == term.weight
 
     image = data["und.h_v"].shape[1]
     real = torch.cat((data["i2t.attention_mask"].bool(), torch.ones(len(given), image - 1, dtype=torch.bool)), dim=1)
@@ -195,7 +197,7 @@ def test_schedules(golden):
 
 
 def test_what_decays(golden, model):
-    ours = {n for n, p in model.named_parameters() if not n.startswith("vae.") and model.decays(n, p)}
+    ours = {n for n, p in model.named_parameters() if not n.startswith("codec.") and model.decays(n, p)}
     assert ours == set(golden.cases["weight_decay_params"]) - {"mar.class_emb.weight"}
 
 
@@ -207,7 +209,7 @@ def test_generation(golden, model, monkeypatch):
     given = prompts(golden, "gen")
     spy = Spy(monkeypatch, model)
     pictures = len(given) // branches(golden)
-    latents = sampling.draw_latents(
+    latents = sampling.sample_latents(
         model,
         given[:pictures],
         given[pictures:],
@@ -243,7 +245,7 @@ def test_answers(golden, model):
     data = golden.data
     given = [prompt.Prompt(ids, prompt.SLOT) for ids in data["txt.input_ids"].tolist()]
     encoded = model.mar.encode(data["vae.latents"][: len(given)])
-    h_v = model.understood(encoded)
+    h_v = model.encode_understanding(encoded)
     layout = prompt.layout(given, golden.config["mar"]["buffer_size"], grid(golden)[0] * grid(golden)[1])
     logits = model.llm.lm_head(model.states(layout, h_v)[:, -1])
     close(logits, data["txt.logits_last"])

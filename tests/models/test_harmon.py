@@ -15,9 +15,9 @@ from reca.config import ObjectiveConfig, load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.loader import open_loader
 from reca.models.base import ROLES
-from reca.models.harmon import Adapter, Config, adapter, prompt
+from reca.models.harmon import Adapter, Config, loss, prompt
 from reca.models.harmon.config import AutoencoderSizes, tiny
-from reca.models.harmon.masking import Masking, hidden_counts
+from reca.models.harmon.masking import Masking, masked_counts
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
 
@@ -113,7 +113,7 @@ def test_prompts_in_qwens_ids():
 def test_layout():
     """Visual rows come buffers first and stand buffers last: h_v in the slot, visible tokens at the end."""
     given = [prompt.Prompt([10, 11, 12, 13], 2, [-100, -100, -100, 13]), prompt.Prompt([20, 21], 1)]
-    src, labels, rows = prompt.layout(given, buffers=1, given=2, drawn=[2, 0])
+    src, labels, rows = prompt.layout(given, buffers=1, hv_tokens=2, visible_counts=[2, 0])
     visual = lambda *rows: [-1 - r for r in rows]  # noqa: E731
     assert src.tolist() == [
         [10, 11, *visual(1, 2, 0), 12, 13, *visual(4, 5, 3)],
@@ -121,7 +121,7 @@ def test_layout():
     ]
     assert labels.tolist() == [[-100] * 5 + [13] + [-100] * 4, [-100] * 10]
     assert rows.tolist() == [[4, 2, 3, 9, 7, 8], [13, 11, 12, 15, 0, 0]]
-    alone = prompt.layout(given[:1], buffers=1, given=0, drawn=[1])
+    alone = prompt.layout(given[:1], buffers=1, hv_tokens=0, visible_counts=[1])
     assert alone.src.tolist() == [[10, 11, 12, 13, *visual(1, 0)]] and alone.rows.tolist() == [[5, 4]]
 
 
@@ -137,7 +137,7 @@ def test_masking_hides_by_order_and_count():
 def test_shares_of_hidden_tokens_are_those_of_a_cut_normal_distribution():
     """Mean and percentiles that models' pages state: 0.867; 0.72 and 0.99."""
     uniform = (torch.arange(20000) + 0.5) / 20000
-    share = hidden_counts(uniform, 1024, 0.7) / 1024
+    share = masked_counts(uniform, 1024, 0.7) / 1024
     assert share.mean().item() == pytest.approx(0.867, abs=2e-3)
     assert share.quantile(0.05).item() == pytest.approx(0.72, abs=6e-3)
     assert share.quantile(0.95).item() == pytest.approx(0.99, abs=6e-3)
@@ -150,23 +150,23 @@ def test_shares_of_hidden_tokens_are_those_of_a_cut_normal_distribution():
 def test_one_rate_per_micro_batch_is_parity_alone():
     ids = torch.arange(64)
     for parity in (False, True):
-        counts = Adapter.load(config(parity=parity)).hidden_counts(CounterRNG(0), ids, 25)
+        counts = loss.sample_masked_counts(Adapter.load(config(parity=parity)), ids, 25, CounterRNG(0))
         assert (len(set(counts.tolist())) == 1) == parity
 
 
 @pytest.mark.parametrize("task", ["reca", "t2i"])
 def test_texts_are_dropped_and_the_image_stays(model, task):
     ids = torch.arange(400)
-    whole = model.prompts(Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
+    whole = loss.sample_prompts(model, Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
     make = prompt.template if task == "reca" else prompt.caption
     empty = make(model.tokenizer, None)
     dropped = [row == empty for row in whole]
     assert 20 < sum(dropped) < 65
     assert {row.slot for row in whole} == {3 if task == "reca" else None}
-    part = model.prompts(Batch(task, ids[100:200], ["a red square"] * 100), CounterRNG(0))
+    part = loss.sample_prompts(model, Batch(task, ids[100:200], ["a red square"] * 100), CounterRNG(0))
     assert [row == empty for row in part] == dropped[100:200]
     model.config.text_drop, kept = 0.0, model.config.text_drop
-    assert empty not in model.prompts(Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
+    assert empty not in loss.sample_prompts(model, Batch(task, ids, ["a red square"] * 400), CounterRNG(0))
     model.config.text_drop = kept
 
 
@@ -194,12 +194,12 @@ def test_understanding_may_see_fewer_or_blurred_pixels():
     same = Adapter.load(config())
     assert same.views("reca").und is None
     features = same.encode(batch(same, "reca"))
-    assert features["seen"] is features["latents"]
+    assert features["h_v"] is features["latents"]
     small = Adapter.load(config(understanding_size=12, hv_blur=3)).eval()
     und = small.views("reca").und
     assert (und.size, und.fit, und.blur) == (12, "stretch", 3)
     features = small.encode(batch(small, "reca"))
-    assert features["latents"].shape[1:3] == (5, 5) and features["seen"].shape[1:3] == (3, 3)
+    assert features["latents"].shape[1:3] == (5, 5) and features["h_v"].shape[1:3] == (3, 3)
     term = small(batch(small, "reca"), CounterRNG(0))
     assert torch.isfinite(term.sum) and small.config_warnings() == []
     [said] = Adapter.load(config(understanding_size=40)).config_warnings()
@@ -278,7 +278,7 @@ def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
     assert len(curve) == 50 and sum(curve[-10:]) < 0.8 * sum(curve[:10])
     after = trainer.adapter.state_dict()
     stays = {n for n, t in before.items() if torch.equal(t, after[n])}
-    assert stays == {n for n in before if n.startswith("vae.") or n == "mar.class_emb.weight"}
+    assert stays == {n for n in before if n.startswith("codec.") or n == "mar.class_emb.weight"}
 
 
 def test_a_continued_run_makes_the_same_bits(photographs, tmp_path):
@@ -320,13 +320,13 @@ def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
 def test_the_head_sees_hidden_rows_only_and_nothing_is_repeated(model, monkeypatch):
     seen, head = {}, model.mar.diffloss.net
     for name in ("diffusion_add_noise", "diffusion_loss"):
-        inner = getattr(adapter, name)
+        inner = getattr(loss, name)
 
         def watched(*args, name=name, inner=inner, **kwargs):
             seen[name] = (args, kwargs)
             return inner(*args, **kwargs)
 
-        monkeypatch.setattr(adapter, name, watched)
+        monkeypatch.setattr(loss, name, watched)
     hooks = [
         part.register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0]}))
         for name, part in (("cond_embed", head.cond_embed), ("input_proj", head.input_proj))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from reca.config import load_recipe
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.harmon import Adapter, convert
+from reca.models.harmon import Adapter, weights
 from reca.models.harmon.config import tiny
 from reca.rng import CounterRNG
 from tests.models.test_harmon import KL16, WORDS, batch, config
@@ -29,7 +29,7 @@ def published(recipe: str) -> Adapter:
 
 
 def millions(state: dict[str, torch.Tensor], *prefixes: str) -> float:
-    whole = {n: t for n, t in state.items() if n.startswith(prefixes) and n != convert.HEAD}
+    whole = {n: t for n, t in state.items() if n.startswith(prefixes) and n != weights.HEAD}
     return round(sum(t.numel() for t in whole.values()) / 1e6, 1)
 
 
@@ -41,7 +41,7 @@ def test_published_sizes(recipe):
     assert millions(state, "mar.encoder_blocks.") == millions(state, "mar.decoder_blocks.") == stack
     assert millions(state, "mar.diffloss.") == head and millions(state, "proj_") == projectors
     assert millions(state, "llm.", "mar.", "proj_") == trained
-    assert [millions(state, part) for part in ("vae.", "vae.encoder.", "vae.decoder.")] == [66.5, 28.3, 38.2]
+    assert [millions(state, part) for part in ("codec.", "codec.encoder.", "codec.decoder.")] == [66.5, 28.3, 38.2]
 
 
 def both(*names: str) -> set[str]:
@@ -74,7 +74,7 @@ def names(layers: int, blocks: int, depth: int) -> set[str]:
 @pytest.mark.parametrize("recipe", DEPTHS)
 def test_published_names_and_shapes(recipe):
     model = published(recipe)
-    state = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith("vae.")}
+    state = {n: tuple(t.shape) for n, t in model.state_dict().items() if not n.startswith("codec.")}
     assert state.keys() == names(*DEPTHS[recipe])
     c = model.config
     width, hidden, head = c.mar.width, c.language.hidden_size, c.mar.head_width
@@ -113,7 +113,7 @@ def vae_names() -> set[str]:
 
 
 def test_published_names_of_the_autoencoder():
-    vae = published("harmon_0_5b").vae.state_dict()
+    vae = published("harmon_0_5b").codec.state_dict()
     there = to_ldm(vae, 5)
     assert there.keys() == vae_names()
     assert there["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
@@ -179,8 +179,8 @@ def test_a_random_model_without_autoencoder_exports_and_loads(tmp_path):
 
 
 def test_random_model_with_a_trained_autoencoder(model, folder):
-    other = loaded(words=WORDS, vae_weights=str(folder / "kl16.ckpt"), seed=3)
-    assert torch.equal(other.vae.decoder.conv_in.weight, model.vae.decoder.conv_in.weight)
+    other = loaded(words=WORDS, codec_weights=str(folder / "kl16.ckpt"), seed=3)
+    assert torch.equal(other.codec.decoder.conv_in.weight, model.codec.decoder.conv_in.weight)
     assert not torch.equal(other.mar.mask_token, model.mar.mask_token)
 
 
@@ -199,7 +199,7 @@ WRITERS = {
     "prefix": lambda path, state: torch.save({f"module.{n}": t for n, t in state.items()}, path / "x.bin"),
     "safetensors": lambda path, state: save_file({n: t.clone() for n, t in state.items()}, path / "model.safetensors"),
     "shards": shards,
-    "no head": lambda path, state: torch.save({n: t for n, t in state.items() if n != convert.HEAD}, path / "x.pth"),
+    "no head": lambda path, state: torch.save({n: t for n, t in state.items() if n != weights.HEAD}, path / "x.pth"),
 }
 
 
@@ -210,14 +210,14 @@ def test_every_form_of_file(model, folder, tmp_path, form, vae):
     if vae:
         state |= {f"vae.{n}": t for n, t in torch.load(folder / "kl16.ckpt")["model"].items()}
     WRITERS[form](tmp_path, state)
-    apart = {} if vae else {"vae_weights": str(folder / "kl16.ckpt")}
+    apart = {} if vae else {"codec_weights": str(folder / "kl16.ckpt")}
     same(model, loaded(weights=str(tmp_path), tokenizer=str(folder / "tokenizer"), **apart))
 
 
 def test_files_in_bf16_become_fp32(model, folder, tmp_path):
     state = {n: t.bfloat16() for n, t in torch.load(folder / "harmon.pth").items()}
     torch.save(state, tmp_path / "half.pth")
-    rest = {"tokenizer": str(folder / "tokenizer"), "vae_weights": str(folder / "kl16.ckpt")}
+    rest = {"tokenizer": str(folder / "tokenizer"), "codec_weights": str(folder / "kl16.ckpt")}
     other = loaded(weights=str(tmp_path / "half.pth"), **rest)
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert torch.equal(other.mar.mask_token, model.mar.mask_token.bfloat16().float())
@@ -226,13 +226,13 @@ def test_files_in_bf16_become_fp32(model, folder, tmp_path):
 def test_the_autoencoders_file_may_hold_a_loss(model, folder, tmp_path):
     state = torch.load(folder / "kl16.ckpt")["model"] | {"loss.logvar": torch.zeros(())}
     torch.save({"model": state}, tmp_path / "kl16.ckpt")
-    same(model, loaded(weights=str(folder), vae_weights=str(tmp_path / "kl16.ckpt")))
+    same(model, loaded(weights=str(folder), codec_weights=str(tmp_path / "kl16.ckpt")))
 
 
 def test_weights_are_not_copied_while_loading(folder, monkeypatch):
     """fp32 tensors of the file become the parameters; nothing is drawn at random before."""
-    read, state = convert.read, {}
-    monkeypatch.setattr(convert, "read", lambda path: state.setdefault("x", read(path)))
+    read, state = weights.read, {}
+    monkeypatch.setattr(weights, "read", lambda path: state.setdefault("x", read(path)))
     other = loaded(weights=str(folder))
     found = state["x"][0]
     for name in ("mar.mask_token", "llm.model.embed_tokens.weight", "mar.encoder_blocks.1.mlp.fc1.weight"):
@@ -248,7 +248,7 @@ def changed(folder, path, change):
     torch.save(state, path / "harmon.pth")
     return {
         "weights": str(path / "harmon.pth"),
-        "vae_weights": str(folder / "kl16.ckpt"),
+        "codec_weights": str(folder / "kl16.ckpt"),
         "tokenizer": str(folder / "tokenizer"),
     }
 
@@ -260,7 +260,7 @@ def changed(folder, path, change):
         (lambda s: s.pop("llm.model.embed_tokens.weight"), "1 missing: llm.model.embed_tokens.weight"),
         (lambda s: s.update({"mar.extra": torch.zeros(1)}), "1 unexpected: mar.extra"),
         (lambda s: s.update({"proj_in.2.bias": torch.zeros(3)}), r"shape: proj_in.2.bias: file \(3,\), model \(64,\)"),
-        (lambda s: s.update({convert.HEAD: s[convert.HEAD] + 1}), "llm.lm_head.weight differs from llm.model.embed"),
+        (lambda s: s.update({weights.HEAD: s[weights.HEAD] + 1}), "llm.lm_head.weight differs from llm.model.embed"),
     ],
 )
 def test_tensors_that_do_not_fit(folder, tmp_path, change, words):
@@ -270,8 +270,8 @@ def test_tensors_that_do_not_fit(folder, tmp_path, change, words):
 
 def test_parts_that_are_not_there(folder, tmp_path):
     given = changed(folder, tmp_path, lambda state: None)
-    with pytest.raises(ValueError, match=r"holds no VAE; give model\.vae_weights"):
-        loaded(**given | {"vae_weights": None})
+    with pytest.raises(ValueError, match=r"holds no VAE; give model\.codec_weights"):
+        loaded(**given | {"codec_weights": None})
     with pytest.raises(ValueError, match=r"has no tokenizer beside harmon\.pth; give model\.tokenizer"):
         loaded(**given | {"tokenizer": None})
     with pytest.raises(ValueError, match="does not exist"):

@@ -16,14 +16,14 @@ class MarSizes:
     decoder_width: Optional[int] = count(None, "width of the decoder where it is another than the encoder's")
     decoder_heads: Optional[int] = count(None, "heads of the decoder where they are others than the encoder's")
     mlp_ratio: float = config_field(4.0, "width of a block's MLP over its own width", above=0)
-    patch_size: int = count(1, "latents on the side of a token")
-    base_grid: int = count(16, "tokens on the side of the grid that the position tables were made for")
+    patch_size: int = count(1, "size in latents of a token")
+    base_grid: int = count(16, "size in tokens of the grid that the position tables were made for")
     buffers: int = count(64, "buffer tokens in front of the image")
     head_depth: int = count(12, "residual blocks of the diffusion head")
     head_width: int = count(1536, "width of the diffusion head")
     classes: int = count(1000, "rows of MAR's class table, which nothing reads")
     mask_ratio_min: float = share(0.7, "smallest share of tokens that training hides")
-    repeats: int = count(4, "timesteps that the diffusion loss rng for every hidden token")
+    repeats: int = count(4, "timesteps that the diffusion loss draws for every hidden token")
     dropout: float = config_field(
         0.1, "dropout in attention and MLP while training, h_v's pass included", least=0, below=1
     )
@@ -34,7 +34,7 @@ class AutoencoderSizes:
     channels: int = count(128, "kl16: channels of the first level")
     multipliers: list[int] = count(lambda: [1, 1, 2, 2, 4], "kl16: channels per level, over the first")
     blocks: int = count(2, "kl16: residual blocks per level; the decoder has one more")
-    patch: int = count(4, "patches: pixels on the side of a latent")
+    patch: int = count(4, "patches: size in pixels of a latent")
     latent_channels: int = count(16, "channels of a latent")
     scale: float = config_field(0.2325, "latents are multiplied by this", above=0)
 
@@ -46,7 +46,7 @@ class HarmonConfig:
         "a weight file, or a folder or hub id with one; owner/name/file names a file of the hub; null: random",
         path=HUB,
     )
-    vae_weights: Optional[str] = config_field(
+    codec_weights: Optional[str] = config_field(
         None, "kl16.ckpt; null: the vae.* part of weights, or kl16.ckpt beside it", path=HUB
     )
     tokenizer: Optional[str] = config_field(
@@ -59,9 +59,9 @@ class HarmonConfig:
         "kl16", "kl16, or patches (linear; stands in for it in the embedded world)", ("kl16", "patches")
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "")
-    image_size: int = pixels(512, "pixels on the side of an image, drawn or asked about")
+    image_size: int = pixels(512, "size in pixels of an image, generated or asked about")
     understanding_size: Optional[int] = pixels(
-        None, "pixels on the side of the image that RECA's h_v is made of; null: image_size, as released"
+        None, "size in pixels of the image that RECA's h_v is made of; null: image_size, as released"
     )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
     hv_grad_scale: float = config_field(

@@ -46,7 +46,7 @@ class Masking(NamedTuple):
         return Masking(on_device(self.visible, device), real, self.lengths, hidden)
 
 
-def hidden_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:
+def masked_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:
     """How many of `size` tokens to hide, int64 [B]: the share is normal(1, 0.25) cut to [smallest, 1]."""
     low = torch.special.ndtr(torch.tensor((smallest - 1) / WIDTH, dtype=torch.float64, device=uniform.device))
     share = 1 + WIDTH * torch.special.ndtri(low + uniform.double() * (0.5 - low))

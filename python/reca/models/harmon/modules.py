@@ -1,17 +1,23 @@
-"""Harmon's own modules: MAR's encoder, decoder and diffusion head, under the published names."""
+"""Harmon's modules under the published names: MAR's encoder, decoder and diffusion head, and all parts together."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from reca.models.base import in_fp32
 from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
+from reca.models.common.text import Remembered
+from reca.models.harmon import prompt
 from reca.models.harmon.config import AutoencoderSizes, HarmonConfig, MarSizes
+from reca.models.harmon.masking import Masking
+from reca_kernels import template_concat
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 STEPS = 1000  # of the diffusion that training uses
@@ -65,13 +71,13 @@ def kl16(c: AutoencoderSizes) -> Kl16:
 
 
 def factor(config: HarmonConfig) -> int:
-    """Pixels on the side of one token."""
+    """Size in pixels of one token."""
     c = config.autoencoder
     return config.mar.patch_size * (2 ** (len(c.multipliers) - 1) if config.codec == "kl16" else c.patch)
 
 
 def channels(config: HarmonConfig) -> int:
-    """Numbers that a token consists of."""
+    """Channels of an image token."""
     return config.autoencoder.latent_channels * config.mar.patch_size**2
 
 
@@ -279,3 +285,76 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+class Network(nn.Module):
+    """Harmon's parts under their published names; those of `codec` are named as diffusers names them."""
+
+    @in_fp32
+    def __init__(self, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        check_sizes(config)
+        self.config, self.tokenizer = config, tokenizer
+        width, mar = config.language.hidden_size, config.mar.width
+        self.llm = language_model(config.language)
+        self.mar = Mar(config.mar, channels(config))
+        self.proj_in = projector(mar, width, width)
+        self.proj_out = projector(width, mar, width)
+        self.codec = codec(config)
+        self.conversation = Remembered(functools.partial(prompt.conversation, tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mar.mask_token.device
+
+    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Encode pixels to scaled latents of tokens, channels last, fp32 [B, m, n, C]."""
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            tokens = F.pixel_unshuffle(self.codec.latents(pixels.float()), self.config.mar.patch_size)
+            return tokens.movedim(1, -1).contiguous() * self.config.autoencoder.scale
+
+    def pixels(self, latents: Tensor) -> Tensor:  # [B, m, n, C]
+        """Decode scaled latents, fp32 [B, 3, H, W], about [-1, 1]."""
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            tokens = latents.float().movedim(-1, 1) / self.config.autoencoder.scale
+            return self.codec.pixels(F.pixel_shuffle(tokens, self.config.mar.patch_size))
+
+    def embed(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
+        """Make input embeddings, [B, L, H]."""
+        return template_concat(self.llm.model.embed_tokens.weight, visual, layout.src)
+
+    def states(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
+        """Compute the last hidden states, [B, L, H]. Causal and padded on the right: no mask."""
+        # None: no mask beside the causal one. Left to itself, transformers asks the device whether it needs another.
+        mask = {"full_attention": None}
+        embeddings = self.embed(layout, visual)
+        return self.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def encode_understanding(self, encoded: Tensor) -> Tensor:  # [B, buffers + S, D]
+        """Project a fully visible image into the language model's space: h_v, buffers first, [B, buffers + S, H]."""
+        return self._scale_gradient(self.proj_in(encoded), encoded.shape[1])
+
+    def condition(
+        self,
+        layout: prompt.Layout,
+        encoded: Tensor,  # [B, buffers + V, D], of the visible tokens
+        masking: Masking,
+        grid: tuple[int, int],
+        h_v: Tensor | None = None,  # [B, buffers + S', D], the encoded image that h_v is made of
+    ) -> Tensor:  # [B, m n, D]
+        """Compute what the diffusion head is conditioned on, for every token of the image to generate."""
+        if h_v is None:
+            visual = self.proj_in(encoded)
+        else:
+            visual = self._scale_gradient(self.proj_in(torch.cat((h_v, encoded), dim=1)), h_v.shape[1])
+        hidden = self.states(layout, visual)
+        tail = layout.rows[:, -encoded.shape[1] :]
+        answered = hidden.flatten(0, 1).index_select(0, tail.flatten()).unflatten(0, tail.shape)
+        return self.mar.decode(encoded + self.proj_out(answered), masking.visible, masking.real, grid)
+
+    def _scale_gradient(self, visual: Tensor, tokens: int) -> Tensor:
+        """Return the same numbers; of the gradient, what reaches the first `tokens` tokens is scaled."""
+        scale = self.config.hv_grad_scale
+        if visual.requires_grad and scale != 1:
+            visual.register_hook(lambda grad: torch.cat((grad[:, :tokens] * scale, grad[:, tokens:]), dim=1))
+        return visual

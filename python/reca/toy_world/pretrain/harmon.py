@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
+from reca.models.common.chat import END, Prompt
+from reca.models.common.text import encode
 from reca.models.harmon import Adapter, modules, prompt
+from reca.models.harmon.loss import image_loss, prepare_images, sample_prompts
 from reca.rng import CounterRNG, RandomStream
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, filled
 from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
-from reca_kernels import masked_linear_cross_entropy
+from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING, DRAWING = 200, 600  # steps; those of drawing go on with understanding
 DRAWN, NAMED = 64, 32  # captioned and understood images in one step
@@ -58,7 +61,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     torch.manual_seed(seed)
     recipe.model.seed = seed
     model = _Remembering.load(recipe.model).train()
-    model.vae.fit(unit(first_images(understood(seed), min(scale, 0.25))))
+    model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     net = model.mar.diffloss.net
     nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.3)
     # LayerNorm removes the length of its input, which the noise to predict must keep; beside an offset it nearly stays.
@@ -91,22 +94,22 @@ class _Task:
         self.to_draw, self.to_name = (
             model.latents(unit(first_images(split, scale))) for split in (self.drawn, self.named)
         )
-        self.end = model.tokenizer.convert_tokens_to_ids(prompt.END)
+        self.end = model.tokenizer.convert_tokens_to_ids(END)
         self.buffers, self.tokens = model.config.mar.buffers, self.to_name[0, :, :, 0].numel()
         self.readout = nn.Linear(model.config.mar.width, modules.channels(model.config))
         self.words = [self.on_buffers(caption(self.named.scene(i))) for i in range(len(self.to_name))]
 
     def on_buffers(self, text: str) -> list[int]:
         """A caption's token ids on the buffers of h_v, filled up with the end of text."""
-        return filled(prompt.encode(self.model.tokenizer, text), self.buffers, self.end)
+        return filled(encode(self.model.tokenizer, text), self.buffers, self.end)
 
-    def quoted(self, asked: prompt.Prompt, words: list[int]) -> prompt.Prompt:
+    def quoted(self, asked: Prompt, words: list[int]) -> Prompt:
         """A prompt with words where h_v's buffers would be, and the end of text where its tokens would."""
         ids, slot, labels = asked
         h_v = [self.end] * self.tokens + words
         if labels is not None:
-            labels = labels[:slot] + [prompt.IGNORE] * len(h_v) + labels[slot:]
-        return prompt.Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
+            labels = labels[:slot] + [IGNORE_INDEX] * len(h_v) + labels[slot:]
+        return Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
 
     def drawing(self, step: int) -> Tensor:
         """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt.
@@ -118,11 +121,13 @@ class _Task:
         index = torch.randint(len(self.to_draw), (DRAWN,))
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
         texts = [caption(self.drawn.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), self.draws)
+        phrases = [phrase(text, rng) for text in texts[:half]]
+        asked = sample_prompts(model, Batch("t2i", numbers[:half], phrases), self.draws)
         templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
         asked += [self.quoted(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
         tokens = self.to_draw[index]
-        term = model.token_loss(asked, tokens, numbers, self.draws)
+        prepared = prepare_images(model, asked, numbers, tuple(tokens.shape[1:3]), self.draws)
+        term = image_loss(model, prepared, tokens, self.draws)
         error = self.readout(model.conditioned) - tokens.flatten(1, 2) / model.config.autoencoder.scale
         return term.sum / term.weight + error.square().mean()
 
@@ -146,7 +151,7 @@ class _Task:
             + alignment(h_v[:, buffers:], silent, table)
         )
 
-    def answers(self, talks: list[prompt.Prompt], h_v: Tensor | None = None) -> Tensor:
+    def answers(self, talks: list[Prompt], h_v: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of the answers."""
         model = self.model
         width = model.config.language.hidden_size

@@ -1,0 +1,153 @@
+"""Harmon as an Adapter: one MAR encoder and one Qwen2 understand and generate; only the image codec is frozen."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.batch import Batch
+from reca.data.views import View, Views
+from reca.models.base import Adapter, LossTerm
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.inference import check_multiple, check_pairs, eval_mode, warn_of_cut
+from reca.models.harmon import modules, prompt, sampling, weights
+from reca.models.harmon.config import HarmonConfig
+from reca.models.harmon.loss import Prepared, compute_loss, prepare
+from reca.models.harmon.modules import Network
+from reca.rng import CounterRNG
+
+
+class Harmon(Network, Adapter):
+    """Features of `encode`, fp32 [B, m, n, C]: latents of the image to generate; h_v, of the image h_v is made of."""
+
+    name = "harmon"
+    tasks = frozenset({"reca", "i2t", "t2i"})
+    abilities = frozenset({"generate", "answer"})
+    trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
+    condition_keys = ("h_v",)
+
+    @classmethod
+    def load(cls, config: HarmonConfig, device: torch.device | str = "cpu") -> "Harmon":
+        return weights.load(cls, config, device)
+
+    @classmethod
+    def build_meta(cls, config: HarmonConfig) -> "Harmon":
+        return cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
+
+    def sequence(self) -> dict[str, int]:
+        """The encoder and the language model see what is visible of the image, the decoder all of it."""
+        factor, buffers = modules.factor(self.config), self.config.mar.buffers
+        given, generated = (size // factor for size in (self.understanding_size, self.config.image_size))
+        return {"h_v": buffers + given**2, "buffers": buffers, "image": generated**2}
+
+    @property
+    def understanding_size(self) -> int:
+        """Size in pixels of the image that RECA's h_v is made of."""
+        return self.config.understanding_size or self.config.image_size
+
+    def views(self, task: str) -> Views:
+        size, blur = self.config.image_size, self.config.hv_blur
+        if task == "i2t":
+            return Views(gen=None, und=View(size, fit="pad"))
+        if task == "t2i":
+            return Views(gen=View(size, fit="random_crop"), und=None)
+        same = self.understanding_size == size and blur == 1
+        return Views(
+            gen=View(size, fit="stretch"), und=None if same else View(self.understanding_size, fit="stretch", blur=blur)
+        )
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        features = {} if batch.gen is None else {"latents": self.latents(to_unit(batch.gen))}
+        if batch.task != "t2i":
+            features["h_v"] = features["latents"] if batch.und is None else self.latents(to_unit(batch.und))
+        return features
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        return prepare(self, batch, rng)
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        return compute_loss(self, prepared, features, rng)
+
+    def generate(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        steps: int = 64,
+        guidance: float = 3.0,
+        guidance_schedule: str = "constant",
+        diffusion_steps: int = 100,
+        temperature: float = 1.0,
+        clip_sample_range: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 32,
+    ) -> list[Tensor]:
+        """Generate images by MAR (`sampling.sample_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        check_pairs(prompts=prompts, seeds=seeds)
+        side, factor = self.config.image_size, modules.factor(self.config)
+        height, width = height or side, width or side
+        check_multiple(factor, height, width)
+        warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
+        images = []
+        with eval_mode(self):
+            for i in range(0, len(prompts), batch):
+                cond = [prompt.caption(self.tokenizer, text) for text in prompts[i : i + batch]]
+                latents = sampling.sample_latents(
+                    self,
+                    cond,
+                    [prompt.caption(self.tokenizer, None)] * len(cond),
+                    sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device)),
+                    (height // factor, width // factor),
+                    steps=steps,
+                    guidance=guidance,
+                    guidance_schedule=guidance_schedule,
+                    diffusion=diffusion_steps,
+                    temperature=temperature,
+                    clip_sample_range=clip_sample_range,
+                )
+                images += list(to_uint8(self.pixels(latents)))
+        return images
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        check_pairs(images=images, questions=questions)
+        view = self.views("i2t").und
+        with eval_mode(self):
+            return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write harmon.pth, which Harmon's code loads as it loads harmon_1.5b.pth.
+
+        A codec and a tokenizer that exist nowhere else (random, or fitted here) go beside it.
+        """
+        return weights.export(self, folder)
+
+    def roles(self) -> dict[str, str]:
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.endswith(".bias") and ".diffloss." not in name
+
+    def blocks(self) -> list[nn.Module]:
+        mar = self.mar
+        return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
+
+    def config_warnings(self) -> list[str]:
+        if self.understanding_size <= self.config.image_size:
+            return []
+        return [
+            f"h_v is made of {self.understanding_size} pixels, more than the {self.config.image_size} to be generated; "
+            "the authors advise the lowest resolution that the model understands (model.understanding_size)"
+        ]
+
+
+def _role(name: str) -> str:
+    part, rest = name.split(".", 1)
+    if part == "llm":
+        return "embed" if rest.startswith(("lm_head.", "model.embed_tokens.")) else "shared_lm"
+    if part == "mar":
+        return "shared_encoder" if rest.startswith(("encoder_", "z_proj", "fake_latent")) else "gen_head"
+    return "codec" if part == "codec" else "bridge"

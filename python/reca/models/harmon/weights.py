@@ -1,0 +1,134 @@
+"""Harmon's weights: built from published files or at random, and written back.
+
+Parameter names here are the published ones, except those of the codec, which are named as diffusers names them.
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reca.models.common.chat import WORDS
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
+from reca.models.common.text import check_tokenizer, read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.harmon import prompt
+from reca.models.harmon.config import HarmonConfig
+from reca.models.harmon.modules import Network
+
+N = TypeVar("N", bound=Network)
+
+PARTS = ("llm", "mar", "proj_in", "proj_out")
+HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # one tensor
+FILE, CODEC_FILE = "harmon.pth", "kl16.ckpt"
+CODEC = "vae."  # in front of the codec's names in a published file
+HUB = ["*.json", "*.safetensors", "*.pth", "*.ckpt", "*.txt"]  # what there is to download
+
+
+def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
+    """Build the model in fp32; random where `config.weights` is null, and from files otherwise.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    source = fetch(config.weights, HUB) if config.weights else None
+    tokenizer = load_tokenizer(config, source)
+    if source is None:
+        with init_random(config.seed, device):
+            net = cls(config, tokenizer)
+        if config.codec_weights:
+            state = read_codec(fetch(config.codec_weights, key="model.codec_weights"), _levels(config))
+            assign_state_dict(net.codec, state, config.codec_weights, torch.float32)
+        return net.to(device)
+    with init_on_meta():
+        net = cls(config, tokenizer)
+    state, inside = read(source)
+    assign_published(net, state, str(source))
+    near = beside(source) / CODEC_FILE
+    if config.codec == "patches":
+        path = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else near
+        assign_state_dict(net.codec, read_tensors(path), str(path), torch.float32)
+    else:
+        if config.codec_weights or (not inside and near.is_file()):
+            path = fetch(config.codec_weights, key="model.codec_weights") if config.codec_weights else near
+            codec = read_codec(path, _levels(config))
+        elif inside:
+            codec = to_diffusers(inside, _levels(config))
+        else:
+            raise ValueError(f"{source} holds no VAE; give model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
+        assign_state_dict(net.codec, codec, config.codec_weights or str(source), torch.float32)
+    return net.to(device)
+
+
+def assign_published(net: Network, state: dict[str, Tensor], source: str) -> None:
+    """Make `state`, everything but the codec, the model's parameters. The output head stays the embedding table."""
+    head = state.get(HEAD)
+    if head is not None and TABLE in state and not torch.equal(head, state[TABLE]):
+        raise ValueError(f"{source}: {HEAD} differs from {TABLE}; Harmon's two are one tensor")
+    if TABLE in state:
+        state = state | {HEAD: state[TABLE]}
+    assign_state_dict(published_parts(net), state, source, torch.float32)
+    net.llm.lm_head.weight = net.llm.model.embed_tokens.weight
+
+
+def export(net: Network, folder: Path) -> list[str]:
+    """Write the published file; a codec and a tokenizer that exist nowhere else go beside it."""
+    with export_to(folder) as out:
+        out.pickled(FILE, published_parts(net).state_dict())
+        if not net.config.codec_weights:
+            codec = net.codec.state_dict()
+            if net.config.codec == "kl16":
+                codec = to_ldm(codec, _levels(net.config))
+            out.pickled(CODEC_FILE, {"model": codec})
+        if not net.config.tokenizer:
+            out.tokenizer("tokenizer", net.tokenizer)
+        return out.done()
+
+
+def published_parts(net: Network) -> nn.ModuleDict:
+    """The parts that Harmon's weight file holds, under their published names."""
+    return nn.ModuleDict({part: getattr(net, part) for part in PARTS})
+
+
+def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedTokenizerBase:
+    """Read the tokenizer, or make one of words.
+
+    Raises ValueError when there is none, or one that does not know Qwen's chat format or is too large.
+    """
+    if config.tokenizer:
+        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+    elif source is None:
+        tokenizer = word_tokenizer([*config.words, *WORDS], prompt.SPECIAL_TOKENS)
+    else:
+        folder = beside(source).absolute()
+        found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)
+        if found is None:
+            raise ValueError(f"{folder} has no tokenizer beside {source.name}; give model.tokenizer, such as "
+                             "model.tokenizer=Qwen/Qwen2.5-1.5B-Instruct")  # fmt: skip
+        tokenizer = read_tokenizer(found)
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Harmon")
+    return tokenizer
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read (model, codec) of a published file or folder; the codec as published, empty where there is none of it.
+
+    Raises ValueError for a folder in which no weight file can be told to be the model's.
+    """
+    state = read_tensors(weight_file(path, ignore=(CODEC_FILE,)) if path.is_dir() else path)
+    codec = {n.removeprefix(CODEC): t for n, t in state.items() if n.startswith(CODEC)}
+    return {n: t for n, t in state.items() if not n.startswith(CODEC)}, codec
+
+
+def read_codec(path: Path, levels: int) -> dict[str, Tensor]:
+    """Read kl16.ckpt in diffusers' names; what belongs to no encoder or decoder (a loss, say) is left out."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    return to_diffusers({n: t for n, t in read_tensors(path).items() if n.startswith(parts)}, levels)
+
+
+def _levels(config: HarmonConfig) -> int:
+    return len(config.autoencoder.multipliers)
