@@ -12,7 +12,7 @@ gradient must be the same in every run; it returns what q's rows get. All are ex
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,20 @@ class _Take(torch.autograd.Function):
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else _Take.apply(x, index)
+
+
+class _Spread(torch.autograd.Function):
+    """`_put` of x, no row twice: the gradient takes the rows back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return _put(x, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.index_select(0, index), None, None
 
 
 def _put(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
@@ -183,32 +197,51 @@ def _gathered(parts: list[Tensor]) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
-    sees, fully_masked = _dense_mask(plan)
-    padded = (_padded(x, size) for x, size in zip((q, k, v), (plan.query_sizes, *[plan.key_sizes] * 2), strict=True))
+    sees, fully_masked, queries, keys = _dense_mask(plan)
+    padded = (
+        _padded(x, len(sizes), max(sizes), places)
+        for x, sizes, places in ((q, plan.query_sizes, queries), *((x, plan.key_sizes, keys) for x in (k, v)))
+    )
     out = F.scaled_dot_product_attention(
         *padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2])
     )
     out = out.transpose(1, 2)
     if fully_masked is not None:
         out = out.masked_fill(fully_masked, 0)
-    return out if q.ndim == 4 else torch.cat([line[:n] for line, n in zip(out, plan.query_sizes, strict=True)])
+    return out if q.ndim == 4 else _take(out.flatten(0, 1), queries)
 
 
-def _padded(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[B, H, L, d]"""
+class _Mask(NamedTuple):
+    """What a call with a mask needs beside q, k and v.
+
+    sees          bool [B, 1, Lq, Lk]
+    fully_masked  bool [B, Lq, 1, 1]: rows to set to 0; None: there are none
+    queries       int64: place of every packed query row among B lines of Lq; None: no line has a gap
+    keys          int64: likewise of the key rows among B lines of Lk
+    """
+
+    sees: Tensor
+    fully_masked: Tensor | None
+    queries: Tensor | None
+    keys: Tensor | None
+
+
+def _padded(x: Tensor, lines: int, length: int, places: Tensor | None) -> Tensor:
+    """[B, H, L, d]. Rows are spread by one index: to pad sample by sample takes longer than small attention itself."""
     if x.ndim == 3:
-        x = torch.nn.utils.rnn.pad_sequence(x.split(list(sizes)), batch_first=True)
+        x = x if places is None else _Spread.apply(x, places, lines * length)
+        x = x.unflatten(0, (lines, length))
     return x.transpose(1, 2)
 
 
 @torch.compiler.disable
-def _dense_mask(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
+def _dense_mask(plan: AttentionPlan) -> _Mask:
     return _mask_of(plan)
 
 
 @outside_of_modes
-def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
-    """Return the mask, bool [B, 1, Lq, Lk], and the fully masked rows to set to 0, bool [B, Lq, 1, 1]; None: none.
+def _mask_of(plan: AttentionPlan) -> _Mask:
+    """Make the mask and the places of packed rows.
 
     Torch's CPU kernel gives 0 to a fully masked row. Elsewhere its softmax may be NaN, so it gets the first key to
     attend to, and its result is replaced.
@@ -223,9 +256,17 @@ def _mask_of(plan: AttentionPlan) -> tuple[Tensor, Tensor | None]:
             line[size:] = False  # cut away in the end
     else:
         sees[..., :1] |= fully_masked
-    if not bool(fully_masked.any()):
-        return on_device(sees[:, None], plan.device), None
-    return on_device(sees[:, None], plan.device), on_device(fully_masked[..., None], plan.device)
+    places = (_places(sizes) for sizes in (plan.query_sizes, plan.key_sizes))
+    made = (sees[:, None], fully_masked[..., None] if bool(fully_masked.any()) else None, *places)
+    return _Mask(*(x if x is None else on_device(x, plan.device) for x in made))
+
+
+def _places(sizes: Sequence[int]) -> Tensor | None:
+    """Where packed rows stand among lines as long as the longest sample; None: all samples are as long."""
+    longest = max(sizes)
+    if min(sizes) == longest:
+        return None
+    return torch.cat([torch.arange(i * longest, i * longest + size) for i, size in enumerate(sizes)])
 
 
 # ---- FlexAttention ----

@@ -16,7 +16,7 @@ from reca.data.pixels import make_view
 from reca.data.views import View
 from reca.models.bagel import Adapter, Config, prompt
 from reca.models.bagel.config import AutoencoderSizes, VisionSizes
-from reca.models.bagel.mot import GEN, UND
+from reca.models.bagel.transformer import GEN, UND
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.rng import CounterRNG, RandomStream
@@ -80,7 +80,9 @@ def view(transform: dict, max_pixels: int | None = None) -> View:
 def seen(golden: Golden, model: Adapter, order: Sequence[int]) -> list[Tensor]:
     """SigLIP's rows of the raw images with these numbers."""
     pictures = [Image.fromarray(golden.data[f"pre.image_u8.{i}"].numpy()) for i in order]
-    return model.look([make_view(picture, view(golden.config["vit_transform"])) for picture in pictures])
+    return model.encode_understanding(
+        [make_view(picture, view(golden.config["vit_transform"])) for picture in pictures]
+    )
 
 
 class Recorded(CounterRNG):
@@ -115,15 +117,15 @@ def places(samples: Sequence[Sequence[prompt.Item]]) -> dict[tuple[str, str], li
     found, at = {(when, expert): [] for when in ("prefix", "picture") for expert in (UND, GEN)}, 0
     for items in samples:
         for item in items:
-            when = "picture" if isinstance(item, prompt.Noisy) else "prefix"
+            when = "picture" if isinstance(item, prompt.NoisyImage) else "prefix"
             if isinstance(item, prompt.Text):
                 found[when, UND] += range(at, at + len(item.ids))
                 at += len(item.ids)
-            elif isinstance(item, prompt.Seen):
+            elif isinstance(item, prompt.VitImage):
                 n = item.height * item.width + 2
                 found[when, UND] += range(at, at + n)
                 at += n
-            elif not isinstance(item, prompt.Dropped):
+            elif not isinstance(item, prompt.DroppedImage):
                 n = item.height * item.width
                 found[when, UND] += [at, at + n + 1]
                 found[when, GEN] += range(at + 1, at + n + 1)
@@ -133,8 +135,11 @@ def places(samples: Sequence[Sequence[prompt.Item]]) -> dict[tuple[str, str], li
 
 def passes(samples: Sequence[Sequence[prompt.Item]]) -> dict[str, list[list[prompt.Item]]]:
     """What the prefix pass reads of every sample, and what the pass of the noisy pictures does."""
-    noisy = [[item for item in items if isinstance(item, prompt.Noisy)] for items in samples]
-    return {"prefix": [[i for i in items if not isinstance(i, prompt.Noisy)] for items in samples], "picture": noisy}
+    noisy = [[item for item in items if isinstance(item, prompt.NoisyImage)] for items in samples]
+    return {
+        "prefix": [[i for i in items if not isinstance(i, prompt.NoisyImage)] for items in samples],
+        "picture": noisy,
+    }
 
 
 class Packed:
@@ -146,7 +151,7 @@ class Packed:
         self.layouts = {}
         for name, items in passes(samples).items():
             self.layouts[name] = model.layout(items, cursors)
-            cursors = self.layouts[name].cursors
+            cursors = self.layouts[name].next_positions
 
     def join(self, rows: dict[tuple[str, str], Tensor]) -> Tensor:
         """Rows by (pass, expert) as one packed tensor."""
@@ -167,7 +172,7 @@ class Packed:
 
     def allowed(self) -> list[Tensor]:
         """Who sees whom, bool [L, L] per sample, by the splits."""
-        samples = len(self.layouts["prefix"].cursors)
+        samples = len(self.layouts["prefix"].next_positions)
         pairs = torch.zeros(self.length, self.length, dtype=torch.bool)
         kept: list[list[int]] = [[] for _ in range(samples)]
         mine: list[list[int]] = [[] for _ in range(samples)]
@@ -177,8 +182,8 @@ class Packed:
                 own = sorted([*islice(und, split.und), *islice(gen, split.gen)])
                 mine[split.sample] += own
                 for i, query in enumerate(own):
-                    pairs[query, kept[split.sample] + (own[: i + 1] if split.causal else own)] = True
-                if split.kept:
+                    pairs[query, kept[split.sample] + (own[: i + 1] if split.mode == "causal" else own)] = True
+                if split.mode != "noise":
                     kept[split.sample] += own
         return [pairs[sorted(rows)][:, sorted(rows)] for rows in mine]
 

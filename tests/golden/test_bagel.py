@@ -9,10 +9,13 @@ from PIL import Image
 
 from reca.data.batch import Batch
 from reca.data.pixels import bound_size, make_view
-from reca.models.bagel import Adapter, modules, prompt, sampling
-from reca.models.bagel.loading import published
-from reca.models.bagel.mot import GEN
+from reca.models.bagel import Adapter, loss, modules, prompt, sampling
+from reca.models.bagel.transformer import GEN
+from reca.models.bagel.views import edit_views
+from reca.models.bagel.weights import published_parts
+from reca.models.common.images import fit_to_view
 from reca.optim import freeze
+from reca.rng import CounterRNG
 from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
 from tests.golden.bagel import (
     LOSS,
@@ -70,13 +73,13 @@ def test_preprocessing(golden, model):
         for name in ("vit", "vae"):
             close(make_view(picture, view(c[f"{name}_transform"])) / 127.5 - 1, data[f"pre.{name}_tensor.{i}"])
         assert torch.equal(make_view(picture, model.views("reca").gen), make_view(picture, view(c["vae_transform"])))
-        assert torch.equal(make_view(picture, model.edit_views().und), make_view(picture, view(c["vit_transform"])))
+        assert torch.equal(make_view(picture, edit_views(model).und), make_view(picture, view(c["vit_transform"])))
 
 
 def test_positions(golden):
     call = golden.cases["tensors"]["pos.extrapolate"]["call"]  # …(height, width, pixels of a token, side of the table)
     height, width, pixels, side = map(int, re.findall(r"\d+", call))
-    assert torch.equal(modules.grid(height // pixels, width // pixels, side), golden.data["pos.extrapolate"])
+    assert torch.equal(prompt.grid(height // pixels, width // pixels, side), golden.data["pos.extrapolate"])
 
 
 def test_position_tables(golden, model):
@@ -93,10 +96,10 @@ def test_understanding(golden, model):
     rows = seen(golden, model, order)
     assert [row.shape[0] * row.shape[1] for row in rows] == data["vit.seqlens"].tolist()
     close(torch.cat([row.flatten(0, 1) for row in rows]), data["vit.out"])
-    bridged = model.visual(rows)
+    bridged = model.connect(rows)
     close(bridged, data["vit.connector_out"])
-    side = modules.side(model.config.vision)
-    at = torch.cat([modules.grid(*row.shape[:2], side) for row in rows])
+    side = modules.vit_size(model.config.vision)
+    at = torch.cat([prompt.grid(*row.shape[:2], side) for row in rows])
     assert torch.equal(at, data["vit.position_ids"])
     close(bridged + model.vit_pos_embed.pos_embed[at], data["vit.h_v"])
 
@@ -129,8 +132,8 @@ def reca(golden, model):
 
 def whole_samples(model, reca, h_v):
     batch, moments, rng, sizes = reca
-    samples, *_ = model.prompts(batch, {"h_v": h_v, "moments": moments}, rng)
-    return [[*items, prompt.Noisy(*size)] for items, size in zip(samples, sizes, strict=True)]
+    samples = loss.prepare(model, replace(batch, features={"h_v": h_v, "moments": moments}), rng).items
+    return [[*items, prompt.NoisyImage(*size)] for items, size in zip(samples, sizes, strict=True)]
 
 
 def same_pack(golden, model, packed: Packed, case: str):
@@ -144,8 +147,8 @@ def same_pack(golden, model, packed: Packed, case: str):
     assert bool((src[vit] < 0).all())
     assert sorted(packed.where["prefix", GEN] + packed.where["picture", GEN]) == vae.tolist()
     assert packed.where["picture", GEN] == data[f"{case}.mse_loss_indexes"].tolist()
-    assert torch.equal(packed.und("seen_at")[vit], data[f"{case}.packed_vit_position_ids"])
-    assert torch.equal(packed.gen("latent_at")[vae], data[f"{case}.packed_latent_position_ids"])
+    assert torch.equal(packed.und("vit_positions")[vit], data[f"{case}.packed_vit_position_ids"])
+    assert torch.equal(packed.gen("latent_positions")[vae], data[f"{case}.packed_latent_position_ids"])
     assert torch.equal(packed.positions(), data[f"{case}.packed_position_ids"])
     for i, ours in enumerate(packed.allowed()):
         assert torch.equal(ours, data[f"{case}.attn_allowed.{i}"].bool()), i
@@ -165,19 +168,19 @@ def test_reca_loss_and_every_stage_of_it(golden, clean, reca, case):
     model.config.timestep_shift = 3.0 if case == "frozen_shift3" else 1.0
     h_v = seen(golden, model, values["reca.vit_image_order"])
     with Record(model) as record:
-        term = model.loss(batch, {"h_v": h_v, "moments": moments}, rng)
+        term = model(replace(batch, features={"h_v": h_v, "moments": moments}), rng)
     same_loss(term.sum / term.weight, data[f"reca.{case}.loss"])
-    cached = replace(batch, features={"moments": moments})
-    assert float(term.weight) == len(data["reca.noise"]) == float(model.weight(cached, rng))
+    cached = replace(batch, features={"h_v": h_v, "moments": moments})
+    assert float(term.weight) == len(data["reca.noise"]) == model.prepare(cached, rng).weight
 
     packed = Packed(model, whole_samples(model, reca, h_v))
     v = model.llm2vae(record.seen["hidden"][1][GEN])
     close(v, data["reca.frozen_shift3.v_pred" if case == "frozen_shift3" else "reca.v_pred"])
     if case != "frozen_shift3":
-        drawn = model.drawn(moments, rng, batch.sample_ids)
+        drawn = loss.sample_posterior(model, moments, rng, batch.sample_ids)
         patch = model.config.latent_patch_size
         close(torch.cat([modules.patchify(z, patch) for z in drawn]), data["reca.latent_clean"])
-        close(model.level(rng, batch.sample_ids), torch.tensor(values["reca.t_shift1"]))
+        close(loss.noise_level(model, rng, batch.sample_ids), torch.tensor(values["reca.t_shift1"]))
         close(record.packed("input", packed), data["reca.packed_embed"])
         for i in range(golden.config["llm_config"]["num_hidden_layers"]):
             close(record.packed(f"layer {i}", packed), data[f"reca.layer_out.{i}"])
@@ -205,8 +208,9 @@ def test_cached_prefix_equals_the_packed_pass(golden, model, reca):
     items = whole_samples(model, reca, h_v * len(reca[0]))[0]
     size = values["reca.vae_latent_shapes"][0]
     with torch.no_grad():
-        _, context = model.read([items[:-1]], h_v)
-        v = model.velocity(context, [tuple(size)], data["recon.x_t"], torch.tensor([values["recon.t"]]))
+        _, cache = model.prefill(prompt.Prompt([items[:-1]], h_v))
+        image = model.layout([[prompt.NoisyImage(*size)]], cache.positions)
+        v = model.predict_velocity(cache, image, data["recon.x_t"], torch.tensor([values["recon.t"]]))
     close(v, data["recon.v"])
     close(v, data["reca.v_pred"][: len(v)])
 
@@ -222,14 +226,14 @@ def test_mixed_losses_and_gradients(golden, clean):
     latents = [crop(z, size, patch) for z, size in zip(padded, sizes, strict=True)]
 
     h_v = seen(golden, model, values["mixed.vit_image_order"])
-    looks = [prompt.Seen(*rows.shape[:2]) for rows in h_v]
+    looks = [prompt.VitImage(*rows.shape[:2]) for rows in h_v]
     caption, asked, answered, instruction = values["mixed.text_ids"]
-    caption, instruction = (prompt.framed(ids, model.vocabulary) for ids in (caption, instruction))
+    caption, instruction = (prompt.add_bos_eos(ids, model.vocabulary) for ids in (caption, instruction))
     samples = [
-        [caption, prompt.Noisy(*sizes[0])],
-        [looks[0], prompt.talk([(asked, answered)], model.vocabulary)],
-        [prompt.Clean(*sizes[1]), looks[1], instruction, prompt.Noisy(*sizes[2])],
-        [prompt.Dropped(), looks[2], caption, prompt.Noisy(*sizes[3])],
+        [caption, prompt.NoisyImage(*sizes[0])],
+        [looks[0], prompt.conversation([(asked, answered)], model.vocabulary)],
+        [prompt.CleanImage(*sizes[1]), looks[1], instruction, prompt.NoisyImage(*sizes[2])],
+        [prompt.DroppedImage(), looks[2], caption, prompt.NoisyImage(*sizes[3])],
     ]
     packed = Packed(model, samples)
     same_pack(golden, model, packed, "mixed")
@@ -244,9 +248,8 @@ def test_mixed_losses_and_gradients(golden, clean):
     tokens = flow_matching_add_noise(drawn, t, noise, patch=patch)
     parts = passes(samples)
     with Record(model) as record:
-        hidden, context = model.read(parts["prefix"], h_v, [latents[1]])
-        out, _ = model.run(parts["picture"], context, None, tokens, t)
-    v = model.llm2vae(out[GEN])
+        hidden, cache = model.prefill(prompt.Prompt(parts["prefix"], h_v, [latents[1]]))
+        v = model.predict_velocity(cache, model.layout(parts["picture"], cache.positions), tokens, t)
     close(record.packed("input", packed), data["mixed.packed_embed"])
     close(record.packed("hidden", packed), data["mixed.last_hidden"])
     target = noise - torch.cat([modules.patchify(z, patch) for z in drawn])
@@ -268,22 +271,22 @@ def test_answer_loss_is_the_mixed_packs(golden, model):
     data, values = golden.data, golden.cases["values"]
     h_v = seen(golden, model, values["mixed.vit_image_order"][:1])
     _, asked, answered, _ = values["mixed.text_ids"]
-    batch = Batch("i2t", torch.tensor([0]), [[(words(asked), words(answered))]])
-    term = model.loss(batch, {"h_v": h_v}, None)
+    batch = Batch("i2t", torch.tensor([0]), [[(words(asked), words(answered))]], features={"h_v": h_v})
+    term = model(batch, CounterRNG(0))
     same_loss(term.sum, data["mixed.ce"].sum())
-    assert float(term.weight) == float(model.weight(batch, None)) == len(data["mixed.ce"])
+    assert float(term.weight) == model.prepare(batch, CounterRNG(0)).weight == len(data["mixed.ce"])
 
 
 # inference
 
 
-def sampled(golden, model, case, x, contexts):
+def sampled(golden, model, case, x, caches):
     """Every Euler step of a case, and the decoded picture."""
     data, s = golden.data, golden.cases["values"][f"{case}.settings"]
     height, width = (side // model.token_side for side in s["image_hw"])
     steps = []
     out = sampling.denoise(
-        model, x, [(height, width)], *contexts, steps=s["num_timesteps"], guidance=s["cfg_text_scale"],
+        model, x, [(height, width)], *caches, steps=s["num_timesteps"], guidance=s["cfg_text_scale"],
         image_guidance=s["cfg_img_scale"], interval=s["cfg_interval"], renorm=s["cfg_renorm_type"],
         renorm_min=s["cfg_renorm_min"], shift=s["timestep_shift"], on_step=lambda *step: steps.append(step),
     )  # fmt: skip
@@ -300,10 +303,10 @@ def sampled(golden, model, case, x, contexts):
 @torch.no_grad()
 def test_text_to_image(golden, model, case):
     data = golden.data
-    _, full = model.read([[model.text(words(golden.cases["values"]["t2i.text_ids"]))]])
-    close(full.layers[0][0][0], data["t2i.kv.k0"])
-    close(full.layers[-1][0][1], data["t2i.kv.v_last"])
-    sampled(golden, model, case, data["t2i.init_noise"], (full, model.context(1), None))
+    _, full = model.prefill(prompt.Prompt([[model.text(words(golden.cases["values"]["t2i.text_ids"]))]]))
+    close(full.layers[0][0], data["t2i.kv.k0"])
+    close(full.layers[-1][1], data["t2i.kv.v_last"])
+    sampled(golden, model, case, data["t2i.init_noise"], (full, model.empty_cache(1), None))
 
 
 @pytest.mark.parametrize("renorm", ["text_channel", "global", "channel"])
@@ -312,15 +315,15 @@ def test_editing(golden, model, renorm):
     data, values = golden.data, golden.cases["values"]
     source = data["edit.source_u8"].permute(2, 0, 1)
     raw = [tensor.permute(2, 0, 1) for name, tensor in data.items() if name.startswith("pre.image_u8.")]
-    assert any(torch.equal(sampling.fitted(image, model.edit_views().gen), source) for image in raw)
-    full, textless, imageless, sizes = sampling.edit_contexts(
+    assert any(torch.equal(fit_to_view(image, edit_views(model).gen), source) for image in raw)
+    full, textless, imageless, sizes = sampling.edit_caches(
         model, [source], [words(values["edit.text_ids"])], list(data["edit.posterior_noise"])
     )
     assert sizes == [tuple(side // model.token_side for side in source.shape[1:])]
-    for context, name in ((textless, "after_image"), (full, "full"), (imageless, "cfg_img")):
+    for cache, name in ((textless, "after_image"), (full, "full"), (imageless, "cfg_img")):
         wanted = values[f"edit.context_{name}"]
-        assert [len(context.layers[0][0][0])] == wanted["kv_lens"] and context.cursors == wanted["ropes"]
-    ours, kept = full.layers[0][0][0], data["edit.kv.k0"]
+        assert [len(cache.layers[0][0])] == cache.lengths == wanted["kv_lens"] and cache.positions == wanted["ropes"]
+    ours, kept = full.layers[0][0], data["edit.kv.k0"]
     n = sizes[0][0] * sizes[0][1]
     moved = torch.cat((ours[:1], ours[2 : n + 2], ours[1:2], ours[n + 2 :]))  # ours: both borders, then the latents
     close(moved, kept)
@@ -332,15 +335,15 @@ def test_answering(golden, model):
     data, text = golden.data, golden.cases["values"]["vqa.text_ids"]
     number = re.search(r"image (\d+)", golden.cases["tensors"]["vqa.tokens"]["meaning"])[1]
     h_v = seen(golden, model, [int(number)])
-    _, context = model.read([[prompt.Seen(*h_v[0].shape[:2]), model.text(words(text))]], h_v)
-    tokens, logits = sampling.greedy(model, context, len(data["vqa.tokens"]))
+    _, cache = model.prefill(prompt.Prompt([[prompt.VitImage(*h_v[0].shape[:2]), model.text(words(text))]], h_v))
+    tokens, logits = sampling.greedy(model, cache, len(data["vqa.tokens"]))
     assert data["vqa.tokens"][0] == model.vocabulary.bos
     assert tokens[0, : len(data["vqa.tokens"]) - 1].tolist() == data["vqa.tokens"][1:].tolist()
     close(torch.cat(logits), data["vqa.logits"][: len(logits)])
 
 
 def test_every_published_name_is_loaded(golden, model):
-    ours = published(model).state_dict()
+    ours = published_parts(model).state_dict()
     assert ours.keys() == golden.weights.keys()
     for name, tensor in ours.items():
         assert name.endswith("pos_embed") or torch.equal(tensor, golden.weights[name]), name

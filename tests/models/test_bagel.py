@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
-from reca.models.bagel import Adapter, Config, adapter, loading, modules, prompt, sampling
+from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
 from reca.models.bagel.config import AutoencoderSizes, tiny
-from reca.models.bagel.mot import GEN, UND, attend, grouped
+from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin
 from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
 from reca.optim import freeze, make_optimizer
@@ -128,7 +128,7 @@ def published():
 
 
 def test_published_sizes(published):
-    whole = loading.published(published).state_dict()
+    whole = weights.published_parts(published).state_dict()
     assert len(whole) == 1223
     assert sum(t.numel() for t in whole.values()) == 14_607_260_128
     roles = published.roles()
@@ -146,7 +146,7 @@ def test_published_sizes(published):
 
 
 def test_published_names(published):
-    names = {name: tuple(t.shape) for name, t in loading.published(published).state_dict().items()}
+    names = {name: tuple(t.shape) for name, t in weights.published_parts(published).state_dict().items()}
     d, f, k, v = 3584, 18944, 512, 152064
     wanted = {
         "language_model.model.embed_tokens.weight": (v, d),
@@ -213,13 +213,13 @@ def test_published_codec(published):
 
 
 def test_published_views(published):
-    views = published.views("reca")
+    reca = published.views("reca")
     square = Image.new("RGB", (2048, 1536))
-    assert make_view(square, views.gen).shape == (3, 768, 1024) and make_view(square, views.und).shape == (3, 168, 224)
+    assert make_view(square, reca.gen).shape == (3, 768, 1024) and make_view(square, reca.und).shape == (3, 168, 224)
     assert published.token_side == 16
-    talk, edit = published.views("i2t").und, published.edit_views()
+    talk, edit = published.views("i2t").und, views.edit_views(published)
     assert (talk.size, talk.min_size, talk.stride, talk.max_pixels) == (980, 378, 14, 2_007_040)
-    assert (edit.und.size, edit.und.min_size, edit.gen) == (980, 224, views.gen)
+    assert (edit.und.size, edit.und.min_size, edit.gen) == (980, 224, reca.gen)
 
 
 # losses
@@ -229,7 +229,7 @@ def test_published_views(published):
 def test_weight_is_what_loss_returns(model, task):
     sample = batch(model, task)
     term = model(sample, CounterRNG(3))
-    assert float(term.weight) == float(model.weight(sample, CounterRNG(3))) > 0
+    assert float(term.weight) == float(model.prepare(sample, CounterRNG(3)).weight) > 0
     assert math.isfinite(float(term.sum.detach()))
     if task != "i2t":
         assert float(term.weight) == sum(i.shape[1] * i.shape[2] for i in sample.gen) / model.token_side**2
@@ -238,10 +238,11 @@ def test_weight_is_what_loss_returns(model, task):
 def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
     ids = torch.arange(400)
     rows = torch.zeros(400, 3, 3, 64)
-    samples, h_v, _ = plain.prompts(Batch("reca", ids, ["describe this"] * 400), {"h_v": rows}, CounterRNG(0))
-    assert all(isinstance(items[0], prompt.Seen) for items in samples) and len(h_v) == 400
+    given = Batch("reca", ids, ["describe this"] * 400, features={"h_v": rows, "moments": torch.zeros(400, 2, 5, 5)})
+    samples = loss.prepare(plain, given, CounterRNG(0)).items
+    assert [items[0] for items in samples] == [prompt.VitImage(3, 3)] * 400
     assert 20 < sum(len(items) == 1 for items in samples) < 65
-    captions, *_ = plain.prompts(Batch("t2i", ids, ["a red square"] * 400), {}, CounterRNG(0))
+    captions = loss.prepare(plain, replace(given, task="t2i", text=["a red square"] * 400), CounterRNG(0)).items
     assert 20 < sum(items == [] for items in captions) < 65
 
 
@@ -257,30 +258,30 @@ def test_a_batch_without_any_text(task):
 
 
 def test_dropped_images_keep_their_position_and_dropped_texts_do_not(plain):
-    text, look, noisy = prompt.Text([1, 2, 3]), prompt.Seen(1, 2), prompt.Noisy(1, 1)
-    layout = plain.layout([[look, text, noisy], [prompt.Dropped(), text, noisy], [noisy]], [0, 0, 0])
+    text, look, noisy = prompt.Text([1, 2, 3]), prompt.VitImage(1, 2), prompt.NoisyImage(1, 1)
+    layout = plain.layout([[look, text, noisy], [prompt.DroppedImage(), text, noisy], [noisy]])
     assert layout.positions[UND].tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 4, 1, 2, 3, 4, 4, 0, 0]
-    assert layout.positions[GEN].tolist() == [4, 4, 0] and layout.cursors == [5, 5, 1]
+    assert layout.positions[GEN].tolist() == [4, 4, 0] and layout.next_positions == [5, 5, 1]
 
 
 def test_noise_levels(plain):
     ids = torch.arange(2000)
-    level = plain.level(CounterRNG(0), ids)
+    level = loss.noise_level(plain, CounterRNG(0), ids)
     plain.config.timestep_shift = 3.0
-    moved = plain.level(CounterRNG(0), ids)
+    moved = loss.noise_level(plain, CounterRNG(0), ids)
     plain.config.timestep_shift = 1.0
     assert abs(float(level.logit().mean())) < 0.1 and abs(float(level.logit().std()) - 1) < 0.1
     torch.testing.assert_close(moved.logit(), level.logit() + math.log(3.0), rtol=0, atol=1e-4)
 
 
 def test_parity_rounds_to_bf16(monkeypatch):
-    given, kernel = {}, adapter.flow_matching_add_noise
+    given, kernel = {}, loss.flow_matching_add_noise
 
     def recorded(x0, t, noise, **options):
         given["dtypes"], given["t"] = {image.dtype for image in x0}, t
         return kernel(x0, t, noise, **options)
 
-    monkeypatch.setattr(adapter, "flow_matching_add_noise", recorded)
+    monkeypatch.setattr(loss, "flow_matching_add_noise", recorded)
     for name, dtype in (("pixels", torch.float32), ("parity", torch.bfloat16)):
         built(name)(batch(built(name), "reca"), CounterRNG(0))
         assert given["dtypes"] == {dtype}
@@ -291,7 +292,7 @@ def test_the_posterior_is_drawn_for_every_sample(plain):
     flux = built("flux")
     moments = flux.encode(batch(flux, "t2i", [0, 0]))["moments"]
     assert torch.equal(moments[0], moments[1])
-    first, second = flux.drawn(moments, CounterRNG(0), torch.tensor([1, 2]))
+    first, second = loss.sample_posterior(flux, moments, CounterRNG(0), torch.tensor([1, 2]))
     mean, log_variance = moments[0].chunk(2)
     noise = CounterRNG(0).normal(RandomStream.POSTERIOR, torch.tensor([1]), mean.numel()).view_as(mean)
     expected = 0.3611 * (mean + (0.5 * log_variance).exp() * noise - 0.1159)
@@ -413,29 +414,76 @@ def test_one_time_embedding_per_image(plain):
     assert rows == [4, 1, 1]
 
 
-def test_attention_calls_are_shared_by_samples_of_one_shape(plain):
-    same = [[prompt.Seen(3, 3), prompt.Text([1, 2])]] * 5 + [[prompt.Seen(3, 3), prompt.Text([1, 2, 3])]]
-    layout = plain.layout(same, [0] * 6)
-    assert sorted(map(len, grouped(layout.splits, plain.context(6)))) == [1, 5, 6]
-    large = plain.layout([[prompt.Noisy(8, 8)]] * 2, [0, 0])
-    many = [split._replace(gen=600) for split in large.splits]
-    assert sorted(map(len, grouped(many, plain.context(2)))) == [1, 1]
+def test_a_pass_is_one_attention_call_per_layer(plain, monkeypatch):
+    """Samples of one shape are one batch of it, others are packed."""
+    calls, attention = [], transformer.attention
+
+    def recorded(q, k, v, plan, **options):
+        calls.append((q.shape[:-2], k.shape[:-2]))
+        return attention(q, k, v, plan, **options)
+
+    monkeypatch.setattr(transformer, "attention", recorded)
+    layers, same = len(plain.blocks()), [[prompt.Text([1, 2])]] * 3
+    _, cache = plain.prefill(prompt.Prompt(same))
+    assert calls == [((3, 2), (3, 2))] * layers
+    calls.clear()
+    plain.prefill(prompt.Prompt([[prompt.Text([1] * n)] for n in (1, 2, 3)]), cache)
+    assert calls == [((6,), (12,))] * layers
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_a_gpu(dtype, causal):
+@pytest.mark.parametrize("uniform", [True, False])
+def test_what_rows_see_and_what_is_kept(uniform):
+    """Attention, its gradient and the cache against one mask per sample."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, heads, 64, generator=generator) for n, heads in ((5, 8), (9, 2), (9, 2)))
-    ours = attend(*(x.to("cuda", dtype) for x in (q, k, v)), causal).float().cpu()
-    torch.testing.assert_close(ours, attend(q, k, v, causal), atol=1e-5 if dtype == torch.float32 else 0.03, rtol=0)
+    sizes = [(3, 2, 4)] * 2 if uniform else [(3, 2, 4), (0, 5, 1)]  # cached rows, rows of a text, latents of an image
+    splits = [s for i, (_, text, n) in enumerate(sizes) for s in (
+        transformer.Split(i, text, 0, "causal"), transformer.Split(i, 2, n, "noise"))]  # fmt: skip
+    cached, und, gen = (sum(column) for column in zip(*((c, t + 2, n) for c, t, n in sizes), strict=True))
+    made = {
+        expert: [torch.randn(rows, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+        for expert, rows in ((UND, und), (GEN, gen))
+    }
+    past = tuple(torch.randn(cached, 2, 8, generator=generator) for _ in range(2))
+    cache = KVCache([past], [c for c, _, _ in sizes], [0] * 2)
+    rotary = {
+        expert: rotary_cos_sin(torch.zeros(len(q), dtype=torch.int64), 8, 1e4) for expert, (q, _, _) in made.items()
+    }
+    now = Pass.plan(splits, cache, rotary, learn=True)
+    assert now.uniform == uniform
+    out, (keys, values) = transformer.joint_attention(made, past, now)
+
+    wanted, kept, at = {UND: [], GEN: []}, [], [0, 0, 0]
+    for c, text, n in sizes:
+        rows = {UND: slice(at[1], at[1] + text + 2), GEN: slice(at[2], at[2] + n)}
+        q, k, v = (torch.cat([made[e][i][rows[e]] for e in (UND, GEN)]) for i in range(3))
+        k, v = (torch.cat((old[at[0] : at[0] + c], new)) for old, new in zip(past, (k, v), strict=True))
+        sees = torch.ones(len(q), len(k), dtype=torch.bool)
+        sees[:text] = sees[:text].tril(c)
+        one = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=sees, enable_gqa=True
+        ).transpose(0, 1)
+        wanted[UND].append(one[: text + 2])
+        wanted[GEN].append(one[text + 2 :])
+        kept.append((k[: c + text], v[: c + text]))
+        at = [at[0] + c, at[1] + text + 2, at[2] + n]
+    for expert in (UND, GEN):
+        torch.testing.assert_close(out[expert], torch.cat(wanted[expert]), rtol=1e-5, atol=1e-5)
+        upstream = torch.randn(out[expert].shape, generator=generator)
+        ours, theirs = (
+            torch.autograd.grad(x, made[expert], upstream, retain_graph=True)
+            for x in (out[expert], torch.cat(wanted[expert]))
+        )
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip((keys, values), zip(*kept, strict=True), strict=True):
+        assert torch.equal(ours, torch.cat(theirs))
+    assert cache.after([None], splits, [0, 0]).lengths == [c + text for c, text, _ in sizes]
 
 
 def test_types(tmp_path):
     built().export(tmp_path)
     models = {d: Adapter.load(config(weights=str(tmp_path), dtype=d)) for d in ("fp32", "bf16", "mixed")}
-    found = {d: {(m.role(n), p.dtype) for n, p in m.named_parameters()} for d, m in models.items()}
+    found = {d: {(modules.role(n), p.dtype) for n, p in m.named_parameters()} for d, m in models.items()}
     fp32, bf16 = torch.float32, torch.bfloat16
     roles = set(models["fp32"].roles().values())
     assert found["fp32"] == {(role, fp32) for role in roles}
@@ -542,12 +590,12 @@ def test_answers_do_not_depend_on_the_batch(plain):
 
 @torch.no_grad()
 def test_cached_answers_are_those_of_the_whole_sequence(plain):
-    h_v = plain.look([make_view(Image.new("RGB", (20, 20), "red"), plain.views("i2t").und)])
-    look, asked = prompt.Seen(*h_v[0].shape[:2]), plain.text("what is this?")
-    _, context = plain.read([[look, asked]], h_v)
-    tokens, logits = sampling.greedy(plain, context, 4)
+    h_v = plain.encode_understanding([make_view(Image.new("RGB", (20, 20), "red"), plain.views("i2t").und)])
+    look, asked = prompt.VitImage(*h_v[0].shape[:2]), plain.text("what is this?")
+    _, cache = plain.prefill(prompt.Prompt([[look, asked]], h_v))
+    tokens, logits = sampling.greedy(plain, cache, 4)
     reply = [plain.vocabulary.bos, *tokens[0].tolist()[:-1]]
-    hidden, _ = plain.read([[look, prompt.Text(asked.ids + reply)]], h_v)
+    hidden, _ = plain.prefill(prompt.Prompt([[look, prompt.Text(asked.ids + reply)]], h_v))
     whole = plain.language_model.lm_head(hidden[-len(reply) :])
     torch.testing.assert_close(torch.cat(logits), whole, rtol=1e-4, atol=1e-5)
 

@@ -1,31 +1,41 @@
 """BAGEL's parts beside the language model: SigLIP over packed images, position tables, time embedding, image codecs.
 
-A codec has `factor`, the pixels on the side of a latent; `channels` of a latent; `encode(pixels) -> moments`;
+A codec has `factor`, pixels per latent in height and width; `channels` of a latent; `encode(pixels) -> moments`;
 `latents(moments, noise)` and `decode(latents) -> pixels`. Moments are mean and log-variance, [2 C, h, w] per image.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from reca.models.bagel import prompt
 from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
+from reca.models.bagel.transformer import GEN, UND, KVCache, LanguageModel
+from reca.models.base import in_fp32
+from reca.models.common.images import check_side, to_unit
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.siglip import siglip_encoder
+from reca.models.common.text import encode
+from reca_kernels import template_concat
 from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
 CERTAIN = -60.0  # log-variance of a latent without spread
 GROUPS = 32  # of every GroupNorm in the FLUX autoencoder
+ENCODED_AT_ONCE = 1 << 20  # pixels in one call of the codec or of SigLIP: one image of 1024 x 1024
+PROMPT_ROLES = ("und_encoder", "bridge", "und_lm", "embed")
 
 
 class Embeddings(nn.Module):
     def __init__(self, sizes: VisionSizes):
         super().__init__()
         self.patch_embedding = nn.Linear(3 * sizes.patch_size**2, sizes.hidden_size)
-        self.position_embedding = nn.Embedding(side(sizes) ** 2, sizes.hidden_size)
+        self.position_embedding = nn.Embedding(vit_size(sizes) ** 2, sizes.hidden_size)
 
     def forward(self, patches: Tensor, positions: Tensor) -> Tensor:  # [B, n, 3 p p], int64 [n]
         return self.patch_embedding(patches) + self.position_embedding(positions)
@@ -41,10 +51,10 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """A row per patch, [B, H / p, W / p, C]. Every image sees itself only."""
+        """Encode every image by itself, one token per patch: [B, H / p, W / p, C]."""
         p = self.sizes.patch_size
         height, width = (size // p for size in pixels.shape[2:])
-        positions = on_device(grid(height, width, side(self.sizes)), pixels.device)
+        positions = on_device(prompt.grid(height, width, vit_size(self.sizes)), pixels.device)
         patches = patchify(pixels, p).to(self.embeddings.patch_embedding.weight.dtype)
         hidden = self.encoder(inputs_embeds=self.embeddings(patches, positions)).last_hidden_state
         return self.post_layernorm(hidden).unflatten(1, (height, width))
@@ -59,7 +69,7 @@ class Vision(nn.Module):
 
 
 class Connector(nn.Module):
-    """From SigLIP's width to the language model's."""
+    """Map h_v from SigLIP's width to the language model's."""
 
     def __init__(self, narrow: int, width: int):
         super().__init__()
@@ -125,7 +135,7 @@ class FluxCodec(nn.Module):
             return self.autoencoder.encoder(pixels.float())
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:  # [..., 2 C, h, w], [..., C, h, w]
-        """A draw of the posterior, or its mean."""
+        """Sample the posterior, or return its mean where there is no noise."""
         mean, log_variance = moments.float().chunk(2, dim=-3)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.sizes.scaling_factor * (z - self.sizes.shift_factor)
@@ -136,7 +146,7 @@ class FluxCodec(nn.Module):
 
 
 class Patches(PatchCodec):
-    """The embedded world's codec."""
+    """Make moments of patches: the toy world's codec."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         mean = super().encode(pixels.float())
@@ -153,35 +163,30 @@ def codec(config: BagelConfig) -> nn.Module:
     return Patches(config.patches.size, config.patches.channels)
 
 
-def side(sizes: VisionSizes) -> int:
-    """Patches on the side of the largest image that SigLIP has positions for."""
+def vit_size(sizes: VisionSizes) -> int:
+    """Return the height and width, in patches, of the largest image that SigLIP has positions for."""
     return sizes.image_size // sizes.patch_size
 
 
-def grid(height: int, width: int, size: int) -> Tensor:
-    """Numbers of a height x width corner of a size x size grid, row by row, int64 [height width]."""
-    return (torch.arange(height)[:, None] * size + torch.arange(width)).flatten()
-
-
 def patchify(image: Tensor, patch: int) -> Tensor:
-    """[..., C, H, W] as rows [..., H W / (p p), p p C]: patches row by row, inside one (row, column, channel)."""
+    """Cut [..., C, H, W] into [..., H W / (p p), p p C]: patches row by row, inside one (row, column, channel)."""
     parts = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, h, p, w, p]
     return parts.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)
 
 
 def unpatchify(rows: Tensor, height: int, width: int, patch: int) -> Tensor:  # [n, p p C]
-    """The image [C, height p, width p] whose rows these are."""
+    """Undo `patchify` for one image, [C, height p, width p]."""
     parts = rows.view(height, width, patch, patch, -1).permute(4, 0, 2, 1, 3)  # [C, h, p, w, p]
     return parts.flatten(3).flatten(1, 2)
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """Noise levels moved towards 1 by a shift above 1 (Esser et al. 2024, arXiv 2403.03206)."""
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1 by a shift above 1 (Esser et al. 2024, arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels: int) -> list[Tensor]:
-    """`encode` of every image [C, H, W]; images of one size go together, at most `pixels` of them in one call."""
+    """Encode every image [C, H, W]; images of one size go together, at most `pixels` of them in one call."""
     groups: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(tuple(image.shape), []).append(i)
@@ -193,3 +198,150 @@ def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels
             for i, row in zip(part, encode(torch.stack([images[i] for i in part])), strict=True):
                 made[i] = row
     return made
+
+
+class Network(nn.Module):
+    """BAGEL. Parameters have their published names, except those of `codec`."""
+
+    @in_fp32
+    def __init__(self, config: BagelConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vocabulary = prompt.Vocabulary.of(tokenizer)
+        width = config.language.hidden_size
+        self.codec = codec(config)
+        check_side("model.image_size", config.image_size, self.token_side)
+        channels = self.codec.channels * config.latent_patch_size**2
+        self.language_model = LanguageModel(config.language)
+        self.time_embedder = TimeEmbedder(width)
+        self.vae2llm, self.llm2vae = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.latent_pos_embed = PositionTable(config.max_latent_size, width)
+        self.vit_model = Vision(config.vision)
+        self.vit_pos_embed = PositionTable(vit_size(config.vision), width)
+        self.connector = Connector(config.vision.hidden_size, width)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae2llm.weight.device
+
+    @property
+    def token_side(self) -> int:
+        """Pixels per image token in height and width."""
+        return self.codec.factor * self.config.latent_patch_size
+
+    # pixels -> features
+
+    def moments(self, images: Sequence[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
+        """Encode images by the codec, fp32 [2 C, h, w] per image."""
+        return by_size([to_unit(image) for image in images], self.codec.encode, ENCODED_AT_ONCE)
+
+    def encode_understanding(self, images: Sequence[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
+        """Encode images by SigLIP: h_v before the connector, [h, w, C] per image."""
+        return by_size([to_unit(image) for image in images], self.vit_model.vision_model, ENCODED_AT_ONCE)
+
+    # text -> ids
+
+    def text(self, text: str) -> prompt.Text:
+        return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary)
+
+    def conversation(self, turns: Sequence[Sequence[str]]) -> prompt.Text:
+        ids = [tuple(encode(self.tokenizer, part) for part in turn) for turn in turns]
+        return prompt.conversation(ids, self.vocabulary)
+
+    # sequences -> hidden states
+
+    def layout(self, items: Sequence[Sequence[prompt.Item]], positions: Sequence[int] | None = None) -> prompt.Layout:
+        """Lay out items per sample, on the host. positions: where the samples go on; default 0."""
+        positions = [0] * len(items) if positions is None else positions
+        sizes = vit_size(self.config.vision), self.config.max_latent_size
+        return prompt.layout(items, self.vocabulary, positions, *sizes)
+
+    def empty_cache(self, samples: int) -> KVCache:
+        return KVCache.empty(len(self.language_model.model.layers), samples)
+
+    def prefill(
+        self, given: prompt.Prompt, cache: KVCache | None = None, layout: prompt.Layout | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Read a prompt behind what is cached.
+
+        layout: of its items, if it has been made. Returns the hidden states of the understanding rows, [U, D], and the
+        cache for what follows.
+        """
+        cache = self.empty_cache(len(given.items)) if cache is None else cache
+        layout = self.layout(given.items, cache.positions) if layout is None else layout
+        tokens = t = None
+        if given.latents:
+            tokens = torch.cat([patchify(z, self.config.latent_patch_size) for z in given.latents])
+            t = torch.zeros(len(given.latents), dtype=torch.float32, device=self.device)
+        out, cache = self._forward(layout.to(self.device), cache, given.h_v, tokens, t)
+        return out[UND], cache
+
+    def predict_velocity(
+        self,
+        cache: KVCache,
+        layout: prompt.Layout,  # of one NoisyImage per sample, behind the cache
+        tokens: Tensor,  # [sum of h w, channels]
+        t: Tensor,  # fp32 [samples] or [1], for all of them
+    ) -> Tensor:  # [sum of h w, channels]
+        """Predict the velocity of one noisy image per sample."""
+        out, _ = self._forward(layout.to(self.device), cache, None, tokens, t)
+        return self.llm2vae(out[GEN].to(self.llm2vae.weight.dtype))
+
+    def _forward(
+        self,
+        layout: prompt.Layout,
+        cache: KVCache,
+        h_v: Sequence[Tensor] | None,
+        tokens: Tensor | None,
+        t: Tensor | None,
+    ) -> tuple[dict[str, Tensor], KVCache]:
+        """Run one pass: hidden states per expert, and the cache after it."""
+        learn = torch.is_grad_enabled() and self.learns_prompt(h_v)
+        rows, table = {}, self.language_model.model.embed_tokens.weight
+        with torch.set_grad_enabled(learn):
+            adds = [(self.vit_pos_embed.pos_embed, layout.vit_positions)] if h_v else []
+            dtype = self.residual_dtype(table)
+            rows[UND] = template_concat(table, self.connect(h_v), layout.src, adds=adds, out_dtype=dtype)
+        if tokens is not None:
+            # The levels of a pass are few: their embeddings are rows to add, one per image or one for all.
+            level = layout.image_ids if len(t) > 1 else torch.zeros_like(layout.image_ids)
+            adds = [(self.time_embedder(t), level), (self.latent_pos_embed.pos_embed, layout.latent_positions)]
+            latent = self.vae2llm(tokens.to(self.vae2llm.weight.dtype))
+            order = -1 - torch.arange(len(latent), device=self.device)
+            dtype = self.residual_dtype(self.vae2llm.weight)
+            rows[GEN] = template_concat(table.detach(), latent, order, adds=adds, out_dtype=dtype)
+        out, layers = self.language_model.model(rows, layout.positions, layout.splits, cache, learn)
+        return out, cache.after(layers, layout.splits, layout.next_positions)
+
+    def connect(self, h_v: Sequence[Tensor] | None) -> Tensor:
+        """Map h_v into the language model's space, without positions: [tokens, D]."""
+        if not h_v:
+            return self.language_model.model.embed_tokens.weight.new_empty(0, self.config.language.hidden_size)
+        return self.connector(torch.cat([tokens.flatten(0, 1) for tokens in h_v]))
+
+    def learns_prompt(self, h_v: Sequence[Tensor] | None) -> bool:
+        """Return whether a gradient is wanted of what stands before the image; RECA wants none."""
+        if h_v and any(tokens.requires_grad for tokens in h_v):
+            return True
+        return any(p.requires_grad and role(name) in PROMPT_ROLES for name, p in self.named_parameters())
+
+    @staticmethod
+    def residual_dtype(weight: Tensor) -> torch.dtype:
+        """Return the type of the residual stream: autocast's, as in the release, or the weights'."""
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+    def inference_autocast(self) -> contextlib.AbstractContextManager:
+        """Multiply in bf16 where weights are mixed, as training with precision bf16 does."""
+        mixed = self.config.dtype == "mixed"
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
+
+
+def role(name: str) -> str:
+    """Return the role of a parameter, or of a tensor of the published file."""
+    part = name.split(".")[0]
+    if part == "language_model":
+        if name.startswith(("language_model.lm_head.", "language_model.model.embed_tokens.")):
+            return "embed"
+        return "gen_lm" if "_moe_gen" in name else "und_lm"
+    return {"codec": "codec", "vit_model": "und_encoder", "connector": "bridge"}.get(part, "gen_head")

@@ -3,7 +3,7 @@
     RECA        [h_v] [template] [noisy image]        a dropped template is left out and takes no position
     t2i         [caption] [noisy image]
     edit        [clean image] [h_v] [instruction] [noisy image]
-    i2t         [h_v] [question answer ...]             every text framed by the tokens that begin and end a turn
+    i2t         [h_v] [question answer ...]           every text between the tokens that begin and end a turn
 
 Text is causal and its positions count up; an image sees all of itself, stands at one position, and moves the next by
 one. Its borders are text tokens, so they belong to the understanding expert even around latents.
@@ -17,20 +17,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.models.bagel.modules import grid
-from reca.models.bagel.mot import GEN, UND, Split
-from reca.models.common.text import encode as encode
-from reca_kernels import TextSegment, VisualSegment, concat_plan
+from reca.models.bagel.transformer import GEN, UND, Split
+from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 
 BEGIN, END, IMAGE, END_OF_IMAGE = "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"
 SPECIAL_TOKENS = (BEGIN, END, IMAGE, END_OF_IMAGE)
-IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the tokens that frame texts (bos, eos) and images (soi, eoi)."""
+    """Ids of the tokens around texts (bos, eos) and images (soi, eoi)."""
 
     bos: int
     eos: int
@@ -39,7 +36,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        """Raises ValueError when the tokenizer lacks one of SPECIAL_TOKENS."""
+        """Look the ids up. Raises ValueError when the tokenizer lacks one of SPECIAL_TOKENS."""
         known = tokenizer.get_vocab()
         if missing := [token for token in SPECIAL_TOKENS if token not in known]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; BAGEL needs {', '.join(SPECIAL_TOKENS)}")
@@ -47,62 +44,77 @@ class Vocabulary:
 
 
 class Text(NamedTuple):
-    """Token ids with their frame, and what each position predicts."""
+    """Token ids with bos and eos, and what each position predicts."""
 
     ids: list[int]
     labels: list[int] | None = None
 
 
-class Seen(NamedTuple):
-    """An image as h_v: rows of SigLIP."""
+class VitImage(NamedTuple):
+    """An image as h_v, tokens of SigLIP. Sizes are in tokens."""
 
     height: int
     width: int
 
 
-class Clean(NamedTuple):
-    """An image as latents without noise."""
+class CleanImage(NamedTuple):
+    """An image as latents without noise. Sizes are in tokens."""
 
     height: int
     width: int
 
 
-class Noisy(NamedTuple):
-    """The image that is being drawn. Nothing after it sees it."""
+class NoisyImage(NamedTuple):
+    """The image that is being generated. Nothing after it sees it. Sizes are in tokens."""
 
     height: int
     width: int
 
 
-class Dropped(NamedTuple):
+class DroppedImage(NamedTuple):
     """An image that was left out; it keeps its position."""
 
 
-Item = Text | Seen | Clean | Noisy | Dropped
+Item = Text | VitImage | CleanImage | NoisyImage | DroppedImage
+
+
+class Prompt(NamedTuple):
+    """What samples are given.
+
+    items    per sample
+    h_v      [h, w, C] per VitImage, in order; None: there is none
+    latents  [C, h, w] per CleanImage, in order; None: there is none
+    """
+
+    items: Sequence[Sequence[Item]]
+    h_v: Sequence[Tensor] | None = None
+    latents: Sequence[Tensor] | None = None
 
 
 @dataclass
 class Layout:
     """The rows of one pass, per expert one sample after another.
 
-    src         int32 [U]: token ids; -1 - r for row r of the pass's h_v
-    seen_at     int64 [U]: place of a row of h_v in SigLIP's position table, -1 elsewhere
-    labels      int64 [U]: what the row predicts, -100 for nothing
-    latent_at   int64 [G]: place in the position table of latents
-    image       int64 [G]: number of the image among the pass's latent images
-    positions   per expert int64 [U], [G]
-    splits      which rows enter together
-    cursors     per sample: the position after the pass
+    src               int32 [U]: token ids; -1 - r for row r of the pass's h_v
+    vit_positions     int64 [U]: place of a token of h_v in SigLIP's position table, -1 elsewhere
+    labels            int64 [U]: what the row predicts, IGNORE_INDEX for nothing
+    latent_positions  int64 [G]: place in the position table of latents
+    image_ids         int64 [G]: number of the image among the pass's latent images
+    positions         per expert int64 [U], [G]: rotary positions
+    splits            which rows enter together
+    next_positions    per sample: the rotary position after the pass
+    labelled          how many labels there are
     """
 
     src: Tensor
-    seen_at: Tensor
+    vit_positions: Tensor
     labels: Tensor
-    latent_at: Tensor
-    image: Tensor
+    latent_positions: Tensor
+    image_ids: Tensor
     positions: dict[str, Tensor]
     splits: list[Split]
-    cursors: list[int]
+    next_positions: list[int]
+    labelled: int
 
     def to(self, device: torch.device) -> "Layout":
         moved = {f.name: on_device(getattr(self, f.name), device) for f in fields(self) if f.type is Tensor}
@@ -112,70 +124,78 @@ class Layout:
 def layout(
     samples: Sequence[Sequence[Item]],
     v: Vocabulary,
-    cursors: Sequence[int],
-    seen_size: int,
+    positions: Sequence[int],
+    vit_size: int,
     latent_size: int,
 ) -> Layout:
-    """Lay out the next items of every sample, whose positions go on from `cursors`.
+    """Lay out the next items of every sample, whose rotary positions go on from `positions`.
 
-    seen_size, latent_size: sides of the position tables. Raises ValueError for an image beyond its table.
+    vit_size, latent_size: height and width of the position tables. Raises ValueError for an image beyond its table.
     """
     segments, splits, ends = [], [], []
-    seen_at, latent_at, image, und_at, gen_at = [], [], [], [], []
+    vit_at, latent_at, image_ids, und_at, gen_at = [], [], [], [], []
     images = 0
-    for number, (items, cursor) in enumerate(zip(samples, cursors, strict=True)):
+    border = torch.tensor([-1])
+    for number, (items, position) in enumerate(zip(samples, positions, strict=True)):
         mine = []
         for item in items:
-            und, gen = 0, 0
             if isinstance(item, Text):
+                n = len(item.ids)
                 mine.append(TextSegment(item.ids, item.labels))
-                seen_at.append(torch.full((len(item.ids),), -1))
-                und_at.append(torch.arange(cursor, cursor + len(item.ids)))
-                und, cursor = len(item.ids), cursor + len(item.ids)
-            elif isinstance(item, Seen):
-                _check(item, seen_size, "vision.image_size")
+                vit_at.append(border.expand(n))
+                und_at.append(torch.arange(position, position + n))
+                splits.append(Split(number, n, 0, "causal"))
+                position += n
+                continue
+            if isinstance(item, VitImage):
+                _check(item, vit_size, "vision.image_size")
                 n = item.height * item.width
                 mine += [TextSegment([v.soi]), VisualSegment(n), TextSegment([v.eoi])]
-                border = torch.tensor([-1])
-                seen_at += [border, grid(item.height, item.width, seen_size), border]
-                und_at.append(torch.full((n + 2,), cursor))
-                und, cursor = n + 2, cursor + 1
-            elif isinstance(item, Dropped):
-                cursor += 1
-                continue
-            else:
+                vit_at += [border, grid(item.height, item.width, vit_size), border]
+                und_at.append(torch.full((n + 2,), position))
+                splits.append(Split(number, n + 2, 0, "full"))
+            elif not isinstance(item, DroppedImage):
                 _check(item, latent_size, "max_latent_size")
                 n = item.height * item.width
                 mine.append(TextSegment([v.soi, v.eoi]))
-                seen_at.append(torch.full((2,), -1))
+                vit_at.append(border.expand(2))
                 latent_at.append(grid(item.height, item.width, latent_size))
-                image.append(torch.full((n,), images))
-                und_at.append(torch.full((2,), cursor))
-                gen_at.append(torch.full((n,), cursor))
-                und, gen, images, cursor = 2, n, images + 1, cursor + 1
-            splits.append(Split(number, und, gen, isinstance(item, Text), not isinstance(item, Noisy)))
+                image_ids.append(torch.full((n,), images))
+                und_at.append(torch.full((2,), position))
+                gen_at.append(torch.full((n,), position))
+                splits.append(Split(number, 2, n, "noise" if isinstance(item, NoisyImage) else "full"))
+                images += 1
+            position += 1
         segments.append(mine)
-        ends.append(cursor)
+        ends.append(position)
     plan = concat_plan(segments)
-    positions = {UND: _cat(und_at), GEN: _cat(gen_at)}
-    return Layout(plan.src, _cat(seen_at), plan.labels, _cat(latent_at), _cat(image), positions, splits, ends)
+    rotary = {UND: _cat(und_at), GEN: _cat(gen_at)}
+    labelled = int((plan.labels != IGNORE_INDEX).sum())
+    return Layout(plan.src, _cat(vit_at), plan.labels, _cat(latent_at), _cat(image_ids), rotary, splits, ends, labelled)
 
 
-def framed(ids: list[int], v: Vocabulary) -> Text:
+def add_bos_eos(ids: Sequence[int], v: Vocabulary) -> Text:
     return Text([v.bos, *ids, v.eos])
 
 
-def talk(turns: Sequence[tuple[list[int], list[int]]], v: Vocabulary) -> Text:
-    """Questions and answers as one causal text. An answer's tokens and the eos behind it are learned, each by the row
-    before it."""
+def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabulary) -> Text:
+    """Join questions and answers to one causal text.
+
+    Learned are an answer's tokens and the eos behind it, each by the row before it.
+    """
     ids, labels = [], []
-    for asked, answered in turns:
-        ids += [v.bos, *asked, v.eos, v.bos, *answered, v.eos]
-        labels += [IGNORE] * (len(asked) + 2) + [*answered, v.eos, IGNORE]
+    for question, answer in turns:
+        ids += [v.bos, *question, v.eos, v.bos, *answer, v.eos]
+        labels += [IGNORE_INDEX] * (len(question) + 2) + [*answer, v.eos, IGNORE_INDEX]
     return Text(ids, labels)
 
 
-def _check(item: Seen | Clean | Noisy, size: int, key: str) -> None:
+def grid(height: int, width: int, size: int) -> Tensor:
+    """Number the height x width corner of a size x size grid, row by row, int64 [height width]."""
+    return (torch.arange(height)[:, None] * size + torch.arange(width)).flatten()
+
+
+def _check(item: VitImage | CleanImage | NoisyImage, size: int, key: str) -> None:
     if max(item) > size:
         raise ValueError(
             f"an image of {item.height} x {item.width} tokens is beyond the {size} x {size} positions there are; use a "

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from reca.config import Recipe
-from reca.models.bagel import Adapter, modules, prompt, sampling
+from reca.models.bagel import Adapter, modules, prompt
+from reca.models.bagel.loss import flow_loss
+from reca.models.common.images import fit_to_view
+from reca.models.common.text import encode
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
@@ -30,7 +33,7 @@ COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 class _Quoting(Adapter):
     """A BAGEL whose h_v comes in the language model's space already: what the connector made, or words in its place."""
 
-    def visual(self, h_v: list[Tensor] | None) -> Tensor:
+    def connect(self, h_v: list[Tensor] | None) -> Tensor:
         table = self.language_model.model.embed_tokens.weight
         return torch.cat([rows.flatten(0, 1) for rows in h_v]) if h_v else table.new_empty(0, table.shape[1])
 
@@ -71,11 +74,11 @@ class _Slots:
     """Captions on the rows of h_v."""
 
     def __init__(self, model: Adapter):
-        self.model, self.side = model, modules.side(model.config.vision)
-        self.item = prompt.Seen(self.side, self.side)
+        self.model, self.side = model, modules.vit_size(model.config.vision)
+        self.item = prompt.VitImage(self.side, self.side)
 
     def ids(self, text: str) -> list[int]:
-        return prompt.encode(self.model.tokenizer, text)
+        return encode(self.model.tokenizer, text)
 
     def words(self, text: str) -> list[int]:
         return filled(self.ids(text), self.side**2, self.model.vocabulary.eos)
@@ -92,7 +95,7 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
     split, slots, v = understood(seed), _Slots(model), model.vocabulary
     view = model.views("reca").und
     shown = first_images(split, scale)
-    seen = unit(torch.stack([sampling.fitted(image, view) for image in shown]))
+    seen = unit(torch.stack([fit_to_view(image, view) for image in shown]))
     words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
 
     def talk(asked: str, scene) -> prompt.Text:
@@ -113,9 +116,9 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
                 h_v.append(slots.quoted(words[i]))
             else:
                 samples.append([talk(phrase(caption(scene), rng), scene)])
-        hidden, _ = model.read(samples, h_v)
-        labels = model.layout(samples, [0] * len(samples)).labels
-        named = masked_linear_cross_entropy(hidden, model.language_model.lm_head.weight, labels)
+        layout = model.layout(samples)
+        hidden, _ = model.prefill(prompt.Prompt(samples, h_v), layout=layout)
+        named = masked_linear_cross_entropy(hidden, model.language_model.lm_head.weight, layout.labels)
         on_slots = torch.tensor([words[i] for i in index.tolist()])
         return named + alignment(rows.flatten(1, 2), on_slots, model.language_model.model.embed_tokens.weight)
 
@@ -126,6 +129,7 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
     """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
     split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
     moments = torch.stack(model.moments(list(first_images(split, scale))))
+    drawn = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
 
     def loss(step: int) -> Tensor:
         index = torch.randint(len(moments), (DRAWN,))
@@ -134,8 +138,11 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
         asked = [[model.text(phrase(text, rng))] for text in texts[:half]]
         quoted = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
         h_v = [slots.quoted(slots.words(text)) for text in texts[half:]]
-        term = model.token_loss((asked + quoted, h_v, None), moments[index], numbers, draws)
-        return term.sum / term.weight
+        given = prompt.Prompt(asked + quoted, h_v)
+        layout = model.layout(given.items)
+        image = model.layout([[drawn]] * DRAWN, layout.next_positions)
+        total = flow_loss(model, given, layout, image, moments[index], numbers, draws)
+        return total / (DRAWN * drawn.height * drawn.width)
 
     return loss
 

@@ -1,0 +1,155 @@
+"""BAGEL's losses: flow matching of the image's latents (reca, t2i), cross-entropy of the answers (i2t).
+
+Prompt and noisy image are two passes, so that a frozen prompt runs without a graph. Sequences, dropped texts and the
+weight are made on the host by `prepare`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from reca.data.batch import Batch
+from reca.models import base
+from reca.models.bagel.modules import Network, shift_timesteps
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
+from reca.models.base import LossTerm
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
+from reca_kernels.host import on_device
+
+Size = tuple[int, int]  # height and width of an image in tokens
+
+
+@dataclass(frozen=True)
+class Prepared(base.Prepared):
+    """A batch as sequences.
+
+    sample_ids  int64 [B], global ids
+    items       per sample: the prompt
+    prompt      its layout, the whole sequence for i2t
+    image       layout of the noisy images; None for i2t
+
+    Its weight is the number of image tokens, or of labels for i2t.
+    """
+
+    sample_ids: Tensor
+    items: list[list[Item]]
+    prompt: Layout
+    image: Layout | None
+
+
+def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
+    """Tokenise and lay out a batch. RECA drops the text of some samples and never h_v; a dropped text has no place."""
+    if batch.task == "i2t":
+        texts = [[net.conversation(turns)] for turns in batch.text]
+    else:
+        share = net.config.template_drop if batch.task == "reca" else net.config.caption_drop
+        dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
+        texts = [[] if drop else [net.text(text)] for text, drop in zip(batch.text, dropped, strict=True)]
+    items = texts
+    if batch.task != "t2i":
+        item = CleanImage if _copies_latents(net, batch) else VitImage
+        items = [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
+    layout = net.layout(items)
+    made = batch.task, rng.seed
+    if batch.task == "i2t":
+        return Prepared(*made, float(layout.labelled), batch.host_ids, items, layout, None)
+    sizes = _image_sizes(net, batch)
+    image = net.layout([[NoisyImage(*size)] for size in sizes], layout.next_positions)
+    tokens = float(sum(height * width for height, width in sizes))
+    return Prepared(*made, tokens, batch.host_ids, items, layout, image)
+
+
+def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+    """Sum over image tokens of the mean squared error of their velocity, or over labels of the cross-entropy."""
+    given, prepared = _prompt(net, prepared, features)
+    if prepared.image is None:
+        return LossTerm.of(answer_loss(net, given, prepared.prompt), prepared)
+    layouts = prepared.prompt, prepared.image
+    total = flow_loss(net, given, *layouts, features["moments"], prepared.sample_ids, rng)
+    return LossTerm.of(total, prepared)
+
+
+def answer_loss(net: Network, given: Prompt, layout: Layout) -> Tensor:
+    """Sum the next-token cross-entropy of the answers; logits exist for labelled rows only."""
+    hidden, _ = net.prefill(given, layout=layout)
+    labels = on_device(layout.labels, hidden.device)
+    return masked_linear_cross_entropy(
+        hidden, net.language_model.lm_head.weight, labels, reduction="sum", max_labelled=layout.labelled
+    )
+
+
+def flow_loss(
+    net: Network,
+    given: Prompt,
+    layout: Layout,  # of the prompt
+    image: Layout,  # of one noisy image per sample, behind it
+    moments: Sequence[Tensor] | Tensor,  # of those images, [2 C, h, w] per sample
+    sample_ids: Tensor,  # int64 [B], global ids
+    rng: CounterRNG,
+) -> Tensor:
+    """Sum the mean squared error of the velocity over image tokens."""
+    patch = net.config.latent_patch_size
+    latents = sample_posterior(net, moments, rng, sample_ids)
+    t = noise_level(net, rng, sample_ids)
+    if net.config.parity:
+        latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
+    noise = rng.noise(RandomStream.NOISE, sample_ids)
+    tokens = flow_matching_add_noise(latents, t, noise, patch=patch)
+    _, cache = net.prefill(given, layout=layout)
+    velocity = net.predict_velocity(cache, image, tokens, t)
+    total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
+    return total / velocity.shape[1]
+
+
+def sample_posterior(net: Network, moments: Sequence[Tensor] | Tensor, rng: CounterRNG, ids: Tensor) -> list[Tensor]:
+    """Sample every image's posterior, fp32 [C, h, w]; the release samples too, in training and in inference."""
+    latents = []
+    for i, one in enumerate(moments):
+        noise = rng.normal(RandomStream.POSTERIOR, ids[i : i + 1], one.numel() // 2)
+        latents.append(net.codec.latents(one, noise.view(-1, *one.shape[1:])))
+    return latents
+
+
+def noise_level(net: Network, rng: CounterRNG, ids: Tensor) -> Tensor:
+    """Draw the noise level of every image, fp32 [B]: logit-normal, shifted."""
+    return shift_timesteps(rng.normal(RandomStream.TIMESTEP, ids)[:, 0].sigmoid(), net.config.timestep_shift)
+
+
+def _prompt(net: Network, prepared: Prepared, features: dict[str, Any]) -> tuple[Prompt, Prepared]:
+    """Put features into the prompt; it is laid out anew where h_v has another size, as that of another image may."""
+    h_v = features.get("h_v")
+    if h_v is None:
+        return Prompt(prepared.items), prepared
+    h_v, clean = list(h_v), isinstance(prepared.items[0][0], CleanImage)
+    patch = net.config.latent_patch_size
+    sizes = [(x.shape[1] // patch, x.shape[2] // patch) if clean else tuple(x.shape[:2]) for x in h_v]
+    if sizes != [tuple(items[0]) for items in prepared.items]:
+        items = [[type(first)(*size), *text] for size, (first, *text) in zip(sizes, prepared.items, strict=True)]
+        prepared = replace(prepared, items=items, prompt=net.layout(items))
+    if clean:
+        return Prompt(prepared.items, latents=[net.codec.latents(moments) for moments in h_v]), prepared
+    return Prompt(prepared.items, h_v), prepared
+
+
+def _copies_latents(net: Network, batch: Batch) -> bool:
+    """Return whether h_v comes from the codec (model.hv_source=vae)."""
+    return batch.task == "reca" and net.config.hv_source == "vae"
+
+
+def _hv_sizes(net: Network, batch: Batch) -> list[Size]:
+    latents = _copies_latents(net, batch)
+    if batch.und is None:
+        h_v, patch = batch.features["h_v"], net.config.latent_patch_size
+        return [(x.shape[1] // patch, x.shape[2] // patch) if latents else tuple(x.shape[:2]) for x in h_v]
+    side = net.token_side if latents else net.config.vision.patch_size
+    return [(image.shape[1] // side, image.shape[2] // side) for image in batch.und]
+
+
+def _image_sizes(net: Network, batch: Batch) -> list[Size]:
+    images, side = batch.gen, net.token_side
+    if images is None:
+        images, side = batch.features["moments"], net.config.latent_patch_size
+    return [(image.shape[-2] // side, image.shape[-1] // side) for image in images]

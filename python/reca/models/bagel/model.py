@@ -1,0 +1,112 @@
+"""BAGEL as the driver asks it: the generation expert and its way in and out learn, everything else is frozen."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.batch import Batch
+from reca.data.views import Views
+from reca.models.bagel import loss, modules, sampling, views, weights
+from reca.models.bagel.config import BagelConfig
+from reca.models.base import Adapter, LossTerm
+from reca.rng import CounterRNG
+
+
+class Bagel(modules.Network, Adapter):
+    """BAGEL.
+
+    features of `encode`: moments, a list of fp32 [2 C, h, w]; h_v, a list of [h, w, C], tokens of SigLIP before the
+    connector, or of moments (hv_source vae). A cache gives them stacked where their sizes agree.
+    """
+
+    name = "bagel"
+    tasks = frozenset({"reca", "t2i", "i2t"})
+    abilities = frozenset({"generate", "edit", "answer"})
+    trainable_roles = weights.TRAINED
+    condition_keys = ("h_v",)
+
+    @classmethod
+    def load(cls, config: BagelConfig, device: torch.device | str = "cpu") -> "Bagel":
+        return weights.load(cls, config, device)
+
+    @classmethod
+    def build_meta(cls, config: BagelConfig) -> "Bagel":
+        model = cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
+        return weights.to_kept_types(model)
+
+    def sequence(self) -> dict[str, int]:
+        image, stride = self.config.image_size // self.token_side, self.config.vision.patch_size
+        given = self.config.understanding_size // (stride if self.config.hv_source == "vit" else self.token_side)
+        return {"h_v": given**2, "image": image**2}
+
+    # training
+
+    def views(self, task: str) -> Views:
+        return views.task_views(self, task)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        features = {}
+        if batch.gen is not None:
+            features["moments"] = self.moments(batch.gen)
+        if batch.und is not None:
+            vae = batch.task == "reca" and self.config.hv_source == "vae"
+            features["h_v"] = self.moments(batch.und) if vae else self.encode_understanding(batch.und)
+        return features
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> loss.Prepared:
+        return loss.prepare(self, batch, rng)
+
+    def loss(self, prepared: loss.Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        return loss.compute_loss(self, prepared, features, rng)
+
+    # inference
+
+    @functools.wraps(sampling.generate)
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        with self.inference_autocast():
+            return sampling.generate(self, prompts, seeds, **options)
+
+    @functools.wraps(sampling.edit)
+    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        with self.inference_autocast():
+            return sampling.edit(self, images, instructions, seeds, **options)
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        with self.inference_autocast():
+            return sampling.answer(self, images, questions, max_new_tokens)
+
+    # parameters and files
+
+    def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+        """Write a BAGEL folder: ema.safetensors with all 1223 tensors, ae.safetensors, configs and tokenizer."""
+        return weights.export(self, folder, dtype)
+
+    def roles(self) -> dict[str, str]:
+        return {name: modules.role(name) for name, _ in self.named_parameters()}
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return False
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.language_model.model.layers)
+
+    def config_warnings(self) -> list[str]:
+        c, found = self.config, []
+        if c.hv_source == "vae":
+            found.append(
+                "h_v comes from the codec that also makes the target, which the model learns to copy: in the paper it "
+                "ends no better than BAGEL without RECA (GenEval 78.5, 82.4 with vit). Use model.hv_source=vit"
+            )
+        elif c.understanding_size > (smallest := BagelConfig.understanding_size) and c.codec == "flux":
+            found.append(
+                f"h_v is made at {c.understanding_size} pixels; the bottleneck is tightest at the smallest size that "
+                f"the model was taught to understand, {smallest} (GenEval 82.4 in the paper, at 512 it is 79.2)"
+            )
+        if any(p.requires_grad for p in self.vit_model.parameters()):
+            found.append("train.train names und_encoder, but SigLIP runs without a gradient here: it will not change")
+        return found

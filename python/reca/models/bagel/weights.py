@@ -1,0 +1,193 @@
+"""BAGEL's published files: loading them, and writing a model back.
+
+Names in the main file are those of the module tree. The autoencoder's file has LDM's names, the module diffusers'.
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reca.files import read_json
+from reca.models.bagel import prompt
+from reca.models.bagel.config import BagelConfig
+from reca.models.bagel.modules import FluxCodec, Network, PositionTable, role
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
+from reca.models.common.text import read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+
+T = TypeVar("T", bound=Network)
+
+# the parts that the main file holds, under their published names
+PARTS = (
+    "language_model", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed", "vit_pos_embed", "connector",
+    "vit_model",
+)  # fmt: skip
+TRAINED = frozenset({"gen_lm", "gen_head"})  # roles that RECA trains
+PUBLISHED = "ema.safetensors"
+# what BAGEL publishes, what the release's trainer saves, what RECA publishes
+SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
+WEIGHTS = (*SINGLE, *(f"{name}.index.json" for name in SINGLE))
+CODEC = "ae.safetensors"
+HUB = ["*.safetensors", "*.json", "*.txt"]  # what there is to download
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+
+
+def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") -> T:
+    """Build a model from published files, or at random where `config.weights` is null.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    if config.weights is None:
+        if config.overlay or config.codec_weights:
+            raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
+        with init_random(config.seed):
+            return to_kept_types(cls(config, load_tokenizer(config, None))).to(device)
+    source = fetch(config.weights, HUB)
+    folder = beside(source)
+    check_sizes(folder, config)
+    with init_on_meta():
+        model = cls(config, load_tokenizer(config, folder))
+    state = read(source)
+    if config.overlay:
+        state |= read(fetch(config.overlay, HUB, "model.overlay"))
+    for name in list(state):  # one by one, so that no second copy of all stands in memory
+        if state[name].is_floating_point():
+            state[name] = state[name].to(kept_dtype(config, name))
+    assign_state_dict(published_parts(model), state, str(source))
+    for table in model.modules():
+        if isinstance(table, PositionTable):
+            table.pos_embed = table.table()
+    _load_codec(
+        model.codec, fetch(config.codec_weights, HUB, "model.codec_weights") if config.codec_weights else folder
+    )
+    return model.to(device)
+
+
+def export(net: Network, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Write all files of a published folder, those of the frozen parts too. Returns their names."""
+    codec = net.codec.state_dict()
+    if isinstance(net.codec, FluxCodec):
+        codec = to_ldm(net.codec.autoencoder.state_dict(), len(net.codec.sizes.block_out_channels))
+    with export_to(folder) as out:
+        out.tensors(PUBLISHED, {n: t.to(dtype) for n, t in published_parts(net).state_dict().items()})
+        out.tensors(CODEC, codec)
+        for name, content in published_configs(net.config, net.vocabulary.bos, net.vocabulary.eos).items():
+            out.json(name, content)
+        out.tokenizer(".", net.tokenizer)
+        return out.done()
+
+
+def published_parts(net: Network) -> nn.ModuleDict:
+    """Return the parts that the main file holds, under their published names."""
+    return nn.ModuleDict({name: getattr(net, name) for name in PARTS})
+
+
+def to_kept_types(net: T) -> T:
+    """Cast parameters to the types that they are kept in."""
+    for name, parameter in net.named_parameters():
+        parameter.data = parameter.data.to(kept_dtype(net.config, name))
+    return net
+
+
+def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:
+    """Return the type that a tensor is kept in."""
+    part = role(name)
+    if part == "codec" or config.dtype == "fp32" or (config.dtype == "mixed" and part in TRAINED):
+        return torch.float32
+    return torch.bfloat16
+
+
+def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of `config`, or that of a folder, or make one of words.
+
+    Raises ValueError where there is none, or where it does not fit the embedding table.
+    """
+    source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer") if config.tokenizer else folder
+    if source is None:
+        tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+    elif any((source / name).is_file() for name in TOKENIZER_FILES):
+        tokenizer = read_tokenizer(source)
+    else:
+        raise ValueError(
+            f"{source.absolute()} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give model.tokenizer, such as "
+            "model.tokenizer=ByteDance-Seed/BAGEL-7B-MoT"
+        )
+    if len(tokenizer) > config.language.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but model.language.vocab_size={config.language.vocab_size}; "
+            "raise it, or give the tokenizer that belongs to the weights"
+        )
+    return tokenizer
+
+
+def read(source: Path) -> dict[str, Tensor]:
+    """Read a weight file, or the one that a folder holds. Raises ValueError for none and for several."""
+    if source.is_file():
+        return read_tensors(source)
+    found = [name for name in WEIGHTS if (source / name).is_file()]
+    if len(found) != 1:
+        what = f"{' and '.join(found)}; name the file that is meant" if found else f"none of {', '.join(WEIGHTS)}"
+        raise ValueError(f"{source} holds {what}")
+    return read_tensors(source / found[0])
+
+
+def check_sizes(folder: Path, config: BagelConfig) -> None:
+    """Raise ValueError when a config.json beside the weights says something else than the recipe."""
+    wrong = []
+    for file, section in (("llm_config.json", "language"), ("vit_config.json", "vision")):
+        if not (folder / file).is_file():
+            continue
+        found, sizes = read_json(folder / file), getattr(config, section)
+        for key in sizes.__dataclass_fields__:
+            if key in found and found[key] != getattr(sizes, key):
+                wrong.append(f"{file} has {key} {found[key]}, the recipe model.{section}.{key}={getattr(sizes, key)}")
+    if wrong:
+        raise ValueError(f"{folder} does not fit the recipe: {'; '.join(wrong)}")
+
+
+def published_configs(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:
+    """Return the JSON files that the public inference code reads its sizes from."""
+    language, vision = config.language, config.vision
+    return {
+        "config.json": {"name": "BAGEL"},
+        "llm_config.json": {
+            "architectures": ["Qwen2ForCausalLM"],
+            "attention_dropout": 0.0,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "hidden_act": "silu",
+            **vars(language),
+            "initializer_range": 0.02,
+            "max_position_embeddings": 32768,
+            "max_window_layers": language.num_hidden_layers,
+            "model_type": "qwen2",
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+            "use_sliding_window": False,
+        },
+        "vit_config.json": {
+            "attention_dropout": 0.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            **vars(vision),
+            "model_type": "siglip_vision_model",
+            "num_channels": 3,
+        },
+    }
+
+
+def _load_codec(codec: nn.Module, source: Path) -> None:
+    path = source / CODEC if source.is_dir() else source
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
+    state = read(path)
+    if isinstance(codec, FluxCodec):
+        state = to_diffusers(state, len(codec.sizes.block_out_channels))
+        codec = codec.autoencoder
+    assign_state_dict(codec, state, str(path), torch.float32)
