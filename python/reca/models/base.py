@@ -70,7 +70,7 @@ class LossTerm(NamedTuple):
 
 
 def in_fp32(function: Callable) -> Callable:
-    """A function inside which new tensors are fp32, whatever torch.get_default_dtype() is around it."""
+    """Make new tensors fp32 inside a function, whatever torch.get_default_dtype() is around it."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def build_meta(cls, config: Any) -> "Adapter":
-        """What `load` builds, from no file: sizes, types and roles are those of the recipe, weights are not.
+        """Build what `load` builds without any file: sizes, types and roles are those of the recipe, weights are not.
 
         A tokenizer that would have to be downloaded is replaced by one that has no words but as many tokens, where
         their number counts. `reca check` calls it under FakeTensorMode, so that it takes no memory.
@@ -113,19 +113,19 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def sequence(self) -> dict[str, int]:
-        """Rows of one RECA sequence by what they stand for, without text; images are squares of the largest size."""
+        """Count the rows of one RECA sequence by what they stand for, without text; images are of the largest size."""
         raise NotImplementedError
 
     def views(self, task: str) -> Views:
-        """The pixels this task of loss needs."""
+        """Say which pixels a task needs."""
         raise NotImplementedError
 
     def encode(self, batch: Batch) -> dict[str, Any]:
-        """What the frozen parts make of the pixels; no gradient, a function of the sample alone, cacheable."""
+        """Run the frozen parts on the pixels. No gradient; features depend on the sample alone and can be cached."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle is made of.
+        """Return what a copy or a pickle is made of.
 
         On a model's first pass transformers hangs hooks into it that are local functions, which nothing can pickle.
         They are taken off, as it hangs them anew when it needs them.
@@ -159,7 +159,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, rng: CounterRNG, condition: str = "own") -> LossTerm:
-        """The loss from pixels. condition="other" gives every sample the next one's h_v: a control, and a probe.
+        """Compute the loss from pixels. condition="other" gives every sample the next one's h_v, as a control.
 
         The last gets that of `batch.neighbour`, or of the first sample where there is no neighbour.
         """
@@ -176,7 +176,7 @@ class Adapter(nn.Module):
         return self.loss(self.ensure_prepared(batch, rng), features, rng)
 
     def _features(self, batch: Batch) -> dict[str, Any]:
-        """From the cache, or encoded and put there."""
+        """Take features from the cache, or encode and put them there."""
         if batch.features is not None:
             return batch.features
         features = self.encode(batch)
@@ -185,19 +185,19 @@ class Adapter(nn.Module):
         return features
 
     def config_warnings(self) -> list[str]:
-        """What in this configuration is known to make RECA collapse, in words (models/docs: collapse signals)."""
+        """Say what in this configuration is known to make RECA collapse."""
         return []
 
     def generate(self, prompts: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
-        """Text to image: uint8 [3, H, W] per prompt. The image depends on (prompt, seed), not on the batch."""
+        """Generate an image per prompt, uint8 [3, H, W]. It depends on (prompt, seed), not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")
 
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
-        """Image and instruction to image, all uint8 [3, H, W]."""
+        """Change images by instructions, all uint8 [3, H, W]."""
         raise NotImplementedError(f"{self.name} cannot edit images; it can {' and '.join(sorted(self.abilities))}")
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        """Image and question to text, greedy."""
+        """Answer questions about images by greedy decoding."""
         raise NotImplementedError(f"{self.name} cannot answer questions about images")
 
     def export(self, folder: Path) -> list[str]:
@@ -208,20 +208,20 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def roles(self) -> dict[str, str]:
-        """Parameter name -> role, for every parameter."""
+        """Map every parameter name to its role, one of ROLES."""
         raise NotImplementedError
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether the released trainer applies weight decay to this parameter."""
+        """Say whether the released trainer applies weight decay to this parameter."""
         return parameter.ndim >= 2
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
+        """List the repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
         raise NotImplementedError
 
 
 def _shifted(feature: Tensor | list, after: Tensor | list) -> Tensor | list:
-    """Every sample's feature but the first, and then the first of `after`; a list where they differ in shape."""
+    """Drop the first sample's feature and append the first of `after`; a list where they differ in shape."""
     rows = [*list(feature)[1:], after[0]]
     same = len({row.shape for row in rows}) == 1
     return torch.stack(rows) if isinstance(feature, Tensor) and same else rows

@@ -31,12 +31,12 @@ class Export:
         self.folder, self.aside = folder, aside
 
     def tensors(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """A safetensors file."""
+        """Write a safetensors file."""
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         self._write(name, _bytes(whole), lambda path: save_file(whole, path, {"format": "pt"}))
 
     def pickled(self, name: str, state: Mapping[str, Any]) -> None:
-        """A file of torch.save."""
+        """Write a file of torch.save."""
         whole = _on_cpu(state)
         self._write(name, _bytes(whole), lambda path: torch.save(whole, path))
 
@@ -45,7 +45,7 @@ class Export:
         self._write(name, len(text), lambda path: path.write_text(text))
 
     def tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """The files of a tokenizer, in the folder `name` ("." is the export's own)."""
+        """Write the files of a tokenizer into the folder `name` ("." is the export's own)."""
         self._write(name, 0, tokenizer.save_pretrained)
 
     def done(self) -> list[str]:
@@ -92,7 +92,7 @@ def _failed(path: Path, reason: str) -> OSError:
 
 @contextlib.contextmanager
 def export_to(folder: Path | str) -> Iterator[Export]:
-    """Files to be written together: all of them, or none after an error.
+    """Write files together: all of them, or none after an error.
 
     Raises OSError when the disk does not take them.
     """

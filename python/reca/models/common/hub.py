@@ -18,7 +18,7 @@ TOKENIZER = ["*.json", "*.txt", "*.model"]  # what a repository holds of a token
 
 
 def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weights") -> Path:
-    """The local folder (or file) of `source`: a path, a hub id, or owner/name/file of the hub. Downloads are cached.
+    """Find the local folder (or file) of a path, a hub id, or owner/name/file of the hub. Downloads are cached.
 
     patterns: glob patterns of the files wanted from the hub; None takes all. key: the recipe key that names the source.
     Raises ValueError when neither exists, with the command that gets the files.
@@ -46,12 +46,12 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
 
 
 def beside(source: Path) -> Path:
-    """The folder that `source` is, or that it is a file of."""
+    """Return the folder that `source` is, or that it is a file of."""
     return source if source.is_dir() else source.parent
 
 
 def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, error: Exception) -> str:
-    """One sentence: what is missing, why, how large it is, and how to bring it here."""
+    """Say in one sentence what is missing, why, how large it is, and how to bring it here."""
     size = SIZES.get(f"{repository}/{file}" if file else repository)
     what = f"{file} of {repository}" if file else repository
     amount = f", about {units.size(size)}," if size else ""
@@ -65,7 +65,7 @@ def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, er
 
 
 def _cause(error: Exception) -> str:
-    """What the hub did, without the library's paragraphs."""
+    """Say what the hub did, without the library's paragraphs."""
     from huggingface_hub import errors
 
     chain = [error]

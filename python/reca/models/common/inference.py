@@ -37,7 +37,7 @@ def check_pairs(**lists: Sequence) -> None:
 
 
 def check_multiple(factor: int, height: int, width: int) -> None:
-    """Raise ValueError for an image that is not whole tokens, of `factor` pixels on a side."""
+    """Raise ValueError for an image that is not whole tokens, of `factor` x `factor` pixels."""
     if height % factor or width % factor:
         raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class PatchCodec(nn.Module):
-    """Patches of p x p pixels <-> their `channels` principal components. No gradient goes through.
+    """Encode patches of p x p pixels by their `channels` principal components. No gradient goes through.
 
     mean   fp32 [3 p²]
     basis  fp32 [3 p², channels], orthonormal columns; random until `fit`
@@ -36,17 +36,17 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Latents [B, channels, H / p, W / p]."""
+        """Encode pixels to latents, [B, channels, H / p, W / p]."""
         rows = (self._patches(pixels) - self.mean) @ (self.basis * self.scale)
         return rows.transpose(1, 2).unflatten(2, (pixels.shape[2] // self.factor, -1))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [B, channels, h, w]
-        """Pixels [B, 3, h p, w p], about [-1, 1]."""
+        """Decode latents to pixels, [B, 3, h p, w p], about [-1, 1]."""
         rows = latents.flatten(2).transpose(1, 2) @ (self.basis / self.scale).T + self.mean
         size = [side * self.factor for side in latents.shape[2:]]
         return F.fold(rows.transpose(1, 2), size, self.factor, stride=self.factor)
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """[B, n, 3 p²], row-major."""
+        """Cut pixels into patches, [B, n, 3 p²], row-major."""
         return F.unfold(pixels, self.factor, stride=self.factor).transpose(1, 2)

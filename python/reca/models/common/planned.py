@@ -73,7 +73,7 @@ def greedy(
 
 
 def _behind(sample: Sequence[AttentionSpan], new: int) -> tuple[AttentionSpan, ...]:
-    """The `new`-th row behind a sample, everything before it cached."""
+    """Give spans for decoding token number `new`: the prompt and earlier tokens are cached."""
     pads = sum(run.length for run in sample if run.mode == "pad")
     rows = sum(run.length for run in sample) - pads + new - 1
     return AttentionSpan(pads, "pad", cached=True), AttentionSpan(rows, cached=True), AttentionSpan(1)

@@ -23,7 +23,7 @@ _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.W
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of the text alone, without any control token: what frames it is the model's own business.
+    """Tokenise the text alone, without any control token: what frames it is the model's own business.
 
     Raises ValueError for a text with halves of characters, and for one that a tokenizer of another kind cannot but read
     as a control token.
@@ -42,12 +42,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def control(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """The id of a control token, which the tokenizer must have."""
+    """Return the id of a control token, which the tokenizer must have."""
     return tokenizer.convert_tokens_to_ids(token)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files a local folder holds. No code of the folder runs.
+    """Read the tokenizer whose files a local folder holds. No code of the folder runs.
 
     Raises ValueError that names the folder, and the file where one is damaged.
     """
@@ -71,7 +71,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], r
 
 
 class Remembered:
-    """A function of hashable arguments with the results of its latest calls. A copy, or a pickle, begins empty."""
+    """Keep the results of a function's latest calls, whose arguments are hashable. A copy or a pickle begins empty."""
 
     def __init__(self, function: Callable, most: int = 1 << 14):
         self.function, self.most = function, most

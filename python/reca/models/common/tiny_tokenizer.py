@@ -10,7 +10,7 @@ TOKEN = r"\w+|[^\w\s]|\n"  # a word, a punctuation mark, a line break
 
 
 def word_tokenizer(words: Iterable[str], special_tokens: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Ids in order: <unk>, the distinct words, then the distinct special tokens.
+    """Make a tokenizer with ids in order: <unk>, the distinct words, then the distinct special tokens.
 
     Words, punctuation marks and line breaks are tokens; case counts; what is not among `words` becomes <unk>.
     """

@@ -30,7 +30,7 @@ _SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)\.(safetensors|pth|pt|bin|ckpt)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weight file, of an index with its shards or of a folder of shards, mapped from disk if possible.
+    """Read all tensors of a weight file, an index with its shards or a folder of shards, mapped from disk if possible.
 
     Accepts .safetensors, .pth, .pt, .bin and .ckpt; no code in them runs. What trainers wrap around a state dict (keys
     such as "state_dict" or "model", names such as module.x or _orig_mod.x) is taken off. A file that holds nothing but
@@ -41,7 +41,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
-    """What `read_tensors` is to read of a folder: an index, the folder if it holds shards, or its only weight file.
+    """Find what to read of a folder: an index, the folder if it holds shards, or its only weight file.
 
     Safetensors go before other formats. Raises ValueError for none and for several.
     """
@@ -59,7 +59,7 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:
-    """Whether model.fp16.safetensors, say, is a copy of a model.safetensors or of an index beside it."""
+    """Tell whether model.fp16.safetensors, say, is a copy of a model.safetensors or of an index beside it."""
     stem, _, suffix = name.rpartition(".")
     plain = f"{stem.rpartition('.')[0]}.{suffix}"
     return plain in names or f"{plain}{INDEX}" in names
@@ -128,7 +128,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch(path: Path) -> Mapping[Any, Any]:
-    """The state dict of a file of torch.save, without what trainers wrap around it."""
+    """Read the state dict of a file of torch.save, without what trainers wrap around it."""
     state = _loaded(path)
     if not isinstance(state, Mapping):
         what = f"a {type(state).__name__}" + (f" of {len(state)}" if isinstance(state, list | tuple) else "")
@@ -137,7 +137,7 @@ def _torch(path: Path) -> Mapping[Any, Any]:
 
 
 def _loaded(path: Path) -> Any:
-    """What torch.save has written. Files of torch before 1.6 are no zip archives and cannot be mapped."""
+    """Read what torch.save has written. Files of torch before 1.6 are no zip archives and cannot be mapped."""
     mapped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         cut = not mapped and file.read(2) == b"PK"
@@ -192,7 +192,7 @@ def _holds_tensors(state: Mapping[Any, Any]) -> bool:
 
 
 def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors by the names that they have in the model itself."""
+    """Give tensors the names that they have in the model itself."""
     for prefix in (f"{key}." for key in EMA):
         if all(name.startswith(prefix) for name in tensors):
             log.info("%s holds EMA weights alone (names under %r): these are taken", path.name, prefix)
@@ -211,7 +211,7 @@ def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder's index, of its only weight file, or of its numbered shards."""
+    """Read the tensors of a folder's index, of its only weight file, or of its numbered shards."""
     found = weight_file(folder)
     if found != folder:
         return read_tensors(found)
@@ -234,7 +234,7 @@ def _folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _index(path: Path) -> dict[str, Tensor]:
-    """The tensors of the shards that an index names."""
+    """Read the tensors of the shards that an index names."""
     if not path.is_file():
         raise ValueError(f"weight file {path} does not exist")
     where = read_json(path).get("weight_map")
@@ -267,7 +267,7 @@ def _joined(shards: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts part-2 before part-10."""
+    """Sort part-2 before part-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -285,7 +285,7 @@ def init_random(seed: int, device: torch.device | str = "cpu") -> Iterator[None]
 
 @contextlib.contextmanager
 def init_on_meta() -> Iterator[None]:
-    """Parameters made inside live on the meta device; buffers (rotary frequencies, tables) are real.
+    """Put parameters made inside on the meta device; buffers (rotary frequencies, tables) are real.
 
     Modules built so are filled by `assign_state_dict`, so loading holds one copy of the weights.
     """
@@ -342,12 +342,12 @@ def assign_state_dict(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it holds floating-point numbers, each at its place: not integers, not quantized, not sparse, not meta."""
+    """Tell whether it holds plain floating-point numbers: not integers, not quantized, not sparse, not meta."""
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:
-    """The type that numbers of a file's type are computed in."""
+    """Return the type that numbers of a file's type are computed in."""
     if dtype.itemsize == 1:
         return torch.bfloat16
     return torch.float32 if dtype == torch.float64 else dtype

@@ -175,7 +175,7 @@ def _dropout(net: Network, prepared: Prepared) -> Iterator[None]:
 
 
 def _grid(net: Network, batch: Batch, view: str, feature: str) -> tuple[int, int]:
-    """Tokens (m, n) of a batch's images, from their pixels or, where these are cached, their latents."""
+    """Count the tokens (m, n) of a batch's images, from their pixels or, where these are cached, their latents."""
     if batch.features is not None:
         return tuple(batch.features[feature].shape[1:3])
     factor = modules.factor(net.config)

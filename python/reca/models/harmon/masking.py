@@ -26,7 +26,7 @@ class Masking(NamedTuple):
 
     @classmethod
     def equal(cls, visible: Tensor) -> "Masking":
-        """The same number of visible tokens in every image."""
+        """Mask images that all have the same number of visible tokens."""
         return cls(visible, None, [visible.shape[1]] * len(visible))
 
     @classmethod
@@ -47,7 +47,7 @@ class Masking(NamedTuple):
 
 
 def masked_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:
-    """How many of `size` tokens to hide, int64 [B]: the share is normal(1, 0.25) cut to [smallest, 1]."""
+    """Count how many of `size` tokens to hide, int64 [B]: the share is normal(1, 0.25) cut to [smallest, 1]."""
     low = torch.special.ndtr(torch.tensor((smallest - 1) / WIDTH, dtype=torch.float64, device=uniform.device))
     share = 1 + WIDTH * torch.special.ndtri(low + uniform.double() * (0.5 - low))
     return (size * share.clamp(smallest, 1)).ceil().long().clamp(max=size)

@@ -39,7 +39,7 @@ class Kl16(AutoencoderKL):
     """KL-16 of latent diffusion: attention in the encoder's last level and in both middles."""
 
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """The posterior's mean, [B, C, m, n]: no randomness."""
+        """Encode to the posterior's mean, [B, C, m, n]: no randomness."""
         return self.encode(pixels).latent_dist.mode()
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ def kl16(c: AutoencoderSizes) -> Kl16:
 
 
 def factor(config: HarmonConfig) -> int:
-    """Size in pixels of one token."""
+    """Return the size in pixels of one token."""
     c = config.autoencoder
     return config.mar.patch_size * (2 ** (len(c.multipliers) - 1) if config.codec == "kl16" else c.patch)
 
 
 def channels(config: HarmonConfig) -> int:
-    """Channels of an image token."""
+    """Count the channels of an image token."""
     return config.autoencoder.latent_channels * config.mar.patch_size**2
 
 
@@ -158,7 +158,7 @@ class Mar(nn.Module):
         self.diffloss.net = DiffusionHead(channels, wide, c.head_width, c.head_depth)
 
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A position table for a grid of m x n tokens, [1, buffers + m n, D]; bilinear if that is another grid."""
+        """Fit a position table to a grid of m x n tokens, [1, buffers + m n, D]; bilinear if that is another grid."""
         base = self.c.base_grid
         if grid == (base, base):
             return table
@@ -196,7 +196,7 @@ class Mar(nn.Module):
         real: Tensor | None,  # bool [B, V]
         grid: tuple[int, int],
     ) -> Tensor:  # [B, m n, D]
-        """What the diffusion head is conditioned on, for every token of the grid."""
+        """Decode what the diffusion head is conditioned on, for every token of the grid."""
         buffers, size = self.c.buffers, grid[0] * grid[1]
         x = self.decoder_embed(encoded)
         # Padding is written to a last row that is cut off again.
@@ -230,12 +230,15 @@ class DiffusionHead(nn.Module):
         t: Tensor,  # int64 [R N]
         condition: Tensor,  # [N, D]
     ) -> Tensor:  # [R N, 2 C]
-        """Row r N + i is conditioned on condition[i], which is multiplied once and repeated nowhere in memory."""
+        """Predict noise and variance range.
+
+        Row r N + i is conditioned on condition[i], which is multiplied once and repeated nowhere in memory.
+        """
         c = self.cond_embed(condition)
         return self.denoise(x_t, (self.time(t).unflatten(0, (-1, len(c))) + c).flatten(0, 1))
 
     def time(self, t: Tensor) -> Tensor:  # int64 [M]
-        """Embeddings of steps, [M, w]; with more rows than steps, looked up in a table of all steps."""
+        """Embed steps, [M, w]; with more rows than steps, looked up in a table of all steps."""
         if len(t) > STEPS:
             return F.embedding(t, self.time(torch.arange(STEPS, device=t.device)))
         half = FREQUENCIES // 2
@@ -276,12 +279,12 @@ class HeadEnd(nn.Module):
 
 
 def _modulation(width: int, parts: int) -> nn.Sequential:
-    """The Identity stands where the published module has the SiLU, so that the names agree."""
+    """Build adaptive LayerNorm. Identity stands where the published module has the SiLU, so that the names agree."""
     return nn.Sequential(nn.Identity(), _zero(nn.Linear(width, parts * width)))
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
-    """Zeros at the start: the random head begins as the identity and predicts no noise, as MAR's does."""
+    """Begin with zeros: the random head begins as the identity and predicts no noise, as MAR's does."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

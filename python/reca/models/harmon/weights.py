@@ -90,7 +90,7 @@ def export(net: Network, folder: Path) -> list[str]:
 
 
 def published_parts(net: Network) -> nn.ModuleDict:
-    """The parts that Harmon's weight file holds, under their published names."""
+    """Group the parts that Harmon's weight file holds, under their published names."""
     return nn.ModuleDict({part: getattr(net, part) for part in PARTS})
 
 

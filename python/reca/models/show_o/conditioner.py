@@ -23,43 +23,43 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Conditioner(Protocol):
-    """Whatever depends on the choice between the two."""
+    """All that depends on the choice between the two."""
 
     def view(self) -> View:
-        """The pixels of an image to talk about."""
+        """Say which pixels of an image to talk about are read."""
 
     def reca_view(self, target: View) -> View | None:
-        """The pixels that RECA's h_v is made of; None: those of the target."""
+        """Say which pixels RECA's h_v is made of; None: those of the target."""
 
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1], of `view`
-        """h_v of images to talk about: CLIP features fp32 [B, n, C], or codes int64 [B, n]."""
+        """Encode images to talk about: CLIP features fp32 [B, n, C], or codes int64 [B, n]."""
 
     def encode_reca(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1], of `reca_view` or the target
-        """h_v of images to reconstruct, as `encode`."""
+        """Encode images to reconstruct, as `encode` does."""
 
     def tokens(self) -> int:
-        """Tokens of h_v of an image to talk about."""
+        """Count the tokens of h_v of an image to talk about."""
 
     def reca_tokens(self) -> int:
-        """Tokens of h_v in RECA."""
+        """Count the tokens of h_v in RECA."""
 
     def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
-        """RECA's sequence. Raises ValueError for a template that is too long."""
+        """Build RECA's sequence. Raises ValueError for a template that is too long."""
 
     def conversation_sample(self, ids: list[int], labels: list[int], v: Vocabulary, system: list[int]) -> Sample:
-        """The sequence of a conversation, or of a question, about an image."""
+        """Build the sequence of a conversation, or of a question, about an image."""
 
     def conversation_budget(self, system: int) -> int:
-        """Most tokens of a conversation, so that it is as long as a text-to-image sequence. system: of that prompt."""
+        """Count the tokens of a conversation as long as a text-to-image sequence. system: those of that prompt."""
 
     def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
-        """The text behind the image when an answer is wanted, as the release's inference scripts write it."""
+        """Tokenise a question as the release's inference scripts write it behind the image."""
 
     def learns_prompt(self) -> bool:
-        """Whether RECA sends a gradient into token embeddings and projector."""
+        """Say whether RECA sends a gradient into token embeddings and projector."""
 
     def warnings(self) -> list[str]:
-        """What is known to make RECA collapse."""
+        """Say what is known to make RECA collapse."""
 
 
 @dataclass(frozen=True)

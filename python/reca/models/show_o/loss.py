@@ -78,7 +78,7 @@ def _i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sam
 
 
 def conversation(net: Network, source: Conditioner, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation, cut to what the text budget leaves beside the image and the system prompt.
+    """Make ids and labels of a conversation, cut to what the text budget leaves beside image and system prompt.
 
     Raises ValueError if that is nothing.
     """

@@ -9,7 +9,7 @@ from reca.rng import CounterRNG, RandomStream
 
 
 def cosine(t: Tensor) -> Tensor:
-    """Share of the codes that are hidden at time t in [0, 1], in fp32 as the release computes it."""
+    """Return the share of codes that are hidden at time t in [0, 1], in fp32 as the release computes it."""
     return torch.cos(t * math.pi * 0.5)
 
 

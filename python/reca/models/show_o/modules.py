@@ -155,7 +155,7 @@ class Quantizer(nn.Module):
         return ((z > 0).flatten(2).transpose(1, 2) * self.power_vals).sum(-1)
 
     def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
-        """The codebook entries, -1 or +1, fp32 [B, bits, h, w]."""
+        """Look up codebook entries, -1 or +1, fp32 [B, bits, h, w]."""
         return self.embedding[codes].transpose(1, 2).unflatten(2, (height, width))
 
 
@@ -177,13 +177,13 @@ class Magvit(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Codes, int64 [B, h*w], row-major."""
+        """Encode pixels to codes, int64 [B, h*w], row-major."""
         with torch.autocast(pixels.device.type, enabled=False):
             return self.quantize.codes(self.encoder(pixels.float()))
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
-        """Pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
+        """Decode codes to pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.decoder(self.quantize.entries(codes, *(grid or _square(codes))))
 
@@ -201,13 +201,13 @@ class PatchCodebook(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Codes of the nearest patches, int64 [B, h*w], row-major."""
+        """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
         patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
         return torch.cdist(patches, self.codebook[None]).argmin(-1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
-        """Pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
+        """Decode codes to pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
         size = [side * self.factor for side in grid or _square(codes)]
         return F.fold(self.codebook[codes].transpose(1, 2), size, self.factor, stride=self.factor)
 
@@ -228,7 +228,7 @@ def codec(config: ShowOConfig) -> Magvit | PatchCodebook:
 
 
 def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
-    """Phi-1.5 with LayerNorm on queries and keys, which Show-o switches on."""
+    """Configure Phi-1.5 with LayerNorm on queries and keys, which Show-o switches on."""
     return PhiConfig(
         vocab_size=vocab_size,
         hidden_size=sizes.hidden_size,
@@ -252,7 +252,7 @@ def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
 
 
 def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
-    """CLIP's vision tower up to the input of its last layer, which is what h_v is made of."""
+    """Build CLIP's vision tower up to the input of its last layer, which is what h_v is made of."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=sizes.hidden_size,
@@ -274,7 +274,7 @@ def projector(width_in: int, width: int) -> nn.Sequential:
 
 
 def check_sizes(config: ShowOConfig, factor: int) -> None:
-    """Raise ValueError for images that do not divide into codes or patches. factor: pixels on a code's side."""
+    """Raise ValueError for images that do not divide into codes or patches. factor: size of a code in pixels."""
     sides = {"model.image_size": (config.image_size, factor)}
     if "vq" in (config.hv_source, config.understanding):
         step = 1 if config.hv_resize_back else factor
@@ -315,7 +315,7 @@ class Network(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """N, the codes of an image."""
+        """Count the codes of an image, N."""
         return (self.config.image_size // self.codec.factor) ** 2
 
     def visual(self, h_v: Tensor) -> Tensor:

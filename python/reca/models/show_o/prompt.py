@@ -64,7 +64,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, codes: int) -> "Vocabulary":
-        """Ids of a tokenizer that has END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError when one is missing."""
+        """Look up END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError when the tokenizer lacks one."""
         tokens = [END_OF_TEXT, *SPECIAL_TOKENS]
         known = tokenizer.get_vocab()
         if missing := [token for token in tokens if token not in known]:
@@ -106,12 +106,12 @@ class Layout:
         return Layout(*move, self.runs)
 
     def plan(self) -> AttentionPlan:
-        """What each row sees."""
+        """Plan what each row sees."""
         return attention_plan(self.runs, device=self.src.device)
 
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
-    """Samples as one batch."""
+    """Lay out samples as one batch."""
     plan = concat_plan([sample.segments for sample in samples], layout="left", pad_id=v.pad)
     length = plan.src.shape[1]
     positions, runs = torch.zeros_like(plan.position_ids), []
@@ -155,7 +155,7 @@ def image(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
 
 
 def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sample:
-    """Text to image; an empty text is the unconditional prompt. `budget` text tokens besides t2i."""
+    """Build text to image; an empty text is the unconditional prompt. `budget`: text tokens besides t2i."""
     ids = [v.t2i, *add_bos_eos(text, v, budget)]
     return Sample(
         [TextSegment(ids), image(v, image_tokens, ends=True)],
@@ -165,13 +165,13 @@ def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sampl
 
 
 def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
-    """Text alone, every next token predicted."""
+    """Build text alone, every next token predicted."""
     ids = add_bos_eos(text, v, budget)
     return Sample([TextSegment(ids, [*ids[1:], IGNORE_INDEX])], [AttentionSpan(len(ids), "causal")])
 
 
 def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
-    """A conversation about an image given as codes. labels: of the text's tokens, IGNORE_INDEX where not learned."""
+    """Build a conversation about an image given as codes. labels: of the text, IGNORE_INDEX where not learned."""
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
         [AttentionSpan(visual + 3, "full"), AttentionSpan(len(text), "causal")],
@@ -179,7 +179,7 @@ def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sa
 
 
 def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int], visual: int) -> Sample:
-    """A conversation about an image given as CLIP features, which rows before them see too."""
+    """Build a conversation about an image given as CLIP features, which rows before them see too."""
     before = [v.mmu, *system, v.soi]
     return Sample(
         [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
@@ -192,7 +192,7 @@ def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int
 
 
 def reca_clip(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
-    """Reconstruction from CLIP features. Raises ValueError for a template longer than the budget."""
+    """Build reconstruction from CLIP features. Raises ValueError for a template longer than the budget."""
     text = [v.eoi, v.bos, *template, v.eos]
     if len(text) + 2 > budget:
         raise _too_long(template, "max_reca_tokens", budget, budget - 5)
@@ -211,7 +211,7 @@ def reca_clip(template: list[int], v: Vocabulary, budget: int, visual: int, imag
 
 
 def reca_vq(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
-    """Reconstruction from codes. Raises ValueError for a template longer than the budget."""
+    """Build reconstruction from codes. Raises ValueError for a template longer than the budget."""
     text = [v.bos, *template, v.eos]
     if len(text) >= budget:  # the release wants one PAD at least
         raise _too_long(template, "max_text_tokens", budget, budget - 3)

@@ -92,13 +92,13 @@ def export(net: Network, folder: Path) -> list[str]:
 
 
 def published_parts(net: Network) -> nn.ModuleDict:
-    """The parts that Show-o's weight file holds, under their published names."""
+    """Group the parts that Show-o's weight file holds, under their published names."""
     names = ("showo", "mm_projector") if net.uses_clip else ("showo",)
     return nn.ModuleDict({name: getattr(net, name) for name in names})
 
 
 def described(net: Network) -> dict[str, tuple]:
-    """config.json as Show-o writes it: key -> (value, the recipe keys it comes from)."""
+    """Describe a model as Show-o's config.json does: key -> (value, the recipe keys it comes from)."""
     v = net.vocabulary
     return {
         "codebook_size": (v.codes, "model.codec with its sizes"),
