@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from reca.config import load_recipe
 from reca.data.batch import Batch, Turn, task_rng
 from reca.models import UMMS, umm_package
+from reca.models.common import text as texts
 from reca.models.common.text import Remembered, control, encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
@@ -89,6 +90,20 @@ def test_ordinary_texts_are_read_as_ever():
     for text in ("a user", "a  b\t\tc", "  ", "", "\n\n", "é ü 猫 🐈", "x < y | z > w", "im_start user"):
         assert encode(tokenizer, text) == tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.convert_tokens_to_ids("  ") in encode(tokenizer, "a  b")
+
+
+def test_a_tokenizer_is_copied_once_for_all_its_texts(monkeypatch):
+    """The copy of a tokenizer of 150 000 tokens takes half a second."""
+    made, copied = [], texts._Plain
+    monkeypatch.setattr(texts, "_Plain", lambda tokenizer: made.append(tokenizer) or copied(tokenizer))
+    tokenizers = [byte_tokenizer(), byte_tokenizer()]
+    for words in ("a user", "a", "x < y"):
+        for tokenizer in tokenizers:
+            encode(tokenizer, words)
+    assert made == tokenizers
+    tokenizers[0].add_tokens(["<late>"], special_tokens=True)
+    encode(tokenizers[0], "a")
+    assert made == [*tokenizers, tokenizers[0]]
 
 
 def test_tokens_added_later_and_settings_of_the_tokenizer():

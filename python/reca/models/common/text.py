@@ -34,9 +34,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         )
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # no tokenizer of the tokenizers library inside
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    added = frozenset(tokenizer.backend_tokenizer.get_added_tokens_decoder())
     plain = _PLAIN.get(tokenizer)
-    if plain is None or plain.added != added.keys():
+    if plain is None or plain.added != added:
         plain = _PLAIN[tokenizer] = _Plain(tokenizer)
     return plain.encode(text)
 
@@ -89,7 +89,7 @@ class _Plain:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = tokenizer.backend_tokenizer
-        self.added = dict.fromkeys(backend.get_added_tokens_decoder())
+        self.added = frozenset(backend.get_added_tokens_decoder())
         made = json.loads(backend.to_str())
         for token in made["added_tokens"]:
             token["special"] = not token["content"].isspace()
