@@ -8,16 +8,42 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.devices import Device
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, OURS
-from benchmarks.runner import Case, Provider, compiled
-from benchmarks.shapes import ATTENTION as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import BF16, FP32, Case, Provider, compiled, shapes
 from reca_kernels import AttentionSpan, attention, attention_plan
 from reca_kernels.attention import reference
 from reca_kernels.attention.implementations import IMPLS, unusable
 
+# Runs of a sample: (length, mode, seen before). Show-o: two tokens, h_v that all rows see, prompt, codes, one token.
+# BAGEL: SigLIP features and their marks, template, noised latents of 1024 px. Harmon's language model: three tokens,
+# h_v, prompt, visible tokens with their buffers.
+SHOW_O = [(2, "causal"), (576, "full", True), (127, "causal"), (1024, "full"), (1, "causal")]
+BAGEL = [(258, "full"), (326, "causal"), (4098, "noise")]
+HARMON = [(3, "causal"), (1088, "causal"), (29, "causal"), (200, "causal")]
+SHAPES = {
+    "cpu": {
+        "show_o_512": dict(batch=1, runs=SHOW_O, heads=(4, 4), channels=64, dtypes=(FP32,)),
+        "bagel": dict(batch=1, runs=[(n // 4, *r) for n, *r in BAGEL], heads=(4, 2), channels=128, dtypes=(FP32,)),
+        "harmon": dict(batch=1, runs=HARMON, heads=(6, 1), channels=128, dtypes=(FP32,)),
+    },
+    "cuda": {
+        "show_o_512": dict(batch=20, runs=SHOW_O, heads=(32, 32), channels=64, dtypes=(BF16,)),
+        "bagel": dict(batch=7, runs=BAGEL, heads=(28, 4), channels=128, dtypes=(BF16,)),
+        "harmon": dict(batch=32, runs=HARMON, heads=(12, 2), channels=128, dtypes=(BF16,)),
+    },
+    "sizes": {
+        "24 rows": dict(
+            batch=2,
+            runs=[(8, "causal"), (8, "full", True), (8, "noise")],
+            heads=(2, 1),
+            channels=16,
+            dtypes=(FP32,),
+        ),
+    },
+}
+
 
 def cases(device: Device):
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
         for dtype in s["dtypes"]:
             yield _case(device, name, s, dtype)
 

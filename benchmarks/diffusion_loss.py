@@ -7,16 +7,30 @@ import torch
 
 from benchmarks.devices import Device
 from benchmarks.rows import BOTH
-from benchmarks.runner import Case, Provider, compiled, ours
-from benchmarks.shapes import DIFFUSION as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import Philox, diffusion_add_noise, diffusion_loss, diffusion_schedule
 from reca_kernels.diffusion_loss import reference
+
+# harmon_hidden_rows: the loss over the rows that were hidden, a quarter of them here
+SHAPES = {
+    "cpu": {
+        "harmon_512": dict(samples=32 * 1024, channels=16, repeats=4, dtypes=(FP32,)),
+        "harmon_hidden_rows": dict(samples=8 * 1024, channels=16, repeats=4, dtypes=(FP32,)),
+    },
+    "cuda": {
+        "harmon_512": dict(samples=32 * 1024, channels=16, repeats=4, dtypes=(FP32, BF16)),
+        "harmon_512_reca": dict(samples=48 * 1024, channels=16, repeats=4, dtypes=(BF16,)),
+    },
+    "sizes": {
+        "8 rows": dict(samples=4, channels=16, repeats=2, dtypes=(FP32, BF16)),
+        "1024 rows": dict(samples=512, channels=16, repeats=2, dtypes=(FP32, BF16)),
+    },
+}
 
 
 def cases(device: Device):
     place = device.torch_device
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
         count, channels = s["samples"] * s["repeats"], s["channels"]
         for dtype in s["dtypes"]:
 
@@ -44,7 +58,7 @@ def cases(device: Device):
 
             def step(x0, t, rows, out, table):
                 eps = torch.randn(len(t), x0.shape[1], device=place)
-                x_t = reference.prepare(x0, t, eps, table, rows)
+                x_t = reference.add_noise(x0, t, eps, table, rows)
                 return x_t, reference.losses(out.float(), x0, t, eps, table, rows).mean()
 
             def eager(x, step=step):

@@ -6,16 +6,30 @@ import torch
 
 from benchmarks.devices import Device
 from benchmarks.rows import BOTH
-from benchmarks.runner import Case, Provider, compiled, ours
-from benchmarks.shapes import FLOW as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import Philox, flow_matching_add_noise, flow_matching_loss
 from reca_kernels.flow_matching.reference import tokens
+
+SHAPES = {
+    "cpu": {
+        "open_uni": dict(sizes=[(32, 32, 32)] * 32, patch=1, dtypes=(FP32,)),
+        "bagel": dict(sizes=[(16, 128, 128)] * 4 + [(16, 64, 96)] * 3, patch=2, dtypes=(FP32,)),
+    },
+    "cuda": {
+        "open_uni": dict(sizes=[(32, 32, 32)] * 32, patch=1, dtypes=(FP32, BF16)),
+        "bagel": dict(sizes=[(16, 128, 128)] * 7, patch=2, dtypes=(FP32, BF16)),
+        "synthetic": dict(sizes=[(16, 256, 256)] * 256, patch=1, dtypes=(FP32, BF16)),
+    },
+    "sizes": {
+        "1 image of 4x4": dict(sizes=[(4, 4, 4)], patch=1, dtypes=(FP32, BF16)),
+        "8 images of 16x16": dict(sizes=[(4, 16, 16)] * 8, patch=1, dtypes=(FP32, BF16)),
+    },
+}
 
 
 def cases(device: Device):
     place = device.torch_device
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
         patch, counts = s["patch"], torch.tensor([c * h * w for c, h, w in s["sizes"]], device=place)
         total = int(counts.sum())
         for dtype in s["dtypes"]:

@@ -8,10 +8,27 @@ import torch.nn.functional as F
 from benchmarks.devices import Device
 from benchmarks.rivals import rival
 from benchmarks.rows import BOTH
-from benchmarks.runner import Case, Provider, compiled, ours
-from benchmarks.shapes import CROSS_ENTROPY as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import masked_cross_entropy
+
+# Show-o masks 2/pi of its codes on average; at 512 px 1024 of a sequence's 1155 positions are codes.
+# Harmon's understanding loss is over answers. A RECA micro-batch of Show-o has two images (four at 256 px).
+SHAPES = {
+    "cpu": {
+        "show_o_512": dict(rows=1024, vocabulary=58498, labelled=0.637, dtypes=(FP32, BF16)),
+        "harmon_i2t": dict(rows=256, vocabulary=151936, labelled=0.4, dtypes=(FP32, BF16)),
+    },
+    "cuda": {
+        "show_o_512": dict(rows=20 * 1155, vocabulary=58498, labelled=0.637 * 1024 / 1155, dtypes=(BF16, FP32)),
+        "show_o_512_reca": dict(rows=2 * 1024, vocabulary=58498, labelled=0.637, dtypes=(BF16,)),
+        "harmon_i2t": dict(rows=8192, vocabulary=151936, labelled=0.4, dtypes=(BF16,)),
+    },
+    "sizes": {
+        "8x64": dict(rows=8, vocabulary=64, labelled=0.6, dtypes=(FP32, BF16)),
+        "64x1024": dict(rows=64, vocabulary=1024, labelled=0.6, dtypes=(FP32, BF16)),
+        "512x8192": dict(rows=512, vocabulary=8192, labelled=0.6, dtypes=(FP32, BF16)),
+    },
+}
 
 LIGER = "liger_kernel.transformers.functional"
 
@@ -26,7 +43,7 @@ def labels_for(rows: int, vocabulary: int, labelled: float, generator: torch.Gen
 
 def cases(device: Device):
     place = device.torch_device
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
         for dtype in s["dtypes"]:
 
             def inputs(seed, s=s, dtype=dtype):

@@ -6,15 +6,19 @@ import torch
 
 from benchmarks.devices import Device
 from benchmarks.rows import FORWARD
-from benchmarks.runner import Case, Provider, compiled, ours
-from benchmarks.shapes import PHILOX as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import Case, Provider, compiled, ours, shapes
 from reca_kernels import Philox, philox_normal
+
+SHAPES = {
+    "cpu": {"million": dict(samples=32, n=32768)},
+    "cuda": {"bagel": dict(samples=7, n=16 * 128 * 128), "synthetic": dict(samples=256, n=1 << 20)},
+    "sizes": {"16": dict(samples=1, n=16), "16k": dict(samples=16, n=1024)},
+}
 
 
 def cases(device: Device):
     place = device.torch_device
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
 
         def inputs(seed, s=s):
             ids = torch.arange(s["samples"], device=place)

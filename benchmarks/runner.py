@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.devices import Ceilings, Device
-from benchmarks.rows import BACKWARD, BOTH, CEILING, FORWARD, OURS, RESULTS, Row
+from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row
 from reca_kernels import dispatch
+
+FP32, BF16 = torch.float32, torch.bfloat16
 
 ROUNDS = ((500.0, 25), (5000.0, 9), (20_000.0, 5), (math.inf, 3))  # the longer a round takes, in ms, the fewer
 MOST_SETS = 64
@@ -40,6 +42,17 @@ class Provider(NamedTuple):
     run: Callable[[SimpleNamespace], tuple[Tensor, ...]]
     own_inputs: bool = False
     exact: bool = True
+
+
+def shapes(table: dict[str, dict[str, dict]], device: Device) -> Iterator[tuple[str, dict]]:
+    """Yield (name, sizes) of an op's shapes: those of the device, then those that the choice of a backend needs.
+
+    The table of an op holds, per kind of device, name -> sizes: real ones of the four UMMs for a GPU, scaled ones for a
+    CPU of 24 GiB. Those under "sizes" run on our own backends and the definition alone, and are named BY_SIZE + NAME.
+    """
+    yield from table[device.type].items()
+    for name, sizes in table["sizes"].items():
+        yield BY_SIZE + name, sizes
 
 
 @dataclass

@@ -7,17 +7,107 @@ import torch.nn.functional as F
 
 from benchmarks.devices import Device
 from benchmarks.rows import BACKWARD, BOTH, FORWARD
-from benchmarks.runner import Case, Provider, compiled, ours
-from benchmarks.shapes import CONCAT as SHAPES
-from benchmarks.shapes import shapes
+from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import TextSegment, VisualSegment, concat_plan, template_concat
+
+# text + visual + image positions per sample. Language models of OpenUni and BAGEL are frozen. `added`: of the visual
+# rows, how many get a position's and a timestep's row on top, as BAGEL's 64 x 64 latents do.
+SHAPES = {
+    "cpu": {
+        "show_o_512": dict(
+            batch=4,
+            text=130,
+            visual=576,
+            image=1024,
+            hidden=2048,
+            vocabulary=58498,
+            trained=(False, True),
+            dtypes=(FP32,),
+        ),
+        "open_uni_l": dict(
+            batch=8,
+            text=60,
+            visual=256,
+            image=0,
+            hidden=1536,
+            vocabulary=32000,
+            trained=(False,),
+            dtypes=(FP32,),
+        ),
+    },
+    "cuda": {
+        "show_o_512": dict(
+            batch=20,
+            text=132,
+            visual=576,
+            image=1024,
+            hidden=2048,
+            vocabulary=58498,
+            trained=(False, True),
+            dtypes=(BF16,),
+        ),
+        "harmon": dict(
+            batch=32,
+            text=64,
+            visual=1088,
+            image=0,
+            hidden=1536,
+            vocabulary=151936,
+            trained=(False, True),
+            dtypes=(BF16,),
+        ),
+        "open_uni_l": dict(
+            batch=32,
+            text=40,
+            visual=512,
+            image=0,
+            hidden=1536,
+            vocabulary=151674,
+            trained=(False,),
+            dtypes=(BF16,),
+        ),
+        "bagel": dict(
+            batch=7,
+            text=586,
+            visual=4096,
+            image=0,
+            hidden=3584,
+            vocabulary=152064,
+            trained=(False,),
+            added=4096,
+            dtypes=(BF16,),
+        ),
+    },
+    "sizes": {
+        "rows of 8": dict(
+            batch=2,
+            text=8,
+            visual=8,
+            image=0,
+            hidden=8,
+            vocabulary=64,
+            trained=(False,),
+            dtypes=(FP32, BF16),
+        ),
+        "rows of 256": dict(
+            batch=2,
+            text=32,
+            visual=32,
+            image=0,
+            hidden=256,
+            vocabulary=1024,
+            trained=(False,),
+            dtypes=(FP32, BF16),
+        ),
+    },
+}
 
 HEAD = 2  # words before the visual rows
 
 
 def cases(device: Device):
     place = device.torch_device
-    for name, s in shapes(SHAPES, device.type):
+    for name, s in shapes(SHAPES, device):
         for trained in s["trained"]:
             for dtype in s["dtypes"]:
                 yield _case(device, name + (", table trained" if trained else ""), s, trained, dtype, place)

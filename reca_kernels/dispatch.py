@@ -1,7 +1,8 @@
 """Which backend runs an op, and why.
 
-An op is a folder of this package, and a backend is a file in it: `<op>/<backend>.py`. `reference` is plain PyTorch, the
-op's definition, and always there. A folder is dispatched once it holds a kernel backend beside the definition.
+An op is a folder of this package, and a backend is a file in it: reference.py, the definition in plain PyTorch, which
+is always there; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`); triton.py. The
+`Kernels` of <op>/kernels.py says what native.py and triton.py hold. A folder without them is not dispatched.
 """
 
 import importlib
@@ -11,22 +12,23 @@ import os
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reca_kernels import native
 
-BACKENDS = ("reference", "cpu", "cuda", "triton")
+# Backend -> its file in an op's folder.
+FILES = {"reference": "reference.py", "cpu": "native.py", "cuda": "native.py", "triton": "triton.py"}
+BACKENDS = tuple(FILES)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 PACKAGE = Path(__file__).parent
 
 
 def has_backend(op: str, backend: str) -> bool:
-    return (PACKAGE / op / f"{backend}.py").exists()
+    return (PACKAGE / op / FILES[backend]).exists()
 
 
 OPS = tuple(
@@ -43,6 +45,9 @@ ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 TABLE = Path(__file__).with_name("dispatch_table.json")
 
 
+Entry = dict[str, Any]  # of the table
+
+
 class Rule(NamedTuple):
     """Use `backend` for these dtypes when the op's main tensor has min_numel <= elements < max_numel."""
 
@@ -52,15 +57,15 @@ class Rule(NamedTuple):
     max_numel: int | None = None
 
 
-def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[dict]]:
+def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[Entry]]:
     """(op, device type) -> its entries: dtype, rules, and the command, date, device and versions that made them."""
-    found: dict[tuple[str, str], list[dict]] = {}
+    found: dict[tuple[str, str], list[Entry]] = {}
     for entry in json.loads(path.read_text())["entries"]:
         found.setdefault((entry["op"], entry["device"]), []).append(entry)
     return found
 
 
-def _rules(entries: list[dict], device: str) -> tuple[Rule, ...]:
+def _rules(entries: list[Entry], device: str) -> tuple[Rule, ...]:
     """Measured rules, then the default order for dtypes, sizes and backends that no measurement covers."""
     measured = [
         Rule(rule["backend"], (getattr(torch, entry["dtype"]),), rule["min_numel"], rule["max_numel"])
@@ -156,7 +161,7 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
             return native.missing
         if device != backend:
             return f"the tensors are on {device}"
-    if backend == "cuda" and not native.module.cuda_archs:
+    if backend == "cuda" and not native.kernels().cuda_archs:
         return "the native module was built without CUDA; reinstall with nvcc in PATH and RECA_CUDA=ON"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -171,15 +176,16 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
             return f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
         if backend == "cuda" and not native.cuda_runs_on(capability):
             return (
-                f"the native module was built for {native.module.cuda_archs}, the device has "
+                f"the native module was built for {native.kernels().cuda_archs}, the device has "
                 f"{capability[0]}.{capability[1]}; reinstall with RECA_CUDA_ARCHS"
             )
     return None
 
 
 @cache
-def load(backend: str, op: str) -> ModuleType:
-    return importlib.import_module(f"reca_kernels.{op}.{backend}")
+def load(backend: str, op: str) -> Any:
+    """Return the module that holds the op's `Kernels`; callers annotate it so."""
+    return importlib.import_module(f"reca_kernels.{op}.{FILES[backend].removesuffix('.py')}")
 
 
 def backend_report() -> str:

@@ -1,30 +1,60 @@
-"""The compiled module, when it is there. Without it every op still runs, on `reference` or `triton`."""
+"""The compiled module, when it is there. Without it every op still runs, on `reference` or `triton`.
+
+A launcher of the module takes tensors as addresses, structs as tuples of their fields (csrc/<op>/op.h) and, last, a
+Launch: where it works. The caller keeps the tensors alive until it returns.
+"""
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+module: ModuleType | None
 try:
     from reca_kernels import _native
 
-    module: ModuleType | None = _native
-    missing: str | None = None
+    module, missing = _native, ""
 except ImportError as error:
     module = None
     missing = f"the native module did not load ({error}); install a C++ compiler and reinstall with RECA_NATIVE=ON"
 
-# csrc/include/reca/types.h
+# csrc/common/types.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def launch(tensor: Tensor) -> tuple[int, int]:
-    """The tensor's device and its current stream, as numbers: the last two arguments of every CUDA launcher."""
-    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+def kernels() -> ModuleType:
+    """Return the compiled module. Raise RuntimeError, saying how to get it, where it is missing."""
+    if module is None:
+        raise RuntimeError(missing)
+    return module
+
+
+class Launch(NamedTuple):
+    """Where a launcher works: on the host, with `threads`, or on a CUDA device, in one of its streams."""
+
+    device: int  # -1: the host
+    stream: int
+    threads: int
+
+    @property
+    def on_host(self) -> bool:
+        return self.device < 0
+
+
+def launch(tensor: Tensor) -> Launch:
+    """Return the tensor's device and its current stream, or the host and torch's number of threads."""
+    if tensor.is_cuda:
+        return Launch(tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0)
+    return Launch(-1, 0, torch.get_num_threads())
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:
-    """Whether the module holds machine code, or PTX, for a device of this compute capability."""
+    """Return whether the module holds machine code, or PTX, for a device of this compute capability."""
     archs = module.cuda_archs.split() if module else []
     for arch in archs:
         number = int(arch.removesuffix("-real"))

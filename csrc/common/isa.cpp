@@ -1,4 +1,4 @@
-#include "reca/isa.h"
+#include "common/isa.h"
 
 #include <atomic>
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "reca/isa.h"
+#include "common/isa.h"
 
 namespace reca::RECA_ISA {
 

@@ -17,19 +17,15 @@ namespace reca {
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
 constexpr uint32_t philox_w0 = 0x9E3779B9, philox_w1 = 0xBB67AE85;
 
-// Where a batch's noise is: see `Philox` in reca_kernels/philox.
+// Where a batch's noise is: see `Philox` in reca_kernels/philox. The seed is read by the kernel, so that a captured CUDA
+// graph can be replayed with another one.
 struct NoiseAddress {
-  uint64_t seed;
-  const int64_t* sample_ids;  // [B]
-  uint32_t stream;
-};
-
-// The same on a device, the seed too: a captured CUDA graph can be replayed with another one.
-struct DeviceNoise {
   const uint64_t* seed;
   const int64_t* sample_ids;  // [B]
   uint32_t stream;
 };
+
+enum class Distribution : int { bits, uniform, normal };  // uint32 words, [0, 1), mean 0 and variance 1
 
 // Cephes' single precision polynomials for log on [sqrt(1/2), sqrt(2)) and sin, cos on [-pi/4, pi/4].
 constexpr float log_p[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,

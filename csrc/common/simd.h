@@ -10,8 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#include "reca/isa.h"
-#include "reca/types.h"
+#include "common/isa.h"
+#include "common/types.h"
 
 namespace reca::RECA_ISA {
 

@@ -1,6 +1,7 @@
 """Attention over spans with a dense mask per sample, in plain PyTorch: the definition."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ def allowed(sample: Sequence[AttentionSpan]) -> Tensor:  # bool [query rows, key
     """Return which row attends to which key of one sample. Written from the rules of `AttentionSpan`, row by row."""
     lengths = torch.tensor([span.length for span in sample], dtype=torch.int64)
 
-    def of_row(values: list, dtype: torch.dtype = torch.bool) -> Tensor:
+    def of_row(values: list[Any], dtype: torch.dtype = torch.bool) -> Tensor:
         return torch.tensor(values, dtype=dtype).repeat_interleave(lengths)
 
     place, number = torch.arange(int(lengths.sum())), of_row(list(range(len(sample))), torch.int64)

@@ -45,7 +45,7 @@ def diffusion_add_noise(
         if backend == "reference":
             if has_values(t, rows):
                 _check_indices(x0, t, schedule, rows)
-            return reference.prepare(x0, t, noise, schedule, rows).to(out_dtype)
+            return reference.add_noise(x0, t, noise, schedule, rows).to(out_dtype)
         return _noisy(raw, x0, t, *flattened(noise), schedule, rows, out_dtype, backend)
 
 
@@ -157,7 +157,7 @@ def _noisy(x0, t, seed, ids, stream, explicit, table, rows, dtype, backend) -> T
     _check_indices(x0, t, table, rows)
     out = torch.empty(t.shape[0], x0.shape[1], dtype=dtype, device=x0.device)
     noise = unflattened(seed, ids, stream, explicit)
-    dispatch.load(backend, OP).prepare(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
+    dispatch.load(backend, OP).add_noise(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
     return out
 
 

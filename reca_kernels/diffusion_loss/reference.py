@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from reca_kernels.philox.reference import philox_normal
+from reca_kernels.philox.reference import Address, philox_normal
 
 COLUMNS = ("sqrt_abar", "sqrt_1m_abar", "sqrt_recip", "sqrt_recip_m1", "c1", "c2", "log_posterior", "log_beta")
 
@@ -40,19 +40,19 @@ def tables(beta: Tensor) -> Tensor:
     return torch.stack((*signal, c1, c2, log_posterior, beta.log()), dim=1)
 
 
-def noise_of(x0: Tensor, count: int, noise: Tensor | tuple) -> Tensor:
+def noise_of(x0: Tensor, count: int, noise: Tensor | Address) -> Tensor:
     """eps [M, C]."""
     return noise if isinstance(noise, Tensor) else philox_normal(*noise, x0.shape[1])
 
 
-def prepare(x0: Tensor, t: Tensor, noise: Tensor | tuple, table: Tensor, rows: Tensor | None) -> Tensor:
+def add_noise(x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, rows: Tensor | None) -> Tensor:
     """x_t [M, C]."""
     x0 = _wide(x0 if rows is None else x0[rows])
     step = table.to(x0)[t]
     return step[:, 0:1] * x0 + step[:, 1:2] * noise_of(x0, len(t), noise)
 
 
-def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | tuple, table: Tensor, rows: Tensor | None) -> Tensor:
+def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, rows: Tensor | None) -> Tensor:
     """Per row, [M]: mean squared error of the noise plus the variational bound in bits, its mean detached."""
     out = _wide(out)
     x0 = (x0 if rows is None else x0[rows]).to(out.dtype)

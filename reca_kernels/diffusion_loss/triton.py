@@ -3,12 +3,14 @@
 Rows of step 0, one in a thousand, are scored by the programs that have some.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.philox.address import Philox
+from reca_kernels.philox.address import Philox, flattened
 from reca_kernels.philox.triton import FUSE, normal_pair, words
 
 ELEMENTS = 1024  # of x_t, padding included, that a program handles
@@ -16,7 +18,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _rows(x0, rows, t, table, seed, ids, stream, given, count, CHANNELS: tl.constexpr, GIVEN: tl.constexpr,
+def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS: tl.constexpr, EXPLICIT: tl.constexpr,
           ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -28,8 +30,8 @@ def _rows(x0, rows, t, table, seed, ids, stream, given, count, CHANNELS: tl.cons
     if rows is not None:
         source = tl.load(rows + row, mask=exists, other=0)
     clean = tl.load(x0 + source[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
-    if GIVEN:
-        noise = tl.load(given + row[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
+    if EXPLICIT:
+        noise = tl.load(explicit + row[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
     else:
         sample = tl.load(ids + row, mask=exists, other=0)[:, None]
         block = tl.zeros([ROWS, C // 4], tl.int64) + tl.arange(0, C // 4)[None, :]
@@ -41,10 +43,10 @@ def _rows(x0, rows, t, table, seed, ids, stream, given, count, CHANNELS: tl.cons
 
 
 @triton.jit(do_not_specialize=["stream"])
-def prepare_kernel(x0, rows, t, table, seed, ids, stream, given, x_t, count, CHANNELS: tl.constexpr,
-                   GIVEN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def add_noise_kernel(x0, rows, t, table, seed, ids, stream, explicit, x_t, count, CHANNELS: tl.constexpr,
+                   EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     row, step, exists, here, clean, noise = _rows(
-        x0, rows, t, table, seed, ids, stream, given, count, CHANNELS, GIVEN, ROWS, C
+        x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS, EXPLICIT, ROWS, C
     )
     sqrt_abar = tl.load(table + step * 8, mask=exists, other=0.0)[:, None]
     sqrt_1m_abar = tl.load(table + step * 8 + 1, mask=exists, other=0.0)[:, None]
@@ -85,10 +87,10 @@ def _first_step(x0, mean, log_variance):
 
 
 @triton.jit(do_not_specialize=["stream"])
-def loss_kernel(x0, rows, t, table, seed, ids, stream, given, out, gradient, losses, count, CHANNELS: tl.constexpr,
-                GIVEN: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def loss_kernel(x0, rows, t, table, seed, ids, stream, explicit, out, gradient, losses, count, CHANNELS: tl.constexpr,
+                EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     row, step, exists, here, clean, noise = _rows(
-        x0, rows, t, table, seed, ids, stream, given, count, CHANNELS, GIVEN, ROWS, C
+        x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS, EXPLICIT, ROWS, C
     )
     place = row[:, None] * (2 * CHANNELS) + tl.arange(0, C)[None, :]
     predicted = tl.load(out + place, mask=here, other=0.0).to(tl.float32)
@@ -130,11 +132,11 @@ def loss_kernel(x0, rows, t, table, seed, ids, stream, given, out, gradient, los
 # ---- launchers ----
 
 
-def prepare(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
+def add_noise(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
     programs, address, compiled = _launch(x0, noise, len(t))
     if programs:
         with torch.cuda.device_of(out):
-            prepare_kernel[programs,](x0, rows, t, table, *address, out, len(t), **compiled)
+            add_noise_kernel[programs,](x0, rows, t, table, *address, out, len(t), **compiled)
 
 
 def losses(
@@ -154,12 +156,12 @@ def losses(
     return losses
 
 
-def _launch(x0: Tensor, noise: Philox | Tensor, count: int) -> tuple[int, tuple, dict]:
-    """(programs, (seed, sample ids, stream, given noise), what is compiled in)"""
-    given = isinstance(noise, Tensor)
+def _launch(x0: Tensor, noise: Philox | Tensor, count: int) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Return (programs, arguments for the noise, what is compiled in)."""
+    address = flattened(noise)
+    explicit = isinstance(noise, Tensor)
     channels = x0.shape[1]
     padded = max(triton.next_power_of_2(channels), 4)
     block = max(ELEMENTS // padded, 1)
-    address = (None, None, 0, noise) if given else (*noise, None)
-    compiled = {"CHANNELS": channels, "GIVEN": given, "ROWS": block, "C": padded, "num_warps": 4, **FUSE}
+    compiled = {"CHANNELS": channels, "EXPLICIT": explicit, "ROWS": block, "C": padded, "num_warps": 4, **FUSE}
     return triton.cdiv(count, block), address, compiled

@@ -50,7 +50,7 @@ def flow_matching_add_noise(
     backend = dispatch.choose(OP, images[0], backend)
     with torch.no_grad():
         if backend == "reference":
-            flat = reference.prepare(images, t, noise, patch, out_dtype)
+            flat = reference.add_noise(images, t, noise, patch, out_dtype)
         else:
             flat = _noisy(raw, images, t.float(), *flattened(noise), patch, out_dtype, backend)
     return flat.view(_shape(x0, patch))
@@ -192,7 +192,7 @@ def _noisy(images, t, seed, ids, stream, explicit, patch, dtype, backend) -> Ten
     """x_t, flat."""
     out = torch.empty(sum(image.numel() for image in images), dtype=dtype, device=t.device)
     noise = unflattened(seed, ids, stream, explicit)
-    dispatch.load(backend, OP).prepare(images, t, noise, patch, out)
+    dispatch.load(backend, OP).add_noise(images, t, noise, patch, out)
     return out
 
 

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca_kernels.philox.reference import philox_normal
+from reca_kernels.philox.reference import Address, philox_normal
 
 
 def tokens(image: Tensor, patch: int) -> Tensor:
     """[..., C, H, W] in the order of the prediction, flat: patches row by row, inside one (row, column, channel)."""
     if patch == 1:
         return image.reshape(-1)
-    split = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [C, h, p, w, p]
+    split: Tensor = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [C, h, p, w, p]
     return split.permute(1, 3, 2, 4, 0).reshape(-1)
 
 
-def noise_of(images: Sequence[Tensor], noise: Tensor | tuple) -> list[Tensor]:
+def noise_of(images: Sequence[Tensor], noise: Tensor | Address) -> list[Tensor]:
     """Every image's noise, flat, in the order of the prediction."""
     lengths = [image.numel() for image in images]
     if isinstance(noise, Tensor):
@@ -25,7 +25,7 @@ def noise_of(images: Sequence[Tensor], noise: Tensor | tuple) -> list[Tensor]:
     return [philox_normal(seed, ids[b : b + 1], stream, n)[0] for b, n in enumerate(lengths)]
 
 
-def prepare(images: Sequence[Tensor], t: Tensor, noise: Tensor | tuple, patch: int, dtype: torch.dtype) -> Tensor:
+def add_noise(images: Sequence[Tensor], t: Tensor, noise: Tensor | Address, patch: int, dtype: torch.dtype) -> Tensor:
     """x_t of all images, flat, one after another."""
     parts = []
     for image, level, eps in zip(images, t, noise_of(images, noise), strict=True):
@@ -35,7 +35,7 @@ def prepare(images: Sequence[Tensor], t: Tensor, noise: Tensor | tuple, patch: i
 
 
 def losses(
-    pred: Tensor, images: Sequence[Tensor], noise: Tensor | tuple, patch: int, masked: Tensor | None = None
+    pred: Tensor, images: Sequence[Tensor], noise: Tensor | Address, patch: int, masked: Tensor | None = None
 ) -> Tensor:
     """Sum of squared errors per image, [B], from a flat prediction. Of masked images, bool [B], finite ones only."""
     sums, start = [], 0

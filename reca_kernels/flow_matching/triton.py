@@ -5,13 +5,16 @@ runs of equal images) and can be captured in a CUDA graph. For the loss a progra
 kernel adds an image's partial sums in their order.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.flow_matching.cuda import runs
-from reca_kernels.philox.address import Philox
+from reca_kernels.flow_matching.runs import image_runs
+from reca_kernels.philox.address import Philox, flattened
 from reca_kernels.philox.triton import FUSE, normals
 
 BLOCK = 2048
@@ -53,7 +56,7 @@ def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _elements(images, table, seed, ids, stream, given, GIVEN: tl.constexpr, PATCH: tl.constexpr,
+def _elements(images, table, seed, ids, stream, explicit, EXPLICIT: tl.constexpr, PATCH: tl.constexpr,
               CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr, RUNS: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     """This program's x0, noise, place in the prediction, which places exist, and its image's number."""
@@ -81,8 +84,8 @@ def _elements(images, table, seed, ids, stream, given, GIVEN: tl.constexpr, PATC
         source = images + x0 + (e % CHANNELS).to(tl.int64) * plane + (row * width + column)
     clean = tl.load(source, mask=here, other=0.0).to(tl.float32)
     place = offset + begin
-    if GIVEN:
-        noise = tl.load(given + place + i, mask=here, other=0.0).to(tl.float32)
+    if EXPLICIT:
+        noise = tl.load(explicit + place + i, mask=here, other=0.0).to(tl.float32)
     else:
         sample = tl.load(ids + image)
         noise = normals(tl.load(seed), sample, stream, begin // 4 + tl.arange(0, BLOCK // 4))
@@ -90,11 +93,11 @@ def _elements(images, table, seed, ids, stream, given, GIVEN: tl.constexpr, PATC
 
 
 @triton.jit(do_not_specialize=["stream"])
-def prepare_kernel(images, table, seed, ids, stream, given, t, x_t, GIVEN: tl.constexpr, PATCH: tl.constexpr,
+def add_noise_kernel(images, table, seed, ids, stream, explicit, t, x_t, EXPLICIT: tl.constexpr, PATCH: tl.constexpr,
                    CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr, RUNS: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
     clean, noise, place, here, image = _elements(
-        images, table, seed, ids, stream, given, GIVEN, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
+        images, table, seed, ids, stream, explicit, EXPLICIT, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
     )
     level = tl.load(t + image)
     mixed = (1.0 - level) * clean + level * noise
@@ -102,11 +105,11 @@ def prepare_kernel(images, table, seed, ids, stream, given, t, x_t, GIVEN: tl.co
 
 
 @triton.jit(do_not_specialize=["stream"])
-def loss_kernel(images, table, seed, ids, stream, given, pred, gradient, partial, GIVEN: tl.constexpr,
+def loss_kernel(images, table, seed, ids, stream, explicit, pred, gradient, partial, EXPLICIT: tl.constexpr,
                 PATCH: tl.constexpr, CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr,
                 RUNS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     clean, noise, place, here, _ = _elements(
-        images, table, seed, ids, stream, given, GIVEN, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
+        images, table, seed, ids, stream, explicit, EXPLICIT, PATCH, CHANNELS, EIGHTS, BIG, RUNS, BLOCK
     )
     guess = tl.load(pred + place + tl.arange(0, BLOCK), mask=here, other=0.0).to(tl.float32)
     error = tl.where(here, guess - (noise - clean), 0.0)
@@ -131,45 +134,49 @@ def total_kernel(table, start, partial, losses, RUNS: tl.constexpr, BLOCK: tl.co
 # ---- launchers ----
 
 
-def prepare(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
-    seed, ids, stream, given = _noise(noise)
+def add_noise(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
+    seed, ids, stream, explicit = flattened(noise)
     with torch.cuda.device_of(out):
-        for table, programs, _, _, compiled in _launches(images, noise, patch, (out,)):
+        for table, programs, _, _, compiled in _launches(images, explicit, patch, (out,)):
             if programs:
-                prepare_kernel[programs,](images[0], table, seed, ids, stream, given, t, out, **compiled, **FUSE)
+                add_noise_kernel[programs,](images[0], table, seed, ids, stream, explicit, t, out, **compiled, **FUSE)
 
 
 def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
-    seed, ids, stream, given = _noise(noise)
+    seed, ids, stream, explicit = flattened(noise)
     sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
     partial = torch.empty(pred.numel() // BLOCK + len(images), dtype=torch.float32, device=pred.device)
     done = 0
     with torch.cuda.device_of(pred):
-        for table, programs, start, count, compiled in _launches(images, noise, patch, (pred, gradient)):
+        for table, programs, start, count, compiled in _launches(images, explicit, patch, (pred, gradient)):
             here = partial[done:]
             if programs:
                 loss_kernel[programs,](
-                    images[0], table, seed, ids, stream, given, pred, gradient, here, **compiled, **FUSE
+                    images[0], table, seed, ids, stream, explicit, pred, gradient, here, **compiled, **FUSE
                 )
             total_kernel[count,](table, start, here, sums, RUNS=compiled["RUNS"], BLOCK=1024)
             done += programs
     return sums
 
 
-def _noise(noise: Philox | Tensor) -> tuple:
-    """(seed, sample ids, stream, given noise)"""
-    return (None, None, 0, noise) if isinstance(noise, Tensor) else (*noise, None)
+class _Launch(NamedTuple):
+    table: tuple[int, ...]
+    programs: int
+    first_image: int
+    images: int
+    compiled: dict[str, Any]
 
 
-def _launches(images: list[Tensor], noise: Philox | Tensor, patch: int, tensors: tuple[Tensor | None, ...]):
-    """(table, programs, first image, images, what is compiled in) for as many runs at a time as a launch takes."""
-    given = isinstance(noise, Tensor)
-    found = runs(images)
+def _launches(
+    images: list[Tensor], explicit: Tensor | None, patch: int, tensors: tuple[Tensor | None, ...]
+) -> Iterator[_Launch]:
+    """Yield as many runs at a time as a launch takes."""
+    found = image_runs(images)
     channels = images[0].shape[0]
     sizes = [channels * height * width for _, _, height, width in found]
-    beginnings = [t.data_ptr() for t in (*tensors, noise if given else None) if t is not None]
+    beginnings = [t.data_ptr() for t in (*tensors, explicit) if t is not None]
     compiled = {
-        "GIVEN": given,
+        "EXPLICIT": explicit is not None,
         "PATCH": patch,
         "CHANNELS": channels if patch > 1 else 1,
         "EIGHTS": all(n % 8 == 0 for n in sizes) and all(a % 16 == 0 for a in (*beginnings, *(r[0] for r in found))),
@@ -181,10 +188,11 @@ def _launches(images: list[Tensor], noise: Philox | Tensor, patch: int, tensors:
     bytes_each, base = images[0].element_size(), images[0].data_ptr()
     offset = image = 0
     for begin in range(0, len(found), RUNS):
-        table, program, start, end = [], 0, image, begin + RUNS
+        table: list[int] = []
+        program, start, end = 0, image, begin + RUNS
         for (address, count, _, width), size in zip(found[begin:end], sizes[begin:end], strict=True):
             each = triton.cdiv(size, BLOCK)
             table += ((address - base) // bytes_each, size, offset, program, max(each, 1), image, width)
             offset, program, image = offset + count * size, program + count * each, image + count
         table += [2**31 - 1] * (compiled["RUNS"] * FIELDS - len(table))  # never reached
-        yield tuple(CODE.value + 2 * number for number in table), program, start, image - start, compiled
+        yield _Launch(tuple(CODE.value + 2 * n for n in table), program, start, image - start, compiled)

@@ -25,15 +25,17 @@ def masked_cross_entropy(
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    peak = z.detach().amax(dim=1, keepdim=True)
-    z = z - peak  # a common offset of 1e4 must not cost digits, so nothing below adds the peak back, except z_loss
-    log_sum = z.exp().sum(dim=1).log()
+    row_max = z.detach().amax(dim=1, keepdim=True)
+    z = (
+        z - row_max
+    )  # a common offset of 1e4 must not cost digits, so nothing below adds the maximum back, except z_loss
+    log_sum_exp = z.exp().sum(dim=1).log()
 
-    loss = log_sum - z.gather(1, targets[:, None])[:, 0]
+    loss = log_sum_exp - z.gather(1, targets[:, None])[:, 0]
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum - z.mean(dim=1))
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_sum_exp - z.mean(dim=1))
     if z_loss:
-        loss = loss + z_loss * (log_sum + peak[:, 0]).square()
+        loss = loss + z_loss * (log_sum_exp + row_max[:, 0]).square()
     loss = torch.where(valid, loss, 0)
     loss = torch.where(outside, float("nan"), loss)
 

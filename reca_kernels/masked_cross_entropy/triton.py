@@ -34,7 +34,7 @@ def tanh(x):
 
 
 @triton.jit
-def capped(z, softcap, CAP: tl.constexpr):
+def softcap_logits(z, softcap, CAP: tl.constexpr):
     if CAP:
         z = softcap * tanh(z / softcap)
     return z
@@ -54,42 +54,42 @@ def expm1(x):
 
 
 @triton.jit
-def other_gradient(z, m, log_sum, slope, level, softcap, CAP: tl.constexpr):
-    """The gradient of every logit but the label's."""
+def non_target_grad(z, m, log_sum_exp, slope, level, softcap, CAP: tl.constexpr):
+    """Return the gradient of a logit that is not the label's."""
     if CAP:
         t = tanh(z / softcap)
-        return (tl.exp((softcap * t - m) - log_sum) * slope - level) * (1 - t * t)
+        return (tl.exp((softcap * t - m) - log_sum_exp) * slope - level) * (1 - t * t)
     else:
-        return tl.exp((z - m) - log_sum) * slope - level
+        return tl.exp((z - m) - log_sum_exp) * slope - level
 
 
 @triton.jit
-def own_gradient(z, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP: tl.constexpr):
-    """The gradient of the label's logit: p - 1 is formed before anything is rounded."""
+def target_grad(z, m, log_sum_exp, scale, by_z_loss, smoothing, level, softcap, CAP: tl.constexpr):
+    """Return the gradient of the label's logit: p - 1 is formed before anything is rounded."""
     bend = 1.0
     if CAP:
         t = tanh(z / softcap)
         z = softcap * t
         bend = 1 - t * t
-    log_p = (z - m) - log_sum
+    log_p = (z - m) - log_sum_exp
     return (scale * (expm1(log_p) + tl.exp(log_p) * by_z_loss + smoothing) - level) * bend
 
 
 @triton.jit
-def joined(peak, total, z):
-    """The running peak [UNITS] and sum of e^(z - peak), with z [UNITS, VEC] as well; -inf adds nothing."""
-    top = tl.maximum(peak, tl.max(z, 1))
+def online_softmax_update(row_max, total, z):
+    """Add z [UNITS, VEC] to the running row_max [UNITS] and sum of e^(z - row_max) [UNITS]; -inf adds nothing."""
+    top = tl.maximum(row_max, tl.max(z, 1))
     finite = tl.where(top == -float("inf"), 0.0, top)
-    return top, total * tl.exp(peak - finite) + tl.sum(tl.exp(z - finite[:, None]), 1)
+    return top, total * tl.exp(row_max - finite) + tl.sum(tl.exp(z - finite[:, None]), 1)
 
 
 @triton.jit
-def row_loss(z_label, m, log_sum, mean, smoothing, z_loss, SMOOTH: tl.constexpr):
+def row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH: tl.constexpr):
     """`mean` is that of z - m."""
-    loss = log_sum - (z_label - m)
+    loss = log_sum_exp - (z_label - m)
     if SMOOTH:
-        loss = (1 - smoothing) * loss + smoothing * (log_sum - mean)
-    return loss + z_loss * (m + log_sum) * (m + log_sum)
+        loss = (1 - smoothing) * loss + smoothing * (log_sum_exp - mean)
+    return loss + z_loss * (m + log_sum_exp) * (m + log_sum_exp)
 
 
 # ---- a row in units of 16 bytes ----
@@ -116,19 +116,19 @@ def _edges(begin, end, first, count, VEC: tl.constexpr):
 @triton.jit
 def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.constexpr, SMOOTH: tl.constexpr,
                 VEC: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
-    """(loss, peak, log_sum) of a row, read once. It begins `begin` elements after `row`, a 16-byte boundary."""
-    z_label = capped(tl.load(row + begin + label).to(tl.float32), softcap, CAP)
+    """(loss, row_max, log_sum_exp) of a row, read once. It begins `begin` elements after `row`, a 16-byte boundary."""
+    z_label = softcap_logits(tl.load(row + begin + label).to(tl.float32), softcap, CAP)
     end = begin + classes
     first, count = _units(begin, end, VEC)
     at, there = _edges(begin, end, first, count, VEC)
-    edge = capped(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
+    edge = softcap_logits(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
     # Relative to the label's logit, so that a common offset costs no digits.
     pivot = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
     edge_sum = tl.sum(tl.where(there, edge - pivot, 0.0), 0)
     edge = tl.where(there, edge, -float("inf"))
 
-    # Every unit's place keeps its own peak and sum, so the loop has no step in which threads wait for each other.
-    peak = tl.full([UNITS], -float("inf"), tl.float32)
+    # Every unit's place keeps its own maximum and sum, so the loop has no step in which threads wait for each other.
+    row_max = tl.full([UNITS], -float("inf"), tl.float32)
     total = tl.zeros([UNITS], tl.float32)
     sum_z = tl.zeros([UNITS], tl.float32)
     place = tl.arange(0, UNITS)
@@ -137,47 +137,49 @@ def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.
         here = (u + place < count)[:, None]
         z = tl.load(row + first + u * VEC + element, mask=here, other=-float("inf")).to(tl.float32)
         if CAP:
-            z = tl.where(here, capped(z, softcap, CAP), -float("inf"))
+            z = tl.where(here, softcap_logits(z, softcap, CAP), -float("inf"))
         if SMOOTH:
             sum_z += tl.sum(tl.where(here, z - pivot, 0.0), 1)
-        peak, total = joined(peak, total, z)
+        row_max, total = online_softmax_update(row_max, total, z)
 
-    m = tl.maximum(tl.max(peak, 0), tl.max(edge, 0))
+    m = tl.maximum(tl.max(row_max, 0), tl.max(edge, 0))
     finite = tl.where(m == -float("inf"), 0.0, m)
-    sums = tl.sum(total.to(tl.float64) * tl.exp(peak - finite).to(tl.float64), 0)
-    log_sum = log_of_sum(sums + tl.sum(tl.exp(edge - finite).to(tl.float64), 0))
+    sums = tl.sum(total.to(tl.float64) * tl.exp(row_max - finite).to(tl.float64), 0)
+    log_sum_exp = log_of_sum(sums + tl.sum(tl.exp(edge - finite).to(tl.float64), 0))
     mean = (tl.sum(sum_z.to(tl.float64), 0) + edge_sum).to(tl.float32) / classes + (pivot - m)
-    return row_loss(z_label, m, log_sum, mean, smoothing, z_loss, SMOOTH), m, log_sum
+    return row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH), m, log_sum_exp
 
 
 @triton.jit
-def row_backward(source, out, begin, label, piece, m, log_sum, scale, classes, smoothing, z_loss, softcap,
+def row_backward(source, out, begin, label, piece, m, log_sum_exp, scale, classes, smoothing, z_loss, softcap,
                  CAP: tl.constexpr, VEC: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     """Write piece number `piece` of a row's gradient; `source`, which may be `out`, is read at the same positions."""
-    by_z_loss = 2 * z_loss * (m + log_sum)
+    by_z_loss = 2 * z_loss * (m + log_sum_exp)
     slope = scale * (1 + by_z_loss)
     level = scale * smoothing / classes
 
-    # Read before its place is written, by each thread for itself: what a thread reads too late belongs to an element
-    # that another thread writes.
+    # Load the target logit before the in-place stores. If another thread has already overwritten it, this thread does
+    # not own that element, so the stale value is unused.
     z_label = tl.load(source + begin + label).to(tl.float32)
-    own = own_gradient(z_label, m, log_sum, scale, by_z_loss, smoothing, level, softcap, CAP)
+    target = target_grad(z_label, m, log_sum_exp, scale, by_z_loss, smoothing, level, softcap, CAP)
 
     end = begin + classes
     first, count = _units(begin, end, VEC)
     if piece == 0:
         at, there = _edges(begin, end, first, count, VEC)
         edge = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
-        edge = tl.where(at == begin + label, own, other_gradient(edge, m, log_sum, slope, level, softcap, CAP))
+        edge = tl.where(at == begin + label, target, non_target_grad(edge, m, log_sum_exp, slope, level, softcap, CAP))
         tl.store(out + at, edge.to(out.dtype.element_ty), mask=there)
 
     place = tl.arange(0, UNITS)
     element = place[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    own_element = (begin + label - first).to(tl.int32)
+    target_element = (begin + label - first).to(tl.int32)
     for u in range(piece * STEPS * UNITS, tl.minimum((piece + 1) * STEPS * UNITS, count), UNITS):
         here = (u + place < count)[:, None]
         z = tl.load(source + first + u * VEC + element, mask=here, other=0.0).to(tl.float32)
-        g = tl.where(u * VEC + element == own_element, own, other_gradient(z, m, log_sum, slope, level, softcap, CAP))
+        g = tl.where(
+            u * VEC + element == target_element, target, non_target_grad(z, m, log_sum_exp, slope, level, softcap, CAP)
+        )
         tl.store(out + first + u * VEC + element, g.to(out.dtype.element_ty), mask=here)
 
 
@@ -207,12 +209,12 @@ def forward_kernel(logits, lead, stride, labels, losses, stats, classes, ignore_
         tl.store(stats, 0.0)
         tl.store(stats + 1, 0.0)
         return
-    loss, m, log_sum = row_forward(
+    loss, m, log_sum_exp = row_forward(
         logits, lead + row * stride, label, classes, smoothing, z_loss, softcap, CAP, SMOOTH, VEC, UNITS
     )
     tl.store(losses + row, loss)
     tl.store(stats, m)
-    tl.store(stats + 1, log_sum)
+    tl.store(stats + 1, log_sum_exp)
 
 
 @triton.jit
@@ -251,7 +253,7 @@ def reduce_kernel(losses, labels, loss, scale, rows, ignore_index, MEAN: tl.cons
     if MEAN:
         denominator = tl.maximum(tl.sum(count.to(tl.int64), 0), 1).to(tl.float64)
     tl.store(loss, (tl.sum(total, 0) / denominator).to(tl.float32))
-    tl.store(scale, (1.0 / denominator).to(tl.float32))
+    tl.store(scale, (1.0 / denominator).to(tl.float32))  # type: ignore[attr-defined]
 
 
 # ---- launchers ----

@@ -1,18 +1,8 @@
-"""Output head and cross-entropy in one step, over the rows which carry a label; the logits are never all there.
+"""Output head and cross-entropy in one step, over the rows which carry a label.
 
-A backend's file holds
-
-    forward(hidden, weight, labels, bias, row_grad, options, chunk_rows, grad_dtypes, max_labelled, window,
-            filter_eps) -> (loss, dx, dw, db, dropped)
-    scale(gradient, grad fp32 []) -> gradient times grad, which may be the same tensor where grad is 1
-
-hidden, weight and bias come in one dtype, the one to multiply in. loss is fp32, [] or [N]. The gradients of the loss,
-for an upstream gradient of 1 or of row_grad (fp32 [N], with reduction "none"), are made in the same pass: grad_dtypes
-gives the dtype of dx [N, D], dw [V, D], db [V], or None for one that nobody needs, which is then None. Over chunks of
-rows dw and db add up in fp32. Of fp16 parameters the gradients without row_grad are asked for, and kept, in fp32: what
-a loss scale is there to save is lost in fp16 as long as that scale is not in it. With a window (low, high) of classes
-only its logits have a gradient, with filter_eps only those of tiles that carry as much, and dropped, fp32 [N], is what
-the others' would have been (0 where no gradient is made); without both dropped is None.
+The full logits matrix is never materialised: linear_chunks.py makes loss and gradients of a chunk of rows at a time. Of
+fp16 parameters the gradients are kept in fp32 until backward() brings the upstream gradient: what a loss scale is there
+to save is lost in fp16 as long as that scale is not in it.
 """
 
 from typing import Any
@@ -23,9 +13,9 @@ from torch import Tensor
 from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
-from reca_kernels.masked_linear_cross_entropy import reference
+from reca_kernels.masked_linear_cross_entropy import linear_chunks, reference
+from reca_kernels.masked_linear_cross_entropy.kernels import Kernels
 from reca_kernels.memory import has_values, plain
-from reca_kernels.tiles import TILE
 
 OP = "masked_linear_cross_entropy"
 
@@ -43,10 +33,8 @@ def masked_linear_cross_entropy(
     reduction: str = "mean",
     chunk_rows: int | None = None,
     max_labelled: int | None = None,
-    backward_window: tuple[int, int] | None = None,
-    filter_eps: float | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fp32 [] or [N]; with a window or a filter also fp32 [N]
+) -> Tensor:  # fp32 [] or [N]
     """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
 
     At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or
@@ -63,21 +51,6 @@ def masked_linear_cross_entropy(
                  waited for once per call, and a captured CUDA graph multiplies all N rows. A larger number costs the
                  products of as many more rows. A smaller one raises ValueError on CPUs and with RECA_CHECK=1; else the
                  rows too many have loss NaN and gradient 0.
-    backward_window  (low, high): the gradient goes through the logits of these classes only, low and high rounded
-                 outwards to multiples of 64 (and to V), and the backward products are as much smaller. For models
-                 whose labels and probability lie in one range of classes, as image codes do in Show-o. Returns (loss,
-                 dropped): dropped [N] is the sum over the other classes of |d loss_row / d logit|, for plain
-                 cross-entropy the probability outside (plus 1 - p for a label outside), 0 where no gradient is made.
-                 With s the row's share in the loss, 1 / count for "mean", errors are at most
-
-                     |d hidden_row|  s dropped max_j |weight_j|     j outside
-                     |d weight|      sum_rows s dropped |hidden_row|
-                     |d bias|        sum_rows s dropped
-
-    filter_eps   leave tiles of 64 classes out of a chunk's backward products where no row of the chunk has more than
-                 this in the tile, as sum of |d loss_row / d logit|: what a model gives no probability costs nothing.
-                 Returns (loss, dropped), alone or inside a window, with the same bounds. Which tiles stay is known on
-                 the device only, so GPUs are waited for once per chunk; a captured CUDA graph leaves nothing out.
 
     Loss, labels, derivatives: see `masked_cross_entropy`.
     """
@@ -96,15 +69,6 @@ def masked_linear_cross_entropy(
         chunk_rows = 512 if hidden.device.type == "cpu" else 4096
     if max_labelled is not None and max_labelled < 0:
         raise ValueError(f"{OP}: max_labelled must be at least 0 or None, got {max_labelled}")
-    if backward_window is not None:
-        backward_window = _rounded(backward_window, weight.shape[0])
-    if filter_eps is not None and not filter_eps >= 0:
-        raise ValueError(f"{OP}: filter_eps must be at least 0 or None, got {filter_eps}")
-    bounded = backward_window is not None or filter_eps is not None
-    if bounded and reduction == "none":
-        raise ValueError(
-            f"{OP}: backward_window and filter_eps need reduction 'mean' or 'sum', which make the gradient at once"
-        )
     if chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
@@ -114,31 +78,21 @@ def masked_linear_cross_entropy(
     if backend == "reference":
         if has_values(labels):
             _check_labels(labels, weight, ignore_index, max_labelled)
-        return reference.masked_linear_cross_entropy(
-            hidden, weight, labels, bias, backward_window=backward_window, filter_eps=filter_eps, **options._asdict()
-        )
+        return reference.masked_linear_cross_entropy(hidden, weight, labels, bias, **options._asdict())
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
+    if backend == "cpu" and dtype == torch.float16:
+        # Torch's fp16 products are slow there, and gradients over logits would end at 2^-24, before any loss scale.
+        dtype = torch.float32
     # With reduction "none" the gradients are made in the backward pass.
     made = torch.is_grad_enabled() and reduction != "none"
     needs = [made and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    settings = chunk_rows, max_labelled, backward_window, filter_eps, dtype, needs, backend
-    loss, *_, dropped = _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)
-    return (loss, dropped) if bounded else loss
+    settings = chunk_rows, max_labelled, dtype, needs, backend
+    return _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)[0]
 
 
 def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, max_labelled: int | None) -> None:
     checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
     checks.labels_fit(OP, labels, ignore_index, max_labelled)
-
-
-def _rounded(window: tuple[int, int], classes: int) -> tuple[int, int]:
-    """Outwards to whole tiles, so that products read from 128-byte boundaries on and filter_eps sees the same tiles."""
-    low, high = window
-    if not 0 <= low < high <= classes:
-        raise ValueError(
-            f"{OP}: backward_window must be (low, high) with 0 <= low < high <= V = {classes}, got {window}"
-        )
-    return low // TILE * TILE, min(-(-high // TILE) * TILE, classes)
 
 
 # ---- kernel ops ----
@@ -153,12 +107,11 @@ def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_grad: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    reduction, bounds, needs = rest[4], rest[7:9], rest[-2]
+    reduction, needs = rest[4], rest[-2]
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=torch.float32)
     parameters = zip((hidden, weight, bias), needs, strict=True)
     gradients = [x.new_empty(x.shape, dtype=_kept(x, row_grad)) if need else None for x, need in parameters]
-    dropped = None if bounds == (None, None) else hidden.new_empty(labels.shape, dtype=torch.float32)
-    return loss, *gradients, dropped
+    return loss, *gradients
 
 
 def _flops(
@@ -172,8 +125,7 @@ def _flops(
 
 @kernel_op(
     f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int chunk_rows, "
-    "int? max_labelled, int[]? window, float? filter_eps, ScalarType dtype, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int? max_labelled, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     flops=_flops,
 )
@@ -190,18 +142,21 @@ def _loss_and_gradients(
     reduction: str,
     chunk_rows: int,
     max_labelled: int | None,
-    window: tuple[int, int] | list[int] | None,
-    filter_eps: float | None,
     dtype: torch.dtype,
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """(loss, dx, dw, db, dropped); None for what nobody needs."""
+    """Return (loss, dx, dw, db), None for what nobody needs. Products run in `dtype`."""
     if row_grad is None:
         _check_labels(labels, weight, ignore_index, max_labelled)
-    parameters = (hidden, weight, bias)
+    kernels: Kernels = dispatch.load(backend, OP)
+    dx, dw, db = (
+        _kept(x, row_grad) if x is not None and need else None
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return dispatch.load(backend, OP).forward(
+        return linear_chunks.forward(
+            kernels,
             hidden.to(dtype),
             weight.to(dtype),
             labels.contiguous(),
@@ -209,16 +164,15 @@ def _loss_and_gradients(
             row_grad,
             CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction),
             chunk_rows,
-            tuple(_kept(x, row_grad) if need else None for x, need in zip(parameters, needs, strict=True)),
+            (dx, dw, db),
             max_labelled,
-            None if window is None else tuple(window),
-            filter_eps,
         )
 
 
 @kernel_op(f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor", lambda x, *_: torch.empty_like(x))
 def _scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
-    return dispatch.load(backend, OP).scale(gradient, grad)
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.scale(gradient, grad)
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
@@ -240,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -
             f"{OP}: this graph was traced with tensors that require other gradients, and makes only those; trace it "
             "again with tensors that require theirs"
         )
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:4])
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
     ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
 
 
@@ -248,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, *gradients = ctx.saved_tensors
     if ctx.settings[4] == "none":
         arguments = (hidden, weight, bias, labels, grad.contiguous(), *ctx.settings, ctx.needs, ctx.backend)
-        _, *gradients, _ = _loss_and_gradients(plain(grad), *arguments)
+        _, *gradients = _loss_and_gradients(plain(grad), *arguments)
         return tuple(g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
     parts = zip((hidden, weight, bias), gradients, ctx.needs, strict=True)
     return tuple(_scaled(g, grad, x.dtype, ctx.backend) if need else None for x, g, need in parts)

@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in Triton: the kernels around the products of reca_kernels/chunked_head.py.
+"""Output head and cross-entropy in Triton: the kernels around the products of linear_chunks.py.
 
 The buffer of logits has a pitch of whole 128 elements, so a row is whole units of 16 bytes; what the last unit holds
 beyond the last class is left out in registers, not by a mask, and every access is 128 bits wide:
@@ -7,33 +7,31 @@ beyond the last class is left out in registers, not by a mask, and every access 
           class 0                                   V              pitch
 """
 
-import sys
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels import chunked_head
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_cross_entropy.triton import (
     LAUNCH,
-    capped,
-    joined,
     log_of_sum,
-    other_gradient,
-    own_gradient,
+    non_target_grad,
+    online_softmax_update,
     reduce,
     row_loss,
+    softcap_logits,
     switches,
+    target_grad,
 )
+from reca_kernels.masked_linear_cross_entropy.kernels import LabelledRows
+from reca_kernels.masked_linear_cross_entropy.linear_chunks import empty_labelled_rows
 
-__all__ = ["copy_rows", "forward", "pick_rows", "reduce", "row_gradients", "scale"]
+__all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
 
 
 @triton.jit
-def pick_rows_kernel(labels, losses, rows, row_labels, scale, count, most, ignore_index, MEAN: tl.constexpr,
+def compact_labelled_rows_kernel(labels, losses, rows, row_labels, scale, count, most, ignore_index, MEAN: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
     """One program: rows that carry a label move up, in order."""
     at = tl.arange(0, BLOCK)
@@ -59,7 +57,7 @@ def pick_rows_kernel(labels, losses, rows, row_labels, scale, count, most, ignor
 
 
 @triton.jit
-def copy_rows_kernel(source, source_stride, source_rows, out, out_stride, out_rows, width, FROM: tl.constexpr,
+def gather_scatter_rows_kernel(source, source_stride, source_rows, out, out_stride, out_rows, width, FROM: tl.constexpr,
                      TO: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -78,9 +76,9 @@ def copy_rows_kernel(source, source_stride, source_rows, out, out_stride, out_ro
 
 
 @triton.jit
-def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale, losses, dropped, classes, low, high,
-                         smoothing, z_loss, softcap, BIAS: tl.constexpr, ROW_GRAD: tl.constexpr, GRADIENT: tl.constexpr,
-                         DROP: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr, VEC: tl.constexpr,
+def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale, losses, classes, smoothing, z_loss,
+                         softcap, BIAS: tl.constexpr, ROW_GRAD: tl.constexpr, GRADIENT: tl.constexpr,
+                         SMOOTH: tl.constexpr, CAP: tl.constexpr, VEC: tl.constexpr,
                          UNITS: tl.constexpr):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + n)
@@ -102,9 +100,9 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
     if BIAS:
         z_label += tl.load(bias + label).to(tl.float32)
     raw_label = z_label
-    z_label = capped(z_label, softcap, CAP)
+    z_label = softcap_logits(z_label, softcap, CAP)
     pivot = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
-    peak = tl.full([UNITS], -float("inf"), tl.float32)
+    row_max = tl.full([UNITS], -float("inf"), tl.float32)
     total = tl.zeros([UNITS], tl.float32)
     sum_z = tl.zeros([UNITS], tl.float32)
     for u in range(0, count, UNITS):
@@ -113,41 +111,34 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
         if BIAS:
             z += tl.load(bias + u * VEC + element, mask=here, other=0.0).to(tl.float32)
         inside = u * VEC + element < classes
-        z = tl.where(inside, capped(z, softcap, CAP), -float("inf"))
+        z = tl.where(inside, softcap_logits(z, softcap, CAP), -float("inf"))
         if SMOOTH:
             sum_z += tl.sum(tl.where(inside, z - pivot, 0.0), 1)
-        peak, total = joined(peak, total, z)
-    m = tl.max(peak, 0)
+        row_max, total = online_softmax_update(row_max, total, z)
+    m = tl.max(row_max, 0)
     finite = tl.where(m == -float("inf"), 0.0, m)
-    log_sum = log_of_sum(tl.sum(total.to(tl.float64) * tl.exp(peak - finite).to(tl.float64), 0))
+    log_sum_exp = log_of_sum(tl.sum(total.to(tl.float64) * tl.exp(row_max - finite).to(tl.float64), 0))
     mean = tl.sum(sum_z.to(tl.float64), 0).to(tl.float32) / classes + (pivot - m)
-    tl.store(losses + row, row_loss(z_label, m, log_sum, mean, smoothing, z_loss, SMOOTH))
+    tl.store(losses + row, row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH))
 
     if GRADIENT:
         factor = tl.load(scale)
         if ROW_GRAD:
             factor *= tl.load(row_grad + row)
-        # Without the factor, which scales what is written; `dropped` is that of the row's own loss.
-        by_z_loss = 2 * z_loss * (m + log_sum)
-        slope = 1 + by_z_loss
-        level = smoothing / classes
-        own = own_gradient(raw_label, m, log_sum, 1.0, by_z_loss, smoothing, level, softcap, CAP)
-        left_out = tl.zeros([UNITS], tl.float32)
+        by_z_loss = 2 * z_loss * (m + log_sum_exp)
+        slope = factor * (1 + by_z_loss)
+        level = factor * smoothing / classes
+        target = target_grad(raw_label, m, log_sum_exp, factor, by_z_loss, smoothing, level, softcap, CAP)
         for u in range(0, count, UNITS):
             here = (u + place < count)[:, None]
             column = u * VEC + element
             z = tl.load(logits + column, mask=here, other=0.0).to(tl.float32)
             if BIAS:
                 z += tl.load(bias + column, mask=here, other=0.0).to(tl.float32)
-            g = other_gradient(z, m, log_sum, slope, level, softcap, CAP)
-            g = tl.where(column == label, own, g)
+            g = non_target_grad(z, m, log_sum_exp, slope, level, softcap, CAP)
+            g = tl.where(column == label, target, g)
             g = tl.where(column < classes, g, 0.0)
-            if DROP:
-                left_out += tl.sum(tl.where((column < low) | (column >= high), tl.abs(g), 0.0), 1)
-            g *= factor
             tl.store(logits + column, g.to(logits.dtype.element_ty), mask=here)
-        if DROP:
-            tl.store(dropped + row, tl.sum(left_out, 0))
 
 
 @triton.jit
@@ -157,50 +148,50 @@ def scale_kernel(gradient, grad, out, count, BLOCK: tl.constexpr):
     tl.store(out + at, g.to(out.dtype.element_ty), mask=at < count)
 
 
-# ---- launchers, as reca_kernels/chunked_head.py states them ----
+# ---- launchers, as kernels.Kernels asks ----
 
 
-def pick_rows(
-    labels: Tensor, ignore_index: int, mean: bool, losses: Tensor, rows: Tensor, row_labels: Tensor, scale: Tensor
-) -> None:
+def compact_labelled_rows(labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None) -> LabelledRows:
+    found = empty_labelled_rows(labels, options.ignore_index, max_labelled)
     with torch.cuda.device_of(labels):
-        pick_rows_kernel[1,](
-            labels, losses, rows, row_labels, scale, len(labels), len(rows), ignore_index, MEAN=mean, BLOCK=2048,
-            **LAUNCH,
+        compact_labelled_rows_kernel[1,](
+            labels, found.losses, found.rows, found.labels, found.scale, len(labels), len(found.rows),
+            options.ignore_index, MEAN=options.reduction == "mean", BLOCK=2048, **LAUNCH,
         )  # fmt: skip
+    return found
 
 
-def copy_rows(source: Tensor, source_rows: Tensor | None, out: Tensor, out_rows: Tensor | None) -> None:
+def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor, out_rows: Tensor | None) -> None:
     count, width = len(source if source_rows is None else source_rows), source.shape[1]
     block = min(triton.next_power_of_2(width), 2048)
     if count and width:
         with torch.cuda.device_of(source):
-            copy_rows_kernel[count, triton.cdiv(width, block)](
+            gather_scatter_rows_kernel[count, triton.cdiv(width, block)](
                 source, source.stride(0), source_rows, out, out.stride(0), out_rows, width,
                 FROM=source_rows is not None, TO=out_rows is not None, BLOCK=block, **LAUNCH,
             )  # fmt: skip
 
 
 def row_gradients(
-    logits: Tensor,  # [n, pitch]
+    x: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [pitch]
-    row_labels: Tensor,  # [n]
+    logits: Tensor,  # [n, pitch]
+    labels: Tensor,  # [n]
     rows: Tensor,  # [n]
     row_grad: Tensor | None,  # [N]
     scale: Tensor,  # []
     options: CrossEntropyOptions,
     losses: Tensor,  # [N]
-    window: tuple[int, int] | None,
-    dropped: Tensor | None,  # [N]
-    classes: int,
+    gradient: bool,
 ) -> None:
-    low, high = window or (0, classes)
+    classes = weight.shape[0]
+    torch.mm(x, weight.t(), out=logits[:, :classes])
     with torch.cuda.device_of(logits):
         row_gradients_kernel[len(logits),](
-            logits, logits.stride(0), bias, row_labels, rows, row_grad, scale, losses, dropped, classes, low, high,
-            options.label_smoothing, options.z_loss, options.softcap or 0.0, BIAS=bias is not None,
-            ROW_GRAD=row_grad is not None, GRADIENT=window is not None, DROP=dropped is not None and window is not None,
-            SMOOTH=options.label_smoothing != 0, **switches(logits, options),
+            logits, logits.stride(0), bias, labels, rows, row_grad, scale, losses, classes, options.label_smoothing,
+            options.z_loss, options.softcap or 0.0, BIAS=bias is not None, ROW_GRAD=row_grad is not None,
+            GRADIENT=gradient, SMOOTH=options.label_smoothing != 0, **switches(logits, options),
         )  # fmt: skip
 
 
@@ -213,7 +204,3 @@ def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []
                 gradient, grad, out, gradient.numel(), BLOCK=4096, **LAUNCH
             )
     return out
-
-
-def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    return chunked_head.forward(sys.modules[__name__], *arguments)

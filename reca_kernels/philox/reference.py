@@ -14,6 +14,8 @@ So each of the 2^64 sample ids has noise of its own; those below 2^56 leave the 
 import torch
 from torch import Tensor
 
+Address = tuple[Tensor, Tensor, int]  # seed int64 [], sample ids int64 [B], stream: a reca_kernels.Philox
+
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 LOW = 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""Counter-based random numbers in Triton, with the bits of reca_kernels/philox/reference.py.
+"""Counter-based random numbers in Triton, with the bits of reference.py.
 
 There every multiplication and addition is rounded alone. So kernels that draw are launched with FUSE: no product is
 fused with a sum, but by tl.fma where it is exact anyway.
@@ -13,7 +13,7 @@ from reca_kernels.philox.address import Philox
 
 FUSE = {"enable_fp_fusion": False}
 BLOCK = 256  # Philox blocks, of four elements, that a program draws
-LAWS = {"bits": 0, "uniform": 1, "normal": 2}
+DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def words(seed, sample, stream, block):
 def normal_pair(a, b):
     """Box-Muller: two standard normals from two words, the radius from the first, the angle from the second.
 
-    csrc/cuda/noise.cuh says why each step has the reference's bits.
+    csrc/common/noise.cuh says why each step has the reference's bits.
     """
     u = tl.fma(a.to(tl.float32), 2.0**-32, 2.0**-33)
     bits = u.to(tl.int32, bitcast=True)
@@ -79,15 +79,15 @@ def normals(seed, sample, stream, block):
 
 
 @triton.jit(do_not_specialize=["stream"])
-def fill_kernel(seed, ids, stream, out, tasks, n, LAW: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+def fill_kernel(seed, ids, stream, out, tasks, n, DISTRIBUTION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     task = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = task < tasks
     blocks = (n + 3) // 4
     sample, block = task // blocks, task % blocks
     w0, w1, w2, w3 = words(tl.load(seed), tl.load(ids + sample, mask=here, other=0), stream, block)
-    if LAW == 0:
+    if DISTRIBUTION == 0:
         x = interleave(w0, w1, w2, w3).to(tl.float32, bitcast=True)
-    elif LAW == 1:
+    elif DISTRIBUTION == 1:
         x = interleave(w0 >> 8, w1 >> 8, w2 >> 8, w3 >> 8).to(tl.float32) * 2.0**-24
     else:
         x0, x1 = normal_pair(w0, w1)
@@ -101,11 +101,11 @@ def fill_kernel(seed, ids, stream, out, tasks, n, LAW: tl.constexpr, EVEN: tl.co
         tl.store(out + element // (blocks * 4) * n + inner, x, mask=(element < tasks * 4) & (inner < n))
 
 
-def draw(noise: Philox, law: str, out: Tensor) -> None:
+def draw(noise: Philox, distribution: str, out: Tensor) -> None:
     samples, n = out.shape
     tasks = samples * triton.cdiv(n, 4)
     if tasks == 0:
         return
-    compiled = {"LAW": LAWS[law], "EVEN": n % 4 == 0, "BLOCK": BLOCK, **FUSE}
+    compiled = {"DISTRIBUTION": DISTRIBUTIONS[distribution], "EVEN": n % 4 == 0, "BLOCK": BLOCK, **FUSE}
     with torch.cuda.device_of(out):
         fill_kernel[triton.cdiv(tasks, BLOCK),](*noise, out, tasks, n, **compiled)

@@ -29,11 +29,11 @@ def forward_kernel(
     table, table_stride, table_count, src = sources[0]
     visual, visual_stride, visual_count, _ = sources[1]
     row = tl.load(src + t).to(tl.int64)
-    flipped = -1 - row
-    there = (row < table_count) & (flipped < visual_count)
+    visual_row = -1 - row
+    there = (row < table_count) & (visual_row < visual_count)
     word = tl.load(table + row * table_stride + columns, mask=columns < tl.where((row >= 0) & there, width, 0), other=0)
     image = tl.load(
-        visual + flipped * visual_stride + columns, mask=columns < tl.where((row < 0) & there, width, 0), other=0
+        visual + visual_row * visual_stride + columns, mask=columns < tl.where((row < 0) & there, width, 0), other=0
     )
     if word.dtype == image.dtype:
         x = tl.where(row >= 0, word, image)
@@ -134,12 +134,12 @@ def map_kernel(
     index,  # [T]
     length,
     count,
-    flipped: tl.constexpr,
+    negated: tl.constexpr,
     block: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     row = tl.load(index + t, mask=t < length, other=0).to(tl.int64)
-    row = -1 - row if flipped else row
+    row = -1 - row if negated else row
     known = (t < length) & (row >= 0) & (row < count)
     tl.atomic_max(used + row, length - t, mask=known, sem="relaxed")
     tl.atomic_max(used + count + row, t + 1, mask=known, sem="relaxed")
@@ -155,7 +155,7 @@ def mapped_kernel(
     length,
     count,
     width,
-    flipped: tl.constexpr,
+    negated: tl.constexpr,
     block: tl.constexpr,
 ):
     k = tl.program_id(0).to(tl.int64)
@@ -170,7 +170,7 @@ def mapped_kernel(
         seen = 1
         for t in range(first + 1, end):
             row = tl.load(index + t).to(tl.int64)
-            if (-1 - row if flipped else row) == k:
+            if (-1 - row if negated else row) == k:
                 added = tl.load(grad + t * grad_stride + columns, mask=inside, other=0).to(tl.float32)
                 if seen % CHUNK == 0:
                     total = tl.where(seen > CHUNK, total + x, x)
@@ -189,7 +189,7 @@ def _tiles(width: int) -> tuple[int, int, int]:
 
 
 def forward(
-    sources: Sequence[tuple[Tensor, Tensor, bool]],  # rows [K, D], index [T], flipped
+    sources: Sequence[tuple[Tensor, Tensor, bool]],  # rows [K, D], index [T], negated
     out_dtype: torch.dtype,
 ) -> Tensor:  # [T, D]
     (table, src, _), *_ = sources
@@ -206,7 +206,7 @@ def forward(
 def backward(
     grad: Tensor,  # [T, D]
     index: Tensor,  # [T]
-    flipped: bool,
+    negated: bool,
     rows: Tensor,  # [K, D], only its shape and dtype count
 ) -> Tensor:  # [K, D]
     length, width = grad.shape
@@ -217,14 +217,14 @@ def backward(
     tiles, block, warps = _tiles(width)
     reads = grad, grad.stride(0)
     with torch.cuda.device_of(grad):
-        if row_gradients.mostly_once(index, flipped, count):
+        if row_gradients.mostly_once(index, negated, count):
             used = torch.zeros(2, count, dtype=torch.int64, device=grad.device)
-            map_kernel[(triton.cdiv(length, 256),)](used, index, length, count, flipped, block=256)
+            map_kernel[(triton.cdiv(length, 256),)](used, index, length, count, negated, block=256)
             mapped_kernel[(count, tiles)](
-                gradient, *reads, used, index, length, count, width, flipped, block=block, num_warps=warps
+                gradient, *reads, used, index, length, count, width, negated, block=block, num_warps=warps
             )
             return gradient
-        sorted_rows, places, starts = row_gradients.by_row(index, flipped, count)
+        sorted_rows, places, starts = row_gradients.by_row(index, negated, count)
         sums = row_gradients.room_for_sums(length, width, grad.device)
         if len(sums) > 0:
             chunks_kernel[(len(sums), tiles)](

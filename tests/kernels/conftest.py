@@ -16,8 +16,8 @@ def emulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     asked = getattr(request.node, "callspec", None)
     if asked is None or (asked.params.get("backend"), asked.params.get("device")) != ("cuda", "cpu"):
         return
-    monkeypatch.setattr(native.module, "cuda", request.getfixturevalue("emulator"), raising=False)
-    monkeypatch.setattr(native, "launch", lambda tensor: (0, 0))
+    monkeypatch.setattr(native, "module", request.getfixturevalue("emulator"))
+    monkeypatch.setattr(native, "launch", lambda tensor: native.Launch(device=0, stream=0, threads=0))
     usable = dispatch.unusable
     monkeypatch.setattr(
         dispatch,

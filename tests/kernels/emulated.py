@@ -1,4 +1,4 @@
-"""csrc/cuda on the CPU: the same files and bindings, compiled by a C++ compiler against emulator/cuda_runtime.h.
+"""csrc/*/cuda.cu on the CPU: the same files and bindings, compiled by a C++ compiler against emulator/cuda_runtime.h.
 
 A test parametrised with backend "cuda" on device "cpu" (see backends.py) runs on it.
 """
@@ -38,13 +38,14 @@ def _pybind11() -> Path | None:
 
 
 def build(folder: Path) -> ModuleType:
-    """The module's submodule `cuda`, built in `folder`."""
-    includes = [Path(__file__).parent / "emulator", ROOT / "csrc/include", ROOT / "csrc/common", _pybind11()]
+    """The native module, built in `folder`, whose launchers work on any device but the host."""
+    includes = [Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()]
     flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
-    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    sources = [ROOT / "csrc/module.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
+    sources += sorted((ROOT / "csrc").glob("*/cuda.cu"))
 
     def compile_one(source: Path) -> str:
-        target = folder / f"{source.name}.o"
+        target = folder / f"{source.parent.name}.{source.name}.o"
         optimise = "-O1" if source.suffix == ".cu" else "-O0"
         _run(["g++", optimise, *flags, "-c", str(source), "-o", str(target)])
         return str(target)
@@ -62,7 +63,7 @@ def build(folder: Path) -> ModuleType:
         spec.loader.exec_module(module)
     finally:
         sys.setdlopenflags(flags_before)
-    return module.cuda
+    return module
 
 
 def _run(command: list[str]) -> None:

@@ -450,13 +450,13 @@ def launches():
     for dtype in (torch.float32, torch.bfloat16):
         out, x0 = torch.empty(512, 32, dtype=dtype), torch.empty(64, 16, dtype=dtype)
         t, noise = torch.zeros(512, dtype=torch.int64), Philox(torch.tensor(5), torch.arange(512), 1)
-        op.prepare(x0, t, noise, SCHEDULE, t, torch.empty(512, 16, dtype=dtype))
+        op.add_noise(x0, t, noise, SCHEDULE, t, torch.empty(512, 16, dtype=dtype))
         op.losses(out, x0, t, noise, SCHEDULE, t, torch.empty_like(out))
 
 
 def test_compiled_for_every_gpu():
     made = cubin.compiled(launches)
-    kernels = ("prepare_kernel", "loss_kernel")
+    kernels = ("add_noise_kernel", "loss_kernel")
     assert {(m.kernel, m.arch) for m in made} == {(kernel, arch) for kernel in kernels for arch in cubin.ARCHS}
     for m in made:
         m.assert_lean(registers=128 if m.kernel == "loss_kernel" else 64, loads=(128,), stores=(128,))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from reca_kernels import Philox, flow_matching_add_noise, flow_matching_loss, native
-from reca_kernels.flow_matching import cuda, reference
+from reca_kernels.flow_matching import native as launchers
+from reca_kernels.flow_matching import reference
 from reca_kernels.philox import reference as philox
 from tests.kernels import cubin
 from tests.kernels.backends import targets
@@ -156,7 +157,7 @@ def test_many_tiles_in_a_block(backend, device, monkeypatch):
     x0, t, noise, _ = case("one image over several chunks", device=device)
     pred, results = torch.randn(x0.shape, device=device), []
     for tiles in (1, 3):
-        monkeypatch.setattr(cuda, "tiles_of_a_block", lambda _, tiles=tiles: tiles)
+        monkeypatch.setattr(launchers, "tiles_per_block", lambda _, tiles=tiles: tiles)
         leaf = pred.clone().requires_grad_()
         loss = flow_matching_loss(leaf, x0, t, noise, backend=backend)
         loss.backward()
@@ -488,13 +489,13 @@ def launches():
     packed = [torch.empty(16, 2 * n, 8, dtype=torch.bfloat16) for n in (3, 5)]
     for images, patch in ((batch, 1), (packed, 2)):
         out = torch.empty(2048, dtype=torch.bfloat16)
-        op.prepare(images, torch.rand(2), noise, patch, out)
+        op.add_noise(images, torch.rand(2), noise, patch, out)
         op.losses(out, images, noise, patch, torch.empty_like(out))
 
 
 def test_compiled_for_every_gpu():
     made = cubin.compiled(launches)
-    kernels = ("prepare_kernel", "loss_kernel", "total_kernel")
+    kernels = ("add_noise_kernel", "loss_kernel", "total_kernel")
     assert {(m.kernel, m.arch) for m in made} == {(kernel, arch) for kernel in kernels for arch in cubin.ARCHS}
     for m in made:
         if m.kernel == "total_kernel":

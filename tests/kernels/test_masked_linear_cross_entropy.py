@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from reca_kernels import chunked_head, masked_linear_cross_entropy
+from reca_kernels import masked_linear_cross_entropy
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
-from reca_kernels.masked_linear_cross_entropy import reference
+from reca_kernels.masked_linear_cross_entropy import linear_chunks, reference
 from tests.kernels import cubin
 from tests.kernels.backends import targets
-from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, OPTIONS, close, exact, gradients, problem
+from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, close, exact, gradients, problem
 
 # numpy's, in Triton's interpreter: what lies between the last class and the pitch is computed, and then not taken.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -51,12 +51,11 @@ def test_wide_rows(backend, device, classes):
         close(got, true, 1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}, {"filter_eps": 1e-3}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @EVERYWHERE
-def test_rows_without_label_are_not_read(backend, device, poison, dtype, options):
+def test_rows_without_label_are_not_read(backend, device, poison, dtype, reduction):
     """Neither what stands in them nor what comes back to their losses reaches anything."""
     leaves, labels = problem(device=device, dtype=dtype)
     results = []
@@ -64,12 +63,11 @@ def test_rows_without_label_are_not_read(backend, device, poison, dtype, options
         hidden = leaves[0].detach().clone()
         hidden[labels == IGNORED] = junk
         inputs = [hidden.requires_grad_(), *leaves[1:]]
-        loss = masked_linear_cross_entropy(*inputs[:2], labels, inputs[2], backend=backend, **options)
-        loss, *dropped = loss if isinstance(loss, tuple) else (loss,)
+        loss = masked_linear_cross_entropy(*inputs[:2], labels, inputs[2], reduction=reduction, backend=backend)
         up = torch.full_like(loss, 0.7)
         if loss.ndim:
             up[labels == IGNORED] = junk
-        results.append((loss.detach(), *dropped, *torch.autograd.grad(loss, inputs, up)))
+        results.append((loss.detach(), *torch.autograd.grad(loss, inputs, up)))
     for got, want in zip(*reversed(results), strict=True):
         assert want.isfinite().all() and torch.equal(got, want)
 
@@ -135,98 +133,6 @@ def test_unchecked_labels_too_many_poison_their_rows(backend, device, monkeypatc
     assert dx.any(1).nonzero()[:, 0].tolist() == labelled[:3]
 
 
-@pytest.mark.parametrize(
-    ("options", "reduction"),
-    [(options, "sum" if name == "plain" else "mean") for name, options in OPTIONS.items()],
-    ids=OPTIONS,
-)
-@EVERYWHERE
-def test_backward_window(backend, device, reduction, options):
-    """Gradients go through the window's logits alone, and miss the full ones by no more than is reported."""
-    leaves, labels = problem(classes=300, device=device)
-    options = {"reduction": reduction, **options}
-    wide = exact(leaves)
-    loss, dropped = masked_linear_cross_entropy(
-        *leaves[:2], labels, leaves[2], backward_window=(70, 180), chunk_rows=3, backend=backend, **options
-    )
-    want, left_out = reference.masked_linear_cross_entropy(
-        *wide[:2], labels, wide[2], backward_window=(64, 192), **options
-    )
-    close(loss.detach(), want.detach(), 1e-5)
-    close(dropped, left_out, 1e-4)
-    assert dropped.dtype == torch.float32 and not dropped.requires_grad
-    got = torch.autograd.grad(loss, leaves)
-    for g, true in zip(got, torch.autograd.grad(want, wide), strict=True):
-        close(g, true, 1e-5)
-
-    full = torch.autograd.grad(reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], **options), wide)
-    missed = [a.double() - b for a, b in zip(got, full, strict=True)]
-    share = 1 / float((labels != IGNORED).sum()) if reduction == "mean" else 1.0
-    outside = torch.cat((wide[1][:64], wide[1][192:])).norm(dim=1).max()
-    assert (missed[0].norm(dim=1) <= share * dropped * outside * (1 + 1e-4) + 1e-6).all()
-    assert missed[1].norm() <= share * (dropped * wide[0].norm(dim=1)).sum() * (1 + 1e-4) + 1e-6
-    assert missed[2].norm() <= share * dropped.sum() * (1 + 1e-4) + 1e-6
-    assert all(float(m.norm()) > 1e-3 for m in missed)
-
-
-@pytest.mark.parametrize("window", [None, (64, 320)], ids=["all classes", "window"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@EVERYWHERE
-def test_filter(backend, device, reduction, window):
-    """Tiles that no row of the chunk needs are left out of the products, and what they held is reported."""
-    leaves, labels = problem(classes=330, device=device)
-    with torch.no_grad():
-        leaves[2][128:192] -= 4  # a tile of little probability, and the last, which is not whole
-        leaves[2][320:] -= 6
-    labels = torch.where((labels >= 128) & (labels < 192) | (labels >= 320), 5 if window is None else 70, labels)
-    wide = exact(leaves)
-    options = {"backward_window": window, "filter_eps": 0.02, "reduction": reduction}
-    for chunk_rows in (100, 3):
-        loss, dropped = masked_linear_cross_entropy(
-            *leaves[:2], labels, leaves[2], chunk_rows=chunk_rows, backend=backend, **options
-        )
-        got = torch.autograd.grad(loss, leaves)
-        want, left_out = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], **options)
-        close(loss.detach(), want.detach(), 1e-5)
-        if chunk_rows == 100:  # the definition's only chunk
-            close(dropped, left_out, 1e-4)
-            for g, true in zip(got, torch.autograd.grad(want, wide), strict=True):
-                close(g, true, 1e-5)
-            assert not got[2][128:192].any() and not got[2][320:].any() and got[2][64:128].all()
-        full = torch.autograd.grad(
-            reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], reduction=reduction), wide
-        )
-        missed = [a.double() - b for a, b in zip(got, full, strict=True)]
-        share = 1 / float((labels != IGNORED).sum()) if reduction == "mean" else 1.0
-        largest = wide[1].norm(dim=1).max()
-        assert (missed[0].norm(dim=1) <= share * dropped * largest * (1 + 1e-4) + 1e-6).all()
-        assert missed[1].norm() <= share * (dropped * wide[0].norm(dim=1)).sum() * (1 + 1e-4) + 1e-6
-        assert missed[2].norm() <= share * dropped.sum() * (1 + 1e-4) + 1e-6
-        assert dropped[labels != IGNORED].min() > 0 and not dropped[labels == IGNORED].any()
-
-
-@EVERYWHERE
-def test_filter_that_leaves_nothing_out_or_everything(backend, device):
-    leaves, labels = problem(classes=300, device=device)
-    plain = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend=backend)
-    exactly = torch.autograd.grad(plain, leaves)
-    loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], filter_eps=0.0, backend=backend)
-    assert loss == plain and not dropped.any()
-    for g, true in zip(torch.autograd.grad(loss, leaves), exactly, strict=True):
-        torch.testing.assert_close(g, true)
-    loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], filter_eps=2.0, backend=backend)
-    assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
-    assert loss == plain and ((dropped > 0) == (labels != IGNORED)).all()
-
-
-@EVERYWHERE
-def test_backward_window_without_gradient(backend, device):
-    leaves, labels = problem(classes=300, device=device)
-    with torch.no_grad():
-        loss, dropped = masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(64, 128), backend=backend)
-        assert loss == masked_linear_cross_entropy(*leaves[:2], labels, backend=backend) and not dropped.any()
-
-
 @pytest.mark.parametrize("label", [-1, 77, -101])
 def test_label_out_of_range(label):
     leaves, labels = problem()
@@ -242,13 +148,6 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2][1:]), ValueError, "bias must be"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, chunk_rows=0), ValueError, "at least 1"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, max_labelled=-1), ValueError, "at least 0 or None"),
-        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(5, 78)), ValueError, "<= V = 77"),
-        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, filter_eps=-0.1), ValueError, "filter_eps must be"),
-        (
-            lambda: masked_linear_cross_entropy(*leaves[:2], labels, backward_window=(0, 64), reduction="none"),
-            ValueError,
-            "need reduction 'mean' or 'sum'",
-        ),
     ):
         with pytest.raises(error, match=words):
             bad()
@@ -287,12 +186,12 @@ def test_weight_gradient_adds_up_in_fp32_over_chunks(backend, device):
 
 def test_an_older_torch_adds_16_bit_products_without_addmm(monkeypatch):
     monkeypatch.setattr("torch.addmm", lambda *_, **__: pytest.fail("torch 2.9 raises here"))
-    monkeypatch.setattr(chunked_head, "MIXED_SUMS", False)
+    monkeypatch.setattr(linear_chunks, "MIXED_SUMS", False)
     with FakeTensorMode():
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 5), (5, 6)))
         total = torch.empty(4, 6, device="cuda")
         for first in (True, False):
-            chunked_head.add_product(total, a, b, first=first)
+            linear_chunks.add_product(total, a, b, first=first)
 
 
 @KERNELS
@@ -305,16 +204,13 @@ def test_only_wanted_gradients(backend, device):
         assert torch.equal(inputs[i].grad, want[i]) and all(x.grad is None for j, x in enumerate(inputs) if j != i)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"reduction": "none"}, {"backward_window": (0, 64)}, {"filter_eps": 0.1}], ids=str
-)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @KERNELS
-def test_compiles_into_one_graph(backend, device, options):
+def test_compiles_into_one_graph(backend, device, reduction):
     leaves, labels = problem(device=device)
 
     def step(hidden, weight, bias, labels):
-        loss = masked_linear_cross_entropy(hidden, weight, labels, bias, backend=backend, **options)
-        return loss[0] + loss[1].sum() if isinstance(loss, tuple) else loss.sum()
+        return masked_linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction, backend=backend).sum()
 
     torch._dynamo.reset()  # one code object, many backends: the limit of recompilations is 8
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves, labels)
@@ -333,17 +229,14 @@ def test_scaling_a_gradient_that_is_not_aligned(backend, device, count):
     assert torch.equal(scaled, gradient * grad)
 
 
-@pytest.mark.parametrize(
-    ("reduction", "window", "eps"),
-    [("mean", None, None), ("none", None, None), ("mean", [0, 64], None), ("mean", None, 0.1), ("mean", [0, 64], 0.1)],
-)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @KERNELS
-def test_registered_op(backend, device, reduction, window, eps):
+def test_registered_op(backend, device, reduction):
     leaves, labels = problem(rows=4, device=device)
     options, needs = (IGNORED, 0.1, 1e-3, 5.0, reduction), [reduction == "mean"] * 3
     torch.library.opcheck(
         torch.ops.reca.masked_linear_cross_entropy.default,
-        (*leaves, labels, None, *options, 4, None, window, eps, torch.float32, needs, backend),
+        (*leaves, labels, None, *options, 4, None, torch.float32, needs, backend),
     )
 
 
@@ -358,20 +251,21 @@ def launches():
     everything = CrossEntropyOptions(IGNORED, 0.1, 1e-3, 5.0, "mean")
     plain = CrossEntropyOptions(IGNORED, 0.0, 0.0, None, "mean")
     numbers, losses, one = torch.zeros(2, dtype=torch.int64), torch.zeros(2), torch.ones(())
-    op.pick_rows(numbers, IGNORED, True, losses, numbers, numbers, one)
+    op.compact_labelled_rows(numbers, plain, None)
     hidden = torch.empty(2, 2048, dtype=torch.bfloat16)
-    op.copy_rows(hidden, numbers, hidden, None)
-    op.copy_rows(hidden, None, hidden.float(), numbers)
+    op.gather_scatter_rows(hidden, numbers, hidden, None)
+    op.gather_scatter_rows(hidden, None, hidden.float(), numbers)
     op.scale(hidden, one)
     logits, bias = torch.empty(2, PITCH, dtype=torch.bfloat16), torch.empty(PITCH, dtype=torch.bfloat16)
-    rest = numbers, numbers, None, one
-    op.row_gradients(logits, None, *rest, plain, losses, (0, SHOW_O), None, SHOW_O)
-    op.row_gradients(logits, bias, *rest, everything, losses, (50304, SHOW_O), losses, SHOW_O)
+    x, weight = torch.zeros(2, 1, dtype=torch.bfloat16), torch.zeros(SHOW_O, 1, dtype=torch.bfloat16)
+    rest = logits, numbers, numbers, None, one
+    op.row_gradients(x, weight, None, *rest, plain, losses, True)
+    op.row_gradients(x, weight, bias, *rest, everything, losses, True)
 
 
 def test_compiled_for_every_gpu():
     made = cubin.compiled(launches)
-    names = ("pick_rows_kernel", "copy_rows_kernel", "scale_kernel", "row_gradients_kernel")
+    names = ("compact_labelled_rows_kernel", "gather_scatter_rows_kernel", "scale_kernel", "row_gradients_kernel")
     assert {(m.kernel, m.arch) for m in made} == {(name, arch) for name in names for arch in cubin.ARCHS}
     for m in made:
         if m.kernel == "row_gradients_kernel":
@@ -379,4 +273,4 @@ def test_compiled_for_every_gpu():
             m.assert_lean(registers=128, loads=(128,), stores=(128,))
             assert m.loads[128] == (8 if m.constants["BIAS"] else 4)
         else:
-            m.assert_lean(registers=128, loads=() if m.kernel == "pick_rows_kernel" else (128,))
+            m.assert_lean(registers=128, loads=() if m.kernel == "compact_labelled_rows_kernel" else (128,))

@@ -64,7 +64,6 @@ OPS = {
     "cross-entropies": (lambda z, b: masked_cross_entropy(z, LABELS, backend=b, reduction="none"), _r(4, 9)),
     "linear": (linear, _r(4, 8)),
     "linear-none": (lambda h, b: linear(h, b, reduction="none"), _r(4, 8)),
-    "linear-filter": (lambda h, b: linear(h, b, filter_eps=0.0)[0], _r(4, 8)),
     "flow": (lambda p, b: flow_matching_loss(p, X0, LEVEL, NOISE, backend=b), _r(2, 3, 4, 4)),
     "flow-weights": (
         lambda p, b: flow_matching_loss(p, X0, LEVEL, NOISE, backend=b, weight=LEVEL, reduction="sample"),

@@ -1,4 +1,4 @@
-// Stands in for <cuda_runtime.h> where csrc/cuda/*.cu is compiled by a plain C++ compiler: kernels run on the CPU, one
+// Stands in for <cuda_runtime.h> where csrc/*/cuda.cu is compiled by a plain C++ compiler: kernels run on the CPU, one
 // thread of a block at a time, so that their arithmetic, indices and barriers can be tested where there is no GPU.
 //
 // A launch runs at once, block after block. The threads of a block are coroutines; one gives way at a barrier, a shuffle

@@ -1,0 +1,135 @@
+#include "common/noise.h"
+#include "common/parallel.h"
+#include "op.h"
+
+namespace reca::RECA_ISA {
+
+constexpr int64_t chunk = 4096;  // elements; a multiple of 4 W for every W
+static_assert(chunk >= flow_tile, "the workspace has a number per tile");
+
+static inline int64_t elements_of(const FlowMatching& args, const FlowRun& run) {
+  return args.channels * run.height * run.width;
+}
+
+static inline int64_t chunks_of(const FlowMatching& args, const FlowRun& run) {  // of each of its images
+  return (elements_of(args, run) + chunk - 1) / chunk;
+}
+
+struct Image {
+  const void* x0;  // [channels, height, width]
+  int64_t width, plane;
+  int64_t number, offset;  // offset: of its first element in x_t, pred and noise
+};
+
+// x0's elements [begin, begin + n) in the order of the prediction: patches row by row, inside a patch (row, column,
+// channel). With patch 1 that order is x0's own, and fp32 is read where it is.
+static const float* gather(const FlowMatching& args, const Image& im, int64_t begin, int64_t n, float* out) {
+  if (args.patch == 1) return floats(args.x0_dtype, im.x0, begin, n, out);
+  const int64_t p = args.patch, channels = args.channels, width = im.width, plane = im.plane;
+  const int64_t token = p * p * channels, columns = width / p;
+  for (int64_t i = 0; i < n;) {
+    const int64_t element = begin + i, number = element / token, inner = element % token;
+    const int64_t pixel = inner / channels, channel = inner % channels;
+    const int64_t row = number / columns * p + pixel / p, column = number % columns * p + pixel % p;
+    const int64_t run = channels - channel < n - i ? channels - channel : n - i;
+    const int64_t first = channel * plane + row * width + column;
+    switch (args.x0_dtype) {
+      case DType::f32:
+        for (int64_t c = 0; c < run; ++c) out[i + c] = static_cast<const float*>(im.x0)[first + c * plane];
+        break;
+      case DType::bf16:
+        for (int64_t c = 0; c < run; ++c) out[i + c] = widen(static_cast<const bf16*>(im.x0)[first + c * plane]);
+        break;
+      case DType::f16:
+        for (int64_t c = 0; c < run; ++c) out[i + c] = widen(static_cast<const f16*>(im.x0)[first + c * plane]);
+        break;
+    }
+    i += run;
+  }
+  return out;
+}
+
+static const float* fill_noise(const FlowMatching& args, const Image& image, int64_t begin, int64_t n, float* out) {
+  if (args.explicit_noise) return args.explicit_noise + image.offset + begin;
+  draw<Distribution::normal>(args.noise, image.number, begin, n, out);
+  return out;
+}
+
+// body(image, first element in the image, number of elements, number of the chunk)
+template <typename Body>
+static void for_chunks(const FlowMatching& args, const FlowRuns& runs, Launch on, const Body& body) {
+  int64_t chunks = 0;
+  for (int64_t r = 0; r < runs.count; ++r) chunks += runs.of[r].images * chunks_of(args, runs.of[r]);
+  parallel_for(chunks, on.threads, [&](int64_t number) {
+    int64_t first_image = 0, offset = 0, local = number;
+    const FlowRun* run = runs.of;
+    for (;; ++run) {
+      const int64_t here = run->images * chunks_of(args, *run);
+      if (local < here) break;
+      local -= here, first_image += run->images, offset += run->images * elements_of(args, *run);
+    }
+    const int64_t elements = elements_of(args, *run), each = chunks_of(args, *run), inner = local / each;
+    const Image image = {static_cast<const char*>(run->x0) + inner * elements * size_of(args.x0_dtype), run->width,
+                         run->height * run->width, first_image + inner, offset + inner * elements};
+    const int64_t begin = local % each * chunk, rest = elements - begin;
+    body(image, begin, rest < chunk ? rest : chunk, number);
+  });
+}
+
+void flow_matching_add_noise(const FlowMatching& args, const FlowRuns& runs, DType dtype, void* x_t, Launch on) {
+  for_chunks(args, runs, on, [&](const Image& image, int64_t begin, int64_t n, int64_t) {
+    float x0_buffer[chunk], noise_buffer[chunk], mixed[chunk];
+    const float* const x0 = gather(args, image, begin, n, x0_buffer);
+    const float* const noise = fill_noise(args, image, begin, n, noise_buffer);
+    const int64_t at = image.offset + begin;
+    float* const to = dtype == DType::f32 ? static_cast<float*>(x_t) + at : mixed;
+    const float t = args.t[image.number], s = 1.0f - t;
+    for (int64_t i = 0; i < n; ++i) to[i] = s * x0[i] + t * noise[i];
+    if (to == mixed) write(dtype, mixed, n, x_t, at);
+  });
+}
+
+void flow_matching_loss(const FlowMatching& args, const FlowRuns& runs, DType dtype, const void* pred, void* gradient,
+                        float* losses, double* partial, Launch on) {
+  for_chunks(args, runs, on, [&](const Image& image, int64_t begin, int64_t n, int64_t number) {
+    float x0_buffer[chunk], noise_buffer[chunk], pred_buffer[chunk], error_buffer[chunk];
+    const float* const x0 = gather(args, image, begin, n, x0_buffer);
+    const float* const noise = fill_noise(args, image, begin, n, noise_buffer);
+    const int64_t at = image.offset + begin;
+    const float* const guess = floats(dtype, pred, at, n, pred_buffer);
+    const bool in_place = gradient && dtype == DType::f32;
+    float* const error = in_place ? static_cast<float*>(gradient) + at : error_buffer;
+    vfloat sums[4] = {};
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+      const vfloat d = load(guess + i) - (load(noise + i) - load(x0 + i));
+      sums[i / W % 4] += d * d;
+      store(error + i, d + d);
+    }
+    float rest = 0;
+    for (; i < n; ++i) {
+      const float d = guess[i] - (noise[i] - x0[i]);
+      rest += d * d;
+      error[i] = d + d;
+    }
+    partial[number] = double(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) + rest;
+    if (gradient && !in_place) write(dtype, error, n, gradient, at);
+  });
+  for (int64_t r = 0; r < runs.count; ++r) {
+    for (int64_t i = 0; i < runs.of[r].images; ++i) {
+      double total = 0;
+      for (int64_t k = chunks_of(args, runs.of[r]); k > 0; --k) total += *partial++;
+      *losses++ = float(total);
+    }
+  }
+}
+
+}  // namespace reca::RECA_ISA
+
+RECA_DISPATCH(flow_matching_add_noise,
+              (const FlowMatching& args, const FlowRuns& runs, DType dtype, void* x_t, Launch on),
+              (args, runs, dtype, x_t, on))
+RECA_DISPATCH(flow_matching_loss,
+              (const FlowMatching& args, const FlowRuns& runs, DType dtype, const void* pred, void* gradient,
+               float* losses, double* partial, Launch on),
+              (args, runs, dtype, pred, gradient, losses, partial, on))

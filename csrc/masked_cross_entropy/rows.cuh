@@ -1,0 +1,156 @@
+// Cross-entropy of a row of logits by one block of threads; op.h has the formula. masked_linear_cross_entropy uses it too.
+#pragma once
+
+#include "common/cuda.cuh"
+#include "masked_cross_entropy/op.h"
+
+namespace reca::cuda {
+
+constexpr float inf = __builtin_huge_valf();
+
+template <typename T>
+constexpr int unit = 16 / int(sizeof(T));  // elements of one 128-bit access
+
+__device__ __forceinline__ int64_t label_of(const void* labels, bool are_int64, int64_t row) {
+  return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
+}
+
+// What the kernels are told of the loss. general: softcap or label smoothing; without them the code for them is left out.
+struct Terms {
+  float smoothing, z_loss, softcap;
+};
+
+inline bool is_general(const CrossEntropy& args) { return args.softcap != 0 || args.label_smoothing != 0; }
+inline Terms terms_of(const CrossEntropy& args) { return {args.label_smoothing, args.z_loss, args.softcap}; }
+
+template <bool general>
+__device__ __forceinline__ float softcap_logits(float z, const Terms& terms) {
+  return general && terms.softcap != 0 ? terms.softcap * tanhf(z / terms.softcap) : z;
+}
+
+// e^x, 0 where that is below 2^-126: of a row whose largest term is 1 such a term is nothing. __expf keeps denormals, for
+// which it compares and multiplies twice more per logit.
+__device__ __forceinline__ float power_of_e(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
+  const float y = __expf(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
+// ---- forward ----
+
+// A thread's part of a row's softmax. Each thread keeps its own maximum, so they wait for each other only at the end.
+struct OnlineSoftmax {
+  float row_max = -inf;
+  float total = 0;  // of e^(z - row_max)
+  float sum_z = 0;  // of z - pivot
+};
+
+// n more logits; -inf adds nothing to `total`, and must not be there for `sum_z`: how_many of them count.
+template <bool general, int n>
+__device__ __forceinline__ void online_softmax_update(OnlineSoftmax& running, float (&z)[n], int how_many, float pivot,
+                                                      const Terms& terms) {
+  float top = running.row_max;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if constexpr (general) {
+      z[i] = softcap_logits<general>(z[i], terms);
+      if (i < how_many) running.sum_z += z[i] - pivot;
+    }
+    if (n > 1 && i >= how_many) z[i] = -inf;
+    top = fmaxf(top, z[i]);
+  }
+  const float finite = top == -inf ? 0.0f : top;
+  running.total *= power_of_e(running.row_max - finite);
+#pragma unroll
+  for (int i = 0; i < n; ++i) running.total += power_of_e(z[i] - finite);
+  running.row_max = top;
+}
+
+struct RowStats {
+  float row_max;      // m: the largest logit
+  float log_sum_exp;  // s: log of the sum of e^(z - m)
+  float loss;
+};
+
+// log of a sum >= 1, as fp32. Of a certain label the sum is 1 + tiny, and tiny must not be lost.
+__device__ __forceinline__ float log_of_sum(double total) {
+  const float tiny = float(total - 1);
+  return tiny < 1e-3f ? tiny * (1 - tiny * (0.5f - tiny / 3)) : logf(float(total));
+}
+
+// The row's statistics and loss in every thread, from every thread's part. z_label is softcapped.
+template <int threads, bool general>
+__device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z_label, float pivot, int64_t classes,
+                                           const Terms& terms) {
+  __shared__ float row_maxes[threads / warp];
+  __shared__ float broadcast[3];
+  const float top = warp_reduce(running.row_max, [](float a, float b) { return fmaxf(a, b); });
+  if (threadIdx.x % warp == 0) row_maxes[threadIdx.x / warp] = top;
+  __syncthreads();
+  float row_max = row_maxes[0];
+#pragma unroll
+  for (int i = 1; i < threads / warp; ++i) row_max = fmaxf(row_max, row_maxes[i]);
+  const float finite = row_max == -inf ? 0.0f : row_max;
+  const double total = block_sum<threads>(double(running.total) * double(power_of_e(running.row_max - finite)));
+  double sum_z = 0;
+  if constexpr (general) {
+    __syncthreads();
+    sum_z = block_sum<threads>(double(running.sum_z));
+  }
+  if (threadIdx.x == 0) {
+    const float log_sum_exp = log_of_sum(total);
+    float loss = log_sum_exp - (z_label - row_max);
+    if constexpr (general) {
+      const float mean = float(sum_z / double(classes)) + (pivot - row_max);
+      if (terms.smoothing != 0) loss = (1 - terms.smoothing) * loss + terms.smoothing * (log_sum_exp - mean);
+    }
+    const float lse = row_max + log_sum_exp;
+    broadcast[0] = row_max, broadcast[1] = log_sum_exp, broadcast[2] = loss + terms.z_loss * lse * lse;
+  }
+  __syncthreads();
+  return {broadcast[0], broadcast[1], broadcast[2]};
+}
+
+// ---- backward ----
+
+// The gradient of a row's loss, times `scale`.
+struct Slope {
+  float row_max, log_sum_exp;
+  float slope, level;
+  float target_grad;  // of the label's logit: p - 1 is formed before anything is rounded
+};
+
+template <bool general>
+__device__ __forceinline__ float bend(float& z, const Terms& terms) {  // softcaps z; returns d softcapped / d z
+  if (!general || terms.softcap == 0) return 1;
+  const float t = tanhf(z / terms.softcap);
+  z = terms.softcap * t;
+  return 1 - t * t;
+}
+
+// raw_label: the label's logit, not softcapped.
+template <bool general>
+__device__ __forceinline__ Slope slope_of(float row_max, float log_sum_exp, float raw_label, float scale, int64_t classes,
+                                          const Terms& terms) {
+  const float by_z_loss = 2 * terms.z_loss * (row_max + log_sum_exp);
+  const float level = general ? scale * terms.smoothing / float(classes) : 0.0f;
+  float z = raw_label;
+  const float bent = bend<general>(z, terms);
+  const float log_p = (z - row_max) - log_sum_exp;
+  const float target_grad = scale * (expm1f(log_p) + power_of_e(log_p) * by_z_loss + terms.smoothing) - level;
+  return {row_max, log_sum_exp, scale * (1 + by_z_loss), level, target_grad * bent};
+}
+
+template <bool general>
+__device__ __forceinline__ float non_target_grad(float z, const Slope& s, const Terms& terms) {
+  const float bent = bend<general>(z, terms);
+  const float g = power_of_e((z - s.row_max) - s.log_sum_exp) * s.slope;
+  return general ? (g - s.level) * bent : g;
+}
+
+}  // namespace reca::cuda

@@ -1,0 +1,158 @@
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "op.h"
+
+namespace reca::RECA_ISA {
+
+namespace {
+
+constexpr int64_t block = 1024;  // columns handled at a time: their fp32 sums stay in the first-level cache
+
+int64_t row_at(const Index& index, int64_t t) {
+  const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
+                                       : int64_t(static_cast<const int32_t*>(index.data)[t]);
+  return index.negated ? -1 - value : value;
+}
+
+template <typename T>
+void read(const T* from, float* to, int64_t n, bool add) {
+  int64_t i = 0;
+  if (add) {
+    for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
+    for (; i < n; ++i) to[i] += widen(from[i]);
+  } else {
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = widen(from[i]);
+  }
+}
+
+template <typename T>
+void write(const float* from, T* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) narrow(from[i], to + i);
+}
+
+const char* address(const void* rows, DType dtype, int64_t element) {
+  return static_cast<const char*>(rows) + element * size_of(dtype);
+}
+
+// n elements into fp32 sums
+void read(DType dtype, const void* from, float* to, int64_t n, bool add) {
+  switch (dtype) {
+    case DType::f32: return read(static_cast<const float*>(from), to, n, add);
+    case DType::bf16: return read(static_cast<const bf16*>(from), to, n, add);
+    case DType::f16: return read(static_cast<const f16*>(from), to, n, add);
+  }
+}
+
+void write(const float* from, DType dtype, void* to, int64_t n) {
+  switch (dtype) {
+    case DType::f32: return write(from, static_cast<float*>(to), n);
+    case DType::bf16: return write(from, static_cast<bf16*>(to), n);
+    case DType::f16: return write(from, static_cast<f16*>(to), n);
+  }
+}
+
+void fill(float value, DType dtype, void* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) write(&value, dtype, static_cast<char*>(to) + i * size_of(dtype), 1);
+}
+
+// Past the caches: a long output would only throw out what is still needed, and each line would first be read.
+void stream(const void* from, void* to, int64_t bytes) {
+#if defined(__AVX512F__)
+  char* t = static_cast<char*>(to);
+  const char* f = static_cast<const char*>(from);
+  const int64_t head = -reinterpret_cast<int64_t>(t) & 63;
+  if (head < bytes) {
+    std::memcpy(t, f, head);
+    int64_t i = head;
+    for (; i + 64 <= bytes; i += 64) _mm512_stream_si512((__m512i*)(t + i), _mm512_loadu_si512(f + i));
+    std::memcpy(t + i, f + i, bytes - i);
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+}  // namespace
+
+void template_concat_forward(const Sources& sources, int64_t length, int64_t width, DType out_dtype, void* out,
+                             Launch on) {
+  parallel_for(length, on.threads, [&](int64_t t) {
+    char* const to = static_cast<char*>(out) + t * width * size_of(out_dtype);
+    const Source* only = nullptr;
+    int used = 0;
+    bool missing = false;
+    for (int64_t s = 0; s < sources.count; ++s) {
+      const int64_t row = row_at(sources.of[s].index, t);
+      missing |= row >= sources.of[s].count;
+      if (row >= 0) only = &sources.of[s], ++used;
+    }
+    if (missing) return fill(NAN, out_dtype, to, width);
+    if (used == 0) {
+      std::memset(to, 0, width * size_of(out_dtype));
+      return;
+    }
+    if (used == 1 && only->dtype == out_dtype) {
+      stream(address(only->rows, out_dtype, row_at(only->index, t) * only->row_stride), to,
+             width * size_of(out_dtype));
+      return;
+    }
+    float sums[block];
+    for (int64_t begin = 0; begin < width; begin += block) {
+      const int64_t columns = width - begin < block ? width - begin : block;
+      bool add = false;
+      for (int64_t s = 0; s < sources.count; ++s) {
+        const Source& source = sources.of[s];
+        const int64_t row = row_at(source.index, t);
+        if (row < 0) continue;
+        read(source.dtype, address(source.rows, source.dtype, row * source.row_stride + begin), sums, columns, add);
+        add = true;
+      }
+      write(sums, out_dtype, to + begin * size_of(out_dtype), columns);
+    }
+  });
+}
+
+void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launch on) {
+  // Positions sorted by row, stably (counting sort): those of row k are places[ends[k - 1]] to places[ends[k]].
+  int64_t* const ends = workspace;
+  int64_t* const places = workspace + g.count + 1;
+  std::memset(ends, 0, (g.count + 1) * sizeof(int64_t));
+  for (int64_t t = 0; t < g.length; ++t) {
+    const int64_t row = row_at(g.index, t);
+    if (row >= 0 && row < g.count) ++ends[row + 1];
+  }
+  for (int64_t k = 0; k < g.count; ++k) ends[k + 1] += ends[k];
+  for (int64_t t = 0; t < g.length; ++t) {
+    const int64_t row = row_at(g.index, t);
+    if (row >= 0 && row < g.count) places[ends[row]++] = t;
+  }
+
+  const int64_t blocks = (g.width + block - 1) / block;
+  parallel_for(g.count * blocks, on.threads, [&](int64_t item) {
+    const int64_t k = item / blocks, begin = item % blocks * block;
+    const int64_t columns = g.width - begin < block ? g.width - begin : block;
+    const int64_t first = k == 0 ? 0 : ends[k - 1], last = ends[k];
+    char* const to = static_cast<char*>(g.gradient) + (k * g.width + begin) * size_of(g.dtype);
+    const auto part = [&](int64_t i) { return address(g.grad, g.grad_dtype, places[i] * g.grad_stride + begin); };
+    if (first == last) {
+      std::memset(to, 0, columns * size_of(g.dtype));
+    } else if (last - first == 1 && g.dtype == g.grad_dtype) {
+      stream(part(first), to, columns * size_of(g.dtype));
+    } else {
+      float sums[block];
+      for (int64_t i = first; i < last; ++i) read(g.grad_dtype, part(i), sums, columns, i > first);
+      write(sums, g.dtype, to, columns);
+    }
+  });
+}
+
+}  // namespace reca::RECA_ISA
+
+RECA_DISPATCH(template_concat_forward,
+              (const Sources& sources, int64_t length, int64_t width, DType out_dtype, void* out, Launch on),
+              (sources, length, width, out_dtype, out, on))
+RECA_DISPATCH(template_concat_backward, (const SourceGradient& gradient, int64_t* workspace, Launch on),
+              (gradient, workspace, on))

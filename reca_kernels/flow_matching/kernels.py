@@ -1,0 +1,31 @@
+"""What a backend of flow_matching holds."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from reca_kernels.philox.address import Philox
+
+
+class Kernels(Protocol):
+    """Images are contiguous, [C, H, W], of one dtype; explicit noise is contiguous, in the order of the prediction."""
+
+    def add_noise(
+        self,
+        images: list[Tensor],
+        t: Tensor,  # fp32 [B]
+        noise: Philox | Tensor,
+        patch: int,
+        out: Tensor,
+    ) -> None:
+        """Write x_t of all images, flat, one after another, into out."""
+
+    def losses(
+        self,
+        pred: Tensor,
+        images: list[Tensor],
+        noise: Philox | Tensor,
+        patch: int,
+        gradient: Tensor | None,  # like pred
+    ) -> Tensor:
+        """Return the sum of squared errors per image, fp32 [B]. Write its derivative by pred into gradient."""

@@ -1,0 +1,63 @@
+"""Flow matching in C++ and CUDA: csrc/flow_matching."""
+
+import torch
+from torch import Tensor
+
+from reca_kernels import native
+from reca_kernels.flow_matching.runs import image_runs
+from reca_kernels.philox.address import Philox
+from reca_kernels.philox.native import address, explicit
+
+
+def add_noise(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
+    numbers = explicit(noise)
+    native.kernels().flow_matching_add_noise(
+        _arguments(images, t, noise, numbers, patch),
+        image_runs(images),
+        native.DTYPES[out.dtype],
+        out.data_ptr(),
+        native.launch(out),
+    )
+
+
+def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
+    module = native.kernels()
+    sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
+    partial = torch.empty(pred.numel() // module.flow_tile + len(images), dtype=torch.float64, device=pred.device)
+    numbers = explicit(noise)
+    module.flow_matching_loss(
+        _arguments(images, None, noise, numbers, patch),
+        image_runs(images),
+        native.DTYPES[pred.dtype],
+        pred.data_ptr(),
+        native.address(gradient),
+        sums.data_ptr(),
+        partial.data_ptr(),
+        native.launch(pred),
+    )
+    return sums
+
+
+def _arguments(
+    images: list[Tensor], t: Tensor | None, noise: Philox | Tensor, numbers: Tensor | None, patch: int
+) -> tuple[object, ...]:
+    """Return a FlowMatching (csrc/flow_matching/op.h)."""
+    elements = sum(image.numel() for image in images)
+    return (
+        native.DTYPES[images[0].dtype],
+        images[0].shape[0],
+        patch,
+        native.address(t),
+        address(noise),
+        native.address(numbers),
+        tiles_per_block(elements // native.kernels().flow_tile),
+    )
+
+
+def tiles_per_block(tiles: int) -> int:
+    """Return how many tiles a block of a GPU handles.
+
+    Small work must fill the chip; in large work one block adds up the partial sums, which should be few. The number
+    depends on sizes alone, so that sums have the same bits on every GPU.
+    """
+    return min(max(tiles // 4096, 1), 32)

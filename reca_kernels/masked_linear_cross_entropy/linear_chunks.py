@@ -1,0 +1,138 @@
+"""masked_linear_cross_entropy by chunks of rows: torch's matrix products around a backend's kernels."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
+from reca_kernels.masked_linear_cross_entropy.kernels import Kernels, LabelledRows
+
+PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
+# Before pytorch#167931 addmm refused to add 16-bit products to an fp32 matrix.
+MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
+
+
+def labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> int:
+    """Return for how many rows to make room.
+
+    Without `max_labelled` the GPU is asked, which waits for it; in a CUDA graph, where nothing may wait: all rows.
+    """
+    if max_labelled is not None:
+        return min(max_labelled, len(labels))
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return len(labels)
+    return int((labels != ignore_index).sum())
+
+
+def empty_labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> LabelledRows:
+    """Allocate what a kernel of a GPU fills."""
+    most = labelled_rows(labels, ignore_index, max_labelled)
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=labels.device)
+
+    rows, row_labels = (empty(most, dtype=torch.int64) for _ in range(2))
+    return LabelledRows(rows, row_labels, empty(len(labels), dtype=torch.float32), empty(dtype=torch.float32))
+
+
+def fp16_unit(dtype: torch.dtype, z_loss: float) -> float | None:
+    """Return by how much the gradient over fp16 logits is written too large, to be taken off in fp32; None: not at all.
+
+    p - y is at most 1, times 1 + 2 z_loss log_sum_exp, for which a log_sum_exp of 100 is allowed; fp16 ends at 2^16 and
+    has all its digits from 2^-14 on. Divided by the number of rows before it is written, and before a loss scale
+    multiplies it, the gradient of all but the label's class would be 0 at a vocabulary of 58,498.
+    """
+    return 2.0 ** (15 - math.ceil(math.log2(1 + 200 * abs(z_loss)))) if dtype == torch.float16 else None
+
+
+def forward(
+    kernels: Kernels,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    row_grad: Tensor | None,  # fp32 [N]
+    options: CrossEntropyOptions,
+    chunk_rows: int,
+    grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
+    max_labelled: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the loss, fp32 [] or [N], and its gradients dx [N, D], dw [V, D], db [V].
+
+    hidden, weight and bias come in one dtype, the one to multiply in. The gradients are those for an upstream gradient
+    of 1, or of row_grad; grad_dtypes gives the dtype of each, or None for one that nobody needs. Over chunks dw and db
+    add up in fp32.
+    """
+    width, (classes, _), dtype = hidden.shape[1], weight.shape, hidden.dtype
+    dx_dtype, dw_dtype, db_dtype = grad_dtypes
+    wants_gradient = any(grad_dtypes)
+    rows, row_labels, losses, scale = kernels.compact_labelled_rows(labels, options, max_labelled)
+    most = len(rows)
+    chunks = max(-(-most // chunk_rows), 1)
+    # GPUs take chunks of equal size, so that the last is not left with a few rows.
+    step = max(-(-most // chunks), 1) if hidden.is_cuda else min(chunk_rows, max(most, 1))
+    pitch = -(-classes // PITCH) * PITCH
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=hidden.device)
+
+    unit = fp16_unit(dtype, options.z_loss) if wants_gradient and row_grad is None else None
+    factor = scale if unit is None else torch.full_like(scale, unit)
+
+    dx = None if dx_dtype is None else empty(*hidden.shape, dtype=dx_dtype).zero_()
+    dw = db = None
+    if dw_dtype is not None:
+        # One product adds up in fp32 and is rounded once; several add up in an fp32 matrix.
+        dw = empty(classes, width, dtype=dtype if chunks == 1 and dw_dtype == dtype else torch.float32)
+        if most == 0:
+            dw.zero_()
+    if db_dtype is not None:
+        db = empty(classes, dtype=torch.float32).zero_()
+    if bias is not None:
+        bias = torch.nn.functional.pad(bias, (0, pitch - classes))
+
+    x_buffer, logits_buffer = empty(step, width), empty(step, pitch)
+    for begin in range(0, most, step):
+        chunk = slice(begin, min(begin + step, most))
+        n = chunk.stop - begin
+        x, logits = x_buffer[:n], logits_buffer[:n]
+        kernels.gather_scatter_rows(hidden, rows[chunk], x, None)
+        kernels.row_gradients(
+            x, weight, bias, logits, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
+        )
+        gradient = logits[:, :classes]
+        if dx is not None:
+            product = empty(n, width, dtype=dtype if unit is None else torch.float32)
+            add_product(product, gradient, weight, first=True)
+            kernels.gather_scatter_rows(product, None, dx, rows[chunk])
+        if dw is not None:
+            add_product(dw, gradient.t(), x, first=begin == 0)
+        if db is not None:
+            db += gradient.sum(0, dtype=torch.float32)
+
+    if unit is not None:
+        for total in (dx, dw, db):
+            if total is not None:
+                total.mul_(scale / unit)
+    loss, _ = kernels.reduce(losses, labels, options)
+    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Set total = a @ b on the first call, total += a @ b on later ones.
+
+    An fp32 total of 16-bit matrices gets fp32 products on GPUs; on CPUs bf16 products are rounded to bf16.
+    """
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    elif not total.is_cuda:
+        product = torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    elif MIXED_SUMS:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)

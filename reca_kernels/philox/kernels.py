@@ -1,0 +1,17 @@
+"""What a backend of philox holds."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from reca_kernels.philox.address import Philox
+
+
+class Kernels(Protocol):
+    def draw(
+        self,
+        noise: Philox,
+        distribution: str,  # "bits" (uint32 words), "uniform" or "normal"
+        out: Tensor,  # fp32 [B, n]
+    ) -> None:
+        """Fill out."""

@@ -1,0 +1,26 @@
+"""Counter-based random numbers in C++ and CUDA: csrc/philox."""
+
+from torch import Tensor
+
+from reca_kernels import native
+from reca_kernels.philox.address import Philox
+
+DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}  # csrc/common/philox.h
+
+
+def draw(noise: Philox, distribution: str, out: Tensor) -> None:
+    native.kernels().philox_fill(
+        address(noise), *out.shape, DISTRIBUTIONS[distribution], out.data_ptr(), native.launch(out)
+    )
+
+
+def address(noise: Philox | Tensor) -> tuple[int, int, int]:
+    """Return the NoiseAddress: addresses of seed and sample ids, and the stream; zeros for explicit noise."""
+    if isinstance(noise, Tensor):
+        return 0, 0, 0
+    return noise.seed.data_ptr(), noise.sample_ids.data_ptr(), noise.stream
+
+
+def explicit(noise: Philox | Tensor) -> Tensor | None:
+    """Return noise that is given as numbers, in fp32."""
+    return noise.float() if isinstance(noise, Tensor) else None
