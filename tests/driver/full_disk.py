@@ -130,7 +130,7 @@ def in_the_export() -> dict:
     return {"code": code, "said": MESSAGES.getvalue(), "left": [path.name for path in out.rglob("*")]}
 
 
-def in_the_pictures() -> dict:
+def in_the_images() -> dict:
     out = begin("out")
     out.mkdir()
     fill()
@@ -147,7 +147,7 @@ def in_the_demo() -> dict:
 
 CASES = (
     at_the_start, from_nothing, in_the_middle, at_the_last_save, at_a_signal, in_the_cache, in_the_export,
-    in_the_pictures, in_the_demo,
+    in_the_images, in_the_demo,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -4,16 +4,18 @@ import re
 from dataclasses import replace
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
 from reca.cli import main
 from reca.config import load_recipe
-from reca.toy_world import experiment, report
-from reca.toy_world.captions import WORDS
+from reca.toy_world import before_after, experiment, measure, report
+from reca.toy_world.arms import Outcome
+from reca.toy_world.captions import WORDS, caption
 from reca.toy_world.pretrain import DEMO_UMMS, demo_setup
 from reca.toy_world.pretrain.language import WORDS as FACT_WORDS
-from reca.toy_world.scenes import SIDE
+from reca.toy_world.scenes import SIDE, Scene, all_pairs, held_out_pairs
 
 SCALE = 0.004
 ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
@@ -48,6 +50,7 @@ def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
     page = report.write(results, experiment.arms(setup), umm, tmp_path, SCALE).read_text()
     assert f"--umm {umm} " in page and "Its numbers mean nothing" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # one file, nothing fetched
+    assert (tmp_path / "before_after.png").is_file()
     for name in wanted:
         assert f"<h3>{name}</h3>" in page
     for outcome in results[0].values():
@@ -101,3 +104,23 @@ def test_what_cannot_be_run_is_said(arguments, capsys, tmp_path):
         if "nonsense" in arguments
         else "must lie in (0, 1]" in said
     )
+
+
+def test_the_picture_shows_what_was_drawn_for_held_out_prompts():
+    rng = torch.Generator().manual_seed(0)
+    prompts = [prompt.text for prompt in measure.prompts(0)]
+
+    def outcome() -> Outcome:
+        images = torch.randint(0, 256, (len(prompts), 3, SIDE, SIDE), dtype=torch.uint8, generator=rng)
+        return Outcome(measure.Measured({}, 0.0, [(p, x, True) for p, x in zip(prompts, images, strict=True)]), [], 0.0)
+
+    outcomes = {name: outcome() for name in ("before", "RECA", "SFT")}
+    sheet = torch.from_numpy(np.array(before_after.before_after(outcomes, 0))).permute(2, 0, 1)
+    held_out = [caption(Scene((pair,))) for pair in all_pairs() if pair in held_out_pairs(0)]
+    assert len(held_out) == 18 and sheet.shape == (3, 34 + 3 * 108, 92 + 9 * 108)
+    for column, prompt in enumerate(held_out[1::2]):
+        place = max(i for i, text in enumerate(prompts) if text == prompt)
+        for row, name in enumerate(("before", "SFT", "RECA")):
+            x, y = 92 + 108 * column, 34 + 108 * row
+            found = sheet[:, y : y + 100 : 5, x : x + 100 : 5]
+            assert torch.equal(found, outcomes[name].measured.samples[place][1]), (prompt, name)

@@ -15,6 +15,7 @@ from PIL import Image
 from reca.config import as_dict, load_recipe
 from reca.image_grid import make_grid
 from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
+from reca.toy_world.before_after import before_after
 from reca.toy_world.measure import CATEGORIES, Rate
 from reca.toy_world.pretrain import demo_setup, scaled
 from reca.toy_world.scenes import held_out_pairs
@@ -54,7 +55,7 @@ def verdicts(results: Results) -> list[str]:
 
 
 def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: float = 1.0) -> Path:
-    """Write the report as one self-contained file, and return its path."""
+    """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
     setup, first = demo_setup(umm), next(iter(results))
     recipe = load_recipe(setup.recipe)
     environment = Environment(
@@ -91,6 +92,7 @@ def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: flo
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
+    before_after(results[first], first).save(out / "before_after.png", optimize=True)
     return path
 
 

@@ -1,0 +1,47 @@
+"""Picture of the demo: what the models draw for held-out prompts, one model a row."""
+
+from collections.abc import Mapping
+
+from PIL import Image, ImageDraw, ImageFont
+
+from reca.image_grid import make_grid
+from reca.toy_world.arms import BEFORE, Outcome
+from reca.toy_world.captions import caption
+from reca.toy_world.scenes import SIDE, Scene, held_out_pairs
+
+ROWS = (BEFORE, "SFT", "RECA")
+SCALE, GAP = 5, 8  # of the images, and between them in pixels
+LEFT, TOP = 92, 34  # margins for the names of rows and columns
+
+
+def before_after(outcomes: Mapping[str, Outcome], seed: int) -> Image.Image:
+    """Draw every second held-out combination of one object: columns are prompts, rows are models.
+
+    The prompts are chosen by their place, whatever the models made of them.
+    """
+    held_out = {caption(Scene((pair,))) for pair in held_out_pairs(seed)}
+    places: dict[str, int] = {}  # of a prompt's last image, among all that were measured
+    for place, (prompt, _, _) in enumerate(outcomes[BEFORE].measured.samples):
+        if prompt in held_out:
+            places[prompt] = place
+    columns = list(places.items())[1::2]
+    side = SCALE * SIDE
+    sheet = Image.new("RGB", (LEFT + len(columns) * (side + GAP), TOP + len(ROWS) * (side + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, (prompt, place) in enumerate(columns):
+        x = LEFT + column * (side + GAP)
+        for number, line in enumerate(reversed(_lines(prompt))):
+            draw.text((x + side / 2, TOP - 6 - 15 * number), line, fill="black", font=font, anchor="mb")
+        for row, name in enumerate(ROWS):
+            image = make_grid([outcomes[name].measured.samples[place][1]])
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, TOP + row * (side + GAP)))
+    for row, name in enumerate(ROWS):
+        draw.text((LEFT - 10, TOP + row * (side + GAP) + side / 2), name, fill="black", font=font, anchor="rm")
+    return sheet
+
+
+def _lines(prompt: str) -> list[str]:
+    """Break a long prompt in two."""
+    words = prompt.split()
+    half = (len(words) + 1) // 2
+    return [prompt] if len(prompt) < 16 else [" ".join(words[:half]), " ".join(words[half:])]
