@@ -16,7 +16,7 @@ from reca.data.batch import Batch, Turn
 from reca.data.loader import open_loader
 from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, loss, prompt
-from reca.models.harmon.config import AutoencoderSizes, tiny
+from reca.models.harmon.config import AutoencoderSizes
 from reca.models.harmon.masking import Masking, masked_counts
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
@@ -33,6 +33,13 @@ TEXTS = {
     ],
 }
 KL16 = {"codec": "kl16", "autoencoder": AutoencoderSizes(32, [1, 1, 2], 1, latent_channels=4)}
+
+
+def tiny() -> Config:
+    """The tiny recipe's model with the mask ratios and the dropout of the published one, and smaller."""
+    model = load_recipe("harmon_tiny").model
+    mar = replace(model.mar, buffers=4, head_width=64, mask_ratio_min=0.7, dropout=0.1)
+    return replace(model, mar=mar, autoencoder=AutoencoderSizes(patch=4, latent_channels=24, scale=0.5), words=[])
 
 
 def config(**changes) -> Config:

@@ -11,9 +11,8 @@ from reca.config import load_recipe
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import Adapter, weights
-from reca.models.harmon.config import tiny
 from reca.rng import CounterRNG
-from tests.models.test_harmon import KL16, WORDS, batch, config
+from tests.models.test_harmon import KL16, WORDS, batch, config, tiny
 
 # in millions, from the models' page: LLM, MAR with class table, blocks of encoder and of decoder, head, projectors, all
 SIZES = {

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.conditioner import conditioner
-from reca.models.show_o.config import MagvitSizes, tiny
+from reca.models.show_o.config import MagvitSizes
 from reca.models.show_o.modules import Magvit
 from reca.rng import CounterRNG
 
@@ -27,6 +28,13 @@ VARIANTS = {
     "blur": {"understanding": "vq", "hv_down_scale": 2, "hv_resize_back": True},
     "codes as h_v": {"hv_source": "vq", "hv_down_scale": 1},
 }
+
+
+def tiny() -> Config:
+    """The tiny recipe's model with other budgets, and everything else by default."""
+    keys = {"max_text_tokens": 24, "max_prompt_tokens": 24, "max_reca_tokens": 64, "clip_norm": "null", "words": "[]"}
+    recipe = load_recipe("show_o_tiny", [f"model.{key}={value}" for key, value in keys.items()])
+    return replace(recipe.model, phi=replace(recipe.model.phi, max_position_embeddings=128))
 
 
 def config(**changes) -> Config:

@@ -72,14 +72,3 @@ class HarmonConfig:
         False, "hide the same number of tokens in all samples of a micro-batch, as the release does"
     )
     seed: int = config_field(0, "of a random initialisation", least=0)
-
-
-def tiny() -> HarmonConfig:
-    """A random model of about 0.3 M parameters with the wiring of the real one."""
-    return HarmonConfig(
-        language=Qwen2Sizes(64, 2, 4, 2, 144, 128),
-        mar=MarSizes(48, 2, 2, 4, base_grid=5, buffers=4, head_depth=2, head_width=64, classes=10),
-        codec="patches",
-        autoencoder=AutoencoderSizes(patch=4, latent_channels=24, scale=0.5),
-        image_size=20,
-    )

@@ -108,17 +108,3 @@ class ShowOConfig:
     magvit: MagvitSizes = config_field(MagvitSizes, "")
     patches: PatchSizes = config_field(PatchSizes, "")
     seed: int = config_field(0, "of a random initialisation", least=0)
-
-
-def tiny() -> ShowOConfig:
-    """A random model of about half a million parameters on images of 20 pixels: 25 codes, 9 tokens of h_v."""
-    return ShowOConfig(
-        phi=PhiSizes(96, 3, 3, 384, "relu", max_position_embeddings=128),
-        clip=ClipSizes(64, 3, 4, 256, 18, 6),
-        codec="patches",
-        image_size=20,
-        max_text_tokens=24,
-        max_prompt_tokens=24,
-        max_reca_tokens=64,
-        system_prompt="",
-    )
