@@ -212,7 +212,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     for config, f, _ in walk(recipe):
         value, kind = getattr(config, f.name), f.metadata.get("path")
         if kind and value and not _is_no_path(value, kind):
-            here = glob.escape(os.getcwd()) if kind == GLOB and ".tar" in Path(value).name else os.getcwd()
+            here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(value).name) else os.getcwd()
             setattr(config, f.name, os.path.join(here, value.removeprefix("./")))
     return recipe
 
@@ -349,6 +349,7 @@ class _Layer:
 
 
 _types = functools.cache(get_type_hints)
+_FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are patterns
 
 
 def _check(config: Any, prefix: str = "") -> None:

@@ -29,6 +29,7 @@ BY_CONTENT = (
     "data.conversations",
     "data.captions",
     "data.image_root",
+    "data.columns.*",
     "data.template*",
     "train.init_from",
 )

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from reca.data.errors import DataError
 from reca.data.sample import Source
 
@@ -47,7 +49,7 @@ class BadSamples:
                 log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
             self.bad[key] = reason
             # Many rows may ask about one image. They are counted as the bad ones are: once.
-            size = self.images = self.images or len(set(map(self.source.key, range(len(self.source)))))
+            size = self.images = self.images or _count_keys(self.source)
             if len(self.bad) / size > self.max_fraction:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
@@ -95,3 +97,9 @@ class BadSamples:
                         self.bad.pop(key, None)
         self.place += len(new) - len(tail)
         return bool(tail)
+
+
+def _count_keys(source: Source) -> int:
+    """Count the distinct keys of a source, by a hash of 8 bytes each."""
+    keys = (hash(source.key(index)) for index in range(len(source)))
+    return np.unique(np.fromiter(keys, np.int64, len(source))).size

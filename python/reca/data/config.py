@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.data.columns import ColumnsConfig
 from reca.options import GLOB, LOCAL, SPEC, config_field, share
 
 
@@ -10,24 +11,27 @@ from reca.options import GLOB, LOCAL, SPEC, config_field, share
 class DataConfig:
     images: Optional[str] = config_field(
         None,
-        "images to reconstruct: a folder, webdataset tars (a glob, or a {000..009} range of which every number is "
-        "there), or package.module:FUNCTION?key=value of a function that makes a source",
+        "images to reconstruct: a folder of images or of parquet files; .tar (webdataset) or .parquet files, as a glob "
+        "or as a {000..009} range of which every number is there; or package.module:FUNCTION?key=value of a function "
+        "that makes a source",
         path=GLOB,
     )
     conversations: Optional[str] = config_field(
         None,
-        "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, or "
-        "package.module:FUNCTION",
-        path=SPEC,
+        "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, parquet files, "
+        "or package.module:FUNCTION",
+        path=GLOB,
     )
     captions: Optional[str] = config_field(
         None,
-        "captioned images (t2i): a folder or tars with a .txt beside every image, or package.module:FUNCTION",
+        "captioned images (t2i): a folder or tars with a .txt beside every image, parquet files, or "
+        "package.module:FUNCTION",
         path=GLOB,
     )
     image_root: Optional[str] = config_field(
-        None, "folder that the image names of a conversations file start from", path=LOCAL
+        None, "folder that image names in a conversations file or in a table start from", path=LOCAL
     )
+    columns: ColumnsConfig = config_field(ColumnsConfig, "columns of tables")
     templates: Optional[str] = config_field(
         None,
         "text file of template sentences, one a line, or package.module:LIST; null: the 360 of this package",

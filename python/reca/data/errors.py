@@ -1,4 +1,4 @@
-"""The two ways in which data can be wrong."""
+"""The ways in which data can be wrong."""
 
 from reca import exits
 
@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class BadSample(ValueError):
     """One sample that cannot be used; the message says why. It goes to the bad_samples, and another takes its place."""
+
+
+class LeftOut(BadSample):
+    """A row that is no sample, such as one without an image: another takes its place, and nobody needs to repair it."""

@@ -20,6 +20,14 @@ from reca.data.sample import (
 from reca.data.skipped import Skipped
 
 
+class NoImages(DataError):
+    """A folder without images. files: what it does hold, suffix -> names."""
+
+    def __init__(self, message: str, files: Mapping[str, Sequence[str]]):
+        super().__init__(message)
+        self.files = files
+
+
 class Folder:
     """Images below a folder, in order of their paths. A caption is the .txt beside an image.
 
@@ -35,9 +43,11 @@ class Folder:
         files = _walk(root, self.skipped)
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
-            raise DataError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}")
-        for name in sorted(files.get(".tar", ())):
-            self.skipped.add("tar files below a folder of images", name)
+            message = f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}"
+            raise NoImages(message, files)
+        for kind in ("tar", "parquet"):
+            for name in sorted(files.get(f".{kind}", ())):
+                self.skipped.add(f"{kind} files below a folder of images", name)
         self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
         self.skipped.warn(str(root))
 

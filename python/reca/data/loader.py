@@ -17,10 +17,10 @@ from reca.data.bad_samples import BadSamples
 from reca.data.batch import Batch, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
-from reca.data.errors import BadSample, DataError
+from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.order import make_order
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
-from reca.data.sampler import sample_index, substitute_index
 from reca.data.sources import DATA_KEYS, open_sources
 from reca.data.templates import load_templates
 from reca.data.views import Views
@@ -120,7 +120,7 @@ class Loader:
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
         self.rng = task_rng(seed, task)
-        self.order = task_rng(seed, task, 1).seed
+        self.order = make_order(source, task_rng(seed, task, 1).seed)
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache, self.prepare = cache, prepare
@@ -170,14 +170,12 @@ class Loader:
 
     def _read(self, position: int, cached: bool = True) -> Row:
         """The sample of a position, or its substitute. cached: features will do in place of views."""
-        size = len(self.source)
         for attempt in range(ATTEMPTS):
-            if attempt:
-                index = substitute_index(self.order, size, position, attempt)
-            else:
-                index = sample_index(self.order, size, position)
+            index = self.order.substitute(position, attempt) if attempt else self.order.index(position)
             try:
                 row = self._row(index, position, cached)
+            except LeftOut:
+                continue
             except BadSample as error:
                 self.bad_samples.add(index, str(error))
             else:

@@ -19,7 +19,7 @@ def substitute_index(seed: int, size: int, position: int, attempt: int) -> int:
     return int(_order(CounterRNG(seed, 1 + attempt).seed, epoch, size)[slot])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(CounterRNG(seed, epoch).seed)
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=generator).to(torch.int32)

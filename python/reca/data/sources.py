@@ -4,16 +4,20 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
 from reca.data.conversations import Conversations
 from reca.data.errors import DataError
-from reca.data.folder import Folder
+from reca.data.folder import Folder, NoImages
+from reca.data.parquet import Parquet, one_split
+from reca.data.patterns import expand
 from reca.data.sample import Source
 from reca.data.spec import call_source, parse_spec
-from reca.data.tars import Tars, expand
+from reca.data.tars import Tars
 
 DATA_KEYS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}  # task -> key of its samples
 TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
 
 
 def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
@@ -25,26 +29,44 @@ def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
             raise DataError(
                 f"objective.{task}.weight is above 0 but data.{DATA_KEYS[task]} is null; say where its samples are"
             )
-        sources[task] = open_source(text, task, config.image_root)
+        sources[task] = open_source(text, task, config.image_root, config.columns)
     return sources
 
 
-def open_source(text: str, task: str, image_root: str | None = None) -> Source:
-    """Open the source that a recipe's text describes: a folder, tars, a conversations file, or an importable spec.
+def open_source(text: str, task: str, image_root: str | None = None, columns: ColumnsConfig | None = None) -> Source:
+    """Open the source that a recipe's text describes: a folder, files or a pattern of them, or an importable spec.
 
-    task: with "t2i" every sample must have a caption, with "i2t" a conversation.
+    task: with "t2i" every sample must have a caption, with "i2t" a conversation. columns: of tables.
     Raises DataError when there is nothing to read, and when it is not clear what belongs together.
     """
     if parse_spec(text):
         return call_source(text, task, f"data.{DATA_KEYS[task]}")
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is no path; name the data, or null for none")
-    path = Path(text)
+    path, columns = Path(text), columns or ColumnsConfig()
     try:
+        if path.is_dir():
+            return _open_folder(path, task, image_root, columns)
+        if PARQUET.search(path.name):
+            return Parquet(expand(text, "parquet"), task, columns, image_root)
         if task == "i2t":
             return Conversations(path, image_root)
-        if not path.is_dir() and TAR.search(path.name):
-            return Tars(expand(text), task)
-        return Folder(path, task)
+        return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
     except OSError as error:  # of a folder above it that may not be looked into, say
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+
+
+def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
+    """Open a folder of images, or of parquet files where it holds no images."""
+    if task == "i2t":
+        tables = sorted(path.rglob("*.parquet"))
+        if not tables:
+            return Conversations(path, image_root)  # which says what is wrong
+    else:
+        try:
+            return Folder(path, task)
+        except NoImages as error:
+            tables = [path / name for name in error.files.get(".parquet", ())]
+            if not tables:
+                raise
+    return Parquet(one_split(tables, path), task, columns, image_root)

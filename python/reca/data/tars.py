@@ -1,14 +1,13 @@
 """Images in webdataset tars: which members make a sample, and how they are read."""
 
-import glob
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from reca.data.errors import BadSample, DataError
+from reca.data.patterns import some
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -21,9 +20,6 @@ from reca.data.sample import (
 )
 from reca.data.skipped import Skipped, log_once
 from reca.data.tar_index import Member, Stored, read_index
-
-MAX_SHARDS = 1_000_000
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Entry(NamedTuple):
@@ -58,8 +54,8 @@ class Tars:
                 self.entries.append(Entry(path, f"{shard}/{sample.image.name}", sample.image.stored, text))
         if not self.entries:
             why = f": left out are {self.skipped}" if self.skipped else ""
-            raise DataError(f"no images in {_some(paths)}{why}")
-        self.skipped.warn(_some(paths))
+            raise DataError(f"no images in {some(paths)}{why}")
+        self.skipped.warn(some(paths))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -187,47 +183,3 @@ def _read(path: Path, stored: Stored, limit: int, what: str) -> bytes:
     if len(data) != stored.size:
         raise BadSample(f"{path} is shorter than when the run began")
     return data
-
-
-def expand(spec: str) -> list[Path]:
-    """Paths of a tar, of a glob, or of {000..009} ranges. Raises DataError when one is missing."""
-    paths: dict[Path, None] = {}  # in order, each once
-    missing = []
-    for name in [spec] if os.path.exists(spec) else _ranges(spec):
-        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        paths |= dict.fromkeys(map(Path, found))
-        if not found:
-            missing.append(name)
-    if not paths:
-        raise DataError(f"no tar file matches {spec!r}")
-    if missing:
-        raise DataError(
-            f"{spec}: {len(missing)} of the range are missing: {_some(missing)}. Fetch them, or name the range that "
-            "is there"
-        )
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path} is no file, but {spec!r} names it as a tar")
-    return list(paths)
-
-
-def _ranges(spec: str) -> list[str]:
-    """The names of all numbers of all ranges in `spec`."""
-    names = [""]
-    end = 0
-    for match in RANGE.finditer(spec):
-        first, last = match.groups()
-        numbers = range(int(first), int(last) + 1)
-        if not numbers:
-            raise DataError(f"{spec}: the range {match[0]} is empty; write the smaller number first")
-        if len(names) * len(numbers) > MAX_SHARDS:
-            raise DataError(f"{spec}: {match[0]} makes more than {MAX_SHARDS} names")
-        between = spec[end : match.start()]
-        names = [f"{name}{between}{str(n).zfill(len(first))}" for name in names for n in numbers]
-        end = match.end()
-    return [name + spec[end:] for name in names]
-
-
-def _some(paths: Sequence[Path | str]) -> str:
-    shown = ", ".join(map(str, paths[:5]))
-    return shown if len(paths) <= 5 else f"{shown}, … ({len(paths)})"

@@ -1,0 +1,134 @@
+"""Columns of a table (parquet, Hugging Face datasets): which of them hold image and text, and what their cells mean."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from reca.data.chat_rows import BadRow, turns
+from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
+from reca.data.skipped import Skipped
+from reca.options import config_field
+
+IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
+# The names that are looked for where no key names a column.
+IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
+CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
+CONVERSATION_NAMES = ("conversations", "messages")
+
+
+@dataclass
+class ColumnsConfig:
+    """Keys that name the columns of a table."""
+
+    image: Optional[str] = config_field(
+        None, "column of a table that holds the images, or their paths or addresses; null finds it where it is clear"
+    )
+    caption: Optional[str] = config_field(None, "column of the captions; null finds it where it is clear")
+    conversations: Optional[str] = config_field(None, "column of the conversations; null: conversations or messages")
+
+
+class Columns(NamedTuple):
+    """The columns that samples of one task are made of."""
+
+    image: str
+    text: str | None
+
+
+def choose(forms: Mapping[str, str], task: str, config: ColumnsConfig, where: str) -> Columns:
+    """Choose the columns of a task. forms: name -> IMAGE, BYTES, TEXT, LIST or OTHER.
+
+    Raises DataError, with all columns there are, for a name that is not one of them, and where it is not clear which.
+    """
+    image = _named(forms, config.image, (IMAGE, BYTES, TEXT), "data.columns.image", where)
+    if image is None:
+        image = _only([n for n, form in forms.items() if form == IMAGE]) or _known(
+            forms, IMAGE_NAMES, (IMAGE, BYTES, TEXT), "images", "image", where
+        )
+    if task == "t2i":
+        text = _named(forms, config.caption, (TEXT,), "data.columns.caption", where)
+        text = text or _known(forms, CAPTION_NAMES, (TEXT,), "captions", "caption", where)
+    elif task == "i2t":
+        text = _named(forms, config.conversations, (LIST, TEXT), "data.columns.conversations", where)
+        text = text or _known(forms, CONVERSATION_NAMES, (LIST, TEXT), "conversations", "conversations", where)
+    else:
+        text = None
+    return Columns(image, text)
+
+
+def _only(names: list[str]) -> str | None:
+    return names[0] if len(names) == 1 else None
+
+
+def _named(forms: Mapping[str, str], name: str | None, wanted: tuple, key: str, where: str) -> str | None:
+    if name is None:
+        return None
+    if name not in forms:
+        near = get_close_matches(name, list(forms), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise DataError(f"{key}={name}: {where} has no such column{hint} Its columns are {_list(forms)}")
+    if forms[name] not in wanted:
+        raise DataError(f"{key}={name}: this column of {where} holds {forms[name]}. Its columns are {_list(forms)}")
+    return name
+
+
+def _known(forms: Mapping[str, str], names: tuple, wanted: tuple, what: str, key: str, where: str) -> str:
+    found = [name for name in names if forms.get(name) in wanted]
+    if len(found) != 1:
+        fault = f"{' and '.join(found)} may hold" if found else "no column of a known name holds"
+        raise DataError(f"{where}: {fault} the {what}; name one as data.columns.{key}. Its columns are {_list(forms)}")
+    return found[0]
+
+
+def _list(forms: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({form})" for name, form in forms.items())
+
+
+def make_sample(key: str, image: Any, text: Any, task: str, root: Path) -> Sample:
+    """Make a sample of the cells of one row. root: folder that paths in cells start from.
+
+    image: bytes, a path or address, or {"bytes": ..., "path": ...} as Hugging Face writes it.
+    Raises LeftOut for a row without an image, BadSample for what is no image, caption or conversation, and OSError.
+    """
+    data = image_bytes(image, root)
+    if task == "t2i":
+        if not isinstance(text, str):
+            raise BadSample("it has no caption")
+        checked_size(len(text), MAX_CAPTION_BYTES, "caption")
+        return Sample(key, data, decode_caption(text.encode("utf-8", "surrogatepass")))
+    return Sample(key, data, conversation(text) if task == "i2t" else None)
+
+
+def image_bytes(cell: Any, root: Path) -> bytes:
+    """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError as `make_sample`."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, list) and len(cell) == 1:
+        return image_bytes(cell[0], root)
+    if not cell:
+        raise LeftOut("rows without an image")
+    if isinstance(cell, bytes):
+        checked_size(len(cell), MAX_IMAGE_BYTES, "image")
+        return cell
+    if not isinstance(cell, str) or "\0" in cell:
+        raise BadSample("the image column holds neither bytes nor a path")
+    with (root / cell).open("rb") as file:
+        data = file.read(MAX_IMAGE_BYTES + 1)
+    checked_size(len(data), MAX_IMAGE_BYTES, "image")
+    return data
+
+
+def conversation(cell: Any) -> list:
+    """Return the turns of a conversations cell: a list, or a JSON text of one. Raises BadSample."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"the conversation is no JSON: {error}") from error
+    try:
+        return list(turns({"conversations": cell}, 0, Skipped()))
+    except BadRow as error:
+        raise BadSample(f"the turns {error}") from error

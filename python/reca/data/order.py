@@ -1,0 +1,116 @@
+"""Which sample stands at which position of the endless stream. There is no state but the position."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from reca.data.sample import Source
+from reca.data.sampler import sample_index, substitute_index
+from reca.rng import CounterRNG
+
+WINDOW = 2**27  # bytes of blocks that are shuffled together
+NEAR = 4  # substitutes that are looked for beside the sample, before any other sample of the source is taken
+
+
+class Block(NamedTuple):
+    """Samples that follow each other and are read at once, such as a row group."""
+
+    samples: int
+    bytes: int
+
+
+class Order(Protocol):
+    def index(self, position: int) -> int:
+        """Return the sample at a position. Every epoch holds every sample once."""
+        ...
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """Return what stands in for it when it cannot be used. attempt: counts from 1."""
+        ...
+
+
+def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
+    """Return the order of a source's samples: shuffled over all of them, or within windows of its `blocks` if it has
+    some, or as they are stored.
+    """
+    if not shuffle:
+        return Stored(len(source), seed)
+    blocks = getattr(source, "blocks", None)
+    return Shuffled(len(source), seed) if blocks is None else Windows(blocks, seed)
+
+
+class Shuffled:
+    """Every epoch is a permutation of all samples."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+
+    def index(self, position: int) -> int:
+        return sample_index(self.seed, self.size, position)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        return substitute_index(self.seed, self.size, position, attempt)
+
+
+class Stored(Shuffled):
+    """Every epoch is the samples as they are stored. Substitutes are any."""
+
+    def index(self, position: int) -> int:
+        return position % self.size
+
+
+class Windows:
+    """Every epoch permutes blocks, and samples among as many blocks as fill a window.
+
+    A sample costs as much to read as its whole block, so neighbours in the stream come out of few blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Block], seed: int):
+        self.seed = seed
+        self.samples = np.array([block.samples for block in blocks])
+        self.bytes = np.array([block.bytes for block in blocks])
+        self.first = np.cumsum(self.samples) - self.samples
+        self.size = int(self.samples.sum())
+        self._windows = functools.lru_cache(maxsize=4)(self._windows_of)
+        self._samples = functools.lru_cache(maxsize=16)(self._samples_of)
+
+    def index(self, position: int) -> int:
+        return self._at(position, 0)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        if attempt > NEAR:
+            return substitute_index(self.seed, self.size, position, attempt)
+        return self._at(position, attempt)
+
+    def _at(self, position: int, attempt: int) -> int:
+        epoch, slot = divmod(position, self.size)
+        starts, _ = self._windows(epoch)
+        window = int(np.searchsorted(starts, slot, "right")) - 1
+        return int(self._samples(epoch, window, attempt)[slot - starts[window]])
+
+    def _windows_of(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The first slot of every window, and its blocks."""
+        order = _permutation(CounterRNG(self.seed, epoch), len(self.samples))
+        windows: list[list[int]] = []
+        room = 0
+        for block in order:
+            if not windows or self.bytes[block] > room:
+                windows.append([])
+                room = WINDOW
+            windows[-1].append(block)
+            room -= self.bytes[block]
+        counts = [int(self.samples[window].sum()) for window in windows]
+        return np.array([0, *itertools.accumulate(counts[:-1])]), [np.array(window) for window in windows]
+
+    def _samples_of(self, epoch: int, window: int, attempt: int) -> np.ndarray:
+        blocks = self._windows(epoch)[1][window]
+        inside = np.concatenate([np.arange(self.samples[b]) + self.first[b] for b in blocks])
+        return inside[_permutation(CounterRNG(self.seed, epoch, window, attempt), len(inside))]
+
+
+def _permutation(rng: CounterRNG, size: int) -> np.ndarray:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(rng.seed)).numpy()

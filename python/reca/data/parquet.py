@@ -1,0 +1,216 @@
+"""Parquet files: images, captions and conversations in columns, as Hugging Face publishes them."""
+
+import functools
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reca import units
+from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, Columns, ColumnsConfig, choose, make_sample
+from reca.data.errors import BadSample, DataError
+from reca.data.order import WINDOW, Block
+from reca.data.patterns import some
+from reca.data.row_groups import RecentlyUsed
+from reca.data.sample import Sample, digest
+from reca.data.skipped import log_once
+from reca.files import HEAD, packed, placeholder
+
+LARGE = 2**29  # bytes of a row group above which a warning says what it costs
+MAGIC = b"PAR1"
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev)(?![A-Za-z])")
+
+
+class Group(NamedTuple):
+    """A row group: its file, its number there, its first row in the file, its rows, the bytes of its columns."""
+
+    file: int
+    number: int
+    first: int
+    rows: int
+    bytes: int
+
+
+class Parquet:
+    """Rows of parquet files. A row is read with the row group it is in; groups in use are kept in memory.
+
+    The index holds row groups alone, not rows: nothing but the footers is read when a file is opened.
+    A sample's key is FILE:ROW, rows counted from 0.
+    """
+
+    def __init__(self, paths: Sequence[Path], task: str, columns: ColumnsConfig, image_root: str | None = None):
+        _pyarrow()
+        self.paths, self.task = list(paths), task
+        common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+        self.names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
+        self.root = Path(image_root) if image_root else None
+        self.footers: list[str] = []
+        self.groups: list[Group] = []
+        self.columns: Columns | None = None
+        for file, path in enumerate(self.paths):
+            self._open(file, path, columns)
+        if not self.groups:
+            raise DataError(f"{some(self.paths)}: the parquet files hold no rows")
+        self.starts = np.cumsum([0, *(group.rows for group in self.groups)])
+        self.blocks = [Block(group.rows, group.bytes) for group in self.groups]
+        self.metadata = functools.lru_cache(maxsize=64)(self._metadata)
+        self.tables = RecentlyUsed(self._load, lambda number: self.groups[number].bytes, 2 * WINDOW)
+        self._warn_of_large_groups()
+
+    def _open(self, file: int, path: Path, config: ColumnsConfig) -> None:
+        metadata, footer = read_footer(path)
+        self.footers.append(footer)
+        schema = metadata.schema.to_arrow_schema()
+        columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
+        if self.columns not in (None, columns):
+            raise DataError(
+                f"{path} has {columns.image} and {columns.text} where {self.paths[0]} has {self.columns.image} and "
+                f"{self.columns.text}: name the columns as data.columns.image, .caption and .conversations"
+            )
+        self.columns, first = columns, 0
+        leaves = [
+            leaf
+            for leaf in range(metadata.num_columns)
+            if metadata.schema.column(leaf).path.split(".")[0] in (columns.image, columns.text)
+        ]
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
+            if group.num_rows:
+                self.groups.append(Group(file, number, first, group.num_rows, size))
+            first += group.num_rows
+
+    def _warn_of_large_groups(self) -> None:
+        largest = max(self.groups, key=lambda group: group.bytes)
+        if largest.bytes > LARGE:
+            log_once(
+                logging.WARNING,
+                f"{self.paths[largest.file]}: a row group holds {units.size(largest.bytes)}, and a row is read with "
+                "its whole group. Write the files again with smaller groups (row_group_size=100 of pyarrow's "
+                "write_table)",
+            )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        number, row = self._place(index)
+        group, table = self.groups[number], self.tables(number)
+        image = table.column(self.columns.image)[row].as_py()
+        try:
+            text = None if self.columns.text is None else table.column(self.columns.text)[row].as_py()
+        except UnicodeDecodeError as error:
+            raise BadSample(f"the column {self.columns.text} is not UTF-8") from error
+        root = self.root or self.paths[group.file].parent
+        return make_sample(self.key(index), image, text, self.task, root)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The group of a sample, and its row there."""
+        number = int(np.searchsorted(self.starts, index, "right")) - 1
+        return number, index - int(self.starts[number])
+
+    def _metadata(self, file: int) -> Any:
+        return read_footer(self.paths[file])[0]
+
+    def _load(self, number: int) -> Any:
+        """Read a row group's columns. Raises BadSample where its bytes are damaged."""
+        parquet, group = _pyarrow(), self.groups[number]
+        columns = [column for column in self.columns if column is not None]
+        try:
+            with parquet.ParquetFile(self.paths[group.file], metadata=self.metadata(group.file)) as file:
+                return file.read_row_group(group.number, columns=columns, use_threads=False)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise BadSample(f"row group {group.number} cannot be read: {error}") from error
+        except (ValueError, DataError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise BadSample(f"row group {group.number} cannot be read: {error}") from error
+
+    def key(self, index: int) -> str:
+        number, row = self._place(index)
+        group = self.groups[number]
+        return f"{self.names[group.file]}:{group.first + row}"
+
+    def size(self, index: int) -> int:
+        """Bytes of the file that the row is in: a file that is written again has another."""
+        try:
+            return os.stat(self.paths[self.groups[self._place(index)[0]].file]).st_size
+        except OSError:
+            return -1
+
+    def identity(self) -> str:
+        return digest([tuple(self.columns), *zip(self.names, self.footers, strict=True)])
+
+
+def form_of(kind: Any) -> str:
+    """The form of a column, by its Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_struct(kind) and {kind.field(i).name for i in range(kind.num_fields)} == {"bytes", "path"}:
+        return IMAGE
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+        return BYTES
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return TEXT
+    if types.is_list(kind) or types.is_large_list(kind):
+        return IMAGE if form_of(kind.value_type) == IMAGE else LIST
+    return OTHER
+
+
+def read_footer(path: Path) -> tuple[Any, str]:
+    """Return the metadata of a parquet file, and a digest of its size and footer, which knows where all columns lie.
+
+    Raises DataError for a file that is no parquet, or not whole.
+    """
+    parquet = _pyarrow()
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            tail = file.read(8)
+            if head[:4] != MAGIC or tail[4:] != MAGIC or size < 12:
+                cause = placeholder(head) or packed(head)
+                cut = "is cut off: it has no footer; fetch it again" if head[:4] == MAGIC else "is no parquet file"
+                raise DataError(f"{path} {cause or cut}")
+            length = int.from_bytes(tail[:4], "little")
+            file.seek(max(0, size - 8 - length))
+            footer = hashlib.sha256(b"%d " % size + file.read(length)).hexdigest()
+            file.seek(0)
+            return parquet.read_metadata(file), footer
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow raises both, and OSError without a number, for broken bytes
+        if getattr(error, "errno", None) is not None:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} is no readable parquet file: {error}; fetch it again") from error
+
+
+def one_split(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Return the files of a folder. Raises DataError where they belong to several splits: nobody trains on the test."""
+    splits = {match[1]: path.name for path in paths if (match := SPLIT.match(path.name))}
+    if len(splits) > 1:
+        names = " and ".join(sorted(splits))
+        raise DataError(
+            f"{folder} holds parquet files of the splits {names}: give those of one, such as "
+            f"'{folder}/**/train-*.parquet'"
+        )
+    return sorted(paths)
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(
+            f"parquet files need pyarrow, which cannot be imported ({error}): pip install pyarrow"
+        ) from error
+    return parquet

@@ -1,0 +1,60 @@
+"""Files by a pattern: one path, a glob, or a range of which every number must be there."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from reca.data.errors import DataError
+
+MAX_SHARDS = 1_000_000
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def expand(spec: str, kind: str = "tar") -> list[Path]:
+    """Return the paths of a file, of a glob, or of {000..009} ranges. kind: of the files, for messages.
+
+    Raises DataError when one is missing.
+    """
+    paths: dict[Path, None] = {}  # in order, each once
+    missing = []
+    for name in [spec] if os.path.exists(spec) else _ranges(spec):
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        paths |= dict.fromkeys(map(Path, found))
+        if not found:
+            missing.append(name)
+    if not paths:
+        raise DataError(f"no {kind} file matches {spec!r}")
+    if missing:
+        raise DataError(
+            f"{spec}: {len(missing)} of the range are missing: {some(missing)}. Fetch them, or name the range that "
+            "is there"
+        )
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} is no file, but {spec!r} names it as a {kind}")
+    return list(paths)
+
+
+def _ranges(spec: str) -> list[str]:
+    """The names of all numbers of all ranges in `spec`."""
+    names = [""]
+    end = 0
+    for match in RANGE.finditer(spec):
+        first, last = match.groups()
+        numbers = range(int(first), int(last) + 1)
+        if not numbers:
+            raise DataError(f"{spec}: the range {match[0]} is empty; write the smaller number first")
+        if len(names) * len(numbers) > MAX_SHARDS:
+            raise DataError(f"{spec}: {match[0]} makes more than {MAX_SHARDS} names")
+        between = spec[end : match.start()]
+        names = [f"{name}{between}{str(n).zfill(len(first))}" for name in names for n in numbers]
+        end = match.end()
+    return [name + spec[end:] for name in names]
+
+
+def some(paths: Sequence[Path | str]) -> str:
+    """Name the first files, and how many there are."""
+    shown = ", ".join(map(str, paths[:5]))
+    return shown if len(paths) <= 5 else f"{shown}, … ({len(paths)})"

@@ -1,0 +1,265 @@
+"""Parquet files as people have them: columns, row groups, order, and what is wrong with them."""
+
+import itertools
+import json
+import threading
+
+import pytest
+
+from reca.config import absolute_paths, load_recipe
+from reca.data import order, parquet
+from reca.data.columns import ColumnsConfig
+from reca.data.config import DataConfig
+from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.loader import open_loader
+from reca.data.row_groups import RecentlyUsed
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import fill, picture, said
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(path, columns, types=None, rows=4, **options):
+    """A parquet file of {column: values}, `rows` in a row group. Its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: pa.array(values, (types or {}).get(name)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), path, row_group_size=rows, **options)
+    return path
+
+
+def midjourney(path, first, count, rows=4):
+    """Rows as the Midjourney set of the paper has them."""
+    numbers = range(first, first + count)
+    return table(
+        path,
+        {
+            "id": [str(n) for n in numbers],
+            "image": [{"bytes": picture((n, 0, 0)), "path": None} for n in numbers],
+            "width": [8] * count,
+            "prompt": [f"prompt {n}" for n in numbers],
+            "llava": [f"an image of {n}" for n in numbers],
+            "llava_status": ["ok"] * count,
+        },
+        {"image": IMAGE},
+        rows,
+    )
+
+
+def opened(path, task="reca", image_root=None, **columns):
+    return open_source(str(path), task, image_root, ColumnsConfig(**columns))
+
+
+def test_the_midjourney_layout(tmp_path):
+    for n in range(3):
+        midjourney(tmp_path / "data" / f"train-0000{n}-of-00003.parquet", 10 * n, 10)
+    fill(tmp_path, {"README.md": b"# a data set"})
+    for path in (tmp_path, tmp_path / "data" / "*.parquet", tmp_path / "data" / "train-0000{0..2}-of-00003.parquet"):
+        source = opened(path)
+        assert len(source) == 30
+        assert [source[i].image for i in (0, 9, 10, 29)] == [picture((n, 0, 0)) for n in (0, 9, 10, 29)]
+    captions = opened(tmp_path, "t2i", caption="llava")
+    assert captions[17].text == "an image of 17" and captions.key(17) == "train-00001-of-00003.parquet:7"
+    with pytest.raises(DataError, match=r"prompt and llava may hold the captions; name one as data.columns.caption"):
+        opened(tmp_path, "t2i")
+
+
+@pytest.mark.parametrize(
+    ("columns", "types", "chosen"),
+    [
+        ({"anything": [{"bytes": picture(), "path": "x"}]}, {"anything": IMAGE}, {}),
+        ({"jpg": [picture()]}, None, {}),
+        ({"a": [picture()], "b": [b"x"]}, None, {"image": "a"}),
+        ({"image": ["a.png"]}, None, {}),
+        ({"image": [{"bytes": None, "path": "a.png"}]}, {"image": IMAGE}, {}),
+        ({"images": [[{"bytes": picture(), "path": None}]]}, {"images": pa.list_(IMAGE)}, {}),
+        ({"image": [picture()]}, {"image": pa.large_binary()}, {}),
+    ],
+)
+def test_where_an_image_may_be(tmp_path, columns, types, chosen):
+    fill(tmp_path, {"a.png": picture()})
+    source = opened(table(tmp_path / "t.parquet", columns, types), **chosen)
+    assert source[0].image == picture()
+
+
+def test_names_in_cells_start_from_image_root(tmp_path):
+    fill(tmp_path / "photos", {"a.png": picture()})
+    source = opened(table(tmp_path / "t.parquet", {"image": ["a.png", "b.png"]}), image_root=str(tmp_path / "photos"))
+    assert source[0].image == picture()
+    with pytest.raises(FileNotFoundError):
+        source[1]
+
+
+def test_a_column_that_is_not_there(tmp_path):
+    path = midjourney(tmp_path / "t.parquet", 0, 1)
+    with pytest.raises(
+        DataError,
+        match=r"data.columns.image=imagge: .*t.parquet has no such column; did you mean image\? Its columns are "
+        r"id \(text\), image \(image\), width \(other\), prompt \(text\)",
+    ):
+        opened(path, image="imagge")
+    with pytest.raises(DataError, match=r"data.columns.caption=width: this column of .* holds other"):
+        opened(path, "t2i", caption="width")
+    with pytest.raises(DataError, match=r"no column of a known name holds the images; name one as data.columns.image"):
+        opened(table(tmp_path / "u.parquet", {"a": [1], "b": [picture()]}))
+
+
+TALK = said("human", "<image>\nQ", "gpt", "A")
+MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize("cell", [TALK, json.dumps(TALK), MESSAGES])
+def test_conversations(tmp_path, cell):
+    path = table(tmp_path / "t.parquet", {"image": [picture()], "conversations": [cell]})
+    assert opened(path, "i2t")[0].text == [("Q", "A")]
+    assert opened(tmp_path, "i2t")[0].text == [("Q", "A")]
+
+
+def test_rows_that_are_no_samples(tmp_path):
+    path = table(
+        tmp_path / "t.parquet",
+        {
+            "image": [None, {"bytes": picture(), "path": None}, {"bytes": picture(), "path": None}],
+            "conversations": ["[]", "junk", json.dumps(said("gpt", "A", "human", "Q"))],
+            "caption": ["a", None, "  "],
+        },
+        {"image": IMAGE},
+    )
+    talk, captions = opened(path, "i2t"), opened(path, "t2i")
+    for source in (talk, captions):
+        with pytest.raises(LeftOut, match="without an image"):
+            source[0]
+    with pytest.raises(BadSample, match="the conversation is no JSON"):
+        talk[1]
+    with pytest.raises(BadSample, match="the turns have turns that do not alternate"):
+        talk[2]
+    with pytest.raises(BadSample, match="it has no caption"):
+        captions[1]
+    with pytest.raises(BadSample, match="the caption is empty"):
+        captions[2]
+
+
+VIEWS = Views(gen=View(4), und=None)
+
+
+def reds(path, count, **options):
+    """The red level of the samples of a stream, which tells them apart; the stream."""
+    config = DataConfig(images=str(path), decoder="pillow", max_bad_fraction=0.5, **{"workers": 0} | options)
+    stream = open_loader(config, "reca", VIEWS, seed=0, micro_batch=2)
+    found = [int(view[0, 0, 0]) for batch in itertools.islice(stream, count // 2) for view in batch.gen]
+    stream.close()
+    return found, stream
+
+
+def test_every_epoch_holds_every_row_and_windows_few_groups(tmp_path, monkeypatch):
+    midjourney(tmp_path / "a.parquet", 0, 30)
+    midjourney(tmp_path / "b.parquet", 30, 30)
+    source = opened(tmp_path)
+    monkeypatch.setattr(order, "WINDOW", 3 * max(block.bytes for block in source.blocks))
+    (found, _), (threads, _) = reds(tmp_path, 120), reds(tmp_path, 120, workers=3)
+    assert found == threads
+    assert sorted(found[:60]) == sorted(found[60:]) == list(range(60)) and found[:60] != found[60:]
+    groups = [red // 30 * 8 + red % 30 // 4 for red in found[:60]]
+    for start in range(0, 60 - 8, 8):  # 60 rows of at most 4 a group in windows of 3 groups or a little more
+        assert len(set(groups[start : start + 8])) <= 8
+    assert all(len({*groups[i : i + 6]}) <= 8 for i in range(54))
+    first = groups[:8]
+    assert set(first) & set(groups[24:]) == set()  # a window that is done does not come again in its epoch
+
+
+def test_a_row_group_is_read_once_while_it_is_used(tmp_path, monkeypatch):
+    midjourney(tmp_path / "a.parquet", 0, 40)
+    loads, load = [], parquet.Parquet._load
+    monkeypatch.setattr(parquet.Parquet, "_load", lambda self, number: loads.append(number) or load(self, number))
+    reds(tmp_path, 40, workers=3)
+    assert sorted(set(loads)) == list(range(10)) and len(loads) == 10
+
+
+def test_bytes_that_are_damaged_are_bad_samples(tmp_path):
+    path = midjourney(tmp_path / "a.parquet", 0, 20)
+    whole = pq.read_metadata(path)
+    place = whole.row_group(2).column(1).data_page_offset
+    with path.open("r+b") as file:
+        file.seek(whole.row_group(2).column(1).dictionary_page_offset or place)
+        file.write(b"\xff" * 64)
+    found, stream = reds(path, 40)
+    assert set(found) == set(range(20)) - {8, 9, 10, 11}
+    assert sorted(stream.bad_samples.bad) == sorted(f"a.parquet:{n}" for n in range(8, 12))
+    assert all("row group 2 cannot be read" in reason for reason in stream.bad_samples.bad.values())
+
+
+def test_an_image_that_is_none_is_a_bad_sample_with_its_row(tmp_path):
+    images = [picture((n, 0, 0)) for n in range(6)] + [b"junk", None]
+    found, stream = reds(table(tmp_path / "a.parquet", {"image": images}, {"image": pa.binary()}), 16)
+    assert set(found) == set(range(6))
+    assert stream.bad_samples.bad == {"a.parquet:6": stream.bad_samples.bad["a.parquet:6"]}  # no image is no fault
+
+
+def test_files_that_are_not_whole(tmp_path):
+    path = midjourney(tmp_path / "a.parquet", 0, 8)
+    data = path.read_bytes()
+    for name, content, words in (
+        ("cut.parquet", data[: len(data) // 2], "is cut off: it has no footer"),
+        ("page.parquet", b"<html>", "is a web page"),
+        ("empty.parquet", b"", "is empty"),
+        ("none.parquet", b"text", "is no parquet file"),
+        ("junk.parquet", b"PAR1" + bytes(20) + b"\x08\0\0\0PAR1", "is no readable parquet file"),
+    ):
+        with pytest.raises(DataError, match=f"{name} {words}"):
+            opened(fill(tmp_path, {name: content}) / name)
+    empty = table(tmp_path / "empty" / "none.parquet", {"image": pa.array([], pa.binary())})
+    with pytest.raises(DataError, match="hold no rows"):
+        opened(empty)
+
+
+def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
+    for split in ("train", "test"):
+        midjourney(tmp_path / f"{split}-00000-of-00001.parquet", 0, 2)
+    with pytest.raises(DataError, match="holds parquet files of the splits test and train: give those of one"):
+        opened(tmp_path)
+    assert len(opened(tmp_path / "train-*.parquet")) == 2
+
+
+def test_identity_is_of_contents_and_not_of_the_place(tmp_path):
+    one, two = (opened(midjourney(tmp_path / name / "a.parquet", 0, 4)).identity() for name in ("here", "there"))
+    other = opened(midjourney(tmp_path / "here" / "a.parquet", 1, 4)).identity()
+    captions = opened(tmp_path / "there", "t2i", caption="llava").identity()
+    assert len({one, other, captions}) == 3 and one == two and len(one) == 64
+
+
+def test_patterns_in_recipes_are_made_absolute(tmp_path, monkeypatch):
+    (tmp_path / "a[1]").mkdir()
+    monkeypatch.chdir(tmp_path / "a[1]")
+    midjourney(tmp_path / "a[1]" / "x.parquet", 0, 2)
+    recipe = load_recipe("show_o_512", ["data.images=*.parquet", "data.columns.image=image"])
+    assert len(opened(absolute_paths(recipe).data.images)) == 2
+
+
+def test_recently_used_values_are_bounded_and_loaded_once():
+    loads, gate = [], threading.Event()
+
+    def load(key):
+        gate.wait(10)
+        loads.append(key)
+        if key == 9:
+            raise ValueError("nine")
+        return key * 10
+
+    kept = RecentlyUsed(load, lambda key: 4, budget=10)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(kept(1))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert found == [10] * 4 and loads == [1]
+    assert [kept(key) for key in (2, 1, 3, 1, 2)] == [20, 10, 30, 10, 20]
+    assert loads == [1, 2, 3, 2] and kept.bytes == 8
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nine"):
+            kept(9)
+    assert loads[-2:] == [9, 9] and kept.bytes <= 8
