@@ -1,6 +1,9 @@
 """What CONTRIBUTING promises: a new model and a new op are a folder each, and nothing else is edited."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +65,33 @@ def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
     assert "gen_head" in command("check", str(recipe), "--gpus", "2")
     assert main(["edit", str(run), "--image", "a.png", "--instruction", "b"]) == 3
     assert "examples.custom_model cannot edit; recipes of bagel and open_uni can" in capsys.readouterr().err
+
+
+USE = """
+import torch
+from reca_kernels import backend_report, dispatch, native
+from reca_kernels.row_rms.op import row_rms
+
+assert "row_rms" in dispatch.OPS and "row_rms on cpu" in backend_report()
+assert dispatch.choose("row_rms", torch.zeros(1)) == ("cpu" if native.module else "reference")
+x = torch.randn(5, 3, requires_grad=True)
+compiled = torch.compile(row_rms, backend="aot_eager", fullgraph=True)
+wanted = torch.autograd.grad(row_rms(x, backend="reference").sum(), x)[0]
+for run in (row_rms, compiled):
+    torch.testing.assert_close(torch.autograd.grad(run(x).sum(), x)[0], wanted)
+try:
+    row_rms(x, backend="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_an_op_is_one_folder(tmp_path):
+    """The example in a copy of the library: dispatch, autograd and torch.compile know it, and no file was edited."""
+    library = tmp_path / "reca_kernels"
+    shutil.copytree(ROOT / "reca_kernels", library, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples/row_rms", library / "row_rms")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", USE], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "row_rms: backend 'cuda' was asked for, but" in done.stdout
