@@ -8,10 +8,9 @@ from torch import Tensor
 
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.weight_files import assign_state_dict
-from reca.models.open_uni import Adapter, Config, convert, modules, prompt
+from reca.models.open_uni import Adapter, Config, modules, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, VisionSizes
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import ConcatPlan
 from tests.golden.conftest import Golden
 
 ACTIVATION = {"atol": 2e-5, "rtol": 1e-4}  # cases.json
@@ -53,23 +52,27 @@ def expanded(model: Adapter, asked: prompt.Prompt) -> list[int]:
     return [*ids[:slot], *[context] * modules.hv_tokens(model.config), *ids[slot:]]
 
 
-def release_src(model: Adapter, layout: ConcatPlan) -> Tensor:
+def release_src(model: Adapter, layout: prompt.Layout) -> Tensor:
     """Ids of a layout as the release has them, int64 [B, L]."""
     context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
     return torch.where(layout.src < 0, context, layout.src).long()
 
 
-def planned(model: Adapter, prompts: list[prompt.Prompt], side: str) -> tuple[ConcatPlan, Tensor]:
-    return prompt.plan(prompts, modules.hv_tokens(model.config), side)
+def laid_out(model: Adapter, prompts: list[prompt.Prompt], side: str) -> tuple[prompt.Layout, Tensor]:
+    """The layout of prompts and its mask, bool [B, L]."""
+    layout = prompt.layout(prompts, modules.hv_tokens(model.config), side)
+    places, lengths = torch.arange(layout.src.shape[1]), torch.tensor(layout.lengths)[:, None]
+    return layout, places < lengths if side == "right" else places >= layout.src.shape[1] - lengths
 
 
 def build(golden: Golden) -> Adapter:
     model = Adapter(_config(golden.config), ByteTokenizer.of(golden))
     assign_state_dict(
-        model.mllm, convert.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden"
+        model.mllm, weights.mllm_native({n: t for n, t in golden.weights.items() if n.startswith("lmm.")}), "golden"
     )
-    assign_state_dict(model.vae, golden.part("vae."), "golden")
-    model.put_trained({n: t for n, t in golden.weights.items() if n.startswith(convert.TRAINED)}, "golden")
+    assign_state_dict(model.codec, golden.part("vae."), "golden")
+    trained = {n: t for n, t in golden.weights.items() if n.startswith(weights.TRAINED)}
+    weights.assign_published(model, trained, "golden")
     return model.eval()
 
 
@@ -146,7 +149,8 @@ def same_stages(record: Record, mask: Tensor, wanted: dict[str, Tensor]) -> None
     connector_out [B, Q, H]. Padding embeds nothing that counts, so it is not compared.
     """
     (_, prefix, _), (_, queries, hidden) = record.seen["language"]
-    assert torch.equal(prompt.extend(mask, queries["inputs_embeds"].shape[1]), wanted["llm_mask"])
+    seen = mask.new_ones(len(mask), queries["inputs_embeds"].shape[1])
+    assert torch.equal(torch.cat((mask, seen), dim=1), wanted["llm_mask"])
     embeds = torch.cat((prefix["inputs_embeds"], queries["inputs_embeds"].detach()), dim=1)
     real = wanted["llm_mask"]
     close(embeds[real], wanted["inputs_embeds"][real])

@@ -1,12 +1,15 @@
 """OpenUni against the public code: preprocessing, understanding, both losses, sampling, conversation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
-from reca.models.open_uni import prompt, sampling
+from reca.models.open_uni import loss, prompt, sampling
+from reca.rng import CounterRNG
 from tests.golden.open_uni import (
     GRADIENT,
     ByteTokenizer,
@@ -15,7 +18,7 @@ from tests.golden.open_uni import (
     build,
     close,
     expanded,
-    planned,
+    laid_out,
     release_src,
     same_stages,
     wrong_norms,
@@ -64,14 +67,14 @@ def test_understanding(golden, model):
     close(model.vit_pixels(pixels), data["und.vit_pixels"])
     hidden = model.mllm.model.vision_tower(data["und.vit_pixels"]).last_hidden_state
     close(hidden.detach(), data["und.vit_last_hidden"])
-    close(model.understand(pixels), data["und.h_v"])
+    close(model.encode_understanding(pixels), data["und.h_v"])
 
 
 def test_autoencoder(golden, model):
     data = golden.data
     close(model.latents(data["und.pixel_values"]), data["vae.latents"])
     with torch.no_grad():
-        close(model.vae.decode(data["vae.latents"] / model.vae.config.scaling_factor).sample, data["vae.decoded"])
+        close(model.codec.decode(data["vae.latents"] / model.codec.config.scaling_factor).sample, data["vae.decoded"])
 
 
 def test_prompt_texts(golden, model):
@@ -85,8 +88,8 @@ def test_prompt_texts(golden, model):
 
 @pytest.mark.parametrize("task", ["reca", "t2i"])
 def test_ids_and_padding(golden, model, rng, task):
-    prompts = model.prompts(batch(golden, task), rng)
-    layout, mask = planned(model, prompts, "left" if task == "reca" else "right")
+    prompts = loss.sample_prompts(model, batch(golden, task), rng)
+    layout, mask = laid_out(model, prompts, "left" if task == "reca" else "right")
     assert torch.equal(mask, golden.data[f"{task}.attention_mask"])
     wanted = golden.data[f"{task}.input_ids"]
     assert torch.equal(release_src(model, layout), torch.where(mask, wanted, prompt.PAD_ID))
@@ -101,19 +104,19 @@ def test_loss_and_every_stage_of_it(golden, model, rng, task):
     part["query_hidden"] = data[f"{task}.llm_query_hidden"]
     model.zero_grad()
     with Record(model) as record:
-        term = model.loss(batch(golden, task), features(golden, task), rng)
+        term = model(replace(batch(golden, task), features=features(golden, task)), rng)
     same_stages(record, data[f"{task}.attention_mask"], part)
     ((noisy,), given, (velocity,)) = record.seen["dit"][0]
     close(noisy, data[f"{task}.noisy"])
     close(given["encoder_hidden_states"].detach(), data[f"{task}.prompt_embeds"])
     close(given["timestep"], data[f"{task}.timesteps"])
     samples = torch.arange(len(noisy))
-    close(model.sigma(rng, samples), data["train.sigmas_at_timesteps"][samples])
+    close(loss.noise_level(rng, samples), data["train.sigmas_at_timesteps"][samples])
     close(velocity.detach(), data[f"{task}.model_pred"])
-    loss = term.sum / term.weight
-    close(loss.detach(), data[f"{task}.loss"])
+    mean = term.sum / term.weight
+    close(mean.detach(), data[f"{task}.loss"])
 
-    loss.backward()
+    mean.backward()
     cases = golden.cases
     assert not wrong_norms(model, cases["grad_norms"][task], cases["zero_grad_params"][task])
     parameters = dict(model.named_parameters())
@@ -130,11 +133,11 @@ def test_generation(golden, model):
     assert [row.ids for row in asked] == [
         model.tokenizer.whole(text) for text in golden.cases["strings"]["gen_prompts"]
     ]
-    layout, mask = planned(model, asked, "right")
+    layout, mask = laid_out(model, asked, "right")
     assert torch.equal(mask, data["gen.attention_mask"])
     assert torch.equal(layout.src[mask].long(), data["gen.input_ids"][mask])
     with torch.no_grad():
-        cond, uncond = (model.condition([row], None, "right") for row in asked)
+        cond, uncond = (sampling.condition(model, [row], None) for row in asked)
     close(torch.cat((cond, uncond)), data["gen.prompt_embeds"])
 
     solver = sampling.scheduler()
@@ -163,15 +166,19 @@ def test_conversation(golden, model):
     asked, answered = golden.cases["strings"]["i2t_text"].split("<|im_end|>\n<|im_start|>assistant\n")
     turn = Turn(asked.rsplit("</img>\n", 1)[1], answered.removesuffix("<|im_end|>"))
     sample = Batch("i2t", torch.arange(1), [[turn]])
-    talk = model.conversation(sample.text[0])
+    talk = prompt.conversation(model.tokenizer, sample.text[0])
     labels = expanded(model, talk._replace(ids=talk.labels))  # one for every row of h_v, too
     context = model.tokenizer.convert_tokens_to_ids(prompt.CONTEXT)
     assert [expanded(model, talk)] == data["i2t.input_ids"].tolist()
     assert [[-100 if label == context else label for label in labels]] == data["i2t.labels"].tolist()
     h_v = data["und.h_v"][:1]
     with Record(model) as record:
-        term = model.loss(sample, {"h_v": h_v}, None)
+        term = model(replace(sample, features={"h_v": h_v}), CounterRNG(0))
     logits = model.mllm.lm_head(record.seen["language"][0][2].last_hidden_state)
     close(logits.detach(), data["i2t.logits"])
     close((term.sum / term.weight).detach(), data["i2t.loss"])
-    assert model.weight(sample, None) == term.weight == sum(label != -100 for label in talk.labels[1:])
+    assert (
+        model.prepare(sample, CounterRNG(0)).weight
+        == float(term.weight)
+        == sum(label != -100 for label in talk.labels[1:])
+    )

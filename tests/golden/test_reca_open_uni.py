@@ -1,6 +1,7 @@
 """OpenUni's RECA step against the released RECA code: data, prompt, two losses, one optimizer update."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from reca.config import OptimConfig
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.models.open_uni import loss
 from reca.optim import freeze, gradient_norm, make_optimizer, set_lr
 from tests.golden.open_uni import (
     GRADIENT,
@@ -17,7 +19,7 @@ from tests.golden.open_uni import (
     build,
     close,
     expanded,
-    planned,
+    laid_out,
     release_src,
     same_stages,
 )
@@ -43,7 +45,7 @@ def batch(golden):
 
 def step(model, golden, batch, name):
     features = {"latents": golden.data["latents"], "h_v": golden.data["h_v"]}
-    return model.loss(batch, features, Recorded(golden.data[f"{name}.noise"], golden.data[f"{name}.u"]))
+    return model(replace(batch, features=features), Recorded(golden.data[f"{name}.noise"], golden.data[f"{name}.u"]))
 
 
 def test_crop_and_resize(golden, model):
@@ -53,17 +55,17 @@ def test_crop_and_resize(golden, model):
 
 
 def test_ids(golden, model, batch):
-    prompts = model.prompts(batch, None)
+    prompts = loss.sample_prompts(model, batch, None)
     assert [expanded(model, asked) for asked in prompts] == [
         golden.data[f"data.ids_{i}"].tolist() for i in range(len(prompts))
     ]
-    layout, mask = planned(model, prompts, "left")
+    layout, mask = laid_out(model, prompts, "left")
     assert torch.equal(mask, golden.data["batch.attention_mask"])
     assert torch.equal(release_src(model, layout), golden.data["batch.input_ids"])
 
 
 def test_frozen_encoders(golden, model):
-    close(model.understand(golden.data["batch.pixel_values_src"]), golden.data["h_v"])
+    close(model.encode_understanding(golden.data["batch.pixel_values_src"]), golden.data["h_v"])
     close(model.latents(golden.data["batch.pixel_values"]), golden.data["latents"])
 
 

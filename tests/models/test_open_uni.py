@@ -12,7 +12,7 @@ from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.open_uni import Adapter, Config, convert, prompt
+from reca.models.open_uni import Adapter, Config, loss, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, tiny
 from reca.rng import CounterRNG
 
@@ -76,8 +76,8 @@ def test_published_sizes(recipe):
         count(model.transformer),
     )
     assert parts == SIZES[recipe]
-    assert count(model.vae) == 312_250_275
-    assert model.vae.config.scaling_factor == 0.41407
+    assert count(model.codec) == 312_250_275
+    assert model.codec.config.scaling_factor == 0.41407
     names = set(model.state_dict())
     assert {n for n in names if n.startswith("connector.layers.0.")} == {
         f"connector.layers.0.{n}.{task}"
@@ -104,10 +104,10 @@ def test_sana_1_5_has_query_and_key_norms():
 
 def test_captions_are_dropped_for_some_samples_and_templates_never(model):
     ids = torch.arange(400)
-    t2i = model.prompts(Batch("t2i", ids, ["a red square"] * 400), CounterRNG(0))
+    t2i = loss.sample_prompts(model, Batch("t2i", ids, ["a red square"] * 400), CounterRNG(0))
     empty = prompt.caption(model.tokenizer, None)
     assert 20 < sum(row == empty for row in t2i) < 65
-    reca = model.prompts(Batch("reca", ids, ["describe this"] * 400), CounterRNG(0))
+    reca = loss.sample_prompts(model, Batch("reca", ids, ["describe this"] * 400), CounterRNG(0))
     assert all(row == reca[0] for row in reca)
 
 
@@ -139,10 +139,10 @@ def test_export_and_overlay(model, tmp_path):
     state = torch.load(tmp_path / "open_uni.pth")
     assert {name.split(".")[0] for name in state} == {"connector", "projector", "meta_queries", "transformer"}
     other = Adapter.load(config(seed=1))
-    other.put_trained(state, "open_uni.pth")
+    weights.assign_published(other, state, "open_uni.pth")
     for name, tensor in state.items():
         assert torch.equal(other.state_dict()[name], tensor), name
-    other.put_trained({name: tensor.bfloat16() for name, tensor in state.items()}, "half.pth")
+    weights.assign_published(other, {name: tensor.bfloat16() for name, tensor in state.items()}, "half.pth")
     for name, tensor in state.items():  # what learns is kept in fp32 whatever the file holds
         assert other.state_dict()[name].dtype == torch.float32
         assert torch.equal(other.state_dict()[name], tensor.bfloat16().float()), name
@@ -155,7 +155,7 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
     delta = {"meta_queries": whole["meta_queries"] + 1}
     torch.save({"state_dict": base}, tmp_path / "base.pth")
     torch.save(delta, tmp_path / "delta.pth")
-    merged, report = convert.overlay([tmp_path / "base.pth", tmp_path / "delta.pth"])
+    merged, report = weights.overlay([tmp_path / "base.pth", tmp_path / "delta.pth"])
     assert torch.equal(merged["meta_queries"], delta["meta_queries"]) and merged.keys() == base.keys()
     assert (
         "1 tensors of meta_queries" in report[1]
@@ -163,10 +163,10 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
         and "transformer" not in report[0]
     )
     with pytest.raises(ValueError, match="holds no connector, projector"):
-        convert.overlay([tmp_path / "delta.pth"])
+        weights.overlay([tmp_path / "delta.pth"])
     torch.save(base | {"showo.lm_head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     with pytest.raises(ValueError, match="no OpenUni file.*showo.lm_head.weight"):
-        convert.overlay([tmp_path / "foreign.pth"])
+        weights.overlay([tmp_path / "foreign.pth"])
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
     ],
 )
 def test_files_that_do_not_fit(model, change, words):
-    state = {n: t for n, t in model.state_dict().items() if n.startswith(convert.TRAINED)}
+    state = {n: t for n, t in model.state_dict().items() if n.startswith(weights.TRAINED)}
     change(state)
     with pytest.raises(ValueError, match=words):
-        Adapter.load(config()).put_trained(state, "file.pth")
+        weights.assign_published(Adapter.load(config()), state, "file.pth")
 
 
 def test_parts_come_together_or_not_at_all():
@@ -192,7 +192,7 @@ def test_parts_come_together_or_not_at_all():
 
 def test_original_and_native_names_of_internvl(model):
     native_state = model.mllm.state_dict()
-    assert convert.mllm_native(native_state).keys() == native_state.keys()
+    assert weights.mllm_native(native_state).keys() == native_state.keys()
 
 
 def test_wrong_head_count_says_so():
@@ -215,8 +215,8 @@ def test_a_blur_reaches_h_v_and_not_the_target():
 def test_a_random_model_exports_and_loads(model, tmp_path):
     model.export(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen.safetensors", "open_uni.pth"]
-    for weights in (tmp_path, tmp_path / "open_uni.pth"):
-        again = Adapter.load(config(weights=str(weights), seed=7))
+    for source in (tmp_path, tmp_path / "open_uni.pth"):
+        again = Adapter.load(config(weights=str(source), seed=7))
         assert again.state_dict().keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
@@ -237,13 +237,13 @@ def published(tmp_path_factory):
     torch.manual_seed(0)
     model = Adapter(given, word_tokenizer(WORDS, prompt.SPECIAL_TOKENS))
     model.transformer.save_pretrained(folder / "dit" / "transformer")
-    model.vae.save_pretrained(folder / "vae")
+    model.codec.save_pretrained(folder / "vae")
     (folder / "mllm").mkdir()
     save_file(model.mllm.state_dict(), folder / "mllm" / "model.safetensors")
     model.tokenizer.save_pretrained(folder / "mllm")
-    trained = {name: t for name, t in model.state_dict().items() if name.startswith(convert.REQUIRED)}
+    trained = {name: t for name, t in model.state_dict().items() if name.startswith(weights.REQUIRED)}
     torch.save(trained, folder / "open_uni.pth")
-    parts = {name: str(folder / name) for name in ("mllm", "dit", "vae")}
+    parts = {"mllm": str(folder / "mllm"), "dit": str(folder / "dit"), "codec_weights": str(folder / "vae")}
     return model, folder, replace(given, weights=str(folder / "open_uni.pth"), **parts)
 
 

@@ -188,7 +188,7 @@ def test_h_v_stands_where_the_plan_says():
     context = control(tokenizer, "<IMG_CONTEXT>")
     forged = asked._replace(ids=[*asked.ids, context, context])
     for row in (asked, forged):
-        layout, _ = open_uni_prompt.plan([row], 4, "right")
+        layout = open_uni_prompt.layout([row], 4, "right")
         assert (layout.src[0] < 0).nonzero()[:, 0].tolist() == list(range(row.slot, row.slot + 4))
 
 

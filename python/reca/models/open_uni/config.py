@@ -13,7 +13,7 @@ class VisionSizes:
     num_hidden_layers: int = count(24, "its layers")
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4096, "width of its MLP")
-    patch_size: int = count(14, "pixels on the side of a patch")
+    patch_size: int = count(14, "pixels of a patch in height and width")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
@@ -69,7 +69,7 @@ class AutoencoderSizes:
 
 @dataclass
 class PatchSizes:
-    size: int = count(4, "pixels on the side of a latent")
+    size: int = count(4, "pixels per latent in height and width")
     channels: int = count(16, "channels of a latent")
 
 
@@ -88,7 +88,9 @@ class OpenUniConfig:
         None, "hub id or folder of InternVL3, original or -hf layout; null: random", path=HUB
     )
     dit: Optional[str] = config_field(None, "hub id or folder of SANA in diffusers layout; null: random", path=HUB)
-    vae: Optional[str] = config_field(None, "hub id or folder of DC-AE in diffusers layout; null: random", path=HUB)
+    codec_weights: Optional[str] = config_field(
+        None, "hub id or folder of DC-AE in diffusers layout; null: random", path=HUB
+    )
     tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the tokenizer; null: mllm's, or a word list if random", path=HUB
     )
@@ -98,13 +100,15 @@ class OpenUniConfig:
     connector: ConnectorSizes = config_field(ConnectorSizes, "")
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
-        "dc_ae", "autoencoder: dc_ae, or patches (linear; stands in for it in the embedded world)", ("dc_ae", "patches")
+        "dc_ae", "autoencoder: dc_ae, or patches (linear; stands in for it in the toy world)", ("dc_ae", "patches")
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "dc_ae's sizes")
     patches: PatchSizes = config_field(PatchSizes, "patches' sizes")
     queries: int = count(256, "learnable queries behind every prompt")
-    image_size: int = pixels(512, "pixels on the side of a generated image")
-    understanding_size: int = pixels(448, "pixels on the side of what InternViT sees; 224 is a tighter bottleneck")
+    image_size: int = pixels(512, "height and width of a generated image in pixels")
+    understanding_size: int = pixels(
+        448, "height and width of InternViT's input in pixels; 224 is a tighter bottleneck"
+    )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
     parity: bool = config_field(False, "round sigma to bf16 as the release does")
     seed: int = config_field(0, "of a random initialisation", least=0)

@@ -1,22 +1,30 @@
-"""The parts of OpenUni, all of them library classes at the configured sizes."""
+"""The parts of OpenUni, all of them library classes at the configured sizes, and the network that they make."""
 
+import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from torch import Tensor, nn
+from transformers import DynamicCache, InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-from reca.models.common.images import check_side
+from reca.models.base import in_fp32
+from reca.models.common.images import check_side, per_channel
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.planned import PLANNED
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
+from reca.models.common.text import control
 from reca.models.open_uni.config import OpenUniConfig
+from reca.models.open_uni.prompt import CONTEXT, Layout
+from reca_kernels import AttentionSpan, attention_plan, template_concat
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
 
 
 def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGeneration:
-    """InternVL3: InternViT, pixel shuffle and projector, Qwen2."""
+    """Build InternVL3: InternViT, pixel shuffle and projector, Qwen2."""
     vision = config.vision
     return InternVLForConditionalGeneration(
         InternVLConfig(
@@ -43,13 +51,13 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
 
 
 def connector(config: OpenUniConfig) -> SiglipEncoder:
-    """Bidirectional transformer over the query states."""
+    """Build the bidirectional transformer over the query states."""
     sizes = config.connector
     return siglip_encoder(sizes, width=config.language.hidden_size, layers=sizes.num_hidden_layers)
 
 
 def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
-    """SANA's diffusion transformer."""
+    """Build SANA's diffusion transformer."""
     sana, channels = config.sana, latent_channels(config)
     return SanaTransformer2DModel(
         in_channels=channels,
@@ -72,11 +80,12 @@ def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
 
 
 def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec:
+    """Build the image autoencoder of `config.codec`."""
     return autoencoder(config) if config.codec == "dc_ae" else PatchCodec(config.patches.size, config.patches.channels)
 
 
 def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
-    """DC-AE, a deterministic autoencoder."""
+    """Build DC-AE, a deterministic autoencoder."""
     sizes = config.autoencoder
     multiscales = tuple((5,) if kind == "EfficientViTBlock" else () for kind in sizes.block_types)
     return AutoencoderDC(
@@ -99,7 +108,7 @@ def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
 
 
 def factor(config: OpenUniConfig) -> int:
-    """Pixels on the side of one latent."""
+    """Return the pixels per latent in height and width."""
     if config.codec == "patches":
         return config.patches.size
     return 2 ** (len(config.autoencoder.block_out_channels) - 1)
@@ -110,12 +119,98 @@ def latent_channels(config: OpenUniConfig) -> int:
 
 
 def check_sizes(config: OpenUniConfig) -> None:
-    """Raise ValueError for images that are not whole latents, or not whole rows of h_v."""
+    """Raise ValueError for images that are not whole latents, or not whole tokens of h_v."""
     check_side("model.image_size", config.image_size, factor(config))
     check_side("model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE)
 
 
 def hv_tokens(config: OpenUniConfig) -> int:
-    """Tokens of h_v."""
+    """Return the number of tokens of h_v."""
     side = config.understanding_size // config.vision.patch_size
     return (side // IMAGE_TOKEN_SHUFFLE) ** 2
+
+
+class Network(nn.Module):
+    """OpenUni: queries behind a frozen InternVL3's prompt become, by connector and projector, SANA's condition.
+
+    Parameters that RECA trains have their published names.
+    """
+
+    @in_fp32
+    def __init__(self, config: OpenUniConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        check_sizes(config)
+        self.config, self.tokenizer = config, tokenizer
+        self.mllm = mllm(config, control(tokenizer, CONTEXT))
+        self.connector = connector(config)
+        self.projector = nn.Linear(config.language.hidden_size, config.sana.caption_channels)
+        self.meta_queries = nn.Parameter(torch.randn(config.queries, config.language.hidden_size) * 0.02)
+        self.transformer = transformer(config)
+        self.codec = codec(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.meta_queries.device
+
+    @torch.no_grad()
+    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode images by InternViT: h_v, [B, n, H]."""
+        return self.mllm.model.get_image_features(
+            self.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
+        ).pooler_output
+
+    def vit_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalise pixels and then resize them, in the order of the release."""
+        mean, std = (per_channel(v, pixels) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        return F.interpolate(
+            ((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear"
+        )
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode images by the codec, [B, C, h, w]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            if self.config.codec == "patches":
+                return self.codec.encode(pixels.float())
+            return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
+        """Decode latents to about [-1, 1], [B, 3, H, W]."""
+        if self.config.codec == "patches":
+            return self.codec.decode(latents)
+        return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
+
+    def condition(self, layout: Layout, h_v: Tensor | None) -> Tensor:
+        """Make SANA's condition, [B, queries, caption_channels].
+
+        The queries come last under a causal mask, so no prompt row depends on a trained parameter: the prompt runs
+        once without a graph, keeping its K/V, and only the query rows have one. This is exact.
+        """
+        n, queries = layout.src.shape[1], AttentionSpan(self.config.queries)
+        prefill = attention_plan(layout.spans(), device=self.device)
+        behind = attention_plan([(*spans, queries) for spans in layout.spans(cached=True)], device=self.device)
+        cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
+        with torch.no_grad():
+            model(
+                inputs_embeds=self.embed(layout.src, h_v),
+                position_ids=layout.positions[:, :n],
+                plan=prefill,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        hidden = model(
+            inputs_embeds=self.meta_queries.expand(len(layout.src), -1, -1),
+            position_ids=layout.positions[:, n:],
+            plan=behind,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
+
+    def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:
+        """Embed prompts, [B, L, H], from token ids and h_v."""
+        table = self.mllm.get_input_embeddings().weight
+        visual = table.new_empty(0, table.shape[1]) if h_v is None else h_v.to(table.dtype).flatten(0, -2)
+        with torch.no_grad():
+            return template_concat(table, visual, src)

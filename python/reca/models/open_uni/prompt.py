@@ -1,4 +1,7 @@
-"""OpenUni's sequences: [chat turn with h_v and text][queries], causal; the queries come last."""
+"""OpenUni's sequences: [chat turn with h_v and text][queries], causal; the queries come last.
+
+Ids are padded, to the left or to the right of the prompt as in the release; queries stand behind the padding.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,96 +10,88 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from reca.models.common import chat
+from reca.models.common.chat import END, START, Prompt, caption_request, chat_turn, reply_start
 from reca.models.common.text import control, encode
-from reca_kernels import AttentionSpan, ConcatPlan, TextSegment, VisualSegment, concat_plan
+from reca_kernels import IGNORE_INDEX, AttentionSpan, concat_plan
+from reca_kernels.host import on_device
 
-START, END, IMAGE, END_OF_IMAGE, CONTEXT = "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"
+IMAGE, END_OF_IMAGE, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIAL_TOKENS = [START, END, IMAGE, END_OF_IMAGE, CONTEXT]
-IGNORE = -100
-UNCONDITIONAL = "Generate an image."
 KEEP = "Keep the image as it is."
 PAD_ID = 0  # the release pads with id 0, whatever the tokenizer calls its padding
 MAX_TEXT = 128  # ids of a text-to-image prompt
 MAX_LENGTH = 2048
 
 
-class Prompt(NamedTuple):
-    """Ids, the place among them where h_v goes (None: there is none), and labels (None: nothing is learned)."""
-
-    ids: list[int]
-    slot: int | None = None
-    labels: list[int] | None = None
-
-
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
-    """Text to image; None is the unconditional prompt."""
-    content = UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"
-    opens = control(tokenizer, IMAGE)
-    return Prompt([control(tokenizer, START), *encode(tokenizer, f"user\n{content}"), *_reply(tokenizer), opens])
+    """Ask for the image of a caption, cut to what the release keeps; None is the unconditional prompt."""
+    return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
+
+
+def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
+    """Tokenise `caption` before it is cut."""
+    return [*chat_turn(tokenizer, caption_request(text)), control(tokenizer, IMAGE)]
 
 
 def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """An image and a text, and a reply that opens an image. most: tokens that the text is cut to."""
+    """Give an image and a text, and open an image in reply. most: tokens that the text is cut to."""
     asked = question(tokenizer, text, most)
     return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """An image and a text, and the start of the reply."""
+    """Ask about an image. most: tokens that the text is cut to."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
     behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")[:most]]
-    return Prompt([*before, *behind, *_reply(tokenizer)], len(before))
+    return Prompt([*before, *behind, *reply_start(tokenizer)], len(before))
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
-    """A conversation about an image; only answers and the token that ends them are learned."""
-    ids, slot, labels = [], None, []
-    for i, (asked, answered) in enumerate(turns):
-        if i == 0:
-            heard, slot, _ = question(tokenizer, asked)
-        else:
-            heard = [control(tokenizer, START), *encode(tokenizer, f"user\n{asked}"), *_reply(tokenizer)]
-        answer = [*encode(tokenizer, answered), control(tokenizer, END)]
-        newline = encode(tokenizer, "\n") if i + 1 < len(turns) else []
-        ids += heard + answer + newline
-        labels += [IGNORE] * len(heard) + answer + [IGNORE] * len(newline)
-    return Prompt(ids, slot, labels)
+    """Label a conversation about an image; replies and their ends are learned."""
+    return chat.conversation(tokenizer, turns, question)
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between a user's text and the reply to it."""
-    start, end = control(tokenizer, START), control(tokenizer, END)
-    return [end, *encode(tokenizer, "\n"), start, *encode(tokenizer, "assistant\n")]
+class Layout(NamedTuple):
+    """A padded batch of prompts, and the queries behind them.
+
+    src        int32 [B, L]: token ids; -1 - r for row r of the batch's h_v
+    labels     int64 [B, L]: what is learned of a token, IGNORE_INDEX for nothing
+    positions  int64 [B, L + queries]: padding does not count
+    lengths    [sample]: tokens of its prompt
+    side       of the padding: left or right
+    """
+
+    src: Tensor
+    labels: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    side: str
+
+    def to(self, device: torch.device) -> "Layout":
+        tensors = {name: on_device(getattr(self, name), device) for name in ("src", "labels", "positions")}
+        return self._replace(**tensors)
+
+    @property
+    def labelled(self) -> int:
+        """How many labels there are. It is counted, so ask on the host."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def spans(self, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
+        """Return per sample what its rows see."""
+        found = []
+        for length in self.lengths:
+            pad = AttentionSpan(self.src.shape[1] - length, "pad", cached=cached)
+            own = AttentionSpan(length, cached=cached)
+            found.append((pad, own) if self.side == "left" else (own, pad))
+        return found
 
 
-def plan(prompts: Sequence[Prompt], visual: int, side: str) -> tuple[ConcatPlan, Tensor]:
-    """Layout of a padded batch and its mask, bool [B, L]. visual: rows of h_v of every prompt that has a slot."""
-    samples = []
-    for ids, slot, labels in prompts:
-        learned = labels or [IGNORE] * len(ids)
-        segments = [TextSegment(ids, learned)]
-        if slot is not None:
-            before, behind = TextSegment(ids[:slot], learned[:slot]), TextSegment(ids[slot:], learned[slot:])
-            segments = [before, VisualSegment(visual), behind]
-        samples.append(segments)
-    layout = concat_plan(samples, layout=side, pad_id=PAD_ID)
-    return layout, layout.segment_ids >= 0
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids, int64 [B, L]: padding does not count."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def runs(mask: Tensor, side: str, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
-    """Per sample what its rows see. mask: of a batch padded on `side`, on the host."""
-    found = []
-    for rows in mask.sum(1).tolist():
-        both = AttentionSpan(mask.shape[1] - rows, "pad", cached=cached), AttentionSpan(rows, cached=cached)
-        found.append(both if side == "left" else both[::-1])
-    return found
-
-
-def extend(mask: Tensor, queries: int) -> Tensor:
-    """The mask of prompt and queries, bool [B, L + queries]."""
-    return torch.cat((mask, mask.new_ones(len(mask), queries)), dim=1)
+def layout(prompts: Sequence[Prompt], hv_tokens: int, side: str, queries: int = 0) -> Layout:
+    """Lay out prompts, padded on `side`. hv_tokens: tokens of h_v in every prompt that has a slot."""
+    plan = concat_plan([asked.segments(hv_tokens) for asked in prompts], layout=side, pad_id=PAD_ID)
+    mask = plan.segment_ids >= 0
+    lengths = tuple(mask.sum(1).tolist())
+    mask = torch.cat((mask, mask.new_ones(len(mask), queries)), dim=1)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return Layout(plan.src, plan.labels, positions, lengths, side)

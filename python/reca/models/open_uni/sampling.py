@@ -1,25 +1,96 @@
-"""Text (and image) to image: diffusers' SANA pipeline over OpenUni's conditions."""
-
-from typing import TYPE_CHECKING
+"""Text (and image) to image by diffusers' SANA pipeline over OpenUni's conditions, and greedy replies."""
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from torch import Tensor
 
+from reca.data.views import View
 from reca.models.base import in_fp32
-from reca.models.common.inference import check_multiple
-from reca.models.open_uni import modules
-from reca.models.open_uni.prompt import Prompt
+from reca.models.common.chat import Prompt
+from reca.models.common.greedy import decode_replies
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.inference import check_multiple, check_pairs, warn_of_cut
+from reca.models.common.planned import greedy
+from reca.models.common.text import control
+from reca.models.open_uni import modules, prompt
+from reca.models.open_uni.modules import Network
 from reca.rng import CounterRNG, RandomStream
 
-if TYPE_CHECKING:
-    from reca.models.open_uni.adapter import OpenUni
+PIPELINE_FACTOR = 32  # pixels per latent in height and width as the pipeline counts; it only checks sizes by it
 
-PIPELINE_FACTOR = 32  # pixels on the side of a latent as the pipeline counts; it only checks sizes by it
+
+def generate(
+    net: Network,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 20,
+    guidance: float = 4.5,
+    height: int | None = None,
+    width: int | None = None,
+    batch: int = 16,
+) -> list[Tensor]:
+    """Generate images by DPM-Solver++ (`sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    check_pairs(prompts=prompts, seeds=seeds)
+    warn_of_cut([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
+    size, images = {"height": height, "width": width}, []
+    for i in range(0, len(prompts), batch):
+        cond = [prompt.caption(net.tokenizer, text) for text in prompts[i : i + batch]]
+        uncond, own = [prompt.caption(net.tokenizer, None)] * len(cond), seeds[i : i + batch]
+        images += sample(net, cond, uncond, None, own, steps=steps, guidance=guidance, **size)
+    return images
+
+
+def edit(
+    net: Network,
+    images: list[Tensor],
+    instructions: list[str],
+    seeds: list[int],
+    *,
+    steps: int = 20,
+    guidance: float = 4.5,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[Tensor]:
+    """Edit images. Both branches of the guidance see the image; the one without the instruction is told to keep it."""
+    check_pairs(images=images, instructions=instructions, seeds=seeds)
+    cond = [prompt.with_image(net.tokenizer, text) for text in instructions]
+    uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(instructions)
+    view = View(net.config.image_size)
+    h_v = torch.cat([encode_input(net, [image], view) for image in images])
+    return sample(net, cond, uncond, h_v, seeds, steps=steps, guidance=guidance, height=height, width=width)
+
+
+@torch.no_grad()
+def answer(
+    net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
+) -> list[str]:
+    """Answer questions about images, greedy, `batch` at a time."""
+    check_pairs(images=images, questions=questions)
+    prompts, replies = [prompt.question(net.tokenizer, text) for text in questions], []
+    eos, view = control(net.tokenizer, prompt.END), View(net.config.understanding_size)
+    for i in range(0, len(images), batch):
+        layout = prompt.layout(prompts[i : i + batch], modules.hv_tokens(net.config), "left").to(net.device)
+        tokens = greedy(
+            net.mllm.model.language_model,
+            net.mllm.lm_head,
+            net.embed(layout.src, encode_input(net, images[i : i + batch], view)),
+            layout.positions,
+            layout.spans(),
+            max_new_tokens,
+            eos,
+        )
+        replies += decode_replies(net.tokenizer, tokens, eos)
+    return replies
+
+
+def encode_input(net: Network, images: list[Tensor], view: View) -> Tensor:
+    """Make h_v of images given at inference."""
+    return net.encode_understanding(to_unit([fit_to_view(image, view) for image in images]).to(net.device))
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ 2M over flow sigmas with shift 3, as the SANA repositories configure it."""
+    """Make DPM-Solver++ 2M over flow sigmas with shift 3, as the SANA repositories configure it."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         algorithm_type="dpmsolver++",
@@ -34,7 +105,7 @@ def scheduler() -> DPMSolverMultistepScheduler:
 
 @torch.no_grad()
 def sample(
-    model: "OpenUni",
+    net: Network,
     cond: list[Prompt],
     uncond: list[Prompt],
     h_v: Tensor | None,  # [B, n, H], seen by both branches
@@ -45,30 +116,33 @@ def sample(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Tensor]:
-    """uint8 [3, height, width] per prompt. Each image's start noise is a function of its seed alone.
+    """Generate uint8 [3, height, width] per prompt. Each image's start noise is a function of its seed alone.
 
-    Raises ValueError when height or width is no multiple of a latent's side: 32 pixels with the published autoencoder.
+    Raises ValueError when height or width is no multiple of a latent's pixels: 32 with the published autoencoder.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
-    height, width = height or model.config.image_size, width or model.config.image_size
-    factor = modules.factor(model.config)
+    height, width = height or net.config.image_size, width or net.config.image_size
+    factor = modules.factor(net.config)
     check_multiple(factor, height, width)
-    device = model.meta_queries.device
-    shape = (modules.latent_channels(model.config), height // factor, width // factor)
-    one = torch.zeros(1, dtype=torch.int64, device=device)
+    shape = (modules.latent_channels(net.config), height // factor, width // factor)
+    one = torch.zeros(1, dtype=torch.int64, device=net.device)
     n = shape[0] * shape[1] * shape[2]
     start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
-    pixels = denoise(
-        model, model.condition(cond, h_v, "right"), model.condition(uncond, h_v, "right"), start, steps, guidance
-    )
-    return list((127.5 * pixels + 128).clamp(0, 255).to(torch.uint8))
+    conditions = (condition(net, prompts, h_v) for prompts in (cond, uncond))
+    return list(to_uint8(denoise(net, *conditions, start, steps, guidance)))
+
+
+def condition(net: Network, prompts: list[Prompt], h_v: Tensor | None) -> Tensor:
+    """Make SANA's condition of prompts, [B, queries, caption_channels]."""
+    layout = prompt.layout(prompts, modules.hv_tokens(net.config), "right", net.config.queries)
+    return net.condition(layout.to(net.device), h_v)
 
 
 @in_fp32  # the solver makes tensors of numbers
 @torch.no_grad()
 def denoise(
-    model: "OpenUni",
+    net: Network,
     cond: Tensor,  # [B, queries, caption_channels]
     uncond: Tensor,  # same
     start: Tensor,  # [B, C, h, w] standard normal
@@ -76,14 +150,15 @@ def denoise(
     guidance: float,
     on_step=None,  # diffusers' callback_on_step_end
 ) -> Tensor:  # [B, 3, H, W], about [-1, 1]
-    pipeline = SanaPipeline(None, None, None, model.transformer, scheduler())
+    """Run diffusers' pipeline from noise to pixels."""
+    pipeline = SanaPipeline(None, None, None, net.transformer, scheduler())
     pipeline.set_progress_bar_config(disable=True)
-    seen = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
+    mask = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)
     latents = pipeline(
         prompt_embeds=cond,
-        prompt_attention_mask=seen,
+        prompt_attention_mask=mask,
         negative_prompt_embeds=uncond,
-        negative_prompt_attention_mask=seen,
+        negative_prompt_attention_mask=mask,
         negative_prompt=None,
         latents=start,
         height=start.shape[2] * PIPELINE_FACTOR,
@@ -95,4 +170,4 @@ def denoise(
         complex_human_instruction=None,
         callback_on_step_end=on_step,
     ).images
-    return model.pixels(latents)
+    return net.pixels(latents)

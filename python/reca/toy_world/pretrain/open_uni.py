@@ -13,8 +13,9 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch
-from reca.models.common.text import control
+from reca.models.common.text import control, encode
 from reca.models.open_uni import Adapter, modules, prompt
+from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
@@ -36,14 +37,14 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     recipe.model.seed = seed
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
-    model.vae.fit(unit(first_images(understood(seed), min(scale, 0.25))))
+    model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
 
     layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
     optimize(model.mllm.parameters(), matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
     model.mllm.requires_grad_(False)
 
-    trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "vae."))]
+    trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "codec."))]
     layers = (model.connector.layers, model.transformer.transformer_blocks)
     optimize(trained, matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
     save_as_run(model, recipe, folder, understanding + drawing)
@@ -58,7 +59,7 @@ class _Slots:
         self.end = control(model.tokenizer, prompt.END)
 
     def ids(self, text: str) -> list[int]:
-        return prompt.encode(self.model.tokenizer, text)
+        return encode(self.model.tokenizer, text)
 
     def words(self, text: str) -> list[int]:
         return filled(self.ids(text), self.count, self.end)
@@ -109,12 +110,12 @@ def see(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
 
 def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
     """Mean cross-entropy of the labels, with a graph to embeddings and h_v."""
-    layout, mask = prompt.plan(rows, modules.hv_tokens(model.config), "right")
+    layout = prompt.layout(rows, modules.hv_tokens(model.config), "right")
     embeddings = template_concat(model.mllm.get_input_embeddings().weight, h_v.flatten(0, 1), layout.src)
     hidden = model.mllm.model.language_model(
         inputs_embeds=embeddings,
-        position_ids=prompt.positions(mask),
-        plan=attention_plan(prompt.runs(mask, "right")),
+        position_ids=layout.positions,
+        plan=attention_plan(layout.spans()),
     ).last_hidden_state
     return masked_linear_cross_entropy(
         hidden[:, :-1].flatten(0, 1), model.mllm.lm_head.weight, layout.labels[:, 1:].flatten(), reduction="mean"
@@ -130,11 +131,11 @@ def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Cal
         index = torch.randint(len(latents), (DRAWN,))
         numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
         texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        asked = model.prompts(Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
+        asked = sample_prompts(model, Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
         shown = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
         quoted = [slots.quoted(asked, slots.words(text)) for asked, text in zip(shown, texts[half:], strict=True)]
-        condition = model.condition(asked + quoted, None, "left")
-        return model.flow_loss(condition, latents[index], numbers, draws).mean()
+        condition = model.condition(prompt.layout(asked + quoted, slots.count, "left", model.config.queries), None)
+        return flow_loss(model, condition, latents[index], numbers, draws).mean()
 
     return loss
 

@@ -1,0 +1,99 @@
+"""OpenUni's losses: flow matching of an image's latents (reca, t2i), and cross-entropy of replies (i2t)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca.data.batch import Batch
+from reca.models import base
+from reca.models.base import LossTerm
+from reca.models.common.chat import Prompt
+from reca.models.open_uni import modules, prompt
+from reca.models.open_uni.modules import Network
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import attention_plan, flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
+
+STEPS = 1000
+CAPTION_DROP = 0.1
+
+
+@dataclass(frozen=True)
+class Prepared(base.Prepared):
+    """A batch's sequences. weight: images, or labelled tokens of replies.
+
+    sample_ids  int64 [B], global ids
+    """
+
+    sample_ids: Tensor
+    layout: prompt.Layout
+
+
+def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
+    """Lay out the sequences of a batch and draw which captions are dropped."""
+    hv_tokens, made = modules.hv_tokens(net.config), (batch.task, rng.seed)
+    if batch.task == "i2t":
+        prompts = [prompt.conversation(net.tokenizer, turns) for turns in batch.text]
+        layout = prompt.layout(prompts, hv_tokens, "right")
+        return Prepared(*made, float(layout.labelled), batch.host_ids, layout)
+    side = "left" if batch.task == "reca" else "right"
+    layout = prompt.layout(sample_prompts(net, batch, rng), hv_tokens, side, net.config.queries)
+    return Prepared(*made, float(len(batch)), batch.host_ids, layout)
+
+
+def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
+    """Make a prompt per sample; a caption is dropped for some, a template never."""
+    if batch.task == "reca":
+        frame = len(prompt.with_image(net.tokenizer, "", 0).ids)
+        most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - frame
+        return [prompt.with_image(net.tokenizer, text, most) for text in batch.text]
+    dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
+    texts = [None if drop else text for text, drop in zip(batch.text, dropped, strict=True)]
+    return [prompt.caption(net.tokenizer, text) for text in texts]
+
+
+def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+    """Sum the mean squared error of the velocity over images, or the cross-entropy over labels of replies."""
+    if prepared.task == "i2t":
+        return LossTerm.of(reply_loss(net, prepared, features["h_v"]), prepared)
+    condition = net.condition(prepared.layout, features["h_v"] if prepared.task == "reca" else None)
+    errors = flow_loss(net, condition, features["latents"], prepared.sample_ids, rng)
+    return LossTerm.of(errors.sum(), prepared)
+
+
+def flow_loss(
+    net: Network,
+    condition: Tensor,  # [B, queries, caption_channels]
+    latents: Tensor,  # [B, C, h, w]
+    sample_ids: Tensor,  # int64 [B], global ids
+    rng: CounterRNG,
+) -> Tensor:
+    """Mean squared error of the velocity per sample, fp32 [B]."""
+    t, noise = noise_level(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
+    noisy = flow_matching_add_noise(latents, t.to(torch.bfloat16).float() if net.config.parity else t, noise)
+    velocity = net.transformer(noisy, encoder_hidden_states=condition, timestep=t * STEPS, return_dict=False)[0]
+    return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
+
+
+def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
+    """Draw the noise level per sample, fp32 [B]: uniform over 1/1000 ... 1, without the schedule's inference shift."""
+    index = (rng.uniform(RandomStream.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
+    return (STEPS - index) / STEPS
+
+
+def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> Tensor:
+    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
+    layout = prepared.layout
+    hidden = net.mllm.model.language_model(
+        inputs_embeds=net.embed(layout.src, h_v),
+        position_ids=layout.positions,
+        plan=attention_plan(layout.spans(), device=h_v.device),
+    ).last_hidden_state
+    return masked_linear_cross_entropy(
+        hidden[:, :-1].flatten(0, 1),
+        net.mllm.lm_head.weight,
+        layout.labels[:, 1:].flatten(),
+        reduction="sum",
+        max_labelled=int(prepared.weight),
+    )

@@ -1,0 +1,100 @@
+"""OpenUni as an Adapter: InternVL3 is frozen, the queries, connector, projector and SANA learn."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.batch import Batch
+from reca.data.views import View, Views
+from reca.models.base import Adapter, LossTerm
+from reca.models.common.images import to_unit
+from reca.models.open_uni import modules, sampling, weights
+from reca.models.open_uni.config import OpenUniConfig
+from reca.models.open_uni.loss import Prepared, compute_loss, prepare
+from reca.models.open_uni.modules import Network
+from reca.rng import CounterRNG
+
+
+class OpenUni(Network, Adapter):
+    """Features of `encode`: latents [B, C, h, w] of the image to generate; h_v [B, n, H]."""
+
+    name = "open_uni"
+    tasks = frozenset({"reca", "t2i", "i2t"})
+    abilities = frozenset({"generate", "edit", "answer"})
+    trainable_roles = frozenset({"bridge", "gen_head"})
+    condition_keys = ("h_v",)
+
+    @classmethod
+    def load(cls, config: OpenUniConfig, device: torch.device | str = "cpu") -> "OpenUni":
+        return weights.load(cls, config, device)
+
+    @classmethod
+    def build_meta(cls, config: OpenUniConfig) -> "OpenUni":
+        return weights.build_meta(cls, config)
+
+    def sequence(self) -> dict[str, int]:
+        latents = (self.config.image_size // modules.factor(self.config)) ** 2
+        return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "image": latents}
+
+    def views(self, task: str) -> Views:
+        if task == "i2t":
+            return Views(gen=None, und=View(self.config.understanding_size))
+        gen = View(self.config.image_size, fit="random_crop")
+        blurred = task == "reca" and self.config.hv_blur > 1
+        return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        if batch.task == "i2t":
+            return {"h_v": self.encode_understanding(to_unit(batch.und))}
+        pixels = to_unit(batch.gen)
+        features = {"latents": self.latents(pixels)}
+        if batch.task == "reca":
+            features["h_v"] = self.encode_understanding(to_unit(batch.und) if batch.und else pixels)
+        return features
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        return prepare(self, batch, rng)
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        return compute_loss(self, prepared, features, rng)
+
+    @functools.wraps(sampling.generate)
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        return sampling.generate(self, prompts, seeds, **options)
+
+    @functools.wraps(sampling.edit)
+    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        return sampling.edit(self, images, instructions, seeds, **options)
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        return sampling.answer(self, images, questions, max_new_tokens)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write open_uni.pth, the trained parts, which OpenUni's loader lays over InternVL3, SANA and DC-AE.
+
+        InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
+        """
+        return weights.export(self, folder)
+
+    def roles(self) -> dict[str, str]:
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.connector.layers, *self.transformer.transformer_blocks]
+
+
+def _role(name: str) -> str:
+    if name.startswith(("mllm.model.vision_tower", "mllm.model.multi_modal_projector")):
+        return "und_encoder"
+    if name.startswith(("mllm.lm_head", "mllm.model.language_model.embed_tokens")):
+        return "embed"
+    if name.startswith("mllm."):
+        return "und_lm"
+    if name.startswith("transformer."):
+        return "gen_head"
+    return "codec" if name.startswith("codec.") else "bridge"

@@ -1,0 +1,220 @@
+"""OpenUni's weights: built from published files or at random, and written back.
+
+InternVL3, SANA and DC-AE are published by themselves; OpenUni's own file holds what was trained, under the names here.
+"""
+
+import logging
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderDC, SanaTransformer2DModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reca.files import read_json
+from reca.models.base import in_fp32
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, fetch
+from reca.models.common.text import check_tokenizer, read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.open_uni import prompt
+from reca.models.open_uni.config import OpenUniConfig
+from reca.models.open_uni.modules import Network
+
+log = logging.getLogger("reca")
+
+N = TypeVar("N", bound=Network)
+
+FILE, FROZEN = "open_uni.pth", "frozen.safetensors"
+TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
+REQUIRED = ("meta_queries", "connector.", "projector.")
+# what there is to download of InternVL3, and of a repository in diffusers' layout that is one part alone
+MLLM = ["*.json", "*.safetensors", "*.txt"]
+DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
+
+# InternVL's original layout -> transformers' layout. qkv is split in three and handled apart.
+_MLLM = [
+    (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "model.vision_tower.embeddings.position_embeddings"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "model.vision_tower.embeddings.patch_embeddings.projection."),
+    (
+        r"^vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.",
+        r"model.vision_tower.encoder.layer.\1.attention.projection_layer.",
+    ),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.norm1\.", r"model.vision_tower.encoder.layer.\1.layernorm_before."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.norm2\.", r"model.vision_tower.encoder.layer.\1.layernorm_after."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.ls1$", r"model.vision_tower.encoder.layer.\1.lambda_1"),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.ls2$", r"model.vision_tower.encoder.layer.\1.lambda_2"),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"model.vision_tower.encoder.layer.\1.mlp."),
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+]  # fmt: skip
+_QKV = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)$")
+
+
+def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu") -> N:
+    """Build the model from its published parts, from an export, or at random where no part is given.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    keys = ("weights", "mllm", "dit", "codec_weights")
+    absent = [key for key in keys if getattr(config, key) is None]
+    if absent == ["mllm", "dit", "codec_weights"] and (frozen := frozen_beside(config.weights)):
+        with init_on_meta():
+            net = cls(config, load_tokenizer(config))
+        trained, _ = overlay([Path(source) for source in (config.weights, config.overlay) if source])
+        assign_state_dict(net, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
+        return net.to(device)
+    if absent and len(absent) < len(keys):
+        raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(keys)}")
+    if absent:
+        with init_random(config.seed, device):
+            return cls(config, load_tokenizer(config)).requires_grad_(True)
+    if config.codec != "dc_ae":
+        raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
+    with init_on_meta():
+        net = cls(config, load_tokenizer(config))
+    folder = fetch(config.mllm, MLLM, "model.mllm")
+    assign_state_dict(net.mllm, mllm_native(_tensors(folder)), str(folder))
+    net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "model.dit", "transformer")
+    net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "model.codec_weights", "vae")
+    sources = [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
+    state, report = overlay(sources)
+    for line in report:
+        log.info("OpenUni: %s", line)
+    assign_published(net, state, config.weights)
+    return net.to(device)
+
+
+def build_meta(cls: type[N], config: OpenUniConfig) -> N:
+    """Build the model without files, in fp32.
+
+    `load` keeps InternVL3 in the type of its files, so published in bf16 it takes half.
+    """
+    return cls(config, load_tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
+
+
+def assign_published(net: Network, state: dict[str, Tensor], source: str) -> None:
+    """Make a published file's tensors parameters, in fp32; SANA stays as it is when the file has none of it."""
+    queries = state["meta_queries"]
+    if queries.shape != net.meta_queries.shape:
+        raise ValueError(f"{source}: meta_queries is {list(queries.shape)}, expected {list(net.meta_queries.shape)}")
+    net.meta_queries = nn.Parameter(queries.float())
+    for part in ("connector", "projector", "transformer"):
+        own = {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
+        if own:
+            assign_state_dict(getattr(net, part), own, f"{source} ({part})", torch.float32)
+
+
+def export(net: Network, folder: Path) -> list[str]:
+    """Write what is trained as the .pth that OpenUni's inference code loads. Returns the names of the files.
+
+    InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
+    """
+    with export_to(folder) as out:
+        out.pickled(FILE, published_parts(net))
+        if net.config.mllm is None:
+            out.tensors(FROZEN, {n: t for n, t in net.state_dict().items() if not n.startswith(TRAINED)})
+        return out.done()
+
+
+def published_parts(net: Network) -> dict[str, Tensor]:
+    """Return the tensors that OpenUni's own file holds, under their published names."""
+    return {name: tensor for name, tensor in net.state_dict().items() if name.startswith(TRAINED)}
+
+
+def frozen_beside(weights: str) -> Path | None:
+    """Find the frozen parts that `export` wrote beside the trained ones. weights: the folder, or the .pth in it."""
+    path = Path(weights).expanduser()
+    path = (path if path.is_dir() else path.parent) / FROZEN
+    return path if path.is_file() else None
+
+
+def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of `config`, or InternVL3's, or make one of words. Raises ValueError where it does not fit."""
+    if config.tokenizer:
+        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+    elif config.mllm:
+        tokenizer = read_tokenizer(fetch(config.mllm, MLLM, "model.mllm"))
+    else:
+        tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "OpenUni")
+    return tokenizer
+
+
+def mllm_native(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename InternVL3 from its original names to transformers' names, which may be its names already."""
+    state = {name.removeprefix("lmm."): tensor for name, tensor in state.items()}
+    if any(name.startswith("model.") for name in state):
+        return state
+    native = {}
+    for name, tensor in state.items():
+        if match := _QKV.match(name):
+            layer, kind = match.groups()
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                native[f"model.vision_tower.encoder.layer.{layer}.attention.{part}_proj.{kind}"] = third
+            continue
+        for pattern, replacement in _MLLM:
+            name, hit = re.subn(pattern, replacement, name)
+            if hit:
+                break
+        native[name] = tensor
+    return native
+
+
+def read_parts(path: Path) -> dict[str, Tensor]:
+    """Read a published OpenUni file: any subset of connector.*, projector.*, meta_queries, transformer.*.
+
+    Raises ValueError when it holds anything else that is not a frozen part.
+    """
+    state = read_tensors(path / FILE if (path / FILE).is_file() else path)
+    unknown = sorted(n for n in state if not n.startswith((*TRAINED, "lmm.", "vae.")))
+    if unknown:
+        raise ValueError(
+            f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}"
+        )
+    return {name: tensor for name, tensor in state.items() if name.startswith(TRAINED)}
+
+
+def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
+    """Lay later files over earlier ones. Returns the tensors and a report line per file."""
+    merged, report = {}, []
+    for path in paths:
+        part = read_parts(path)
+        counts = {prefix.rstrip("."): sum(n.startswith(prefix) for n in part) for prefix in TRAINED}
+        report.append(
+            f"{path.name}: " + ", ".join(f"{count} tensors of {name}" for name, count in counts.items() if count)
+        )
+        merged |= part
+    absent = [prefix.rstrip(".") for prefix in REQUIRED if not any(n.startswith(prefix) for n in merged)]
+    if absent:
+        raise ValueError(
+            f"{', '.join(path.name for path in paths)} holds no {', '.join(absent)}; an OpenUni file must have "
+            "connector, projector and meta_queries (give the base file as model.weights, a RECA file as model.overlay)"
+        )
+    return merged, report
+
+
+def _tensors(source: Path) -> dict[str, Tensor]:
+    return read_tensors(weight_file(source) if source.is_dir() else source)
+
+
+@in_fp32
+def _diffusers_part(class_: type, source: str, key: str, part: str) -> nn.Module:
+    """Read a model of diffusers, in fp32: a repository's folder `part`, or a repository that is it alone.
+
+    The sizes are those of its config.json.
+    """
+    folder = fetch(source, [*DIFFUSERS, *(f"{part}/{name}" for name in DIFFUSERS)], key)
+    folder = folder / part if (folder / part).is_dir() else folder
+    with init_on_meta():
+        module = class_.from_config(read_json(folder / "config.json"))
+    assign_state_dict(module, _tensors(folder), str(folder), torch.float32)
+    return module
