@@ -276,6 +276,8 @@ def _split(text: str) -> tuple[str, str]:
 def _is_no_path(text: str, kind: str) -> bool:
     if kind == HUB and not os.path.exists(text):
         return True
+    if kind == GLOB and text.startswith("hf:"):
+        return True
     return "://" in text or (kind in (GLOB, SPEC) and parse_spec(text) is not None)
 
 

@@ -12,19 +12,20 @@ class DataConfig:
     images: Optional[str] = config_field(
         None,
         "images to reconstruct: a folder of images or of parquet files; .tar (webdataset) or .parquet files, as a glob "
-        "or as a {000..009} range of which every number is there; or package.module:FUNCTION?key=value of a function "
+        "or as a {000..009} range of which every number is there; hf:NAME?split=train of Hugging Face datasets, or a "
+        "folder of its save_to_disk; or package.module:FUNCTION?key=value of a function "
         "that makes a source",
         path=GLOB,
     )
     conversations: Optional[str] = config_field(
         None,
         "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, parquet files, "
-        "or package.module:FUNCTION",
+        "hf:NAME, or package.module:FUNCTION",
         path=GLOB,
     )
     captions: Optional[str] = config_field(
         None,
-        "captioned images (t2i): a folder or tars with a .txt beside every image, parquet files, or "
+        "captioned images (t2i): a folder or tars with a .txt beside every image, parquet files, hf:NAME, or "
         "package.module:FUNCTION",
         path=GLOB,
     )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from reca.data import hf
 from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
 from reca.data.conversations import Conversations
@@ -34,16 +35,19 @@ def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
 
 
 def open_source(text: str, task: str, image_root: str | None = None, columns: ColumnsConfig | None = None) -> Source:
-    """Open the source that a recipe's text describes: a folder, files or a pattern of them, or an importable spec.
+    """Open the source that a recipe's text describes: a folder, files or a pattern of them, a data set
+    of the hub, or an importable spec.
 
     task: with "t2i" every sample must have a caption, with "i2t" a conversation. columns: of tables.
     Raises DataError when there is nothing to read, and when it is not clear what belongs together.
     """
+    path, columns = Path(text), columns or ColumnsConfig()
+    if text.startswith(hf.PREFIX):
+        return hf.open_hub(text, task, columns, image_root)
     if parse_spec(text):
         return call_source(text, task, f"data.{DATA_KEYS[task]}")
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is no path; name the data, or null for none")
-    path, columns = Path(text), columns or ColumnsConfig()
     try:
         if path.is_dir():
             return _open_folder(path, task, image_root, columns)
@@ -57,7 +61,9 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
 
 
 def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
-    """Open a folder of images, or of parquet files where it holds no images."""
+    """Open what `datasets` has saved, a folder of images, or one of parquet files where it holds no images."""
+    if hf.is_saved(path):
+        return hf.open_saved(path, task, columns, image_root)
     if task == "i2t":
         tables = sorted(path.rglob("*.parquet"))
         if not tables:

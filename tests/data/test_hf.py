@@ -1,0 +1,118 @@
+"""Hugging Face datasets, from folders: nothing here reaches for the network."""
+
+import itertools
+import json
+import sys
+
+import huggingface_hub
+import pytest
+
+from reca.config import absolute_paths, load_recipe
+from reca.data.columns import ColumnsConfig
+from reca.data.config import DataConfig
+from reca.data.errors import DataError, LeftOut
+from reca.data.loader import open_loader
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import fill, picture, said
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(count=6, **columns):
+    columns = {
+        "image": [{"bytes": picture((n, 0, 0)), "path": None} for n in range(count)],
+        "prompt": [f"prompt {n}" for n in range(count)],
+        "llava": [f"image {n}" for n in range(count)],
+    } | columns
+    features = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def opened(path, task="reca", **columns):
+    return open_source(str(path), task, None, ColumnsConfig(**columns))
+
+
+def test_a_saved_folder(tmp_path):
+    rows().save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved", "t2i", caption="llava")
+    assert [source[i].text for i in range(len(source))] == [f"image {n}" for n in range(6)]
+    assert source[3].image == picture((3, 0, 0)) and source.key(3) == "row:3"
+    with pytest.raises(DataError, match="prompt and llava may hold the captions"):
+        opened(tmp_path / "saved", "t2i")
+    with pytest.raises(DataError, match=r"no such column; did you mean image\? Its columns are image \(image\)"):
+        opened(tmp_path / "saved", image="imag")
+    identity = source.identity()
+    assert identity != opened(tmp_path / "saved").identity()
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert opened(tmp_path / "moved", "t2i", caption="llava").identity() == identity
+    rows(7).save_to_disk(tmp_path / "saved")
+    assert opened(tmp_path / "saved", "t2i", caption="llava").identity() != identity
+
+
+def test_splits_are_chosen(tmp_path):
+    datasets.DatasetDict({"train": rows(4), "test": rows(2)}).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=r"holds the splits train, test: give one of them, such as .*/two/train"):
+        opened(tmp_path / "two")
+    assert len(opened(tmp_path / "two" / "train")) == 4
+    datasets.DatasetDict({"train": rows(4)}).save_to_disk(tmp_path / "one")
+    assert len(opened(tmp_path / "one")) == 4
+
+
+def test_a_name_is_loaded_with_its_split(tmp_path):
+    """A folder stands for a name of the hub."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows(4).to_parquet(folder / "train-00000-of-00001.parquet")
+    rows(2).to_parquet(folder / "test-00000-of-00001.parquet")
+    source = opened(f"hf:{folder}?split=train")
+    assert len(source) == 4 and source[2].image == picture((2, 0, 0)) and source.key(2) == "train:2"
+    with pytest.raises(DataError, match=r"has the splits .*: name one, such as hf:.*\?split="):
+        opened(f"hf:{folder}")
+    with pytest.raises(DataError, match="cannot be loaded by datasets"):
+        opened("hf:nobody/nothing?split=train")
+    for text in ("hf:", "hf:a?spilt=train", "hf:a?split", "hf:a?split="):
+        with pytest.raises(DataError, match=r"is not understood; write hf:NAME\?split=train"):
+            opened(text)
+
+
+def test_rows_in_a_stream(tmp_path):
+    talk = [json.dumps(said("human", "<image>\nQ", "gpt", f"A {n}")) for n in range(5)] + ["junk"]
+    set_ = rows(conversations=talk)
+    set_.save_to_disk(tmp_path / "saved")
+    config = DataConfig(conversations=str(tmp_path / "saved"), workers=2, decoder="pillow", max_bad_fraction=0.5)
+    stream = open_loader(config, "i2t", Views(None, View(4)), seed=0, micro_batch=2)
+    answers = {text[0].answer for batch in itertools.islice(stream, 6) for text in batch.text}
+    stream.close()
+    assert answers == {f"A {n}" for n in range(5)} and list(stream.bad_samples.bad) == ["row:5"]
+
+
+def test_paths_and_rows_without_image(tmp_path):
+    fill(tmp_path / "photos", {"a.png": picture()})
+    names = {"image": [None, "a.png"]}
+    datasets.Dataset.from_dict(names).save_to_disk(tmp_path / "saved")
+    source = open_source(str(tmp_path / "saved"), "reca", str(tmp_path / "photos"))
+    assert source[1].image == picture()
+    with pytest.raises(LeftOut):
+        source[0]
+
+
+def test_folders_that_are_not_whole_and_no_datasets(tmp_path, monkeypatch):
+    fill(tmp_path / "saved", {"state.json": b"{", "dataset_info.json": b"{}"})
+    with pytest.raises(DataError, match="saved cannot be opened by datasets: "):
+        opened(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"needs Hugging Face datasets.*pip install 'reca\[hf\]'"):
+        opened(tmp_path / "saved")
+
+
+def test_names_stay_as_they_are():
+    recipe = load_recipe("show_o_512", ["data.images=hf:owner/name?split=train"])
+    assert absolute_paths(recipe).data.images == "hf:owner/name?split=train"
