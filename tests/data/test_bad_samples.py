@@ -199,7 +199,7 @@ def cached(spec, folder):
     for batch in take(stream, 4):
         features = batch.features or {"mean": batch.gen[0].float().mean()[None]}
         if batch.features is None:
-            batch.keep(features)
+            batch.on_encoded(features)
         means.append(round(float(features["mean"][0])))
     return means
 
@@ -235,7 +235,7 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch,
     monkeypatch.setattr(type(tmp_path), "write_bytes", full)
     stream = loader(root, config={"cache": str(tmp_path / "c")})
     for batch in take(stream, 4):
-        batch.keep({"mean": batch.gen[0].float().mean()[None].expand(2)})
+        batch.on_encoded({"mean": batch.gen[0].float().mean()[None].expand(2)})
     warnings = [record.getMessage() for record in caplog.records if "data.cache" in record.getMessage()]
     assert len(warnings) == 1 and "No space left on device" in warnings[0] and "iB free" in warnings[0]
     assert str(tmp_path / "c") in warnings[0] and not [p for p in (tmp_path / "c").rglob("*") if p.is_file()]
@@ -246,7 +246,7 @@ def test_a_cached_picture_in_a_batch_that_is_new_in_part_may_be_bad_by_now(root,
     fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
     cache = {"cache": str(tmp_path / "c")}
     (first,) = take(loader(root, micro_batch=1, config=cache), 1)
-    first.keep({"mean": first.gen[0].float().mean()[None]})
+    first.on_encoded({"mean": first.gen[0].float().mean()[None]})
     stream = loader(root, config=cache)
     bad, decode = stream._read(0).sample, stream.decode
 

@@ -225,7 +225,7 @@ def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, mon
     first = take(loader(**cached), 5)
     for batch in first:
         assert batch.features is None
-        batch.keep(features(batch))
+        batch.on_encoded(features(batch))
     again = loader(**cached)
     monkeypatch.setattr(again, "decode", None)
     for old, new in zip(first, take(again, 5), strict=True):
@@ -237,7 +237,7 @@ def test_cache_brings_features_back_and_nothing_is_decoded(folder, tmp_path, mon
 def test_a_batch_that_is_new_in_part_is_decoded_whole(folder, tmp_path):
     cached = {"images": folder, "cache": str(tmp_path / "features")}
     (batch,) = take(loader(**cached), 1)
-    batch.keep(features(batch))
+    batch.on_encoded(features(batch))
     (wider,) = take(loader(**cached, micro_batch=6), 1)
     assert wider.features is None and values([wider]) == values(take(loader(folder, micro_batch=6), 1))
 
@@ -245,7 +245,7 @@ def test_a_batch_that_is_new_in_part_is_decoded_whole(folder, tmp_path):
 def test_a_torn_cache_file_is_made_again(folder, tmp_path):
     cached = {"images": folder, "cache": str(tmp_path / "features")}
     (batch,) = take(loader(**cached), 1)
-    batch.keep(features(batch))
+    batch.on_encoded(features(batch))
     torn = next((tmp_path / "features").rglob("*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:20])
     (again,) = take(loader(**cached), 1)
@@ -256,7 +256,7 @@ def test_caches_of_other_models_are_not_read(folder, tmp_path):
     data = DataConfig(images=str(folder), workers=0, cache=str(tmp_path / "features"))
     opened = lambda identity: open_loader(data, "reca", VIEWS, seed=0, micro_batch=4, identity=identity)  # noqa: E731
     (batch,) = take(opened({"weights": "a"}), 1)
-    batch.keep(features(batch))
+    batch.on_encoded(features(batch))
     assert take(opened({"weights": "a"}), 1)[0].features and take(opened({"weights": "b"}), 1)[0].features is None
 
 

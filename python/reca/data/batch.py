@@ -34,7 +34,7 @@ class Batch:
     gen, und    uint8 [3, H, W] per sample, or None where the task's views have none
     text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
     features    what `encode` returned for these samples, when it comes from a cache
-    keep        takes what `encode` returns, to put it into a cache
+    on_encoded  takes what `encode` returns, to put it into a cache
     neighbour   one more sample, whose h_v the last of these gets under condition "other"
     counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
     prepared    what `Adapter.prepare` returned, when the loader has called it; `replace` leaves it out
@@ -46,7 +46,7 @@ class Batch:
     gen: list[Tensor] | None = None
     und: list[Tensor] | None = None
     features: dict[str, Any] | None = None
-    keep: Callable[[dict[str, Any]], None] | None = None
+    on_encoded: Callable[[dict[str, Any]], None] | None = None
     neighbour: "Batch | None" = None
     counted: bool = True
     prepared: Any = field(default=None, init=False, repr=False)

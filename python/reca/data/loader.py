@@ -217,8 +217,8 @@ class Loader:
             return Batch(self.task, ids, text, features=collate([row.features for row in rows]))
         gen, und = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
         gen, und = (None if view[0] is None else view for view in (gen, und))
-        keep = self.cache and functools.partial(self.cache.put, [row.address for row in rows])
-        return Batch(self.task, ids, text, gen, und, keep=keep)
+        on_encoded = self.cache and functools.partial(self.cache.put, [row.address for row in rows])
+        return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded)
 
 
 def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:

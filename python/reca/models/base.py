@@ -180,8 +180,8 @@ class Adapter(nn.Module):
         if batch.features is not None:
             return batch.features
         features = self.encode(batch)
-        if batch.keep:
-            batch.keep(features)
+        if batch.on_encoded:
+            batch.on_encoded(features)
         return features
 
     def config_warnings(self) -> list[str]:
