@@ -136,7 +136,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     """The part of one of `gpus` GPUs, `node` of them in a machine.
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
-    gradients   like weights; where an update has several backward passes, whole and in fp32, as only the last reduces
+    gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
     moments     two per trained weight, in its type
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
                 type of computation; one GPU: bf16 copies of trained matrices, at most
@@ -195,9 +195,9 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     steps = {"encoders": work.encode, "forward": work.forward, "backward": work.backward, "all": sum(work)}
     if recipe.objective.reca.weight:
         images = recipe.objective.reca.batch_size
-        steps[f"update of {images} images"] = images * sum(work)
+        steps[f"step of {images} images"] = images * sum(work)
     lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
-    lines += ["", f"samples of an update on {gpus} GPU{'s' * (gpus > 1)}"]
+    lines += ["", f"samples of a step on {gpus} GPU{'s' * (gpus > 1)}"]
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
         split = describe_split(config.batch_size, config.micro_batch, gpus)

@@ -82,7 +82,7 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in faults.items())
     raise CheckpointError(
         f"no checkpoint of {run_dir} is sound ({reasons}). Restore the files, or remove "
-        f"{' and '.join(map(str, faults))} to start this run again from its first update"
+        f"{' and '.join(map(str, faults))} to start this run again from its first step"
     )
 
 
@@ -111,9 +111,9 @@ def remove_leftovers(run_dir: Path) -> None:
 def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
     """Write a checkpoint; None, loudly, if the disk would not take it. Older checkpoints stay until it is complete.
 
-    state: JSON-able, with the number of steps done as "update".
+    state: JSON-able, with the number of steps done as "step".
     """
-    final = run_dir / "checkpoints" / f"{state['update']:06d}"
+    final = run_dir / "checkpoints" / f"{state['step']:06d}"
     partial = final.with_name(final.name + PARTIAL)
     moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
     state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
@@ -133,8 +133,8 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
             _publish(partial, final, listed)
     except (OSError, RuntimeError) as error:
         log.error(
-            "checkpoint at update %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
-            state["update"], getattr(error, "reason", None) or _first_line(error), run_dir,
+            "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
+            state["step"], getattr(error, "reason", None) or _first_line(error), run_dir,
         )  # fmt: skip
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -32,10 +32,10 @@ class UnknownRecipe(RecipeError):
 class TaskConfig:
     weight: float = config_field(0.0, "lambda of this loss in the total; a task of weight 0 is never computed", least=0)
     batch_size: int = config_field(
-        8, "samples of this task in one update, over all ranks and micro-batches", least=1, most=2**24
+        8, "samples of this task in one step, over all ranks and micro-batches", least=1, most=2**24
     )
     micro_batch: int = config_field(
-        8, "most samples in one forward pass on one rank; an update is split evenly below it", least=1, most=2**24
+        8, "most samples in one forward pass on one rank; a step is split evenly below it", least=1, most=2**24
     )
 
 
@@ -48,10 +48,10 @@ class ObjectiveConfig:
         "own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other")
     )
     mean: str = config_field(
-        "update",
-        "what a loss is averaged over: all weights of the update, or each micro-batch by itself (as the releases do) "
-        "and then these, each with its share of the update's samples",
-        ("update", "micro_batch"),
+        "batch",
+        "what a loss is averaged over: all weights of the step, or each micro-batch by itself (as the releases do) "
+        "and then these, each with its share of the step's samples",
+        ("batch", "micro_batch"),
     )
 
 
@@ -128,7 +128,7 @@ class LogConfig:
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
     drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
     profile: Optional[str] = config_field(
-        None, "first:last update to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
+        None, "first:last step to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
     )
 
 
@@ -146,7 +146,7 @@ class Recipe:
     run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
 
     def active_tasks(self) -> list[str]:
-        """Kinds of loss with a weight, in the order in which an update runs them."""
+        """Kinds of loss with a weight, in the order in which a step runs them."""
         return [task for task in TASKS if getattr(self.objective, task).weight]
 
 

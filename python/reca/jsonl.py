@@ -43,10 +43,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [value for _, value in _lines(path)]
 
 
-def keep_until(path: Path, update: int) -> None:
-    """Keep only what a run that goes on from `update` will not write again: whole lines of steps until then."""
+def keep_until(path: Path, step: int) -> None:
+    """Keep only what a run that goes on from `step` will not write again: whole lines of steps until then."""
     lines = _lines(path)
-    kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= update)
+    kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= step)
     if path.is_file() and kept != path.read_bytes():
         write_atomically(path, kept)
 
@@ -63,5 +63,5 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _update(value: dict[str, Any]) -> float:
-    update = value.get("update", 0)
-    return update if isinstance(update, int | float) else math.inf
+    step = value.get("step", 0)
+    return step if isinstance(step, int | float) else math.inf

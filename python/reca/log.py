@@ -23,7 +23,7 @@ class RunLog:
         self.bar = tqdm(
             total=steps,
             initial=done,
-            unit="update",
+            unit="step",
             dynamic_ncols=True,
             disable=not (speaks and bar),
             desc=run_dir.name,
@@ -41,26 +41,26 @@ class RunLog:
         self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
         self.bar.update()
 
-    def record(self, update: int, values: dict[str, float]) -> None:
+    def record(self, step: int, values: dict[str, float]) -> None:
         if not self.speaks:
             return
-        self.lines.write({"update": update} | {k: _finite(v) for k, v in values.items()})
+        self.lines.write({"step": step} | {k: _finite(v) for k, v in values.items()})
         if self.board:
             try:
                 for name, value in values.items():
-                    self.board.add_scalar(name, value, update)
+                    self.board.add_scalar(name, value, step)
             except OSError as error:
                 log.warning("TensorBoard's file cannot be written (%s): it ends here", error)
                 self.board = None
 
-    def warn(self, update: int, warning: str) -> None:
+    def warn(self, step: int, warning: str) -> None:
         if self.speaks:
-            log.warning("update %d: %s", update, warning)
-            self.lines.write({"update": update, "warning": warning})
+            log.warning("step %d: %s", step, warning)
+            self.lines.write({"step": step, "warning": warning})
 
-    def images(self, update: int, images: list[Tensor]) -> None:
+    def images(self, step: int, images: list[Tensor]) -> None:
         if self.speaks:
-            path = self.run_dir / "samples" / f"{update:06d}.png"
+            path = self.run_dir / "samples" / f"{step:06d}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
                 make_grid(images).save(path)

@@ -1,4 +1,4 @@
-"""The samples of an update, split into micro-batches over ranks and gradient accumulation steps."""
+"""The samples of a step, split into micro-batches over ranks and gradient accumulation steps."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 class MicroBatch(NamedTuple):
     """Samples that one rank runs forward and backward at once."""
 
-    start: int  # its first sample, counted from the first of the update
+    start: int  # its first sample, counted from the first of the step
     size: int  # number of samples
     counted: bool = True  # False: a copy of another rank's micro-batch, run for FSDP2's collectives and counted there
 
 
 def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[MicroBatch]]:
-    """Split an update into micro-batches: a list for every rank, with one entry an accumulation step.
+    """Split a step into micro-batches: a list for every rank, with one entry an accumulation step.
 
     All ranks make the same number of steps, because FSDP2 communicates in each. On R ranks, micro-batch p R + r is that
     of rank r in step p. Sizes differ by at most one, are at most `micro_batch`, and larger ones come first, so that an
-    update takes as long as ceil(batch_size / R) samples on one rank. With fewer samples than micro-batches, each has
+    step takes as long as ceil(batch_size / R) samples on one rank. With fewer samples than micro-batches, each has
     one sample or a copy of one.
 
     Raises ValueError for a number below 1.
@@ -38,7 +38,7 @@ def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[Micr
 
 
 def accumulation_steps(config: Any, ranks: int) -> int:
-    """Count the micro-batches of one task on each rank in one update. config: its TaskConfig."""
+    """Count the micro-batches of one task on each rank in one step. config: its TaskConfig."""
     return len(split_batch(config.batch_size, config.micro_batch, ranks)[0])
 
 
@@ -59,9 +59,9 @@ def describe_split(batch_size: int, micro_batch: int, ranks: int) -> str:
 
 
 def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None:
-    """Describe how the update on `ranks` GPUs differs from the recipe's; None if it does not.
+    """Describe how the step on `ranks` GPUs differs from the recipe's; None if it does not.
 
-    objective: an ObjectiveConfig. A mean over the update does not depend on micro-batches.
+    objective: an ObjectiveConfig. A mean over the step does not depend on micro-batches.
     """
     differing = []
     for task in tasks if objective.mean == "micro_batch" else ():
@@ -74,6 +74,6 @@ def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None
     return (
         f"the samples of the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not the recipe's: "
         f"{'; '.join(differing)}. "
-        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the update "
-        "changes a little where samples carry different numbers of tokens; objective.mean=update averages over all"
+        "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the step "
+        "changes a little where samples carry different numbers of tokens; objective.mean=batch averages over all"
     )

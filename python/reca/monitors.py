@@ -12,7 +12,7 @@ GAP = 3.0  # growth of the condition gap that, with drift, speaks of copying
 
 
 def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
-    """What is known before the first update to endanger this run."""
+    """What is known before the first step to endanger this run."""
     found, roles = list(adapter.config_warnings()), set(roles)
     if "shared_lm" in roles and recipe.objective.reca.weight and not recipe.objective.i2t.weight:
         found.append(
@@ -38,12 +38,10 @@ class Monitor:
         self.first: dict[str, float] = {}
         self.raised: set[str] = set()
 
-    def check(self, update: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
+    def check(self, step: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
         conditions = {}
         for task in tasks:
-            text = (
-                f"no sample of task {task} in this update carries a label; its loss was skipped. Check the {task} data"
-            )
+            text = f"no sample of task {task} in this step carries a label; its loss was skipped. Check the {task} data"
             conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
         if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])

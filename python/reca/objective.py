@@ -1,10 +1,10 @@
-"""L_total = sum over tasks of lambda_k * L_k, each L_k a mean over the whole update.
+"""L_total = sum over tasks of lambda_k * L_k, each L_k a mean over the whole step.
 
 A task's loss is (sum over ranks and micro-batches of its sums) / (the same of its weights). So one GPU that
-accumulates eight micro-batches makes the update that eight GPUs make at once, and lambda keeps its meaning when
+accumulates eight micro-batches makes the step that eight GPUs make at once, and lambda keeps its meaning when
 micro-batches carry different numbers of tokens.
 
-With objective.mean=micro_batch it is a mean of the micro-batches' own means, each with its share of the update's
+With objective.mean=micro_batch it is a mean of the micro-batches' own means, each with its share of the step's
 samples. That is the release's mean where all have the same size. It depends on which samples share a micro-batch.
 """
 
@@ -34,9 +34,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """Add the gradient of L_total over `batches` to the parameters.
 
-    batches: the micro-batches of one update on this rank, by task. Every rank has as many.
+    batches: the micro-batches of one step on this rank, by task. Every rank has as many.
     Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts.
-    A task without any label in the whole update adds nothing.
+    A task without any label in the whole step adds nothing.
     """
     rng = {task: task_rng(seed, task) for task in batches}
     ready = {
@@ -57,7 +57,7 @@ def backward(
             # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
             # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
             scale = 0.0
-        elif objective.mean == "update":
+        elif objective.mean == "batch":
             scale = distributed.world_size() / weight.clamp(min=TINY)
         else:
             scale = distributed.world_size() * len(batch) / (samples * max(batch.prepared.weight, TINY))
@@ -75,7 +75,7 @@ def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Batch:
 
 
 def _totals(batches: dict[str, list[Batch]]) -> dict[str, Tensor]:
-    """Add up weight and samples of each task in the whole update, fp32 [2] each, on the device.
+    """Add up weight and samples of each task in the whole step, fp32 [2] each, on the device.
 
     They are known on the host, so no rank runs the model for them, and one call adds up those of all ranks.
     """

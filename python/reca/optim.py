@@ -1,4 +1,4 @@
-"""AdamW over the parameters a recipe trains, and its learning rate as a function of the update."""
+"""AdamW over the parameters a recipe trains, and its learning rate as a function of the step."""
 
 import math
 from collections.abc import Sequence
@@ -56,15 +56,15 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, fused=fused, **common)
 
 
-def lr_at(update: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of update number `update` (the first is 0) in a run of `steps`."""
-    if update < config.warmup_steps:
-        return config.lr * (update + 1) / config.warmup_steps
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of step number `step` (the first is 0) in a run of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
     end = config.decay_steps or steps
     start = max(config.warmup_steps, int(config.stable_fraction * end))
-    done = min(1.0, max(0.0, (update - start) / max(1, end - start)))
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
@@ -79,7 +79,7 @@ def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
     """Clip the gradients to a global L2 norm of `max_grad_norm` (None: leave them) and return the norm before.
 
     Norms are taken in fp32 whatever the gradients are: in fp16 they end at 65504. Waits for the device, since whether
-    an update is made depends on the norm.
+    a step is made depends on the norm.
     """
     parameters = [p for p in adapter.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters]

@@ -76,6 +76,6 @@ def _ranks_per_node(device: torch.device) -> int:
 
 
 def set_gradient_sync(adapter: nn.Module, on: bool) -> None:
-    """Set whether the next backward pass reduces gradients; only the last micro-batch of an update needs to."""
+    """Set whether the next backward pass reduces gradients; only the last micro-batch of a step needs to."""
     if dist.is_initialized():
         adapter.set_requires_gradient_sync(on)

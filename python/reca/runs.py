@@ -70,7 +70,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
             free.append(f"objective.{task}.*")
-    if new["objective.mean"] == "update":
+    if new["objective.mean"] == "batch":
         free.append("objective.*.micro_batch")
     changed = [key for key in new if old.get(key) != new[key] and not any(fnmatchcase(key, f) for f in free)]
     if "umm" in changed:
@@ -102,17 +102,17 @@ def finished(recipe: Recipe) -> int | None:
     if distributed.is_main_process():
         with contextlib.suppress(ValueError):
             if Status.read(run_dir).state == "finished":
-                return state["update"]
+                return state["step"]
         with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.steps) as folder:
             checkpoint.remove_leftovers(run_dir)
             folder.saved(newest)
             folder.tell("finished", exits.DONE)
             folder.close()
-    return state["update"]
+    return state["step"]
 
 
 def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
-    """Return the update at which the learning rate's schedule ends.
+    """Return the step at which the learning rate's schedule ends.
 
     A run that is continued keeps the end it began with, however many steps it is to make now, unless
     optim.decay_steps tells another.
@@ -129,15 +129,15 @@ def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[st
     """
     found, end, before = [], schedule_end(recipe, state), state["schedule_end"]
     if recipe.optim.schedule != "constant" and end != before:
-        found.append(f"the schedule of the learning rate ends at update {end} now; until here it was {before}")
+        found.append(f"the schedule of the learning rate ends at step {end} now; until here it was {before}")
     elif recipe.optim.schedule != "constant" and end < recipe.train.steps:
         found.append(
-            f"train.steps={recipe.train.steps} goes beyond the schedule of the learning rate, which ends at update "
+            f"train.steps={recipe.train.steps} goes beyond the schedule of the learning rate, which ends at step "
             f"{end} as it did before; optim.decay_steps={recipe.train.steps} stretches it"
         )
     if recipe.objective.mean == "micro_batch" and ranks != state["ranks"]:
         found.append(
-            "objective.mean=micro_batch depends on how an update is split: until here by "
+            "objective.mean=micro_batch depends on how a step is split: until here by "
             f"{state['ranks']} processes, now by {ranks}"
         )
     return found

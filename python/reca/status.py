@@ -1,6 +1,6 @@
 """What a run is doing, for people and for batch scripts: run_dir/status.json, and the lock of who uses the folder.
 
-{"state": "interrupted", "update": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
+{"state": "interrupted", "step": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Status:
     """The contents of status.json.
 
     state         running, interrupted (saved: the same command continues), failed, or finished
-    update        steps whose result is in the checkpoint
+    step        steps whose result is in the checkpoint
     steps       steps that the run is to make
     checkpoint    newest complete checkpoint, relative to the run folder; null if there is none
     exit_code     that of the process; null while it runs
@@ -43,7 +43,7 @@ class Status:
     """
 
     state: str = "running"
-    update: int = 0
+    step: int = 0
     steps: int = 0
     checkpoint: str | None = None
     exit_code: int | None = None
@@ -67,7 +67,7 @@ class Status:
             status.state, status.exit_code = "failed", exits.INTERRUPTED
             status.reason = (
                 f"process {status.pid} on {status.host} ended without a word (killed, or the machine went down); the "
-                f"same command continues from update {status.update}"
+                f"same command continues from step {status.step}"
             )
         return status
 
@@ -128,7 +128,7 @@ class RunFolder:
     def saved(self, checkpoint: Path | None) -> None:
         """Take note of the newest complete checkpoint; None if there is none."""
         self.status.checkpoint = checkpoint and str(checkpoint.relative_to(self.path))
-        self.status.update = 0 if checkpoint is None else int(checkpoint.name)
+        self.status.step = 0 if checkpoint is None else int(checkpoint.name)
         self.tell("running")
 
     def tell(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:

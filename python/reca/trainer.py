@@ -1,4 +1,4 @@
-"""The training loop: batches -> loss -> gradient -> update, until done, interrupted or broken."""
+"""The training loop: batches -> loss -> gradient -> step, until done, interrupted or broken."""
 
 import contextlib
 import copy
@@ -76,7 +76,7 @@ class Trainer:
         self.folder.saved(checkpoint.newest(self.run_dir))
         newest = checkpoint.newest_sound(self.run_dir, set_aside=True)
         state = None if newest is None else checkpoint.read_state(newest)
-        self.update = 0 if state is None else state["update"]
+        self.step = 0 if state is None else state["step"]
         self.schedule_end = runs.schedule_end(recipe, state)
         self.folder.saved(newest)
         self.sources = self._check(adapter, state)
@@ -97,12 +97,12 @@ class Trainer:
         if newest is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             if distributed.rank() == 0:
-                log.info("continuing %s at update %d", self.run_dir, self.update)
+                log.info("continuing %s at step %d", self.run_dir, self.step)
                 for difference in runs.differences(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.fixed = self._fixed_batches()
-        self.interruption.waits = True  # from here on a signal waits for the end of an update, on every rank
+        self.interruption.waits = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
@@ -145,64 +145,64 @@ class Trainer:
         if speaks:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
         record = RunLog(
-            self.run_dir, recipe.train.steps, self.update, recipe.log.tensorboard, speaks, bar=self.progress is None
+            self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, speaks, bar=self.progress is None
         )
         monitor = monitors.Monitor()
         for hazard in monitors.config_warnings(recipe, self.adapter, self.roles):
-            record.warn(self.update, hazard)
+            record.warn(self.step, hazard)
         if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
-            record.warn(self.update, warning)
+            record.warn(self.step, warning)
         streams = {task: iter(loader) for task, loader in self.loaders.items()}
         profiler = self._profiler()
         try:
             with profiler:
-                while self.update < recipe.train.steps:
+                while self.step < recipe.train.steps:
                     began = time.perf_counter()
                     batches = {
                         task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
                         for task in self.tasks
                     }
                     waited = time.perf_counter() - began
-                    metrics = self.step(batches)
+                    metrics = self.train_step(batches)
                     images = sum(self._task(task).batch_size for task in self.tasks)
                     metrics |= {"images_per_s": images / (time.perf_counter() - began), "data_wait_s": waited}
                     self._probe(metrics, batches)
-                    for warning in monitor.check(self.update, metrics, self.tasks):
-                        record.warn(self.update, warning)
+                    for warning in monitor.check(self.step, metrics, self.tasks):
+                        record.warn(self.step, warning)
                     record.progress(metrics["loss"], metrics["images_per_s"])
                     if self.progress:
-                        self.progress(self.update)
-                    last = self.update == recipe.train.steps
-                    if _due(self.update, recipe.log.every) or last:
-                        record.record(self.update, metrics)
-                    if recipe.log.prompts and _due(self.update, recipe.log.sample_every):
-                        record.images(self.update, self._samples())
+                        self.progress(self.step)
+                    last = self.step == recipe.train.steps
+                    if _due(self.step, recipe.log.every) or last:
+                        record.record(self.step, metrics)
+                    if recipe.log.prompts and _due(self.step, recipe.log.sample_every):
+                        record.images(self.step, self._samples())
                     if profiler is not _NO_PROFILER:
                         profiler.step()
                     stop = distributed.any_rank(self.interruption.asked, self.device)
                     if stop or last:
                         self._save_last()
-                    elif _due(self.update, recipe.checkpoint.every):
+                    elif _due(self.step, recipe.checkpoint.every):
                         self.save()
                     if stop and not last:
                         if speaks:
-                            log.warning("interrupted at update %d; the same command continues the run", self.update)
+                            log.warning("interrupted at step %d; the same command continues the run", self.step)
                         raise SystemExit(exits.INTERRUPTED)
         finally:
             for loader in self.loaders.values():
                 loader.close()
             record.close()
 
-    def step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """Make one update from this rank's micro-batches, by task. Skips and counts it if it is not finite.
+    def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
+        """Make one step from this rank's micro-batches, by task. Skips and counts it if it is not finite.
 
-        Returns the update's metrics by name, as log.jsonl has them.
+        Returns the step's metrics by name, as log.jsonl has them.
         Raises NonFiniteError after train.max_skips such steps in a row.
         """
         self.adapter.train()
         sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
         norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
-        lr = lr_at(self.update, self.schedule_end, self.recipe.optim)
+        lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
         if math.isfinite(norm):
             set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -213,15 +213,15 @@ class Trainer:
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
         if not math.isfinite(norm):
             self._skip(batches, metrics)
-        self.update += 1
+        self.step += 1
         metrics |= {"grad_norm": norm, "lr": lr}
-        metrics |= {f"{task}/bad_files": float(loader.bad) for task, loader in self.loaders.items()}
+        metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
         return metrics
 
     def save(self) -> Path | None:
         """Write a checkpoint; None, loudly, if the disk would not take it."""
         state = {
-            "update": self.update,
+            "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},
             "schedule_end": self.schedule_end,
             "ranks": distributed.world_size(),
@@ -237,9 +237,9 @@ class Trainer:
     def _save_last(self) -> None:
         if self.save() is None:
             kept = self.folder.status
-            there = f"the newest is of update {kept.update}" if kept.checkpoint else "there is none before it"
+            there = f"the newest is of step {kept.step}" if kept.checkpoint else "there is none before it"
             raise NotSavedError(
-                f"update {self.update} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
+                f"step {self.step} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
                 "Free space there: the same command makes the steps since then again"
             )
 
@@ -247,7 +247,7 @@ class Trainer:
         return getattr(self.recipe.objective, task)
 
     def _position(self, task: str) -> int:
-        return self.update * self._task(task).batch_size
+        return self.step * self._task(task).batch_size
 
     def _loader(self, task: str) -> Loader:
         return open_loader(
@@ -270,7 +270,7 @@ class Trainer:
     def _skip(self, batches: dict[str, list[Batch]], metrics: dict[str, float]) -> None:
         self.skips += 1
         dump = {
-            "update": self.update,
+            "step": self.step,
             "losses": {task: str(metrics[f"{task}/loss"]) for task in self.tasks},
             "sample_ids": {
                 task: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
@@ -280,16 +280,16 @@ class Trainer:
         lines = JsonLines(self.run_dir / f"non_finite_{distributed.rank()}.jsonl")
         lines.write(dump)
         lines.close()
-        log.warning("update %d skipped: loss or gradient is not finite (%s)", self.update, dump["losses"])
+        log.warning("step %d skipped: loss or gradient is not finite (%s)", self.step, dump["losses"])
         if self.skips > self.recipe.train.max_skips:
             raise NonFiniteError(
-                f"{self.skips} steps in a row were not finite; the parameters are those of the last good update. "
+                f"{self.skips} steps in a row were not finite; the parameters are those of the last good step. "
                 f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32"
             )
 
     def _probe(self, metrics: dict[str, float], batches: dict[str, list[Batch]]) -> None:
         every, seed = self.recipe.log, self.recipe.train.seed
-        if "reca" in batches and _due(self.update, every.gap_every):
+        if "reca" in batches and _due(self.step, every.gap_every):
             probe = batches["reca"][0]
             if len(probe) == 1 and probe.neighbour is None:
                 after = self.loaders["reca"].sample(int(probe.sample_ids[0]) + 1)
@@ -297,7 +297,7 @@ class Trainer:
                 probe.neighbour = after.to(self.device)
             own, other = (objective.evaluate(self.adapter, [probe], seed, self.autocast, c) for c in ("own", "other"))
             metrics["reca/gap"] = other - own
-        if _due(self.update, every.drift_every) or (every.drift_every and self.update == 1):
+        if _due(self.step, every.drift_every) or (every.drift_every and self.step == 1):
             for task, batch in self.fixed.items():
                 metrics[f"{task}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
 
@@ -326,14 +326,14 @@ class Trainer:
             return self.adapter.generate(prompts, list(range(len(prompts))))
 
     def _profiler(self):
-        """Record those of the steps of log.profile that are still to be made. The first of a run is update 1."""
+        """Record those of the steps of log.profile that are still to be made. The first of a run is step 1."""
         first, last = map(int, (self.recipe.log.profile or "0:0").split(":"))
-        if last <= self.update:
+        if last <= self.step:
             return _NO_PROFILER
-        wait = max(0, first - 1 - self.update)
+        wait = max(0, first - 1 - self.step)
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(
-                wait=max(0, wait - 1), warmup=min(1, wait), active=last - self.update - wait, repeat=1
+                wait=max(0, wait - 1), warmup=min(1, wait), active=last - self.step - wait, repeat=1
             ),
             on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / f"trace_rank{distributed.rank()}.json")),
         )
@@ -342,8 +342,8 @@ class Trainer:
 _NO_PROFILER = contextlib.nullcontext()
 
 
-def _due(update: int, every: int) -> bool:
-    return every > 0 and update % every == 0
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _means(sums: dict[str, torch.Tensor], tasks: list[str]) -> dict[str, float]:

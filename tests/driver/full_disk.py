@@ -42,19 +42,19 @@ def command(*arguments: str) -> int:
 
 
 def train(run_dir: Path, at: dict, *overrides: str) -> int:
-    """A run of 4 steps with a checkpoint after each; `at` holds what is done before an update."""
-    step = Trainer.step
+    """A run of 4 steps with a checkpoint after each; `at` holds what is done before a step."""
+    step = Trainer.train_step
 
     def watched(trainer: Trainer, batches: dict) -> dict:
-        at.get(trainer.update, lambda: None)()
+        at.get(trainer.step, lambda: None)()
         return step(trainer, batches)
 
-    Trainer.step = watched
+    Trainer.train_step = watched
     try:
         steps = ["train.steps=4", "checkpoint.every=1", f"run_dir={run_dir}"]
         return command("train", "show_o_tiny", *TINY, *steps, *overrides)
     finally:
-        Trainer.step = step
+        Trainer.train_step = step
 
 
 def begin(name: str) -> Path:
@@ -71,7 +71,7 @@ def outcome(run_dir: Path, code: int) -> dict:
     return {
         "code": code,
         "state": status.state,
-        "update": status.update,
+        "step": status.step,
         "checkpoints": [path.name for path in checkpoint.complete(run_dir)],
         "partial": [path.name for path in run_dir.rglob("*.part*")],
         "said": MESSAGES.getvalue(),

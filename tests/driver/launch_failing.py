@@ -31,7 +31,7 @@ def trainer(name: str, *overrides: str) -> Trainer:
         "parallel.timeout_minutes=1",
         *overrides,
     ]
-    return Trainer(load_recipe(FOLDER / "toy.yaml", keys), ToyAdapter(), progress=lambda update: None)
+    return Trainer(load_recipe(FOLDER / "toy.yaml", keys), ToyAdapter(), progress=lambda step: None)
 
 
 def failing(function, when) -> object:
@@ -48,14 +48,14 @@ def failing(function, when) -> object:
 def full_once(name: str) -> None:
     """Rank 1 cannot write its share of the first checkpoint."""
     job = trainer(name)
-    checkpoint._checksums = failing(checkpoint._checksums, lambda: job.update == 2)
+    checkpoint._checksums = failing(checkpoint._checksums, lambda: job.step == 2)
     job.run()
 
 
 def full_at_the_end(name: str) -> None:
     job = trainer(name)
     writer = checkpoint.HuggingFaceStorageWriter
-    writer.write_data = failing(writer.write_data, lambda: job.update == 4)
+    writer.write_data = failing(writer.write_data, lambda: job.step == 4)
     job.run()
 
 
@@ -74,32 +74,32 @@ def damaged(name: str) -> None:
         path.write_bytes(data)
     distributed.barrier()
     job = trainer(name)
-    assert job.update == 2, job.update
+    assert job.step == 2, job.step
     job.run()
 
 
 def interrupted(name: str) -> None:
     """A signal to rank 1 alone."""
-    job, step = trainer(name), Trainer.step
+    job, step = trainer(name), Trainer.train_step
 
     def signalled(batches):
-        if distributed.rank() == 1 and job.update == 2:
+        if distributed.rank() == 1 and job.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(job, batches)
 
-    job.step = signalled
+    job.train_step = signalled
     job.run()
 
 
 def one_breaks(name: str) -> None:
-    job, step = trainer(name), Trainer.step
+    job, step = trainer(name), Trainer.train_step
 
     def broken(batches):
-        if distributed.rank() == 1 and job.update == 3:
+        if distributed.rank() == 1 and job.step == 3:
             raise FULL
         return step(job, batches)
 
-    job.step = broken
+    job.train_step = broken
     job.run()
 
 

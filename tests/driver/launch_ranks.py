@@ -26,7 +26,7 @@ from tests.driver.toy import ToyAdapter
 def train(folder: Path, recipe: str, overrides: list[str]) -> None:
     adapter = ToyAdapter() if Path(recipe).name == "toy.yaml" else None
     recipe = load_recipe(recipe, [*overrides, f"run_dir={folder}", "train.threads=1", "parallel.timeout_minutes=3"])
-    trainer = Trainer(recipe, adapter, progress=lambda update: None)
+    trainer = Trainer(recipe, adapter, progress=lambda step: None)
     trainer.run()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(trainer.adapter, options=options)

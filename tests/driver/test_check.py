@@ -143,7 +143,7 @@ def test_memory_of_a_real_step(name):
 
 
 def test_memory_when_sharded():
-    """One backward pass per update, then two; three ranks divide no dimension of most parameters."""
+    """One backward pass per step, then two; three ranks divide no dimension of most parameters."""
     once = load_recipe(
         "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=2"]
     )
@@ -224,7 +224,7 @@ def test_command_says_how_an_update_is_split(capsys):
         out = " ".join(capsys.readouterr().out.split())
         assert ("are not the recipe's" in out) == (gpus != 1)
         if gpus == 8:
-            assert "samples of an update on 8 GPUs reca 10 1 to 2 per GPU, 1 pass of 2 or 1 i2t 10" in out
+            assert "samples of a step on 8 GPUs reca 10 1 to 2 per GPU, 1 pass of 2 or 1 i2t 10" in out
 
 
 def test_command(capsys):

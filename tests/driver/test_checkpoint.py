@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     whole, newest = damaged(change, recipe)
     kept = weights(whole.adapter)
     again = Trainer(recipe("checkpoint.every=3"), ToyAdapter())
-    assert again.update == 3 and "000006 is DAMAGED" in caplog.text and "going back to" in caplog.text
+    assert again.step == 3 and "000006 is DAMAGED" in caplog.text and "going back to" in caplog.text
     assert newest.with_name("000006.damaged").is_dir()
     again.run()
     assert all(torch.equal(value, kept[name]) for name, value in weights(again.adapter).items())
@@ -81,7 +81,7 @@ def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, reci
 
 def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
     trainer = Trainer(recipe("checkpoint.every=1", "checkpoint.keep=2", "train.steps=1000001"), ToyAdapter())
-    trainer.update = 999_997
+    trainer.step = 999_997
     folder = trainer.run_dir / "checkpoints"
     for name in ("999999.partial", "best", "1e9", "²"):  # a digit for str.isdigit only
         (folder / name).mkdir(parents=True)
@@ -203,9 +203,9 @@ def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
     """Every step of saving, failing: the earlier checkpoint stays, nothing is left over, and training goes on."""
     for step in ("_make_room", "_write", "_write_state", "_checksums", "_publish"):
         trainer = Trainer(recipe(f"run_dir={recipe().run_dir}/{step}"), ToyAdapter())
-        trainer.update = 1
+        trainer.step = 1
         assert trainer.save() is not None
-        trainer.update = 2
+        trainer.step = 2
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             assert trainer.save() is None

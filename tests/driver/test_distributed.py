@@ -1,4 +1,4 @@
-"""FSDP2 over gloo: the same update for any split of it, and checkpoints that survive a change of ranks."""
+"""FSDP2 over gloo: the same step for any split of it, and checkpoints that survive a change of ranks."""
 
 import json
 import os
@@ -29,7 +29,7 @@ OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 
 def released(name: str) -> list[str]:
-    """The objective of a released recipe, and one update."""
+    """The objective of a released recipe, and one step."""
     objective = as_dict(load_recipe(name))["objective"]
     tasks = [
         f"objective.{k}.{key}={objective[k][key]}" for k in ("reca", "i2t") for key in ("batch_size", "micro_batch")
@@ -94,7 +94,7 @@ def log(run_dir: Path) -> list[dict]:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """Those of every update that do not depend on who computes it."""
+    """Those of every step that do not depend on who computes it."""
     lines = [line for line in log(run_dir) if "loss" in line]
     return [{k: v for k, v in line.items() if k.endswith(("loss", "/weight", "grad_norm"))} for line in lines]
 
@@ -107,7 +107,7 @@ def test_every_model_makes_the_same_update_on_any_number_of_ranks(runs, name, ra
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert b == pytest.approx(a, rel=1e-5)
     assert all("reca/gap" in line for line in log(other) if "loss" in line)
-    # The update is large beside the tolerance.
+    # The step is large beside the tolerance.
     recipe = load_recipe(f"{name}_tiny")
     made = final(one)
     start = umm_package(name).Adapter.load(recipe.model).named_parameters()

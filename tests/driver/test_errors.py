@@ -18,7 +18,7 @@ from reca.errors import tell
 _set_up_output()
 log = logging.getLogger("reca")
 for number in (1, 2, 2):
-    log.warning("update %d skipped", number)
+    log.warning("step %d skipped", number)
 log.warning("disk of rank %s is slow", os.environ["RANK"])
 log.info("going on")
 rank, which = int(os.environ["RANK"]), sys.argv[1]
@@ -57,7 +57,7 @@ def test_ranks_tell_an_error_once(which, sentences, tmp_path):
         assert error.splitlines().count(sentence) == 1, error
     last = [line for line in error.splitlines() if line.strip(" =")][-1]  # torchrun's report, of the first to fail
     assert any(last == f"  traceback : {sentence}" for sentence in sentences), error
-    assert error.count("update 1 skipped") == 1 and error.count("update 2 skipped") == 2, error
+    assert error.count("step 1 skipped") == 1 and error.count("step 2 skipped") == 2, error
     assert "WARNING disk of rank 0 is slow" in error and "[rank 1] WARNING disk of rank 1 is slow" in error
     assert error.count("going on") == 1
 

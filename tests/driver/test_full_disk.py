@@ -52,13 +52,13 @@ def test_without_a_byte_it_is_one_sentence_too(outcomes):
 
 def test_in_the_middle_training_goes_on(outcomes):
     found = outcomes["in_the_middle"]
-    assert (found["code"], found["state"], found["update"]) == (0, "finished", 4)
-    assert "checkpoint at update 2 NOT saved" in found["said"] and found["partial"] == []
+    assert (found["code"], found["state"], found["step"]) == (0, "finished", 4)
+    assert "checkpoint at step 2 NOT saved" in found["said"] and found["partial"] == []
 
 
 def test_at_the_last_save_the_run_has_failed_and_goes_on_later(outcomes):
     found = outcomes["at_the_last_save"]
-    assert (found["code"], found["state"], found["update"]) == (6, "failed", 3)
+    assert (found["code"], found["state"], found["step"]) == (6, "failed", 3)
     assert "its checkpoint could NOT be written" in found["said"] and "steps done" not in found["said"]
     assert found["partial"] == [] and found["checkpoints"] == ["000002", "000003"]
     assert (found["again"], found["then"]) == (0, ["000003", "000004"])
@@ -66,7 +66,7 @@ def test_at_the_last_save_the_run_has_failed_and_goes_on_later(outcomes):
 
 def test_at_a_signal_it_is_no_interruption(outcomes):
     found = outcomes["at_a_signal"]
-    assert (found["code"], found["state"], found["update"]) == (6, "failed", 2)
+    assert (found["code"], found["state"], found["step"]) == (6, "failed", 2)
     assert "the same command continues the run" not in found["said"] and found["partial"] == []
 
 

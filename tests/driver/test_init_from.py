@@ -60,7 +60,7 @@ def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path
     loaded = load_trained(second.run_dir, second.recipe)
     assert equal(weights(second.adapter), weights(loaded))
     resumed = run_toy(start("second", "first", *SECOND, "train.steps=4"))
-    assert resumed.update == 4 and equal(weights(resumed.adapter), first, "layers.1")
+    assert resumed.step == 4 and equal(weights(resumed.adapter), first, "layers.1")
 
 
 def test_a_chain_of_three(start, tmp_path, published):
@@ -129,7 +129,7 @@ def test_a_file_of_another_hand_is_named(start, caplog):
     with pytest.raises(CheckpointError, match=r"holds \._shard\.safetensors, which is no file of this checkpoint"):
         Trainer(start("run", None), ToyAdapter())
     stranger.unlink()
-    assert Trainer(start("run", None), ToyAdapter()).update == 2 and "DAMAGED" not in caplog.text
+    assert Trainer(start("run", None), ToyAdapter()).step == 2 and "DAMAGED" not in caplog.text
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(start, monkeypatch, caplog):

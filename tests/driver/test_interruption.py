@@ -19,22 +19,22 @@ def interrupted(trainer: Trainer) -> int:
         trainer.run()
     status = Status.read(trainer.run_dir)
     assert (stop.value.code, status.state, status.exit_code) == (exits.INTERRUPTED, "interrupted", exits.INTERRUPTED)
-    return status.update
+    return status.step
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals_end_a_run_behind_the_update(recipe, number):
     before = [signal.getsignal(n) for n in SIGNALS]
-    trainer = Trainer(recipe(), ToyAdapter(), lambda update: update == 2 and os.kill(os.getpid(), number))
+    trainer = Trainer(recipe(), ToyAdapter(), lambda step: step == 2 and os.kill(os.getpid(), number))
     assert interrupted(trainer) == 2
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
 def test_two_kinds_of_signals_are_one_interruption(recipe):
-    """A batch system sends SIGUSR1, and SIGTERM when its patience ends: the update is still ended."""
+    """A batch system sends SIGUSR1, and SIGTERM when its patience ends: the step is still ended."""
 
-    def signals(update: int) -> None:
-        if update == 2:
+    def signals(step: int) -> None:
+        if step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
 

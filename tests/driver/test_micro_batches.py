@@ -1,4 +1,4 @@
-"""Splits of an update: every sample once, equal work, as many passes on every rank."""
+"""Splits of a step: every sample once, equal work, as many passes on every rank."""
 
 import itertools
 import math
@@ -38,14 +38,14 @@ def test_every_sample_once_and_equal_work(ranks):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_copies_are_micro_batches_that_another_rank_counts(ranks):
-    """A loss that is not finite is then so on that rank, too, which skips the update by itself."""
+    """A loss that is not finite is then so on that rank, too, which skips the step by itself."""
     for batch_size, micro_batch in itertools.product(range(1, 70), [1, 2, 3]):
         everything = [s for rank in split_batch(batch_size, micro_batch, ranks) for s in rank]
         assert {s[:2] for s in everything if not s.counted} <= {s[:2] for s in everything if s.counted}
 
 
 def test_micro_batches_of_the_recipe_stay_where_they_fit():
-    """With objective.mean=micro_batch the update is then the same, too."""
+    """With objective.mean=micro_batch the step is then the same, too."""
     whole = [(s.start, s.size) for s in split_batch(96, 12, 1)[0]]
     for ranks in (2, 4, 8):
         assert sorted((s.start, s.size) for rank in split_batch(96, 12, ranks) for s in rank) == whole
@@ -97,14 +97,14 @@ def test_positions_do_not_depend_on_the_ranks():
         for shares in split_batch(10, 3, ranks):
             rank = itertools.islice(Stream(shares, 10, start=10, neighbours=True), 3 * len(shares))
             for share, positions, (neighbour,) in rank:
-                update = positions[-1] // 10 * 10
-                assert neighbour == (positions[-1] + 1 if positions[-1] % 10 < 9 else update)
+                step = positions[-1] // 10 * 10
+                assert neighbour == (positions[-1] + 1 if positions[-1] % 10 < 9 else step)
                 seen |= set(positions) if share.counted else set()
         assert seen == set(range(10, 40))
 
 
-def gradient(recipe, micro_batch, condition="own", mean="update", batch_size=7):
-    """Of one update of the toy model on one rank."""
+def gradient(recipe, micro_batch, condition="own", mean="batch", batch_size=7):
+    """Of one step of the toy model on one rank."""
     keys = (f"objective.condition={condition}", f"objective.mean={mean}", f"objective.reca.batch_size={batch_size}")
     r, adapter = recipe(*keys), ToyAdapter(dtype=torch.float64)
     other = condition == "other"

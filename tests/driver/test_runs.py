@@ -30,16 +30,16 @@ def test_the_status_of_a_run_from_start_to_end(recipe):
         seen.append(json.loads((trainer.run_dir / "status.json").read_text()))
         return step(batches)
 
-    trainer.step = watched
+    trainer.train_step = watched
     trainer.run()
-    assert [(s["state"], s["update"], s["checkpoint"]) for s in seen] == [
+    assert [(s["state"], s["step"], s["checkpoint"]) for s in seen] == [
         ("running", 0, None),
         ("running", 0, None),
         ("running", 2, "checkpoints/000002"),
         ("running", 2, "checkpoints/000002"),
     ]
     status = Status.read(trainer.run_dir)
-    assert (status.state, status.update, status.steps, status.exit_code) == ("finished", 4, 4, 0)
+    assert (status.state, status.step, status.steps, status.exit_code) == ("finished", 4, 4, 0)
     assert status.checkpoint == "checkpoints/000004" and status.pid == os.getpid()
 
 
@@ -52,7 +52,7 @@ def test_a_failure_is_in_the_status(recipe, error, code):
     def fails(batches):
         raise error
 
-    trainer.step = fails
+    trainer.train_step = fails
     with pytest.raises(type(error)):
         trainer.run()
     status = Status.read(trainer.run_dir)
@@ -65,7 +65,7 @@ def test_a_gpu_that_is_full_is_told_with_what_helps(recipe):
     def full(batches):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
-    trainer.step = full
+    trainer.train_step = full
     with pytest.raises(RecipeError, match=r"Tried to allocate 2.00 GiB\.\). Lower micro_batch"):
         trainer.run()
     assert Status.read(trainer.run_dir).exit_code == exits.RECIPE
@@ -159,29 +159,29 @@ def test_signals_before_the_first_update_end_the_process_as_interrupted(recipe):
 
 def test_a_signal_at_the_last_update_is_no_interruption(recipe):
     trainer = Trainer(recipe("train.steps=2"), ToyAdapter())
-    trainer.progress = lambda update: update == 2 and os.kill(os.getpid(), signal.SIGTERM)
+    trainer.progress = lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM)
     trainer.run()
     assert Status.read(trainer.run_dir).state == "finished"
 
 
 def test_a_log_holds_every_update_once(recipe):
-    """Updates that were made after the checkpoint a run goes back to are made, and written, again."""
+    """Steps that were made after the checkpoint a run goes back to are made, and written, again."""
     trainer = Trainer(recipe("train.steps=5", "checkpoint.every=2"), ToyAdapter())
     step = trainer.step
 
     def fails_at_three(batches):
-        if trainer.update == 3:
+        if trainer.step == 3:
             with (trainer.run_dir / "log.jsonl").open("a") as file:
-                file.write('{"update": 4, "lo')  # torn by a kill
+                file.write('{"step": 4, "lo')  # torn by a kill
             raise OSError("the machine goes down")
         return step(batches)
 
-    trainer.step = fails_at_three
+    trainer.train_step = fails_at_three
     with pytest.raises(OSError):
         trainer.run()
     run_toy(recipe("train.steps=5", "checkpoint.every=2"))
     lines = [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 FREE = [
@@ -195,7 +195,7 @@ FREE = [
 @pytest.mark.parametrize("change", FREE)
 def test_what_changes_no_result_may_change(recipe, change, tmp_path):
     run_toy(recipe("train.steps=2"))
-    assert Trainer(recipe(change.format(folder=tmp_path)), ToyAdapter()).update == 2
+    assert Trainer(recipe(change.format(folder=tmp_path)), ToyAdapter()).step == 2
 
 
 @pytest.mark.parametrize(
@@ -272,10 +272,10 @@ def test_a_longer_run_keeps_its_schedule_unless_told(recipe, caplog):
     run_toy(recipe(*linear, "train.steps=4"))
     longer = run_toy(recipe(*linear, "train.steps=6"))
     assert rates(longer.run_dir) == [1, 0.75, 0.5, 0.25, 0, 0]
-    assert "schedule of the learning rate, which ends at update 4 as it did before" in caplog.text
+    assert "schedule of the learning rate, which ends at step 4 as it did before" in caplog.text
     told = run_toy(recipe(*linear, "train.steps=8", "optim.decay_steps=16"))
     assert rates(told.run_dir)[6:] == [0.625, 0.5625]
-    assert "ends at update 16 now; until here it was 4" in caplog.text
+    assert "ends at step 16 now; until here it was 4" in caplog.text
     kept = run_toy(recipe(*linear, "train.steps=9"))
     assert rates(kept.run_dir)[8:] == [0.5]
 

@@ -71,7 +71,7 @@ def test_a_run_that_goes_on_in_this_process_is_not_disturbed(recipe):
 def test_training_in_a_thread(recipe):
     """signal.signal is for the main thread only."""
     done = []
-    thread = threading.Thread(target=lambda: done.append(run_toy(recipe("train.steps=2")).update))
+    thread = threading.Thread(target=lambda: done.append(run_toy(recipe("train.steps=2")).step))
     thread.start()
     thread.join()
     assert done == [2]
@@ -165,19 +165,19 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
 
 def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"update": 1}\n{"update": 2, "loss": 0.10}\n{"update": 3, "lo')
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "loss": 0.10}\n{"step": 3, "lo')
     jsonl.keep_until(path, 2)
     lines = jsonl.JsonLines(path)
-    lines.write({"update": 3})
+    lines.write({"step": 3})
     lines.close()
-    assert path.read_bytes() == b'{"update": 1}\n{"update": 2, "loss": 0.10}\n{"update": 3}\n'
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2, "loss": 0.10}\n{"step": 3}\n'
 
 
 def test_what_is_no_line_of_a_log_goes(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"update": null}\n{"update": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"update": 1}\n')
+    path.write_bytes(b'{"step": null}\n{"step": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"step": 1}\n')
     jsonl.keep_until(path, 4)
-    assert path.read_bytes() == b'{"update": 1}\n'
+    assert path.read_bytes() == b'{"step": 1}\n'
     jsonl.keep_until(tmp_path / "none.jsonl", 4)
     assert not (tmp_path / "none.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""The loop over a toy adapter: what an update is, what is saved, what happens when things break."""
+"""The loop over a toy adapter: what a step is, what is saved, what happens when things break."""
 
 import errno
 import json
@@ -101,11 +101,11 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
     step = trainer.step
 
     def step_and_terminate(batches):
-        if trainer.update == 2:
+        if trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(batches)
 
-    trainer.step = step_and_terminate
+    trainer.train_step = step_and_terminate
     with pytest.raises(SystemExit) as stop:
         trainer.run()
     assert stop.value.code == exits.INTERRUPTED
@@ -120,14 +120,14 @@ def test_non_finite_updates_are_skipped_then_fatal(recipe):
 
     def poisoned(batch, features, rng):
         term = loss(batch, features, rng)
-        return term._replace(sum=term.sum * float("nan")) if trainer.update in (1, 4, 5, 6) else term
+        return term._replace(sum=term.sum * float("nan")) if trainer.step in (1, 4, 5, 6) else term
 
     trainer.adapter.loss = poisoned
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         trainer.run()
     assert all(torch.isfinite(p).all() for p in trainer.adapter.parameters())
     dump = [json.loads(line) for line in (trainer.run_dir / "non_finite_0.jsonl").read_text().splitlines()]
-    assert [d["update"] for d in dump] == [1, 4, 5, 6] and len(dump[0]["sample_ids"]["reca"]) == 8
+    assert [d["step"] for d in dump] == [1, 4, 5, 6] and len(dump[0]["sample_ids"]["reca"]) == 8
 
 
 def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, caplog):
@@ -135,15 +135,15 @@ def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, ca
     real = dcp.save
 
     def full(*args, **kwargs):
-        if trainer.update > 2:
+        if trainer.step > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args, **kwargs)
 
     monkeypatch.setattr(dcp, "save", full)
-    with pytest.raises(NotSavedError, match="update 6 is done.*the newest is of update 2"):
+    with pytest.raises(NotSavedError, match="step 6 is done.*the newest is of step 2"):
         trainer.run()
     status = Status.read(trainer.run_dir)
-    assert (status.state, status.exit_code, status.update) == ("failed", exits.NOT_SAVED, 2)
+    assert (status.state, status.exit_code, status.step) == ("failed", exits.NOT_SAVED, 2)
     assert "NOT saved" in caplog.text and "No space left" in caplog.text
     assert checkpoint.newest(trainer.run_dir).name == "000002"
     assert not list((trainer.run_dir / "checkpoints").glob("*.partial"))
@@ -193,7 +193,7 @@ def test_a_changed_recipe_is_refused_on_resume(recipe):
 
 
 def test_compiled_and_recomputed_blocks_are_both(recipe, tmp_path):
-    """Either alone and both together make the same update, and compiled ones are compiled."""
+    """Either alone and both together make the same step, and compiled ones are compiled."""
     uneven = ("train.steps=2", "objective.reca.micro_batch=3")
     plain = run(recipe(f"run_dir={tmp_path}/plain", *uneven))
     for i, (compiled, recomputed) in enumerate([(True, False), (False, True), (True, True)]):
@@ -305,14 +305,14 @@ def test_the_profile_is_of_the_updates_it_names(recipe, start, recorded):
     step = trainer.step
 
     def named(batches):
-        with torch.profiler.record_function(f"update {trainer.update + 1}"):
+        with torch.profiler.record_function(f"step {trainer.step + 1}"):
             return step(batches)
 
-    trainer.step = named
+    trainer.train_step = named
     trainer.run()
     trace = trainer.run_dir / "trace_rank0.json"
     if recorded is None:
         assert not trace.exists()
     else:
         names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
-        assert sorted(name for name in names if name.startswith("update ")) == [f"update {n}" for n in recorded]
+        assert sorted(name for name in names if name.startswith("step ")) == [f"step {n}" for n in recorded]

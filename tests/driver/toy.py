@@ -94,7 +94,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
 
 
 def write_recipe(folder: Path, images: Path) -> Path:
-    """A recipe for the toy adapter over a folder of images: 8 samples an update, 6 steps."""
+    """A recipe for the toy adapter over a folder of images: 8 samples a step, 6 steps."""
     path = folder / "toy.yaml"
     path.write_text(
         f"umm: show_o\nrun_dir: {folder / 'run'}\n"

@@ -164,21 +164,21 @@ def strike(kill: Kill, children: list[int], run_dir: Path, dice: random.Random, 
 
 def right(kill: Kill, codes: list[int | None], before: Status | None, after: Status | None) -> str | None:
     """What is wrong with the way a killed start ended, in words."""
-    began = before.update if before else 0
+    began = before.step if before else 0
     if kill.signal == signal.SIGKILL:
         if -signal.SIGKILL not in codes:
             return f"codes {codes}"
         # Before its first word a start leaves the status of the one before; a rank that is ended in the set-up, because
         # another was killed, has nothing to save and says so.
-        if after == before or after.state == "failed" or (exits.INTERRUPTED in codes and after.update == began):
+        if after == before or after.state == "failed" or (exits.INTERRUPTED in codes and after.step == began):
             return None
         return f"state {after.state} after SIGKILL"
     if None in codes:
         return f"hung: codes {codes}"
     if -signal.SIGTERM in codes:  # handlers were not set up yet: nothing has begun, and nothing is lost
         return None
-    # A rank that is ended before its first update leaves the others without it: they fail, and the status stays.
-    if kill.ranks > 1 and set(codes) == {exits.INTERRUPTED, exits.BUG} and after and after.update == began:
+    # A rank that is ended before its first step leaves the others without it: they fail, and the status stays.
+    if kill.ranks > 1 and set(codes) == {exits.INTERRUPTED, exits.BUG} and after and after.step == began:
         codes = [exits.INTERRUPTED]
     if set(codes) not in ({exits.INTERRUPTED}, {exits.DONE}):
         return f"codes {codes}"
@@ -196,8 +196,8 @@ def status(run_dir: Path) -> Status | None:
 
 
 def done(run_dir: Path) -> int:
-    """Updates that were made, saved or not."""
-    return max((line["update"] for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line), default=0)
+    """Steps that were made, saved or not."""
+    return max((line["step"] for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line), default=0)
 
 
 def saved(run_dir: Path) -> int:

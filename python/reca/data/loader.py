@@ -51,7 +51,7 @@ def open_loader(
 ) -> "Loader":
     """The loader a recipe describes, of one task of sample. Raises DataError as `open_sources`.
 
-    batch_size: samples of one update on all ranks; null = one full micro-batch on each.
+    batch_size: samples of one step on all ranks; null = one full micro-batch on each.
     neighbours: every batch comes with its `neighbour`.
     identity: what, beside the images, the features in data.cache depend on.
     prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
@@ -67,7 +67,7 @@ def open_loader(
 
 
 class Stream(NamedTuple):
-    """The positions that one rank reads: its micro-batches of update after update."""
+    """The positions that one rank reads: its micro-batches of step after step."""
 
     shares: list[MicroBatch]
     batch_size: int
@@ -77,8 +77,8 @@ class Stream(NamedTuple):
     def __iter__(self) -> Iterator[tuple[MicroBatch, range, list[int]]]:
         """Every micro-batch, its positions, and the position of its neighbour, if there shall be one.
 
-        The neighbour is the sample after the last of the micro-batch, and for the last of an update the first, so
-        that it is the same one however the update is split.
+        The neighbour is the sample after the last of the micro-batch, and for the last of a step the first, so
+        that it is the same one however the step is split.
         """
         for base in itertools.count(self.start, self.batch_size):
             for share in self.shares:
@@ -100,7 +100,7 @@ class Row(NamedTuple):
 class Loader:
     """Iterating yields `Batch` objects, the micro-batches of this rank.
 
-    Position p of the stream holds the same sample with the same id p however it is split: update u of N samples covers
+    Position p of the stream holds the same sample with the same id p however it is split: step u of N samples covers
     positions u N and the following, and reca/micro_batches.py says which of them are this rank's. The position of an
     unreadable sample is filled by a substitute that depends on the position only, so batches stay full and every other
     sample of the epoch is still delivered.

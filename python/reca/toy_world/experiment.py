@@ -109,10 +109,10 @@ def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outco
             *overrides,
         ],
     )
-    trainer = Trainer(recipe, progress=lambda update: _progress(out, seed, arm.name).write_text(str(update)))
+    trainer = Trainer(recipe, progress=lambda step: _progress(out, seed, arm.name).write_text(str(step)))
     trainer.run()
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
-    curve = [(line["update"], line["loss"]) for line in lines if "loss" in line]
+    curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     return Outcome(_measure(trainer.adapter, setup, seed, scale), curve, time.perf_counter() - started)
 
 

@@ -54,7 +54,7 @@ def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(absolute_paths(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
-    saved = checkpoint.save(folder, {"update": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
+    saved = checkpoint.save(folder, {"step": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
     if saved is None:
         raise checkpoint.CheckpointError(f"the pre-trained model was not saved in {folder}; the log above says why")
 
