@@ -11,7 +11,7 @@ from reca.config import Recipe, RecipeError, UnknownRecipe, load_recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
-from reca.runs import finished, load_trained
+from reca.runs import finished_steps, load_trained
 from reca.trainer import Trainer
 
 
@@ -71,7 +71,7 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
-    made = finished(recipe)
+    made = finished_steps(recipe)
     if made is None:
         Trainer(recipe, model).run()
     distributed.shut_down()

@@ -45,37 +45,38 @@ class CheckpointError(RuntimeError):
     exit_code = exits.RECIPE
 
 
-def complete(run_dir: Path) -> list[Path]:
+def list_complete(run_dir: Path) -> list[Path]:
     """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers."""
     markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
     return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
 
 
-def newest(run_dir: Path) -> Path | None:
+def latest(run_dir: Path) -> Path | None:
     """Find the newest complete checkpoint of a run, sound or not."""
-    return next(reversed(complete(run_dir)), None)
+    return next(reversed(list_complete(run_dir)), None)
 
 
-def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
+def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
     """Find the newest checkpoint whose files are those that were written; None if the run has no checkpoint.
 
     A damaged one is reported loudly and the one before it is taken. Every rank gets the same answer.
-    set_aside: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these steps again.
+    rename_damaged: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these steps again.
     Raises CheckpointError when all of them are damaged; it names what to remove.
     """
     faults: dict[Path, str] = {}
     while True:
-        there = distributed.all_gather(complete(run_dir))[0]  # of rank 0: on a network's disk, others may see it later
+        # Of rank 0: on a network file system, the others may see a folder later.
+        there = distributed.all_gather(list_complete(run_dir))[0]
         faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
         if not (left := [folder for folder in there if folder not in faults]):
             break
-        if fault := damage(left[-1]):
+        if fault := find_damage(left[-1]):
             faults[left[-1]] = fault
             continue
         for damaged, reason in faults.items():
             log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, left[-1])
-            if set_aside:
-                _set_aside(damaged)
+            if rename_damaged:
+                _rename_as_damaged(damaged)
         return left[-1]
     if not faults:
         return None
@@ -86,7 +87,7 @@ def newest_sound(run_dir: Path, set_aside: bool = False) -> Path | None:
     )
 
 
-def damage(folder: Path, contents: bool = True) -> str:
+def find_damage(folder: Path, contents: bool = True) -> str:
     """Say what is wrong with the files of a complete checkpoint; empty when nothing is.
 
     contents: read the files, too, and let ranks share that work; all of them must call it then.
@@ -102,7 +103,7 @@ def damage(folder: Path, contents: bool = True) -> str:
     return "; ".join(dict.fromkeys(fault for part in distributed.all_gather(faults) for fault in part))
 
 
-def remove_leftovers(run_dir: Path) -> None:
+def remove_partial(run_dir: Path) -> None:
     """Remove what killed processes left half written. Only for the process that holds the run's lock."""
     for folder in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +122,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
         with distributed.fail_together():
             _make_room(run_dir, partial, adapter)
         with distributed.fail_together():
-            _write(partial / "weights", changed(adapter))
+            _write(partial / "weights", changed_parameters(adapter))
         with distributed.fail_together():
             _write(partial / "optimizer", _tensors(moments))
         with distributed.fail_together():
@@ -140,7 +141,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
             shutil.rmtree(partial, ignore_errors=True)
         return None
     if distributed.rank() == 0 and keep:
-        for old in complete(run_dir)[:-keep]:
+        for old in list_complete(run_dir)[:-keep]:
             try:
                 _remove(old)
             except OSError as error:
@@ -155,7 +156,7 @@ def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | No
     """
     if not (folder / MARKER).exists():
         raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
-    weights = changed(adapter)
+    weights = changed_parameters(adapter)
     saved = _saved(folder / "weights")
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
@@ -186,21 +187,21 @@ def read_state(folder: Path) -> dict:
         ) from error
 
 
-def overlay(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
+def load_weights(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
     """Put what another run has changed over the adapter's parameters, whatever this run trains. Returns their names.
 
     Raises CheckpointError if that run has no sound checkpoint, or parameters that this model has not.
     """
-    folder = newest_sound(run_dir)
+    folder = latest_valid(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
-    names = fitting(folder, adapter)
+    names = check_fit(folder, adapter)
     own = dict(adapter.named_parameters())
     _read(folder / "weights", {name: own[name].detach() for name in names})
     return names
 
 
-def fitting(folder: Path, adapter: nn.Module) -> frozenset[str]:
+def check_fit(folder: Path, adapter: nn.Module) -> frozenset[str]:
     """Name a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
     own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     saved = _saved(folder / "weights")
@@ -213,7 +214,7 @@ def fitting(folder: Path, adapter: nn.Module) -> frozenset[str]:
     return frozenset(saved)
 
 
-def changed(adapter: nn.Module) -> dict[str, Tensor]:
+def changed_parameters(adapter: nn.Module) -> dict[str, Tensor]:
     """Return what is not as published, by name: parameters that are trained, and those a run before has trained.
 
     The tensors themselves, so that loading fills them.
@@ -224,7 +225,7 @@ def changed(adapter: nn.Module) -> dict[str, Tensor]:
 def size(adapter: nn.Module) -> int:
     """Count the bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
-    return sum(p.numel() * p.element_size() for p in (*changed(adapter).values(), *trained, *trained))
+    return sum(p.numel() * p.element_size() for p in (*changed_parameters(adapter).values(), *trained, *trained))
 
 
 def free_space(run_dir: Path) -> int:
@@ -326,7 +327,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def _set_aside(folder: Path) -> None:
+def _rename_as_damaged(folder: Path) -> None:
     if distributed.rank() == 0:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)

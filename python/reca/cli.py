@@ -28,36 +28,36 @@ def main(arguments: list[str] | None = None) -> int:
         code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
-        _tell(error)
+        _report(error)
     distributed.exit_process(code)
     return code
 
 
-def _tell(error: BaseException) -> None:
+def _report(error: BaseException) -> None:
     """Print what a user has to know of an error: a sentence where it is foreseen, else the traceback."""
     from reca import distributed, exits
-    from reca.errors import tell
+    from reca.errors import print_once
 
     if isinstance(error, SystemExit | distributed.PeerFailed):
         return
     if isinstance(error, KeyboardInterrupt):
-        tell("reca: stopped")
+        print_once("reca: stopped")
     elif exits.expected(error) is None:
-        tell("".join(traceback.format_exception(error)))
+        print_once("".join(traceback.format_exception(error)))
     else:
-        tell(f"reca: {error}")
+        print_once(f"reca: {error}")
 
 
 def _set_up_output() -> None:
     """Log lines with their level. Of a run on many ranks, rank 0 tells what happens, and any rank warns, but once."""
-    from reca.errors import OnceOverRanks
+    from reca.errors import OncePerMessage
 
     rank = int(os.environ.get("RANK", 0))
     where = f"[rank {rank}] " if rank else ""
     logging.basicConfig(format=f"{where}%(levelname)s %(message)s", level=logging.ERROR if rank else logging.WARNING)
     logging.getLogger("reca").setLevel(logging.WARNING if rank else logging.INFO)
     if "RANK" in os.environ:
-        logging.getLogger("reca").addFilter(OnceOverRanks())
+        logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
@@ -144,12 +144,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path_text(text: str) -> str:
-    from reca.config import home
+    from reca.config import expand_home
 
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")
     try:
-        return home(text)
+        return expand_home(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

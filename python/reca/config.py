@@ -16,7 +16,18 @@ from reca.data.config import DataConfig
 from reca.data.spec import parse_spec
 from reca.folders import write_atomically
 from reca.models import UMMS, umm_package
-from reca.options import GLOB, HUB, LOCAL, SPEC, RecipeError, check_heads, check_values, config_field, share, shown
+from reca.options import (
+    GLOB,
+    HUB,
+    LOCAL,
+    SPEC,
+    RecipeError,
+    check_heads,
+    check_values,
+    config_field,
+    format_value,
+    share,
+)
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -163,20 +174,20 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     Raises:
         RecipeError: An unknown recipe, key or value.
     """
-    path = Path(home(str(name)))
+    path = Path(expand_home(str(name)))
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
     try:
-        written = read_yaml(path.read_bytes(), shown(str(path))[1:-1])
+        written = read_yaml(path.read_bytes(), format_value(str(path))[1:-1])
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
         raise UnknownRecipe(
-            f"no recipe {shown(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
+            f"no recipe {format_value(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
         ) from error
     except OSError as error:
-        raise RecipeError(f"recipe {shown(str(path))} cannot be read ({error.strerror})") from error
-    source = shown(str(path))[1:-1]
+        raise RecipeError(f"recipe {format_value(str(path))} cannot be read ({error.strerror})") from error
+    source = format_value(str(path))[1:-1]
     if not isinstance(written, dict):
         raise RecipeError(f"{source} holds no keys; a recipe is a YAML file of key: value lines")
 
@@ -217,15 +228,19 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def home(text: str) -> str:
+def expand_home(text: str) -> str:
     """A path with ~ expanded. Raises RecipeError for the home of nobody, and for variables, which nothing expands."""
     if text.startswith("~"):
         full = os.path.expanduser(text)
         if full.startswith("~"):
-            raise RecipeError(f"{shown(text)}: there is no such user; write ./~ for a file whose name begins with ~")
+            raise RecipeError(
+                f"{format_value(text)}: there is no such user; write ./~ for a file whose name begins with ~"
+            )
         return full
     if re.match(r"\$[A-Za-z_]", text) or "${" in text:
-        raise RecipeError(f"{shown(text)}: variables are not expanded here; write the path itself, or ~ for home")
+        raise RecipeError(
+            f"{format_value(text)}: variables are not expanded here; write the path itself, or ~ for home"
+        )
     return text
 
 
@@ -253,7 +268,7 @@ def explain(recipe: Recipe) -> str:
 def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
     """Overrides as pairs of key and text."""
     if isinstance(overrides, str):
-        raise RecipeError(f"overrides={shown(overrides)} must be a list of key=value, or a dict")
+        raise RecipeError(f"overrides={format_value(overrides)} must be a list of key=value, or a dict")
     if not isinstance(overrides, Mapping):
         return [_split(text) for text in overrides]
     pairs: list[tuple[str, str]] = []
@@ -269,7 +284,7 @@ def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]
 def _split(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {shown(text)} has no {'key' if equals else repr('=')}; write key.sub=value")
+        raise RecipeError(f"override {format_value(text)} has no {'key' if equals else repr('=')}; write key.sub=value")
     return key, value
 
 
@@ -296,7 +311,7 @@ class _Layer:
         if is_dataclass(wanted):
             if not isinstance(raw, dict):
                 raise RecipeError(
-                    f"{shown(key)[1:-1]} in {self.source} is a group of keys, not a value; write {key}.sub=value"
+                    f"{format_value(key)[1:-1]} in {self.source} is a group of keys, not a value; write {key}.sub=value"
                 )
             self.put(getattr(group, name), raw, f"{key}.")
             return
@@ -305,7 +320,7 @@ class _Layer:
             if not value.strip(BLANK):
                 raise RecipeError(f"{key} in {self.source} is an empty text; write a path")
             try:
-                value = home(value)
+                value = expand_home(value)
             except RecipeError as error:
                 raise RecipeError(f"{key} in {self.source}: {error}") from error
         elif any(
@@ -339,14 +354,14 @@ class _Layer:
         lists = [full for full in known if re.match(rf"{re.escape(full)}[.\[]", key)]
         if lists:
             return RecipeError(
-                f"{shown(key)} in {self.source}: {lists[0]} has no keys below it; write all of its value"
+                f"{format_value(key)} in {self.source}: {lists[0]} has no keys below it; write all of its value"
             )
         last = key.rsplit(".", 1)[-1]
         near = get_close_matches(key[:200], [*known, *groups], 1)
         near = near or [full for full in known if full.rsplit(".", 1)[-1] == last][:1]
         hint = f"; did you mean {near[0]}?" if near else ""
         return RecipeError(
-            f"unknown key {shown(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
+            f"unknown key {format_value(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
         )
 
 
@@ -368,10 +383,10 @@ def _check(config: Any, prefix: str = "") -> None:
             f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.batch_size to 2 or more"
         )
     if isinstance(config, OptimConfig) and len(config.betas) != 2:
-        raise RecipeError(f"{prefix}betas={shown(config.betas)} must be two numbers from 0 to below 1")
+        raise RecipeError(f"{prefix}betas={format_value(config.betas)} must be two numbers from 0 to below 1")
     if isinstance(config, LogConfig) and config.profile is not None:
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", config.profile)
         if not match or int(match[1]) > int(match[2]):
-            raise RecipeError(f"{prefix}profile={shown(config.profile)} must be first:last, such as 10:13")
+            raise RecipeError(f"{prefix}profile={format_value(config.profile)} must be first:last, such as 10:13")
     if isinstance(config, Recipe) and not config.active_tasks():
         raise RecipeError("every weight of objective is 0: there is nothing to train")

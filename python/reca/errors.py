@@ -15,19 +15,19 @@ from datetime import timedelta
 HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to tell the same
 
 
-def tell(sentence: str) -> None:
+def print_once(sentence: str) -> None:
     """Print an error on stderr. Under torchrun, only the first rank that has this sentence does; rank 0 if it has it.
 
     What only one rank has is told by that rank. Where ranks cannot find out of each other, every one tells.
     """
-    with _unterminated():
-        if _first(sentence):
+    with _ignore_sigterm():
+        if _is_first(sentence):
             print(sentence, file=sys.stderr, flush=True)
-            _tell_torchrun(sentence)
+            _report_to_torchrun(sentence)
 
 
 @contextlib.contextmanager
-def _unterminated() -> Iterator[None]:
+def _ignore_sigterm() -> Iterator[None]:
     """Go on when torchrun ends this rank because another has failed: what this one has to tell is still to be told."""
     try:
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def _unterminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _first(sentence: str) -> bool:
+def _is_first(sentence: str) -> bool:
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
@@ -61,7 +61,7 @@ def _first(sentence: str) -> bool:
         return True
 
 
-class OnceOverRanks(logging.Filter):
+class OncePerMessage(logging.Filter):
     """Lets a warning pass on the first rank that has it; of one that comes again, each time once."""
 
     def __init__(self):
@@ -99,7 +99,7 @@ def _store():
     )
 
 
-def _tell_torchrun(sentence: str) -> None:
+def _report_to_torchrun(sentence: str) -> None:
     """Make torchrun's own report of the failure, which comes last, end in the sentence."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and "RANK" in os.environ:

@@ -1,4 +1,4 @@
-"""Signals that end a run early: between two steps, with a checkpoint."""
+"""Signals that end a run early, between two steps and with a checkpoint."""
 
 import contextlib
 import signal
@@ -12,21 +12,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interruption:
-    """What a run is told by SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP. A second signal of the same kind ends the process.
+    """SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP during a run. A second signal of the same kind ends the process.
 
-    asked    a signal has come
-    waits    the run looks at `asked` between steps. Until it does there is nothing to save: a signal ends it at once
+    requested  a signal has come
+    deferred   the run checks `requested` between steps; until it does there is nothing to save, and a signal ends it
     """
 
     def __init__(self) -> None:
-        self.asked, self.waits = False, False
+        self.requested, self.deferred = False, False
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals inside of this context. Raises SystemExit(75) there while `waits` is False.
+    def handle_signals(self) -> Iterator[None]:
+        """Handle signals inside of this context. Raises SystemExit(75) there while `deferred` is False.
 
-        Only the main thread of a process can listen: in another one, as of a server, signals do what they did. SIGHUP
-        stays ignored under nohup.
+        Only the main thread of a process can handle signals: in another one, as of a server, they do what they did.
+        SIGHUP stays ignored under nohup.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -35,15 +35,15 @@ class Interruption:
         if before[signal.SIGHUP] is signal.SIG_IGN:
             del before[signal.SIGHUP]
         for number in before:
-            signal.signal(number, self._take)
+            signal.signal(number, self._on_signal)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
-    def _take(self, number: int, _frame) -> None:
+    def _on_signal(self, number: int, _frame) -> None:
         signal.signal(number, signal.SIG_DFL)
-        self.asked = True
-        if not self.waits:
+        self.requested = True
+        if not self.deferred:
             raise SystemExit(exits.INTERRUPTED)

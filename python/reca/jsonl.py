@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [value for _, value in _lines(path)]
 
 
-def keep_until(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Keep only what a run that goes on from `step` will not write again: whole lines of steps until then."""
     lines = _lines(path)
     kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= step)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from reca.image_grid import make_grid
-from reca.jsonl import JsonLines, keep_until
+from reca.jsonl import JsonLines, truncate_after
 
 log = logging.getLogger("reca")
 
@@ -18,19 +18,19 @@ log = logging.getLogger("reca")
 class RunLog:
     """Rank 0's record of a run. Other ranks hold a silent one."""
 
-    def __init__(self, run_dir: Path, steps: int, done: int, tensorboard: bool, speaks: bool, bar: bool = True):
-        self.run_dir, self.speaks, self.board = run_dir, speaks, None
+    def __init__(self, run_dir: Path, steps: int, done: int, tensorboard: bool, main_process: bool, bar: bool = True):
+        self.run_dir, self.main_process, self.board = run_dir, main_process, None
         self.bar = tqdm(
             total=steps,
             initial=done,
             unit="step",
             dynamic_ncols=True,
-            disable=not (speaks and bar),
+            disable=not (main_process and bar),
             desc=run_dir.name,
         )
-        if not speaks:
+        if not main_process:
             return
-        keep_until(run_dir / "log.jsonl", done)
+        truncate_after(run_dir / "log.jsonl", done)
         self.lines = JsonLines(run_dir / "log.jsonl")
         self.redirect = logging_redirect_tqdm()  # of the root logger, whose handler prints
         self.redirect.__enter__()
@@ -42,7 +42,7 @@ class RunLog:
         self.bar.update()
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        if not self.speaks:
+        if not self.main_process:
             return
         self.lines.write({"step": step} | {k: _finite(v) for k, v in values.items()})
         if self.board:
@@ -54,12 +54,12 @@ class RunLog:
                 self.board = None
 
     def warn(self, step: int, warning: str) -> None:
-        if self.speaks:
+        if self.main_process:
             log.warning("step %d: %s", step, warning)
             self.lines.write({"step": step, "warning": warning})
 
-    def images(self, step: int, images: list[Tensor]) -> None:
-        if self.speaks:
+    def sample_images(self, step: int, images: list[Tensor]) -> None:
+        if self.main_process:
             path = self.run_dir / "samples" / f"{step:06d}.png"
             try:
                 path.parent.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.speaks:
+        if self.main_process:
             self.redirect.__exit__(None, None, None)
             self.lines.close()
             if self.board:

@@ -65,10 +65,10 @@ def check_values(config: Any, prefix: str = "") -> None:
         choices, value, key = f.metadata.get("choices"), getattr(config, f.name), f"{prefix}{f.name}"
         for item in (value if isinstance(value, list) else [value]) if choices else ():
             if item not in choices:
-                raise RecipeError(f"{key}={shown(item)} is not one of {', '.join(map(shown, choices))}")
+                raise RecipeError(f"{key}={format_value(item)} is not one of {', '.join(map(format_value, choices))}")
         if isinstance(value, list):
             if len(value) < f.metadata.get("fewest", 0):
-                raise RecipeError(f"{key}={shown(value)} must have at least {f.metadata['fewest']} item")
+                raise RecipeError(f"{key}={format_value(value)} must have at least {f.metadata['fewest']} item")
             for i, item in enumerate(value):
                 _check_number(f"{key}[{i}]", item, f.metadata)
         _check_number(key, value, f.metadata)
@@ -106,7 +106,7 @@ def check_heads(config: Any, prefix: str) -> None:
         )
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a message: on one line, and short."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 90 else f"{text[:60]}...{text[-20:]}"

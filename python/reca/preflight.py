@@ -55,7 +55,7 @@ def check(
 
 def _files_exist(recipe: Recipe) -> None:
     """Refuse a path that is written as one and is not there."""
-    for name, value in runs.files(recipe).items():
+    for name, value in runs.published_files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():
             raise RecipeError(
                 f"model.{name}={value} does not exist; give a file, a folder, or a hub id such as owner/name"
@@ -95,7 +95,7 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
             f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "
             "space or name another folder"
         )
-    more = keep + 1 - len(checkpoint.complete(run_dir))  # a new one is complete before the oldest goes
+    more = keep + 1 - len(checkpoint.list_complete(run_dir))  # a new one is complete before the oldest goes
     if keep and more * need > free:
         log.warning(
             "run_dir %s: %d more checkpoints of %s will be kept and %s are free; free space or lower checkpoint.keep",

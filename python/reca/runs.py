@@ -18,13 +18,13 @@ from reca.models.base import Adapter
 from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
-FREE = (
+RESULT_NEUTRAL_KEYS = (
     "run_dir", "log.*", "checkpoint.*", "parallel.*",
     "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
     "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 # Keys that name something on a disk, which may have moved: `identity` compares what is there instead.
-BY_CONTENT = (
+COMPARED_BY_CONTENT = (
     "data.images",
     "data.conversations",
     "data.captions",
@@ -36,7 +36,7 @@ BY_CONTENT = (
 PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that tell it from others
 
 
-def identity(
+def fingerprint(
     recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Describe what a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
@@ -49,12 +49,12 @@ def identity(
     }
     if "reca" in recipe.active_tasks():
         found["data.templates"] = _digest("\n".join(templates).encode())
-    found |= {f"model.{name}": _fingerprint(value) for name, value in files(recipe).items()}
+    found |= {f"model.{name}": _file_fingerprint(value) for name, value in published_files(recipe).items()}
     if recipe.train.init_from is not None:
         if state is not None and state["recipe"]["train"]["init_from"] == recipe.train.init_from:
-            found["train.init_from"] = state["identity"].get("train.init_from")
+            found["train.init_from"] = state["fingerprint"].get("train.init_from")
         else:
-            folder = checkpoint.newest(Path(recipe.train.init_from))
+            folder = checkpoint.latest(Path(recipe.train.init_from))
             found["train.init_from"] = folder and _digest((folder / checkpoint.MARKER).read_bytes())
     return found
 
@@ -65,8 +65,8 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     state: of the checkpoint to go on from, with its recipe and its identity. now: the identity of this start.
     Raises RecipeError that names every such key with both values.
     """
-    before, old, new = state["identity"], _flat(state["recipe"]), _flat(as_dict(recipe))
-    free = [*FREE, *BY_CONTENT, *before, *now, "optim.decay_steps"]
+    before, old, new = state["fingerprint"], _flat(state["recipe"]), _flat(as_dict(recipe))
+    free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
     for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
             free.append(f"objective.{task}.*")
@@ -75,38 +75,38 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     changed = [key for key in new if old.get(key) != new[key] and not any(fnmatchcase(key, f) for f in free)]
     if "umm" in changed:
         changed = ["umm"]  # no other key can be compared
-    told = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
+    changes = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
     for key in sorted(before.keys() | now.keys()):
         if key.startswith("data.") and (key in before) != (key in now):
-            continue  # of a kind that has come or gone: its weight is told
+            continue  # of a kind that has come or gone: its weight is named
         if before.get(key) != now.get(key) and "umm" not in changed:
-            told.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
-    if told:
+            changes.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
+    if changes:
         raise RecipeError(
-            f"{run_dir} holds a run of another recipe ({'; '.join(told)}). Use another run_dir, or undo the change"
+            f"{run_dir} holds a run of another recipe ({'; '.join(changes)}). Use another run_dir, or undo the change"
         )
 
 
-def finished(recipe: Recipe) -> int | None:
+def finished_steps(recipe: Recipe) -> int | None:
     """Return the steps of a run that has no more to make; None for any other. Its status says so from then on.
 
     Sizes tell here whether the checkpoint is sound: nothing is read that takes time.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
     """
     run_dir = Path(recipe.run_dir)
-    newest = checkpoint.newest(run_dir)
-    if newest is None or int(newest.name) < recipe.train.steps or checkpoint.damage(newest, contents=False):
+    newest = checkpoint.latest(run_dir)
+    if newest is None or int(newest.name) < recipe.train.steps or checkpoint.find_damage(newest, contents=False):
         return None
     state = checkpoint.read_state(newest)
-    reject_changed(recipe, run_dir, state, state["identity"])
+    reject_changed(recipe, run_dir, state, state["fingerprint"])
     if distributed.is_main_process():
         with contextlib.suppress(ValueError):
             if Status.read(run_dir).state == "finished":
                 return state["step"]
         with contextlib.suppress(OSError), RunFolder(run_dir, recipe.train.steps) as folder:
-            checkpoint.remove_leftovers(run_dir)
-            folder.saved(newest)
-            folder.tell("finished", exits.DONE)
+            checkpoint.remove_partial(run_dir)
+            folder.record_checkpoint(newest)
+            folder.write_status("finished", exits.DONE)
             folder.close()
     return state["step"]
 
@@ -122,7 +122,7 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
     return recipe.train.steps if state is None else state["schedule_end"]
 
 
-def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
+def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
     """Say what will be other from a checkpoint on than it was until there, although a run may go on so.
 
     state: of the checkpoint. ranks: of this start.
@@ -146,14 +146,14 @@ def differences(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[st
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
     """Load the model of a run: the published weights with its newest checkpoint on top."""
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
-    checkpoint.overlay(run_dir, adapter)
+    checkpoint.load_weights(run_dir, adapter)
     return adapter.eval()
 
 
-def inherit(adapter: Adapter, recipe: Recipe) -> None:
+def load_parent(adapter: Adapter, recipe: Recipe) -> None:
     """Put what the run that `train.init_from` names has made over the published weights, where a run begins."""
     if recipe.train.init_from is not None:
-        adapter.inherited = checkpoint.overlay(Path(recipe.train.init_from), adapter)
+        adapter.inherited = checkpoint.load_weights(Path(recipe.train.init_from), adapter)
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
@@ -169,9 +169,9 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
     if not (folder / "recipe.yaml").is_file():
         raise RecipeError(f"train.init_from={folder} is no folder of a run: it has no recipe.yaml")
     before = load_recipe(folder / "recipe.yaml")
-    ours, theirs = ({"umm": r.umm} | files(r) for r in (recipe, before))
-    if ours != theirs and {k: _fingerprint(v) for k, v in ours.items()} != {
-        k: _fingerprint(v) for k, v in theirs.items()
+    ours, theirs = ({"umm": r.umm} | published_files(r) for r in (recipe, before))
+    if ours != theirs and {k: _file_fingerprint(v) for k, v in ours.items()} != {
+        k: _file_fingerprint(v) for k, v in theirs.items()
     }:
         differences = ", ".join(
             f"{k} {theirs.get(k)!r} -> {ours.get(k)!r}" for k in ours | theirs if ours.get(k) != theirs.get(k)
@@ -180,20 +180,20 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
             f"train.init_from={folder} is a run of other published files than this recipe ({differences}); both must "
             "name the same umm and the same files"
         )
-    newest = checkpoint.newest(folder)
+    newest = checkpoint.latest(folder)
     if newest is None:
         raise checkpoint.CheckpointError(f"{folder} has no complete checkpoint; did the run save one?")
-    if not checkpoint.damage(newest, contents=False):
-        checkpoint.fitting(newest, model)
+    if not checkpoint.find_damage(newest, contents=False):
+        checkpoint.check_fit(newest, model)
 
 
-def files(recipe: Recipe) -> dict[str, str]:
+def published_files(recipe: Recipe) -> dict[str, str]:
     """Return the files, folders and names of the hub that a model comes from, by key."""
     values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _fingerprint(source: str) -> str:
+def _file_fingerprint(source: str) -> str:
     """What tells a weight file or a folder of them from others without reading gigabytes; a hub id is its own."""
     path = Path(source)
     if path.is_file():

@@ -21,12 +21,12 @@ def check_sampling_options(method: Callable, given: dict[str, Any]) -> dict[str,
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            usual = ", ".join(f"{p.name}={_shown(p.default)}" for p in known.values())
+            usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values())
             raise ValueError(f"there is no sampling option {name!r}{hint}. Options and their defaults: {usual}")
         wanted = known[name].annotation
         if not _fits(value, wanted):
-            usual = _shown(known[name].default)
-            raise ValueError(f"sampling option {name}={_shown(value)}: expected {_words(wanted)}, such as {usual}")
+            usual = _format(known[name].default)
+            raise ValueError(f"sampling option {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
         if name in COUNTS and value is not None and value < 1:
             raise ValueError(f"sampling option {name}={value}: expected at least 1")
         checked[name] = tuple(value) if isinstance(value, list) else value
@@ -44,13 +44,13 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, wanted) and (wanted is NoneType or not isinstance(value, bool))
 
 
-def _words(wanted: Any) -> str:
+def _describe(wanted: Any) -> str:
     if isinstance(wanted, UnionType):
-        return " or ".join(map(_words, get_args(wanted)))
+        return " or ".join(map(_describe, get_args(wanted)))
     if get_origin(wanted) is tuple:
-        return f"[{', '.join(map(_words, get_args(wanted)))}]"
+        return f"[{', '.join(map(_describe, get_args(wanted)))}]"
     return TYPE_NAMES[wanted]
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)

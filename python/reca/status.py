@@ -20,8 +20,8 @@ from reca.folders import PART, write_atomically
 log = logging.getLogger("reca")
 
 FILE, LOCK = "status.json", ".lock"
-TAKEN = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
-PATIENCE = 2.0  # seconds in which a process that was killed lets go of its lock
+LOCK_HELD = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
+LOCK_TIMEOUT = 2.0  # seconds in which a process that was killed lets go of its lock
 
 
 class RunInUse(RuntimeError):
@@ -60,7 +60,7 @@ class Status:
         Raises ValueError when the folder has no readable status.
         """
         status = cls._written(run_dir)
-        if status.state != "running" or _in_use(run_dir, status):
+        if status.state != "running" or _is_running(run_dir, status):
             return status
         status = cls._written(run_dir)  # again: it may just have ended, and let the folder go
         if status.state == "running":
@@ -97,7 +97,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: Path, steps: int):
-        self.path, self.mute, self.busy = run_dir, False, False
+        self.path, self.write_failed, self.busy = run_dir, False, False
         self.lock = _lock(run_dir)
         self.key = _key(self.lock)
         _HELD[self.key] = self
@@ -119,19 +119,19 @@ class RunFolder:
         if error is None:
             return
         if isinstance(error, SystemExit) and error.code == exits.INTERRUPTED:
-            self.tell("interrupted", exits.INTERRUPTED)
+            self.write_status("interrupted", exits.INTERRUPTED)
         elif not isinstance(error, distributed.PeerFailed):
             told = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
-            self.tell("failed", exits.code_of(error), f"{told}{str(error) or type(error).__name__}")
+            self.write_status("failed", exits.code_of(error), f"{told}{str(error) or type(error).__name__}")
         self.close()
 
-    def saved(self, checkpoint: Path | None) -> None:
+    def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Take note of the newest complete checkpoint; None if there is none."""
         self.status.checkpoint = checkpoint and str(checkpoint.relative_to(self.path))
         self.status.step = 0 if checkpoint is None else int(checkpoint.name)
-        self.tell("running")
+        self.write_status("running")
 
-    def tell(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
+    def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
         """Write the status: rank 0 does, or any rank that fails. The first end that is told stays; others follow it."""
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
@@ -142,9 +142,9 @@ class RunFolder:
                     return
         if distributed.rank() == 0 or state == "failed":
             reason = _write(self.path / FILE, json.dumps(asdict(status), indent=1) + "\n")
-            if reason and not self.mute:
+            if reason and not self.write_failed:
                 log.error("%s cannot be written (%s): it does not say how this run stands", self.path / FILE, reason)
-            self.mute = reason is not None
+            self.write_failed = reason is not None
 
     def close(self) -> None:
         """Let the folder go."""
@@ -165,7 +165,7 @@ def _key(file: int | Path) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, os.getpid()
 
 
-def locked(run_dir: Path) -> bool | None:
+def is_locked(run_dir: Path) -> bool | None:
     """Tell whether some process uses the folder; None where the file system has no locks."""
     path = run_dir / LOCK
     try:
@@ -177,15 +177,15 @@ def locked(run_dir: Path) -> bool | None:
     try:
         fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return True if error.errno in TAKEN else None
+        return True if error.errno in LOCK_HELD else None
     finally:
         os.close(handle)
     return False
 
 
-def _in_use(run_dir: Path, status: Status) -> bool:
+def _is_running(run_dir: Path, status: Status) -> bool:
     """Tell whether a run that says it is running does run. Without locks, only its own machine can tell."""
-    in_use = locked(run_dir)
+    in_use = is_locked(run_dir)
     if in_use is not None or status.host != socket.gethostname():
         return in_use is not False
     try:
@@ -197,7 +197,7 @@ def _in_use(run_dir: Path, status: Status) -> bool:
     return True
 
 
-def _give_way(run_dir: Path) -> None:
+def _release_earlier_run(run_dir: Path) -> None:
     """Let go what an earlier run of this process holds. Raises RunInUse if that is going on."""
     with contextlib.suppress(FileNotFoundError):
         if held := _HELD.get(_key(run_dir / LOCK)):
@@ -213,10 +213,10 @@ def _lock(run_dir: Path) -> int:
     POSIX record locks work across the machines of a shared file system, and never against the process itself.
     """
     with distributed.fail_together():
-        _give_way(run_dir)
+        _release_earlier_run(run_dir)
         if distributed.rank() == 0:
             handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _take(handle, 0, 0):
+            if not _acquire(handle, 0, 0):
                 owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
                 os.close(handle)
                 raise RunInUse(
@@ -229,19 +229,19 @@ def _lock(run_dir: Path) -> int:
             fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
     if distributed.rank() > 0:
         handle = os.open(run_dir / LOCK, os.O_RDWR)
-        _take(handle, distributed.rank(), 1)
+        _acquire(handle, distributed.rank(), 1)
     return handle
 
 
-def _take(handle: int, start: int, length: int) -> bool:
+def _acquire(handle: int, start: int, length: int) -> bool:
     """Lock some bytes; False when another process has them."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
             return True
         except OSError as error:
-            if error.errno not in TAKEN:
+            if error.errno not in LOCK_HELD:
                 log.warning("the run folder cannot be locked (%s): start no second process on it", error.strerror)
                 return True
             if time.monotonic() > end:

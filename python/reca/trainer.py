@@ -66,26 +66,26 @@ class Trainer:
                 ensure_writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.interruption = Interruption()
-        with self.folder, self.interruption.listening(), preflight.memory_errors():
+        with self.folder, self.interruption.handle_signals(), preflight.memory_errors():
             self._set_up(adapter)
 
     def _set_up(self, adapter: Adapter | None) -> None:
         recipe = self.recipe
         if distributed.rank() == 0:
-            checkpoint.remove_leftovers(self.run_dir)
-        self.folder.saved(checkpoint.newest(self.run_dir))
-        newest = checkpoint.newest_sound(self.run_dir, set_aside=True)
+            checkpoint.remove_partial(self.run_dir)
+        self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
+        newest = checkpoint.latest_valid(self.run_dir, rename_damaged=True)
         state = None if newest is None else checkpoint.read_state(newest)
         self.step = 0 if state is None else state["step"]
         self.schedule_end = runs.schedule_end(recipe, state)
-        self.folder.saved(newest)
+        self.folder.record_checkpoint(newest)
         self.sources = self._check(adapter, state)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
         whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
         self.adapter = adapter or umm_package(recipe.umm).Adapter.load(recipe.model, whole)
         if state is None:
-            runs.inherit(self.adapter, recipe)
+            runs.load_parent(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
@@ -98,11 +98,11 @@ class Trainer:
             checkpoint.load(newest, self.adapter, self.optimizer)
             if distributed.rank() == 0:
                 log.info("continuing %s at step %d", self.run_dir, self.step)
-                for difference in runs.differences(recipe, state, distributed.world_size()):
+                for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.fixed = self._fixed_batches()
-        self.interruption.waits = True  # from here on a signal waits for the end of a step, on every rank
+        self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
@@ -119,9 +119,9 @@ class Trainer:
                     adapter,
                     begins=state is None,
                 )
-                self.identity = runs.identity(recipe, sources, templates, state)
+                self.fingerprint = runs.fingerprint(recipe, sources, templates, state)
                 if state is not None:
-                    runs.reject_changed(recipe, self.run_dir, state, self.identity)
+                    runs.reject_changed(recipe, self.run_dir, state, self.fingerprint)
         with distributed.fail_together():
             if distributed.rank() > 0:
                 sources = open_sources(recipe.data, tasks)
@@ -133,19 +133,19 @@ class Trainer:
         Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
         of the run could not be written; NonFiniteError on NaN.
         """
-        with self.folder, self.interruption.listening(), preflight.memory_errors():
+        with self.folder, self.interruption.handle_signals(), preflight.memory_errors():
             self._run()
             distributed.barrier()
-            self.folder.tell("finished", exits.DONE)
+            self.folder.write_status("finished", exits.DONE)
             self.folder.close()
         return self.run_dir
 
     def _run(self) -> None:
-        recipe, speaks = self.recipe, distributed.rank() == 0
-        if speaks:
+        recipe, main_process = self.recipe, distributed.rank() == 0
+        if main_process:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
         record = RunLog(
-            self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, speaks, bar=self.progress is None
+            self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, main_process, bar=self.progress is None
         )
         monitor = monitors.Monitor()
         for hazard in monitors.config_warnings(recipe, self.adapter, self.roles):
@@ -176,16 +176,16 @@ class Trainer:
                     if _due(self.step, recipe.log.every) or last:
                         record.record(self.step, metrics)
                     if recipe.log.prompts and _due(self.step, recipe.log.sample_every):
-                        record.images(self.step, self._samples())
+                        record.sample_images(self.step, self._samples())
                     if profiler is not _NO_PROFILER:
                         profiler.step()
-                    stop = distributed.any_rank(self.interruption.asked, self.device)
+                    stop = distributed.any_rank(self.interruption.requested, self.device)
                     if stop or last:
                         self._save_last()
                     elif _due(self.step, recipe.checkpoint.every):
                         self.save()
                     if stop and not last:
-                        if speaks:
+                        if main_process:
                             log.warning("interrupted at step %d; the same command continues the run", self.step)
                         raise SystemExit(exits.INTERRUPTED)
         finally:
@@ -227,11 +227,11 @@ class Trainer:
             "ranks": distributed.world_size(),
             "inherited": sorted(self.adapter.inherited),
             "recipe": as_dict(self.recipe),
-            "identity": self.identity if distributed.rank() == 0 else None,
+            "fingerprint": self.fingerprint if distributed.rank() == 0 else None,
         }
         saved = checkpoint.save(self.run_dir, state, self.adapter, self.optimizer, self.recipe.checkpoint.keep)
         if saved is not None:
-            self.folder.saved(saved)
+            self.folder.record_checkpoint(saved)
         return saved
 
     def _save_last(self) -> None:

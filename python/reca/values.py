@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
-from reca.options import RecipeError, shown
+from reca.options import RecipeError, format_value
 
 NULLS = ("null", "Null", "NULL", "None", "~")
 DEEPEST = 50  # brackets in brackets of a YAML text
@@ -117,7 +117,13 @@ def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
     try:
         return _convert(raw, wanted, key, source)
     except _Wrong as wrong:
-        found = "a list" if isinstance(raw, list) else "a group of keys" if isinstance(raw, dict) else shown(raw.text)
+        found = (
+            "a list"
+            if isinstance(raw, list)
+            else "a group of keys"
+            if isinstance(raw, dict)
+            else format_value(raw.text)
+        )
         raise RecipeError(f"{key}={found} in {source}: expected {wrong}") from wrong
 
 
@@ -241,7 +247,7 @@ def _mapping(node: yaml.MappingNode, source: str, done: dict[int, Any]) -> dict[
         if not isinstance(name, Scalar):
             raise RecipeError(f"{source}: the key at {_place(key)} is no text")
         if name.text in own:
-            raise RecipeError(f"{source}: key {shown(name.text)} stands twice, the second time at {_place(key)}")
+            raise RecipeError(f"{source}: key {format_value(name.text)} stands twice, the second time at {_place(key)}")
         own[name.text] = _raw(value, source, done)
     return merged | own
 
@@ -259,7 +265,7 @@ def _items(key: str, text: str) -> list[Scalar]:
         if quoted is None and not plain.strip(BLANK):
             if match.end() == len(inside) and (not match[3] or not items):
                 break  # nothing, or what follows the last comma
-            raise RecipeError(f"{key}={shown(text)}: an item is empty; write '' for an empty text")
+            raise RecipeError(f"{key}={format_value(text)}: an item is empty; write '' for an empty text")
         items.append(_scalar(key, quoted or plain.strip(BLANK)))
         position = match.end()
     return items
@@ -274,7 +280,9 @@ def _scalar(key: str, text: str) -> Scalar:
     try:
         return Scalar(_ESCAPE.sub(_unescaped, stripped[1:-1]), True)
     except (KeyError, ValueError, OverflowError) as error:
-        raise RecipeError(f"{key}={shown(text)}: a backslash in double quotes begins an escape that is none") from error
+        raise RecipeError(
+            f"{key}={format_value(text)}: a backslash in double quotes begins an escape that is none"
+        ) from error
 
 
 def _unescaped(match: re.Match) -> str:

@@ -72,7 +72,7 @@ def outcome(run_dir: Path, code: int) -> dict:
         "code": code,
         "state": status.state,
         "step": status.step,
-        "checkpoints": [path.name for path in checkpoint.complete(run_dir)],
+        "checkpoints": [path.name for path in checkpoint.list_complete(run_dir)],
         "partial": [path.name for path in run_dir.rglob("*.part*")],
         "said": MESSAGES.getvalue(),
     }

@@ -145,6 +145,6 @@ if __name__ == "__main__":
     for case in CASES:
         codes = run(case)
         status = Status.read(FOLDER / case.__name__)
-        complete = [path.name for path in checkpoint.complete(FOLDER / case.__name__)]
+        complete = [path.name for path in checkpoint.list_complete(FOLDER / case.__name__)]
         found[case.__name__] = [codes, status.state, status.exit_code, status.reason, complete]
     print(json.dumps(found))

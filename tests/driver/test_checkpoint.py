@@ -25,7 +25,7 @@ from tests.driver.toy import ToyAdapter, run_toy, weights
 def damaged(change, recipe, steps=6):
     """A run with checkpoints at steps 3 and 6, the newest of which `change` has damaged."""
     trainer = run_toy(recipe("checkpoint.every=3", f"train.steps={steps}"))
-    newest = checkpoint.newest(trainer.run_dir)
+    newest = checkpoint.latest(trainer.run_dir)
     change(newest)
     return trainer, newest
 
@@ -66,17 +66,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     assert newest.with_name("000006.damaged").is_dir()
     again.run()
     assert all(torch.equal(value, kept[name]) for name, value in weights(again.adapter).items())
-    assert checkpoint.newest(again.run_dir).name == "000006"
+    assert checkpoint.latest(again.run_dir).name == "000006"
 
 
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, recipe):
     trainer = run_toy(recipe("train.steps=2"))
-    change(checkpoint.newest(trainer.run_dir))
+    change(checkpoint.latest(trainer.run_dir))
     with pytest.raises(CheckpointError, match="no checkpoint .* is sound .*remove .*000002 to start this run again"):
         Trainer(recipe(), ToyAdapter())
     with pytest.raises(CheckpointError, match="000002"):
-        checkpoint.overlay(trainer.run_dir, ToyAdapter())
+        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
 
 
 def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
@@ -87,7 +87,7 @@ def test_numbers_are_compared_as_numbers_and_names_are_digits(recipe):
         (folder / name).mkdir(parents=True)
         (folder / name / "COMPLETE").touch()
     trainer.run()
-    assert [path.name for path in checkpoint.complete(trainer.run_dir)] == ["1000000", "1000001"]
+    assert [path.name for path in checkpoint.list_complete(trainer.run_dir)] == ["1000000", "1000001"]
 
 
 def test_leftovers_of_killed_processes_go(recipe):
@@ -102,7 +102,7 @@ def test_leftovers_of_killed_processes_go(recipe):
 def test_a_checkpoint_half_removed_does_not_count(recipe, monkeypatch):
     """Removal that is stopped anywhere leaves a folder that no run takes for a checkpoint."""
     trainer = run_toy(recipe("checkpoint.every=1", "train.steps=3", "checkpoint.keep=0"))
-    real, first = shutil.rmtree, checkpoint.complete(trainer.run_dir)[0]
+    real, first = shutil.rmtree, checkpoint.list_complete(trainer.run_dir)[0]
 
     def stopped(folder, *args, **kwargs):
         if Path(folder).exists() and not str(folder).endswith(".damaged"):
@@ -112,7 +112,7 @@ def test_a_checkpoint_half_removed_does_not_count(recipe, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", stopped)
     with pytest.raises(KeyboardInterrupt):
         checkpoint._remove(first)
-    assert first not in checkpoint.complete(trainer.run_dir)
+    assert first not in checkpoint.list_complete(trainer.run_dir)
 
 
 class Trap:
@@ -148,8 +148,8 @@ def try_everything(recipe, run_dir):
     """Every way that a run is read."""
     for read in (
         lambda: Status.read(run_dir),
-        lambda: checkpoint.newest_sound(run_dir),
-        lambda: checkpoint.overlay(run_dir, ToyAdapter()),
+        lambda: checkpoint.latest_valid(run_dir),
+        lambda: checkpoint.load_weights(run_dir, ToyAdapter()),
         lambda: checkpoint.load(run_dir / "checkpoints/000002", ToyAdapter(), torch.optim.SGD([torch.zeros(1)])),
         lambda: load_recipe(run_dir / "recipe.yaml"),
         lambda: Trainer(recipe("train.steps=3"), ToyAdapter()).run(),

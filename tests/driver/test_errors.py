@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from reca.errors import tell
+from reca.errors import print_once
 
 ROOT = Path(__file__).parents[2]
 
 RANKS = """
 import logging, os, sys, time
 from reca.cli import _set_up_output
-from reca.errors import tell
+from reca.errors import print_once
 _set_up_output()
 log = logging.getLogger("reca")
 for number in (1, 2, 2):
@@ -23,9 +23,9 @@ log.warning("disk of rank %s is slow", os.environ["RANK"])
 log.info("going on")
 rank, which = int(os.environ["RANK"]), sys.argv[1]
 if which == "own":
-    tell(f"reca: disk {rank} is full")
+    print_once(f"reca: disk {rank} is full")
 elif rank == 1:
-    tell("reca: rank 1 alone has a bad file")
+    print_once("reca: rank 1 alone has a bad file")
 else:
     time.sleep(60)
 sys.stderr.flush()
@@ -72,5 +72,5 @@ def test_an_error_is_told_where_ranks_cannot_reach_each_other(monkeypatch, capsy
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("reca.errors.HEAD_START", 0.1)
-    tell("reca: alone")
+    print_once("reca: alone")
     assert capsys.readouterr().err == "reca: alone\n"

@@ -72,7 +72,9 @@ def test_a_chain_of_three(start, tmp_path, published):
     shutil.rmtree(tmp_path / "second")
     assert equal(weights(third.adapter), first, "layers.1")
     assert equal(weights(load_trained(third.run_dir, third.recipe)), weights(third.adapter))
-    assert set(checkpoint.changed(third.adapter)) == {n for n in weights(third.adapter) if n.startswith("layers")}
+    assert set(checkpoint.changed_parameters(third.adapter)) == {
+        n for n in weights(third.adapter) if n.startswith("layers")
+    }
 
 
 def test_a_run_does_not_start_from_itself(start):
@@ -98,7 +100,7 @@ def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
     run_toy(start("first", None))
     narrow = ToyAdapter()
     narrow.layers[0] = torch.nn.Linear(48, 47)
-    monkeypatch.setattr("reca.runs.inherit", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("reca.runs.load_parent", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(CheckpointError, match="2 of its parameters"):
         Trainer(start("second", "first"), narrow)
 
@@ -115,14 +117,14 @@ def test_a_run_starts_from_one_that_is_going_on(start, tmp_path):
 
     checkpoint.damage = removes
     try:
-        assert checkpoint.newest_sound(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
+        assert checkpoint.latest_valid(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
     finally:
         checkpoint.damage = damage
 
 
 def test_a_file_of_another_hand_is_named(start, caplog):
     """Copies by way of other systems bring ._NAME along."""
-    folder = checkpoint.newest(run_toy(start("run", None)).run_dir)
+    folder = checkpoint.latest(run_toy(start("run", None)).run_dir)
     stranger = folder / "weights/._shard.safetensors"
     stranger.write_bytes(b"")
     (folder / ".DS_Store").write_bytes(b"")

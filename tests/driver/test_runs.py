@@ -15,7 +15,7 @@ from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.config import RecipeError
 from reca.data.errors import DataError
-from reca.status import RunInUse, Status, locked
+from reca.status import RunInUse, Status, is_locked
 from reca.trainer import NonFiniteError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -93,7 +93,7 @@ import sys, time
 from pathlib import Path
 from reca.status import RunFolder
 folder = RunFolder(Path(sys.argv[1]), 10)
-folder.saved(None)
+folder.record_checkpoint(None)
 print("holds", flush=True)
 time.sleep(60)
 """
@@ -116,11 +116,11 @@ def holder(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(recipe, holder, monkeypatch):
     run_dir = Path(recipe().run_dir)
-    monkeypatch.setattr("reca.status.PATIENCE", 0.1)
+    monkeypatch.setattr("reca.status.LOCK_TIMEOUT", 0.1)
     before = (run_dir / "status.json").read_text()
     with pytest.raises(RunInUse, match=f"in use by process {holder.pid} on "):
         Trainer(recipe(), ToyAdapter())
-    assert (run_dir / "status.json").read_text() == before and locked(run_dir)
+    assert (run_dir / "status.json").read_text() == before and is_locked(run_dir)
     assert Status.read(run_dir).state == "running"
     holder.kill()
     holder.wait()
@@ -241,15 +241,15 @@ def test_folders_of_weights_are_told_apart_by_what_is_in_them(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(bytes(2**21))
-    own = runs._fingerprint(f"{tmp_path}/one")
-    assert own == runs._fingerprint(f"{tmp_path}/two")
+    own = runs._file_fingerprint(f"{tmp_path}/one")
+    assert own == runs._file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/.cache").mkdir()
     (tmp_path / "two/.cache/lock").touch()  # of the hub's client
-    assert own == runs._fingerprint(f"{tmp_path}/two")
+    assert own == runs._file_fingerprint(f"{tmp_path}/two")
     (tmp_path / "two/model.safetensors").write_bytes(bytes(2**21 - 1) + b"x")
-    assert own != runs._fingerprint(f"{tmp_path}/two")
-    one, two = (runs._fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
-    assert one != two and runs._fingerprint("owner/name") == "owner/name"
+    assert own != runs._file_fingerprint(f"{tmp_path}/two")
+    one, two = (runs._file_fingerprint(f"{tmp_path}/{name}/model.safetensors") for name in ("one", "two"))
+    assert one != two and runs._file_fingerprint("owner/name") == "owner/name"
 
 
 def test_templates_may_move_and_not_change(recipe, tmp_path):
@@ -290,7 +290,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
     for fewer in (2, 1):
         assert main([*command, f"train.steps={fewer}"]) == 0
         assert f"has 2 steps already and train.steps={fewer}: nothing to do" in capsys.readouterr().out
-    assert checkpoint.newest(tmp_path / "run").name == "000002"
+    assert checkpoint.latest(tmp_path / "run").name == "000002"
 
 
 @pytest.mark.parametrize(

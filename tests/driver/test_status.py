@@ -14,8 +14,8 @@ import pytest
 from reca import checkpoint, exits, jsonl, status
 from reca.cli import main
 from reca.config import load_recipe
-from reca.runs import finished
-from reca.status import RunFolder, RunInUse, Status, locked
+from reca.runs import finished_steps
+from reca.status import RunFolder, RunInUse, Status, is_locked
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
@@ -25,22 +25,22 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT /
 
 def locked_elsewhere(run_dir: Path) -> bool:
     """What another process sees of the lock."""
-    script = "import sys; from pathlib import Path; from reca.status import locked; sys.exit(locked(Path(sys.argv[1])))"
+    script = "import sys, pathlib; from reca.status import is_locked; sys.exit(is_locked(pathlib.Path(sys.argv[1])))"
     return bool(subprocess.run([sys.executable, "-c", script, str(run_dir)], env=ENVIRONMENT).returncode)
 
 
 def test_reading_the_status_in_the_process_of_the_run_keeps_its_lock(recipe):
     run_dir, seen = Path(recipe().run_dir), []
     trainer = Trainer(recipe("train.steps=2"), ToyAdapter(), lambda _: seen.append(Status.read(run_dir).state))
-    assert locked(run_dir) and locked_elsewhere(run_dir)
+    assert is_locked(run_dir) and locked_elsewhere(run_dir)
     trainer.run()
-    assert seen == ["running", "running"] and not locked(run_dir) and not locked_elsewhere(run_dir)
+    assert seen == ["running", "running"] and not is_locked(run_dir) and not locked_elsewhere(run_dir)
 
 
 def test_a_link_to_a_folder_is_the_same_folder(recipe, tmp_path):
     folder = RunFolder(tmp_path, 1)
     (tmp_path / "link").symlink_to(tmp_path)
-    assert locked(tmp_path / "link") and locked_elsewhere(tmp_path)
+    assert is_locked(tmp_path / "link") and locked_elsewhere(tmp_path)
     folder.close()
 
 
@@ -81,7 +81,7 @@ START = """
 import sys, time
 from pathlib import Path
 from reca import status
-status.PATIENCE = 0.2
+status.LOCK_TIMEOUT = 0.2
 sys.stdin.read()
 try:
     folder = status.RunFolder(Path(sys.argv[1]), 1)
@@ -127,7 +127,7 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
     RunFolder(tmp_path, 1).saved(None)
     status._HELD.clear()
     monkeypatch.setattr("fcntl.lockf", none)
-    assert locked(tmp_path) is None and Status.read(tmp_path).state == "running"
+    assert is_locked(tmp_path) is None and Status.read(tmp_path).state == "running"
     monkeypatch.setattr("socket.gethostname", lambda: "another machine")  # whose processes cannot be seen
     assert Status.read(tmp_path).state == "running"
     monkeypatch.undo()
@@ -155,18 +155,18 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     assert main(command) == 0 and "nothing to do" in (told := capsys.readouterr().out)
     assert f"reca generate '{tmp_path}' --prompt" in told
     assert main(["status", str(tmp_path)]) == 0
-    assert not locked(tmp_path) and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+    assert not is_locked(tmp_path) and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000001"]
 
     moments = next((tmp_path / "checkpoints/000001/optimizer").glob("*.safetensors"))
     moments.write_bytes(b"")  # a result that is torn is none
     recipe = load_recipe("show_o_tiny", command[2:])
-    assert finished(recipe) is None
+    assert finished_steps(recipe) is None
 
 
 def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "loss": 0.10}\n{"step": 3, "lo')
-    jsonl.keep_until(path, 2)
+    jsonl.truncate_after(path, 2)
     lines = jsonl.JsonLines(path)
     lines.write({"step": 3})
     lines.close()
@@ -176,9 +176,9 @@ def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
 def test_what_is_no_line_of_a_log_goes(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": null}\n{"step": "3"}\n\xff\xfe\n[1]\n' + b"[" * 10**5 + b'\n{"step": 1}\n')
-    jsonl.keep_until(path, 4)
+    jsonl.truncate_after(path, 4)
     assert path.read_bytes() == b'{"step": 1}\n'
-    jsonl.keep_until(tmp_path / "none.jsonl", 4)
+    jsonl.truncate_after(tmp_path / "none.jsonl", 4)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -204,7 +204,7 @@ def test_checkpoints_may_lie_on_another_disk(recipe, tmp_path, monkeypatch):
         Trainer(recipe(), ToyAdapter())
     (tmp_path / "disk").mkdir()
     run_toy(recipe("train.steps=1"))
-    assert checkpoint.newest(run_dir).resolve() == tmp_path / "disk/000001"
+    assert checkpoint.latest(run_dir).resolve() == tmp_path / "disk/000001"
 
     asked = []
     monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(Path(path).resolve()) or SimpleNamespace(free=7))

@@ -109,7 +109,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
     with pytest.raises(SystemExit) as stop:
         trainer.run()
     assert stop.value.code == exits.INTERRUPTED
-    assert checkpoint.newest(tmp_path / "cut").name == "000003"
+    assert checkpoint.latest(tmp_path / "cut").name == "000003"
     resumed = run(recipe(f"run_dir={tmp_path}/cut"))
     assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
 
@@ -145,7 +145,7 @@ def test_disk_full_keeps_the_run_and_the_last_checkpoint(recipe, monkeypatch, ca
     status = Status.read(trainer.run_dir)
     assert (status.state, status.exit_code, status.step) == ("failed", exits.NOT_SAVED, 2)
     assert "NOT saved" in caplog.text and "No space left" in caplog.text
-    assert checkpoint.newest(trainer.run_dir).name == "000002"
+    assert checkpoint.latest(trainer.run_dir).name == "000002"
     assert not list((trainer.run_dir / "checkpoints").glob("*.partial"))
 
 
@@ -162,14 +162,14 @@ def test_too_little_space_is_seen_before_writing(recipe, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(NotSavedError, match="Free space"):
         trainer.run()
-    assert checkpoint.newest(trainer.run_dir) is None
+    assert checkpoint.latest(trainer.run_dir) is None
 
 
 def test_incomplete_checkpoints_are_not_used(recipe, tmp_path):
     trainer = run(recipe("checkpoint.every=3"))
-    newest = checkpoint.newest(trainer.run_dir)
+    newest = checkpoint.latest(trainer.run_dir)
     (newest / "COMPLETE").unlink()
-    assert checkpoint.newest(trainer.run_dir).name == "000003"
+    assert checkpoint.latest(trainer.run_dir).name == "000003"
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         checkpoint.load(newest, trainer.adapter)
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(recipe):
     trainer = run(recipe())
     trainer.adapter.layers[0].weight.requires_grad_(False)
     with pytest.raises(CheckpointError, match="layers.0.weight"):
-        checkpoint.load(checkpoint.newest(trainer.run_dir), trainer.adapter)
+        checkpoint.load(checkpoint.latest(trainer.run_dir), trainer.adapter)
 
 
 def test_keep_limits_checkpoints(recipe):

@@ -201,14 +201,14 @@ def done(run_dir: Path) -> int:
 
 
 def saved(run_dir: Path) -> int:
-    newest = checkpoint.newest(run_dir)
+    newest = checkpoint.latest(run_dir)
     return 0 if newest is None else int(newest.name)
 
 
 def bits(run_dir: Path) -> dict[str, bytes]:
     """The last checkpoint's tensors. Files differ, as safetensors writes its metadata in any order."""
     found = {}
-    for path in checkpoint.newest(run_dir).rglob("*.safetensors"):
+    for path in checkpoint.latest(run_dir).rglob("*.safetensors"):
         found |= {f"{path.name}/{name}": tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
     return found
 

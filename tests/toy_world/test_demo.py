@@ -69,11 +69,11 @@ def test_the_start_is_where_post_training_starts(umm, tmp_path):
     recipe = load_recipe(setup.recipe)
     model = setup.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
     from reca.models import umm_package
-    from reca.runs import inherit
+    from reca.runs import load_parent
 
     again = load_recipe(setup.recipe, [setup.init_override.format(folder=tmp_path / "before")])
     loaded = umm_package(umm).Adapter.load(again.model)
-    inherit(loaded, again)
+    load_parent(loaded, again)
     own = dict(model.named_parameters())
     assert all(torch.equal(p, own[name]) for name, p in loaded.named_parameters())
 

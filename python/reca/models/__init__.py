@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from reca.options import RecipeError, shown
+from reca.options import RecipeError, format_value
 
 UMMS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
 OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")  # package.module
@@ -25,7 +25,8 @@ def umm_package(name: str) -> ModuleType:
         return import_module(f"reca.models.{name}")
     if not OUTSIDE.fullmatch(name):
         raise RecipeError(
-            f"umm={shown(name)} is not one of {', '.join(map(repr, UMMS))}; a model of your own is named package.module"
+            f"umm={format_value(name)} is not one of {', '.join(map(repr, UMMS))}; a model of your own is named "
+            "package.module"
         )
     try:
         package = import_module(name)
