@@ -1,4 +1,4 @@
-"""What a recipe needs, before anything is downloaded: parameters, FLOPs and memory of the model without its weights."""
+"""Parameters, FLOPs and memory of a recipe, from a model without weights: nothing is downloaded."""
 
 import math
 import os
@@ -37,7 +37,7 @@ class Parameters(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Of one image in a RECA step. A multiplication with its addition is two; attention counts every pair of rows."""
+    """FLOPs of one image in a RECA step. A multiply-add counts as two; attention counts every pair of tokens."""
 
     encode: float  # frozen encoders, which a feature cache runs once
     forward: float
@@ -45,7 +45,7 @@ class Flops(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on the GPU that holds most. Activations, the images and the allocator's gaps come on top."""
+    """Bytes on the GPU that holds most, without activations, images and allocator fragmentation."""
 
     weights: int  # the fp32 masters of what is trained, and what is frozen
     gradients: int
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
 
 
 def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
-    """The recipe's model without memory, frozen as in training, and the mode its tensors belong to.
+    """Build the recipe's model without memory, frozen as in training. Returns it with the mode its tensors belong to.
 
     Raises ValueError for roles and patterns that the model does not have.
     """
@@ -70,7 +70,7 @@ def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
 
 
 def parameters(adapter: Adapter) -> dict[str, Parameters]:
-    """By role, in the order of ROLES."""
+    """Count the parameters by role, in the order of ROLES."""
     total, trained, role_of = Counter(), Counter(), adapter.roles()
     for name, parameter in adapter.named_parameters():
         total[role_of[name]] += parameter.numel()
@@ -79,7 +79,7 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
 
 
 def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
-    """Counted by running the loss itself on tensors without memory; only ids, masks and rng are real."""
+    """Count FLOPs by running the loss on tensors without memory; only ids, masks and random numbers are real."""
     views = adapter.views("reca")
 
     def blank(view) -> list[Tensor] | None:
@@ -101,7 +101,7 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
 
 def _convolution_backward(grad, x, weight, *others, **_) -> int:  # shapes, and the last but one of them output_mask
-    """torch's own count forgets the groups of a convolution, and SANA's have one channel each."""
+    """Count a convolution's backward pass with its groups, which torch's formula ignores: SANA's have one channel."""
     transposed, wanted = others[4], others[7]
     return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
 
@@ -110,7 +110,7 @@ CONVOLUTIONS = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _indices(feature: Tensor | list) -> Tensor | list:
-    """Integer features are codes, whose values the losses look at."""
+    """Give integer features values: they are codes, which losses index with."""
     if not isinstance(feature, Tensor) or feature.is_floating_point():
         return feature
     return torch.zeros(feature.shape, dtype=feature.dtype)
@@ -133,7 +133,7 @@ def _on_the_reference() -> Iterator[None]:
 
 
 def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
-    """The part of one of `gpus` GPUs, `node` of them in a machine.
+    """Compute the memory of the GPU that holds most, of `gpus` GPUs with `node` in a machine.
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
     gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
@@ -167,7 +167,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
 
 
 def part(parameter: nn.Parameter, shard: int) -> int:
-    """Elements of the largest of `shard` parts along the first dimension."""
+    """Count the elements of the largest of `shard` parts along the first dimension."""
     if parameter.ndim == 0:
         return 1
     return -(-parameter.shape[0] // shard) * parameter[:1].numel()
@@ -178,7 +178,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
-    """All of it as text. Raises ValueError for what `reca train` on so many GPUs would refuse."""
+    """Write the report. Raises ValueError for what `reca train` on this number of GPUs would refuse."""
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
@@ -191,7 +191,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
     lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]
     lines += ["", "one image of a RECA step, attention counted as dense"]
-    lines += [f"  {'rows of ' + name:<22}{n:>18,}" for name, n in rows.items()]
+    lines += [f"  {name + ' tokens':<22}{n:>18,}" for name, n in rows.items()]
     steps = {"encoders": work.encode, "forward": work.forward, "backward": work.backward, "all": sum(work)}
     if recipe.objective.reca.weight:
         images = recipe.objective.reca.batch_size

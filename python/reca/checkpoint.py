@@ -1,14 +1,14 @@
 """Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
 
     run_dir/checkpoints/000500/
-        weights/    parameters that this run or one before it has changed, one file a rank, reshardable
+        weights/    parameters that this run or one before it has changed, one file per rank, reshardable
         optimizer/  optimizer state, likewise
         state.json  counters
         COMPLETE    written last: size and SHA-256 of every file above
 
-What no run has changed is not saved: it is that of `model.weights`. So a checkpoint needs no other run's: the one that
-train.init_from names may train on, move or go. Nothing that is read here can run code: tensors are safetensors,
-everything else is JSON.
+Parameters that no run has changed are not saved: they come from `model.weights`. A checkpoint needs no other run: the
+one that train.init_from names may be continued, moved or removed. Reading a checkpoint runs no code: tensors are
+safetensors, everything else is JSON.
 """
 
 import json
@@ -35,7 +35,7 @@ log = logging.getLogger("reca")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 MARKER = "COMPLETE"
-PARTIAL = ".partial"  # being written or removed; what a killed process leaves of it is removed at the next start
+PARTIAL = ".partial"  # being written or removed; the next start removes what a killed process has left
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -52,15 +52,15 @@ def list_complete(run_dir: Path) -> list[Path]:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Find the newest complete checkpoint of a run, sound or not."""
+    """Find the latest complete checkpoint of a run, damaged or not."""
     return next(reversed(list_complete(run_dir)), None)
 
 
 def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
-    """Find the newest checkpoint whose files are those that were written; None if the run has no checkpoint.
+    """Find the latest checkpoint whose files match their checksums; None if the run has no checkpoint.
 
-    A damaged one is reported loudly and the one before it is taken. Every rank gets the same answer.
-    rename_damaged: rename damaged ones to NUMBER.damaged, so that a run that goes on may write these steps again.
+    A damaged one is logged as an error and the one before it is taken. Every rank gets the same answer.
+    rename_damaged: rename damaged ones to NUMBER.damaged, so that a continued run can write these steps again.
     Raises CheckpointError when all of them are damaged; it names what to remove.
     """
     faults: dict[Path, str] = {}
@@ -88,7 +88,7 @@ def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
 
 
 def find_damage(folder: Path, contents: bool = True) -> str:
-    """Say what is wrong with the files of a complete checkpoint; empty when nothing is.
+    """Describe the damage to a complete checkpoint; empty when there is none.
 
     contents: read the files, too, and let ranks share that work; all of them must call it then.
     """
@@ -104,13 +104,15 @@ def find_damage(folder: Path, contents: bool = True) -> str:
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Remove what killed processes left half written. Only for the process that holds the run's lock."""
+    """Remove partial checkpoints of killed processes. Only for the process that holds the run's lock."""
     for folder in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
-    """Write a checkpoint; None, loudly, if the disk would not take it. Older checkpoints stay until it is complete.
+    """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
+
+    Older checkpoints stay until it is complete.
 
     state: JSON-able, with the number of steps done as "step".
     """
@@ -150,7 +152,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
 
 
 def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Put a checkpoint's parameters (and optimizer state) in place, at any number of ranks. Returns the counters.
+    """Load a checkpoint's parameters (and optimizer state), on any number of ranks. Returns the counters.
 
     Raises CheckpointError if the checkpoint is incomplete, damaged, or holds other parameters than this run trains.
     """
@@ -188,9 +190,9 @@ def read_state(folder: Path) -> dict:
 
 
 def load_weights(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
-    """Put what another run has changed over the adapter's parameters, whatever this run trains. Returns their names.
+    """Load the parameters that another run has changed, whatever this run trains. Returns their names.
 
-    Raises CheckpointError if that run has no sound checkpoint, or parameters that this model has not.
+    Raises CheckpointError if that run has no valid checkpoint, or parameters that this model lacks.
     """
     folder = latest_valid(run_dir)
     if folder is None:
@@ -202,7 +204,7 @@ def load_weights(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
 
 
 def check_fit(folder: Path, adapter: nn.Module) -> frozenset[str]:
-    """Name a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
+    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
     own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     saved = _saved(folder / "weights")
     misfits = sorted(name for name, shape in saved.items() if own.get(name) != shape)
@@ -215,7 +217,7 @@ def check_fit(folder: Path, adapter: nn.Module) -> frozenset[str]:
 
 
 def changed_parameters(adapter: nn.Module) -> dict[str, Tensor]:
-    """Return what is not as published, by name: parameters that are trained, and those a run before has trained.
+    """Return the parameters that are not as published, by name: trained by this run or by one before it.
 
     The tensors themselves, so that loading fills them.
     """
@@ -234,12 +236,12 @@ def free_space(run_dir: Path) -> int:
 
 
 def _tensors(state: dict) -> dict[str, Tensor]:
-    """What of a flat optimizer state is saved; all else are settings, which come from the recipe."""
+    """Return the tensors of a flat optimizer state. All else are settings, which come from the recipe."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder of shards.
+    """Read names and shapes of the tensors in a folder of shards.
 
     Raises CheckpointError for shards that cannot be read, or that were put there by another hand.
     """
@@ -267,7 +269,7 @@ def _reading(folder: Path, read: Callable):
 
 
 def _first_line(error: BaseException) -> str:
-    """What went wrong on the first rank that failed, without the trace that DCP adds."""
+    """Return the message of the first rank that failed, without the traceback that DCP adds."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -297,7 +299,7 @@ def _write_state(partial: Path, state: dict) -> None:
 
 
 def _checksums(partial: Path) -> dict[str, dict]:
-    """Put this rank's share of the files on the disk and sum them up."""
+    """Sync this rank's share of the files to the disk and compute their checksums."""
     own = manifest.files(partial)[distributed.rank() :: distributed.world_size()]
     for name in own:
         folders.sync_to_disk(partial / name)
@@ -305,7 +307,7 @@ def _checksums(partial: Path) -> dict[str, dict]:
 
 
 def _publish(partial: Path, final: Path, listed: list[dict[str, dict]]) -> None:
-    """Mark a checkpoint complete and give it its name. A crash leaves it under one name or the other, never torn."""
+    """Mark a checkpoint as complete and rename it. A crash leaves it under one name or the other, never in between."""
     if distributed.rank() == 0:
         entries = {name: entry for part in listed for name, entry in part.items()}
         (partial / MARKER).write_text(json.dumps(entries, indent=1))

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> None:
-    """Print what a user has to know of an error: a sentence where it is foreseen, else the traceback."""
+    """Print an error: its message where it is an expected one, else the traceback."""
     from reca import distributed, exits
     from reca.errors import print_once
 
@@ -49,7 +49,7 @@ def _report(error: BaseException) -> None:
 
 
 def _set_up_output() -> None:
-    """Log lines with their level. Of a run on many ranks, rank 0 tells what happens, and any rank warns, but once."""
+    """Log lines with their level. On many ranks, rank 0 logs progress, and every warning is printed once."""
     from reca.errors import OncePerMessage
 
     rank = int(os.environ.get("RANK", 0))
@@ -66,7 +66,7 @@ def _set_up_output() -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments, with overrides on either side of options: argparse itself takes them in one place only."""
+    """Parse the arguments, with overrides on either side of options: argparse itself takes them in one place only."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     more = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
@@ -96,22 +96,26 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train a recipe, or continue its run.")
     takes_recipe(train)
-    train.add_argument("--explain", action="store_true", help="print every key with its value and meaning, and stop")
+    train.add_argument(
+        "--explain", action="store_true", help="print every key with its value and documentation, and exit"
+    )
 
-    status = command("status", _status, "Say what a run is doing, or how it ended.")
+    status = command("status", _status, "Print the status of a run.")
     status.add_argument("folder", type=_path, help="the folder of a run")
 
-    check = command("check", _check, "Say what a recipe needs: parameters, FLOPs and memory, without any weights.")
+    check = command("check", _check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
     takes_recipe(check)
     check.add_argument("--gpus", type=int, default=1, help="GPUs of the run")
-    check.add_argument("--node", type=int, default=8, help="GPUs of one machine, which share one copy by default")
+    check.add_argument(
+        "--node", type=int, default=8, help="GPUs per node; by default these share one copy of the weights"
+    )
 
-    generate = command("generate", _generate, "Draw images from text.")
+    generate = command("generate", _generate, "Generate images from text.")
     takes_recipe(generate, or_run=True)
-    generate.add_argument("--prompt", action="append", required=True, help="what to draw; may be given again")
+    generate.add_argument("--prompt", action="append", required=True, help="text of an image; may be given again")
     _takes_sampling(generate)
 
-    edit = command("edit", _edit, "Change an image by an instruction.")
+    edit = command("edit", _edit, "Edit an image by an instruction.")
     takes_recipe(edit, or_run=True)
     edit.add_argument("--image", type=_path, required=True)
     edit.add_argument("--instruction", required=True)
@@ -122,21 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--image", type=_path, required=True)
     answer.add_argument("--question", required=True)
 
-    export = command("export", _export, "Write a run's weights in the files that the public inference code reads.")
+    export = command("export", _export, "Export weights in the format that the public inference code reads.")
     takes_recipe(export, or_run=True)
     export.add_argument("--out", type=_path, required=True, help="folder to write")
 
-    demo = command("demo", _demo, "Watch RECA work in a small world, on a CPU.")
+    demo = command(
+        "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
+    )
     demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)}")
-    demo.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     demo.add_argument(
         "--out", type=_path, help="folder of the report; demo_out, for another UMM than show_o demo_out/UMM"
     )
     demo.add_argument(
-        "--scale", type=float, default=1.0, help="share of the experiment to run; below 1 only to see that it runs"
+        "--scale", type=float, default=1.0, help="fraction of steps and prompts; below 1 only to see that it runs"
     )
 
-    command("doctor", _doctor, "Say what this machine has and which kernels will run.")
+    command("doctor", _doctor, "Report what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
     bench = command("bench", _bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False)
     bench.add_argument("arguments", nargs="*")
@@ -207,7 +213,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _adapter(options: argparse.Namespace, ability: str) -> type:
-    """The class of the model that is named, which must have the ability."""
+    """Return the adapter class of a recipe. Raises RecipeError if it lacks the ability."""
     from reca.api import recipe_of
     from reca.config import RecipeError
     from reca.models import UMMS, umm_package
@@ -296,7 +302,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
-    """--sampling as keyword arguments of `method`, once everything else that is asked is found to be right too."""
+    """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded."""
     from reca.folders import ensure_writable
     from reca.models.common.inference import check_pairs
     from reca.sampling_options import check_sampling_options

@@ -36,7 +36,7 @@ MAX_STEPS = 10**9  # the most that a run makes: samples are numbered in 56 bits
 
 
 class UnknownRecipe(RecipeError):
-    """There is no such recipe."""
+    """No recipe has this name."""
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Recipe:
     run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
 
     def active_tasks(self) -> list[str]:
-        """Kinds of loss with a weight, in the order in which a step runs them."""
+        """List the tasks whose loss has a weight, in the order in which a step runs them."""
         return [task for task in TASKS if getattr(self.objective, task).weight]
 
 
@@ -229,7 +229,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def expand_home(text: str) -> str:
-    """A path with ~ expanded. Raises RecipeError for the home of nobody, and for variables, which nothing expands."""
+    """Expand ~ in a path. Raises RecipeError for an unknown user, and for shell variables, which are not expanded."""
     if text.startswith("~"):
         full = os.path.expanduser(text)
         if full.startswith("~"):
@@ -245,7 +245,7 @@ def expand_home(text: str) -> str:
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
-    """(group, field, full key) of every key that is no group."""
+    """Yield (group, field, full key) of every key that is not a group."""
     for f in fields(config):
         value, key = getattr(config, f.name), f"{prefix}{f.name}"
         if is_dataclass(value):
@@ -255,7 +255,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
 
 
 def explain(recipe: Recipe) -> str:
-    """Every key with its value and its documentation, one a line. What stands left is an override that gives it."""
+    """List every key as an override that sets its value, with its documentation, one a line."""
     lines = []
     for config, f, key in walk(recipe):
         choices = f.metadata.get("choices")
@@ -266,7 +266,7 @@ def explain(recipe: Recipe) -> str:
 
 
 def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Overrides as pairs of key and text."""
+    """Return overrides as pairs of key and text."""
     if isinstance(overrides, str):
         raise RecipeError(f"overrides={format_value(overrides)} must be a list of key=value, or a dict")
     if not isinstance(overrides, Mapping):
@@ -297,7 +297,7 @@ def _is_no_path(text: str, kind: str) -> bool:
 
 
 class _Layer:
-    """One source of values, a file or the command line, on its way into a recipe."""
+    """Values from one source, a file or the command line, to be put into a recipe."""
 
     def __init__(self, recipe: Recipe, source: str):
         self.recipe, self.source = recipe, source
@@ -341,7 +341,7 @@ class _Layer:
         self.put_key(group, name, read_override(key, text, wanted), key)
 
     def _declared(self, group: Any, name: str, key: str) -> tuple[Any, Any]:
-        """The type and the field of a key; of a group, its dataclass."""
+        """Return the type and the field of a key; of a group, its dataclass."""
         for f in fields(group):
             if f.name == name:
                 value = getattr(group, name)

@@ -1,4 +1,4 @@
-"""The process group of a run, and what ranks tell each other. A run of one process has none, and does nothing here."""
+"""The process group of a run and its collectives. With a single process there is none, and these do nothing."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ def shut_down() -> None:
 def exit_process(code: int) -> None:
     """End the process here if torchrun started it.
 
-    On a busy machine a rank that had finished was seen to abort while the interpreter shut down (torch 2.13, gloo:
+    On a busy machine a finished rank was seen to abort while the interpreter shut down (torch 2.13, gloo:
     "terminate called without an active exception"), which torchrun reports as a failed run.
     """
     if "RANK" in os.environ:

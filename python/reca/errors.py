@@ -1,4 +1,4 @@
-"""Errors and warnings, told once however many ranks have them."""
+"""Print an error or a warning once, however many ranks raise it."""
 
 import contextlib
 import hashlib
@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 
-HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to tell the same
+HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same
 
 
 def print_once(sentence: str) -> None:
-    """Print an error on stderr. Under torchrun, only the first rank that has this sentence does; rank 0 if it has it.
+    """Print an error on stderr. Under torchrun only one rank prints it: rank 0 if it has this message, else the first.
 
-    What only one rank has is told by that rank. Where ranks cannot find out of each other, every one tells.
+    An error of one rank is printed by that rank. Ranks that cannot reach the store all print.
     """
     with _ignore_sigterm():
         if _is_first(sentence):
@@ -28,7 +28,7 @@ def print_once(sentence: str) -> None:
 
 @contextlib.contextmanager
 def _ignore_sigterm() -> Iterator[None]:
-    """Go on when torchrun ends this rank because another has failed: what this one has to tell is still to be told."""
+    """Ignore SIGTERM, by which torchrun ends this rank when another has failed, until the message is printed."""
     try:
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except ValueError:  # not the main thread
@@ -48,14 +48,14 @@ def _is_first(sentence: str) -> bool:
     try:
         store = _store()
         if rank != 0:
-            with contextlib.suppress(Exception):  # of another name in every version of torch: rank 0 has not told it
-                store.wait([f"{key}/told"], timedelta(seconds=HEAD_START))
+            with contextlib.suppress(Exception):  # of another name in every version of torch: rank 0 has not printed it
+                store.wait([f"{key}/printed"], timedelta(seconds=HEAD_START))
         mine = store.add(key, 1) == 1
         if mine:
-            # Told before it is printed: whoever reads this key prints nothing, and waits for torchrun to end it.
-            store.set(f"{key}/told", "1")
+            # Set before it is printed: a rank that reads this key prints nothing, and waits for torchrun to end it.
+            store.set(f"{key}/printed", "1")
         else:
-            time.sleep(1)  # the rank that tells it is the first to end
+            time.sleep(1)  # the rank that prints it is the first to end
         return mine
     except Exception:  # no store, or one that is gone with its rank: twice is better than never
         return True

@@ -13,7 +13,7 @@ STOPPED = 130  # Ctrl-C outside of training
 
 
 def expected(error: BaseException) -> int | None:
-    """Return the exit code of an error whose message tells a user all there is to know; None for any other."""
+    """Return the exit code of an error that needs no traceback, because its message suffices; None for any other."""
     code = getattr(error, "exit_code", None)
     if code is not None:
         return code

@@ -1,4 +1,4 @@
-"""What files on disk hold, by their first bytes, and what to do about those that cannot be used."""
+"""Identify files by their first bytes, and say what to do about those that cannot be used."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from reca import units
 
-HEAD = 1 << 10  # bytes that tell what a file is
+HEAD = 1 << 10  # bytes that identify a file
 DOWNLOADS = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 AGAIN = "fetch it again"
 
@@ -42,7 +42,7 @@ def size_of(path: Path) -> str:
 
 
 def placeholder(head: bytes) -> str | None:
-    """What a file that begins so holds in place of its own content, and what to do; None: nothing seen.
+    """Describe what a file with these first bytes holds in place of its own content, and what to do; None if nothing.
 
     Such as "is a Git LFS pointer and not the file itself; run `git lfs pull` …".
     """
@@ -70,7 +70,7 @@ def packed(head: bytes, zipped: bool = True) -> str | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file that ought to hold weights or JSON, its size in front; None: nothing seen."""
+    """Describe what is wrong with a file that should hold weights or JSON, with its size; None if nothing is."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if is_safetensors(head):

@@ -25,7 +25,7 @@ def ensure_writable(folder: Path, name: str) -> Path:
 def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> None:
     """Write a file so that, whatever happens, it has the old content or the new one.
 
-    sync: wait until the new one is on the disk, which a machine that goes down then cannot lose.
+    sync: wait until the new one is on the disk, so that a crash of the machine cannot lose it.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from reca import exits
 
-# SIGUSR1 is what SLURM may be told to send ahead of its time limit; SIGHUP comes when a terminal goes.
+# SLURM can send SIGUSR1 ahead of its time limit; SIGHUP comes when a terminal closes.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 

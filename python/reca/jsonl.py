@@ -1,4 +1,4 @@
-"""JSON lines that a run leaves behind; a full disk loses lines and never the run."""
+"""JSON lines files of a run. A full disk loses lines, and never ends the run."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ log = logging.getLogger("reca")
 
 
 class JsonLines:
-    """Appends to a file, every line at once. What cannot be written is counted, and said when it happens first."""
+    """Appends to a file, every line at once. Lines that cannot be written are counted; the first is logged."""
 
     def __init__(self, path: Path):
         self.path, self.lost, self.torn = path, 0, False
@@ -39,20 +39,20 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a file; torn ones, and a file that is not there, are nothing."""
+    """Read the complete lines of a file. Incomplete lines and a missing file are skipped."""
     return [value for _, value in _lines(path)]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep only what a run that goes on from `step` will not write again: whole lines of steps until then."""
+    """Remove the lines of steps after `step`, which a run continued from there writes again, and incomplete lines."""
     lines = _lines(path)
-    kept = b"".join(line + b"\n" for line, value in lines if _update(value) <= step)
+    kept = b"".join(line + b"\n" for line, value in lines if _step_of(value) <= step)
     if path.is_file() and kept != path.read_bytes():
         write_atomically(path, kept)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Read the lines that are JSON objects, each as it stands there and as what it means."""
+    """List the lines that are JSON objects, each as bytes and as its value."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
@@ -62,6 +62,6 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return found
 
 
-def _update(value: dict[str, Any]) -> float:
+def _step_of(value: dict[str, Any]) -> float:
     step = value.get("step", 0)
     return step if isinstance(step, int | float) else math.inf

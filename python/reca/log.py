@@ -16,7 +16,7 @@ log = logging.getLogger("reca")
 
 
 class RunLog:
-    """Rank 0's record of a run. Other ranks hold a silent one."""
+    """Log of a run on rank 0; on other ranks it does nothing."""
 
     def __init__(self, run_dir: Path, steps: int, done: int, tensorboard: bool, main_process: bool, bar: bool = True):
         self.run_dir, self.main_process, self.board = run_dir, main_process, None

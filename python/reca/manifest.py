@@ -1,4 +1,4 @@
-"""The list of a folder's files with sizes and checksums: written last, it says that all of them were written."""
+"""Manifests: a folder's files with sizes and checksums. Written last, it marks the folder as complete."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, dict]:
 
 
 def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list[str]:
-    """Say what of the listed files is not as it was written; empty when all is well.
+    """List the differences between the files and the manifest; empty when there are none.
 
     Sizes are compared first: a file of another size is not read, and without `contents` none is.
     """

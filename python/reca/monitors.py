@@ -1,18 +1,18 @@
-"""Signs that a run collapses instead of learning. Warnings only: no threshold here has been calibrated at scale."""
+"""Monitors that warn when a run collapses instead of learning. No threshold here has been calibrated at scale."""
 
 from collections.abc import Iterable
 
 from reca.config import Recipe
 from reca.models.base import Adapter
 
-START = 100  # steps whose mean loss later losses are compared with
-COPYING = 0.3  # share of that loss under which the model probably copies h_v into the image
-DRIFT = 1.05  # growth of a fixed batch's loss that counts as forgetting
-GAP = 3.0  # growth of the condition gap that, with drift, speaks of copying
+BASELINE_STEPS = 100  # steps whose mean loss later losses are compared with
+COPY_RATIO = 0.3  # share of that loss under which the model probably copies h_v into the image
+DRIFT_RATIO = 1.05  # growth of a fixed batch's loss that counts as forgetting
+GAP_RATIO = 3.0  # growth of the condition gap that, with drift, speaks of copying
 
 
 def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> list[str]:
-    """What is known before the first step to endanger this run."""
+    """List what is known before the first step to make this run collapse."""
     found, roles = list(adapter.config_warnings()), set(roles)
     if "shared_lm" in roles and recipe.objective.reca.weight and not recipe.objective.i2t.weight:
         found.append(
@@ -30,13 +30,13 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
 
 
 class Monitor:
-    """Watches the metrics of a run; `check` returns new warnings, each said once until it clears."""
+    """Watches the metrics of a run. `check` returns new warnings, each once until its condition clears."""
 
     def __init__(self) -> None:
         self.start: dict[str, list[float]] = {}
         self.smooth: dict[str, float] = {}
         self.first: dict[str, float] = {}
-        self.raised: set[str] = set()
+        self.active: set[str] = set()
 
     def check(self, step: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
         conditions = {}
@@ -45,21 +45,21 @@ class Monitor:
             conditions[f"no {task} labels"] = metrics.get(f"{task}/weight") == 0, text
         if (loss := metrics.get("reca/loss")) is not None and metrics.get("reca/weight"):
             early = self.start.setdefault("reca", [])
-            if len(early) < START:
+            if len(early) < BASELINE_STEPS:
                 early.append(loss)
             self.smooth["reca"] = 0.95 * self.smooth.get("reca", loss) + 0.05 * loss
             level = sum(early) / len(early)
             text = (
-                f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPYING:.0%} of its first {START} "
-                f"steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower the "
+                f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPY_RATIO:.0%} of its first "
+                f"{BASELINE_STEPS} steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower the "
                 "understanding resolution or blur that view"
             )
-            conditions["copying"] = len(early) == START and self.smooth["reca"] < COPYING * level, text
+            conditions["copying"] = len(early) == BASELINE_STEPS and self.smooth["reca"] < COPY_RATIO * level, text
         drifted = False
         for name in ("t2i/drift", "i2t/drift"):
             if (value := metrics.get(name)) is not None:
                 base = self.first.setdefault(name, value)
-                worse = value > DRIFT * base
+                worse = value > DRIFT_RATIO * base
                 drifted |= worse and name == "t2i/drift"
                 what = "text-to-image" if name.startswith("t2i") else "understanding"
                 conditions[name] = worse, f"{what} loss on the fixed batch rose from {base:.4g} to {value:.4g}"
@@ -69,7 +69,7 @@ class Monitor:
                 f"the loss with another image's h_v exceeds the matched loss by {gap:.3g} (at first {base:.3g}) while "
                 "text-to-image gets worse: the model leans on h_v alone"
             )
-            conditions["gap"] = drifted and gap > GAP * base, text
-        new = [text for name, (up, text) in conditions.items() if up and name not in self.raised]
-        self.raised = (self.raised - conditions.keys()) | {name for name, (up, _) in conditions.items() if up}
+            conditions["gap"] = drifted and gap > GAP_RATIO * base, text
+        new = [text for name, (up, text) in conditions.items() if up and name not in self.active]
+        self.active = (self.active - conditions.keys()) | {name for name, (up, _) in conditions.items() if up}
         return new

@@ -1,4 +1,4 @@
-"""AdamW over the parameters a recipe trains, and its learning rate as a function of the step."""
+"""Trained parameters, AdamW over them, and the learning rate as a function of the step."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
 
 
 def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimizer:
-    """Optimizer over trainable parameters only, in two groups: decayed and not."""
+    """Make the optimizer over the trained parameters, in two groups: with and without weight decay."""
     decayed, plain = [], []
     for name, parameter in adapter.named_parameters():
         if parameter.requires_grad:
@@ -57,7 +57,7 @@ def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of step number `step` (the first is 0) in a run of `steps`."""
+    """Compute the learning rate of step `step` (the first is 0) in a run of `steps`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -92,7 +92,7 @@ def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
 
 
 def _apex_adam() -> type:
-    """NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart."""
+    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart."""
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam

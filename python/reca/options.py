@@ -1,4 +1,4 @@
-"""How a recipe key is declared: a dataclass field that carries its own documentation and what its values may be."""
+"""Declare recipe keys: dataclass fields with documentation and bounds on their values."""
 
 import math
 from dataclasses import MISSING, field, fields
@@ -14,7 +14,7 @@ HUB = "hub"  # a file or folder that is there, or else a name of the Hugging Fac
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be run as written; the message says which key, why, and what would be right."""
+    """A recipe that cannot be run as written; the message names the key, the reason and a valid value."""
 
 
 def config_field(
@@ -29,7 +29,7 @@ def config_field(
     fewest: int = 0,
     path: str | None = None,
 ) -> Any:
-    """A documented recipe key. Mutable defaults (lists, nested configs) are given as a callable.
+    """Declare a recipe key. Mutable defaults (lists, nested configs) are given as a callable.
 
     choices: all values there are, of the key or of each item of its list. least, most: the smallest and the largest
     that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
@@ -45,17 +45,17 @@ def config_field(
 
 
 def count(default: Any, doc: str = "") -> Any:
-    """A documented recipe key that counts parts of a model, or a list of such counts: at least 1."""
+    """Declare a recipe key that is a count, or a list of counts: at least 1."""
     return config_field(default, doc, least=1, most=2**24, fewest=1)
 
 
 def pixels(default: int | None, doc: str = "") -> Any:
-    """A documented recipe key for the side of an image: at least 1 pixel."""
+    """Declare a recipe key that is an image size in pixels: at least 1."""
     return config_field(default, doc, least=1, most=2**14)
 
 
 def share(default: float, doc: str = "") -> Any:
-    """A documented recipe key for a part of a whole, from 0 to 1."""
+    """Declare a recipe key that is a fraction, from 0 to 1."""
     return config_field(default, doc, least=0, most=1)
 
 
@@ -107,7 +107,7 @@ def check_heads(config: Any, prefix: str) -> None:
 
 
 def format_value(value: Any) -> str:
-    """A value in a message: on one line, and short."""
+    """Format a value for a message, short and on one line."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 90 else f"{text[:60]}...{text[-20:]}"
 

@@ -1,4 +1,4 @@
-"""What is put around a model before it trains: torch.compile, activation checkpointing, and sharding by FSDP2."""
+"""Wrap a model for training: torch.compile, activation checkpointing, and sharding by FSDP2."""
 
 import functools
 

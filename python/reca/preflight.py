@@ -1,4 +1,4 @@
-"""What can be known before any weight is read: whether a run has a chance on these GPUs, this memory and this disk."""
+"""Checks before any weight is read: recipe, data, memory and disk."""
 
 import contextlib
 import logging
@@ -24,11 +24,11 @@ log = logging.getLogger("reca")
 def check(
     recipe: Recipe, tasks: Sequence[str], ranks: int, node: int, adapter: Adapter | None = None, begins: bool = True
 ) -> tuple[dict[str, Source], list[str]]:
-    """Raise what `Trainer` would run into after minutes of loading; takes seconds and no memory.
+    """Raise the errors that `Trainer` would meet after minutes of loading. Takes seconds and no memory.
 
-    tasks: those that samples are needed of. node: ranks on this machine.
-    adapter: a model that is there already, in place of the recipe's. begins: the run starts from train.init_from, and
-    does not go on from a checkpoint of its own.
+    tasks: those whose samples are opened. node: ranks on this machine.
+    adapter: an existing model, in place of the recipe's. begins: the run starts from train.init_from, not from a
+    checkpoint of its own.
 
     Returns the sources of samples, by task, and the templates.
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
@@ -105,7 +105,7 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn a GPU's lack of memory into a RecipeError that says what helps: `check` does not know of activations."""
+    """Turn a GPU's out-of-memory error into a RecipeError with advice: `check` does not count activations."""
     try:
         yield
     except torch.OutOfMemoryError as error:

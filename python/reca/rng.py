@@ -1,4 +1,4 @@
-"""Every random number of the driver, as a function of (seed, purpose, sample).
+"""Random numbers of the driver, each a function of (seed, purpose, sample).
 
 Nothing random lives in a process, a worker or a generator: a draw is addressed by what it is for and by the
 global id of the sample it belongs to. Resuming, re-sharding, other batch sizes and other accumulation leave every
@@ -14,7 +14,7 @@ from reca_kernels import Philox, philox_normal, philox_uniform
 
 
 class RandomStream(IntEnum):
-    """The independent streams of one sample. Values are part of the format of a run: never renumber."""
+    """Independent streams of one sample. Values are part of the format of a run: never renumber."""
 
     TEMPLATE = 0
     CROP = 1
@@ -35,32 +35,32 @@ class CounterRNG:
     """
 
     def __init__(self, seed: int, *path: int):
-        """`path` names a sub-stream, such as a task of loss or a sampling step: (seed, *path) is hashed."""
+        """Hash (seed, *path). path: a sub-stream, such as a task or a sampling step."""
         self.seed = seed
         for part in path:
             self.seed = _mix(self.seed, part)
 
     def fold_in(self, step: int) -> "CounterRNG":
-        """The rng of one step of an iterative sampler, independent of those of every other step."""
+        """Return the random numbers of one step of an iterative sampler, independent of every other step."""
         return CounterRNG(self.seed, step)
 
     def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Philox:
-        """The address of a sample's noise; kernels regenerate the numbers from it and never store them."""
+        """Return the address of a sample's noise; kernels regenerate the numbers from it and never store them."""
         # Filled and not copied: a copy from the host would wait for a GPU.
         seed = torch.full((), self.seed, dtype=torch.int64, device=sample_ids.device)
         return Philox(seed, sample_ids, int(purpose))
 
     def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
-        """fp32 [B, n] in [0, 1)."""
+        """Draw fp32 [B, n] in [0, 1)."""
         return philox_uniform(self.noise(purpose, sample_ids), n)
 
     def normal(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
-        """fp32 [B, n], standard normal."""
+        """Draw fp32 [B, n], standard normal."""
         return philox_normal(self.noise(purpose, sample_ids), n)
 
 
 def _mix(seed: int, part: int) -> int:
-    """SplitMix64 of (seed, part) as a signed 64-bit integer (Steele, Lea, Flood 2014)."""
+    """Hash (seed, part) by SplitMix64 to a signed 64-bit integer (Steele, Lea, Flood 2014)."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + part + 0x9E3779B97F4A7C15) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

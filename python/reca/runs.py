@@ -1,4 +1,4 @@
-"""How runs follow each other: what may change when a run goes on, which run another starts from, what it has made."""
+"""Lineage of runs: what may change when a run is continued, which run it starts from, and its trained weights."""
 
 import contextlib
 import hashlib
@@ -33,13 +33,13 @@ COMPARED_BY_CONTENT = (
     "data.template*",
     "train.init_from",
 )
-PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that tell it from others
+PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that identify it
 
 
 def fingerprint(
     recipe: Recipe, sources: Mapping[str, Any], templates: list[str], state: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Describe what a run is made from, by content and wherever it lies: JSON-able, kept with every checkpoint.
+    """Describe what a run is made from, by content and not by path: JSON-able, kept with every checkpoint.
 
     sources: the samples of every active task. state: of the checkpoint to go on from. It holds what the run before this
     one had made when this one began, which does not matter any longer.
@@ -60,7 +60,7 @@ def fingerprint(
 
 
 def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with what makes another result.
+    """Refuse to continue a run with keys or contents that change its result.
 
     state: of the checkpoint to go on from, with its recipe and its identity. now: the identity of this start.
     Raises RecipeError that names every such key with both values.
@@ -88,9 +88,9 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
 
 
 def finished_steps(recipe: Recipe) -> int | None:
-    """Return the steps of a run that has no more to make; None for any other. Its status says so from then on.
+    """Return the steps of a run that has made all of them, and mark its status as finished; None for any other run.
 
-    Sizes tell here whether the checkpoint is sound: nothing is read that takes time.
+    The checkpoint is checked by file sizes only, which is fast.
     Raises RecipeError as `reject_changed`, RunInUse if another process uses the folder.
     """
     run_dir = Path(recipe.run_dir)
@@ -115,7 +115,7 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
     """Return the step at which the learning rate's schedule ends.
 
     A run that is continued keeps the end it began with, however many steps it is to make now, unless
-    optim.decay_steps tells another.
+    optim.decay_steps is set.
     """
     if recipe.optim.decay_steps is not None:
         return recipe.optim.decay_steps
@@ -123,7 +123,7 @@ def schedule_end(recipe: Recipe, state: Mapping[str, Any] | None) -> int:
 
 
 def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> list[str]:
-    """Say what will be other from a checkpoint on than it was until there, although a run may go on so.
+    """List what differs from a checkpoint on, although the run may continue.
 
     state: of the checkpoint. ranks: of this start.
     """
@@ -151,13 +151,13 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
 
 
 def load_parent(adapter: Adapter, recipe: Recipe) -> None:
-    """Put what the run that `train.init_from` names has made over the published weights, where a run begins."""
+    """Load the checkpoint of the run that `train.init_from` names on top of the published weights."""
     if recipe.train.init_from is not None:
         adapter.inherited = checkpoint.load_weights(Path(recipe.train.init_from), adapter)
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
-    """See that this run can start from what `train.init_from` names, if it names anything.
+    """Check that this run can start from `train.init_from`, if it is set.
 
     model: the recipe's, with or without weights.
     Raises RecipeError when it is no run, or one of other published files; CheckpointError when it has saved nothing, or
@@ -188,13 +188,13 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
 
 
 def published_files(recipe: Recipe) -> dict[str, str]:
-    """Return the files, folders and names of the hub that a model comes from, by key."""
+    """Return the files, folders and hub ids that a model is loaded from, by key."""
     values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _file_fingerprint(source: str) -> str:
-    """What tells a weight file or a folder of them from others without reading gigabytes; a hub id is its own."""
+    """Hash excerpts of a weight file, or of a folder of them; a hub id is its own fingerprint."""
     path = Path(source)
     if path.is_file():
         return _digest(_excerpt(path))
@@ -207,7 +207,7 @@ def _file_fingerprint(source: str) -> str:
 
 
 def _excerpt(path: Path) -> bytes:
-    """Size and evenly spread pieces of a file, the first and the last bytes among them."""
+    """Read the size and evenly spread pieces of a file, among them its first and last bytes."""
     size = path.stat().st_size
     pieces = [b"%d" % size]
     with path.open("rb") as file:
@@ -229,7 +229,7 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The keys that name what has changed, with both values where they differ."""
+    """Name the keys of changed contents, with both values where they differ."""
     keys = ["data.templates", "data.template_count"] if key == "data.templates" else [key]
     differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
     return " and ".join(differing) or f"{key}={new.get(key)!r}"

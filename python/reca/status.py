@@ -1,4 +1,4 @@
-"""What a run is doing, for people and for batch scripts: run_dir/status.json, and the lock of who uses the folder.
+"""Status of a run, for people and batch scripts, in run_dir/status.json; and the lock of its folder.
 
 {"state": "interrupted", "step": 125, "steps": 200, "checkpoint": "checkpoints/000125", "exit_code": 75, ...}
 """
@@ -37,7 +37,7 @@ class Status:
     state         running, interrupted (saved: the same command continues), failed, or finished
     step        steps whose result is in the checkpoint
     steps       steps that the run is to make
-    checkpoint    newest complete checkpoint, relative to the run folder; null if there is none
+    checkpoint    latest complete checkpoint, relative to the run folder; null if there is none
     exit_code     that of the process; null while it runs
     reason        of a failure, in words
     """
@@ -55,7 +55,7 @@ class Status:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Status":
-        """Read the status of a run as of now: one whose process is gone without a word has failed.
+        """Read the current status of a run. A run whose process has died without writing one has failed.
 
         Raises ValueError when the folder has no readable status.
         """
@@ -90,9 +90,9 @@ class Status:
 
 
 class RunFolder:
-    """The folder of a run while a process uses it: locked, with a status that tells the truth when it is left.
+    """The folder of a run while a process uses it: locked, with its status written on every exit.
 
-    Used as a context manager around every part of a run: an exception that leaves it is written into the status.
+    A context manager around every part of a run: an exception that passes through it is written into the status.
     Raises RunInUse if another process, or a run that is going on in this one, has the folder.
     """
 
@@ -121,18 +121,18 @@ class RunFolder:
         if isinstance(error, SystemExit) and error.code == exits.INTERRUPTED:
             self.write_status("interrupted", exits.INTERRUPTED)
         elif not isinstance(error, distributed.PeerFailed):
-            told = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
-            self.write_status("failed", exits.code_of(error), f"{told}{str(error) or type(error).__name__}")
+            prefix = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
+            self.write_status("failed", exits.code_of(error), f"{prefix}{str(error) or type(error).__name__}")
         self.close()
 
     def record_checkpoint(self, checkpoint: Path | None) -> None:
-        """Take note of the newest complete checkpoint; None if there is none."""
+        """Record the latest complete checkpoint in the status; None if there is none."""
         self.status.checkpoint = checkpoint and str(checkpoint.relative_to(self.path))
         self.status.step = 0 if checkpoint is None else int(checkpoint.name)
         self.write_status("running")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
-        """Write the status: rank 0 does, or any rank that fails. The first end that is told stays; others follow it."""
+        """Write the status: rank 0 does, or any rank that fails. The first end that is written stays."""
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -143,11 +143,11 @@ class RunFolder:
         if distributed.rank() == 0 or state == "failed":
             reason = _write(self.path / FILE, json.dumps(asdict(status), indent=1) + "\n")
             if reason and not self.write_failed:
-                log.error("%s cannot be written (%s): it does not say how this run stands", self.path / FILE, reason)
+                log.error("%s cannot be written (%s): it is out of date", self.path / FILE, reason)
             self.write_failed = reason is not None
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         if self.lock is not None:
             del _HELD[self.key]
             os.close(self.lock)
@@ -184,7 +184,7 @@ def is_locked(run_dir: Path) -> bool | None:
 
 
 def _is_running(run_dir: Path, status: Status) -> bool:
-    """Tell whether a run that says it is running does run. Without locks, only its own machine can tell."""
+    """Tell whether a run with status running has a live process. Without locks, only its own machine can tell."""
     in_use = is_locked(run_dir)
     if in_use is not None or status.host != socket.gethostname():
         return in_use is not False
@@ -198,7 +198,7 @@ def _is_running(run_dir: Path, status: Status) -> bool:
 
 
 def _release_earlier_run(run_dir: Path) -> None:
-    """Let go what an earlier run of this process holds. Raises RunInUse if that is going on."""
+    """Release the folder if an earlier run of this process holds it. Raises RunInUse if that run is still going on."""
     with contextlib.suppress(FileNotFoundError):
         if held := _HELD.get(_key(run_dir / LOCK)):
             if held.busy:

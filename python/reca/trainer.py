@@ -1,4 +1,4 @@
-"""The training loop: batches -> loss -> gradient -> step, until done, interrupted or broken."""
+"""The training loop: batches -> loss -> gradient -> optimizer step, until done, interrupted or failed."""
 
 import contextlib
 import copy
@@ -42,13 +42,13 @@ class NotSavedError(RuntimeError):
 
 
 class Trainer:
-    """One run of one recipe. An existing run directory is continued from its newest sound checkpoint.
+    """One run of one recipe. An existing run directory is continued from its latest valid checkpoint.
 
     adapter: a model to train in place of the one `recipe.model` describes (it must come from the same weights when a
     run is continued). progress: called with the number of steps done, in place of a progress bar.
 
     What is wrong with recipe, data, memory or disk is raised before the weights are read. While the process lives, the
-    folder is locked; its status.json says how the run stands, and how it ended.
+    folder is locked; its status.json holds the state of the run, and how it ended.
     """
 
     def __init__(self, recipe: Recipe, adapter: Adapter | None = None, progress: Callable[[int], None] | None = None):
@@ -56,7 +56,7 @@ class Trainer:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.device = distributed.initialize(recipe.parallel.timeout_minutes)
-        self.tasks, self.able = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
+        self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         self.accumulation_steps = {
             task: micro_batches.accumulation_steps(self._task(task), distributed.world_size()) for task in self.tasks
         }
@@ -106,9 +106,9 @@ class Trainer:
         distributed.barrier()
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Check all that needs no weights, on rank 0 first. Returns the sources of samples by task."""
+        """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
         recipe, sources = self.recipe, {}
-        tasks = [*self.tasks, *(task for task in self._yardsticks() if task not in self.tasks)]
+        tasks = [*self.tasks, *(task for task in self._drift_tasks() if task not in self.tasks)]
         with distributed.fail_together():
             if distributed.rank() == 0:
                 sources, templates = preflight.check(
@@ -157,15 +157,15 @@ class Trainer:
         try:
             with profiler:
                 while self.step < recipe.train.steps:
-                    began = time.perf_counter()
+                    started = time.perf_counter()
                     batches = {
                         task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
                         for task in self.tasks
                     }
-                    waited = time.perf_counter() - began
+                    data_wait = time.perf_counter() - started
                     metrics = self.train_step(batches)
                     images = sum(self._task(task).batch_size for task in self.tasks)
-                    metrics |= {"images_per_s": images / (time.perf_counter() - began), "data_wait_s": waited}
+                    metrics |= {"images_per_s": images / (time.perf_counter() - started), "data_wait_s": data_wait}
                     self._probe(metrics, batches)
                     for warning in monitor.check(self.step, metrics, self.tasks):
                         record.warn(self.step, warning)
@@ -194,7 +194,7 @@ class Trainer:
             record.close()
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """Make one step from this rank's micro-batches, by task. Skips and counts it if it is not finite.
+        """Make one optimizer step from this rank's micro-batches, by task. Skips and counts it if it is not finite.
 
         Returns the step's metrics by name, as log.jsonl has them.
         Raises NonFiniteError after train.max_skips such steps in a row.
@@ -219,7 +219,7 @@ class Trainer:
         return metrics
 
     def save(self) -> Path | None:
-        """Write a checkpoint; None, loudly, if the disk would not take it."""
+        """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it."""
         state = {
             "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},
@@ -301,15 +301,15 @@ class Trainer:
             for task, batch in self.fixed.items():
                 metrics[f"{task}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
 
-    def _yardsticks(self) -> list[str]:
-        """Kinds whose first samples are the yardsticks of drift."""
+    def _drift_tasks(self) -> list[str]:
+        """List the tasks whose loss on fixed samples measures drift."""
         data = self.recipe.data
         there = {"i2t": data.conversations, "t2i": data.captions}
-        return [task for task in there if there[task] and task in self.able and self.recipe.log.drift_every]
+        return [task for task in there if there[task] and task in self.model_tasks and self.recipe.log.drift_every]
 
     def _fixed_batches(self) -> dict[str, Batch]:
         fixed = {}
-        for task in self._yardsticks():
+        for task in self._drift_tasks():
             views, seed = self.adapter.views(task), self.recipe.train.seed
             source = self.sources[task]
             loader = open_loader(

@@ -1,4 +1,4 @@
-"""Text to values and back, by the type that a recipe key declares.
+"""Convert text to values and back, by the type that a recipe key declares.
 
 YAML 1.1 guesses types from how a text looks: 0010 is 8, 12:30 is 750, no is false. Here the key decides. A text key
 takes the text as it is written, a number key takes decimal numbers only. So files are parsed down to their scalars
@@ -66,7 +66,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def read_yaml(data: bytes | str, source: str) -> Any:
-    """The mappings (dict), lists and scalars (Scalar) of a YAML text; None for an empty one.
+    """Parse YAML into mappings (dict), lists and scalars (Scalar); None for an empty text.
 
     Raises RecipeError for what is not YAML, for a key that is given twice, and for tags and anchors that it can not
     follow. source: names the text in the message.
@@ -84,12 +84,12 @@ def read_yaml(data: bytes | str, source: str) -> Any:
 
 
 def write_yaml(values: dict) -> str:
-    """YAML that `read_yaml` and `convert` read back to the same values."""
+    """Write YAML that `read_yaml` and `convert` read back to the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
 def read_override(key: str, text: str, wanted: Any) -> Any:
-    """What stands behind the = of an override, as `read_yaml` gives it: a text key takes all of it, quotes taken off.
+    """Parse the value of an override, as `read_yaml` does: a text key takes all of it, without quotes.
 
     wanted: the type of the key, or a dataclass for a group of keys, which takes {key: value, ...}.
     """
@@ -106,7 +106,7 @@ def read_override(key: str, text: str, wanted: Any) -> Any:
 
 
 def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
-    """The value of type `wanted` that a part of a recipe means. Raises RecipeError."""
+    """Convert a part of a recipe to a value of type `wanted`. Raises RecipeError."""
     wanted, optional = _without_none(wanted)
     if isinstance(raw, Scalar) and not raw.quoted and raw.text in ("", *NULLS):
         if optional:
@@ -128,7 +128,7 @@ def convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
 
 
 def guess(text: str, key: str) -> Any:
-    """The value that a text looks like, where no key declares a type: null, a number, true or false, a list, a text."""
+    """Guess the value of a text for which no key declares a type: null, a number, true or false, a list, a text."""
     inside = text.strip(BLANK)
     if inside.startswith("[") and inside.endswith("]") and len(inside) > 1:
         return [_guess(item) for item in _items(key, inside)]
@@ -136,14 +136,14 @@ def guess(text: str, key: str) -> Any:
 
 
 def override_text(value: Any) -> str:
-    """A value as it is written behind the = of an override."""
+    """Write a value as it stands behind the = of an override."""
     if isinstance(value, list):
         return f"[{', '.join(_text(item, in_list=True) for item in value)}]"
     return _text(value)
 
 
 class _Wrong(Exception):
-    """What was expected, in words."""
+    """The value is of another type; the message says what was expected."""
 
 
 def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
@@ -207,7 +207,7 @@ def _guess(scalar: Scalar) -> Any:
 
 
 def _without_none(wanted: Any) -> tuple[Any, bool]:
-    """A type without its None, and whether it had one."""
+    """Return a type without its None, and whether it had one."""
     if get_origin(wanted) not in (Union, UnionType):
         return wanted, False
     (rest,) = (kind for kind in get_args(wanted) if kind is not NoneType)
@@ -257,7 +257,7 @@ def _place(node: yaml.Node) -> str:
 
 
 def _items(key: str, text: str) -> list[Scalar]:
-    """The items of a [list] in an override: split at commas outside of quotes, and otherwise as they are written."""
+    """Split the items of a [list] in an override at commas outside of quotes."""
     inside, items, position = text[1:-1], [], 0
     while position < len(inside):
         match = _ITEM.match(inside, position)

@@ -230,7 +230,7 @@ def test_command_says_how_an_update_is_split(capsys):
 def test_command(capsys):
     assert main(["check", "show_o_tiny"]) == 0
     out = capsys.readouterr().out
-    assert "335,520" in out and "rows of image" in out and "MFLOP" in out and "MiB" in out
+    assert "335,520" in out and "image tokens" in out and "MFLOP" in out and "MiB" in out
 
 
 def test_bagel_at_full_size_takes_little_memory():

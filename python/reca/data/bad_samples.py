@@ -1,4 +1,4 @@
-"""The record of unusable samples, shared by all ranks and all starts of a run."""
+"""The list of samples that could not be read, shared by all ranks and all starts of a run."""
 
 import contextlib
 import fcntl
@@ -20,8 +20,8 @@ class BadSamples:
     """Counts bad samples, writes each once to a JSONL file, and stops the run when there are too many.
 
     All ranks write to one file, under a lock, and read what the others have added; so does the next start of the run.
-    A line counts while the sample is what it was: a file that was repaired, replaced or removed (its size says so) is
-    looked at anew, and one that can be used after all (a disk that was away) counts no longer.
+    A line counts while the sample has the recorded size: a file that was repaired, replaced or removed is tried again,
+    and one that can be read after all (its disk was unmounted) counts no longer.
     """
 
     def __init__(self, path: Path | None, source: Source, max_fraction: float):
@@ -33,14 +33,14 @@ class BadSamples:
         self.count()
 
     def count(self) -> int:
-        """Distinct samples that are bad, met by whichever rank and start."""
+        """Count the distinct bad samples, of all ranks and starts."""
         if self.path and self.path.exists():
             with self.lock, contextlib.suppress(OSError), self.path.open("rb") as file:
                 self._absorb(file)
         return len(self.bad)
 
     def add(self, index: int, reason: str) -> None:
-        """Raises DataError when more than the allowed share of all samples is bad."""
+        """Add a sample. Raises DataError when more than the allowed share of all samples is bad."""
         key = self.source.key(index)
         with self.lock:
             if key not in self.bad:
@@ -59,7 +59,7 @@ class BadSamples:
                 )
 
     def mark_good(self, index: int) -> None:
-        """Take back what an earlier start said of a sample."""
+        """Remove a sample that an earlier start could not read."""
         if self.bad:
             self.bad.pop(self.source.key(index), None)
 
@@ -82,7 +82,7 @@ class BadSamples:
             log.warning("%s cannot be written (%s): %s", self.path, error.strerror, json.dumps(entry))
 
     def _absorb(self, file: BinaryIO) -> bool:
-        """Count what others have written; whether the last line has no end, as a killed process leaves it."""
+        """Read what others have appended. Returns whether the last line is incomplete, as kills leave it."""
         file.seek(self.place)
         new = file.read()
         whole, _, tail = new.rpartition(b"\n")

@@ -1,4 +1,4 @@
-"""What the driver trains on: batches of one task, on their way from the data to the loss."""
+"""Batches of one task, which the data makes and the losses read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -56,7 +56,7 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same samples on `device`; copies from pinned memory do not block."""
+        """Return the same samples on `device`. Copies from pinned memory do not block."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Features of the frozen encoders, kept on disk: an image is decoded and encoded once, however many epochs follow."""
+"""Features of the frozen encoders on disk: every image is decoded and encoded once, in the first epoch."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ log = logging.getLogger("reca")
 
 
 def content(image: bytes) -> str:
-    """The address of an image's features: a hash of its bytes, wherever the file lies and whatever its name."""
+    """Hash the bytes of an image: the address of its features, whatever its path."""
     return hashlib.sha256(image).hexdigest()
 
 
@@ -48,7 +48,7 @@ class FeatureCache:
         return self.folder / address[:2] / f"{address}.safetensors"
 
     def get(self, address: str) -> dict[str, Tensor] | None:
-        """One image's features, None when they are not there or not readable (a torn file is made again)."""
+        """Read one image's features; None when they are missing or unreadable (a torn file is written again)."""
         try:
             return load_file(self.path(address))
         except (OSError, SafetensorError, ValueError):
@@ -72,7 +72,7 @@ class FeatureCache:
             except OSError as error:
                 self.full = True
                 log.warning(
-                    "data.cache %s cannot be written to (%s, %s): features are kept no longer, and the run goes on "
+                    "data.cache %s cannot be written to (%s, %s): no more features are cached, and the run continues "
                     "without. Free some space, or set data.cache=null",
                     *(self.folder, error, _free(self.folder)),
                 )
@@ -87,7 +87,7 @@ def _free(folder: Path) -> str:
 
 
 def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | list[Tensor]]:
-    """Samples' features as a batch's: stacked where the shapes agree, else a list."""
+    """Collate features of samples into a batch: stacked where the shapes agree, else a list."""
     batch = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

@@ -38,7 +38,7 @@ def available() -> bool:
 
 
 class DaliDecoder:
-    """As PillowDecoder: within one grey level on device "cpu", but for sharp edges on "gpu"."""
+    """Decodes as PillowDecoder does: within one grey level on device "cpu", except at sharp edges on "gpu"."""
 
     def __init__(self, views: Views, rng: CounterRNG, device: str | None = None):
         import nvidia.dali.experimental.dynamic as dynamic
@@ -49,7 +49,7 @@ class DaliDecoder:
         self.pillow, self.failed = PillowDecoder(views, rng), False
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
-        """(gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
+        """Decode into (gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
         if not _plain_jpeg(data):
             return self.pillow(data, sample_id)
         try:

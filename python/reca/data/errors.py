@@ -1,16 +1,16 @@
-"""The ways in which data can be wrong."""
+"""Errors of data: fatal ones, and single bad samples."""
 
 from reca import exits
 
 
 class DataError(ValueError):
-    """Data that a run cannot start or go on with; the message says which file, why, and what to do."""
+    """Data that a run cannot start or go on with; the message names the file, the reason and what to do."""
 
     exit_code = exits.DATA
 
 
 class BadSample(ValueError):
-    """One sample that cannot be used; the message says why. It goes to the bad_samples, and another takes its place."""
+    """One sample that cannot be used; the message says why. It is listed, and another sample takes its place."""
 
 
 class LeftOut(BadSample):

@@ -72,7 +72,7 @@ class Folder:
 
 
 def total_size(paths) -> int:
-    """Bytes of the files together; -1 when one is not there."""
+    """Sum the bytes of files; -1 when one does not exist."""
     try:
         return sum(os.stat(path).st_size for path in paths)
     except (OSError, ValueError):
@@ -94,7 +94,7 @@ def _stem(name: str) -> str:
 
 
 def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Suffix -> paths, from `root` on, of all files below it. Each folder is read once.
+    """Map suffix -> paths relative to `root`, of all files below it. Each folder is read once.
 
     Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
     """
@@ -143,7 +143,7 @@ def _task(entry: os.DirEntry) -> tuple[bool, bool]:
 
 
 def _captions(root: Path, images: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The caption file of every image. Raises DataError when there is none, or when it is not clear which."""
+    """Find the caption file of every image. Raises DataError where one is missing or ambiguous."""
     captions: dict[str, str] = {}
     for name in texts:
         if _stem(name) in captions:
@@ -164,7 +164,7 @@ def _captions(root: Path, images: Sequence[str], texts: Sequence[str]) -> list[s
 
 
 def _what(files: Mapping[str, Sequence[str]]) -> str:
-    """The suffixes that a folder without images does hold, for its error."""
+    """Describe the files of a folder without images, for its error."""
     if not files:
         return ""
     most = sorted(files, key=lambda suffix: -len(files[suffix]))[:5]

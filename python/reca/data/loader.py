@@ -1,4 +1,4 @@
-"""Endless micro-batches of one task of sample, from any position on, on any number of ranks."""
+"""Endless micro-batches of one task, from any position on, on any number of ranks."""
 
 import errno
 import functools
@@ -49,7 +49,7 @@ def open_loader(
     source: Source | None = None,
     prepare: Prepare | None = None,
 ) -> "Loader":
-    """The loader a recipe describes, of one task of sample. Raises DataError as `open_sources`.
+    """Open the loader of one task that a recipe describes. Raises DataError as `open_sources`.
 
     batch_size: samples of one step on all ranks; null = one full micro-batch on each.
     neighbours: every batch comes with its `neighbour`.
@@ -67,7 +67,7 @@ def open_loader(
 
 
 class Stream(NamedTuple):
-    """The positions that one rank reads: its micro-batches of step after step."""
+    """The positions that one rank reads: its micro-batches, step after step."""
 
     shares: list[MicroBatch]
     batch_size: int
@@ -75,7 +75,7 @@ class Stream(NamedTuple):
     neighbours: bool = False
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, range, list[int]]]:
-        """Every micro-batch, its positions, and the position of its neighbour, if there shall be one.
+        """Yield every micro-batch, its positions, and the position of its neighbour, if neighbours are wanted.
 
         The neighbour is the sample after the last of the micro-batch, and for the last of a step the first, so
         that it is the same one however the step is split.
@@ -88,7 +88,7 @@ class Stream(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A sample on its way into a batch: with its two views, or with features from the cache."""
+    """A sample that was read: with its two views, or with features from the cache."""
 
     sample: Sample
     gen: Tensor | None
@@ -129,7 +129,7 @@ class Loader:
 
     @property
     def bad(self) -> int:
-        """Distinct unusable samples met so far, by all ranks."""
+        """Count the distinct bad samples found so far, by all ranks."""
         return self.bad_samples.count()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -143,7 +143,7 @@ class Loader:
             yield ahead.popleft().result()
 
     def sample(self, position: int) -> Batch:
-        """One sample, read while the caller waits."""
+        """Read one sample in the calling thread."""
         return self._batch([position], [self._read(position)])
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class Loader:
         return batch
 
     def _read(self, position: int, cached: bool = True) -> Row:
-        """The sample of a position, or its substitute. cached: features will do in place of views."""
+        """Read the sample of a position, or its substitute. cached: features from the cache replace the views."""
         for attempt in range(ATTEMPTS):
             index = self.order.substitute(position, attempt) if attempt else self.order.index(position)
             try:
@@ -186,7 +186,7 @@ class Loader:
         )
 
     def _row(self, index: int, position: int, cached: bool) -> Row:
-        """Raises BadSample for what is wrong with the sample, and DataError with its key for anything else."""
+        """Read one sample. Raises BadSample if it is bad, and DataError with its key for any other error."""
         try:
             sample = self.source[index]
             address = content(sample.image) if self.cache else ""

@@ -1,4 +1,4 @@
-"""Image files without their metadata: text, colour profiles, EXIF and previews.
+"""Strip metadata from image files: text, colour profiles, EXIF and previews.
 
 Decoders read metadata before the pixels, and reject a file whose metadata is large or garbled. Its pixels are sound.
 """
@@ -11,12 +11,12 @@ PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"})
 PNG_ORIENTATION = b"eXIf"
 JPEG = b"\xff\xd8"
 JPEG_SCAN = 0xDA
-JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # say how colours are coded: how they begin, least bytes
+JPEG_COLOURS = {0xE0: (b"JFIF\0", 14), 0xEE: (b"Adobe", 12)}  # state how colours are coded: first bytes, minimal length
 JPEG_COMMENT = 0xFE
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """The same image with what its pixels need, None for a format that this is not known of."""
+    """Return the image with only what its pixels need; None for other formats than PNG and JPEG."""
     if data.startswith(PNG):
         return _png(data)
     if data.startswith(JPEG):
@@ -25,7 +25,7 @@ def without_metadata(data: bytes) -> bytes | None:
 
 
 def _png(data: bytes) -> bytes:
-    """A chunk is length, type, data, CRC."""
+    """Keep the chunks of pixels. A chunk is length, type, data, CRC."""
     parts, place = [PNG], len(PNG)
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -41,7 +41,7 @@ def _png(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> bytes:
-    """A segment is 0xFF, its marker, its length with these two bytes, data."""
+    """Keep the segments of pixels. A segment is 0xFF, its marker, its length with these two bytes, data."""
     parts, place = [JPEG], len(JPEG)
     while place + 4 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]

@@ -1,4 +1,4 @@
-"""Bytes of an image -> the views an adapter asks for. Pillow's decoder is the definition; DALI's must agree."""
+"""Decode image bytes into the views of an adapter. Pillow's decoder is the definition; DALI's must agree."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ class BadImage(BadSample):
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB image, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
+    """Decode an image as RGB, upright, transparency on white, of 16 bits the upper 8. Raises BadImage.
 
     A JPEG of more than MAX_PIXELS has half its width and height.
     """
@@ -78,7 +78,7 @@ def _open_rgb(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The file of an image whose header is sound. Raises BadImage, also for what goes wrong inside of the context."""
+    """Open an image file and check its header. Raises BadImage, also for what goes wrong inside of the context."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             limit = _most_pixels(file)
@@ -99,7 +99,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _most_pixels(file: Image.Image) -> int:
-    """The most pixels that a file of its format may have."""
+    """Return the pixel limit of the file's format."""
     if file.format == "WEBP":
         return MAX_PIXELS_WEBP
     if file.format in ("JPEG", "MPO") and file.mode in ("RGB", "L"):
@@ -108,7 +108,7 @@ def _most_pixels(file: Image.Image) -> int:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 (upright) where it is not there or garbled."""
+    """Read the EXIF orientation; 1 (upright) where it is missing or garbled."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow raises many kinds for garbled EXIF
@@ -116,7 +116,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits by the scale of its mode: whatever its values, two images are scaled alike.
+    """Scale grey of more than 8 bits by its mode, never by its values: all images are scaled alike.
 
     Raises BadImage where the format does not say what white is.
     """
@@ -136,7 +136,7 @@ def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, transparency on white. In strips, so that no second copy of the whole image is held."""
+    """Convert to RGB, transparency on white. In strips, so that no second copy of the whole image is held."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image.copy()
     whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
@@ -150,7 +150,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as uint8 [3, H, W]. Raises DataError."""
+    """Read an image file as Crop and resize an image to a view: uint8 [3, H, W]. Raises DataError."""
     if not path.is_file():
         raise DataError(f"image {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
@@ -160,7 +160,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
-    """(width, height) of fit "bound": see View. The rounding is BAGEL's, including its area rule."""
+    """Compute (width, height) of fit "bound": see View. The rounding is BAGEL's, including its area rule."""
 
     def rounded(w: float, h: float, scale: float) -> tuple[int, int]:
         return tuple(max(view.stride, round(round(side * scale) / view.stride) * view.stride) for side in (w, h))
@@ -178,7 +178,7 @@ def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
 def geometry(
     width: int, height: int, view: View, crop: float
 ) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    """Source box (left, top, right, bottom) and target (width, height) of a view.
+    """Compute the source box (left, top, right, bottom) and the target (width, height) of a view.
 
     crop: in [0, 1), where along the longer side a random crop lies.
     """
@@ -200,7 +200,7 @@ def geometry(
 
 
 def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
-    """uint8 [3, H, W]."""
+    """Crop and resize an image to a view: uint8 [3, H, W]."""
     if view.fit in ("pad", "stretch"):
         image = (_pad if view.fit == "pad" else _stretch)(image, view)
     box, size = geometry(*image.size, view, crop)
@@ -212,12 +212,12 @@ def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
 
 
 def _too_large(side: int, image: Image.Image) -> bool:
-    """Whether a square is much larger than the image it is made for, which then is a thin one."""
+    """Whether a square is much larger than its image, as it is for a thin one."""
     return side**2 > max(SMALL, min(4 * image.width * image.height, MAX_PIXELS))
 
 
 def _pad(image: Image.Image, view: View) -> Image.Image:
-    """The image in the middle of a square of its long side.
+    """Pad the image to a square of its long side.
 
     Where that square is too large, the image is resized first, as it would be inside of it.
     """
@@ -231,7 +231,7 @@ def _pad(image: Image.Image, view: View) -> Image.Image:
 
 
 def _stretch(image: Image.Image, view: View) -> Image.Image:
-    """The image resized to a square of its long side.
+    """Resize the image to a square of its long side.
 
     Where that square is too large, the long side shrinks to the view's before the short one grows: the two filters
     commute, up to the rounding in between.
@@ -245,20 +245,20 @@ def _stretch(image: Image.Image, view: View) -> Image.Image:
 
 
 class PillowDecoder:
-    """Views of single images."""
+    """Decodes single images into views."""
 
     def __init__(self, views: Views, rng: CounterRNG):
         self.views, self.rng = views, rng
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
-        """(gen, und), uint8 [3, H, W] each. Raises BadImage."""
+        """Decode into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
         image = open_rgb(data)
         crop = crop_position(self.views, self.rng, sample_id)
         return tuple(view and make_view(image, view, crop) for view in (self.views.gen, self.views.und))
 
 
 def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:
-    """Both views of a sample are cropped at the same place."""
+    """Draw where a sample is cropped, the same for both views."""
     if not any(view and view.fit == "random_crop" for view in (views.gen, views.und)):
         return 0.5
     return float(rng.uniform(RandomStream.CROP, torch.tensor([sample_id])))

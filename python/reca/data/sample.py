@@ -1,4 +1,4 @@
-"""What every source of samples answers."""
+"""Samples, and the interface of their sources."""
 
 import hashlib
 from collections.abc import Iterable
@@ -28,24 +28,24 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises OSError and BadSample."""
+        """Read a sample. Raises OSError and BadSample."""
         ...
 
     def key(self, index: int) -> str:
-        """The sample's name, which does not depend on where its folder lies. Nothing is read for it."""
+        """Return the sample's name, independent of where its folder lies. Reads no file."""
         ...
 
     def size(self, index: int) -> int:
-        """Bytes of the sample's image and caption, without reading them; -1 for a file that is not there."""
+        """Return the bytes of image and caption, without reading them; -1 for a missing file."""
         ...
 
     def identity(self) -> str:
-        """Hex digest over the keys and sizes of all samples in their order, wherever the data lie."""
+        """Hash the keys and sizes of all samples in order, independent of where the data lie."""
         ...
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """SHA-256 over the parts' repr, as hex."""
+    """Hash the repr of all parts: SHA-256, as hex."""
     total = hashlib.sha256()
     for part in parts:
         total.update(repr(part).encode("utf-8", "surrogatepass") + b"\n")
@@ -58,14 +58,14 @@ def hidden(name: str) -> bool:
 
 
 def checked_size(size: int, limit: int, what: str) -> int:
-    """Raises BadSample when an image or caption is larger than any should be."""
+    """Return the size of an image or caption. Raises BadSample when it exceeds the limit."""
     if size > limit:
         raise BadSample(f"the {what} has {size} bytes, more than the {limit} that are read")
     return size
 
 
 def decode_caption(data: bytes) -> str:
-    """Raises BadSample for bytes that are no text, and for a text without a word."""
+    """Decode a caption. Raises BadSample for bytes that are not text, and for an empty text."""
     try:
         text = decode_text(data).strip()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The order of samples, as a function of (seed, position). There is no state but the position."""
+"""The order of samples, a function of (seed, position). The position is the only state."""
 
 import functools
 
@@ -8,13 +8,13 @@ from reca.rng import CounterRNG
 
 
 def sample_index(seed: int, size: int, position: int) -> int:
-    """Index of the sample at `position` of the endless stream: every epoch is a permutation of all samples."""
+    """Return the index of the sample at `position` of the endless stream: every epoch is a permutation."""
     epoch, slot = divmod(position, size)
     return int(_order(seed, epoch, size)[slot])
 
 
 def substitute_index(seed: int, size: int, position: int, attempt: int) -> int:
-    """Index of the sample that stands in for an unreadable one: the same slot of another permutation."""
+    """Return the index of the sample that replaces an unreadable one: the same slot of another permutation."""
     epoch, slot = divmod(position, size)
     return int(_order(CounterRNG(seed, 1 + attempt).seed, epoch, size)[slot])
 

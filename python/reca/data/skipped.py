@@ -1,4 +1,4 @@
-"""What a source does not use: counted by reason, and said once."""
+"""Files that a source skips, counted by reason and logged once."""
 
 import functools
 import logging
@@ -29,7 +29,7 @@ class Skipped:
         return "; ".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.items())
 
     def warn(self, where: str) -> None:
-        """One warning with all counts, if there are any."""
+        """Log one warning with all counts, if there are any."""
         if self.counts:
             log_once(logging.WARNING, f"{where}: left out are {self}")
 

@@ -1,4 +1,4 @@
-"""Where samples come from, by the text that a recipe names them with."""
+"""Open the sources of samples that a recipe names."""
 
 import re
 from collections.abc import Iterable

@@ -56,7 +56,7 @@ def load_object(text: str, key: str) -> Any:
 def call_source(text: str, task: str, key: str) -> Source:
     """Call the function that a spec names as function(task=task, **arguments), and return the source it makes.
 
-    Arguments are read as numbers, true, false, null or text, by how they look.
+    Arguments are parsed as numbers, true, false, null or text.
     Raises DataError when it is no function, takes other arguments, or does not return a source with samples.
     """
     function, arguments = load_object(text, key), _arguments(text, key)
@@ -69,7 +69,7 @@ def call_source(text: str, task: str, key: str) -> Source:
             f"{key}={text}: {error}; the function is called with task={task!r} and the arguments behind the ?, and "
             f"takes {inspect.signature(function)}"
         ) from error
-    except ValueError as error:  # of a built-in function, which tells no signature
+    except ValueError as error:  # of a built-in function, which has no signature
         raise DataError(f"{key}={text} names a function of unknown signature; name one written in Python") from error
     source = function(task=task, **arguments)
     if missing := [name for name in ("__len__", "__getitem__", "key", "size", "identity") if not hasattr(source, name)]:

@@ -23,7 +23,7 @@ MAX_LINKS = 10
 
 
 class Stored(NamedTuple):
-    """Where a member's bytes are. pieces: of a sparse file, (place in the file, length) of what is stored, in order."""
+    """Location of a member's bytes. pieces: of a sparse file, (offset in it, length) of what is stored, in order."""
 
     offset: int
     size: int
@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
 
 def read_index(path: Path, skipped: Skipped) -> list[Member]:
-    """All files of a tar in order, links resolved. Raises DataError for a tar that is not whole."""
+    """List all files of a tar in order, links resolved. Raises DataError for a tar that is not complete."""
     infos = list(_headers(path))
     files: dict[str, Stored] = {}
     members = []
@@ -136,7 +136,7 @@ def _stored(info: tarfile.TarInfo) -> Stored:
 
 
 def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
-    """The file that a link leads to inside of the tar, None when it leads to none."""
+    """Resolve a link inside of the tar; None when it leads to no file."""
     for _ in range(MAX_LINKS):
         name = info.linkname
         if info.issym():

@@ -23,7 +23,7 @@ from reca.data.tar_index import Member, Stored, read_index
 
 
 class Entry(NamedTuple):
-    """A sample: where its image and its caption are."""
+    """Location of a sample's image and caption."""
 
     path: Path
     key: str
@@ -83,7 +83,7 @@ class _Sample(NamedTuple):
 
 
 def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
-    """The samples of one tar. Raises DataError for what does not belong together clearly."""
+    """List the samples of one tar. Raises DataError where it is ambiguous which members belong together."""
     samples, seen, dotted, plain = [], {}, {}, {}
     for key, members in _groups(path, read_index(path, skipped)):
         parts = _split(path, key, members)
@@ -118,7 +118,7 @@ def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
 
 
 def _groups(path: Path, members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, suffix -> member) of members that follow each other with one key, which ends at the first dot."""
+    """Group consecutive members by key, which ends at the first dot: yields (key, suffix -> member)."""
     key, group = None, {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
@@ -142,7 +142,7 @@ def _groups(path: Path, members: Iterator[Member]) -> Iterator[tuple[str, dict[s
 
 
 def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
-    """Key -> suffix -> member: the group as it is, or by names up to the last dot if no image has the key alone."""
+    """Map key -> suffix -> member: the group as it is, or by names up to the last dot if no image has the key alone."""
     if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
         _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
     ):

@@ -1,4 +1,4 @@
-"""Template sentences: what stands beside h_v in a RECA prompt. One a line in templates.txt."""
+"""Template sentences, which stand beside h_v in a RECA prompt."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Bytes of text files -> str, for captions, templates and conversations alike."""
+"""Decode text files: captions, templates and conversations."""
 
 import codecs
 
@@ -13,7 +13,7 @@ SIGNATURES = (
 
 
 def decode_text(data: bytes) -> str:
-    """Text of UTF-8, or of what a byte order mark says. The mark is dropped, and every line ends in \\n.
+    """Decode UTF-8, or what a byte order mark says. The mark is dropped, and every line ends in \\n.
 
     Raises ValueError with the reason.
     """

@@ -1,11 +1,11 @@
-"""What an adapter asks of an image: the understanding view and the generation view."""
+"""The views of an image that an adapter needs: one for understanding, one for generation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class View:
-    """How a decoded RGB image becomes one uint8 [3, H, W] tensor. Normalisation happens later, on the device.
+    """Recipe of one uint8 [3, H, W] tensor from a decoded RGB image. Normalisation happens later, on the device.
 
     fit:
       squash       resize to size x size, aspect ratio not kept
@@ -29,7 +29,7 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """The views one task of loss needs. `None` means that this task does not look at the image in that way."""
+    """The views that one task needs; None: that view is not needed."""
 
     gen: View | None
     und: View | None

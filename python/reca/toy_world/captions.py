@@ -1,4 +1,4 @@
-"""The language of the world: captions, what stands around them, questions and templates."""
+"""The language of the toy world: captions, phrases around them, questions and templates."""
 
 import random
 from collections.abc import Container
@@ -43,6 +43,6 @@ def caption(
 
 
 def phrase(words: str, rng: random.Random) -> str:
-    """A caption as somebody would ask for it."""
+    """Wrap a caption as a user would ask for it."""
     parts = [rng.choice(BEFORE), words, *(rng.choice(AFTER) for _ in range(rng.randint(0, MOST_AFTER)))]
     return " ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""A deterministic detector of the world's objects, and GenEval-style checks of an image against a prompt."""
+"""A deterministic detector of the toy world's objects, and GenEval-style checks of an image against a prompt."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Found:
 
 
 def detect(image: Tensor) -> list[Found] | None:
-    """Objects of an image (uint8 [3, H, W]), or None if something in it is no object of this world.
+    """Detect the objects of an image (uint8 [3, H, W]); None if something in it is no object of the toy world.
 
     Pixels take their nearest palette colour; 8-connected regions of at least 8 pixels are objects if 80 % of a region
     has one colour and its outline overlaps a shape by an intersection over union of 0.75.
@@ -60,7 +60,7 @@ def _regions(filled: list[list[bool]]) -> list[list[tuple[int, int]]]:
 
 
 def _shape(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[str, float]:
-    """The best shape over placements within a pixel of the region's corner, and its overlap."""
+    """Find the best shape over placements within two pixels of the region's corner, and its overlap."""
     top, left, reach = min(rows), min(columns), SIZE + 8
     if max(rows) - top >= reach - 4 or max(columns) - left >= reach - 4:
         return "square", 0.0

@@ -1,4 +1,4 @@
-"""GenEval-style measurement of a model in the embedded world: prompts, verdicts of the detector, intervals."""
+"""GenEval-style measurement of a model in the toy world: prompts, verdicts of the detector, intervals."""
 
 import math
 import random
@@ -37,7 +37,7 @@ class Rate(NamedTuple):
         return self.hits / self.trials if self.trials else 0.0
 
     def wilson(self, z: float = 1.96) -> tuple[float, float]:
-        """95 % interval (Wilson 1927)."""
+        """Compute the 95 % interval (Wilson 1927)."""
         if not self.trials:
             return 0.0, 1.0
         n, p = self.trials, self.share
@@ -54,7 +54,7 @@ class Measured(NamedTuple):
 
 
 def prompts(seed: int) -> list[Prompt]:
-    """The prompts of one world. Attribution and position have their own draws."""
+    """List the prompts of one seed. Attribution and position have their own draws."""
     rng, held = random.Random(f"prompts/{seed}"), held_out_pairs(seed)
     pools = {"seen": [p for p in all_pairs() if p not in held], "held-out": [p for p in all_pairs() if p in held]}
     made = [
@@ -80,7 +80,7 @@ def prompts(seed: int) -> list[Prompt]:
 
 
 def measure(model: Adapter, seed: int, sampling: dict[str, Any], every: int = 1) -> Measured:
-    """Draw every prompt of the world, judge the images, and ask about images that no training saw.
+    """Generate every prompt, judge the images, and ask about images that no training saw.
 
     every: n takes every n-th prompt and image only, for a quick look.
     """

@@ -1,4 +1,4 @@
-"""A world of coloured shapes: what a image shows, and how it is drawn."""
+"""Scenes of coloured shapes, and how they are rendered."""
 
 import itertools
 import random
@@ -49,7 +49,7 @@ class Scene:
     relation: str | None = None
 
     def places(self) -> list[tuple[int, int]]:
-        """Top left corner (row, column) of every thing."""
+        """Return the top left corner (row, column) of every thing."""
         middle, near, far = 8, 0, SIDE - SIZE  # multiples of 4, the size of an image token
         if self.relation is None:
             return [(middle, middle)]
@@ -57,7 +57,7 @@ class Scene:
 
 
 def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
-    """uint8 [3, SIDE, SIDE]; with a generator, pixel noise is added."""
+    """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise."""
     image = torch.full((3, SIDE, SIDE), BACKGROUND)
     for thing, (row, column) in zip(scene.things, scene.places(), strict=True):
         place = image[:, row : row + SIZE, column : column + SIZE]
@@ -69,7 +69,7 @@ def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
 
 
 def held_out_pairs(seed: int, per_shape: int = 3) -> frozenset[Thing]:
-    """Colour-shape pairs that captions never show: `per_shape` colours of every shape, colours used evenly."""
+    """Draw the colour-shape pairs that captions never show: `per_shape` colours of every shape, colours used evenly."""
     rng = random.Random(seed)
     times, rest = divmod(per_shape * len(SHAPES), len(COLOURS))
     while True:
@@ -85,7 +85,7 @@ def all_pairs() -> list[Thing]:
 
 
 def draw_scene(rng: random.Random, things: list[Thing]) -> Scene:
-    """One thing or two, evenly, each from `things`."""
+    """Draw a scene of one thing or two, with equal probability, each from `things`."""
     if rng.random() < 0.5:
         return Scene((rng.choice(things),))
     return Scene((rng.choice(things), rng.choice(things)), rng.choice(RELATIONS))

@@ -23,26 +23,26 @@ class Split:
         return draw_scene(self.rng(index), self.pairs)
 
     def image(self, index: int) -> torch.Tensor:
-        """uint8 [3, H, W], with pixel noise."""
+        """Render an image: uint8 [3, H, W], with pixel noise."""
         return render(self.scene(index), torch.Generator().manual_seed(self.rng(index, "noise").getrandbits(63)))
 
 
 def captioned(seed: int) -> Split:
-    """Images that pre-training draws from captions: no held-out pair among them."""
+    """Make the split that pre-training learns to generate from captions: without held-out pairs."""
     held = held_out_pairs(seed)
     return Split("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
 
 
 def understood(seed: int) -> Split:
-    """Images that the understanding side has seen and named: every pair."""
+    """Make the split that the understanding side is trained on: with every pair."""
     return Split("understood", seed, 8000, all_pairs())
 
 
 def unlabeled(seed: int) -> Split:
-    """Images of post-training: every pair. RECA gets them bare; SFT gets them with captions."""
+    """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
     return Split("unlabeled", seed, 6000, all_pairs())
 
 
 def unseen(seed: int) -> Split:
-    """Images that no training sees, for measuring understanding."""
+    """Make the split that no training sees, for measuring understanding."""
     return Split("unseen", seed, 400, all_pairs())

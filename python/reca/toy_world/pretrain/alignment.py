@@ -1,4 +1,4 @@
-"""What stands for the language that a large model brings along: h_v on the words of what it shows."""
+"""Alignment of h_v with the text space, which large models bring along: each token of h_v on a word of its image."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +7,7 @@ ALIGN, NORM, TEMPERATURE = 0.3, 1.0, 0.1
 
 
 def alignment(h_v: Tensor, words: Tensor, table: Tensor) -> Tensor:  # [B, n, H], int64 [B, n], [V, H]
-    """Every row of h_v pulled to the embedding of its word: cross-entropy of cosines, and distance over length."""
+    """Pull every token of h_v to the embedding of its word: cross-entropy of cosines, and distance over length."""
     cosine = F.normalize(h_v, dim=-1) @ F.normalize(table, dim=-1).T
     target = table[words].detach()
     distance = (h_v - target).square().sum(-1) / target.square().sum(-1)
@@ -15,7 +15,7 @@ def alignment(h_v: Tensor, words: Tensor, table: Tensor) -> Tensor:  # [B, n, H]
 
 
 def filled(ids: list[int], count: int, filler: int) -> list[int]:
-    """A caption's token ids on `count` rows of h_v. Raises ValueError if they are more."""
+    """Pad a caption's token ids to `count` tokens of h_v. Raises ValueError if they are more."""
     if len(ids) > count:
-        raise ValueError(f"a caption of {len(ids)} tokens does not fit {count} rows of h_v")
+        raise ValueError(f"a caption of {len(ids)} tokens does not fit {count} tokens of h_v")
     return ids + [filler] * (count - len(ids))

@@ -39,7 +39,7 @@ class _Quoting(Adapter):
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
-    """Train from scratch and leave a run in `folder`."""
+    """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     recipe.model.seed = seed
@@ -90,8 +90,7 @@ class _Slots:
 
 
 def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of understanding: images named, captions quoted in h_v's place or asked to be drawn named
-    alike, and h_v aligned with the words."""
+    """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
     split, slots, v = understood(seed), _Slots(model), model.vocabulary
     view = model.views("reca").und
     shown = first_images(split, scale)
@@ -126,7 +125,7 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
 
 
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
+    """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
     split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
     moments = torch.stack(model.moments(list(first_images(split, scale))))
     drawn = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))

@@ -57,7 +57,7 @@ class _Noisier(CounterRNG):
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
-    """Train from scratch and leave a run in `folder`."""
+    """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
     recipe.model.seed = seed
     model = _Remembering.load(recipe.model).train()
@@ -112,7 +112,7 @@ class _Task:
         return Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
 
     def drawing(self, step: int) -> Tensor:
-        """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt.
+        """Compute the loss of generating: half from text prompts, half from captions in h_v's place.
 
         A linear readout makes the head's conditions tell the tokens. The diffusion loss alone does so where noise has
         left little of a token, and there it weighs little.
@@ -132,7 +132,7 @@ class _Task:
         return term.sum / term.weight + error.square().mean()
 
     def naming(self) -> Tensor:
-        """Images named; h_v aligned with the words; and words in h_v's place named."""
+        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.to_name), (NAMED,))
         talks = [
             prompt.conversation(model.tokenizer, [Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))])

@@ -1,4 +1,4 @@
-"""What a frozen language model must know beforehand: to say what a prompt shows, and to say any one fact of it at once.
+"""What a frozen language model must know beforehand: to caption a prompt, and to state any single fact of it at once.
 
 A caption is read word by word, every word found by the one before. A generator's conditions come out of one pass, so
 the model has to find facts without that help: "second colour red". Large language models can; a tiny one is taught.
@@ -17,7 +17,7 @@ WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # of fact
 
 
 def reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Token ids of what is said of a scene, and the same as labels, with IGNORE where nothing is learned."""
+    """Draw a reply about a scene: its token ids and its labels, which are IGNORE where nothing is learned."""
     ids, labels = [], []
     for text, learned in _said(scene, rng):
         part = encode(text)
@@ -26,7 +26,7 @@ def reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) 
 
 
 def _said(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
-    """A caption, or all facts in any order, their names given and their values learned."""
+    """Draw a caption, or all facts in random order, whose names are given and whose values are learned."""
     if rng.random() >= FACTS:
         return [(caption(scene), True)]
     facts = [("relation", scene.relation or "nothing")]

@@ -31,7 +31,7 @@ COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
-    """Train from scratch and leave a run in `folder`."""
+    """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     recipe.model.seed = seed
@@ -70,8 +70,7 @@ class _Slots:
 
 
 def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of understanding: images named, captions quoted in h_v's place or asked to be drawn named
-    alike, and h_v aligned with the words."""
+    """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
     split, slots = understood(seed), _Slots(model)
     shown = first_images(split, scale)
     words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
@@ -102,7 +101,7 @@ def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Call
 
 
 def see(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-    """h_v with a graph, which the adapter has no need of."""
+    """Encode h_v with a graph, which the adapter itself does not need."""
     return model.mllm.model.get_image_features(
         model.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
     ).pooler_output
@@ -123,7 +122,7 @@ def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
 
 
 def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """The loss of one step of drawing: half the captions asked for in words, half quoted in h_v's place."""
+    """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
     split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
     latents = torch.cat([model.latents(unit(part)) for part in first_images(split, scale).split(500)])
 

@@ -73,7 +73,7 @@ class _Task:
         return torch.tensor(filled(self.model.tokens(text), self.clip.tokens(), self.model.vocabulary.eos))
 
     def drawing(self, step: int) -> Tensor:
-        """Captions drawn: half from text-to-image prompts, half from h_v's place in a reconstruction prompt."""
+        """Compute the loss of generating: half from text prompts, half from captions in h_v's place."""
         model, v, half = self.model, self.model.vocabulary, DRAWN // 2
         index = torch.randint(len(self.codes), (DRAWN,))
         ids = torch.arange(step * DRAWN, (step + 1) * DRAWN)
@@ -90,7 +90,7 @@ class _Task:
         return 0.5 * asked.sum / asked.weight + 0.5 * self.cross_entropy(layout)
 
     def naming(self) -> Tensor:
-        """Images named; h_v aligned with the words; and words in h_v's place named."""
+        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.images), (NAMED,))
         features = self.clip.encode_reca(unit(self.images[index]))
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))] for i in index.tolist()]
