@@ -51,8 +51,8 @@ class Monitor:
             level = sum(early) / len(early)
             text = (
                 f"the reconstruction loss fell to {self.smooth['reca']:.3g}, under {COPY_RATIO:.0%} of its first "
-                f"{BASELINE_STEPS} steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower the "
-                "understanding resolution or blur that view"
+                f"{BASELINE_STEPS} steps ({level:.3g}). If text-to-image images get worse the model copies h_v: lower "
+                "the understanding resolution or blur that view"
             )
             conditions["copying"] = len(early) == BASELINE_STEPS and self.smooth["reca"] < COPY_RATIO * level, text
         drifted = False

@@ -108,18 +108,18 @@ def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
 def test_a_run_starts_from_one_that_is_going_on(start, tmp_path):
     """Checkpoints that a live run removes meanwhile are not taken for damaged ones."""
     run_toy(start("first", None, "checkpoint.every=1"))
-    damage = checkpoint.damage
+    damage = checkpoint.find_damage
 
     def removes(folder: Path, contents: bool = True) -> str:
         if folder.name == "000002":
             folder.rename(folder.with_name("000003"))
         return damage(folder, contents)
 
-    checkpoint.damage = removes
+    checkpoint.find_damage = removes
     try:
         assert checkpoint.latest_valid(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
     finally:
-        checkpoint.damage = damage
+        checkpoint.find_damage = damage
 
 
 def test_a_file_of_another_hand_is_named(start, caplog):

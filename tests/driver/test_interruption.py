@@ -57,14 +57,14 @@ def test_a_signal_at_any_moment_waits_for_the_update(recipe, moment, monkeypatch
 
 
 def test_a_signal_behind_the_last_update_does_not_hide_that_the_run_is_finished(recipe, monkeypatch):
-    tell = RunFolder.tell
+    write_status = RunFolder.write_status
 
     def signalled(folder, state, *more):
         if state == "finished":
             os.kill(os.getpid(), signal.SIGTERM)
-        tell(folder, state, *more)
+        write_status(folder, state, *more)
 
-    monkeypatch.setattr(RunFolder, "tell", signalled)
+    monkeypatch.setattr(RunFolder, "write_status", signalled)
     assert Status.read(run_toy(recipe("train.steps=1")).run_dir).state == "finished"
 
 

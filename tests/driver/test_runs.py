@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_status_of_a_run_from_start_to_end(recipe):
     trainer = Trainer(recipe("checkpoint.every=2", "train.steps=4"), ToyAdapter())
-    seen, step = [], trainer.step
+    seen, step = [], trainer.train_step
 
     def watched(batches):
         seen.append(json.loads((trainer.run_dir / "status.json").read_text()))
@@ -167,7 +167,7 @@ def test_a_signal_at_the_last_update_is_no_interruption(recipe):
 def test_a_log_holds_every_update_once(recipe):
     """Steps that were made after the checkpoint a run goes back to are made, and written, again."""
     trainer = Trainer(recipe("train.steps=5", "checkpoint.every=2"), ToyAdapter())
-    step = trainer.step
+    step = trainer.train_step
 
     def fails_at_three(batches):
         if trainer.step == 3:

@@ -115,7 +115,7 @@ def test_a_run_that_ends_while_its_status_is_read_has_not_failed(recipe, monkeyp
     run_dir = run_toy(recipe("train.steps=1")).run_dir
     ended = (run_dir / "status.json").read_text()
     (run_dir / "status.json").write_text(json.dumps(json.loads(ended) | {"state": "running", "exit_code": None}))
-    monkeypatch.setattr(status, "locked", lambda _: (run_dir / "status.json").write_text(ended) and False)
+    monkeypatch.setattr(status, "is_locked", lambda _: (run_dir / "status.json").write_text(ended) and False)
     assert Status.read(run_dir).state == "finished"
 
 
@@ -124,7 +124,7 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.lockf", lambda *_: None)
-    RunFolder(tmp_path, 1).saved(None)
+    RunFolder(tmp_path, 1).record_checkpoint(None)
     status._HELD.clear()
     monkeypatch.setattr("fcntl.lockf", none)
     assert is_locked(tmp_path) is None and Status.read(tmp_path).state == "running"

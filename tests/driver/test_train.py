@@ -98,7 +98,7 @@ def test_resume_is_exact(recipe, tmp_path):
 def test_sigterm_saves_and_the_run_goes_on_exactly(recipe, tmp_path):
     whole = run(recipe(f"run_dir={tmp_path}/whole"))
     trainer = Trainer(recipe(f"run_dir={tmp_path}/cut"), ToyAdapter())
-    step = trainer.step
+    step = trainer.train_step
 
     def step_and_terminate(batches):
         if trainer.step == 2:
@@ -302,7 +302,7 @@ def test_the_profile_is_of_the_updates_it_names(recipe, start, recorded):
     if start:
         run(recipe(f"train.steps={start}"))
     trainer = Trainer(recipe("log.profile=3:4"), ToyAdapter())
-    step = trainer.step
+    step = trainer.train_step
 
     def named(batches):
         with torch.profiler.record_function(f"step {trainer.step + 1}"):
