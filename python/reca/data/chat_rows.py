@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def _value(item: dict, name: str, other: str) -> Any:
-    """What a row or turn has under one of two names. Raises BadRow where they differ."""
+    """Return the value a row or turn has under one of two names. Raises BadRow where both differ."""
     found = [item[key] for key in (name, other) if item.get(key) is not None]
     if len(found) == 2 and found[0] != found[1] and [found[0]] != found[1]:
         raise BadRow(f'have both "{name}" and "{other}", which differ')
@@ -32,7 +32,7 @@ def _value(item: dict, name: str, other: str) -> Any:
 
 
 def image_name(item: Any, root: str) -> str:
-    """The image's path below `root`. Raises BadRow."""
+    """Return the image's path below `root`. Raises BadRow."""
     if not isinstance(item, dict):
         raise BadRow("are no objects")
     image = _value(item, "image", "images")
@@ -51,7 +51,7 @@ def image_name(item: Any, root: str) -> str:
 
 
 def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
-    """Questions with their answers. Raises BadRow."""
+    """Return the questions with their answers. Raises BadRow."""
     said = _said(item)
     opening = said.pop(0)[1] if said and said[0][0] == "system" else ""
     # The placeholder may have a turn of its own, in front of the question.
@@ -68,7 +68,7 @@ def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
 
 
 def _said(item: dict) -> list[tuple[str, str]]:
-    """(role, text) of every turn. Raises BadRow."""
+    """List (role, text) of every turn. Raises BadRow."""
     turns = _value(item, "conversations", "messages")
     if not isinstance(turns, list) or not turns:
         raise BadRow("have no conversation")
@@ -88,7 +88,7 @@ def _said(item: dict) -> list[tuple[str, str]]:
 
 
 def _pairs(texts: Sequence[str], opening: str) -> tuple[Turn, ...]:
-    """Turns of texts that alternate. opening: what the system says before the first. Raises BadRow."""
+    """Pair alternating texts into turns. opening: the system prompt, put before the first question. Raises BadRow."""
     first, *rest = texts
     if first.count(IMAGE) > 1:
         raise BadRow("have more than one <image> for one image")

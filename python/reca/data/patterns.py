@@ -38,7 +38,7 @@ def expand(spec: str, kind: str = "tar") -> list[Path]:
 
 
 def _ranges(spec: str) -> list[str]:
-    """The names of all numbers of all ranges in `spec`."""
+    """Expand all ranges in `spec` into names."""
     names = [""]
     end = 0
     for match in RANGE.finditer(spec):
