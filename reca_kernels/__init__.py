@@ -8,6 +8,7 @@ from reca_kernels.dispatch import backend_report
 from reca_kernels.flow_matching.op import flow_matching_add_noise, flow_matching_loss
 from reca_kernels.masked_cross_entropy.op import masked_cross_entropy
 from reca_kernels.masked_linear_cross_entropy.op import masked_linear_cross_entropy
+from reca_kernels.modules import DiffusionLoss, FlowMatchingLoss, MaskedCrossEntropy, MaskedLinearCrossEntropy
 from reca_kernels.philox.address import Philox
 from reca_kernels.philox.op import philox_normal, philox_uniform
 from reca_kernels.template_concat.op import template_concat
@@ -19,6 +20,10 @@ __all__ = [
     "AttentionPlan",
     "AttentionSpan",
     "ConcatPlan",
+    "DiffusionLoss",
+    "FlowMatchingLoss",
+    "MaskedCrossEntropy",
+    "MaskedLinearCrossEntropy",
     "Philox",
     "TextSegment",
     "VisualSegment",

@@ -20,7 +20,13 @@ def diffusion_schedule(
     """
     if kind != "cosine":
         raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
-    return _schedule(steps, keep, torch.device(device))
+    return _constant(steps, keep, torch.device(device))
+
+
+@torch.compiler.assume_constant_result  # a compiled graph holds the schedule
+def _constant(steps: int, keep: int | None, device: torch.device) -> Tensor:
+    schedule: Tensor = _schedule(steps, keep, device)
+    return schedule
 
 
 @outside_of_modes
