@@ -10,6 +10,8 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +84,20 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
 }
 
 
+_used: str | None = None
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every op on `backend` inside of this context, in all threads, whatever RECA_BACKEND and the table say."""
+    global _used
+    before, _used = _used, backend
+    try:
+        yield
+    finally:
+        _used = before
+
+
 def choose(
     op: str,
     tensor: Tensor,
@@ -92,10 +108,10 @@ def choose(
 ) -> str:
     """The backend that runs `op` on tensors like `tensor`; `dtype`, `numel` where others than the tensor's decide.
 
-    `backend`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run: ValueError
-    for an unknown name, RuntimeError otherwise. With neither, or "auto", the table decides.
+    `backend`, else `use`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run:
+    ValueError for an unknown name, RuntimeError otherwise. With none of them, or "auto", the table decides.
     """
-    forced = backend or os.environ.get("RECA_BACKEND") or "auto"
+    forced = backend or _used or os.environ.get("RECA_BACKEND") or "auto"
     # A graph is made once for many sizes, so where they are symbols the table is read as for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:

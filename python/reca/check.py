@@ -1,14 +1,10 @@
 """Parameters, FLOPs and memory of a recipe, from a model without weights: nothing is downloaded."""
 
 import math
-import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +21,7 @@ from reca.models.base import ROLES, Adapter
 from reca.optim import freeze
 from reca.parallelize import checkpoint_activations, shard_size
 from reca.rng import CounterRNG
-from reca_kernels.masked_linear_cross_entropy import reference as linear
+from reca_kernels import dispatch
 
 PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
 TEXT = "Describe the image in detail."
@@ -89,7 +85,7 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
         gen, und = blank(views.gen), blank(views.und)
     batch = Batch("reca", torch.arange(images), [TEXT] * images, gen, und)
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
-    with _on_the_reference(), sdpa_kernel(SDPBackend.MATH), counter:
+    with dispatch.use("reference"), sdpa_kernel(SDPBackend.MATH), counter:
         features = {key: _indices(value) for key, value in adapter.encode(batch).items()}
         encoded = counter.get_total_flops()
         loss = adapter(replace(batch, features=features), CounterRNG(0)).sum
@@ -114,22 +110,6 @@ def _indices(feature: Tensor | list) -> Tensor | list:
     if not isinstance(feature, Tensor) or feature.is_floating_point():
         return feature
     return torch.zeros(feature.shape, dtype=feature.dtype)
-
-
-@contextmanager
-def _on_the_reference() -> Iterator[None]:
-    """Native kernels would look for memory that is not there. As with them, rows without label cost nothing."""
-    definition = linear.masked_linear_cross_entropy
-
-    def labelled(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, **options) -> Tensor:
-        rows = (labels != options.get("ignore_index", -100)).nonzero()[:, 0]
-        return definition(hidden[rows], weight, labels[rows], bias, **options)
-
-    with (
-        patch.dict(os.environ, RECA_BACKEND="reference"),
-        patch.object(linear, "masked_linear_cross_entropy", labelled),
-    ):
-        yield
 
 
 def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:

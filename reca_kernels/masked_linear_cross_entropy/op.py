@@ -78,7 +78,9 @@ def masked_linear_cross_entropy(
     if backend == "reference":
         if has_values(labels):
             _check_labels(labels, weight, ignore_index, max_labelled)
-        return reference.masked_linear_cross_entropy(hidden, weight, labels, bias, **options._asdict())
+        return reference.masked_linear_cross_entropy(
+            hidden, weight, labels, bias, max_labelled=max_labelled, **options._asdict()
+        )
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
     if backend == "cpu" and dtype == torch.float16:
         # Torch's fp16 products are slow there, and gradients over logits would end at 2^-24, before any loss scale.

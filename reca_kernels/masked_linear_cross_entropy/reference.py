@@ -18,12 +18,18 @@ def masked_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    max_labelled: int | None = None,
 ) -> Tensor:  # [] or [N]
-    """See `reca_kernels.masked_linear_cross_entropy`. Keeps all logits."""
+    """See `reca_kernels.masked_linear_cross_entropy`. Keeps the logits of `max_labelled` rows, or of all."""
+    all_unlabelled = unlabelled = labels == ignore_index
+    rows = None
+    if max_labelled is not None and max_labelled < len(labels):
+        rows = all_unlabelled.argsort(stable=True)[:max_labelled]  # rows that carry a label come first
+        hidden, labels, unlabelled = hidden[rows], labels[rows], all_unlabelled[rows]
     # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach the weight.
-    hidden = torch.where((labels != ignore_index)[:, None], hidden, 0)
+    hidden = torch.where(unlabelled[:, None], 0, hidden)
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    return masked_cross_entropy(
+    loss = masked_cross_entropy(
         logits,
         labels,
         ignore_index=ignore_index,
@@ -32,3 +38,8 @@ def masked_linear_cross_entropy(
         softcap=softcap,
         reduction=reduction,
     )
+    if rows is None:
+        return loss
+    if reduction == "none":
+        return torch.where(all_unlabelled, 0, loss.new_tensor(torch.nan)).index_copy(0, rows, loss)
+    return loss + torch.where((~all_unlabelled).sum() > max_labelled, torch.nan, 0)
