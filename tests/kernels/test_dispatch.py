@@ -123,3 +123,18 @@ def test_kernels_do_not_import_the_driver():
         run("import sys, reca_kernels; print([m for m in sys.modules if m == 'reca' or m.startswith('reca.')])")
         == "[]\n"
     )
+
+
+def test_use_forces_a_backend_for_a_while(monkeypatch):
+    """Over RECA_BACKEND, under an argument, and back to the one before, whatever happens inside."""
+    monkeypatch.setenv("RECA_BACKEND", "nonsense")
+    x = torch.zeros(1)
+    with dispatch.use("reference"):
+        assert dispatch.choose("philox", x) == "reference"
+        with pytest.raises(ValueError, match="unknown backend 'other'"), dispatch.use("other"):
+            dispatch.choose("philox", x)
+        assert dispatch.choose("philox", x) == "reference"
+        with pytest.raises(ValueError, match="unknown backend 'wrong'"):
+            dispatch.choose("philox", x, "wrong")
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        dispatch.choose("philox", x)

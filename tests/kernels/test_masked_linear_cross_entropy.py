@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from reca_kernels import masked_linear_cross_entropy
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
@@ -274,3 +275,25 @@ def test_compiled_for_every_gpu():
             assert m.loads[128] == (8 if m.constants["BIAS"] else 4)
         else:
             m.assert_lean(registers=128, loads=() if m.kernel == "compact_labelled_rows_kernel" else (128,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("most", [3, 5, 8, 100])
+def test_the_definition_multiplies_no_more_rows_than_max_labelled(reduction, most):
+    """And gives the same: 3 of 8 rows carry a label, the others are NaN."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([-100, 4, -100, 0, -100, -100, 2, -100])
+    hidden = torch.randn(8, 6, dtype=torch.float64, generator=generator)
+    hidden[labels == -100] = torch.nan
+    weight = torch.randn(7, 6, dtype=torch.float64, generator=generator)
+    results = []
+    for bound in (None, most):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            loss = masked_linear_cross_entropy(
+                x, w, labels, reduction=reduction, max_labelled=bound, backend="reference"
+            )
+        loss.sum().backward()
+        results.append((loss, x.grad, w.grad))
+    torch.testing.assert_close(results[1], results[0])
+    assert counter.get_total_flops() == 2 * min(most, 8) * 6 * 7
