@@ -137,16 +137,12 @@ class Adapter(nn.Module):
                     del module._forward_hooks[number]
         return self.__dict__
 
-    def weight(self, batch: Batch, rng: CounterRNG) -> Tensor:
-        """The weight `loss` will return, fp32 [], without running the model."""
-        raise NotImplementedError
-
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         """Lay out a batch's sequences, draw its masks and count its labels, all on the host.
 
         The loader's threads call it, so it must not touch parameters. Draws are the same on every device.
         """
-        return Prepared(batch.task, rng.seed, float(self.weight(batch, rng)))
+        raise NotImplementedError
 
     def ensure_prepared(self, batch: Batch, rng: CounterRNG) -> Prepared:
         """Return what the loader has prepared with these random numbers, or prepare it now, on the batch's device."""
@@ -171,8 +167,6 @@ class Adapter(nn.Module):
                     "condition 'other' takes h_v from another sample: it needs two samples, or a batch with neighbour"
                 )
             features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
-        if type(self).prepare is Adapter.prepare:
-            return self.loss(batch, features, rng)
         return self.loss(self.ensure_prepared(batch, rng), features, rng)
 
     def _features(self, batch: Batch) -> dict[str, Any]:
