@@ -5,7 +5,7 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -222,10 +222,23 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     recipe = copy.deepcopy(recipe)
     for config, f, _ in walk(recipe):
         value, kind = getattr(config, f.name), f.metadata.get("path")
-        if kind and value and not _is_no_path(value, kind):
-            here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(value).name) else os.getcwd()
-            setattr(config, f.name, os.path.join(here, value.removeprefix("./")))
+        if kind and value:
+            setattr(config, f.name, _each_path(value, functools.partial(_absolute, kind=kind)))
     return recipe
+
+
+def _absolute(text: str, kind: str) -> str:
+    if _is_no_path(text, kind):
+        return text
+    here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(text).name) else os.getcwd()
+    return os.path.join(here, text.removeprefix("./"))
+
+
+def _each_path(value: Any, change: Callable[[str], str]) -> Any:
+    """The value of a path key with its text, or the text of every source of a list, changed."""
+    if isinstance(value, list):
+        return [item | {"source": change(item["source"])} for item in value]
+    return change(value)
 
 
 def expand_home(text: str) -> str:
@@ -317,17 +330,20 @@ class _Layer:
             return
         value = convert(raw, wanted, key, self.source)
         if f.metadata.get("path") and value is not None:
-            if not value.strip(BLANK):
-                raise RecipeError(f"{key} in {self.source} is an empty text; write a path")
-            try:
-                value = expand_home(value)
-            except RecipeError as error:
-                raise RecipeError(f"{key} in {self.source}: {error}") from error
+            value = _each_path(value, functools.partial(self._path, key=key))
         elif any(
             "\ud800" <= c <= "\udfff" for item in (value if isinstance(value, list) else [value]) for c in str(item)
         ):
             raise RecipeError(f"{key} in {self.source} is not UTF-8 text")
         setattr(group, name, value)
+
+    def _path(self, text: str, key: str) -> str:
+        if not text.strip(BLANK):
+            raise RecipeError(f"{key} in {self.source} is an empty text; write a path")
+        try:
+            return expand_home(text)
+        except RecipeError as error:
+            raise RecipeError(f"{key} in {self.source}: {error}") from error
 
     def override(self, key: str, text: str) -> None:
         *groups, name = key.split(".")

@@ -45,7 +45,7 @@ def check(
             raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     if begins:
         runs.check_parent(recipe, model)
-    sources = open_sources(recipe.data, tasks)
+    sources = open_sources(recipe.data, tasks, recipe.train.seed)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
         _memory(recipe, model, ranks, node)

@@ -124,7 +124,7 @@ class Trainer:
                     runs.reject_changed(recipe, self.run_dir, state, self.fingerprint)
         with distributed.fail_together():
             if distributed.rank() > 0:
-                sources = open_sources(recipe.data, tasks)
+                sources = open_sources(recipe.data, tasks, recipe.train.seed)
         return sources
 
     def run(self) -> Path:

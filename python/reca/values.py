@@ -36,6 +36,10 @@ class Scalar(NamedTuple):
     quoted: bool = False
 
 
+class Sources:
+    """The type of a key that takes a text, or a list of {source: TEXT, weight: NUMBER}, which becomes dicts."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without guesses: every plain scalar is text, but for the merge key <<."""
 
@@ -100,6 +104,8 @@ def read_override(key: str, text: str, wanted: Any) -> Any:
         raise RecipeError(f"{key}= has no value; write {' or '.join(ways) or 'one behind the ='}")
     if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
         return _items(key, inside)
+    if wanted is Sources:
+        return read_yaml(text, f"{key} in the command line") if inside[0] + inside[-1] == "[]" else _scalar(key, text)
     if hasattr(wanted, "__dataclass_fields__") and inside[0] == "{":
         return read_yaml(text, f"{key} in the command line")
     return _scalar(key, text if wanted is str else inside)
@@ -142,11 +148,29 @@ def override_text(value: Any) -> str:
     return _text(value)
 
 
+def _weighted(raw: Any, key: str, source: str) -> dict[str, Any]:
+    """One item of a list of sources."""
+    if not isinstance(raw, dict):
+        return {"source": convert(raw, str, key, source), "weight": 1.0}
+    if not {"source"} <= raw.keys() <= {"source", "weight"}:
+        raise _Wrong("a text or a list of {source: TEXT, weight: NUMBER}")
+    weight = convert(raw["weight"], float, f"{key}.weight", source) if "weight" in raw else 1.0
+    if weight <= 0:
+        raise RecipeError(f"{key}.weight={weight:g} in {source} must be above 0")
+    return {"source": convert(raw["source"], str, f"{key}.source", source), "weight": weight}
+
+
 class _Wrong(Exception):
     """The value is of another type; the message says what was expected."""
 
 
 def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
+    if wanted is Sources:
+        if not isinstance(raw, list):
+            return _convert(raw, str, key, source)
+        if not raw:
+            raise _Wrong("a text or a list of at least one {source: TEXT, weight: NUMBER}")
+        return [_weighted(part, f"{key}[{i}]", source) for i, part in enumerate(raw)]
     if get_origin(wanted) is list:
         if not isinstance(raw, list):
             raise _Wrong("a list, such as [a, b]")
@@ -295,6 +319,8 @@ def _unescaped(match: re.Match) -> str:
 def _text(value: Any, in_list: bool = False) -> str:
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_quoted(item)}' for name, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str):
@@ -302,5 +328,11 @@ def _text(value: Any, in_list: bool = False) -> str:
     bare = value.isprintable() and value == value.strip(BLANK) and value not in ("", *NULLS) and value[0] not in "\"'"
     if bare and not (in_list and "," in value):
         return value
+    return _quoted(value)
+
+
+def _quoted(value: Any) -> str:
+    if not isinstance(value, str):
+        return _text(value)
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
     return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'

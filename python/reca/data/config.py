@@ -5,25 +5,26 @@ from typing import Optional
 
 from reca.data.columns import ColumnsConfig
 from reca.options import GLOB, LOCAL, SPEC, config_field, share
+from reca.values import Sources
 
 
 @dataclass
 class DataConfig:
-    images: Optional[str] = config_field(
+    images: Optional[Sources] = config_field(
         None,
         "images to reconstruct: a folder of images or of parquet files; .tar (webdataset) or .parquet files, as a glob "
         "or as a {000..009} range of which every number is there; hf:NAME?split=train of Hugging Face datasets, or a "
         "folder of its save_to_disk; or package.module:FUNCTION?key=value of a function "
-        "that makes a source",
+        "that makes a source. Several of them as [{source: A, weight: 2}, {source: B}]: weight is the share of samples",
         path=GLOB,
     )
-    conversations: Optional[str] = config_field(
+    conversations: Optional[Sources] = config_field(
         None,
         "questions and answers about images (i2t): a LLaVA-style .json or .jsonl with data.image_root, parquet files, "
         "hf:NAME, or package.module:FUNCTION",
         path=GLOB,
     )
-    captions: Optional[str] = config_field(
+    captions: Optional[Sources] = config_field(
         None,
         "captioned images (t2i): a folder or tars with a .txt beside every image, parquet files, hf:NAME, or "
         "package.module:FUNCTION",
@@ -33,6 +34,13 @@ class DataConfig:
         None, "folder that image names in a conversations file or in a table start from", path=LOCAL
     )
     columns: ColumnsConfig = config_field(ColumnsConfig, "columns of tables")
+    limit: Optional[int] = config_field(
+        None,
+        "use only so many samples of each task: the first of the shuffled order, so which they are depends on "
+        "train.seed; null uses all",
+        least=1,
+    )
+    shuffle: bool = config_field(True, "false: samples come in the order in which they are stored")
     templates: Optional[str] = config_field(
         None,
         "text file of template sentences, one a line, or package.module:LIST; null: the 360 of this package",

@@ -57,7 +57,7 @@ def open_loader(
     prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
     source: the samples, where they have been opened already.
     """
-    source = source or open_sources(config, [task])[task]
+    source = source or open_sources(config, [task], seed)[task]
     cache = None
     if config.cache:
         cache = FeatureCache(Path(config.cache), views, [task, identity])
@@ -120,7 +120,7 @@ class Loader:
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
         self.rng = task_rng(seed, task)
-        self.order = make_order(source, task_rng(seed, task, 1).seed)
+        self.order = make_order(source, task_rng(seed, task, 1).seed, config.shuffle)
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache, self.prepare = cache, prepare

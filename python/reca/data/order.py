@@ -13,6 +13,7 @@ from reca.data.sampler import sample_index, substitute_index
 from reca.rng import CounterRNG
 
 WINDOW = 2**27  # bytes of blocks that are shuffled together
+STRETCH = 1024  # positions of a mixture that are divided among its sources at a time
 NEAR = 4  # substitutes that are looked for beside the sample, before any other sample of the source is taken
 
 
@@ -34,9 +35,15 @@ class Order(Protocol):
 
 
 def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
-    """Return the order of a source's samples: shuffled over all of them, or within windows of its `blocks` if it has
-    some, or as they are stored.
+    """Return the order of a source's samples.
+
+    It is shuffled over all of them, or within windows of its `blocks` if it has some, or as they are stored. Of a
+    mixture, every source has its own order.
     """
+    parts = getattr(source, "parts", None)
+    if parts is not None:
+        orders = [make_order(part, CounterRNG(seed, number).seed, shuffle) for number, part in enumerate(parts)]
+        return Mixed(orders, [len(part) for part in parts], source.weights, CounterRNG(seed, len(parts)).seed)
     if not shuffle:
         return Stored(len(source), seed)
     blocks = getattr(source, "blocks", None)
@@ -110,6 +117,41 @@ class Windows:
         blocks = self._windows(epoch)[1][window]
         inside = np.concatenate([np.arange(self.samples[b]) + self.first[b] for b in blocks])
         return inside[_permutation(CounterRNG(self.seed, epoch, window, attempt), len(inside))]
+
+
+class Mixed:
+    """Draws from several sources by weight, each in its own order through its own epochs.
+
+    Among STRETCH positions a source has its share, up to rounding that evens out; which positions are its is drawn.
+    """
+
+    def __init__(self, orders: Sequence[Order], sizes: Sequence[int], weights: Sequence[float], seed: int):
+        self.orders, self.seed = orders, seed
+        self.first = np.cumsum([0, *sizes])
+        self.shares = np.cumsum([0.0, *weights]) / sum(weights)
+        self.shares[-1] = 1.0
+        self._stretch = functools.lru_cache(maxsize=8)(self._stretch_of)
+
+    def index(self, position: int) -> int:
+        source, place = self.place(position)
+        return int(self.first[source]) + self.orders[source].index(place)
+
+    def substitute(self, position: int, attempt: int) -> int:
+        source, place = self.place(position)
+        return int(self.first[source]) + self.orders[source].substitute(place, attempt)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the source at a position, and its own position there."""
+        stretch, slot = divmod(position, STRETCH)
+        picks, before = self._stretch(stretch)
+        source = int(picks[slot])
+        return source, int(before[source]) + int((picks[:slot] == source).sum())
+
+    def _stretch_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of every slot, and how many samples of each source came before."""
+        before, after = (np.diff(np.floor(self.shares * (STRETCH * n)).astype(np.int64)) for n in (number, number + 1))
+        picks = np.repeat(np.arange(len(before)), after - before)
+        return picks[_permutation(CounterRNG(self.seed, number), STRETCH)], before
 
 
 def _permutation(rng: CounterRNG, size: int) -> np.ndarray:

@@ -1,18 +1,22 @@
 """Open the sources of samples that a recipe names."""
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from reca.data import hf
+from reca.data.batch import task_rng
 from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
 from reca.data.conversations import Conversations
 from reca.data.errors import DataError
 from reca.data.folder import Folder, NoImages
+from reca.data.mixture import Mixture, limit
 from reca.data.parquet import Parquet, one_split
 from reca.data.patterns import expand
 from reca.data.sample import Source
+from reca.data.skipped import log_once
 from reca.data.spec import call_source, parse_spec
 from reca.data.tars import Tars
 
@@ -21,16 +25,26 @@ TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
 
 
-def open_sources(config: DataConfig, tasks: Iterable[str]) -> dict[str, Source]:
-    """Open the samples of each task. Raises DataError when a source is missing or empty."""
+def open_sources(config: DataConfig, tasks: Iterable[str], seed: int = 0) -> dict[str, Source]:
+    """Open the samples of each task. seed: of the run, which decides what data.limit leaves.
+
+    Raises DataError when a source is missing or empty.
+    """
     sources = {}
     for task in tasks:
-        text = getattr(config, DATA_KEYS[task])
-        if text is None:
+        wanted = getattr(config, DATA_KEYS[task])
+        if wanted is None:
             raise DataError(
                 f"objective.{task}.weight is above 0 but data.{DATA_KEYS[task]} is null; say where its samples are"
             )
-        sources[task] = open_source(text, task, config.image_root, config.columns)
+        names = [wanted] if isinstance(wanted, str) else [item["source"] for item in wanted]
+        parts = [open_source(name, task, config.image_root, config.columns) for name in names]
+        source = parts[0] if isinstance(wanted, str) else Mixture(parts, [item["weight"] for item in wanted])
+        if config.limit is not None:
+            source = limit(source, config.limit, task_rng(seed, task, 2).seed, config.shuffle)
+        if isinstance(source, Mixture):
+            log_once(logging.INFO, f"data.{DATA_KEYS[task]}: {source.describe(names)}")
+        sources[task] = source
     return sources
 
 

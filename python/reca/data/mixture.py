@@ -1,0 +1,94 @@
+"""Several sources of one task as one, and a part of a source."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from reca.data.order import Block, make_order
+from reca.data.sample import Sample, Source, digest
+
+
+class Mixture:
+    """Samples of several sources, one source behind the other. A sample's key is NUMBER/KEY, sources counted from 0.
+
+    The order draws from `parts` by `weights`.
+    """
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float]):
+        self.parts, self.weights = list(parts), list(weights)
+        self.first = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The source of a sample, and its index there."""
+        number = int(np.searchsorted(self.first, index, "right")) - 1
+        return number, index - int(self.first[number])
+
+    def __getitem__(self, index: int) -> Sample:
+        number, own = self._place(index)
+        return self.parts[number][own]._replace(key=self.key(index))
+
+    def key(self, index: int) -> str:
+        number, own = self._place(index)
+        return f"{number}/{self.parts[number].key(own)}"
+
+    def size(self, index: int) -> int:
+        number, own = self._place(index)
+        return self.parts[number].size(own)
+
+    def identity(self) -> str:
+        return digest((weight, part.identity()) for weight, part in zip(self.weights, self.parts, strict=True))
+
+    def describe(self, names: Sequence[str]) -> str:
+        """Say what share of the samples each source gives. names: of the sources."""
+        total = sum(self.weights)
+        return "; ".join(
+            f"{name} has {len(part)} samples and gives {weight / total:.1%}"
+            for name, part, weight in zip(names, self.parts, self.weights, strict=True)
+        )
+
+
+class Subset:
+    """Some samples of a source, in its order, under their keys. indices: ascending."""
+
+    def __init__(self, source: Source, indices: np.ndarray):
+        self.source, self.indices = source, indices
+        blocks = getattr(source, "blocks", None)
+        if blocks is not None:
+            edges = np.cumsum([0, *(block.samples for block in blocks)])
+            counts = np.diff(np.searchsorted(indices, edges))
+            # A block costs what it costs, however few of its samples are wanted.
+            self.blocks = [Block(int(n), block.bytes) for n, block in zip(counts, blocks, strict=True) if n]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source[int(self.indices[index])]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def size(self, index: int) -> int:
+        return self.source.size(int(self.indices[index]))
+
+    def identity(self) -> str:
+        return digest([self.source.identity(), self.indices.tobytes()])
+
+
+def limit(source: Source, count: int, seed: int, shuffle: bool) -> Source:
+    """Return `count` samples of a source: the first of the order that `seed` gives; all where there are no more.
+
+    Every source of a mixture is limited to its share.
+    """
+    if isinstance(source, Mixture):
+        total = sum(source.weights)
+        shares = [max(1, round(count * weight / total)) for weight in source.weights]
+        parts = [limit(*pair, seed, shuffle) for pair in zip(source.parts, shares, strict=True)]
+        return Mixture(parts, source.weights)
+    if count >= len(source):
+        return source
+    order = make_order(source, seed, shuffle)
+    return Subset(source, np.sort(np.fromiter(map(order.index, range(count)), np.int64, count)))
