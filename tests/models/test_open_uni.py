@@ -1,5 +1,6 @@
 """OpenUni's adapter beyond the golden data: sizes, files, batching, learning, sampling, kernels, bad input."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reca.config import load_recipe
+from reca import objective
+from reca.config import ObjectiveConfig, load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, loss, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes, tiny
+from reca.optim import freeze
 from reca.rng import CounterRNG
 
 WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue square describe this".split(" ")
@@ -275,3 +278,16 @@ def test_a_published_part_that_is_damaged(published, part):
             Adapter.load(given)
     finally:
         path.write_bytes(whole)
+
+
+def test_the_mean_over_the_update_is_the_release_mean():
+    """Every image weighs the same, so how an update is split into micro-batches changes nothing."""
+    model = Adapter.load(config())
+    freeze(model, None)
+    batches = {"reca": [batch(model, "reca", (0, 1, 2)), batch(model, "reca", (3,))]}
+    gradients = []
+    for mean in ("update", "micro_batch"):
+        model.zero_grad()
+        objective.backward(model, batches, ObjectiveConfig(mean=mean), 0, nullcontext())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert gradients[0].any() and torch.equal(*gradients)

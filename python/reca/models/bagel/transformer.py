@@ -259,7 +259,9 @@ def joint_attention(
         out = attention(*(x.unflatten(0, (samples, -1)) for x in (q, k, v)), now.attention).flatten(0, 1)
     else:
         out = attention(q, k, v, now.attention)
-    return _by_expert(out, list(projected), now), _kept(past, (k, v), now)
+    mixed = _by_expert(out, list(projected), now)
+    mixed = {expert: heads if now.graph(expert) else heads.detach() for expert, heads in mixed.items()}
+    return mixed, _kept(past, (k, v), now)
 
 
 def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:
