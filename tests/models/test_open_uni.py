@@ -280,13 +280,13 @@ def test_a_published_part_that_is_damaged(published, part):
         path.write_bytes(whole)
 
 
-def test_the_mean_over_the_update_is_the_release_mean():
+def test_the_mean_over_the_batch_is_the_release_mean():
     """Every image weighs the same, so how an update is split into micro-batches changes nothing."""
     model = Adapter.load(config())
     freeze(model, None)
     batches = {"reca": [batch(model, "reca", (0, 1, 2)), batch(model, "reca", (3,))]}
     gradients = []
-    for mean in ("update", "micro_batch"):
+    for mean in ("batch", "micro_batch"):
         model.zero_grad()
         objective.backward(model, batches, ObjectiveConfig(mean=mean), 0, nullcontext())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
