@@ -41,12 +41,17 @@ class UnknownRecipe(RecipeError):
 
 @dataclass
 class TaskConfig:
-    weight: float = config_field(0.0, "lambda of this loss in the total; a task of weight 0 is never computed", least=0)
+    weight: float = config_field(
+        0.0, "weight (lambda) of this loss in the total; a task of weight 0 is not computed", least=0
+    )
     batch_size: int = config_field(
-        8, "samples of this task in one step, over all ranks and micro-batches", least=1, most=2**24
+        8, "global batch size: samples of this task in one step, over all ranks and micro-batches", least=1, most=2**24
     )
     micro_batch: int = config_field(
-        8, "most samples in one forward pass on one rank; a step is split evenly below it", least=1, most=2**24
+        8,
+        "largest number of samples in one forward pass on one rank; batches are split evenly below it",
+        least=1,
+        most=2**24,
     )
 
 
@@ -60,8 +65,8 @@ class ObjectiveConfig:
     )
     mean: str = config_field(
         "batch",
-        "what a loss is averaged over: all weights of the step, or each micro-batch by itself (as the releases do) "
-        "and then these, each with its share of the step's samples",
+        "what a loss is averaged over: the whole batch, or each micro-batch by itself (as the releases do), weighted "
+        "by its fraction of the batch's samples",
         ("batch", "micro_batch"),
     )
 
@@ -75,49 +80,50 @@ class OptimConfig:
     weight_decay: float = config_field(
         0.0, "decoupled weight decay, on the parameters the adapter's decays() names", least=0
     )
-    max_grad_norm: Optional[float] = config_field(1.0, "largest global gradient norm; null never clips", above=0)
-    schedule: str = config_field(
-        "constant", "shape of the learning rate after warm-up", ("constant", "cosine", "linear")
-    )
+    max_grad_norm: Optional[float] = config_field(1.0, "global gradient norm to clip to; null does not clip", above=0)
+    schedule: str = config_field("constant", "learning rate schedule after warm-up", ("constant", "cosine", "linear"))
     warmup_steps: int = config_field(0, "steps of linear warm-up", least=0, most=MAX_STEPS)
     decay_steps: Optional[int] = config_field(
-        None, "steps after which the schedule has ended; null = train.steps", least=1, most=MAX_STEPS
+        None, "step at which the schedule ends; null = train.steps", least=1, most=MAX_STEPS
     )
-    stable_fraction: float = share(0.0, "linear and cosine: share of the steps at the peak before the decay starts")
-    min_lr_ratio: float = share(0.0, "learning rate at the end, as a share of the peak")
+    stable_fraction: float = share(
+        0.0, "linear and cosine: fraction of the steps at peak learning rate before the decay"
+    )
+    min_lr_ratio: float = share(0.0, "final learning rate as a fraction of the peak")
 
 
 @dataclass
 class TrainConfig:
-    steps: int = config_field(1000, "optimizer steps to make in all", least=1, most=MAX_STEPS)
-    seed: int = config_field(0, "key of every random draw of the run", least=0)
+    steps: int = config_field(1000, "optimizer steps of the whole run", least=1, most=MAX_STEPS)
+    seed: int = config_field(0, "seed of all random numbers of the run", least=0)
     init_from: Optional[str] = config_field(
         None,
-        "folder of another run of the same model: start from what it has trained (SFT then RECA, RECA then SFT)",
+        "folder of another run of the same model, whose trained weights this run starts from (SFT then RECA, for "
+        "example)",
         path=LOCAL,
     )
     train: Optional[list[str]] = config_field(
         None, "parameter roles to train; null = what the paper trains for this UMM"
     )
     frozen: list[str] = config_field(
-        list, "name patterns of parameters that stay as they are although their role is trained"
+        list, "name patterns of parameters that stay frozen although their role is trained"
     )
     precision: str = config_field(
-        "fp32", "compute type of the forward pass; weights and sums stay fp32", ("fp32", "bf16")
+        "fp32", "compute dtype of the forward pass; weights and accumulators stay fp32", ("fp32", "bf16")
     )
-    activation_checkpointing: bool = config_field(False, "recompute the repeated layers in the backward pass")
-    compile: bool = config_field(False, "torch.compile the repeated layers")
+    activation_checkpointing: bool = config_field(False, "recompute the transformer blocks in the backward pass")
+    compile: bool = config_field(False, "torch.compile the transformer blocks")
     max_skips: int = config_field(
         3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
     )
-    threads: Optional[int] = config_field(None, "CPU threads; null leaves torch's choice", least=1, most=2**12)
+    threads: Optional[int] = config_field(None, "CPU threads; null keeps torch's default", least=1, most=2**12)
 
 
 @dataclass
 class ParallelConfig:
     shard: Optional[int] = config_field(
         None,
-        "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ",
+        "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ in size",
         least=1,
         most=2**20,
     )
@@ -127,15 +133,15 @@ class ParallelConfig:
 @dataclass
 class CheckpointConfig:
     every: int = config_field(500, "steps between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
-    keep: int = config_field(2, "newest checkpoints to keep; 0 keeps all", least=0)
+    keep: int = config_field(2, "number of latest checkpoints to keep; 0 keeps all", least=0)
 
 
 @dataclass
 class LogConfig:
     every: int = config_field(10, "steps between lines of log.jsonl", least=0)
     tensorboard: bool = config_field(True, "write TensorBoard files, if tensorboard is installed")
-    prompts: list[str] = config_field(list, "prompts drawn into a grid PNG during training")
-    sample_every: int = config_field(0, "steps between grids; 0 rng none", least=0)
+    prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
+    sample_every: int = config_field(0, "steps between grids of images; 0 generates none", least=0)
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
     drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
     profile: Optional[str] = config_field(

@@ -110,7 +110,7 @@ def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
 def evaluate(
     adapter: Adapter, batches: Iterable[Batch], seed: int, autocast: torch.autocast, condition: str = "own"
 ) -> float:
-    """Mean loss over fixed batches, with the rng their sample ids give."""
+    """Compute the mean loss over fixed batches, with the random numbers of their sample ids."""
     sums = torch.zeros(2, device=next(adapter.parameters()).device)
     for batch in batches:
         with autocast:

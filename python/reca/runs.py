@@ -78,7 +78,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     changes = [f"{key} {old.get(key)!r} -> {new[key]!r}" for key in changed]
     for key in sorted(before.keys() | now.keys()):
         if key.startswith("data.") and (key in before) != (key in now):
-            continue  # of a kind that has come or gone: its weight is named
+            continue  # of a task that was added or removed: its weight is named
         if before.get(key) != now.get(key) and "umm" not in changed:
             changes.append(f"{_content(key, old, new)} has other contents{_counts(before.get(key), now.get(key))}")
     if changes:

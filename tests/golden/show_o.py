@@ -55,7 +55,7 @@ class Recorded(CounterRNG):
 
 
 def recorded(golden: Golden, case: str) -> Recorded:
-    """The masking rng of a case of the format `show_o`."""
+    """The masking draws of a case of the format `show_o`."""
     tables = {"mask_rate": golden.data[f"{case}.rand_t"], "mask_order": golden.data[f"{case}.rand_scores"]}
     if f"{case}.rand_drop" in golden.data:
         tables["condition_drop"] = golden.data[f"{case}.rand_drop"]

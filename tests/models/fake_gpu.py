@@ -120,7 +120,7 @@ def modules_of(umm: str) -> list[ModuleType]:
 
 @contextmanager
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Waits]:
-    """The mode, with rng that know such tensors, and nothing kept of it afterwards."""
+    """The mode, with random numbers that know such tensors, and nothing kept of it afterwards."""
     for name in ("philox_uniform", "philox_normal"):
         monkeypatch.setattr(rng, name, _drawn(getattr(rng, name)))
     autocast, enabled = torch.autocast, torch.is_autocast_enabled

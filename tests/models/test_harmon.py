@@ -309,7 +309,7 @@ def _ran(trainer: Trainer) -> Trainer:
 
 
 def test_accumulation_does_not_change_the_gradient(photographs, tmp_path):
-    """Dropout aside, whose rng belong to micro-batches."""
+    """Dropout aside, whose draws belong to micro-batches."""
     r, grads = recipe(photographs, tmp_path), []
     for micro_batch in (8, 2):
         model = built().eval()

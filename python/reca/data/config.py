@@ -52,9 +52,13 @@ class DataConfig:
     decoder: str = config_field(
         "auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali")
     )
-    workers: int = config_field(2, "threads that read and decode ahead; 0 decodes when asked", least=0, most=2**12)
+    workers: int = config_field(
+        2, "threads that read and decode ahead; 0 decodes in the main thread", least=0, most=2**12
+    )
     prefetch: int = config_field(2, "batches decoded ahead", least=0, most=2**12)
-    max_bad_fraction: float = share(0.01, "largest share of unreadable samples, met by all ranks, before the run stops")
+    max_bad_fraction: float = share(
+        0.01, "largest fraction of unreadable samples, over all ranks, before the run stops"
+    )
     cache: Optional[str] = config_field(
-        None, "folder of features of the frozen encoders, made once per image and read afterwards", path=LOCAL
+        None, "folder in which features of the frozen encoders are cached, one file per image", path=LOCAL
     )
