@@ -19,7 +19,7 @@ from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
-from reca.models.bagel.config import AutoencoderSizes, tiny
+from reca.models.bagel.config import AutoencoderSizes, PatchSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin
 from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
@@ -70,7 +70,9 @@ SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
 
 
 def config(**changes) -> Config:
-    return replace(tiny(), words=WORDS, **changes)
+    """The tiny recipe's model with image tokens of 2 x 2 latents, as the published one has, and the words here."""
+    model = replace(load_recipe("bagel_tiny").model, patches=PatchSizes(2, 12), latent_patch_size=2, words=WORDS)
+    return replace(model, **changes)
 
 
 @functools.cache
@@ -710,7 +712,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
 
 def test_tokenizers_that_do_not_fit():
     with pytest.raises(ValueError, match="tokens, but model.language.vocab_size=96"):
-        Adapter.load(replace(tiny(), words=[f"word{i}" for i in range(100)]))
+        Adapter.load(config(words=[f"word{i}" for i in range(100)]))
 
     class Other(PublishedTokenizer):
         def get_vocab(self):

@@ -98,21 +98,3 @@ class BagelConfig:
                     f"{prefix}{name}={getattr(self, name)} must be at most {prefix}vision.image_size={covered}, which "
                     "the position tables cover"
                 )
-
-
-def tiny() -> BagelConfig:
-    """A random model of about half a million parameters on images of 20 pixels: 25 image tokens, 9 rows of h_v."""
-    return BagelConfig(
-        language=Qwen2Sizes(64, 3, 4, 2, 192, 96),
-        vision=VisionSizes(64, 4, 4, 128, 18, 6),
-        codec="patches",
-        patches=PatchSizes(2, 12),
-        max_latent_size=8,
-        image_size=20,
-        image_min_size=20,
-        understanding_size=18,
-        answer_size=18,
-        answer_min_size=18,
-        edit_size=18,
-        edit_min_size=18,
-    )

@@ -112,17 +112,3 @@ class OpenUniConfig:
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
     parity: bool = config_field(False, "round sigma to bf16 as the release does")
     seed: int = config_field(0, "of a random initialisation", least=0)
-
-
-def tiny() -> OpenUniConfig:
-    """A random model of about 0.3 M parameters with the wiring of the real one."""
-    return OpenUniConfig(
-        vision=VisionSizes(32, 2, 2, 64, 14),
-        language=Qwen2Sizes(48, 2, 4, 2, 96, 512),
-        connector=ConnectorSizes(2, 3, 96),
-        sana=SanaSizes(2, 4, 8, 2, 16, 32),
-        autoencoder=AutoencoderSizes(8, 8, ["ResBlock", "EfficientViTBlock"], [8, 16], [1, 1], [1, 1]),
-        queries=8,
-        image_size=32,
-        understanding_size=56,
-    )
