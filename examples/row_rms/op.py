@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from reca_kernels.row_rms import reference
-from reca_kernels.row_rms.kernels import Kernels
 from torch import Tensor
 
 from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
+from reca_kernels.row_rms import reference
+from reca_kernels.row_rms.kernels import Kernels
 
 OP = "row_rms"
 
