@@ -67,7 +67,9 @@ def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
 
 def parameters(adapter: Adapter) -> dict[str, Parameters]:
     """Count the parameters by role, in the order of ROLES."""
-    total, trained, role_of = Counter(), Counter(), adapter.roles()
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    role_of = adapter.roles()
     for name, parameter in adapter.named_parameters():
         total[role_of[name]] += parameter.numel()
         trained[role_of[name]] += parameter.numel() * parameter.requires_grad

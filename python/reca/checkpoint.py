@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from reca import distributed, exits, folders, manifest, units
+from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
 # One process without a process group is what a laptop has, and no reason to warn.
@@ -109,7 +110,7 @@ def remove_partial(run_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
+def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
     """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
 
     Older checkpoints stay until it is complete.
@@ -151,7 +152,7 @@ def save(run_dir: Path, state: dict, adapter: nn.Module, optimizer: torch.optim.
     return final
 
 
-def load(folder: Path, adapter: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Load a checkpoint's parameters (and optimizer state), on any number of ranks. Returns the counters.
 
     Raises CheckpointError if the checkpoint is incomplete, damaged, or holds other parameters than this run trains.
@@ -189,7 +190,7 @@ def read_state(folder: Path) -> dict:
         ) from error
 
 
-def load_weights(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
+def load_weights(run_dir: Path, adapter: Adapter) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Returns their names.
 
     Raises CheckpointError if that run has no valid checkpoint, or parameters that this model lacks.
@@ -203,7 +204,7 @@ def load_weights(run_dir: Path, adapter: nn.Module) -> frozenset[str]:
     return names
 
 
-def check_fit(folder: Path, adapter: nn.Module) -> frozenset[str]:
+def check_fit(folder: Path, adapter: Adapter) -> frozenset[str]:
     """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
     own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     saved = _saved(folder / "weights")
@@ -216,7 +217,7 @@ def check_fit(folder: Path, adapter: nn.Module) -> frozenset[str]:
     return frozenset(saved)
 
 
-def changed_parameters(adapter: nn.Module) -> dict[str, Tensor]:
+def changed_parameters(adapter: Adapter) -> dict[str, Tensor]:
     """Return the parameters that are not as published, by name: trained by this run or by one before it.
 
     The tensors themselves, so that loading fills them.
@@ -224,7 +225,7 @@ def changed_parameters(adapter: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad or name in adapter.inherited}
 
 
-def size(adapter: nn.Module) -> int:
+def size(adapter: Adapter) -> int:
     """Count the bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained."""
     trained = [p for p in adapter.parameters() if p.requires_grad]
     return sum(p.numel() * p.element_size() for p in (*changed_parameters(adapter).values(), *trained, *trained))
@@ -275,7 +276,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _make_room(run_dir: Path, partial: Path, adapter: nn.Module) -> None:
+def _make_room(run_dir: Path, partial: Path, adapter: Adapter) -> None:
     if distributed.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 MOST_GPUS = 2**20
 
@@ -212,7 +213,7 @@ def _check(options: argparse.Namespace) -> None:
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
 
 
-def _adapter(options: argparse.Namespace, ability: str) -> type:
+def _adapter(options: argparse.Namespace, ability: str) -> Any:
     """Return the adapter class of a recipe. Raises RecipeError if it lacks the ability."""
     from reca.api import recipe_of
     from reca.config import RecipeError

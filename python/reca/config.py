@@ -387,7 +387,11 @@ class _Layer:
         )
 
 
-_types = functools.cache(get_type_hints)
+@functools.cache
+def _types(group: Any) -> dict[str, Any]:
+    return get_type_hints(group)
+
+
 _FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are patterns
 
 

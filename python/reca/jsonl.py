@@ -29,7 +29,7 @@ class JsonLines:
                 return
             reason = "the disk is full"
         except OSError as error:
-            reason = error.strerror
+            reason = error.strerror or str(error)
         self.lost += 1
         if self.lost == 1:
             log.warning("%s cannot be written (%s): lines are lost from here on", self.path, reason)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,16 +41,17 @@ def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()
 
 def make_optimizer(adapter: Adapter, config: OptimConfig) -> torch.optim.Optimizer:
     """Make the optimizer over the trained parameters, in two groups: with and without weight decay."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in adapter.named_parameters():
         if parameter.requires_grad:
             (decayed if adapter.decays(name, parameter) else plain).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    common = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    common: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "apex":
         return _apex_adam()(groups, adam_w_mode=True, **common)
     fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
@@ -82,7 +84,7 @@ def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
     a step is made depends on the norm.
     """
     parameters = [p for p in adapter.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(
         [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype in HALVES else g for g in gradients]
     )

@@ -35,7 +35,7 @@ def config_field(
     that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
     that a list has at least. path: LOCAL, GLOB, SPEC or HUB for a text that names files.
     """
-    metadata = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
+    metadata: dict[str, Any] = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "below": below}
     if default is MISSING:
         return field(metadata=metadata)
@@ -63,8 +63,8 @@ def check_values(config: Any, prefix: str = "") -> None:
     """Raise RecipeError when a field of `config` is outside what it declared. prefix: of the keys, in the message."""
     for f in fields(config):
         choices, value, key = f.metadata.get("choices"), getattr(config, f.name), f"{prefix}{f.name}"
-        for item in (value if isinstance(value, list) else [value]) if choices else ():
-            if item not in choices:
+        for item in value if isinstance(value, list) else [value]:
+            if choices and item not in choices:
                 raise RecipeError(f"{key}={format_value(item)} is not one of {', '.join(map(format_value, choices))}")
         if isinstance(value, list):
             if len(value) < f.metadata.get("fewest", 0):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from reca import distributed
@@ -77,5 +77,5 @@ def _ranks_per_node(device: torch.device) -> int:
 
 def set_gradient_sync(adapter: nn.Module, on: bool) -> None:
     """Set whether the next backward pass reduces gradients; only the last micro-batch of a step needs to."""
-    if dist.is_initialized():
+    if isinstance(adapter, FSDPModule):
         adapter.set_requires_gradient_sync(on)

@@ -44,7 +44,7 @@ def fingerprint(
     sources: the samples of every active task. state: of the checkpoint to go on from. It holds what the run before this
     one had made when this one began, which does not matter any longer.
     """
-    found = {
+    found: dict[str, Any] = {
         f"data.{DATA_KEYS[task]}": [len(sources[task]), sources[task].identity()] for task in recipe.active_tasks()
     }
     if "reca" in recipe.active_tasks():
@@ -222,7 +222,7 @@ def _digest(data: bytes) -> str:
 
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

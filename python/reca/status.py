@@ -98,7 +98,7 @@ class RunFolder:
 
     def __init__(self, run_dir: Path, steps: int):
         self.path, self.write_failed, self.busy = run_dir, False, False
-        self.lock = _lock(run_dir)
+        self.lock: int | None = _lock(run_dir)
         self.key = _key(self.lock)
         _HELD[self.key] = self
         if distributed.rank() == 0:
@@ -127,7 +127,7 @@ class RunFolder:
 
     def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Record the latest complete checkpoint in the status; None if there is none."""
-        self.status.checkpoint = checkpoint and str(checkpoint.relative_to(self.path))
+        self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))
         self.status.step = 0 if checkpoint is None else int(checkpoint.name)
         self.write_status("running")
 

@@ -94,7 +94,7 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
         self.skips = 0
-        if newest is not None:
+        if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             if distributed.rank() == 0:
                 log.info("continuing %s at step %d", self.run_dir, self.step)
@@ -107,7 +107,8 @@ class Trainer:
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
-        recipe, sources = self.recipe, {}
+        recipe = self.recipe
+        sources: dict[str, Any] = {}
         tasks = [*self.tasks, *(task for task in self._drift_tasks() if task not in self.tasks)]
         with distributed.fail_together():
             if distributed.rank() == 0:
@@ -349,7 +350,7 @@ def _due(step: int, every: int) -> bool:
 def _means(sums: dict[str, torch.Tensor], tasks: list[str]) -> dict[str, float]:
     names = list(sums)
     table = torch.stack([sums[name].float() for name in names]).tolist()  # one transfer for all of them
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, (total, weight) in zip(names, table, strict=True):
         mean = total / weight if weight else 0.0
         if name in tasks:

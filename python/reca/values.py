@@ -247,7 +247,7 @@ def _raw(node: yaml.Node, source: str, done: dict[int, Any]) -> Any:
     if node.tag not in (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map", "merge")):
         raise RecipeError(f"{source}: tags such as the one at {_place(node)} are not read; leave it out")
     if isinstance(node, yaml.ScalarNode):
-        raw = Scalar(node.value, node.style is not None)
+        raw: Any = Scalar(node.value, node.style is not None)
     elif isinstance(node, yaml.SequenceNode):
         raw = [_raw(part, source, done) for part in node.value]
     else:
@@ -257,7 +257,8 @@ def _raw(node: yaml.Node, source: str, done: dict[int, Any]) -> Any:
 
 
 def _mapping(node: yaml.MappingNode, source: str, done: dict[int, Any]) -> dict[str, Any]:
-    own, merged = {}, {}
+    own: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for key, value in node.value:
         if key.tag.endswith(":merge"):
             groups = _raw(value, source, done)
@@ -282,9 +283,11 @@ def _place(node: yaml.Node) -> str:
 
 def _items(key: str, text: str) -> list[Scalar]:
     """Split the items of a [list] in an override at commas outside of quotes."""
-    inside, items, position = text[1:-1], [], 0
+    inside, position = text[1:-1], 0
+    items: list[Scalar] = []
     while position < len(inside):
         match = _ITEM.match(inside, position)
+        assert match, "it matches an empty text, too"
         quoted, plain, _ = match.groups()
         if quoted is None and not plain.strip(BLANK):
             if match.end() == len(inside) and (not match[3] or not items):

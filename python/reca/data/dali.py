@@ -67,7 +67,9 @@ class DaliDecoder:
                 log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
             return self.pillow(data, sample_id)
         crop = crop_position(self.views, self.rng, sample_id)
-        return tuple(view and self._view(image, width, height, view, crop) for view in (self.views.gen, self.views.und))
+        views = (self.views.gen, self.views.und)
+        gen, und = (None if view is None else self._view(image, width, height, view, crop) for view in views)
+        return gen, und
 
     def _view(self, image, width: int, height: int, view: View, crop: float) -> Tensor:
         if self.device == "cpu" or view.fit in ("pad", "stretch") or view.blur > 1:

@@ -99,7 +99,8 @@ def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     Links are followed after all real folders, so that a folder goes by its own name and not by a link's.
     """
     files, seen = defaultdict(list), set()
-    waiting, links = deque([("", False)]), deque()
+    waiting = deque([("", False)])
+    links: deque[tuple[str, bool]] = deque()
     while waiting or links:
         folder, linked = waiting.popleft() if waiting else links.popleft()
         try:

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,8 @@ def open_loader(
     return Loader(config, source, task, views, seed, stream, bad_samples, cache, prepare)
 
 
-class Stream(NamedTuple):
+@dataclass(frozen=True)
+class Stream:
     """The positions that one rank reads: its micro-batches, step after step."""
 
     shares: list[MicroBatch]
@@ -133,7 +135,8 @@ class Loader:
         return self.bad_samples.count()
 
     def __iter__(self) -> Iterator[Batch]:
-        stream, ahead = iter(self.stream), deque()
+        stream = iter(self.stream)
+        ahead: deque[Future] = deque()
         while True:
             while len(ahead) <= (self.config.prefetch if self.pool else 0):
                 share, positions, neighbour = next(stream)
@@ -214,10 +217,10 @@ class Loader:
             picks = (self.rng.uniform(RandomStream.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
             text = [self.templates[i] for i in picks.tolist()]
         if whole:
-            return Batch(self.task, ids, text, features=collate([row.features for row in rows]))
-        gen, und = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
-        gen, und = (None if view[0] is None else view for view in (gen, und))
-        on_encoded = self.cache and functools.partial(self.cache.put, [row.address for row in rows])
+            return Batch(self.task, ids, text, features=collate([row.features for row in rows if row.features]))
+        views = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
+        gen, und = (None if view[0] is None else view for view in views)
+        on_encoded = functools.partial(self.cache.put, [row.address for row in rows]) if self.cache else None
         return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reca import units
-from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, Columns, ColumnsConfig, choose, make_sample
+from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, ColumnsConfig, choose, make_sample
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.patterns import some
@@ -52,7 +52,7 @@ class Parquet:
         self.root = Path(image_root) if image_root else None
         self.footers: list[str] = []
         self.groups: list[Group] = []
-        self.columns: Columns | None = None
+        self.columns: Any = None  # Columns, once the first file is open
         for file, path in enumerate(self.paths):
             self._open(file, path, columns)
         if not self.groups:
@@ -189,7 +189,7 @@ def read_footer(path: Path) -> tuple[Any, str]:
     except DataError:
         raise
     except (OSError, ValueError) as error:  # pyarrow raises both, and OSError without a number, for broken bytes
-        if getattr(error, "errno", None) is not None:
+        if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
         raise DataError(f"{path} is no readable parquet file: {error}; fetch it again") from error
 

@@ -163,7 +163,8 @@ def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
     """Compute (width, height) of fit "bound": see View. The rounding is BAGEL's, including its area rule."""
 
     def rounded(w: float, h: float, scale: float) -> tuple[int, int]:
-        return tuple(max(view.stride, round(round(side * scale) / view.stride) * view.stride) for side in (w, h))
+        across, down = (max(view.stride, round(round(side * scale) / view.stride) * view.stride) for side in (w, h))
+        return across, down
 
     scale = min(view.size / max(width, height), 1.0)
     scale = max(scale, view.min_size / min(width, height))
@@ -254,7 +255,9 @@ class PillowDecoder:
         """Decode into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
         image = open_rgb(data)
         crop = crop_position(self.views, self.rng, sample_id)
-        return tuple(view and make_view(image, view, crop) for view in (self.views.gen, self.views.und))
+        views = (self.views.gen, self.views.und)
+        gen, und = (None if view is None else make_view(image, view, crop) for view in views)
+        return gen, und
 
 
 def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:

@@ -22,7 +22,7 @@ class RecentlyUsed:
         with self.lock:
             future = self.kept.get(key)
             mine = future is None
-            if mine:
+            if future is None:
                 future = self.kept[key] = Future()
                 self.bytes += self.size(key)
                 while self.bytes > self.budget and len(self.kept) > 2:

@@ -37,6 +37,8 @@ def load_object(text: str, key: str) -> Any:
     Raises DataError for a module or a name that does not exist.
     """
     spec = parse_spec(text)
+    if spec is None:
+        raise DataError(f"{key}={text} is not of the form package.module:NAME")
     try:
         module = importlib.import_module(spec.module)
     except ImportError as error:
@@ -84,8 +86,8 @@ def call_source(text: str, task: str, key: str) -> Source:
 
 def _arguments(text: str, key: str) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    query = parse_spec(text).query
-    for part in query.split("&") if query else ():
+    spec = parse_spec(text)
+    for part in spec.query.split("&") if spec and spec.query else ():
         name, equals, value = part.partition("=")
         if not equals or not name or name in arguments:
             fault = "is given twice" if name in arguments else "is no name=value"

@@ -11,7 +11,7 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from reca.data.errors import DataError
 from reca.data.sample import IMAGE_SUFFIXES, hidden
@@ -51,7 +51,7 @@ def read_index(path: Path, skipped: Skipped) -> list[Member]:
                 skipped.add("hidden files", f"{path}: {name}")
             continue
         if info.isreg():
-            stored = _stored(info)
+            stored: Stored | None = _stored(info)
         elif info.islnk():  # to a file in front of it
             stored = files.get(_clean(info.linkname)) or _follow(info, targets)
         else:
@@ -86,10 +86,11 @@ def _walk(path: Path, file, size: int) -> Iterator[tarfile.TarInfo]:
             raise DataError(_damage(path, size, place, last, str(error))) from error
         if info is None:
             break
-        stored = sum(length for _, length in info.sparse) if info.sparse is not None else info.size
+        sparse: Any = info.sparse  # pairs of offset and length, whatever typeshed says
+        stored = info.size if sparse is None else sum(length for _, length in sparse)
         if info.isreg() and info.offset_data + stored > size:
             raise DataError(f"{path} is cut off at byte {size}, inside {info.name}: fetch or pack it again")
-        if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in info.sparse or ()):
+        if info.size < 0 or tar.offset <= info.offset or any(at < 0 or n < 0 for at, n in sparse or ()):
             raise DataError(_damage(path, size, info.offset, last, "a negative size"))
         place, last = tar.offset, info.name
         yield info
@@ -132,7 +133,8 @@ def _what(file, error: Exception) -> str:
 
 
 def _stored(info: tarfile.TarInfo) -> Stored:
-    return Stored(info.offset_data, info.size, tuple(info.sparse or ()))
+    sparse: Any = info.sparse
+    return Stored(info.offset_data, info.size, tuple(sparse or ()))
 
 
 def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Stored | None:
@@ -141,9 +143,10 @@ def _follow(info: tarfile.TarInfo, targets: dict[str, tarfile.TarInfo]) -> Store
         name = info.linkname
         if info.issym():
             name = posixpath.join(posixpath.dirname(_clean(info.name)), name)
-        info = targets.get(_clean(name))
-        if info is None or info.isdir():
+        target = targets.get(_clean(name))
+        if target is None or target.isdir():
             return None
+        info = target
         if info.isreg():
             return _stored(info)
     return None

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,10 @@ class _Sample(NamedTuple):
 
 def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
     """List the samples of one tar. Raises DataError where it is ambiguous which members belong together."""
-    samples, seen, dotted, plain = [], {}, {}, {}
+    samples: list[_Sample] = []
+    seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
+    dotted: dict[str, str] = {}
+    plain: dict[str, str] = {}
     for key, members in _groups(path, read_index(path, skipped)):
         parts = _split(path, key, members)
         for name, group in parts.items():
@@ -117,9 +120,10 @@ def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
     return samples
 
 
-def _groups(path: Path, members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def _groups(path: Path, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Group consecutive members by key, which ends at the first dot: yields (key, suffix -> member)."""
-    key, group = None, {}
+    key = ""
+    group: dict[str, Member] = {}
     for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
