@@ -51,6 +51,7 @@ def reject_dtensor(op: str, name: str, tensor: Tensor) -> None:
 
 
 def one_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError for tensors on several devices."""
     present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(present.values())) > 1:
         raise ValueError(
@@ -59,12 +60,14 @@ def one_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError for a tensor of integers, booleans or complex numbers."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
 
 
 def integer(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError for a tensor that is not int32 or int64."""
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: {name} must be int32 or int64, got {tensor.dtype}")
@@ -73,6 +76,7 @@ def integer(op: str, **tensors: Tensor) -> None:
 def cross_entropy(
     op: str, rows: int, labels: Tensor, label_smoothing: float, softcap: float | None, reduction: str
 ) -> None:
+    """Check what both forms of cross-entropy take. Raise TypeError or ValueError."""
     integer(op, labels=labels)
     if labels.ndim != 1 or labels.shape[0] != rows:
         raise ValueError(f"{op}: labels must be [N] = [{rows}], one per row, got {list(labels.shape)}")
@@ -84,16 +88,16 @@ def cross_entropy(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-# ---- values, of plain memory only: a public function looks where it may, a registered op's kernel always
+# ---- values: a kernel op's body looks at them, and a public function before it calls the definition
 
 
 def _wanted(tensor: Tensor) -> bool:
-    """Whether to look at the values: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
+    """Return whether to look at the values: on CPU, where that costs no wait; elsewhere only with RECA_CHECK=1."""
     return (tensor.is_cpu or os.environ.get("RECA_CHECK") == "1") and tensor.numel() > 0
 
 
 def _outside(index: Tensor, low: int | None, high: int, skipped: int | None = None) -> int:
-    """The first place of a number that is neither in [low, high) nor `skipped`; -1: none."""
+    """Return the first place of a number that is neither in [low, high) nor `skipped`; -1: none."""
     if _index_outside is not None and index.is_cpu and index.is_contiguous():
         least = -(2**63) if low is None else low
         return _index_outside(index.data_ptr(), index.dtype == torch.int64, index.numel(), least, high, skipped)
@@ -118,8 +122,8 @@ def labels_inside(op: str, labels: Tensor, classes: int, ignore_index: int) -> N
         )
 
 
-def labels_fit(op: str, labels: Tensor, ignore_index: int, most: int | None) -> None:
-    """Raise ValueError where more than `most` rows carry a label."""
+def check_label_count(op: str, labels: Tensor, ignore_index: int, most: int | None) -> None:
+    """Raise ValueError where more than `most` rows carry a label; None: any number may."""
     if most is None or not _wanted(labels):
         return
     count = int((labels != ignore_index).sum())
@@ -136,13 +140,13 @@ def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) 
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether x, on the CPU, holds no NaN and no infinity; False also where its sum is too large."""
+    """Return whether x, on the CPU, holds no NaN and no infinity; False also where its sum is too large."""
     if _all_finite is not None and x.dtype in native.DTYPES and x.is_contiguous():
         return _all_finite(native.DTYPES[x.dtype], x.data_ptr(), x.numel())
     return math.isfinite(x.detach().sum())
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast makes of matrix products on this tensor's device; None outside autocast."""
+    """Return autocast's dtype of matrix products on this tensor's device; None outside autocast."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

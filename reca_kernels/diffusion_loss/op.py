@@ -31,9 +31,10 @@ def diffusion_add_noise(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [M, C]
-    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps; row m uses x0[rows[m]], so that nothing is repeated in memory.
+    """Compute x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
 
-    noise: where to draw eps (one sample id per row, C elements each), or eps itself [M, C]. Not differentiable.
+    Row m uses x0[rows[m]], so that nothing is repeated in memory.
+    noise: where to draw eps (one sample id per row, C elements each), or explicit noise [M, C]. Not differentiable.
     Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
     """
     if not (raw := plain(x0, t, schedule, rows, *_tensors(noise))):
@@ -60,7 +61,7 @@ def diffusion_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [M]
-    """Mean over channels of (eps - out[:, :C])², plus the variational bound of out[:, C:] in bits.
+    """Compute the mean over channels of (eps - out[:, :C])², plus the variational bound of out[:, C:] in bits.
 
     The variance is exp(r log beta + (1 - r) log posterior variance), r = (out[:, C:] + 1) / 2. The bound sees the
     predicted noise without a gradient. Step 0 is scored by the likelihood of bins of width 2/255.

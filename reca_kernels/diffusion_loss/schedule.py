@@ -12,7 +12,7 @@ OP = "diffusion_schedule"
 def diffusion_schedule(
     steps: int = 1000, kind: str = "cosine", device: torch.device | str = "cpu", keep: int | None = None
 ) -> Tensor:
-    """fp32 [steps, 8], or [keep, 8]: what loss and sampler need of every step, computed in fp64.
+    """Return what loss and sampler need of every step, fp32 [steps, 8] or [keep, 8], computed in fp64.
 
     Columns: sqrt(abar), sqrt(1 - abar), sqrt(1 / abar), sqrt(1 / abar - 1), the posterior mean's coefficients of x0 and
     x_t, log of the posterior's variance (entry 1 in place of entry 0), log beta. keep: a sampler's steps, those of
@@ -36,7 +36,10 @@ def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
 
 
 def space_timesteps(steps: int, keep: int) -> Tensor:
-    """int64 [keep]: the steps of [0, steps) that a sampler of fewer steps visits, evenly spaced, ascending."""
+    """Return the steps of [0, steps) that a sampler of fewer steps visits, int64 [keep], evenly spaced, ascending.
+
+    Raises ValueError where keep is not in [1, steps]. Source: `space_timesteps` of IDDPM (Nichol and Dhariwal 2021).
+    """
     if not 1 <= keep <= steps:
         raise ValueError(f"{OP}: a sampler keeps 1 to {steps} steps, got {keep}")
     return (torch.arange(keep, dtype=torch.float64) * ((steps - 1) / max(keep - 1, 1))).round().long()

@@ -32,15 +32,16 @@ def flow_matching_add_noise(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x_t = (1 - t) x0 + t eps with eps standard normal. t = 1 is noise (Liu et al. 2022, arXiv 2209.03003).
+    """Compute x_t = (1 - t) x0 + t eps with eps standard normal; t = 1 is noise.
 
     x0        a batch, or a list of images of different sizes; fp32, bf16, fp16
     t         noise level per image, in [0, 1]
-    noise     where to draw eps (reca_kernels.Philox, one sample id per image), or eps itself, shaped like the result
+    noise     where to draw eps (reca_kernels.Philox, one sample id per image), or explicit noise shaped like the result
     patch     with p = 1 and a batch, the result is shaped like x0. Otherwise it is tokens [T, p p C]: the images one
               after another, patches row by row, inside a patch (row, column, channel). Element i of an image in this
               order is element i of its noise.
     Not differentiable. Raises ValueError for shapes that do not fit.
+    Source    Liu et al. 2022, arXiv 2209.03003
     """
     if not (raw := plain(t, *_tensors(x0, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
@@ -67,7 +68,7 @@ def flow_matching_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [B]
-    """Squared error of a predicted velocity against eps - x0, whose noise is drawn again from its address.
+    """Compute the squared error of a predicted velocity against eps - x0; the noise is drawn again from its address.
 
     pred       shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype
     t          the levels given to flow_matching_add_noise. The target does not depend on them.
@@ -267,6 +268,6 @@ def _scale_(gradient: Tensor, grad: Tensor, lengths: Sequence[int], uneven: bool
 
 
 def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The same, into new memory and by single operations of torch."""
+    """Do the same into new memory, by single operations of torch."""
     parts = zip(gradient.reshape(-1).split(list(lengths)), grad.unbind(), strict=True)
     return torch.cat([torch.where(g == 0, 0, part * g) for part, g in parts]).view(gradient.shape)

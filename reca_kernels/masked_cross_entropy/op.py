@@ -36,7 +36,9 @@ def masked_cross_entropy(
     inplace: bool = False,
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [N]
-    """Cross-entropy over the rows whose label is not `ignore_index`. Other rows are not read: loss 0, gradient 0.
+    """Compute cross-entropy over the rows whose label is not `ignore_index`.
+
+    Other rows are not read: their loss and gradient are 0.
 
     With z = softcap tanh(logits / softcap), or the logits, and p = softmax(z), the loss of a row is
 

@@ -35,11 +35,12 @@ def masked_linear_cross_entropy(
     max_labelled: int | None = None,
     backend: str | None = None,
 ) -> Tensor:  # fp32 [] or [N]
-    """masked_cross_entropy(hidden @ weight.T + bias, labels), with rows that carry no label left out of every product.
+    """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
-    At most chunk_rows rows of logits exist at a time; by default 512 on CPUs, 4096 elsewhere. With reduction "mean" or
-    "sum" the forward pass computes the gradients too and keeps them instead of the logits; with "none" the backward
-    pass computes the logits once more.
+    Rows that carry no label are left out of every product. The full logits matrix is never materialised: at most
+    chunk_rows rows of it exist at a time, by default 512 on CPUs and 4096 elsewhere. With reduction "mean" or "sum" the
+    forward pass computes the gradients too and keeps them instead of the logits; with "none" the backward pass computes
+    the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
@@ -47,9 +48,9 @@ def masked_linear_cross_entropy(
                  The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
                  loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the
                  loss scale.
-    max_labelled at least as many rows as carry a label. The sizes of the products must be known, so without it GPUs are
-                 waited for once per call, and a captured CUDA graph multiplies all N rows. A larger number costs the
-                 products of as many more rows. A smaller one raises ValueError on CPUs and with RECA_CHECK=1; else the
+    max_labelled upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per call to
+                 count them, and a captured CUDA graph multiplies all N rows. A larger bound costs the products of as
+                 many more rows. A bound that is too small raises ValueError on CPUs and with RECA_CHECK=1; else the
                  rows too many have loss NaN and gradient 0.
 
     Loss, labels, derivatives: see `masked_cross_entropy`.
@@ -94,14 +95,14 @@ def masked_linear_cross_entropy(
 
 def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, max_labelled: int | None) -> None:
     checks.labels_inside(OP, labels, weight.shape[0], ignore_index)
-    checks.labels_fit(OP, labels, ignore_index, max_labelled)
+    checks.check_label_count(OP, labels, ignore_index, max_labelled)
 
 
 # ---- kernel ops ----
 
 
 def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
-    """Of its gradient, until the upstream gradient is known, and with it the loss scale."""
+    """Return the dtype of its gradient until the upstream gradient is known, and with it the loss scale."""
     early = row_grad is None and parameter.dtype == torch.float16
     return torch.float32 if early else parameter.dtype
 
@@ -119,7 +120,7 @@ def _fake(
 def _flops(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_grad: Tensor | None, *rest: Any, **_: Any
 ) -> int:
-    """Of the products over rows that carry a label; over all rows where the labels cannot be looked at."""
+    """Count the products over rows that carry a label; over all rows where the labels cannot be looked at."""
     ignore_index, needs = rest[0], rest[-2]
     rows = int((labels != ignore_index).sum()) if plain(labels) else labels.shape[0]
     return 2 * rows * weight.numel() * (1 + sum(needs[:2]))
@@ -178,7 +179,7 @@ def _scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """gradient times grad in the parameter's dtype."""
+    """Return gradient times grad in the parameter's dtype."""
     raw = plain(grad)
     if raw and gradient.dtype != dtype:
         return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))

@@ -1,4 +1,4 @@
-"""The address of a batch's noise, as ops and backends take it."""
+"""Address the noise of a batch, for ops and backends."""
 
 from typing import NamedTuple
 

@@ -17,12 +17,12 @@ OP = "philox"
 
 
 def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
-    """fp32 [B, n] in [0, 1): element i of a sample is word i of its stream, its upper 24 bits."""
+    """Draw numbers in [0, 1), fp32 [B, n]. Element i of a sample is word i of its stream, its upper 24 bits."""
     return _draw(noise, n, "uniform", backend)
 
 
 def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
-    """fp32 [B, n], standard normal: Box-Muller, with tails to 6.7 and the same bits on every backend."""
+    """Draw standard normal numbers, fp32 [B, n], by Box-Muller: tails to 6.7, the same bits on every backend."""
     return _draw(noise, n, "normal", backend)
 
 

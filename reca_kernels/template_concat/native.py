@@ -50,7 +50,7 @@ def backward(
         module.template_concat_backward_mapped(gradient, used.data_ptr(), launch)
     else:
         by_row = row_gradients.by_row(index, negated, count)
-        sums = row_gradients.room_for_sums(length, width, device)
+        sums = row_gradients.workspace(length, width, device)
         module.template_concat_backward_sorted(
             gradient,
             _index(by_row.rows, False),

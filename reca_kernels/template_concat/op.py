@@ -34,7 +34,7 @@ def template_concat(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [..., L, D]
-    """One sequence of embeddings out of an embedding table, visual embeddings and rows to add on top.
+    """Write one sequence of embeddings out of an embedding table, visual embeddings and rows to add on top.
 
         x[t] = (table[src[t]] if src[t] >= 0 else visual[-1 - src[t]]) + sum over adds of rows[index[t]]
 

@@ -1,4 +1,4 @@
-"""Where each row of a batch of text and visual embeddings comes from. Host side; no dense mask anywhere."""
+"""Lay out a batch of text and visual embeddings on the host: where each row comes from. No dense mask anywhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,14 +11,14 @@ IGNORE_INDEX = -100
 
 
 class TextSegment(NamedTuple):
-    """Token ids, and the labels of the same positions (None: nothing is learned here)."""
+    """Hold token ids and the labels of the same positions (None: nothing is learned here)."""
 
     ids: Sequence[int] | Tensor
     labels: Sequence[int] | Tensor | None = None
 
 
 class VisualSegment(NamedTuple):
-    """The next n rows of the visual embeddings."""
+    """Take the next n rows of the visual embeddings."""
 
     n: int
 
@@ -44,6 +44,7 @@ class ConcatPlan:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ConcatPlan":
+        """Return the plan with its tensors on `device`."""
         return ConcatPlan(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
 

@@ -225,7 +225,7 @@ def backward(
             )
             return gradient
         sorted_rows, places, starts = row_gradients.by_row(index, negated, count)
-        sums = row_gradients.room_for_sums(length, width, grad.device)
+        sums = row_gradients.workspace(length, width, grad.device)
         if len(sums) > 0:
             chunks_kernel[(len(sums), tiles)](
                 sums, *reads, sorted_rows, places, starts, length, count, width, block=block, num_warps=warps

@@ -275,8 +275,8 @@ def test_philox(data):
     bare = Philox(*(x.as_subclass(torch.Tensor) for x in address[:2]), address.stream)
     with counted("rng"), MODES[draw(st.sampled_from(sorted(MODES)))]():
         got = [draw_it(address, n, backend=backend) for draw_it in (philox_uniform, philox_normal)]
-    for ours, law in zip(got, (philox_definition.philox_uniform, philox_definition.philox_normal), strict=True):
-        assert torch.equal(ours.as_subclass(torch.Tensor).view(torch.int32), law(*bare, n).view(torch.int32))
+    for ours, definition in zip(got, (philox_definition.philox_uniform, philox_definition.philox_normal), strict=True):
+        assert torch.equal(ours.as_subclass(torch.Tensor).view(torch.int32), definition(*bare, n).view(torch.int32))
     refused("philox", lambda: philox_uniform(address._replace(stream=256), n))
 
 

@@ -125,7 +125,7 @@ def test_more_labels_than_said():
 # The C++ kernels count by themselves.
 @pytest.mark.parametrize(("backend", "device"), targets(OP, reference=False, skip=("cpu",)))
 def test_unchecked_labels_too_many_poison_their_rows(backend, device, monkeypatch):
-    monkeypatch.setattr("reca_kernels.checks.labels_fit", lambda *_: None)
+    monkeypatch.setattr("reca_kernels.checks.check_label_count", lambda *_: None)
     leaves, labels = problem(rows=9, device=device)
     labelled = (labels != IGNORED).nonzero()[:, 0].tolist()
     loss = masked_linear_cross_entropy(*leaves[:2], labels, reduction="none", max_labelled=3, backend=backend)

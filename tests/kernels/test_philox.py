@@ -1,4 +1,4 @@
-"""Noise has one definition: known answers of the paper, the same bits on every backend, the right law."""
+"""Noise has one definition: known answers of the paper, the same bits on every backend, the right distribution."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ def test_every_part_of_the_address_counts(change):
     assert (a == b).float().mean() < 0.01
 
 
-def test_law():
+def test_distribution():
     """Moments over 4 million numbers, and tails that a 24-bit radius could not reach."""
     x = philox_normal(address(sample_ids=torch.arange(4)), 1_000_000).double()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
