@@ -19,10 +19,11 @@ from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
-from reca.models.bagel.config import AutoencoderSizes, PatchSizes
+from reca.models.bagel.config import AutoencoderSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin
 from reca.models.base import ROLES
 from reca.models.common.ldm_autoencoder import to_ldm
+from reca.models.common.patch_codec import PatchSizes
 from reca.optim import freeze, make_optimizer
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.options import HUB, RecipeError, config_field, count, pixels, share
 
@@ -13,8 +14,8 @@ class VisionSizes:
     num_hidden_layers: int = count(27, "layers of the published tower; the last is neither stored nor run")
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4304, "width of its MLP")
-    image_size: int = pixels(980, "pixels on the side of the square that its position tables cover")
-    patch_size: int = count(14, "pixels on the side of a patch; one patch is one row of h_v")
+    image_size: int = pixels(980, "height and width in pixels of the square that its position tables cover")
+    patch_size: int = count(14, "height and width of a patch in pixels; one patch is one token of h_v")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
@@ -27,12 +28,6 @@ class AutoencoderSizes:
         0.3611, "latents are multiplied by this, after the shift is taken off", above=0
     )
     shift_factor: float = config_field(0.1159, "the shift")
-
-
-@dataclass
-class PatchSizes:
-    size: int = count(4, "pixels on the side of a latent")
-    channels: int = count(16, "channels of a latent")
 
 
 @dataclass
@@ -59,23 +54,23 @@ class BagelConfig:
     vision: VisionSizes = config_field(VisionSizes, "")
     codec: str = config_field(
         "flux",
-        "image autoencoder: flux, or patches (linear; stands in for it in the embedded world)",
+        "image autoencoder: flux, or patches (linear; stands in for it in the toy world)",
         ("flux", "patches"),
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "")
     patches: PatchSizes = config_field(PatchSizes, "")
-    latent_patch_size: int = count(2, "latents on the side of an image token")
-    max_latent_size: int = count(64, "image tokens on the side of the largest image: its position table")
-    image_size: int = pixels(1024, "longest side, in pixels, of a target or an image to edit; side of a drawing")
+    latent_patch_size: int = count(2, "latents per image token in height and width")
+    max_latent_size: int = count(64, "height and width of the largest image in image tokens: its position table")
+    image_size: int = pixels(1024, "longest side in pixels of a target or an image to edit; generated ones are square")
     image_min_size: int = pixels(512, "its shortest side")
-    understanding_size: int = pixels(224, "RECA: longest side, in pixels, of what h_v is made of")
+    understanding_size: int = pixels(224, "RECA: longest side in pixels of what h_v is made of")
     hv_source: str = config_field(
         "vit", "RECA: h_v comes from vit, or from vae, the codec's latents (an ablation that copies)", ("vit", "vae")
     )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
-    answer_size: int = pixels(980, "longest side, in pixels, of an image to talk about")
+    answer_size: int = pixels(980, "longest side in pixels of an image to answer about")
     answer_min_size: int = pixels(378, "its shortest side")
-    edit_size: int = pixels(980, "longest side, in pixels, of what SigLIP sees of an image to edit")
+    edit_size: int = pixels(980, "longest side in pixels of what SigLIP sees of an image to edit")
     edit_min_size: int = pixels(224, "its shortest side")
     template_drop: float = share(0.1, "RECA: share of samples that lose their template; h_v always stays")
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
@@ -86,7 +81,7 @@ class BagelConfig:
     seed: int = config_field(0, "of a random initialisation", least=0)
 
     def check(self, prefix: str) -> None:
-        """No image is larger than what SigLIP's position tables cover. Raises RecipeError."""
+        """Raise RecipeError for an image size that SigLIP's position tables do not cover."""
         covered, patch = self.vision.image_size, self.vision.patch_size
         if covered % patch:
             raise RecipeError(

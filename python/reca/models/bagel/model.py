@@ -1,4 +1,4 @@
-"""BAGEL as the driver asks it: the generation expert and its way in and out learn, everything else is frozen."""
+"""BAGEL as an Adapter: the generation expert and its way in and out learn, everything else is frozen."""
 
 import functools
 from dataclasses import replace
@@ -17,9 +17,7 @@ from reca.rng import CounterRNG
 
 
 class Bagel(modules.Network, Adapter):
-    """BAGEL.
-
-    features of `encode`: moments, a list of fp32 [2 C, h, w]; h_v, a list of [h, w, C], tokens of SigLIP before the
+    """Features of `encode`: moments, a list of fp32 [2 C, h, w]; h_v, a list of [h, w, C], tokens of SigLIP before the
     connector, or of moments (hv_source vae). A cache gives them stacked where their sizes agree.
     """
 

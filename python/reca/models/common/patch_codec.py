@@ -1,8 +1,20 @@
-"""A linear autoencoder of pixel patches, fitted in closed form: the embedded world's in place of a trained one."""
+"""A linear autoencoder of pixel patches, fitted in closed form: the toy world's in place of a trained one."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reca.options import count
+
+
+@dataclass
+class PatchSizes:
+    """Recipe keys of a PatchCodec."""
+
+    size: int = count(4, "pixels per latent in height and width")
+    channels: int = count(16, "channels of a latent")
 
 
 class PatchCodec(nn.Module):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.patch_codec import PatchSizes
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.options import HUB, RecipeError, config_field, count, pixels
 
@@ -41,7 +42,7 @@ class SanaSizes:
     )
 
     def check(self, prefix: str) -> None:
-        """Both attentions have the same width. Raises RecipeError."""
+        """Raise RecipeError unless both attentions have the same width."""
         own = self.num_attention_heads * self.attention_head_dim
         cross = self.num_cross_attention_heads * self.cross_attention_head_dim
         if own != cross:
@@ -65,12 +66,6 @@ class AutoencoderSizes:
     encoder_layers: list[int] = count(lambda: [2, 2, 2, 3, 3, 3], "blocks per encoder stage")
     decoder_layers: list[int] = count(lambda: [3] * 6, "blocks per decoder stage")
     scaling_factor: float = config_field(0.41407, "latents are multiplied by this", above=0)
-
-
-@dataclass
-class PatchSizes:
-    size: int = count(4, "pixels per latent in height and width")
-    channels: int = count(16, "channels of a latent")
 
 
 @dataclass
