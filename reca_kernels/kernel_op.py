@@ -177,6 +177,7 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
         def once(ctx: Any, *grads: Tensor | None) -> tuple:
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
+            ctx = _ReadOnce(ctx)
             sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
@@ -185,6 +186,19 @@ def once_differentiable(op: str) -> Callable[[Callable], Callable]:
         return once
 
     return decorate
+
+
+class _ReadOnce:
+    """A ctx whose saved tensors are read once, as checkpoints want it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.__dict__.update(ctx=ctx, saved_tensors=ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
 
 
 class _Once(torch.autograd.Function):

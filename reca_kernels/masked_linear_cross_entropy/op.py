@@ -192,7 +192,7 @@ def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) ->
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
     hidden, weight, bias, labels, _, *ctx.settings, needs, ctx.backend = inputs
     ctx.needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    if ctx.settings[4] != "none" and needs != ctx.needs:
+    if ctx.settings[4] != "none" and any(need and not made for need, made in zip(ctx.needs, needs, strict=True)):
         raise RuntimeError(
             f"{OP}: this graph was traced with tensors that require other gradients, and makes only those; trace it "
             "again with tensors that require theirs"

@@ -133,8 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
-    count = len(ctx.needs)
-    rows, indices = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # read once: a checkpoint recomputes what it unpacks
+    rows, indices = saved[: len(ctx.needs)], saved[len(ctx.needs) :]
     raw = plain(grad, *rows)
     gradients = [
         _gradient(raw, grad, *index, r, ctx.backend) if need else None

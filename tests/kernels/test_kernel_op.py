@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import (
     Philox,
@@ -98,6 +99,16 @@ def test_compiled_by_inductor(op):
         torch.testing.assert_close(differentiated(compiled, *arguments(n)), differentiated(function, *arguments(n)))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_checkpoint_unpacks_what_was_saved_once(op, create_graph):
+    function, arguments = op
+    learning, others = arguments(4)
+    leaves = [x.clone().requires_grad_() for x in learning]
+    loss = checkpoint(lambda *x: function(*x, *others), *leaves, use_reentrant=False)
+    gradients = torch.autograd.grad(loss, leaves, create_graph=create_graph)
+    assert_equal((loss, *gradients), differentiated(function, learning, others))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_can_be_trained(op, strict):
     function, arguments = op
@@ -145,6 +156,21 @@ def test_an_exported_program_without_a_gradient_is_not_trained_in_silence():
     assert torch.equal(program(*learning, *others), function(*learning, *others))
     with pytest.raises(RuntimeError, match="trace it again"):
         differentiated(program, learning, others)
+
+
+def test_an_exported_program_may_be_frozen_in_part():
+    function, arguments = OPS["linear"]
+    (hidden, weight), others = arguments(4)
+
+    class Module(torch.nn.Module):
+        def forward(self, *x):
+            return function(*x)
+
+    traced = tuple(x.clone().requires_grad_() for x in (hidden, weight))
+    program = torch.export.export(Module(), (*traced, *others)).module()
+    grads = [torch.autograd.grad(run(hidden, leaf, *others), leaf)[0] for run in (program, function)
+             for leaf in [weight.clone().requires_grad_()]]  # fmt: skip
+    assert torch.equal(*grads)
 
 
 def test_second_derivatives_are_refused_whatever_is_asked_for(op):
