@@ -43,7 +43,7 @@ def in_mode(tensors: Any) -> Any:
     return tree_map_only(Tensor, torch.ops.aten.lift_fresh, tensors)
 
 
-def outside_of_modes(function: Callable) -> Callable:
+def outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function that makes tensors from numbers: `no_modes` makes and keeps them, `in_mode` hands them out.
 
     Arguments are hashable.
@@ -55,5 +55,5 @@ def outside_of_modes(function: Callable) -> Callable:
             return function(*arguments)
 
     handed_out = functools.wraps(function)(lambda *arguments: in_mode(kept(*arguments)))
-    handed_out.cache_clear = kept.cache_clear
+    handed_out.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
     return handed_out

@@ -8,7 +8,7 @@ defined once, by `register_autograd`, and serves both.
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,23 @@ from torch.utils.flop_counter import register_flop_formula
 from reca_kernels.memory import refuse_transforms
 
 _library = torch.library.Library("reca", "DEF")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
-def kernel_op(schema: str, fake: Callable, *, flops: Callable | None = None) -> Callable[[Callable], Callable]:
+class KernelOp(Protocol[Result_co]):
+    """What `kernel_op` makes of a function."""
+
+    def __call__(self, plain: bool, /, *arguments: Any) -> Result_co: ...
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., None], of: Sequence[str]
+    ) -> None: ...
+
+
+def kernel_op(
+    schema: str, fake: Callable[..., Any], *, flops: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Result]], KernelOp[Result]]:
     """Decorate a function that calls a kernel on its tensors.
 
     The op takes one argument more, `op(plain, *arguments)`: what `reca_kernels.memory.plain` says of the tensors. It
@@ -34,7 +48,7 @@ def kernel_op(schema: str, fake: Callable, *, flops: Callable | None = None) -> 
         flops: Called with the arguments, returns what FlopCounterMode counts. Default: nothing is counted.
     """
 
-    def decorate(body: Callable) -> Callable:
+    def decorate(body: Callable[..., Result]) -> KernelOp[Result]:
         name = schema.split("(", 1)[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for key in ("CPU", "CUDA"):
@@ -56,13 +70,13 @@ def kernel_op(schema: str, fake: Callable, *, flops: Callable | None = None) -> 
                 refuse_transforms(name, tree_iter(arguments), lists="Tensor[]" in schema)
             return registered(*arguments)
 
-        op.register_autograd = autograd.register
-        return op
+        op.register_autograd = autograd.register  # type: ignore[attr-defined]
+        return cast(KernelOp[Result], op)
 
     return decorate
 
 
-def _dispatched(body: Callable) -> Callable:
+def _dispatched(body: Callable[..., Any]) -> Callable[..., Any]:
     """The body as the dispatcher wants it.
 
     A zero tensor arrives as one expanded 0 and gets memory. A result that is an argument is copied.
@@ -80,7 +94,7 @@ def _dispatched(body: Callable) -> Callable:
     return run
 
 
-def _without_none(body: Callable) -> Callable:
+def _without_none(body: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         results = body(*arguments)
         if not isinstance(results, tuple):
@@ -93,13 +107,13 @@ def _without_none(body: Callable) -> Callable:
 class _Autograd:
     """The gradient of one kernel op: as torch.library wants it, and as an autograd.Function for eager mode."""
 
-    def __init__(self, schema: Any, body: Callable) -> None:
+    def __init__(self, schema: Any, body: Callable[..., Any]) -> None:
         self.name, self.body, self.eager = schema.name.removeprefix("reca::"), body, body
         self.arguments = [argument.name for argument in schema.arguments]
         self.lists = [str(argument.type) == "List[Tensor]" for argument in schema.arguments]
         self.of: list[int] = []
 
-    def register(self, backward: Callable, *, setup_context: Callable, of: Sequence[str]) -> None:
+    def register(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any], of: Sequence[str]) -> None:
         """Give the op a gradient, by its arguments named in `of` and the first only.
 
         Args:
@@ -111,39 +125,39 @@ class _Autograd:
         self.of = [self.arguments.index(name) for name in of]
         self.eager = self._eager()
 
-    def setup_context(self, ctx: Any, inputs: tuple, output: Any) -> None:
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.list_lengths = [len(x) if listed else None for x, listed in zip(inputs, self.lists, strict=True)]
         if self.of:
             ctx.set_materialize_grads(False)
             self.user_setup(ctx, inputs, output)
 
-    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if not self.of:
             raise RuntimeError(_no_derivative(self.name))
-        gradients: list = [None if n is None else [None] * n for n in ctx.list_lengths]
+        gradients: list[Any] = [None if n is None else [None] * n for n in ctx.list_lengths]
         for place, gradient in zip(self.of, self.user_backward(ctx, *grads), strict=True):
             gradients[place] = gradient
         return tuple(gradients)
 
-    def _eager(self) -> Callable:
+    def _eager(self) -> Callable[..., Any]:
         body, setup_context, backward, of = self.body, self.user_setup, self.user_backward, self.of
         listed = any(self.lists[place] for place in of)
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, arguments: tuple, *_: Tensor | None) -> Any:
+            def forward(ctx: Any, arguments: tuple[Any, ...], *_: Tensor | None) -> Any:
                 output = body(*arguments)
                 ctx.set_materialize_grads(False)
                 setup_context(ctx, arguments, output)
                 return output
 
             @staticmethod
-            def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
                 gradients = backward(ctx, *grads)
                 return None, *(_spread(gradients) if listed else gradients)
 
         # Without what Function.apply does for transforms of torch.func, where no memory is plain: 2 microseconds.
-        apply = super(torch.autograd.Function, Function).apply
+        apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
         def eager(*arguments: Any) -> Any:
             if torch.is_grad_enabled():
@@ -158,23 +172,23 @@ class _Autograd:
         return eager
 
 
-def _spread(nested: Iterable) -> list:
+def _spread(nested: Iterable[Any]) -> list[Any]:
     return [x for part in nested for x in (part if isinstance(part, list | tuple) else (part,))]
 
 
 # ---- the second derivative ----
 
 
-def once_differentiable(op: str) -> Callable[[Callable], Callable]:
+def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a backward(ctx, *grads): to differentiate its gradients again raises RuntimeError, with what to do.
 
     Torch's decorator of that name lets `torch.autograd.grad(..., allow_unused=True)` pass in silence. Costs nothing
     unless create_graph is on.
     """
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
-        def once(ctx: Any, *grads: Tensor | None) -> tuple:
+        def once(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
             ctx = _ReadOnce(ctx)

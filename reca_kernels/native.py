@@ -4,6 +4,7 @@ A launcher of the module takes tensors as addresses, structs as tuples of their 
 Launch: where it works. The caller keeps the tensors alive until it returns.
 """
 
+import importlib
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,9 +13,7 @@ from torch import Tensor
 
 module: ModuleType | None
 try:
-    from reca_kernels import _native
-
-    module, missing = _native, ""
+    module, missing = importlib.import_module("reca_kernels._native"), ""
 except ImportError as error:
     module = None
     missing = f"the native module did not load ({error}); install a C++ compiler and reinstall with RECA_NATIVE=ON"

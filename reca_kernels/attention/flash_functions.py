@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ MODULES = {
 class Found(NamedTuple):
     """function: the one of a module; None: it is not installed, or `problem` says why it cannot be used."""
 
-    function: Callable | None = None
+    function: Callable[..., Any] | None = None
     problem: str | None = None
 
 
@@ -50,7 +50,7 @@ def found(module: str) -> Found:
     return Found(function)
 
 
-def _parameters(function: Callable) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     """Names of its parameters; those wanted where it takes any, or where Python cannot tell."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -67,7 +67,7 @@ def problems() -> list[str]:
     FlashAttention 2 comes with some files of 4, which need packages that it does not: nothing is wrong with that.
     """
     modules = [m for m in MODULES if m != "flash_attn.cute" or found("flash_attn") == Found()]
-    return [found(module).problem for module in modules if found(module).problem]
+    return [problem for module in modules if (problem := found(module).problem)]
 
 
 def flash_module(capability: tuple[int, int], head_dim: int, deterministic: bool) -> tuple[str | None, str]:
@@ -105,7 +105,7 @@ def _module_for(device: torch.device, head_dim: int, deterministic: bool) -> str
     return module
 
 
-def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> Callable:
+def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> Callable[..., Any]:
     """The function of the module that `flash_module` names. Raises RuntimeError where there is none."""
     return getattr(sys.modules[_module_for(device, head_dim, deterministic)], NAME)
 

@@ -124,8 +124,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, d
 def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_is_told_of_groups() else {}
-    return varlen_attn(
+    grouped: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]} if varlen_is_told_of_groups() else {}
+    out: Any = varlen_attn(
         q,
         k,
         v,
@@ -137,6 +137,7 @@ def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, dete
         window_size=(-1, 0) if call.causal else (-1, -1),
         **grouped,
     )
+    return out
 
 
 # ---- torch's scaled_dot_product_attention ----
@@ -144,13 +145,13 @@ def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, dete
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
     if plan.uniform and q.ndim == 4:
-        out = _sample(*(x.transpose(1, 2) for x in (q, k, v)), plan.groups[0], plan.pieces[0], scale)
-        return out.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return _sample(q, k, v, plan.groups[0], plan.pieces[0], scale).transpose(1, 2)
     sizes = (plan.query_sizes, plan.key_sizes, plan.key_sizes)
     lines = (_lines(x, size) for x, size in zip((q, k, v), sizes, strict=True))
     outs = [
-        _sample(*one, groups, pieces, scale)
-        for *one, groups, pieces in zip(*lines, plan.groups, plan.pieces, strict=True)
+        _sample(queries, keys, values, groups, pieces, scale)
+        for queries, keys, values, groups, pieces in zip(*lines, plan.groups, plan.pieces, strict=True)
     ]
     if q.ndim == 4:
         return torch.cat(outs).transpose(1, 2)
@@ -198,14 +199,14 @@ def _gathered(parts: list[Tensor]) -> Tensor:
 
 def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
     sees, fully_masked, queries, keys = _dense_mask(plan)
-    padded = (
+    grouped = bool(q.shape[-2] != k.shape[-2])
+    q_lines, k_lines, v_lines = (
         _padded(x, len(sizes), max(sizes), places)
         for x, sizes, places in ((q, plan.query_sizes, queries), *((x, plan.key_sizes, keys) for x in (k, v)))
     )
     out = F.scaled_dot_product_attention(
-        *padded, attn_mask=sees, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2])
-    )
-    out = out.transpose(1, 2)
+        q_lines, k_lines, v_lines, attn_mask=sees, scale=scale, enable_gqa=grouped
+    ).transpose(1, 2)
     if fully_masked is not None:
         out = out.masked_fill(fully_masked, 0)
     return out if q.ndim == 4 else _take(out.flatten(0, 1), queries)
@@ -256,9 +257,16 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
             line[size:] = False  # cut away in the end
     else:
         sees[..., :1] |= fully_masked
-    places = (_places(sizes) for sizes in (plan.query_sizes, plan.key_sizes))
-    made = (sees[:, None], fully_masked[..., None] if bool(fully_masked.any()) else None, *places)
-    return _Mask(*(x if x is None else on_device(x, plan.device) for x in made))
+
+    def moved(x: Tensor | None) -> Tensor | None:
+        return None if x is None else on_device(x, plan.device)
+
+    return _Mask(
+        on_device(sees[:, None], plan.device),
+        moved(fully_masked[..., None] if bool(fully_masked.any()) else None),
+        moved(_places(plan.query_sizes)),
+        moved(_places(plan.key_sizes)),
+    )
 
 
 def _places(sizes: Sequence[int]) -> Tensor | None:
@@ -280,13 +288,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, det
     packed = [_take(rows, queries), _take(_flat(k), unpadded), _take(_flat(v), unpadded)]
     packed = [x.transpose(0, 1)[None] for x in packed]
     on_gpu = q.device.type == "cuda" and not torch.compiler.is_compiling()
-    run = _compiled(flex_attention) if on_gpu else flex_attention
+    run: Any = _compiled(flex_attention) if on_gpu else flex_attention
     out = run(*packed, block_mask=blocks, scale=scale, enable_gqa=bool(q.shape[-2] != k.shape[-2]))
     return _put(out[0].transpose(0, 1), queries, rows.shape[0]).view(q.shape)
 
 
 @functools.cache
-def _compiled(function: Callable) -> Callable:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
@@ -339,7 +347,7 @@ def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple
     return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 
-IMPLS: dict[str, Callable] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "flex": flex, "dense": dense}
+IMPLS: dict[str, Callable[..., Any]] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "flex": flex, "dense": dense}
 
 
 # ---- which one ----

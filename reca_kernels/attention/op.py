@@ -62,7 +62,7 @@ def attention(
     checks.floating(OP, q=q, k=k, v=v)
     if dtype := checks.autocast_dtype(q):
         q, k, v = (x.to(dtype) if x.dtype != torch.float64 else x for x in (q, k, v))
-        prefix = prefix and tuple(x.to(q.dtype) for x in prefix)
+        prefix = prefix and (prefix[0].to(q.dtype), prefix[1].to(q.dtype))
     if prefix is not None:
         k, v = _after(prefix, k, v, plan)
     _check(q, k, v, plan)

@@ -250,7 +250,7 @@ def _make_calls(plan: AttentionPlan) -> None:
 
 def _calls(plan: AttentionPlan) -> Calls:
     query_starts, key_starts = _starts(plan.query_sizes), _starts(plan.key_sizes)
-    grouped: dict[tuple[bool, int], list[int]] = {}  # call -> its (sample, group)
+    grouped: dict[tuple[bool, int], list[tuple[int, QueryGroup]]] = {}  # call -> its (sample, group)
     for number, sample in enumerate(plan.groups):
         for causal in (False, True):
             # Counted from the end: the groups that see most share a call, which then needs no gathered keys.

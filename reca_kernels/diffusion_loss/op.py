@@ -1,10 +1,4 @@
-"""MAR's diffusion loss: noise prediction plus a variational bound with a learned range of variances, one pass.
-
-A backend's file holds, for contiguous tensors, noise a Philox address with one id per row or a tensor [M, C],
-
-    prepare(x0, t, noise, table, rows, out)                            writes x_t [M, C]
-    losses(out, x0, t, noise, table, rows, gradient) -> fp32 [M]       writes d loss / d out into gradient unless None
-"""
+"""MAR's diffusion loss: noise prediction plus a variational bound with a learned range of variances, one pass."""
 
 from typing import Any
 
@@ -13,6 +7,7 @@ from torch import Tensor
 
 from reca_kernels import checks, dispatch
 from reca_kernels.diffusion_loss import reference
+from reca_kernels.diffusion_loss.kernels import Kernels
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import has_values, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
@@ -117,7 +112,9 @@ def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None)
     checks.index_inside(OP, "t", t, 0, len(schedule))
 
 
-def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
+def _checked(
+    x0: Tensor, t: Tensor, noise: Philox | Tensor, schedule: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Philox | Tensor, Tensor | None]:
     checks.floating(OP, x0=x0)
     checks.integer(OP, t=t)
     if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
@@ -134,13 +131,13 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
     if schedule.ndim != 2 or schedule.shape[1] != len(reference.COLUMNS):
         raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
     if isinstance(noise, Tensor):
-        name, ids, expected = "noise", noise, (len(t), x0.shape[1])
+        name, ids, expected = "noise", noise, [len(t), x0.shape[1]]
         noise = (noise.to(x0.dtype) if torch.float64 in (noise.dtype, x0.dtype) else noise).contiguous()
     else:
         noise = checked(OP, noise)
-        name, ids, expected = "noise.sample_ids", noise.sample_ids, (len(t),)
-    if tuple(ids.shape) != expected:
-        raise ValueError(f"{OP}: {name} must be {list(expected)}, got {list(ids.shape)}")
+        name, ids, expected = "noise.sample_ids", noise.sample_ids, [len(t)]
+    if list(ids.shape) != expected:
+        raise ValueError(f"{OP}: {name} must be {expected}, got {list(ids.shape)}")
     return t.long().contiguous(), noise, rows
 
 
@@ -154,17 +151,29 @@ def _checked(x0, t, noise, schedule, rows) -> tuple[Tensor, Philox | Tensor, Ten
         t.shape[0], x0.shape[1], dtype=dtype
     ),
 )
-def _noisy(x0, t, seed, ids, stream, explicit, table, rows, dtype, backend) -> Tensor:
+def _noisy(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    stream: int,
+    explicit: Tensor | None,
+    table: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return x_t [M, C]."""
+    kernels: Kernels = dispatch.load(backend, OP)
     _check_indices(x0, t, table, rows)
     out = torch.empty(t.shape[0], x0.shape[1], dtype=dtype, device=x0.device)
     noise = unflattened(seed, ids, stream, explicit)
-    dispatch.load(backend, OP).add_noise(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
+    kernels.add_noise(x0.contiguous(), t, noise, table.float().contiguous(), rows, out)
     return out
 
 
-def _losses_fake(
-    out, x0, t, seed, ids, stream, explicit, table, rows, learns, uneven, backend
-) -> tuple[Tensor, Tensor | None]:
+def _losses_fake(out: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    learns = rest[-3]
     dtype = torch.float32 if out.dtype == torch.float16 else out.dtype
     gradient = torch.empty_like(out, dtype=dtype, memory_format=torch.contiguous_format) if learns else None
     return out.new_empty(out.shape[0], dtype=torch.float32), gradient
@@ -176,9 +185,20 @@ def _losses_fake(
     _losses_fake,
 )
 def _losses(
-    out, x0, t, seed, ids, stream, explicit, table, rows, learns, uneven, backend
+    out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    stream: int,
+    explicit: Tensor | None,
+    table: Tensor,
+    rows: Tensor | None,
+    learns: bool,
+    uneven: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses per row, and their derivative by out where it `learns`.
+    """Return losses per row, and their derivative by out where it `learns`.
 
     uneven: upstream gradients differ between rows, and where one is 0 it makes 0 of NaN and infinity too.
     """
@@ -187,20 +207,21 @@ def _losses(
     out = (out.float() if learns and out.dtype == torch.float16 else out).contiguous()
     gradient = torch.empty_like(out) if learns else None
     noise, table = unflattened(seed, ids, stream, explicit), table.float().contiguous()
-    return dispatch.load(backend, OP).losses(out, x0.contiguous(), t, noise, table, rows, gradient), gradient
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.losses(out, x0.contiguous(), t, noise, table, rows, gradient), gradient
 
 
 # ---- the gradient ----
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     out, x0, t, seed, ids, ctx.stream, explicit, table, rows, _, ctx.uneven, ctx.backend = inputs
     ctx.gradient = output[1]
     ctx.mark_non_differentiable(ctx.gradient)
     ctx.save_for_backward(out, x0, t, seed, ids, explicit, table, rows)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     out, x0, t, seed, ids, explicit, table, rows = ctx.saved_tensors
     raw = plain(grad, out)

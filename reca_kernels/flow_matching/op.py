@@ -1,12 +1,4 @@
-"""Flow matching: the noisy input, and the loss against the velocity, with noise that is drawn again, never stored.
-
-A backend's file holds, for contiguous images [C, H, W] of one dtype and noise either a Philox address or a contiguous
-tensor in the order of the prediction,
-
-    prepare(images, t [B] fp32, noise, patch, out)                    writes x_t, flat, into out
-    losses(pred, images, noise, patch, gradient) -> fp32 [B]          sums of squared errors; writes their derivative by
-                                                                      pred into gradient unless that is None
-"""
+"""Flow matching: the noisy input, and the loss against the velocity, with noise that is drawn again, never stored."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +8,7 @@ from torch import Tensor
 
 from reca_kernels import checks, dispatch
 from reca_kernels.flow_matching import reference
+from reca_kernels.flow_matching.kernels import Kernels
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
@@ -93,15 +86,15 @@ def flow_matching_loss(
     # fp64 anywhere is for the reference.
     dtype = torch.float64 if images[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
-    masked = None if weight is None else weight == 0
     if backend == "reference":
+        masked = None if weight is None else weight == 0
         sums = reference.losses(pred.reshape(-1), images, noise, patch, masked)
     else:
         learns = not raw or (pred.requires_grad and torch.is_grad_enabled())
         uneven = weight is not None or reduction == "sample"
         sums, _ = _losses(raw, pred, images, *flattened(noise), patch, learns, uneven, backend)
     if weight is not None:
-        sums = torch.where(~masked | sums.isfinite(), sums, 0) * weight.to(sums.dtype)
+        sums = torch.where((weight != 0) | sums.isfinite(), sums, 0) * weight.to(sums.dtype)
     if reduction == "sum":
         return sums.sum()
     counts = [image.numel() for image in images]
@@ -125,10 +118,12 @@ def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     batch = isinstance(x0, Tensor)
-    images = x0
-    if batch and x0.ndim == 4:
+    images: Sequence[Tensor] = ()
+    if not isinstance(x0, Tensor):
+        images = x0
+    elif x0.ndim == 4:
         images = x0.contiguous().unbind()
-    elif batch or any(image.ndim != 3 for image in images):
+    if (isinstance(x0, Tensor) and x0.ndim != 4) or any(image.ndim != 3 for image in images):
         raise ValueError(f"{OP}: x0 must be [B, C, H, W] or a list of [C, H, W]")
     if not images:
         raise ValueError(f"{OP}: x0 holds no image")
@@ -189,17 +184,27 @@ def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
         sum(image.numel() for image in images), dtype=dtype
     ),
 )
-def _noisy(images, t, seed, ids, stream, explicit, patch, dtype, backend) -> Tensor:
-    """x_t, flat."""
+def _noisy(
+    images: list[Tensor],
+    t: Tensor,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    stream: int,
+    explicit: Tensor | None,
+    patch: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return x_t, flat."""
+    kernels: Kernels = dispatch.load(backend, OP)
     out = torch.empty(sum(image.numel() for image in images), dtype=dtype, device=t.device)
     noise = unflattened(seed, ids, stream, explicit)
-    dispatch.load(backend, OP).add_noise(images, t, noise, patch, out)
+    kernels.add_noise(images, t, noise, patch, out)
     return out
 
 
-def _losses_fake(
-    pred, images, seed, ids, stream, explicit, patch, learns, uneven, backend
-) -> tuple[Tensor, Tensor | None]:
+def _losses_fake(pred: Tensor, images: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor | None]:
+    learns = rest[-3]
     losses = pred.new_empty(len(images), dtype=torch.float32)
     dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
     return losses, _empty_like(pred, dtype) if learns else None
@@ -210,8 +215,19 @@ def _losses_fake(
     "str backend) -> (Tensor, Tensor)",
     _losses_fake,
 )
-def _losses(pred, images, seed, ids, stream, explicit, patch, learns, uneven, backend) -> tuple[Tensor, Tensor | None]:
-    """Sums of squared errors per image, and their derivative by pred where it `learns`.
+def _losses(
+    pred: Tensor,
+    images: list[Tensor],
+    seed: Tensor | None,
+    ids: Tensor | None,
+    stream: int,
+    explicit: Tensor | None,
+    patch: int,
+    learns: bool,
+    uneven: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Return sums of squared errors per image, and their derivative by pred where it `learns`.
 
     uneven: upstream gradients differ between images, and where one is 0 it makes 0 of NaN and infinity too.
     """
@@ -219,7 +235,8 @@ def _losses(pred, images, seed, ids, stream, explicit, patch, learns, uneven, ba
     pred = (pred.float() if learns and pred.dtype == torch.float16 else pred).contiguous()
     gradient = torch.empty_like(pred) if learns else None
     noise = unflattened(seed, ids, stream, explicit)
-    return dispatch.load(backend, OP).losses(pred, images, noise, patch, gradient), gradient
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.losses(pred, images, noise, patch, gradient), gradient
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -229,14 +246,14 @@ def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 # ---- the gradient ----
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     pred, images, seed, ids, ctx.stream, explicit, ctx.patch, _, ctx.uneven, ctx.backend = inputs
     ctx.gradient = output[1]
     ctx.mark_non_differentiable(ctx.gradient)
     ctx.save_for_backward(pred, seed, ids, explicit, *images)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     pred, seed, ids, explicit, *images = ctx.saved_tensors
     lengths = [image.numel() for image in images]

@@ -1,14 +1,4 @@
-"""Cross-entropy that reads only the rows which carry a label.
-
-A backend's file holds
-
-    forward(logits, labels, options) -> (loss [] or [N], stats [N, 2], scale [])       all fp32
-    backward(grad [] or [N], scale, logits, labels, stats, options, out)               grad fp32; writes out [N, V]
-
-for logits whose rows have elements side by side. `stats` holds a row's largest logit m and log(sum exp(z - m)): their
-sum would lose digits when all logits share a large offset. `scale` is what the reduction multiplies gradients with, on
-the device. `out` has the dtype of the logits and may be the logits.
-"""
+"""Cross-entropy that reads only the rows which carry a label."""
 
 from typing import Any
 
@@ -18,6 +8,7 @@ from torch import Tensor
 from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy import reference
+from reca_kernels.masked_cross_entropy.kernels import Kernels
 from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
 from reca_kernels.memory import has_values, plain
 
@@ -101,7 +92,8 @@ def _forward_fake(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, T
 def _forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *options, _, backend = rest
     checks.labels_inside(OP, labels, logits.shape[1], options[0])
-    return dispatch.load(backend, OP).forward(_rows(logits), labels.contiguous(), CrossEntropyOptions(*options))
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.forward(_rows(logits), labels.contiguous(), CrossEntropyOptions(*options))
 
 
 def _gradient_fake(grad: Tensor, scale: Tensor, logits: Tensor, *rest: Any) -> Tensor:
@@ -129,8 +121,8 @@ def _gradient(
 ) -> Tensor:
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    kernel = dispatch.load(backend, OP).backward
-    kernel(grad.float(), scale, _rows(logits), labels.contiguous(), stats, options, out)
+    kernels: Kernels = dispatch.load(backend, OP)
+    kernels.backward(grad.float(), scale, _rows(logits), labels.contiguous(), stats, options, out)
     return out
 
 
@@ -157,7 +149,7 @@ def _in_step(logits: Tensor) -> Tensor | None:
 # ---- the gradient ----
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     logits, labels, *ctx.options, ctx.inplace, ctx.backend = inputs
     _, stats, scale = output
     ctx.save_for_backward(logits, labels, stats, scale)
@@ -165,7 +157,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
     ctx.spent = False
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     if ctx.spent:
         raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
     logits, labels, stats, scale = ctx.saved_tensors

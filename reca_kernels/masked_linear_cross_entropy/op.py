@@ -112,8 +112,10 @@ def _fake(
 ) -> tuple[Tensor | None, ...]:
     reduction, needs = rest[4], rest[-2]
     loss = hidden.new_empty(labels.shape if reduction == "none" else (), dtype=torch.float32)
-    parameters = zip((hidden, weight, bias), needs, strict=True)
-    gradients = [x.new_empty(x.shape, dtype=_kept(x, row_grad)) if need else None for x, need in parameters]
+    gradients = [
+        x.new_empty(x.shape, dtype=_kept(x, row_grad)) if x is not None and need else None
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
     return loss, *gradients
 
 
@@ -148,7 +150,7 @@ def _loss_and_gradients(
     dtype: torch.dtype,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return (loss, dx, dw, db), None for what nobody needs. Products run in `dtype`."""
     if row_grad is None:
         _check_labels(labels, weight, ignore_index, max_labelled)
@@ -189,7 +191,7 @@ def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) ->
 # ---- the gradient ----
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     hidden, weight, bias, labels, _, *ctx.settings, needs, ctx.backend = inputs
     ctx.needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if ctx.settings[4] != "none" and any(need and not made for need, made in zip(ctx.needs, needs, strict=True)):
@@ -201,7 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -
     ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, *gradients = ctx.saved_tensors
     if ctx.settings[4] == "none":
         arguments = (hidden, weight, bias, labels, grad.contiguous(), *ctx.settings, ctx.needs, ctx.backend)

@@ -31,7 +31,10 @@ def flattened(noise: Philox | Tensor) -> tuple[Tensor | None, Tensor | None, int
 def unflattened(
     seed: Tensor | None, sample_ids: Tensor | None, stream: int, explicit_noise: Tensor | None
 ) -> Philox | Tensor:
-    return Philox(seed, sample_ids, stream) if explicit_noise is None else explicit_noise
+    if explicit_noise is not None:
+        return explicit_noise
+    assert seed is not None and sample_ids is not None
+    return Philox(seed, sample_ids, stream)
 
 
 def checked(op: str, noise: Philox) -> Philox:

@@ -1,8 +1,4 @@
-"""Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend.
-
-A backend's file holds draw(noise, distribution, out): fills out, fp32 [B, n].
-`distribution` is "bits" (uint32 words), "uniform" or "normal".
-"""
+"""Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend."""
 
 import torch
 from torch import Tensor
@@ -12,6 +8,7 @@ from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
 from reca_kernels.philox import reference
 from reca_kernels.philox.address import Philox, addressed, checked
+from reca_kernels.philox.kernels import Kernels
 
 OP = "philox"
 
@@ -43,5 +40,6 @@ def _draw(noise: Philox, n: int, distribution: str, backend: str | None) -> Tens
 )
 def _fill(seed: Tensor, ids: Tensor, stream: int, n: int, distribution: str, backend: str) -> Tensor:
     out = torch.empty(ids.shape[0], n, dtype=torch.float32, device=ids.device)
-    dispatch.load(backend, OP).draw(Philox(seed, ids, stream), distribution, out)
+    kernels: Kernels = dispatch.load(backend, OP)
+    kernels.draw(Philox(seed, ids, stream), distribution, out)
     return out

@@ -28,5 +28,5 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Return the gradient of rows [K, D], in their dtype.
 
-        It adds in fp32 in a fixed order: that of t on CPUs, that of chunks of positions on GPUs.
+        It adds in fp32 in a fixed order: that of t on CPUs, that of row_gradients.py on GPUs.
         """

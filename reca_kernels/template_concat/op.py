@@ -1,15 +1,4 @@
-"""Template tokens, visual embeddings and additive rows, written once into one sequence of embeddings.
-
-A backend's file holds
-
-    forward(sources, out_dtype) -> [T, D]
-    backward(grad [T, D], index [T], negated, rows) -> [K, D], the gradient of rows [K, D], in their dtype
-
-A source is (rows [K, D], index [T], negated): position t gets row index[t], or row -1 - index[t] when negated, and
-nothing where that is negative. The first two sources are the table and the visual rows over the same index. forward
-adds in the order of the sources, in fp32, and rounds once. backward adds in fp32 in a fixed order: of t on CPUs, that
-of reca_kernels/template_concat/row_gradients.py on GPUs.
-"""
+"""Template tokens, visual embeddings and additive rows, written once into one sequence of embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +10,7 @@ from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import has_values, plain
 from reca_kernels.template_concat import reference
+from reca_kernels.template_concat.kernels import Kernels
 
 OP = "template_concat"
 
@@ -112,7 +102,8 @@ def _dense(x: Tensor) -> Tensor:
 def _forward(rows: Sequence[Tensor], indices: Sequence[Tensor], out_dtype: torch.dtype, backend: str) -> Tensor:
     _check_indices(rows, indices)
     sources = [(_dense(r), *index) for r, index in zip(rows, _sources(indices), strict=True)]
-    return dispatch.load(backend, OP).forward(sources, out_dtype)
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.forward(sources, out_dtype)
 
 
 @kernel_op(
@@ -120,13 +111,14 @@ def _forward(rows: Sequence[Tensor], indices: Sequence[Tensor], out_dtype: torch
     lambda grad, index, negated, rows, backend: rows.new_empty(rows.shape),
 )
 def _gradient(grad: Tensor, index: Tensor, negated: bool, rows: Tensor, backend: str) -> Tensor:
-    return dispatch.load(backend, OP).backward(_dense(grad), index, negated, rows)
+    kernels: Kernels = dispatch.load(backend, OP)
+    return kernels.backward(_dense(grad), index, negated, rows)
 
 
 # ---- the gradient ----
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, indices, _, ctx.backend = inputs
     ctx.needs = [r.requires_grad for r in rows]
     ctx.save_for_backward(*rows, *indices)

@@ -108,14 +108,15 @@ def concat_plan(
         labels=torch.full(shape, IGNORE_INDEX),
         cu_seqlens=cu_seqlens,
     )
-    for number, (src, label) in enumerate(zip(srcs, labels, strict=True)):
-        n = len(src)
+    place: slice | tuple[int, slice]
+    for number, (own_src, own_labels) in enumerate(zip(srcs, labels, strict=True)):
+        n = len(own_src)
         if layout == "packed":
             place = slice(int(cu_seqlens[number]), int(cu_seqlens[number]) + n)
         else:
             place = (number, slice(length - n, length) if layout == "left" else slice(n))
-        plan.src[place] = src
-        plan.labels[place] = label
+        plan.src[place] = own_src
+        plan.labels[place] = own_labels
         plan.position_ids[place] = torch.arange(n)
         plan.segment_ids[place] = number
     return plan

@@ -1,5 +1,7 @@
 """Which backend runs, and what is said when one cannot."""
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -84,6 +86,21 @@ def test_report_names_every_op():
 def test_ops_are_the_folders_with_a_kernel():
     assert {"philox", "template_concat", "masked_cross_entropy", "masked_linear_cross_entropy"} <= set(dispatch.OPS)
     assert "attention" not in dispatch.OPS, "it has a definition, and runs on torch and flash-attn"
+
+
+@pytest.mark.parametrize("backend", [name for name in dispatch.BACKENDS if name != "reference"])
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_backends_hold_what_their_op_calls(op, backend):
+    """Functions of the names and arguments of the op's `Kernels`."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    contract = importlib.import_module(f"reca_kernels.{op}.kernels").Kernels
+    wanted = {name: method for name, method in vars(contract).items() if not name.startswith("_")}
+    held = dispatch.load(backend, op)
+    assert wanted
+    for name, method in wanted.items():
+        _, *arguments = inspect.signature(method).parameters
+        assert list(inspect.signature(getattr(held, name)).parameters) == arguments, f"{op}.{backend}.{name}"
 
 
 def test_a_folder_does_not_hide_the_function_of_its_name():
