@@ -39,10 +39,14 @@ struct Binding {
   explicit Binding(void (*bind)(py::module_&)) { bindings().push_back(bind); }
 };
 
-#define RECA_BIND(m)                            \
-  static void bind_to(reca::py::module_& m);    \
-  static const reca::Binding binding(&bind_to); \
-  static void bind_to(reca::py::module_& m)
+// Names of its own for each: several bind.cpp may be one translation unit.
+#define RECA_BIND(m) RECA_BIND_EXPANDED(m, __COUNTER__)
+#define RECA_BIND_EXPANDED(m, number) RECA_BIND_NUMBERED(m, number)
+#define RECA_BIND_NUMBERED(m, number) RECA_BIND_NAMED(m, bind_##number, binding_##number)
+#define RECA_BIND_NAMED(m, bind, binding)    \
+  static void bind(reca::py::module_& m);    \
+  static const reca::Binding binding(&bind); \
+  static void bind(reca::py::module_& m)
 
 // ---- arguments ----
 

@@ -38,7 +38,7 @@ def masked_linear_cross_entropy(
         softcap=softcap,
         reduction=reduction,
     )
-    if rows is None:
+    if rows is None or max_labelled is None:
         return loss
     if reduction == "none":
         return torch.where(all_unlabelled, 0, loss.new_tensor(torch.nan)).index_copy(0, rows, loss)

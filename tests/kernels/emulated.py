@@ -41,8 +41,10 @@ def build(folder: Path) -> ModuleType:
     """The native module, built in `folder`, whose launchers work on any device but the host."""
     includes = [Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()]
     flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
-    sources = [ROOT / "csrc/module.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
-    sources += sorted((ROOT / "csrc").glob("*/cuda.cu"))
+    bindings = [ROOT / "csrc/module.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
+    together = folder / "bindings.cpp"  # pybind11 is compiled once
+    together.write_text("".join(f'#include "{path}"\n' for path in bindings))
+    sources = [together, *sorted((ROOT / "csrc").glob("*/cuda.cu"))]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}.{source.name}.o"
