@@ -14,7 +14,7 @@ def alignment(h_v: Tensor, words: Tensor, table: Tensor) -> Tensor:  # [B, n, H]
     return ALIGN * F.cross_entropy((cosine / TEMPERATURE).flatten(0, 1), words.flatten()) + NORM * distance.mean()
 
 
-def filled(ids: list[int], count: int, filler: int) -> list[int]:
+def pad_tokens(ids: list[int], count: int, filler: int) -> list[int]:
     """Pad a caption's token ids to `count` tokens of h_v. Raises ValueError if they are more."""
     if len(ids) > count:
         raise ValueError(f"a caption of {len(ids)} tokens does not fit {count} tokens of h_v")

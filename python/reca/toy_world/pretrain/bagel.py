@@ -1,7 +1,7 @@
-"""A tiny BAGEL that understands more than it can draw.
+"""A tiny BAGEL that understands more than it can generate.
 
-First SigLIP and the understanding expert learn to name every colour-shape pair, from images and from text. Then they
-are frozen, as in BAGEL, and the generation expert learns to draw captions that lack the held-out pairs.
+First SigLIP and the understanding expert learn to caption every colour-shape pair, from images and from text. Then they
+are frozen, as in BAGEL, and the generation expert learns to generate from captions that lack the held-out pairs.
 """
 
 import random
@@ -19,19 +19,19 @@ from reca.models.common.text import encode
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, filled
-from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
+from reca.toy_world.pretrain.alignment import alignment, pad_tokens
+from reca.toy_world.pretrain.language import PROMPTS, draw_reply
 from reca.toy_world.pretrain.optimize import first_images, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
-from reca_kernels import masked_linear_cross_entropy
+from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
-UNDERSTANDING, DRAWING = 350, 600  # steps
-NAMED, DRAWN = 32, 64  # images in a step of each
+UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
+CAPTION_BATCH, GENERATION_BATCH = 32, 64  # images in a step of each
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
-class _Quoting(Adapter):
-    """A BAGEL whose h_v comes in the language model's space already: what the connector made, or words in its place."""
+class _WordsAsHv(Adapter):
+    """A BAGEL whose h_v is in the language model's space already: from the connector, or embeddings of words."""
 
     def connect(self, h_v: list[Tensor] | None) -> Tensor:
         table = self.language_model.model.embed_tokens.weight
@@ -43,7 +43,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     torch.manual_seed(seed)
     rng = random.Random(seed)
     recipe.model.seed = seed
-    model = _Quoting.load(recipe.model).train()
+    model = _WordsAsHv.load(recipe.model).train()
     model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
@@ -56,22 +56,35 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
             p for name, p in model.named_parameters() if roles[name] in names and p.ndim == 2 and ".layers." in name
         ]
 
-    understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
-    sees = ("und_encoder", "bridge", "und_lm", "embed")
-    optimize(part(*sees), matrices(*sees), _naming(model, seed, rng, scale), understanding, progress)
-    for parameter in part(*sees):
+    understanding, generation = scaled(UNDERSTANDING_STEPS, scale), scaled(GENERATION_STEPS, scale)
+    understanding_roles = ("und_encoder", "bridge", "und_lm", "embed")
+    optimize(
+        part(*understanding_roles),
+        matrices(*understanding_roles),
+        _caption_loss(model, seed, rng, scale),
+        understanding,
+        progress,
+    )
+    for parameter in part(*understanding_roles):
         parameter.requires_grad_(False)
-    draws = ("gen_lm", "gen_head")
-    optimize(part(*draws), matrices(*draws), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
+    generation_roles = ("gen_lm", "gen_head")
+    optimize(
+        part(*generation_roles),
+        matrices(*generation_roles),
+        _generation_loss(model, seed, rng, scale),
+        generation,
+        progress,
+        done=understanding,
+    )
 
     finished = Adapter.load(recipe.model)
     finished.load_state_dict(model.state_dict())
-    save_as_run(finished, recipe, folder, understanding + drawing)
+    save_as_run(finished, recipe, folder, understanding + generation)
     return finished
 
 
 class _Slots:
-    """Captions on the rows of h_v."""
+    """Captions on the tokens of h_v."""
 
     def __init__(self, model: Adapter):
         self.model, self.side = model, modules.vit_size(model.config.vision)
@@ -81,74 +94,74 @@ class _Slots:
         return encode(self.model.tokenizer, text)
 
     def words(self, text: str) -> list[int]:
-        return filled(self.ids(text), self.side**2, self.model.vocabulary.eos)
+        return pad_tokens(self.ids(text), self.side**2, self.model.vocabulary.eos)
 
-    def quoted(self, words: list[int]) -> Tensor:
-        """Words as h_v in the language model's space, [h, w, D]."""
+    def as_h_v(self, words: list[int]) -> Tensor:
+        """Embed words as h_v in the language model's space, [h, w, D]."""
         table = self.model.language_model.model.embed_tokens.weight
         return table[torch.tensor(words)].unflatten(0, (self.side, self.side))
 
 
-def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
     split, slots, v = understood(seed), _Slots(model), model.vocabulary
     view = model.views("reca").und
-    shown = first_images(split, scale)
-    seen = unit(torch.stack([fit_to_view(image, view) for image in shown]))
-    words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
+    images = first_images(split, scale)
+    pixels = unit(torch.stack([fit_to_view(image, view) for image in images]))
+    words = [slots.words(caption(split.scene(i))) for i in range(len(images))]
 
-    def talk(asked: str, scene) -> prompt.Text:
-        heard, (ids, labels) = [v.bos, *slots.ids(asked), v.eos, v.bos], reply(scene, rng, slots.ids)
-        after = [*[IGNORE] * len(heard), *labels, v.eos, IGNORE][1:]
-        return prompt.Text([*heard, *ids, v.eos], after)
+    def conversation(question: str, scene) -> prompt.Text:
+        opening, (ids, labels) = [v.bos, *slots.ids(question), v.eos, v.bos], draw_reply(scene, rng, slots.ids)
+        after = [*[IGNORE_INDEX] * len(opening), *labels, v.eos, IGNORE_INDEX][1:]
+        return prompt.Text([*opening, *ids, v.eos], after)
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(shown), (NAMED,))
-        rows = model.connector(model.vit_model.vision_model(seen[index]))
+        index = torch.randint(len(images), (CAPTION_BATCH,))
+        rows = model.connector(model.vit_model.vision_model(pixels[index]))
         samples, h_v = [], []
         for k, i in enumerate(index.tolist()):
             scene = split.scene(i)
-            samples.append([slots.item, talk(rng.choice(ASKED), scene)])
+            samples.append([slots.item, conversation(rng.choice(PROMPTS), scene)])
             h_v.append(rows[k])
-            if k < NAMED // 2:
-                samples.append([slots.item, talk(rng.choice(ASKED), scene)])
-                h_v.append(slots.quoted(words[i]))
+            if k < CAPTION_BATCH // 2:
+                samples.append([slots.item, conversation(rng.choice(PROMPTS), scene)])
+                h_v.append(slots.as_h_v(words[i]))
             else:
-                samples.append([talk(phrase(caption(scene), rng), scene)])
+                samples.append([conversation(phrase(caption(scene), rng), scene)])
         layout = model.layout(samples)
         hidden, _ = model.prefill(prompt.Prompt(samples, h_v), layout=layout)
-        named = masked_linear_cross_entropy(hidden, model.language_model.lm_head.weight, layout.labels)
+        captioning = masked_linear_cross_entropy(hidden, model.language_model.lm_head.weight, layout.labels)
         on_slots = torch.tensor([words[i] for i in index.tolist()])
-        return named + alignment(rows.flatten(1, 2), on_slots, model.language_model.model.embed_tokens.weight)
+        return captioning + alignment(rows.flatten(1, 2), on_slots, model.language_model.model.embed_tokens.weight)
 
     return loss
 
 
-def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
-    split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
+    split, slots, noise_rng, half = captioned(seed), _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
     moments = torch.stack(model.moments(list(first_images(split, scale))))
-    drawn = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
+    noisy_image = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(moments), (DRAWN,))
-        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
+        index = torch.randint(len(moments), (GENERATION_BATCH,))
+        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
         texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        asked = [[model.text(phrase(text, rng))] for text in texts[:half]]
-        quoted = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
-        h_v = [slots.quoted(slots.words(text)) for text in texts[half:]]
-        given = prompt.Prompt(asked + quoted, h_v)
+        text_prompts = [[model.text(phrase(text, rng))] for text in texts[:half]]
+        h_v_prompts = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
+        h_v = [slots.as_h_v(slots.words(text)) for text in texts[half:]]
+        given = prompt.Prompt(text_prompts + h_v_prompts, h_v)
         layout = model.layout(given.items)
-        image = model.layout([[drawn]] * DRAWN, layout.next_positions)
-        total = flow_loss(model, given, layout, image, moments[index], numbers, draws)
-        return total / (DRAWN * drawn.height * drawn.width)
+        image = model.layout([[noisy_image]] * GENERATION_BATCH, layout.next_positions)
+        total = flow_loss(model, given, layout, image, moments[index], sample_ids, noise_rng)
+        return total / (GENERATION_BATCH * noisy_image.height * noisy_image.width)
 
     return loss
 
 
 SETUP = DemoSetup(
     recipe="bagel_tiny",
-    steps=UNDERSTANDING + DRAWING,
+    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
     pretrain=pretrain,
     init_override="train.init_from={folder}",
     sampling={"steps": 20, "guidance": 1.0},

@@ -1,8 +1,8 @@
-"""A tiny Harmon that understands more than it can draw.
+"""A tiny Harmon that understands more than it can generate.
 
-One MAR encoder and one language model do both. They first learn to name images of every pair, and go on with that
-while captions without the held-out pairs are drawn. As in Show-o's start, h_v is aligned with words, and words stand in
-its place.
+One MAR encoder and one language model do both. They first learn to caption images of every pair, and go on with that
+while learning to generate from captions without the held-out pairs. As for Show-o, h_v is aligned with words, and
+words stand in its place.
 """
 
 import random
@@ -20,24 +20,24 @@ from reca.models.harmon.loss import image_loss, prepare_images, sample_prompts
 from reca.rng import CounterRNG, RandomStream
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, filled
+from reca.toy_world.pretrain.alignment import alignment, pad_tokens
 from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
-UNDERSTANDING, DRAWING = 200, 600  # steps; those of drawing go on with understanding
-DRAWN, NAMED = 64, 32  # captioned and understood images in one step
+UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 600  # those of generation go on with captioning
+GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 OFFSET = 3.0  # of the diffusion head's input
-SEES = (
+UNDERSTANDING_ROLES = (
     "shared_encoder",
     "shared_lm",
     "embed",
 )  # roles that understanding needs, beside the way in to the language model
 
 
-class _Remembering(Adapter):
-    """A Harmon that remembers what its diffusion head was last conditioned on."""
+class _RecordsConditions(Adapter):
+    """A Harmon that records the last conditions of its diffusion head."""
 
     conditioned: Tensor  # [B, m n, D]
 
@@ -46,8 +46,8 @@ class _Remembering(Adapter):
         return self.conditioned
 
 
-class _Noisier(CounterRNG):
-    """Timesteps of much noise more often: the last tenth three times in ten."""
+class _HighNoiseRNG(CounterRNG):
+    """Draws high-noise timesteps more often: the last tenth with probability 0.3."""
 
     def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         uniform = super().uniform(purpose, sample_ids, n)
@@ -60,109 +60,115 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
     recipe.model.seed = seed
-    model = _Remembering.load(recipe.model).train()
+    model = _RecordsConditions.load(recipe.model).train()
     model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     net = model.mar.diffloss.net
     nn.init.normal_(model.llm.model.embed_tokens.weight, std=0.3)
     # LayerNorm removes the length of its input, which the noise to predict must keep; beside an offset it nearly stays.
     nn.init.normal_(net.input_proj.bias, std=OFFSET)
     task = _Task(model, seed, random.Random(seed), scale)
-    understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
+    understanding, generation = scaled(UNDERSTANDING_STEPS, scale), scaled(GENERATION_STEPS, scale)
 
     language = (model.llm.model.layers, model.mar.encoder_blocks)
     roles = model.roles()
-    understands = [p for name, p in model.named_parameters() if roles[name] in SEES or name.startswith("proj_in.")]
-    optimize(understands, matrices(*language), lambda step: task.naming(), understanding, progress)
+    understanding_parameters = [
+        p for name, p in model.named_parameters() if roles[name] in UNDERSTANDING_ROLES or name.startswith("proj_in.")
+    ]
+    optimize(understanding_parameters, matrices(*language), lambda step: task.caption_loss(), understanding, progress)
 
     everything = [*model.parameters(), *task.readout.parameters()]
     layers = matrices(*language, model.mar.decoder_blocks, net.res_blocks)
-    both = lambda step: task.drawing(step) + task.naming()  # noqa: E731
-    optimize(everything, layers, both, drawing, progress, done=understanding)
+    total = lambda step: task.generation_loss(step) + task.caption_loss()  # noqa: E731
+    optimize(everything, layers, total, generation, progress, done=understanding)
 
     finished = Adapter.load(recipe.model)
     finished.load_state_dict(model.state_dict())
-    save_as_run(finished, recipe, folder, understanding + drawing)
+    save_as_run(finished, recipe, folder, understanding + generation)
     return finished
 
 
 class _Task:
-    """The losses of one step."""
+    """Losses of one pre-training step."""
 
-    def __init__(self, model: _Remembering, seed: int, rng: random.Random, scale: float):
-        self.model, self.rng, self.draws = model, rng, _Noisier(seed)
-        self.drawn, self.named = captioned(seed), understood(seed)
-        self.to_draw, self.to_name = (
-            model.latents(unit(first_images(split, scale))) for split in (self.drawn, self.named)
+    def __init__(self, model: _RecordsConditions, seed: int, rng: random.Random, scale: float):
+        self.model, self.rng, self.noise_rng = model, rng, _HighNoiseRNG(seed)
+        self.generation_split, self.caption_split = captioned(seed), understood(seed)
+        self.generation_latents, self.caption_latents = (
+            model.latents(unit(first_images(split, scale))) for split in (self.generation_split, self.caption_split)
         )
         self.end = model.tokenizer.convert_tokens_to_ids(END)
-        self.buffers, self.tokens = model.config.mar.buffers, self.to_name[0, :, :, 0].numel()
+        self.buffers, self.tokens = model.config.mar.buffers, self.caption_latents[0, :, :, 0].numel()
         self.readout = nn.Linear(model.config.mar.width, modules.channels(model.config))
-        self.words = [self.on_buffers(caption(self.named.scene(i))) for i in range(len(self.to_name))]
+        self.words = [self.on_buffers(caption(self.caption_split.scene(i))) for i in range(len(self.caption_latents))]
 
     def on_buffers(self, text: str) -> list[int]:
-        """A caption's token ids on the buffers of h_v, filled up with the end of text."""
-        return filled(encode(self.model.tokenizer, text), self.buffers, self.end)
+        """Tokenize a caption for the buffers of h_v, padded with the end of text."""
+        return pad_tokens(encode(self.model.tokenizer, text), self.buffers, self.end)
 
-    def quoted(self, asked: Prompt, words: list[int]) -> Prompt:
-        """A prompt with words where h_v's buffers would be, and the end of text where its tokens would."""
-        ids, slot, labels = asked
+    def with_words(self, given: Prompt, words: list[int]) -> Prompt:
+        """Put words in the place of h_v's buffers, and the end of text in the place of its tokens."""
+        ids, slot, labels = given
         h_v = [self.end] * self.tokens + words
         if labels is not None:
             labels = labels[:slot] + [IGNORE_INDEX] * len(h_v) + labels[slot:]
         return Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
 
-    def drawing(self, step: int) -> Tensor:
+    def generation_loss(self, step: int) -> Tensor:
         """Compute the loss of generating: half from text prompts, half from captions in h_v's place.
 
-        A linear readout makes the head's conditions tell the tokens. The diffusion loss alone does so where noise has
-        left little of a token, and there it weighs little.
+        A linear readout makes the head's conditions predict the latents. The diffusion loss alone does so
+        where noise has left little of a token, and there it weighs little.
         """
-        model, rng, half = self.model, self.rng, DRAWN // 2
-        index = torch.randint(len(self.to_draw), (DRAWN,))
-        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        texts = [caption(self.drawn.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
+        model, rng, half = self.model, self.rng, GENERATION_BATCH // 2
+        index = torch.randint(len(self.generation_latents), (GENERATION_BATCH,))
+        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
+        texts = [caption(self.generation_split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
         phrases = [phrase(text, rng) for text in texts[:half]]
-        asked = sample_prompts(model, Batch("t2i", numbers[:half], phrases), self.draws)
+        prompts = sample_prompts(model, Batch("t2i", sample_ids[:half], phrases), self.noise_rng)
         templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
-        asked += [self.quoted(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
-        tokens = self.to_draw[index]
-        prepared = prepare_images(model, asked, numbers, tuple(tokens.shape[1:3]), self.draws)
-        term = image_loss(model, prepared, tokens, self.draws)
+        prompts += [self.with_words(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
+        tokens = self.generation_latents[index]
+        prepared = prepare_images(model, prompts, sample_ids, tuple(tokens.shape[1:3]), self.noise_rng)
+        term = image_loss(model, prepared, tokens, self.noise_rng)
         error = self.readout(model.conditioned) - tokens.flatten(1, 2) / model.config.autoencoder.scale
         return term.sum / term.weight + error.square().mean()
 
-    def naming(self) -> Tensor:
+    def caption_loss(self) -> Tensor:
         """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
-        model, index = self.model, torch.randint(len(self.to_name), (NAMED,))
-        talks = [
-            prompt.conversation(model.tokenizer, [Turn(self.rng.choice(QUESTIONS), caption(self.named.scene(i)))])
+        model, index = self.model, torch.randint(len(self.caption_latents), (CAPTION_BATCH,))
+        conversations = [
+            prompt.conversation(
+                model.tokenizer, [Turn(self.rng.choice(QUESTIONS), caption(self.caption_split.scene(i)))]
+            )
             for i in index.tolist()
         ]
         words = [self.words[i] for i in index.tolist()]
-        h_v = model.proj_in(model.mar.encode(self.to_name[index]))
-        named = self.answers(talks, h_v)
-        read = self.answers([self.quoted(t, w) for t, w in zip(talks, words, strict=True)][: NAMED // 2])
+        h_v = model.proj_in(model.mar.encode(self.caption_latents[index]))
+        captioning = self.answer_loss(conversations, h_v)
+        from_words = self.answer_loss(
+            [self.with_words(t, w) for t, w in zip(conversations, words, strict=True)][: CAPTION_BATCH // 2]
+        )
         table, buffers = model.llm.model.embed_tokens.weight, self.buffers
-        silent = torch.full((NAMED, self.tokens), self.end)
+        ends = torch.full((CAPTION_BATCH, self.tokens), self.end)
         return (
-            named
-            + read
+            captioning
+            + from_words
             + alignment(h_v[:, :buffers], torch.tensor(words), table)
-            + alignment(h_v[:, buffers:], silent, table)
+            + alignment(h_v[:, buffers:], ends, table)
         )
 
-    def answers(self, talks: list[Prompt], h_v: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the answers."""
+    def answer_loss(self, conversations: list[Prompt], h_v: Tensor | None = None) -> Tensor:
+        """Compute the mean cross-entropy of the answers."""
         model = self.model
         width = model.config.language.hidden_size
-        layout = prompt.layout(talks, self.buffers, 0 if h_v is None else self.tokens)
-        hidden = model.states(layout, torch.empty(len(talks), 0, width) if h_v is None else h_v)
+        layout = prompt.layout(conversations, self.buffers, 0 if h_v is None else self.tokens)
+        hidden = model.states(layout, torch.empty(len(conversations), 0, width) if h_v is None else h_v)
         return masked_linear_cross_entropy(hidden.flatten(0, 1), model.llm.lm_head.weight, layout.labels.flatten())
 
 
 SETUP = DemoSetup(
     recipe="harmon_tiny",
-    steps=UNDERSTANDING + DRAWING,
+    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
     pretrain=pretrain,
     init_override="train.init_from={folder}",
     # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.

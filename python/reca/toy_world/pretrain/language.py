@@ -9,23 +9,23 @@ from collections.abc import Callable
 
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption
 from reca.toy_world.scenes import Scene
+from reca_kernels import IGNORE_INDEX
 
-ASKED = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
-IGNORE = -100
-FACTS = 0.5  # how often facts are asked for and not a caption
+PROMPTS = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
+FACTS = 0.5  # probability of a reply that states facts instead of a caption
 WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # of facts, beside the captions'
 
 
-def reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Draw a reply about a scene: its token ids and its labels, which are IGNORE where nothing is learned."""
+def draw_reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """Draw a reply about a scene: its token ids and its labels, which are IGNORE_INDEX where nothing is learned."""
     ids, labels = [], []
-    for text, learned in _said(scene, rng):
+    for text, learned in _draw_parts(scene, rng):
         part = encode(text)
-        ids, labels = ids + part, labels + (part if learned else [IGNORE] * len(part))
+        ids, labels = ids + part, labels + (part if learned else [IGNORE_INDEX] * len(part))
     return ids, labels
 
 
-def _said(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
+def _draw_parts(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
     """Draw a caption, or all facts in random order, whose names are given and whose values are learned."""
     if rng.random() >= FACTS:
         return [(caption(scene), True)]

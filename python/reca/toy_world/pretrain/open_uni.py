@@ -1,6 +1,6 @@
-"""A tiny OpenUni that understands more than it can draw.
+"""A tiny OpenUni that understands more than it can generate.
 
-First InternVL3's wiring learns to name every colour-shape pair, from images and from text. Then it is frozen, as in
+First InternVL3's wiring learns to caption every colour-shape pair, from images and from text. Then it is frozen, as in
 OpenUni, and queries, connector and SANA learn to draw captions that lack the held-out pairs.
 """
 
@@ -19,14 +19,14 @@ from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
 from reca.toy_world.captions import TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, filled
-from reca.toy_world.pretrain.language import ASKED, IGNORE, reply
+from reca.toy_world.pretrain.alignment import alignment, pad_tokens
+from reca.toy_world.pretrain.language import PROMPTS, draw_reply
 from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
-from reca_kernels import attention_plan, masked_linear_cross_entropy, template_concat
+from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entropy, template_concat
 
-UNDERSTANDING, DRAWING = 350, 600  # steps
-NAMED, DRAWN = 32, 64  # images in a step of each
+UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
+CAPTION_BATCH, GENERATION_BATCH = 32, 64  # images in a step of each
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
@@ -38,21 +38,25 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
     model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
-    understanding, drawing = scaled(UNDERSTANDING, scale), scaled(DRAWING, scale)
+    understanding, generation = scaled(UNDERSTANDING_STEPS, scale), scaled(GENERATION_STEPS, scale)
 
     layers = (model.mllm.model.vision_tower.encoder, model.mllm.model.language_model.layers)
-    optimize(model.mllm.parameters(), matrices(*layers), _naming(model, seed, rng, scale), understanding, progress)
+    optimize(
+        model.mllm.parameters(), matrices(*layers), _caption_loss(model, seed, rng, scale), understanding, progress
+    )
     model.mllm.requires_grad_(False)
 
     trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "codec."))]
     layers = (model.connector.layers, model.transformer.transformer_blocks)
-    optimize(trained, matrices(*layers), _drawing(model, seed, rng, scale), drawing, progress, done=understanding)
-    save_as_run(model, recipe, folder, understanding + drawing)
+    optimize(
+        trained, matrices(*layers), _generation_loss(model, seed, rng, scale), generation, progress, done=understanding
+    )
+    save_as_run(model, recipe, folder, understanding + generation)
     return model
 
 
 class _Slots:
-    """Captions as token ids on the rows of h_v, and prompts that quote them there."""
+    """Captions as token ids in the place of h_v."""
 
     def __init__(self, model: Adapter):
         self.model, self.count = model, modules.hv_tokens(model.config)
@@ -62,53 +66,53 @@ class _Slots:
         return encode(self.model.tokenizer, text)
 
     def words(self, text: str) -> list[int]:
-        return filled(self.ids(text), self.count, self.end)
+        return pad_tokens(self.ids(text), self.count, self.end)
 
-    def quoted(self, asked: prompt.Prompt, words: list[int]) -> prompt.Prompt:
-        """A prompt with an image, with words in the image's place."""
-        return prompt.Prompt(asked.ids[: asked.slot] + words + asked.ids[asked.slot :])
+    def with_words(self, given: prompt.Prompt, words: list[int]) -> prompt.Prompt:
+        """Put words in the place of a prompt's image."""
+        return prompt.Prompt(given.ids[: given.slot] + words + given.ids[given.slot :])
 
 
-def _naming(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
     split, slots = understood(seed), _Slots(model)
-    shown = first_images(split, scale)
-    words = [slots.words(caption(split.scene(i))) for i in range(len(shown))]
+    images = first_images(split, scale)
+    words = [slots.words(caption(split.scene(i))) for i in range(len(images))]
 
-    def said(heard: prompt.Prompt, scene) -> prompt.Prompt:
-        """A prompt with a reply."""
-        ids, labels = reply(scene, rng, slots.ids)
+    def with_reply(given: prompt.Prompt, scene) -> prompt.Prompt:
+        """Append a reply to a prompt."""
+        ids, labels = draw_reply(scene, rng, slots.ids)
         return prompt.Prompt(
-            [*heard.ids, *ids, slots.end], heard.slot, [*[IGNORE] * len(heard.ids), *labels, slots.end]
+            [*given.ids, *ids, slots.end], given.slot, [*[IGNORE_INDEX] * len(given.ids), *labels, slots.end]
         )
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(shown), (NAMED,))
-        h_v = see(model, unit(shown[index]))
+        index = torch.randint(len(images), (CAPTION_BATCH,))
+        h_v = encode_h_v(model, unit(images[index]))
         rows = []
         for k, i in enumerate(index.tolist()):
             scene = split.scene(i)
-            rows.append(said(prompt.question(model.tokenizer, rng.choice(ASKED)), scene))
-            quoted = slots.quoted(prompt.question(model.tokenizer, rng.choice(ASKED)), words[i])
-            asked = prompt.caption(model.tokenizer, phrase(caption(scene), rng))
-            asked = asked._replace(ids=asked.ids[:-1])  # without the token that opens an image
-            rows.append(said(quoted if k < NAMED // 2 else asked, scene))
+            rows.append(with_reply(prompt.question(model.tokenizer, rng.choice(PROMPTS)), scene))
+            with_words = slots.with_words(prompt.question(model.tokenizer, rng.choice(PROMPTS)), words[i])
+            text_prompt = prompt.caption(model.tokenizer, phrase(caption(scene), rng))
+            text_prompt = text_prompt._replace(ids=text_prompt.ids[:-1])  # without the token that opens an image
+            rows.append(with_reply(with_words if k < CAPTION_BATCH // 2 else text_prompt, scene))
         table = model.mllm.get_input_embeddings().weight
         on_slots = torch.tensor([words[i] for i in index.tolist()])
-        return answers(model, rows, h_v) + alignment(h_v, on_slots, table)
+        return answer_loss(model, rows, h_v) + alignment(h_v, on_slots, table)
 
     return loss
 
 
-def see(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+def encode_h_v(model: Adapter, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
     """Encode h_v with a graph, which the adapter itself does not need."""
     return model.mllm.model.get_image_features(
         model.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
     ).pooler_output
 
 
-def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
-    """Mean cross-entropy of the labels, with a graph to embeddings and h_v."""
+def answer_loss(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
+    """Compute the mean cross-entropy of the labels, with a graph to embeddings and h_v."""
     layout = prompt.layout(rows, modules.hv_tokens(model.config), "right")
     embeddings = template_concat(model.mllm.get_input_embeddings().weight, h_v.flatten(0, 1), layout.src)
     hidden = model.mllm.model.language_model(
@@ -121,27 +125,34 @@ def answers(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor) -> Tensor:
     )
 
 
-def _drawing(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
-    """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
-    split, slots, draws, half = captioned(seed), _Slots(model), CounterRNG(seed), DRAWN // 2
+def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+    """Make the loss of a generation step: half the captions as text prompts, half with_words in h_v's place."""
+    split, slots, noise_rng, half = captioned(seed), _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
     latents = torch.cat([model.latents(unit(part)) for part in first_images(split, scale).split(500)])
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(latents), (DRAWN,))
-        numbers = torch.arange(step * DRAWN, (step + 1) * DRAWN)
+        index = torch.randint(len(latents), (GENERATION_BATCH,))
+        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
         texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        asked = sample_prompts(model, Batch("t2i", numbers[:half], [phrase(text, rng) for text in texts[:half]]), draws)
-        shown = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
-        quoted = [slots.quoted(asked, slots.words(text)) for asked, text in zip(shown, texts[half:], strict=True)]
-        condition = model.condition(prompt.layout(asked + quoted, slots.count, "left", model.config.queries), None)
-        return flow_loss(model, condition, latents[index], numbers, draws).mean()
+        text_prompt = sample_prompts(
+            model, Batch("t2i", sample_ids[:half], [phrase(text, rng) for text in texts[:half]]), noise_rng
+        )
+        with_image = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
+        with_words = [
+            slots.with_words(text_prompt, slots.words(text))
+            for text_prompt, text in zip(with_image, texts[half:], strict=True)
+        ]
+        condition = model.condition(
+            prompt.layout(text_prompt + with_words, slots.count, "left", model.config.queries), None
+        )
+        return flow_loss(model, condition, latents[index], sample_ids, noise_rng).mean()
 
     return loss
 
 
 SETUP = DemoSetup(
     recipe="open_uni_tiny",
-    steps=UNDERSTANDING + DRAWING,
+    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
     pretrain=pretrain,
     init_override="train.init_from={folder}",
     sampling={"steps": 20, "guidance": 1.0},
