@@ -49,7 +49,7 @@ class BadSamples:
                 log.warning("%s is left out: %s. Further ones are only counted and listed", key, reason)
             self.bad[key] = reason
             # Many rows may ask about one image. They are counted as the bad ones are: once.
-            size = self.images = self.images or _count_keys(self.source)
+            size = self.images = self.images or getattr(self.source, "images", 0) or _count_keys(self.source)
             if len(self.bad) / size > self.max_fraction:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(

@@ -18,6 +18,12 @@ class Skipped:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, name)
 
+    def merge(self, counts: dict[str, int], first: dict[str, str]) -> None:
+        """Add what was counted elsewhere."""
+        for reason, count in counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.first.setdefault(reason, first[reason])
+
     @property
     def total(self) -> int:
         return sum(self.counts.values())

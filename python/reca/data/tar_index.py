@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.data import index_files
 from reca.data.errors import DataError
 from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.skipped import Skipped
@@ -33,6 +34,28 @@ class Stored(NamedTuple):
 class Member(NamedTuple):
     name: str  # without a leading "./"
     stored: Stored
+
+
+def kept_index(path: Path, skipped: Skipped) -> list[Member]:
+    """Return what `read_index` returns: of a large tar from its index file, which is made where there is none."""
+    try:
+        if path.stat().st_size < index_files.LARGE:
+            return read_index(path, skipped)
+        index = index_files.IndexFile(path, "tar")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    content = index_files.read_json(index)
+    if content is None:
+        with index.locked():
+            content = index_files.read_json(index)
+            if content is None:
+                own = Skipped()
+                members = read_index(path, own)
+                content = [[[name, *stored] for name, stored in members], own.counts, own.first]
+                index_files.write_json(index, content)
+    members, counts, first = content
+    skipped.merge(counts, first)
+    return [Member(name, Stored(offset, size, tuple(map(tuple, pieces)))) for name, offset, size, pieces in members]
 
 
 def read_index(path: Path, skipped: Skipped) -> list[Member]:

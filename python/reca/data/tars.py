@@ -19,7 +19,7 @@ from reca.data.sample import (
     digest,
 )
 from reca.data.skipped import Skipped, log_once
-from reca.data.tar_index import Member, Stored, read_index
+from reca.data.tar_index import Member, Stored, kept_index
 
 
 class Entry(NamedTuple):
@@ -88,7 +88,7 @@ def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
     seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
     dotted: dict[str, str] = {}
     plain: dict[str, str] = {}
-    for key, members in _groups(path, read_index(path, skipped)):
+    for key, members in _groups(path, kept_index(path, skipped)):
         parts = _split(path, key, members)
         for name, group in parts.items():
             if name in seen:

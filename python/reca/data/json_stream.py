@@ -1,0 +1,116 @@
+"""The items of a JSON list, or of lines of JSON, one after the other: a file of gigabytes takes a few megabytes."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from reca.data.text import SIGNATURES
+
+CHUNK = 2**20  # characters that are read at a time
+LONGEST = 2**26  # characters of an item
+BLANKS = " \t\n\r"
+
+
+def read_items(path: Path, lines: bool) -> Iterator[Any]:
+    """Yield the items of a JSON list; lines: of a file that holds one a line.
+
+    Raises ValueError with the place for what is not JSON, TypeError for JSON that is no list, and OSError.
+    """
+    with path.open("rb") as file:
+        encoding = _encoding(file)
+        with open(path, encoding=encoding) as text:  # line ends of all kinds become \n
+            try:
+                yield from _lines(text) if lines else _list(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"the text is not {encoding.upper()} ({error.reason}): save it as UTF-8") from error
+
+
+def _encoding(file: BinaryIO) -> str:
+    head = file.read(4)
+    mark, name = next(((mark, name) for mark, name in SIGNATURES if head.startswith(mark)), (b"", "utf-8"))
+    if mark == codecs.BOM_UTF8:
+        return "utf-8-sig"
+    return name.rpartition("-")[0] if mark else name  # utf-16 and utf-32 read the mark and drop it
+
+
+def _lines(text: TextIO) -> Iterator[Any]:
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+
+
+class _Buffer:
+    """The part of a text that is being parsed."""
+
+    def __init__(self, text: TextIO):
+        self.text, self.part, self.place, self.before, self.ended = text, "", 0, 0, False
+
+    def more(self) -> bool:
+        """Read on; False at the end. What is parsed is dropped, and what is not is at most doubled."""
+        self.before += self.place
+        self.part = self.part[self.place :]
+        self.place = 0
+        new = self.text.read(max(CHUNK, len(self.part)))
+        if "\0" in new:
+            raise ValueError(
+                "the text holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8"
+            )
+        self.part += new
+        self.ended = not new
+        return bool(new)
+
+    def peek(self) -> str:
+        """Return the next character that is no blank, without taking it; "" at the end."""
+        while True:
+            while self.place < len(self.part):
+                if self.part[self.place] not in BLANKS:
+                    return self.part[self.place]
+                self.place += 1
+            if not self.more():
+                return ""
+
+    def item(self) -> Any:
+        decoder = json.JSONDecoder()
+        self.peek()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.part, self.place)
+                # A number may go on in what is not read yet: 3 may become 3e7.
+                if self.ended or self.part[end : end + 1].startswith(tuple(f"{BLANKS},]")):
+                    self.place = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self.ended:
+                    raise ValueError(f"{error.msg}, at character {self.before + error.pos}") from error
+            if len(self.part) - self.place > LONGEST:
+                raise ValueError(f"an item of more than {LONGEST} characters, at character {self.before + self.place}")
+            self.more()
+
+    def fail(self, expected: str) -> ValueError:
+        return ValueError(f"Expecting {expected}, at character {self.before + self.place}")
+
+
+def _list(text: TextIO) -> Iterator[Any]:
+    buffer = _Buffer(text)
+    if buffer.peek() != "[":
+        value = buffer.item()
+        raise TypeError(f"a JSON {type(value).__name__}")
+    buffer.place += 1
+    if buffer.peek() == "]":
+        buffer.place += 1
+    else:
+        while True:
+            yield buffer.item()
+            after = buffer.peek()
+            if after not in (",", "]"):
+                raise buffer.fail("',' delimiter")
+            buffer.place += 1
+            if after == "]":
+                break
+    if buffer.peek():
+        raise ValueError(f"Extra data, at character {buffer.before + buffer.place}")

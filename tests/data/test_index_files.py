@@ -1,0 +1,238 @@
+"""Large conversation files and tars: read in pieces, indexed once, and never by an index that is not theirs."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from reca.data import conversations as module
+from reca.data import index_files, json_stream, tar_index
+from reca.data.bad_samples import _count_keys
+from reca.data.errors import DataError
+from reca.data.json_stream import read_items
+from reca.data.sources import open_source
+from tests.data.files import conversations, picture, row, tar
+
+
+@pytest.fixture(autouse=True)
+def every_file_is_large(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_files, "LARGE", 0)
+    monkeypatch.setattr(index_files, "SETTLED", 0.0)
+
+
+def kept(tmp_path):
+    return sorted(p.name for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock")
+
+
+# ---- JSON in pieces ----
+
+ITEMS = [{"a": ["ä", "😀\\u", '"', {}], "b": 1.5}, 12, -3e7, "x\ny", None, True, [], [[1], {"c": "]"}], {"d": "\t,"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 10**6])
+def test_lists_are_read_in_pieces_of_any_size(tmp_path, monkeypatch, encoding, indent, chunk):
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_bytes(("\r\n " + json.dumps(ITEMS, indent=indent, ensure_ascii=False) + "\n ").encode(encoding))
+    assert list(read_items(path, lines=False)) == ITEMS
+    path.write_bytes("\r\n".join(json.dumps(item) for item in ITEMS).encode(encoding))
+    assert list(read_items(path, lines=True)) == ITEMS
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10**6])
+@pytest.mark.parametrize("text", ["[]", " [ ] ", "[1]", "[1, 2]", '["é"]', "[{}, {}]"])
+def test_short_lists(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    (tmp_path / "a.json").write_text(text)
+    assert list(read_items(tmp_path / "a.json", lines=False)) == json.loads(text)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10**6])
+@pytest.mark.parametrize(
+    "text", ["", " ", "[", "[1", "[1,", "[1,]", "[1 2]", "[1] 2", "[1]]", "[{]", '["a]', "[1,,2]", "[nul]", "[01]", "]"]
+)
+def test_what_is_not_json_is_refused_as_json_does(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="at character"):
+        list(read_items(tmp_path / "a.json", lines=False))
+    with pytest.raises(ValueError):
+        json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["{}", "7", '"a"', "null"])
+def test_json_that_is_no_list(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(TypeError, match="a JSON "):
+        list(read_items(tmp_path / "a.json", lines=False))
+    with pytest.raises(DataError, match=r"a.json is .*not LLaVA-style: expected a list of \{"):
+        open_source(str(tmp_path / "a.json"), "i2t")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[\xff]", "the text is not UTF-8"),
+        ("[1]".encode("utf-16-le"), "the text holds NUL characters"),
+        (b"<html>", "is a web page"),
+        (b'{"image": "a"}\n{"image": "b"}', "is not JSON: Extra data|not LLaVA-style"),
+        (b'[{"image": "a.png"}', "is not JSON: Expecting ',' delimiter, at character 19"),
+    ],
+)
+def test_large_files_that_are_wrong(tmp_path, data, words):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        open_source(str(tmp_path / "a.json"), "i2t")
+    assert kept(tmp_path) == []
+
+
+# ---- the index of conversations ----
+
+ROWS = [
+    row("human", "<image>\nQ", "gpt", "Ä", image="a.png"),
+    {"id": "text alone"},
+    row("human", "R", "gpt", "B", "human", "S", "gpt", "C", image="b.png"),
+    row("gpt", "A"),
+    row("human", "T", "gpt", "D\n\0"[:-1], image="a.png"),
+]
+
+
+def contents(source):
+    return [(source.key(i), source.size(i), *source[i]) for i in range(len(source))], source.skipped.counts
+
+
+def test_a_large_file_is_what_a_small_one_is(tmp_path, monkeypatch):
+    path = conversations(tmp_path, *ROWS)
+    indexed = open_source(str(path), "i2t")
+    assert len(kept(tmp_path)) == 1
+    monkeypatch.setattr(module, "_stream", None)  # nothing is parsed again
+    again = open_source(str(path), "i2t")
+    monkeypatch.setattr(index_files, "LARGE", 10**9)
+    small = open_source(str(path), "i2t")
+    assert contents(indexed) == contents(again) == contents(small)
+    assert indexed.identity() == again.identity() == small.identity()
+    assert again.skipped.first == small.skipped.first and len(small) == 3
+    assert indexed.images == again.images == small.images == _count_keys(small) == 2
+
+
+def test_an_index_is_not_used_once_the_file_or_its_root_is_another(tmp_path):
+    path = conversations(tmp_path, *ROWS)
+    assert open_source(str(path), "i2t")[0].text[0].answer == "Ä"
+    stamp = os.stat(path)
+    path.write_text(path.read_text().replace("\\u00c4", "\\u00d6"))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # of the same size, and made to look as old
+    assert open_source(str(path), "i2t")[0].text[0].answer == "Ö"
+    other = conversations(tmp_path / "other", *ROWS)
+    assert open_source(str(other), "i2t")[0].text[0].answer == "Ä"
+    open_source(str(path), "i2t", str(tmp_path / "other"))
+    assert len(kept(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [lambda data, place=place: data[:place] for place in (0, 40, -100, -1)]
+    + [lambda data, place=place: data[:place] + b"?" + data[place:][1:] for place in (-300, -100, -40, -12)],
+)
+def test_a_damaged_index_is_made_again(tmp_path, harm):
+    path = conversations(tmp_path, *ROWS)
+    expected = contents(open_source(str(path), "i2t"))
+    (index,) = (tmp_path / "cache" / "index").glob("*.rows")
+    whole = index.read_bytes()
+    index.write_bytes(harm(whole))
+    assert contents(open_source(str(path), "i2t")) == expected
+    assert len(index.read_bytes()) == len(whole)
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_index(tmp_path, monkeypatch):
+    path = conversations(tmp_path, *ROWS)
+    stream = module._stream
+
+    def changing(path):
+        yield from stream(path)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(module, "_stream", changing)
+    assert len(open_source(str(path), "i2t")) == 3 and kept(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_to_costs_the_index_alone(tmp_path, caplog):
+    (tmp_path / "cache").write_bytes(b"")
+    path = conversations(tmp_path, *ROWS)
+    assert len(open_source(str(path), "i2t")) == 3
+    assert "cannot be kept in" in caplog.text and "Set RECA_CACHE" in caplog.text
+    assert len(open_source(str(tar(tmp_path / "a.tar", ("a.png", picture()))), "reca")) == 1
+
+
+def open_as(path, start, tally):
+    stream = module._stream
+
+    def counted(path):
+        with tally.get_lock():
+            tally.value += 1
+        yield from stream(path)
+
+    module._stream = counted
+    start.wait()
+    source = open_source(str(path), "i2t")
+    os._exit(0 if len(source) == 3 and source[2].text[0].answer == "D" else 1)
+
+
+def test_ranks_that_start_together_make_one_index(tmp_path):
+    context = multiprocessing.get_context("fork")
+    path, start, tally = conversations(tmp_path, *ROWS), context.Barrier(4), context.Value("i", 0)
+    ranks = [context.Process(target=open_as, args=(path, start, tally)) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0] * 4 and tally.value == 1 and len(kept(tmp_path)) == 1
+
+
+# ---- the index of tars ----
+
+
+def test_a_tar_is_scanned_once(tmp_path, monkeypatch):
+    path = tar(
+        tmp_path / "a.tar", ("a.png", picture()), ("a.txt", b"x"), (".b.png", picture()), ("c.png", (b"2", "a.png"))
+    )
+    monkeypatch.setattr(index_files, "LARGE", 10**9)
+    expected = open_source(str(path), "reca")
+    monkeypatch.setattr(index_files, "LARGE", 0)
+    first = open_source(str(path), "reca")
+    monkeypatch.setattr(tar_index, "read_index", None)
+    again = open_source(str(path), "reca")
+    for source in (first, again):
+        assert contents(source) == contents(expected) and source.identity() == expected.identity()
+        assert source.skipped.first == expected.skipped.first and source.skipped.counts
+
+
+def test_a_tar_that_is_another_is_scanned_again(tmp_path):
+    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    assert open_source(str(path), "reca").key(0) == "a.tar/a.png"
+    stamp = os.stat(path)
+    tar(path, ("b.png", picture()))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert open_source(str(path), "reca").key(0) == "a.tar/b.png"
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-5], lambda data: b"0" + data[1:], lambda data: b""])
+def test_a_damaged_tar_index_is_made_again(tmp_path, harm):
+    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    open_source(str(path), "reca")
+    (index,) = (tmp_path / "cache" / "index").glob("*.tar")
+    index.write_bytes(harm(index.read_bytes()))
+    assert open_source(str(path), "reca")[0].image == picture()
+
+
+def test_a_tar_that_is_not_whole_has_no_index(tmp_path):
+    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    os.truncate(path, 1024)
+    for _ in range(2):
+        with contextlib.suppress(DataError):
+            open_source(str(path), "reca")
+    assert kept(tmp_path) == []
