@@ -108,7 +108,8 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 
 # Files of python/reca that know of no data, no model and no run: everything may import them.
 FOUNDATION = {
-    f"reca.{name}" for name in ("exits", "files", "folders", "micro_batches", "options", "rng", "units", "values")
+    f"reca.{name}"
+    for name in ("catalog", "exits", "files", "folders", "micro_batches", "options", "rng", "units", "values")
 }
 
 

@@ -79,6 +79,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from reca.catalog import DATASETS
     from reca.models import UMMS
 
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
@@ -142,6 +143,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--scale", type=float, default=1.0, help="fraction of steps and prompts; below 1 only to see that it runs"
     )
+
+    get = commands.add_parser("get", help="Get published weights or datasets from the Hugging Face hub.")
+    what = get.add_subparsers(required=True, metavar="WHAT")
+    weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
+    weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
+    weights.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    data = what.add_parser("data", help="a dataset that the releases train on")
+    data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
+    for sub, run in ((weights, _get_weights), (data, _get_data)):
+        sub.add_argument("--to", type=_path, help="folder to put them in; by default the cache of the hub")
+        sub.add_argument("--dry-run", action="store_true", help="print the list only")
+        sub.set_defaults(run=run)
 
     command("doctor", _doctor, "Report what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
@@ -273,6 +286,18 @@ def _export(options: argparse.Namespace) -> None:
     ensure_writable(options.out, "--out")
     written = _model(options).export(options.out)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
+
+
+def _get_weights(options: argparse.Namespace) -> None:
+    from reca.downloads import get, weights_of
+
+    get(weights_of(options.name, options.overrides), options.to, options.dry_run)
+
+
+def _get_data(options: argparse.Namespace) -> None:
+    from reca.downloads import data_of, get
+
+    get(data_of(options.name), options.to, options.dry_run)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -34,7 +34,9 @@ PUBLISHED = "ema.safetensors"
 SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
 WEIGHTS = (*SINGLE, *(f"{name}.index.json" for name in SINGLE))
 CODEC = "ae.safetensors"
-HUB = ["*.safetensors", "*.json", "*.txt"]  # what there is to download
+_WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
+# recipe key -> what there is to download
+DOWNLOADS = {"weights": _WEIGHTS, "overlay": _WEIGHTS, "codec_weights": _WEIGHTS, "tokenizer": TOKENIZER}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -48,14 +50,14 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
             raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
         with init_random(config.seed):
             return to_kept_types(cls(config, load_tokenizer(config, None))).to(device)
-    source = fetch(config.weights, HUB)
+    source = fetch(config.weights, DOWNLOADS["weights"])
     folder = beside(source)
     check_sizes(folder, config)
     with init_on_meta():
         model = cls(config, load_tokenizer(config, folder))
     state = read(source)
     if config.overlay:
-        state |= read(fetch(config.overlay, HUB, "model.overlay"))
+        state |= read(fetch(config.overlay, DOWNLOADS["overlay"], "model.overlay"))
     for name in list(state):  # one by one, so that no second copy of all stands in memory
         if state[name].is_floating_point():
             state[name] = state[name].to(kept_dtype(config, name))
@@ -63,9 +65,8 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
     for table in model.modules():
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()
-    _load_codec(
-        model.codec, fetch(config.codec_weights, HUB, "model.codec_weights") if config.codec_weights else folder
-    )
+    codec = config.codec_weights
+    _load_codec(model.codec, fetch(codec, DOWNLOADS["codec_weights"], "model.codec_weights") if codec else folder)
     return model.to(device)
 
 
@@ -108,7 +109,7 @@ def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokeni
 
     Raises ValueError where there is none, or where it does not fit the embedding table.
     """
-    source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer") if config.tokenizer else folder
+    source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer") if config.tokenizer else folder
     if source is None:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     elif any((source / name).is_file() for name in TOKENIZER_FILES):

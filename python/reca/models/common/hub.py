@@ -3,17 +3,8 @@
 import logging
 from pathlib import Path
 
-from reca import units
+from reca import catalog, units
 
-# Bytes of what recipes ask the hub for, where they are known: of a repository's wanted files, or of one file.
-SIZES = {
-    "showlab/show-o": 5.79e9,
-    "showlab/show-o-512x512": 5.79e9,
-    "showlab/show-o-w-clip-vit": 5.82e9,
-    "showlab/show-o-w-clip-vit-512x512": 5.82e9,
-    "showlab/magvitv2": 0.38e9,
-    "ByteDance-Seed/BAGEL-7B-MoT": 29.55e9,
-}
 TOKENIZER = ["*.json", "*.txt", "*.model"]  # what a repository holds of a tokenizer, and no weights
 
 
@@ -26,12 +17,9 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
     path = Path(source).expanduser()
     if path.exists():
         return path
-    parts = source.split("/")
-    if source.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) > 2 and not path.suffix):
-        raise ValueError(f"{key}={source} does not exist; give a folder, a file, or a hub id such as owner/name")
+    repository, file = hub_name(source, key)
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
     library = logging.getLogger("huggingface_hub")
     level = library.level
     library.setLevel(logging.ERROR)  # it warns of every of its tries to reach the hub
@@ -45,6 +33,17 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
         library.setLevel(level)
 
 
+def hub_name(source: str, key: str) -> tuple[str, str]:
+    """Split owner/name, or owner/name/file, into the repository and the file ("" for all of it).
+
+    Raises ValueError for what is no name of the hub, and so would have been a path.
+    """
+    parts = source.split("/")
+    if source.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) > 2 and not Path(source).suffix):
+        raise ValueError(f"{key}={source} does not exist; give a folder, a file, or a hub id such as owner/name")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
 def beside(source: Path) -> Path:
     """Return the folder that `source` is, or that it is a file of."""
     return source if source.is_dir() else source.parent
@@ -52,20 +51,20 @@ def beside(source: Path) -> Path:
 
 def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, error: Exception) -> str:
     """Say in one sentence what is missing, why, how large it is, and how to bring it here."""
-    size = SIZES.get(f"{repository}/{file}" if file else repository)
+    size = catalog.facts_of(repository, file).size
     what = f"{file} of {repository}" if file else repository
     amount = f", about {units.size(size)}," if size else ""
     name = repository.split("/")[1]
     given = f"{name}/{file}" if file else name
     options = f" {file}" if file else "".join(f" --include '{pattern}'" for pattern in patterns or ())
     return (
-        f"{key}: {what}{amount} is not on this machine, and the hub {_cause(error)}; get it elsewhere with "
+        f"{key}: {what}{amount} is not on this machine, and the hub {cause_of(error)}; get it elsewhere with "
         f"`hf download {repository}{options} --local-dir {name}`, copy the folder here and set {key}={given}"
     )
 
 
-def _cause(error: Exception) -> str:
-    """Say what the hub did, without the library's paragraphs."""
+def cause_of(error: Exception) -> str:
+    """Say what the hub did, without the library's paragraphs. The subject of the sentence is the hub."""
     from huggingface_hub import errors
 
     chain = [error]

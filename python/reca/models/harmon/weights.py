@@ -27,7 +27,8 @@ PARTS = ("llm", "mar", "proj_in", "proj_out")
 HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # one tensor
 FILE, CODEC_FILE = "harmon.pth", "kl16.ckpt"
 CODEC = "vae."  # in front of the codec's names in a published file
-HUB = ["*.json", "*.safetensors", "*.pth", "*.ckpt", "*.txt"]  # what there is to download
+# recipe key -> what there is to download; codec_weights is one file
+DOWNLOADS = {"weights": ["*.json", "*.safetensors", "*.pth", "*.ckpt", "*.txt"], "tokenizer": TOKENIZER}
 
 
 def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
@@ -35,7 +36,7 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
 
     Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
     """
-    source = fetch(config.weights, HUB) if config.weights else None
+    source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, source)
     if source is None:
         with init_random(config.seed, device):
@@ -100,7 +101,7 @@ def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedToken
     Raises ValueError when there is none, or one that does not know Qwen's chat format or is too large.
     """
     if config.tokenizer:
-        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
     elif source is None:
         tokenizer = word_tokenizer([*config.words, *WORDS], prompt.SPECIAL_TOKENS)
     else:

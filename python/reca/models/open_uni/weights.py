@@ -32,9 +32,15 @@ N = TypeVar("N", bound=Network)
 FILE, FROZEN = "open_uni.pth", "frozen.safetensors"
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 REQUIRED = ("meta_queries", "connector.", "projector.")
-# what there is to download of InternVL3, and of a repository in diffusers' layout that is one part alone
-MLLM = ["*.json", "*.safetensors", "*.txt"]
-DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
+# of a repository in diffusers' layout that is one part alone
+_DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
+# recipe key -> what there is to download; weights and overlay are one file each
+DOWNLOADS = {
+    "mllm": ["*.json", "*.safetensors", "*.txt"],
+    "dit": [*_DIFFUSERS, *(f"transformer/{name}" for name in _DIFFUSERS)],
+    "codec_weights": [*_DIFFUSERS, *(f"vae/{name}" for name in _DIFFUSERS)],
+    "tokenizer": TOKENIZER,
+}
 
 # InternVL's original layout -> transformers' layout. qkv is split in three and handled apart.
 _MLLM = [
@@ -81,10 +87,10 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
     with init_on_meta():
         net = cls(config, load_tokenizer(config))
-    folder = fetch(config.mllm, MLLM, "model.mllm")
+    folder = fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm")
     assign_state_dict(net.mllm, mllm_native(_tensors(folder)), str(folder))
-    net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "model.dit", "transformer")
-    net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "model.codec_weights", "vae")
+    net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")
+    net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "codec_weights", "vae")
     sources = [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
     state, report = overlay(sources)
     for line in report:
@@ -140,9 +146,9 @@ def frozen_beside(weights: str) -> Path | None:
 def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
     """Read the tokenizer of `config`, or InternVL3's, or make one of words. Raises ValueError where it does not fit."""
     if config.tokenizer:
-        tokenizer = read_tokenizer(fetch(config.tokenizer, TOKENIZER, "model.tokenizer"))
+        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
     elif config.mllm:
-        tokenizer = read_tokenizer(fetch(config.mllm, MLLM, "model.mllm"))
+        tokenizer = read_tokenizer(fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm"))
     else:
         tokenizer = word_tokenizer(config.words, prompt.SPECIAL_TOKENS)
     check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "OpenUni")
@@ -212,7 +218,7 @@ def _diffusers_part(class_: type, source: str, key: str, part: str) -> nn.Module
 
     The sizes are those of its config.json.
     """
-    folder = fetch(source, [*DIFFUSERS, *(f"{part}/{name}" for name in DIFFUSERS)], key)
+    folder = fetch(source, DOWNLOADS[key], f"model.{key}")
     folder = folder / part if (folder / part).is_dir() else folder
     with init_on_meta():
         module = class_.from_config(read_json(folder / "config.json"))

@@ -25,7 +25,9 @@ N = TypeVar("N", bound=Network)
 
 PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HUB = ["*.json", "*.safetensors", "*.bin"]  # what there is to download
+_WEIGHTS = ["*.json", "*.safetensors", "*.bin"]
+# recipe key -> what there is to download
+DOWNLOADS = {"weights": _WEIGHTS, "codec_weights": _WEIGHTS, "clip_weights": _WEIGHTS, "tokenizer": TOKENIZER}
 # what Show-o publishes, what the release's trainer saves, what other hub repositories hold
 FILES = ("pytorch_model.safetensors", "pytorch_model.bin", "model.safetensors")
 TRAINER = "unwrapped_model"  # the folder inside a checkpoint in which the release's trainer puts the model
@@ -36,7 +38,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
 
     Raises ValueError for folders that do not fit the recipe, with the lists of what is missing, left over or misshapen.
     """
-    folder = fetch(config.weights, HUB) if config.weights else None
+    folder = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, folder)
     if folder is None:
         with init_random(config.seed):
@@ -113,7 +115,7 @@ def described(net: Network) -> dict[str, tuple]:
 def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
     """Read the text tokenizer and add Show-o's tokens behind its own, in the order that fixes their ids."""
     if config.tokenizer:
-        source = fetch(config.tokenizer, TOKENIZER, "model.tokenizer")
+        source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
     else:
         source = folder and beside(folder) / "tokenizer"
     if source is None:
@@ -132,7 +134,7 @@ def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokeni
 def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
     """Find where a frozen part comes from; None: it stays random."""
     if given:
-        return fetch(given, HUB, f"model.{part}_weights")
+        return fetch(given, DOWNLOADS[f"{part}_weights"], f"model.{part}_weights")
     if folder is None:
         return None
     if not (source := beside(folder) / part).is_dir():

@@ -1,0 +1,103 @@
+"""Facts about published files: what is known of their sizes, terms and places without asking the hub.
+
+None says that a fact is not known here. `reca get` asks the hub then. Which repositories a recipe needs stands in the
+recipe itself (its model.* keys), and not here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a repository of the hub, or of one file of it."""
+
+    size: float | None = None  # bytes of what recipes ask for
+    licence: str | None = None
+    gated: bool | None = None  # whether the hub gives it only to who has accepted its terms
+
+
+S_LAB = "S-Lab License 1.0 (non-commercial)"
+
+WEIGHTS = {
+    "showlab/show-o": Facts(5.79e9),
+    "showlab/show-o-512x512": Facts(5.79e9),
+    "showlab/show-o-w-clip-vit": Facts(5.82e9),
+    "showlab/show-o-w-clip-vit-512x512": Facts(5.82e9),
+    "showlab/magvitv2": Facts(0.38e9),
+    "wusize/harmon": Facts(licence=S_LAB),
+    "wusize/openuni": Facts(licence=S_LAB),
+    "Qwen/Qwen2.5-0.5B-Instruct": Facts(licence="Apache-2.0"),
+    "Qwen/Qwen2.5-1.5B-Instruct": Facts(licence="Apache-2.0"),
+    "ByteDance-Seed/BAGEL-7B-MoT": Facts(29.55e9, licence="Apache-2.0"),
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the hub that the releases train on."""
+
+    repository: str
+    key: str  # the recipe key that it is for
+    value: str  # what the key is set to; {folder}: where the files are
+    files: tuple[str, ...] | None = None  # glob patterns of what is needed; None: all
+    facts: Facts = Facts()
+    note: str = ""
+
+
+DATASETS = {
+    "midjourney-v6-llava": Dataset(
+        "brivangl/midjourney-v6-llava",
+        "data.images",
+        "{folder}",
+        note="images of Show-o, Harmon and OpenUni in the release",
+    ),
+    "text-to-image-2m": Dataset(
+        "jackyhate/text-to-image-2M",
+        "data.images",
+        "{folder}/data_1024_10K/*.tar",
+        ("data_1024_10K/*",),
+        Facts(licence="MIT"),
+        "10000 images of 1024 px: images of BAGEL in the release",
+    ),
+    "blip3o-60k": Dataset(
+        "BLIP3o/BLIP3o-60k",
+        "data.images",
+        "{folder}/**/*.tar",
+        facts=Facts(licence="Apache-2.0"),
+        note="images by GPT-4o; RECA on them tinted Harmon's images yellow (issue 13 of the release)",
+    ),
+    "llava-665k": Dataset(
+        "liuhaotian/LLaVA-Instruct-150K",
+        "data.conversations",
+        "{folder}/llava_v1_5_mix665k.json",
+        ("llava_v1_5_mix665k.json",),
+        note="conversations of Show-o and Harmon in the release",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that the conversations of LLaVA-665K speak of. The hub does not hold them."""
+
+    name: str
+    folder: str  # below data.image_root
+    url: str
+
+
+LLAVA_IMAGES = (
+    ImageSet("COCO", "coco/train2017", "http://images.cocodataset.org/zips/train2017.zip"),
+    ImageSet("GQA", "gqa/images", "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip"),
+    ImageSet("OCR-VQA", "ocr_vqa/images", "by its download script, all files saved as .jpg"),
+    ImageSet("TextVQA", "textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
+    ImageSet("VisualGenome", "vg/VG_100K", "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip"),
+    ImageSet("", "vg/VG_100K_2", "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip"),
+)
+
+
+def facts_of(repository: str, file: str = "") -> Facts:
+    """Look up what is known of a repository, or of one file of it, whose terms are the repository's."""
+    whole = WEIGHTS.get(repository, Facts())
+    if not file:
+        return whole
+    return WEIGHTS.get(f"{repository}/{file}", Facts(licence=whole.licence, gated=whole.gated))

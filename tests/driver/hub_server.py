@@ -1,0 +1,139 @@
+"""A stand-in of the Hugging Face hub's HTTP API: repositories in memory, on a port of this machine."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from huggingface_hub import constants
+
+COMMIT = "c0ffee" + "0" * 34
+LARGE = 1000  # bytes from which a file is one of LFS
+
+
+@dataclass
+class Repository:
+    files: dict[str, bytes]
+    licence: str | None = None
+    gated: str | bool = False  # as the hub says it: False, "auto" or "manual"
+    refuses: int = 0  # the status that files and the access check of a gated repository are answered with
+
+
+@dataclass
+class Hub:
+    """repositories: "models/owner/name" or "datasets/owner/name" -> what it holds."""
+
+    repositories: dict[str, Repository]
+    cuts: int = 0  # how many of the next answers that carry a large file end half way
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
+    sent: int = 0  # bytes of files
+
+    def paths(self, method: str = "GET") -> list[str]:
+        return [path for asked, path, _ in self.asked if asked == method]
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _hashes(content: bytes, small: str, large: str) -> dict:
+    """Name a file as the hub does: by a hash of git, and of LFS if it is large."""
+    found: dict = {small: digest(content)[:40]}
+    if len(content) >= LARGE:
+        found["lfs"] = {large: digest(content), "size": len(content), "pointerSize": 9}
+    return found
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        self.hub.asked.append((self.command, path, self.headers.get("Range")))
+        if path.startswith("api/"):
+            self._api(path.removeprefix("api/").split("/"))
+        else:
+            self._file(path if path.startswith("datasets/") else f"models/{path}")
+
+    def _api(self, parts):
+        repository = self.hub.repositories.get("/".join(parts[:3]))
+        if repository is None:
+            return self._refuse(404, "RepoNotFound")
+        if parts[3:] == ["auth-check"]:
+            return self._refuse(repository.refuses, "GatedRepo") if repository.refuses else self._send(200, b"{}")
+        files = repository.files.items()
+        if parts[3:4] == ["tree"]:
+            tree = [{"type": "file", "path": n, "size": len(c)} | _hashes(c, "oid", "oid") for n, c in files]
+            return self._send(200, json.dumps(tree).encode())
+        siblings = [{"rfilename": n, "size": len(c)} | _hashes(c, "blobId", "sha256") for n, c in files]
+        info = {"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": siblings, "gated": repository.gated}
+        info |= {"private": False, "tags": [], "downloads": 0, "likes": 0}
+        if repository.licence:
+            info["cardData"] = {"license": repository.licence}
+        self._send(200, json.dumps(info).encode())
+
+    def _file(self, path):
+        name, _, rest = path.partition("/resolve/")
+        repository, file = self.hub.repositories.get(name), rest.partition("/")[2]
+        if repository is None:
+            return self._refuse(404, "RepoNotFound")
+        if repository.refuses:
+            return self._refuse(repository.refuses, "GatedRepo")
+        if file not in repository.files:
+            return self._refuse(404, "EntryNotFound")
+        content = repository.files[file]
+        large = len(content) >= LARGE
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content) if large else digest(content)[:40]}"'}
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body, size = content[start:], len(content) - start
+        if large and self.command == "GET" and self.hub.cuts:
+            self.hub.cuts -= 1
+            body = body[: size // 2]
+        self._send(206 if start else 200, body, headers, size)
+
+    def _refuse(self, status, code):
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def _send(self, status, body, headers=None, size=None):
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body) if size is None else size))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if headers and "ETag" in headers:
+            self.hub.sent += len(body)
+        self.wfile.write(body)
+        if size is not None and len(body) < size:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(1)
+
+
+def serve(hub: Hub) -> tuple[ThreadingHTTPServer, str]:
+    """Start the server. Returns it and its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+def point_to(monkeypatch, address: str, cache) -> None:
+    """Do what HF_ENDPOINT and HF_HUB_CACHE do, which are read when huggingface_hub is imported."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
