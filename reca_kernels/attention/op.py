@@ -71,7 +71,7 @@ def attention(
     name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
     if not any(plan.groups):  # no row sees anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
-    if forced == "auto" and q.device.type == "cpu" and dense_is_faster(plan, *map(int, q.shape[-2:])):
+    if forced == "auto" and q.is_cpu and dense_is_faster(plan, *map(int, q.shape[-2:])):
         name = "dense"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -79,7 +79,7 @@ def attention(
         return IMPLS[name](q, k, v, plan, scale, deterministic)
 
     # The groups of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
-    if has_hidden(plan) and (name == "dense" or (q.device.type == "cpu" and not torch.compiler.is_compiling())):
+    if has_hidden(plan) and (name == "dense" or (q.is_cpu and not torch.compiler.is_compiling())):
         return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
 

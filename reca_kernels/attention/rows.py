@@ -54,7 +54,7 @@ def shielded(
     run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, raw: bool
 ) -> Tensor:
     """Return run(q, k, v), without what rows hold that no other row attends to."""
-    if raw and q.device.type == "cpu" and all(map(checks.all_finite, (q, k, v))):
+    if raw and q.is_cpu and all(map(checks.all_finite, (q, k, v))):
         return run(q, k, v)
     queries, keys, padding = _hidden(plan)
     held = torch.zeros(len(padding), dtype=torch.float32, device=q.device)
