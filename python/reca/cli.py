@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path_text(text: str) -> str:
-    from reca.config import expand_home
+    from reca.paths import expand_home
 
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty")

@@ -2,10 +2,8 @@
 
 import copy
 import functools
-import glob
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,14 +11,10 @@ from typing import Any, Optional, get_type_hints
 
 from reca.data.batch import TASKS
 from reca.data.config import DataConfig
-from reca.data.spec import parse_spec
 from reca.folders import write_atomically
 from reca.models import UMMS, umm_package
 from reca.options import (
-    GLOB,
-    HUB,
     LOCAL,
-    SPEC,
     RecipeError,
     check_heads,
     check_values,
@@ -28,6 +22,7 @@ from reca.options import (
     format_value,
     share,
 )
+from reca.paths import each_path, expand_home, make_absolute
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -229,38 +224,8 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     for config, f, _ in walk(recipe):
         value, kind = getattr(config, f.name), f.metadata.get("path")
         if kind and value:
-            setattr(config, f.name, _each_path(value, functools.partial(_absolute, kind=kind)))
+            setattr(config, f.name, each_path(value, functools.partial(make_absolute, kind=kind)))
     return recipe
-
-
-def _absolute(text: str, kind: str) -> str:
-    if _is_no_path(text, kind):
-        return text
-    here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(text).name) else os.getcwd()
-    return os.path.join(here, text.removeprefix("./"))
-
-
-def _each_path(value: Any, change: Callable[[str], str]) -> Any:
-    """The value of a path key with its text, or the text of every source of a list, changed."""
-    if isinstance(value, list):
-        return [item | {"source": change(item["source"])} for item in value]
-    return change(value)
-
-
-def expand_home(text: str) -> str:
-    """Expand ~ in a path. Raises RecipeError for an unknown user, and for shell variables, which are not expanded."""
-    if text.startswith("~"):
-        full = os.path.expanduser(text)
-        if full.startswith("~"):
-            raise RecipeError(
-                f"{format_value(text)}: there is no such user; write ./~ for a file whose name begins with ~"
-            )
-        return full
-    if re.match(r"\$[A-Za-z_]", text) or "${" in text:
-        raise RecipeError(
-            f"{format_value(text)}: variables are not expanded here; write the path itself, or ~ for home"
-        )
-    return text
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
@@ -307,14 +272,6 @@ def _split(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _is_no_path(text: str, kind: str) -> bool:
-    if kind == HUB and not os.path.exists(text):
-        return True
-    if kind == GLOB and text.startswith("hf:"):
-        return True
-    return "://" in text or (kind in (GLOB, SPEC) and parse_spec(text) is not None)
-
-
 class _Layer:
     """Values from one source, a file or the command line, to be put into a recipe."""
 
@@ -336,7 +293,7 @@ class _Layer:
             return
         value = convert(raw, wanted, key, self.source)
         if f.metadata.get("path") and value is not None:
-            value = _each_path(value, functools.partial(self._path, key=key))
+            value = each_path(value, functools.partial(self._path, key=key))
         elif any(
             "\ud800" <= c <= "\udfff" for item in (value if isinstance(value, list) else [value]) for c in str(item)
         ):
@@ -390,9 +347,6 @@ class _Layer:
 @functools.cache
 def _types(group: Any) -> dict[str, Any]:
     return get_type_hints(group)
-
-
-_FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are patterns
 
 
 def _check(config: Any, prefix: str = "") -> None:
