@@ -156,11 +156,37 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="print the list only")
         sub.set_defaults(run=run)
 
+    _add_data(commands)
     command("doctor", _doctor, "Report what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
     bench = command("bench", _bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False)
     bench.add_argument("arguments", nargs="*")
     return parser
+
+
+def _add_data(commands) -> None:
+    """Add `reca data check` and `reca data view`."""
+    from reca.data.batch import TASKS
+
+    data = commands.add_parser("data", help="Look at training data.", description="Look at training data.")
+    inside = data.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        (
+            "check",
+            _data_check,
+            "Read every sample: counts, bad ones, sizes, duplicates, texts. Exits 1 if any is bad.",
+        ),
+        ("view", _data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
+    ):
+        sub = inside.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("spec", type=_path_text, help="what data.images takes, or a recipe whose data it is")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.columns.caption")
+        sub.add_argument("--task", choices=TASKS, help="what the data is for; reca, or all of a recipe")
+        if name == "view":
+            sub.add_argument("--recipe", help="recipe whose model's views are shown; show_o_512")
+            sub.add_argument("--count", type=int, default=48, help="samples to show")
+            sub.add_argument("--out", type=_path, default=Path("data_view"), help="folder of the pages")
 
 
 def _path_text(text: str) -> str:
@@ -224,6 +250,19 @@ def _check(options: argparse.Namespace) -> None:
     if max(options.gpus, options.node) > MOST_GPUS:
         raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from reca import data_commands
+
+    return data_commands.check(*data_commands.open_spec(options.spec, options.task, None, options.overrides))
+
+
+def _data_view(options: argparse.Namespace) -> None:
+    from reca import data_commands
+
+    opened = data_commands.open_spec(options.spec, options.task, options.recipe, options.overrides)
+    print(*data_commands.view(*opened, options.count, options.out), sep="\n")
 
 
 def _adapter(options: argparse.Namespace, ability: str) -> Any:

@@ -15,7 +15,7 @@ from reca.data.errors import DataError
 from reca.data.folder import total_size
 from reca.data.index_files import IndexFile
 from reca.data.json_stream import read_items
-from reca.data.packed_rows import PackedRows, finish, open_packed, pack
+from reca.data.packed_rows import PackedRows, finish, image_of, open_packed, pack
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.skipped import Skipped, log_once
 from reca.data.text import decode_text
@@ -136,7 +136,12 @@ class Conversations:
                 sizes[hash(image)] = total_size([self.root / image])
             return sizes[hash(image)]
 
-        return digest((*row, size(row.image)) for row in map(self.rows.__getitem__, range(len(self))))
+        def described() -> Iterator[tuple[bytes, int]]:
+            for number in range(len(self)):
+                record = self.rows.record(number)
+                yield record, size(image_of(record))
+
+        return digest(described())
 
 
 def _stream(path: Path) -> Iterator[Any]:

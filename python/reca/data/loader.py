@@ -121,6 +121,7 @@ class Loader:
         prepare: Prepare | None = None,
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
+        self.views = views
         self.rng = task_rng(seed, task)
         self.order = make_order(source, task_rng(seed, task, 1).seed, config.shuffle)
         self.decode = _decoder(config, views, self.rng)
@@ -148,6 +149,11 @@ class Loader:
     def sample(self, position: int) -> Batch:
         """Read one sample in the calling thread."""
         return self._batch([position], [self._read(position)])
+
+    def named_sample(self, position: int) -> tuple[str, Batch]:
+        """One sample with its key, read while the caller waits."""
+        row = self._read(position)
+        return row.sample.key, self._batch([position], [row])
 
     def close(self) -> None:
         if self.pool:

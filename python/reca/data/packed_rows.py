@@ -35,20 +35,26 @@ class PackedRows:
         return len(self.offsets) - 1
 
     def __getitem__(self, number: int) -> Row:
-        name, _, turns = self._record(number).partition(b"\0")
+        name, _, turns = self.record(number).partition(b"\0")
         return Row(name.decode(), tuple(Turn(*turn) for turn in json.loads(turns)))
 
     def name(self, number: int) -> str:
         """Return the image of a row."""
-        return self._record(number).partition(b"\0")[0].decode()
+        return image_of(self.record(number))
 
-    def _record(self, number: int) -> bytes:
+    def record(self, number: int) -> bytes:
+        """Return a row as it is stored."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         if isinstance(self.data, bytes):
             return self.data[start:end]
         return os.pread(self.data.fileno(), end - start, start)  # mapped pages would count as this process's memory
+
+
+def image_of(record: bytes) -> str:
+    """Return the image of a stored row."""
+    return record.partition(b"\0")[0].decode()
 
 
 def pack(rows: Iterable[Row], out: BinaryIO) -> tuple[np.ndarray, int]:

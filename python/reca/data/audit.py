@@ -1,0 +1,158 @@
+"""Every sample of a source, read and decoded: what is bad and why, sizes, duplicates, texts."""
+
+import hashlib
+import itertools
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from reca import units
+from reca.data.batch import Turn
+from reca.data.errors import BadSample, LeftOut
+from reca.data.pixels import open_rgb
+from reca.data.sample import Source
+from reca.data.skipped import Skipped
+
+SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
+RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short side
+SHOWN = 10  # bad samples and duplicates that are listed
+
+
+class Looked(NamedTuple):
+    """What is found out about one sample."""
+
+    key: str
+    bad: str | None = None
+    left_out: str | None = None
+    bytes: int = 0
+    width: int = 0
+    height: int = 0
+    digest: int = 0  # of the bytes of the image
+    text: Any = None
+
+
+@dataclass
+class Audit:
+    """Counts over the samples of a source.
+
+    bad: key -> reason. left_out: rows that are no samples. duplicates: key -> the key of the first of equal images.
+    """
+
+    samples: int = 0
+    bytes: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    left_out: Skipped = field(default_factory=Skipped)
+    sides: Counter[int] = field(default_factory=Counter)
+    ratios: Counter[int] = field(default_factory=Counter)
+    duplicates: dict[str, str] = field(default_factory=dict)
+    captions: list[int] = field(default_factory=list)  # words of each
+    turns: list[int] = field(default_factory=list)  # of each conversation
+    answers: list[int] = field(default_factory=list)  # words of each
+    texts: Counter[int] = field(default_factory=Counter)  # of captions, by a hash
+    first: dict[int, str] = field(default_factory=dict)  # digest -> key
+
+    def add(self, looked: Looked, about: bool) -> None:
+        """Count one sample. about: texts ask about an image, so that an image that comes again is no duplicate."""
+        if looked.left_out:
+            self.left_out.add(looked.left_out, looked.key)
+            return
+        self.samples += 1
+        if looked.bad:
+            self.bad[looked.key] = looked.bad
+            return
+        self.bytes += looked.bytes
+        short, long = sorted((looked.width, looked.height))
+        self.sides[sum(short >= side for side in SIDES)] += 1
+        self.ratios[sum(long > short * ratio for ratio in RATIOS)] += 1
+        first = self.first.setdefault(looked.digest, looked.key)
+        if not about and first != looked.key:
+            self.duplicates[looked.key] = first
+        if isinstance(looked.text, str):
+            self.captions.append(len(looked.text.split()))
+            self.texts[hash(looked.text)] += 1
+        elif looked.text:
+            self.turns.append(len(looked.text))
+            self.answers += [len(Turn(*turn).answer.split()) for turn in looked.text]
+
+
+def look(source: Source, index: int) -> Looked:
+    """Read and decode one sample."""
+    key = source.key(index)
+    try:
+        sample = source[index]
+        image = open_rgb(sample.image)
+    except LeftOut as error:
+        return Looked(key, left_out=str(error))
+    except BadSample as error:
+        return Looked(key, bad=str(error))
+    except OSError as error:
+        return Looked(key, bad=f"{type(error).__name__}: {error}")
+    digest = int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little")
+    return Looked(key, None, None, len(sample.image), *image.size, digest, sample.text)
+
+
+def audit(source: Source, about: bool = False, workers: int = 4, progress: Any = None) -> Audit:
+    """Look at every sample of a source. about: as for `Audit.add`. progress: called after every sample."""
+    found = Audit()
+    for looked in _look_at_all(source, workers):
+        found.add(looked, about)
+        if progress:
+            progress()
+    return found
+
+
+def _look_at_all(source: Source, workers: int) -> Iterator[Looked]:
+    """In the order of the source, with a few samples in memory at a time."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        ahead: deque = deque()
+        for index in range(len(source)):
+            ahead.append(pool.submit(look, source, index))
+            if len(ahead) > 4 * max(1, workers):
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def report(found: Audit, skipped: Skipped | None = None) -> str:
+    """Write an audit as text. skipped: what the source left out when it was opened."""
+    good = found.samples - len(found.bad)
+    lines = [f"{found.samples} samples, {good} of them usable, {units.size(found.bytes)} of images"]
+    for what in (skipped, found.left_out):
+        if what:
+            counted = (f"  {n:>9} {reason} (the first: {what.first[reason]})" for reason, n in what.counts.items())
+            lines += ["", "left out", *counted]
+    if found.bad:
+        reasons = Counter(found.bad.values())
+        lines += ["", f"bad samples ({len(found.bad)})", *(f"  {n:>9} {reason}" for reason, n in reasons.most_common())]
+        lines += _some([f"{key}: {reason}" for key, reason in found.bad.items()])
+    if good:
+        lines += ["", "short side in pixels", *_histogram(found.sides, SIDES, good)]
+        lines += ["", "long side over short side", *_histogram(found.ratios, RATIOS, good)]
+    lines += ["", f"duplicates ({len(found.duplicates)} images have the bytes of one before)"]
+    lines += _some([f"{key} = {first}" for key, first in found.duplicates.items()])
+    if found.captions:
+        again = sum(n - 1 for n in found.texts.values())
+        lines += ["", f"captions: words {_spread(found.captions)}; {again} are the text of another"]
+    if found.turns:
+        lines += ["", f"conversations: turns {_spread(found.turns)}; words of an answer {_spread(found.answers)}"]
+    return "\n".join(lines)
+
+
+def _some(items: list[str]) -> list[str]:
+    more = [f"  … and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return [f"  {item}" for item in items[:SHOWN]] + more
+
+
+def _histogram(counts: Counter[int], edges: tuple, total: int) -> list[str]:
+    names = [f"below {edges[0]}"]
+    names += [f"{a} to {b}" for a, b in itertools.pairwise(edges)]
+    names.append(f"{edges[-1]} and more")
+    bars = ["#" * round(40 * counts[i] / total) for i in range(len(names))]
+    return [f"  {name:<16}{counts[i]:>9}  {bars[i]}".rstrip() for i, name in enumerate(names) if counts[i]]
+
+
+def _spread(numbers: list[int]) -> str:
+    return f"{min(numbers)} to {max(numbers)}, median {statistics.median(numbers):g}"

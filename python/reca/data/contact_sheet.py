@@ -1,0 +1,61 @@
+"""One HTML page of samples as a model would get them: both views, and the text that goes with them."""
+
+import base64
+import html
+import io
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from reca.data.loader import Loader
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; background: #fff }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 16px }
+figure { margin: 0; padding: 10px; border: 1px solid #ddd; border-radius: 6px; overflow-wrap: anywhere }
+figure img { width: 160px; height: 160px; object-fit: contain; background: #eee; margin-right: 4px }
+figcaption small { color: #777 }
+"""
+
+
+def contact_sheet(loader: Loader, count: int, title: str) -> str:
+    """Return the page of the first `count` positions of a stream. It needs no other file.
+
+    Raises DataError as the loader does.
+    """
+    figures = [_figure(position, *loader.named_sample(position)) for position in range(count)]
+    views = loader.views
+    shown = [name for name, view in (("generation", views.gen), ("understanding", views.und)) if view is not None]
+    bad = "".join(f"<li>{_text(key)}: {_text(reason)}</li>" for key, reason in loader.bad_samples.bad.items())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title><style>{STYLE}</style>'
+        f"<h1>{_text(title)}</h1><p>{count} of {len(loader.source)} samples, in the order of training. Of each: its "
+        f"{' and its '.join(shown)} view.</p><main>{''.join(figures)}</main>"
+        + (f"<h2>Bad samples met</h2><ul>{bad}</ul>" if bad else "")
+        + "</html>\n"
+    )
+
+
+def _figure(position: int, key: str, batch: Any) -> str:
+    views = [("generation", batch.gen), ("understanding", batch.und)]
+    images = "".join(_image(name, view[0]) for name, view in views if view is not None)
+    sizes = ", ".join(f"{view[0].shape[2]} x {view[0].shape[1]}" for _, view in views if view is not None)
+    text = batch.text[0]
+    if not isinstance(text, str):
+        shown = "<br>".join(f"<b>Q</b> {_text(turn.question)}<br><b>A</b> {_text(turn.answer)}" for turn in text)
+    else:
+        shown = _text(text)
+    return (
+        f"<figure>{images}<figcaption>{shown}<br><small>{position}: {_text(key)}, {sizes}</small></figcaption></figure>"
+    )
+
+
+def _image(name: str, pixels: Tensor) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return f'<img alt="{name} view" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _text(text: str) -> str:
+    return html.escape(text.encode("utf-8", "backslashreplace").decode())

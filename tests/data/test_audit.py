@@ -1,0 +1,111 @@
+"""`reca data check` and `reca data view`."""
+
+import base64
+import io
+import re
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from reca.cli import main
+from reca.data.audit import audit, report
+from reca.data.config import DataConfig
+from reca.data.contact_sheet import contact_sheet
+from reca.data.loader import open_loader
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import conversations, fill, picture, row
+
+VIEWS = {"reca": Views(gen=View(20), und=View(12, "center_crop")), "t2i": Views(gen=View(20), und=None)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four images, two of one content, and one that is none, with captions."""
+    files = {
+        "a.png": picture(size=(100, 300)), "b.png": picture(size=(600, 600)), "c.png": picture(size=(600, 600)),
+        "d.png": picture((1, 1, 1), (520, 512)), "e.png": b"junk",
+        "a.txt": b"one", "b.txt": b"one two three", "c.txt": b"one", "d.txt": b"", "e.txt": b"x",
+    }  # fmt: skip
+    return fill(tmp_path / "photos", files)
+
+
+def test_every_sample_is_counted(root):
+    found = audit(open_source(str(root), "reca"))
+    assert (found.samples, len(found.bad)) == (5, 1)
+    assert found.bad == {"e.png": "no image in a format that is read (JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)"}
+    assert found.duplicates == {"c.png": "b.png"}
+    assert found.sides == {0: 1, 3: 3} and found.ratios == {0: 3, 3: 1}
+    text = report(found)
+    assert "5 samples, 4 of them usable" in text and "512 to 768" in text and "c.png = b.png" in text
+    assert found.bytes == sum((root / f"{name}.png").stat().st_size for name in "abcd")
+
+
+def test_captions_and_conversations_are_counted(root, tmp_path):
+    found = audit(open_source(str(root), "t2i"))
+    assert sorted(found.captions) == [1, 1, 3] and found.bad["d.png"] == "the caption is empty"
+    assert "captions: words 1 to 3, median 1; 1 are the text of another" in report(found)
+    talk = conversations(
+        tmp_path, row("human", "Q", "gpt", "a b"), row("human", "Q", "gpt", "A", "human", "R", "gpt", "B")
+    )
+    source = open_source(str(talk), "i2t")
+    found = audit(source, about=True)
+    assert sorted(found.turns) == [1, 2] and sorted(found.answers) == [1, 1, 2] and not found.duplicates
+    assert "conversations: turns 1 to 2, median 1.5; words of an answer 1 to 2" in report(found, source.skipped)
+
+
+def test_the_command_exits_1_where_something_is_bad(root, capsys):
+    assert main(["data", "check", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "data.images (reca)" in out and "bad samples (1)" in out and "e.png: no image" in out
+    (root / "e.png").unlink()
+    (root / "e.txt").unlink()
+    assert main(["data", "check", str(root)]) == 0
+    assert main(["data", "check", str(root), "--task", "t2i"]) == 1  # a caption is empty
+    assert main(["data", "check", "show_o_tiny", f"data.images={root}", "--task", "reca"]) == 0
+    assert main(["data", "check", str(root / "nowhere")]) == 4
+    assert main(["data", "check", str(root), "data.colums.image=a"]) == 3
+
+
+def images(page):
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]*)", page)]
+
+
+def sheet(root, task="reca", count=4):
+    spec = {"reca": "images", "t2i": "captions"}[task]
+    config = DataConfig(**{spec: str(root)}, decoder="pillow", workers=0, max_bad_fraction=0.5)
+    options = {"seed": 3, "micro_batch": count}
+    page = contact_sheet(open_loader(config, task, VIEWS[task], **options), count, "a < b")
+    return page, next(iter(open_loader(config, task, VIEWS[task], **options)))
+
+
+def test_a_contact_sheet_is_what_training_reads(root):
+    page, batch = sheet(root)
+    shown = images(page)
+    assert page.count("<figure>") == 4 and len(shown) == 8 and "http" not in page and "a &lt; b" in page
+    for number, (gen, und) in enumerate(zip(batch.gen, batch.und, strict=True)):
+        for image, view in zip(shown[2 * number :], (gen, und), strict=False):
+            assert image.tobytes() == view.permute(1, 2, 0).numpy().tobytes()
+        assert batch.text[number] in page
+    assert "Bad samples met" in page and "e.png: no image" in page
+
+
+def test_captions_in_a_contact_sheet_are_text(root):
+    (root / "b.txt").write_text("<b>bold & co</b>")
+    page, _ = sheet(root, "t2i")
+    assert "<b>bold" not in page and "&lt;b&gt;bold &amp; co" in page and len(images(page)) == 4
+    assert "Of each: its generation view." in page
+
+
+def test_the_command_writes_a_page_of_the_views_of_a_recipe(root, tmp_path, capsys, monkeypatch):
+    model = SimpleNamespace(tasks=("reca",), views=VIEWS.get)
+    monkeypatch.setattr("reca.data_commands.build_meta", lambda recipe: (model, None))
+    out = tmp_path / "sheets"
+    arguments = ["data", "view", str(root), "data.max_bad_fraction=0.5", "--recipe", "show_o_tiny", "--out", str(out)]
+    assert main([*arguments, "--count", "3"]) == 0
+    assert capsys.readouterr().out == f"{out}/reca.html\n"
+    assert len(images((out / "reca.html").read_text())) == 6
+    assert main([*arguments, "--count", "0"]) == 3
+    assert main([*arguments, "--task", "t2i"]) == 3
+    assert "show_o has no t2i loss: its tasks are reca" in capsys.readouterr().err
