@@ -15,7 +15,7 @@ MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 
 
 def labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> int:
-    """Return for how many rows to make room.
+    """Return how many rows to allocate.
 
     Without `max_labelled` the GPU is asked, which waits for it; in a CUDA graph, where nothing may wait: all rows.
     """

@@ -174,7 +174,7 @@ def test_compiled_for_every_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_ten_million_normals_have_the_bits(backend):
-    """The root in csrc/cuda/noise.cuh is rounded to nearest for every radius that comes up."""
+    """The root in csrc/common/noise.cuh is rounded to nearest for every radius that comes up."""
     ids = torch.arange(10) + 1000
     got = philox_normal(address("cuda", sample_ids=ids.cuda()), 1_000_000, backend=backend)
     assert torch.equal(bits(got), bits(philox_normal(address(sample_ids=ids), 1_000_000)))
