@@ -324,7 +324,7 @@ class _Layer:
         for f in fields(group):
             if f.name == name:
                 value = getattr(group, name)
-                return (type(value), f) if is_dataclass(value) else (_types(type(group))[name], f)
+                return (type(value), f) if is_dataclass(value) else (_types(group.__class__)[name], f)
         raise self._unknown(key)
 
     def _unknown(self, key: str) -> RecipeError:

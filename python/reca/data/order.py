@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,8 @@ def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
     parts = getattr(source, "parts", None)
     if parts is not None:
         orders = [make_order(part, CounterRNG(seed, number).seed, shuffle) for number, part in enumerate(parts)]
-        return Mixed(orders, [len(part) for part in parts], source.weights, CounterRNG(seed, len(parts)).seed)
+        weights: Any = getattr(source, "weights", None)  # of a mixture
+        return Mixed(orders, [len(part) for part in parts], weights, CounterRNG(seed, len(parts)).seed)
     if not shuffle:
         return Stored(len(source), seed)
     blocks = getattr(source, "blocks", None)
@@ -149,7 +150,8 @@ class Mixed:
 
     def _stretch_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of every slot, and how many samples of each source came before."""
-        before, after = (np.diff(np.floor(self.shares * (STRETCH * n)).astype(np.int64)) for n in (number, number + 1))
+        ends = (np.floor(self.shares * (STRETCH * n)).astype(np.int64) for n in (number, number + 1))
+        before, after = (end[1:] - end[:-1] for end in ends)
         picks = np.repeat(np.arange(len(before)), after - before)
         return picks[_permutation(CounterRNG(self.seed, number), STRETCH)], before
 

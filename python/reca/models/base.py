@@ -150,8 +150,8 @@ class Adapter(nn.Module):
             return batch.prepared
         return self.prepare(batch, rng).to(batch.sample_ids.device)
 
-    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-        """Compute the native loss of the task. It waits for no GPU."""
+    def loss(self, prepared: Any, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        """Compute the native loss of the task from the model's own Prepared. It waits for no GPU."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, rng: CounterRNG, condition: str = "own") -> LossTerm:
@@ -182,11 +182,13 @@ class Adapter(nn.Module):
         """Say what in this configuration is known to make RECA collapse."""
         return []
 
-    def generate(self, prompts: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
+    def generate(self, prompts: list[str], seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
         """Generate an image per prompt, uint8 [3, H, W]. It depends on (prompt, seed), not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")
 
-    def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **sampling: Any) -> list[Tensor]:
+    def edit(
+        self, images: list[Tensor], instructions: list[str], seeds: list[int], *_: Any, **sampling: Any
+    ) -> list[Tensor]:
         """Change images by instructions, all uint8 [3, H, W]."""
         raise NotImplementedError(f"{self.name} cannot edit images; it can {' and '.join(sorted(self.abilities))}")
 

@@ -109,7 +109,11 @@ def _post_train(umm: str, seed: int, out: Path, arm: Arm, scale: float) -> Outco
             *overrides,
         ],
     )
-    trainer = Trainer(recipe, progress=lambda step: _progress(out, seed, arm.name).write_text(str(step)))
+
+    def progress(step: int) -> None:
+        _progress(out, seed, arm.name).write_text(str(step))
+
+    trainer = Trainer(recipe, progress=progress)
     trainer.run()
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -25,7 +25,7 @@ COLUMNS = ("seen", "held-out")
 
 def table(results: Results) -> str:
     """Tabulate success rates in percent, one model a row: with 95 % intervals for one seed, else mean ± deviation."""
-    rows = [("", *COLUMNS, "overall", "understanding")]
+    rows: list[tuple[str, ...]] = [("", *COLUMNS, "overall", "understanding")]
     for name in _names(results):
         cells = [_cell([results[s][name].measured.rates[r] for s in results]) for r in COLUMNS]
         overall = _spread([100 * results[s][name].measured.overall for s in results])
@@ -118,9 +118,9 @@ def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
 
 
 def _png(image: torch.Tensor) -> str:
-    image = make_grid([image])
+    sheet = make_grid([image])
     buffer = io.BytesIO()
-    image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+    sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -43,7 +43,8 @@ class ToySource:
     def __getitem__(self, index: int) -> Sample:
         buffer = io.BytesIO()
         Image.fromarray(self.split.image(index).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        scene, rng, text = self.split.scene(index), self.split.rng(index, "text"), None
+        scene, rng = self.split.scene(index), self.split.rng(index, "text")
+        text: str | list[Turn] | None = None
         if self.task == "t2i":
             text = phrase(caption(scene, self.named, rng, self.share), rng)
         if self.task == "i2t":

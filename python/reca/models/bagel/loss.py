@@ -48,9 +48,9 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         share = net.config.template_drop if batch.task == "reca" else net.config.caption_drop
         dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
         texts = [[] if drop else [net.text(text)] for text, drop in zip(batch.text, dropped, strict=True)]
-    items = texts
+    items: list[list[Item]] = [[*text] for text in texts]
     if batch.task != "t2i":
-        item = CleanImage if _copies_latents(net, batch) else VitImage
+        item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
         items = [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
     layout = net.layout(items)
     made = batch.task, rng.seed
@@ -142,8 +142,9 @@ def _copies_latents(net: Network, batch: Batch) -> bool:
 def _hv_sizes(net: Network, batch: Batch) -> list[Size]:
     latents = _copies_latents(net, batch)
     if batch.und is None:
+        assert batch.features is not None, "a batch has images or features"
         h_v, patch = batch.features["h_v"], net.config.latent_patch_size
-        return [(x.shape[1] // patch, x.shape[2] // patch) if latents else tuple(x.shape[:2]) for x in h_v]
+        return [(x.shape[1] // patch, x.shape[2] // patch) if latents else (x.shape[0], x.shape[1]) for x in h_v]
     side = net.token_side if latents else net.config.vision.patch_size
     return [(image.shape[1] // side, image.shape[2] // side) for image in batch.und]
 
@@ -151,5 +152,6 @@ def _hv_sizes(net: Network, batch: Batch) -> list[Size]:
 def _image_sizes(net: Network, batch: Batch) -> list[Size]:
     images, side = batch.gen, net.token_side
     if images is None:
+        assert batch.features is not None, "a batch has images or features"
         images, side = batch.features["moments"], net.config.latent_patch_size
     return [(image.shape[-2] // side, image.shape[-1] // side) for image in images]

@@ -1,6 +1,5 @@
 """BAGEL as an Adapter: the generation expert and its way in and out learn, everything else is frozen."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from reca.data.views import Views
 from reca.models.bagel import loss, modules, sampling, views, weights
 from reca.models.bagel.config import BagelConfig
 from reca.models.base import Adapter, LossTerm
+from reca.models.common.inference import options_of
 from reca.rng import CounterRNG
 
 
@@ -64,12 +64,12 @@ class Bagel(modules.Network, Adapter):
 
     # inference
 
-    @functools.wraps(sampling.generate)
+    @options_of(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         with self.inference_autocast():
             return sampling.generate(self, prompts, seeds, **options)
 
-    @functools.wraps(sampling.edit)
+    @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         with self.inference_autocast():
             return sampling.edit(self, images, instructions, seeds, **options)

@@ -88,7 +88,7 @@ class TimeEmbedder(nn.Module):
         half = TIME_WIDTH // 2
         frequencies = TIME_PERIOD ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * frequencies
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=1).to(next(self.mlp.parameters()).dtype))
 
 
 class PositionTable(nn.Module):
@@ -96,6 +96,8 @@ class PositionTable(nn.Module):
 
     The published file holds this table rounded to bf16; it is computed here instead, as the release does.
     """
+
+    pos_embed: Tensor
 
     def __init__(self, size: int, width: int):
         super().__init__()
@@ -157,7 +159,7 @@ class Patches(PatchCodec):
         return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
 
 
-def codec(config: BagelConfig) -> nn.Module:
+def codec(config: BagelConfig) -> "FluxCodec | Patches":
     if config.codec == "flux":
         return FluxCodec(config.autoencoder)
     return Patches(config.patches.size, config.patches.channels)
@@ -190,14 +192,14 @@ def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels
     groups: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(tuple(image.shape), []).append(i)
-    made: list[Tensor] = [None] * len(images)
+    made: dict[int, Tensor] = {}
     for shape, members in groups.items():
         n = max(1, pixels // (shape[-2] * shape[-1]))
         for start in range(0, len(members), n):
             part = members[start : start + n]
             for i, row in zip(part, encode(torch.stack([images[i] for i in part])), strict=True):
                 made[i] = row
-    return made
+    return [made[i] for i in range(len(images))]
 
 
 class Network(nn.Module):
@@ -245,7 +247,7 @@ class Network(nn.Module):
         return prompt.add_bos_eos(encode(self.tokenizer, text), self.vocabulary)
 
     def conversation(self, turns: Sequence[Sequence[str]]) -> prompt.Text:
-        ids = [tuple(encode(self.tokenizer, part) for part in turn) for turn in turns]
+        ids = [(encode(self.tokenizer, asked), encode(self.tokenizer, answer)) for asked, answer in turns]
         return prompt.conversation(ids, self.vocabulary)
 
     # sequences -> hidden states
@@ -302,7 +304,7 @@ class Network(nn.Module):
             adds = [(self.vit_pos_embed.pos_embed, layout.vit_positions)] if h_v else []
             dtype = self.residual_dtype(table)
             rows[UND] = template_concat(table, self.connect(h_v), layout.src, adds=adds, out_dtype=dtype)
-        if tokens is not None:
+        if tokens is not None and t is not None:
             # The levels of a pass are few: their embeddings are rows to add, one per image or one for all.
             level = layout.image_ids if len(t) > 1 else torch.zeros_like(layout.image_ids)
             adds = [(self.time_embedder(t), level), (self.latent_pos_embed.pos_embed, layout.latent_positions)]

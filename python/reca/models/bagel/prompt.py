@@ -11,7 +11,7 @@ one. Its borders are text tokens, so they belong to the understanding expert eve
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,9 @@ class Layout:
     labelled: int
 
     def to(self, device: torch.device) -> "Layout":
-        moved = {f.name: on_device(getattr(self, f.name), device) for f in fields(self) if f.type is Tensor}
+        moved: dict[str, Any] = {
+            f.name: on_device(getattr(self, f.name), device) for f in fields(self) if f.type is Tensor
+        }
         return replace(self, **moved, positions={expert: on_device(p, device) for expert, p in self.positions.items()})
 
 
@@ -137,7 +139,7 @@ def layout(
     images = 0
     border = torch.tensor([-1])
     for number, (items, position) in enumerate(zip(samples, positions, strict=True)):
-        mine = []
+        mine: list[TextSegment | VisualSegment] = []
         for item in items:
             if isinstance(item, Text):
                 n = len(item.ids)

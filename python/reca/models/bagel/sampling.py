@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reca.models.bagel import modules
 from reca.models.bagel.modules import Network
-from reca.models.bagel.prompt import CleanImage, Layout, NoisyImage, Prompt, Text, VitImage
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
 from reca.models.bagel.transformer import KVCache
 from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
@@ -74,9 +74,10 @@ def edit(
     The model gets the image as latents and as h_v, the latter made of the fitted image as the release does.
     """
     check_pairs(images=images, instructions=instructions, seeds=seeds)
-    edited = []
+    edited, view = [], edit_views(net).gen
+    assert view is not None
     for i in range(0, len(images), batch):
-        sources = [fit_to_view(image, edit_views(net).gen) for image in images[i : i + batch]]
+        sources = [fit_to_view(image, view) for image in images[i : i + batch]]
         posterior = posterior_noise(net, sources, seeds[i : i + batch])
         full, textless, imageless, sizes = edit_caches(net, sources, instructions[i : i + batch], posterior)
         tokens = denoise(
@@ -97,10 +98,14 @@ def edit_caches(
     """Prefill everything, all but the text, and all but the image. Returns these caches, and sizes in tokens."""
     moments = net.moments([source.to(net.device) for source in sources])
     clean = [net.codec.latents(m, e) for m, e in zip(moments, noise, strict=True)]
-    h_v = net.encode_understanding([fit_to_view(source, edit_views(net).und).to(net.device) for source in sources])
+    view = edit_views(net).und
+    assert view is not None
+    h_v = net.encode_understanding([fit_to_view(source, view).to(net.device) for source in sources])
     side = net.token_side
     sizes = [(source.shape[1] // side, source.shape[2] // side) for source in sources]
-    items = [[CleanImage(*size), VitImage(*one.shape[:2])] for size, one in zip(sizes, h_v, strict=True)]
+    items: list[list[Item]] = [
+        [CleanImage(*size), VitImage(*one.shape[:2])] for size, one in zip(sizes, h_v, strict=True)
+    ]
     _, textless = net.prefill(Prompt(items, h_v, clean))
     texts, n = [[net.text(text)] for text in instructions], len(sources)
     # The text alone stands at position 0, though training leaves the places of dropped images free: as released.
@@ -227,8 +232,11 @@ def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tok
     """Answer a batch of questions, greedy."""
     check_pairs(images=images, questions=questions)
     view = task_views(net, "i2t").und
+    assert view is not None
     h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])
-    items = [[VitImage(*one.shape[:2]), net.text(text)] for one, text in zip(h_v, questions, strict=True)]
+    items: list[list[Item]] = [
+        [VitImage(*one.shape[:2]), net.text(text)] for one, text in zip(h_v, questions, strict=True)
+    ]
     _, cache = net.prefill(Prompt(items, h_v))
     tokens, _ = greedy(net, cache, max_new_tokens)
     return decode_replies(net.tokenizer, tokens, net.vocabulary.eos)

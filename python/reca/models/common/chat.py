@@ -66,7 +66,9 @@ def conversation(
 
     question: the first question with the image's slot.
     """
-    ids, labels, slot = [], [], None
+    ids: list[int] = []
+    labels: list[int] = []
+    slot = None
     for asked, answered in turns:
         if ids:
             heard = [*encode(tokenizer, "\n"), *chat_turn(tokenizer, asked)]

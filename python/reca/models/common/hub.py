@@ -67,7 +67,7 @@ def cause_of(error: Exception) -> str:
     """Say what the hub did, without the library's paragraphs. The subject of the sentence is the hub."""
     from huggingface_hub import errors
 
-    chain = [error]
+    chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None and len(chain) < 8:
         chain.append(chain[-1].__cause__)
     for one in chain:

@@ -1,9 +1,10 @@
 """Checks of what generate, edit and answer are asked, for every model."""
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -11,8 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from reca.models.common.text import encode
 
 log = logging.getLogger("reca")
+M = TypeVar("M", bound=Callable)
 
 SEEDS = 2**56  # above it, the address of a sample's noise would not fit
+
+
+def options_of(function: Callable) -> Callable[[M], M]:
+    """Decorate a method that passes its options on to `function`: it shows the signature of that one."""
+
+    def decorate(method: M) -> M:
+        return cast(M, functools.wraps(function)(method))
+
+    return decorate
 
 
 @contextlib.contextmanager

@@ -56,8 +56,8 @@ class PatchCodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:  # [B, channels, h, w]
         """Decode latents to pixels, [B, 3, h p, w p], about [-1, 1]."""
         rows = latents.flatten(2).transpose(1, 2) @ (self.basis / self.scale).T + self.mean
-        size = [side * self.factor for side in latents.shape[2:]]
-        return F.fold(rows.transpose(1, 2), size, self.factor, stride=self.factor)
+        height, width = (side * self.factor for side in latents.shape[2:])
+        return F.fold(rows.transpose(1, 2), (height, width), self.factor, stride=self.factor)
 
     def _patches(self, pixels: Tensor) -> Tensor:
         """Cut pixels into patches, [B, n, 3 p²], row-major."""

@@ -30,8 +30,8 @@ def _planned(
         raise ValueError(f"{type(module).__name__} attends by a plan; call the model with plan=attention_plan(...)")
     if dropout:
         raise ValueError(f"{type(module).__name__} drops {dropout:g} of its attention, which a planned one cannot")
-    rows = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(*rows, plan, scale=scaling), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, plan, scale=scaling), None
 
 
 AttentionInterface.register(PLANNED, _planned)

@@ -109,7 +109,7 @@ def _check_header(path: Path, length: int) -> None:
         file.seek(8)
         header = file.read(length) if length <= size - 8 else b""
     try:
-        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"] if header else None
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"] if header else []
         wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0) if header else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{_named(path)} has a damaged header of safetensors; {AGAIN}") from error
@@ -296,11 +296,11 @@ def init_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def assign_state_dict(

@@ -75,6 +75,7 @@ def prepare_images(
     repeats, size = net.config.mar.repeats, grid[0] * grid[1]
     counts = sample_masked_counts(net, ids, size, rng)
     masking = Masking.of(rng.uniform(RandomStream.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
+    assert masking.hidden is not None
     hv_tokens = hv_grid[0] * hv_grid[1] if hv_grid else 0
     layout = prompt.layout(prompts, net.config.mar.buffers, hv_tokens, masking.lengths)
     # Every hidden token `repeats` times: the same row of latents and condition, its own timestep and noise.
@@ -138,6 +139,7 @@ def image_loss(
 ) -> LossTerm:
     """Sum the diffusion loss over hidden tokens and their timesteps."""
     masking, rows = prepared.masking, prepared.rows
+    assert masking.hidden is not None
     encoded = net.mar.encode(latents, masking.visible, masking.real)
     z = net.condition(prepared.layout, encoded, masking, prepared.grid, h_v)
     t = (rng.uniform(RandomStream.TIMESTEP, prepared.noise)[:, 0] * modules.STEPS).long()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from reca.data.batch import Batch
 from reca.data.views import View, Views
@@ -29,7 +30,7 @@ class Harmon(Network, Adapter):
     condition_keys = ("h_v",)
 
     @classmethod
-    def load(cls, config: HarmonConfig, device: torch.device | str = "cpu") -> "Harmon":
+    def load(cls, config: HarmonConfig, device: torch.device | str = "cpu") -> Self:
         return weights.load(cls, config, device)
 
     @classmethod
@@ -115,6 +116,7 @@ class Harmon(Network, Adapter):
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         check_pairs(images=images, questions=questions)
         view = self.views("i2t").und
+        assert view is not None
         with eval_mode(self):
             return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
 

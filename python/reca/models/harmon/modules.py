@@ -154,8 +154,7 @@ class Mar(nn.Module):
         self.decoder_embed = nn.Linear(c.width, wide)
         self.decoder_blocks = nn.ModuleList(Block(wide, c.decoder_heads or c.heads, c) for _ in range(c.decoder_depth))
         self.decoder_norm = nn.LayerNorm(wide, EPS)
-        self.diffloss = nn.Module()
-        self.diffloss.net = DiffusionHead(channels, wide, c.head_width, c.head_depth)
+        self.diffloss = DiffusionLoss(DiffusionHead(channels, wide, c.head_width, c.head_depth))
 
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """Fit a position table to a grid of m x n tokens, [1, buffers + m n, D]; bilinear if that is another grid."""
@@ -174,7 +173,7 @@ class Mar(nn.Module):
         real: Tensor | None = None,  # bool [B, V], False where `visible` is padding
     ) -> Tensor:  # [B, buffers + V, D]
         """Encode the visible tokens (None: all), buffers first. Hidden ones are dropped before the first product."""
-        batch, grid, buffers = len(latents), tuple(latents.shape[1:3]), self.c.buffers
+        batch, grid, buffers = len(latents), (latents.shape[1], latents.shape[2]), self.c.buffers
         tokens, table = latents.flatten(1, 2), self.positions(self.encoder_pos_embed_learned, grid)
         front, rest = table.split((buffers, table.shape[1] - buffers), dim=1)
         if visible is None:
@@ -213,13 +212,21 @@ class Mar(nn.Module):
 # diffusion head
 
 
+class DiffusionLoss(nn.Module):
+    """The place of the diffusion head among the published names."""
+
+    def __init__(self, net: "DiffusionHead"):
+        super().__init__()
+        self.net = net
+
+
 class DiffusionHead(nn.Module):
     """An MLP with adaptive LayerNorm: noise and variance range of a token at step t, given its condition."""
 
     def __init__(self, channels: int, condition: int, width: int, depth: int):
         super().__init__()
-        self.time_embed = nn.Module()
-        self.time_embed.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_embed = nn.ModuleDict({"mlp": mlp})
         self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(HeadBlock(width) for _ in range(depth))
         self.final_layer = HeadEnd(width, 2 * channels)
@@ -244,7 +251,7 @@ class DiffusionHead(nn.Module):
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * rates
-        return self.time_embed.mlp(torch.cat((angles.cos(), angles.sin()), dim=1))
+        return self.time_embed["mlp"](torch.cat((angles.cos(), angles.sin()), dim=1))
 
     def denoise(self, x_t: Tensor, y: Tensor) -> Tensor:  # [M, C], [M, w]
         """y: step and condition, embedded and added."""

@@ -45,6 +45,7 @@ def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
     """Label a conversation about an image, cut to what the release keeps; replies and their ends are learned."""
     ids, slot, labels = chat.conversation(tokenizer, turns, question)
+    assert labels is not None
     return Prompt(ids[:MAX_CONVERSATION], slot, labels[:MAX_CONVERSATION])
 
 
@@ -97,9 +98,9 @@ def layout(
     plan = concat_plan(samples, layout="right")
     src, rows = plan.src, torch.zeros(len(prompts) * n, dtype=torch.int64)
     if order:
-        visual = (src < 0).flatten().nonzero()[:, 0]  # in the order of `order`
-        order = torch.cat(order)
-        src.view(-1)[visual] = (-1 - order).int()
-        rows[order] = visual
+        visual = (src < 0).flatten().nonzero()[:, 0]  # in the order of `places`
+        places = torch.cat(order)
+        src.view(-1)[visual] = (-1 - places).int()
+        rows[places] = visual
     labels = torch.cat((plan.labels[:, 1:], plan.labels.new_full((len(prompts), 1), IGNORE_INDEX)), dim=1)
     return Layout(src, labels, rows.view(len(prompts), n))

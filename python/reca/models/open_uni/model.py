@@ -1,6 +1,5 @@
 """OpenUni as an Adapter: InternVL3 is frozen, the queries, connector, projector and SANA learn."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
+from reca.models.common.inference import options_of
 from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare
@@ -50,7 +50,9 @@ class OpenUni(Network, Adapter):
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
         if batch.task == "i2t":
+            assert batch.und is not None
             return {"h_v": self.encode_understanding(to_unit(batch.und))}
+        assert batch.gen is not None
         pixels = to_unit(batch.gen)
         features = {"latents": self.latents(pixels)}
         if batch.task == "reca":
@@ -63,11 +65,11 @@ class OpenUni(Network, Adapter):
     def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
         return compute_loss(self, prepared, features, rng)
 
-    @functools.wraps(sampling.generate)
+    @options_of(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         return sampling.generate(self, prompts, seeds, **options)
 
-    @functools.wraps(sampling.edit)
+    @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         return sampling.edit(self, images, instructions, seeds, **options)
 

@@ -170,14 +170,14 @@ class Network(nn.Module):
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
         """Encode images by the codec, [B, C, h, w]."""
         with torch.autocast(pixels.device.type, enabled=False):
-            if self.config.codec == "patches":
+            if isinstance(self.codec, PatchCodec):
                 return self.codec.encode(pixels.float())
             return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
         """Decode latents to about [-1, 1], [B, 3, H, W]."""
-        if self.config.codec == "patches":
+        if isinstance(self.codec, PatchCodec):
             return self.codec.decode(latents)
         return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
 

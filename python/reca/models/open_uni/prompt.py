@@ -69,8 +69,8 @@ class Layout(NamedTuple):
     side: str
 
     def to(self, device: torch.device) -> "Layout":
-        tensors = {name: on_device(getattr(self, name), device) for name in ("src", "labels", "positions")}
-        return self._replace(**tensors)
+        src, labels, positions = (on_device(x, device) for x in (self.src, self.labels, self.positions))
+        return self._replace(src=src, labels=labels, positions=positions)
 
     @property
     def labelled(self) -> int:
@@ -79,7 +79,7 @@ class Layout(NamedTuple):
 
     def spans(self, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
         """Return per sample what its rows see."""
-        found = []
+        found: list[tuple[AttentionSpan, ...]] = []
         for length in self.lengths:
             pad = AttentionSpan(self.src.shape[1] - length, "pad", cached=cached)
             own = AttentionSpan(length, cached=cached)

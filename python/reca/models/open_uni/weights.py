@@ -7,7 +7,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -136,8 +136,10 @@ def published_parts(net: Network) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in net.state_dict().items() if name.startswith(TRAINED)}
 
 
-def frozen_beside(weights: str) -> Path | None:
+def frozen_beside(weights: str | None) -> Path | None:
     """Find the frozen parts that `export` wrote beside the trained ones. weights: the folder, or the .pth in it."""
+    if weights is None:
+        return None
     path = Path(weights).expanduser()
     path = (path if path.is_dir() else path.parent) / FROZEN
     return path if path.is_file() else None
@@ -191,7 +193,8 @@ def read_parts(path: Path) -> dict[str, Tensor]:
 
 def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     """Lay later files over earlier ones. Returns the tensors and a report line per file."""
-    merged, report = {}, []
+    merged: dict[str, Tensor] = {}
+    report = []
     for path in paths:
         part = read_parts(path)
         counts = {prefix.rstrip("."): sum(n.startswith(prefix) for n in part) for prefix in TRAINED}
@@ -213,7 +216,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 
 @in_fp32
-def _diffusers_part(class_: type, source: str, key: str, part: str) -> nn.Module:
+def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
     """Read a model of diffusers, in fp32: a repository's folder `part`, or a repository that is it alone.
 
     The sizes are those of its config.json.

@@ -50,7 +50,9 @@ class ShowO(Network, Adapter):
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:
         if batch.task == "i2t":
+            assert batch.und is not None
             return {"h_v": conditioner(self, "i2t").encode(to_unit(batch.und))}
+        assert batch.gen is not None
         pixels = to_unit(batch.gen)
         features = {"codes": self.codec.encode(pixels)}
         if batch.task == "reca":

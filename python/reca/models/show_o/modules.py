@@ -143,6 +143,9 @@ class Decoder(nn.Module):
 class Quantizer(nn.Module):
     """Lookup-free quantisation: bit c of a code is the sign of channel c, channel 0 the most significant."""
 
+    power_vals: Tensor
+    embedding: Tensor
+
     def __init__(self, bits: int):
         super().__init__()
         powers = 2 ** torch.arange(bits - 1, -1, -1)
@@ -194,6 +197,8 @@ class PatchCodebook(nn.Module):
     codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until someone fits it
     """
 
+    codebook: Tensor
+
     def __init__(self, sizes: PatchSizes):
         super().__init__()
         self.factor, self.entries = sizes.size, sizes.entries
@@ -208,8 +213,8 @@ class PatchCodebook(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
         """Decode codes to pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
-        size = [side * self.factor for side in grid or _square(codes)]
-        return F.fold(self.codebook[codes].transpose(1, 2), size, self.factor, stride=self.factor)
+        height, width = (side * self.factor for side in grid or _square(codes))
+        return F.fold(self.codebook[codes].transpose(1, 2), (height, width), self.factor, stride=self.factor)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -275,7 +280,7 @@ def projector(width_in: int, width: int) -> nn.Sequential:
 
 def check_sizes(config: ShowOConfig, factor: int) -> None:
     """Raise ValueError for images that do not divide into codes or patches. factor: size of a code in pixels."""
-    sides = {"model.image_size": (config.image_size, factor)}
+    sides: dict[str, tuple[float, int]] = {"model.image_size": (config.image_size, factor)}
     if "vq" in (config.hv_source, config.understanding):
         step = 1 if config.hv_resize_back else factor
         sides["model.image_size / model.hv_down_scale"] = (config.image_size / config.hv_down_scale, step)
@@ -321,7 +326,7 @@ class Network(nn.Module):
     def visual(self, h_v: Tensor) -> Tensor:
         """Map CLIP features [B, n, C] or codes [B, n] into the language model's space, [B, n, H]."""
         if h_v.is_floating_point():
-            return self.mm_projector(h_v.to(self.mm_projector[0].weight.dtype))
+            return self.mm_projector(h_v.to(next(self.mm_projector.parameters()).dtype))
         return self.showo.model.embed_tokens(h_v + self.vocabulary.offset)
 
     def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:  # int32 [B, L]

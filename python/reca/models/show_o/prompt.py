@@ -102,8 +102,8 @@ class Layout:
     runs: list[tuple[AttentionSpan, ...]]
 
     def to(self, device: torch.device) -> "Layout":
-        move = (on_device(tensor, device) for tensor in (self.src, self.position_ids, self.labels))
-        return Layout(*move, self.runs)
+        src, positions, labels = (on_device(tensor, device) for tensor in (self.src, self.position_ids, self.labels))
+        return Layout(src, positions, labels, self.runs)
 
     def plan(self) -> AttentionPlan:
         """Plan what each row sees."""

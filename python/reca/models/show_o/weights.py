@@ -5,7 +5,7 @@ Parameter names here are the published ones, except that transformers 5 renamed 
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def export(net: Network, folder: Path) -> list[str]:
         "llm_model_path": "microsoft/phi-1_5",
         "load_from_showo": True,
     }
-    parts = {"": (config, published_parts(net))}
+    parts: dict[str, tuple[dict[str, Any], nn.Module]] = {"": (config, published_parts(net))}
     if not net.config.codec_weights:
         parts["codec/"] = ({}, net.codec)
     if net.uses_clip and not net.config.clip_weights:
@@ -117,7 +117,7 @@ def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokeni
     if config.tokenizer:
         source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
     else:
-        source = folder and beside(folder) / "tokenizer"
+        source = None if folder is None else beside(folder) / "tokenizer"
     if source is None:
         tokenizer = word_tokenizer([*config.words, *prompt.WORDS], [prompt.END_OF_TEXT])
     elif source.is_dir():

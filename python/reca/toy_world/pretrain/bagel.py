@@ -5,7 +5,7 @@ are frozen, as in BAGEL, and the generation expert learns to generate from capti
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 class _WordsAsHv(Adapter):
     """A BAGEL whose h_v is in the language model's space already: from the connector, or embeddings of words."""
 
-    def connect(self, h_v: list[Tensor] | None) -> Tensor:
+    def connect(self, h_v: Sequence[Tensor] | None) -> Tensor:
         table = self.language_model.model.embed_tokens.weight
         return torch.cat([rows.flatten(0, 1) for rows in h_v]) if h_v else table.new_empty(0, table.shape[1])
 

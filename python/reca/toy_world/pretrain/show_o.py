@@ -19,6 +19,7 @@ from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import conversation, cross_entropy
 from reca.models.show_o.masking import sample_mask
+from reca.models.show_o.modules import PatchCodebook
 from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled
@@ -84,8 +85,8 @@ class _Task:
         from_text = model(Batch("t2i", ids[:half], phrases, features={"codes": codes}), self.noise_rng)
 
         slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts[half:]]
-        templates = [model.tokens(prompt.TEMPLATE.format(text)) for text in templates]
-        samples = [prompt.reca_clip(t, v, slots, self.clip.tokens(), model.image_tokens) for t in templates]
+        tokens = [model.tokens(prompt.TEMPLATE.format(text)) for text in templates]
+        samples = [prompt.reca_clip(t, v, slots, self.clip.tokens(), model.image_tokens) for t in tokens]
         layout = self.with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
         masked = sample_mask(self.noise_rng, ids[half:], model.image_tokens)
         layout = prompt.apply_mask(layout, self.codes[index[half:]], masked, v)
@@ -121,6 +122,7 @@ class _Task:
 def fit_codebook(model: Adapter, images: Tensor, rounds: int = 5) -> None:
     """Fit the codebook by k-means over the pixel patches of images, started from patches far apart."""
     codec = model.codec
+    assert isinstance(codec, PatchCodebook), "the codec of the toy world"
     size = model.config.patches.size
     patches = F.unfold(unit(images), size, stride=size).transpose(1, 2).flatten(0, 1)
     chosen = [patches[0]]
