@@ -256,8 +256,8 @@ def joint_attention(
     q = q.to(k.dtype)
     if now.uniform:
         samples = len(now.lengths)
-        q, k, v = (x.unflatten(0, (samples, -1)) for x in (q, k, v))
-        out = attention(q, k, v, now.attention).flatten(0, 1)
+        queries, keys, values = (x.unflatten(0, (samples, -1)) for x in (q, k, v))
+        out = attention(queries, keys, values, now.attention).flatten(0, 1)
     else:
         out = attention(q, k, v, now.attention)
     mixed = _by_expert(out, list(projected), now)
