@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
 
 from reca.data.errors import DataError
 
@@ -45,7 +45,7 @@ def list_files(repository: str, kind: str, file: str, patterns: list[str] | None
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    info = HfApi().repo_info(repository, repo_type=kind, files_metadata=True)
+    info: Any = HfApi().repo_info(repository, repo_type=kind, files_metadata=True)
     names = filter_repo_objects((one.rfilename for one in info.siblings), allow_patterns=[file] if file else patterns)
     wanted = set(names)
     files = [
@@ -153,7 +153,7 @@ def _fetch(listing: Listing, file: HubFile, place: Path) -> None:
         part.replace(place)
 
 
-def _transfer(listing: Listing, file: HubFile, out: IO[bytes]) -> None:
+def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
     from urllib.parse import urlparse
 
     from huggingface_hub import get_hf_file_metadata, hf_hub_url

@@ -56,9 +56,12 @@ class Conversations:
 
     def _read_rows(self, items: Iterable[Any], path: Path, out: BinaryIO | None = None) -> PackedRows:
         """Pack the rows that can be used, and count the others. out: a file to write them to, in place of memory."""
-        buffer = io.BytesIO() if out is None else out
+        if out is not None:
+            offsets, images = pack(self._rows(items, path), out)
+            return PackedRows(out, offsets, images)
+        buffer = io.BytesIO()
         offsets, images = pack(self._rows(items, path), buffer)
-        return PackedRows(buffer.getvalue() if out is None else out, offsets, images)
+        return PackedRows(buffer.getvalue(), offsets, images)
 
     def _rows(self, items: Iterable[Any], path: Path) -> Iterator[Row]:
         root, found = os.path.abspath(self.root), False

@@ -91,7 +91,7 @@ def open_packed(path: Path, stamp: list) -> tuple[PackedRows, dict[str, Any]] | 
         header = json.loads(file.read(length))
         table = size - 16 - length - 8 * (header["rows"] + 1)
         offsets = np.memmap(path, "<u8", "r", table, (header["rows"] + 1,))
-        if hashlib.sha256(offsets).hexdigest() != header["digest"] or int(offsets[-1]) != table:
+        if hashlib.sha256(offsets.data).hexdigest() != header["digest"] or int(offsets[-1]) != table:
             return None
         return (PackedRows(file, offsets, header["images"]), header) if header["stamp"] == stamp else None
     except (OSError, ValueError, KeyError, TypeError):

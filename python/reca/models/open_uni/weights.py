@@ -87,6 +87,7 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
     with init_on_meta():
         net = cls(config, load_tokenizer(config))
+    assert config.mllm and config.weights, "`absent` would name them"
     folder = fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm")
     assign_state_dict(net.mllm, mllm_native(_tensors(folder)), str(folder))
     net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")

@@ -115,7 +115,7 @@ def described(net: Network) -> dict[str, tuple]:
 def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
     """Read the text tokenizer and add Show-o's tokens behind its own, in the order that fixes their ids."""
     if config.tokenizer:
-        source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
+        source: Path | None = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
     else:
         source = None if folder is None else beside(folder) / "tokenizer"
     if source is None:

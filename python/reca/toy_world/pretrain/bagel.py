@@ -44,6 +44,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     rng = random.Random(seed)
     recipe.model.seed = seed
     model = _WordsAsHv.load(recipe.model).train()
+    assert isinstance(model.codec, modules.Patches), "the codec of the toy world"
     model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
@@ -106,6 +107,7 @@ def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -
     """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
     split, slots, v = understood(seed), _Slots(model), model.vocabulary
     view = model.views("reca").und
+    assert view is not None
     images = first_images(split, scale)
     pixels = unit(torch.stack([fit_to_view(image, view) for image in images]))
     words = [slots.words(caption(split.scene(i))) for i in range(len(images))]
@@ -118,7 +120,8 @@ def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -
     def loss(step: int) -> Tensor:
         index = torch.randint(len(images), (CAPTION_BATCH,))
         rows = model.connector(model.vit_model.vision_model(pixels[index]))
-        samples, h_v = [], []
+        samples: list[list[prompt.Item]] = []
+        h_v = []
         for k, i in enumerate(index.tolist()):
             scene = split.scene(i)
             samples.append([slots.item, conversation(rng.choice(PROMPTS), scene)])
@@ -147,8 +150,8 @@ def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float
         index = torch.randint(len(moments), (GENERATION_BATCH,))
         sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
         texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        text_prompts = [[model.text(phrase(text, rng))] for text in texts[:half]]
-        h_v_prompts = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
+        text_prompts: list[list[prompt.Item]] = [[model.text(phrase(text, rng))] for text in texts[:half]]
+        h_v_prompts: list[list[prompt.Item]] = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
         h_v = [slots.as_h_v(slots.words(text)) for text in texts[half:]]
         given = prompt.Prompt(text_prompts + h_v_prompts, h_v)
         layout = model.layout(given.items)

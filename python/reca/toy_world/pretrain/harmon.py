@@ -128,7 +128,7 @@ class _Task:
         templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
         prompts += [self.with_words(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
         tokens = self.generation_latents[index]
-        prepared = prepare_images(model, prompts, sample_ids, tuple(tokens.shape[1:3]), self.noise_rng)
+        prepared = prepare_images(model, prompts, sample_ids, (tokens.shape[1], tokens.shape[2]), self.noise_rng)
         term = image_loss(model, prepared, tokens, self.noise_rng)
         error = self.readout(model.conditioned) - tokens.flatten(1, 2) / model.config.autoencoder.scale
         return term.sum / term.weight + error.square().mean()

@@ -18,7 +18,8 @@ WORDS = ("first", "second", "colour", "shape", "relation", "nothing")  # of fact
 
 def draw_reply(scene: Scene, rng: random.Random, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
     """Draw a reply about a scene: its token ids and its labels, which are IGNORE_INDEX where nothing is learned."""
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for text, learned in _draw_parts(scene, rng):
         part = encode(text)
         ids, labels = ids + part, labels + (part if learned else [IGNORE_INDEX] * len(part))
