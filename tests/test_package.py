@@ -34,3 +34,11 @@ def test_one_pin_of_a_tool(tool):
     pins = re.findall(rf"{tool}==([\d.]+)", PROJECT)
     hook = re.search(rf"{tool}-pre-commit\n\s+rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert {*pins, hook[1]} == {pins[0]}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_front_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert all(link.startswith("https://") or (ROOT / link).exists() for link in links), links
+    assert page != "README.md" or len(text.splitlines()) < 150
