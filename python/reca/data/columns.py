@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 from reca.data.chat_rows import BadRow, turns
 from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.remote import AnyPath, is_address, read_range, to_path
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
 from reca.data.skipped import Skipped
 from reca.options import config_field
@@ -87,7 +88,7 @@ def _list(forms: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({form})" for name, form in forms.items())
 
 
-def make_sample(key: str, image: Any, text: Any, task: str, root: Path) -> Sample:
+def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sample:
     """Make a sample of the cells of one row. root: folder that paths in cells start from.
 
     image: bytes, a path or address, or {"bytes": ..., "path": ...} as Hugging Face writes it.
@@ -102,7 +103,7 @@ def make_sample(key: str, image: Any, text: Any, task: str, root: Path) -> Sampl
     return Sample(key, data, conversation(text) if task == "i2t" else None)
 
 
-def image_bytes(cell: Any, root: Path) -> bytes:
+def image_bytes(cell: Any, root: AnyPath) -> bytes:
     """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError as `make_sample`."""
     if isinstance(cell, Mapping):
         cell = cell.get("bytes") or cell.get("path")
@@ -115,8 +116,8 @@ def image_bytes(cell: Any, root: Path) -> bytes:
         return cell
     if not isinstance(cell, str) or "\0" in cell:
         raise BadSample("the image column holds neither bytes nor a path")
-    with (root / cell).open("rb") as file:
-        data = file.read(MAX_IMAGE_BYTES + 1)
+    path = to_path(cell) if is_address(cell) else root / cell
+    data = read_range(path, 0, MAX_IMAGE_BYTES + 1) if isinstance(path, Path) else path.read_bytes()
     checked_size(len(data), MAX_IMAGE_BYTES, "image")
     return data
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from reca.data.errors import DataError
+from reca.data.remote import AnyPath
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -43,12 +44,12 @@ class Folder:
         files = _walk(root, self.skipped)
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
-            message = f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){_what(files)}"
+            message = f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
             raise NoImages(message, files)
         for kind in ("tar", "parquet"):
             for name in sorted(files.get(f".{kind}", ())):
                 self.skipped.add(f"{kind} files below a folder of images", name)
-        self.captions = _captions(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
+        self.captions = captions_of(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
         self.skipped.warn(str(root))
 
     def __len__(self) -> int:
@@ -143,7 +144,7 @@ def _task(entry: os.DirEntry) -> tuple[bool, bool]:
         return False, False
 
 
-def _captions(root: Path, images: Sequence[str], texts: Sequence[str]) -> list[str]:
+def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Find the caption file of every image. Raises DataError where one is missing or ambiguous."""
     captions: dict[str, str] = {}
     for name in texts:
@@ -164,7 +165,7 @@ def _captions(root: Path, images: Sequence[str], texts: Sequence[str]) -> list[s
     return [captions[_stem(name)] for name in images]
 
 
-def _what(files: Mapping[str, Sequence[str]]) -> str:
+def holds(files: Mapping[str, Sequence[str]]) -> str:
     """Describe the files of a folder without images, for its error."""
     if not files:
         return ""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reca.data.remote import AnyPath, RemotePath
 from reca.data.skipped import log_once
 
 LARGE = 2**24  # bytes of a file from which on an index is kept
@@ -37,9 +38,9 @@ class IndexFile:
     depends: what else the index depends on, JSON-able.
     """
 
-    def __init__(self, source: Path, kind: str, *depends: Any):
+    def __init__(self, source: AnyPath, kind: str, *depends: Any):
         self.source, self.depends = source, [VERSION, kind, *depends]
-        name = hashlib.sha256(json.dumps([os.path.abspath(source), *self.depends]).encode("utf-8", "replace"))
+        name = hashlib.sha256(json.dumps([_address(source), *self.depends]).encode("utf-8", "replace"))
         self.path = cache_folder() / f"{name.hexdigest()[:32]}.{kind}"
         self.stamp = self.now()
         age = time.time() - max(self.stamp[2], self.stamp[3]) / 1e9
@@ -49,6 +50,8 @@ class IndexFile:
 
     def now(self) -> list:
         """Return what must not have changed: path, size and times of the file, and what else the index depends on."""
+        if isinstance(self.source, RemotePath):
+            return [str(self.source), 0, 0, 0, *(self.source.version() or []), *self.depends]
         found = os.stat(self.source)
         path = os.path.abspath(self.source).encode("utf-8", "surrogateescape").hex()
         return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, *self.depends]
@@ -82,6 +85,10 @@ class IndexFile:
             f"the index of {self.source} cannot be kept in {self.path.parent} ({error.strerror or error}): it is made "
             "anew by every process. Set RECA_CACHE to a folder that can be written to",
         )
+
+
+def _address(source: AnyPath) -> str:
+    return str(source) if isinstance(source, RemotePath) else os.path.abspath(source)
 
 
 def read_json(index: IndexFile) -> Any:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,8 @@ from reca import units
 from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, ColumnsConfig, choose, make_sample
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
-from reca.data.patterns import some
+from reca.data.patterns import relative_names, some
+from reca.data.remote import AnyPath, RemotePath, to_path
 from reca.data.row_groups import RecentlyUsed
 from reca.data.sample import Sample, digest
 from reca.data.skipped import log_once
@@ -44,12 +44,11 @@ class Parquet:
     A sample's key is FILE:ROW, rows counted from 0.
     """
 
-    def __init__(self, paths: Sequence[Path], task: str, columns: ColumnsConfig, image_root: str | None = None):
+    def __init__(self, paths: Sequence[AnyPath], task: str, columns: ColumnsConfig, image_root: str | None = None):
         _pyarrow()
         self.paths, self.task = list(paths), task
-        common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
-        self.names = [os.path.relpath(os.path.abspath(path), common) for path in paths]
-        self.root = Path(image_root) if image_root else None
+        self.names = relative_names(paths)
+        self.root = to_path(image_root) if image_root else None
         self.footers: list[str] = []
         self.groups: list[Group] = []
         self.columns: Any = None  # Columns, once the first file is open
@@ -63,7 +62,7 @@ class Parquet:
         self.tables = RecentlyUsed(self._load, lambda number: self.groups[number].bytes, 2 * WINDOW)
         self._warn_of_large_groups()
 
-    def _open(self, file: int, path: Path, config: ColumnsConfig) -> None:
+    def _open(self, file: int, path: AnyPath, config: ColumnsConfig) -> None:
         metadata, footer = read_footer(path)
         self.footers.append(footer)
         schema = metadata.schema.to_arrow_schema()
@@ -123,7 +122,9 @@ class Parquet:
         parquet, group = _pyarrow(), self.groups[number]
         columns = [column for column in self.columns if column is not None]
         try:
-            with parquet.ParquetFile(self.paths[group.file], metadata=self.metadata(group.file)) as file:
+            path = self.paths[group.file]
+            source = path.open("rb") if isinstance(path, RemotePath) else path
+            with parquet.ParquetFile(source, metadata=self.metadata(group.file)) as file:
                 return file.read_row_group(group.number, columns=columns, use_threads=False)
         except OSError as error:
             if error.errno is not None:
@@ -140,7 +141,7 @@ class Parquet:
     def size(self, index: int) -> int:
         """Bytes of the file that the row is in: a file that is written again has another."""
         try:
-            return os.stat(self.paths[self.groups[self._place(index)[0]].file]).st_size
+            return self.paths[self.groups[self._place(index)[0]].file].stat().st_size
         except OSError:
             return -1
 
@@ -165,7 +166,7 @@ def form_of(kind: Any) -> str:
     return OTHER
 
 
-def read_footer(path: Path) -> tuple[Any, str]:
+def read_footer(path: AnyPath) -> tuple[Any, str]:
     """Return the metadata of a parquet file, and a digest of its size and footer, which knows where all columns lie.
 
     Raises DataError for a file that is no parquet, or not whole.
@@ -194,7 +195,7 @@ def read_footer(path: Path) -> tuple[Any, str]:
         raise DataError(f"{path} is no readable parquet file: {error}; fetch it again") from error
 
 
-def one_split(paths: Sequence[Path], folder: Path) -> list[Path]:
+def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
     """Return the files of a folder. Raises DataError where they belong to several splits: nobody trains on the test."""
     splits = {match[1]: path.name for path in paths if (match := SPLIT.match(path.name))}
     if len(splits) > 1:

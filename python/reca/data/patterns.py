@@ -6,17 +6,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from reca.data import remote
 from reca.data.errors import DataError
+from reca.data.remote import AnyPath, RemotePath
 
 MAX_SHARDS = 1_000_000
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def expand(spec: str, kind: str = "tar") -> list[Path]:
+def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
     """Return the paths of a file, of a glob, or of {000..009} ranges. kind: of the files, for messages.
 
     Raises DataError when one is missing.
     """
+    if remote.is_address(spec):
+        return _all_there(spec, kind, *remote.find(_ranges(spec)))
     paths: dict[Path, None] = {}  # in order, each once
     missing = []
     for name in [spec] if os.path.exists(spec) else _ranges(spec):
@@ -24,6 +28,11 @@ def expand(spec: str, kind: str = "tar") -> list[Path]:
         paths |= dict.fromkeys(map(Path, found))
         if not found:
             missing.append(name)
+    return _all_there(spec, kind, list(paths), missing)
+
+
+def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str]) -> list[AnyPath]:
+    """Return the paths. Raises DataError when there are none, when some are missing, and for folders."""
     if not paths:
         raise DataError(f"no {kind} file matches {spec!r}")
     if missing:
@@ -35,6 +44,13 @@ def expand(spec: str, kind: str = "tar") -> list[Path]:
         if not path.is_file():
             raise DataError(f"{path} is no file, but {spec!r} names it as a {kind}")
     return list(paths)
+
+
+def relative_names(paths: Sequence[AnyPath]) -> list[str]:
+    """Name files from the folder on that all of them are in, wherever it lies."""
+    full = [path.path if isinstance(path, RemotePath) else os.path.abspath(path) for path in paths]
+    common = os.path.commonpath([os.path.dirname(name) for name in full])
+    return [os.path.relpath(name, common) if common else name for name in full]
 
 
 def _ranges(spec: str) -> list[str]:
@@ -54,7 +70,7 @@ def _ranges(spec: str) -> list[str]:
     return [name + spec[end:] for name in names]
 
 
-def some(paths: Sequence[Path | str]) -> str:
+def some(paths: Sequence[AnyPath | str]) -> str:
     """Name the first files, and how many there are."""
     shown = ", ".join(map(str, paths[:5]))
     return shown if len(paths) <= 5 else f"{shown}, … ({len(paths)})"

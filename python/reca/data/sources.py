@@ -15,6 +15,8 @@ from reca.data.folder import Folder, NoImages
 from reca.data.mixture import Mixture, limit
 from reca.data.parquet import Parquet, one_split
 from reca.data.patterns import expand
+from reca.data.remote import RemotePath, is_address, remote_path
+from reca.data.remote_folder import RemoteFolder
 from reca.data.sample import Source
 from reca.data.skipped import log_once
 from reca.data.spec import call_source, parse_spec
@@ -63,6 +65,8 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is no path; name the data, or null for none")
     try:
+        if is_address(text):
+            return _open_address(text, task, image_root, columns)
         if path.is_dir():
             return _open_folder(path, task, image_root, columns)
         if PARQUET.search(path.name):
@@ -90,3 +94,24 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
             if not tables:
                 raise
     return Parquet(one_split(tables, path), task, columns, image_root)
+
+
+def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
+    """Open tars, parquet files or a folder at an address."""
+    name = text.rpartition("/")[2]
+    if PARQUET.search(name):
+        return Parquet(expand(text, "parquet"), task, columns, image_root)
+    if task != "i2t" and TAR.search(name):
+        return Tars(expand(text), task)
+    root = remote_path(text)
+    try:
+        if task != "i2t":
+            return RemoteFolder(root, task)
+        tables = [RemotePath(root.fs, path) for path in root.fs.glob(f"{root.path.rstrip('/')}/**/*.parquet")]
+    except NoImages as error:
+        tables = [root / str(path) for path in error.files.get(".parquet", ())]
+        if not tables:
+            raise
+    if not tables:
+        raise DataError(f"{text} holds no parquet files; conversations in JSON are read from local files only")
+    return Parquet(one_split(tables, root), task, columns, image_root)

@@ -10,11 +10,11 @@ long names and no links, keeps the last of two members of one name, and takes a 
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.data import index_files
 from reca.data.errors import DataError
+from reca.data.remote import AnyPath, RemotePath
 from reca.data.sample import IMAGE_SUFFIXES, hidden
 from reca.data.skipped import Skipped
 from reca.files import HEAD, packed, placeholder
@@ -36,10 +36,11 @@ class Member(NamedTuple):
     stored: Stored
 
 
-def kept_index(path: Path, skipped: Skipped) -> list[Member]:
+def kept_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     """Return what `read_index` returns: of a large tar from its index file, which is made where there is none."""
     try:
-        if path.stat().st_size < index_files.LARGE:
+        unversioned = isinstance(path, RemotePath) and path.version() is None
+        if unversioned or path.stat().st_size < index_files.LARGE:
             return read_index(path, skipped)
         index = index_files.IndexFile(path, "tar")
     except OSError as error:
@@ -58,7 +59,7 @@ def kept_index(path: Path, skipped: Skipped) -> list[Member]:
     return [Member(name, Stored(offset, size, tuple(map(tuple, pieces)))) for name, offset, size, pieces in members]
 
 
-def read_index(path: Path, skipped: Skipped) -> list[Member]:
+def read_index(path: AnyPath, skipped: Skipped) -> list[Member]:
     """List all files of a tar in order, links resolved. Raises DataError for a tar that is not complete."""
     infos = list(_headers(path))
     files: dict[str, Stored] = {}
@@ -87,7 +88,7 @@ def read_index(path: Path, skipped: Skipped) -> list[Member]:
     return members
 
 
-def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
+def _headers(path: AnyPath) -> Iterator[tarfile.TarInfo]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -96,7 +97,7 @@ def _headers(path: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _walk(path: Path, file, size: int) -> Iterator[tarfile.TarInfo]:
+def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
     except Exception as error:  # tarfile raises many kinds for bytes that are no tar
@@ -120,7 +121,7 @@ def _walk(path: Path, file, size: int) -> Iterator[tarfile.TarInfo]:
     _check_end(path, file, size, tar.offset, last)
 
 
-def _check_end(path: Path, file, size: int, place: int, last: str) -> None:
+def _check_end(path: AnyPath, file, size: int, place: int, last: str) -> None:
     """Raise DataError unless the archive ends as one does: with a block of zeros, and only zeros behind it."""
     file.seek(place)
     block = file.read(tarfile.BLOCKSIZE)
@@ -143,7 +144,7 @@ def _check_end(path: Path, file, size: int, place: int, last: str) -> None:
         )
 
 
-def _damage(path: Path, size: int, place: int, last: str, reason: str) -> str:
+def _damage(path: AnyPath, size: int, place: int, last: str, reason: str) -> str:
     if place >= size:
         return f"{path} is cut off at byte {size}, behind {last}: fetch or pack it again"
     return f"{path} is damaged at byte {place}, behind {last} ({reason}): fetch or pack it again"

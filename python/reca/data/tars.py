@@ -1,13 +1,12 @@
 """Images in webdataset tars: which members make a sample, and how they are read."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from reca.data.errors import BadSample, DataError
-from reca.data.patterns import some
+from reca.data.patterns import relative_names, some
+from reca.data.remote import AnyPath, read_range
 from reca.data.sample import (
     IMAGE_SUFFIXES,
     MAX_CAPTION_BYTES,
@@ -25,7 +24,7 @@ from reca.data.tar_index import Member, Stored, kept_index
 class Entry(NamedTuple):
     """Location of a sample's image and caption."""
 
-    path: Path
+    path: AnyPath
     key: str
     image: Stored
     text: Stored | None
@@ -41,12 +40,10 @@ class Tars:
     second image of one sample are errors; image members that are not used are counted.
     """
 
-    def __init__(self, paths: Sequence[Path], task: str):
+    def __init__(self, paths: Sequence[AnyPath], task: str):
         self.task, self.skipped = task, Skipped()
         self.entries: list[Entry] = []
-        common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
-        for path in paths:
-            shard = os.path.relpath(os.path.abspath(path), common)
+        for path, shard in zip(paths, relative_names(paths), strict=True):
             for sample in _samples(path, self.skipped):
                 if task == "t2i" and sample.text is None:
                     raise DataError(f"{path}: {sample.image.name} has no .txt caption, which t2i needs")
@@ -82,7 +79,7 @@ class _Sample(NamedTuple):
     text: Member | None
 
 
-def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
+def _samples(path: AnyPath, skipped: Skipped) -> list[_Sample]:
     """List the samples of one tar. Raises DataError where it is ambiguous which members belong together."""
     samples: list[_Sample] = []
     seen: dict[str, str] = {}  # key -> its first member; likewise dotted and plain
@@ -120,7 +117,7 @@ def _samples(path: Path, skipped: Skipped) -> list[_Sample]:
     return samples
 
 
-def _groups(path: Path, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def _groups(path: AnyPath, members: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Group consecutive members by key, which ends at the first dot: yields (key, suffix -> member)."""
     key = ""
     group: dict[str, Member] = {}
@@ -145,7 +142,7 @@ def _groups(path: Path, members: Iterable[Member]) -> Iterator[tuple[str, dict[s
         yield key, group
 
 
-def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
+def _split(path: AnyPath, key: str, group: dict[str, Member]) -> dict[str, dict[str, Member]]:
     """Map key -> suffix -> member: the group as it is, or by names up to the last dot if no image has the key alone."""
     if any(suffix in IMAGE_SUFFIXES for suffix in group) or not any(
         _last_suffix(member.name) in IMAGE_SUFFIXES for member in group.values()
@@ -158,7 +155,7 @@ def _split(path: Path, key: str, group: dict[str, Member]) -> dict[str, dict[str
     return parts
 
 
-def _image(path: Path, key: str, group: dict[str, Member]) -> Member | None:
+def _image(path: AnyPath, key: str, group: dict[str, Member]) -> Member | None:
     images = [member for suffix, member in group.items() if suffix in IMAGE_SUFFIXES]
     if len(images) > 1:
         raise DataError(
@@ -173,17 +170,17 @@ def _last_suffix(name: str) -> str:
     return (dot + suffix).lower()
 
 
-def _read(path: Path, stored: Stored, limit: int, what: str) -> bytes:
+def _read(path: AnyPath, stored: Stored, limit: int, what: str) -> bytes:
     checked_size(stored.size, limit, what)
-    with path.open("rb") as file:
-        file.seek(stored.offset)
-        if not stored.pieces:
-            data = file.read(stored.size)
-        else:  # a sparse file: what is not stored is zero
-            whole = bytearray(stored.size)
-            for place, length in stored.pieces:
-                whole[place : place + length] = file.read(length)
-            data = bytes(whole)
+    if not stored.pieces:
+        data = read_range(path, stored.offset, stored.size)
+    else:  # a sparse file: what is not stored is zero
+        packed = read_range(path, stored.offset, sum(length for _, length in stored.pieces))
+        whole, taken = bytearray(stored.size), 0
+        for place, length in stored.pieces:
+            whole[place : place + length] = packed[taken : taken + length]
+            taken += length
+        data = bytes(whole)
     if len(data) != stored.size:
         raise BadSample(f"{path} is shorter than when the run began")
     return data

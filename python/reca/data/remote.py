@@ -1,0 +1,159 @@
+"""Files at s3://, gs://, http(s):// and other addresses that fsspec reads."""
+
+import contextlib
+import glob
+import posixpath
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+from reca.data.errors import DataError
+
+ATTEMPTS = 3  # of a request
+PAUSE = 0.5  # seconds before the second attempt, and twice as many before each further one
+BLOCK = 2**20  # bytes that are read ahead where a file is read from end to end
+CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash")  # tell versions
+
+
+class RemotePath:
+    """The part of pathlib.Path that sources use, of a file at an address."""
+
+    def __init__(self, fs: Any, path: str):
+        self.fs, self.path = fs, path
+
+    def __str__(self) -> str:
+        return self.fs.unstrip_protocol(self.path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: "RemotePath") -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self.fs, posixpath.join(self.path, name))
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.fs, posixpath.dirname(self.path))
+
+    def with_suffix(self, suffix: str) -> "RemotePath":
+        return RemotePath(self.fs, posixpath.splitext(self.path)[0] + suffix)
+
+    def exists(self) -> bool:
+        return self._ask(self.fs.exists, self.path)
+
+    def is_file(self) -> bool:
+        return self._ask(self.fs.isfile, self.path)
+
+    def is_dir(self) -> bool:
+        return self._ask(self.fs.isdir, self.path)
+
+    def stat(self) -> SimpleNamespace:
+        size = self._ask(self.fs.info, self.path).get("size")
+        if size is None:
+            raise OSError(f"{self}: the server does not tell its size")
+        return SimpleNamespace(st_size=size)
+
+    def version(self) -> list[str] | None:
+        """What tells this version of the file from others; None where the server tells nothing."""
+        found = self._ask(self.fs.info, self.path)
+        told = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
+        return [str(found.get("size")), *told] if told else None
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        with _as_oserror(self):
+            file = self.fs.open(self.path, mode, block_size=BLOCK)
+        if not file.seekable():
+            raise OSError(f"{self}: the server does not send parts of files (HTTP Range)")
+        return file
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        return self._ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
+
+    def read_bytes(self) -> bytes:
+        return self._ask(self.fs.cat_file, self.path)
+
+    def _ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Call a function of the file system, again where the network fails."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with _as_oserror(self):
+                    return function(*arguments, **options)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+AnyPath = Path | RemotePath
+
+
+@contextlib.contextmanager
+def _as_oserror(path: RemotePath) -> Iterator[None]:
+    """Raise what libraries raise of a network as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def is_address(text: str) -> bool:
+    return "://" in text
+
+
+def to_path(text: str) -> AnyPath:
+    """Return the path of a file here or at an address. Raises DataError as `remote_path`."""
+    return remote_path(text) if is_address(text) else Path(text)
+
+
+def remote_path(text: str) -> RemotePath:
+    """Return the path of a file at an address. Raises DataError where fsspec cannot read such addresses."""
+    try:
+        import fsspec
+
+        return RemotePath(*fsspec.core.url_to_fs(text))
+    except ImportError as error:
+        raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
+    except Exception as error:  # of an address that is not understood, or of credentials
+        raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
+
+
+def read_range(path: AnyPath, offset: int, size: int) -> bytes:
+    """Return bytes of a file; fewer where it ends before."""
+    if isinstance(path, RemotePath):
+        return path.read_range(offset, size)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
+    """Return the files that addresses or patterns of them name, and the names of which there is none."""
+    paths = [remote_path(name) for name in names]
+
+    def found(pair: tuple[str, RemotePath]) -> list[RemotePath]:
+        name, path = pair
+        if not glob.has_magic(name):
+            return [path] if path.exists() else []
+        return [RemotePath(path.fs, match) for match in sorted(path._ask(path.fs.glob, path.path))]
+
+    with ThreadPoolExecutor(16) as pool:
+        matches = list(pool.map(found, zip(names, paths, strict=True)))
+    missing = [name for name, match in zip(names, matches, strict=True) if not match]
+    return list(dict.fromkeys(path for match in matches for path in match)), missing

@@ -1,0 +1,216 @@
+"""Data at addresses: fsspec's memory, and a server on this machine. Nothing leaves it."""
+
+import http.server
+import itertools
+import re
+import threading
+
+import pytest
+
+from reca.data import index_files, remote, tar_index
+from reca.data.config import DataConfig
+from reca.data.errors import BadSample, DataError
+from reca.data.loader import open_loader
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import fill, picture, said, tar
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+def put(memory, root):
+    """Copy a folder to memory://data/."""
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        memory.pipe(f"/data/{path.relative_to(root).as_posix()}", path.read_bytes())
+
+
+FILES = {
+    "a.png": picture((1, 0, 0)), "a.txt": b"one", "more/b.JPG": picture((2, 0, 0), format="JPEG"), "more/b.txt": b"two",
+    ".c.png": picture(), "d.heic": b"x", "notes.md": b"",
+}  # fmt: skip
+
+
+def test_a_folder_is_what_it_is_here(memory, tmp_path):
+    put(memory, fill(tmp_path, FILES))
+    for task in ("reca", "t2i"):
+        there, here = open_source("memory://data", task), open_source(str(tmp_path), task)
+        assert [there[i] for i in range(2)] == [here[i] for i in range(2)] and len(there) == len(here) == 2
+        assert there.identity() == here.identity() and there.skipped.counts == here.skipped.counts
+        assert [there.size(i) for i in range(2)] == [here.size(i) for i in range(2)]
+    with pytest.raises(DataError, match=r"memory://.*nowhere does not exist, or is empty"):
+        open_source("memory://nowhere", "reca")
+    memory.pipe("/text/a.md", b"x")
+    with pytest.raises(DataError, match=r"memory://.*text holds no images, only 1 x \.md"):
+        open_source("memory://text", "reca")
+    memory.rm("/data/a.txt")
+    with pytest.raises(DataError, match=r"1 of 2 images have no caption; memory://.*a.txt is missing"):
+        open_source("memory://data", "t2i")
+
+
+def test_tars_are_what_they_are_here(memory, tmp_path):
+    for n in range(3):
+        tar(tmp_path / f"{n}.tar", (f"{n}.png", picture((n, 0, 0))), (f"{n}.txt", b"text %d" % n))
+    put(memory, tmp_path)
+    here = open_source(f"{tmp_path}/{{0..2}}.tar", "t2i")
+    for text in ("memory://data/{0..2}.tar", "memory://data/*.tar"):
+        there = open_source(text, "t2i")
+        assert [there[i] for i in range(3)] == [here[i] for i in range(3)] and there.identity() == here.identity()
+    assert open_source("memory://data/1.tar", "reca")[0].image == picture((1, 0, 0))
+    with pytest.raises(DataError, match=r"1 of the range are missing: memory://data/3.tar"):
+        open_source("memory://data/{0..3}.tar", "reca")
+    with pytest.raises(DataError, match=r"no tar file matches 'memory://data/x\*.tar'"):
+        open_source("memory://data/x*.tar", "reca")
+    memory.pipe("/data/cut.tar", (tmp_path / "0.tar").read_bytes()[:700])
+    with pytest.raises(DataError, match=r"memory://.*cut.tar is cut off at byte 700"):
+        open_source("memory://data/cut.tar", "reca")
+    memory.pipe("/data/1.tar", b"")
+    with pytest.raises(BadSample, match="is shorter than when the run began"):
+        there[1]
+
+
+def test_the_index_of_a_tar_is_one_of_its_version(memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_files, "LARGE", 0)
+    put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", picture())).read_bytes()}))
+    scans, scan = [], tar_index.read_index
+    monkeypatch.setattr(tar_index, "read_index", lambda *args: scans.append(1) or scan(*args))
+    assert [open_source("memory://data/a.tar", "reca").key(0) for _ in range(2)] == ["a.tar/a.png"] * 2
+    assert len(scans) == 1
+    memory.pipe("/data/a.tar", tar(tmp_path / "two.tar", ("b.png", picture())).read_bytes())
+    assert open_source("memory://data/a.tar", "reca").key(0) == "a.tar/b.png" and len(scans) == 2
+    monkeypatch.setattr(remote, "CHANGES", ())  # a server that tells no versions
+    for _ in range(2):
+        open_source("memory://data/a.tar", "reca")
+    assert len(scans) == 4
+
+
+def test_parquet_is_what_it_is_here(memory, tmp_path):
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney, table
+
+    for n in range(2):
+        midjourney(tmp_path / "data" / f"train-{n}.parquet", 10 * n, 10)
+    put(memory, tmp_path)
+    here = open_source(str(tmp_path / "data"), "reca")
+    for text in ("memory://data/data", "memory://data/data/train-{0..1}.parquet", "memory://data/data/*.parquet"):
+        there = open_source(text, "reca")
+        assert [there[i] for i in range(20)] == [here[i] for i in range(20)] and there.identity() == here.identity()
+        assert there.size(3) == here.size(3)
+    talk = said("human", "Q", "gpt", "A")
+    memory.pipe(
+        "/talk/t.parquet", table(tmp_path / "t.parquet", {"image": ["a.png"], "conversations": [talk]}).read_bytes()
+    )
+    memory.pipe("/talk/a.png", picture())
+    assert open_source("memory://talk", "i2t")[0].text == [("Q", "A")]
+    addresses = table(tmp_path / "addresses.parquet", {"url": ["memory://talk/a.png", "memory://talk/b.png"]})
+    source = open_source(str(addresses), "reca")
+    assert source[0].image == picture()
+    with pytest.raises(FileNotFoundError):
+        source[1]
+
+
+def test_addresses_that_cannot_be_read(memory):
+    with pytest.raises(DataError, match=r"zzz://a cannot be opened: ValueError: Protocol not known: zzz"):
+        open_source("zzz://a", "reca")
+    with pytest.raises(DataError, match="conversations in JSON are read from local files only"):
+        open_source("memory://talk.json", "i2t")
+    try:
+        import s3fs  # noqa: F401
+    except ImportError:
+        with pytest.raises(DataError, match=r"s3://b/x.tar needs a package .*s3fs.*reca\[remote\]"):
+            open_source("s3://b/x.tar", "reca")
+
+
+def test_a_request_that_fails_is_made_again(memory, monkeypatch):
+    memory.pipe("/data/a.png", picture())
+    source, calls, cat = open_source("memory://data", "reca"), [], type(memory).cat_file
+
+    def flaky(self, *args, **options):
+        calls.append(args)
+        if len(calls) < 3:
+            raise RuntimeError("connection reset")
+        return cat(self, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", flaky)
+    assert source[0].image == picture() and len(calls) == 3
+    monkeypatch.setattr(type(memory), "cat_file", lambda *args, **options: calls.append(1) or 1 / 0)
+    with pytest.raises(OSError, match="a.png: ZeroDivisionError"):
+        source[0]
+    assert len(calls) == 6
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files and, as object stores do, parts of them."""
+
+    ranges = True
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted or not self.ranges:
+            return super().send_head()
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        self.send_header("Content-Length", str(end + 1 - start))
+        self.end_headers()
+        file = open(self.translate_path(self.path), "rb")  # noqa: SIM115 (its caller closes it)
+        file.seek(start)
+        self.left = end + 1 - start
+        return file
+
+    def copyfile(self, source, out):
+        out.write(source.read(self.__dict__.pop("left", -1)))
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes" if self.ranges else "none")
+        super().end_headers()
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    handler = type("Handler", (Server,), {})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(tmp_path / "www"))
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+
+
+def test_tars_and_parquet_over_http(serve, tmp_path):
+    address, handler = serve
+    for n in range(2):
+        tar(tmp_path / "www" / f"{n}.tar", *((f"{i}.png", picture((10 * n + i, 0, 0))) for i in range(6)))
+    config = DataConfig(images=f"{address}/{{0..1}}.tar", decoder="pillow", workers=2)
+    stream = open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=4)
+    reds = [int(view[0, 0, 0]) for batch in itertools.islice(stream, 3) for view in batch.gen]
+    stream.close()
+    assert sorted(reds) == [*range(6), *range(10, 16)]
+    with pytest.raises(DataError, match=r"1 of the range are missing: http://127.0.0.1:\d+/2.tar"):
+        open_source(f"{address}/{{0..2}}.tar", "reca")
+    if pytest.importorskip("pyarrow"):
+        from tests.data.test_parquet import midjourney
+
+        midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
+        assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == picture((7, 0, 0))
+    handler.ranges = False
+    with pytest.raises(DataError, match=r"0.tar"):
+        open_source(f"{address}/0.tar", "reca")
