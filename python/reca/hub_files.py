@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 from reca.data.errors import DataError
 
-# Smaller files are left to huggingface_hub, which starts them again after an interruption.
-RESUMED = 2**23
+# Smaller files are left to huggingface_hub, which fetches several at once and starts them again after an interruption.
+RESUMED = 2**30
 # Larger ones the hub gives by its own protocol (hf_xet) alone.
 LARGEST = 50_000_000_000
 CHUNK = 2**22
@@ -157,19 +157,26 @@ def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
     from urllib.parse import urlparse
 
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(listing.repository, file.name, repo_type=listing.kind, revision=listing.commit)
-    location = get_hf_file_metadata(url).location
-    headers = build_hf_headers()
-    if urlparse(location).netloc != urlparse(url).netloc:
-        headers.pop("authorization", None)  # the store of large files has its own signature in the address
-    here = out.seek(0, 2)
-    if here > file.size:
-        here = out.seek(0)
-        out.truncate()
-    http_get(location, out, resume_size=here, headers=headers, expected_size=file.size, displayed_filename=file.name)
+    if out.seek(0, 2) > file.size:
+        out.truncate(0)
+    while True:
+        location = get_hf_file_metadata(url).location  # signed for a while
+        headers = build_hf_headers()
+        if urlparse(location).netloc != urlparse(url).netloc:
+            headers.pop("authorization", None)  # the store of large files needs no more than the signature
+        here = out.seek(0, 2)
+        try:
+            return http_get(
+                location, out, resume_size=here, headers=headers, expected_size=file.size, displayed_filename=file.name
+            )
+        except HfHubHTTPError:
+            if out.seek(0, 2) == here:
+                raise  # it is not that the signature ended while the file came
 
 
 def _sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ class Hub:
     """repositories: "models/owner/name" or "datasets/owner/name" -> what it holds."""
 
     repositories: dict[str, Repository]
+    expired: int = 0  # how many of the next requests for the rest of a file are refused
     cuts: int = 0  # how many of the next answers that carry a large file end half way
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     sent: int = 0  # bytes of files
@@ -93,6 +94,9 @@ class Handler(BaseHTTPRequestHandler):
         large = len(content) >= LARGE
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content) if large else digest(content)[:40]}"'}
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if start and self.hub.expired:
+            self.hub.expired -= 1
+            return self._send(403, b"")
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         body, size = content[start:], len(content) - start

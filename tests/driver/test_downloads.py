@@ -212,6 +212,19 @@ def test_the_next_command_goes_on_with_what_an_ended_one_left(hub, tmp_path, mon
     assert next(folder.rglob("one.pth")).read_bytes() == LARGE
 
 
+def test_an_address_that_ends_while_a_file_comes_is_asked_for_again(hub, tmp_path):
+    hub.cuts, hub.expired = 1, 1
+    assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 0
+    assert (tmp_path / "parts/deep/one.pth").read_bytes() == LARGE and hub.sent == len(LARGE)
+
+
+def test_a_hub_that_goes_on_refusing_is_not_asked_forever(hub, tmp_path, capsys):
+    hub.cuts, hub.expired = 1, 100
+    assert get("weights", "owner/parts/deep/one.pth", "--to", str(tmp_path)) == 4
+    assert "the hub answered with status 403; try again later. What is here is kept" in capsys.readouterr().err
+    assert (tmp_path / "parts/deep/one.pth.incomplete").stat().st_size == len(LARGE) // 2
+
+
 def test_a_part_of_another_file_is_noticed(hub, tmp_path, capsys):
     part = tmp_path / "parts/deep/one.pth.incomplete"
     part.parent.mkdir(parents=True)

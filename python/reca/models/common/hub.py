@@ -81,4 +81,6 @@ def cause_of(error: Exception) -> str:
             return "is switched off (HF_HUB_OFFLINE)"
         if isinstance(one, OSError) and one.errno == 28:
             return "could not be copied from: the disk of its cache is full (HF_HOME moves it)"
+        if (response := getattr(one, "response", None)) is not None:
+            return f"answered with status {response.status_code}; try again later"
     return f"cannot be reached ({type(chain[-1]).__name__})"
