@@ -31,6 +31,7 @@ def test_commands_of_the_documentation_are_commands(page):
         end = next((i for i, word in enumerate(words) if word.endswith(";")), len(words))
         options = _parse([word.rstrip(";") for word in words[1 : end + 1]])
         name = getattr(options, "recipe", None)
+        name = name or getattr(options, "spec", None)
         if name in recipe_names():
             load_recipe(name, options.overrides)
         if words[1:3] == ["get", "weights"]:
