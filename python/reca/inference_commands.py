@@ -1,0 +1,117 @@
+"""Commands that use a model: generate, edit, answer and export."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+
+def generate(options: argparse.Namespace) -> None:
+    from reca.models.common.inference import warn_of_unknown_words
+
+    seeds = [options.seed + i for i in range(len(options.prompt))]
+    sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
+    model = _model(options)
+    warn_of_unknown_words(model.tokenizer, options.prompt)
+    _write(model.generate(options.prompt, seeds, **sampling), options, seeds, options.prompt)
+
+
+def edit(options: argparse.Namespace) -> None:
+    from reca.models.common.inference import warn_of_unknown_words
+
+    seeds, instructions = [options.seed], [options.instruction]
+    sampling = _sampling(options, _adapter(options, "edit").edit, seeds, instructions)
+    image = _read(options.image)
+    model = _model(options)
+    warn_of_unknown_words(model.tokenizer, instructions)
+    _write(model.edit([image], instructions, seeds, **sampling), options, seeds, instructions)
+
+
+def answer(options: argparse.Namespace) -> None:
+    from reca.models.common.inference import warn_of_unknown_words
+
+    _adapter(options, "answer")
+    _reject_empty([options.question])
+    image = _read(options.image)
+    model = _model(options)
+    warn_of_unknown_words(model.tokenizer, [options.question])
+    print(model.answer([image], [options.question])[0])
+
+
+def export(options: argparse.Namespace) -> None:
+    from reca.api import recipe_of
+    from reca.folders import ensure_writable
+
+    recipe_of(options.recipe, options.overrides)
+    ensure_writable(options.out, "--out")
+    written = _model(options).export(options.out)
+    print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
+
+
+def _adapter(options: argparse.Namespace, ability: str) -> Any:
+    """Return the adapter class of a recipe. Raises RecipeError if it lacks the ability."""
+    from reca.api import recipe_of
+    from reca.config import RecipeError
+    from reca.models import UMMS, umm_package
+
+    umm = recipe_of(options.recipe, options.overrides).umm
+    adapter = umm_package(umm).Adapter
+    if ability not in adapter.abilities:
+        able = [name for name in UMMS if ability in umm_package(name).Adapter.abilities]
+        raise RecipeError(f"{umm} cannot {ability}; recipes of {' and '.join(able)} can")
+    return adapter
+
+
+def _model(options: argparse.Namespace):
+    from reca.api import load
+
+    return load(options.recipe, options.overrides)
+
+
+def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:
+    """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded."""
+    from reca.folders import ensure_writable
+    from reca.models.common.inference import check_pairs
+    from reca.sampling_options import check_sampling_options
+    from reca.values import guess
+
+    _reject_empty(texts)
+    check_pairs(seeds=seeds)
+    given = {}
+    for text in options.sampling:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ValueError(
+                f"--sampling {text!r} has no {'value' if equals else repr('=')}; write --sampling key=value"
+            )
+        given[key] = guess(value, f"--sampling {key}")
+    given = check_sampling_options(method, given)
+    ensure_writable(options.out, "--out")
+    return given
+
+
+def _reject_empty(texts: list[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise ValueError("the text is empty; write what to draw, to change or to answer")
+
+
+def _read(path: Path):
+    from reca.data.pixels import read_image
+
+    return read_image(path)
+
+
+def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
+    from reca.image_grid import make_grid
+
+    for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True)):
+        words = re.sub(r"\W+", "-", text).strip("-")[:40]
+        path = options.out / f"{i:03d}_seed{seed}_{words}.png"
+        try:
+            make_grid([image]).save(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"{path} cannot be written ({error.strerror or error}); give another folder as --out"
+            ) from error
+        print(path)
