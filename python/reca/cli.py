@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
 
     _add_data(commands)
+    takes_recipe(command("cache", _cache, "Make the features of all images ahead of training, in data.cache."))
     command("doctor", _doctor, "Report what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
     bench = command("bench", _bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False)
@@ -252,6 +253,16 @@ def _check(options: argparse.Namespace) -> None:
     if max(options.gpus, options.node) > MOST_GPUS:
         raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
     print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from reca import distributed
+    from reca.config import load_recipe
+    from reca.precompute import cache_features
+
+    lines = cache_features(load_recipe(options.recipe, options.overrides))
+    if distributed.is_main_process():
+        print(*lines, sep="\n")
 
 
 def _data_check(options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import parallelize
+from reca.precompute import features_identity
 from reca.status import RunFolder
 
 log = logging.getLogger("reca")
@@ -175,6 +176,7 @@ class Trainer:
                         self.progress(self.step)
                     last = self.step == recipe.train.steps
                     if _due(self.step, recipe.log.every) or last:
+                        metrics |= {f"{t}/loader_images_per_s": self.loaders[t].images_per_s() for t in self.tasks}
                         record.record(self.step, metrics)
                     if recipe.log.prompts and _due(self.step, recipe.log.sample_every):
                         record.sample_images(self.step, self._samples())
@@ -265,7 +267,7 @@ class Trainer:
             world=distributed.world_size(),
             bad_samples=self.run_dir / f"bad_{task}.jsonl",
             prepare=self.adapter.prepare,
-            identity=[self.recipe.umm, self.recipe.train.precision, as_dict(self.recipe)["model"]],
+            identity=features_identity(self.recipe),
         )
 
     def _skip(self, batches: dict[str, list[Batch]], metrics: dict[str, float]) -> None:

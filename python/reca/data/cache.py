@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reca import units
 from reca.data.errors import DataError
+from reca.data.feature_shards import FeatureShards
 from reca.data.views import Views
 from reca.folders import ensure_writable, write_atomically
 
@@ -27,7 +28,9 @@ def content(image: bytes) -> str:
 
 
 class FeatureCache:
-    """One safetensors file per image, below a folder named after everything else that the features depend on.
+    """Features on disk: shards made ahead of time, and one safetensors file for each image met in training.
+
+    They lie below a folder named after everything else that they depend on.
 
     identity: JSON-able; caches of another identity in the same folder are left alone. A checkpoint that changes under
     the same name is not noticed: remove the folder then.
@@ -43,12 +46,16 @@ class FeatureCache:
         text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
         self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
         ensure_writable(self.folder, "data.cache")
+        self.shards = FeatureShards(self.folder)
 
     def path(self, address: str) -> Path:
         return self.folder / address[:2] / f"{address}.safetensors"
 
     def get(self, address: str) -> dict[str, Tensor] | None:
         """Read one image's features; None when they are missing or unreadable (a torn file is written again)."""
+        found = self.shards.get(address)
+        if found is not None:
+            return found
         try:
             return load_file(self.path(address))
         except (OSError, SafetensorError, ValueError):

@@ -19,6 +19,7 @@ from reca.data.batch import Batch, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
+from reca.data.meter import Meter
 from reca.data.order import make_order
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
@@ -127,6 +128,7 @@ class Loader:
         self.decode = _decoder(config, views, self.rng)
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache, self.prepare = cache, prepare
+        self.meter = Meter()
         self.bad_samples = BadSamples(bad_samples, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
@@ -155,6 +157,21 @@ class Loader:
         row = self._read(position)
         return row.sample.key, self._batch([position], [row])
 
+    def row_of(self, index: int) -> Row:
+        """Read one sample by its number in the source, with its features where the cache has them.
+
+        Raises BadSample and DataError.
+        """
+        return self._row(index, index, cached=True)
+
+    def batch_of(self, rows: list[Row]) -> Batch:
+        """Make a batch of rows that have views."""
+        return self._batch(range(len(rows)), rows)
+
+    def images_per_s(self) -> float:
+        """What the loader's threads could deliver if nothing made them wait, measured since the last call."""
+        return self.meter.rate() * max(1, self.config.workers)
+
     def close(self) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
@@ -179,6 +196,10 @@ class Loader:
 
     def _read(self, position: int, cached: bool = True) -> Row:
         """Read the sample of a position, or its substitute. cached: features from the cache replace the views."""
+        with self.meter:
+            return self._read_or_substitute(position, cached)
+
+    def _read_or_substitute(self, position: int, cached: bool) -> Row:
         for attempt in range(ATTEMPTS):
             index = self.order.substitute(position, attempt) if attempt else self.order.index(position)
             try:

@@ -1,0 +1,136 @@
+"""Features of many images in one file, made ahead of time."""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from reca.folders import write_atomically
+
+log = logging.getLogger("reca")
+
+PATTERN = "shard-*.safetensors"
+SHARD_BYTES = 2**28  # of features that are written together
+OPEN = 64  # shards that stay open
+
+
+class FeatureShards:
+    """Reads features by the address of their image. Tensors of a shard are named ADDRESS/FEATURE.
+
+    The index holds 12 bytes an image. Shards that appear later are not seen.
+    """
+
+    def __init__(self, folder: Path):
+        self.paths: list[Path] = []
+        starts: list[np.ndarray[Any, Any]] = []
+        for path in sorted(folder.glob(PATTERN)):
+            try:
+                with safe_open(path, "pt") as shard:
+                    addresses = sorted({key.partition("/")[0] for key in shard.keys()})  # noqa: SIM118 (no mapping)
+            except (OSError, SafetensorError) as error:
+                log.warning("%s cannot be read (%s): its features are made again", path, error)
+                continue
+            starts.append(np.array([_start(address) for address in addresses], np.uint64))
+            self.paths.append(path)
+        self.starts = np.concatenate(starts) if starts else np.zeros(0, np.uint64)
+        self.shards = np.repeat(np.arange(len(starts), dtype=np.int32), [len(start) for start in starts])
+        order = np.argsort(self.starts, kind="stable")
+        self.starts, self.shards = self.starts[order], self.shards[order]
+        self._opened = lru_cache(maxsize=OPEN)(self._open)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def get(self, address: str) -> dict[str, Tensor] | None:
+        """Return an image's features; None when no shard has them."""
+        start = np.uint64(_start(address))
+        for place in range(*(int(np.searchsorted(self.starts, start, side)) for side in ("left", "right"))):
+            try:
+                shard, names = self._opened(int(self.shards[place]))
+                found = {name: shard.get_tensor(f"{address}/{name}") for name in names.get(address, ())}
+            except (OSError, SafetensorError):
+                continue
+            if found:
+                return found
+        return None
+
+    def _open(self, number: int) -> tuple[Any, dict[str, list[str]]]:
+        shard = safe_open(self.paths[number], "pt")
+        names: dict[str, list[str]] = {}
+        for key in shard.keys():  # noqa: SIM118 (no mapping)
+            address, _, name = key.partition("/")
+            names.setdefault(address, []).append(name)
+        return shard, names
+
+
+def _start(address: str) -> int:
+    return int(address[:16], 16)
+
+
+class ShardWriter(AbstractContextManager["ShardWriter"]):
+    """Collects features, and writes a shard, atomically, whenever they are many; the last one at the end."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.images, self.bytes = folder, 0, 0
+        self.waiting: dict[str, Tensor] = {}
+        self.waiting_bytes = 0
+
+    def add(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
+        """Take a batch's features, each of which is a list or has a first dim of the images in `addresses`."""
+        for number, address in enumerate(addresses):
+            for name, value in features.items():
+                row = value[number].cpu().contiguous().clone()
+                self.waiting[f"{address}/{name}"] = row
+                self.waiting_bytes += row.numel() * row.element_size()
+        self.images += len(addresses)
+        if self.waiting_bytes >= SHARD_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is waiting. Raises OSError."""
+        if self.waiting:
+            path = self.folder / PATTERN.replace("*", uuid.uuid4().hex)
+            write_atomically(path, save(self.waiting))
+            self.bytes += self.waiting_bytes
+            self.waiting, self.waiting_bytes = {}, 0
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.write()
+
+
+def fill(
+    rows: Iterator[tuple[str, Any]], batch_size: int, encode: Callable[[list[Any]], dict[str, Any]], folder: Path
+) -> ShardWriter:
+    """Encode rows in batches and write their features. rows: (address, what `encode` takes a list of).
+
+    Of images that are the same, one is encoded. Returns the writer, with its counts.
+    """
+    seen: set[int] = set()
+    batch: list[tuple[str, Any]] = []
+    with ShardWriter(folder) as writer:
+
+        def flush() -> None:
+            with torch.no_grad():
+                writer.add([address for address, _ in batch], encode([row for _, row in batch]))
+            batch.clear()
+
+        for address, row in rows:
+            if _start(address) in seen:
+                continue
+            seen.add(_start(address))
+            batch.append((address, row))
+            if len(batch) == batch_size:
+                flush()
+        if batch:
+            flush()
+    return writer

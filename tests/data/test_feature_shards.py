@@ -1,0 +1,177 @@
+"""Features made ahead of time: packed, exact, resumed, and used in training."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reca import precompute
+from reca.cli import main
+from reca.config import RecipeError, load_recipe
+from reca.data import feature_shards
+from reca.data.config import DataConfig
+from reca.data.feature_shards import FeatureShards, ShardWriter, fill
+from reca.data.loader import open_loader
+from reca.data.meter import Meter
+from reca.data.views import View, Views
+from tests.data.files import fill as files
+from tests.data.files import picture
+
+ADDRESSES = [f"{n:064x}" for n in (5, 1 << 250, 7 << 200, (7 << 200) + 1)]  # the last two begin alike
+
+
+def features(n):
+    hidden = torch.randn(n, 2, 3, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16)
+    return {"h": hidden, "ids": [torch.arange(i) for i in range(n)]}
+
+
+def test_what_is_written_is_read(tmp_path):
+    wanted = features(4)
+    with ShardWriter(tmp_path) as writer:
+        writer.add(ADDRESSES[:2], {name: value[:2] for name, value in wanted.items()})
+        writer.write()
+        writer.add(ADDRESSES[2:], {name: value[2:] for name, value in wanted.items()})
+    shards = FeatureShards(tmp_path)
+    assert len(shards) == 4 and len(shards.paths) == 2
+    for number, address in enumerate(ADDRESSES):
+        found = shards.get(address)
+        assert found.keys() == wanted.keys() and found["h"].dtype == torch.bfloat16
+        assert torch.equal(found["h"], wanted["h"][number]) and torch.equal(found["ids"], wanted["ids"][number])
+    assert shards.get(f"{(7 << 200) + 2:064x}") is None and shards.get("ff" * 32) is None
+    assert FeatureShards(tmp_path / "empty").get(ADDRESSES[0]) is None
+
+
+def test_shards_are_written_when_they_are_large_and_torn_ones_are_left_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(feature_shards, "SHARD_BYTES", 40)
+    rows = [(f"{n << 200:064x}", n) for n in (3, 1, 2, 1, 5)]
+    calls = []
+
+    def encode(batch):
+        calls.append(batch)
+        return {"n": torch.tensor(batch)[:, None] * torch.ones(1, 8)}
+
+    writer = fill(iter(rows), 2, encode, tmp_path)
+    assert calls == [[3, 1], [2, 5]] and (writer.images, writer.bytes) == (4, 128)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "shard-torn.safetensors").write_bytes(b"junk")
+    shards = FeatureShards(tmp_path)
+    assert len(shards) == 4 and "shard-torn" in caplog.text
+    assert shards.get(rows[2][0])["n"].tolist() == [2.0] * 8
+
+
+def test_nothing_half_done_is_left_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path) as writer:
+        writer.add(ADDRESSES[:1], features(1))
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+VIEWS = Views(gen=View(4), und=None)
+
+
+class Model(torch.nn.Module):
+    """Its feature of an image is the red level."""
+
+    tasks = ("reca",)
+
+    @classmethod
+    def load(cls, config, device):
+        cls.seen = []
+        return cls()
+
+    def views(self, task):
+        return VIEWS
+
+    def encode(self, batch):
+        reds = [float(view[0, 0, 0]) for view in batch.gen]
+        self.seen += reds
+        return {"red": torch.tensor(reds)[:, None]}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(precompute, "umm_package", lambda name: SimpleNamespace(Adapter=Model))
+    pictures = {f"{n:02}.png": picture((n, 0, 0)) for n in range(11)}
+    root = files(tmp_path / "photos", pictures | {"again.png": picture((3, 0, 0)), "bad.png": b"x"})
+    return load_recipe("show_o_tiny", [
+        f"data.images={root}", f"data.cache={tmp_path / 'cache'}", "data.max_bad_fraction=0.5",
+        "objective.i2t.weight=0", "objective.reca.micro_batch=4",
+    ])  # fmt: skip
+
+
+def test_all_features_are_made_once_and_training_uses_them(recipe):
+    (line,) = precompute.cache_features(recipe)
+    assert sorted(Model.seen) == list(range(11)) and line.startswith("reca: 11 images encoded (44 bytes")
+    assert ", 0 were there, 1 bad" in line
+    (line,) = precompute.cache_features(recipe)
+    assert Model.seen == [] and "reca: 0 images encoded" in line and ", 12 were there, 1 bad" in line
+    stream = open_loader(
+        recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity=precompute.features_identity(recipe)
+    )
+    batches = list(itertools.islice(stream, 3))
+    stream.close()
+    assert all(batch.features is not None and batch.gen is None for batch in batches)
+    assert {float(red) for batch in batches for red in batch.features["red"]} <= set(range(11))
+
+
+def test_a_command_that_was_stopped_goes_on_and_ranks_share(recipe, monkeypatch):
+    monkeypatch.setattr(feature_shards, "SHARD_BYTES", 1)
+    encode = Model.encode
+
+    def stop(self, batch):
+        if len(self.seen) >= 8:
+            raise KeyboardInterrupt
+        return encode(self, batch)
+
+    monkeypatch.setattr(Model, "encode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.cache_features(recipe)
+    before = set(Model.seen)
+    monkeypatch.setattr(Model, "encode", encode)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr("reca.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("reca.distributed.world_size", lambda: 2)
+        precompute.cache_features(recipe)
+        found += Model.seen
+    assert len(before) == 8 and sorted(found) == sorted(set(range(11)) - before)
+
+
+def test_no_folder_is_an_error(recipe, capsys):
+    recipe.data.cache = None
+    with pytest.raises(RecipeError, match="data.cache is null: give the folder of the features"):
+        precompute.cache_features(recipe)
+    assert main(["cache", "show_o_tiny"]) == 3
+
+
+def test_the_command_prints_what_was_done(recipe, capsys):
+    overrides = [f"data.images={recipe.data.images}", f"data.cache={recipe.data.cache}", "objective.i2t.weight=0"]
+    assert main(["cache", "show_o_tiny", "data.max_bad_fraction=0.5", *overrides]) == 0
+    assert capsys.readouterr().out.startswith("reca: 11 images encoded")
+
+
+# ---- the loader's speed ----
+
+
+def test_a_meter_counts_what_threads_do(monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 4.0, 10.0, 11.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter()
+    for _ in range(2):
+        with meter:
+            pass
+    assert meter.rate() == 0.5 and meter.rate() == 0.0
+    with meter:
+        pass
+    assert meter.rate() == 1.0
+
+
+def test_a_loader_tells_its_speed(tmp_path):
+    root = files(tmp_path, {f"{n}.png": picture((n, 0, 0)) for n in range(8)})
+    stream = open_loader(
+        DataConfig(images=str(root), workers=2, decoder="pillow"), "reca", VIEWS, seed=0, micro_batch=4
+    )
+    list(itertools.islice(stream, 2))
+    assert stream.images_per_s() > 0
+    stream.close()
