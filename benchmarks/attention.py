@@ -1,4 +1,4 @@
-"""attention: rows that see runs of other rows, against one call with a dense mask."""
+"""attention: rows that attend to spans of other rows, against one call with a dense mask."""
 
 from types import SimpleNamespace
 
@@ -13,27 +13,23 @@ from reca_kernels import AttentionSpan, attention, attention_plan
 from reca_kernels.attention import reference
 from reca_kernels.attention.implementations import IMPLS, unusable
 
-# Runs of a sample: (length, mode, seen before). Show-o: two tokens, h_v that all rows see, prompt, codes, one token.
-# BAGEL: SigLIP features and their marks, template, noised latents of 1024 px. Harmon's language model: three tokens,
-# h_v, prompt, visible tokens with their buffers.
+# Spans of a sample: (length, mode, visible to earlier). Show-o: two tokens, h_v that all rows see, prompt, codes, one
+# token. BAGEL: SigLIP features and their marks, template, noised latents of 1024 px.
 SHOW_O = [(2, "causal"), (576, "full", True), (127, "causal"), (1024, "full"), (1, "causal")]
 BAGEL = [(258, "full"), (326, "causal"), (4098, "noise")]
-HARMON = [(3, "causal"), (1088, "causal"), (29, "causal"), (200, "causal")]
 SHAPES = {
     "cpu": {
-        "show_o_512": dict(batch=1, runs=SHOW_O, heads=(4, 4), channels=64, dtypes=(FP32,)),
-        "bagel": dict(batch=1, runs=[(n // 4, *r) for n, *r in BAGEL], heads=(4, 2), channels=128, dtypes=(FP32,)),
-        "harmon": dict(batch=1, runs=HARMON, heads=(6, 1), channels=128, dtypes=(FP32,)),
+        "show_o_512": dict(batch=1, spans=SHOW_O, heads=(4, 4), channels=64, dtypes=(FP32,)),
+        "bagel": dict(batch=1, spans=[(n // 4, *r) for n, *r in BAGEL], heads=(4, 2), channels=128, dtypes=(FP32,)),
     },
     "cuda": {
-        "show_o_512": dict(batch=20, runs=SHOW_O, heads=(32, 32), channels=64, dtypes=(BF16,)),
-        "bagel": dict(batch=7, runs=BAGEL, heads=(28, 4), channels=128, dtypes=(BF16,)),
-        "harmon": dict(batch=32, runs=HARMON, heads=(12, 2), channels=128, dtypes=(BF16,)),
+        "show_o_512": dict(batch=20, spans=SHOW_O, heads=(32, 32), channels=64, dtypes=(BF16,)),
+        "bagel": dict(batch=7, spans=BAGEL, heads=(28, 4), channels=128, dtypes=(BF16,)),
     },
     "sizes": {
         "24 rows": dict(
             batch=2,
-            runs=[(8, "causal"), (8, "full", True), (8, "noise")],
+            spans=[(8, "causal"), (8, "full", True), (8, "noise")],
             heads=(2, 1),
             channels=16,
             dtypes=(FP32,),
@@ -50,9 +46,9 @@ def cases(device: Device):
 
 def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
     place, (heads, kv_heads), channels, batch = device.torch_device, s["heads"], s["channels"], s["batch"]
-    runs = [AttentionSpan(*run) for run in s["runs"]]
-    length = sum(run.length for run in runs)
-    plan, one = attention_plan([runs] * batch, device=place), attention_plan([runs], device=place)
+    spans = [AttentionSpan(*span) for span in s["spans"]]
+    length = sum(span.length for span in spans)
+    plan, one = attention_plan([spans] * batch, device=place), attention_plan([spans], device=place)
 
     def inputs(seed):
         generator = torch.Generator(place).manual_seed(seed)
@@ -63,7 +59,7 @@ def _case(device: Device, name: str, s: dict, dtype: torch.dtype) -> Case:
         q, k, v = (drawn(n).requires_grad_() for n in (heads, kv_heads, kv_heads))
         # As the trainers make it, once per step: 0 where a row sees a key, else the least number.
         mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=place)
-        mask.masked_fill_(~reference.allowed(runs).to(place), torch.finfo(dtype).min)
+        mask.masked_fill_(~reference.allowed(spans).to(place), torch.finfo(dtype).min)
         return SimpleNamespace(q=q, k=k, v=v, mask=mask, grad=drawn(heads))
 
     def by(impl):
