@@ -61,7 +61,10 @@ def run(device: Device, ops: list[str], threads: int, quick: bool, out: Path | N
 
 
 def cases(op: str, device: Device, quick: bool) -> Iterator[Case]:
-    """An op's cases. Only the shapes for the choice of a backend run the definition, and nobody but our backends."""
+    """Return an op's cases.
+
+    Only the shapes for the choice of a backend run the definition, and nobody but our backends.
+    """
     module = importlib.import_module(f"benchmarks.{op}")
     for case in module.cases(device):
         by_size = case.shape.startswith(BY_SIZE)

@@ -26,7 +26,7 @@ class Ceilings(NamedTuple):
     gemm: dict[str, float]
 
     def floor_ms(self, bytes_: int, flops: int, dtype: str) -> float:
-        """The least time for that traffic and that arithmetic."""
+        """Return the least time for that traffic and that arithmetic."""
         return max(bytes_ / self.copy / 1e6, flops / self.gemm[dtype] / 1e9 if flops else 0.0)
 
 
@@ -99,7 +99,10 @@ class Cuda:
         return began.elapsed_time(between) / calls, between.elapsed_time(ended) / calls
 
     def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
-        """A call that is not timed goes first and keeps the device busy while the timed one is being launched."""
+        """Time a call.
+
+        One that is not timed goes first and keeps the device busy while the timed one is being launched.
+        """
         x = next(inputs)
         backward(x, forward(x))
         x, events = next(inputs), self._events()
@@ -113,7 +116,8 @@ class Cuda:
     def captured(
         self, forward: Forward, backward: Backward, sets: Sequence, floor_ms: float
     ) -> Callable[[Forward, Backward, Iterator], Times]:
-        """A replacement for `time` that replays two graphs, of forward and of backward passes over all input sets.
+        """Return a replacement for `time` that replays two graphs, of forward and of backward passes over all input
+        sets.
 
         Raises RuntimeError for a provider that waits for the device, which a graph cannot hold.
         """

@@ -94,7 +94,9 @@ def cases(device: Device):
 
 
 def _as_upstream(x0, t, out, table):
-    """The public formulation's shape: fp64 tables gathered one at a time, both posteriors, every branch computed."""
+    """Return the public formulation's shape: fp64 tables gathered one at a time, both posteriors, every branch
+    computed.
+    """
     columns = [table[:, i].double() for i in range(table.shape[1])]
 
     def at(i):

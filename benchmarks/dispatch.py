@@ -18,7 +18,7 @@ Timed = dict[int, dict[str, Row]]  # size -> backend -> its row
 
 
 def table(folder: Path = RESULTS) -> dict:
-    """What dispatch_table.json holds: per (op, device, dtype) the rules and what they were measured with."""
+    """Return what dispatch_table.json holds: per (op, device, dtype) the rules and what they were measured with."""
     entries = []
     for device in ("cpu", "cuda"):
         newest: dict[tuple[str, str], Timed] = {}

@@ -21,7 +21,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def filled(page: Path, folder: Path = RESULTS) -> str:
-    """The page's text with the measured parts as the results have them.
+    """Return the page's text with the measured parts as the results have them.
 
     Raises ValueError for a page of an op that has no markers.
     """
@@ -111,7 +111,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _base(whole: list[Row], row: Row) -> float | None:
-    """The time of our fastest backend in that row's case, under the same clock."""
+    """Return the time of our fastest backend in that row's case, under the same clock."""
     same = (row.op, row.shape, row.dtype, row.timing)
     return min(
         (r.ms_p50 for r in whole if (r.op, r.shape, r.dtype, r.timing) == same and r.provider.startswith(OURS)),
@@ -160,7 +160,7 @@ def _absent(rows: list[Row]) -> str:
 
 
 def summary(folder: Path = RESULTS) -> str:
-    """One line per case of every op and device: our fastest backend, and what others need relative to it."""
+    """Return one line per case of every op and device: our fastest backend, and what others need relative to it."""
     parts = []
     for device in ("cpu", "cuda"):
         found = all_results(device, folder)

@@ -139,7 +139,7 @@ def _run(step: Step, log: Path) -> int:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The command and what it started, some of which may be left when it is gone."""
+    """Kill the command and what it started, some of which may be left when it is gone."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

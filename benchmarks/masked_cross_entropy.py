@@ -106,7 +106,9 @@ def _quack(module):
 
 
 def _apex(module):
-    """It reads the logit of every label, so an ignored one must be a class: 0, whose loss is then left out."""
+    """Call apex, which reads the logit of every label, so an ignored one must be a class: 0, whose loss is then left
+    out.
+    """
 
     def run(x):
         losses = module.SoftmaxCrossEntropyLoss.apply(x.logits, x.labels.clamp(min=0), 0.0, -1, True)

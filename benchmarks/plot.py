@@ -35,7 +35,7 @@ def plot(path: Path) -> Path:
 
 
 def _cases(rows: list[Row]) -> dict[str, list[Row]]:
-    """The timed rows of complete calls, per case and clock, without those that only choose a backend by size."""
+    """Return the timed rows of complete calls, per case and clock, without those that only choose a backend by size."""
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in complete(rows):
         if row.op != CEILING and not row.shape.startswith(BY_SIZE):

@@ -11,7 +11,7 @@ from benchmarks.runner import Provider
 def rival(
     package: str, module: str, device: Device, make: Callable[[ModuleType], Callable], own_inputs: bool = False
 ) -> Provider | str:
-    """A provider out of `module`, or why there is none. make: the module -> a function of the inputs.
+    """Return a provider out of `module`, or why there is none. make: the module -> a function of the inputs.
 
     All of these libraries run on CUDA devices only.
     """

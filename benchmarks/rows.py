@@ -50,7 +50,7 @@ TEXT = {
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
+    """Read the rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -77,17 +77,20 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def all_results(device_type: str, folder: Path = RESULTS) -> list[list[Row]]:
-    """The rows of every result file of that kind of device, oldest first. cpu.csv is a CPU's, all others are GPUs'."""
+    """Return the rows of every result file of that kind of device, oldest first.
+
+    cpu.csv is a CPU's, all others are GPUs'.
+    """
     files = [path for path in sorted(folder.glob("*.csv")) if (path.stem == "cpu") == (device_type == "cpu")]
     return sorted(filter(None, map(read, files)), key=lambda rows: max(row.date for row in rows))
 
 
 def complete(rows: list[Row]) -> list[Row]:
-    """The timed rows of complete calls: both passes, or the only one there is."""
+    """Return the timed rows of complete calls: both passes, or the only one there is."""
     both = {row.op for row in rows if row.mode == BOTH}
     return [row for row in rows if row.ms_p50 != "" and row.mode == (BOTH if row.op in both else FORWARD)]
 
 
 def floor_ms(row: Row) -> float:
-    """The least time of what a complete call must do, by the ceilings of the same run; 0 where none is known."""
+    """Return the least time of what a complete call must do, by the ceilings of the same run; 0 where none is known."""
     return row.ms_p50 * max((s for s in (row.percent_copy, row.percent_gemm) if s != ""), default=0.0) / 100

@@ -83,7 +83,7 @@ class Case:
 
     @property
     def whole(self) -> str:
-        """The mode of a complete call."""
+        """Return the mode of a complete call."""
         return BOTH if self.leaves else FORWARD
 
 
@@ -102,7 +102,7 @@ def ours(
 
 
 def facts(device: Device, threads: int, command: str) -> dict:
-    """What every row of a run says about where it was made."""
+    """Return what every row of a run says about where it was made."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -119,7 +119,7 @@ def facts(device: Device, threads: int, command: str) -> dict:
 
 
 def _commit() -> str:
-    """The commit, RECA_COMMIT where the code is no checkout of its own; "+" when files differ from it."""
+    """Return the commit, RECA_COMMIT where the code is no checkout of its own; "+" when files differ from it."""
     root = RESULTS.parents[1]
 
     def git(*command: str) -> str:
@@ -136,7 +136,9 @@ def _commit() -> str:
 
 
 def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds: int | None = None) -> list[Row]:
-    """Rows of every provider: forward, backward, both, or one that says why it did not run. rounds: default by time."""
+    """Return the rows of every provider: forward, backward, both, or one that says why it did not run. rounds:
+    default by time.
+    """
     torch.compiler.reset()  # its limit of recompilations counts per function, and cases share functions
     sets = _sets(case, device)
     floor = ceilings.floor_ms(case.bytes[case.whole], case.flops.get(case.whole, 0), case.dtype)
@@ -174,7 +176,7 @@ class _Trial:
 
 
 def _exact(case: Case, inputs: SimpleNamespace) -> tuple[Tensor, ...] | str:
-    """What the formula gives in fp64, or why not: it may need more memory than there is."""
+    """Return what the formula gives in fp64, or why not: it may need more memory than there is."""
     try:
         return _results(case, case.formula, _wide(inputs, case.leaves))
     except torch.OutOfMemoryError as error:
@@ -206,7 +208,9 @@ def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
 
 
 def _take_turns(trials: list[_Trial], rounds: int | None) -> None:
-    """Every two rounds start one trial later, the second of them goes backwards: all stand as early as late."""
+    """Order the trials of a round. Every two rounds start one trial later, the second of them goes backwards: all
+    stand as early as late.
+    """
     done = 0
     while trials and (rounds is None or done < rounds):
         start = done // 2 % len(trials)
@@ -280,7 +284,7 @@ def _tensors(inputs: SimpleNamespace) -> Iterator[Tensor]:
 
 
 def _wide(inputs: SimpleNamespace, leaves: tuple[str, ...]) -> SimpleNamespace:
-    """The inputs with every floating tensor in fp64."""
+    """Return the inputs with every floating tensor in fp64."""
 
     def widen(value: Any) -> Any:
         if isinstance(value, list):
@@ -322,7 +326,7 @@ def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
 
 
 def show(rows: list[Row], best: str) -> str:
-    """A table of one case, with every provider's time as a multiple of our fastest backend's."""
+    """Return a table of one case, with every provider's time as a multiple of our fastest backend's."""
     lines = [f"{rows[0].op} {rows[0].shape} {rows[0].dtype}"]
     whole = rows[0].mode if all(row.mode == FORWARD for row in rows) else BOTH
     for timing in dict.fromkeys(row.timing for row in rows):

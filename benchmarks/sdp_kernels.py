@@ -33,7 +33,7 @@ class Ran(NamedTuple):
 
 
 def kernels_of(call: Callable[[], object], device: Device) -> list[Ran]:
-    """The attention kernels that a call runs on, most time first."""
+    """Return the attention kernels that a call runs on, most time first."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
         call()
@@ -46,7 +46,7 @@ def kernels_of(call: Callable[[], object], device: Device) -> list[Ran]:
 
 
 def report(device: Device) -> list[str]:
-    """A line per layout."""
+    """Return a line per layout."""
     lines = []
     for case in cases(device):
         if case.shape.startswith(BY_SIZE):

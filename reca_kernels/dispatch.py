@@ -106,7 +106,9 @@ def choose(
     dtype: torch.dtype | None = None,
     numel: int | None = None,
 ) -> str:
-    """The backend that runs `op` on tensors like `tensor`; `dtype`, `numel` where others than the tensor's decide.
+    """Return the backend that runs `op` on tensors like `tensor`.
+
+    `dtype`, `numel` where others than the tensor's decide.
 
     `backend`, else `use`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run:
     ValueError for an unknown name, RuntimeError otherwise. With none of them, or "auto", the table decides.
@@ -155,7 +157,7 @@ def _by_table(op: str, device: str, index: int | None, dtype: torch.dtype, numel
 
 
 def _kernels(op: str, device: str) -> list[str]:
-    """The backends that rules name, without the definition."""
+    """Return the backends that rules name, without the definition."""
     named = dict.fromkeys(rule.backend for rule in RULES.get((op, device), ()))
     return [backend for backend in named if backend != "reference"]
 
@@ -233,7 +235,7 @@ def backend_report() -> str:
 
 
 def _basis(op: str, device: str) -> str:
-    """What the choice rests on."""
+    """Return what the choice rests on."""
     entries = MEASURED.get((op, device))
     if not entries:
         return "not measured"

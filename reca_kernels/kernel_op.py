@@ -77,7 +77,7 @@ def kernel_op(
 
 
 def _dispatched(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The body as the dispatcher wants it.
+    """Return the body as the dispatcher wants it.
 
     A zero tensor arrives as one expanded 0 and gets memory. A result that is an argument is copied.
     """

@@ -25,6 +25,21 @@ def test_mypy_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# How no docstring of a function begins: what it returns comes behind "Return".
+NO_VERBS = set("A An All As Every For How In It No None Of One The Those What Where Whether Which".split())
+
+
+@pytest.mark.parametrize("folder", ["python/reca", "reca_kernels", "benchmarks", "examples"])
+def test_docstrings_of_functions_begin_with_a_verb(folder):
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
+            if text and text.split(maxsplit=1)[0].rstrip(".,:") in NO_VERBS:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {text.splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
 # ---- imports ----
 
 NATIVE = "reca_kernels._native"  # the compiled module, which imports nothing

@@ -79,7 +79,7 @@ def train(
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether `source` is the folder of a run."""
+    """Return whether `source` is the folder of a run."""
     return (Path(source) / "recipe.yaml").is_file()
 
 

@@ -23,7 +23,7 @@ from reca.parallelize import checkpoint_activations, shard_size
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
 
-PICTURES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
+IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
 TEXT = "Describe the image in detail."
 
 
@@ -168,7 +168,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     if recipe.train.activation_checkpointing:
         checkpoint_activations(adapter)
     count, rows = parameters(adapter), adapter.sequence()
-    work = flops(adapter, fake, min(PICTURES, recipe.objective.reca.micro_batch))
+    work = flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
     every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))
     lines = [f"{'parameters':<24}{'total':>18}{'trained':>18}"]
     lines += [f"  {role:<22}{n.total:>18,}{n.trained:>18,}" for role, n in (*count.items(), ("all", every))]

@@ -14,7 +14,7 @@ from reca import units
 
 
 def report() -> str:
-    """The report as text, one finding a line."""
+    """Return the report as text, one finding a line."""
     lines = [
         f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, "
         f"torch threads {torch.get_num_threads()}",

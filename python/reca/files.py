@@ -32,7 +32,9 @@ _NO_WEIGHTS = {
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file that begins so has the header of safetensors: its length in 8 bytes, below 100 MB, and JSON."""
+    """Return whether a file that begins so has the header of safetensors: its length in 8 bytes, below 100 MB, and
+    JSON.
+    """
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
@@ -62,7 +64,7 @@ def placeholder(head: bytes) -> str | None:
 
 
 def packed(head: bytes, zipped: bool = True) -> str | None:
-    """As `placeholder`, of a file that has to be unpacked first. zipped: zip archives count."""
+    """Return what `placeholder` returns, of a file that has to be unpacked first. zipped: zip archives count."""
     what = next((what for magic, what in _ARCHIVES.items() if head.startswith(magic)), None)
     if zipped and head.startswith(_ZIP):
         what = "a zip archive"
@@ -87,7 +89,7 @@ def damage(path: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ValueError with file, size and cause where it holds none."""
+    """Return the object that a JSON file holds. Raises ValueError with file, size and cause where it holds none."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

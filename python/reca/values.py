@@ -149,7 +149,7 @@ def override_text(value: Any) -> str:
 
 
 def _weighted(raw: Any, key: str, source: str) -> dict[str, Any]:
-    """One item of a list of sources."""
+    """Return one item of a list of sources."""
     if not isinstance(raw, dict):
         return {"source": convert(raw, str, key, source), "weight": 1.0}
     if not {"source"} <= raw.keys() <= {"source", "weight"}:

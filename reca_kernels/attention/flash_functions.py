@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 @functools.cache
 def found(module: str) -> Found:
-    """What importing a module gives. A failed import is not tried again."""
+    """Import a module and return what that gives. A failed import is not tried again."""
     try:
         function = getattr(importlib.import_module(module), NAME, None)
     except ModuleNotFoundError as error:
@@ -62,7 +62,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def problems() -> list[str]:
-    """What is installed and cannot be used, and why.
+    """Return what is installed and cannot be used, and why.
 
     FlashAttention 2 comes with some files of 4, which need packages that it does not: nothing is wrong with that.
     """
@@ -71,7 +71,7 @@ def problems() -> list[str]:
 
 
 def flash_module(capability: tuple[int, int], head_dim: int, deterministic: bool) -> tuple[str | None, str]:
-    """The module to take on a GPU of this compute capability, or None and why there is none."""
+    """Return the module to take on a GPU of this compute capability, or None and why there is none."""
     installed = [module for module in MODULES if found(module).function]
     reasons = {module: _unfit(module, capability, head_dim, deterministic) for module in installed}
     for module, reason in reasons.items():
@@ -106,7 +106,7 @@ def _module_for(device: torch.device, head_dim: int, deterministic: bool) -> str
 
 
 def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> Callable[..., Any]:
-    """The function of the module that `flash_module` names. Raises RuntimeError where there is none."""
+    """Return the function of the module that `flash_module` names. Raises RuntimeError where there is none."""
     return getattr(sys.modules[_module_for(device, head_dim, deterministic)], NAME)
 
 
@@ -115,7 +115,7 @@ def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> 
 
 @functools.cache
 def varlen_parameters() -> frozenset[str]:
-    """What torch's varlen_attn takes; nothing where torch has none."""
+    """Return what torch's varlen_attn takes; nothing where torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -125,5 +125,5 @@ def varlen_parameters() -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def varlen_is_told_of_groups() -> bool:
-    """Whether its enable_gqa has to be set where q has more heads; older ones group heads without being told."""
+    """Return whether its enable_gqa has to be set where q has more heads; older ones group heads without being told."""
     return "enable_gqa" in varlen_parameters()

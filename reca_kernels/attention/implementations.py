@@ -270,7 +270,7 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
 
 
 def _places(sizes: Sequence[int]) -> Tensor | None:
-    """Where packed rows stand among lines as long as the longest sample; None: all samples are as long."""
+    """Return where packed rows stand among lines as long as the longest sample; None: all samples are as long."""
     longest = max(sizes)
     if min(sizes) == longest:
         return None

@@ -30,7 +30,7 @@ def schedule(steps: int, kept: Tensor | None = None) -> Tensor:
 
 
 def tables(beta: Tensor) -> Tensor:
-    """The table of any betas, fp64 [steps]."""
+    """Return the table of any betas, fp64 [steps]."""
     abar = (1 - beta).cumprod(0)
     before = torch.cat((abar.new_ones(1), abar[:-1]))
     posterior = beta * (1 - before) / (1 - abar)

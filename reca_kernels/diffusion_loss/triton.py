@@ -20,7 +20,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS: tl.constexpr, EXPLICIT: tl.constexpr,
           ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there."""
+    """Load the numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, C)[None, :]
     exists = row < count

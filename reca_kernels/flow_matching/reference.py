@@ -17,7 +17,7 @@ def tokens(image: Tensor, patch: int) -> Tensor:
 
 
 def noise_of(images: Sequence[Tensor], noise: Tensor | Address) -> list[Tensor]:
-    """Every image's noise, flat, in the order of the prediction."""
+    """Return every image's noise, flat, in the order of the prediction."""
     lengths = [image.numel() for image in images]
     if isinstance(noise, Tensor):
         return list(_wide(noise).reshape(-1).split(lengths))

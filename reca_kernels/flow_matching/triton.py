@@ -39,7 +39,7 @@ def _run(table, r: tl.constexpr):
 
 @triton.jit
 def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
-    """The last run whose field KEY, ascending, is not above `number`: (its place in x0, elements of an image,
+    """Return the last run whose field KEY, ascending, is not above `number`: (its place in x0, elements of an image,
     offset of its first image in the prediction, first program, programs of an image, first image, width)."""
     x0, elements, offset, first, programs, image, width = _run(table, 0)
     for r in tl.static_range(1, RUNS):

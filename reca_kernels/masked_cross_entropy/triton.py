@@ -26,7 +26,10 @@ STEPS = 4  # of UNITS units, in a piece of a row
 
 @triton.jit
 def tanh(x):
-    """The exponential form loses digits near 0, where a polynomial takes over; both are within 1e-6 of tanh."""
+    """Compute tanh. The exponential form loses digits near 0, where a polynomial takes over.
+
+    Both are within 1e-6 of tanh.
+    """
     x2 = x * x
     near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
     far = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))
@@ -97,7 +100,7 @@ def row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH: tl.conste
 
 @triton.jit
 def _units(begin, end, VEC: tl.constexpr):
-    """Where the first unit is, and how many there are; begin, end int64, in elements from a 16-byte boundary."""
+    """Return where the first unit is, and how many there are; begin, end int64, in elements from a 16-byte boundary."""
     first = (begin + VEC - 1) // VEC * VEC
     return first, tl.maximum(end // VEC - first // VEC, 0).to(tl.int32)
 
@@ -239,7 +242,7 @@ def backward_kernel(grad, grad_stride, scale, logits, lead, stride, labels, stat
 
 @triton.jit
 def reduce_kernel(losses, labels, loss, scale, rows, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """One program, in a fixed order: the loss, and what gradients are multiplied with."""
+    """Reduce in one program and a fixed order: the loss, and what gradients are multiplied with."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int32)
@@ -260,7 +263,9 @@ def reduce_kernel(losses, labels, loss, scale, rows, ignore_index, MEAN: tl.cons
 
 
 def on_boundary(rows: Tensor) -> tuple[Tensor, int]:
-    """The same memory from a 16-byte boundary on, where there is one, and how many elements later `rows` begins."""
+    """Return the same memory from a 16-byte boundary on, where there is one, and how many elements later `rows`
+    begins.
+    """
     lead = rows.data_ptr() % 16 // rows.element_size()
     if lead == 0 or lead > rows.storage_offset():
         return rows, 0
@@ -268,7 +273,7 @@ def on_boundary(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def switches(logits: Tensor, options: CrossEntropyOptions) -> dict[str, bool | int]:
-    """The arguments which are compiled in."""
+    """Return the arguments which are compiled in."""
     return {"CAP": options.softcap is not None, "VEC": 16 // logits.element_size(), "UNITS": UNITS, **LAUNCH}
 
 

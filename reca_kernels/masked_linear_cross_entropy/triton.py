@@ -33,7 +33,7 @@ __all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradie
 @triton.jit
 def compact_labelled_rows_kernel(labels, losses, rows, row_labels, scale, count, most, ignore_index, MEAN: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
-    """One program: rows that carry a label move up, in order."""
+    """Move rows that carry a label up, in order, in one program."""
     at = tl.arange(0, BLOCK)
     found = 0
     for begin in range(0, count, BLOCK):
@@ -196,7 +196,7 @@ def row_gradients(
 
 
 def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []
-    """The product in fp32, rounded once. A copy always: whether grad is 1 only the GPU knows."""
+    """Multiply in fp32 and round once. Makes a copy always: whether grad is 1 only the GPU knows."""
     out = torch.empty_like(gradient)
     if gradient.numel():
         with torch.cuda.device_of(gradient):

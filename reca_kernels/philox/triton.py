@@ -18,7 +18,7 @@ DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}
 
 @triton.jit
 def words(seed, sample, stream, block):
-    """The four words of each Philox block; seed int64, sample and block int64, stream an integer."""
+    """Return the four words of each Philox block; seed int64, sample and block int64, stream an integer."""
     high = ((sample >> 32).to(tl.uint32) << 8) | stream.to(tl.uint32)
     middle = (block >> 32).to(tl.uint32) | ((sample >> 56).to(tl.uint32) << 24)
     return tl.philox(seed, block.to(tl.uint32), middle, sample.to(tl.uint32), high)

@@ -20,7 +20,7 @@ def template_concat(
     wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
     def lookup(rows: Tensor, index: Tensor) -> Tensor:
-        """Rows at index; zeros where the index is negative."""
+        """Return the rows at index; zeros where the index is negative."""
         rows = rows.flatten(0, -2)
         if rows.shape[0] == 0:
             return rows.new_zeros((*index.shape, rows.shape[-1]), dtype=wide)

@@ -183,7 +183,7 @@ def mapped_kernel(
 
 
 def _tiles(width: int) -> tuple[int, int, int]:
-    """How many tiles a row has, columns per tile, warps."""
+    """Return how many tiles a row has, columns per tile, warps."""
     block = min(triton.next_power_of_2(width), 2048)
     return triton.cdiv(width, block), block, max(1, min(8, block // 256))
 

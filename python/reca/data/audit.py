@@ -21,8 +21,8 @@ RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short 
 SHOWN = 10  # bad samples and duplicates that are listed
 
 
-class Looked(NamedTuple):
-    """What is found out about one sample."""
+class Inspection(NamedTuple):
+    """Findings about one sample."""
 
     key: str
     bad: str | None = None
@@ -54,7 +54,7 @@ class Audit:
     texts: Counter[int] = field(default_factory=Counter)  # of captions, by a hash
     first: dict[int, str] = field(default_factory=dict)  # digest -> key
 
-    def add(self, looked: Looked, about: bool) -> None:
+    def add(self, looked: Inspection, about: bool) -> None:
         """Count one sample. about: texts ask about an image, so that an image that comes again is no duplicate."""
         if looked.left_out:
             self.left_out.add(looked.left_out, looked.key)
@@ -78,20 +78,20 @@ class Audit:
             self.answers += [len(Turn(*turn).answer.split()) for turn in looked.text]
 
 
-def look(source: Source, index: int) -> Looked:
+def inspect_sample(source: Source, index: int) -> Inspection:
     """Read and decode one sample."""
     key = source.key(index)
     try:
         sample = source[index]
         image = open_rgb(sample.image)
     except LeftOut as error:
-        return Looked(key, left_out=str(error))
+        return Inspection(key, left_out=str(error))
     except BadSample as error:
-        return Looked(key, bad=str(error))
+        return Inspection(key, bad=str(error))
     except OSError as error:
-        return Looked(key, bad=f"{type(error).__name__}: {error}")
+        return Inspection(key, bad=f"{type(error).__name__}: {error}")
     digest = int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little")
-    return Looked(key, None, None, len(sample.image), *image.size, digest, sample.text)
+    return Inspection(key, None, None, len(sample.image), *image.size, digest, sample.text)
 
 
 def audit(source: Source, about: bool = False, workers: int = 4, progress: Any = None) -> Audit:
@@ -104,12 +104,12 @@ def audit(source: Source, about: bool = False, workers: int = 4, progress: Any =
     return found
 
 
-def _look_at_all(source: Source, workers: int) -> Iterator[Looked]:
-    """In the order of the source, with a few samples in memory at a time."""
+def _look_at_all(source: Source, workers: int) -> Iterator[Inspection]:
+    """Inspect samples in the order of the source, with a few in memory at a time."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         ahead: deque = deque()
         for index in range(len(source)):
-            ahead.append(pool.submit(look, source, index))
+            ahead.append(pool.submit(inspect_sample, source, index))
             if len(ahead) > 4 * max(1, workers):
                 yield ahead.popleft().result()
         while ahead:

@@ -75,7 +75,7 @@ class Conversations:
             raise DataError(f"{path} is not LLaVA-style: expected a list of {FORM}")
 
     def _kept_rows(self, path: Path) -> PackedRows:
-        """The rows of a large file, from its index, which is made where there is none."""
+        """Return the rows of a large file, from its index, which is made where there is none."""
         index = IndexFile(path, "rows", os.path.abspath(self.root))
         found = open_packed(index.path, index.stamp)
         if found is None:
@@ -116,7 +116,7 @@ class Conversations:
 
     @property
     def images(self) -> int:
-        """How many images the rows are about."""
+        """Return how many images the rows are about."""
         return self.rows.images
 
     def __getitem__(self, index: int) -> Sample:
@@ -148,7 +148,7 @@ class Conversations:
 
 
 def _stream(path: Path) -> Iterator[Any]:
-    """The items of a large file, one after the other. Raises DataError as `_load`."""
+    """Return the items of a large file, one after the other. Raises DataError as `_load`."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)

@@ -29,7 +29,7 @@ log = logging.getLogger("reca")
 
 
 def available() -> bool:
-    """Whether DALI's dynamic mode can be imported."""
+    """Return whether DALI's dynamic mode can be imported."""
     try:
         import nvidia.dali.experimental.dynamic  # noqa: F401
     except ImportError:
@@ -88,7 +88,7 @@ class DaliDecoder:
 
 
 def _plain_jpeg(data: bytes) -> bool:
-    """Whether the bytes are an upright JPEG of RGB or grey pixels, of a size that is decoded whole.
+    """Return whether the bytes are an upright JPEG of RGB or grey pixels, of a size that is decoded whole.
 
     What Pillow cannot open is left to it to reject.
     """

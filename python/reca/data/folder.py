@@ -137,7 +137,7 @@ def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
 
 
 def _task(entry: os.DirEntry) -> tuple[bool, bool]:
-    """Whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
+    """Return whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
     try:
         return entry.is_dir(), entry.is_file()
     except OSError:

@@ -65,7 +65,7 @@ class HuggingFace:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` has written the folder."""
+    """Return whether `save_to_disk` has written the folder."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

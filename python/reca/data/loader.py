@@ -153,7 +153,7 @@ class Loader:
         return self._batch([position], [self._read(position)])
 
     def named_sample(self, position: int) -> tuple[str, Batch]:
-        """One sample with its key, read while the caller waits."""
+        """Return one sample with its key, read while the caller waits."""
         row = self._read(position)
         return row.sample.key, self._batch([position], [row])
 
@@ -169,7 +169,7 @@ class Loader:
         return self._batch(range(len(rows)), rows)
 
     def images_per_s(self) -> float:
-        """What the loader's threads could deliver if nothing made them wait, measured since the last call."""
+        """Return what the loader's threads could deliver if nothing made them wait, measured since the last call."""
         return self.meter.rate() * max(1, self.config.workers)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ class Mixture:
         return int(self.first[-1])
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The source of a sample, and its index there."""
+        """Return the source of a sample, and its index there."""
         number = int(np.searchsorted(self.first, index, "right")) - 1
         return number, index - int(self.first[number])
 

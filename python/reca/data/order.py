@@ -101,7 +101,7 @@ class Windows:
         return int(self._samples(epoch, window, attempt)[slot - starts[window]])
 
     def _windows_of(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The first slot of every window, and its blocks."""
+        """Return the first slot of every window, and its blocks."""
         order = _permutation(CounterRNG(self.seed, epoch), len(self.samples))
         windows: list[list[int]] = []
         room = 0
@@ -149,7 +149,7 @@ class Mixed:
         return source, int(before[source]) + int((picks[:slot] == source).sum())
 
     def _stretch_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of every slot, and how many samples of each source came before."""
+        """Return the source of every slot, and how many samples of each source came before."""
         ends = (np.floor(self.shares * (STRETCH * n)).astype(np.int64) for n in (number, number + 1))
         before, after = (end[1:] - end[:-1] for end in ends)
         picks = np.repeat(np.arange(len(before)), after - before)

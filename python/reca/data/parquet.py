@@ -110,7 +110,7 @@ class Parquet:
         return make_sample(self.key(index), image, text, self.task, root)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The group of a sample, and its row there."""
+        """Return the group of a sample, and its row there."""
         number = int(np.searchsorted(self.starts, index, "right")) - 1
         return number, index - int(self.starts[number])
 
@@ -150,7 +150,7 @@ class Parquet:
 
 
 def form_of(kind: Any) -> str:
-    """The form of a column, by its Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
+    """Return the form of a column, by its Arrow type: IMAGE, BYTES, TEXT, LIST or OTHER."""
     import pyarrow.types as types
 
     if types.is_dictionary(kind):

@@ -213,7 +213,7 @@ def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
 
 
 def _too_large(side: int, image: Image.Image) -> bool:
-    """Whether a square is much larger than its image, as it is for a thin one."""
+    """Return whether a square is much larger than its image, as it is for a thin one."""
     return side**2 > max(SMALL, min(4 * image.width * image.height, MAX_PIXELS))
 
 

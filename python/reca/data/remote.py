@@ -66,7 +66,7 @@ class RemotePath:
         return SimpleNamespace(st_size=size)
 
     def version(self) -> list[str] | None:
-        """What tells this version of the file from others; None where the server tells nothing."""
+        """Return what tells this version of the file from others; None where the server tells nothing."""
         found = self._ask(self.fs.info, self.path)
         told = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return [str(found.get("size")), *told] if told else None

@@ -53,7 +53,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name (without its parents) holds nothing that a user put there."""
+    """Return whether a file or folder of this name (without its parents) holds nothing that a user put there."""
     return name.startswith(".") or name in HIDDEN
 
 

@@ -33,7 +33,10 @@ def decode_text(data: bytes) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Whether a tokenizer can take the text; JSON lets halves of a surrogate pair through, which are no characters."""
+    """Return whether a tokenizer can take the text.
+
+    JSON lets halves of a surrogate pair through, which are no characters.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -79,7 +79,7 @@ def _shape(rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[str, float]
 
 
 def shows(image: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
-    """Whether the image shows exactly the scene's things: their shapes, and their colours and layout if asked."""
+    """Return whether the image shows exactly the scene's shapes, with colours and layout if asked."""
     found = detect(image)
     if found is None or len(found) != len(scene.things):
         return False

@@ -38,7 +38,10 @@ class Harmon(Network, Adapter):
         return cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
 
     def sequence(self) -> dict[str, int]:
-        """The encoder and the language model see what is visible of the image, the decoder all of it."""
+        """Count the rows of one sequence.
+
+        Encoder and language model see what is visible of the image, the decoder all.
+        """
         factor, buffers = modules.factor(self.config), self.config.mar.buffers
         given, generated = (size // factor for size in (self.understanding_size, self.config.image_size))
         return {"h_v": buffers + given**2, "buffers": buffers, "image": generated**2}

@@ -74,7 +74,7 @@ class Layout(NamedTuple):
 
     @property
     def labelled(self) -> int:
-        """How many labels there are. It is counted, so ask on the host."""
+        """Return how many labels there are. It is counted, so ask on the host."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def spans(self, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
