@@ -123,6 +123,8 @@ def _run(step: Step, log: Path) -> int:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell starts what it runs in the background with SIGINT ignored, and a step is ended by it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         except OSError as error:
             output.write(f"{error}\n")

@@ -14,6 +14,18 @@ from tests.driver.toy import ToyAdapter, run_toy
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """The tests may run under nohup, or in the background of a shell: there SIGHUP and SIGINT are ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if before[number] == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def interrupted(trainer: Trainer) -> int:
     with pytest.raises(SystemExit) as stop:
         trainer.run()
