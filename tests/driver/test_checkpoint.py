@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from reca import checkpoint, exits, manifest
 from reca.checkpoint import CheckpointError
-from reca.data.cache import FeatureCache
+from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
 from reca.models.common.weight_files import read_tensors
 from reca.runs import load_recipe
@@ -192,11 +192,12 @@ def test_no_weight_file_runs_code(planted, tmp_path, suffix):
 
 def test_no_cached_feature_runs_code(planted, tmp_path):
     cache = FeatureCache(tmp_path / "cache", Views(gen=View(4), und=None), "identity")
+    address = content(b"image")
     for data in planted:
-        path = cache.path("key")
+        path = cache.path(address)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-        assert cache.get("key") is None
+        assert cache.get(address) is None
 
 
 def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
