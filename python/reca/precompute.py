@@ -1,9 +1,7 @@
 """`reca cache`: the features of all images, made ahead of training and packed in shards."""
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
 from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
+from reca.data.read_ahead import read_ahead
 from reca.models import umm_package
 
 
@@ -71,16 +70,10 @@ class _Reader:
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         rank, world, size = distributed.rank(), distributed.world_size(), len(self.loader.source)
-        workers = max(1, self.loader.config.workers)
-        bar = tqdm(total=len(range(rank, size, world)), unit="image", disable=None if rank == 0 else True)
-        with ThreadPoolExecutor(workers) as pool, bar:
-            ahead: deque = deque()
-            for index in range(rank, size, world):
-                ahead.append(pool.submit(self._read, index))
-                if len(ahead) > 4 * workers:
-                    yield from self._take(ahead.popleft().result(), bar)
-            while ahead:
-                yield from self._take(ahead.popleft().result(), bar)
+        indices = range(rank, size, world)
+        with tqdm(total=len(indices), unit="image", disable=None if rank == 0 else True) as bar:
+            for row in read_ahead(self._read, indices, self.loader.config.workers):
+                yield from self._take(row, bar)
 
     def _take(self, row: Row | None, bar: Any) -> Iterator[tuple[str, Row]]:
         bar.update()

@@ -1,11 +1,10 @@
 """Every sample of a source, read and decoded: what is bad and why, sizes, duplicates, texts."""
 
+import functools
 import hashlib
 import itertools
 import statistics
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from reca import units
 from reca.data.batch import Turn
 from reca.data.errors import BadSample, LeftOut
 from reca.data.pixels import open_rgb
+from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
 from reca.data.skipped import Skipped
 
@@ -97,23 +97,11 @@ def inspect_sample(source: Source, index: int) -> Inspection:
 def audit(source: Source, about: bool = False, workers: int = 4, progress: Any = None) -> Audit:
     """Look at every sample of a source. about: as for `Audit.add`. progress: called after every sample."""
     found = Audit()
-    for looked in _look_at_all(source, workers):
+    for looked in read_ahead(functools.partial(inspect_sample, source), range(len(source)), workers):
         found.add(looked, about)
         if progress:
             progress()
     return found
-
-
-def _look_at_all(source: Source, workers: int) -> Iterator[Inspection]:
-    """Inspect samples in the order of the source, with a few in memory at a time."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        ahead: deque = deque()
-        for index in range(len(source)):
-            ahead.append(pool.submit(inspect_sample, source, index))
-            if len(ahead) > 4 * max(1, workers):
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
 
 
 def report(found: Audit, skipped: Skipped | None = None) -> str:

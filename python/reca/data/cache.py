@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reca import units
 from reca.data.errors import DataError
-from reca.data.feature_shards import FeatureShards
+from reca.data.feature_shards import FeatureShards, features_of
 from reca.data.views import Views
 from reca.folders import ensure_writable, write_atomically
 
@@ -70,12 +70,11 @@ class FeatureCache:
         if self.full:
             return
         for number, address in enumerate(addresses):
-            # Two names may hold one tensor (Harmon's image is its own h_v), which the format does not take.
-            rows = {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
             path = self.path(address)
             try:
                 path.parent.mkdir(exist_ok=True)
-                write_atomically(path, save(rows), sync=False)  # save_file would keep colleagues out: mode 0600
+                # save_file would keep colleagues out: mode 0600.
+                write_atomically(path, save(features_of(features, number)), sync=False)
             except OSError as error:
                 self.full = True
                 log.warning(

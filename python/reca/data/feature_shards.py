@@ -72,6 +72,14 @@ class FeatureShards:
         return shard, names
 
 
+def features_of(features: dict[str, Any], number: int) -> dict[str, Tensor]:
+    """Copy one sample's features out of a batch's, to the host.
+
+    Cloned: two names may hold one tensor (Harmon's image is its own h_v), which safetensors does not take.
+    """
+    return {name: value[number].cpu().contiguous().clone() for name, value in features.items()}
+
+
 def _start(address: str) -> int:
     return int(address[:16], 16)
 
@@ -87,8 +95,7 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
     def add(self, addresses: Sequence[str], features: dict[str, Any]) -> None:
         """Take a batch's features, each of which is a list or has a first dim of the images in `addresses`."""
         for number, address in enumerate(addresses):
-            for name, value in features.items():
-                row = value[number].cpu().contiguous().clone()
+            for name, row in features_of(features, number).items():
                 self.waiting[f"{address}/{name}"] = row
                 self.waiting_bytes += row.numel() * row.element_size()
         self.images += len(addresses)

@@ -1,0 +1,22 @@
+"""Bounded reading ahead by threads."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def read_ahead(read: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield `read(item)` of every item, in order, with about four results a thread in memory at a time."""
+    workers = max(1, workers)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[R]] = deque()
+        for item in items:
+            ahead.append(pool.submit(read, item))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
