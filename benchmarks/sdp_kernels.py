@@ -54,8 +54,8 @@ def report(device: Device) -> list[str]:
         x, run = case.inputs(0), case.providers[f"{OURS}: sdpa"].run
         run(x)  # plans and workspaces are made
         ran = kernels_of(lambda: torch.autograd.grad(run(x)[0], (x.q, x.k, x.v), x.grad), device)  # noqa: B023
-        told = ", ".join(f"{one.kernel} x {one.calls} ({one.ms:.3f} ms forward)" for one in ran) or "none known"
-        lines.append(f"sdpa on {case.shape}, {case.dtype}: {told}")
+        kernels = ", ".join(f"{one.kernel} x {one.calls} ({one.ms:.3f} ms forward)" for one in ran) or "none known"
+        lines.append(f"sdpa on {case.shape}, {case.dtype}: {kernels}")
         device.free()
     return lines
 

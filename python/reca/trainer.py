@@ -150,8 +150,8 @@ class Trainer:
             self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, main_process, bar=self.progress is None
         )
         monitor = monitors.Monitor()
-        for hazard in monitors.config_warnings(recipe, self.adapter, self.roles):
-            record.warn(self.step, hazard)
+        for text in monitors.config_warnings(recipe, self.adapter, self.roles):
+            record.warn(self.step, text)
         if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
             record.warn(self.step, warning)
         streams = {task: iter(loader) for task, loader in self.loaders.items()}

@@ -77,8 +77,8 @@ def flash_module(capability: tuple[int, int], head_dim: int, deterministic: bool
     for module, reason in reasons.items():
         if reason is None:
             return module, ""
-    told = [*problems(), *(f"{MODULES[module]} {reason}" for module, reason in reasons.items())]
-    return None, ", ".join(told) or "flash-attn is not installed"
+    reasons_found = [*problems(), *(f"{MODULES[module]} {reason}" for module, reason in reasons.items())]
+    return None, ", ".join(reasons_found) or "flash-attn is not installed"
 
 
 def _unfit(module: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:

@@ -80,6 +80,6 @@ class Batch:
     def host_ids(self) -> Tensor:
         """sample_ids on the host, wherever the rest is: int64 [B].
 
-        What decides shapes is drawn from them, since a GPU that has to be asked is waited for. The bits are the same.
+        What decides shapes is drawn from them, since reading them from a GPU would synchronise. The bits are the same.
         """
         return self.sample_ids.cpu() if self._host_ids is None else self._host_ids

@@ -120,7 +120,7 @@ def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             suffix = _suffix(name)
-            is_folder, is_file = _task(entry)
+            is_folder, is_file = _entry_type(entry)
             if hidden(entry.name):
                 if is_folder or suffix in IMAGE_SUFFIXES:
                     skipped.add("hidden files and folders", name)
@@ -136,7 +136,7 @@ def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     return files
 
 
-def _task(entry: os.DirEntry) -> tuple[bool, bool]:
+def _entry_type(entry: os.DirEntry) -> tuple[bool, bool]:
     """Return whether it is a folder, and whether it is a file; neither for a link that leads nowhere."""
     try:
         return entry.is_dir(), entry.is_file()

@@ -20,7 +20,7 @@ from reca.data.remote import AnyPath, RemotePath
 from reca.data.skipped import log_once
 
 LARGE = 2**24  # bytes of a file from which on an index is kept
-SETTLED = 2.0  # seconds that are waited for: a file that has just changed may change again under the same time stamp
+SETTLED = 2.0  # seconds to wait: a file that has just changed may change again under the same time stamp
 VERSION = 1  # of all formats; raise it when what is in an index changes
 
 

@@ -68,8 +68,8 @@ class RemotePath:
     def version(self) -> list[str] | None:
         """Return what tells this version of the file from others; None where the server tells nothing."""
         found = self._ask(self.fs.info, self.path)
-        told = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
-        return [str(found.get("size")), *told] if told else None
+        tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
+        return [str(found.get("size")), *tags] if tags else None
 
     def open(self, mode: str = "rb") -> BinaryIO:
         with _as_oserror(self):

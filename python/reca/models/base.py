@@ -45,7 +45,7 @@ class Prepared:
     weight: float
 
     def to(self: P, device: torch.device | str) -> P:
-        """Copy the tensors to `device`. No GPU is waited for."""
+        """Copy the tensors to `device` without synchronising with a GPU."""
         return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
 
 

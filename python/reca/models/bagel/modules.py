@@ -298,7 +298,7 @@ class Network(nn.Module):
         t: Tensor | None,
     ) -> tuple[dict[str, Tensor], KVCache]:
         """Run one pass: hidden states per expert, and the cache after it."""
-        learn = torch.is_grad_enabled() and self.learns_prompt(h_v)
+        learn = torch.is_grad_enabled() and self.prompt_requires_grad(h_v)
         rows, table = {}, self.language_model.model.embed_tokens.weight
         with torch.set_grad_enabled(learn):
             adds = [(self.vit_pos_embed.pos_embed, layout.vit_positions)] if h_v else []
@@ -321,7 +321,7 @@ class Network(nn.Module):
             return self.language_model.model.embed_tokens.weight.new_empty(0, self.config.language.hidden_size)
         return self.connector(torch.cat([tokens.flatten(0, 1) for tokens in h_v]))
 
-    def learns_prompt(self, h_v: Sequence[Tensor] | None) -> bool:
+    def prompt_requires_grad(self, h_v: Sequence[Tensor] | None) -> bool:
         """Return whether a gradient is wanted of what stands before the image; RECA wants none."""
         if h_v and any(tokens.requires_grad for tokens in h_v):
             return True

@@ -55,7 +55,7 @@ class Conditioner(Protocol):
     def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
         """Tokenise a question as the release's inference scripts write it behind the image."""
 
-    def learns_prompt(self) -> bool:
+    def prompt_requires_grad(self) -> bool:
         """Say whether RECA sends a gradient into token embeddings and projector."""
 
     def warnings(self) -> list[str]:
@@ -112,7 +112,7 @@ class ClipConditioner:
     def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
         return tokens(f"USER: {text} ASSISTANT:")
 
-    def learns_prompt(self) -> bool:
+    def prompt_requires_grad(self) -> bool:
         chosen = self.config.prompt_gradient
         return not self.config.parity if chosen is None else chosen
 
@@ -164,7 +164,7 @@ class CodeConditioner:
     def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
         return [v.bos, *tokens(f"USER: \n{text} ASSISTANT:")]
 
-    def learns_prompt(self) -> bool:
+    def prompt_requires_grad(self) -> bool:
         return True
 
     def warnings(self) -> list[str]:

@@ -42,12 +42,12 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
     """Sum the cross-entropy over predicted tokens."""
-    layout, h_v, learns_prompt = prepared.layout, features.get("h_v"), True
+    layout, h_v, prompt_requires_grad = prepared.layout, features.get("h_v"), True
     if prepared.masked is not None:
         layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
     if prepared.task == "reca":
-        learns_prompt = conditioner(net, "reca").learns_prompt()
-    total = cross_entropy(net, net.hidden(layout, h_v, learns_prompt), layout.labels, int(prepared.weight))
+        prompt_requires_grad = conditioner(net, "reca").prompt_requires_grad()
+    total = cross_entropy(net, net.hidden(layout, h_v, prompt_requires_grad), layout.labels, int(prepared.weight))
     return LossTerm.of(total, prepared)
 
 

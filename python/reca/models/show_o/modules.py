@@ -335,9 +335,12 @@ class Network(nn.Module):
         visual = table.new_empty(0, table.shape[1]) if h_v is None else self.visual(h_v).to(table.dtype)
         return template_concat(table, visual, src)
 
-    def hidden(self, layout: Layout, h_v: Tensor | None = None, learns_prompt: bool = True) -> Tensor:
-        """Compute the last hidden states, [B, L, H]. learns_prompt: a gradient reaches embeddings and projector."""
-        with torch.set_grad_enabled(learns_prompt and torch.is_grad_enabled()):
+    def hidden(self, layout: Layout, h_v: Tensor | None = None, prompt_requires_grad: bool = True) -> Tensor:
+        """Compute the last hidden states, [B, L, H].
+
+        prompt_requires_grad: a gradient reaches embeddings and projector.
+        """
+        with torch.set_grad_enabled(prompt_requires_grad and torch.is_grad_enabled()):
             embeddings = self.embed(layout.src, h_v)
         return self.showo.model(
             inputs_embeds=embeddings,
