@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 
 from reca import distributed
-from reca.config import Recipe, RecipeError, UnknownRecipe, load_recipe
+from reca.config import Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
+from reca.options import RecipeError
+from reca.recipe_files import UnknownRecipe, load_recipe
 from reca.runs import finished_steps, load_trained
 from reca.trainer import Trainer
 

@@ -217,7 +217,7 @@ def _takes_sampling(sub: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from reca import api, distributed
-    from reca.config import explain, load_recipe
+    from reca.recipe_files import explain, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
@@ -248,7 +248,7 @@ def _status(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     from reca.check import report
-    from reca.config import load_recipe
+    from reca.recipe_files import load_recipe
 
     if max(options.gpus, options.node) > MOST_GPUS:
         raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
@@ -257,8 +257,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _cache(options: argparse.Namespace) -> None:
     from reca import distributed
-    from reca.config import load_recipe
     from reca.precompute import cache_features
+    from reca.recipe_files import load_recipe
 
     lines = cache_features(load_recipe(options.recipe, options.overrides))
     if distributed.is_main_process():

@@ -7,12 +7,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reca.check import build_meta
-from reca.config import Recipe, RecipeError, load_recipe, recipe_names
+from reca.config import Recipe
 from reca.data.audit import audit, report
 from reca.data.contact_sheet import contact_sheet
 from reca.data.loader import open_loader
 from reca.data.sources import DATA_KEYS, open_sources
 from reca.folders import write_atomically
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe, recipe_names
 
 UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from reca import catalog, units
-from reca.config import Recipe, RecipeError, load_recipe, recipe_names
+from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.folders import ensure_writable
 from reca.hub_files import Listing, bring, check_access, list_files, local_folder, missing_bytes
 from reca.models import UMMS, umm_package
 from reca.models.common.hub import TOKENIZER, cause_of, hub_name
-from reca.options import HUB
+from reca.options import HUB, RecipeError
+from reca.recipe_files import load_recipe, recipe_names
 
 SPARE = 2**28  # bytes that a disk keeps free: for the index of the cache, and whatever else writes
 

@@ -51,8 +51,8 @@ def export(options: argparse.Namespace) -> None:
 def _adapter(options: argparse.Namespace, ability: str) -> Any:
     """Return the adapter class of a recipe. Raises RecipeError if it lacks the ability."""
     from reca.api import recipe_of
-    from reca.config import RecipeError
     from reca.models import UMMS, umm_package
+    from reca.options import RecipeError
 
     umm = recipe_of(options.recipe, options.overrides).umm
     adapter = umm_package(umm).Adapter

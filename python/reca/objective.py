@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from reca import distributed
-from reca.config import ObjectiveConfig, RecipeError
+from reca.config import ObjectiveConfig
 from reca.data.batch import Batch, task_rng
 from reca.models.base import Adapter, LossTerm
+from reca.options import RecipeError
 from reca.parallelize import set_gradient_sync
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device

@@ -6,7 +6,7 @@ from typing import Any
 
 LARGEST = 2**63 - 1  # the largest number of any integer key
 
-# What a path key may hold beside a path, which decides how it is made absolute (see `reca.config.absolute_paths`).
+# What a path key may hold beside a path, which decides how it is made absolute (recipe_files.absolute_paths).
 LOCAL = "local"  # a file or folder
 GLOB = "glob"  # a file, a folder, a pattern of tar files, or an importable spec (reca/data/spec.py)
 SPEC = "spec"  # a file, or an importable spec

@@ -9,13 +9,15 @@ import torch
 from tqdm import tqdm
 
 from reca import distributed, preflight, units
-from reca.config import Recipe, RecipeError, as_dict
+from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
 from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
 from reca.models import umm_package
+from reca.options import RecipeError
+from reca.recipe_files import as_dict
 
 
 def features_identity(recipe: Recipe) -> list[Any]:

@@ -10,13 +10,14 @@ import torch
 
 from reca import checkpoint, runs, units
 from reca.check import build_meta, memory
-from reca.config import Recipe, RecipeError
+from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import open_sources
 from reca.data.templates import load_templates
 from reca.models.base import Adapter
 from reca.optim import freeze
+from reca.options import RecipeError
 
 log = logging.getLogger("reca")
 

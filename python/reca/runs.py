@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from reca import checkpoint, distributed, exits
-from reca.config import Recipe, RecipeError, as_dict, load_recipe
+from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
+from reca.options import RecipeError
+from reca.recipe_files import as_dict, load_recipe
 from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from reca import checkpoint, distributed, exits, micro_batches, monitors, objective, preflight, runs
-from reca.config import Recipe, TaskConfig, absolute_paths, as_dict, save_recipe
+from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.data.sources import open_sources
@@ -25,6 +25,7 @@ from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import parallelize
 from reca.precompute import features_identity
+from reca.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.status import RunFolder
 
 log = logging.getLogger("reca")

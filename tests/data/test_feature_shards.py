@@ -8,13 +8,14 @@ import torch
 
 from reca import precompute
 from reca.cli import main
-from reca.config import RecipeError, load_recipe
 from reca.data import feature_shards
 from reca.data.config import DataConfig
 from reca.data.feature_shards import FeatureShards, ShardWriter, fill
 from reca.data.loader import open_loader
 from reca.data.meter import Meter
 from reca.data.views import View, Views
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
 from tests.data.files import fill as files
 from tests.data.files import picture
 

@@ -7,13 +7,13 @@ import sys
 import huggingface_hub
 import pytest
 
-from reca.config import absolute_paths, load_recipe
 from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
 from reca.data.errors import DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
+from reca.recipe_files import absolute_paths, load_recipe
 from tests.data.files import fill, picture, said
 
 datasets = pytest.importorskip("datasets")

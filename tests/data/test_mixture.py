@@ -7,7 +7,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from reca.config import RecipeError, absolute_paths, explain, load_recipe, save_recipe
 from reca.data.config import DataConfig
 from reca.data.loader import open_loader
 from reca.data.mixture import Mixture
@@ -15,6 +14,8 @@ from reca.data.order import STRETCH, make_order
 from reca.data.skipped import log_once
 from reca.data.sources import open_sources
 from reca.data.views import View, Views
+from reca.options import RecipeError
+from reca.recipe_files import absolute_paths, explain, load_recipe, save_recipe
 from tests.data.files import fill, picture, tar
 
 VIEWS = Views(gen=View(4), und=None)

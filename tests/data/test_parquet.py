@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from reca.config import absolute_paths, load_recipe
 from reca.data import order, parquet
 from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
@@ -15,6 +14,7 @@ from reca.data.loader import open_loader
 from reca.data.row_groups import RecentlyUsed
 from reca.data.sources import open_source
 from reca.data.views import View, Views
+from reca.recipe_files import absolute_paths, load_recipe
 from tests.data.files import fill, picture, said
 
 pa = pytest.importorskip("pyarrow")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from reca import checkpoint, distributed, exits
-from reca.config import load_recipe
+from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, write_images, write_recipe

@@ -17,8 +17,8 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from reca import distributed
-from reca.config import load_recipe
 from reca.models import umm_package
+from reca.recipe_files import load_recipe
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter
 

@@ -9,7 +9,8 @@ import torch
 
 import reca
 from reca import api, cli
-from reca.config import RecipeError, load_recipe
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]

@@ -11,13 +11,14 @@ from torch import nn
 
 from reca import check
 from reca.cli import main
-from reca.config import ParallelConfig, load_recipe, recipe_names
+from reca.config import ParallelConfig
 from reca.data.batch import Batch
 from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.optim import freeze, make_optimizer
 from reca.parallelize import shard_size
+from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
 
 TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"]

@@ -233,8 +233,8 @@ def test_checksums_tell_every_change(tmp_path):
 
 
 def test_exit_codes_are_those_of_the_exceptions():
-    from reca.config import RecipeError
     from reca.data.errors import DataError
+    from reca.options import RecipeError
     from reca.status import RunInUse
     from reca.trainer import NonFiniteError, NotSavedError
 

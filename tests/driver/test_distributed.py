@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from reca import distributed
-from reca.config import RecipeError, as_dict, load_recipe
 from reca.models import UMMS, umm_package
+from reca.options import RecipeError
+from reca.recipe_files import as_dict, load_recipe
 from tests.driver.toy import write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from huggingface_hub import constants
 
 from reca import catalog, downloads, hub_files
 from reca.cli import main
-from reca.config import load_recipe, recipe_names
 from reca.models import UMMS
 from reca.models.common.hub import fetch, hub_name
+from reca.recipe_files import load_recipe, recipe_names
 from tests.driver.hub_server import Hub, Repository, digest, point_to, serve
 
 LARGE = bytes(range(256)) * 40

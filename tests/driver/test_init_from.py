@@ -10,7 +10,7 @@ import torch
 
 from reca import checkpoint
 from reca.checkpoint import CheckpointError
-from reca.config import RecipeError
+from reca.options import RecipeError
 from reca.runs import load_trained
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights

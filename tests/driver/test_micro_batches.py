@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from reca.config import RecipeError, load_recipe, recipe_names
 from reca.data.loader import Stream, open_loader
 from reca.micro_batches import accumulation_steps, describe_split, micro_batch_sizes, size_warning, split_batch
 from reca.objective import backward
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe, recipe_names
 from tests.driver.toy import ToyAdapter
 
 RANKS = [1, 2, 3, 4, 6, 8, 16, 64]

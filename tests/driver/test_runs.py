@@ -13,8 +13,8 @@ import torch
 
 from reca import checkpoint, exits, runs
 from reca.cli import main
-from reca.config import RecipeError
 from reca.data.errors import DataError
+from reca.options import RecipeError
 from reca.status import RunInUse, Status, is_locked
 from reca.trainer import NonFiniteError, Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
@@ -306,8 +306,8 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
     ],
 )
 def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):
-    from reca.config import load_recipe
     from reca.models.show_o import Adapter
+    from reca.recipe_files import load_recipe
 
     monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
     recipe = load_recipe("show_o_512", [f"run_dir={tmp_path}", f"data.images={tmp_path}", *overrides])
@@ -320,7 +320,7 @@ def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, m
 
 
 def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
-    from reca.config import load_recipe
+    from reca.recipe_files import load_recipe
 
     (tmp_path / "a.png").touch()
     monkeypatch.setattr("reca.preflight.host_memory", lambda: 2**34)

@@ -13,7 +13,7 @@ import pytest
 
 from reca import checkpoint, exits, jsonl, status
 from reca.cli import main
-from reca.config import load_recipe
+from reca.recipe_files import load_recipe
 from reca.runs import finished_steps
 from reca.status import RunFolder, RunInUse, Status, is_locked
 from reca.trainer import Trainer

@@ -13,11 +13,11 @@ import torch.distributed.checkpoint as dcp
 
 from reca import checkpoint, exits
 from reca.checkpoint import CheckpointError
-from reca.config import RecipeError
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.objective import backward
 from reca.optim import lr_at
+from reca.options import RecipeError
 from reca.runs import load_trained
 from reca.status import Status
 from reca.trainer import NonFiniteError, NotSavedError, Trainer

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from reca.cli import main
-from reca.config import load_recipe
 from reca.data.batch import Batch, Turn, task_rng
 from reca.models import UMMS, umm_package
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
+from reca.recipe_files import load_recipe
 
 TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
 

@@ -11,13 +11,14 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from reca import objective
-from reca.config import ObjectiveConfig, load_recipe
+from reca.config import ObjectiveConfig
 from reca.data.batch import Batch, Turn
 from reca.data.loader import open_loader
 from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, loss, prompt
 from reca.models.harmon.config import AutoencoderSizes
 from reca.models.harmon.masking import Masking, masked_counts
+from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.trainer import Trainer
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from reca import objective
-from reca.config import ObjectiveConfig, load_recipe
+from reca.config import ObjectiveConfig
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.qwen2 import Qwen2Sizes
@@ -17,6 +17,7 @@ from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, loss, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes
 from reca.optim import freeze
+from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
 WORDS = "user assistant Generate an image Keep the as it is : . \n a red blue square describe this".split(" ")

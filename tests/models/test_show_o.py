@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reca.config import load_recipe
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
 from reca.models.common.text import encode
@@ -18,6 +17,7 @@ from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import MagvitSizes
 from reca.models.show_o.modules import Magvit
+from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
 WORDS = "a red blue square circle describe what is this the picture ? . drawn with care".split()

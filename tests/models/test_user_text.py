@@ -8,7 +8,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reca.config import load_recipe
 from reca.data.batch import Batch, Turn, task_rng
 from reca.models import UMMS, umm_package
 from reca.models.common import text as texts
@@ -16,6 +15,7 @@ from reca.models.common.text import Remembered, control, encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
 from reca.models.open_uni import prompt as open_uni_prompt
+from reca.recipe_files import load_recipe
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<img>", "</img>"]
 PLAIN_ADDED = ["<tool_call>", "<|fim_prefix|>", "<IMG_CONTEXT>"]  # added, and not special: as in Qwen2.5 and InternVL3

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from reca import objective
-from reca.config import ObjectiveConfig, load_recipe
+from reca.config import ObjectiveConfig
 from reca.data.batch import Batch, task_rng
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
@@ -19,6 +19,7 @@ from reca.models.bagel import config as bagel
 from reca.models.harmon import config as harmon
 from reca.models.open_uni import config as open_uni
 from reca.models.show_o import config as show_o
+from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from reca.toy_world import understood
 from reca_kernels import AttentionSpan as Span

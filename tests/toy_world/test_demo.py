@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reca.cli import main
-from reca.config import load_recipe
+from reca.recipe_files import load_recipe
 from reca.toy_world import before_after, experiment, measure, report
 from reca.toy_world.arms import Outcome
 from reca.toy_world.captions import WORDS, caption

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from reca.config import load_recipe
 from reca.data.errors import DataError
 from reca.data.pixels import open_rgb
 from reca.data.sources import open_source
+from reca.recipe_files import load_recipe
 from reca.toy_world import splits
 from reca.toy_world.captions import TEMPLATES, WORDS, caption, phrase
 from reca.toy_world.measure import CATEGORIES, Rate, prompts

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from reca.config import load_recipe
 from reca.models.base import Adapter
+from reca.recipe_files import load_recipe
 from reca.toy_world import report
 from reca.toy_world.arms import BEFORE, Arm, Outcome, Results, arms
 from reca.toy_world.measure import Measured, measure

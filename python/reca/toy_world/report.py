@@ -12,8 +12,8 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from reca.config import as_dict, load_recipe
 from reca.image_grid import make_grid
+from reca.recipe_files import as_dict, load_recipe
 from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
 from reca.toy_world.before_after import before_after
 from reca.toy_world.measure import CATEGORIES, Rate

@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from reca.config import Recipe, RecipeError
+from reca.config import Recipe
 from reca.models import UMMS
 from reca.models.base import Adapter
+from reca.options import RecipeError
 
 DEMO_UMMS = tuple(name for name in UMMS if Path(__file__).with_name(f"{name}.py").exists())
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from reca import checkpoint
-from reca.config import Recipe, absolute_paths, save_recipe
+from reca.config import Recipe
 from reca.models.base import Adapter
+from reca.recipe_files import absolute_paths, save_recipe
 from reca.toy_world.pretrain import Progress, scaled
 from reca.toy_world.splits import Split
 
