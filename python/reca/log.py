@@ -77,6 +77,11 @@ class RunLog:
                     self.board.close()
 
 
+def due(step: int, every: int) -> bool:
+    """Tell whether something that happens every so many steps happens after `step`; 0 is never."""
+    return every > 0 and step % every == 0
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 

@@ -89,6 +89,20 @@ def _totals(batches: dict[str, list[Batch]]) -> dict[str, Tensor]:
     return dict(zip(batches, total, strict=True))
 
 
+def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
+    """Divide (sum, weight) pairs, fp32 [2] by name, into metrics: a task's loss and weight, or the mean of another."""
+    names = list(sums)
+    table = torch.stack([sums[name].float() for name in names]).tolist()  # one transfer for all of them
+    metrics: dict[str, float] = {}
+    for name, (total, weight) in zip(names, table, strict=True):
+        mean = total / weight if weight else 0.0
+        if name in tasks:
+            metrics |= {f"{name}/loss": mean, f"{name}/weight": weight}
+        else:
+            metrics[name] = mean
+    return metrics
+
+
 def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
     """Refuse a loss that no trained parameter has a part in, which backward would only find without saying which.
 

@@ -1,9 +1,7 @@
 """The training loop: batches -> loss -> gradient -> optimizer step, until done, interrupted or failed."""
 
 import contextlib
-import copy
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +9,27 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, micro_batches, monitors, objective, preflight, runs
+from reca import checkpoint, distributed, exits, micro_batches, objective, preflight, runs
 from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.data.sources import open_sources
+from reca.diagnostics import Diagnostics, drift_tasks
 from reca.folders import ensure_writable
 from reca.interruption import Interruption
-from reca.jsonl import JsonLines
-from reca.log import RunLog
+from reca.log import RunLog, due
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import parallelize
 from reca.precompute import features_identity
+from reca.profiling import ProfileWindow
 from reca.recipe_files import absolute_paths, as_dict, save_recipe
+from reca.reporting import RunReport
+from reca.skipped_steps import SkippedSteps
 from reca.status import RunFolder
 
 log = logging.getLogger("reca")
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient stayed NaN or infinite."""
-
-    exit_code = exits.NON_FINITE
 
 
 class NotSavedError(RuntimeError):
@@ -95,7 +90,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
-        self.skips = 0
+        self.skipped = SkippedSteps(self.run_dir, recipe.train.max_skips)
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             if distributed.rank() == 0:
@@ -103,7 +98,7 @@ class Trainer:
                 for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
         self.loaders = {task: self._loader(task) for task in self.tasks}
-        self.fixed = self._fixed_batches()
+        self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
 
@@ -111,7 +106,7 @@ class Trainer:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
         recipe = self.recipe
         sources: dict[str, Any] = {}
-        tasks = [*self.tasks, *(task for task in self._drift_tasks() if task not in self.tasks)]
+        tasks = [*self.tasks, *(task for task in drift_tasks(recipe, self.model_tasks) if task not in self.tasks)]
         with distributed.fail_together():
             if distributed.rank() == 0:
                 sources, templates = preflight.check(
@@ -144,58 +139,54 @@ class Trainer:
         return self.run_dir
 
     def _run(self) -> None:
-        recipe, main_process = self.recipe, distributed.rank() == 0
-        if main_process:
+        recipe = self.recipe
+        if distributed.rank() == 0:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
+        streams = {task: iter(loader) for task, loader in self.loaders.items()}
+        with (
+            self._report() as report,
+            contextlib.ExitStack() as loaders,
+            ProfileWindow(recipe.log.profile, self.step, self.run_dir) as profiler,
+        ):
+            for loader in self.loaders.values():
+                loaders.callback(loader.close)
+            report.begin(self.step)
+            while self.step < recipe.train.steps:
+                started = time.perf_counter()
+                batches = {
+                    task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
+                    for task in self.tasks
+                }
+                data_wait = time.perf_counter() - started
+                metrics = self.train_step(batches)
+                seconds = time.perf_counter() - started
+                metrics |= self.diagnostics.measure(self.step, batches)
+                report.step(self.step, metrics, seconds, data_wait)
+                if recipe.log.prompts and due(self.step, recipe.log.sample_every):
+                    report.sample_images(self.step, self.diagnostics.images())
+                profiler.step()
+                self._save_or_stop()
+
+    def _save_or_stop(self) -> None:
+        """Write a checkpoint if one is due. Raises SystemExit(75) after saving where a signal asks for the end."""
+        last = self.step == self.recipe.train.steps
+        stop = distributed.any_rank(self.interruption.requested, self.device)
+        if stop or last:
+            self._save_last()
+        elif due(self.step, self.recipe.checkpoint.every):
+            self.save()
+        if stop and not last:
+            if distributed.rank() == 0:
+                log.warning("interrupted at step %d; the same command continues the run", self.step)
+            raise SystemExit(exits.INTERRUPTED)
+
+    def _report(self) -> RunReport:
+        recipe = self.recipe
+        main_process = distributed.rank() == 0
         record = RunLog(
             self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, main_process, bar=self.progress is None
         )
-        monitor = monitors.Monitor()
-        for text in monitors.config_warnings(recipe, self.adapter, self.roles):
-            record.warn(self.step, text)
-        if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
-            record.warn(self.step, warning)
-        streams = {task: iter(loader) for task, loader in self.loaders.items()}
-        profiler = self._profiler()
-        try:
-            with profiler:
-                while self.step < recipe.train.steps:
-                    started = time.perf_counter()
-                    batches = {
-                        task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
-                        for task in self.tasks
-                    }
-                    data_wait = time.perf_counter() - started
-                    metrics = self.train_step(batches)
-                    images = sum(self._task(task).batch_size for task in self.tasks)
-                    metrics |= {"images_per_s": images / (time.perf_counter() - started), "data_wait_s": data_wait}
-                    self._probe(metrics, batches)
-                    for warning in monitor.check(self.step, metrics, self.tasks):
-                        record.warn(self.step, warning)
-                    record.progress(metrics["loss"], metrics["images_per_s"])
-                    if self.progress:
-                        self.progress(self.step)
-                    last = self.step == recipe.train.steps
-                    if _due(self.step, recipe.log.every) or last:
-                        metrics |= {f"{t}/loader_images_per_s": self.loaders[t].images_per_s() for t in self.tasks}
-                        record.record(self.step, metrics)
-                    if recipe.log.prompts and _due(self.step, recipe.log.sample_every):
-                        record.sample_images(self.step, self._samples())
-                    if profiler is not _NO_PROFILER:
-                        profiler.step()
-                    stop = distributed.any_rank(self.interruption.requested, self.device)
-                    if stop or last:
-                        self._save_last()
-                    elif _due(self.step, recipe.checkpoint.every):
-                        self.save()
-                    if stop and not last:
-                        if main_process:
-                            log.warning("interrupted at step %d; the same command continues the run", self.step)
-                        raise SystemExit(exits.INTERRUPTED)
-        finally:
-            for loader in self.loaders.values():
-                loader.close()
-            record.close()
+        return RunReport(recipe, self.adapter, self.roles, self.loaders, record, self.progress)
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """Make one optimizer step from this rank's micro-batches, by task. Skips and counts it if it is not finite.
@@ -207,16 +198,14 @@ class Trainer:
         sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
         norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
-        if math.isfinite(norm):
+        if self.skipped.accepts(norm):
             set_lr(self.optimizer, lr)
             self.optimizer.step()
-            self.skips = 0
         self.optimizer.zero_grad(set_to_none=True)
 
-        metrics = _means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
+        metrics = objective.means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
-        if not math.isfinite(norm):
-            self._skip(batches, metrics)
+        self.skipped.record(self.step, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
         self.step += 1
         metrics |= {"grad_norm": norm, "lr": lr}
         metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
@@ -270,94 +259,3 @@ class Trainer:
             prepare=self.adapter.prepare,
             identity=features_identity(self.recipe),
         )
-
-    def _skip(self, batches: dict[str, list[Batch]], metrics: dict[str, float]) -> None:
-        self.skips += 1
-        dump = {
-            "step": self.step,
-            "losses": {task: str(metrics[f"{task}/loss"]) for task in self.tasks},
-            "sample_ids": {
-                task: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
-                for task, list_ in batches.items()
-            },
-        }
-        lines = JsonLines(self.run_dir / f"non_finite_{distributed.rank()}.jsonl")
-        lines.write(dump)
-        lines.close()
-        log.warning("step %d skipped: loss or gradient is not finite (%s)", self.step, dump["losses"])
-        if self.skips > self.recipe.train.max_skips:
-            raise NonFiniteError(
-                f"{self.skips} steps in a row were not finite; the parameters are those of the last good step. "
-                f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32"
-            )
-
-    def _probe(self, metrics: dict[str, float], batches: dict[str, list[Batch]]) -> None:
-        every, seed = self.recipe.log, self.recipe.train.seed
-        if "reca" in batches and _due(self.step, every.gap_every):
-            probe = batches["reca"][0]
-            if len(probe) == 1 and probe.neighbour is None:
-                after = self.loaders["reca"].sample(int(probe.sample_ids[0]) + 1)
-                probe = copy.copy(probe)
-                probe.neighbour = after.to(self.device)
-            own, other = (objective.evaluate(self.adapter, [probe], seed, self.autocast, c) for c in ("own", "other"))
-            metrics["reca/gap"] = other - own
-        if _due(self.step, every.drift_every) or (every.drift_every and self.step == 1):
-            for task, batch in self.fixed.items():
-                metrics[f"{task}/drift"] = objective.evaluate(self.adapter, [batch], seed, self.autocast)
-
-    def _drift_tasks(self) -> list[str]:
-        """List the tasks whose loss on fixed samples measures drift."""
-        data = self.recipe.data
-        there = {"i2t": data.conversations, "t2i": data.captions}
-        return [task for task in there if there[task] and task in self.model_tasks and self.recipe.log.drift_every]
-
-    def _fixed_batches(self) -> dict[str, Batch]:
-        fixed = {}
-        for task in self._drift_tasks():
-            views, seed = self.adapter.views(task), self.recipe.train.seed
-            source = self.sources[task]
-            loader = open_loader(
-                self.recipe.data, task, views, seed=seed, micro_batch=8, source=source, prepare=self.adapter.prepare
-            )
-            fixed[task] = next(iter(loader)).to(self.device)
-            loader.close()
-        return fixed
-
-    def _samples(self) -> list[torch.Tensor]:
-        self.adapter.eval()
-        prompts = self.recipe.log.prompts
-        with self.autocast:
-            return self.adapter.generate(prompts, list(range(len(prompts))))
-
-    def _profiler(self):
-        """Record those of the steps of log.profile that are still to be made. The first of a run is step 1."""
-        first, last = map(int, (self.recipe.log.profile or "0:0").split(":"))
-        if last <= self.step:
-            return _NO_PROFILER
-        wait = max(0, first - 1 - self.step)
-        return torch.profiler.profile(
-            schedule=torch.profiler.schedule(
-                wait=max(0, wait - 1), warmup=min(1, wait), active=last - self.step - wait, repeat=1
-            ),
-            on_trace_ready=lambda p: p.export_chrome_trace(str(self.run_dir / f"trace_rank{distributed.rank()}.json")),
-        )
-
-
-_NO_PROFILER = contextlib.nullcontext()
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _means(sums: dict[str, torch.Tensor], tasks: list[str]) -> dict[str, float]:
-    names = list(sums)
-    table = torch.stack([sums[name].float() for name in names]).tolist()  # one transfer for all of them
-    metrics: dict[str, float] = {}
-    for name, (total, weight) in zip(names, table, strict=True):
-        mean = total / weight if weight else 0.0
-        if name in tasks:
-            metrics |= {f"{name}/loss": mean, f"{name}/weight": weight}
-        else:
-            metrics[name] = mean
-    return metrics

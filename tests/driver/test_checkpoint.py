@@ -235,8 +235,9 @@ def test_checksums_tell_every_change(tmp_path):
 def test_exit_codes_are_those_of_the_exceptions():
     from reca.data.errors import DataError
     from reca.options import RecipeError
+    from reca.skipped_steps import NonFiniteError
     from reca.status import RunInUse
-    from reca.trainer import NonFiniteError, NotSavedError
+    from reca.trainer import NotSavedError
 
     expected = {
         RecipeError: 3, CheckpointError: 3, ValueError: 3, DataError: 4, OSError: 4, NonFiniteError: 5,

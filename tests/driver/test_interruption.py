@@ -56,15 +56,19 @@ def test_two_kinds_of_signals_are_one_interruption(recipe):
 @pytest.mark.parametrize("moment", ["samples", "save", "loading of the first batch"])
 def test_a_signal_at_any_moment_waits_for_the_update(recipe, moment, monkeypatch):
     trainer = Trainer(recipe("log.prompts=[a]", "log.sample_every=1", "checkpoint.every=1"), ToyAdapter())
-    name = {"samples": "_samples", "save": "save", "loading of the first batch": "_profiler"}[moment]
-    original = getattr(trainer, name)
+    owner, name = {
+        "samples": (trainer.diagnostics, "images"),
+        "save": (trainer, "save"),
+        "loading of the first batch": (trainer, "_report"),
+    }[moment]
+    original = getattr(owner, name)
 
     def signalled():
-        monkeypatch.setattr(trainer, name, original)
+        monkeypatch.setattr(owner, name, original)
         os.kill(os.getpid(), signal.SIGTERM)
         return original()
 
-    monkeypatch.setattr(trainer, name, signalled)
+    monkeypatch.setattr(owner, name, signalled)
     assert interrupted(trainer) == (2 if moment == "save" else 1)
 
 

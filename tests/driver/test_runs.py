@@ -15,8 +15,9 @@ from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.data.errors import DataError
 from reca.options import RecipeError
+from reca.skipped_steps import NonFiniteError
 from reca.status import RunInUse, Status, is_locked
-from reca.trainer import NonFiniteError, Trainer
+from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
 ROOT = Path(__file__).parents[2]

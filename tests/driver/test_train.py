@@ -19,8 +19,9 @@ from reca.objective import backward
 from reca.optim import lr_at
 from reca.options import RecipeError
 from reca.runs import load_trained
+from reca.skipped_steps import NonFiniteError
 from reca.status import Status
-from reca.trainer import NonFiniteError, NotSavedError, Trainer
+from reca.trainer import NotSavedError, Trainer
 from tests.driver.toy import ToyAdapter
 
 
