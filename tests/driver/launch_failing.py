@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from reca import checkpoint, distributed, exits
+from reca.checkpoint import writing
 from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import Trainer
@@ -48,13 +49,13 @@ def failing(function, when) -> object:
 def full_once(name: str) -> None:
     """Rank 1 cannot write its share of the first checkpoint."""
     job = trainer(name)
-    checkpoint._checksums = failing(checkpoint._checksums, lambda: job.step == 2)
+    writing._checksums = failing(writing._checksums, lambda: job.step == 2)
     job.run()
 
 
 def full_at_the_end(name: str) -> None:
     job = trainer(name)
-    writer = checkpoint.HuggingFaceStorageWriter
+    writer = writing.HuggingFaceStorageWriter
     writer.write_data = failing(writer.write_data, lambda: job.step == 4)
     job.run()
 

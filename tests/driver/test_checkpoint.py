@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from reca import checkpoint, exits, manifest
-from reca.checkpoint import CheckpointError
+from reca.checkpoint import CheckpointError, listing, writing
 from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
 from reca.models.common.weight_files import read_tensors
@@ -111,7 +111,7 @@ def test_a_checkpoint_half_removed_does_not_count(recipe, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", stopped)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint._remove(first)
+        listing.remove(first)
     assert first not in checkpoint.list_complete(trainer.run_dir)
 
 
@@ -208,7 +208,7 @@ def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):
         assert trainer.save() is not None
         trainer.step = 2
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(writing, step, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             assert trainer.save() is None
         assert [path.name for path in (trainer.run_dir / "checkpoints").iterdir()] == ["000001"], step
         assert "No space left on device" in caplog.text

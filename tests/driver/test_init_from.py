@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reca import checkpoint
-from reca.checkpoint import CheckpointError
+from reca.checkpoint import CheckpointError, listing
 from reca.options import RecipeError
 from reca.runs import load_trained
 from reca.trainer import Trainer
@@ -108,18 +108,18 @@ def test_another_model_is_seen_before_weights_are_read(start, monkeypatch):
 def test_a_run_starts_from_one_that_is_going_on(start, tmp_path):
     """Checkpoints that a live run removes meanwhile are not taken for damaged ones."""
     run_toy(start("first", None, "checkpoint.every=1"))
-    damage = checkpoint.find_damage
+    damage = listing.find_damage
 
     def removes(folder: Path, contents: bool = True) -> str:
         if folder.name == "000002":
             folder.rename(folder.with_name("000003"))
         return damage(folder, contents)
 
-    checkpoint.find_damage = removes
+    listing.find_damage = removes
     try:
         assert checkpoint.latest_valid(tmp_path / "first") == tmp_path / "first/checkpoints/000003"
     finally:
-        checkpoint.find_damage = damage
+        listing.find_damage = damage
 
 
 def test_a_file_of_another_hand_is_named(start, caplog):

@@ -1,0 +1,36 @@
+"""Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
+
+    run_dir/checkpoints/000500/
+        weights/    parameters that this run or one before it has changed, one file per rank, reshardable
+        optimizer/  optimizer state, likewise
+        state.json  counters
+        COMPLETE    written last: size and SHA-256 of every file above
+
+Parameters that no run has changed are not saved: they come from `model.weights`. A checkpoint needs no other run: the
+one that train.init_from names may be continued, moved or removed. Reading a checkpoint runs no code: tensors are
+safetensors, everything else is JSON.
+"""
+
+from reca.checkpoint.contents import changed_parameters, size
+from reca.checkpoint.errors import CheckpointError
+from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
+from reca.checkpoint.reading import check_fit, load, load_weights, read_state
+from reca.checkpoint.writing import save
+
+__all__ = [
+    "MARKER",
+    "CheckpointError",
+    "changed_parameters",
+    "check_fit",
+    "find_damage",
+    "free_space",
+    "latest",
+    "latest_valid",
+    "list_complete",
+    "load",
+    "load_weights",
+    "read_state",
+    "remove_partial",
+    "save",
+    "size",
+]

@@ -1,0 +1,99 @@
+"""Which checkpoints a run has: complete, damaged and partial ones."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from reca import distributed, manifest
+from reca.checkpoint.errors import CheckpointError
+
+log = logging.getLogger("reca")
+
+MARKER = "COMPLETE"
+PARTIAL = ".partial"  # being written or removed; the next start removes what a killed process has left
+
+
+def list_complete(run_dir: Path) -> list[Path]:
+    """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers."""
+    markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
+    return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """Find the latest complete checkpoint of a run, damaged or not."""
+    return next(reversed(list_complete(run_dir)), None)
+
+
+def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
+    """Find the latest checkpoint whose files match their checksums; None if the run has no checkpoint.
+
+    A damaged one is logged as an error and the one before it is taken. Every rank gets the same answer.
+    rename_damaged: rename damaged ones to NUMBER.damaged, so that a continued run can write these steps again.
+    Raises CheckpointError when all of them are damaged; it names what to remove.
+    """
+    faults: dict[Path, str] = {}
+    while True:
+        # Of rank 0: on a network file system, the others may see a folder later.
+        there = distributed.all_gather(list_complete(run_dir))[0]
+        faults = {folder: fault for folder, fault in faults.items() if folder in there}  # a live run removes old ones
+        if not (left := [folder for folder in there if folder not in faults]):
+            break
+        if fault := find_damage(left[-1]):
+            faults[left[-1]] = fault
+            continue
+        for damaged, reason in faults.items():
+            log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, left[-1])
+            if rename_damaged:
+                _rename_as_damaged(damaged)
+        return left[-1]
+    if not faults:
+        return None
+    reasons = "; ".join(f"{folder}: {reason}" for folder, reason in faults.items())
+    raise CheckpointError(
+        f"no checkpoint of {run_dir} is sound ({reasons}). Restore the files, or remove "
+        f"{' and '.join(map(str, faults))} to start this run again from its first step"
+    )
+
+
+def find_damage(folder: Path, contents: bool = True) -> str:
+    """Describe the damage to a complete checkpoint; empty when there is none.
+
+    contents: read the files, too, and let ranks share that work; all of them must call it then.
+    """
+    try:
+        listed = manifest.read(folder / MARKER)
+        own = dict(list(listed.items())[distributed.rank() :: distributed.world_size()]) if contents else listed
+        faults = manifest.damage(folder, own, contents)
+    except (OSError, ValueError) as error:
+        faults = [f"{MARKER} cannot be read: {error}"]
+    if not contents:
+        return "; ".join(faults)
+    return "; ".join(dict.fromkeys(fault for part in distributed.all_gather(faults) for fault in part))
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove partial checkpoints of killed processes. Only for the process that holds the run's lock."""
+    for folder in (run_dir / "checkpoints").glob(f"*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that, whenever it is stopped, what is left does not count as one."""
+    trash = folder.with_name(f"{folder.name}.old{PARTIAL}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def free_space(run_dir: Path) -> int:
+    """Count the bytes free where a run's checkpoints go, which may be linked to another disk."""
+    return shutil.disk_usage(run_dir / "checkpoints").free
+
+
+def _rename_as_damaged(folder: Path) -> None:
+    if distributed.rank() == 0:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.error("%s is now %s; remove it when nobody needs it", folder, aside)
+    distributed.barrier()

@@ -1,0 +1,110 @@
+"""Read checkpoints, on any number of ranks. No code runs: tensors are safetensors, everything else is JSON."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from reca import manifest
+from reca.checkpoint.contents import FLAT, changed_parameters, tensors
+from reca.checkpoint.errors import CheckpointError, first_line
+from reca.checkpoint.listing import MARKER, latest_valid
+from reca.models.base import Adapter
+
+
+def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Load a checkpoint's parameters (and optimizer state), on any number of ranks. Returns the counters.
+
+    Raises CheckpointError if the checkpoint is incomplete, damaged, or holds other parameters than this run trains.
+    """
+    if not (folder / MARKER).exists():
+        raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
+    weights = changed_parameters(adapter)
+    saved = _saved(folder / "weights")
+    wanted = {name: tuple(value.shape) for name, value in weights.items()}
+    if saved != wanted:
+        differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        raise CheckpointError(
+            f"{folder} does not fit the parameters this run trains: {len(differ)} differ, the first {differ[:5]}. "
+            "Was model or train.train changed? Start in another run_dir, or restore the recipe"
+        )
+    state = read_state(folder)
+    _read(folder / "weights", weights)
+    if optimizer is not None:
+        moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
+        _read(folder / "optimizer", tensors(moments))
+        set_optimizer_state_dict(adapter, optimizer, moments, options=FLAT)
+        for group, step in zip(optimizer.param_groups, state["group_steps"], strict=True):
+            if step is not None:
+                group["step"] = step
+    return state
+
+
+def read_state(folder: Path) -> dict:
+    """Read the counters of a checkpoint. Raises CheckpointError when they cannot be read."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/state.json cannot be read ({error}); remove {folder} to use the one before"
+        ) from error
+
+
+def load_weights(run_dir: Path, adapter: Adapter) -> frozenset[str]:
+    """Load the parameters that another run has changed, whatever this run trains. Returns their names.
+
+    Raises CheckpointError if that run has no valid checkpoint, or parameters that this model lacks.
+    """
+    folder = latest_valid(run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    names = check_fit(folder, adapter)
+    own = dict(adapter.named_parameters())
+    _read(folder / "weights", {name: own[name].detach() for name in names})
+    return names
+
+
+def check_fit(folder: Path, adapter: Adapter) -> frozenset[str]:
+    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
+    own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    saved = _saved(folder / "weights")
+    misfits = sorted(name for name, shape in saved.items() if own.get(name) != shape)
+    if misfits:
+        raise CheckpointError(
+            f"{folder} does not fit this model: {len(misfits)} of its parameters are missing here or have another "
+            f"shape, the first {misfits[:5]}. Both runs must name the same umm and sizes"
+        )
+    return frozenset(saved)
+
+
+def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read names and shapes of the tensors in a folder of shards.
+
+    Raises CheckpointError for shards that cannot be read, or that were put there by another hand.
+    """
+    listed = _reading(folder, lambda: manifest.read(folder.parent / MARKER))
+    strangers = sorted(p.name for p in folder.glob("*.safetensors") if f"{folder.name}/{p.name}" not in listed)
+    if strangers:
+        raise CheckpointError(f"{folder} holds {strangers[0]}, which is no file of this checkpoint: remove it")
+    metadata = _reading(folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
+    return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if tensors:
+        _reading(folder, lambda: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder))))
+
+
+def _reading(folder: Path, read: Callable):
+    try:
+        return read()
+    except (Exception, dcp.api.CheckpointException) as error:  # of safetensors, the disk, DCP: a BaseException
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {first_line(error)}); remove {folder.parent} to use "
+            "the checkpoint before it"
+        ) from error
