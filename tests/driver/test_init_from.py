@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reca import checkpoint
-from reca.checkpoint import CheckpointError, listing
+from reca.checkpoint import CheckpointError, listing, writing
 from reca.options import RecipeError
 from reca.runs import load_trained
 from reca.trainer import Trainer
@@ -138,7 +138,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(start, monkeypatch
     def busy(_):
         raise OSError(16, "Device or resource busy")
 
-    monkeypatch.setattr(checkpoint, "_remove", busy)
+    monkeypatch.setattr(writing, "remove", busy)
     trainer = run_toy(start("run", None, "checkpoint.every=1", "checkpoint.keep=1"))
     assert "cannot be removed (Device or resource busy)" in caplog.text
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
