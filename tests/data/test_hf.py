@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -81,6 +82,36 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
     for text in ("hf:", "hf:a?spilt=train", "hf:a?split", "hf:a?split="):
         with pytest.raises(DataError, match=r"is not understood; write hf:NAME\?split=train"):
             opened(text)
+
+
+def test_streams_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"a stream has neither .* hf://datasets/o/n/\*\*/\*\.parquet"):
+        opened("hf:o/n?split=train&streaming=true")
+
+
+def test_parquet_files_of_the_hub_are_read_where_they_lie(tmp_path, monkeypatch):
+    """hf:// is the hub's file system of fsspec, for which one in memory stands here."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Hub(MemoryFileSystem):
+        protocol = "hf"
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("hf://").strip("/")
+
+    fsspec.register_implementation("hf", Hub, clobber=True)
+    try:
+        rows(4).to_parquet(tmp_path / "train-0.parquet")
+        Hub().pipe("/datasets/o/n/data/train-0.parquet", (tmp_path / "train-0.parquet").read_bytes())
+        for text in ("hf://datasets/o/n/**/*.parquet", "hf://datasets/o/n"):
+            source = opened(text)
+            assert len(source) == 4 and source[2].image == picture((2, 0, 0))
+    finally:
+        sys.modules["fsspec.registry"]._registry.pop("hf", None)
 
 
 def test_rows_in_a_stream(tmp_path):

@@ -110,7 +110,7 @@ def test_a_large_file_is_what_a_small_one_is(tmp_path, monkeypatch):
     path = conversations(tmp_path, *ROWS)
     indexed = open_source(str(path), "i2t")
     assert len(kept(tmp_path)) == 1
-    monkeypatch.setattr(module, "_stream", None)  # nothing is parsed again
+    monkeypatch.setattr(module, "stream_rows", None)  # nothing is parsed again
     again = open_source(str(path), "i2t")
     monkeypatch.setattr(index_files, "LARGE", 10**9)
     small = open_source(str(path), "i2t")
@@ -150,13 +150,13 @@ def test_a_damaged_index_is_made_again(tmp_path, harm):
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_index(tmp_path, monkeypatch):
     path = conversations(tmp_path, *ROWS)
-    stream = module._stream
+    stream = module.stream_rows
 
-    def changing(path):
-        yield from stream(path)
+    def changing(path, form):
+        yield from stream(path, form)
         os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(module, "_stream", changing)
+    monkeypatch.setattr(module, "stream_rows", changing)
     assert len(open_source(str(path), "i2t")) == 3 and kept(tmp_path) == []
 
 
@@ -169,14 +169,14 @@ def test_a_folder_that_cannot_be_written_to_costs_the_index_alone(tmp_path, capl
 
 
 def open_as(path, start, tally):
-    stream = module._stream
+    stream = module.stream_rows
 
-    def counted(path):
+    def counted(path, form):
         with tally.get_lock():
             tally.value += 1
-        yield from stream(path)
+        yield from stream(path, form)
 
-    module._stream = counted
+    module.stream_rows = counted
     start.wait()
     source = open_source(str(path), "i2t")
     os._exit(0 if len(source) == 3 and source[2].text[0].answer == "D" else 1)

@@ -2,18 +2,20 @@
 
 import http.server
 import itertools
+import json
 import re
 import threading
 
 import pytest
 
+from reca.data import conversations as conversations_module
 from reca.data import index_files, remote, tar_index
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import fill, picture, said, tar
+from tests.data.files import conversations, fill, picture, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -118,10 +120,73 @@ def test_parquet_is_what_it_is_here(memory, tmp_path):
         source[1]
 
 
+def test_conversations_are_what_they_are_here(memory, tmp_path, monkeypatch):
+    """With images beside them, at another address, or here; read as a stream, from an index the second time."""
+    monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
+    rows = [row("human", f"Q{i}", "gpt", "é" * i, image=f"{'ab'[i % 2]}.png") for i in range(1, 9)]
+    path = conversations(tmp_path / "here", *rows, {"image": "a.png"})
+    lines = path.with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows))
+    put(memory, tmp_path / "here")
+    reads, read = [], conversations_module.stream_rows
+    monkeypatch.setattr(conversations_module, "stream_rows", lambda *args: reads.append(1) or read(*args))
+    monkeypatch.setattr(remote, "BLOCK", 64)
+    for name in ("rows.json", "rows.jsonl"):
+        here = open_source(str(tmp_path / "here" / name), "i2t")
+        for root in (None, "memory://data", str(tmp_path / "here")):
+            there = open_source(f"memory://data/{name}", "i2t", root)
+            assert [there[i] for i in range(8)] == [here[i] for i in range(8)] and len(there) == len(here) == 8
+            assert [there.key(i) for i in range(8)] == [here.key(i) for i in range(8)]
+            assert there.skipped.counts == here.skipped.counts
+        remote_images = open_source(str(tmp_path / "here" / name), "i2t", "memory://data")
+        assert remote_images[3] == here[3] and remote_images.size(3) == 0
+    assert len(reads) == 2 * 2  # of each file one for the root at an address, and one for the root here
+    first = there.identity()
+    memory.pipe("/data/rows.jsonl", lines.read_bytes().replace(b"Q3", b"X3"))
+    assert open_source("memory://data/rows.jsonl", "i2t", str(tmp_path / "here"))[2].text == [("X3", "é" * 3)]
+    assert open_source("memory://data/rows.jsonl", "i2t", str(tmp_path / "here")).identity() != first
+    monkeypatch.setattr(remote, "CHANGES", ())  # a server that tells no versions
+    for _ in range(2):
+        assert len(open_source("memory://data/rows.jsonl", "i2t")) == 8
+    assert len(reads) == 2 * 2 + 1 + 2
+    memory.pipe("/data/rows.json", b'[{"image": "a.png"}, ')
+    with pytest.raises(DataError, match="rows.json is not JSON"):
+        open_source("memory://data/rows.json", "i2t")
+
+
+def test_a_stream_whose_requests_fail_goes_on(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "BLOCK", 1000)
+    monkeypatch.setattr(remote, "CHANGES", ())
+    rows = [row("human", f"Q{i}", "gpt", "A" * 99) for i in range(99)]
+    put(memory, conversations(tmp_path / "here", *rows).parent)
+    calls, cat = [], type(memory).cat_file
+
+    def flaky(self, *args, **options):
+        calls.append(args)
+        if len(calls) % 3:
+            raise RuntimeError("connection reset")
+        return cat(self, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", flaky)
+    source = open_source("memory://data/rows.json", "i2t", str(tmp_path / "here"))
+    assert [source[i].text[0].question for i in range(99)] == [f"Q{i}" for i in range(99)] and len(calls) > 6
+    answers = {
+        r"ends at byte 2000 and not at \d+": lambda data, start, end: data[start : min(end, 2000)],
+        "does not send parts of files": lambda data, start, end: data if start else data[:end],
+    }
+    data = (tmp_path / "here/rows.json").read_bytes()
+    for message, answer in answers.items():
+        monkeypatch.setattr(type(memory), "cat_file", lambda self, path, start, end, a=answer: a(data, start, end))
+        with pytest.raises(DataError, match=f"rows.json cannot be read: .*{message}"):
+            open_source("memory://data/rows.json", "i2t")
+
+
 def test_addresses_that_cannot_be_read(memory):
     with pytest.raises(DataError, match=r"zzz://a cannot be opened: ValueError: Protocol not known: zzz"):
         open_source("zzz://a", "reca")
-    with pytest.raises(DataError, match="conversations in JSON are read from local files only"):
+    with pytest.raises(DataError, match="of conversations in JSON, name the .json or .jsonl itself"):
+        open_source("memory://talk", "i2t")
+    with pytest.raises(DataError, match=r"conversations file memory://.*talk.json does not exist"):
         open_source("memory://talk.json", "i2t")
     try:
         import s3fs  # noqa: F401
@@ -211,6 +276,12 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
 
         midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
         assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == picture((7, 0, 0))
+    assert len(open_source(f"{address}/*.tar", "reca")) == 12  # of a server that lists its files
+    conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
+    assert open_source(f"{address}/talk/rows.json", "i2t")[0].text == [("Q", "A")]
+    handler.list_directory = lambda self, path: self.send_error(404)
+    with pytest.raises(DataError, match=r"no tar file matches .*page of links, and this one has none there. Write a r"):
+        open_source(f"{address}/*.tar", "reca")
     handler.ranges = False
     with pytest.raises(DataError, match=r"0.tar"):
         open_source(f"{address}/0.tar", "reca")

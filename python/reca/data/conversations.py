@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -14,15 +13,17 @@ from reca.data.chat_rows import BadRow, Row, image_name, turns
 from reca.data.errors import DataError
 from reca.data.folder import total_size
 from reca.data.index_files import IndexFile
-from reca.data.json_stream import read_items
+from reca.data.json_rows import Form, cannot_be_read, load_rows, stream_rows
 from reca.data.packed_rows import PackedRows, finish, image_of, open_packed, pack
+from reca.data.remote import AnyPath, RemotePath, read_range, to_path
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.skipped import Skipped, log_once
-from reca.data.text import decode_text
-from reca.files import HEAD, packed, placeholder
 
-LINES = (".jsonl", ".ndjson")  # of files that hold one row a line
-FORM = '{"image": NAME, "conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}'
+FORM = Form(
+    "conversations file",
+    "LLaVA-style",
+    '{"image": NAME, "conversations": [{"from": "human", "value": TEXT}, {"from": "gpt", "value": TEXT}, ...]}',
+)
 
 
 class Conversations:
@@ -33,28 +34,36 @@ class Conversations:
     A question is what "human" (or "user") says, its answer what "gpt" (or "assistant") says behind it. A "system" turn
     in front becomes the beginning of the first question. One `<image>` may stand in the first question, and is removed.
     Rows of any other form are left out and counted by reason when the file is opened.
+
+    File and images may lie at addresses. Such a file is read once, as a stream, whatever its size; the index of it is
+    kept where the server tells versions apart. Sizes of images there are not asked for: it would take a request each.
     """
 
-    def __init__(self, path: Path, image_root: str | None):
+    def __init__(self, path: AnyPath, image_root: str | None):
         if not path.is_file():
             fault = "is no file" if path.exists() else "does not exist"
             raise DataError(
                 f"conversations file {path} {fault}; give a LLaVA-style .json or .jsonl as data.conversations"
             )
-        self.root = Path(image_root) if image_root else path.parent
+        self.root = to_path(image_root) if image_root else path.parent
         self.skipped = Skipped()
         try:
-            large = path.stat().st_size >= index_files.LARGE
-            self.rows = self._kept_rows(path) if large else self._read_rows(_load(path), path)
+            if isinstance(path, RemotePath):
+                versioned = path.version() is not None
+                self.rows = self._kept_rows(path) if versioned else self._read_rows(stream_rows(path, FORM), path)
+            elif path.stat().st_size >= index_files.LARGE:
+                self.rows = self._kept_rows(path)
+            else:
+                self.rows = self._read_rows(load_rows(path, FORM), path)
         except OSError as error:
-            raise DataError(f"conversations file {path} cannot be read: {error.strerror}") from error
+            raise cannot_be_read(path, FORM, error) from error
         if not self.rows:
             raise DataError(f"{path} holds no conversation about an image: {self.skipped or 'it is empty'}")
-        if not self.root.is_dir():
+        if isinstance(self.root, Path) and not self.root.is_dir():
             raise DataError(f"data.image_root {self.root} is no folder; give the one that the image names start from")
         self.skipped.warn(str(path))
 
-    def _read_rows(self, items: Iterable[Any], path: Path, out: BinaryIO | None = None) -> PackedRows:
+    def _read_rows(self, items: Iterable[Any], path: AnyPath, out: BinaryIO | None = None) -> PackedRows:
         """Pack the rows that can be used, and count the others. out: a file to write them to, in place of memory."""
         if out is not None:
             offsets, images = pack(self._rows(items, path), out)
@@ -63,8 +72,8 @@ class Conversations:
         offsets, images = pack(self._rows(items, path), buffer)
         return PackedRows(buffer.getvalue(), offsets, images)
 
-    def _rows(self, items: Iterable[Any], path: Path) -> Iterator[Row]:
-        root, found = os.path.abspath(self.root), False
+    def _rows(self, items: Iterable[Any], path: AnyPath) -> Iterator[Row]:
+        root, found = _absolute(self.root), False
         for number, item in enumerate(items, 1):
             found = found or isinstance(item, dict)
             try:
@@ -72,11 +81,11 @@ class Conversations:
             except BadRow as error:
                 self.skipped.add(str(error), f"row {number}")
         if not found:
-            raise DataError(f"{path} is not LLaVA-style: expected a list of {FORM}")
+            raise FORM.wrong(path)
 
-    def _kept_rows(self, path: Path) -> PackedRows:
+    def _kept_rows(self, path: AnyPath) -> PackedRows:
         """Return the rows of a large file, from its index, which is made where there is none."""
-        index = IndexFile(path, "rows", os.path.abspath(self.root))
+        index = IndexFile(path, "rows", _absolute(self.root))
         found = open_packed(index.path, index.stamp)
         if found is None:
             with index.locked():
@@ -87,16 +96,16 @@ class Conversations:
         self.skipped.merge(*header["skipped"])
         return rows
 
-    def _make_index(self, path: Path, index: IndexFile) -> PackedRows:
+    def _make_index(self, path: AnyPath, index: IndexFile) -> PackedRows:
         log_once(logging.INFO, f"{path}: making its index, once, in {index.path}")
         part = index.part()
         try:
             out = part.open("w+b")
         except OSError as error:
             index.cannot_keep(error)
-            return self._read_rows(_stream(path), path)
+            return self._read_rows(stream_rows(path, FORM), path)
         try:
-            rows = self._read_rows(_stream(path), path, out)
+            rows = self._read_rows(stream_rows(path, FORM), path, out)
             skipped = [self.skipped.counts, self.skipped.first]
             finish(out, rows.offsets, {"stamp": index.stamp, "images": rows.images, "skipped": skipped})
             out.flush()
@@ -107,7 +116,7 @@ class Conversations:
                 raise
             index.cannot_keep(error)
             self.skipped = Skipped()
-            return self._read_rows(_stream(path), path)
+            return self._read_rows(stream_rows(path, FORM), path)
         finally:
             part.unlink(missing_ok=True)
 
@@ -121,6 +130,10 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
+        if isinstance(self.root, RemotePath):
+            data = read_range(self.root / row.image, 0, MAX_IMAGE_BYTES + 1)
+            checked_size(len(data), MAX_IMAGE_BYTES, "image")
+            return Sample(row.image, data, list(row.turns))
         with (self.root / row.image).open("rb") as file:
             checked_size(os.fstat(file.fileno()).st_size, MAX_IMAGE_BYTES, "image")
             return Sample(row.image, file.read(MAX_IMAGE_BYTES), list(row.turns))
@@ -129,12 +142,15 @@ class Conversations:
         return self.rows.name(index)
 
     def size(self, index: int) -> int:
-        return total_size([self.root / self.rows.name(index)])
+        """Bytes of the image; 0 where it lies at an address."""
+        return 0 if isinstance(self.root, RemotePath) else total_size([self.root / self.rows.name(index)])
 
     def identity(self) -> str:
         sizes: dict[int, int] = {}  # by a hash of the name: many rows may ask about one image
 
         def size(image: str) -> int:
+            if isinstance(self.root, RemotePath):
+                return 0
             if hash(image) not in sizes:
                 sizes[hash(image)] = total_size([self.root / image])
             return sizes[hash(image)]
@@ -147,48 +163,6 @@ class Conversations:
         return digest(described())
 
 
-def _stream(path: Path) -> Iterator[Any]:
-    """Return the items of a large file, one after the other. Raises DataError as `_load`."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-        if cause := placeholder(head) or packed(head):
-            raise DataError(f"conversations file {path} {cause}")
-        yield from read_items(path, path.suffix.lower() in LINES)
-    except TypeError as error:
-        raise DataError(f"{path} is {error} and not LLaVA-style: expected a list of {FORM}") from error
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{path} is not JSON: {error}{hint}") from error
-
-
-def _load(path: Path) -> list[Any]:
-    try:
-        data = path.read_bytes()
-        if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
-            raise DataError(f"conversations file {path} {cause}")
-        text = decode_text(data)
-        items = _lines(text) if path.suffix.lower() in LINES else json.loads(text)
-        if not isinstance(items, list):
-            raise DataError(f"{path} is not LLaVA-style: expected a list of {FORM}")
-        return items
-    except OSError as error:
-        raise DataError(f"conversations file {path} cannot be read: {error.strerror}") from error
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:  # of json, or of bytes that are no text
-        hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{path} is not JSON: {error}{hint}") from error
-
-
-def _lines(text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
-    return rows
+def _absolute(root: AnyPath) -> str:
+    """Return where image names start, for `image_name`. At an address names are taken from the root alone."""
+    return "/address" if isinstance(root, RemotePath) else os.path.abspath(root)

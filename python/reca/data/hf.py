@@ -102,6 +102,12 @@ def _parse(text: str) -> Hub:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
     except ValueError:
         options = {query: ""}
+    if "streaming" in options:
+        raise DataError(
+            f"{text}: a stream has neither a length nor numbered rows, so a run could not shuffle it, share it among "
+            "ranks, or continue where it stopped. Read the same files without downloading them first, by row groups: "
+            f"hf://datasets/{path or 'OWNER/NAME'}/**/*.parquet (needs pip install 'reca[remote]')"
+        )
     if not path or not all(key in OPTIONS and value for key, value in options.items()):
         raise DataError(f"{text} is not understood; write {PREFIX}NAME?split=train, with name= and revision= if needed")
     return Hub(path, options)

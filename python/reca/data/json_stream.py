@@ -1,11 +1,12 @@
 """The items of a JSON list, or of lines of JSON, one after the other: a file of gigabytes takes a few megabytes."""
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from reca.data.remote import AnyPath, open_stream
 from reca.data.text import SIGNATURES
 
 CHUNK = 2**20  # characters that are read at a time
@@ -13,18 +14,19 @@ LONGEST = 2**26  # characters of an item
 BLANKS = " \t\n\r"
 
 
-def read_items(path: Path, lines: bool) -> Iterator[Any]:
+def read_items(path: AnyPath, lines: bool) -> Iterator[Any]:
     """Yield the items of a JSON list; lines: of a file that holds one a line.
 
     Raises ValueError with the place for what is not JSON, TypeError for JSON that is no list, and OSError.
     """
-    with path.open("rb") as file:
+    with open_stream(path) as file:
         encoding = _encoding(file)
-        with open(path, encoding=encoding) as text:  # line ends of all kinds become \n
-            try:
-                yield from _lines(text) if lines else _list(text)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"the text is not {encoding.upper()} ({error.reason}): save it as UTF-8") from error
+        file.seek(0)
+        text = io.TextIOWrapper(file, encoding)  # line ends of all kinds become \n
+        try:
+            yield from _lines(text) if lines else _list(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the text is not {encoding.upper()} ({error.reason}): save it as UTF-8") from error
 
 
 def _encoding(file: BinaryIO) -> str:

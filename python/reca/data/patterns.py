@@ -34,7 +34,13 @@ def expand(spec: str, kind: str = "tar") -> list[AnyPath]:
 def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str]) -> list[AnyPath]:
     """Return the paths. Raises DataError when there are none, when some are missing, and for folders."""
     if not paths:
-        raise DataError(f"no {kind} file matches {spec!r}")
+        hint = ""
+        if remote.lists_by_links(spec) and glob.has_magic(spec):
+            hint = (
+                ": a web server lists its files only as a page of links, and this one has none there. Write a range, "
+                f"such as {{000..099}}.{kind}, or a single address"
+            )
+        raise DataError(f"no {kind} file matches {spec!r}{hint}")
     if missing:
         raise DataError(
             f"{spec}: {len(missing)} of the range are missing: {some(missing)}. Fetch them, or name the range that "

@@ -2,20 +2,23 @@
 
 import contextlib
 import glob
+import io
 import posixpath
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from reca.data.errors import DataError
 
 ATTEMPTS = 3  # of a request
 PAUSE = 0.5  # seconds before the second attempt, and twice as many before each further one
 BLOCK = 2**20  # bytes that are read ahead where a file is read from end to end
-CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash")  # tell versions
+NO_RANGES = "the server does not send parts of files (HTTP Range)"
+# What tells versions of a file apart.
+CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created", "md5Hash", "blob_id")
 
 
 class RemotePath:
@@ -75,7 +78,7 @@ class RemotePath:
         with _as_oserror(self):
             file = self.fs.open(self.path, mode, block_size=BLOCK)
         if not file.seekable():
-            raise OSError(f"{self}: the server does not send parts of files (HTTP Range)")
+            raise OSError(f"{self}: {NO_RANGES}")
         return file
 
     def read_range(self, offset: int, size: int) -> bytes:
@@ -117,6 +120,11 @@ def is_address(text: str) -> bool:
     return "://" in text
 
 
+def lists_by_links(text: str) -> bool:
+    """Return whether an address is on a server that lists its files, if at all, as a page of links."""
+    return text.startswith(("http://", "https://"))
+
+
 def to_path(text: str) -> AnyPath:
     """Return the path of a file here or at an address. Raises DataError as `remote_path`."""
     return remote_path(text) if is_address(text) else Path(text)
@@ -143,6 +151,43 @@ def read_range(path: AnyPath, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
+class _Ranges(io.RawIOBase):
+    """A file at an address as a stream. Each piece is a request of its own, made again where the network fails."""
+
+    def __init__(self, path: RemotePath):
+        self.path, self.place, self.size = path, 0, path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        data = b"" if self.place >= self.size else self.path.read_range(self.place, len(buffer))
+        if not data and self.place < self.size:
+            raise OSError(f"{self.path} ends at byte {self.place} and not at {self.size}")
+        if len(data) > min(len(buffer), self.size - self.place):
+            raise OSError(f"{self.path}: {NO_RANGES}")
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+def open_stream(path: AnyPath) -> BinaryIO:
+    """Open a file that is read from end to end."""
+    if isinstance(path, RemotePath):
+        return cast(BinaryIO, io.BufferedReader(_Ranges(path), BLOCK))
+    return path.open("rb")
+
+
 def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
     """Return the files that addresses or patterns of them name, and the names of which there is none."""
     paths = [remote_path(name) for name in names]
@@ -151,7 +196,12 @@ def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
         name, path = pair
         if not glob.has_magic(name):
             return [path] if path.exists() else []
-        return [RemotePath(path.fs, match) for match in sorted(path._ask(path.fs.glob, path.path))]
+        try:
+            return [RemotePath(path.fs, match) for match in sorted(path._ask(path.fs.glob, path.path))]
+        except OSError:
+            if not lists_by_links(name):
+                raise
+            return []
 
     with ThreadPoolExecutor(16) as pool:
         matches = list(pool.map(found, zip(names, paths, strict=True)))

@@ -24,6 +24,7 @@ from reca.data.tars import Tars
 
 DATA_KEYS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}  # task -> key of its samples
 TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+JSON = re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE)
 PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
 
 
@@ -58,7 +59,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     Raises DataError when there is nothing to read, and when it is not clear what belongs together.
     """
     path, columns = Path(text), columns or ColumnsConfig()
-    if text.startswith(hf.PREFIX):
+    if text.startswith(hf.PREFIX) and not is_address(text):
         return hf.open_hub(text, task, columns, image_root)
     if parse_spec(text):
         return call_source(text, task, f"data.{DATA_KEYS[task]}")
@@ -97,10 +98,12 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
 
 
 def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
-    """Open tars, parquet files or a folder at an address."""
+    """Open tars, parquet files, conversations or a folder at an address."""
     name = text.rpartition("/")[2]
     if PARQUET.search(name):
         return Parquet(expand(text, "parquet"), task, columns, image_root)
+    if task == "i2t" and JSON.search(name):
+        return Conversations(remote_path(text), image_root)
     if task != "i2t" and TAR.search(name):
         return Tars(expand(text), task)
     root = remote_path(text)
@@ -113,5 +116,5 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
         if not tables:
             raise
     if not tables:
-        raise DataError(f"{text} holds no parquet files; conversations in JSON are read from local files only")
+        raise DataError(f"{text} holds no parquet files; of conversations in JSON, name the .json or .jsonl itself")
     return Parquet(one_split(tables, root), task, columns, image_root)

@@ -1,0 +1,83 @@
+"""The rows of a JSON list, or of lines of JSON, in a file here or at an address."""
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from reca.data.errors import DataError
+from reca.data.json_stream import read_items
+from reca.data.remote import AnyPath, read_range
+from reca.data.text import decode_text
+from reca.files import HEAD, packed, placeholder
+
+LINES = (".jsonl", ".ndjson")  # of files that hold one row a line
+
+
+class Form(NamedTuple):
+    """What a file should hold, for messages: its name, such as "conversations file", the form's, and a row of it."""
+
+    file: str
+    name: str
+    row: str
+
+    def wrong(self, path: AnyPath) -> DataError:
+        return DataError(f"{path} is not {self.name}: expected a list of {self.row}")
+
+
+def holds_lines(path: AnyPath) -> bool:
+    return PurePosixPath(path.name).suffix.lower() in LINES
+
+
+def load_rows(path: AnyPath, form: Form) -> list[Any]:
+    """Read a whole file. Raises DataError for what is not JSON, or not a list."""
+    try:
+        data = path.read_bytes()
+        if cause := placeholder(data[:HEAD]) or packed(data[:HEAD]):
+            raise DataError(f"{form.file} {path} {cause}")
+        text = decode_text(data)
+        items = _lines(text) if holds_lines(path) else json.loads(text)
+        if not isinstance(items, list):
+            raise form.wrong(path)
+        return items
+    except OSError as error:
+        raise cannot_be_read(path, form, error) from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # of json, or of bytes that are no text
+        raise _no_json(path, error) from error
+
+
+def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
+    """Yield the rows of a large file, one after the other. Raises DataError as `load_rows`, and OSError."""
+    try:
+        head = read_range(path, 0, HEAD)
+        if cause := placeholder(head) or packed(head):
+            raise DataError(f"{form.file} {path} {cause}")
+        yield from read_items(path, holds_lines(path))
+    except TypeError as error:
+        raise DataError(f"{path} is {error} and not {form.name}: expected a list of {form.row}") from error
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _no_json(path, error) from error
+
+
+def cannot_be_read(path: AnyPath, form: Form, error: OSError) -> DataError:
+    return DataError(f"{form.file} {path} cannot be read: {error.strerror or error}")
+
+
+def _no_json(path: AnyPath, error: Exception) -> DataError:
+    hint = "; of rows one a line the name ends in .jsonl" if "Extra data" in str(error) else ""
+    return DataError(f"{path} is not JSON: {error}{hint}")
+
+
+def _lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
+    return rows
