@@ -26,7 +26,10 @@ class TrainedRun(NamedTuple):
 
 
 def load(
-    source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), device: torch.device | str | None = None
+    source: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    device: torch.device | str | None = None,
+    ema: bool = False,
 ) -> Adapter:
     """Load a model, ready for inference.
 
@@ -36,6 +39,8 @@ def load(
             {"model.weights": FOLDER}.
         overrides: Recipe keys to change: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
         device: Where the weights are put. None: on a GPU, if there is one.
+        ema: Load the exponential moving average that a run has kept (ema.half_life) in place of its last weights.
+            Never the default: an average lags behind, in a short run by much.
 
     Returns:
         The model's `Adapter`. It generates, edits and answers as far as its `abilities` go.
@@ -47,7 +52,9 @@ def load(
     recipe = recipe_of(source, overrides)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_run(source):
-        return load_trained(Path(source), recipe, device)
+        return load_trained(Path(source), recipe, device, ema)
+    if ema:
+        raise RecipeError(f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave ema out")
     warn_of_random_weights(str(source), recipe.model)
     return umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
 

@@ -46,6 +46,7 @@ class Memory(NamedTuple):
     weights: int  # the fp32 masters of what is trained, and what is frozen
     gradients: int
     moments: int  # of AdamW
+    ema: int  # fp32 averages of what is trained, with ema.half_life
     copies: int  # weights gathered from other GPUs, or cast by autocast, while they are used
 
     @property
@@ -120,6 +121,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
     gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
     moments     two per trained weight, in its type
+    ema         one fp32 number per trained weight
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
                 type of computation; one GPU: bf16 copies of trained matrices, at most
     """
@@ -130,13 +132,14 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
     shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
-    gradients = moments = copies = 0
+    gradients = moments = ema = copies = 0
     for parameter in adapter.parameters():
         own = part(parameter, shard) * parameter.itemsize
         weights += own
         if parameter.requires_grad:
             gradients += 4 * parameter.numel() if gpus > 1 and several else own
             moments += 2 * own
+            ema += 4 * part(parameter, shard) if recipe.ema.half_life else 0
             if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()
     if gpus > 1:
@@ -145,7 +148,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
         copies = sum(_bytes(parameter) for parameter in adapter.parameters() if id(parameter) not in inside)
         sizes = sorted(sum(p.numel() * 2 if half else _bytes(p) for p in block) for block in blocks)
         copies += sum(sizes[-2:])
-    return Memory(weights, gradients, moments, copies)
+    return Memory(weights, gradients, moments, ema, copies)
 
 
 def part(parameter: nn.Parameter, shard: int) -> int:

@@ -99,6 +99,21 @@ class TrainConfig:
     max_skips: int = config_field(
         3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
     )
+    skip_spikes: Optional[float] = config_field(
+        None,
+        "skip a step whose gradient norm lies more than this many standard deviations above the mean of the last "
+        "train.spike_window steps; 6 is a beginning, null skips none",
+        above=0,
+    )
+    spike_window: int = config_field(
+        200,
+        "gradient norms that train.skip_spikes compares with, as soon as half of them are there",
+        least=4,
+        most=10**4,
+    )
+    deterministic: bool = config_field(
+        False, "the same bits in every run on the same machine: only deterministic algorithms, which may be slower"
+    )
     threads: Optional[int] = config_field(None, "CPU threads; null keeps torch's default", least=1, most=2**12)
 
 
@@ -117,6 +132,17 @@ class ParallelConfig:
 class CheckpointConfig:
     every: int = config_field(500, "steps between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
     keep: int = config_field(2, "number of latest checkpoints to keep; 0 keeps all", least=0)
+
+
+@dataclass
+class EMAConfig:
+    half_life: float = config_field(
+        0.0,
+        "steps after which a step counts half in the fp32 average of the trained parameters (EMA), which is kept "
+        "beside them and used on request (--ema); 0 keeps none",
+        least=0,
+        most=MAX_STEPS,
+    )
 
 
 @dataclass
@@ -147,6 +173,7 @@ class Recipe:
     optim: OptimConfig = config_field(OptimConfig, "")
     train: TrainConfig = config_field(TrainConfig, "")
     parallel: ParallelConfig = config_field(ParallelConfig, "")
+    ema: EMAConfig = config_field(EMAConfig, "")
     checkpoint: CheckpointConfig = config_field(CheckpointConfig, "")
     log: LogConfig = config_field(LogConfig, "")
     run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)

@@ -65,7 +65,7 @@ def _adapter(options: argparse.Namespace, ability: str) -> Any:
 def _model(options: argparse.Namespace):
     from reca.api import load
 
-    return load(options.recipe, options.overrides)
+    return load(options.recipe, options.overrides, ema=options.ema)
 
 
 def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list[str]) -> dict:

@@ -1,14 +1,17 @@
 """What a run tells while it goes on: metrics and warnings of every step, through the log."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from reca import distributed, micro_batches, monitors
+from reca import determinism, distributed, micro_batches, monitors
 from reca.config import Recipe
 from reca.data.loader import Loader
 from reca.log import RunLog, due
 from reca.models.base import Adapter
+
+log = logging.getLogger("reca")
 
 
 class RunReport:
@@ -38,7 +41,9 @@ class RunReport:
         self.record.close()
 
     def begin(self, step: int) -> None:
-        """Tell what is known before the first step to go wrong. step: those made before."""
+        """Tell what is set, and what is known before the first step to go wrong. step: those made before."""
+        if self.recipe.train.deterministic and distributed.rank() == 0:
+            log.info(determinism.describe())
         for text in self.first_warnings:
             self.record.warn(step, text)
 

@@ -21,9 +21,9 @@ from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
 RESULT_NEUTRAL_KEYS = (
-    "run_dir", "log.*", "checkpoint.*", "parallel.*",
+    "run_dir", "log.*", "checkpoint.*", "ema.*", "parallel.*",
     "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
-    "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
+    "train.deterministic", "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 # Keys that name something on a disk, which may have moved: `identity` compares what is there instead.
 COMPARED_BY_CONTENT = (
@@ -142,13 +142,20 @@ def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> lis
             "objective.mean=micro_batch depends on how a step is split: until here by "
             f"{state['ranks']} processes, now by {ranks}"
         )
+    average = state.get("ema")
+    if recipe.ema.half_life and (not average or average["half_life"] != recipe.ema.half_life):
+        before = f"with ema.half_life={average['half_life']:g}" if average else "without an EMA"
+        found.append(f"until here the run was made {before}: the EMA starts anew, and averages the steps from now on")
     return found
 
 
-def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
-    """Load the model of a run: the published weights with its newest checkpoint on top."""
+def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
+    """Load the model of a run: the published weights with its newest checkpoint on top.
+
+    ema: the average of the trained parameters, in place of their last values.
+    """
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
-    checkpoint.load_weights(run_dir, adapter)
+    checkpoint.load_weights(run_dir, adapter, ema)
     return adapter.eval()
 
 

@@ -1,14 +1,23 @@
-"""Steps that make no update because their loss or gradient is not finite."""
+"""Steps that make no update: their loss or gradient is not finite, or the gradient's norm is far above the usual."""
 
 import logging
 import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from reca import distributed, exits
+from reca.config import TrainConfig
 from reca.data.batch import Batch
 from reca.jsonl import JsonLines
 
 log = logging.getLogger("reca")
+
+SMALLEST_SPREAD = 0.01  # standard deviation as a share of the mean: norms that hardly vary have no spikes of 1 %
 
 
 class NonFiniteError(RuntimeError):
@@ -18,40 +27,87 @@ class NonFiniteError(RuntimeError):
 
 
 class SkippedSteps:
-    """Decides by its gradient norm, which is the same on all ranks, whether a step makes its update."""
+    """Decides by its gradient norm whether a step makes its update: the same decision on all ranks.
 
-    def __init__(self, run_dir: Path, max_skips: int):
-        self.run_dir, self.max_skips = run_dir, max_skips
-        self.in_a_row = 0
+    With train.skip_spikes = z, a step is skipped whose norm lies more than z standard deviations above the mean of the
+    last train.spike_window finite norms, as soon as half of them are there. A skipped norm enters the window as the
+    limit that it passed: so one outlier does not hide the next, and a lasting rise is accepted after some steps.
+
+    total   steps skipped since the run began, of either kind
+    in_a_row  non-finite steps since the last finite one
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig, device: torch.device):
+        self.run_dir, self.config, self.device = run_dir, config, device
+        self.norms: deque[float] = deque(maxlen=config.spike_window)
+        self.total, self.in_a_row = 0, 0
+        self.reason = ""  # why the last step was skipped; empty when it was not
 
     def accepts(self, norm: float) -> bool:
         """Tell whether a step with a gradient of this norm may change the parameters."""
-        return math.isfinite(norm)
+        self.reason = ""
+        if not math.isfinite(norm):
+            self.reason = "loss or gradient is not finite"
+        elif self.config.skip_spikes is not None:
+            limit, above = self._limit(), self._z(norm)
+            # Ranks add up the norm in the same order as a rule, but where they do not, one answer has to hold.
+            if distributed.any_rank(norm > limit, self.device):
+                self.reason = f"gradient norm {norm:.4g} is {above:.1f} standard deviations above the mean"
+            self.norms.append(min(norm, limit))
+        return not self.reason
 
     def record(self, step: int, norm: float, batches: dict[str, list[Batch]], losses: dict[str, float]) -> None:
-        """Count a step that was made or skipped, and write down the samples of one that was skipped.
+        """Count the step that `accepts` has judged, and write down the samples of one that was skipped.
 
         step: counted from 0. losses: by task.
-        Raises NonFiniteError after max_skips non-finite steps in a row.
+        Raises NonFiniteError after more than train.max_skips non-finite steps in a row.
         """
-        if math.isfinite(norm):
-            self.in_a_row = 0
+        finite = math.isfinite(norm)
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if not self.reason:
             return
-        self.in_a_row += 1
+        self.total += 1
         dump = {
             "step": step,
+            "grad_norm": norm if finite else str(norm),
             "losses": {task: str(loss) for task, loss in losses.items()},
             "sample_ids": {
                 task: [i for batch in list_ if batch.counted for i in batch.sample_ids.tolist()]
                 for task, list_ in batches.items()
             },
         }
-        lines = JsonLines(self.run_dir / f"non_finite_{distributed.rank()}.jsonl")
+        lines = JsonLines(self.run_dir / f"{'spikes' if finite else 'non_finite'}_{distributed.rank()}.jsonl")
         lines.write(dump)
         lines.close()
-        log.warning("step %d skipped: loss or gradient is not finite (%s)", step, dump["losses"])
-        if self.in_a_row > self.max_skips:
+        log.warning("step %d skipped: %s (%s); %d so far", step, self.reason, dump["losses"], self.total)
+        if self.in_a_row > self.config.max_skips:
             raise NonFiniteError(
                 f"{self.in_a_row} steps in a row were not finite; the parameters are those of the last good step. "
                 f"The samples are in {self.run_dir}/non_finite_*.jsonl. Lower optim.lr, or use train.precision=fp32"
             )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to hold: JSON-able, exact."""
+        return {"norms": list(self.norms), "total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.norms.extend(state["norms"])
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+
+    def _limit(self) -> float:
+        """Return the norm above which a step is skipped; infinity while the window is less than half full."""
+        if self.config.skip_spikes is None or 2 * len(self.norms) < self.config.spike_window:
+            return math.inf
+        mean, spread = self._mean_and_spread()
+        return mean + self.config.skip_spikes * spread
+
+    def _z(self, norm: float) -> float:
+        if len(self.norms) < 2:
+            return 0.0
+        mean, spread = self._mean_and_spread()
+        return (norm - mean) / spread if spread else 0.0
+
+    def _mean_and_spread(self) -> tuple[float, float]:
+        mean = statistics.fmean(self.norms)
+        return mean, max(statistics.pstdev(self.norms, mean), SMALLEST_SPREAD * mean)

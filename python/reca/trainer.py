@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.data.sources import open_sources
+from reca.determinism import deterministic
 from reca.diagnostics import Diagnostics, drift_tasks
+from reca.ema import EMA
 from reca.folders import ensure_writable
 from reca.interruption import Interruption
 from reca.log import RunLog, due
@@ -63,8 +65,19 @@ class Trainer:
                 ensure_writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
         self.interruption = Interruption()
-        with self.folder, self.interruption.handle_signals(), preflight.memory_errors():
+        with self._around():
             self._set_up(adapter)
+
+    @contextlib.contextmanager
+    def _around(self) -> Iterator[None]:
+        """Set up what holds for the whole run, and record how it ends."""
+        with (
+            self.folder,
+            self.interruption.handle_signals(),
+            preflight.memory_errors(),
+            deterministic(self.recipe.train.deterministic),
+        ):
+            yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
         recipe = self.recipe
@@ -88,11 +101,16 @@ class Trainer:
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         parallelize(self.adapter, recipe, self.device)
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
+        self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
-        self.skipped = SkippedSteps(self.run_dir, recipe.train.max_skips)
+        self.skipped = SkippedSteps(self.run_dir, recipe.train, self.device)
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
+            self.skipped.load_state(state["skipped"])
+            if self.ema and self.ema.continues(state):
+                checkpoint.load_ema(newest, self.ema.averages)
+                self.ema.updates = state["ema"]["updates"]
             if distributed.rank() == 0:
                 log.info("continuing %s at step %d", self.run_dir, self.step)
                 for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
@@ -131,7 +149,7 @@ class Trainer:
         Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
         of the run could not be written; NonFiniteError on NaN.
         """
-        with self.folder, self.interruption.handle_signals(), preflight.memory_errors():
+        with self._around():
             self._run()
             distributed.barrier()
             self.folder.write_status("finished", exits.DONE)
@@ -189,7 +207,7 @@ class Trainer:
         return RunReport(recipe, self.adapter, self.roles, self.loaders, record, self.progress)
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
-        """Make one optimizer step from this rank's micro-batches, by task. Skips and counts it if it is not finite.
+        """Make one optimizer step from this rank's micro-batches, by task, unless it is to be skipped.
 
         Returns the step's metrics by name, as log.jsonl has them.
         Raises NonFiniteError after train.max_skips such steps in a row.
@@ -201,13 +219,15 @@ class Trainer:
         if self.skipped.accepts(norm):
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+            if self.ema:
+                self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
 
         metrics = objective.means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
         self.skipped.record(self.step, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
         self.step += 1
-        metrics |= {"grad_norm": norm, "lr": lr}
+        metrics |= {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped.total)}
         metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
         return metrics
 
@@ -219,10 +239,19 @@ class Trainer:
             "schedule_end": self.schedule_end,
             "ranks": distributed.world_size(),
             "inherited": sorted(self.adapter.inherited),
+            "skipped": self.skipped.state(),
+            "ema": self.ema and self.ema.state(),
             "recipe": as_dict(self.recipe),
             "fingerprint": self.fingerprint if distributed.rank() == 0 else None,
         }
-        saved = checkpoint.save(self.run_dir, state, self.adapter, self.optimizer, self.recipe.checkpoint.keep)
+        saved = checkpoint.save(
+            self.run_dir,
+            state,
+            self.adapter,
+            self.optimizer,
+            self.recipe.checkpoint.keep,
+            self.ema.averages if self.ema else None,
+        )
         if saved is not None:
             self.folder.record_checkpoint(saved)
         return saved

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reca import distributed
+from reca import checkpoint, distributed
 from reca.models import UMMS, umm_package
 from reca.options import RecipeError
 from reca.recipe_files import as_dict, load_recipe
-from tests.driver.toy import write_images, write_recipe
+from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 ROOT = Path(__file__).parents[2]
 RANKS = [1, 2, 3, 4]
@@ -25,7 +25,7 @@ UNEVEN = (
     "log.gap_every=1 log.tensorboard=false"
 ).split()
 SMOOTH = ["optim.eps=1", "optim.lr=1"]
-ODD = [*SMOOTH, "objective.reca.batch_size=7"]
+ODD = [*SMOOTH, "objective.reca.batch_size=7", "ema.half_life=2"]
 OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 
@@ -52,6 +52,8 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["toy_2", 2, toy, ODD],
         ["chained_2", 2, toy, chained],
         ["unclipped_2", 2, toy, [*ODD, "optim.max_grad_norm=null"]],
+        ["halves_2", 2, toy, [*ODD, "train.steps=3"]],
+        ["halves_2", 2, toy, ODD],
         ["parts", 2, toy, [*ODD, "train.steps=2"]],
         *[[f"{name}_2", 2, f"{name}_tiny", UNEVEN] for name in UMMS],
         ["parts", 3, toy, [*ODD, "train.steps=4"]],
@@ -138,6 +140,22 @@ def test_h_v_of_another_sample_does_not_depend_on_the_ranks(runs):
 def test_runs_go_on_with_another_number_of_ranks(runs):
     """Two steps on two ranks, two on three, two on one: 7 samples each."""
     same(final(runs / "toy_1"), final(runs / "parts"), atol=2e-6)
+
+
+def averages(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The EMA in the newest checkpoint of a run."""
+    found = ToyAdapter()
+    checkpoint.load_weights(run_dir, found, ema=True)
+    return dict(found.named_parameters())
+
+
+def test_the_average_does_not_depend_on_the_ranks(runs):
+    """Bit for bit where a run goes on with as many, and whatever the ranks are within the noise of sums."""
+    one, two, halves, parts = (averages(runs / name) for name in ("toy_1", "toy_2", "halves_2", "parts"))
+    assert all(torch.equal(value, halves[name]) for name, value in two.items())
+    same(one, two, atol=2e-6)
+    same(one, parts, atol=2e-6)
+    assert not torch.allclose(one["layers.0.weight"], final(runs / "toy_1")["layers.0.weight"], atol=1e-3)
 
 
 def test_two_ranks_and_replicas_of_shards(runs):

@@ -3,6 +3,7 @@
     run_dir/checkpoints/000500/
         weights/    parameters that this run or one before it has changed, one file per rank, reshardable
         optimizer/  optimizer state, likewise
+        ema/        fp32 averages of the trained parameters, likewise, where ema.half_life is set
         state.json  counters
         COMPLETE    written last: size and SHA-256 of every file above
 
@@ -14,7 +15,7 @@ safetensors, everything else is JSON.
 from reca.checkpoint.contents import changed_parameters, size
 from reca.checkpoint.errors import CheckpointError
 from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
-from reca.checkpoint.reading import check_fit, load, load_weights, read_state
+from reca.checkpoint.reading import check_fit, load, load_ema, load_weights, read_state
 from reca.checkpoint.writing import save
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "latest_valid",
     "list_complete",
     "load",
+    "load_ema",
     "load_weights",
     "read_state",
     "remove_partial",

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from reca import manifest
-from reca.checkpoint.contents import FLAT, changed_parameters, tensors
+from reca.checkpoint.contents import EMA, FLAT, changed_parameters, tensors
 from reca.checkpoint.errors import CheckpointError, first_line
 from reca.checkpoint.listing import MARKER, latest_valid
 from reca.models.base import Adapter
@@ -45,6 +45,20 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     return state
 
 
+def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True) -> None:
+    """Fill tensors with the averages of a checkpoint, on any number of ranks.
+
+    all_of_them: False leaves those that the checkpoint has no average of as they are.
+    Raises CheckpointError if it has none, or those of other parameters.
+    """
+    if not (folder / EMA).is_dir():
+        raise CheckpointError(f"{folder} has no EMA: its run was made with ema.half_life=0. Use the raw weights")
+    saved, wanted = _saved(folder / EMA), {name: tuple(value.shape) for name, value in averages.items()}
+    if any(wanted.get(name) != shape for name, shape in saved.items()) or (all_of_them and saved != wanted):
+        raise CheckpointError(f"{folder / EMA} does not fit this model: both runs must name the same umm and sizes")
+    _read(folder / EMA, {name: averages[name] for name in saved})
+
+
 def read_state(folder: Path) -> dict:
     """Read the counters of a checkpoint. Raises CheckpointError when they cannot be read."""
     try:
@@ -55,10 +69,11 @@ def read_state(folder: Path) -> dict:
         ) from error
 
 
-def load_weights(run_dir: Path, adapter: Adapter) -> frozenset[str]:
+def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Returns their names.
 
-    Raises CheckpointError if that run has no valid checkpoint, or parameters that this model lacks.
+    ema: of those that it trained, load the average in place of the last values.
+    Raises CheckpointError if that run has no valid checkpoint, no average, or parameters that this model lacks.
     """
     folder = latest_valid(run_dir)
     if folder is None:
@@ -66,6 +81,8 @@ def load_weights(run_dir: Path, adapter: Adapter) -> frozenset[str]:
     names = check_fit(folder, adapter)
     own = dict(adapter.named_parameters())
     _read(folder / "weights", {name: own[name].detach() for name in names})
+    if ema:
+        load_ema(folder, {name: own[name].detach() for name in names}, all_of_them=False)
     return names
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from reca import distributed, folders, manifest, units
-from reca.checkpoint.contents import FLAT, changed_parameters, size, tensors
+from reca.checkpoint.contents import EMA, FLAT, changed_parameters, size, tensors
 from reca.checkpoint.errors import first_line
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.models.base import Adapter
@@ -23,12 +23,19 @@ log = logging.getLogger("reca")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Optimizer, keep: int) -> Path | None:
+def save(
+    run_dir: Path,
+    state: dict,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    ema: dict[str, Tensor] | None = None,
+) -> Path | None:
     """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
 
     Older checkpoints stay until it is complete.
 
-    state: JSON-able, with the number of steps done as "step".
+    state: JSON-able, with the number of steps done as "step". ema: averages of the trained parameters.
     """
     final = run_dir / "checkpoints" / f"{state['step']:06d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -36,11 +43,13 @@ def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Op
     state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
     try:
         with distributed.fail_together():
-            _make_room(run_dir, partial, adapter)
+            _make_room(run_dir, partial, size(adapter, ema is not None))
         with distributed.fail_together():
             _write(partial / "weights", changed_parameters(adapter))
         with distributed.fail_together():
             _write(partial / "optimizer", tensors(moments))
+        with distributed.fail_together():
+            _write(partial / EMA, ema or {})
         with distributed.fail_together():
             _write_state(partial, state)
         with distributed.fail_together():
@@ -65,11 +74,11 @@ def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Op
     return final
 
 
-def _make_room(run_dir: Path, partial: Path, adapter: Adapter) -> None:
+def _make_room(run_dir: Path, partial: Path, need: int) -> None:
     if distributed.rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        need, free = size(adapter), free_space(run_dir)
+        free = free_space(run_dir)
         if need > free:
             raise OSError(f"it needs about {units.size(need)} and {units.size(free)} are free")
 
