@@ -123,36 +123,37 @@ __global__ void __launch_bounds__(threads)
                                         rows.classes, terms);
   if (edge >= 0) {
     const float z = widen(row[edge]);
-    out[edge] = narrow<T>(edge == label ? slope.target_grad : non_target_grad<general>(z, slope, terms));
+    out[edge] = narrow<T>(edge == label ? slope.target_grad : non_target_grad<general, false>(z, slope, terms));
   }
   const bool in_step = (reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
   const T* const units = row + at.head;
   const int64_t target_unit = label >= at.head ? (label - at.head) / unit<T> : -1;
-  const int target_place = int((label - at.head) % unit<T>);
-  for (int64_t u = first + threadIdx.x; u < last; u += at_once * threads) {
-    float z[at_once][unit<T>];
+  with_shift<general>(slope, [&](auto shifted) {
+    for (int64_t u = first + threadIdx.x; u < last; u += at_once * threads) {
+      float z[at_once][unit<T>];
 #pragma unroll
-    for (int i = 0; i < at_once; ++i) {
-      const T* const from = units + (u + i * threads) * unit<T>;
-      if (u + i * threads >= last) continue;
-      if (in_step) {
-        load(from, z[i]);
-      } else {
+      for (int i = 0; i < at_once; ++i) {
+        const T* const from = units + (u + i * threads) * unit<T>;
+        if (u + i * threads >= last) continue;
+        if (in_step) {
+          load(from, z[i]);
+        } else {
 #pragma unroll
-        for (int k = 0; k < unit<T>; ++k) z[i][k] = widen(from[k]);
+          for (int k = 0; k < unit<T>; ++k) z[i][k] = widen(from[k]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        if (u + i * threads >= last) continue;
+#pragma unroll
+        for (int k = 0; k < unit<T>; ++k) z[i][k] = non_target_grad<general, shifted.value>(z[i][k], slope, terms);
+        store(out_units + (u + i * threads) * unit<T>, z[i]);
       }
     }
-#pragma unroll
-    for (int i = 0; i < at_once; ++i) {
-      if (u + i * threads >= last) continue;
-#pragma unroll
-      for (int k = 0; k < unit<T>; ++k) z[i][k] = non_target_grad<general>(z[i][k], slope, terms);
-      if (u + i * threads == target_unit) {
-#pragma unroll
-        for (int k = 0; k < unit<T>; ++k) z[i][k] = k == target_place ? slope.target_grad : z[i][k];
-      }
-      store(out_units + (u + i * threads) * unit<T>, z[i]);
-    }
+  });
+  // By the thread that has stored its unit, so the second store is the one that stays.
+  if (target_unit >= first && target_unit < last && (target_unit - first) % threads == threadIdx.x) {
+    out[label] = narrow<T>(slope.target_grad);
   }
 }
 

@@ -28,18 +28,22 @@ __device__ __forceinline__ float softcap_logits(float z, const Terms& terms) {
   return general && terms.softcap != 0 ? terms.softcap * tanhf(z / terms.softcap) : z;
 }
 
-// e^x, 0 where that is below 2^-126: of a row whose largest term is 1 such a term is nothing. __expf keeps denormals, for
-// which it compares and multiplies twice more per logit.
-__device__ __forceinline__ float power_of_e(float x) {
+// 2^x, 0 where that is below 2^-126: of a row whose largest term is 1 such a term is nothing. exp2f and __expf keep
+// denormals, for which they compare and multiply twice more per logit.
+__device__ __forceinline__ float power_of_2(float x) {
 #ifdef __CUDACC__
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  const float y = __expf(x);
+  const float y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;
 #endif
 }
+
+constexpr float log2_e = 1.44269504f;
+
+__device__ __forceinline__ float power_of_e(float x) { return power_of_2(x * log2_e); }
 
 // ---- forward ----
 
@@ -122,6 +126,7 @@ __device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z
 struct Slope {
   float row_max, log_sum_exp;
   float slope, level;
+  float shift;        // log2(slope) - log2(e) log_sum_exp: a positive slope costs nothing inside the power
   float target_grad;  // of the label's logit: p - 1 is formed before anything is rounded
 };
 
@@ -143,14 +148,27 @@ __device__ __forceinline__ Slope slope_of(float row_max, float log_sum_exp, floa
   const float bent = bend<general>(z, terms);
   const float log_p = (z - row_max) - log_sum_exp;
   const float target_grad = scale * (expm1f(log_p) + power_of_e(log_p) * by_z_loss + terms.smoothing) - level;
-  return {row_max, log_sum_exp, scale * (1 + by_z_loss), level, target_grad * bent};
+  const float slope = scale * (1 + by_z_loss);
+  return {row_max, log_sum_exp, slope, level, log2f(slope) - log2_e * log_sum_exp, target_grad * bent};
 }
 
-template <bool general>
+// shifted: Slope::shift holds the slope, which is then not negative. with_shift chooses it for a row.
+template <bool general, bool shifted>
 __device__ __forceinline__ float non_target_grad(float z, const Slope& s, const Terms& terms) {
+  if constexpr (shifted) return power_of_2(fmaf(z - s.row_max, log2_e, s.shift));
   const float bent = bend<general>(z, terms);
   const float g = power_of_e((z - s.row_max) - s.log_sum_exp) * s.slope;
   return general ? (g - s.level) * bent : g;
+}
+
+// f(true_type or false_type: shifted), the same for all threads of a row
+template <bool general, typename F>
+__device__ __forceinline__ void with_shift(const Slope& s, const F& f) {
+  if (!general && s.slope >= 0) {
+    f(std::bool_constant<!general>{});
+  } else {
+    f(std::false_type{});
+  }
 }
 
 }  // namespace reca::cuda

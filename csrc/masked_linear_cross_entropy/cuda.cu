@@ -35,34 +35,57 @@ struct HeadRows {
   bool gradient;          // false: losses only
 };
 
-// `held`: how many units of a row fit into shared memory.
+// A unit of 16 bytes of a row, as a thread goes from one of its units to the next. Addresses are registers that move on:
+// computed from the unit's number, they were a third of the instructions.
+template <typename T>
+struct Cursor {
+  int number;
+  T* logits;
+  T* next;    // the same unit of the block's next row
+  T* shared;  // its place in shared memory, if it has one
+
+  __device__ __forceinline__ void advance() {
+    constexpr int step = threads * unit<T>;
+    number += threads, logits += step, next += step, shared += step;
+  }
+
+  // The unit's logits with their bias, out of shared memory if that holds as many units.
+  __device__ __forceinline__ void read(int held, const T* bias, float (&z)[unit<T>]) const {
+    if (number < held) {
+      load(shared, z);
+    } else {
+      load(logits, z);
+    }
+    if (bias) {
+      float b[unit<T>];
+      load(bias + number * unit<T>, b);
+#pragma unroll
+      for (int k = 0; k < unit<T>; ++k) z[k] += b[k];
+    }
+  }
+
+  __device__ __forceinline__ void fetch_next() const { copy_async(shared, next); }
+};
+
+// `held`: how many units of a row shared memory holds.
 template <typename T, bool general>
 __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(const HeadRows a, const Terms terms, int held) {
   constexpr int n = unit<T>;
   T* const shared = static_cast<T*>(dynamic_shared());
   T* const all = static_cast<T*>(a.logits);
   const T* const bias = static_cast<const T*>(a.bias);
-  const int classes = int(a.classes), units = (classes + n - 1) / n;
+  const int classes = int(a.classes), full = classes / n, units = (classes + n - 1) / n;
   const auto is_class = [&](int64_t label) { return label >= 0 && label < a.classes; };
   const auto is_read = [&](int64_t i) { return i < a.count && a.rows[i] >= 0 && is_class(a.labels[i]); };
-  const auto fetch = [&](int64_t i, int u) { copy_async(shared + u * n, all + i * a.pitch + u * n); };
-  const auto logits_at = [&](const T* row, int u, float(&z)[n]) {
-    if (u < held) {
-      load(shared + u * n, z);
-    } else {
-      load(row + u * n, z);
-    }
-    if (bias) {
-      float b[n];
-      load(bias + u * n, b);
-#pragma unroll
-      for (int k = 0; k < n; ++k) z[k] += b[k];
-    }
+  const auto first_unit = [&](int64_t i) {  // of row i
+    const int place = int(threadIdx.x) * n;
+    T* const logits = all + i * a.pitch + place;
+    return Cursor<T>{int(threadIdx.x), logits, logits + int64_t(gridDim.x) * a.pitch, shared + place};
   };
   const float factor = a.scale ? *a.scale : 0.0f;
 
   if (is_read(blockIdx.x)) {
-    for (int u = int(threadIdx.x); u < held; u += threads) fetch(blockIdx.x, u);
+    for (auto at = first_unit(blockIdx.x); at.number < held; at.advance()) copy_async(at.shared, at.logits);
   }
   for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
     const int64_t row = a.rows[i], label = a.labels[i];
@@ -72,9 +95,9 @@ __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(con
     if (!is_read(i)) {
       if (row >= 0 && threadIdx.x == 0) a.losses[row] = __uint_as_float(0x7fc00000);
       const float zeros[n] = {};
-      for (int u = int(threadIdx.x); u < units; u += threads) {
-        if (u < fetched) fetch(next, u);
-        if (a.gradient) store(logits + u * n, zeros);
+      for (auto at = first_unit(i); at.number < units; at.advance()) {
+        if (at.number < fetched) at.fetch_next();
+        if (a.gradient) store(at.logits, zeros);
       }
       continue;
     }
@@ -85,35 +108,38 @@ __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(con
     const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
     OnlineSoftmax running;
     wait_for_copies();
-    for (int u = int(threadIdx.x); u < units; u += threads) {
+    auto at = first_unit(i);
+    for (; at.number < full; at.advance()) {
       float z[n];
-      logits_at(logits, u, z);
-      const int left = classes - u * n;
-      online_softmax_update<general>(running, z, left < n ? left : n, pivot, terms);
+      at.read(held, bias, z);
+      online_softmax_update<general>(running, z, n, pivot, terms);
+    }
+    if (at.number < units) {
+      float z[n];
+      at.read(held, bias, z);
+      online_softmax_update<general>(running, z, classes % n, pivot, terms);
     }
     const RowStats done = finish<threads, general>(running, z_label, pivot, a.classes, terms);
     if (threadIdx.x == 0) a.losses[row] = done.loss;
     if (!a.gradient) {
-      for (int u = int(threadIdx.x); u < fetched; u += threads) fetch(next, u);
+      for (at = first_unit(i); at.number < fetched; at.advance()) at.fetch_next();
       continue;
     }
 
     const float scale = a.row_grad ? factor * a.row_grad[row] : factor;
     const Slope slope = slope_of<general>(done.row_max, done.log_sum_exp, raw_label, scale, a.classes, terms);
-    const int target_unit = int(label / n);
-    const int target_place = int(label % n);
-    for (int u = int(threadIdx.x); u < units; u += threads) {
-      float z[n];
-      logits_at(logits, u, z);
+    with_shift<general>(slope, [&](auto shifted) {
+      for (auto at = first_unit(i); at.number < units; at.advance()) {
+        float z[n];
+        at.read(held, bias, z);
 #pragma unroll
-      for (int k = 0; k < n; ++k) z[k] = non_target_grad<general>(z[k], slope, terms);
-      if (u == target_unit) {
-#pragma unroll
-        for (int k = 0; k < n; ++k) z[k] = k == target_place ? slope.target_grad : z[k];
+        for (int k = 0; k < n; ++k) z[k] = non_target_grad<general, shifted.value>(z[k], slope, terms);
+        store(at.logits, z);
+        if (at.number < fetched) at.fetch_next();  // over what this thread has just used up
       }
-      store(logits + u * n, z);
-      if (u < fetched) fetch(next, u);  // over what this thread has just used up
-    }
+    });
+    // By the thread that has stored its unit, so the second store is the one that stays.
+    if (int(label / n) % threads == int(threadIdx.x)) logits[label] = narrow<T>(slope.target_grad);
   }
 }
 
@@ -199,10 +225,15 @@ void row_gradients(const CrossEntropy& args, const int64_t* rows, const void* bi
     check(op, cudaDeviceGetAttribute(value, what, on.device));
   }
   const int64_t units = (args.classes * size_of(args.dtype) + 15) / 16;
-  const int64_t room = (shared_most - 1024) / 16;  // a block's own reductions need less than 1 KB
-  const int64_t held = units < room ? units : room;
-  int64_t each = shared_each / (held * 16 + 2048);  // blocks; the system takes 1 KB of each
-  each = each < 1 ? 1 : each < blocks_each ? each : blocks_each;
+  // A block has 2 KB beside the row: less than 1 for its reductions, and 1 that the system takes. While blocks share a
+  // multiprocessor, one loads where another computes, which is worth reading a tenth of the row twice (out of L2).
+  int64_t each = blocks_each, held = 0;
+  for (; each > 0; --each) {
+    const int64_t of_block = shared_each / each - 2048, most = shared_most - 1024;
+    const int64_t room = (of_block < most ? of_block : most) / 16;
+    held = units < room ? units : room;
+    if (10 * held >= 9 * units || each == 1) break;
+  }
   const int64_t blocks = each * processors < args.rows ? each * processors : args.rows;
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
