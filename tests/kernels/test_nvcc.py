@@ -82,7 +82,7 @@ def wide_accesses(folder: Path) -> dict[str, list[set[str]]]:
 
 
 def loops(folder: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Every loop of the machine code: its function, that one's symbol, and its instructions with those of inner loops."""
+    """Every loop of the machine code: its function, that one's symbol, and its instructions, inner loops' too."""
     (file,) = folder.glob("*.o")
     code = subprocess.run([tool("cuobjdump"), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
     for number, section in enumerate(code.split("Function : ")[1:]):
@@ -103,8 +103,9 @@ def longest_loops(folder: Path) -> dict[str, int]:
 def check_passes(folder: Path) -> None:
     """Count what row_gradients_kernel does for 8 logits of 16 bits, plain loss: at most 190 instructions, both passes.
 
-    Pass 1 takes 9 powers of 2 for them, since it rescales its sum, pass 2 takes 8; loops may be unrolled. A scheduler has
-    57 of these units in a row of Show-o: 190 instructions each are 6.2 us at 1.75 GHz, and the memory of an H200 takes 7.2.
+    Pass 1 takes 9 powers of 2 for them, since it rescales its sum, pass 2 takes 8; loops may be unrolled. In a row of
+    Show-o a scheduler has 57 of these units: 190 instructions each are 6.2 us at 1.75 GHz, and the memory of an H200
+    takes 7.2 us.
     """
     first, second = defaultdict(list), defaultdict(list)
     for function, symbol, inside in loops(folder):
