@@ -19,11 +19,12 @@ from reca.micro_batches import accumulation_steps, describe_split, size_warning
 from reca.models import umm_package
 from reca.models.base import ROLES, Adapter
 from reca.optim import freeze
-from reca.parallelize import checkpoint_activations, shard_size
+from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
 
 IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
+CARD = 80 << 30  # bytes of a GPU where there is none to ask
 TEXT = "Describe the image in detail."
 
 
@@ -115,8 +116,10 @@ def _indices(feature: Tensor | list) -> Tensor | list:
     return torch.zeros(feature.shape, dtype=feature.dtype)
 
 
-def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
+def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> Memory:
     """Compute the memory of the GPU that holds most, of `gpus` GPUs with `node` in a machine.
+
+    card: bytes of a GPU; with room for it, parallel.strategy=auto gives each all weights.
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
     gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
@@ -129,7 +132,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int) -> Memory:
         if task not in adapter.tasks:
             raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
-    shard = shard_size(recipe.parallel, gpus, min(node, gpus)) if gpus > 1 else 1
+    shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
     gradients = moments = ema = copies = 0
@@ -167,7 +170,8 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
-    need = memory(adapter, recipe, gpus, node)
+    card = memory_per_rank(torch.device("cuda")) if torch.cuda.is_available() else CARD
+    need = memory(adapter, recipe, gpus, node, card)
     if recipe.train.activation_checkpointing:
         checkpoint_activations(adapter)
     count, rows = parameters(adapter), adapter.sequence()
@@ -190,6 +194,10 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
     if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
     lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
+    if gpus > 1:
+        shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))
+        held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
+        lines.append(f"  each GPU of {units.size(card)} holds {held}")
     lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]
     return "\n".join(lines)
 

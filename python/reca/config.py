@@ -92,7 +92,9 @@ class TrainConfig:
         list, "name patterns of parameters that stay frozen although their role is trained"
     )
     precision: str = config_field(
-        "fp32", "compute dtype of the forward pass; weights and accumulators stay fp32", ("fp32", "bf16")
+        "fp32",
+        "compute dtype of the forward pass; weights and accumulators stay fp32. fp64, for tests, is the type of all",
+        ("fp32", "bf16", "fp64"),
     )
     activation_checkpointing: bool = config_field(False, "recompute the transformer blocks in the backward pass")
     compile: bool = config_field(False, "torch.compile the transformer blocks")
@@ -119,13 +121,30 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
+    strategy: str = config_field(
+        "auto",
+        "ddp: every GPU holds all weights; fsdp: GPUs share them (FSDP2); auto: ddp where weights, gradients and "
+        "moments take at most half of a GPU's memory",
+        ("auto", "fsdp", "ddp"),
+    )
     shard: Optional[int] = config_field(
         None,
-        "ranks that share one copy of the weights (FSDP2); null = those of one node, or all where nodes differ in size",
+        "ranks that share one copy of the weights under fsdp; null = those of one node, or all where nodes differ in "
+        "size. Fewer than there are ranks: replicas of shards (HSDP)",
         least=1,
         most=2**20,
     )
-    timeout_minutes: int = config_field(30, "how long a collective may take", least=1, most=60 * 24 * 365)
+    timeout_minutes: int = config_field(30, "how long the first collectives may take", least=1, most=60 * 24 * 365)
+    step_timeout_minutes: int = config_field(
+        10, "how long a collective may take once a step has been made", least=1, most=60 * 24 * 365
+    )
+
+    def check(self, prefix: str) -> None:
+        if self.strategy == "ddp" and (self.shard or 1) > 1:
+            raise RecipeError(
+                f"{prefix}strategy=ddp keeps all weights on every rank, and {prefix}shard={self.shard} shares them: "
+                f"set {prefix}shard to null, or {prefix}strategy=fsdp"
+            )
 
 
 @dataclass

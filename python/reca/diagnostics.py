@@ -1,5 +1,6 @@
 """Measurements beside the training loss: the condition gap, drift on fixed samples, images of fixed prompts."""
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,7 +34,7 @@ class Diagnostics:
         sources: Mapping[str, Any],
         loaders: Mapping[str, Loader],
         device: torch.device,
-        autocast: torch.autocast,
+        autocast: contextlib.AbstractContextManager,
     ):
         self.recipe, self.adapter, self.loaders = recipe, adapter, loaders
         self.device, self.autocast = device, autocast

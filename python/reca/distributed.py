@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
 from reca.options import RecipeError
@@ -20,7 +22,7 @@ def initialize(timeout_minutes: int) -> torch.device:
     """Join the process group that torchrun prepared, if any, and return the device of this rank.
 
     Any launcher will do that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-    timeout_minutes: how long a collective may take.
+    timeout_minutes: how long a collective may take, until `set_timeout`.
     Raises RecipeError for more processes on this machine than it has GPUs.
     """
     device = torch.device("cpu")
@@ -28,7 +30,8 @@ def initialize(timeout_minutes: int) -> torch.device:
         device = torch.device("cuda", _gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        gpu = device if device.type == "cuda" else None  # NCCL connects now, and knows whose GPU is whose
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), device_id=gpu)
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -48,7 +51,36 @@ def _gpu(visible: int) -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0) % visible
 
 
+_meshes: dict[tuple[str, int, int], DeviceMesh] = {}
+
+
+def mesh(device: torch.device, replicas: int, size: int) -> DeviceMesh:
+    """Return the ranks as `replicas` groups of `size` neighbours, or as one group if there is one replica."""
+    key = device.type, replicas, size
+    if key not in _meshes:
+        shape, names = ((replicas, size), ("replicate", "shard")) if replicas > 1 else ((size,), ("shard",))
+        _meshes[key] = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    return _meshes[key]
+
+
+def set_timeout(minutes: int, device: torch.device) -> None:
+    """Set how long a training collective may take from here on. All ranks must call it.
+
+    The first step waits for compilation, for NCCL and for cold files; a later one that takes as long hangs. Groups that
+    others have made, such as that of checkpoints, keep their own.
+    """
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # no collective that began under the old limit is left
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    groups = [dist.group.WORLD, *(group for mesh in _meshes.values() for group in mesh.get_all_groups())]
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
 def shut_down() -> None:
+    _meshes.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 

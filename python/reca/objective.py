@@ -8,6 +8,7 @@ With objective.mean=micro_batch it is a mean of the micro-batches' own means, ea
 samples. That is the release's mean where all have the same size. It depends on which samples share a micro-batch.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterable
 
@@ -31,19 +32,19 @@ def backward(
     batches: dict[str, list[Batch]],
     objective: ObjectiveConfig,
     seed: int,
-    autocast: torch.autocast,
+    autocast: contextlib.AbstractContextManager,
 ) -> dict[str, Tensor]:
     """Add the gradient of L_total over `batches` to the parameters.
 
     batches: the micro-batches of one step on this rank, by task. Every rank has as many.
-    Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts.
+    Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts; fp64 where the weights are.
     A task without any label in the whole step adds nothing.
     """
     rng = {task: task_rng(seed, task) for task in batches}
     ready = {
         task: [_ready(adapter, batch, rng[task]) for batch in micro_batches] for task, micro_batches in batches.items()
     }
-    totals = _totals(ready)
+    totals = _totals(ready, _total_dtype(adapter))
 
     work = [(task, batch) for task, micro_batches in ready.items() for batch in micro_batches]
     sums = {task: torch.zeros_like(total) for task, total in totals.items()}
@@ -75,8 +76,13 @@ def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Batch:
     return ready
 
 
-def _totals(batches: dict[str, list[Batch]]) -> dict[str, Tensor]:
-    """Add up weight and samples of each task in the whole step, fp32 [2] each, on the device.
+def _total_dtype(adapter: Adapter) -> torch.dtype:
+    """Return the type of sums over samples: fp32, or fp64 in a run of fp64."""
+    return torch.float64 if next(adapter.parameters()).dtype == torch.float64 else torch.float32
+
+
+def _totals(batches: dict[str, list[Batch]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Add up weight and samples of each task in the whole step, [2] each, on the device.
 
     They are known on the host, so no rank runs the model for them, and one call adds up those of all ranks.
     """
@@ -85,14 +91,14 @@ def _totals(batches: dict[str, list[Batch]]) -> dict[str, Tensor]:
         counted = [batch for batch in micro_batches if batch.counted]
         own.append([sum(batch.prepared.weight for batch in counted), float(sum(map(len, counted)))])
     device = next(iter(batches.values()))[0].sample_ids.device
-    total = distributed.sum_over_ranks(on_device(torch.tensor(own, dtype=torch.float32), device))
+    total = distributed.sum_over_ranks(on_device(torch.tensor(own, dtype=dtype), device))
     return dict(zip(batches, total, strict=True))
 
 
 def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
     """Divide (sum, weight) pairs, fp32 [2] by name, into metrics: a task's loss and weight, or the mean of another."""
     names = list(sums)
-    table = torch.stack([sums[name].float() for name in names]).tolist()  # one transfer for all of them
+    table = torch.stack([sums[name].double() for name in names]).tolist()  # one transfer for all of them
     metrics: dict[str, float] = {}
     for name, (total, weight) in zip(names, table, strict=True):
         mean = total / weight if weight else 0.0
@@ -123,10 +129,14 @@ def _check_reach(adapter: Adapter, task: str, term: LossTerm) -> None:
 
 @torch.no_grad()
 def evaluate(
-    adapter: Adapter, batches: Iterable[Batch], seed: int, autocast: torch.autocast, condition: str = "own"
+    adapter: Adapter,
+    batches: Iterable[Batch],
+    seed: int,
+    autocast: contextlib.AbstractContextManager,
+    condition: str = "own",
 ) -> float:
     """Compute the mean loss over fixed batches, with the random numbers of their sample ids."""
-    sums = torch.zeros(2, device=next(adapter.parameters()).device)
+    sums = torch.zeros(2, device=next(adapter.parameters()).device, dtype=_total_dtype(adapter))
     for batch in batches:
         with autocast:
             term = adapter(batch, task_rng(seed, batch.task), condition)

@@ -1,17 +1,22 @@
-"""Wrap a model for training: torch.compile, activation checkpointing, and sharding by FSDP2."""
+"""Wrap a model for training: torch.compile, activation checkpointing, and replicas or shards by FSDP2."""
 
+import contextlib
 import functools
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
 from reca import distributed
 from reca.config import ParallelConfig, Recipe
 from reca.models.base import Adapter
+from reca.precision import autocast
+
+SHARE = 0.5  # of a GPU's memory that weights, gradients and moments may take for every GPU to hold them all
 
 
 def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device) -> None:
@@ -23,41 +28,55 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device) -> None:
         for block in adapter.blocks():
             block.forward = torch.compile(block.forward)
     if recipe.train.activation_checkpointing:
-        checkpoint_activations(adapter)
+        checkpoint_activations(adapter, recipe.train.precision)
     if dist.is_initialized():
-        shard(adapter, recipe.parallel, device, recipe.train.precision)
+        ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
+        fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
+        shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
 
 
-def checkpoint_activations(adapter: Adapter) -> None:
+def checkpoint_activations(adapter: Adapter, precision: str = "fp32") -> None:
     """Run the blocks again in the backward pass, and keep none of their activations."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
+        options["context_fn"] = lambda: (contextlib.nullcontext(), autocast(precision, torch.device("cpu")))
     for block in adapter.blocks():
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
-def shard(adapter: Adapter, config: ParallelConfig, device: torch.device, precision: str) -> None:
-    """Shard the adapter by FSDP2 within groups of `config.shard` ranks, with replicas between them (HSDP)."""
-    size = shard_size(config, distributed.world_size(), _ranks_per_node(device))
-    replicas = distributed.world_size() // size
-    if replicas == 1:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, (replicas, size), mesh_dim_names=("replicate", "shard"))
+def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> None:
+    """Give every rank its part of the parameters: one of `size`, with replicas between groups of `size` ranks.
+
+    size = all ranks is FSDP2; fewer is HSDP; 1 is data parallelism with whole replicas. FSDP2 does all three, and not
+    DistributedDataParallel the last: a step runs several tasks whose losses use different parameters, and reduces once,
+    after the last of them. DDP would search every graph for unused parameters, see only calls of `forward`, and name
+    parameters and checkpoints otherwise. With size 1 nothing is gathered; a block's weights are copied, to bf16 in
+    bf16, as autocast would cast them.
+
+    Gradients are reduced in fp32. A block is gathered while the one before it computes, in both directions.
+    """
+    mesh = distributed.mesh(device, distributed.world_size() // size, size)
     compute = torch.bfloat16 if precision == "bf16" else None
-    blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    reduce = None if precision == "fp64" else torch.float32
+    blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for block in adapter.blocks():
         fully_shard(block, mesh=mesh, mp_policy=blocks)
-    fully_shard(adapter, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    fully_shard(adapter, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce))
     for method in ("generate", "edit", "answer", "encode"):
         register_fsdp_forward_method(adapter, method)
 
 
-def shard_size(config: ParallelConfig, ranks: int, node: int) -> int:
-    """Return how many of `ranks` ranks share one copy of the weights. node: fewest ranks of any machine.
+def shard_size(config: ParallelConfig, ranks: int, node: int, replicas_fit: bool = False) -> int:
+    """Return how many of `ranks` ranks share one copy of the weights.
 
-    By default those of one machine; all ranks where machines do not hold equally many.
+    node: fewest ranks of any machine. replicas_fit: every rank has room for a copy of its own.
+    By default a rank has its own copy where they fit; else those of one machine share one; all ranks do where machines
+    do not hold equally many.
     Raises ValueError for a `config.shard` that does not divide the ranks.
     """
     if config.shard is None:
+        if config.strategy == "ddp" or (config.strategy == "auto" and replicas_fit):
+            return 1
         return node if ranks % node == 0 else ranks
     if ranks % config.shard:
         divisors = [str(size) for size in range(1, ranks + 1) if ranks % size == 0]
@@ -68,11 +87,28 @@ def shard_size(config: ParallelConfig, ranks: int, node: int) -> int:
     return config.shard
 
 
-def _ranks_per_node(device: torch.device) -> int:
-    """Return the fewest ranks of any machine, the same on every rank."""
-    ranks = torch.tensor(distributed.local_world_size(), device=device)
-    dist.all_reduce(ranks, dist.ReduceOp.MIN)
-    return int(ranks)
+def replicas_fit(adapter: nn.Module, memory: int) -> bool:
+    """Tell whether weights, fp32 gradients and AdamW's moments take at most half of `memory` bytes.
+
+    The rest is for activations and copies of weights.
+    """
+    state = sum(tensor.numel() * tensor.itemsize for tensor in (*adapter.parameters(), *adapter.buffers()))
+    state += sum(p.numel() * (4 + 2 * p.itemsize) for p in adapter.parameters() if p.requires_grad)
+    return state <= SHARE * memory
+
+
+def memory_per_rank(device: torch.device) -> int:
+    """Count the bytes of memory of this rank's GPU, or its part of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local_world_size()
+
+
+def _least(value: int, device: torch.device) -> int:
+    """Return the least of all ranks' values, the same on every rank."""
+    least = torch.tensor(int(value), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def set_gradient_sync(adapter: nn.Module, on: bool) -> None:

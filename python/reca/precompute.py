@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from reca import distributed, preflight, units
@@ -17,6 +16,7 @@ from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
 from reca.models import umm_package
 from reca.options import RecipeError
+from reca.precision import autocast, cast
 from reca.recipe_files import as_dict
 
 
@@ -35,8 +35,8 @@ def cache_features(recipe: Recipe) -> list[str]:
         raise RecipeError("data.cache is null: give the folder of the features, as in data.cache=/fast/disk/features")
     device = distributed.initialize(recipe.parallel.timeout_minutes)
     with distributed.fail_together(), preflight.memory_errors():
-        adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).train()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+        adapter = cast(umm_package(recipe.umm).Adapter.load(recipe.model, device).train(), recipe.train.precision)
+    context = autocast(recipe.train.precision, device)
     lines = []
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
@@ -48,7 +48,7 @@ def cache_features(recipe: Recipe) -> list[str]:
 
         def encode(rows: list[Row], loader: Loader = loader) -> dict[str, Any]:
             batch: Batch = loader.batch_of(rows).to(device)
-            with autocast:
+            with context:
                 return adapter.encode(batch)
 
         assert loader.cache is not None

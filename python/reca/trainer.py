@@ -24,6 +24,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import parallelize
+from reca.precision import autocast, cast
 from reca.precompute import features_identity
 from reca.profiling import ProfileWindow
 from reca.recipe_files import absolute_paths, as_dict, save_recipe
@@ -98,11 +99,12 @@ class Trainer:
             runs.load_parent(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
+        cast(self.adapter, recipe.train.precision)
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         parallelize(self.adapter, recipe, self.device)
         self.optimizer = make_optimizer(self.adapter, recipe.optim)
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+        self.autocast = autocast(recipe.train.precision, self.device)
 
         self.skipped = SkippedSteps(self.run_dir, recipe.train, self.device)
         if newest is not None and state is not None:
@@ -169,6 +171,7 @@ class Trainer:
             for loader in self.loaders.values():
                 loaders.callback(loader.close)
             report.begin(self.step)
+            first = self.step
             while self.step < recipe.train.steps:
                 started = time.perf_counter()
                 batches = {
@@ -177,6 +180,9 @@ class Trainer:
                 }
                 data_wait = time.perf_counter() - started
                 metrics = self.train_step(batches)
+                if self.step == first + 1:
+                    limits = recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes
+                    distributed.set_timeout(min(limits), self.device)
                 seconds = time.perf_counter() - started
                 metrics |= self.diagnostics.measure(self.step, batches)
                 report.step(self.step, metrics, seconds, data_wait)

@@ -1,8 +1,8 @@
 """Train recipes on several numbers of gloo ranks: launch_ranks.py FOLDER JOBS, where JOBS is JSON.
 
 JOBS: a list of [name, ranks, recipe, [key=value ...]], done in this order; toy.yaml is a recipe of the toy adapter.
-FOLDER/name becomes the run's folder, and rank 0 writes its final weights to final.pt. The ranks are forks of this
-process, so that everything is imported once.
+FOLDER/name becomes the run's folder, and rank 0 writes its final weights to final.pt. A job on one rank runs in this
+process, without a process group, and the ranks of others are forks of it, so that everything is imported and warm once.
 """
 
 import json
@@ -52,6 +52,10 @@ def main() -> int:
     codes = []
     for ranks, group in groupby(jobs, key=lambda job: job[1]):
         own, children = list(group), []
+        if ranks == 1:
+            for name, _, recipe, overrides in own:
+                train(folder / name, recipe, overrides)
+            continue
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -17,7 +17,7 @@ from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.optim import freeze, make_optimizer
-from reca.parallelize import shard_size
+from reca.parallelize import replicas_fit, shard_size
 from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
 
@@ -216,6 +216,30 @@ def test_shards_by_default():
     sizes = {(1, 1): 1, (3, 3): 3, (6, 6): 6, (8, 8): 8, (16, 8): 8, (64, 8): 8, (12, 8): 12, (12, 4): 4, (7, 2): 7}
     assert {key: shard_size(ParallelConfig(), *key) for key in sizes} == sizes
     assert shard_size(ParallelConfig(shard=2), 8, 4) == 2
+
+
+def test_every_gpu_holds_all_weights_where_they_fit():
+    assert shard_size(ParallelConfig(), 16, 8, replicas_fit=True) == 1
+    assert shard_size(ParallelConfig(strategy="ddp"), 16, 8) == 1
+    assert shard_size(ParallelConfig(strategy="fsdp"), 16, 8, replicas_fit=True) == 8
+    assert shard_size(ParallelConfig(shard=4), 16, 8, replicas_fit=True) == 4
+
+
+def test_when_replicas_fit():
+    """fp32: 4 bytes a weight, and 12 more of a trained one, in half of the memory."""
+    trained, frozen = nn.Linear(100, 10, bias=False), nn.Linear(100, 10, bias=False).requires_grad_(False)
+    both = nn.ModuleList([trained, frozen])
+    assert replicas_fit(both, 2 * 20_000) and not replicas_fit(both, 2 * 20_000 - 1)
+
+
+def test_command_says_how_the_weights_are_held(capsys):
+    for arguments, words in (
+        (["show_o_tiny"], "holds all weights (ddp)"),
+        (["show_o_tiny", "parallel.strategy=fsdp"], "holds 1/8 of the weights"),
+        (["show_o_tiny", "parallel.shard=2"], "holds 1/2 of the weights"),
+    ):
+        assert main(["check", *arguments, "--gpus", "8"]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_command_says_how_an_update_is_split(capsys):

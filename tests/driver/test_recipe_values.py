@@ -287,6 +287,7 @@ def test_every_explained_line_is_an_override(name):
         "optim.decay_steps=0",
         "optim.stable_fraction=1.01", "optim.stable_fraction=-0.1", "optim.min_lr_ratio=1.5", "optim.min_lr_ratio=-0.1",
         "train.steps=0", "train.steps=9999999999", "train.seed=-1", "train.max_skips=-1", "train.threads=0",
+        "parallel.strategy=zero", "parallel.step_timeout_minutes=0",
         "parallel.shard=0", "parallel.timeout_minutes=0", "parallel.timeout_minutes=9999999999",
         "checkpoint.every=-1", "checkpoint.keep=-1", "log.every=-1", "log.sample_every=-1", "log.profile=13:10",
         "log.profile=1", "log.profile=", "objective.reca.batch_size=0", "objective.i2t.micro_batch=0",
