@@ -7,6 +7,12 @@ A golden folder holds config.json, cases.json and .safetensors files. A test mod
 which folders it can read, by the content of their config.json. A test that takes the fixture `golden` runs once for
 each of them: those under tests/golden/data, or those under the folders given by `pytest tests/golden --golden DIR`
 (DIR is a golden folder, or any parent of some; the option may be repeated).
+
+Cases of the evaluation lie in single files, such as dpg.json. A test module under tests/golden/eval says
+
+    RECORDED = {"fixture": "name of its file"}
+
+and a test that takes such a fixture gets the path, once for every file of that name under the same folders.
 """
 
 import functools
@@ -19,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
+EVAL = Path(__file__).parent / "eval"  # its data folder has the cases of the evaluation, its modules read them
 
 
 class Golden:
@@ -50,14 +57,28 @@ class Golden:
 
 
 def folders(roots: list[Path]) -> list[Path]:
-    """Every golden folder at or below the roots. Raises UsageError for a root without any."""
-    found = []
+    """Every golden folder of a model at or below the roots."""
+    return [
+        path.parent
+        for root in roots
+        for path in sorted(root.rglob("config.json"))
+        if (path.parent / "cases.json").is_file()
+    ]
+
+
+def recorded_files(name: str, roots: list[Path]) -> list[Path]:
+    """Every file of recorded cases with this name at or below the roots."""
+    return [path for root in roots for path in sorted(root.rglob(name)) if path.is_file()]
+
+
+def check_roots(roots: list[Path]) -> None:
+    """Raises UsageError for a root that holds nothing of either form."""
+    known = {path.name for path in (EVAL / "data").rglob("*.json")}
     for root in roots:
-        below = sorted(path.parent for path in root.rglob("config.json") if (path.parent / "cases.json").is_file())
-        if not below:
-            raise pytest.UsageError(f"--golden {root}: no folder there holds config.json and cases.json")
-        found += below
-    return found
+        if not folders([root]) and not any(recorded_files(name, [root]) for name in known):
+            raise pytest.UsageError(
+                f"--golden {root}: no folder there holds config.json and cases.json, nor a file of recorded cases"
+            )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,10 +86,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    _asked(config)  # a wrong --golden ends the run here
+    check_roots(config.getoption("golden", default=None) or [])  # a wrong --golden ends the run here
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, name in getattr(metafunc.module, "RECORDED", {}).items():
+        if fixture in metafunc.fixturenames:
+            files = recorded_files(name, metafunc.config.getoption("golden", default=None) or [EVAL / "data"])
+            metafunc.parametrize(fixture, files, ids=[file.parent.name for file in files])
     if "golden" not in metafunc.fixturenames:
         return
     mine = [f for f in _asked(metafunc.config) if metafunc.module.matches(json.loads((f / "config.json").read_text()))]
@@ -86,6 +111,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _asked(config: pytest.Config) -> list[Path]:
+    """The golden folders of models of this run."""
     return folders(config.getoption("golden", default=None) or [DATA])
 
 

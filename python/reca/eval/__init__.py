@@ -1,0 +1,39 @@
+"""Evaluation: `reca eval SUITE RUN`, in four steps of which each can be skipped, repeated or fed from elsewhere.
+
+    generate   images (or answers) of the model            suites/*.py say which, generate.py makes them
+    judge      what a judge says of each, as it says it     judges/*.py, judge.py
+    score      the benchmark's own rule, a pure function    suites/*.py
+    report     intervals, the comparison, JSON and text     statistics.py, report.py
+
+One folder holds an evaluation. `--out` names it; by default it is RUN/eval/SUITE, for a recipe evals/RECIPE/SUITE, and
+for `--against base` RUN/eval/base/SUITE:
+
+    generation.json   what made the images: model, weights_sha256, sampling, seed, images_per_item
+    images/           the images in the benchmark's own folder layout, which its own scripts read too
+    answers.jsonl     in place of images/ where the model answers questions: {"item", "k", "answer"}
+    records.jsonl     one line per image: {"item", "k", "picture", "judge", "answer"} or "error" in place of "answer"
+    results.json      below
+    report.txt        the same as text
+
+A record's `picture` is the SHA-256 of the image file, `judge` is {"name", "version", "dtype", "exact"}, and `answer` is
+what the judge said, before any rule. A record counts while its image and its judge are these; others are judged again.
+
+results.json:
+
+    format            1
+    suite, protocol   such as "wise" and "WISE_Verified"; results of different suites are never compared
+    model             {"source", "umm", "step", "weights_sha256"}; null where the images came from elsewhere
+    sampling          options of the model's sampler that were given, and "seed"
+    images_per_item   of most items
+    counts            {"items", "images", "failed", "missing"}
+    judge             {"name", "version", "dtype", "exact", ...}
+    overall           {"value", "interval": [low, high], "unit": "fraction", "percent" or "points"}
+    tags              {tag: {"value", "interval", "items", "images"}}
+    metrics           every figure that the benchmark's own scripts print, by name
+    items             [{"item", "tag", "prompt", "value", "images": [{"k", "path", "value", "reason"}]}]
+    failed            [{"item", "k", "error"}]
+    power             [{"images_per_item", "difference", "power"}]; null without a comparison
+    against           null, or {"folder", "model", "overall", "tags", "identical_settings", "flips", "differs"}:
+                      `overall` and `tags` as above, each with "difference" and "difference_interval" (this minus that);
+                      `flips` is [{"item", "tag", "prompt", "before", "after"}], gains first, by size
+"""

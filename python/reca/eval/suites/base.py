@@ -1,0 +1,155 @@
+"""What a benchmark answers. One file per benchmark; copying one is the recipe for a new one."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from reca.eval.errors import EvaluationError
+
+Key = tuple[str, int]  # of an image: its item, and which of the item's images
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt, instruction or question.
+
+    id        unique in its suite, and what the seed of its images is made from
+    tag       the group it is reported in
+    prompt    what the model is given
+    source    the image to edit or to ask about
+    metadata  what the benchmark's rule needs besides
+    """
+
+    id: str
+    tag: str
+    prompt: str
+    source: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Value(NamedTuple):
+    """What one image is worth, and why it is not worth more."""
+
+    item: str
+    k: int
+    tag: str
+    value: float
+    reason: str = ""
+
+
+class Score(NamedTuple):
+    """Results of a suite.
+
+    values   one per image that was judged
+    weights  of the tags in the overall value: sum of weight * mean of the tag. None: all items count alike
+    metrics  every figure that the benchmark's own scripts print, by name
+    failed   images whose judge's answer holds no mark, with the reason
+    """
+
+    values: list[Value]
+    weights: dict[str, float] | None
+    metrics: dict[str, Any]
+    failed: list[tuple[Key, str]]
+
+
+class Suite:
+    """A benchmark: its items, its folder layout, what it asks of a judge, and its rule.
+
+    Class attributes:
+        name             in the command
+        protocol         the benchmark's own name and version, written to the results
+        ability          what the model does: generate, edit or answer
+        images_per_item  as the benchmark has it
+        judge_kind       which judges can serve it: "detector", "vlm", "world" or "rule" (the model's own answers)
+        exact_judge      the judge that the published numbers were made with, for a message
+        unit             of the values: fraction, percent or points
+        data_help        where the benchmark's files are, for a message; None: they come with this package
+    """
+
+    name: ClassVar[str]
+    protocol: ClassVar[str]
+    ability: ClassVar[str] = "generate"
+    images_per_item: ClassVar[int] = 1
+    judge_kind: ClassVar[str] = "vlm"
+    exact_judge: ClassVar[str] = ""
+    unit: ClassVar[str] = "fraction"
+    data_help: ClassVar[str | None] = None
+
+    def __init__(self, data: Path | None = None):
+        """Take the file or folder of the benchmark that the user has."""
+        self.data = data
+
+    def data_path(self) -> Path:
+        """Return the user's file or folder. Raises EvaluationError with where to get it."""
+        if self.data is None:
+            raise EvaluationError(f"{self.name} needs the benchmark's files: --data PATH. {self.data_help}")
+        if not self.data.exists():
+            raise EvaluationError(f"--data {self.data} does not exist. {self.data_help}")
+        return self.data
+
+    def items(self) -> list[Item]:
+        """List all items, in the benchmark's order."""
+        raise NotImplementedError
+
+    def path(self, item: Item, k: int) -> str:
+        """Return where an image lies in the benchmark's layout, relative to the folder of images."""
+        raise NotImplementedError
+
+    def companions(self, item: Item) -> dict[str, str | Path]:
+        """Return the other files that the layout has beside the images of an item: name -> text, or file to copy."""
+        return {}
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        """Find the images of a folder in the benchmark's layout, whoever made it.
+
+        By default those that `path` names, for k from 0 until one is missing.
+        """
+        found: dict[Key, Path] = {}
+        for item in items:
+            k = 0
+            while (path := images / self.path(item, k)).is_file():
+                found[item.id, k] = path
+                k += 1
+                if self.path(item, k) == self.path(item, 0):
+                    break
+        return found
+
+    def layout(self) -> str:
+        """Describe the layout, for messages."""
+        example = Item("ITEM", "TAG", "PROMPT")
+        return self.path(example, 0)
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        """Ask a judge about an image. Returns its answer, JSON-able, before any rule."""
+        raise NotImplementedError
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        """Apply the benchmark's rule to the judge's answers."""
+        raise NotImplementedError
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read a result file of the benchmark's own scripts; None where the file is none of them."""
+        return None
+
+
+def by_item(items: Iterable[Item]) -> dict[str, Item]:
+    """Index items. Raises EvaluationError for an id that comes twice."""
+    found: dict[str, Item] = {}
+    for item in items:
+        if item.id in found:
+            raise EvaluationError(f"item {item.id!r} comes twice; ids of a suite must differ")
+        found[item.id] = item
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def tag_means(values: Iterable[Value]) -> dict[str, float]:
+    """Average over the images of every tag; tags in order of first appearance."""
+    groups: dict[str, list[float]] = {}
+    for value in values:
+        groups.setdefault(value.tag, []).append(value.value)
+    return {tag: mean(group) for tag, group in groups.items()}

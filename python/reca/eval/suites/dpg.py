@@ -1,0 +1,187 @@
+"""DPG-Bench: long prompts, and questions about each that depend on one another (TencentQQGYLab/ELLA, dpg_bench)."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+
+COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+
+class Question(NamedTuple):
+    id: int
+    text: str
+    parents: tuple[int, ...]  # 0: none
+    category: str  # level 2, such as "entity - whole"
+
+
+class Cell(NamedTuple):
+    """Marks of one picture: before and after those of questions with a wrong parent were set to 0."""
+
+    answers: dict[int, float]
+    score: float
+
+
+class DpgScores(NamedTuple):
+    """Figures of compute_dpg_bench.py. Means over nothing are absent."""
+
+    per_image: dict[str, list[float]]  # file -> score per cell
+    failed: dict[str, str]  # file -> why
+    level1: dict[str, float]
+    level2: dict[str, float]
+
+    @property
+    def final(self) -> float:
+        return 100 * mean([mean(cells) for cells in self.per_image.values()])
+
+
+def read_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question]]:
+    """Group the rows of the table by item, as the public script does.
+
+    It skips the first row, and where the rows of an item are apart, the later ones replace the earlier.
+    """
+    questions: dict[str, list[Question]] = {}
+    current = None
+    for number, row in enumerate(rows):
+        if number == 0:
+            continue
+        item = str(row["item_id"])
+        if item != current:
+            questions[item], current = [], item
+        parents = tuple(int(part) for part in str(row["dependency"]).split(","))
+        category = str(row["tuple"]).split("(")[0].strip()
+        text = str(row["question_natural_language"])
+        questions[item].append(Question(int(row["proposition_id"]), text, parents, category))
+    return questions
+
+
+def score_cell(questions: Sequence[Question], replies: Mapping[int, str]) -> Cell:
+    """Score one picture. An answer is right if it is exactly "yes". Raises KeyError for a parent that is missing.
+
+    Questions are walked in the order of the table, so a chain falls only where parents come before children.
+    """
+    answers = {q.id: float(replies[q.id] == "yes") for q in questions}
+    marks = dict(answers)
+    for question in questions:
+        if any(parent != 0 and marks[parent] == 0 for parent in question.parents):
+            marks[question.id] = 0.0
+    return Cell(answers, mean(list(marks.values())))
+
+
+def score_images(
+    questions: Mapping[str, Sequence[Question]],
+    images: Iterable[tuple[str, str, Sequence[Mapping[int, str]]]],
+    repeats: int = 1,
+) -> DpgScores:
+    """Score images. images: (file, item, replies per cell). repeats: how often the release counts a cell.
+
+    An image that cannot be scored is dropped from everything. Categories take the last cell alone.
+    """
+    per_image: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
+    level1: dict[str, list[float]] = {}
+    level2: dict[str, list[float]] = {}
+    for file, item, replies in images:
+        try:
+            asked = questions[item]
+            cells = [score_cell(asked, reply) for reply in replies] * repeats
+        except KeyError as error:
+            failed[file] = f"{error} is missing: an item of the table, a question or the parent of one"
+            continue
+        per_image[file] = [cell.score for cell in cells]
+        for question in asked:
+            mark = cells[-1].answers[question.id]
+            level2.setdefault(question.category, []).append(mark)
+            level1.setdefault(question.category.split("-")[0].strip(), []).append(mark)
+    means = ({name: 100 * mean(marks) for name, marks in level.items()} for level in (level1, level2))
+    return DpgScores(per_image, failed, *means)
+
+
+class Dpg(Suite):
+    """Pictures lie as <item>.png, a grid of 2 x 2 (upstream), or as <item>_<k>.png (as the RECA release has them)."""
+
+    name = "dpg"
+    protocol = "DPG-Bench, one file per picture"
+    images_per_item = 4
+    exact_judge = "mPLUG-large (ModelScope damo/mplug_visual-question-answering_coco_large_en)"
+    unit = "percent"
+    data_help = "Give the folder dpg_bench of github.com/TencentQQGYLab/ELLA: dpg_bench.csv and prompts/*.txt."
+
+    def table(self) -> dict[str, list[Question]]:
+        path = self.data_path() / "dpg_bench.csv"
+        if not path.is_file():
+            raise EvaluationError(f"{path} does not exist. {self.data_help}")
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise EvaluationError(f"{path} has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+            return read_questions(reader)
+
+    def items(self) -> list[Item]:
+        table = self.table()
+        prompts = {path.stem: path for path in sorted((self.data_path() / "prompts").glob("*.txt"))}
+        if not prompts:
+            raise EvaluationError(f"{self.data_path() / 'prompts'} holds no .txt files. {self.data_help}")
+        return [
+            Item(name, "all", path.read_text(encoding="utf-8").strip(), metadata={"questions": table[name]})
+            for name, path in prompts.items()
+            if name in table
+        ]
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}_{k}.png"
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        found = super().find(images, items)
+        grids = {(item.id, 0): images / f"{item.id}.png" for item in items}
+        return found or {key: path for key, path in grids.items() if path.is_file()}
+
+    def layout(self) -> str:
+        return "ITEM_K.png, or ITEM.png with a grid of 2 x 2"
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        """Ask every question of every cell."""
+        with Image.open(picture) as file:
+            image = file.convert("RGB")
+        cells = _quarters(image) if picture.stem == item.id else [image]
+        questions = item.metadata["questions"]
+        texts = [f"{q.text} Answer in one word: yes or no." for q in questions]
+        replies = [[judge.reply(text, [cell]) for text in texts] for cell in cells]
+        return [
+            {str(q.id): reply.strip().strip(".").lower() for q, reply in zip(questions, cell, strict=True)}
+            for cell in replies
+        ]
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        tables = {item.id: item.metadata["questions"] for item in items}
+        names = {f"{item}_{k}": (item, k) for item, k in answers}
+        images = [
+            (name, item, [{int(q): reply for q, reply in cell.items()} for cell in answers[item, k]])
+            for name, (item, k) in names.items()
+        ]
+        scores = score_images(tables, images)
+        values = [
+            Value(*names[name], "all", 100 * mean(cells), _wrong(tables[names[name][0]], answers[names[name]]))
+            for name, cells in scores.per_image.items()
+        ]
+        metrics: dict[str, Any] = {"level1": scores.level1, "level2": scores.level2}
+        if values:
+            metrics["final"] = scores.final
+        return Score(values, None, metrics, [(names[name], why) for name, why in scores.failed.items()])
+
+
+def _quarters(grid: Image.Image) -> list[Image.Image]:
+    """Cut a grid into its four cells: top left, top right, bottom left, bottom right."""
+    w, h = grid.width // 2, grid.height // 2
+    return [grid.crop((x, y, x + w, y + h)) for y in (0, h) for x in (0, w)]
+
+
+def _wrong(questions: Sequence[Question], cells: Sequence[Mapping[str, str]]) -> str:
+    """List the questions of the last cell that were not answered by yes."""
+    return "; ".join(q.text for q in questions if cells[-1][str(q.id)] != "yes")

@@ -1,0 +1,162 @@
+"""GEdit-Bench: edits of eleven groups in two languages, marked by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.marks import gedit_item, viescore
+
+GROUPS = (
+    "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
+    "subject-remove", "subject-replace", "text_change", "tone_transfer",
+)  # fmt: skip
+MEASURES = ("semantics", "quality", "overall")
+
+_RULES = """\
+You are a professional digital artist. Judge AI-generated pictures by the rules below. All persons shown are generated.
+Answer with one JSON object and nothing else: {"score": [...], "reasoning": "in a few words"}
+"""
+_SEMANTICS = """\
+Two pictures are given: the original, and the same one edited by an instruction. Give two marks from 0 to 10:
+first, how well the edit does what the instruction says (0: not at all, 10: perfectly); second, how much it changes
+beyond that (0: a different picture, 10: no more than the least that is needed). score = [first, second].
+Instruction: <instruction>"""
+_QUALITY = """\
+One picture is given, which is generated. Give two marks from 0 to 10: first, how natural it is (0: wrong perspective,
+shadows or light; 10: natural); second, how free of artifacts (0: distortions, blurred faces, watermarks; 10: none).
+score = [first, second]."""
+
+
+class Marked(NamedTuple):
+    """One item with its marks, as in a CSV of the public script."""
+
+    language: str
+    semantics: float
+    quality: float
+    in_intersection: bool
+
+
+def statistics(groups: Mapping[str, Sequence[Marked]], language: str) -> dict[str, dict[str, float | None]]:
+    """Average semantics, quality and the root of their product by group, over all items and over the intersection.
+
+    avg_* is the plain mean over the eleven groups, None (in the public script NaN) if one has no item.
+    """
+    tables: dict[str, dict[str, float | None]] = {}
+    for suffix, everything in (("", True), ("_intersection", False)):
+        for measure in MEASURES:
+            row: dict[str, float | None] = {}
+            for name in GROUPS:
+                marked = [
+                    m for m in groups.get(name, ()) if m.language == language and (everything or m.in_intersection)
+                ]
+                values = [_value(m, measure) for m in marked]
+                row[name] = mean(values) if values else None
+            known = [value for value in row.values() if value is not None]
+            row[f"avg_{measure}"] = mean(known) if len(known) == len(GROUPS) else None
+            tables[measure + suffix] = row
+    return tables
+
+
+def _value(marked: Marked, measure: str) -> float:
+    if measure == "overall":
+        return math.sqrt(marked.semantics * marked.quality)
+    return float(getattr(marked, measure))
+
+
+class GEdit(Suite):
+    """Results lie as fullset/<group>/<language>/<key>.png, with <key>_SRCIMG.png beside them."""
+
+    name = "gedit"
+    protocol = "GEdit-Bench, English"
+    ability = "edit"
+    exact_judge = "gpt-4.1-2025-04-14, or Qwen2.5-VL-72B-Instruct"
+    unit = "points"
+    data_help = (
+        "Give a folder with items.jsonl ({key, task_type, instruction, instruction_language, Intersection_exist, "
+        "source: path of a picture}) made from huggingface.co/datasets/stepfun-ai/GEdit-Bench."
+    )
+    language = "en"
+
+    def items(self) -> list[Item]:
+        root = self.data_path()
+        path = root if root.is_file() else root / "items.jsonl"
+        if not path.is_file():
+            raise EvaluationError(f"{path} does not exist. {self.data_help}")
+        items = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                row = json.loads(line)
+                if row["instruction_language"] != self.language:
+                    continue
+                meta = {"intersection": bool(row["Intersection_exist"]), "language": row["instruction_language"]}
+                source = path.parent / row["source"]
+                items.append(Item(str(row["key"]), row["task_type"], row["instruction"], source, meta))
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(f"{path}, line {number + 1}: {error!r}. {self.data_help}") from error
+        return items
+
+    def path(self, item: Item, k: int) -> str:
+        return f"fullset/{item.tag}/{self.language}/{item.id}.png"
+
+    def companions(self, item: Item) -> dict[str, str | Path]:
+        return {f"fullset/{item.tag}/{self.language}/{item.id}_SRCIMG.png": item.source} if item.source else {}
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        """Ask for semantics and quality. The result is shown in the size of its source."""
+        from PIL import Image
+
+        with Image.open(item.source) as source, Image.open(picture) as result:  # type: ignore[arg-type]
+            size = source.size
+            edited = result.convert("RGB").resize(size)
+        semantics = judge.reply(_RULES + _SEMANTICS.replace("<instruction>", item.prompt), [item.source, edited])
+        return {"semantics": semantics, "quality": judge.reply(_RULES + _QUALITY, [edited])}
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values, failed = [], []
+        groups: dict[str, list[Marked]] = {}
+        for item in items:
+            key = (item.id, 0)
+            if key not in answers:
+                continue
+            try:
+                semantics, quality, overall = read_item(answers[key])
+            except ValueError as error:
+                failed.append((key, str(error)))
+                continue
+            values.append(Value(*key, item.tag, overall, f"semantics {semantics:g}, quality {quality:g}"))
+            marked = Marked(self.language, semantics, quality, item.metadata["intersection"])
+            groups.setdefault(item.tag, []).append(marked)
+        present = {value.tag: None for value in values}
+        weights = {tag: 1 / len(present) for tag in present}
+        return Score(values, weights or None, dict(statistics(groups, self.language)), failed)
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read <model>_<group>_gpt_score.csv files of the public script from a folder."""
+        if not path.is_dir():
+            return None
+        keys, found = {item.id for item in items}, {}
+        for file in sorted(path.rglob("*_gpt_score.csv")):
+            with file.open(newline="", encoding="utf-8") as handle:
+                for row in csv.DictReader(handle):
+                    key = Path(row["edited_image"]).stem
+                    if key in keys and row["instruction_language"] == self.language:
+                        marks = [[float(row["sementics_score"])], [float(row["quality_score"])]]
+                        found[key, 0] = dict(zip(MEASURES, marks, strict=False))
+        return found or None
+
+
+def read_item(answer: Any) -> tuple[float, float, float]:
+    """Read both replies. Raises ValueError where one holds no marks: they are never guessed."""
+    both = []
+    for name in ("semantics", "quality"):
+        reply = answer[name]
+        marks = reply if isinstance(reply, list) else viescore(str(reply))
+        if marks is None:
+            raise ValueError(f"the judge's reply about {name} holds no marks: {str(reply)[:200]!r}")
+        both.append(marks)
+    return gedit_item(*both)

@@ -1,0 +1,176 @@
+"""GenEval 2: probabilities of a VLM's answers to questions about every atom of a prompt (Soft-TIFA).
+
+Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its data is CC BY-NC and not part of this.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+
+NUMBERS = "one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(i + 1) for i, word in enumerate(NUMBERS)}
+YES = ("Yes", "yes", " yes", " Yes")
+SKILLS = ("object", "attribute", "count", "position", "verb")
+ATOM_COUNTS = range(3, 11)
+SUFFIX = " Answer in one word."
+
+
+def accepted(question: str, answer: str) -> list[str]:
+    """List the strings that count as the right answer of a question."""
+    if not question.startswith("How many"):
+        return list(YES)
+    digits = DIGITS.get(answer, "other")
+    big = answer.capitalize()
+    return [answer, big, f" {answer}", f" {big}", digits, f" {digits}"]
+
+
+def probability(accepted_tokens: Sequence[int], probabilities: Sequence[float]) -> float:
+    """Add the probabilities of the first tokens of all accepted strings; one that comes twice counts twice."""
+    return sum(probabilities[token] for token in accepted_tokens)
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    largest = max(logits)
+    powers = [math.exp(value - largest) for value in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Return the geometric mean, 0 if any value is."""
+    if any(value <= 0 for value in values):
+        return 0.0
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+class Analysis(NamedTuple):
+    """Means of soft_tifa_analysis.py; None where there is no data."""
+
+    per_skill: dict[str, float | None]
+    per_atom_count: dict[int, tuple[int, float | None]]  # prompts, 100 * mean of geometric means
+
+
+def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> Analysis:
+    """Average by skill over atoms, and by number of atoms over prompts. prompts: (atom_count, skills, scores).
+
+    Raises ValueError for a skill or a number of atoms that the benchmark does not have.
+    """
+    skills: dict[str, list[float]] = {name: [] for name in SKILLS}
+    counts: dict[int, list[float]] = {count: [] for count in ATOM_COUNTS}
+    for count, names, scores in prompts:
+        if count not in counts or any(name not in skills for name in names):
+            raise ValueError(f"a prompt of {count} atoms with skills {', '.join(names)} is none of GenEval 2's")
+        counts[count].append(geometric_mean(scores))
+        for name, value in zip(names, scores, strict=True):
+            skills[name].append(value)
+
+    def percent(values: list[float]) -> float | None:
+        return 100 * mean(values) if values else None
+
+    per_count = {count: (len(values), percent(values)) for count, values in counts.items()}
+    return Analysis({name: percent(values) for name, values in skills.items()}, per_count)
+
+
+class GenEval2(Suite):
+    """Pictures lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the public script."""
+
+    name = "geneval2"
+    protocol = "GenEval 2, Soft-TIFA"
+    exact_judge = "Qwen3-VL-8B-Instruct"
+    unit = "percent"
+    data_help = (
+        "Give geneval2_data.jsonl of github.com/facebookresearch/GenEval2; it is CC BY-NC 4.0, so it is not part of "
+        "this package."
+    )
+
+    def items(self) -> list[Item]:
+        path = self.data_path()
+        path = path / "geneval2_data.jsonl" if path.is_dir() else path
+        items = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                row = json.loads(line)
+                meta = {"questions": row["vqa_list"], "skills": row["skills"], "atom_count": row["atom_count"]}
+                items.append(Item(f"{number:05d}", f"{row['atom_count']} atoms", row["prompt"], metadata=meta))
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(f"{path}, line {number + 1}, is no row of GenEval 2: {error}") from error
+        return items
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}.png"
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        listed = images / "image_paths.json"
+        if not listed.is_file():
+            return super().find(images, items)
+        paths = json.loads(listed.read_text(encoding="utf-8"))
+        found = {(item.id, 0): images / paths[item.prompt] for item in items if item.prompt in paths}
+        return {key: path for key, path in found.items() if path.is_file()}
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        return [
+            judge.first_token_probability(question + SUFFIX, [picture], accepted(question, answer))
+            for question, answer in item.metadata["questions"]
+        ]
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values, failed, rows, arithmetic = [], [], [], []
+        for item in items:
+            key = (item.id, 0)
+            if key not in answers:
+                continue
+            scores, questions = answers[key], item.metadata["questions"]
+            if len(scores) != len(questions):
+                failed.append((key, f"{len(scores)} answers to {len(questions)} questions"))
+                continue
+            low = [q for (q, _), value in zip(questions, scores, strict=True) if value < 0.5]
+            values.append(Value(*key, item.tag, 100 * geometric_mean(scores), "; ".join(low)))
+            rows.append((item.metadata["atom_count"], item.metadata["skills"], scores))
+            arithmetic.append(100 * mean(scores))
+        metrics: dict[str, Any] = {}
+        if values:
+            analysis = analyse(rows)
+            metrics = {
+                "soft_tifa_am": mean(arithmetic),
+                "soft_tifa_gm": mean([v.value for v in values]),
+                "per_skill": analysis.per_skill,
+                "per_atom_count": {str(n): figure for n, (_, figure) in analysis.per_atom_count.items()},
+            }
+        return Score(values, None, metrics, failed)
+
+
+def totals(
+    items: Sequence[Mapping[str, Any]], first_token: Callable[[str], int], vocabulary: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Compute the four methods of evaluation.py from the logits of every question.
+
+    items: vqa_list, logits per question and logits_whole_prompt. first_token: index of a string's first token.
+    """
+    methods: dict[str, dict[str, Any]] = {}
+    for name in ("soft_tifa_am", "soft_tifa_gm", "tifa", "vqascore"):
+        lists, per_prompt = [], []
+        for item in items:
+            if name == "vqascore":
+                tokens = [first_token(text) for text in YES]
+                scores = [probability(tokens, softmax(item["logits_whole_prompt"]))]
+            else:
+                scores = [
+                    _hard(q, a, logits, vocabulary)
+                    if name == "tifa"
+                    else probability([first_token(text) for text in accepted(q, a)], softmax(logits))
+                    for (q, a), logits in zip(item["vqa_list"], item["logits"], strict=True)
+                ]
+            lists.append(scores)
+            per_prompt.append(geometric_mean(scores) if name == "soft_tifa_gm" else mean(scores))
+        methods[name] = {"score_lists": lists, "per_prompt": per_prompt, "total": 100 * mean(per_prompt)}
+    return methods
+
+
+def _hard(question: str, answer: str, logits: Sequence[float], vocabulary: Sequence[str]) -> int:
+    """Return 1 if the lower-cased most likely token is an accepted string."""
+    return int(vocabulary[max(range(len(logits)), key=logits.__getitem__)].lower() in accepted(question, answer))

@@ -1,0 +1,193 @@
+"""The rules of GenEval: from detections of an image to a verdict, and from verdicts to the benchmark's figures.
+
+Source: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. Arithmetic is that of float32, as there.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+# The classes of COCO in its order, three of them renamed as GenEval does.
+CLASS_NAMES = tuple(
+    name.strip()
+    for name in """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+    stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack,
+    umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,
+    skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich,
+    orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+    laptop, computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator,
+    book, clock, vase, scissors, teddy bear, hair drier, toothbrush""".split(",")
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Thresholds of the public script, with its defaults."""
+
+    threshold: float = 0.3  # scores above it count
+    counting_threshold: float = 0.9  # … for the tag "counting"
+    max_objects: int = 16  # of a class
+    max_overlap: float = 1.0  # IoU from which the weaker of two boxes is dropped; 1 keeps all
+    position_threshold: float = 0.1  # of the objects' sizes: how far apart they must be to stand in a relation
+
+
+class Box(NamedTuple):
+    """One detection: corners in pixels, score, and the colour that the classifier gives it, if it was asked."""
+
+    corners: np.ndarray  # float32 [4]: x0, y0, x1, y1
+    score: np.float32
+    color: str | None
+
+
+class Reason(NamedTuple):
+    """Why an image is wrong. kind: missing, color, position, no_target or too_many."""
+
+    kind: str
+    line: str
+
+
+class Verdict(NamedTuple):
+    correct: bool
+    reasons: list[Reason]
+    kept: dict[str, list[list[float]]]  # class -> x0, y0, x1, y1, score of the boxes that count
+
+
+def judge(
+    detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any], options: Options
+) -> Verdict:
+    """Judge an image by GenEval's rules.
+
+    detections: per class, in the detector's order, {"box": [x0, y0, x1, y1], "score": s, "color": name}.
+    metadata: of the prompt, with `tag`, `include` and `exclude`.
+    """
+    threshold = options.counting_threshold if metadata.get("tag") == "counting" else options.threshold
+    kept = {name: _kept(boxes, threshold, options) for name, boxes in detections.items()}
+    kept = {name: boxes for name, boxes in kept.items() if boxes}
+    reasons: list[Reason] = []
+    matched_groups: list[list[Box] | None] = []
+    for wanted in metadata.get("include", []):
+        group, found_wrong = _include(wanted, kept, matched_groups, options)
+        reasons += found_wrong
+        matched_groups.append(None if found_wrong else group)
+    for wanted in metadata.get("exclude", []):
+        name, count = wanted["class"], wanted["count"]
+        found = len(kept.get(name, []))
+        if found >= count:
+            reasons.append(Reason("too_many", f"expected {name}<{count}, found {found}"))
+    details = {name: [[*map(float, box.corners), float(box.score)] for box in boxes] for name, boxes in kept.items()}
+    return Verdict(not reasons, reasons, details)
+
+
+def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float, options: Options) -> list[Box]:
+    """Sort by score, of equal ones the later first; drop weak ones, cut, then drop overlapping ones."""
+    scores = np.array([box["score"] for box in boxes], dtype=np.float32)
+    order = np.argsort(scores, kind="stable")[::-1]
+    strong = [i for i in order if scores[i] > np.float32(threshold)][: options.max_objects]
+    found = [Box(np.asarray(boxes[i]["box"], dtype=np.float32), scores[i], boxes[i].get("color")) for i in strong]
+    if options.max_overlap == 1:
+        return found
+    kept: list[Box] = []
+    for box in found:
+        if all(iou(box.corners, other.corners) < options.max_overlap for other in kept):
+            kept.append(box)
+    return kept
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Compute intersection over union, counting pixels: a box of one corner has a pixel."""
+
+    def area(corners: Any) -> Any:
+        return max(corners[2] - corners[0] + 1, 0) * max(corners[3] - corners[1] + 1, 0)
+
+    inside = area([*np.maximum(a[:2], b[:2]), *np.minimum(a[2:], b[2:])])
+    union = area(a) + area(b) - inside
+    return float(inside / union) if union else 0.0
+
+
+def _include(
+    wanted: Mapping[str, Any], kept: Mapping[str, list[Box]], groups: Sequence[list[Box] | None], options: Options
+) -> tuple[list[Box], list[Reason]]:
+    """Check one entry of `include`. groups: boxes of the entries before it, None for one that failed."""
+    name, count = wanted["class"], wanted["count"]
+    found = kept.get(name, [])[:count]
+    if len(found) < count:
+        return found, [Reason("missing", f"expected {name}>={count}, found {len(found)}")]
+    if "color" in wanted:
+        colors = [box.color for box in found]
+        hits = colors.count(wanted["color"])
+        if hits < count:
+            seen = ", ".join(f"{colors.count(c)} {c}" for c in COLORS if c in colors)
+            color = wanted["color"]
+            line = f"expected {color} {name}>={count}, found {hits} {color}; and {seen}"
+            return found, [Reason("color", line)]
+    if wanted.get("position"):
+        relation, index = wanted["position"]
+        targets = groups[index]
+        if targets is None:
+            return found, [Reason("no_target", f"no target for {name} to be {relation}")]
+        for box in found:
+            for target in targets:
+                shown = relations(box.corners, target.corners, options.position_threshold)
+                if relation not in shown:
+                    line = f"expected {name} {relation} target, found {' and '.join(sorted(shown))} target"
+                    return found, [Reason("position", line)]
+    return found, []
+
+
+def relations(a: np.ndarray, b: np.ndarray, threshold: float) -> set[str]:
+    """Say where box a stands as seen from box b: up to two of left of, right of, above, below."""
+    a, b = a.reshape(2, 2), b.reshape(2, 2)
+    offset = a.mean(axis=0) - b.mean(axis=0)
+    sizes = np.abs(np.diff(a, axis=0))[0] + np.abs(np.diff(b, axis=0))[0]
+    revised = np.maximum(np.abs(offset) - np.float32(threshold) * sizes, 0) * np.sign(offset)
+    if np.all(np.abs(revised) < 1e-3):
+        return set()
+    x, y = revised / np.linalg.norm(offset)
+    shown = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, holds in shown.items() if holds}
+
+
+class Summary(NamedTuple):
+    """The figures of summary_scores.py."""
+
+    images: float  # share of images that are right
+    prompts: float  # share of prompts with an image that is right; prompts of equal metadata are one
+    tags: dict[str, tuple[int, int]]  # tag -> images that are right, images; in order of first appearance
+    prompt_count: int
+
+    @property
+    def overall(self) -> float:
+        """Return the plain mean over the tags."""
+        return sum(hits / count for hits, count in self.tags.values()) / len(self.tags)
+
+    def release_text(self) -> str:
+        """Write geneval_results.txt as the RECA release does.
+
+        Its columns are the tags in order of first appearance, whatever its heading says.
+        """
+        cells = [hits / count for hits, count in self.tags.values()] + [self.overall]
+        return "SO   TO   CT   CL   POS  ATTR ALL\n" + " ".join(f"{cell:.2f}" for cell in cells) + "\n"
+
+
+def summarize(rows: Iterable[tuple[str, str, bool]]) -> Summary:
+    """Summarise verdicts. rows: (tag, metadata string, correct) of every image, in the order of the result file."""
+    tags: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    prompts: dict[str, bool] = {}
+    for tag, metadata, correct in rows:
+        tags[tag][0] += bool(correct)
+        tags[tag][1] += 1
+        prompts[metadata] = prompts.get(metadata, False) or bool(correct)
+    if not tags:
+        raise ValueError("there are no verdicts to summarise")
+    count = sum(total for _, total in tags.values())
+    return Summary(
+        sum(hits for hits, _ in tags.values()) / count,
+        sum(prompts.values()) / len(prompts),
+        {tag: (hits, total) for tag, (hits, total) in tags.items()},
+        len(prompts),
+    )

@@ -1,0 +1,98 @@
+"""ImgEdit: 737 single edits of nine types, each given three marks by a VLM (PKU-YuanGroup/ImgEdit, Benchmark/Basic)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.marks import imgedit as read_marks
+
+EDIT_TYPES = "add adjust extract replace remove background style compose action".split()
+
+
+class ImgEditScores(NamedTuple):
+    """Figures of the public scripts: means of rounded means, each rounded to two digits."""
+
+    items: dict[str, float]
+    types: dict[str, float]
+    overall: float | None  # of the release and of the UGE suite: over all items, also those without a type
+
+
+def aggregate(marks: Mapping[str, float], edit_types: Mapping[str, str | None]) -> ImgEditScores:
+    """Average the marks of items. edit_types: of the items that have one."""
+    types: dict[str, list[float]] = {}
+    for key, value in marks.items():
+        if edit_types.get(key):
+            types.setdefault(str(edit_types[key]), []).append(value)
+    means = {name: round(mean(values), 2) for name, values in types.items()}
+    return ImgEditScores(dict(marks), means, round(mean(list(marks.values())), 2) if marks else None)
+
+
+class ImgEdit(Suite):
+    """Results lie as <key>.png."""
+
+    name = "imgedit"
+    protocol = "ImgEdit-Bench, Basic"
+    ability = "edit"
+    exact_judge = "gpt-4o-2024-11-20 (the RECA release: gpt-4.1-2025-04-14)"
+    unit = "points"
+    data_help = (
+        "Give the folder with Benchmark.tar of huggingface.co/datasets/sysuyy/ImgEdit unpacked: singleturn.json, "
+        "judge_prompt.json and the pictures; it names no licence, so it is not part of this package."
+    )
+
+    def _json(self, *names: str) -> dict[str, Any]:
+        root = self.data_path()
+        for name in names:
+            for path in [root / name, *sorted(root.rglob(name))]:
+                if path.is_file():
+                    return json.loads(path.read_text(encoding="utf-8"))
+        raise EvaluationError(f"{root} holds no {' or '.join(names)}. {self.data_help}")
+
+    def items(self) -> list[Item]:
+        rows, root = self._json("singleturn.json", "basic_edit.json"), self.data_path()
+        roots = [root, *(p for p in sorted(root.rglob("singleturn")) if p.is_dir())]
+        items = []
+        for key, row in rows.items():
+            source = next((r / row["id"] for r in roots if (r / row["id"]).is_file()), root / row["id"])
+            items.append(Item(key, row["edit_type"], row["prompt"], source))
+        return items
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}.png"
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        prompts = self._json("judge_prompt.json", "prompts.json")
+        text = prompts[item.tag].replace("<edit_prompt>", item.prompt)
+        return judge.reply(text, [item.source, picture])
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values, failed = [], []
+        for item in items:
+            key = (item.id, 0)
+            if key not in answers:
+                continue
+            try:
+                mark = read_marks(answers[key]) if isinstance(answers[key], str) else None
+            except ValueError:
+                mark = None
+            if mark is None:
+                failed.append((key, f"the judge's reply holds no mark: {str(answers[key])[:200]!r}"))
+            else:
+                values.append(Value(*key, item.tag, mark))
+        scores = aggregate({v.item: v.value for v in values}, {item.id: item.tag for item in items})
+        return Score(values, None, {"types": scores.types, "overall": scores.overall}, failed)
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read result.json (key -> reply), or the release's result.jsonl."""
+        text = path.read_text(encoding="utf-8")
+        keys = {item.id for item in items}
+        try:
+            rows = json.loads(text)
+        except ValueError:
+            return None
+        if not isinstance(rows, dict) or not rows.keys() & keys:
+            return None
+        return {(key, 0): reply for key, reply in rows.items() if key in keys}

@@ -1,0 +1,144 @@
+"""MME: two yes-or-no questions about every picture, answered by the model itself and read by rule."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
+from reca.eval.suites.marks import mme_harness, mme_release, mme_release_reply
+
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+GROUPS = {"perception": PERCEPTION, "cognition": COGNITION}
+
+
+class Answered(NamedTuple):
+    """One question with the reply of the model."""
+
+    category: str
+    question_id: str  # of the picture
+    truth: str
+    reply: str
+
+
+def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
+    """Compute the perception and cognition scores as lmms-eval does; None for a group without rows.
+
+    Raises ValueError for a picture that has not two questions.
+    """
+    pictures: dict[tuple[str, str], list[bool]] = {}
+    for row in rows:
+        hit = mme_harness(row.reply) == row.truth.lower().strip().replace(".", "")
+        pictures.setdefault((row.category, row.question_id), []).append(hit)
+    categories: dict[str, list[float]] = {}
+    for (category, picture), right in pictures.items():
+        if len(right) != 2:
+            raise ValueError(f"picture {picture} of {category} has {len(right)} answers; MME has 2 questions for each")
+        categories.setdefault(category, []).append(picture_score(right))
+    totals: dict[str, float | None] = {}
+    for group, names in GROUPS.items():
+        found = [mean(categories[name]) for name in names if name in categories]
+        totals[group] = sum(found) if found else None
+    return totals
+
+
+def picture_score(right: Sequence[bool]) -> float:
+    """Return 100 * the share of right answers, and 100 more if all are right: at most 200."""
+    return 100 * sum(right) / len(right) + 100 * all(right)
+
+
+def release(rows: Sequence[Answered]) -> dict[str, Any]:
+    """Compute the scores as the script of the RECA release does, which pairs consecutive questions.
+
+    Raises ValueError where one of the 14 tasks is missing or has an odd number of questions.
+    """
+    by_task: dict[str, list[bool]] = {}
+    for row in rows:
+        by_task.setdefault(row.category, []).append(mme_release(row.reply) == row.truth.lower())
+    tasks: dict[str, float] = {}
+    for name in PERCEPTION + COGNITION:
+        right = by_task.get(name, [])
+        if not right or len(right) % 2:
+            raise ValueError(f"task {name} of MME has {len(right)} answers; expected an even number, at least 2")
+        both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
+        tasks[name] = 100 * mean(right) + 100 * mean(both)
+    groups = {group: sum(tasks[name] for name in names) for group, names in GROUPS.items()}
+    return groups | {"tasks": tasks}
+
+
+class Mme(Suite):
+    """The model answers; item ids are CATEGORY/PICTURE/QUESTION."""
+
+    name = "mme"
+    protocol = "MME, rule of lmms-eval"
+    ability = "answer"
+    judge_kind = "rule"
+    unit = "points"
+    data_help = (
+        "Give the folder of MME_Benchmark_release_version: a folder per task with pictures and a .txt file for each, "
+        "whose two lines are QUESTION <tab> Yes or No (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)."
+    )
+
+    def items(self) -> list[Item]:
+        root, items = self.data_path(), []
+        for task in PERCEPTION + COGNITION:
+            for text in sorted((root / task).rglob("*.txt")):
+                picture = _picture_of(text)
+                if picture is None:
+                    continue
+                lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+                for number, line in enumerate(lines):
+                    question, tab, truth = line.rpartition("\t")
+                    if not tab:
+                        raise EvaluationError(f"{text}, line {number + 1}: expected QUESTION <tab> ANSWER")
+                    meta = {"picture": picture.name, "truth": truth.strip()}
+                    items.append(Item(f"{task}/{picture.stem}/{number}", task, question.strip(), picture, meta))
+        if not items:
+            raise EvaluationError(f"{root} holds no pictures with questions of MME. {self.data_help}")
+        return items
+
+    def path(self, item: Item, k: int) -> str:
+        return "answers.jsonl"
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        pictures: dict[tuple[str, str], list[tuple[Item, str]]] = {}
+        for item in items:
+            if (item.id, 0) in answers:
+                where = (item.tag, str(item.metadata["picture"]))
+                pictures.setdefault(where, []).append((item, answers[item.id, 0]))
+        values, failed, rows = [], [], []
+        for (task, picture), asked in pictures.items():
+            if len(asked) != 2:
+                failed.append(((asked[0][0].id, 0), f"picture {picture} has {len(asked)} answers; MME needs 2"))
+                continue
+            right = [mme_harness(reply) == item.metadata["truth"].lower() for item, reply in asked]
+            wrong = [f"{i.prompt} -> {reply}" for (i, reply), ok in zip(asked, right, strict=True) if not ok]
+            values.append(Value(asked[0][0].id, 0, task, picture_score(right), "; ".join(wrong)))
+            rows += [Answered(task, picture, item.metadata["truth"], reply) for item, reply in asked]
+        metrics: dict[str, Any] = dict(harness(rows))
+        if {row.category for row in rows} == {*PERCEPTION, *COGNITION}:
+            metrics["release"] = release([row._replace(reply=mme_release_reply(row.reply)) for row in rows])
+        return Score(values, {tag: 1.0 for tag in {v.tag: None for v in values}}, metrics, failed)
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read a folder of TASK.txt files: picture, question, truth, reply, separated by tabs."""
+        if not path.is_dir():
+            return None
+        known = {(item.tag, item.metadata["picture"], item.prompt): item.id for item in items}
+        found: dict[Key, Any] = {}
+        for file in sorted(path.glob("*.txt")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                cells = line.split("\t")
+                if len(cells) >= 4 and (key := known.get((file.stem, cells[0], cells[1]))):
+                    found[key, 0] = "\t".join(cells[3:])
+        return found
+
+
+def _picture_of(text: Path) -> Path | None:
+    """Find the picture that a text file belongs to: beside it, or in a folder `images` next to its own."""
+    for folder in (text.parent, text.parent.parent / "images"):
+        for suffix in (".jpg", ".png", ".jpeg"):
+            if (picture := folder / (text.stem + suffix)).is_file():
+                return picture
+    return None

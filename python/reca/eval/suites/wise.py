@@ -1,0 +1,127 @@
+"""WISE: prompts that need world knowledge, marked by a VLM. Two suites for its two protocols (PKU-YuanGroup/WISE)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value
+from reca.eval.suites.marks import wise_legacy_upstream, wise_verified
+from reca.eval.suites.wise_rules import LEGACY, VERIFIED, Protocol, average, legacy_value, verified_value
+
+_VERIFIED_QUESTION = """\
+You check whether a picture shows what its prompt implies, which needs knowledge of the world.
+Prompt: {prompt}
+What a right picture shows: {explanation}
+Give 1 only if the picture shows it, else 0. Answer in one line:
+Score: 0 or 1"""
+_LEGACY_QUESTION = """\
+You mark a picture that was made from a prompt which needs knowledge of the world.
+Prompt: {prompt}
+What a right picture shows: {explanation}
+Give each mark as 0 (rejected), 1 (conditional) or 2 (exemplary): Consistency, how well the picture shows what the
+prompt implies; Realism, how well it keeps to the laws of nature; Aesthetic Quality, how well it is made. Answer in three
+lines:
+Consistency: MARK
+Realism: MARK
+Aesthetic Quality: MARK"""
+
+
+class Wise(Suite):
+    """WISE_Verified, the benchmark's default: one binary mark per picture. Pictures lie as <prompt_id>.png."""
+
+    name = "wise"
+    protocol = VERIFIED.name
+    exact_judge = "Qwen3.5-35B-A3B by vLLM, with the prompt of WISE's vllm_eval.py"
+    data_help = (
+        "Give the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified); it names no licence, so it is "
+        "not part of this package."
+    )
+    rules: ClassVar[Protocol] = VERIFIED
+    question: ClassVar[str] = _VERIFIED_QUESTION
+
+    def items(self) -> list[Item]:
+        root, items = self.data_path(), []
+        for path in [root] if root.is_file() else sorted(root.glob("*.json")):
+            try:
+                for row in json.loads(path.read_text(encoding="utf-8")):
+                    number = int(row["prompt_id"])
+                    category = self.rules.category(number) or row["Category"]
+                    meta = {"explanation": row.get("Explanation", ""), "subcategory": row.get("Subcategory", "")}
+                    items.append(Item(str(number), category, row["Prompt"], metadata=meta))
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(f"{path} is no file of WISE: {error!r}. {self.data_help}") from error
+        if not items:
+            raise EvaluationError(f"{root} holds no .json files. {self.data_help}")
+        return sorted(items, key=lambda item: int(item.id))
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}.png"
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        text = self.question.format(prompt=item.prompt, explanation=item.metadata["explanation"])
+        return judge.reply(text, [picture])
+
+    def row(self, item: Item, answer: Any) -> dict[str, Any]:
+        """Make the line of WISE's result file: answer is the judge's reply, or such a line."""
+        if isinstance(answer, Mapping):
+            return {**answer, "prompt_id": int(item.id)}
+        return {"prompt_id": int(item.id), "score": wise_verified(str(answer))}
+
+    def value_of(self, row: Mapping[str, Any]) -> float | None:
+        return verified_value(row)
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values, failed, rows = [], [], []
+        for item in items:
+            key = (item.id, 0)
+            if key in answers:
+                row = self.row(item, answers[key])
+                value = self.value_of(row)
+                rows.append(row)
+                if value is None:
+                    failed.append((key, f"the judge's reply holds no mark: {str(answers[key])[:200]!r}"))
+                else:
+                    values.append(Value(*key, item.tag, value))
+        averages = average(rows, self.rules, self.value_of)
+        metrics: dict[str, Any] = {"categories": averages.means, "overall": averages.overall}
+        present = {value.tag for value in values}
+        complete = present == set(self.rules.weights)
+        return Score(values, dict(self.rules.weights) if complete else None, metrics, failed)
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read WISE's own result lines, which have a prompt_id. Lines that cannot be read are left out."""
+        found: dict[Key, Any] = {}
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        for file in files:
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and "prompt_id" in row:
+                    found[str(row["prompt_id"]), 0] = row
+        return found or None
+
+
+class WiseLegacy(Wise):
+    """WISE's first protocol: three marks of 0 to 2."""
+
+    name = "wise_legacy"
+    protocol = LEGACY.name
+    exact_judge = "gpt-4o-2024-05-13, with the prompt of WISE_legacy"
+    data_help = (
+        "Give the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE; it names no licence, so it is not part of "
+        "this package."
+    )
+    rules = LEGACY
+    question = _LEGACY_QUESTION
+
+    def row(self, item: Item, answer: Any) -> dict[str, Any]:
+        if isinstance(answer, Mapping):
+            return {**answer, "prompt_id": int(item.id)}
+        return {"prompt_id": int(item.id), **wise_legacy_upstream(str(answer))}
+
+    def value_of(self, row: Mapping[str, Any]) -> float | None:
+        return legacy_value(row)

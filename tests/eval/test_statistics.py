@@ -1,0 +1,106 @@
+"""Intervals hold what they promise, on simulated benchmarks."""
+
+import math
+
+import numpy as np
+import pytest
+
+from reca.eval import statistics
+
+RUNS = 500
+MEANS = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.85, "e": 0.5, "f": 0.6}
+GENEVAL = dict(zip(MEANS, (80, 99, 80, 94, 100, 100), strict=True))
+GAIN = 0.15  # of what a prompt lacks
+
+
+def simulate(sizes: dict[str, int], images: int, rng):
+    """Images of two models, right or wrong: prompts differ in difficulty, as a Beta distribution of spread 1."""
+    before, after = {}, {}
+    for tag, count in sizes.items():
+        easy = rng.beta(MEANS[tag], 1 - MEANS[tag], count)
+        names = [str(i) for i in range(count)]
+        for side, chance in ((before, easy), (after, easy + GAIN * (1 - easy))):
+            hits = (rng.random((count, images)) < chance[:, None]).astype(float)
+            side[tag] = dict(zip(names, hits.tolist(), strict=True))
+    return before, after
+
+
+def rows(side):
+    return [(tag, name, value) for tag, items in side.items() for name, values in items.items() for value in values]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "images"),
+    [(GENEVAL, 4), (dict.fromkeys(MEANS, 20), 2), ({"e": 30}, 1)],
+    ids=["GenEval", "six small tags", "one tag"],
+)
+def test_coverage_of_95_percent_intervals(monkeypatch, sizes, images):
+    rng, inside = np.random.default_rng(0), np.zeros(3)
+    weights = {tag: 1 / len(sizes) for tag in sizes}
+    for _ in range(RUNS):
+        before, after = simulate(sizes, images, rng)
+        change = statistics._estimate([after, before], weights, 2000, 0)
+        score = statistics._estimate([before], weights, 2000, 0)
+        gains = {tag: GAIN * (1 - MEANS[tag]) for tag in sizes}
+        truth = np.mean(list(gains.values())), np.mean([MEANS[tag] for tag in sizes])
+        inside[0] += change.overall.low <= truth[0] <= change.overall.high
+        inside[1] += score.overall.low <= truth[1] <= score.overall.high
+        inside[2] += np.mean([change.tags[t].low <= gains[t] <= change.tags[t].high for t in sizes])
+    assert np.all((inside / RUNS >= 0.93) & (inside / RUNS <= 0.97)), inside / RUNS
+
+
+def test_prompts_are_paired_and_images_of_a_prompt_stay_together():
+    """A prompt that is easy is easy for both: pairing removes what prompts differ by."""
+    before, after = simulate({"a": 60, "e": 60}, 8, np.random.default_rng(1))
+    paired = statistics.difference(rows(after), rows(before)).overall
+    alone = [statistics.estimate(rows(side)).overall for side in (before, after)]
+    assert paired.high - paired.low < 0.6 * math.hypot(*(side.high - side.low for side in alone))
+    assert paired.value == pytest.approx(alone[1].value - alone[0].value)
+    # Eight images of a prompt are one draw: taken for eight prompts, they would seem to know more than they do.
+    loose = [(tag, f"{name}/{i}", value) for i, (tag, name, value) in enumerate(rows(before))]
+    spread = statistics.estimate(loose).overall
+    assert alone[0].high - alone[0].low > 1.5 * (spread.high - spread.low)
+
+
+def test_the_overall_value_is_the_mean_over_tags_or_over_prompts():
+    values = [("a", "1", 1.0), ("a", "2", 1.0), ("a", "3", 0.0), ("b", "4", 0.0)]
+    assert statistics.estimate(values).overall.value == pytest.approx(0.5)
+    assert statistics.estimate(values, {"a": 0.5, "b": 0.5}).overall.value == pytest.approx(1 / 3)
+    assert statistics.estimate(values, {"a": 1.0, "b": 1.0}).overall.value == pytest.approx(2 / 3)
+
+
+def test_little_or_no_data():
+    same = [("a", str(i), 1.0) for i in range(5)]
+    assert statistics.difference(same, same).overall == (0, 0, 0)
+    one = statistics.estimate([("a", "1", 1.0)]).overall
+    assert one.value == 1 and one.low == -math.inf and one.high == math.inf
+    # A tag whose five prompts agree borrows the spread of the others.
+    mixed = statistics.estimate([*same, *(("b", str(i), float(i % 2)) for i in range(20))])
+    assert mixed.tags["a"].value == 1 and mixed.tags["a"].low < 0.9
+    with pytest.raises(ValueError, match="nothing to compute an interval of"):
+        statistics.difference(same, [("a", "9", 1.0)])
+    with pytest.raises(ValueError, match="nothing to compute"):
+        statistics.estimate([])
+
+
+def test_only_prompts_that_both_have_are_compared():
+    after = [("a", "1", 1.0), ("a", "2", 1.0), ("a", "3", 1.0)]
+    before = [("a", "2", 0.0), ("a", "3", 1.0), ("a", "9", 1.0)]
+    assert statistics.difference(after, before).overall.value == 0.5
+
+
+def test_power():
+    before, after = simulate(GENEVAL, 4, np.random.default_rng(2))
+    weights = {tag: 1 / 6 for tag in MEANS}
+    table = statistics.power(rows(after), rows(before), weights, (0.0, 0.01, 0.036))
+    found = {(p.images_per_item, p.difference): p.power for p in table}
+    assert found[4, 0.0] == pytest.approx(0.05, abs=1e-3)
+    assert 0.05 < found[1, 0.01] < found[4, 0.01] < found[12, 0.01] < found[12, 0.036] <= 1
+    # Against what happens: share of repetitions whose interval leaves out 0.
+    rng, hits = np.random.default_rng(3), 0
+    for _ in range(100):
+        sides = simulate(GENEVAL, 1, rng)
+        hits += statistics._estimate([sides[1], sides[0]], weights, 1000, 0).overall.low > 0
+    truth = np.mean([GAIN * (1 - MEANS[t]) for t in MEANS])
+    (predicted,) = statistics.power(rows(after), rows(before), weights, (truth,), (1,))
+    assert abs(hits / 100 - predicted.power) < 0.12
