@@ -33,6 +33,9 @@ class ObjectiveConfig:
     reca: TaskConfig = config_field(lambda: TaskConfig(weight=1.0), "reconstruction from h_v (the RECA loss)")
     i2t: TaskConfig = config_field(TaskConfig, "image to text; 1 where understanding and generation share weights")
     t2i: TaskConfig = config_field(TaskConfig, "caption to image: supervised fine-tuning (SFT)")
+    srum: TaskConfig = config_field(
+        TaskConfig, "caption to image, towards regions that score well and away from others (SRUM, arXiv 2510.12784)"
+    )
     condition: str = config_field(
         "own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other")
     )

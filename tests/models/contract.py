@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch, Scored, ScoredBox, Turn
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
@@ -50,7 +50,15 @@ TEXTS = {
         [Turn("this", "a square")],
         [Turn("describe", "a blue square")],
     ],
+    "srum": [
+        Scored("a red square", (ScoredBox(0, 0, 0.5, 1, 1.0), ScoredBox(0.25, 0, 1, 0.5, 0.5)), 0.25),
+        Scored("a blue circle drawn with care", (ScoredBox(0.5, 0.5, 1, 1, -0.05),), 0.5),
+        Scored("a square", (), 1.0),
+        Scored("a", (ScoredBox(0.1, 0.1, 0.2, 0.2, 1.0),), 0.0),
+    ],
 }
+# Every case with every task that its model has.
+CASE_TASKS = [(case, task) for case in CASES for task in TEXTS if task in umm_package(case.split()[0]).Adapter.tasks]
 SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
 
 

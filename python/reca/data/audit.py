@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reca import units
-from reca.data.batch import Turn
+from reca.data.batch import Scored, Turn
 from reca.data.errors import BadSample, LeftOut
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
@@ -70,9 +70,10 @@ class Audit:
         first = self.first.setdefault(looked.digest, looked.key)
         if not about and first != looked.key:
             self.duplicates[looked.key] = first
-        if isinstance(looked.text, str):
-            self.captions.append(len(looked.text.split()))
-            self.texts[hash(looked.text)] += 1
+        caption = looked.text.caption if isinstance(looked.text, Scored) else looked.text
+        if isinstance(caption, str):
+            self.captions.append(len(caption.split()))
+            self.texts[hash(caption)] += 1
         elif looked.text:
             self.turns.append(len(looked.text))
             self.answers += [len(Turn(*turn).answer.split()) for turn in looked.text]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from reca.rng import CounterRNG
 
-TASKS = ("reca", "i2t", "t2i")  # reconstruction from h_v, image to text, text to image
+# Reconstruction from h_v, image to text, text to image, and text to image of scored regions.
+TASKS = ("reca", "i2t", "t2i", "srum")
 
 
 def task_rng(seed: int, task: str, *path: int) -> CounterRNG:
@@ -27,16 +28,40 @@ class Turn(NamedTuple):
     answer: str
 
 
+class ScoredBox(NamedTuple):
+    """A region of an image and how right it is, from -1 to 1. Edges are fractions of the image's width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    score: float
+
+
+class Scored(NamedTuple):
+    """What is said of an image that a model has drawn.
+
+    background  score where no box lies
+    target      bytes of another image to stay near; None: the image itself
+    """
+
+    caption: str
+    boxes: tuple[ScoredBox, ...]
+    background: float = 0.0
+    target: bytes | None = None
+
+
 @dataclass
 class Batch:
     """Samples of one task on their way to the loss.
 
     gen, und    uint8 [3, H, W] per sample, or None where the task's views have none
-    text        reca: the template sentence; t2i: the caption; i2t: a list of Turn
+    text        reca: the template sentence; t2i: the caption; i2t: a list of Turn; srum: Scored
     features    what `encode` returned for these samples, when it comes from a cache
     on_encoded  takes what `encode` returns, to put it into a cache
     neighbour   one more sample, whose h_v the last of these gets under condition "other"
     counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
+    target      srum: the generation view of the other image that each stays near; None: all stay near themselves
     prepared    what `Adapter.prepare` returned, when the loader has called it; `replace` leaves it out
     """
 
@@ -49,6 +74,7 @@ class Batch:
     on_encoded: Callable[[dict[str, Any]], None] | None = None
     neighbour: "Batch | None" = None
     counted: bool = True
+    target: list[Tensor] | None = None
     prepared: Any = field(default=None, init=False, repr=False)
     _host_ids: Tensor | None = field(default=None, init=False, repr=False)
 
@@ -69,6 +95,7 @@ class Batch:
             sample_ids=move(self.sample_ids),
             gen=move(self.gen),
             und=move(self.und),
+            target=move(self.target),
             features=features,
             neighbour=self.neighbour and self.neighbour.to(device),
         )

@@ -30,8 +30,16 @@ class DataConfig:
         "package.module:FUNCTION",
         path=GLOB,
     )
+    scored: Optional[Sources] = config_field(
+        None,
+        "images of the model's own with scores of their regions (srum): a .json or .jsonl, see docs/self_training.md, "
+        "or package.module:FUNCTION",
+        path=GLOB,
+    )
     image_root: Optional[str] = config_field(
-        None, "folder that image names in a conversations file or in a table start from", path=LOCAL
+        None,
+        "folder that image names in a file of conversations or of scored images, or in a table, start from",
+        path=LOCAL,
     )
     columns: ColumnsConfig = config_field(ColumnsConfig, "columns of tables")
     limit: Optional[int] = config_field(

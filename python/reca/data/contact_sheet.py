@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from reca.data.batch import Scored
 from reca.data.loader import Loader
 
 STYLE = """
@@ -38,11 +39,14 @@ def contact_sheet(loader: Loader, count: int, title: str) -> str:
 
 
 def _figure(position: int, key: str, batch: Any) -> str:
-    views = [("generation", batch.gen), ("understanding", batch.und)]
+    views = [("generation", batch.gen), ("understanding", batch.und), ("target", batch.target)]
     images = "".join(_image(name, view[0]) for name, view in views if view is not None)
     sizes = ", ".join(f"{view[0].shape[2]} x {view[0].shape[1]}" for _, view in views if view is not None)
     text = batch.text[0]
-    if not isinstance(text, str):
+    if isinstance(text, Scored):
+        boxes = (f"{box.score:+g} at {', '.join(f'{x:.2f}' for x in box[:4])}" for box in text.boxes)
+        shown = "<br>".join((_text(text.caption), *boxes, f"{text.background:+g} elsewhere"))
+    elif not isinstance(text, str):
         shown = "<br>".join(f"<b>Q</b> {_text(turn.question)}<br><b>A</b> {_text(turn.answer)}" for turn in text)
     else:
         shown = _text(text)

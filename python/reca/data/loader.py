@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reca.data import dali
 from reca.data.bad_samples import BadSamples
-from reca.data.batch import Batch, task_rng
+from reca.data.batch import Batch, Scored, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
@@ -98,6 +98,7 @@ class Row(NamedTuple):
     und: Tensor | None
     features: dict[str, Tensor] | None = None
     address: str = ""  # in the cache
+    target: Tensor | None = None  # the generation view of another image to stay near
 
 
 class Loader:
@@ -219,10 +220,15 @@ class Loader:
         """Read one sample. Raises BadSample if it is bad, and DataError with its key for any other error."""
         try:
             sample = self.source[index]
-            address = content(sample.image) if self.cache else ""
+            other = sample.text.target if isinstance(sample.text, Scored) else None
+            address = content(sample.image + (other or b"")) if self.cache else ""
             if self.cache and cached and (features := self.cache.get(address)):
                 return Row(sample, None, None, features, address)
-            return Row(sample, *self.decode(sample.image, position), address=address)
+            gen, und = self.decode(sample.image, position)
+            target = None if other is None else self.decode(other, position)[0]
+            if target is not None and gen is not None and target.shape != gen.shape:
+                raise BadSample(f"image and target differ in shape: {[*gen.shape[1:]]} and {[*target.shape[1:]]}")
+            return Row(sample, gen, und, address=address, target=target)
         except (BadSample, DataError):
             raise
         except Exception as error:
@@ -232,7 +238,7 @@ class Loader:
             raise DataError(f"sample {self.source.key(index)} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
     def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
-        whole = all(row.features for row in rows)
+        whole = all(row.features for row in rows) and len({frozenset(row.features or ()) for row in rows}) == 1
         if not whole:  # a batch that is new in part is encoded as a whole
             rows = [
                 self._read(position, cached=False) if row.features else row
@@ -243,12 +249,18 @@ class Loader:
         if self.templates:
             picks = (self.rng.uniform(RandomStream.TEMPLATE, ids)[:, 0] * len(self.templates)).long()
             text = [self.templates[i] for i in picks.tolist()]
+        if self.task == "srum":
+            text = [said._replace(target=None) for said in text]
         if whole:
             return Batch(self.task, ids, text, features=collate([row.features for row in rows if row.features]))
         views = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
         gen, und = (None if view[0] is None else view for view in views)
         on_encoded = functools.partial(self.cache.put, [row.address for row in rows]) if self.cache else None
-        return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded)
+        target = None
+        if any(row.target is not None for row in rows):
+            views = (row.gen if row.target is None else row.target for row in rows)
+            target = [view for view in views if view is not None]
+        return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded, target=target)
 
 
 def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:

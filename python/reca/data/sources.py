@@ -15,14 +15,20 @@ from reca.data.folder import Folder, NoImages
 from reca.data.mixture import Mixture, limit
 from reca.data.parquet import Parquet, one_split
 from reca.data.patterns import expand
-from reca.data.remote import RemotePath, is_address, remote_path
+from reca.data.remote import RemotePath, is_address, remote_path, to_path
 from reca.data.remote_folder import RemoteFolder
 from reca.data.sample import Source
+from reca.data.scored import ScoredImages
 from reca.data.skipped import log_once
 from reca.data.spec import call_source, parse_spec
 from reca.data.tars import Tars
 
-DATA_KEYS = {"reca": "images", "i2t": "conversations", "t2i": "captions"}  # task -> key of its samples
+DATA_KEYS = {
+    "reca": "images",
+    "i2t": "conversations",
+    "t2i": "captions",
+    "srum": "scored",
+}  # task -> key of its samples
 TAR = re.compile(r"\.tar($|[.*?\[{])|\.(tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 JSON = re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE)
 PARQUET = re.compile(r"\.(parquet|pq)($|[.*?\[{])", re.IGNORECASE)
@@ -55,7 +61,8 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     """Open the source that a recipe's text describes: a folder, files or a pattern of them, a data set
     of the hub, or an importable spec.
 
-    task: with "t2i" every sample must have a caption, with "i2t" a conversation. columns: of tables.
+    task: with "t2i" every sample must have a caption, with "i2t" a conversation; with "srum" it is a file of scored
+    images. columns: of tables.
     Raises DataError when there is nothing to read, and when it is not clear what belongs together.
     """
     path, columns = Path(text), columns or ColumnsConfig()
@@ -66,6 +73,8 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
     if "\0" in text or not text.strip():
         raise DataError(f"{text!r} is no path; name the data, or null for none")
     try:
+        if task == "srum":
+            return ScoredImages(to_path(text), image_root)
         if is_address(text):
             return _open_address(text, task, image_root, columns)
         if path.is_dir():

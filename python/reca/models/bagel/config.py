@@ -74,6 +74,9 @@ class BagelConfig:
     edit_min_size: int = pixels(224, "its shortest side")
     template_drop: float = share(0.1, "RECA: share of samples that lose their template; h_v always stays")
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
+    srum_constraint: float = config_field(
+        0.1, "SRUM: weight of the error against the image to stay near, beside scores from -1 to 1", least=0
+    )
     timestep_shift: float = config_field(
         1.0, "training: above 1, noise levels move towards pure noise; sampling has its own", above=0
     )

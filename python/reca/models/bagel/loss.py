@@ -1,4 +1,4 @@
-"""BAGEL's losses: flow matching of the image's latents (reca, t2i), cross-entropy of the answers (i2t).
+"""BAGEL's losses: flow matching of the image's latents (reca, t2i, srum), cross-entropy of the answers (i2t).
 
 Prompt and noisy image are two passes, so that a frozen prompt runs without a graph. Sequences, dropped texts and the
 weight are made on the host by `prepare`.
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
@@ -15,6 +16,7 @@ from reca.models import base
 from reca.models.bagel.modules import Network, shift_timesteps
 from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
 from reca.models.base import LossTerm
+from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
 from reca_kernels.host import on_device
@@ -30,6 +32,7 @@ class Prepared(base.Prepared):
     items       per sample: the prompt
     prompt      its layout, the whole sequence for i2t
     image       layout of the noisy images; None for i2t
+    rewards     srum: fp32 [T, 1], the score of every image token
 
     Its weight is the number of image tokens, or of labels for i2t.
     """
@@ -38,6 +41,7 @@ class Prepared(base.Prepared):
     items: list[list[Item]]
     prompt: Layout
     image: Layout | None
+    rewards: Tensor | None = None
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
@@ -47,9 +51,10 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     else:
         share = net.config.template_drop if batch.task == "reca" else net.config.caption_drop
         dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
-        texts = [[] if drop else [net.text(text)] for text, drop in zip(batch.text, dropped, strict=True)]
+        captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
+        texts = [[] if drop else [net.text(text)] for text, drop in zip(captions, dropped, strict=True)]
     items: list[list[Item]] = [[*text] for text in texts]
-    if batch.task != "t2i":
+    if batch.task in ("reca", "i2t"):
         item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
         items = [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
     layout = net.layout(items)
@@ -59,7 +64,11 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     sizes = _image_sizes(net, batch)
     image = net.layout([[NoisyImage(*size)] for size in sizes], layout.next_positions)
     tokens = float(sum(height * width for height, width in sizes))
-    return Prepared(*made, tokens, batch.host_ids, items, layout, image)
+    rewards = None
+    if batch.task == "srum":
+        scored = zip(batch.text, sizes, strict=True)
+        rewards = torch.cat([token_rewards(said, *size) for said, size in scored])[:, None]
+    return Prepared(*made, tokens, batch.host_ids, items, layout, image, rewards)
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
@@ -67,8 +76,8 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
     given, prepared = _prompt(net, prepared, features)
     if prepared.image is None:
         return LossTerm.of(answer_loss(net, given, prepared.prompt), prepared)
-    layouts = prepared.prompt, prepared.image
-    total = flow_loss(net, given, *layouts, features["moments"], prepared.sample_ids, rng)
+    layouts, scored = (prepared.prompt, prepared.image), (prepared.rewards, features.get("target"))
+    total = flow_loss(net, given, *layouts, features["moments"], prepared.sample_ids, rng, *scored)
     return LossTerm.of(total, prepared)
 
 
@@ -89,18 +98,25 @@ def flow_loss(
     moments: Sequence[Tensor] | Tensor,  # of those images, [2 C, h, w] per sample
     sample_ids: Tensor,  # int64 [B], global ids
     rng: CounterRNG,
+    rewards: Tensor | None = None,  # [T, 1], of image tokens
+    target: Sequence[Tensor] | Tensor | None = None,  # moments of the images that scored ones stay near
 ) -> Tensor:
-    """Sum the mean squared error of the velocity over image tokens."""
+    """Sum the mean squared error of the velocity over image tokens; with rewards, SRUM's loss."""
     patch = net.config.latent_patch_size
     latents = sample_posterior(net, moments, rng, sample_ids)
     t = noise_level(net, rng, sample_ids)
+    near = None if target is None else sample_posterior(net, target, rng, sample_ids)
     if net.config.parity:
         latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
+        near = near and [z.bfloat16() for z in near]
     noise = rng.noise(RandomStream.NOISE, sample_ids)
     tokens = flow_matching_add_noise(latents, t, noise, patch=patch)
     _, cache = net.prefill(given, layout=layout)
     velocity = net.predict_velocity(cache, image, tokens, t)
-    total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
+    if rewards is None:
+        total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
+    else:
+        total = scored_flow_loss(velocity, latents, near, noise, rewards, net.config.srum_constraint, patch).sum()
     return total / velocity.shape[1]
 
 

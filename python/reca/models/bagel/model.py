@@ -17,12 +17,13 @@ from reca.rng import CounterRNG
 
 
 class Bagel(modules.Network, Adapter):
-    """Features of `encode`: moments, a list of fp32 [2 C, h, w]; h_v, a list of [h, w, C], tokens of SigLIP before the
-    connector, or of moments (hv_source vae). A cache gives them stacked where their sizes agree.
+    """Features of `encode`: moments, and for srum perhaps target's, lists of fp32 [2 C, h, w]; h_v, a list of
+    [h, w, C], tokens of SigLIP before the connector, or of moments (hv_source vae). A cache gives them stacked where
+    their sizes agree.
     """
 
     name = "bagel"
-    tasks = frozenset({"reca", "t2i", "i2t"})
+    tasks = frozenset({"reca", "t2i", "i2t", "srum"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = weights.TRAINED
     condition_keys = ("h_v",)
@@ -51,6 +52,8 @@ class Bagel(modules.Network, Adapter):
         features = {}
         if batch.gen is not None:
             features["moments"] = self.moments(batch.gen)
+        if batch.target is not None:
+            features["target"] = self.moments(batch.target)
         if batch.und is not None:
             vae = batch.task == "reca" and self.config.hv_source == "vae"
             features["h_v"] = self.moments(batch.und) if vae else self.encode_understanding(batch.und)

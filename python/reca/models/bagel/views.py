@@ -15,7 +15,7 @@ def task_views(net: Network, task: str) -> Views:
     if task == "i2t":
         return Views(gen=None, und=_bound(c.answer_size, c.answer_min_size, patch, MAX_ANSWER_PIXELS))
     gen = _bound(c.image_size, c.image_min_size, side)
-    if task == "t2i":
+    if task in ("t2i", "srum"):
         return Views(gen=gen, und=None)
     size, stride = c.understanding_size, patch if c.hv_source == "vit" else side
     return Views(gen=gen, und=replace(_bound(size, size, stride), blur=c.hv_blur))

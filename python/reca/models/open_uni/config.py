@@ -105,5 +105,8 @@ class OpenUniConfig:
         448, "height and width of InternViT's input in pixels; 224 is a tighter bottleneck"
     )
     hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    srum_constraint: float = config_field(
+        0.1, "SRUM: weight of the error against the image to stay near, beside scores from -1 to 1", least=0
+    )
     parity: bool = config_field(False, "round sigma to bf16 as the release does")
     seed: int = config_field(0, "of a random initialisation", least=0)

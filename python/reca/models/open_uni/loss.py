@@ -1,4 +1,4 @@
-"""OpenUni's losses: flow matching of an image's latents (reca, t2i), and cross-entropy of replies (i2t)."""
+"""OpenUni's losses: flow matching of an image's latents (reca, t2i, srum), and cross-entropy of replies (i2t)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common.chat import Prompt
+from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
 from reca.rng import CounterRNG, RandomStream
@@ -24,10 +25,12 @@ class Prepared(base.Prepared):
     """A batch's sequences. weight: images, or labelled tokens of replies.
 
     sample_ids  int64 [B], global ids
+    rewards     srum: fp32 [B, 1, h, w], the score of every latent
     """
 
     sample_ids: Tensor
     layout: prompt.Layout
+    rewards: Tensor | None = None
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
@@ -39,7 +42,11 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         return Prepared(*made, float(layout.labelled), batch.host_ids, layout)
     side = "left" if batch.task == "reca" else "right"
     layout = prompt.layout(sample_prompts(net, batch, rng), hv_tokens, side, net.config.queries)
-    return Prepared(*made, float(len(batch)), batch.host_ids, layout)
+    rewards = None
+    if batch.task == "srum":
+        size = net.config.image_size // modules.factor(net.config)
+        rewards = torch.stack([token_rewards(said, size, size).view(1, size, size) for said in batch.text])
+    return Prepared(*made, float(len(batch)), batch.host_ids, layout, rewards)
 
 
 def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
@@ -49,7 +56,8 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
         most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - frame
         return [prompt.with_image(net.tokenizer, text, most) for text in batch.text]
     dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
-    texts = [None if drop else text for text, drop in zip(batch.text, dropped, strict=True)]
+    captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
+    texts = [None if drop else text for text, drop in zip(captions, dropped, strict=True)]
     return [prompt.caption(net.tokenizer, text) for text in texts]
 
 
@@ -58,7 +66,8 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
     if prepared.task == "i2t":
         return LossTerm.of(reply_loss(net, prepared, features["h_v"]), prepared)
     condition = net.condition(prepared.layout, features["h_v"] if prepared.task == "reca" else None)
-    errors = flow_loss(net, condition, features["latents"], prepared.sample_ids, rng)
+    scored = prepared.rewards, features.get("target")
+    errors = flow_loss(net, condition, features["latents"], prepared.sample_ids, rng, *scored)
     return LossTerm.of(errors.sum(), prepared)
 
 
@@ -68,12 +77,17 @@ def flow_loss(
     latents: Tensor,  # [B, C, h, w]
     sample_ids: Tensor,  # int64 [B], global ids
     rng: CounterRNG,
+    rewards: Tensor | None = None,  # [B, 1, h, w]
+    target: Tensor | None = None,  # [B, C, h, w], the latents that scored ones stay near
 ) -> Tensor:
-    """Mean squared error of the velocity per sample, fp32 [B]."""
+    """Compute the mean squared error of the velocity per sample, fp32 [B]; with rewards, SRUM's loss."""
     t, noise = noise_level(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
     noisy = flow_matching_add_noise(latents, t.to(torch.bfloat16).float() if net.config.parity else t, noise)
     velocity = net.transformer(noisy, encoder_hidden_states=condition, timestep=t * STEPS, return_dict=False)[0]
-    return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
+    if rewards is None:
+        return flow_matching_loss(velocity, latents, t, noise, reduction="sample")
+    loss = scored_flow_loss(velocity, latents, target, noise, rewards, net.config.srum_constraint)
+    return loss.flatten(1).mean(1)
 
 
 def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ from reca.rng import CounterRNG
 
 
 class OpenUni(Network, Adapter):
-    """Features of `encode`: latents [B, C, h, w] of the image to generate; h_v [B, n, H]."""
+    """Features of `encode`: latents [B, C, h, w] of the image to generate, and for srum perhaps target's; h_v
+    [B, n, H].
+    """
 
     name = "open_uni"
-    tasks = frozenset({"reca", "t2i", "i2t"})
+    tasks = frozenset({"reca", "t2i", "i2t", "srum"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     condition_keys = ("h_v",)
@@ -43,6 +45,8 @@ class OpenUni(Network, Adapter):
     def views(self, task: str) -> Views:
         if task == "i2t":
             return Views(gen=None, und=View(self.config.understanding_size))
+        if task == "srum":
+            return Views(gen=View(self.config.image_size), und=None)  # whole, as boxes are of the whole image
         gen = View(self.config.image_size, fit="random_crop")
         blurred = task == "reca" and self.config.hv_blur > 1
         return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
@@ -55,6 +59,8 @@ class OpenUni(Network, Adapter):
         assert batch.gen is not None
         pixels = to_unit(batch.gen)
         features = {"latents": self.latents(pixels)}
+        if batch.target is not None:
+            features["target"] = self.latents(to_unit(batch.target))
         if batch.task == "reca":
             features["h_v"] = self.encode_understanding(to_unit(batch.und) if batch.und else pixels)
         return features
