@@ -258,8 +258,8 @@ class Loader:
         on_encoded = functools.partial(self.cache.put, [row.address for row in rows]) if self.cache else None
         target = None
         if any(row.target is not None for row in rows):
-            views = (row.gen if row.target is None else row.target for row in rows)
-            target = [view for view in views if view is not None]
+            near = (row.gen if row.target is None else row.target for row in rows)
+            target = [view for view in near if view is not None]
         return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded, target=target)
 
 

@@ -51,10 +51,10 @@ def scored_flow_loss(
     """Return the loss of every element, shaped like velocity; fp32, or fp64 where the latents are."""
     clean = _clean(x0, noise, patch)
     eps = flow_matching_add_noise(x0, _level(x0, 1.0), noise, patch=patch, out_dtype=clean.dtype)
-    error = (velocity.to(clean.dtype) - (eps - clean)).square()
+    error = (velocity - (eps - clean)).square()
     if target is None:
         return (rewards + constraint) * error
-    held = (velocity.to(clean.dtype) - (eps - _clean(target, noise, patch))).square()
+    held = (velocity - (eps - _clean(target, noise, patch))).square()
     return rewards * error + constraint * held
 
 
