@@ -18,7 +18,7 @@ from reca.data.batch import Batch
 from reca.micro_batches import accumulation_steps, describe_split, size_warning
 from reca.models import umm_package
 from reca.models.base import ROLES, Adapter
-from reca.optim import freeze
+from reca.optim import freeze, state_bytes
 from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
@@ -123,7 +123,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
     gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
-    moments     two per trained weight, in its type
+    moments     two per trained weight, in the type that optim asks for; none with optim.offload
     ema         one fp32 number per trained weight
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
                 type of computation; one GPU: bf16 copies of trained matrices, at most
@@ -141,7 +141,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
         weights += own
         if parameter.requires_grad:
             gradients += 4 * parameter.numel() if gpus > 1 and several else own
-            moments += 2 * own
+            moments += 0 if recipe.optim.offload else state_bytes(parameter, recipe.optim, shard)
             ema += 4 * part(parameter, shard) if recipe.ema.half_life else 0
             if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()

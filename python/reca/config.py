@@ -55,7 +55,22 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = config_field("adamw", "adamw, or apex for NVIDIA apex's FusedAdam", ("adamw", "apex"))
+    name: str = config_field(
+        "adamw",
+        "adamw; adamw_8bit, whose moments have 8 bits and a scale per block; or apex for NVIDIA apex's FusedAdam",
+        ("adamw", "adamw_8bit", "apex"),
+    )
+    moments: str = config_field(
+        "fp32", "type of AdamW's moments between steps; bf16 rounds them stochastically", ("fp32", "bf16")
+    )
+    offload: bool = config_field(
+        False, "keep the moments in host memory and pass them through the GPU in pieces; changes no bit of the result"
+    )
+    fused_backward: bool = config_field(
+        False,
+        "update each parameter in the backward pass as soon as its gradient is complete, and free the gradient; needs "
+        "one micro-batch a step and max_grad_norm=null",
+    )
     lr: float = config_field(1e-5, "peak learning rate", least=0)
     betas: list[float] = config_field(lambda: [0.9, 0.95], "AdamW betas", least=0, below=1)
     eps: float = config_field(1e-8, "AdamW epsilon", above=0)
@@ -76,6 +91,23 @@ class OptimConfig:
     def check(self, prefix: str) -> None:
         if len(self.betas) != 2:
             raise RecipeError(f"{prefix}betas={format_value(self.betas)} must be two numbers from 0 to below 1")
+        if self.name == "apex":
+            for key in ("moments", "offload", "fused_backward"):
+                if getattr(self, key) not in ("fp32", False):
+                    raise RecipeError(
+                        f"{prefix}{key}={format_value(getattr(self, key))} needs {prefix}name=adamw; apex's FusedAdam "
+                        "keeps fp32 moments on the GPU"
+                    )
+        if self.name == "adamw_8bit" and self.moments != "fp32":
+            raise RecipeError(
+                f"{prefix}moments={self.moments} is for {prefix}name=adamw: adamw_8bit has moments of 8 bits, and fp32 "
+                f"ones of parameters too small for that. Leave {prefix}moments=fp32"
+            )
+        if self.fused_backward and self.max_grad_norm is not None:
+            raise RecipeError(
+                f"{prefix}fused_backward=true updates parameters before the norm of all gradients is known, so it "
+                f"cannot clip: set {prefix}max_grad_norm=null, or {prefix}fused_backward=false"
+            )
 
 
 @dataclass
@@ -120,6 +152,26 @@ class TrainConfig:
         False, "the same bits in every run on the same machine: only deterministic algorithms, which may be slower"
     )
     threads: Optional[int] = config_field(None, "CPU threads; null keeps torch's default", least=1, most=2**12)
+
+
+@dataclass
+class LoraConfig:
+    rank: int = config_field(
+        0, "rank of LoRA's matrices (Hu et al., arXiv 2106.09685); 0 trains the weights themselves", least=0, most=2**14
+    )
+    alpha: Optional[float] = config_field(
+        None, "LoRA's update is multiplied by alpha / rank; null = rank, a factor of 1", above=0
+    )
+    dropout: float = config_field(0.0, "dropout of the input of LoRA's matrices in training", least=0, below=1)
+    dora: bool = config_field(False, "train the norms of the rows apart from their directions (DoRA, arXiv 2402.09353)")
+    targets: list[str] = config_field(
+        lambda: ["*"],
+        "name patterns of linear layers that get LoRA, of those in blocks whose weights would be trained without it",
+        fewest=1,
+    )
+    base_dtype: Optional[str] = config_field(
+        None, "type in which the weights that LoRA is added to are kept; null = as without LoRA", (None, "bf16")
+    )
 
 
 @dataclass
@@ -194,6 +246,7 @@ class Recipe:
     objective: ObjectiveConfig = config_field(ObjectiveConfig, "")
     optim: OptimConfig = config_field(OptimConfig, "")
     train: TrainConfig = config_field(TrainConfig, "")
+    lora: LoraConfig = config_field(LoraConfig, "")
     parallel: ParallelConfig = config_field(ParallelConfig, "")
     ema: EMAConfig = config_field(EMAConfig, "")
     checkpoint: CheckpointConfig = config_field(CheckpointConfig, "")
@@ -207,3 +260,8 @@ class Recipe:
     def check(self, prefix: str) -> None:
         if not self.active_tasks():
             raise RecipeError(f"every weight of {prefix}objective is 0: there is nothing to train")
+        if self.lora.rank and self.lora.base_dtype and self.train.precision != self.lora.base_dtype:
+            raise RecipeError(
+                f"{prefix}lora.base_dtype={self.lora.base_dtype} needs {prefix}train.precision={self.lora.base_dtype}, "
+                f"which computes in that type; it is {self.train.precision}"
+            )

@@ -90,7 +90,8 @@ def host_memory() -> int:
 
 def _disk(recipe: Recipe, adapter: Adapter) -> None:
     run_dir, keep = Path(recipe.run_dir), recipe.checkpoint.keep
-    need, free = checkpoint.size(adapter, recipe.ema.half_life > 0), checkpoint.free_space(run_dir)
+    need = checkpoint.size(adapter, recipe.optim, recipe.ema.half_life > 0)
+    free = checkpoint.free_space(run_dir)
     if need > free:
         raise DataError(
             f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "

@@ -102,7 +102,7 @@ class Trainer:
         cast(self.adapter, recipe.train.precision)
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         parallelize(self.adapter, recipe, self.device)
-        self.optimizer = make_optimizer(self.adapter, recipe.optim)
+        self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         self.autocast = autocast(recipe.train.precision, self.device)
 

@@ -114,5 +114,5 @@ def test_a_run_without_one_says_so(recipe):
 
 def test_a_checkpoint_is_as_large_as_it_was_said_to_be(recipe):
     trainer = run_toy(recipe("ema.half_life=2", "train.steps=1"))
-    with_ema, without = (checkpoint.size(trainer.adapter, ema) for ema in (True, False))
+    with_ema, without = (checkpoint.size(trainer.adapter, trainer.recipe.optim, ema) for ema in (True, False))
     assert with_ema - without == sum(4 * average.numel() for average in trainer.ema.averages.values())

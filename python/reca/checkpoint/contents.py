@@ -3,7 +3,9 @@
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
+from reca.config import OptimConfig
 from reca.models.base import Adapter
+from reca.optim import state_bytes
 
 EMA = "ema"  # the folder of the averages
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -17,14 +19,14 @@ def changed_parameters(adapter: Adapter) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad or name in adapter.inherited}
 
 
-def size(adapter: Adapter, ema: bool = False) -> int:
-    """Count the bytes of a checkpoint: the changed parameters, and AdamW's two moments of each that is trained.
+def size(adapter: Adapter, config: OptimConfig, ema: bool = False) -> int:
+    """Count the bytes of a checkpoint: the changed parameters, and the optimizer's state of each that is trained.
 
     ema: with an fp32 average of these, too.
     """
     trained = [p for p in adapter.parameters() if p.requires_grad]
-    stored = [*changed_parameters(adapter).values(), *trained, *trained]
-    return 4 * sum(p.numel() for p in trained if ema) + sum(p.numel() * p.element_size() for p in stored)
+    changed = sum(p.numel() * p.element_size() for p in changed_parameters(adapter).values())
+    return changed + sum(state_bytes(p, config) + (4 * p.numel() if ema else 0) for p in trained)
 
 
 def tensors(state: dict) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from reca import distributed, folders, manifest, units
-from reca.checkpoint.contents import EMA, FLAT, changed_parameters, size, tensors
+from reca.checkpoint.contents import EMA, FLAT, changed_parameters, tensors
 from reca.checkpoint.errors import first_line
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.models.base import Adapter
@@ -43,7 +43,7 @@ def save(
     state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
     try:
         with distributed.fail_together():
-            _make_room(run_dir, partial, size(adapter, ema is not None))
+            _make_room(run_dir, partial, _bytes(changed_parameters(adapter), tensors(moments), ema or {}))
         with distributed.fail_together():
             _write(partial / "weights", changed_parameters(adapter))
         with distributed.fail_together():
@@ -72,6 +72,10 @@ def save(
             except OSError as error:
                 log.warning("checkpoint %s cannot be removed (%s); checkpoint.keep=%d", old, error.strerror, keep)
     return final
+
+
+def _bytes(*contents: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for content in contents for tensor in content.values())
 
 
 def _make_room(run_dir: Path, partial: Path, need: int) -> None:

@@ -1,0 +1,200 @@
+"""AdamW whose moments are small, or on the host, or whose steps run in the backward pass.
+
+Every step is torch's fused AdamW on fp32 tensors: what is stored in another type, or elsewhere, is brought into them a
+piece at a time. So fp32 moments give the bits of torch.optim.AdamW(fused=True), on the host or not.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from reca.config import OptimConfig
+from reca.optim import moments
+from reca.rng import CounterRNG
+
+PIECE = 1 << 24  # elements that are in fp32 at a time
+ALIGNED = 64  # rows: pieces are cut where vectors end, since a CPU rounds the elements after its last vector otherwise
+ROUNDING = 0x726F756E64  # keeps these random numbers apart from a run's others
+STREAMS = {"exp_avg": 0, "exp_avg_sq": 1, "parameter": 2}
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with the moments that `config` asks for, made at once and with zeros.
+
+    groups: of parameters, with their weight_decay and names. seed: of the stochastic rounding of bf16 moments, and of
+    parameters that are bf16 themselves.
+
+    The state of a parameter is step, fp32 []; exp_avg and exp_avg_sq, of its shape; and, of 8-bit ones, exp_avg_scale
+    and exp_avg_sq_scale, fp32 [rows, blocks]. Under FSDP2 they are sharded like the parameter.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, seed: int):
+        defaults = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+        super().__init__([{key: group[key] for key in group if key != "names"} for group in groups], defaults)
+        self.offload = config.offload
+        self.seeds: dict[nn.Parameter, Tensor] = {}
+        for group in groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                self.state[parameter] = self._zeros(parameter, config)
+                own = CounterRNG(seed, ROUNDING, zlib.crc32(name.encode())).seed
+                self.seeds[parameter] = torch.tensor(own, device=parameter.device)
+
+    @torch.no_grad()
+    def _zeros(self, parameter: nn.Parameter, config: OptimConfig) -> dict[str, Tensor]:
+        kept = moments.storage(parameter.shape, parameter.dtype, config)
+        state = {"step": torch.zeros((), device=parameter.device)}
+        for name in moments.MOMENTS:
+            state[name] = self._stored(
+                torch.zeros_like(parameter, dtype=kept, requires_grad=False, memory_format=torch.contiguous_format)
+            )
+            if kept == torch.uint8:
+                self._fill_with_zero_codes(state[name], signed=name == "exp_avg")
+                state[f"{name}_scale"] = self._stored(_zero_scales(parameter))
+        return state
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """Move what is kept between steps to the host, if it is to be there; pinned, so that a GPU copies by itself."""
+        if not self.offload:
+            return tensor
+        tensor = tensor.to("cpu")
+        if torch.cuda.is_available():
+            local = _local(tensor)
+            local.set_(local.pin_memory())
+        return tensor
+
+    def _fill_with_zero_codes(self, codes: Tensor, signed: bool) -> None:
+        zero, _ = moments.quantize(torch.zeros(1, 1, device=codes.device), signed)
+        _local(codes).fill_(int(zero))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+
+    @torch.no_grad()
+    def update(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor | None = None) -> None:
+        """Make the step of one parameter. skip: fp32 [] on the device; 1 leaves parameter and state as they are."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        state["step"] += 1
+        tensors = {"parameter": parameter, "gradient": parameter.grad} | {
+            name: tensor for name, tensor in state.items() if name != "step"
+        }
+        local = {name: _as_rows(_local(tensor)) for name, tensor in tensors.items()}
+        seed, offset = self.seeds[parameter] + state["step"].long(), _first_row(parameter)
+        length = max(1, PIECE // max(1, local["parameter"].shape[1]) // ALIGNED) * ALIGNED
+        for first in range(0, local["parameter"].shape[0], length):
+            piece = {name: tensor[first : first + length] for name, tensor in local.items()}
+            self._update_piece(piece, group, state["step"], seed, offset + first, skip)
+        if not (shard := _local(parameter)).is_contiguous():
+            shard.copy_(local["parameter"].view(shard.shape))  # what was stepped was a copy
+        if skip is not None:
+            state["step"] -= skip
+
+    def _update_piece(
+        self,
+        stored: dict[str, Tensor],
+        group: dict[str, Any],
+        step: Tensor,
+        seed: Tensor,
+        first: int,
+        skip: Tensor | None,
+    ) -> None:
+        """Make the step of some rows, all [n, row]. first: the row of the whole parameter that the first of them is."""
+        device, wide = step.device, stored["parameter"].dtype
+        wide = wide if wide == torch.float64 else torch.float32
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
+        work = {}
+        for name in ("parameter", "gradient", *moments.MOMENTS):
+            here = on_device[name]
+            if here.dtype == torch.uint8:
+                work[name] = moments.dequantize(here, on_device[f"{name}_scale"], signed=name == "exp_avg")
+            else:
+                work[name] = here.to(wide).contiguous()
+        torch._fused_adamw_(
+            [work["parameter"]],
+            [work["gradient"]],
+            [work["exp_avg"]],
+            [work["exp_avg_sq"]],
+            [],
+            [step],
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
+        for name in ("parameter", *moments.MOMENTS):
+            kept, result = stored[name], work[name]
+            if result is kept or result.data_ptr() == kept.data_ptr():
+                continue
+            if kept.dtype == torch.uint8:
+                codes, scale = moments.quantize(result, signed=name == "exp_avg")
+                scales = f"{name}_scale"
+                if skip is not None:  # what codes stand for need not have them again
+                    codes = torch.where(skip > 0, on_device[name], codes)
+                    scale = torch.where(skip > 0, on_device[scales], scale)
+                stored[scales].copy_(scale, non_blocking=True)
+                result = codes
+            elif kept.dtype == torch.bfloat16:
+                result = moments.round_to_bf16(result, seed, first, STREAMS[name])
+            kept.copy_(result, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to the host may be under way
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy a state into this one, in the types it is kept in; torch's would make all of it the parameters' type."""
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, tensor in self.state[parameter].items():
+                if (given := state_dict["state"][number][name]) is not tensor:
+                    tensor.copy_(given)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, itself and not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """View a tensor as [rows, row], its first dimension being the rows. A copy if it is not contiguous."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    return tensor.reshape(rows, -1) if tensor.numel() else tensor.reshape(0, 1)
+
+
+def _first_row(parameter: nn.Parameter) -> int:
+    """Return which row of the whole parameter is the first of this rank's."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0]
+
+
+def _zero_scales(parameter: nn.Parameter) -> Tensor:
+    shape: Sequence[int] = moments.scale_shape(parameter.shape)
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(shape, device=parameter.device)
+    local = torch.zeros(parameter.to_local().shape[0], shape[1], device=parameter.device)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=(shape[1], 1),
+    )

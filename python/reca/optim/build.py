@@ -1,0 +1,58 @@
+"""The optimizer that a recipe names, over the trained parameters."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from reca.config import OptimConfig
+from reca.models.base import Adapter
+from reca.optim import moments
+from reca.optim.adamw import AdamW
+
+
+def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """Make the optimizer over the trained parameters, in two groups: with and without weight decay.
+
+    seed: of stochastic rounding.
+    """
+    decayed: list[tuple[str, nn.Parameter]] = []
+    plain: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            (decayed if adapter.decays(name, parameter) else plain).append((name, parameter))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in named], "names": [name for name, _ in named], "weight_decay": decay}
+        for named, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if named
+    ]
+    if _needs_own(config, [p for _, p in (*decayed, *plain)]):
+        return AdamW(groups, config, seed)
+    groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
+    common: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.name == "apex":
+        return _apex_adam()(groups, adam_w_mode=True, **common)
+    fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, fused=fused, **common)
+
+
+def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:
+    """Tell whether torch's AdamW, whose moments have the parameters' type and place, is not what `config` asks for."""
+    if config.name == "apex":
+        return False
+    if config.name == "adamw_8bit" or config.offload or config.fused_backward:
+        return True
+    return any(moments.storage(p.shape, p.dtype, config) != p.dtype for p in parameters)
+
+
+def _apex_adam() -> type:
+    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ValueError(
+            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), which is not "
+            "installed; PyPI's package named apex is something else. Use optim.name=adamw"
+        ) from error
+    return FusedAdam

@@ -1,0 +1,23 @@
+"""The norm of gradients, and clipping to it."""
+
+import torch
+from torch import nn
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
+    """Clip the gradients to a global L2 norm of `max_grad_norm` (None: leave them) and return the norm before.
+
+    Norms are taken in fp32 whatever the gradients are: in fp16 they end at 65504. Waits for the device, since whether
+    a step is made depends on the norm.
+    """
+    parameters = [p for p in adapter.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(
+        [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype in HALVES else g for g in gradients]
+    )
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -1,0 +1,25 @@
+"""The learning rate as a function of the step."""
+
+import math
+
+import torch
+
+from reca.config import OptimConfig
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Compute the learning rate of step `step` (the first is 0) in a run of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    end = config.decay_steps or steps
+    start = max(config.warmup_steps, int(config.stable_fraction * end))
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,31 @@
+"""Which parameters are trained."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+from reca.models.base import ROLES, Adapter
+
+
+def freeze(adapter: Adapter, roles: list[str] | None, frozen: Sequence[str] = ()) -> list[str]:
+    """Leave only parameters of `roles` (None: the adapter's default) trainable, without those whose names match a
+    pattern of `frozen`. Returns the trained roles.
+
+    Raises ValueError for a role that does not exist or that this model has no parameters of, for an idle pattern, and
+    when nothing is left to train.
+    """
+    role_of = adapter.roles()
+    wanted = sorted(roles if roles is not None else adapter.trainable_roles)
+    present = set(role_of.values())
+    for role in wanted:
+        if role not in ROLES:
+            raise ValueError(f"train.train names {role!r}, which is no role; roles are {', '.join(ROLES)}")
+        if roles is not None and role not in present:
+            raise ValueError(f"{adapter.name} has no parameters of role {role!r}; it has {', '.join(sorted(present))}")
+    for pattern in frozen:
+        if not any(fnmatch(name, pattern) for name in role_of):
+            raise ValueError(f"train.frozen: no parameter matches {pattern!r}; names look like {min(role_of)!r}")
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad_(role_of[name] in wanted and not any(fnmatch(name, pattern) for pattern in frozen))
+    if not any(parameter.requires_grad for parameter in adapter.parameters()):
+        raise ValueError("nothing is trained: train.train names no role, or train.frozen matches all that it names")
+    return [role for role in wanted if role in present]
