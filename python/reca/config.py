@@ -260,6 +260,11 @@ class Recipe:
     def check(self, prefix: str) -> None:
         if not self.active_tasks():
             raise RecipeError(f"every weight of {prefix}objective is 0: there is nothing to train")
+        if self.optim.fused_backward and self.train.skip_spikes is not None:
+            raise RecipeError(
+                f"{prefix}optim.fused_backward=true updates parameters before the norm of all gradients is known, so "
+                f"it cannot skip a step because of it: set {prefix}train.skip_spikes=null"
+            )
         if self.lora.rank and self.lora.base_dtype and self.train.precision != self.lora.base_dtype:
             raise RecipeError(
                 f"{prefix}lora.base_dtype={self.lora.base_dtype} needs {prefix}train.precision={self.lora.base_dtype}, "

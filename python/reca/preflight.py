@@ -16,7 +16,7 @@ from reca.data.sample import Source
 from reca.data.sources import open_sources
 from reca.data.templates import load_templates
 from reca.models.base import Adapter
-from reca.optim import freeze
+from reca.optim import check_passes, freeze
 from reca.options import RecipeError
 
 log = logging.getLogger("reca")
@@ -44,6 +44,7 @@ def check(
     for task in recipe.active_tasks():
         if task not in model.tasks:
             raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
+    check_passes(recipe, ranks)
     if begins:
         runs.check_parent(recipe, model)
     sources = open_sources(recipe.data, tasks, recipe.train.seed)

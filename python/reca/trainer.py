@@ -22,7 +22,7 @@ from reca.interruption import Interruption
 from reca.log import RunLog, due
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.optim import freeze, gradient_norm, lr_at, make_optimizer, set_lr
+from reca.optim import FusedBackward, freeze, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import parallelize
 from reca.precision import autocast, cast
 from reca.precompute import features_identity
@@ -103,6 +103,7 @@ class Trainer:
         self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
         parallelize(self.adapter, recipe, self.device)
         self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
+        self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         self.autocast = autocast(recipe.train.precision, self.device)
 
@@ -219,12 +220,15 @@ class Trainer:
         Raises NonFiniteError after train.max_skips such steps in a row.
         """
         self.adapter.train()
-        sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
-        norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
+        set_lr(self.optimizer, lr)
+        sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
+        if self.fused_backward:
+            norm = self.fused_backward.finish_step()
+        else:
+            norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         if self.skipped.accepts(norm):
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            self.optimizer.step()  # of the parameters that still have a gradient: none after a fused backward pass
             if self.ema:
                 self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,19 @@
 """Trained parameters, the optimizer over them, its learning rate, and the norm of their gradients."""
 
 from reca.optim.build import make_optimizer
+from reca.optim.fused_backward import FusedBackward, check_passes
 from reca.optim.gradients import gradient_norm
 from reca.optim.moments import state_bytes
 from reca.optim.schedule import lr_at, set_lr
 from reca.optim.trained import freeze
 
-__all__ = ["freeze", "gradient_norm", "lr_at", "make_optimizer", "set_lr", "state_bytes"]
+__all__ = [
+    "FusedBackward",
+    "check_passes",
+    "freeze",
+    "gradient_norm",
+    "lr_at",
+    "make_optimizer",
+    "set_lr",
+    "state_bytes",
+]

@@ -64,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
         tensor = tensor.to("cpu")
         if torch.cuda.is_available():
             local = _local(tensor)
-            local.set_(local.pin_memory())
+            local.set_(local.pin_memory().untyped_storage(), 0, local.shape, local.stride())
         return tensor
 
     def _fill_with_zero_codes(self, codes: Tensor, signed: bool) -> None:
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         _local(codes).fill_(int(zero))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

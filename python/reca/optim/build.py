@@ -9,6 +9,7 @@ from reca.config import OptimConfig
 from reca.models.base import Adapter
 from reca.optim import moments
 from reca.optim.adamw import AdamW
+from reca.optim.gradients import HALVES
 
 
 def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
@@ -37,12 +38,12 @@ def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torc
 
 
 def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:
-    """Tell whether torch's AdamW, whose moments have the parameters' type and place, is not what `config` asks for."""
+    """Tell whether torch's AdamW will not do: it has moments in type and place of parameters, and rounds to nearest."""
     if config.name == "apex":
         return False
     if config.name == "adamw_8bit" or config.offload or config.fused_backward:
         return True
-    return any(moments.storage(p.shape, p.dtype, config) != p.dtype for p in parameters)
+    return any(p.dtype in HALVES or moments.storage(p.shape, p.dtype, config) != p.dtype for p in parameters)
 
 
 def _apex_adam() -> type:

@@ -1,0 +1,68 @@
+"""Optimizer steps inside the backward pass, so that never all gradients exist at once.
+
+A parameter is updated as soon as its gradient is complete, and the gradient is freed. So nothing is possible that
+needs all gradients first: sums over backward passes, clipping to the norm of all, skipping a whole step because of it.
+
+Where a gradient is not finite, its parameter and all that the same backward pass reaches after it stay as they are,
+with their moments and their number of steps. Those that it has reached before have made their step.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from reca.config import Recipe
+from reca.micro_batches import accumulation_steps
+from reca.optim.adamw import AdamW
+from reca.optim.gradients import HALVES
+from reca.options import RecipeError
+
+
+class FusedBackward:
+    """Makes the steps of an optimizer whenever a gradient of one of its parameters is complete."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        assert isinstance(optimizer, AdamW), "make_optimizer makes it for optim.fused_backward"
+        self.optimizer = optimizer
+        self.norms: list[Tensor] = []  # of this step's gradients, fp32 [] each, on the device
+        self.skip: Tensor | None = None  # fp32 [], 1 as soon as one of them was not finite
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._update, group))
+
+    @torch.no_grad()
+    def _update(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32 if gradient.dtype in HALVES else None)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # so that all ranks skip the same parameters
+        self.norms.append(norm)
+        bad = (~norm.isfinite()).float()
+        self.skip = bad if self.skip is None else torch.maximum(self.skip, bad)
+        self.optimizer.update(parameter, group, self.skip)
+        if gradient.is_cuda:  # FSDP2 runs this on a stream of its own, and made the gradient on another
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local.record_stream(torch.cuda.current_stream())
+        parameter.grad = None
+
+    def finish_step(self) -> float:
+        """Return the norm of all gradients since the last call. Waits for the device."""
+        norms, self.norms, self.skip = self.norms, [], None
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def check_passes(recipe: Recipe, ranks: int) -> None:
+    """Raise RecipeError where optim.fused_backward meets a step of several backward passes."""
+    passes = {task: accumulation_steps(getattr(recipe.objective, task), ranks) for task in recipe.active_tasks()}
+    if not recipe.optim.fused_backward or sum(passes.values()) == 1:
+        return
+    made = ", ".join(f"{number} of {task}" for task, number in passes.items())
+    raise RecipeError(
+        f"optim.fused_backward=true needs one backward pass a step, and with {ranks} process{'es' * (ranks > 1)} this "
+        f"recipe makes {sum(passes.values())} ({made}): raise micro_batch to batch_size / processes and train one "
+        "task, or set optim.fused_backward=false"
+    )
