@@ -228,7 +228,9 @@ def _takes_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from reca import api, distributed
+    import torch
+
+    from reca import allocator, api, distributed
     from reca.recipe_files import explain, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -236,6 +238,8 @@ def _train(options: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(explain(recipe))
         return
+    if not torch.cuda.is_available():
+        allocator.keep_freed_memory()
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
