@@ -139,6 +139,19 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--image", type=_path, required=True)
     answer.add_argument("--question", required=True)
 
+    best = command(
+        "best-of",
+        inference_commands.best_of,
+        "Generate several images per prompt and keep the one that the model itself finds to fit best.",
+    )
+    best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or the folder of a run")
+    best.add_argument("prompts", type=_path, help="text file of prompts, one a line")
+    best.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    takes_ema(best)
+    best.add_argument("--candidates", type=int, default=4, help="images per prompt")
+    best.add_argument("--question", help="what the prompt is scored as the answer to; 'Describe this image.'")
+    _takes_sampling(best, folder_required=True)
+
     export = command(
         "export", inference_commands.export, "Export weights in the format that the public inference code reads."
     )
@@ -219,12 +232,13 @@ def _path(text: str) -> Path:
     return Path(_path_text(text))
 
 
-def _takes_sampling(sub: argparse.ArgumentParser) -> None:
+def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False) -> None:
     sub.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
     )
-    sub.add_argument("--out", type=_path, default=Path("."), help="folder for the PNG files")
+    folder = {"required": True} if folder_required else {"default": Path(".")}
+    sub.add_argument("--out", type=_path, help="folder for the PNG files", **folder)
 
 
 def _train(options: argparse.Namespace) -> None:

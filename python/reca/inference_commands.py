@@ -38,6 +38,39 @@ def answer(options: argparse.Namespace) -> None:
     print(model.answer([image], [options.question])[0])
 
 
+def best_of(options: argparse.Namespace) -> None:
+    """Run under torchrun, every rank takes a share of the prompts."""
+    from reca import best_of, checkpoint, distributed
+    from reca.api import is_run, recipe_of
+    from reca.models.common.inference import warn_of_unknown_words
+    from reca.recipe_files import as_dict
+
+    if options.candidates < 1:
+        raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
+    recipe, prompts = recipe_of(options.recipe, options.overrides), best_of.read_prompts(options.prompts)
+    choice = best_of.Choice(options.candidates, options.seed, options.question or best_of.QUESTION)
+    ends = [options.seed, choice.seeds(len(prompts) - 1)[-1]]
+    adapter = _adapter(options, "generate")
+    choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
+    _adapter(options, "answer")
+    step = None
+    if is_run(options.recipe):
+        newest = checkpoint.latest(Path(options.recipe))
+        step = newest and newest.name
+    choice.model = {"umm": recipe.umm, "model": as_dict(recipe)["model"], "step": step, "ema": options.ema}
+
+    def load():
+        model = _model(options)
+        warn_of_unknown_words(model.tokenizer, [*prompts, choice.question])
+        return model
+
+    distributed.initialize(recipe.parallel.timeout_minutes)
+    records = best_of.choose(load, prompts, choice, options.out)
+    if distributed.is_main_process():
+        print(*best_of.report(records, options.out), sep="\n")
+    distributed.shut_down()
+
+
 def export(options: argparse.Namespace) -> None:
     from reca.api import recipe_of
     from reca.folders import ensure_writable

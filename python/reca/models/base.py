@@ -1,5 +1,6 @@
 """The questions a UMM answers. Everything else in the driver speaks to this interface only."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from reca.data.batch import Batch
 from reca.data.views import Views
+from reca.models.common import likelihood
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
 
@@ -195,6 +197,21 @@ class Adapter(nn.Module):
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         """Answer questions about images by greedy decoding."""
         raise NotImplementedError(f"{self.name} cannot answer questions about images")
+
+    def log_likelihood(
+        self, images: list[Tensor], questions: list[str], answers: list[str]
+    ) -> list[likelihood.LogLikelihood]:
+        """Compute log p(answer | image, question) of each, with the number of tokens it is a sum over.
+
+        An answer that is longer than training would read is cut as there.
+        """
+        if "i2t" not in self.tasks:
+            raise NotImplementedError(f"{self.name} has no likelihood of answers about images")
+        return likelihood.log_likelihood(self, images, questions, answers)
+
+    def inference_autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model computes outside of training."""
+        return contextlib.nullcontext()
 
     def export(self, folder: Path) -> list[str]:
         """Write the files, with the names and keys, that the public inference code reads. Returns their names.

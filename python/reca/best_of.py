@@ -1,0 +1,184 @@
+"""`reca best-of`: of several images per prompt, the one of which the model itself finds the prompt likeliest.
+
+The score is log p(prompt | image) under the model's own understanding, as in SUDER (arXiv 2506.07963) and GvU (arXiv
+2603.06043); what is kept is laid out for `data.captions`, so that supervised fine-tuning on it needs nothing else.
+
+    OUT/000012.png, 000012.txt    the image that is kept of the prompt in line 13, and the prompt
+    OUT/scores.jsonl              per prompt: seeds, scores, and which image is kept
+    OUT/best_of.json              what the images were made with
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from reca import distributed, jsonl
+from reca.data.text import decode_text
+from reca.folders import ensure_writable, write_atomically
+from reca.models.base import Adapter
+
+QUESTION = "Describe this image."
+TOGETHER = 16  # images that are drawn before their prompts are recorded
+SETTINGS, SCORES, PART = "best_of.json", "scores.jsonl", "scores.rank{}.jsonl"
+
+
+@dataclass
+class Choice:
+    """How images are drawn and scored.
+
+    count     images per prompt
+    seed      of the first image of the first prompt; image k of prompt i has seed + i count + k
+    question  that the prompt is scored as the answer to
+    model     what names the weights, JSON-able
+    """
+
+    count: int
+    seed: int = 0
+    question: str = QUESTION
+    sampling: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+
+    def seeds(self, number: int) -> list[int]:
+        first = self.seed + number * self.count
+        return list(range(first, first + self.count))
+
+    def settings(self) -> dict[str, Any]:
+        made = {"candidates": self.count, "seed": self.seed, "question": self.question, "sampling": self.sampling}
+        return json.loads(json.dumps(made | {"model": self.model}, default=str))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts, one a line; empty lines do not count. Raises ValueError."""
+    try:
+        lines = decode_text(path.read_bytes()).split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"prompts {path} cannot be read ({error.strerror or error}); give a text file of them"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"prompts {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompts {path} holds no prompt; write one a line")
+    return prompts
+
+
+def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Open a folder that is new, or was left by the same command. Returns the records of prompts that are done.
+
+    Raises ValueError when it was made with something else.
+    """
+    wanted = choice.settings()
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            ensure_writable(out, "--out")
+            if not (out / SETTINGS).exists():
+                write_atomically(out / SETTINGS, json.dumps(wanted, indent=1) + "\n")
+    with distributed.fail_together():
+        try:
+            found = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{out / SETTINGS} cannot be read ({error}); remove it, or give another --out") from error
+        changed = sorted(name for name in wanted if found.get(name) != wanted[name])
+        if changed:
+            told = "; ".join(f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed)
+            raise ValueError(f"--out {out} was made with other settings: {told}. Give another folder, or the same ones")
+        done = {}
+        for record in _records(out):
+            number = record["number"]
+            if number >= len(prompts) or record["prompt"] != prompts[number]:
+                raise ValueError(
+                    f"--out {out} was made of other prompts: number {number} was {record['prompt']!r:.100}. Prompts "
+                    "may be added at the end; for others give another folder"
+                )
+            if (out / record["image"]).exists() and (out / record["image"]).with_suffix(".txt").exists():
+                done[number] = record
+    return done
+
+
+def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, out: Path) -> list[dict[str, Any]]:
+    """Draw, score and keep images of this rank's share of the prompts that are not done.
+
+    load: makes the model, where there is something to do.
+    An image depends on its prompt and seed alone, so neither ranks nor interruptions change what is kept.
+    Returns the records of all prompts. Raises OSError when the disk does not take them.
+    """
+    done = open_folder(out, choice, prompts)
+    missing = [number for number in range(len(prompts)) if number not in done]
+    own = missing[distributed.rank() :: distributed.world_size()]
+    several, model = max(1, TOGETHER // choice.count), load() if own else None
+    record = jsonl.JsonLines(out / PART.format(distributed.rank()))
+    with tqdm(total=len(own), unit="prompt", disable=None if distributed.rank() == 0 else True) as bar:
+        for start in range(0, len(own), several):
+            assert model is not None
+            for made in _choose(model, own[start : start + several], prompts, choice, out):
+                record.write(made)
+                if record.lost:
+                    raise OSError(f"{record.path} cannot be written; free space: the same command goes on")
+                bar.update()
+    record.close()
+    distributed.barrier()
+    if distributed.rank() == 0:
+        merge(out)
+    distributed.barrier()
+    return jsonl.read(out / SCORES)
+
+
+def _choose(
+    model: Adapter, numbers: Sequence[int], prompts: Sequence[str], choice: Choice, out: Path
+) -> Iterable[dict[str, Any]]:
+    """Draw, score and write the images of a few prompts. Yields the record of each when it is on disk."""
+    texts = [prompts[number] for number in numbers for _ in range(choice.count)]
+    seeds = [seed for number in numbers for seed in choice.seeds(number)]
+    images = model.generate(texts, seeds, **choice.sampling)
+    scores = model.log_likelihood(images, [choice.question] * len(texts), texts)
+    for place, number in enumerate(numbers):
+        mine = slice(place * choice.count, (place + 1) * choice.count)
+        sums = [score.sum for score in scores[mine]]
+        kept = max(range(choice.count), key=lambda k: sums[k] if math.isfinite(sums[k]) else -math.inf)
+        name = f"{number:06d}.png"
+        write_atomically(out / name, _png(images[mine][kept]), sync=False)
+        write_atomically((out / name).with_suffix(".txt"), prompts[number] + "\n", sync=False)
+        yield {
+            "number": number, "image": name, "prompt": prompts[number], "kept": kept, "seeds": seeds[mine],
+            "log_likelihood": sums, "tokens": scores[mine][kept].tokens,
+        }  # fmt: skip
+
+
+def merge(out: Path) -> None:
+    """Put the records of all ranks into one file, by number."""
+    records = {record["number"]: record for record in _records(out)}
+    write_atomically(out / SCORES, "".join(json.dumps(records[number]) + "\n" for number in sorted(records)))
+    for part in out.glob(PART.format("*")):
+        part.unlink()
+
+
+def _records(out: Path) -> list[dict[str, Any]]:
+    files = [out / SCORES, *sorted(out.glob(PART.format("*")))]
+    return [record for file in files for record in jsonl.read(file) if "number" in record]
+
+
+def report(records: Sequence[dict[str, Any]], out: Path) -> list[str]:
+    """Say what was kept and what it scores, in nats per token, beside the mean of all that was drawn."""
+    per_token = [[score / record["tokens"] for score in record["log_likelihood"]] for record in records]
+    kept = [scores[record["kept"]] for scores, record in zip(per_token, records, strict=True)]
+    drawn = [score for scores in per_token for score in scores]
+    return [
+        f"{len(records)} images of {len(drawn)} kept in {out}: mean log p(prompt | image) of a token "
+        f"{sum(kept) / len(kept):.3f}, of all drawn {sum(drawn) / len(drawn):.3f}",
+        f"Train on them with: data.captions={out} objective.t2i.weight=1 objective.reca.weight=0",
+    ]
+
+
+def _png(image: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()

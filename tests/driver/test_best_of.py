@@ -1,0 +1,180 @@
+"""`reca best-of`: what is kept, how it goes on after a kill, shares of ranks, and training on it."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import reca
+from reca import best_of, distributed, jsonl
+from reca.cli import main
+from reca.data.sources import open_source
+from reca.models.common.likelihood import LogLikelihood
+
+PROMPTS = ["a red square", "a blue circle", "a green ring", "a red square", "a white cross"]
+
+
+class Model:
+    """Draws grey images whose level is seed % 7, which is how well they fit, and fails when it is told to."""
+
+    def __init__(self, last=10**9):
+        self.last, self.drawn = last, []
+
+    def generate(self, prompts, seeds, **_):
+        if max(seeds) > self.last:
+            raise KeyboardInterrupt
+        self.drawn += seeds
+        return [torch.full((3, 4, 4), seed % 7, dtype=torch.uint8) for seed in seeds]
+
+    def log_likelihood(self, images, questions, answers):
+        assert set(questions) == {best_of.QUESTION} and len(answers) == len(images)
+        return [
+            LogLikelihood(float(image[0, 0, 0]) - 10, len(text.split()) + 1)
+            for image, text in zip(images, answers, strict=True)
+        ]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(best_of, "TOGETHER", 3)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_best_is_kept_with_its_prompt_and_scores(tmp_path):
+    records = best_of.choose(Model, PROMPTS, best_of.Choice(3, seed=5), tmp_path)
+    for number, (record, prompt) in enumerate(zip(records, PROMPTS, strict=True)):
+        seeds = [5 + 3 * number + k for k in range(3)]
+        levels = [seed % 7 for seed in seeds]
+        assert record == {
+            "number": number, "image": f"{number:06d}.png", "prompt": prompt, "kept": levels.index(max(levels)),
+            "seeds": seeds, "log_likelihood": [level - 10.0 for level in levels], "tokens": len(prompt.split()) + 1,
+        }  # fmt: skip
+        with Image.open(tmp_path / record["image"]) as image:
+            assert image.getpixel((0, 0)) == (max(levels),) * 3
+    source = open_source(str(tmp_path), "t2i")
+    assert [source[i].text for i in range(5)] == PROMPTS
+    lines = best_of.report(records, tmp_path)
+    assert (
+        lines[0].startswith("5 images of 15 kept in") and f"data.captions={tmp_path} objective.t2i.weight=1" in lines[1]
+    )
+    assert sorted(contents(tmp_path).keys() - {f"{i:06d}.{s}" for i in range(5) for s in ("png", "txt")}) == [
+        "best_of.json", "scores.jsonl"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [4, 7, 13])
+def test_an_interrupted_command_goes_on(tmp_path, last):
+    choice = best_of.Choice(3)
+    best_of.choose(Model, PROMPTS, choice, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        best_of.choose(lambda: Model(last), PROMPTS, choice, tmp_path / "cut")
+    again = Model()
+    best_of.choose(lambda: again, PROMPTS, choice, tmp_path / "cut")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+    assert min(again.drawn) == last // 3 * 3
+    best_of.choose(lambda: pytest.fail("there is nothing to do"), PROMPTS, choice, tmp_path / "cut")
+    best_of.choose(Model, [*PROMPTS, "a ring"], choice, tmp_path / "cut")  # prompts may be added
+    assert len(open_source(str(tmp_path / "cut"), "t2i")) == 6
+    (tmp_path / "cut" / "000001.png").unlink()
+    gone = Model()
+    best_of.choose(lambda: gone, [*PROMPTS, "a ring"], choice, tmp_path / "cut")
+    assert gone.drawn == [3, 4, 5]
+
+
+def test_ranks_share_the_prompts(tmp_path, monkeypatch):
+    """One after the other here: with three ranks, two of which were killed, then with two."""
+    choice = best_of.Choice(2)
+    best_of.choose(Model, PROMPTS, choice, tmp_path / "one")
+    merge, drawn = best_of.merge, []
+
+    def run(rank, world, last=10**9):
+        model = Model(last)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(best_of, "merge", lambda out: None if rank < world - 1 else merge(out))
+        with contextlib.suppress(KeyboardInterrupt):
+            best_of.choose(lambda: model, PROMPTS, choice, tmp_path / "many")
+        drawn.append(sorted(model.drawn))
+
+    run(0, 3, last=1)
+    monkeypatch.setattr(best_of, "open_folder", lambda *_: {0: None})  # as the ranks saw it that started together
+    run(1, 2)
+    monkeypatch.undo()
+    assert drawn == [[0, 1], [4, 5, 8, 9]]
+    monkeypatch.setattr(best_of, "TOGETHER", 3)
+    rest = Model()
+    best_of.choose(lambda: rest, PROMPTS, choice, tmp_path / "many")
+    assert rest.drawn == [2, 3, 6, 7] and contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_a_score_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
+    scores = [float("nan"), -3.0, float("nan")]
+    monkeypatch.setattr(Model, "log_likelihood", lambda *_: [LogLikelihood(score, 2) for score in scores])
+    (record,) = best_of.choose(Model, PROMPTS[:1], best_of.Choice(3), tmp_path)
+    assert record["kept"] == 1
+
+
+def test_other_settings_and_prompts_are_refused(tmp_path):
+    best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"made with other settings: candidates was 2 and is 3; seed was 0 and is 1. Give another"
+    ):
+        best_of.choose(Model, PROMPTS, best_of.Choice(3, seed=1), tmp_path)
+    with pytest.raises(ValueError, match="made of other prompts: number 0 was 'a red square'"):
+        best_of.choose(Model, PROMPTS[1:], best_of.Choice(2), tmp_path)
+    (tmp_path / "best_of.json").write_text("{")
+    with pytest.raises(ValueError, match=r"best_of.json cannot be read .* remove it"):
+        best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), (b" \n\n", "holds no prompt"), (b"\xff\xfe\xff", "is not UTF-16")],
+)
+def test_prompts_that_cannot_be_read(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        best_of.read_prompts(tmp_path / "prompts.txt")
+
+
+@pytest.mark.parametrize("umm", ["show_o", "harmon", "open_uni", "bagel"])
+def test_the_command_and_training_on_what_it_kept(tmp_path, umm, capsys, monkeypatch):
+    """Scores in the file are those of the images in the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red square\n\na blue circle\n")
+    fast = ["--sampling", "diffusion_steps=2"] if umm == "harmon" else []
+    options = {"diffusion_steps": 2} if fast else {}
+    command = [
+        "best-of",
+        f"{umm}_tiny",
+        "prompts.txt",
+        "--candidates",
+        "2",
+        "--out",
+        "kept",
+        "--sampling",
+        "steps=2",
+        *fast,
+    ]
+    assert main([*command, "--question", "what is this"]) == 0
+    assert "2 images of 4 kept in kept" in capsys.readouterr().out
+    records, model = jsonl.read(tmp_path / "kept" / "scores.jsonl"), reca.load(f"{umm}_tiny")
+    for record in records:
+        drawn = model.generate([record["prompt"]] * 2, record["seeds"], steps=2, **options)
+        scores = model.log_likelihood(drawn, ["what is this"] * 2, [record["prompt"]] * 2)
+        assert [score.sum for score in scores] == pytest.approx(record["log_likelihood"], rel=1e-4)
+        assert record["kept"] == max(range(2), key=lambda k, record=record: record["log_likelihood"][k])
+        with Image.open(tmp_path / "kept" / record["image"]) as image:
+            assert image.size == tuple(drawn[0].shape[1:])
+    keys = ["data.captions=kept", "objective.t2i.weight=1", "objective.reca.weight=0", "objective.i2t.weight=0"]
+    keys += ["train.steps=1", "objective.t2i.batch_size=2", "run_dir=sft", "log.tensorboard=false"]
+    assert main(["train", f"{umm}_tiny", *keys]) == 0
+    assert main(["best-of", "sft", "prompts.txt", "--candidates", "2", "--out", "kept", "--sampling", "steps=2"]) == 3
+    assert "made with other settings: model was" in capsys.readouterr().err
+    assert main([*command[:4], "0", *command[5:]]) == 3 and json.loads((tmp_path / "kept/best_of.json").read_text())

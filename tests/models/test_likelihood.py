@@ -1,0 +1,74 @@
+"""log p(answer | image) against the softmax of a decoder that goes token by token, in fp64."""
+
+import importlib
+
+import pytest
+import torch
+
+from reca.models import UMMS, umm_package
+from reca.models.common import greedy, planned
+from reca.recipe_files import load_recipe
+from tests.models.contract import images, load, shared
+
+QUESTIONS = ["what is this", "describe the picture", "this"]
+ANSWERS = ["a red square", "a blue circle drawn with care", "red"]
+SIZES = [(20, 20), (12, 20), (30, 15)]
+
+
+def forced(monkeypatch, name, answer):
+    """Make greedy decoding say `answer` and then end. The list is filled with the log-probabilities, in fp64."""
+    said = []
+
+    def decode(next_logits, batch, max_new_tokens, eos):
+        assert batch == 1
+        tokens, last = [*answer, eos], None
+        for token in tokens:
+            logits = next_logits(last)
+            said.append(float(logits.double().log_softmax(-1)[0, token]))
+            last = torch.tensor([token])
+        return torch.tensor([tokens])
+
+    for module in (planned, greedy, importlib.import_module(f"reca.models.{name}.sampling")):
+        if hasattr(module, "greedy_tokens"):
+            monkeypatch.setattr(module, "greedy_tokens", decode)
+    return said
+
+
+def words(model, text):
+    """The tokens of an answer: of the tiny tokenizers one a word."""
+    return [model.tokenizer.convert_tokens_to_ids(word) for word in text.split()]
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_it_is_the_product_of_the_decoders_probabilities(name, monkeypatch):
+    model = load(name)
+    found = model.log_likelihood(images(SIZES), QUESTIONS, ANSWERS)
+    for number, answer in enumerate(ANSWERS):
+        with monkeypatch.context() as patch:
+            said = forced(patch, name, words(model, answer))
+            assert model.answer([images(SIZES)[number]], [QUESTIONS[number]], 9) == [answer]
+        assert found[number].tokens == len(said) == len(answer.split()) + 1
+        assert found[number].sum == pytest.approx(sum(said), rel=1e-5)
+        assert found[number].mean == pytest.approx(sum(said) / len(said), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_it_does_not_depend_on_the_rest(name):
+    model, pictures = shared(name), images(SIZES)
+    together = model.log_likelihood(pictures, QUESTIONS, ANSWERS)
+    assert together == model.train().log_likelihood(pictures, QUESTIONS, ANSWERS) and model.training
+    model.eval()
+    reverse = model.log_likelihood(pictures[::-1], QUESTIONS[::-1], ANSWERS[::-1])
+    assert together == reverse[::-1]
+    assert model.log_likelihood([], [], []) == []
+    with pytest.raises(ValueError, match="3 images, 3 questions, 1 answers; there must be as many of each"):
+        model.log_likelihood(pictures, QUESTIONS, ANSWERS[:1])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "mixed"])
+def test_weights_of_other_types(dtype):
+    recipe = load_recipe("bagel_tiny", [f"model.dtype={dtype}"])
+    model = umm_package("bagel").Adapter.load(recipe.model).eval()
+    near = load("bagel").log_likelihood(images(SIZES), QUESTIONS, ANSWERS)
+    for one, other in zip(model.log_likelihood(images(SIZES), QUESTIONS, ANSWERS), near, strict=True):
+        assert one.sum == pytest.approx(other.sum, rel=0.05) and one.tokens == other.tokens
