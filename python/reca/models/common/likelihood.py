@@ -1,7 +1,7 @@
 """How likely a model finds an answer about an image."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from reca.data.batch import Batch, Turn
 from reca.models.common.images import fit_to_view
 from reca.models.common.inference import check_pairs, eval_mode
 from reca.rng import CounterRNG
-
-if TYPE_CHECKING:
-    from reca.models.base import Adapter
 
 
 class LogLikelihood(NamedTuple):
@@ -28,11 +25,11 @@ class LogLikelihood(NamedTuple):
 
 @torch.no_grad()
 def log_likelihood(
-    model: "Adapter", images: Sequence[Tensor], questions: Sequence[str], answers: Sequence[str]
+    model: Any, images: Sequence[Tensor], questions: Sequence[str], answers: Sequence[str]
 ) -> list[LogLikelihood]:
     """Compute the log-likelihood of answers, one sample at a time, by the loss of image-to-text training.
 
-    The images are seen as `answer` sees them. One at a time, since a sample's sum is wanted and a loss adds up batches;
+    model: an Adapter. The images are seen as `answer` sees them. One at a time, since a sample's sum is wanted and a loss adds up batches;
     beside the dozens of passes that drew the image, this is one.
     """
     check_pairs(images=images, questions=questions, answers=answers)
