@@ -29,8 +29,8 @@ def log_likelihood(
 ) -> list[LogLikelihood]:
     """Compute the log-likelihood of answers, one sample at a time, by the loss of image-to-text training.
 
-    model: an Adapter. The images are seen as `answer` sees them. One at a time, since a sample's sum is wanted and a loss adds up batches;
-    beside the dozens of passes that drew the image, this is one.
+    model: an Adapter. The images are seen as `answer` sees them. One at a time, since a sample's sum is wanted and a
+    loss adds up batches; beside the dozens of passes that drew the image, this is one.
     """
     check_pairs(images=images, questions=questions, answers=answers)
     view = model.views("i2t").und
