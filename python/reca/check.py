@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
 
 
 def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
-    """Count FLOPs by running the loss on tensors without memory; only ids, masks and random numbers are real."""
+    """Count the FLOPs of an image in RECA, as a mean over so many of the views' size."""
     views = adapter.views("reca")
 
     def blank(view) -> list[Tensor] | None:
@@ -87,17 +87,39 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
     with fake:
         gen, und = blank(views.gen), blank(views.und)
-    batch = Batch("reca", torch.arange(images), [TEXT] * images, gen, und)
+    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
+
+
+def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
+    """Return a batch of the same samples whose pixels or features have sizes and no values."""
+
+    def blank(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty(value.shape, dtype=value.dtype)
+        return [blank(item) for item in value] if isinstance(value, list) else value
+
+    with fake:
+        gen, und = blank(batch.gen), blank(batch.und)
+        features = batch.features and {key: blank(value) for key, value in batch.features.items()}
+    return Batch(batch.task, batch.host_ids, batch.text, gen, und, features)
+
+
+def batch_flops(adapter: Adapter, batch: Batch) -> Flops:
+    """Count FLOPs of a sample by running a batch's loss on tensors without memory.
+
+    Only ids, masks and random numbers are real. Features that the batch has are not encoded.
+    """
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
     with dispatch.use("reference"), sdpa_kernel(SDPBackend.MATH), counter:
-        features = {key: _indices(value) for key, value in adapter.encode(batch).items()}
+        made = adapter.encode(batch) if batch.features is None else batch.features
+        features = {key: _indices(value) for key, value in made.items()}
         encoded = counter.get_total_flops()
         loss = adapter(replace(batch, features=features), CounterRNG(0)).sum
         forward = counter.get_total_flops()
         loss.backward()
         backward = counter.get_total_flops()
     adapter.zero_grad(set_to_none=True)
-    return Flops(*(n / images for n in (encoded, forward - encoded, backward - forward)))
+    return Flops(*(n / len(batch) for n in (encoded, forward - encoded, backward - forward)))
 
 
 def _convolution_backward(grad, x, weight, *others, **_) -> int:  # shapes, and the last but one of them output_mask

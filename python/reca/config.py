@@ -223,6 +223,17 @@ class EMAConfig:
 class LogConfig:
     every: int = config_field(10, "steps between lines of log.jsonl", least=0)
     tensorboard: bool = config_field(True, "write TensorBoard files, if tensorboard is installed")
+    wandb: Optional[str] = config_field(
+        None,
+        "project of Weights & Biases to which the log goes, too, if wandb is installed (WANDB_MODE=offline needs no "
+        "network); null = none",
+    )
+    peak_flops: Optional[float] = config_field(
+        None,
+        "FLOP/s of one GPU that MFU is a share of; null = its dense bf16 peak, or where that is not known the speed of "
+        "a large matrix product. On a CPU there is no MFU without it",
+        above=0,
+    )
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
     sample_every: int = config_field(0, "steps between grids of images; 0 generates none", least=0)
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)

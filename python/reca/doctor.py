@@ -36,6 +36,7 @@ _OPTIONAL = {
     "nvidia-dali": "pip install 'reca[dali]': decoding on the GPU; Pillow decodes without it",
     "flash-attn": "pip install 'reca[flash]': optional, torch's own flash kernels serve without it",
     "tensorboard": "pip install 'reca[log]': log.jsonl is written without it",
+    "wandb": "pip install 'reca[log]': for log.wandb; log.jsonl is written without it",
 }
 
 

@@ -1,57 +1,64 @@
-"""Log of a run: a progress bar, log.jsonl, TensorBoard and grids of sample images."""
+"""Log of a run: log.jsonl always, what is printed, grids of sample images, TensorBoard and Weights & Biases."""
 
-import contextlib
 import logging
 import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from reca import distributed
+from reca.config import Recipe
+from reca.console import Console, RankFile
 from reca.image_grid import make_grid
 from reca.jsonl import JsonLines, truncate_after
+from reca.recipe_files import as_dict
+from reca.trackers import Trackers
 
 log = logging.getLogger("reca")
 
 
 class RunLog:
-    """Log of a run on rank 0; on other ranks it does nothing."""
+    """Log of a run on rank 0; on other ranks it keeps warnings in a file of their own.
 
-    def __init__(self, run_dir: Path, steps: int, done: int, tensorboard: bool, main_process: bool, bar: bool = True):
-        self.run_dir, self.main_process, self.board = run_dir, main_process, None
-        self.bar = tqdm(
-            total=steps,
-            initial=done,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not (main_process and bar),
-            desc=run_dir.name,
-        )
-        if not main_process:
+    done: steps made before. shown: print a header, and a bar or lines.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, done: int, shown: bool = True):
+        self.run_dir, self.prompts, self.main_process = run_dir, recipe.log.prompts, distributed.rank() == 0
+        self.stack = ExitStack()
+        self.console: Console | None = None
+        if not self.main_process:
+            self.stack.enter_context(RankFile(run_dir))
             return
         truncate_after(run_dir / "log.jsonl", done)
         self.lines = JsonLines(run_dir / "log.jsonl")
-        self.redirect = logging_redirect_tqdm()  # of the root logger, whose handler prints
-        self.redirect.__enter__()
-        if tensorboard:
-            self.board = _tensorboard(run_dir, done)
+        self.stack.callback(self.lines.close)
+        self.trackers = Trackers(run_dir, done, recipe.log.tensorboard, recipe.log.wandb, as_dict(recipe))
+        self.stack.callback(self.trackers.close)
+        if shown:
+            self.console = Console(run_dir.name, recipe.train.steps, done)
+            self.stack.callback(self.console.close)
 
-    def progress(self, loss: float, images_per_s: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
-        self.bar.update()
+    def print(self, lines: Sequence[str]) -> None:
+        """Print lines as they are."""
+        if self.console:
+            for line in lines:
+                self.console.write(line)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
-        if not self.main_process:
-            return
-        self.lines.write({"step": step} | {k: _finite(v) for k, v in values.items()})
-        if self.board:
-            try:
-                for name, value in values.items():
-                    self.board.add_scalar(name, value, step)
-            except OSError as error:
-                log.warning("TensorBoard's file cannot be written (%s): it ends here", error)
-                self.board = None
+    def step(self, loss: float, images_per_s: float) -> None:
+        """Show that a step has been made."""
+        if self.console:
+            self.console.step(loss, images_per_s)
+
+    def record(self, step: int, values: Mapping[str, float], remaining: float | None = None) -> None:
+        """Write the metrics of a step everywhere. remaining: seconds to the end of the run, None if not known."""
+        if self.main_process:
+            self.lines.write({"step": step} | {k: _finite(v) for k, v in values.items()})
+            self.trackers.scalars(step, values)
+            if self.console:
+                self.console.line(step, values, remaining)
 
     def warn(self, step: int, warning: str) -> None:
         if self.main_process:
@@ -59,6 +66,7 @@ class RunLog:
             self.lines.write({"step": step, "warning": warning})
 
     def sample_images(self, step: int, images: list[Tensor]) -> None:
+        """Save a grid of images, one of each prompt of the recipe."""
         if self.main_process:
             path = self.run_dir / "samples" / f"{step:06d}.png"
             try:
@@ -66,15 +74,10 @@ class RunLog:
                 make_grid(images).save(path)
             except OSError as error:
                 log.warning("%s cannot be written (%s)", path, error)
+            self.trackers.images(step, images, self.prompts)
 
     def close(self) -> None:
-        self.bar.close()
-        if self.main_process:
-            self.redirect.__exit__(None, None, None)
-            self.lines.close()
-            if self.board:
-                with contextlib.suppress(OSError):  # a full disk
-                    self.board.close()
+        self.stack.close()
 
 
 def due(step: int, every: int) -> bool:
@@ -84,16 +87,3 @@ def due(step: int, every: int) -> bool:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
-
-
-def _tensorboard(run_dir: Path, done: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info("tensorboard is not installed (pip install 'reca[log]'): logging to log.jsonl only")
-        return None
-    try:
-        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
-    except OSError as error:
-        log.warning("TensorBoard's file cannot be written (%s): logging to log.jsonl only", error)
-        return None

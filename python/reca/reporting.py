@@ -1,13 +1,17 @@
-"""What a run tells while it goes on: metrics and warnings of every step, through the log."""
+"""What a run tells while it goes on: its header, and metrics and warnings of every step, through the log."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from reca import determinism, distributed, micro_batches, monitors
+from reca import determinism, distributed, micro_batches, monitors, speed
 from reca.config import Recipe
+from reca.data.batch import Batch
 from reca.data.loader import Loader
+from reca.header import header
 from reca.log import RunLog, due
 from reca.models.base import Adapter
 
@@ -15,7 +19,11 @@ log = logging.getLogger("reca")
 
 
 class RunReport:
-    """Adds speed to the metrics of a step, watches them, and passes them to the log. A context manager."""
+    """Adds speed to the metrics of a step, watches them, and passes them to the log. A context manager.
+
+    countable: the model is the recipe's, so that its FLOPs can be counted. progress: called with the steps made, in
+    place of anything printed.
+    """
 
     def __init__(
         self,
@@ -23,12 +31,16 @@ class RunReport:
         adapter: Adapter,
         roles: Sequence[str],
         loaders: Mapping[str, Loader],
+        device: torch.device,
         record: RunLog,
         progress: Callable[[int], None] | None,
+        countable: bool,
     ):
-        self.recipe, self.loaders, self.record, self.progress = recipe, loaders, record, progress
+        self.recipe, self.adapter, self.loaders, self.device = recipe, adapter, loaders, device
+        self.record, self.progress, self.countable = record, progress, countable
         self.tasks = recipe.active_tasks()
-        self.images = sum(getattr(recipe.objective, task).batch_size for task in self.tasks)  # of a step
+        images = sum(getattr(recipe.objective, task).batch_size for task in self.tasks)
+        self.speed = speed.Speed(images, recipe.train.steps)
         self.monitor = monitors.Monitor()
         self.first_warnings = monitors.config_warnings(recipe, adapter, roles)
         if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
@@ -42,22 +54,41 @@ class RunReport:
 
     def begin(self, step: int) -> None:
         """Tell what is set, and what is known before the first step to go wrong. step: those made before."""
-        if self.recipe.train.deterministic and distributed.rank() == 0:
-            log.info(determinism.describe())
+        if distributed.rank() == 0:
+            self.speed.peak, source = speed.peak_flops(self.device, self.recipe.log.peak_flops)
+            peak = (self.speed.peak, source)
+            self.record.print(header(self.recipe, self.adapter, self.loaders, self.device, step, peak))
+            if self.recipe.train.deterministic:
+                log.info(determinism.describe())
         for text in self.first_warnings:
             self.record.warn(step, text)
 
+    def count_flops(self, batches: Mapping[str, Sequence[Batch]]) -> None:
+        """Count the FLOPs of a step where they are of use: the peak is known, on rank 0, in the first step."""
+        if self.speed.peak is None or self.speed.flops is not None or not self.countable:
+            return
+        started = time.perf_counter()
+        try:
+            self.speed.flops = speed.step_flops(self.recipe, batches)
+        except Exception as error:  # a model that does not run without memory trains all the same
+            log.warning("the FLOPs of a step cannot be counted (%s: %s): no MFU", type(error).__name__, error)
+            self.countable = False
+            return
+        took = time.perf_counter() - started
+        self.record.print([f"{'FLOPs':<11}{self.speed.flops / 1e12:.4g} TFLOP a step (counted in {took:.1f} s)"])
+
     def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
         """Report a step. seconds: all of it; data_wait: those in which it waited for batches."""
-        metrics |= {"images_per_s": self.images / seconds, "data_wait_s": data_wait}
+        self.speed.add(step, seconds, data_wait)
         for warning in self.monitor.check(step, metrics, self.tasks):
             self.record.warn(step, warning)
-        self.record.progress(metrics["loss"], metrics["images_per_s"])
+        self.record.step(metrics["loss"], self.speed.rate())
         if self.progress:
             self.progress(step)
         if due(step, self.recipe.log.every) or step == self.recipe.train.steps:
+            metrics |= self.speed.metrics(self.device)
             metrics |= {f"{task}/loader_images_per_s": loader.images_per_s() for task, loader in self.loaders.items()}
-            self.record.record(step, metrics)
+            self.record.record(step, metrics, self.speed.remaining(step))
 
     def sample_images(self, step: int, images: list[Tensor]) -> None:
         self.record.sample_images(step, images)

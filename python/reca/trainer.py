@@ -93,6 +93,7 @@ class Trainer:
         self.sources = self._check(adapter, state)
 
         # Sharding takes one block at a time to its device, which then never holds the whole model.
+        self.own_model = adapter is None
         whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
         self.adapter = adapter or umm_package(recipe.umm).Adapter.load(recipe.model, whole)
         if state is None:
@@ -180,11 +181,13 @@ class Trainer:
                     for task in self.tasks
                 }
                 data_wait = time.perf_counter() - started
+                report.count_flops(batches)
+                started = time.perf_counter()
                 metrics = self.train_step(batches)
+                seconds = data_wait + time.perf_counter() - started
                 if self.step == first + 1:
                     limits = recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes
                     distributed.set_timeout(min(limits), self.device)
-                seconds = time.perf_counter() - started
                 metrics |= self.diagnostics.measure(self.step, batches)
                 report.step(self.step, metrics, seconds, data_wait)
                 if recipe.log.prompts and due(self.step, recipe.log.sample_every):
@@ -206,12 +209,10 @@ class Trainer:
             raise SystemExit(exits.INTERRUPTED)
 
     def _report(self) -> RunReport:
-        recipe = self.recipe
-        main_process = distributed.rank() == 0
-        record = RunLog(
-            self.run_dir, recipe.train.steps, self.step, recipe.log.tensorboard, main_process, bar=self.progress is None
+        record = RunLog(self.recipe, self.run_dir, self.step, shown=self.progress is None)
+        return RunReport(
+            self.recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress, self.own_model
         )
-        return RunReport(recipe, self.adapter, self.roles, self.loaders, record, self.progress)
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """Make one optimizer step from this rank's micro-batches, by task, unless it is to be skipped.

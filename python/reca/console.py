@@ -1,0 +1,104 @@
+"""What a run prints: a bar on a terminal, aligned lines elsewhere, both on stderr and by rank 0 alone."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from reca import distributed
+
+log = logging.getLogger("reca")
+
+
+class Console:
+    """A bar that moves with every step, or a line at every line of log.jsonl."""
+
+    def __init__(self, name: str, steps: int, done: int):
+        self.steps, self.end_told = steps, False
+        self.stack = ExitStack()
+        self.bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self.stack.enter_context(logging_redirect_tqdm())  # of the root logger, whose handler prints
+            self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, desc=name)
+
+    def write(self, text: str) -> None:
+        """Print a line."""
+        if self.bar is not None:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, loss: float, images_per_s: float) -> None:
+        """Move the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
+            self.bar.update()
+
+    def line(self, step: int, metrics: Mapping[str, float], remaining: float | None) -> None:
+        """Print the line of a step, where there is no bar. remaining: seconds to the end, None if not known."""
+        if self.bar is None:
+            self.write(step_line(step, self.steps, metrics, remaining))
+        if not self.end_told and remaining is not None and step < self.steps:
+            self.end_told = True
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + remaining))
+            self.write(f"expected end {when}, in {duration(remaining)}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.stack.close()
+
+
+def step_line(step: int, steps: int, metrics: Mapping[str, float], remaining: float | None) -> str:
+    """Write one line about a step. Columns keep their places from line to line."""
+    width = len(str(steps))
+    parts = [
+        f"step {step:>{width}}/{steps}",
+        f"loss {metrics['loss']:>8.4f}",
+        f"images/s {metrics['images_per_s']:>7.1f}",
+        f"lr {metrics['lr']:.2e}",
+        f"grad norm {metrics['grad_norm']:>8.3g}",
+        f"memory {metrics['memory_gib']:>6.2f} GiB",
+        f"data wait {metrics['data_wait']:>4.0%}",
+    ]
+    if "mfu" in metrics:
+        parts.append(f"MFU {metrics['mfu']:>5.1%}")
+    parts.append(f"ETA {'?' if remaining is None else duration(remaining):>10}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as h:mm:ss, with days before it from one day on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{f'{days}d ' * (days > 0)}{hours}:{minutes:02}:{rest:02}"
+
+
+class RankFile(ExitStack):
+    """Puts what a rank other than 0 logs into run_dir/rank_<rank>.log, and errors onto the terminal, too.
+
+    A context manager. The file is made by the first warning.
+    """
+
+    def __init__(self, run_dir: Path):
+        super().__init__()
+        self.path = run_dir / f"rank_{distributed.rank()}.log"
+
+    def __enter__(self) -> "RankFile":
+        handler = logging.FileHandler(self.path, delay=True)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        root = logging.getLogger()
+        for other in root.handlers:
+            self.callback(other.setLevel, other.level)
+            other.setLevel(max(other.level, logging.ERROR))
+        log.addHandler(handler)
+        self.callback(handler.close)
+        self.callback(log.removeHandler, handler)
+        return self

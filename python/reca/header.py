@@ -1,0 +1,105 @@
+"""What a run is, in a few lines at its start."""
+
+import textwrap
+from collections.abc import Mapping
+
+import torch
+
+import reca_kernels
+from reca import check, distributed, micro_batches, speed, units
+from reca.config import Recipe
+from reca.data.loader import Loader
+from reca.data.sources import DATA_KEYS
+from reca.models.base import Adapter
+from reca.preflight import host_memory
+
+WIDTH, INDENT = 118, " " * 11
+
+
+def header(
+    recipe: Recipe,
+    adapter: Adapter,
+    loaders: Mapping[str, Loader],
+    device: torch.device,
+    done: int,
+    peak: tuple[float | None, str],
+) -> list[str]:
+    """Write the lines. done: steps made before. peak: what speed.peak_flops has found."""
+    rows = {
+        "run": f"{recipe.run_dir}: {recipe.umm}, steps {done + 1} to {recipe.train.steps}",
+        "data": "; ".join(_task(recipe, task, loader) for task, loader in loaders.items()),
+        "trained": _parameters(adapter),
+        "precision": _precision(recipe),
+        "device": _device(device),
+        "kernels": _kernels(device),
+        "memory": _memory(device),
+    }
+    if peak[0]:
+        rows["peak"] = f"{peak[0] / 1e12:.4g} TFLOP/s a GPU ({peak[1]}), which MFU is a share of"
+    lines: list[str] = []
+    for name, text in rows.items():
+        lines += textwrap.wrap(f"{name:<11}{text}", WIDTH, subsequent_indent=INDENT, break_long_words=False)
+    return lines
+
+
+def _task(recipe: Recipe, task: str, loader: Loader) -> str:
+    config = getattr(recipe.objective, task)
+    split = micro_batches.describe_split(config.batch_size, config.micro_batch, distributed.world_size())
+    key = DATA_KEYS[task]
+    return (
+        f"{task} (weight {config.weight:g}) {config.batch_size} samples a step of {len(loader.source)} in "
+        f"{getattr(recipe.data, key)}: {split}"
+    )
+
+
+def _parameters(adapter: Adapter) -> str:
+    counts = check.parameters(adapter)
+    parts = [f"{role} {_count(n.trained)} of {_count(n.total)}" for role, n in counts.items() if n.trained]
+    trained, total = (sum(getattr(n, field) for n in counts.values()) for field in ("trained", "total"))
+    frozen = [role for role, n in counts.items() if not n.trained]
+    text = f"{_count(trained)} of {_count(total)} parameters: {', '.join(parts)}"
+    return f"{text}; frozen: {', '.join(frozen)}" if frozen else text
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return str(number)
+
+
+def _precision(recipe: Recipe) -> str:
+    train, on = recipe.train, []
+    for name in ("activation_checkpointing", "compile", "deterministic"):
+        if getattr(train, name):
+            on.append(name.replace("_", " "))
+    if recipe.ema.half_life:
+        on.append(f"EMA with a half-life of {recipe.ema.half_life:g} steps")
+    return ", ".join([train.precision, *on])
+
+
+def _device(device: torch.device) -> str:
+    ranks, threads = distributed.world_size(), torch.get_num_threads()
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
+    )
+    node = distributed.local_world_size()
+    return f"{ranks} x {name}" + (f", {node} in a machine" if 1 < node < ranks else "") if ranks > 1 else name
+
+
+def _kernels(device: torch.device) -> str:
+    """Name the backend of each op on this device, and what attention runs on."""
+    found: dict[str, list[str]] = {}
+    for line in reca_kernels.backend_report().splitlines():
+        op, on, rest = line.partition(f" on {device.type}: ")
+        if on:
+            found.setdefault(rest.split(",")[0].split(" ")[0], []).append(op)
+    return "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in found.items())
+
+
+def _memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        used, total = torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        used, total = speed.peak_memory(device), host_memory()
+    return f"{units.size(used)} of {units.size(total)} before the first step"

@@ -1,0 +1,132 @@
+"""Services that show a run's log beside log.jsonl: TensorBoard and Weights & Biases. None is needed."""
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from reca.image_grid import make_grid
+
+log = logging.getLogger("reca")
+
+WANDB_ID = "wandb_id.txt"  # in the run folder: a run that goes on goes on there, too
+LONGEST_TAG = 80
+
+
+class Tracker(Protocol):
+    """What the log asks of a service. Its errors never reach the run."""
+
+    name: str
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard. Images have their prompts as tags, which TensorBoard shows above them."""
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
+        for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            self.writer.add_image(f"samples/{i} {prompt[:LONGEST_TAG]}", image.cpu(), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose id stays in the run folder. WANDB_MODE=offline writes files only."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, project: str, recipe: Mapping[str, Any]):
+        import wandb
+
+        self.wandb = wandb
+        path = run_dir / WANDB_ID
+        if not path.exists():
+            path.write_text(secrets.token_hex(4) + "\n")
+        self.run = wandb.init(
+            project=project,
+            id=path.read_text().strip(),
+            resume="allow",
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(recipe),
+            settings=wandb.Settings(console="off"),
+        )
+        # A run that goes on from a checkpoint makes some steps again: W&B's own counter would refuse them.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
+        shown = [
+            self.wandb.Image(make_grid([image]), caption=prompt) for image, prompt in zip(images, prompts, strict=True)
+        ]
+        self.run.log({"step": step, "samples": shown})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackers:
+    """The services that a recipe asks for. One that fails is logged once and left out from there on."""
+
+    def __init__(self, run_dir: Path, done: int, tensorboard: bool, project: str | None, recipe: Mapping[str, Any]):
+        self.open: list[Tracker] = []
+        if tensorboard:
+            self._add(TensorBoard, "tensorboard", run_dir, done)
+        if project is not None:
+            self._add(WandB, "wandb", run_dir, project, recipe)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._each("scalars", step, values)
+
+    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
+        self._each("images", step, images, prompts)
+
+    def close(self) -> None:
+        self._each("close")
+        self.open = []
+
+    def _add(self, kind: Any, package: str, *arguments: Any) -> None:
+        try:
+            self.open.append(kind(*arguments))
+        except ImportError as error:
+            said = f"{package} is not installed (pip install 'reca[log]')"
+            if error.name not in (package, None):
+                said = f"{kind.name} cannot be used ({error})"
+            log.info("%s: logging to log.jsonl without it", said)
+        except Exception as error:  # a full disk, no network, no login: whatever the service raises
+            log.warning("%s cannot be used (%s): logging to log.jsonl without it", kind.name, _first_line(error))
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for tracker in list(self.open):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:
+                log.warning("%s cannot be written (%s): it ends here", tracker.name, _first_line(error))
+                self.open.remove(tracker)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,95 @@
+"""FLOPs, peaks and what the log makes of them."""
+
+import time
+
+import pytest
+import torch
+
+from reca import check, speed
+from reca.recipe_files import load_recipe
+from reca.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.4),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-80GB", 311.8),
+        ("NVIDIA A40", 149.7),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA TITAN V", None),
+    ],
+)
+def test_peaks_of_cards_as_cuda_names_them(name, tflops):
+    assert speed.known_peak(name) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_a_cpu_has_a_peak_only_if_it_is_given():
+    assert speed.peak_flops(CPU, None) == (None, "")
+    assert speed.peak_flops(CPU, 2e12) == (2e12, "log.peak_flops")
+
+
+def first_batches(tmp_path, name: str, *keys: str) -> tuple:
+    recipe = load_recipe(name, [f"run_dir={tmp_path}/{name}", "data.workers=0", "log.tensorboard=false", *keys])
+    trainer = Trainer(recipe)
+    batches = {task: [next(iter(loader))] for task, loader in trainer.loaders.items()}
+    for loader in trainer.loaders.values():
+        loader.close()
+    return recipe, batches
+
+
+def test_a_step_counts_every_task_with_all_its_samples(tmp_path):
+    keys = ["objective.reca.batch_size=6", "objective.reca.micro_batch=3", "objective.i2t.batch_size=4"]
+    recipe, batches = first_batches(tmp_path, "show_o_tiny", *keys)
+    both = speed.step_flops(recipe, batches)
+    reca, i2t = (speed.step_flops(recipe, {task: batches[task]}) for task in ("reca", "i2t"))
+    assert both == pytest.approx(reca + i2t) and min(reca, i2t) > 0.02 * both
+    adapter, fake = check.build_meta(recipe)
+    assert reca == pytest.approx(6 * sum(check.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
+
+
+def test_what_is_frozen_and_what_is_cached_costs_less(tmp_path):
+    recipe, batches = first_batches(tmp_path, "show_o_tiny", "objective.i2t.weight=0", "objective.reca.micro_batch=4")
+    whole = speed.step_flops(recipe, batches)
+    (batch,) = batches["reca"]
+    batch.features = Trainer(recipe).adapter.encode(batch)
+    cached = speed.step_flops(recipe, batches)
+    recipe.train.frozen = ["*layers.*.mlp.*"]
+    assert speed.step_flops(recipe, batches) < 0.95 * cached < 0.95 * whole
+
+
+def test_mfu_is_flops_over_time_gpus_and_peak(monkeypatch):
+    meter = speed.Speed(images=10, steps=100)
+    meter.flops, meter.peak = 4e12, 1e13
+    monkeypatch.setattr("reca.distributed.world_size", lambda: 4)
+    for step in (1, 2):
+        meter.add(step, seconds=0.5, waited=0.1)
+    found = meter.metrics(CPU)
+    assert found["mfu"] == pytest.approx(4e12 / (0.5 * 4 * 1e13))
+    assert (found["images_per_s"], found["images_per_s_per_gpu"]) == pytest.approx((20, 5))
+    assert (found["step_s"], found["data_wait_s"], found["data_wait"]) == pytest.approx((0.5, 0.1, 0.2))
+
+
+def test_the_time_to_the_end_leaves_out_the_first_step(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    meter = speed.Speed(images=10, steps=12)
+    assert meter.remaining(0) is None
+    meter.add(3, 60.0, 0.0)  # the first that this process makes, with its compilation
+    assert meter.remaining(3) is None
+    now += 8.0
+    meter.add(5, 1.0, 0.0)
+    assert meter.remaining(5) == pytest.approx(4.0 * 7)
