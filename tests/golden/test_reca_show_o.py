@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from reca.data.batch import Batch
+from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
 from reca.models.show_o import Adapter, prompt
-from reca.models.show_o.config import ClipSizes, PatchSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.config import ClipSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.loss import cross_entropy
-from reca.models.show_o.modules import PatchCodebook
 from reca.models.show_o.prompt import image_rows
 from tests.golden.show_o import (
     LOGITS,

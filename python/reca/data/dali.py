@@ -72,7 +72,7 @@ class DaliDecoder:
         return gen, und
 
     def _view(self, image, width: int, height: int, view: View, crop: float) -> Tensor:
-        if self.device == "cpu" or view.fit in ("pad", "stretch") or view.blur > 1:
+        if self.device == "cpu" or view.fit in ("pad", "stretch", "letterbox") or view.blur > 1:
             return make_view(Image.fromarray(np.asarray(image.cpu())), view, crop)
         (left, top, right, bottom), (w, h) = geometry(width, height, view, crop)
         interpolation = self.types.INTERP_CUBIC if view.resample == "bicubic" else self.types.INTERP_LINEAR

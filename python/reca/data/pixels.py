@@ -186,6 +186,9 @@ def geometry(
     whole, short = (0, 0, width, height), min(width, height)
     if view.fit in ("squash", "stretch", "pad"):
         return whole, (view.size, view.size)
+    if view.fit == "letterbox":  # what stands on the square; Janus' own rounding
+        across, down = (max(int(side / max(width, height) * view.size), view.min_size, 1) for side in (width, height))
+        return whole, (across, down)
     if view.fit == "bound":
         return whole, bound_size(width, height, view)
     if view.fit == "random_crop":
@@ -197,7 +200,8 @@ def geometry(
         left, top = (w - view.size) // 2, (h - view.size) // 2
         box = (left / w * width, top / h * height, (left + view.size) / w * width, (top + view.size) / h * height)
         return box, (view.size, view.size)
-    raise ValueError(f"unknown fit {view.fit!r}; expected squash, stretch, center_crop, random_crop, pad or bound")
+    raise ValueError(f"unknown fit {view.fit!r}; expected squash, stretch, center_crop, random_crop, pad, "
+                     "letterbox or bound")  # fmt: skip
 
 
 def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
@@ -206,6 +210,8 @@ def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
         image = (_pad if view.fit == "pad" else _stretch)(image, view)
     box, size = geometry(*image.size, view, crop)
     image = image.resize(size, RESAMPLE[view.resample], box=box)
+    if view.fit == "letterbox":
+        image, size = _centred(image, max(size), view.fill), (max(size), max(size))
     if view.blur > 1:
         small = [max(1, math.ceil(side / view.blur)) for side in size]
         image = image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
@@ -226,7 +232,12 @@ def _pad(image: Image.Image, view: View) -> Image.Image:
     if _too_large(side, image):
         inner = [max(1, round(length * view.size / side)) for length in image.size]
         image, side = image.resize(inner, RESAMPLE[view.resample]), view.size
-    square = Image.new("RGB", (side, side), (view.fill,) * 3)
+    return _centred(image, side, view.fill)
+
+
+def _centred(image: Image.Image, side: int, fill: int) -> Image.Image:
+    """Put the image into the middle of a square."""
+    square = Image.new("RGB", (side, side), (fill,) * 3)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 

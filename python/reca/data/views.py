@@ -13,6 +13,8 @@ class View:
       center_crop  resize the short side to `size`, cut the middle size x size
       random_crop  cut a random square of the short side's length, resize to `size`
       pad          centre on a square of the long side filled with `fill`, resize to `size`
+      letterbox    resize the long side to `size` and the short one alike, rounded down but at least `min_size`, then
+                   centre on a square filled with `fill`
       bound        keep the aspect ratio: long side at most `size`, short side at least `min_size`, both rounded to
                    multiples of `stride`, area at most `max_pixels`
     """

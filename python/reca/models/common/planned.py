@@ -1,6 +1,5 @@
 """Attention by a plan in place of a mask, for language models of transformers: attn_implementation=PLANNED, plan=..."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +36,40 @@ def _planned(
 AttentionInterface.register(PLANNED, _planned)
 
 
+class Continuation:
+    """Continue prompts row by row; K/V of earlier rows are kept.
+
+    A new row sees all rows before it but the padding, which stands on the left.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # without its head
+        embeddings: Tensor,  # [B, L, H]
+        positions: Tensor,  # int64 [B, L]
+        samples: Sequence[Sequence[AttentionSpan]],
+    ):
+        self.model, self.embeddings, self.positions, self.samples = model, embeddings, positions, samples
+        self.cache, self.new = DynamicCache(config=model.config), 0
+
+    def __call__(self, rows: Tensor | None) -> Tensor:
+        """Take the next row of each prompt, [B, 1, H] (None: the prompts), and return the last hidden states [B, H]."""
+        if rows is None:
+            rows, at, layout = self.embeddings, self.positions, self.samples
+        else:
+            self.new += 1
+            at = self.positions[:, -1:] + self.new
+            layout = [_behind(sample, self.new) for sample in self.samples]
+        hidden = self.model(
+            inputs_embeds=rows,
+            position_ids=at,
+            plan=attention_plan(layout, device=self.embeddings.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden[:, -1]
+
+
 @torch.no_grad()
 def greedy(
     model: PreTrainedModel,  # without its head
@@ -47,27 +80,11 @@ def greedy(
     max_new_tokens: int,
     end: int,
 ) -> Tensor:
-    """Continue prompts by the likeliest tokens, int64 [B, n], n <= max_new_tokens; ends when every row has met `end`.
-
-    A new token sees all rows before it but the padding, which stands on the left; K/V of earlier rows are kept.
-    """
-    cache, count = DynamicCache(config=model.config), itertools.count(1)
+    """Continue prompts by the likeliest tokens, int64 [B, n], n <= max_new_tokens; stop when all have met `end`."""
+    advance = Continuation(model, embeddings, positions, samples)
 
     def next_logits(tokens: Tensor | None) -> Tensor:
-        if tokens is None:
-            rows, at, layout = embeddings, positions, samples
-        else:
-            new = next(count)
-            rows, at = model.embed_tokens(tokens[:, None]), positions[:, -1:] + new
-            layout = [_behind(sample, new) for sample in samples]
-        hidden = model(
-            inputs_embeds=rows,
-            position_ids=at,
-            plan=attention_plan(layout, device=embeddings.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return head(hidden[:, -1])
+        return head(advance(None if tokens is None else model.embed_tokens(tokens[:, None])))
 
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, end)
 

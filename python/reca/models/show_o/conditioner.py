@@ -13,9 +13,10 @@ from transformers import CLIPVisionModel
 
 from reca.data.views import View
 from reca.models.common.images import per_channel
+from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import prompt
 from reca.models.show_o.config import ShowOConfig
-from reca.models.show_o.modules import Magvit, Network, PatchCodebook
+from reca.models.show_o.modules import Magvit, Network
 from reca.models.show_o.prompt import Sample, Tokens, Vocabulary
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from reca.models.common.patch_codebook import PatchSizes
 from reca.options import HUB, config_field, count, pixels, share
 
 ACTIVATIONS = ("gelu_new", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
@@ -41,12 +42,6 @@ class MagvitSizes:
     decoder_multipliers: list[int] = count(lambda: [1, 1, 2, 2, 4], "width per decoder level, in base widths")
     decoder_blocks: list[int] = count(lambda: [4, 4, 3, 4, 3], "residual blocks per decoder level")
     z_channels: int = config_field(13, "bits of a code; the codebook has 2 ** z_channels entries", least=1, most=24)
-
-
-@dataclass
-class PatchSizes:
-    size: int = count(4, "size in pixels of a patch")
-    entries: int = count(145, "codebook entries")
 
 
 @dataclass

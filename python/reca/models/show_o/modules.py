@@ -5,7 +5,6 @@ A codec has `factor`, the size in pixels of what one code stands for; `entries`,
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -13,43 +12,14 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
 
 from reca.models.base import in_fp32
+from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
 from reca.models.common.images import check_side
+from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
-from reca.models.show_o.config import ClipSizes, MagvitSizes, PatchSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
 from reca_kernels import template_concat
-
-GROUPS = 32  # of every GroupNorm in MAGVITv2
-
-
-class ResBlock(nn.Module):
-    def __init__(self, width_in: int, width: int):
-        super().__init__()
-        self.norm1, self.conv1 = _norm(width_in), nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2, self.conv2 = _norm(width), nn.Conv2d(width, width, 3, padding=1)
-        if width_in != width:
-            self.nin_shortcut = nn.Conv2d(width_in, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class Attention(nn.Module):
-    """Single-head self-attention over all positions."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = _norm(width)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
-        h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).view_as(x))
 
 
 class Middle(nn.Module):
@@ -59,24 +29,6 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
@@ -110,7 +62,7 @@ class Encoder(nn.Module):
             for i, blocks in enumerate(sizes.encoder_blocks)
         )
         self.mid = Middle(widths[-1])
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(sizes.z_channels, sizes.z_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, z, h, w]
@@ -131,7 +83,7 @@ class Decoder(nn.Module):
             Level(widths[min(i + 1, len(widths) - 1)], width, blocks, "up" if i > 0 else None)
             for i, (width, blocks) in enumerate(zip(widths, sizes.decoder_blocks, strict=True))
         )
-        self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # [B, z, h, w] -> [B, 3, H, W]
         x = self.mid(self.conv_in(self.post_quant_conv(z)))
@@ -188,44 +140,7 @@ class Magvit(nn.Module):
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
         """Decode codes to pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
         with torch.autocast(codes.device.type, enabled=False):
-            return self.decoder(self.quantize.entries(codes, *(grid or _square(codes))))
-
-
-class PatchCodebook(nn.Module):
-    """A codebook of p x p pixel patches: the image tokenizer of the embedded world.
-
-    codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until someone fits it
-    """
-
-    codebook: Tensor
-
-    def __init__(self, sizes: PatchSizes):
-        super().__init__()
-        self.factor, self.entries = sizes.size, sizes.entries
-        self.register_buffer("codebook", torch.rand(sizes.entries, 3 * sizes.size**2) * 2 - 1)
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
-        patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
-        return torch.cdist(patches, self.codebook[None]).argmin(-1)
-
-    @torch.no_grad()
-    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
-        """Decode codes to pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
-        height, width = (side * self.factor for side in grid or _square(codes))
-        return F.fold(self.codebook[codes].transpose(1, 2), (height, width), self.factor, stride=self.factor)
-
-
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)
-
-
-def _square(codes: Tensor) -> tuple[int, int]:  # [B, n]
-    side = math.isqrt(codes.shape[1])
-    if side**2 != codes.shape[1]:
-        raise ValueError(f"{codes.shape[1]} codes are no square; give grid=(h, w)")
-    return side, side
+            return self.decoder(self.quantize.entries(codes, *(grid or square(codes))))
 
 
 def codec(config: ShowOConfig) -> Magvit | PatchCodebook:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
+from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import conversation, cross_entropy
 from reca.models.show_o.masking import sample_mask
-from reca.models.show_o.modules import PatchCodebook
 from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled

@@ -1,0 +1,52 @@
+"""A codebook of pixel patches: the toy world's image tokenizer in place of a trained one."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reca.options import count
+
+
+@dataclass
+class PatchSizes:
+    """Recipe keys of a PatchCodebook."""
+
+    size: int = count(4, "size in pixels of a patch")
+    entries: int = count(145, "codebook entries")
+
+
+class PatchCodebook(nn.Module):
+    """A codebook of p x p pixel patches: the image tokenizer of the embedded world.
+
+    codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until someone fits it
+    """
+
+    codebook: Tensor
+
+    def __init__(self, sizes: PatchSizes):
+        super().__init__()
+        self.factor, self.entries = sizes.size, sizes.entries
+        self.register_buffer("codebook", torch.rand(sizes.entries, 3 * sizes.size**2) * 2 - 1)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
+        patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
+        return torch.cdist(patches, self.codebook[None]).argmin(-1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
+        """Decode codes to pixels [B, 3, H, W] in [-1, 1]. grid: (h, w); None: square."""
+        height, width = (side * self.factor for side in grid or square(codes))
+        return F.fold(self.codebook[codes].transpose(1, 2), (height, width), self.factor, stride=self.factor)
+
+
+def square(codes: Tensor) -> tuple[int, int]:  # [B, n]
+    """Return the grid (h, w) of codes of a square image."""
+    side = math.isqrt(codes.shape[1])
+    if side**2 != codes.shape[1]:
+        raise ValueError(f"{codes.shape[1]} codes are no square; give grid=(h, w)")
+    return side, side

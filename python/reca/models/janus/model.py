@@ -1,0 +1,92 @@
+"""Janus-Pro as an Adapter: one Llama understands and generates; SigLIP and the image tokenizer are frozen."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reca.data.batch import Batch
+from reca.data.views import View, Views
+from reca.models.base import Adapter, LossTerm
+from reca.models.common.images import to_unit
+from reca.models.common.inference import options_of
+from reca.models.janus import sampling, weights
+from reca.models.janus.config import JanusConfig
+from reca.models.janus.loss import Prepared, compute_loss, prepare
+from reca.models.janus.modules import Network
+from reca.rng import CounterRNG
+
+
+class Janus(Network, Adapter):
+    """Features of `encode`: codes int64 [B, N] of the image to generate; h_v [B, n, H]."""
+
+    name = "janus"
+    tasks = frozenset({"reca", "i2t", "t2i"})
+    abilities = frozenset({"generate", "answer"})
+    trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
+    condition_keys = ("h_v",)
+
+    @classmethod
+    def load(cls, config: JanusConfig, device: torch.device | str = "cpu") -> "Janus":
+        return weights.load(cls, config).to(device)
+
+    @classmethod
+    def build_meta(cls, config: JanusConfig) -> "Janus":
+        return weights.build_meta(cls, config)
+
+    def sequence(self) -> dict[str, int]:
+        return {"h_v": self.hv_tokens, "image": self.image_tokens}
+
+    def views(self, task: str) -> Views:
+        """RECA's h_v is made of what is generated; a picture to talk about is shrunk and padded as released."""
+        size, blur = self.config.vision.image_size, self.config.hv_blur
+        if task == "i2t":
+            return Views(gen=None, und=View(size, fit="letterbox", min_size=self.config.vision.min_side))
+        gen = View(self.config.image_size, fit="center_crop")
+        same = task == "t2i" or (size == gen.size and blur == 1)
+        return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        features = {} if batch.gen is None else {"codes": self.gen_vision_model.encode(to_unit(batch.gen))}
+        if batch.task != "t2i":
+            given = batch.gen if batch.und is None else batch.und
+            assert given is not None
+            features["h_v"] = self.encode_understanding(to_unit(given))
+        return features
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        return prepare(self, batch, rng)
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        return compute_loss(self, prepared, features)
+
+    @options_of(sampling.generate)
+    def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
+        return sampling.generate(self, prompts, seeds, **options)
+
+    def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
+        view = self.views("i2t").und
+        assert view is not None
+        return sampling.answer(self, images, questions, view, max_new_tokens)
+
+    def export(self, folder: Path) -> list[str]:
+        """Write the files that DeepSeek's code reads, or those that transformers reads (model.export_layout)."""
+        return weights.export(self, folder)
+
+    def roles(self) -> dict[str, str]:
+        return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.language_model.model.layers)
+
+
+def _role(name: str) -> str:
+    part = name.split(".")[0]
+    if part == "language_model":
+        embed = name.startswith(("language_model.lm_head.", "language_model.model.embed_tokens."))
+        return "embed" if embed else "shared_lm"
+    if part in ("vision_model", "aligner"):
+        return "und_encoder"
+    return {"gen_vision_model": "codec", "gen_head": "gen_head"}.get(part, "bridge")

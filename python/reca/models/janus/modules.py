@@ -1,0 +1,331 @@
+"""Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and all parts together."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from reca.models.base import in_fp32
+from reca.models.common import conv_blocks
+from reca.models.common.conv_blocks import Downsample, ResBlock, Upsample, group_norm
+from reca.models.common.images import check_side
+from reca.models.common.patch_codebook import PatchCodebook, square
+from reca.models.common.planned import PLANNED
+from reca.models.common.text import Remembered, encode
+from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
+from reca.models.janus.prompt import Layout, Vocabulary
+from reca_kernels import template_concat
+
+USED = 65536  # length of a counter in DeepSeek's files that nothing reads
+
+
+def llama(sizes: LlamaSizes) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_hidden_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            num_key_value_heads=sizes.num_key_value_heads,
+            intermediate_size=sizes.intermediate_size,
+            rms_norm_eps=sizes.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+            max_position_embeddings=sizes.max_position_embeddings,
+            tie_word_embeddings=False,
+            attn_implementation=PLANNED,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+# pixels -> h_v
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        width, eps = sizes.hidden_size, sizes.layer_norm_eps
+        self.norm1, self.attn = nn.LayerNorm(width, eps), Attention(width, sizes.num_attention_heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps), Mlp(width, sizes.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's pooling, which published files hold and Janus never runs."""
+
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        width = sizes.hidden_size
+        self.latent = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm, self.mlp = nn.LayerNorm(width, sizes.layer_norm_eps), Mlp(width, sizes.intermediate_size)
+
+
+class Tower(nn.Module):
+    """SigLIP up to the final LayerNorm of its patches, with timm's names."""
+
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        width, patch = sizes.hidden_size, sizes.patch_size
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, width, patch, stride=patch)
+        self.pos_embed = nn.Parameter(torch.randn(1, (sizes.image_size // patch) ** 2, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.num_hidden_layers))
+        self.norm, self.attn_pool = nn.LayerNorm(width, sizes.layer_norm_eps), AttentionPool(sizes)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1] -> [B, n, C], row-major
+        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class VisionModel(nn.Module):
+    """The tower's place among the published names."""
+
+    def __init__(self, sizes: VisionSizes):
+        super().__init__()
+        self.vision_tower = Tower(sizes)
+
+
+class Aligner(nn.Module):
+    """Two linear layers into the language model's space."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class CodeHead(nn.Module):
+    """Hidden states to logits over the codebook."""
+
+    def __init__(self, width: int, hidden: int, entries: int):
+        super().__init__()
+        self.output_mlp_projector, self.vision_head = nn.Linear(width, hidden), nn.Linear(hidden, entries)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the last layer reads."""
+        return F.gelu(self.output_mlp_projector(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vision_head(self.features(x))
+
+
+# pixels <-> codes
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, attention behind each at the lowest, and the change to the next."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, attention: bool, change: str | None):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(blocks))
+        self.attn = nn.ModuleList(conv_blocks.Attention(width) for _ in range(blocks if attention else 0))
+        if change == "down":
+            self.downsample = Downsample(width)
+        if change == "up":
+            self.upsample = Upsample(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList((ResBlock(width, width), conv_blocks.Attention(width), ResBlock(width, width)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, sizes: VqSizes):
+        super().__init__()
+        widths, last = [sizes.channels * m for m in (1, *sizes.multipliers)], len(sizes.multipliers) - 1
+        self.conv_in = nn.Conv2d(3, sizes.channels, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(widths[i], widths[i + 1], sizes.blocks, i == last, None if i == last else "down")
+            for i in range(last + 1)
+        )
+        self.mid = _middle(widths[-1])
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], sizes.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, z, h, w]
+        x = self.conv_in(x)
+        for layer in (*self.conv_blocks, *self.mid):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, sizes: VqSizes):
+        super().__init__()
+        widths = [sizes.channels * m for m in reversed(sizes.multipliers)]  # from the lowest resolution outwards
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(sizes.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], widths[i], sizes.blocks + 1, i == 0, None if i == last else "up")
+            for i in range(last + 1)
+        )
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:  # [B, z, h, w] -> [B, 3, H, W]
+        x = self.conv_in(z)
+        for layer in (*self.mid, *self.conv_blocks):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantizer(nn.Module):
+    """Codebook entries and what is to be coded are compared at length 1; the stored rows may have any."""
+
+    codebook_used: Tensor
+
+    def __init__(self, sizes: VqSizes):
+        super().__init__()
+        self.embedding = nn.Embedding(sizes.entries, sizes.code_channels)
+        self.register_buffer("codebook_used", torch.zeros(USED))
+
+    def rows(self) -> Tensor:
+        """Return the entries at length 1, fp32 [entries, C]."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def codes(self, z: Tensor) -> Tensor:  # [B, C, h, w]
+        """Find the nearest entries, int64 [B, h*w], row-major."""
+        return (F.normalize(z.flatten(2).transpose(1, 2), dim=-1) @ self.rows().T).argmax(-1)
+
+    def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
+        """Look up entries, fp32 [B, C, h, w]."""
+        return self.rows()[codes].transpose(1, 2).unflatten(2, (height, width))
+
+
+class Vq(nn.Module):
+    """VQ-16 of LlamaGen as Janus publishes it: one code per 2 ** (levels - 1) pixels square.
+
+    In bf16 codes would flip, so it runs in fp32 whatever autocast says.
+    """
+
+    def __init__(self, sizes: VqSizes):
+        super().__init__()
+        self.factor, self.entries = 2 ** (len(sizes.multipliers) - 1), sizes.entries
+        self.encoder, self.decoder, self.quantize = Encoder(sizes), Decoder(sizes), Quantizer(sizes)
+        self.quant_conv = nn.Conv2d(sizes.z_channels, sizes.code_channels, 1)
+        self.post_quant_conv = nn.Conv2d(sizes.code_channels, sizes.z_channels, 1)
+
+    def z(self, pixels: Tensor) -> Tensor:
+        """Compute what is to be coded, fp32 [B, C, h, w]."""
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return self.quant_conv(self.encoder(pixels.float()))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
+        """Encode pixels to codes, int64 [B, h*w], row-major."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.quantize.codes(self.z(pixels))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
+        """Decode codes to pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.decoder(self.post_quant_conv(self.quantize.entries(codes, *(grid or square(codes)))))
+
+
+def codec(config: JanusConfig) -> Vq | PatchCodebook:
+    return Vq(config.vq) if config.codec == "vq" else PatchCodebook(config.patches)
+
+
+def check_sizes(config: JanusConfig, factor: int) -> None:
+    """Raise ValueError for images that are not whole codes or patches. factor: pixels of a code."""
+    check_side("model.image_size", config.image_size, factor)
+    check_side("model.vision.image_size", config.vision.image_size, config.vision.patch_size)
+
+
+class Network(nn.Module):
+    """Janus-Pro's parts under DeepSeek's names."""
+
+    @in_fp32
+    def __init__(self, config: JanusConfig, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.config, self.tokenizer, width = config, tokenizer, config.language.hidden_size
+        self.vocabulary = Vocabulary.of(tokenizer)
+        self.vision_model = VisionModel(config.vision)
+        self.aligner = Aligner(config.vision.hidden_size, width)
+        self.gen_vision_model = codec(config)
+        check_sizes(config, self.gen_vision_model.factor)
+        entries, channels = self.gen_vision_model.entries, config.vq.code_channels
+        self.gen_embed = nn.Embedding(entries, channels)
+        self.gen_aligner = Aligner(channels, width)
+        self.gen_head = CodeHead(width, config.head_width or width, entries)
+        self.language_model = llama(config.language)
+        self.tokens = Remembered(functools.partial(encode, tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.gen_embed.weight.device
+
+    @property
+    def image_tokens(self) -> int:
+        """Count the codes of an image, N."""
+        return (self.config.image_size // self.gen_vision_model.factor) ** 2
+
+    @property
+    def hv_tokens(self) -> int:
+        return (self.config.vision.image_size // self.config.vision.patch_size) ** 2
+
+    @torch.no_grad()
+    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode images by SigLIP and aligner: h_v, [B, n, H]."""
+        return self.aligner(self.vision_model.vision_tower(pixels))
+
+    def embed_codes(self, codes: Tensor) -> Tensor:  # int64 [B, n]
+        """Embed codes for the language model, [B, n, H]. Their table is not the tokenizer's codebook."""
+        return self.gen_aligner(self.gen_embed(codes))
+
+    def embed(self, src: Tensor, *visual: Tensor | None) -> Tensor:  # int32 [B, L]
+        """Make input embeddings, [B, L, H]. visual: [B, n, H] each, the rows of a sample in order."""
+        table = self.language_model.model.embed_tokens.weight
+        parts = [part.to(table.dtype) for part in visual if part is not None]
+        rows = torch.cat(parts, dim=1).flatten(0, 1) if parts else table.new_empty(0, table.shape[1])
+        return template_concat(table, rows, src)
+
+    def hidden(self, layout: Layout, *visual: Tensor | None) -> Tensor:
+        """Compute the last hidden states, [B, L, H]."""
+        return self.language_model.model(
+            inputs_embeds=self.embed(layout.src, *visual),
+            position_ids=layout.position_ids,
+            plan=layout.plan(),
+            use_cache=False,
+        ).last_hidden_state

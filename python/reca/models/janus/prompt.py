@@ -1,0 +1,148 @@
+"""Janus-Pro's sequences, causal from end to end and padded on the left.
+
+    t2i   bos <|User|> : caption \n\n <|Assistant|> : boi | codes
+    reca  bos <|User|> : boi h_v eoi \n template \n\n <|Assistant|> : boi | codes
+    i2t   bos system \n\n <|User|> : boi h_v eoi \n question \n\n <|Assistant|> : answer eos …
+
+The row of boi predicts the first code and the row of a code the next one, so the last code has no row. A prompt without
+its condition keeps its length: all between bos and the last boi becomes the padding token, which is seen as any other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from reca.data.batch import Turn
+from reca_kernels import (
+    IGNORE_INDEX,
+    AttentionPlan,
+    AttentionSpan,
+    TextSegment,
+    VisualSegment,
+    attention_plan,
+    concat_plan,
+)
+from reca_kernels.host import on_device
+
+# The bars and blanks of these three are no ASCII characters.
+BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
+EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+PAD = "<\uff5c\u2581pad\u2581\uff5c>"
+BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, BOI, EOI, IMAGE, USER, ASSISTANT)
+WORDS = (":", "\n")  # what prompts add to the user's text
+Tokens = Callable[[str], list[int]]  # a text's ids, without control tokens
+Segment = TextSegment | VisualSegment
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of the control tokens. They are looked up: Janus-1.3B has other ones than Janus-Pro."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int
+    eoi: int
+    image: int
+    user: int
+    assistant: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
+        return cls(*(tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A batch of sequences, padded on the left.
+
+    src           int32 [B, L]: token ids; -1 - r for visual row r: of each sample h_v first, then codes
+    position_ids  int64 [B, L]: padding does not count
+    labels        int64 [B, L]: what is learned of a token, IGNORE_INDEX for nothing; codes have no labels here
+    lengths       per sample its rows without padding
+    """
+
+    src: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "Layout":
+        return Layout(*(on_device(x, device) for x in (self.src, self.position_ids, self.labels)), self.lengths)
+
+    def spans(self) -> list[tuple[AttentionSpan, ...]]:
+        """Return per sample what its rows see."""
+        pads = (self.src.shape[1] - length for length in self.lengths)
+        return [
+            (AttentionSpan(pad, "pad"), AttentionSpan(length)) if pad else (AttentionSpan(length),)
+            for pad, length in zip(pads, self.lengths, strict=True)
+        ]
+
+    def plan(self) -> AttentionPlan:
+        return attention_plan(self.spans(), device=self.src.device)
+
+
+def layout(samples: Sequence[Sequence[Segment]], v: Vocabulary) -> Layout:
+    """Lay out samples as one batch."""
+    plan = concat_plan(samples, layout="left", pad_id=v.pad)
+    return Layout(plan.src, plan.position_ids, plan.labels, tuple(plan.cu_seqlens.diff().tolist()))
+
+
+def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> Layout:
+    """Take the condition from samples: all between bos and the last boi, which stands before `codes` rows of codes."""
+    src, boi = given.src.clone(), given.src.shape[1] - codes - 1
+    for row, (gone, length) in enumerate(zip(dropped, given.lengths, strict=True)):
+        if gone:
+            src[row, src.shape[1] - length + 1 : boi] = v.pad
+    return Layout(src, given.position_ids, given.labels, given.lengths)
+
+
+def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
+    """Ask for the image of a caption, and begin it. most: tokens of the whole prompt."""
+    frame = [*reply(tokens, v), v.boi]
+    asked = [v.bos, v.user, *message(tokens, text)]
+    return [*(asked if most is None else asked[: most - len(frame)]), *frame]
+
+
+def with_image(
+    tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
+) -> list[Segment]:
+    """Give an image and a text, and begin the reply. most: tokens of the whole prompt; the text is cut."""
+    before = [v.bos, *(tokens(f"{system}\n\n") if system else []), v.user, *tokens(": "), v.boi]
+    said = [v.eoi, *tokens(f"\n{text}".rstrip() + "\n\n")]
+    frame = reply(tokens, v)
+    if most is not None:
+        said = said[: max(1, most - len(before) - hv_tokens - len(frame))]
+    return [TextSegment(before), VisualSegment(hv_tokens), TextSegment([*said, *frame])]
+
+
+def conversation(
+    tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
+) -> list[Segment]:
+    """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned."""
+    before, image, asked = with_image(tokens, turns[0].question, v, hv_tokens, system)
+    assert isinstance(asked, TextSegment) and isinstance(before, TextSegment)
+    ids, labels = [], []
+    for number, turn in enumerate(turns):
+        heard = list(asked.ids) if number == 0 else [v.user, *message(tokens, turn.question), *reply(tokens, v)]
+        # An answer is tokenised together with the colon before it.
+        said = [*tokens(f": {turn.answer.strip()}".rstrip())[len(tokens(":")) :], v.eos]
+        ids, labels = ids + heard + said, labels + [IGNORE_INDEX] * len(heard) + said
+    left = most - len(before.ids) - hv_tokens
+    return [before, image, TextSegment(ids[:left], labels[:left])]
+
+
+def message(tokens: Tokens, text: str) -> list[int]:
+    """Tokenise what the user says behind the role; nothing at all leaves the colon alone."""
+    text = text.strip()
+    return tokens(f": {text}\n\n" if text else ":")
+
+
+def reply(tokens: Tokens, v: Vocabulary) -> list[int]:
+    """Begin the reply."""
+    return [v.assistant, *tokens(":")]

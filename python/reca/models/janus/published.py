@@ -1,0 +1,186 @@
+"""The JSON files of the two published layouts: what public code reads sizes, pixels and tokens from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, LlamaConfig
+from transformers import JanusConfig as NativeConfig
+from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
+
+from reca.files import read_json
+from reca.models.janus.config import JanusConfig
+from reca.models.janus.prompt import IMAGE, Vocabulary
+
+HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels in 0 ... 1
+
+
+def check_config(folder: Path, config: JanusConfig) -> None:
+    """Raise ValueError when config.json of a published folder says something else than the recipe."""
+    if not (path := folder / "config.json").is_file():
+        return
+    found, wrong = read_json(path), []
+    native = found.get("model_type") == "janus"
+    for theirs, transformers, value, key in described(config):
+        if (place := transformers if native else theirs) is None:
+            continue
+        given: Any = found
+        for part in place.split("."):
+            given = given.get(part) if isinstance(given, Mapping) else None
+        if given is not None and given != value:
+            wrong.append(f"{place} is {given}, and the recipe has {key}={value}")
+    if wrong:
+        raise ValueError(f"{path} does not fit the recipe: {'; '.join(wrong)}")
+
+
+def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, str]]:
+    """List (place in DeepSeek's config.json, in transformers', value, recipe key) of sizes; None: not named there."""
+    language, vision, vq = config.language, config.vision, config.vq
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps")  # fmt: skip
+    rows: list[tuple[str | None, str | None, Any, str]] = [
+        (f"language_config.{key}", f"text_config.{key}", getattr(language, key), f"model.language.{key}")
+        for key in keys
+    ]
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size"):
+        rows.append((None, f"vision_config.{key}", getattr(vision, key), f"model.vision.{key}"))
+    head = config.head_width or language.hidden_size
+    return [
+        *rows,
+        ("vision_config.params.image_size", "vision_config.image_size", vision.image_size, "model.vision.image_size"),
+        ("aligner_config.params.input_dim", None, vision.hidden_size, "model.vision.hidden_size"),
+        ("gen_vision_config.params.image_token_size", "vq_config.num_embeddings", vq.entries, "model.vq.entries"),
+        ("gen_vision_config.params.n_embed", "vq_config.embed_dim", vq.code_channels, "model.vq.code_channels"),
+        (None, "vq_config.base_channels", vq.channels, "model.vq.channels"),
+        (None, "vq_config.channel_multiplier", vq.multipliers, "model.vq.multipliers"),
+        (None, "vq_config.num_res_blocks", vq.blocks, "model.vq.blocks"),
+        (None, "vq_config.latent_channels", vq.z_channels, "model.vq.z_channels"),
+        ("gen_head_config.params.image_token_embed", "vq_config.image_token_embed_dim", head, "model.head_width"),
+    ]
+
+
+def deepseek_files(config: JanusConfig) -> dict[str, dict]:
+    """Return the files that the package `janus` reads beside weights and tokenizer."""
+    language, width = config.language, config.language.hidden_size
+
+    def part(kind: str, cls: str, **params: Any) -> dict:
+        return {"cls": cls, "model_type": kind, "params": params}
+
+    mlp = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
+    size = config.vision.image_size
+    entries = config.vq.entries if config.codec == "vq" else config.patches.entries
+    vision = {"image_size": size, "model_name": f"siglip_large_patch{config.vision.patch_size}_{size}"}
+    return {
+        "config.json": {
+            "model_type": "multi_modality",
+            "architectures": ["MultiModalityCausalLM"],
+            "vision_config": part("vision", "CLIPVisionTower", select_feature="same", select_layer=-1, **vision),
+            "aligner_config": part("aligner", "MlpProjector", input_dim=config.vision.hidden_size, **mlp),
+            "gen_vision_config": part("gen_vision", "VQ-16", image_token_size=entries, n_embed=config.vq.code_channels),
+            "gen_aligner_config": part("gen_aligner", "MlpProjector", input_dim=config.vq.code_channels, **mlp),
+            "gen_head_config": part(
+                "gen_head",
+                "vision_head",
+                image_token_embed=config.head_width or width,
+                image_token_size=entries,
+                n_embed=width,
+            ),
+            "language_config": {
+                "model_type": "llama",
+                **vars(language),
+                "torch_dtype": "bfloat16" if config.dtype == "bf16" else "float32",
+            },
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "VLMImageProcessor",
+            "processor_class": "VLChatProcessor",
+            "image_size": size,
+            "min_size": config.vision.min_side,
+            "background_color": [127, 127, 127],
+            "do_normalize": True,
+            "image_mean": HALF,
+            "image_std": HALF,
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {
+            "processor_class": "VLChatProcessor",
+            "sft_format": "deepseek",
+            "image_tag": IMAGE,
+            "num_image_tokens": (size // config.vision.patch_size) ** 2,
+            "add_special_token": False,
+            "ignore_id": -100,
+            "mask_prompt": True,
+        },
+    }
+
+
+def transformers_files(config: JanusConfig, v: Vocabulary) -> dict[str, dict]:
+    """Return the files that JanusForConditionalGeneration reads beside weights and tokenizer.
+
+    Raises ValueError for a model that its classes cannot be.
+    """
+    language, vision, vq, width = config.language, config.vision, config.vq, config.language.hidden_size
+    if config.codec != "vq" or (config.head_width or width) != width:
+        raise ValueError(
+            "transformers' Janus has a VQ tokenizer and a code head as wide as its language model, and here are "
+            f"model.codec={config.codec} and model.head_width={config.head_width}; set model.export_layout=deepseek"
+        )
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    native = NativeConfig(
+        text_config=LlamaConfig(
+            **{key: value for key, value in vars(language).items() if key != "rope_theta"},
+            rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+            tie_word_embeddings=False,
+            bos_token_id=v.bos,
+            eos_token_id=v.eos,
+            pad_token_id=v.pad,
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_hidden_layers,
+            num_attention_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            layer_norm_eps=vision.layer_norm_eps,
+            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            projection_dim=width,
+            num_image_tokens=tokens,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=vq.code_channels,
+            num_embeddings=vq.entries,
+            latent_channels=vq.z_channels,
+            base_channels=vq.channels,
+            channel_multiplier=list(vq.multipliers),
+            num_res_blocks=vq.blocks,
+            projection_dim=width,
+            image_token_embed_dim=width,
+        ),
+        image_token_id=v.image,
+        tie_word_embeddings=False,
+        architectures=["JanusForConditionalGeneration"],
+    )
+    generation = GenerationConfig(
+        bos_token_id=v.bos,
+        eos_token_id=v.eos,
+        pad_token_id=v.pad,
+        guidance_scale=5,
+        temperature=1.0,
+        top_k=0,  # transformers' default keeps 50 codes
+        do_sample=True,
+        generation_kwargs={"boi_token_id": v.boi},
+    )
+    return {
+        "config.json": native.to_dict(),
+        "generation_config.json": generation.to_dict(),
+        "preprocessor_config.json": {
+            "image_processor_type": "JanusImageProcessor",
+            "processor_class": "JanusProcessor",
+            "size": {"height": vision.image_size, "width": vision.image_size},
+            "min_size": vision.min_side,
+            "image_mean": HALF,  # the class's defaults are CLIP's
+            "image_std": HALF,
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {"processor_class": "JanusProcessor", "num_image_tokens": tokens},
+    }

@@ -1,0 +1,121 @@
+"""Autoregressive sampling of image codes with classifier-free guidance and a KV cache, and greedy replies."""
+
+import torch
+from torch import Tensor
+
+from reca.data.views import View
+from reca.models.common.greedy import decode_replies
+from reca.models.common.images import fit_to_view, to_uint8, to_unit
+from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.planned import Continuation, greedy
+from reca.models.janus import prompt
+from reca.models.janus.modules import Network
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import TextSegment
+
+
+class SamplerNoise:
+    """The random choices of a sampler: functions of (seed of the image, step)."""
+
+    def __init__(self, seeds: Tensor):  # int64 [B]
+        self.seeds, self.rng = seeds, CounterRNG(0)
+
+    def code(self, step: int, probabilities: Tensor) -> Tensor:  # [B, K]
+        """Draw a code per image, int64 [B]."""
+        return inverse_cdf(probabilities, self.rng.fold_in(step).uniform(RandomStream.TOKEN, self.seeds)[:, 0])
+
+
+def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:  # [B, K], [B] in [0, 1)
+    """Count the classes whose cumulative probability, formed in fp64, is at most u: int64 [B]."""
+    sums = probabilities.double().cumsum(-1)
+    index = torch.searchsorted(sums, (u.double() * sums[:, -1])[:, None], right=True)[:, 0]
+    return index.clamp(max=probabilities.shape[-1] - 1)
+
+
+def generate(
+    net: Network,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    guidance: float = 5.0,
+    temperature: float = 1.0,
+    batch: int = 16,
+) -> list[Tensor]:
+    """Generate images code by code (`sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    check_pairs(prompts=prompts, seeds=seeds)
+    most, images = net.config.max_length - net.image_tokens + 1, []
+    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
+    ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
+    for i in range(0, len(prompts), batch):
+        noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
+        codes = sample_codes(net, ids[i : i + batch], noise, guidance=guidance, temperature=temperature)
+        images += list(to_uint8(net.gen_vision_model.decode(codes), floor=True))  # as the release
+    return images
+
+
+@torch.no_grad()
+def sample_codes(
+    net: Network,
+    prompts: list[list[int]],  # token ids, the last of them boi
+    noise: SamplerNoise,
+    *,
+    guidance: float = 5.0,
+    temperature: float = 1.0,
+    on_step=None,  # called with the guided logits [B, K] of each step
+) -> Tensor:  # int64 [B, N]
+    """Draw one code after another from all of the codebook; K/V of earlier rows are kept.
+
+    guidance g mixes logits as uncond + g (cond - uncond); 1 runs no unconditional branch.
+    temperature divides them; 0 takes the likeliest code.
+    Raises ValueError for a temperature below 0.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature:g} must be at least 0; 0 takes the likeliest code")
+    b, v, branches = len(prompts), net.vocabulary, 1 if guidance == 1 else 2
+    given = prompt.layout([[TextSegment(ids)] for ids in prompts * branches], v)
+    given = prompt.drop(given, [False] * b + [True] * (b * (branches - 1)), 0, v).to(net.device)
+    advance = Continuation(net.language_model.model, net.embed(given.src), given.position_ids, given.spans())
+    codes: list[Tensor] = []
+    for step in range(net.image_tokens):
+        rows = net.embed_codes(codes[-1][:, None]).repeat(branches, 1, 1) if codes else None
+        logits = net.gen_head(advance(rows)).float()
+        if branches == 2:
+            cond, uncond = logits.chunk(2)
+            logits = uncond + guidance * (cond - uncond)
+        if on_step:
+            on_step(logits)
+        codes.append(noise.code(step, (logits / temperature).softmax(-1)) if temperature else logits.argmax(-1))
+    return torch.stack(codes, 1)
+
+
+@torch.no_grad()
+def answer(
+    net: Network, images: list[Tensor], questions: list[str], view: View, max_new_tokens: int, batch: int = 64
+) -> list[str]:
+    """Answer questions about images, greedy, `batch` at a time."""
+    check_pairs(images=images, questions=questions)
+    v, replies = net.vocabulary, []
+    asked = [
+        prompt.with_image(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length)
+        for text in questions
+    ]
+    for i in range(0, len(images), batch):
+        layout = prompt.layout(asked[i : i + batch], v).to(net.device)
+        pixels = to_unit([fit_to_view(image, view) for image in images[i : i + batch]]).to(net.device)
+        tokens = continue_text(net, layout, net.encode_understanding(pixels), max_new_tokens)
+        replies += decode_replies(net.tokenizer, tokens, v.eos)
+    return replies
+
+
+def continue_text(net: Network, layout: prompt.Layout, h_v: Tensor, max_new_tokens: int) -> Tensor:
+    """Continue prompts by the likeliest tokens, int64 [B, n]."""
+    language = net.language_model
+    return greedy(
+        language.model,
+        language.lm_head,
+        net.embed(layout.src, h_v),
+        layout.position_ids,
+        layout.spans(),
+        max_new_tokens,
+        net.vocabulary.eos,
+    )

@@ -1,0 +1,202 @@
+"""Janus-Pro's weights: built from published files or at random, and written back.
+
+Parameter names here are DeepSeek's. transformers' layout renames them, splits qkv, and lacks what nothing reads.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.text import check_tokenizer, read_tokenizer
+from reca.models.common.tiny_tokenizer import word_tokenizer
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.janus import prompt
+from reca.models.janus.config import JanusConfig
+from reca.models.janus.modules import Network
+from reca.models.janus.published import check_config, deepseek_files, transformers_files
+
+N = TypeVar("N", bound=Network)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# recipe key -> what there is to download
+DOWNLOADS = {"weights": ["*.json", "*.safetensors", "*.bin"], "tokenizer": TOKENIZER}
+TRAINED = ("language_model", "gen_embed", "gen_aligner", "gen_head")  # of model.dtype; the other parts are fp32
+CODEBOOK = "gen_vision_model.quantize.embedding.weight"
+QKV = re.compile(r"(vision_model\.vision_tower\.blocks\.\d+\.attn)\.qkv\.(weight|bias)")
+POSITIONS = "vision_model.vision_tower.pos_embed"  # [1, n, C]; [n, C] in transformers
+DROPPED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|gen_vision_model\.quantize\.codebook_used")
+# DeepSeek's names -> transformers'. The first pattern that fits counts.
+_NAMES = [
+    (r"^vision_model\.vision_tower\.pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
+    (r"^vision_model\.vision_tower\.patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
+    (r"^vision_model\.vision_tower\.norm\.", "model.vision_model.post_layernorm."),
+    (r"^vision_model\.vision_tower\.blocks\.(\d+)\.norm(\d)\.", r"model.vision_model.encoder.layers.\1.layer_norm\2."),
+    (
+        r"^vision_model\.vision_tower\.blocks\.(\d+)\.attn\.proj\.",
+        r"model.vision_model.encoder.layers.\1.self_attn.projection_layer.",
+    ),
+    (
+        r"^vision_model\.vision_tower\.blocks\.(\d+)\.attn\.(q|k|v)\.",
+        r"model.vision_model.encoder.layers.\1.self_attn.\2_proj.",
+    ),
+    (r"^vision_model\.vision_tower\.blocks\.", "model.vision_model.encoder.layers."),
+    (r"^aligner\.layers\.0\.", "model.aligner.fc1."),
+    (r"^aligner\.layers\.2\.", "model.aligner.hidden_layers.0."),
+    (r"^gen_aligner\.layers\.0\.", "model.generation_aligner.fc1."),
+    (r"^gen_aligner\.layers\.2\.", "model.generation_aligner.hidden_layers.0."),
+    (r"^gen_embed\.", "model.generation_embeddings."),
+    (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
+    (r"^gen_head\.", "model.generation_head."),
+    (r"^gen_vision_model\.encoder\.conv_blocks\.(\d+)\.res\.", r"model.vqmodel.encoder.down.\1.block."),
+    (r"^gen_vision_model\.decoder\.conv_blocks\.(\d+)\.res\.", r"model.vqmodel.decoder.up.\1.block."),
+    (r"^gen_vision_model\.encoder\.conv_blocks\.", "model.vqmodel.encoder.down."),
+    (r"^gen_vision_model\.decoder\.conv_blocks\.", "model.vqmodel.decoder.up."),
+    (r"^gen_vision_model\.(encoder|decoder)\.mid\.0\.", r"model.vqmodel.\1.mid.block_1."),
+    (r"^gen_vision_model\.(encoder|decoder)\.mid\.1\.", r"model.vqmodel.\1.mid.attn_1."),
+    (r"^gen_vision_model\.(encoder|decoder)\.mid\.2\.", r"model.vqmodel.\1.mid.block_2."),
+    (r"^gen_vision_model\.", "model.vqmodel."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+]  # fmt: skip
+
+
+def load(cls: type[N], config: JanusConfig) -> N:
+    """Build the model on the CPU; random where `config.weights` is null, and from files otherwise.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
+    tokenizer = load_tokenizer(config, source)
+    if source is None:
+        with init_random(config.seed):
+            net = cls(config, tokenizer)
+        trained_parts(net).to(DTYPES[config.dtype])
+        return net
+    with init_on_meta():
+        net = cls(config, tokenizer)
+    check_config(beside(source), config)
+    state = read_tensors(weight_file(source) if source.is_dir() else source)
+    assign_published(net, state, str(source))
+    return net
+
+
+def assign_published(net: Network, state: Mapping[str, Tensor], source: str) -> None:
+    """Make a published file's tensors the model's, whichever of the two layouts it has."""
+    if any(name.startswith("model.") for name in state):
+        state = from_transformers(state, net.state_dict())
+    trained = tuple(f"{part}." for part in TRAINED)
+    own = {name: tensor for name, tensor in state.items() if name.startswith(trained)}
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(trained)}
+    assign_state_dict(trained_parts(net), own, source, DTYPES[net.config.dtype])
+    assign_state_dict(frozen_parts(net), rest, source, torch.float32)
+
+
+def trained_parts(net: Network) -> nn.ModuleDict:
+    return nn.ModuleDict({name: part for name, part in net.named_children() if name in TRAINED})
+
+
+def frozen_parts(net: Network) -> nn.ModuleDict:
+    return nn.ModuleDict({name: part for name, part in net.named_children() if name not in TRAINED})
+
+
+def build_meta(cls: type[N], config: JanusConfig) -> N:
+    """Build what `load` does, with weights of any value."""
+    net = cls(config, load_tokenizer(replace(config, tokenizer=None), None))
+    for parameter in trained_parts(net).parameters():
+        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
+    return net
+
+
+def load_tokenizer(config: JanusConfig, source: Path | None) -> PreTrainedTokenizerBase:
+    """Read the tokenizer, or make one of words. Raises ValueError when there is none, or one that does not fit."""
+    if config.tokenizer:
+        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
+    elif source is None:
+        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
+    elif (beside(source) / "tokenizer_config.json").is_file():
+        tokenizer = read_tokenizer(beside(source))
+    else:
+        raise ValueError(
+            f"{beside(source).absolute()} holds no tokenizer; give model.tokenizer, such as "
+            "model.tokenizer=deepseek-ai/Janus-Pro-1B"
+        )
+    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Janus-Pro")
+    return tokenizer
+
+
+# DeepSeek's layout <-> transformers'
+
+
+def transformers_name(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name, hit = re.subn(pattern, replacement, name)
+        if hit:
+            break
+    return name
+
+
+def transformers_names(name: str) -> list[str]:
+    """Return the names of what becomes of a tensor in transformers' layout: three of qkv, none of what it lacks."""
+    if DROPPED.fullmatch(name):
+        return []
+    if match := QKV.fullmatch(name):
+        return [transformers_name(f"{match[1]}.{part}.{match[2]}") for part in "qkv"]
+    return [transformers_name(name)]
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename to transformers' layout.
+
+    Its VQ encoder compares codebook rows as they are stored, so they are stored at length 1, which finds DeepSeek's
+    codes; its decoder makes them that length in any case.
+    """
+    made: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names = transformers_names(name)
+        if name == CODEBOOK:
+            tensor = F.normalize(tensor.float(), dim=-1).to(tensor.dtype)
+        if name == POSITIONS:
+            tensor = tensor.squeeze(0)
+        made |= dict(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor] * len(names), strict=True))
+    return made
+
+
+def from_transformers(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename from transformers' layout to the names of `wanted`. What that layout lacks, and nothing reads, is 0.
+
+    Names that belong to nothing stay, so that loading reports them.
+    """
+    made, left = {}, dict(state)
+    for name, tensor in wanted.items():
+        names = transformers_names(name)
+        if not names:
+            made[name] = torch.zeros(tensor.shape, dtype=torch.float32)
+        elif all(part in state for part in names):
+            parts = [left.pop(part) for part in names]
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            made[name] = whole[None] if name == POSITIONS and whole.ndim == 2 else whole
+    return made | left
+
+
+def export(net: Network, folder: Path) -> list[str]:
+    """Write a published folder in the layout of model.export_layout. Raises ValueError for what that cannot be."""
+    with export_to(folder) as out:
+        if net.config.export_layout == "deepseek":
+            out.pickled("pytorch_model.bin", net.state_dict())
+            files = deepseek_files(net.config)
+        else:
+            files = transformers_files(net.config, net.vocabulary)
+            out.tensors("model.safetensors", to_transformers(net.state_dict()))
+        for name, content in files.items():
+            out.json(name, content)
+        out.tokenizer(".", net.tokenizer)
+        return out.done()
