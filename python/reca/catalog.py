@@ -17,6 +17,7 @@ class Facts:
 
 
 S_LAB = "S-Lab License 1.0 (non-commercial)"
+DEEPSEEK = "DeepSeek Model License 1.0 (use restrictions that go on with what is made of it)"
 
 WEIGHTS = {
     "showlab/show-o": Facts(5.79e9),
@@ -29,6 +30,8 @@ WEIGHTS = {
     "Qwen/Qwen2.5-0.5B-Instruct": Facts(licence="Apache-2.0"),
     "Qwen/Qwen2.5-1.5B-Instruct": Facts(licence="Apache-2.0"),
     "ByteDance-Seed/BAGEL-7B-MoT": Facts(29.55e9, licence="Apache-2.0"),
+    "deepseek-ai/Janus-Pro-1B": Facts(4.18e9, licence=DEEPSEEK),
+    "deepseek-ai/Janus-Pro-7B": Facts(14.84e9, licence=DEEPSEEK),
 }
 
 

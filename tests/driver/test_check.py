@@ -21,7 +21,7 @@ from reca.parallelize import replicas_fit, shard_size
 from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
 
-TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"]
+TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"]
 
 
 def numbers(name, *overrides):
@@ -52,6 +52,22 @@ PUBLISHED = {
         "bridge": 16_980_992,
         "gen_head": 13_769_728 + 232_960 + 229_440,
         "codec": 83_819_683,
+    },
+    "janus_pro_1b": {
+        "und_encoder": 316_283_904 + 6_295_552,
+        "codec": 71_883_403,
+        "shared_lm + embed": 1_652_656_128,
+        "embed": 2 * 209_715_200,
+        "bridge": 131_072 + 4_214_784,
+        "gen_head": 37_767_168,
+        "und_encoder + codec + shared_lm + embed + bridge + gen_head": 2_089_232_011,
+    },
+    "janus_pro_7b": {
+        "und_encoder": 316_283_904 + 20_979_712,
+        "shared_lm + embed": 6_910_365_696,
+        "bridge": 131_072 + 16_818_176,
+        "gen_head": 83_906_560,
+        "und_encoder + codec + shared_lm + embed + bridge + gen_head": 7_420_368_523,
     },
 }
 

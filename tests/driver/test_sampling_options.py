@@ -4,15 +4,18 @@ import pytest
 
 from reca.models import UMMS, umm_package
 from reca.sampling_options import check_sampling_options
+from tests.models.contract import quick
 
 
 @pytest.mark.parametrize("name", UMMS)
 def test_options_of_every_model(name):
     adapter = umm_package(name).Adapter
-    assert check_sampling_options(adapter.generate, {"steps": 3, "guidance": 2}) == {"steps": 3, "guidance": 2}
+    given = {**quick(name, 3), "guidance": 2}
+    assert check_sampling_options(adapter.generate, given) == given
     for ability in adapter.abilities & {"generate", "edit"}:
-        with pytest.raises(ValueError, match="'stepz'; did you mean steps.*defaults: .*steps=.*guidance="):
-            check_sampling_options(getattr(adapter, ability), {"stepz": 1})
+        for key in given:
+            with pytest.raises(ValueError, match=f"'{key[:-1]}z'; did you mean {key}.*defaults: .*{key}="):
+                check_sampling_options(getattr(adapter, ability), {f"{key[:-1]}z": 1})
 
 
 @pytest.mark.parametrize(

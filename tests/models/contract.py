@@ -26,6 +26,9 @@ VARIANTS = {
     "bagel flux": ["model.codec=flux", "model.autoencoder.block_out_channels=[32, 32]",
                    "model.autoencoder.layers_per_block=1", "model.autoencoder.latent_channels=4",
                    "model.max_latent_size=10"],
+    "janus dropped": ["model.reca_drop=0.5", "model.caption_drop=0.5", "model.reca_system_prompt=see this picture"],
+    "janus vq": ["model.codec=vq", "model.vq.channels=32", "model.vq.multipliers=[1, 1, 1]", "model.vq.blocks=1",
+                 "model.vq.z_channels=32", "model.vq.entries=145"],
     "bagel parity": ["model.parity=true"],
     "bagel vae": ["model.hv_source=vae", "model.understanding_size=18"],
     "bagel shift": ["model.timestep_shift=3"],
@@ -37,9 +40,18 @@ OPS = {
     "harmon": {"template_concat", "diffusion_loss", "philox"},
     "open_uni": {"template_concat", "flow_matching", "philox"},
     "bagel": {"template_concat", "flow_matching", "philox"},
+    "janus": {"template_concat", "masked_linear_cross_entropy", "philox"},
 }
+# Models that draw an image in as many steps as it has tokens, so that there is nothing to choose.
+WITHOUT_STEPS = {"janus"}
 # Draws that belong to a micro-batch instead of to its samples, as in the release.
 DRAWN_BY_BATCH = {"harmon parity"}
+
+
+def quick(name: str, steps: int = 4) -> dict[str, int]:
+    """Sampling options that draw an image in few steps."""
+    return {} if name in WITHOUT_STEPS else {"steps": steps}
+
 
 TEXTS = {
     "reca": ["describe the picture", "what is this", "describe this with care", "a picture"],
@@ -101,9 +113,10 @@ def loss(model: Adapter, sample: Batch, seed: int = 0) -> torch.Tensor:
 
 
 def learnable(model: nn.Module, task: str) -> None:
-    """Train what RECA trains; for a task that this cannot lower, everything."""
+    """Train what RECA trains; for a task that this cannot lower, or whose head it keeps, everything."""
     freeze(model, None)
-    if not model(batch(model, task), CounterRNG(0)).sum.requires_grad:
+    frozen_head = task == "i2t" and "embed" in set(model.roles().values()) - model.trainable_roles
+    if frozen_head or not model(batch(model, task), CounterRNG(0)).sum.requires_grad:
         freeze(model, sorted(set(model.roles().values()) - {"codec", "und_encoder"}))
 
 

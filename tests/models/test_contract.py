@@ -22,12 +22,14 @@ from tests.models.contract import (
     DRAWN_BY_BATCH,
     OPS,
     TEXTS,
+    WITHOUT_STEPS,
     batch,
     cached,
     images,
     learnable,
     load,
     loss,
+    quick,
     shared,
 )
 
@@ -144,7 +146,8 @@ def test_draws_are_a_function_of_seed_and_samples(model):
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(100)
     assert torch.equal(model(sample, CounterRNG(0)).sum, first)
-    assert not torch.equal(model(sample, CounterRNG(1)).sum, first)
+    # A model that draws nothing but what it drops has seeds that agree.
+    assert any(not torch.equal(model(sample, CounterRNG(seed)).sum, first) for seed in range(1, 9))
 
 
 def test_condition_of_another_image_changes_the_loss(model):
@@ -282,16 +285,17 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def test_an_image_depends_on_its_prompt_and_seed_only(model):
-    together = model.generate(PROMPTS, SEEDS, steps=4)
-    alone = [model.generate([text], [seed], steps=4)[0] for text, seed in zip(PROMPTS, SEEDS, strict=True)]
-    halves = model.generate(PROMPTS, SEEDS, steps=4, batch=2)
+    options = quick(model.name)
+    together = model.generate(PROMPTS, SEEDS, **options)
+    alone = [model.generate([text], [seed], **options)[0] for text, seed in zip(PROMPTS, SEEDS, strict=True)]
+    halves = model.generate(PROMPTS, SEEDS, **options, batch=2)
     size = model.views("t2i").gen.size
     for one, other, third in zip(together, alone, halves, strict=True):
         assert one.shape == (3, size, size) and one.dtype == torch.uint8
         assert near(one, other) and near(one, third)
     assert not near(together[0], together[1]) and not near(together[0], together[2])
     assert all(
-        torch.equal(one, same) for one, same in zip(together, model.generate(PROMPTS, SEEDS, steps=4), strict=True)
+        torch.equal(one, same) for one, same in zip(together, model.generate(PROMPTS, SEEDS, **options), strict=True)
     )
 
 
@@ -299,8 +303,9 @@ def test_what_cannot_be_drawn(plain):
     assert plain.generate([], []) == []
     with pytest.raises(ValueError, match="1 prompts, 2 seeds; there must be as many of each"):
         plain.generate(["a"], [1, 2])
-    with pytest.raises(ValueError, match="steps=0"):
-        plain.generate(["a"], [0], steps=0)
+    wrong = {"temperature": -1.0} if plain.name in WITHOUT_STEPS else {"steps": 0}
+    with pytest.raises(ValueError, match=next(f"{key}={n:g}" for key, n in wrong.items())):
+        plain.generate(["a"], [0], **wrong)
     with pytest.raises(ValueError, match="seed -1 lies outside"):
         plain.generate(["a"], [-1])
 

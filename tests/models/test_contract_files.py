@@ -19,6 +19,7 @@ from reca.models import UMMS, umm_package
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
 from reca.recipe_files import load_recipe
+from tests.models.contract import quick
 
 TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
 
@@ -51,7 +52,7 @@ def answers(model) -> dict[str, torch.Tensor]:
             (term.sum / term.weight).backward()
             found |= {f"{task} {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     picture = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8, generator=random)
-    found["drawn"] = model.generate(["a red circle"], [0], steps=3)[0]
+    found["drawn"] = model.generate(["a red circle"], [0], **quick(model.name, 3))[0]
     if "edit" in model.abilities:
         found["edited"] = model.edit([picture], ["red"], [0], steps=3)[0]
     model.answer([picture], ["what"], max_new_tokens=2)

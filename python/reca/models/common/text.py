@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from reca.data.text import encodable
 from reca.files import damage
@@ -46,12 +46,15 @@ def control(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return tokenizer.convert_tokens_to_ids(token)
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, as_is: bool = False) -> PreTrainedTokenizerBase:
     """Read the tokenizer whose files a local folder holds. No code of the folder runs.
 
+    as_is: take tokenizer.json as it is, and not the class that tokenizer_config.json names, which may rebuild it.
     Raises ValueError that names the folder, and the file where one is damaged.
     """
     try:
+        if as_is:
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception
         for path in sorted(folder.glob("*.json")):

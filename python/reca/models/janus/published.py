@@ -49,7 +49,7 @@ def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, st
         *rows,
         ("vision_config.params.image_size", "vision_config.image_size", vision.image_size, "model.vision.image_size"),
         ("aligner_config.params.input_dim", None, vision.hidden_size, "model.vision.hidden_size"),
-        ("gen_vision_config.params.image_token_size", "vq_config.num_embeddings", vq.entries, "model.vq.entries"),
+        ("gen_vision_config.params.image_token_size", "vq_config.num_embeddings", *entries(config)),
         ("gen_vision_config.params.n_embed", "vq_config.embed_dim", vq.code_channels, "model.vq.code_channels"),
         (None, "vq_config.base_channels", vq.channels, "model.vq.channels"),
         (None, "vq_config.channel_multiplier", vq.multipliers, "model.vq.multipliers"),
@@ -57,6 +57,13 @@ def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, st
         (None, "vq_config.latent_channels", vq.z_channels, "model.vq.z_channels"),
         ("gen_head_config.params.image_token_embed", "vq_config.image_token_embed_dim", head, "model.head_width"),
     ]
+
+
+def entries(config: JanusConfig) -> tuple[int, str]:
+    """Return how many codes there are, and the recipe key that says so."""
+    if config.codec == "vq":
+        return config.vq.entries, "model.vq.entries"
+    return config.patches.entries, "model.patches.entries"
 
 
 def deepseek_files(config: JanusConfig) -> dict[str, dict]:
@@ -68,7 +75,7 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
 
     mlp = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
     size = config.vision.image_size
-    entries = config.vq.entries if config.codec == "vq" else config.patches.entries
+    codes, _ = entries(config)
     vision = {"image_size": size, "model_name": f"siglip_large_patch{config.vision.patch_size}_{size}"}
     return {
         "config.json": {
@@ -76,13 +83,13 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
             "architectures": ["MultiModalityCausalLM"],
             "vision_config": part("vision", "CLIPVisionTower", select_feature="same", select_layer=-1, **vision),
             "aligner_config": part("aligner", "MlpProjector", input_dim=config.vision.hidden_size, **mlp),
-            "gen_vision_config": part("gen_vision", "VQ-16", image_token_size=entries, n_embed=config.vq.code_channels),
+            "gen_vision_config": part("gen_vision", "VQ-16", image_token_size=codes, n_embed=config.vq.code_channels),
             "gen_aligner_config": part("gen_aligner", "MlpProjector", input_dim=config.vq.code_channels, **mlp),
             "gen_head_config": part(
                 "gen_head",
                 "vision_head",
                 image_token_embed=config.head_width or width,
-                image_token_size=entries,
+                image_token_size=codes,
                 n_embed=width,
             ),
             "language_config": {

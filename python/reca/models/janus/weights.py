@@ -117,18 +117,22 @@ def build_meta(cls: type[N], config: JanusConfig) -> N:
 
 
 def load_tokenizer(config: JanusConfig, source: Path | None) -> PreTrainedTokenizerBase:
-    """Read the tokenizer, or make one of words. Raises ValueError when there is none, or one that does not fit."""
-    if config.tokenizer:
-        tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
-    elif source is None:
-        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
-    elif (beside(source) / "tokenizer_config.json").is_file():
-        tokenizer = read_tokenizer(beside(source))
+    """Read the tokenizer, or make one of words. Raises ValueError when there is none, or one that does not fit.
+
+    The published one is a byte-level BPE whose files name Llama's class, which some versions of transformers rebuild
+    with Llama's own rules, so its tokenizer.json is taken as it is.
+    """
+    if config.tokenizer or source is not None:
+        own = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer") if config.tokenizer else None
+        folder = beside(own or source)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{folder.absolute()} holds no tokenizer.json; give model.tokenizer, such as "
+                "model.tokenizer=deepseek-ai/Janus-Pro-1B"
+            )
+        tokenizer = read_tokenizer(folder, as_is=True)
     else:
-        raise ValueError(
-            f"{beside(source).absolute()} holds no tokenizer; give model.tokenizer, such as "
-            "model.tokenizer=deepseek-ai/Janus-Pro-1B"
-        )
+        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
     check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Janus-Pro")
     return tokenizer
 
