@@ -93,14 +93,13 @@ class Tower(nn.Module):
     def __init__(self, sizes: VisionSizes):
         super().__init__()
         width, patch = sizes.hidden_size, sizes.patch_size
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch, stride=patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.randn(1, (sizes.image_size // patch) ** 2, width) * 0.02)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.num_hidden_layers))
         self.norm, self.attn_pool = nn.LayerNorm(width, sizes.layer_norm_eps), AttentionPool(sizes)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1] -> [B, n, C], row-major
-        x = self.patch_embed.proj(pixels).flatten(2).transpose(1, 2) + self.pos_embed
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -73,7 +73,8 @@ class Layout:
     lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(*(on_device(x, device) for x in (self.src, self.position_ids, self.labels)), self.lengths)
+        src, positions, labels = (on_device(x, device) for x in (self.src, self.position_ids, self.labels))
+        return Layout(src, positions, labels, self.lengths)
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return per sample what its rows see."""
@@ -127,7 +128,8 @@ def conversation(
     """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned."""
     before, image, asked = with_image(tokens, turns[0].question, v, hv_tokens, system)
     assert isinstance(asked, TextSegment) and isinstance(before, TextSegment)
-    ids, labels = [], []
+    ids: list[int] = []
+    labels: list[int] = []
     for number, turn in enumerate(turns):
         heard = list(asked.ids) if number == 0 else [v.user, *message(tokens, turn.question), *reply(tokens, v)]
         # An answer is tokenised together with the colon before it.

@@ -122,9 +122,10 @@ def load_tokenizer(config: JanusConfig, source: Path | None) -> PreTrainedTokeni
     The published one is a byte-level BPE whose files name Llama's class, which some versions of transformers rebuild
     with Llama's own rules, so its tokenizer.json is taken as it is.
     """
-    if config.tokenizer or source is not None:
-        own = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer") if config.tokenizer else None
-        folder = beside(own or source)
+    if config.tokenizer:
+        source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
+    if source is not None:
+        folder = beside(source)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"{folder.absolute()} holds no tokenizer.json; give model.tokenizer, such as "
