@@ -16,6 +16,7 @@ from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.harmon import prompt as harmon_prompt
 from reca.models.open_uni import prompt as open_uni_prompt
 from reca.recipe_files import load_recipe
+from tests.models.contract import quick
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<img>", "</img>"]
 PLAIN_ADDED = ["<tool_call>", "<|fim_prefix|>", "<IMG_CONTEXT>"]  # added, and not special: as in Qwen2.5 and InternVL3
@@ -69,7 +70,7 @@ def test_halves_of_characters_are_refused(model, text):
         with pytest.raises(ValueError, match=words):
             encode(tokenizer, text)
     with pytest.raises(ValueError, match=words):
-        model.generate([text], [0], steps=2)
+        model.generate([text], [0], **quick(model.name, 2))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -175,7 +176,7 @@ def test_every_model_takes_control_words_in_all_it_is_told(model, word):
         batch = Batch(task, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
         term = model(batch, task_rng(0, task))
         assert bool(term.sum.isfinite()) and float(term.weight) == model.prepare(batch, task_rng(0, task)).weight > 0
-    assert len(model.generate([text], [0], **{"steps": 2})) == 1
+    assert len(model.generate([text], [0], **quick(model.name, 2))) == 1
     assert len(model.answer([picture], [text], max_new_tokens=2)) == 1
     if "edit" in model.abilities:
         assert len(model.edit([picture], [text], [0], steps=2)) == 1
