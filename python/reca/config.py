@@ -206,6 +206,20 @@ class ParallelConfig:
 class CheckpointConfig:
     every: int = config_field(500, "steps between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
     keep: int = config_field(2, "number of latest checkpoints to keep; 0 keeps all", least=0)
+    keep_every: int = config_field(
+        0, "keep also every checkpoint whose step is a multiple of this, for ever; 0 keeps none beyond keep", least=0
+    )
+    async_save: bool = config_field(
+        True,
+        "write checkpoints while training goes on, from a copy in host memory; the last one of a run is waited for",
+    )
+
+    def check(self, prefix: str) -> None:
+        if self.keep_every and (not self.every or self.keep_every % self.every):
+            raise RecipeError(
+                f"{prefix}keep_every={self.keep_every} must be a multiple of {prefix}every={self.every}: other steps "
+                "have no checkpoint"
+            )
 
 
 @dataclass

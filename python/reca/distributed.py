@@ -29,9 +29,12 @@ def initialize(timeout_minutes: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", _gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None  # NCCL connects now, and knows whose GPU is whose
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), device_id=gpu)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
+    if dist.is_initialized() and side_group() is None:
+        _SIDE_GROUP[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -79,9 +82,22 @@ def set_timeout(minutes: int, device: torch.device) -> None:
         distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
+# By the training group that it belongs to.
+_SIDE_GROUP: dict[Any, dist.ProcessGroup] = {}
+
+
+def side_group() -> dist.ProcessGroup | None:
+    """Return the group for collectives beside training's, which a thread may make: all ranks, over gloo.
+
+    None without processes. Collectives of two threads in one group can wait for each other for ever.
+    """
+    return _SIDE_GROUP.get(dist.group.WORLD) if dist.is_initialized() else None
+
+
 def shut_down() -> None:
     _meshes.clear()
     if dist.is_initialized():
+        _SIDE_GROUP.clear()
         dist.destroy_process_group()
 
 
@@ -129,14 +145,17 @@ class PeerFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def fail_together() -> Iterator[None]:
-    """Run the body on every rank and wait for all of them: where it raises on any rank, all others raise PeerFailed."""
+def fail_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the body on every rank and wait for all of them: where it raises on any rank, all others raise PeerFailed.
+
+    group: of all ranks; None is the training group.
+    """
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    failures = all_gather(None if error is None else (exits.code_of(error), str(error) or type(error).__name__))
+    failures = all_gather(None if error is None else (exits.code_of(error), str(error) or type(error).__name__), group)
     if error is not None:
         raise error
     for rank, failure in enumerate(failures):
@@ -144,12 +163,15 @@ def fail_together() -> Iterator[None]:
             raise PeerFailed(rank, *failure)
 
 
-def all_gather(value: Any) -> list[Any]:
-    """Return what every rank holds, in the order of ranks, on every rank. value: anything that pickles."""
+def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return what every rank holds, in the order of ranks, on every rank.
+
+    value: anything that pickles. group: of all ranks; None is the training group.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

@@ -90,7 +90,7 @@ def host_memory() -> int:
 
 
 def _disk(recipe: Recipe, adapter: Adapter) -> None:
-    run_dir, keep = Path(recipe.run_dir), recipe.checkpoint.keep
+    run_dir, config = Path(recipe.run_dir), recipe.checkpoint
     need = checkpoint.size(adapter, recipe.optim, recipe.ema.half_life > 0)
     free = checkpoint.free_space(run_dir)
     if need > free:
@@ -98,11 +98,15 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
             f"run_dir {run_dir}: a checkpoint needs about {units.size(need)} and {units.size(free)} are free; free "
             "space or name another folder"
         )
-    more = keep + 1 - len(checkpoint.list_complete(run_dir))  # a new one is complete before the oldest goes
-    if keep and more * need > free:
+    most = checkpoint.Keep(config.keep, config.keep_every).most(recipe.train.steps, config.every)
+    more = most - len(checkpoint.list_complete(run_dir))
+    if more * need > free:
+        rule = f"the latest {config.keep}" if config.keep else "all"
+        rule += f" and one for every {config.keep_every} steps" if config.keep and config.keep_every else ""
         log.warning(
-            "run_dir %s: %d more checkpoints of %s will be kept and %s are free; free space or lower checkpoint.keep",
-            run_dir, more, units.size(need), units.size(free),
+            "run_dir %s: %d more checkpoints of %s will be kept (%s) and %s are free; free space, or set "
+            "checkpoint.keep and keep_every to keep fewer",
+            run_dir, more, units.size(need), rule, units.size(free),
         )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: Path, steps: int):
-        self.path, self.write_failed, self.busy = run_dir, False, False
+        self.path, self.write_failed, self.busy, self.begun = run_dir, False, False, False
         self.lock: int | None = _lock(run_dir)
         self.key = _key(self.lock)
         _HELD[self.key] = self
@@ -136,7 +136,8 @@ class RunFolder:
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        if state != "running":
+        begins, self.begun = state == "running" and not self.begun, True
+        if not begins:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 if json.loads((self.path / FILE).read_text()).get("state") != "running":
                     return

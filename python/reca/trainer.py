@@ -65,6 +65,8 @@ class Trainer:
                 ensure_writable(self.run_dir, "run_dir")
                 ensure_writable(self.run_dir / "checkpoints", "folder")
         self.folder = RunFolder(self.run_dir, recipe.train.steps)
+        self.keep = checkpoint.Keep(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+        self.writer = checkpoint.BackgroundWriter(self.run_dir, self.keep)
         self.interruption = Interruption()
         with self._around():
             self._set_up(adapter)
@@ -154,7 +156,10 @@ class Trainer:
         of the run could not be written; NonFiniteError on NaN.
         """
         with self._around():
-            self._run()
+            try:
+                self._run()
+            finally:
+                self._record(self.writer.wait())
             distributed.barrier()
             self.folder.write_status("finished", exits.DONE)
             self.folder.close()
@@ -197,12 +202,13 @@ class Trainer:
 
     def _save_or_stop(self) -> None:
         """Write a checkpoint if one is due. Raises SystemExit(75) after saving where a signal asks for the end."""
+        self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
         stop = distributed.any_rank(self.interruption.requested, self.device)
         if stop or last:
             self._save_last()
         elif due(self.step, self.recipe.checkpoint.every):
-            self.save()
+            self.save(self.recipe.checkpoint.async_save)
         if stop and not last:
             if distributed.rank() == 0:
                 log.warning("interrupted at step %d; the same command continues the run", self.step)
@@ -242,8 +248,11 @@ class Trainer:
         metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}
         return metrics
 
-    def save(self) -> Path | None:
-        """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it."""
+    def save(self, in_background: bool = False) -> Path | None:
+        """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
+
+        in_background: return when it is copied to host memory, and with the folder of one that is complete already.
+        """
         state = {
             "step": self.step,
             "samples": {task: self._position(task) for task in self.tasks},
@@ -255,14 +264,14 @@ class Trainer:
             "recipe": as_dict(self.recipe),
             "fingerprint": self.fingerprint if distributed.rank() == 0 else None,
         }
-        saved = checkpoint.save(
-            self.run_dir,
-            state,
-            self.adapter,
-            self.optimizer,
-            self.recipe.checkpoint.keep,
-            self.ema.averages if self.ema else None,
-        )
+        averages = self.ema.averages if self.ema else None
+        taken = checkpoint.snapshot(state, self.adapter, self.optimizer, averages)
+        if in_background:
+            return self._record(self.writer.start(taken))
+        self._record(self.writer.wait())
+        return self._record(checkpoint.write(self.run_dir, taken, self.keep))
+
+    def _record(self, saved: Path | None) -> Path | None:
         if saved is not None:
             self.folder.record_checkpoint(saved)
         return saved

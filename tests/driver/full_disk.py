@@ -42,10 +42,12 @@ def command(*arguments: str) -> int:
 
 
 def train(run_dir: Path, at: dict, *overrides: str) -> int:
-    """A run of 4 steps with a checkpoint after each; `at` holds what is done before a step."""
+    """A run of 4 steps with a checkpoint after each; `at` holds what is done before a step, when none is written."""
     step = Trainer.train_step
 
     def watched(trainer: Trainer, batches: dict) -> dict:
+        if trainer.writer.thread is not None:
+            trainer.writer.thread.join()
         at.get(trainer.step, lambda: None)()
         return step(trainer, batches)
 

@@ -9,12 +9,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
 from reca import checkpoint, distributed, exits
 from reca.checkpoint import writing
+from reca.models import umm_package
 from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import Trainer
@@ -36,10 +38,10 @@ def trainer(name: str, *overrides: str) -> Trainer:
 
 
 def failing(function, when) -> object:
-    """The function, which raises on rank 1 while `when()` holds."""
+    """The function, which raises on rank 1 where `when(its arguments)` holds."""
 
     def wrapped(*args):
-        if distributed.rank() == 1 and when():
+        if distributed.rank() == 1 and when(*args):
             raise FULL
         return function(*args)
 
@@ -49,15 +51,69 @@ def failing(function, when) -> object:
 def full_once(name: str) -> None:
     """Rank 1 cannot write its share of the first checkpoint."""
     job = trainer(name)
-    writing._checksums = failing(writing._checksums, lambda: job.step == 2)
+    writing._checksums = failing(writing._checksums, lambda partial: partial.name.startswith("000002"))
     job.run()
 
 
 def full_at_the_end(name: str) -> None:
     job = trainer(name)
     writer = writing.HuggingFaceStorageWriter
-    writer.write_data = failing(writer.write_data, lambda: job.step == 4)
+    writer.write_data = failing(writer.write_data, lambda own, *_: "000004" in str(own.path))
     job.run()
+
+
+def beside(name: str) -> None:
+    """Steps go on on both ranks while rank 1 cannot write; then the checkpoint is of the step it names."""
+    job, steps_on = trainer(name), threading.Event()
+
+    def waiting(*args):
+        assert steps_on.wait(60)
+        return checksums(*args)
+
+    def progress(step: int) -> None:
+        if step == 2:
+            saved.update({n: to_local(p).clone() for n, p in job.adapter.named_parameters()})
+        if step == 4:
+            assert not checkpoint.list_complete(FOLDER / name)
+            steps_on.set()
+
+    checksums, saved = writing._checksums, {}
+    if distributed.rank() == 1:
+        writing._checksums = waiting
+    job.progress = progress
+    job.run()
+    distributed.barrier()
+    checkpoint.load(FOLDER / name / "checkpoints/000002", job.adapter)
+    assert all(torch.equal(to_local(p), saved[n]) for n, p in job.adapter.named_parameters())
+
+
+def to_local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to_local()
+
+
+def full_beside(name: str) -> None:
+    """Rank 1 cannot write the first checkpoint, which is noticed when training is two steps on."""
+    job, steps_on = trainer(name), threading.Event()
+
+    def full(partial):
+        assert steps_on.wait(60)
+        return partial.name.startswith("000002")
+
+    writing._checksums = failing(writing._checksums, full)
+    job.progress = lambda step: steps_on.set() if step == 4 else None
+    job.run()
+
+
+def killed_beside(name: str) -> None:
+    """Both ranks are killed while they write the second checkpoint."""
+
+    def killed(partial, *_):
+        if partial.name.startswith("000004"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return checksums(partial)
+
+    checksums, writing._checksums = writing._checksums, killed
+    trainer(name, "train.steps=6").run()
 
 
 def no_data(name: str) -> None:
@@ -111,7 +167,18 @@ def bare(name: str) -> None:
     assert distributed.local_world_size() == 2
 
 
-CASES = (bare, full_once, full_at_the_end, no_data, damaged, interrupted, one_breaks)
+CASES = (
+    bare,
+    beside,
+    full_beside,
+    killed_beside,
+    full_once,
+    full_at_the_end,
+    no_data,
+    damaged,
+    interrupted,
+    one_breaks,
+)
 
 
 def run(case) -> list[int]:
@@ -140,6 +207,7 @@ def run(case) -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    umm_package("show_o")
     logging.basicConfig(stream=sys.stderr)
     write_recipe(FOLDER, write_images(FOLDER / "images"))
     found = {}

@@ -25,6 +25,9 @@ def outcomes(tmp_path_factory):
     ("case", "codes", "state", "exit_code", "checkpoints"),
     [
         ("bare", [0, 0], "finished", 0, ["000002", "000004"]),
+        ("beside", [0, 0], "finished", 0, ["000002", "000004"]),
+        ("full_beside", [0, 0], "finished", 0, ["000004"]),
+        ("killed_beside", [-9, -9], "failed", 75, ["000002"]),
         ("full_once", [0, 0], "finished", 0, ["000004"]),
         ("full_at_the_end", [6, 6], "failed", 6, ["000002"]),
         ("no_data", [4, 4], "failed", 4, []),

@@ -63,10 +63,10 @@ def test_a_signal_at_any_moment_waits_for_the_update(recipe, moment, monkeypatch
     }[moment]
     original = getattr(owner, name)
 
-    def signalled():
+    def signalled(*arguments):
         monkeypatch.setattr(owner, name, original)
         os.kill(os.getpid(), signal.SIGTERM)
-        return original()
+        return original(*arguments)
 
     monkeypatch.setattr(owner, name, signalled)
     assert interrupted(trainer) == (2 if moment == "save" else 1)

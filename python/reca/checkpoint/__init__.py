@@ -1,7 +1,7 @@
 """Checkpoints of a run: torch.distributed.checkpoint in safetensors, written aside and renamed when complete.
 
     run_dir/checkpoints/000500/
-        weights/    parameters that this run or one before it has changed, one file per rank, reshardable
+        weights/    parameters that this run or one before it has changed, files of every rank, reshardable
         optimizer/  optimizer state, likewise
         ema/        fp32 averages of the trained parameters, likewise, where ema.half_life is set
         state.json  counters
@@ -12,15 +12,19 @@ one that train.init_from names may be continued, moved or removed. Reading a che
 safetensors, everything else is JSON.
 """
 
-from reca.checkpoint.contents import changed_parameters, size
+from reca.checkpoint.background import BackgroundWriter
+from reca.checkpoint.contents import changed_parameters, size, snapshot
 from reca.checkpoint.errors import CheckpointError
 from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
 from reca.checkpoint.reading import check_fit, load, load_ema, load_weights, read_state
-from reca.checkpoint.writing import save
+from reca.checkpoint.retention import Keep
+from reca.checkpoint.writing import save, write
 
 __all__ = [
     "MARKER",
+    "BackgroundWriter",
     "CheckpointError",
+    "Keep",
     "changed_parameters",
     "check_fit",
     "find_damage",
@@ -35,4 +39,6 @@ __all__ = [
     "remove_partial",
     "save",
     "size",
+    "snapshot",
+    "write",
 ]

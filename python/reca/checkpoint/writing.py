@@ -1,4 +1,8 @@
-"""Write checkpoints: aside, with checksums, and renamed when complete."""
+"""Write checkpoints: aside, with checksums, and renamed when complete.
+
+All ranks write together. Their collectives are those of a gloo group of its own, so that a thread can write while
+training makes other collectives: on the training group, two threads' collectives wait for each other for ever.
+"""
 
 import json
 import logging
@@ -10,12 +14,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from reca import distributed, folders, manifest, units
-from reca.checkpoint.contents import EMA, FLAT, changed_parameters, tensors
+from reca.checkpoint.contents import Snapshot, snapshot
 from reca.checkpoint.errors import first_line
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
+from reca.checkpoint.retention import Keep
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
@@ -23,59 +27,51 @@ log = logging.getLogger("reca")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def save(
-    run_dir: Path,
-    state: dict,
-    adapter: Adapter,
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-    ema: dict[str, Tensor] | None = None,
-) -> Path | None:
-    """Write a checkpoint and return its folder; None, with an error in the log, if the disk cannot take it.
+def save(run_dir: Path, state: dict, adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Keep) -> Path | None:
+    """Write a checkpoint and return its folder; None, with an error in the log, if it could not be written.
+
+    state: JSON-able, with the number of steps done as "step".
+    """
+    return write(run_dir, snapshot(state, adapter, optimizer), keep)
+
+
+def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
+    """Write a snapshot as a checkpoint and return its folder; None, with an error in the log, if that failed.
 
     Older checkpoints stay until it is complete.
-
-    state: JSON-able, with the number of steps done as "step". ema: averages of the trained parameters.
     """
-    final = run_dir / "checkpoints" / f"{state['step']:06d}"
+    step, group = taken.state["step"], distributed.side_group()
+    final = run_dir / "checkpoints" / f"{step:06d}"
     partial = final.with_name(final.name + PARTIAL)
-    moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
-    state = state | {"group_steps": [group.get("step") for group in optimizer.param_groups]}  # where apex counts
     try:
-        with distributed.fail_together():
-            _make_room(run_dir, partial, _bytes(changed_parameters(adapter), tensors(moments), ema or {}))
-        with distributed.fail_together():
-            _write(partial / "weights", changed_parameters(adapter))
-        with distributed.fail_together():
-            _write(partial / "optimizer", tensors(moments))
-        with distributed.fail_together():
-            _write(partial / EMA, ema or {})
-        with distributed.fail_together():
-            _write_state(partial, state)
-        with distributed.fail_together():
+        with distributed.fail_together(group):
+            _make_room(run_dir, partial, taken.bytes)
+        for name, part in taken.parts.items():
+            with distributed.fail_together(group):
+                _write(partial / name, part, taken.files[name])
+        with distributed.fail_together(group):
+            _write_state(partial, taken.state)
+        with distributed.fail_together(group):
             own = _checksums(partial)
-        listed = distributed.all_gather(own)
-        with distributed.fail_together():
+        listed = distributed.all_gather(own, group)
+        with distributed.fail_together(group):
             _publish(partial, final, listed)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
+        foreseen = isinstance(error, OSError | RuntimeError)
         log.error(
             "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
-            state["step"], getattr(error, "reason", None) or first_line(error), run_dir,
+            step, getattr(error, "reason", None) or first_line(error), run_dir, exc_info=None if foreseen else error,
         )  # fmt: skip
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         return None
-    if distributed.rank() == 0 and keep:
-        for old in list_complete(run_dir)[:-keep]:
+    if distributed.rank() == 0:
+        for old in keep.superseded(list_complete(run_dir)):
             try:
                 remove(old)
             except OSError as error:
-                log.warning("checkpoint %s cannot be removed (%s); checkpoint.keep=%d", old, error.strerror, keep)
+                log.warning("checkpoint %s cannot be removed (%s), though it need not stay", old, error.strerror)
     return final
-
-
-def _bytes(*contents: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.itemsize for content in contents for tensor in content.values())
 
 
 def _make_room(run_dir: Path, partial: Path, need: int) -> None:
@@ -87,11 +83,10 @@ def _make_room(run_dir: Path, partial: Path, need: int) -> None:
             raise OSError(f"it needs about {units.size(need)} and {units.size(free)} are free")
 
 
-def _write(folder: Path, part: dict[str, Tensor]) -> None:
-    if not part:
-        return
+def _write(folder: Path, part: dict[str, Tensor], files: dict[str, int]) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
-        dcp.save(part, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(part, storage_writer=writer, process_group=distributed.side_group())
     except dcp.api.CheckpointException as error:  # a BaseException
         raise RuntimeError(first_line(error)) from error
 

@@ -55,7 +55,8 @@ def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     save_recipe(absolute_paths(recipe), folder / "recipe.yaml")
     model.requires_grad_(True)
-    saved = checkpoint.save(folder, {"step": steps}, model, torch.optim.SGD(model.parameters(), lr=0.0), keep=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    saved = checkpoint.save(folder, {"step": steps}, model, optimizer, checkpoint.Keep(1))
     if saved is None:
         raise checkpoint.CheckpointError(f"the pre-trained model was not saved in {folder}; the log above says why")
 
