@@ -21,6 +21,7 @@ from reca.models.base import ROLES, Adapter
 from reca.optim import freeze, state_bytes
 from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
 from reca.rng import CounterRNG
+from reca.runs import published_files
 from reca_kernels import dispatch
 
 IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
@@ -176,6 +177,21 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
     return Memory(weights, gradients, moments, ema, copies)
 
 
+def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
+    """Count the bytes of a machine's memory that loading weights on `gpus` GPUs takes, with `node` in a machine.
+
+    Files are mapped, and each process copies its part of one parameter at a time to its GPU; what the system keeps of
+    the files beside that it gives back when it must. A model without files is made on one machine as a whole.
+    """
+    ranks = min(node, gpus)
+    shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
+    copied = max(part(parameter, shard) * parameter.itemsize for parameter in adapter.parameters())
+    need = ranks * (copied + sum(_bytes(buffer) for buffer in adapter.buffers()))
+    if not published_files(recipe):
+        need += sum(_bytes(parameter) for parameter in adapter.parameters())
+    return need
+
+
 def part(parameter: nn.Parameter, shard: int) -> int:
     """Count the elements of the largest of `shard` parts along the first dimension."""
     if parameter.ndim == 0:
@@ -221,6 +237,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
         lines.append(f"  each GPU of {units.size(card)} holds {held}")
     lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]
+    lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, card), units.BYTES) + " a machine, loading"]
     return "\n".join(lines)
 
 

@@ -13,17 +13,32 @@ from torch.utils.checkpoint import checkpoint
 
 from reca import distributed
 from reca.config import ParallelConfig, Recipe
+from reca.models import umm_package
 from reca.models.base import Adapter
+from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.precision import autocast
 
 SHARE = 0.5  # of a GPU's memory that weights, gradients and moments may take for every GPU to hold them all
 
 
-def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device) -> None:
-    """Compile, recompute and shard the blocks of a model, as the recipe asks.
+def load(recipe: Recipe, device: torch.device) -> tuple[Adapter, bool]:
+    """Load a recipe's model, and tell whether its weights are still to come: `parallelize` reads them into shards.
+
+    They are there at once on a single process without a GPU.
+    """
+    adapter = umm_package(recipe.umm).Adapter
+    if device.type == "cpu" and not dist.is_initialized():
+        return adapter.load(recipe.model, device), False
+    with deferring():
+        return adapter.load(recipe.model, torch.device("cpu")), True
+
+
+def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred: bool = False) -> None:
+    """Compile, recompute and shard the blocks of a model, as the recipe asks. deferred: its weights are still to come.
 
     Compiled first: Dynamo does not look into activation checkpointing.
     """
+    weights = DeferredWeights(adapter) if deferred else None
     if recipe.train.compile:
         for block in adapter.blocks():
             block.forward = torch.compile(block.forward)
@@ -33,6 +48,8 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device) -> None:
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
         shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
+    if weights is not None:
+        weights.fill(adapter, device)
 
 
 def checkpoint_activations(adapter: Adapter, precision: str = "fp32") -> None:

@@ -76,12 +76,6 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
             f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "
             "train.frozen); `reca check` shows what takes the memory"
         )
-    whole = sum(p.numel() * p.itemsize for p in adapter.parameters()) * node
-    if ranks > 1 and whole > host_memory():
-        log.warning(
-            "every process loads the whole model before it is sharded: %d of them take %s, and this machine has %s",
-            node, units.size(whole), units.size(host_memory()),
-        )  # fmt: skip
 
 
 def host_memory() -> int:

@@ -23,7 +23,7 @@ from reca.log import RunLog, due
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import FusedBackward, freeze, gradient_norm, lr_at, make_optimizer, set_lr
-from reca.parallelize import parallelize
+from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast
 from reca.precompute import features_identity
 from reca.profiling import ProfileWindow
@@ -94,17 +94,15 @@ class Trainer:
         self.folder.record_checkpoint(newest)
         self.sources = self._check(adapter, state)
 
-        # Sharding takes one block at a time to its device, which then never holds the whole model.
         self.own_model = adapter is None
-        whole = self.device if distributed.world_size() == 1 else torch.device("cpu")
-        self.adapter = adapter or umm_package(recipe.umm).Adapter.load(recipe.model, whole)
+        self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
+        cast(self.adapter, recipe.train.precision)
+        self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
+        parallelize(self.adapter, recipe, self.device, deferred)
         if state is None:
             runs.load_parent(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
-        cast(self.adapter, recipe.train.precision)
-        self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
-        parallelize(self.adapter, recipe, self.device)
         self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
         self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
         self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None

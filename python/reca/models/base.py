@@ -9,10 +9,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from reca.data.batch import Batch
 from reca.data.views import Views
-from reca.models.common import likelihood
+from reca.models.common import deferred_weights, likelihood
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
 
@@ -101,7 +102,8 @@ class Adapter(nn.Module):
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
         """Build from published files (hub id or folder in `config.weights`) or, with no weights, at random.
 
-        Missing or unexpected keys raise ValueError with the list.
+        Missing or unexpected keys raise ValueError with the list. Made with `init_random`, or `init_on_meta` and
+        `assign_state_dict` (models/common/weight_files.py), weights can go straight into the shards of several ranks.
         """
         raise NotImplementedError
 
@@ -113,6 +115,13 @@ class Adapter(nn.Module):
         their number counts. `reca check` calls it under FakeTensorMode, so that it takes no memory.
         """
         raise NotImplementedError
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the model. Weights that are still to come (deferred_weights) are only cast."""
+        if deferred_weights.is_deferring():
+            _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            return self if dtype is None else super().to(dtype)
+        return super().to(*args, **kwargs)
 
     def sequence(self) -> dict[str, int]:
         """Count the rows of one RECA sequence by what they stand for, without text; images are of the largest size."""

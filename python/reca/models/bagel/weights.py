@@ -58,10 +58,7 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
     state = read(source)
     if config.overlay:
         state |= read(fetch(config.overlay, DOWNLOADS["overlay"], "model.overlay"))
-    for name in list(state):  # one by one, so that no second copy of all stands in memory
-        if state[name].is_floating_point():
-            state[name] = state[name].to(kept_dtype(config, name))
-    assign_state_dict(published_parts(model), state, str(source))
+    assign_state_dict(published_parts(model), state, str(source), lambda name: kept_dtype(config, name))
     for table in model.modules():
         if isinstance(table, PositionTable):
             table.pos_embed = table.table()

@@ -6,7 +6,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from reca.files import AGAIN, HEAD, damage, is_safetensors, read_json, size_of
+from reca.models.common import deferred_weights
 
 log = logging.getLogger("reca")
 
@@ -277,8 +278,12 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def init_random(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Make parameters inside on `device` from `seed`, and leave the CPU's generator as it was."""
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    """Make parameters inside on `device` from `seed`, and leave the CPU's generator as it was.
+
+    Where weights are deferred, only the first rank makes them.
+    """
+    makes = deferred_weights.makes_random()
+    with torch.random.fork_rng(devices=[]), torch.device(device), contextlib.nullcontext() if makes else init_on_meta():
         torch.manual_seed(seed)
         yield
 
@@ -304,11 +309,15 @@ def init_on_meta() -> Iterator[None]:
 
 
 def assign_state_dict(
-    module: nn.Module, state: Mapping[str, Tensor], what: str, dtype: torch.dtype | None = None
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    what: str,
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
 ) -> None:
     """Make `state` the parameters and persistent buffers of `module`, without a copy where no cast is needed.
 
-    dtype: of all floating-point numbers; None keeps those of the file, but fp64 becomes fp32, and 8 bits become bf16.
+    dtype: of all floating-point numbers, or of each by its name; None keeps those of the file, but fp64 becomes fp32,
+    and 8 bits become bf16. Where weights are deferred, they keep their place in the file until they are sharded.
     what: names the source in errors. Raises ValueError that lists missing keys, unexpected keys, and wrong shapes and
     types.
     """
@@ -337,8 +346,22 @@ def assign_state_dict(
             if names
         )
         raise ValueError(f"{what} does not fit the configured model; check model.weights and the sizes.{report}")
-    cast = {n: t.to(dtype or _computed(t.dtype)) if t.is_floating_point() else t for n, t in state.items()}
+
+    def kept(name: str, tensor: Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return (dtype(name) if callable(dtype) else dtype) or _computed(tensor.dtype)
+
+    deferred = set()
+    if deferred_weights.is_deferring():
+        deferred = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    cast = {
+        n: torch.empty_like(t, dtype=kept(n, t), device="meta") if n in deferred else t.to(kept(n, t))
+        for n, t in state.items()
+    }
     module.load_state_dict(cast, strict=True, assign=True)
+    if deferred:
+        deferred_weights.attach(module, state)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,0 +1,81 @@
+"""Weights that are read into shards: those of one process, and no rank ever has more than its part."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from reca import check
+from reca.models import UMMS
+from reca.models.common.deferred_weights import DeferredWeights, deferring
+from reca.models.common.weight_files import assign_state_dict, init_on_meta
+from reca.recipe_files import load_recipe
+from tests.driver.test_distributed import ROOT, environment
+
+CASES = [f"{umm} {source} fsdp" for umm in UMMS for source in ("file", "random")] + ["harmon file ddp"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> list[dict]:
+    """What each of two ranks saw."""
+    folder = tmp_path_factory.mktemp("loading")
+    command = [sys.executable, str(ROOT / "tests/driver/launch_loading.py"), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_hold_what_one_process_loads(reports, case):
+    """Parameters, tied ones, their types, and buffers, bit for bit: from published files, and from a seed."""
+    for report in reports:
+        assert report[case]["differing"] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_rank_holds_more_than_its_part(reports, case):
+    """Of bytes allocated on two ranks: half the model. The first one makes random weights, as a whole."""
+    for rank, report in enumerate(reports):
+        seen = report[case]
+        part = seen["whole"] * (0.5 if "fsdp" in case else 1)
+        if "random" not in case:
+            assert part * 0.99 < seen["peak"] < part + 0.03 * seen["whole"]
+        else:
+            assert seen["peak"] < part + (1.1 if rank == 0 else 0.25) * seen["whole"]
+
+
+def test_a_model_without_shards_is_filled():
+    """As on one GPU: memory and values come after loading."""
+    state = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(2, dtype=torch.float64)}
+    with deferring():
+        with init_on_meta():
+            layer = nn.Linear(3, 2)
+        assign_state_dict(layer, state, "file", lambda name: torch.bfloat16 if name == "weight" else torch.float32)
+    assert layer.weight.is_meta and layer.bias.is_meta
+    DeferredWeights(layer).fill(layer, torch.device("cpu"))
+    assert layer.weight.dtype == torch.bfloat16 and layer.bias.dtype == torch.float32
+    assert torch.equal(layer.weight, state["weight"].bfloat16()) and torch.equal(layer.bias, torch.ones(2))
+
+
+def test_deferred_weights_are_checked_as_others_are():
+    with deferring():
+        with init_on_meta():
+            layer = nn.Linear(3, 2)
+        with pytest.raises(ValueError, match="1 missing: bias"):
+            assign_state_dict(layer, {"weight": torch.zeros(2, 3)}, "file")
+
+
+def test_host_memory_of_loading():
+    """Of files: what each rank copies at a time. Of no files: the whole model, once."""
+    recipe = load_recipe("show_o_tiny", ["parallel.shard=4"])
+    adapter, _ = check.build_meta(recipe)
+    whole = sum(p.numel() * p.itemsize for p in adapter.parameters())
+    random = check.host_memory(adapter, recipe, 8, 4)
+    recipe.model.weights = "owner/name"
+    files = check.host_memory(adapter, recipe, 8, 4)
+    assert random - files == whole and files > 0
+    assert check.host_memory(adapter, recipe, 8, 8) == 2 * files
