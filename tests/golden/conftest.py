@@ -103,11 +103,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A run over given folders that no test can read must not pass for a success."""
     asked = config.getoption("golden", default=None)
-    read = any(isinstance(item.callspec.params.get("golden"), Path) for item in items if hasattr(item, "callspec"))
-    if asked and not read:
-        raise pytest.UsageError(
-            f"no collected test reads the config.json of a folder under {', '.join(map(str, asked))}"
-        )
+    given = [value for item in items if hasattr(item, "callspec") for value in item.callspec.params.values()]
+    if asked and not any(isinstance(value, Path) for value in given):
+        raise pytest.UsageError(f"no collected test reads what lies under {', '.join(map(str, asked))}")
 
 
 def _asked(config: pytest.Config) -> list[Path]:

@@ -92,6 +92,14 @@ class Suite:
         """List all items, in the benchmark's order."""
         raise NotImplementedError
 
+    def items_of_images(self, images: Path) -> list[Item]:
+        """List the items that a folder of images describes by itself; none, where the layout does not."""
+        return []
+
+    def sampling(self, umm: str) -> dict[str, Any]:
+        """Return the sampling options that the suite gives a model, under those of the user."""
+        return {}
+
     def path(self, item: Item, k: int) -> str:
         """Return where an image lies in the benchmark's layout, relative to the folder of images."""
         raise NotImplementedError

@@ -77,7 +77,7 @@ def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> An
 
 
 class GenEval2(Suite):
-    """Pictures lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the public script."""
+    """Pictures lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the script."""
 
     name = "geneval2"
     protocol = "GenEval 2, Soft-TIFA"

@@ -21,8 +21,8 @@ You mark a picture that was made from a prompt which needs knowledge of the worl
 Prompt: {prompt}
 What a right picture shows: {explanation}
 Give each mark as 0 (rejected), 1 (conditional) or 2 (exemplary): Consistency, how well the picture shows what the
-prompt implies; Realism, how well it keeps to the laws of nature; Aesthetic Quality, how well it is made. Answer in three
-lines:
+prompt implies; Realism, how well it keeps to the laws of nature; Aesthetic Quality, how well it is made. Answer in
+three lines:
 Consistency: MARK
 Realism: MARK
 Aesthetic Quality: MARK"""

@@ -1,0 +1,41 @@
+"""The suites by name. One file per benchmark; the list is that of the classes here."""
+
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from reca.eval.suites.base import Item, Key, Score, Suite, Value
+from reca.eval.suites.dpg import Dpg
+from reca.eval.suites.gedit import GEdit
+from reca.eval.suites.geneval import GenEval, GenEvalLong
+from reca.eval.suites.geneval2 import GenEval2
+from reca.eval.suites.imgedit import ImgEdit
+from reca.eval.suites.mme import Mme
+from reca.eval.suites.pope import Pope
+from reca.eval.suites.t2i_compbench import T2ICompBench
+from reca.eval.suites.wise import Wise, WiseLegacy
+from reca.eval.suites.world import World
+
+__all__ = ["SUITES", "Item", "Key", "Score", "Suite", "Value", "open_suite"]
+
+SUITES: dict[str, type[Suite]] = {
+    suite.name: suite
+    for suite in (
+        World, GenEval, GenEvalLong, GenEval2, Dpg, T2ICompBench, Wise, WiseLegacy, ImgEdit, GEdit, Mme, Pope,
+    )
+}  # fmt: skip
+
+
+def open_suite(name: str, data: Path | None = None) -> Suite:
+    """Open a suite by its name; "world?seed=1" is the toy world of another seed. Raises ValueError."""
+    base, _, query = name.partition("?")
+    if base not in SUITES:
+        raise ValueError(f"there is no suite {base!r}; there are {', '.join(SUITES)}")
+    if not query:
+        return SUITES[base](data)
+    try:
+        (key, value), *rest = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+        if base == World.name and key == "seed" and not rest and int(value) >= 0:
+            return World(data, int(value))
+    except ValueError:
+        pass
+    raise ValueError(f"suite {name!r}: only the toy world has an option, written world?seed=1")

@@ -1,0 +1,133 @@
+"""GenEval: short prompts about objects, counts, colours and positions, judged by a detector (djghosh13/geneval)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
+
+
+class GenEval(Suite):
+    """Pictures lie as <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
+
+    name = "geneval"
+    protocol = "GenEval"
+    images_per_item = 4
+    judge_kind = "detector"
+    exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: --judge mask2former:FILE"
+    data_help = "Give prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
+    file = "evaluation_metadata.jsonl"
+    options = Options()
+
+    def items(self) -> list[Item]:
+        path = self.data_path()
+        path = path / self.file if path.is_dir() else path
+        if not path.is_file():
+            raise EvaluationError(f"{path} does not exist. {self.data_help}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
+
+    def items_of_images(self, images: Path) -> list[Item]:
+        """Read the rows that lie beside the images."""
+        folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+        return [
+            self._item(int(folder.name), path.read_text(encoding="utf-8"), path)
+            for folder in folders
+            if (path := folder / "metadata.jsonl").is_file()
+        ]
+
+    def _item(self, number: int, line: str, path: Path) -> Item:
+        try:
+            row = json.loads(line)
+            return Item(f"{number:05d}", row["tag"], row["prompt"], metadata=row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path}, row {number}, is no prompt of GenEval ({error!r}). {self.data_help}"
+            ) from error
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.id}/samples/{k:04d}.png"
+
+    def companions(self, item: Item) -> dict[str, str | Path]:
+        return {f"{item.id}/metadata.jsonl": json.dumps(item.metadata)}
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        """Find what the public script finds: folders of digits, and in them names that begin with digits and .png."""
+        wanted = {int(item.id): item.id for item in items}
+        found: dict[Key, Path] = {}
+        for folder in images.iterdir():
+            if not (folder.is_dir() and folder.name.isdigit() and int(folder.name) in wanted):
+                continue
+            samples = [p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdigit()]
+            for path in sorted(samples):
+                found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
+        return found
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        """Detect objects, and name the colours of those that the rule asks about."""
+        colored: dict[str, int] = {}
+        for wanted in item.metadata.get("include", ()):
+            if "color" in wanted:
+                colored[wanted["class"]] = max(colored.get(wanted["class"], 0), wanted["count"])
+        threshold = (
+            self.options.counting_threshold if item.metadata.get("tag") == "counting" else self.options.threshold
+        )
+        return judge.detect(picture, colored, threshold)
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        """Judge detections by GenEval's rules; a verdict of the public script is taken as it is."""
+        values, rows = [], []
+        for item in items:
+            for key in sorted(key for key in answers if key[0] == item.id):
+                answer = answers[key]
+                if "correct" in answer:
+                    correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))
+                else:
+                    verdict = judge(answer, item.metadata, self.options)
+                    correct, reason = verdict.correct, "\n".join(r.line for r in verdict.reasons)
+                values.append(Value(*key, item.tag, float(correct), reason))
+                rows.append((item.tag, json.dumps(item.metadata), correct))
+        metrics: dict[str, Any] = {}
+        if rows:
+            summary = summarize(rows)
+            metrics = {"overall": summary.overall, "images": summary.images, "prompts": summary.prompts}
+        present = tag_means(values)
+        ordered = [tag for tag in TAGS if tag in present] + [tag for tag in present if tag not in TAGS]
+        metrics["tags"] = {tag: present[tag] for tag in ordered}
+        return Score(values, {tag: 1 / len(ordered) for tag in ordered} or None, metrics, [])
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read the public script's result file."""
+        known = {int(item.id): item for item in items}
+        found: dict[Key, Any] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                row = json.loads(line)
+                file, metadata = Path(row["filename"].replace("\\", "/")), json.loads(row["metadata"])
+                item, k = known.get(int(file.parts[-3])), int(file.name.split(".png")[0])
+            except (ValueError, KeyError, TypeError, IndexError):
+                if found:  # a half-written line
+                    continue
+                return None
+            if item is None or dict(item.metadata) != metadata:
+                raise EvaluationError(
+                    f"{path}, line {number + 1}: {row['filename']} belongs to the prompt {row.get('prompt')!r}, which "
+                    "is another one here; give the prompts that the images were made from as --data"
+                )
+            found[item.id, k] = {"correct": bool(row["correct"]), "reason": row.get("reason", "")}
+        return found or None
+
+
+class GenEvalLong(GenEval):
+    """The same rows with prompts rewritten at length, by the RECA release. Its scores are not those of GenEval."""
+
+    name = "geneval_long"
+    protocol = "GenEval, long prompts"
+    data_help = (
+        "Give Benchmark/geneval/evaluation_metadata_long.jsonl of github.com/wishhyt/reconstruction-alignment "
+        "(Apache-2.0)."
+    )
+    file = "evaluation_metadata_long.jsonl"

@@ -1,0 +1,74 @@
+"""POPE: does a picture hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value
+
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+def read_answer(reply: str) -> str:
+    """Read no where the first sentence has the word no, No or not; anything else is yes."""
+    words = reply.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
+
+
+def measures(rows: Sequence[tuple[str, str]]) -> dict[str, float | None]:
+    """Compute accuracy, precision, recall, F1 and the share of yes from (answer, truth), yes being positive."""
+    both = sum(answer == truth == "yes" for answer, truth in rows)
+    said, true = (sum(row[i] == "yes" for row in rows) for i in (0, 1))
+    precision, recall = (both / count if count else None for count in (said, true))
+    f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0.0
+    accuracy = sum(answer == truth for answer, truth in rows) / len(rows)
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes": said / len(rows)}
+
+
+class Pope(Suite):
+    """The model answers; item ids are CATEGORY/QUESTION."""
+
+    name = "pope"
+    protocol = "POPE, rule of LLaVA"
+    ability = "answer"
+    judge_kind = "rule"
+    data_help = (
+        "Give a folder with coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of "
+        "github.com/RUCAIBox/POPE (output/coco) and the COCO val2014 pictures that they name in val2014."
+    )
+
+    def items(self) -> list[Item]:
+        root, items = self.data_path(), []
+        for category in CATEGORIES:
+            for path in sorted(root.glob(f"*{category}.json")):
+                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                    try:
+                        row = json.loads(line)
+                        meta = {"truth": row["label"].strip().lower()}
+                        source = next((p for f in ("val2014", ".") if (p := root / f / row["image"]).is_file()), None)
+                        source = source or root / "val2014" / row["image"]
+                        items.append(Item(f"{category}/{row['question_id']}", category, row["text"], source, meta))
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise EvaluationError(f"{path}, line {number + 1}: {error!r}. {self.data_help}") from error
+        if not items:
+            raise EvaluationError(f"{root} holds no questions of POPE. {self.data_help}")
+        return items
+
+    def path(self, item: Item, k: int) -> str:
+        return "answers.jsonl"
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values = []
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for item in items:
+            if (item.id, 0) not in answers:
+                continue
+            reply, truth = str(answers[item.id, 0]), item.metadata["truth"]
+            answer = read_answer(reply)
+            groups.setdefault(item.tag, []).append((answer, truth))
+            values.append(Value(item.id, 0, item.tag, float(answer == truth), "" if answer == truth else reply[:200]))
+        metrics: dict[str, Any] = {tag: measures(rows) for tag, rows in groups.items()}
+        if len(groups) == len(CATEGORIES):
+            metrics["mean_f1"] = sum(figures["f1"] for figures in metrics.values()) / len(groups)
+        return Score(values, {tag: 1 / len(groups) for tag in groups} or None, metrics, [])

@@ -1,0 +1,93 @@
+"""T2I-CompBench: prompts about attributes, relations and numbers (Karine-Huang/T2I-CompBench).
+
+Its own judges (BLIP-VQA over spaCy's noun phrases, UniDet, CLIP) are not rebuilt here: their result files are read. A
+VLM can judge in their place, by the probability of yes to the whole prompt, which is another score and labelled so.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.geneval2 import YES
+
+CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
+
+
+class T2ICompBench(Suite):
+    """Pictures lie as <category>/samples/<prompt>_<6 digits>.png; the digits count all pictures of a category."""
+
+    name = "t2i_compbench"
+    protocol = "T2I-CompBench"
+    images_per_item = 10
+    exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: --judge recorded:FOLDER"
+    data_help = (
+        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT): color_val.txt and others."
+    )
+
+    def items(self) -> list[Item]:
+        root, items = self.data_path(), []
+        for category in CATEGORIES:
+            path = root / f"{category}_val.txt"
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            prompts = [line.strip() for line in lines if line.strip()]
+            items += [
+                Item(f"{category}/{number:04d}", category, prompt.split("\t")[0], metadata={"number": number})
+                for number, prompt in enumerate(prompts)
+            ]
+        if not items:
+            raise EvaluationError(f"{root} holds no prompts such as color_val.txt. {self.data_help}")
+        return items
+
+    def _number(self, item: Item, k: int) -> int:
+        return item.metadata["number"] * self.images_per_item + k
+
+    def path(self, item: Item, k: int) -> str:
+        return f"{item.tag}/samples/{item.prompt.replace('/', ' ')}_{self._number(item, k):06d}.png"
+
+    def layout(self) -> str:
+        return "CATEGORY/samples/PROMPT_000000.png"
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        """Find pictures by their prompt; digits order the pictures of a prompt."""
+        by_name: dict[tuple[str, str], list[Path]] = {}
+        for category in {item.tag for item in items}:
+            for path in sorted((images / category / "samples").glob("*_??????.png")):
+                by_name.setdefault((category, path.stem[:-7]), []).append(path)
+        return {
+            (item.id, k): path
+            for item in items
+            for k, path in enumerate(by_name.get((item.tag, item.prompt.replace("/", " ")), []))
+        }
+
+    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+        text = f'Does this picture show "{item.prompt}"? Answer in one word.'
+        return judge.first_token_probability(text, [picture], list(YES))
+
+    def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
+        values, failed = [], []
+        for item in items:
+            for key in sorted(key for key in answers if key[0] == item.id):
+                try:
+                    values.append(Value(*key, item.tag, float(answers[key])))
+                except (TypeError, ValueError):
+                    failed.append((key, f"{str(answers[key])[:200]!r} is no number"))
+        tags = tag_means(values)
+        return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read <category>/**/vqa_result.json files: [{"question_id": number of the picture, "answer": score}]."""
+        if not path.is_dir():
+            return None
+        found: dict[Key, Any] = {}
+        for category in CATEGORIES:
+            numbers = {
+                self._number(i, k): (i.id, k) for i in items if i.tag == category for k in range(self.images_per_item)
+            }
+            for file in sorted((path / category).rglob("vqa_result.json")):
+                for row in json.loads(file.read_text(encoding="utf-8")):
+                    if (key := numbers.get(int(row["question_id"]))) is not None:
+                        found[key] = float(row["answer"])
+        return found or None
