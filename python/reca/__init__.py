@@ -5,17 +5,18 @@
     reca.train("show_o_512", ["data.images=/data/images"])
     model = reca.load("runs/show_o_512")
     images = model.generate(["a yellow broccoli"], seeds=[0])
+    results = reca.evaluate("world", "runs/show_o_tiny", against="base")
 
-Importing this package loads no torch; the first call of `load` or `train` does.
+Importing this package loads no torch; the first call of `load`, `train` or `evaluate` does.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reca.api import load, train
+    from reca.api import evaluate, load, train
 
-__all__ = ["__version__", "load", "train"]
+__all__ = ["__version__", "evaluate", "load", "train"]
 
 try:
     __version__ = version("reca")  # pyproject.toml states it
@@ -24,7 +25,7 @@ except PackageNotFoundError:  # a source tree on the path that was never install
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "train"):
+    if name in ("evaluate", "load", "train"):
         from reca import api
 
         return getattr(api, name)

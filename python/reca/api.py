@@ -1,4 +1,4 @@
-"""Load and train from Python. The command line calls the same functions."""
+"""Load, train and evaluate from Python. The command line calls the same functions."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.options import RecipeError
-from reca.recipe_files import UnknownRecipe, load_recipe
-from reca.runs import finished_steps, load_trained
+from reca.recipe_files import load_recipe
+from reca.runs import finished_steps, is_run, load_trained, recipe_of
 from reca.trainer import Trainer
 
 
@@ -87,14 +87,64 @@ def train(
     return TrainedRun(Path(recipe.run_dir), recipe.train.steps if made is None else made, made is None)
 
 
-def is_run(source: str | Path) -> bool:
-    """Return whether `source` is the folder of a run."""
-    return (Path(source) / "recipe.yaml").is_file()
+def evaluate(
+    suite: str,
+    source: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    against: str | Path | None = None,
+    judge: str | None = None,
+    judge_options: Mapping[str, Any] | None = None,
+    steps: Sequence[str] = ("generate", "judge", "score", "report"),
+    images: str | Path | None = None,
+    records: str | Path | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    images_per_item: int | None = None,
+    limit: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    partial: bool = False,
+    device: torch.device | str | None = None,
+    ema: bool = False,
+) -> dict[str, Any] | None:
+    """Evaluate a model on a benchmark, as `reca eval` does. `reca.eval` says what it writes.
 
+    Args:
+        suite: Its name, such as "world" or "geneval".
+        source: The folder of a run, or a recipe.
+        overrides: Recipe keys to change.
+        against: "base" (what the run started from), a run, a recipe, or the folder of an evaluation.
+        judge: NAME or NAME:ARGUMENT. None is ever called that is not named, but the toy world's.
+        judge_options: Options of the judge.
+        steps: Which of generate, judge, score and report to make.
+        images: A folder of images made elsewhere, in the benchmark's layout, in place of the step generate.
+        records: Records, or a result file of the benchmark's own scripts, in place of the step judge.
+        data: The benchmark's files, where they are not shipped.
+        out: The folder of the evaluation. None: RUN/eval/SUITE.
+        images_per_item: Images per prompt. None: as the benchmark has it.
+        limit: Number of items, spread evenly over the suite.
+        sampling: Options of the model's sampler.
+        seed: Of all images; each has its own made from it.
+        partial: Score what is there, though images are missing.
+        device: Where the model and a local judge run. None: on a GPU, if there is one.
+        ema: Evaluate the moving average that a run has kept.
 
-def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
-    """Read the recipe that is named, or that a run was made with."""
-    try:
-        return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
-    except UnknownRecipe as error:
-        raise RecipeError(f"{str(source)!r} is no folder of a run, and there is {error}") from error
+    Returns:
+        What results.json holds; None if no step made it, and on other ranks than 0.
+
+    Raises:
+        EvaluationError: Images, records, a judge or the disk. It is a ValueError, and what was made is kept.
+        RecipeError: The recipe cannot be read, or its model lacks the ability.
+    """
+    from reca.eval.evaluation import evaluate, open_settings
+
+    settings = open_settings(
+        suite, data, steps=tuple(steps), judge=judge, judge_options=judge_options or {},
+        images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,
+    )  # fmt: skip
+
+    def path(given: str | Path | None) -> Path | None:
+        return None if given is None else Path(given)
+
+    return evaluate(settings, source, overrides, against, path(images), path(records), path(out), device, ema)

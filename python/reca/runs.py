@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from reca.data.sources import DATA_KEYS
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options import RecipeError
-from reca.recipe_files import as_dict, load_recipe
+from reca.recipe_files import UnknownRecipe, as_dict, load_recipe
 from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
@@ -150,6 +150,19 @@ def resume_warnings(recipe: Recipe, state: Mapping[str, Any], ranks: int) -> lis
     return found
 
 
+def is_run(source: str | Path) -> bool:
+    """Return whether `source` is the folder of a run."""
+    return (Path(source) / "recipe.yaml").is_file()
+
+
+def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read the recipe that is named, or that a run was made with."""
+    try:
+        return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
+    except UnknownRecipe as error:
+        raise RecipeError(f"{str(source)!r} is no folder of a run, and there is {error}") from error
+
+
 def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cpu", ema: bool = False) -> Adapter:
     """Load the model of a run: the published weights with its newest checkpoint on top.
 
@@ -201,6 +214,11 @@ def published_files(recipe: Recipe) -> dict[str, str]:
     """Return the files, folders and hub ids that a model is loaded from, by key."""
     values = {f.name: getattr(recipe.model, f.name) for f in fields(recipe.model) if f.metadata.get("path")}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def published_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Identify the files that a model is loaded from, by content."""
+    return {name: _file_fingerprint(value) for name, value in published_files(recipe).items()}
 
 
 def _file_fingerprint(source: str) -> str:

@@ -1,7 +1,7 @@
 """Sampling options of the command line, checked against the signature of the adapter's method that takes them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -10,9 +10,10 @@ COUNTS = ("steps", "batch", "height", "width", "diffusion_steps")  # options tha
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
 
 
-def check_sampling_options(method: Callable, given: dict[str, Any]) -> dict[str, Any]:
+def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str = "sampling option") -> dict[str, Any]:
     """Return `given` as keyword arguments of an adapter's generate or edit, which takes its keyword-only parameters.
 
+    what: the word for an option, in messages.
     Raises ValueError for a name that is none of them, a value of another type, or a count below 1.
     """
     known = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
@@ -22,13 +23,13 @@ def check_sampling_options(method: Callable, given: dict[str, Any]) -> dict[str,
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values())
-            raise ValueError(f"there is no sampling option {name!r}{hint}. Options and their defaults: {usual}")
+            raise ValueError(f"there is no {what} {name!r}{hint}. Options and their defaults: {usual}")
         wanted = known[name].annotation
         if not _fits(value, wanted):
             usual = _format(known[name].default)
-            raise ValueError(f"sampling option {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
+            raise ValueError(f"{what} {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
         if name in COUNTS and value is not None and value < 1:
-            raise ValueError(f"sampling option {name}={value}: expected at least 1")
+            raise ValueError(f"{what} {name}={value}: expected at least 1")
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked
 

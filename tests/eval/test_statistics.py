@@ -75,6 +75,10 @@ def test_little_or_no_data():
     one = statistics.estimate([("a", "1", 1.0)]).overall
     assert one.value == 1 and one.low == -math.inf and one.high == math.inf
     # A tag whose five prompts agree borrows the spread of the others.
+    many = [("a", str(i), 1.0) for i in range(60)]
+    assert statistics.estimate(many, top=1.0).overall == pytest.approx((1, 1 - 0.0596, 1), abs=1e-4)
+    assert statistics.difference(many, many, top=1.0).overall == pytest.approx((0, -0.0596, 0.0596), abs=1e-4)
+    assert statistics.power(many, many) == []
     mixed = statistics.estimate([*same, *(("b", str(i), float(i % 2)) for i in range(20))])
     assert mixed.tags["a"].value == 1 and mixed.tags["a"].low < 0.9
     with pytest.raises(ValueError, match="nothing to compute an interval of"):

@@ -7,7 +7,8 @@ Two corrections make 95 % intervals hold what they promise where tags are small.
 which makes the variance of the mean right (Rao and Wu, 1988). A tag whose few prompts happen to agree would get an
 interval of no width; two more prompts, of half a prompt's weight each, stand one standard deviation of all tags above
 and below the tag's mean. Deviations are scaled by Student's t over the normal quantile, with Satterthwaite's degrees of
-freedom. Two models whose images are worth the same everywhere differ by exactly 0.
+freedom. Where nothing varies at all, in n prompts without a miss (or without a hit, or a difference), the interval
+reaches as far as Clopper and Pearson's for 0 of n.
 """
 
 import functools
@@ -109,28 +110,39 @@ class Estimate(NamedTuple):
 def estimate(
     values: Iterable[tuple[str, str, float]],
     weights: Mapping[str, float] | None = None,
+    top: float | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """Compute a score with its interval. values: (tag, item, value) of every image.
 
-    weights: of the tags, see `Score`. Raises ValueError where there are no values.
+    weights: of the tags, see `Score`. top: the largest value there can be, from 0 on; None if there is none.
+    Raises ValueError where there are no values.
     """
-    return _estimate([clusters(values)], weights, resamples, seed)
+    found = _estimate([clusters(values)], weights, resamples, seed, top)
+    if top is None:
+        return found
+    return Estimate(_clipped(found.overall, top), {tag: _clipped(i, top) for tag, i in found.tags.items()})
+
+
+def _clipped(interval: Interval, top: float) -> Interval:
+    return Interval(interval.value, max(interval.low, 0.0), min(interval.high, top))
 
 
 def difference(
     after: Iterable[tuple[str, str, float]],
     before: Iterable[tuple[str, str, float]],
     weights: Mapping[str, float] | None = None,
+    top: float | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """Compute after - before with its interval, over the prompts that both have.
 
+    top: see `estimate`; None also for two models that are the same one, which differ by exactly 0.
     Raises ValueError where they share none.
     """
-    return _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed)
+    return _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed, top)
 
 
 def shared(a: Mapping[str, dict], b: Mapping[str, dict]) -> list[dict[str, dict[str, list[float]]]]:
@@ -144,6 +156,7 @@ def _estimate(
     given: Mapping[str, float] | None,
     resamples: int,
     seed: int,
+    top: float | None = None,
 ) -> Estimate:
     """Estimate one side, or the first minus the second."""
     if not sides[0]:
@@ -153,18 +166,27 @@ def _estimate(
     spreads = {tag: _spread(group) for tag, group in groups.items()}
     freedoms = {tag: len(group[0].sums) - 1 for tag, group in groups.items()}
     pooled = math.sqrt(_ratio(sum(spreads[t] * freedoms[t] for t in groups), sum(freedoms.values())))
+    total_freedom = sum(freedoms.values())
     value, total, tags = 0.0, np.zeros(resamples), {}
     for number, (tag, group) in enumerate(groups.items()):
         own = _mean(group[0]) - (_mean(group[1]) if len(group) > 1 else 0.0)
         deviations = _redrawn(group, pooled, _draws(len(group[0].sums), resamples, seed, number)) - own
-        known = freedoms[tag] if len(groups) == 1 or freedoms[tag] > 1 else sum(freedoms.values())
-        tags[tag] = _interval(own, deviations, known)
+        known = freedoms[tag] if len(groups) == 1 or freedoms[tag] > 1 else total_freedom
+        tags[tag] = _interval(own, deviations, known) if pooled or not top else _unvaried(own, freedoms[tag] + 1, top)
         value += weights[tag] * own
         total += weights[tag] * deviations
+    if not pooled and top:
+        return Estimate(_unvaried(value, total_freedom + len(groups), top), tags)
     parts = {t: weights[t] ** 2 * max(spreads[t], pooled**2 / (freedoms[t] + 2)) / (freedoms[t] + 1) for t in groups}
     below = sum(part**2 / max(freedoms[t], 1) for t, part in parts.items())
     freedom = _ratio(sum(parts.values()) ** 2, below) if pooled else math.inf
-    return Estimate(_interval(value, total, freedom if sum(freedoms.values()) else 0.0), tags)
+    return Estimate(_interval(value, total, freedom if total_freedom else 0.0), tags)
+
+
+def _unvaried(value: float, prompts: int, top: float) -> Interval:
+    """Bound what was seen on every prompt alike."""
+    reach = top * (1 - 0.025 ** (1 / prompts))
+    return Interval(value, value - reach, value + reach)
 
 
 def _spread(groups: Sequence[Clusters]) -> float:
@@ -199,13 +221,16 @@ def power(
     """Estimate the power of repeating this comparison, with other numbers of images per prompt.
 
     The variance of a prompt's difference is split into what differs between prompts and what differs between the
-    images of one. With one image per prompt it cannot be split, so all of it is taken to be that of images.
+    images of one. With one image per prompt it cannot be split, so all of it is taken to be that of images. Where
+    nothing varies there is no table.
     """
     sides = shared(clusters(after), clusters(before))
     share = _weights(sides[0], weights)
     table = []
     for count in images:
         variance = sum(share[tag] ** 2 * _variance(sides, tag, count) for tag in sides[0])
+        if variance == 0:
+            return []
         table += [Power(count, d, _power(d, math.sqrt(variance))) for d in differences]
     return table
 
@@ -229,8 +254,6 @@ def _variance(sides: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], tag:
 
 
 def _power(effect: float, error: float) -> float:
-    if error == 0:
-        return 1.0 if effect else 0.0
     z = abs(effect) / error
     return _normal(z - Z) + _normal(-z - Z)
 

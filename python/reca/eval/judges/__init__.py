@@ -1,0 +1,77 @@
+"""Judges by name. None is ever called unless it is named, but those that come with this package and cost nothing."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reca.eval.errors import EvaluationError
+from reca.eval.judges.base import Judge
+from reca.eval.suites import Item, Suite
+from reca.sampling_options import check_sampling_options
+
+# name -> (module, class, what follows the colon, what it is)
+JUDGES: dict[str, tuple[str, str, str, str]] = {
+    "world": ("world", "WorldJudge", "", "the toy world's own detector"),
+    "mask2former": ("detectors", "Mask2FormerJudge", "FILE", "GenEval's own detector and colour classifier"),
+    "grounding_dino": ("detectors", "GroundingDinoJudge", "MODEL", "an approximate detector for GenEval"),
+    "owlv2": ("detectors", "Owlv2Judge", "MODEL", "an approximate detector for GenEval"),
+    "endpoint": ("endpoint", "EndpointJudge", "URL", "a vision language model behind an OpenAI-compatible endpoint"),
+    "local": ("local_vlm", "LocalVlmJudge", "MODEL", "a vision language model in transformers"),
+    "recorded": ("recorded", "RecordedJudge", "FILE", "answers that were recorded before"),
+}
+KINDS = {
+    "detector": ("mask2former", "grounding_dino", "owlv2"),
+    "vlm": ("endpoint", "local"),
+    "world": ("world",),
+    "rule": (),
+}
+
+
+def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> tuple[str, str, dict[str, Any]]:
+    """Return (name, argument, options) of the judge NAME or NAME:ARGUMENT for a suite, without loading anything.
+
+    options: keyword arguments of its class.
+    Raises EvaluationError for a suite that needs a judge to be named, ValueError for one that cannot serve it.
+    """
+    if spec is None and suite.judge_kind == "world":
+        spec = "world"
+    if spec is None:
+        raise EvaluationError(f"{suite.name} needs a judge: --judge with one of {_list(suite)}. {_exact(suite)}")
+    name, _, argument = spec.partition(":")
+    if name not in JUDGES or (name != "recorded" and name not in KINDS[suite.judge_kind]):
+        raise ValueError(f"--judge {name} cannot serve {suite.name}; it takes one of {_list(suite)}. {_exact(suite)}")
+    wanted = JUDGES[name][2]
+    if bool(argument) != bool(wanted):
+        raise ValueError(f"--judge {spec}: expected {name}{':' + wanted if wanted else ''}")
+    return name, argument, check_sampling_options(_class(name), options, "judge option")
+
+
+def open_judge(
+    spec: str | None, options: Mapping[str, Any], suite: Suite, items: Sequence[Item], device: torch.device | str
+) -> Judge:
+    """Open a judge; see `check_judge`."""
+    name, argument, given = check_judge(spec, options, suite)
+    judge = _class(name)
+    if name == "recorded":
+        return judge(Path(argument).expanduser(), suite, items)
+    if "device" in inspect.signature(judge).parameters:
+        return judge(argument, device, **given)
+    return judge(argument, **given) if argument else judge(**given)
+
+
+def _class(name: str) -> Callable[..., Judge]:
+    module, kind, *_ = JUDGES[name]
+    return getattr(import_module(f"reca.eval.judges.{module}"), kind)
+
+
+def _list(suite: Suite) -> str:
+    names = (*KINDS[suite.judge_kind], "recorded")
+    return ", ".join(f"{n}{':' + JUDGES[n][2] if JUDGES[n][2] else ''} ({JUDGES[n][3]})" for n in names)
+
+
+def _exact(suite: Suite) -> str:
+    return f"Published numbers come from {suite.exact_judge}." if suite.exact_judge else ""

@@ -86,8 +86,7 @@ def judge(
 def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float, options: Options) -> list[Box]:
     """Sort by score, of equal ones the later first; drop weak ones, cut, then drop overlapping ones."""
     scores = np.array([box["score"] for box in boxes], dtype=np.float32)
-    order = np.argsort(scores, kind="stable")[::-1]
-    strong = [i for i in order if scores[i] > np.float32(threshold)][: options.max_objects]
+    strong = kept_places(scores, threshold, options.max_objects)
     found = [Box(np.asarray(boxes[i]["box"], dtype=np.float32), scores[i], boxes[i].get("color")) for i in strong]
     if options.max_overlap == 1:
         return found
@@ -96,6 +95,13 @@ def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float, options: Options
         if all(iou(box.corners, other.corners) < options.max_overlap for other in kept):
             kept.append(box)
     return kept
+
+
+def kept_places(scores: Any, threshold: float, max_objects: int) -> list[int]:
+    """Return the places of scores above the threshold, the best first, of equal ones the later first."""
+    found = np.asarray(scores, dtype=np.float32)
+    order = np.argsort(found, kind="stable")[::-1]
+    return [int(i) for i in order if found[i] > np.float32(threshold)][:max_objects]
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:

@@ -44,7 +44,8 @@ class World(Suite):
         return judge.shows(picture, item.metadata["prompt"])
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
-        values, pairs = [], {}
+        values: list[Value] = []
+        pairs: dict[str, list[float]] = {}
         for item in items:
             for key in sorted(key for key in answers if key[0] == item.id):
                 hit = float(answers[key]["correct"])

@@ -1,0 +1,75 @@
+"""`reca eval`."""
+
+import argparse
+from pathlib import Path
+
+from reca.eval.suites import SUITES
+from reca.values import guess
+
+
+def add(sub: argparse.ArgumentParser, path) -> None:
+    """Add the options of `reca eval`. path: the type of arguments that are paths."""
+    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?seed=1 is the toy world of another seed")
+    sub.add_argument("recipe", type=path, help="the folder of a run, or a recipe name or .yaml file")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    sub.add_argument(
+        "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation's folder"
+    )
+    sub.add_argument(
+        "--judge", metavar="NAME[:ARGUMENT]", help="who judges; without it, the suites that need one list them"
+    )
+    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
+    sub.add_argument("--steps", default="generate,judge,score,report", help="which of generate,judge,score,report")
+    sub.add_argument("--images", type=path, metavar="DIR", help="images made elsewhere, in the benchmark's own layout")
+    sub.add_argument("--records", type=path, metavar="FILE", help="records or a result file made elsewhere")
+    sub.add_argument("--data", type=path, metavar="PATH", help="the benchmark's files, where they are not shipped")
+    sub.add_argument("--out", type=path, metavar="DIR", help="folder of the evaluation; RUN/eval/SUITE")
+    sub.add_argument("--images-per-item", type=int, help="images per prompt; as the benchmark has it")
+    sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite; all")
+    sub.add_argument("--partial", action="store_true", help="score what is there, though images are missing")
+    sub.add_argument("--seed", type=int, default=0, help="of all images; each has its own made from it")
+    sub.add_argument(
+        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, and print the report."""
+    from reca import distributed
+    from reca.eval import report
+    from reca.eval.evaluation import evaluate, open_settings
+
+    settings = open_settings(
+        options.suite,
+        options.data,
+        steps=tuple(step.strip() for step in options.steps.split(",")),
+        judge=options.judge,
+        judge_options=_pairs(options.judge_option, "--judge-option"),
+        images_per_item=options.images_per_item,
+        limit=options.limit,
+        sampling=_pairs(options.sampling, "--sampling"),
+        seed=options.seed,
+        partial=options.partial,
+    )
+    images, records, out = (_path(text) for text in (options.images, options.records, options.out))
+    found = evaluate(
+        settings, options.recipe, options.overrides, options.against, images, records, out, ema=options.ema
+    )
+    if found is not None and "report" in settings.steps:
+        print(report.text(found))
+    distributed.shut_down()
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _pairs(texts: list[str], name: str) -> dict:
+    """Parse key=value options. Raises ValueError."""
+    given = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ValueError(f"{name} {text!r} has no {'value' if equals else repr('=')}; write {name} key=value")
+        given[key] = guess(value, f"{name} {key}")
+    return given

@@ -1,0 +1,286 @@
+"""The four steps in order, for a model and for what it is compared with."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reca import distributed
+from reca.eval import records, report
+from reca.eval.errors import EvaluationError
+from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers
+from reca.eval.judge import judge_images, valid
+from reca.eval.judges import check_judge, open_judge
+from reca.eval.judges.base import Judge
+from reca.eval.records import Record
+from reca.eval.suites import Item, Key, Suite, open_suite
+from reca.eval.targets import Target, describe, opponent, read_generation, target, write_generation
+from reca.folders import ensure_writable, write_atomically
+from reca.models import UMMS, umm_package
+from reca.options import RecipeError
+from reca.sampling_options import check_sampling_options
+
+log = logging.getLogger("reca")
+STEPS = ("generate", "judge", "score", "report")
+HOURS = 24  # that one rank may need longer for its images than another
+RULE = {"name": "rule", "version": "1", "dtype": None, "exact": True}
+SHOWN = 3  # missing images that a message names
+
+
+@dataclass
+class Settings:
+    """What holds for both sides of an evaluation. See `reca.evaluate`."""
+
+    suite: Suite
+    steps: Sequence[str] = STEPS
+    judge: str | None = None
+    judge_options: Mapping[str, Any] = field(default_factory=dict)
+    images_per_item: int | None = None
+    limit: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        if unknown := [step for step in self.steps if step not in STEPS]:
+            raise ValueError(f"--steps {','.join(unknown)}: there are the steps {', '.join(STEPS)}")
+        for name in ("images_per_item", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+    @property
+    def count(self) -> int:
+        return self.images_per_item or self.suite.images_per_item
+
+    def items(self, images: Path | None = None) -> list[Item]:
+        """List the items, evenly thinned to `limit`; those that the images describe where no data is given."""
+        suite, found = self.suite, []
+        if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
+            found = suite.items_of_images(images)
+        found = found or suite.items()
+        if self.limit is None or self.limit >= len(found):
+            return found
+        return [found[i * len(found) // self.limit] for i in range(self.limit)]
+
+
+def evaluate(
+    settings: Settings,
+    source: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    against: str | Path | None = None,
+    images: Path | None = None,
+    records: Path | None = None,
+    out: Path | None = None,
+    device: torch.device | str | None = None,
+    ema: bool = False,
+) -> dict[str, Any] | None:
+    """Make the steps that are asked for. See `reca.evaluate`. Returns results where they were made, on rank 0."""
+    suite = settings.suite
+    mine = target(source, overrides, suite.name, out, ema)
+    sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
+    for side in sides:
+        ensure_writable(side.folder, "--out")
+    _check(settings, sides, images, records)
+    if "generate" in settings.steps:
+        device = distributed.initialize(60 * HOURS) if device is None else torch.device(device)
+        with distributed.fail_together():
+            for side in sides:
+                if side.recipe is not None and (side is not mine or not (images or records)):
+                    _generate(settings, side, device)
+    if distributed.rank() != 0:
+        return None
+    places = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = [
+        _judge_and_score(settings, side, images if side is mine else None, records if side is mine else None, places)
+        for side in sides
+    ]
+    if found[0] is None:
+        return None
+    if len(sides) == 2 and found[1] is not None:
+        if sides[1].recipe is not None:
+            _save(settings, sides[1].folder, found[1])
+        found[0] = report.compare(found[0], found[1], sides[1].folder)
+    _save(settings, mine.folder, found[0])
+    return found[0]
+
+
+def _save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
+    if "score" in settings.steps:
+        _write(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False))
+    if "report" in settings.steps:
+        _write(folder / "report.txt", report.text(found) + "\n")
+
+
+def _check(settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None) -> None:
+    """Find what is wrong before anything is loaded."""
+    suite = settings.suite
+    if images is not None and not images.is_dir():
+        raise EvaluationError(f"--images {images} is no folder; expected images as {suite.layout()}")
+    if "generate" in settings.steps and not (images or records):
+        for side in sides:
+            if side.recipe is not None:
+                adapter = umm_package(side.recipe.umm).Adapter
+                if suite.ability not in adapter.abilities:
+                    able = [name for name in UMMS if suite.ability in umm_package(name).Adapter.abilities]
+                    raise RecipeError(
+                        f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot, recipes of "
+                        f"{' and '.join(able)} can"
+                    )
+                if suite.ability != "answer":
+                    check_sampling_options(getattr(adapter, suite.ability), settings.sampling)
+    if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
+        check_judge(settings.judge, settings.judge_options, suite)
+    settings.items(images)
+
+
+def _sampling(settings: Settings, side: Target) -> dict[str, Any]:
+    assert side.recipe is not None
+    return {**settings.suite.sampling(side.recipe.umm), **settings.sampling}
+
+
+def _generate(settings: Settings, side: Target, device: torch.device) -> None:
+    """Make the images, or answers, that a side lacks. Its model is loaded only if there are any."""
+    suite, items, folder = settings.suite, settings.items(), side.folder
+    sampling, before = _sampling(settings, side), read_generation(folder)
+    made: dict[str, Any] = {
+        "suite": suite.name, "protocol": suite.protocol, "sampling": json.loads(json.dumps(sampling)),
+        "seed": settings.seed, "fingerprint": side.fingerprint(),
+    }  # fmt: skip
+    same = before and all(before.get(key) == value for key, value in made.items())
+    if same and _complete(settings, items, folder):
+        return
+    model = side.load(device)
+    made["model"] = describe(model, side)
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            write_generation(folder, made)
+    if suite.ability == "answer":
+        generate_answers(model, suite, items, folder / "answers.jsonl", **settings.sampling)
+        return
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    generate_images(model, suite, items, images, settings.count, sampling, settings.seed)
+
+
+def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
+    if settings.suite.ability == "answer":
+        known = read_answers(folder / "answers.jsonl")
+        return all((item.id, 0) in known for item in items)
+    paths = (settings.suite.path(item, k) for item in items for k in range(settings.count))
+    return all((folder / "images" / path).is_file() for path in paths)
+
+
+def _judge_and_score(
+    settings: Settings, side: Target, images: Path | None, given: Path | None, device: Any
+) -> dict[str, Any] | None:
+    """Judge and score one side; None if neither is asked for and nothing is there."""
+    if not {"judge", "score", "report"} & set(settings.steps):
+        return None
+    folder, made = side.folder, settings.steps
+    if not {"judge", "score"} & set(made):
+        path = folder / "results.json"
+        if not path.is_file():
+            raise EvaluationError(f"{path} does not exist; add the step score")
+        return json.loads(path.read_text(encoding="utf-8"))
+    place = images or folder / "images"
+    items = settings.items(place)
+    found, generation = _find(settings, items, place, given), {} if images else read_generation(folder)
+    missing = _missing(settings, items, place, found, given)
+    path = folder / "records.jsonl"
+    if given is not None:
+        known, judge = _imported(settings, items, given)
+    elif settings.suite.judge_kind == "rule":
+        answers = read_answers(folder / "answers.jsonl")
+        known = [Record(item.id, 0, None, RULE, answers[item.id, 0]) for item in items if (item.id, 0) in answers]
+        judge = RULE
+        _write(path, "".join(record.line() + "\n" for record in known))
+    else:
+        opened = _open(settings, items, device)
+        if "judge" in made and opened is not None:
+            judge_images(opened, settings.suite, items, found, path)
+        known, judge = _known(path, found, opened.describe() if opened else None)
+    if "score" not in made:
+        return None
+    wanted = {item.id for item in items}
+    relative = {key: str(p.relative_to(place)) for key, p in found.items()}
+    return report.results(
+        settings.suite, items, relative, [r for r in known if r.item in wanted], judge, generation, missing
+    )
+
+
+def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | None:
+    """Open the judge, if one is named or needed."""
+    if settings.judge is None and "judge" not in settings.steps:
+        return None
+    return open_judge(settings.judge, settings.judge_options, settings.suite, items, device)
+
+
+def _find(settings: Settings, items: Sequence[Item], place: Path, given: Path | None) -> dict[Key, Path]:
+    """Find the images; only as many of an item as were asked for."""
+    if settings.suite.ability == "answer":
+        return {}
+    found = settings.suite.find(place, items) if place.is_dir() else {}
+    if not found and given is None:
+        raise EvaluationError(
+            f"{place} holds no images of {settings.suite.name}; expected them as {settings.suite.layout()}"
+        )
+    most = settings.images_per_item
+    return {key: path for key, path in found.items() if most is None or key[1] < most}
+
+
+def _missing(
+    settings: Settings, items: Sequence[Item], place: Path, found: Mapping[Key, Path], given: Path | None
+) -> int:
+    """Count the items without an image. Raises EvaluationError for any, unless a part is enough."""
+    if settings.suite.ability == "answer":
+        answered = read_answers(place.parent / "answers.jsonl")
+        missing = [item.id for item in items if given is None and (item.id, 0) not in answered]
+    elif given is not None:
+        missing = []
+    else:
+        most = max((k for _, k in found), default=0) + 1
+        wanted = settings.images_per_item or most
+        missing = [f"{i.id} ({k})" for i in items for k in range(wanted) if (i.id, k) not in found]
+    if missing and not settings.partial:
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise EvaluationError(
+            f"{place}: {len(missing)} images of {settings.suite.name} are missing: "
+            f"{', '.join(missing[:SHOWN])}{more}. Generate them, or give --partial to score what is there"
+        )
+    return len(missing)
+
+
+def _imported(settings: Settings, items: Sequence[Item], path: Path) -> tuple[list[Record], Mapping[str, Any]]:
+    known = list(records.import_answers(path, settings.suite, items).values())
+    return known, known[-1].judge
+
+
+def _known(
+    path: Path, found: Mapping[Key, Path], judge: Mapping[str, Any] | None
+) -> tuple[list[Record], Mapping[str, Any]]:
+    """Read the records of these images, by the named judge or by the one that was asked last."""
+    everything = records.read(path)
+    if not everything:
+        raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
+    judge = judge or everything[-1].judge
+    return valid(everything, {key: picture_hash(p) for key, p in found.items()}, judge), judge
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path} cannot be written ({error.strerror or error}). Images and records are kept: make room and give "
+            "the same command again"
+        ) from error
+
+
+def open_settings(suite: str, data: str | Path | None, **others: Any) -> Settings:
+    """Open the suite that is named, with the user's files of it."""
+    return Settings(open_suite(suite, None if data is None else Path(data)), **others)

@@ -1,0 +1,157 @@
+"""Step 1: the model's images, in the benchmark's folder layout, or its answers.
+
+The seed of an image is a hash of (suite, item, k), so neither ranks nor batches nor order change an image, and two
+models draw from equal noise. Files appear as a whole; a run that was stopped goes on with those that are missing.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reca import distributed, units
+from reca.data.pixels import read_image
+from reca.eval import records
+from reca.eval.errors import EvaluationError
+from reca.eval.suites import Item, Suite
+from reca.folders import write_atomically
+from reca.models.base import Adapter
+
+log = logging.getLogger("reca")
+CHUNK = 32  # images that are generated before they are written
+SEED_BITS = 56
+ROOM = 1.1  # free space asked for, over what the remaining images will take
+
+
+def image_seed(suite: str, item: str, k: int, seed: int = 0) -> int:
+    """Hash (suite, item, k) into a seed. seed: another one gives another set of images."""
+    text = json.dumps([seed, suite, item, k]).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[: SEED_BITS // 8], "big")
+
+
+def picture_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash all weights: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def generate_images(
+    model: Adapter,
+    suite: Suite,
+    items: Sequence[Item],
+    images: Path,
+    images_per_item: int,
+    sampling: Mapping[str, Any],
+    seed: int = 0,
+) -> int:
+    """Generate, or edit, what is missing in a folder. Under torchrun every rank makes its share.
+
+    Returns the number of images that this rank made. Raises EvaluationError when the disk does not take them.
+    """
+    everything = [(item, k) for item in items for k in range(images_per_item)]
+    mine = everything[distributed.rank() :: distributed.world_size()]
+    todo = [(item, k) for item, k in mine if not (images / suite.path(item, k)).is_file()]
+    made, size = 0, 0
+    for chunk in _chunks(todo, f"{suite.name}: images"):
+        seeds = [image_seed(suite.name, item.id, k, seed) for item, k in chunk]
+        prompts = [item.prompt for item, _ in chunk]
+        if suite.ability == "edit":
+            pictures = model.edit([_source(item) for item, _ in chunk], prompts, seeds, **sampling)
+        else:
+            pictures = model.generate(prompts, seeds, **sampling)
+        for (item, k), picture in zip(chunk, pictures, strict=True):
+            _write_companions(suite, item, images)
+            data = png(picture)
+            _write(images / suite.path(item, k), data)
+            made, size = made + 1, size + len(data)
+        check_room(images, (len(todo) - made) * size // made)
+    return made
+
+
+def generate_answers(model: Adapter, suite: Suite, items: Sequence[Item], path: Path, max_new_tokens: int) -> int:
+    """Ask the model what is not answered yet, and append to a JSON-lines file; on rank 0 alone.
+
+    Returns the number of new answers.
+    """
+    if distributed.rank() != 0:
+        return 0
+    known = read_answers(path)
+    todo = [(item, 0) for item in items if (item.id, 0) not in known]
+    with records.Appender(path) as file:
+        for chunk in _chunks(todo, f"{suite.name}: answers"):
+            pictures = [_source(item) for item, _ in chunk]
+            replies = model.answer(pictures, [item.prompt for item, _ in chunk], max_new_tokens=max_new_tokens)
+            for (item, k), reply in zip(chunk, replies, strict=True):
+                file.append(json.dumps({"item": item.id, "k": k, "answer": reply}, ensure_ascii=False))
+    return len(todo)
+
+
+def read_answers(path: Path) -> dict[tuple[str, int], str]:
+    """Read the answers of a model."""
+    return {record.key: record.answer for record in records.read(path) if record.error is None}
+
+
+def _chunks(todo: list, title: str) -> Iterator[list]:
+    with tqdm(total=len(todo), desc=title, unit="", disable=None if distributed.rank() == 0 else True) as bar:
+        for start in range(0, len(todo), CHUNK):
+            chunk = todo[start : start + CHUNK]
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _source(item: Item) -> Tensor:
+    if item.source is None or not item.source.is_file():
+        raise EvaluationError(f"item {item.id}: its picture {item.source} does not exist; check --data")
+    return read_image(item.source)
+
+
+def png(picture: Tensor) -> bytes:
+    """Encode an image, uint8 [3, H, W]."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())).save(file, "PNG")
+    return file.getvalue()
+
+
+def _write_companions(suite: Suite, item: Item, images: Path) -> None:
+    for name, content in suite.companions(item).items():
+        if not (images / name).is_file():
+            _write(images / name, content.read_bytes() if isinstance(content, Path) else content)
+
+
+def _write(path: Path, content: bytes | str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content, sync=False)
+    except OSError as error:
+        raise EvaluationError(
+            f"{path} cannot be written ({error.strerror or error}). All images before are kept: make room, or give "
+            "another --out, and give the same command again, which goes on from there"
+        ) from error
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise EvaluationError unless the disk has room for `size` more bytes."""
+    free = shutil.disk_usage(folder).free
+    if size * ROOM > free:
+        raise EvaluationError(
+            f"{folder}: the remaining images will take about {units.size(size)}, and the disk has {units.size(free)} "
+            "left. All images so far are kept: make room and give the same command again, which goes on from there"
+        )

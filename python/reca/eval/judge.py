@@ -1,0 +1,100 @@
+"""Step 2: ask a judge about every image that has no record of this image and this judge yet."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from tqdm import tqdm
+
+from reca.data.errors import DataError
+from reca.eval import records
+from reca.eval.errors import EvaluationError
+from reca.eval.generate import picture_hash
+from reca.eval.judges.base import Judge, JudgeError
+from reca.eval.records import Record
+from reca.eval.suites import Item, Key, Suite
+
+log = logging.getLogger("reca")
+MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken
+TRIES = 2  # of an answer without a mark
+
+
+def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mapping[Key, Path], path: Path) -> int:
+    """Append a record for every image that has none. path: of records.jsonl.
+
+    Returns the number of new records. An image that the judge fails on gets a record with the error, and is asked about
+    again next time. Raises EvaluationError when the judge fails on several images in a row.
+    """
+    by_id = {item.id: item for item in items}
+    hashes = {key: picture_hash(picture) for key, picture in found.items()}
+    mine = judge.describe()
+    done = {r.key for r in valid(records.read(path), hashes, mine) if r.error is None}
+    todo = [key for key in found if key not in done]
+    failures, last = 0, ""
+
+    def ask(key: Key) -> Record:
+        try:
+            return Record(*key, hashes[key], mine, _answer(judge, suite, by_id[key[0]], key, found[key]))
+        except (JudgeError, DataError) as error:  # DataError: a picture that is no image
+            return Record(*key, hashes[key], mine, error=str(error))
+
+    with (
+        records.Appender(path) as file,
+        tqdm(total=len(todo), desc=f"{suite.name}: judge", unit="", disable=None) as bar,
+    ):
+        for record in _in_threads(ask, todo, judge.workers):
+            file.append(record.line())
+            bar.update()
+            failures, last = (0, "") if record.error is None else (failures + 1, record.error)
+            if failures >= max(MOST_FAILURES, 2 * judge.workers):
+                raise EvaluationError(
+                    f"the judge failed on {failures} images in a row; of the last it said: {last}. All records are "
+                    "kept: mend the cause and give the same command again, which goes on from there"
+                )
+    if cost := judge.cost():
+        log.info("%s", cost)
+    return len(todo)
+
+
+def _answer(judge: Judge, suite: Suite, item: Item, key: Key, picture: Path) -> object:
+    """Ask until the answer holds what the suite's rule reads."""
+    reason = ""
+    for _ in range(TRIES):
+        answer = judge.judge(suite, item, key[1], picture)
+        failed = suite.score({key: answer}, [item]).failed if suite.judge_kind != "rule" else []
+        if not failed:
+            return answer
+        reason = failed[0][1]
+    raise JudgeError(reason)
+
+
+def _in_threads(ask, todo: Sequence[Key], workers: int) -> Iterator[Record]:
+    """Yield records as they come, from this many threads. An interruption starts no new ones."""
+    if workers <= 1:
+        yield from map(ask, todo)
+        return
+    rest, running = iter(todo), set[Future[Record]]()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while True:
+            while len(running) < workers and (key := next(rest, None)) is not None:
+                running.add(pool.submit(ask, key))
+            if not running:
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def valid(found: Sequence[Record], hashes: Mapping[Key, str], judge: Mapping[str, object] | None) -> list[Record]:
+    """Keep the newest record of every image that is of this image, and of this judge if one is named."""
+    newest = {
+        record.key: record
+        for record in found
+        if (record.picture is None or hashes.get(record.key) == record.picture)
+        and (judge is None or dict(record.judge) == dict(judge))
+    }
+    return list(newest.values())

@@ -1,0 +1,63 @@
+"""What a judge answers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from reca.eval.suites import Item, Suite
+
+Picture = Path | Image.Image
+
+
+class JudgeError(RuntimeError):
+    """The judge could not answer about one image; others may go well."""
+
+
+class Judge:
+    """Says what it sees on an image. Its kind is which of `shows`, `detect`, and `reply` with its kin it has.
+
+    Class attributes:
+        kind     whom it can serve, see Suite.judge_kind
+        exact    whether it is the judge that the published numbers were made with
+        workers  images that it is asked about at once
+    """
+
+    kind: ClassVar[str]
+    exact: bool = False
+    workers: int = 1
+    name: str
+    version: str = "1"
+    dtype: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is written to every record, and what a record is looked up by."""
+        return {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
+
+    def judge(self, suite: Suite, item: Item, k: int, picture: Path) -> Any:
+        """Return the answer that the suite's rule reads. Raises JudgeError."""
+        return suite.ask(self, item, picture)
+
+    def cost(self) -> str | None:
+        """Say in a line what was spent; None for a judge that costs nothing but time."""
+        return None
+
+    def shows(self, picture: Path, prompt: Any) -> dict[str, Any]:
+        """Say whether the toy world's prompt is shown: {"correct", "seen"}."""
+        raise NotImplementedError
+
+    def detect(self, picture: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
+        """Detect objects: class -> [{"box": [x0, y0, x1, y1], "score", "color"}].
+
+        colored: class -> number of its most certain objects whose colour is asked. threshold: scores that count.
+        """
+        raise NotImplementedError
+
+    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
+        """Answer a question about pictures, which come before it."""
+        raise NotImplementedError
+
+    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
+        """Add, over the accepted strings, the probabilities that the answer begins with the first token of one."""
+        raise NotImplementedError

@@ -1,0 +1,32 @@
+"""A judge that replays a file: records of an evaluation, or a result file of the benchmark's own scripts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.eval import records
+from reca.eval.generate import picture_hash
+from reca.eval.judges.base import Judge, JudgeError
+from reca.eval.suites import Item, Suite
+
+
+class RecordedJudge(Judge):
+    """Its name, version, dtype and exactness are those in the file."""
+
+    kind = "any"
+
+    def __init__(self, path: Path, suite: Suite, items: Sequence[Item]):
+        self.path, self.records = path, records.import_answers(path, suite, items)
+        first = next(iter(self.records.values())).judge
+        self.origin = {key: first.get(key) for key in ("name", "version", "dtype", "exact")}
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.origin)
+
+    def judge(self, suite: Suite, item: Item, k: int, picture: Path) -> Any:
+        record = self.records.get((item.id, k))
+        if record is None:
+            raise JudgeError(f"{self.path} has no answer about image {k} of item {item.id}")
+        if record.picture is not None and record.picture != picture_hash(picture):
+            raise JudgeError(f"{self.path} was recorded for another image {k} of item {item.id} than {picture}")
+        return record.answer

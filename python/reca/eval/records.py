@@ -1,0 +1,122 @@
+"""Records: what a judge said of every image, as JSON lines that only grow. Nothing that was judged is ever lost."""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from reca.eval.errors import EvaluationError
+from reca.eval.suites import Item, Key, Suite
+
+log = logging.getLogger("reca")
+
+
+class Record(NamedTuple):
+    """picture: SHA-256 of the image. judge: see Judge.describe. error: in place of answer."""
+
+    item: str
+    k: int
+    picture: str | None
+    judge: Mapping[str, Any]
+    answer: Any = None
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.item, self.k
+
+    def line(self) -> str:
+        said = {"answer": self.answer} if self.error is None else {"error": self.error}
+        head = {"item": self.item, "k": self.k, "picture": self.picture, "judge": dict(self.judge)}
+        return json.dumps(head | said, ensure_ascii=False)
+
+
+def parse(line: str) -> Record | None:
+    """Read a line; None for one that is no record, such as half of one."""
+    try:
+        row = json.loads(line)
+        if "answer" not in row and "error" not in row:
+            return None
+        judge = row.get("judge") or {}
+        return Record(str(row["item"]), int(row["k"]), row.get("picture"), judge, row.get("answer"), row.get("error"))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def read(path: Path) -> list[Record]:
+    """Read all records of a file, [] if there is none. Lines that are none are counted in a warning."""
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    found = [record for line in lines if (record := parse(line)) is not None]
+    if len(found) < len(lines):
+        count = len(lines) - len(found)
+        log.warning("%s: %d of %d lines cannot be read; their images count as not judged", path, count, len(lines))
+    return found
+
+
+class Appender:
+    """Appends lines to a file, each as a whole. A half-written last line, of a killed process, is ended first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            size = os.fstat(self.handle).st_size
+            if size and os.pread(self.handle, 1, size - 1) != b"\n":
+                os.write(self.handle, b"\n")
+        except OSError as error:
+            raise EvaluationError(f"{path} cannot be written ({error.strerror}); give another --out") from error
+
+    def append(self, line: str) -> None:
+        """Write a line. Raises EvaluationError when the disk does not take it; what was there stays."""
+        data, before = line.encode() + b"\n", os.fstat(self.handle).st_size
+        try:
+            written, reason = os.write(self.handle, data), "the disk is full"
+        except OSError as error:
+            written, reason = 0, error.strerror or str(error)
+        if written < len(data):
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.handle, before)
+            raise EvaluationError(
+                f"{self.path} cannot be written ({reason}). All lines before are kept: make room and give the same "
+                "command again, which goes on from there"
+            )
+
+    def close(self) -> None:
+        os.close(self.handle)
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key, Record]:
+    """Read records, or a result file of the benchmark's own scripts, as records.
+
+    Raises EvaluationError for a file that is neither, or holds nothing of these items.
+    """
+    if not path.exists():
+        raise EvaluationError(
+            f"{path} does not exist; expected records.jsonl or a result file of {suite.name}'s scripts"
+        )
+    try:
+        foreign = suite.import_answers(path, items)
+    except (UnicodeDecodeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is no result file of {suite.name} ({error!r})") from error
+    if foreign:
+        judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}
+        return {key: Record(*key, None, judge, answer) for key, answer in foreign.items()}
+    known = {item.id for item in items}
+    own = {r.key: r for r in (read(path) if path.is_file() else []) if r.error is None and r.item in known}
+    if not own:
+        raise EvaluationError(
+            f"{path} holds no answers about the items of {suite.name}: it is neither a records.jsonl of this suite nor "
+            "a result file that its own scripts write"
+        )
+    return own

@@ -1,0 +1,208 @@
+"""Steps 3 and 4: results of an evaluation, its comparison with another, and both as text; reca.eval has the form."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.eval import statistics
+from reca.eval.errors import EvaluationError
+from reca.eval.records import Record
+from reca.eval.statistics import Interval
+from reca.eval.suites import Item, Key, Score, Suite
+
+FORMAT = 1
+TOP = {"fraction": 1.0, "percent": 100.0}  # the most that a value can be, by unit; points have no common one
+SETTINGS = ("sampling", "images_per_item", "judge")  # that two evaluations should share
+
+
+def results(
+    suite: Suite,
+    items: Sequence[Item],
+    found: Mapping[Key, str],
+    records: Sequence[Record],
+    judge: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    missing: int = 0,
+) -> dict[str, Any]:
+    """Score records and put everything a reader needs beside the figures.
+
+    found: path of every image, relative to its folder. generation: what made the images, {} if nothing is known.
+    Raises EvaluationError where no image could be judged.
+    """
+    score = suite.score({r.key: r.answer for r in records if r.error is None}, items)
+    failed = [(r.key, r.error) for r in records if r.error is not None] + list(score.failed)
+    if not score.values:
+        reason = f"; of {failed[0][0][0]} it said: {failed[0][1]}" if failed else ""
+        raise EvaluationError(f"{suite.name}: there is nothing to score, {len(failed)} images failed{reason}")
+    rows = _rows(score)
+    estimate = statistics.estimate(rows, score.weights, TOP.get(suite.unit))
+    by_item: dict[str, list[dict[str, Any]]] = {}
+    for value in score.values:
+        image = {"k": value.k, "path": found.get((value.item, value.k)), "value": value.value, "reason": value.reason}
+        by_item.setdefault(value.item, []).append(image)
+    known = {item.id: item for item in items}
+    counts = [len(images) for images in by_item.values()]
+    return {
+        "format": FORMAT,
+        "suite": suite.name,
+        "protocol": suite.protocol,
+        "model": generation.get("model"),
+        "sampling": {**generation.get("sampling", {}), "seed": generation.get("seed")} if generation else None,
+        "images_per_item": max(set(counts), key=counts.count),
+        "counts": {"items": len(by_item), "images": len(score.values), "failed": len(failed), "missing": missing},
+        "judge": dict(judge),
+        "overall": {**_interval(estimate.overall), "unit": suite.unit},
+        "weights": score.weights,
+        "tags": {
+            tag: {**_interval(interval), "items": len({v.item for v in score.values if v.tag == tag}),
+                  "images": sum(v.tag == tag for v in score.values)}
+            for tag, interval in estimate.tags.items()
+        },
+        "metrics": score.metrics,
+        "items": [
+            {"item": name, "tag": known[name].tag, "prompt": known[name].prompt,
+             "value": math.fsum(i["value"] for i in images) / len(images), "images": images}
+            for name, images in by_item.items()
+        ],
+        "failed": [{"item": key[0], "k": key[1], "error": error} for key, error in failed],
+        "power": None,
+        "against": None,
+    }  # fmt: skip
+
+
+def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Add to results what they are against others: `against` and `power`.
+
+    Raises EvaluationError for results of another suite, or without a common prompt.
+    """
+    if (after["suite"], after["protocol"]) != (before["suite"], before["protocol"]):
+        raise EvaluationError(
+            f"{before['protocol']} ({folder}) and {after['protocol']} are different suites; their scores cannot be "
+            "compared"
+        )
+    sides = [_rows_of_results(side) for side in (after, before)]
+    try:
+        top = None if _same_model(after, before) else TOP.get(after["overall"]["unit"])
+        change = statistics.difference(sides[0], sides[1], after["weights"], top)
+    except ValueError as error:
+        raise EvaluationError(f"{folder} has none of the prompts of this evaluation, or no images of them") from error
+    scale = TOP.get(after["overall"]["unit"]) or abs(after["overall"]["value"]) or 1.0
+    table = statistics.power(sides[0], sides[1], after["weights"], [step * scale for step in (0.01, 0.02, 0.05)])
+    values = {row["item"]: row for row in before["items"]}
+    flips = [
+        {"item": row["item"], "tag": row["tag"], "prompt": row["prompt"], "before": values[row["item"]]["value"],
+         "after": row["value"]}
+        for row in after["items"]
+        if row["item"] in values and values[row["item"]]["value"] != row["value"]
+    ]  # fmt: skip
+    flips.sort(key=lambda row: row["before"] - row["after"])
+    differs = {name: [before[name], after[name]] for name in SETTINGS if before[name] != after[name]}
+    return after | {
+        "power": [entry._asdict() for entry in table] or None,
+        "against": {
+            "folder": str(folder),
+            "model": before["model"],
+            "overall": before["overall"] | _change(change.overall),
+            "tags": {tag: before["tags"][tag] | _change(change.tags[tag]) for tag in change.tags},
+            "identical_settings": not differs,
+            "differs": differs,
+            "flips": flips,
+        },
+    }
+
+
+def _same_model(after: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    hashes = [(side["model"] or {}).get("weights_sha256") for side in (after, before)]
+    return hashes[0] is not None and hashes[0] == hashes[1]
+
+
+def _rows(score: Score) -> list[tuple[str, str, float]]:
+    return [(value.tag, value.item, value.value) for value in score.values]
+
+
+def _rows_of_results(side: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    return [(row["tag"], row["item"], image["value"]) for row in side["items"] for image in row["images"]]
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    bounds = [bound if math.isfinite(bound) else None for bound in (interval.low, interval.high)]
+    return {"value": interval.value, "interval": bounds}
+
+
+def _change(interval: Interval) -> dict[str, Any]:
+    found = _interval(interval)
+    return {"difference": found["value"], "difference_interval": found["interval"]}
+
+
+# ---- text ----
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """Write results for a terminal."""
+    counts, unit, against = found["counts"], found["overall"]["unit"], found["against"]
+    lines = [
+        f"{found['protocol']}: {counts['images']} images of {counts['items']} items, {_judge(found['judge'])}",
+        f"model: {_model(found['model'])}",
+    ]
+    if against:
+        lines.append(f"against: {_model(against['model'])} ({against['folder']})")
+    widths = max(map(len, [*found["tags"], "overall"]))
+    for name, row in [*found["tags"].items(), ("overall", found["overall"])]:
+        line = f"  {name:<{widths}}  {_figure(row['value'], unit)}  {_bounds(row['interval'], unit)}"
+        if against and (before := against["overall"] if name == "overall" else against["tags"].get(name)):
+            change = _figure(before["difference"], unit, sign=True)
+            line += f"   before {_figure(before['value'], unit)}   change {change}  "
+            line += _bounds(before["difference_interval"], unit, sign=True)
+        lines.append(line)
+    if against:
+        gains = sum(row["after"] > row["before"] for row in against["flips"])
+        lines.append(f"prompts: {gains} gained, {len(against['flips']) - gains} lost")
+        if not against["identical_settings"]:
+            names = ", ".join(against["differs"])
+            lines.append(f"the two differ in more than weights: {names}; the change is not of training alone")
+        lines += _power_lines(found["power"] or [], unit)
+    if counts["failed"] or counts["missing"]:
+        lines.append(
+            f"{counts['failed']} images failed and {counts['missing']} are missing: the figures leave them out"
+        )
+    lines.append("intervals: 95 %, bootstrap over prompts within tags")
+    return "\n".join(lines)
+
+
+def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
+    """Write the power table, a line per number of images."""
+    if not table:
+        return []
+    differences = list(dict.fromkeys(row["difference"] for row in table))
+    lines = ["chance to find a change of " + ", ".join(_figure(d, unit).strip() for d in differences)]
+    for count in dict.fromkeys(row["images_per_item"] for row in table):
+        cells = [f"{row['power']:5.0%}" for row in table if row["images_per_item"] == count]
+        lines.append(f"  with {count:>2} images per item: {' '.join(cells)}")
+    return lines
+
+
+def _figure(value: float, unit: str, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    if unit == "points":
+        return f"{value:{plus}8.2f}"
+    return f"{value * (100 if unit == 'fraction' else 1):{plus}6.1f} %"
+
+
+def _bounds(interval: Sequence[float | None], unit: str, sign: bool = False) -> str:
+    low, high = ("?" if bound is None else _figure(bound, unit, sign).removesuffix(" %").strip() for bound in interval)
+    return f"[{low}, {high}]"
+
+
+def _judge(judge: Mapping[str, Any]) -> str:
+    name = f"judged by {judge.get('name')}"
+    if judge.get("exact") is False:
+        name += " (approximate: not the judge that published numbers come from)"
+    return name
+
+
+def _model(model: Mapping[str, Any] | None) -> str:
+    if model is None:
+        return "unknown: the images came from elsewhere"
+    step = f", step {model['step']}" if model.get("step") is not None else ""
+    return f"{model['source']} ({model['umm']}{step}, weights {model['weights_sha256'][:12]})"

@@ -1,0 +1,22 @@
+"""Runs of a model that draws the toy world."""
+
+import pytest
+
+from reca.eval import targets
+from tests.eval.world import Painter
+
+
+@pytest.fixture
+def painter(monkeypatch, tmp_path):
+    """Every model that is loaded is a Painter: of a run one without fault, of its base one that misses 40 %."""
+    monkeypatch.chdir(tmp_path)
+    Painter.made = 0
+
+    def load(side, device):
+        return Painter(0.0 if side.trained else 0.4)
+
+    monkeypatch.setattr(targets.Target, "load", load)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("umm: show_o\nrun_dir: run\n")
+    return run

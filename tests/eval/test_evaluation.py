@@ -1,0 +1,226 @@
+"""The four steps: from prompts to a report, stopped, continued, skipped and fed with what is broken."""
+
+import errno
+import json
+import shutil
+
+import pytest
+
+import reca
+from reca import cli
+from reca.eval import evaluation, generate, judge, records, report, targets
+from reca.eval.errors import EvaluationError
+from reca.eval.judges.world import WorldJudge
+from reca.models import UMMS
+from tests.eval.world import Painter
+
+LIMIT = 42
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])
+def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, caplog):
+    out = tmp_path / "out"
+    found = reca.evaluate("world", f"{umm}_tiny", ["train.threads=1"], limit=5, out=out)
+    assert found["counts"] == {"items": 5, "images": 5, "failed": 0, "missing": 0}
+    assert found == json.loads((out / "results.json").read_text())
+    assert len(found["model"]["weights_sha256"]) == 64 and found["judge"]["exact"] is True
+    assert found["sampling"]["seed"] == 0 and found["images_per_item"] == 1
+    assert len(list(out.rglob("*.png"))) == 5 and "toy world: 5 images" in (out / "report.txt").read_text()
+
+
+def test_before_and_after(painter, capsys):
+    assert cli.main(["eval", "world", str(painter), "--against", "base", "--limit", str(LIMIT)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((painter / "eval/world/results.json").read_text())
+    before = json.loads((painter / "eval/base/world/results.json").read_text())
+    assert found["overall"]["value"] == 1 and before["overall"]["value"] < 0.8
+    change = found["against"]["overall"]
+    assert change["difference"] == pytest.approx(1 - before["overall"]["value"])
+    assert 0 < change["difference_interval"][0] < change["difference"] < change["difference_interval"][1]
+    flips = found["against"]["flips"]
+    assert len(flips) == sum(row["value"] == 0 for row in before["items"])
+    assert all((row["before"], row["after"]) == (0, 1) for row in flips)
+    assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
+    assert f"prompts: {len(flips)} gained, 0 lost" in shown and "chance to find a change of 1.0 %" in shown
+    assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
+
+
+def test_nothing_is_done_twice(painter, monkeypatch):
+    first = reca.evaluate("world", painter, limit=LIMIT)
+    monkeypatch.setattr(targets.Target, "load", None)
+    monkeypatch.setattr(WorldJudge, "shows", None)
+    assert reca.evaluate("world", painter, limit=LIMIT) == first
+    assert reca.evaluate("world", painter, limit=LIMIT, steps=["score"]) == first
+    assert reca.evaluate("world", painter, steps=["report"]) == first
+
+
+def test_an_image_depends_on_its_item_alone(painter, monkeypatch, tmp_path):
+    """Neither on ranks, nor on the batch, nor on what was there before."""
+    suite = evaluation.open_settings("world", None, limit=LIMIT).suite
+    items = suite.items()[:LIMIT]
+    folders = [tmp_path / name for name in ("one", "ranks", "again")]
+    for folder in folders:
+        folder.mkdir()
+    generate.generate_images(Painter(0.4), suite, items, folders[0], 2, {})
+    monkeypatch.setattr(generate, "CHUNK", 5)
+    for rank in (2, 0, 1):
+        monkeypatch.setattr(generate.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(generate.distributed, "world_size", lambda: 3)
+        generate.generate_images(Painter(0.4), suite, items, folders[1], 2, {})
+    monkeypatch.undo()
+    generate.generate_images(Painter(0.4), suite, items[::3], folders[2], 1, {})
+    assert generate.generate_images(Painter(0.4), suite, items, folders[2], 2, {}) == 2 * LIMIT - len(items[::3])
+    images = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*.png")} for f in folders]
+    assert len(images[0]) == 2 * LIMIT and images[0] == images[1] == images[2]
+    assert len(set(images[0].values())) > LIMIT  # the two images of an item differ
+    seeds = {generate.image_seed(s, i, k, n) for s in "ab" for i in "cd" for k in (0, 1) for n in (0, 1)}
+    assert len(seeds) == 16 and max(seeds) < 2**56
+
+
+# ---- what goes wrong ----
+
+
+def test_a_half_written_record(painter):
+    first = reca.evaluate("world", painter, limit=LIMIT)
+    path = painter / "eval/world/records.jsonl"
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join(whole[:-2]) + "\n" + whole[-2] + "\n" + whole[-1][:30])
+    assert reca.evaluate("world", painter, limit=LIMIT) == first
+    good = [line for line in path.read_text().splitlines() if records.parse(line)]
+    assert good == whole  # the last one was judged again, on a line of its own
+    path.write_text("nonsense\n" + "\n".join(good[3:]) + "\n[1, 2]\n")
+    assert reca.evaluate("world", painter, limit=LIMIT) == first
+
+
+def test_a_full_disk_loses_nothing(painter, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real, folder = generate.write_atomically, painter / "eval/world"
+    calls = []
+
+    def fills_up(path, *rest, **options):
+        calls.append(path)
+        return (real if len(calls) < 20 else full)(path, *rest, **options)
+
+    monkeypatch.setattr(generate, "write_atomically", fills_up)
+    with pytest.raises(EvaluationError, match="cannot be written \\(No space left on device\\). All images before"):
+        reca.evaluate("world", painter, limit=LIMIT)
+    monkeypatch.setattr(generate, "write_atomically", real)
+    made = len(list(folder.rglob("*.png")))
+    assert 0 < made < LIMIT
+
+    real_append, count = records.os.write, []
+
+    def torn(handle, data):
+        count.append(data)
+        return real_append(handle, data if len(count) < 10 else data[:20])
+
+    monkeypatch.setattr(records.os, "write", torn)
+    Painter.made = 0
+    with pytest.raises(
+        EvaluationError, match="records.jsonl cannot be written \\(the disk is full\\). All lines before"
+    ):
+        reca.evaluate("world", painter, limit=LIMIT)
+    assert Painter.made == LIMIT - made
+    monkeypatch.setattr(records.os, "write", real_append)
+    assert len(lines(folder / "records.jsonl")) == 9
+    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["images"] == LIMIT
+    assert len(lines(folder / "records.jsonl")) == LIMIT
+
+
+def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 4)
+    monkeypatch.setattr(generate.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 4000))
+    with pytest.raises(EvaluationError, match="remaining images will take about .* the disk has 3.91 KiB left"):
+        reca.evaluate("world", painter, limit=LIMIT)
+    assert len(list(painter.rglob("*.png"))) == 4
+
+
+def test_missing_images_and_another_layout(painter, tmp_path):
+    reca.evaluate("world", painter, limit=LIMIT, steps=["generate"])
+    images = painter / "eval/world/images"
+    shutil.rmtree(images / "00010")
+    elsewhere = tmp_path / "elsewhere"
+    with pytest.raises(
+        EvaluationError, match="1 images of world are missing: 00010 \\(0\\). Generate them, or give --p"
+    ):
+        reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT)
+    found = reca.evaluate("world", painter, images=images, out=elsewhere, limit=LIMIT, partial=True)
+    assert found["counts"] == {"items": LIMIT - 1, "images": LIMIT - 1, "failed": 0, "missing": 1}
+    assert found["model"] is None and "the images came from elsewhere" in report.text(found)
+    for path in list(images.rglob("*.png")):
+        path.rename(images / f"{path.parent.parent.name}.png")
+    with pytest.raises(EvaluationError, match="holds no images of world; expected them as ITEM/samples/0000.png"):
+        reca.evaluate("world", painter, images=images, out=tmp_path / "third", limit=LIMIT)
+    with pytest.raises(EvaluationError, match="--images .*nowhere is no folder"):
+        reca.evaluate("world", painter, images=tmp_path / "nowhere")
+
+
+def test_damaged_and_changed_images_are_judged_again(painter):
+    reca.evaluate("world", painter, limit=LIMIT)
+    folder = painter / "eval/world"
+    first, second, *_ = sorted(folder.rglob("*.png"))
+    content = first.read_bytes()
+    first.write_bytes(b"\x89PNG half")
+    shutil.copy(sorted(folder.rglob("*.png"))[-1], second)
+    found = reca.evaluate("world", painter, limit=LIMIT)
+    assert found["counts"]["failed"] == 1 and "is no readable image" in found["failed"][0]["error"]
+    assert "1 images failed" in (folder / "report.txt").read_text()
+    assert len(lines(folder / "records.jsonl")) == LIMIT + 2
+    first.write_bytes(content)
+    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["failed"] == 0
+
+
+def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):
+    def fails(self, picture, prompt):
+        raise judge.JudgeError("no answer within 60 s")
+
+    monkeypatch.setattr(WorldJudge, "shows", fails)
+    with pytest.raises(EvaluationError, match="failed on 5 images in a row; .* no answer within 60 s. All records"):
+        reca.evaluate("world", painter, limit=LIMIT)
+    assert len(list(painter.rglob("*.png"))) == LIMIT
+    monkeypatch.undo()
+    assert reca.evaluate("world", painter, limit=LIMIT, steps=["judge", "score"])["counts"]["failed"] == 0
+
+
+def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):
+    reca.evaluate("world", painter, limit=5)
+    for change in ({"seed": 1}, {"sampling": {"steps": 3}}):
+        with pytest.raises(EvaluationError, match="made otherwise \\((seed|sampling) differ\\); give another --out"):
+            reca.evaluate("world", painter, limit=5, **change)
+    monkeypatch.setattr(targets.Target, "load", lambda *_: Painter(0.2))
+    with pytest.raises(EvaluationError, match="made otherwise \\(weights differ\\)"):
+        reca.evaluate("world", painter, limit=9)
+    assert reca.evaluate("world?seed=1", painter, limit=5, out=painter / "other")["counts"]["images"] == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"suite": "geneva"}, "there is no suite 'geneva'; there are world, geneval, "),
+        ({"suite": "world?side=3"}, "only the toy world has an option, written world?seed=1"),
+        (
+            {"suite": "geneval"},
+            "geneval needs the benchmark's files: --data PATH. Give prompts/evaluation_metadata.jsonl",
+        ),
+        ({"judge": "endpoint:http://x"}, "--judge endpoint cannot serve world; it takes one of world"),
+        ({"judge": "world", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
+        ({"steps": ["generate", "judgement"]}, "--steps judgement: there are the steps generate, judge, score, report"),
+        ({"images_per_item": 0}, "--images-per-item must be at least 1, got 0"),
+        ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
+        ({"steps": ["score"]}, "holds no images of world|holds no records; add the step judge"),
+        ({"steps": ["report"]}, "results.json does not exist; add the step score"),
+        ({"suite": "imgedit", "judge": "local:x"}, "imgedit needs a model that can edit: show_o cannot"),
+    ],
+)
+def test_what_cannot_be_asked(painter, given, message):
+    arguments = {"suite": "world", "source": painter} | given
+    with pytest.raises(ValueError) as caught:
+        reca.evaluate(**arguments)
+    assert any(part in str(caught.value) for part in message.split("|")), caught.value
+    assert Painter.made == 0 and not list(painter.rglob("*.png"))
