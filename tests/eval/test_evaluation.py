@@ -205,7 +205,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         ({"suite": "geneva"}, "there is no suite 'geneva'; there are world, geneval, "),
         ({"suite": "world?side=3"}, "only the toy world has an option, written world?seed=1"),
         (
-            {"suite": "geneval"},
+            {"suite": "geneval", "judge": "mask2former:x"},
             "geneval needs the benchmark's files: --data PATH. Give prompts/evaluation_metadata.jsonl",
         ),
         ({"judge": "endpoint:http://x"}, "--judge endpoint cannot serve world; it takes one of world"),

@@ -1,7 +1,6 @@
 """`reca eval`."""
 
 import argparse
-from pathlib import Path
 
 from reca.eval.suites import SUITES
 from reca.values import guess
@@ -35,33 +34,32 @@ def add(sub: argparse.ArgumentParser, path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the report."""
-    from reca import distributed
+    from reca import api, distributed
     from reca.eval import report
-    from reca.eval.evaluation import evaluate, open_settings
 
-    settings = open_settings(
+    steps = [step.strip() for step in options.steps.split(",")]
+    found = api.evaluate(
         options.suite,
-        options.data,
-        steps=tuple(step.strip() for step in options.steps.split(",")),
+        options.recipe,
+        options.overrides,
+        against=options.against,
         judge=options.judge,
         judge_options=_pairs(options.judge_option, "--judge-option"),
+        steps=steps,
+        images=options.images,
+        records=options.records,
+        data=options.data,
+        out=options.out,
         images_per_item=options.images_per_item,
         limit=options.limit,
         sampling=_pairs(options.sampling, "--sampling"),
         seed=options.seed,
         partial=options.partial,
+        ema=options.ema,
     )
-    images, records, out = (_path(text) for text in (options.images, options.records, options.out))
-    found = evaluate(
-        settings, options.recipe, options.overrides, options.against, images, records, out, ema=options.ema
-    )
-    if found is not None and "report" in settings.steps:
+    if found is not None and "report" in steps:
         print(report.text(found))
     distributed.shut_down()
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 def _pairs(texts: list[str], name: str) -> dict:
