@@ -131,6 +131,10 @@ class TrainConfig:
         "compute dtype of the forward pass; weights and accumulators stay fp32. fp64, for tests, is the type of all",
         ("fp32", "bf16", "fp64"),
     )
+    float8: bool = config_field(
+        False,
+        "multiply in 8 bits in the blocks' linear layers, by torchao; needs precision=bf16 and an Ada or Hopper GPU",
+    )
     activation_checkpointing: bool = config_field(False, "recompute the transformer blocks in the backward pass")
     compile: bool = config_field(False, "torch.compile the transformer blocks")
     max_skips: int = config_field(
@@ -152,6 +156,12 @@ class TrainConfig:
         False, "the same bits in every run on the same machine: only deterministic algorithms, which may be slower"
     )
     threads: Optional[int] = config_field(None, "CPU threads; null keeps torch's default", least=1, most=2**12)
+
+    def check(self, prefix: str) -> None:
+        if self.float8 and self.precision != "bf16":
+            raise RecipeError(
+                f"{prefix}float8=true rounds what is computed in bf16: set {prefix}precision=bf16, not {self.precision}"
+            )
 
 
 @dataclass

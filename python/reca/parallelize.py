@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from reca import distributed
+from reca import distributed, float8
 from reca.config import ParallelConfig, Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -34,11 +34,13 @@ def load(recipe: Recipe, device: torch.device) -> tuple[Adapter, bool]:
 
 
 def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred: bool = False) -> None:
-    """Compile, recompute and shard the blocks of a model, as the recipe asks. deferred: its weights are still to come.
+    """Round, compile, recompute and shard the blocks of a model, as the recipe asks.
 
-    Compiled first: Dynamo does not look into activation checkpointing.
+    Compiled before activation checkpointing, which Dynamo does not look into. deferred: weights are still to come.
     """
     weights = DeferredWeights(adapter) if deferred else None
+    if recipe.train.float8:
+        float8.convert(adapter)
     if recipe.train.compile:
         for block in adapter.blocks():
             block.forward = torch.compile(block.forward)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from reca import checkpoint, runs, units
+from reca import checkpoint, float8, runs, units
 from reca.check import build_meta, memory
 from reca.config import Recipe
 from reca.data.errors import DataError
@@ -45,6 +45,8 @@ def check(
         if task not in model.tasks:
             raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     check_passes(recipe, ranks)
+    if recipe.train.float8:
+        float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:
         runs.check_parent(recipe, model)
     sources = open_sources(recipe.data, tasks, recipe.train.seed)

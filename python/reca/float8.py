@@ -1,0 +1,69 @@
+"""Products of the transformer blocks in 8 bits on GPUs that have them, by torchao.
+
+Inputs, weights and output gradients are rounded to e4m3 (3 bits of mantissa), with one scale a row, for the forward
+product and for the gradient of the input. The gradient of the weight is computed in bf16: it is what AdamW sums up, and
+its inner dimension, the rows of a batch, need not be a multiple of 16. Weights and gradients are kept as they were.
+"""
+
+import importlib.util
+
+import torch
+from torch import nn
+
+from reca.models.base import Adapter
+from reca.options import RecipeError
+
+MULTIPLE = 16  # of both sizes of a weight, which the hardware wants
+CAPABILITY = (8, 9)
+
+
+def check_usable(device: torch.device) -> None:
+    """Raise RecipeError where `train.float8` cannot run: without torchao, or without a GPU that has 8-bit products."""
+    if importlib.util.find_spec("torchao") is None:
+        raise RecipeError(
+            "train.float8=true needs torchao, which is not installed: pip install 'reca[float8]', or set it to false"
+        )
+    found = "there is none"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= CAPABILITY:
+            return
+        found = f"this one has {capability[0]}.{capability[1]}"
+    raise RecipeError(
+        f"train.float8=true needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer (Ada, Hopper, "
+        f"Blackwell), and {found}: set it to false"
+    )
+
+
+def convert(adapter: Adapter, emulate: bool = False) -> int:
+    """Make the linear layers inside the blocks multiply in 8 bits. Returns how many.
+
+    Layers that have a size which is no multiple of 16 stay as they are. emulate: round, but multiply without 8-bit
+    hardware. Raises RecipeError where no layer qualifies.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
+    object.__setattr__(config, "emulate", emulate)  # frozen, and the recipe has no argument for it
+    converted = 0
+    for block in adapter.blocks():
+        names = {name for name, layer in block.named_modules() if _fits(layer)}
+        convert_to_float8_training(block, module_filter_fn=lambda _, name, names=names: name in names, config=config)
+        for name in names:
+            block.get_submodule(name).register_forward_pre_hook(_contiguous)
+        converted += len(names)
+    if not converted:
+        raise RecipeError(
+            f"train.float8=true finds no linear layer in the blocks of {adapter.name} whose sizes are multiples of "
+            f"{MULTIPLE}: set it to false"
+        )
+    return converted
+
+
+def _contiguous(layer: nn.Module, inputs: tuple) -> tuple:
+    """Lay out the input of a layer row by row, which torchao's scales of rows want."""
+    return inputs[0].contiguous(), *inputs[1:]
+
+
+def _fits(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
