@@ -10,8 +10,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def keep_freed_memory() -> bool:
     """Let glibc keep the memory of freed tensors for the next ones, instead of returning it to the kernel.
 
-    A training step allocates the same tensors again and again. By default glibc maps each large one anew, and the kernel
-    fills its pages with zeros at the first touch. It is a setting of the whole process, so programs call it, not
+    A training step allocates the same tensors again and again. By default glibc maps each large one anew, and the
+    kernel zeroes its pages at the first touch. It is a setting of the whole process, so programs call it, not
     libraries. Does nothing without glibc, or where the environment has settings of malloc (MALLOC_*, GLIBC_TUNABLES).
 
     Returns whether it was set.

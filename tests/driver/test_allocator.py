@@ -9,15 +9,18 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
 
-# Counts the pages that the kernel gives for a tensor of 64 MiB, after one of that size was freed.
+# Counts the pages that the kernel gives for a tensor of 64 MiB after others of that size were freed: the least of some
+# turns, as a small block that comes to lie in the freed space moves the next tensor once.
 FAULTS = """
 import resource, torch
 from reca.allocator import keep_freed_memory
 print(keep_freed_memory() if {keep} else False)
-for turn in range(2):
+faults = []
+for turn in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))
 """
 
 
