@@ -258,6 +258,13 @@ class LogConfig:
         "a large matrix product. On a CPU there is no MFU without it",
         above=0,
     )
+    hang_seconds: float = config_field(
+        300.0,
+        "when a part of a step takes longer on any rank, all of them write their stacks and collectives into "
+        "run_dir/hang; at most half of parallel.step_timeout_minutes. 0 = never",
+        least=0,
+        most=60 * 60 * 24 * 365,
+    )
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
     sample_every: int = config_field(0, "steps between grids of images; 0 generates none", least=0)
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)

@@ -94,10 +94,17 @@ class RankFile(ExitStack):
         handler = logging.FileHandler(self.path, delay=True)
         handler.setLevel(logging.WARNING)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        root = logging.getLogger()
-        for other in root.handlers:
+        # A message that other ranks have, too, is printed once (errors.py), and belongs into every file.
+        filters = list(log.filters)
+        for other in logging.getLogger().handlers:
             self.callback(other.setLevel, other.level)
             other.setLevel(max(other.level, logging.ERROR))
+            for one in filters:
+                other.addFilter(one)
+                self.callback(other.removeFilter, one)
+        for one in filters:
+            log.removeFilter(one)
+            self.callback(log.addFilter, one)
         log.addHandler(handler)
         self.callback(handler.close)
         self.callback(log.removeHandler, handler)

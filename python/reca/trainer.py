@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, micro_batches, objective, preflight, runs
+from reca import checkpoint, distributed, exits, hang, micro_batches, objective, preflight, runs
 from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
@@ -55,6 +55,7 @@ class Trainer:
         self.recipe, self.run_dir, self.progress = recipe, Path(recipe.run_dir), progress
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
+        hang.record_collectives(self.run_dir)
         self.device = distributed.initialize(recipe.parallel.timeout_minutes)
         self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         self.accumulation_steps = {
@@ -86,6 +87,7 @@ class Trainer:
         recipe = self.recipe
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
+            hang.remove_request(self.run_dir)
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         newest = checkpoint.latest_valid(self.run_dir, rename_damaged=True)
         state = None if newest is None else checkpoint.read_state(newest)
@@ -167,35 +169,40 @@ class Trainer:
         recipe = self.recipe
         if distributed.rank() == 0:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
+        step_timeout = min(recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes)
         streams = {task: iter(loader) for task, loader in self.loaders.items()}
         with (
             self._report() as report,
             contextlib.ExitStack() as loaders,
             ProfileWindow(recipe.log.profile, self.step, self.run_dir) as profiler,
+            hang.HangWatch(self.run_dir, min(recipe.log.hang_seconds, 30 * step_timeout)) as watch,
         ):
             for loader in self.loaders.values():
                 loaders.callback(loader.close)
             report.begin(self.step)
             first = self.step
             while self.step < recipe.train.steps:
+                watch.enter(self.step + 1, "loading of batches")
                 started = time.perf_counter()
                 batches = {
                     task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
                     for task in self.tasks
                 }
                 data_wait = time.perf_counter() - started
+                watch.enter(self.step + 1, "training")
                 report.count_flops(batches)
                 started = time.perf_counter()
                 metrics = self.train_step(batches)
                 seconds = data_wait + time.perf_counter() - started
                 if self.step == first + 1:
-                    limits = recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes
-                    distributed.set_timeout(min(limits), self.device)
+                    distributed.set_timeout(step_timeout, self.device)
+                watch.enter(self.step, "measuring and sampling")
                 metrics |= self.diagnostics.measure(self.step, batches)
                 report.step(self.step, metrics, seconds, data_wait)
                 if recipe.log.prompts and due(self.step, recipe.log.sample_every):
                     report.sample_images(self.step, self.diagnostics.images())
                 profiler.step()
+                watch.enter(self.step, "saving")
                 self._save_or_stop()
 
     def _save_or_stop(self) -> None:

@@ -1,0 +1,126 @@
+"""A run that makes no progress says who waits for whom; other ranks than 0 print nothing."""
+
+import ctypes
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reca import hang
+from reca.hang import HangWatch, numbers, summary
+from reca.trainer import Trainer
+from tests.driver.toy import ToyAdapter, run_toy
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder of a run of two ranks, of which rank 1 sleeps in step 3."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(ROOT / "tests/driver/launch_long_runs.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr + (folder / "printed_0").read_text() + (folder / "printed_1").read_text()
+    return folder
+
+
+def test_the_log_says_who_waits_for_whom(two_ranks):
+    said = (two_ranks / "printed_0").read_text()
+    (line,) = [line for line in said.splitlines() if "makes no progress" in line]
+    assert "WARNING step 3 makes no progress" in line and "rank 1 is in training of step 3 for" in line
+    assert "at overslept (launch_long_runs.py:" in line and ", called by _run (trainer.py:" in line
+    assert "ranks waiting for others: 0 (in all_reduce at sum_over_ranks (distributed.py:" in line
+    assert line.endswith(f"Stacks of all ranks are in {two_ranks}/run/hang")
+    assert "step 3 goes on after" in said
+
+
+def test_every_rank_writes_its_stacks_and_collectives(two_ranks):
+    folder = two_ranks / "run/hang"
+    assert "in all_reduce" in (folder / "rank_0.txt").read_text()
+    asleep = (folder / "rank_1.txt").read_text()
+    assert "rank 1, step 3: training for" in asleep and "in overslept" in asleep and "hang watch" not in asleep
+    for rank in range(2):
+        recorded = pickle.loads((folder / f"collectives_{rank}").read_bytes())
+        assert any("all_reduce" in entry["profiling_name"] for entry in recorded["entries"])
+    assert not (folder / hang.REQUEST).exists()
+
+
+def of_libraries(line: str) -> bool:
+    """A line that torch or torchao prints while it is imported."""
+    return "torchao" in line or "torch/utils" in line
+
+
+def test_rank_0_alone_prints(two_ranks):
+    said = (two_ranks / "printed_0").read_text()
+    assert "step 2/4  loss" in said and "step 4/4  loss" in said and "trained    4.7k" in said and "2 x CPU" in said
+    others = [line for line in (two_ranks / "printed_1").read_text().splitlines() if not of_libraries(line)]
+    assert others == []
+    kept = (two_ranks / "run/rank_1.log").read_text()
+    assert "WARNING rank 1 alone has something to say" in kept and "of no use" not in kept
+    assert "step 3 goes on after" in kept and not (two_ranks / "run/rank_0.log").exists()
+
+
+def test_one_process_that_hangs(recipe, caplog):
+    trainer = Trainer(recipe("log.hang_seconds=0.2", "train.steps=2"), ToyAdapter())
+    step = trainer.train_step
+
+    def slow(batches):
+        if trainer.step == 1:
+            time.sleep(0.8)
+        return step(batches)
+
+    trainer.train_step = slow
+    trainer.run()
+    assert "step 2 makes no progress" in caplog.text and "rank 0 is in training of step 2" in caplog.text
+    assert "in slow" in (trainer.run_dir / "hang/rank_0.txt").read_text()
+
+
+def test_nothing_is_left_of_a_run_that_does_not_hang(recipe, caplog):
+    trainer = run_toy(recipe())
+    assert not (trainer.run_dir / "hang").exists() and "progress" not in caplog.text
+    trainer = run_toy(recipe("log.hang_seconds=0", "train.steps=8"))
+    assert not (trainer.run_dir / "hang").exists()
+
+
+def test_a_call_that_holds_the_interpreter(tmp_path):
+    """No thread of Python runs, so faulthandler's own writes the stacks."""
+    with HangWatch(tmp_path, 0.05, without_python=0.1) as watch:
+        watch.enter(7, "training")
+        ctypes.PyDLL(None).usleep(600_000)
+        watch.enter(7, "saving")
+    assert "test_a_call_that_holds_the_interpreter" in (tmp_path / "hang/rank_0.txt").read_text()
+
+
+def test_the_request_of_a_killed_run_is_removed(recipe):
+    trainer = run_toy(recipe("train.steps=1"))
+    (trainer.run_dir / hang.FOLDER).mkdir()
+    request = trainer.run_dir / hang.FOLDER / hang.REQUEST
+    request.touch()
+    run_toy(recipe())
+    assert not request.exists() and not (trainer.run_dir / hang.FOLDER).exists()
+
+
+def report(rank: int, waits: str | None = None, **values) -> dict:
+    state = {"rank": rank, "step": 9, "phase": "training", "seconds": 300.2, "waits": waits, "place": "f (a.py:1)"}
+    state["innermost"] = "read (tar.py:2)"
+    return state | values
+
+
+def test_the_summary_names_every_rank():
+    busy = report(3, phase="loading of batches", seconds=301.0)
+    waiting = [report(rank, "all_reduce") for rank in (0, 1, 2, 5)]
+    text = summary([*waiting, busy], 8, Path("run/hang"))
+    assert text == (
+        "step 9 makes no progress for 301 s: rank 3 is in loading of batches of step 9 for 301 s, at read (tar.py:2), "
+        "called by f (a.py:1); ranks waiting for others: 0-2, 5 (in all_reduce at f (a.py:1)); no answer, so stopped, "
+        "dead, or in a call that holds Python: 4, 6-7. Stacks of all ranks are in run/hang"
+    )
+    assert numbers([0]) == "0" and numbers([0, 2, 3, 4, 9]) == "0, 2-4, 9"
+    assert json.dumps(report(0))
