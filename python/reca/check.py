@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from reca import units
 from reca.config import Recipe
 from reca.data.batch import Batch
+from reca.lora import choose_trained
 from reca.micro_batches import accumulation_steps, describe_split, size_warning
 from reca.models import umm_package
 from reca.models.base import ROLES, Adapter
-from reca.optim import freeze, state_bytes
+from reca.optim import state_bytes
 from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
 from reca.rng import CounterRNG
 from reca.runs import published_files
@@ -64,7 +65,7 @@ def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
-    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    choose_trained(adapter, recipe)
     return adapter, fake
 
 

@@ -135,7 +135,8 @@ def evaluate(
     autocast: contextlib.AbstractContextManager,
     condition: str = "own",
 ) -> float:
-    """Compute the mean loss over fixed batches, with the random numbers of their sample ids."""
+    """Compute the mean loss over fixed batches, with the random numbers of their sample ids and without dropout."""
+    adapter.eval()
     sums = torch.zeros(2, device=next(adapter.parameters()).device, dtype=_total_dtype(adapter))
     for batch in batches:
         with autocast:

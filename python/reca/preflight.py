@@ -15,8 +15,9 @@ from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import open_sources
 from reca.data.templates import load_templates
+from reca.lora import choose_trained
 from reca.models.base import Adapter
-from reca.optim import check_passes, freeze
+from reca.optim import check_passes
 from reca.options import RecipeError
 
 log = logging.getLogger("reca")
@@ -40,7 +41,7 @@ def check(
         _files_exist(recipe)
         model, _ = build_meta(recipe)
     else:
-        freeze(model, recipe.train.train, recipe.train.frozen)
+        choose_trained(model, recipe)
     for task in recipe.active_tasks():
         if task not in model.tasks:
             raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")

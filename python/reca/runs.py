@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits
+from reca import checkpoint, distributed, exits, lora
 from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
 from reca.models import umm_package
@@ -169,14 +169,29 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
     ema: the average of the trained parameters, in place of their last values.
     """
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
+    if recipe.lora.rank:
+        # Only training computes in bf16 throughout, which weights in bf16 ask for.
+        lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
     checkpoint.load_weights(run_dir, adapter, ema)
     return adapter.eval()
 
 
 def load_parent(adapter: Adapter, recipe: Recipe) -> None:
-    """Load the checkpoint of the run that `train.init_from` names on top of the published weights."""
-    if recipe.train.init_from is not None:
-        adapter.inherited = checkpoint.load_weights(Path(recipe.train.init_from), adapter)
+    """Load the checkpoint of the run that `train.init_from` names on top of the published weights.
+
+    LoRA of another form than this run's, or where this run has none, is merged into the weights.
+    adapter: with the LoRA that the recipe asks for.
+    """
+    if recipe.train.init_from is None:
+        return
+    folder = Path(recipe.train.init_from)
+    before = load_recipe(folder / "recipe.yaml")
+    if before.lora.rank and not lora.continues(before, recipe):
+        adapter.inherited = checkpoint.load_lora(folder, adapter, before.lora)
+    else:
+        adapter.inherited = checkpoint.load_weights(folder, adapter)
+    if recipe.lora.rank and not lora.continues(before, recipe):
+        lora.reset(adapter, recipe.train.seed)  # DoRA starts from the norms of the weights as they are now
 
 
 def check_parent(recipe: Recipe, model: Adapter) -> None:
@@ -207,7 +222,7 @@ def check_parent(recipe: Recipe, model: Adapter) -> None:
     if newest is None:
         raise checkpoint.CheckpointError(f"{folder} has no complete checkpoint; did the run save one?")
     if not checkpoint.find_damage(newest, contents=False):
-        checkpoint.check_fit(newest, model)
+        checkpoint.check_fit(newest, model, mergeable=not lora.continues(before, recipe))
 
 
 def published_files(recipe: Recipe) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, hang, micro_batches, objective, preflight, runs
+from reca import checkpoint, distributed, exits, hang, lora, micro_batches, objective, preflight, runs
 from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
@@ -20,9 +20,10 @@ from reca.ema import EMA
 from reca.folders import ensure_writable
 from reca.interruption import Interruption
 from reca.log import RunLog, due
+from reca.lora import choose_trained
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.optim import FusedBackward, freeze, gradient_norm, lr_at, make_optimizer, set_lr
+from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast
 from reca.precompute import features_identity
@@ -99,8 +100,10 @@ class Trainer:
         self.own_model = adapter is None
         self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
         cast(self.adapter, recipe.train.precision)
-        self.roles = freeze(self.adapter, recipe.train.train, recipe.train.frozen)
+        self.roles = choose_trained(self.adapter, recipe)
         parallelize(self.adapter, recipe, self.device, deferred)
+        if deferred and recipe.lora.rank:
+            lora.reset(self.adapter, recipe.train.seed)
         if state is None:
             runs.load_parent(self.adapter, recipe)
         else:

@@ -16,7 +16,7 @@ from reca.checkpoint.background import BackgroundWriter
 from reca.checkpoint.contents import changed_parameters, size, snapshot
 from reca.checkpoint.errors import CheckpointError
 from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
-from reca.checkpoint.reading import check_fit, load, load_ema, load_weights, read_state
+from reca.checkpoint.reading import check_fit, load, load_ema, load_lora, load_weights, read_state
 from reca.checkpoint.retention import Keep
 from reca.checkpoint.writing import save, write
 
@@ -34,6 +34,7 @@ __all__ = [
     "list_complete",
     "load",
     "load_ema",
+    "load_lora",
     "load_weights",
     "read_state",
     "remove_partial",

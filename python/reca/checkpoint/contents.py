@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from reca import distributed
 from reca.config import OptimConfig
+from reca.lora import published_name
 from reca.models.base import Adapter
 from reca.optim import state_bytes
 
@@ -59,9 +60,15 @@ def snapshot(
 def changed_parameters(adapter: Adapter) -> dict[str, Tensor]:
     """Return the parameters that are not as published, by name: trained by this run or by one before it.
 
-    The tensors themselves, so that loading fills them.
+    The tensors themselves, so that loading fills them. Names are published ones, whatever LoRA has made of them.
     """
-    return {name: p.detach() for name, p in adapter.named_parameters() if p.requires_grad or name in adapter.inherited}
+    own = named_parameters(adapter)
+    return {name: p.detach() for name, p in own.items() if p.requires_grad or name in adapter.inherited}
+
+
+def named_parameters(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """Return all parameters under the names that checkpoints have."""
+    return {published_name(name): parameter for name, parameter in adapter.named_parameters()}
 
 
 def size(adapter: Adapter, config: OptimConfig, ema: bool = False) -> int:

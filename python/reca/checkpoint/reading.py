@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import manifest
-from reca.checkpoint.contents import EMA, FLAT, changed_parameters, tensors
+from reca import lora, manifest
+from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parameters, tensors
 from reca.checkpoint.errors import CheckpointError, first_line
 from reca.checkpoint.listing import MARKER, latest_valid
+from reca.config import LoraConfig
 from reca.models.base import Adapter
 
 
@@ -79,24 +80,49 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     names = check_fit(folder, adapter)
-    own = dict(adapter.named_parameters())
+    own = named_parameters(adapter)
     _read(folder / "weights", {name: own[name].detach() for name in names})
     if ema:
         load_ema(folder, {name: own[name].detach() for name in names}, all_of_them=False)
     return names
 
 
-def check_fit(folder: Path, adapter: Adapter) -> frozenset[str]:
-    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it."""
-    own = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozenset[str]:
+    """List a checkpoint's parameters. Raises CheckpointError if this model lacks one or has another shape of it.
+
+    mergeable: LoRA need only fit the weights that it would be merged into.
+    """
+    own = {name: tuple(p.shape) for name, p in named_parameters(adapter).items()}
     saved = _saved(folder / "weights")
-    misfits = sorted(name for name, shape in saved.items() if own.get(name) != shape)
+    misfits = sorted(
+        name
+        for name, shape in saved.items()
+        if own.get(name) != shape and not (mergeable and lora.fits(name, shape, own))
+    )
     if misfits:
         raise CheckpointError(
             f"{folder} does not fit this model: {len(misfits)} of its parameters are missing here or have another "
             f"shape, the first {misfits[:5]}. Both runs must name the same umm and sizes"
         )
     return frozenset(saved)
+
+
+def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[str]:
+    """Load the parameters that a run with LoRA has changed into a model that has none, or another, by merging.
+
+    config: of that run's LoRA. Returns the names of parameters that are not as published now.
+    Raises CheckpointError as `load_weights`.
+    """
+    folder = latest_valid(run_dir)
+    if folder is None:
+        raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
+    names, own = check_fit(folder, adapter, mergeable=True), named_parameters(adapter)
+    plain = {name for name in names if not lora.is_lora(name)}
+    _read(folder / "weights", {name: own[name].detach() for name in plain})
+    shapes = _saved(folder / "weights")
+    matrices = {name: torch.empty(shapes[name]) for name in names - plain}
+    _read(folder / "weights", matrices)
+    return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
 
 
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
+
+if TYPE_CHECKING:
+    from reca.config import LoraConfig
 
 P = TypeVar("P", bound="Prepared")
 
@@ -97,6 +100,7 @@ class Adapter(nn.Module):
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
+    lora: "LoraConfig | None" = None  # what it has of LoRA (lora.py); None: nothing
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from reca.config import OptimConfig
+from reca.models.common.deferred_weights import own_rows
 from reca.optim import moments
 from reca.rng import CounterRNG
 
@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
             name: tensor for name, tensor in state.items() if name != "step"
         }
         local = {name: _as_rows(_local(tensor)) for name, tensor in tensors.items()}
-        seed, offset = self.seeds[parameter] + state["step"].long(), _first_row(parameter)
+        seed, offset = self.seeds[parameter] + state["step"].long(), own_rows(parameter).start or 0
         length = max(1, PIECE // max(1, local["parameter"].shape[1]) // ALIGNED) * ALIGNED
         for first in range(0, local["parameter"].shape[0], length):
             piece = {name: tensor[first : first + length] for name, tensor in local.items()}
@@ -175,14 +175,6 @@ def _as_rows(tensor: Tensor) -> Tensor:
     """View a tensor as [rows, row], its first dimension being the rows. A copy if it is not contiguous."""
     rows = tensor.shape[0] if tensor.ndim else 1
     return tensor.reshape(rows, -1) if tensor.numel() else tensor.reshape(0, 1)
-
-
-def _first_row(parameter: nn.Parameter) -> int:
-    """Return which row of the whole parameter is the first of this rank's."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return offset[0]
 
 
 def _zero_scales(parameter: nn.Parameter) -> Tensor:

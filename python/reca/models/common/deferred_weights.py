@@ -63,7 +63,7 @@ class DeferredWeights:
         """
         _give_memory(module, device)
         for name, parameter in module.named_parameters():
-            rows = _own_rows(parameter)
+            rows = own_rows(parameter)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if name in self.files:
                 local.copy_(self.files.pop(name)[rows])
@@ -90,7 +90,7 @@ def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
     return whole
 
 
-def _own_rows(parameter: nn.Parameter) -> slice:
+def own_rows(parameter: nn.Parameter) -> slice:
     """Return which rows of a parameter this rank holds: FSDP2 shards the first dimension as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return slice(None)
