@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
-from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import conversation, cross_entropy
@@ -24,6 +22,7 @@ from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, pad_tokens
+from reca.toy_world.pretrain.codebook import fit_codebook
 from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.toy_world.splits import Split, captioned, understood
 from reca_kernels import IGNORE_INDEX
@@ -41,7 +40,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
     to_generate, to_caption = (first_images(split, scale) for split in (captioned(seed), understood(seed)))
-    fit_codebook(model, to_caption[:3000])
+    fit_codebook(model.codec, to_caption[:3000])
     codes = torch.cat([model.codec.encode(unit(part)) for part in to_generate.split(500)])
     task = _Task(model, rng, noise_rng, captioned(seed), understood(seed), codes, to_caption)
 
@@ -117,25 +116,6 @@ class _Task:
         """Put token ids where tokens of h_v stood."""
         src = layout.src.long()
         return replace(layout, src=torch.where(src < 0, words.flatten()[(-1 - src).clamp(min=0)], src).int())
-
-
-def fit_codebook(model: Adapter, images: Tensor, rounds: int = 5) -> None:
-    """Fit the codebook by k-means over the pixel patches of images, started from patches far apart."""
-    codec = model.codec
-    assert isinstance(codec, PatchCodebook), "the codec of the toy world"
-    size = model.config.patches.size
-    patches = F.unfold(unit(images), size, stride=size).transpose(1, 2).flatten(0, 1)
-    chosen = [patches[0]]
-    distance = (patches - chosen[0]).square().sum(1)
-    while len(chosen) < codec.entries:
-        chosen.append(patches[distance.argmax()])
-        distance = torch.minimum(distance, (patches - chosen[-1]).square().sum(1))
-    centres = torch.stack(chosen)
-    for _ in range(rounds):
-        nearest = torch.cdist(patches, centres).argmin(1)
-        counts = torch.bincount(nearest, minlength=len(centres)).clamp(min=1)
-        centres = torch.zeros_like(centres).index_add_(0, nearest, patches) / counts[:, None]
-    codec.codebook.copy_(centres)
 
 
 SETUP = DemoSetup(
