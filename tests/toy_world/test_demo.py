@@ -100,7 +100,7 @@ def test_what_cannot_be_run_is_said(arguments, capsys, tmp_path):
     assert main(["demo", "--out", str(tmp_path), *arguments]) == 3
     said = capsys.readouterr().err
     assert (
-        "nonsense" in said and "bagel, harmon, open_uni, show_o" in said
+        "nonsense" in said and "bagel, harmon, janus, open_uni, show_o" in said
         if "nonsense" in arguments
         else "must lie in (0, 1]" in said
     )
