@@ -81,6 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     from reca.catalog import DATASETS
     from reca.models import UMMS
+    from reca.status import FIELDS
 
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", _status, "Print the status of a run.")
     status.add_argument("folder", type=_path, help="the folder of a run")
+    status.add_argument("--field", choices=FIELDS, help="print this value alone, for scripts; the exit code is 0 then")
 
     check = command("check", _check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
     takes_recipe(check)
@@ -278,6 +280,10 @@ def _status(options: argparse.Namespace) -> int:
     from reca.status import Status
 
     status = Status.read(options.folder)
+    if options.field:
+        value = getattr(status, options.field)
+        print("" if value is None else value)
+        return 0
     print(status.describe())
     return status.exit_code or 0
 

@@ -89,6 +89,9 @@ class Status:
         return "\n".join(f"{name:<11} {value}" for name, value in asdict(self).items() if value is not None)
 
 
+FIELDS = tuple(f.name for f in fields(Status))
+
+
 class RunFolder:
     """The folder of a run while a process uses it: locked, with its status written on every exit.
 
