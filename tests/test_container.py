@@ -60,9 +60,8 @@ def test_the_container_file():
 
 def test_all_that_is_built_from_is_copied():
     """As the Makefile names it, with the files that pyproject.toml reads."""
-    copied = [
-        w for name, a in instructions(FILE.read_text()) if name == "COPY" and "--from" not in a for w in a.split()
-    ]
+    copies = [argument for name, argument in instructions(FILE.read_text()) if name == "COPY"]
+    copied = {word for argument in copies if "--from" not in argument for word in argument.split()}
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "csrc", "reca_kernels", "python"} <= copied
     settings = (ROOT / "pyproject.toml").read_text()
     assert {re.search(r'readme = "(.*)"', settings)[1], "LICENSE", "NOTICE"} <= copied
