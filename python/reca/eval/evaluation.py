@@ -58,14 +58,18 @@ class Settings:
         return self.images_per_item or self.suite.images_per_item
 
     def items(self, images: Path | None = None) -> list[Item]:
-        """List the items, evenly thinned to `limit`; those that the images describe where no data is given."""
+        """List the items, evenly thinned to `limit` groups; those that the images describe where no data is given."""
         suite, found = self.suite, []
         if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
             found = suite.items_of_images(images)
         found = found or suite.items()
-        if self.limit is None or self.limit >= len(found):
+        groups: dict[str, list[Item]] = {}
+        for item in found:
+            groups.setdefault(suite.group(item), []).append(item)
+        if self.limit is None or self.limit >= len(groups):
             return found
-        return [found[i * len(found) // self.limit] for i in range(self.limit)]
+        kept = list(groups.values())
+        return [item for i in range(self.limit) for item in kept[i * len(kept) // self.limit]]
 
 
 def evaluate(
@@ -131,8 +135,8 @@ def _check(settings: Settings, sides: Sequence[Target], images: Path | None, rec
                         f"{suite.name} needs a model that can {suite.ability}: {side.recipe.umm} cannot, recipes of "
                         f"{' and '.join(able)} can"
                     )
-                if suite.ability != "answer":
-                    check_sampling_options(getattr(adapter, suite.ability), settings.sampling)
+                method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
+                check_sampling_options(method, settings.sampling)
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
     settings.items(images)

@@ -86,7 +86,9 @@ def generate_images(
     return made
 
 
-def generate_answers(model: Adapter, suite: Suite, items: Sequence[Item], path: Path, max_new_tokens: int) -> int:
+def generate_answers(
+    model: Adapter, suite: Suite, items: Sequence[Item], path: Path, *, max_new_tokens: int = 16
+) -> int:
     """Ask the model what is not answered yet, and append to a JSON-lines file; on rank 0 alone.
 
     Returns the number of new answers.

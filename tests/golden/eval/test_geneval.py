@@ -1,6 +1,7 @@
 """GenEval's rules, colours and detector against figures recorded from the public script, mmdet and clip_benchmark."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from reca.eval.judges import colors, mask2former
 from reca.eval.suites import geneval_rules as rules
 
+EVAL_DATA = Path(__file__).parent / "data"
 RECORDED = {
     "rules_file": "rules.json",
     "summary_file": "summary.json",
@@ -194,9 +196,10 @@ def test_the_published_sizes(keymap_file):
     assert {name: list(value.shape) for name, value in model.state_dict().items()} == wanted
 
 
-def tiny_model(tiny_file):
+def tiny_sizes(tiny_file):
+    """The sizes of the small detector, as arguments of `configuration`."""
     sizes = read(tiny_file)["config"]
-    config = mask2former.configuration(
+    return dict(
         swin={"embed_dim": sizes["embed_dims"], "depths": sizes["depths"], "num_heads": sizes["num_heads"]},
         num_labels=sizes["num_classes"], num_queries=sizes["num_queries"], feature_size=sizes["feat_channels"],
         mask_feature_size=sizes["out_channels"], hidden_dim=sizes["feat_channels"],
@@ -204,6 +207,10 @@ def tiny_model(tiny_file):
         decoder_layers=sizes["decoder_layers"] + 1, dim_feedforward=sizes["decoder_ffn"],
         num_attention_heads=sizes["num_attention_heads"],
     )  # fmt: skip
+
+
+def tiny_model(tiny_file):
+    config = mask2former.configuration(**tiny_sizes(tiny_file))
     return mask2former.build(load_file(tiny_file.parent / "tiny_mmdet_weights.safetensors"), config)
 
 

@@ -92,6 +92,10 @@ class Suite:
         """List all items, in the benchmark's order."""
         raise NotImplementedError
 
+    def group(self, item: Item) -> str:
+        """Name what an item cannot be scored without: by default itself."""
+        return item.id
+
     def items_of_images(self, images: Path) -> list[Item]:
         """List the items that a folder of images describes by itself; none, where the layout does not."""
         return []

@@ -98,6 +98,9 @@ class Mme(Suite):
             raise EvaluationError(f"{root} holds no pictures with questions of MME. {self.data_help}")
         return items
 
+    def group(self, item: Item) -> str:
+        return item.id.rpartition("/")[0]  # the picture, with both questions
+
     def path(self, item: Item, k: int) -> str:
         return "answers.jsonl"
 

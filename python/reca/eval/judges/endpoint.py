@@ -1,0 +1,204 @@
+"""A vision language model behind an OpenAI-compatible endpoint, such as vLLM, SGLang or a hosted one."""
+
+import base64
+import http.client
+import io
+import json
+import math
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from email.message import Message
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from reca.eval.errors import EvaluationError
+from reca.eval.judges.base import Judge, JudgeError, Picture
+
+KEY = "RECA_JUDGE_KEY"
+AGAIN = (408, 409, 425, 429)  # and all from 500: the same request may go well later
+LONGEST_WAIT = 60.0  # seconds between two tries
+SHOWN = 300  # characters of a server's words in a message
+MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
+
+
+class EndpointJudge(Judge):
+    """Asks by chat completions, pictures first. The key comes from the environment; no file and no message has it."""
+
+    kind = "vlm"
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout: float = 120.0,
+        tries: int = 5,
+        workers: int = 8,
+        requests_per_minute: float | None = None,
+        max_tokens: int = 1024,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        dtype: str | None = None,
+    ):
+        """Open an endpoint.
+
+        url: up to /v1. model: its name there; None takes the only one. timeout: seconds of a request. workers: requests
+        at once. price_in, price_out: dollars per million tokens. dtype: that of the model there, for the record.
+        Raises ValueError for options that make no sense, EvaluationError when the endpoint does not answer.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"--judge endpoint: expected an address such as http://localhost:8000/v1, without a key in it; the key "
+                f"is read from {KEY}"
+            )
+        positive = {"timeout": timeout, "tries": tries, "workers": workers, "max_tokens": max_tokens}
+        positive |= {} if requests_per_minute is None else {"requests_per_minute": requests_per_minute}
+        if wrong := [name for name, value in positive.items() if not value > 0]:
+            raise ValueError(f"judge option {wrong[0]}={positive[wrong[0]]}: expected more than 0")
+        self.key = os.environ.get(KEY, "")
+        self.url, self.tries, self.workers, self.max_tokens = url.rstrip("/"), int(tries), int(workers), max_tokens
+        self.timeout = timeout
+        self.pause = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.prices, self.dtype = (price_in, price_out), dtype
+        self.lock, self.next_start = threading.Lock(), 0.0
+        self.requests, self.tokens = 0, [0, 0]
+        self.model = model or self._only_model()
+        self.name = f"endpoint:{self.model}"
+
+    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
+        choice = self._complete(text, pictures, max_tokens=self.max_tokens)
+        content = (choice.get("message") or {}).get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise JudgeError(f"the judge's answer is empty (finish_reason {choice.get('finish_reason')!r})")
+        return content
+
+    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
+        """See Judge. The first token of a string is taken to be the longest returned one that it begins with."""
+        choice = self._complete(text, pictures, max_tokens=1, logprobs=True, top_logprobs=20)
+        content = (choice.get("logprobs") or {}).get("content")
+        if not content:
+            raise EvaluationError(
+                f"the endpoint gives no logprobs with {self.model}, which this suite needs; serve it with them (vLLM: "
+                "--max-logprobs 20)"
+            )
+        top = {entry["token"]: math.exp(entry["logprob"]) for entry in content[0].get("top_logprobs") or content}
+        total = 0.0
+        for string in accepted:
+            begins = [token for token in top if token and string.startswith(token)]
+            total += top[max(begins, key=len)] if begins else 0.0
+        return total
+
+    def cost(self) -> str | None:
+        if not self.requests:
+            return None
+        line = f"judge {self.model}: {self.requests} requests, {self.tokens[0]} tokens in, {self.tokens[1]} out"
+        if None not in self.prices:
+            dollars = (
+                sum(count * float(price or 0) for count, price in zip(self.tokens, self.prices, strict=True)) / 1e6
+            )
+            line += f", ${dollars:.2f}"
+        return line
+
+    def _only_model(self) -> str:
+        names = [entry.get("id") for entry in self._request("GET", "models").get("data") or []]
+        if len(names) != 1 or not names[0]:
+            listed = ", ".join(map(str, names[:10])) or "none"
+            raise EvaluationError(f"{self.url} serves these models: {listed}; name one by --judge-option model=NAME")
+        return names[0]
+
+    def _complete(self, text: str, pictures: Sequence[Picture], **options: Any) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures
+        ]
+        content.append({"type": "text", "text": text})
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0} | options
+        found = self._request("POST", "chat/completions", body)
+        try:
+            usage, choice = found.get("usage") or {}, found["choices"][0]
+            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise JudgeError(f"the endpoint answered with no chat completion: {self._short(str(found))}") from error
+        with self.lock:
+            self.requests += 1
+            self.tokens = [a + b for a, b in zip(self.tokens, counts, strict=True)]
+        return choice
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send until it goes well. Raises JudgeError after the last try, EvaluationError for what no try will mend."""
+        reason = ""
+        for number in range(self.tries):
+            self._wait_for_turn()
+            wait = min(2.0**number, LONGEST_WAIT)
+            try:
+                found = json.loads(self._send(method, path, body))
+                if isinstance(found, dict):
+                    return found
+                reason = f"no JSON object: {found}"
+            except urllib.error.HTTPError as refusal:
+                said = refusal.read(SHOWN * 10).decode(errors="replace")
+                if refusal.code not in AGAIN and refusal.code < 500:
+                    hint = f"; the key is read from {KEY}" if refusal.code in (401, 403) else ""
+                    raise EvaluationError(
+                        f"{self.url} refused the request with HTTP {refusal.code}: {self._short(said)}{hint}"
+                    ) from None
+                reason, wait = f"HTTP {refusal.code}: {said}", _retry_after(refusal.headers, wait)
+            except (OSError, http.client.HTTPException) as failure:  # URLError and TimeoutError are OSErrors
+                cause = getattr(failure, "reason", failure)
+                late = isinstance(cause, TimeoutError)
+                reason = f"no answer within {self.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
+            except ValueError as failure:
+                reason = f"no JSON: {failure}"
+            if number + 1 < self.tries:
+                time.sleep(wait * random.uniform(0.8, 1.2))
+        kind = JudgeError if method == "POST" else EvaluationError
+        raise kind(f"{self.url} failed {self.tries} times; the last time: {self._short(reason)}")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
+        if self.key:
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # never to another host
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            return answer.read()
+
+    def _wait_for_turn(self) -> None:
+        """Keep to the limit of requests per minute."""
+        if not self.pause:
+            return
+        with self.lock:
+            start = max(time.monotonic(), self.next_start)
+            self.next_start = start + self.pause
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def _short(self, text: str) -> str:
+        """Cut a server's words, in which the key may stand."""
+        clean = text.replace(self.key, "[key]") if self.key else text
+        return " ".join(clean.split())[:SHOWN]
+
+
+def _retry_after(headers: Message, usual: float) -> float:
+    """Read how long the server asks to wait; at most LONGEST_WAIT."""
+    try:
+        return min(max(float(headers.get("retry-after", usual)), 0.0), LONGEST_WAIT)
+    except ValueError:
+        return usual
+
+
+def data_url(picture: Picture) -> str:
+    """Encode a picture; a file of a common format as it is."""
+    if isinstance(picture, Path):
+        data = picture.read_bytes()
+        mime = next((name for magic, name in MIMES.items() if data.startswith(magic)), "png")
+    else:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        data, mime = file.getvalue(), "png"
+    return f"data:image/{mime};base64,{base64.b64encode(data).decode()}"

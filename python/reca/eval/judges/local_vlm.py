@@ -1,0 +1,63 @@
+"""A vision language model in transformers, greedy."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from reca.eval.errors import EvaluationError
+from reca.eval.judges.base import Judge, Picture
+
+
+class LocalVlmJudge(Judge):
+    """Asks with the model's own chat template, pictures first."""
+
+    kind = "vlm"
+
+    def __init__(self, source: str, device: torch.device | str, *, dtype: str = "bfloat16", max_new_tokens: int = 1024):
+        """source: a hub id or a folder. dtype: bfloat16, float16 or float32."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"judge option dtype={dtype}: expected bfloat16, float16 or float32")
+        try:
+            self.processor = AutoProcessor.from_pretrained(source)
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"the judge {source} cannot be loaded: {error}") from error
+        self.model = model.to(device).eval()
+        self.device, self.dtype, self.max_new_tokens = device, dtype, max_new_tokens
+        self.name = f"local:{source}"
+
+    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
+        inputs = self._inputs(text, pictures)
+        with torch.no_grad():
+            tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.processor.batch_decode(new, skip_special_tokens=True)[0]
+
+    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
+        inputs = self._inputs(text, pictures)
+        with torch.no_grad():
+            logits = self.model(**inputs).logits[0, -1]
+        probabilities = logits.float().softmax(-1)
+        tokenizer = self.processor.tokenizer
+        first = [tokenizer.encode(string, add_special_tokens=False)[0] for string in accepted]
+        return float(sum(float(probabilities[token]) for token in first))
+
+    def _inputs(self, text: str, pictures: Sequence[Picture]) -> Any:
+        content: list[dict[str, Any]] = [{"type": "image", "image": _rgb(picture)} for picture in pictures]
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        inputs = self.processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        return inputs.to(self.device, self.model.dtype)
+
+
+def _rgb(picture: Picture) -> Image.Image:
+    if isinstance(picture, Path):
+        with Image.open(picture) as file:
+            return file.convert("RGB")
+    return picture

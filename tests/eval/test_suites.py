@@ -1,0 +1,306 @@
+"""Every suite from a user's files to a score: its items, its folder layout, and result files of the public scripts."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import reca
+from reca.eval.errors import EvaluationError
+from reca.eval.suites import SUITES, open_suite
+from reca.eval.suites.pope import measures, read_answer
+from tests.eval.world import Painter
+
+ROWS = [
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"},
+]
+
+
+@pytest.fixture
+def geneval(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def save(path, color="white"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), color).save(path)
+    return path
+
+
+def test_every_suite_says_where_its_files_are(tmp_path):
+    for name in SUITES:
+        suite = open_suite(name)
+        assert suite.name == name and suite.protocol and suite.layout()
+        if name != "world":
+            with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Give "):
+                suite.items()
+            with pytest.raises(EvaluationError, match=r"does not exist|holds no"):
+                open_suite(name, tmp_path / "nothing").items()
+
+
+# ---- GenEval ----
+
+
+def test_geneval_writes_and_reads_its_layout(geneval, painter):
+    suite = open_suite("geneval", geneval)
+    arguments = {"suite": "geneval", "source": painter, "data": geneval}
+    reca.evaluate(**arguments, steps=["generate"])
+    images = painter / "eval/geneval/images"
+    files = sorted(str(path.relative_to(images)) for path in images.rglob("*.*"))
+    assert files[:5] == ["00000/metadata.jsonl", *(f"00000/samples/{k:04d}.png" for k in range(4))] and len(files) == 10
+    assert json.loads((images / "00001/metadata.jsonl").read_text()) == ROWS[1]
+    # A folder that others made tells its own prompts; names begin with digits, as the public script has it.
+    (images / "00001/samples/0003.png").rename(images / "00001/samples/0003.png.bak")
+    save(images / "notes/samples/0000.png")
+    save(images / "00001/samples/grid.png")
+    items = open_suite("geneval").items_of_images(images)
+    assert [item.metadata for item in items] == ROWS and items == suite.items()
+    assert len(suite.find(images, items)) == 8
+
+
+def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
+    lines = [
+        {"filename": f"x/images/{i:05d}/samples/{k:04d}.png", "tag": ROWS[i]["tag"], "prompt": ROWS[i]["prompt"],
+         "correct": i == 0 or k == 3, "reason": "", "metadata": json.dumps(ROWS[i]), "details": "{}"}
+        for i in range(2)
+        for k in range(4)
+    ]  # fmt: skip
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"filename": "x/im')
+    arguments = {"suite": "geneval", "source": "show_o_tiny", "data": geneval, "out": tmp_path / "out"}
+    found = reca.evaluate(**arguments, records=results)
+    assert found["overall"]["value"] == pytest.approx(0.625) and found["metrics"]["prompts"] == 1
+    assert {tag: row["value"] for tag, row in found["tags"].items()} == {"single_object": 1, "colors": 0.25}
+    assert found["images_per_item"] == 4 and found["judge"]["name"] == "imported:results.jsonl"
+    lines[0]["metadata"] = json.dumps(ROWS[1])
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        EvaluationError, match="line 1: .* belongs to the prompt 'a photo of a bench', which is another"
+    ):
+        reca.evaluate(**arguments, records=results)
+
+
+# ---- the others ----
+
+
+def test_dpg(tmp_path):
+    columns = "item_id text keywords proposition_id dependency category_broad category_detailed tuple"
+    header = [*columns.split(), "question_natural_language"]
+    with (tmp_path / "dpg_bench.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerow(["skipped", "", "", 1, 0, "", "", "x", "x"])
+        for number, parent in ((1, 0), (2, 1)):
+            writer.writerow(["p1", "", "", number, parent, "", "", f"entity - whole ({number})", f"question {number}?"])
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/p1.txt").write_text("a long prompt\n")
+    suite = open_suite("dpg", tmp_path)
+    (item,) = suite.items()
+    assert item.prompt == "a long prompt" and suite.path(item, 2) == "p1_2.png"
+    grid = tmp_path / "grids"
+    image = Image.new("RGB", (8, 8), "white")
+    image.paste("black", (4, 0, 8, 4))
+    grid.mkdir()
+    image.save(grid / "p1.png")
+
+    class Judge:
+        def reply(self, text, pictures):
+            return "No." if pictures[0].getpixel((0, 0)) == (0, 0, 0) and "question 1" in text else "Yes."
+
+    found = suite.find(grid, [item])
+    answer = suite.ask(Judge(), item, found[item.id, 0])
+    assert [cell["1"] for cell in answer] == ["yes", "no", "yes", "yes"]
+    score = suite.score({(item.id, 0): answer}, [item])
+    assert score.values[0].value == 75 and score.metrics["final"] == 75
+    save(tmp_path / "files/p1_0.png")
+    save(tmp_path / "files/p1_1.png")
+    assert list(suite.find(tmp_path / "files", [item])) == [("p1", 0), ("p1", 1)]
+
+
+def test_geneval2(tmp_path):
+    row = {"prompt": "two cats", "atom_count": 3, "skills": ["object", "count", "object"],
+           "vqa_list": [["Is there a cat?", "Yes"], ["How many cats?", "two"], ["Fur?", "Yes"]]}  # fmt: skip
+    (tmp_path / "geneval2_data.jsonl").write_text(json.dumps(row) + "\n")
+    suite = open_suite("geneval2", tmp_path)
+    (item,) = suite.items()
+    asked = []
+
+    class Judge:
+        def first_token_probability(self, text, pictures, accepted):
+            asked.append((text, accepted))
+            return 0.5
+
+    answer = suite.ask(Judge(), item, tmp_path / "x.png")
+    assert asked[1] == ("How many cats? Answer in one word.", ["two", "Two", " two", " Two", "2", " 2"])
+    score = suite.score({(item.id, 0): answer}, [item])
+    assert score.metrics["soft_tifa_gm"] == pytest.approx(50) and score.metrics["per_skill"]["verb"] is None
+    save(tmp_path / "images/any.png")
+    (tmp_path / "images/image_paths.json").write_text(json.dumps({"two cats": "any.png"}))
+    assert list(suite.find(tmp_path / "images", [item])) == [(item.id, 0)]
+
+
+def test_t2i_compbench(tmp_path):
+    (tmp_path / "color_val.txt").write_text("a red bench\na green/blue cow\n")
+    suite = open_suite("t2i_compbench", tmp_path)
+    items = suite.items()
+    assert suite.path(items[1], 3) == "color/samples/a green blue cow_000013.png"
+    for item in items:
+        for k in range(2):
+            save(tmp_path / "images" / suite.path(item, k))
+    assert sorted(suite.find(tmp_path / "images", items)) == [(i.id, k) for i in items for k in range(2)]
+    (tmp_path / "theirs/color/annotation_blip").mkdir(parents=True)
+    rows = [{"question_id": n, "answer": str(n / 100)} for n in (0, 1, 10)]
+    (tmp_path / "theirs/color/annotation_blip/vqa_result.json").write_text(json.dumps(rows))
+    answers = suite.import_answers(tmp_path / "theirs", items)
+    assert answers == {("color/0000", 0): 0.0, ("color/0000", 1): 0.01, ("color/0001", 0): 0.1}
+    assert suite.score(answers, items).metrics["categories"]["color"] == pytest.approx(0.11 / 3)
+
+
+def test_wise_protocols_are_two_suites(tmp_path):
+    rows = [{"prompt_id": n, "Prompt": "p", "Explanation": "e", "Category": "c"} for n in (1, 560)]
+    (tmp_path / "w.json").write_text(json.dumps(rows))
+    verified, legacy = (open_suite(name, tmp_path / "w.json") for name in ("wise", "wise_legacy"))
+    assert [item.tag for item in verified.items()] == ["CULTURE", "SPACE"]
+    assert [item.tag for item in legacy.items()] == ["CULTURE", "TIME"]
+    reply = "Consistency: 2\nRealism: 1\nAesthetic Quality: 0"
+    (value,) = legacy.score({("1", 0): reply}, legacy.items()).values
+    assert value.value == pytest.approx(0.8)
+    score = verified.score({("1", 0): reply, ("560", 0): {"prompt_id": 560, "score": 1}}, verified.items())
+    assert (
+        [v.value for v in score.values] == [1] and score.failed[0][0] == ("1", 0) and score.metrics["overall"] is None
+    )
+    lines = tmp_path / "scores.jsonl"
+    lines.write_text('{"prompt_id": 560, "score": 0}\n{"prompt_id": 1, "sc')
+    assert verified.import_answers(lines, verified.items()) == {("560", 0): {"prompt_id": 560, "score": 0}}
+
+
+def test_imgedit(tmp_path):
+    source = save(tmp_path / "Benchmark/singleturn/animal/1.jpg")
+    table = {"7": {"id": "animal/1.jpg", "prompt": "make it blue", "edit_type": "adjust"}}
+    (tmp_path / "Benchmark/singleturn/singleturn.json").write_text(json.dumps(table))
+    (tmp_path / "judge_prompt.json").write_text(json.dumps({"adjust": "Judge: <edit_prompt>"}))
+    suite = open_suite("imgedit", tmp_path)
+    (item,) = suite.items()
+    assert item.source == source
+
+    class Judge:
+        def reply(self, text, pictures):
+            assert (text, pictures) == ("Judge: make it blue", [source, tmp_path / "7.png"])
+            return "A: 4\nB: 5\nC: 5"
+
+    answer = suite.ask(Judge(), item, tmp_path / "7.png")
+    assert suite.score({("7", 0): answer}, [item]).metrics == {"types": {"adjust": 4.67}, "overall": 4.67}
+    (tmp_path / "result.json").write_text(json.dumps({"7": answer, "8": {"error": "x"}}))
+    assert suite.import_answers(tmp_path / "result.json", [item]) == {("7", 0): answer}
+
+
+def test_gedit(tmp_path):
+    save(tmp_path / "pictures/a.png")
+    rows = [
+        {"key": f"k{n}", "task_type": "ps_human", "instruction": "smile", "instruction_language": language,
+         "Intersection_exist": True, "source": "pictures/a.png"}
+        for n, language in enumerate(("en", "cn"))
+    ]  # fmt: skip
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = open_suite("gedit", tmp_path)
+    (item,) = suite.items()
+    assert suite.path(item, 0) == "fullset/ps_human/en/k0.png"
+    assert list(suite.companions(item)) == ["fullset/ps_human/en/k0_SRCIMG.png"]
+    result = tmp_path / "k0.png"
+    Image.new("L", (9, 9)).save(result)
+
+    class Judge:
+        def reply(self, text, pictures):
+            assert pictures[-1].size == (4, 4) and pictures[-1].mode == "RGB"
+            return '{"score": [8, 6]}' if "smile" in text else '{"score": [4]}'
+
+    answer = suite.ask(Judge(), item, result)
+    score = suite.score({("k0", 0): answer}, [item])
+    assert score.values[0].value == pytest.approx(24**0.5)
+    assert score.metrics["quality"]["ps_human"] == 4 and score.metrics["overall"]["avg_overall"] is None
+    # A reply without marks fails: the public script would draw a random one.
+    failed = suite.score({("k0", 0): answer | {"quality": "very good"}}, [item]).failed
+    assert "about quality holds no marks: 'very good'" in failed[0][1]
+    path = tmp_path / "theirs/m_ps_human_gpt_score.csv"
+    path.parent.mkdir()
+    path.write_text(
+        "source_image,edited_image,instruction,sementics_score,quality_score,intersection_exist,instruction_language\n"
+        "s,/x/k0.png,smile,9,4,True,en\n"
+    )
+    imported = suite.import_answers(path.parent, [item])
+    assert suite.score(imported, [item]).values[0].value == 6
+
+
+class Answerer(Painter):
+    abilities = frozenset({"answer"})
+
+    def answer(self, images, questions, max_new_tokens=100):
+        Painter.made += len(images)
+        return ["Yes, it does." if "red" in question else "no" for question in questions]
+
+
+def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
+    from reca.eval import targets
+
+    monkeypatch.setattr(targets.Target, "load", lambda *_: Answerer())
+    for number in range(2):
+        save(tmp_path / f"mme/color/{number}.png")
+        truth = ("Yes", "No") if number == 0 else ("No", "No")
+        lines = [f"Is it {c}? Please answer yes or no.\t{t}" for c, t in zip(("red", "blue"), truth, strict=True)]
+        (tmp_path / f"mme/color/{number}.txt").write_text("\n".join(lines) + "\n")
+    found = reca.evaluate("mme", painter, data=tmp_path / "mme")
+    assert found["overall"]["value"] == pytest.approx((200 + 50) / 2) and found["overall"]["unit"] == "points"
+    assert found["metrics"] == {"perception": 125, "cognition": None}
+    assert len((painter / "eval/mme/answers.jsonl").read_text().splitlines()) == 4 and Painter.made == 4
+    reca.evaluate("mme", painter, data=tmp_path / "mme")
+    assert Painter.made == 4
+    half = reca.evaluate("mme", painter, data=tmp_path / "mme", limit=1)  # of pictures, with both questions
+    assert half["counts"]["items"] == 1 and half["overall"]["value"] == 200
+
+    save(tmp_path / "pope/val2014/1.jpg")
+    for category in ("random", "popular", "adversarial"):
+        rows = [{"question_id": n, "image": "1.jpg", "text": f"Is there a {c}?", "label": "yes"}
+                for n, c in enumerate(("red car", "cup"))]  # fmt: skip
+        (tmp_path / f"pope/coco_pope_{category}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = reca.evaluate("pope", painter, data=tmp_path / "pope")
+    assert found["overall"]["value"] == 0.5 and found["metrics"]["mean_f1"] == pytest.approx(2 / 3)
+    (tmp_path / "pope/val2014/1.jpg").unlink()
+    with pytest.raises(EvaluationError, match=r"item random/0: its picture .*1.jpg does not exist; check --data"):
+        reca.evaluate("pope", painter, data=tmp_path / "pope", out=tmp_path / "again")
+
+
+def test_the_rule_of_pope():
+    assert [read_answer(reply) for reply in ("No, none", "There is not. Yes", "yes", "Know", "no")] == [
+        "no", "no", "yes", "yes", "no",
+    ]  # fmt: skip
+    assert measures([("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes")]) == {
+        "accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes": 0.5,
+    }  # fmt: skip
+    assert measures([("no", "yes")]) == {"accuracy": 0, "precision": None, "recall": 0, "f1": 0, "yes": 0}
+
+
+# ---- edits ----
+
+
+def test_edits_depend_on_their_item_and_lie_beside_their_source(tmp_path, painter, monkeypatch):
+    from reca.eval import evaluation, targets
+
+    class Editor(Painter):
+        abilities = frozenset({"edit"})
+
+        def edit(self, images, instructions, seeds, **_):
+            return [
+                image + torch.tensor(seed % 7, dtype=torch.uint8) for image, seed in zip(images, seeds, strict=True)
+            ]
+
+    test_gedit(tmp_path)
+    monkeypatch.setattr(targets.Target, "load", lambda *_: Editor())
+    monkeypatch.setattr(evaluation, "umm_package", lambda _: type("package", (), {"Adapter": Editor}))
+    reca.evaluate("gedit", painter, data=tmp_path, steps=["generate"])
+    made = sorted(path.name for path in (painter / "eval/gedit/images").rglob("*.png"))
+    assert made == ["k0.png", "k0_SRCIMG.png"]
