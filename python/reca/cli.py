@@ -250,9 +250,7 @@ def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False)
 
 
 def _train(options: argparse.Namespace) -> None:
-    import torch
-
-    from reca import allocator, api, distributed
+    from reca import api, distributed
     from reca.recipe_files import explain, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
@@ -260,8 +258,6 @@ def _train(options: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(explain(recipe))
         return
-    if not torch.cuda.is_available():
-        allocator.keep_freed_memory()
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
