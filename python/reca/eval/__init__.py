@@ -22,8 +22,9 @@ results.json:
 
     format            1
     suite, protocol   such as "wise" and "WISE_Verified"; results of different suites are never compared
-    model             {"source", "umm", "step", "weights_sha256"}; null where the images came from elsewhere
-    sampling          options of the model's sampler that were given, and "seed"
+    model             {"source", "umm", "trained", "step", "dtype", "weights_sha256"}; null where unknown
+    sampling          all options of the model's sampler, defaults too, and "seed"; null where nothing is known
+    images            folder that the paths of images below begin at; null without images
     images_per_item   of most items
     counts            {"items", "images", "failed", "missing"}
     judge             {"name", "version", "dtype", "exact", ...}

@@ -1,5 +1,6 @@
 """The four steps in order, for a model and for what it is compared with."""
 
+import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -143,8 +144,13 @@ def _check(settings: Settings, sides: Sequence[Target], images: Path | None, rec
 
 
 def _sampling(settings: Settings, side: Target) -> dict[str, Any]:
+    """Return all sampling options that hold: the model's defaults, the suite's, and the user's."""
     assert side.recipe is not None
-    return {**settings.suite.sampling(side.recipe.umm), **settings.sampling}
+    suite, adapter = settings.suite, umm_package(side.recipe.umm).Adapter
+    method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
+    parameters = inspect.signature(method).parameters.values()
+    usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return usual | suite.sampling(side.recipe.umm) | dict(settings.sampling)
 
 
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
@@ -164,7 +170,7 @@ def _generate(settings: Settings, side: Target, device: torch.device) -> None:
         if distributed.rank() == 0:
             write_generation(folder, made)
     if suite.ability == "answer":
-        generate_answers(model, suite, items, folder / "answers.jsonl", **settings.sampling)
+        generate_answers(model, suite, items, folder / "answers.jsonl", **sampling)
         return
     images = folder / "images"
     images.mkdir(exist_ok=True)
@@ -212,9 +218,9 @@ def _judge_and_score(
         return None
     wanted = {item.id for item in items}
     relative = {key: str(p.relative_to(place)) for key, p in found.items()}
-    return report.results(
-        settings.suite, items, relative, [r for r in known if r.item in wanted], judge, generation, missing
-    )
+    found_records = [record for record in known if record.item in wanted]
+    results = report.results(settings.suite, items, relative, found_records, judge, generation, missing)
+    return results | {"images": str(place) if found else None}
 
 
 def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | None:

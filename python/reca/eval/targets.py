@@ -88,7 +88,16 @@ def describe(model: Adapter, side: Target) -> dict[str, Any]:
     """Describe a loaded model for the results."""
     assert side.recipe is not None
     return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": side.step(),
-            "weights_sha256": weights_hash(model)}  # fmt: skip
+            "dtype": _dtype(model), "weights_sha256": weights_hash(model)}  # fmt: skip
+
+
+def _dtype(model: Adapter) -> str:
+    """Name the type that most of the weights have."""
+    counts: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + parameter.numel()
+    return max(counts, key=lambda name: counts[name])
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
