@@ -25,7 +25,7 @@ SPLITS = {
     "fsdp_3": (3, "fsdp", None, 2),
     "fsdp_4": (4, "fsdp", None, 2),
 }
-PAIRS = [(umm, name) for umm in UMMS for name in SPLITS if umm == "harmon" or name not in ("fsdp_3", "fsdp_4")]
+PAIRS = [(umm, name) for umm in UMMS for name in SPLITS if umm == "harmon" or name in ("fsdp_2", "hsdp_4", "ddp_4")]
 # 10 samples in micro-batches of 3 or 2, on one rank and on four; 3 samples of another kind, so that one of four ranks
 # computes a copy. AdamW with so large an epsilon is smooth: the noise of a gradient near zero stays small.
 UNEVEN = (
