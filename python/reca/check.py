@@ -146,7 +146,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
     card: bytes of a GPU; with room for it, parallel.strategy=auto gives each all weights.
 
     weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
-    gradients   like weights; where a step has several backward passes, whole and in fp32, as only the last reduces
+    gradients   like weights; where a step has several backward passes and only the last reduces, whole and in fp32
     moments     two per trained weight, in the type that optim asks for; none with optim.offload
     ema         one fp32 number per trained weight
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
@@ -156,6 +156,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
         if task not in adapter.tasks:
             raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
+    whole = gpus > 1 and several and not recipe.parallel.reduce_every_pass
     shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
@@ -164,7 +165,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
         own = part(parameter, shard) * parameter.itemsize
         weights += own
         if parameter.requires_grad:
-            gradients += 4 * parameter.numel() if gpus > 1 and several else own
+            gradients += 4 * parameter.numel() if whole else own
             moments += 0 if recipe.optim.offload else state_bytes(parameter, recipe.optim, shard)
             ema += 4 * part(parameter, shard) if recipe.ema.half_life else 0
             if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:

@@ -199,6 +199,11 @@ class ParallelConfig:
         least=1,
         most=2**20,
     )
+    reduce_every_pass: bool = config_field(
+        False,
+        "add up gradients over ranks after every micro-batch, for more traffic: each keeps its part alone, and not the "
+        "whole until the last one of the step",
+    )
     timeout_minutes: int = config_field(30, "how long the first collectives may take", least=1, most=60 * 24 * 365)
     step_timeout_minutes: int = config_field(
         10, "how long a collective may take once a step has been made", least=1, most=60 * 24 * 365

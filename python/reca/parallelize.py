@@ -50,6 +50,7 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
         shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
+        adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
     if weights is not None:
         weights.fill(adapter, device)
 
@@ -130,7 +131,7 @@ def _least(value: int, device: torch.device) -> int:
     return int(least)
 
 
-def set_gradient_sync(adapter: nn.Module, on: bool) -> None:
-    """Set whether the next backward pass reduces gradients; only the last micro-batch of a step needs to."""
+def set_gradient_sync(adapter: Adapter, last: bool) -> None:
+    """Set whether the next backward pass reduces gradients: the last of a step does, the others if they are told to."""
     if isinstance(adapter, FSDPModule):
-        adapter.set_requires_gradient_sync(on)
+        adapter.set_requires_gradient_sync(last or adapter.reduces_every_pass)

@@ -52,6 +52,7 @@ def split(name: str) -> tuple[int, list[str]]:
     """The ranks of a split, and its recipe keys."""
     ranks, strategy, shard, micro_batch = SPLITS[name]
     keys = [f"parallel.strategy={strategy}", f"objective.reca.micro_batch={micro_batch}"]
+    keys.append(f"parallel.reduce_every_pass={str(name == 'hsdp_4').lower()}")
     return ranks, [*keys, f"parallel.shard={shard}"] if shard else keys
 
 

@@ -99,6 +99,7 @@ class Adapter(nn.Module):
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
+    reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
     lora: "LoraConfig | None" = None  # what it has of LoRA (lora.py); None: nothing
 
