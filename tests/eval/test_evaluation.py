@@ -45,8 +45,34 @@ def test_before_and_after(painter, capsys):
     assert len(flips) == sum(row["value"] == 0 for row in before["items"])
     assert all((row["before"], row["after"]) == (0, 1) for row in flips)
     assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
-    assert f"prompts: {len(flips)} gained, 0 lost" in shown and "chance to find a change of 1.0 %" in shown
+    assert (
+        f"prompts: {len(flips)} gained, 0 lost of 42 that both have" in shown
+        and "chance to find a change of 1.0 %" in shown
+    )
     assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
+
+
+def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
+    """Its results are taken as they are, also from a folder that cannot be written; only common prompts count."""
+    reca.evaluate("world", painter, against="base", limit=21)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    text = (painter / "eval/base/world/results.json").read_text()
+    (kept / "results.json").write_text(text)
+    kept.chmod(0o555)
+    found = reca.evaluate("world", painter, against=kept, limit=42, out=tmp_path / "out")
+    assert found["against"]["items"] == 21 and len(found["items"]) == 42
+    change = found["against"]["overall"]
+    assert change["value"] == pytest.approx(json.loads(text)["overall"]["value"])
+    assert change["difference"] == pytest.approx(1 - change["value"])
+    kept.chmod(0o755)
+    for content, message in (
+        ("{", "holds no results of format 1"),
+        (text.replace('"toy world"', '"x"'), "different suites"),
+    ):
+        (kept / "results.json").write_text(content)
+        with pytest.raises(EvaluationError, match=message):
+            reca.evaluate("world", painter, against=kept, limit=42, out=tmp_path / "out")
 
 
 def test_nothing_is_done_twice(painter, monkeypatch):

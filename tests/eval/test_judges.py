@@ -6,6 +6,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -394,6 +395,60 @@ def test_an_approximate_detector(tmp_path, clip, picture):
     Owlv2Processor(processor, tokenizer).save_pretrained(tmp_path / "owl")
     judge = Owlv2Judge(str(tmp_path / "owl"), "cpu", clip=str(clip), threshold=0.1)
     found = judge.detect(picture, {}, 0.3)
+    # As transformers itself finds them.
+    names = list(CLASS_NAMES)
+    inputs = judge.processor(images=Image.open(picture), text=judge.texts(names), return_tensors="pt")
+    with torch.no_grad():
+        outputs = judge.model(**inputs)
+    (wanted,) = judge.processor.post_process_grounded_object_detection(outputs, threshold=0.1, target_sizes=[(6, 8)])
+    ours = sorted((round(b["score"], 4), *(round(s, 2) for s in b["box"])) for boxes in found.values() for b in boxes)
+    theirs = zip(wanted["scores"].tolist(), wanted["boxes"].tolist(), strict=True)
+    assert ours == sorted((round(score, 4), *(round(side, 2) for side in box)) for score, box in theirs)
     assert judge.describe()["exact"] is False and judge.name.startswith("owlv2:")
     assert found and set(found) <= set(CLASS_NAMES)
     assert all(len(box["box"]) == 4 and 0 < box["score"] <= 1 for boxes in found.values() for box in boxes)
+
+
+def test_grounding_dino(tmp_path, clip, picture):
+    """A tiny one: a class's score is the mean over its own words, and boxes are those of transformers."""
+    from transformers import (
+        BertConfig,
+        BertTokenizerFast,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        MMGroundingDinoConfig,
+        MMGroundingDinoForObjectDetection,
+        SwinConfig,
+    )
+
+    from reca.eval.judges.detectors import GroundingDinoJudge
+    from reca.eval.suites.geneval_rules import CLASS_NAMES
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *" ".join(CLASS_NAMES).split()]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(dict.fromkeys(words))})
+    swin = SwinConfig(image_size=64, patch_size=4, embed_dim=16, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
+                      out_features=["stage2", "stage3", "stage4"])  # fmt: skip
+    bert = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16)  # fmt: skip
+    config = MMGroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=4, decoder_attention_heads=4, num_queries=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MMGroundingDinoForObjectDetection(config).save_pretrained(tmp_path / "dino")
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    GroundingDinoProcessor(GroundingDinoImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "dino")
+    judge = GroundingDinoJudge(str(tmp_path / "dino"), "cpu", clip=str(clip), threshold=0.0)
+    inputs = judge.processor(images=Image.open(picture), text=judge.texts(CLASS_NAMES[9:12]), return_tensors="pt")
+    assert judge.processor.tokenizer.decode(inputs["input_ids"][0]).startswith("[CLS] traffic light. fire hydrant.")
+    chances = torch.arange(1.0, 11.0)[None]  # of [CLS] traffic light . fire hydrant . stop sign .
+    assert judge.scores(chances, inputs["input_ids"]).tolist() == [[2.5, 5.5, 8.5]]
+    found = judge.find(np.asarray(Image.open(picture)))
+    assert len(found) == 4 * 20 and {name for name, *_ in found} <= set(CLASS_NAMES)
+    first = judge.processor(images=Image.open(picture), text=judge.texts(CLASS_NAMES[:20]), return_tensors="pt")
+    with torch.no_grad():
+        outputs = judge.model(**first)
+    (wanted,) = judge.processor.post_process_grounded_object_detection(
+        outputs, first["input_ids"], threshold=-1.0, target_sizes=[(6, 8)]
+    )
+    assert torch.allclose(torch.tensor([box for _, box, _, _ in found[:20]]), wanted["boxes"], atol=1e-4)

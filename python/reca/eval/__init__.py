@@ -34,7 +34,9 @@ results.json:
     items             [{"item", "tag", "prompt", "value", "images": [{"k", "path", "value", "reason"}]}]
     failed            [{"item", "k", "error"}]
     power             [{"images_per_item", "difference", "power"}]; null without a comparison
-    against           null, or {"folder", "model", "overall", "tags", "identical_settings", "flips", "differs"}:
-                      `overall` and `tags` as above, each with "difference" and "difference_interval" (this minus that);
+    against           null, or {"folder", "model", "items", "overall", "tags", "identical_settings", "differs",
+                      "flips"}.
+                      `items` counts the prompts that both have; `overall` and `tags` are of them: as above, and each
+                      with "difference" and "difference_interval" (this minus that)
                       `flips` is [{"item", "tag", "prompt", "before", "after"}], gains first, by size
 """

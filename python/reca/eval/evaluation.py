@@ -89,7 +89,8 @@ def evaluate(
     mine = target(source, overrides, suite.name, out, ema)
     sides = [mine] if against is None else [mine, opponent(against, mine, overrides, suite.name)]
     for side in sides:
-        ensure_writable(side.folder, "--out")
+        if side.recipe is not None:
+            ensure_writable(side.folder, "--out")
     _check(settings, sides, images, records)
     if "generate" in settings.steps:
         device = distributed.initialize(60 * HOURS) if device is None else torch.device(device)
@@ -192,11 +193,9 @@ def _judge_and_score(
     if not {"judge", "score", "report"} & set(settings.steps):
         return None
     folder, made = side.folder, settings.steps
-    if not {"judge", "score"} & set(made):
-        path = folder / "results.json"
-        if not path.is_file():
-            raise EvaluationError(f"{path} does not exist; add the step score")
-        return json.loads(path.read_text(encoding="utf-8"))
+    done = folder / "results.json"
+    if not {"judge", "score"} & set(made) or (side.recipe is None and done.is_file()):
+        return report.read(done)
     place = images or folder / "images"
     items = settings.items(place)
     found, generation = _find(settings, items, place, given), {} if images else read_generation(folder)

@@ -1,5 +1,6 @@
 """Steps 3 and 4: results of an evaluation, its comparison with another, and both as text; reca.eval has the form."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,13 +82,15 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
             f"{before['protocol']} ({folder}) and {after['protocol']} are different suites; their scores cannot be "
             "compared"
         )
-    sides = [_rows_of_results(side) for side in (after, before)]
+    sides, unit = [_rows_of_results(side) for side in (after, before)], after["overall"]["unit"]
     try:
-        top = None if _same_model(after, before) else TOP.get(after["overall"]["unit"])
+        top = None if _same_model(after, before) else TOP.get(unit)
         change = statistics.difference(sides[0], sides[1], after["weights"], top)
     except ValueError as error:
         raise EvaluationError(f"{folder} has none of the prompts of this evaluation, or no images of them") from error
-    scale = TOP.get(after["overall"]["unit"]) or abs(after["overall"]["value"]) or 1.0
+    shared = {row["item"] for row in after["items"]} & {row["item"] for row in before["items"]}
+    old = statistics.estimate([row for row in sides[1] if row[1] in shared], after["weights"], TOP.get(unit))
+    scale = TOP.get(unit) or abs(after["overall"]["value"]) or 1.0
     table = statistics.power(sides[0], sides[1], after["weights"], [step * scale for step in (0.01, 0.02, 0.05)])
     values = {row["item"]: row for row in before["items"]}
     flips = [
@@ -103,13 +106,27 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
         "against": {
             "folder": str(folder),
             "model": before["model"],
-            "overall": before["overall"] | _change(change.overall),
-            "tags": {tag: before["tags"][tag] | _change(change.tags[tag]) for tag in change.tags},
+            "items": len(shared),
+            "overall": _interval(old.overall) | _change(change.overall),
+            "tags": {tag: _interval(old.tags[tag]) | _change(change.tags[tag]) for tag in change.tags},
             "identical_settings": not differs,
             "differs": differs,
             "flips": flips,
         },
     }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read results. Raises EvaluationError for a file that is missing or holds none."""
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist; add the step score")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise EvaluationError(f"{path} holds no results of format {FORMAT}; make the step score again")
+    return found
 
 
 def _same_model(after: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
@@ -157,7 +174,9 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(line)
     if against:
         gains = sum(row["after"] > row["before"] for row in against["flips"])
-        lines.append(f"prompts: {gains} gained, {len(against['flips']) - gains} lost")
+        lines.append(
+            f"prompts: {gains} gained, {len(against['flips']) - gains} lost of {against['items']} that both have"
+        )
         if not against["identical_settings"]:
             names = ", ".join(against["differs"])
             lines.append(f"the two differ in more than weights: {names}; the change is not of training alone")

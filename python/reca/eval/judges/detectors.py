@@ -92,53 +92,61 @@ class _OpenVocabularyJudge(DetectorJudge):
     @torch.no_grad()
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:
         found: list[tuple[str, list[float], float, np.ndarray | None]] = []
-        image = Image.fromarray(pixels)
+        image, (height, width) = Image.fromarray(pixels), pixels.shape[:2]
         for start in range(0, len(CLASS_NAMES), self.batch):
             names = CLASS_NAMES[start : start + self.batch]
             inputs = self.processor(images=image, text=self.texts(names), return_tensors="pt").to(self.device)
-            result = self.boxes(self.model(**inputs), inputs, pixels.shape[:2])
-            for label, score, box in zip(self.labels(result, names), result["scores"], result["boxes"], strict=True):
-                if label is not None:
-                    found.append((label, [float(side) for side in box], float(score), None))
+            outputs = self.model(**inputs)
+            scores, labels = self.scores(outputs.logits[0].float().sigmoid(), inputs["input_ids"]).max(-1)
+            middle, half = outputs.pred_boxes[0].float().split(2, -1)  # of 1
+            corners = torch.cat([middle - half / 2, middle + half / 2], -1)
+            corners = corners * torch.tensor([*self.sides(width, height) * 2], device=corners.device)
+            for box, score, label in zip(corners.tolist(), scores.tolist(), labels.tolist(), strict=True):
+                if score > self.threshold:
+                    found.append((names[label], box, score, None))
         return found
+
+    def texts(self, names: Sequence[str]) -> Any:
+        """Write the names as the processor takes them."""
+        raise NotImplementedError
+
+    def scores(self, probabilities: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return [boxes, names] from the model's own scores."""
+        return probabilities
+
+    def sides(self, width: int, height: int) -> tuple[float, float]:
+        """Return the pixels that a box's 1 stands for."""
+        return float(width), float(height)
+
+
+class Owlv2Judge(_OpenVocabularyJudge):
+    """OWLv2, such as google/owlv2-base-patch16-ensemble: approximate. It pads images to squares."""
 
     def texts(self, names: Sequence[str]) -> Any:
         return [[f"a photo of a {name}" for name in names]]
 
-    def boxes(self, outputs: Any, inputs: Any, size: tuple[int, ...]) -> Mapping[str, Any]:
-        raise NotImplementedError
-
-    def labels(self, result: Mapping[str, Any], names: Sequence[str]) -> list[str | None]:
-        return [names[int(label)] for label in result["labels"]]
-
-
-class Owlv2Judge(_OpenVocabularyJudge):
-    """OWLv2, such as google/owlv2-base-patch16-ensemble: approximate."""
-
-    def boxes(self, outputs: Any, inputs: Any, size: tuple[int, ...]) -> Mapping[str, Any]:
-        sizes = [tuple(size)]
-        return self.processor.post_process_grounded_object_detection(
-            outputs=outputs, target_sizes=sizes, threshold=self.threshold
-        )[0]
+    def sides(self, width: int, height: int) -> tuple[float, float]:
+        return float(max(width, height)), float(max(width, height))
 
 
 class GroundingDinoJudge(_OpenVocabularyJudge):
     """Grounding DINO, such as openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg: approximate.
 
-    It is asked about 20 classes at a time, as its texts hold 256 tokens.
+    It is asked about 20 classes at a time, as its texts hold 256 tokens. A class's score is the mean over its words.
     """
 
     batch = 20
 
     def texts(self, names: Sequence[str]) -> Any:
-        return [list(names)]
+        return " ".join(f"{name}." for name in names)
 
-    def boxes(self, outputs: Any, inputs: Any, size: tuple[int, ...]) -> Mapping[str, Any]:
-        return self.processor.post_process_grounded_object_detection(
-            outputs, inputs["input_ids"], threshold=self.threshold, target_sizes=[tuple(size)]
-        )[0]
-
-    def labels(self, result: Mapping[str, Any], names: Sequence[str]) -> list[str | None]:
-        """Match the words that were found with the names; words of no single class are left out."""
-        words = result.get("text_labels", result["labels"])
-        return [label if label in names else None for label in words]
+    def scores(self, probabilities: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        dot = self.processor.tokenizer.convert_tokens_to_ids(".")
+        special = set(self.processor.tokenizer.all_special_ids)
+        spans: list[list[int]] = [[]]
+        for place, token in enumerate(tokens[0].tolist()):
+            if token == dot:
+                spans.append([])
+            elif token not in special:
+                spans[-1].append(place)
+        return torch.stack([probabilities[:, span].mean(-1) for span in spans if span], -1)
