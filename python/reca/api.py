@@ -54,7 +54,9 @@ def load(
     if is_run(source):
         return load_trained(Path(source), recipe, device, ema)
     if ema:
-        raise RecipeError(f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave ema out")
+        raise RecipeError(
+            f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
+        )
     warn_of_random_weights(str(source), recipe.model)
     return umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
 

@@ -51,8 +51,9 @@ def deterministic(on: bool) -> Iterator[None]:
 
 def describe() -> str:
     """Describe what `deterministic` has set, for the log."""
-    return (
+    text = (
         "deterministic: torch.use_deterministic_algorithms, cuDNN by rule, cuBLAS workspace "
-        f"{os.environ.get(CUBLAS)}, attention with a deterministic gradient; on {distributed.world_size()} ranks the "
-        "bits depend on their number, too"
+        f"{os.environ.get(CUBLAS)}, attention with a deterministic gradient"
     )
+    ranks = distributed.world_size()
+    return text if ranks == 1 else f"{text}; the bits are those of {ranks} ranks"

@@ -68,7 +68,9 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
     state: of the checkpoint to go on from, with its recipe and its identity. now: the identity of this start.
     Raises RecipeError that names every such key with both values.
     """
-    before, old, new = state["fingerprint"], _flat(state["recipe"]), _flat(as_dict(recipe))
+    before, new = state["fingerprint"], _flat(as_dict(recipe))
+    # A key that the version before did not have: what it does by default is what was done then.
+    old = _flat(as_dict(Recipe(umm=recipe.umm, model=type(recipe.model)()))) | _flat(state["recipe"])
     free = [*RESULT_NEUTRAL_KEYS, *COMPARED_BY_CONTENT, *before, *now, "optim.decay_steps"]
     for task in DATA_KEYS:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:

@@ -117,6 +117,8 @@ class Speed:
 
     def remaining(self, step: int) -> float | None:
         """Return the seconds to the end, with everything between the steps; None before the second step."""
+        if step >= self.steps:
+            return 0.0
         if self.first is None or step <= self.first[0]:
             return None
         return (time.monotonic() - self.first[1]) / (step - self.first[0]) * (self.steps - step)

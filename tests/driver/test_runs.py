@@ -186,6 +186,9 @@ def test_a_log_holds_every_update_once(recipe):
 
 
 FREE = [
+    "ema.half_life=3",
+    "train.deterministic=true",
+    "log.hang_seconds=0",
     "data.workers=1", "data.prefetch=5", "data.max_bad_fraction=0.5", "data.cache={folder}/cache", "train.threads=1",
     "train.max_skips=9", "train.activation_checkpointing=true", "checkpoint.keep=0", "log.every=3", "parallel.shard=1",
     "objective.reca.micro_batch=8", "objective.t2i.batch_size=3", "objective.i2t.micro_batch=1", "data.captions=null",
@@ -216,6 +219,19 @@ def test_what_changes_the_result_is_refused(recipe, change, words):
     with pytest.raises(RecipeError, match="holds a run of another recipe") as refused:
         Trainer(recipe(change), ToyAdapter())
     assert words in str(refused.value) and str(refused.value).count("->") == 1
+
+
+def test_a_key_that_a_checkpoint_does_not_know_had_its_default(recipe):
+    """As of a run that an earlier version has begun."""
+    trainer = run_toy(recipe("train.steps=2"))
+    state = checkpoint.read_state(checkpoint.latest(trainer.run_dir))
+    del state["recipe"]["train"]["skip_spikes"], state["recipe"]["model"]["system_prompt"], state["recipe"]["optim"]
+    default = recipe("optim.lr=1e-5")
+    runs.reject_changed(default, trainer.run_dir, state, state["fingerprint"])
+    with pytest.raises(RecipeError, match="train.skip_spikes None -> 6.0"):
+        runs.reject_changed(
+            recipe("optim.lr=1e-5", "train.skip_spikes=6"), trainer.run_dir, state, state["fingerprint"]
+        )
 
 
 def test_micro_batches_matter_where_each_has_its_own_mean(recipe):
