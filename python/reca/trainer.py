@@ -110,20 +110,20 @@ class Trainer:
             self.adapter.inherited = frozenset(state["inherited"])
         self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
         self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
-        self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
         self.autocast = autocast(recipe.train.precision, self.device)
 
         self.skipped = SkippedSteps(self.run_dir, recipe.train, self.device)
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             self.skipped.load_state(state["skipped"])
-            if self.ema and self.ema.continues(state):
-                checkpoint.load_ema(newest, self.ema.averages)
-                self.ema.updates = state["ema"]["updates"]
             if distributed.rank() == 0:
                 log.info("continuing %s at step %d", self.run_dir, self.step)
                 for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
                     log.warning(difference)
+        self.ema = EMA(self.adapter, recipe.ema.half_life) if recipe.ema.half_life else None
+        if self.ema and newest is not None and state is not None and self.ema.continues(state):
+            checkpoint.load_ema(newest, self.ema.averages)
+            self.ema.updates = state["ema"]["updates"]
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank

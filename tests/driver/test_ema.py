@@ -79,6 +79,14 @@ def test_another_half_life_begins_an_average_of_its_own(recipe, before, caplog):
         assert torch.equal(average, weights(trainer.adapter)[name])
 
 
+def test_an_average_of_no_step_is_what_the_run_goes_on_from(recipe):
+    """Not what it was published as, although no step has been averaged yet."""
+    trained = run_toy(recipe("train.steps=3"))
+    trainer = Trainer(recipe("ema.half_life=2"), ToyAdapter())
+    for name, average in trainer.ema.averages.items():
+        assert torch.equal(average, weights(trained.adapter)[name])
+
+
 def test_a_skipped_step_is_not_averaged(recipe):
     trainer = Trainer(recipe("ema.half_life=2", "train.steps=4"), ToyAdapter())
     loss = trainer.adapter.loss
