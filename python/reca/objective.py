@@ -10,7 +10,7 @@ samples. That is the release's mean where all have the same size. It depends on 
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,21 +33,28 @@ def backward(
     objective: ObjectiveConfig,
     seed: int,
     autocast: contextlib.AbstractContextManager,
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Tensor]:
     """Add the gradient of L_total over `batches` to the parameters.
 
     batches: the micro-batches of one step on this rank, by task. Every rank has as many.
+    labels: of the sources of tasks whose loss is wanted by source, too: as TASK/loss@LABEL, where the model tells it.
     Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts; fp64 where the weights are.
     A task without any label in the whole step adds nothing.
     """
     rng = {task: task_rng(seed, task) for task in batches}
+    labels = labels or {}
     ready = {
-        task: [_ready(adapter, batch, rng[task]) for batch in micro_batches] for task, micro_batches in batches.items()
+        task: [_ready(adapter, batch, rng[task], bool(labels.get(task))) for batch in micro_batches]
+        for task, micro_batches in batches.items()
     }
     totals = _totals(ready, _total_dtype(adapter))
 
     work = [(task, batch) for task, micro_batches in ready.items() for batch in micro_batches]
     sums = {task: torch.zeros_like(total) for task, total in totals.items()}
+    by_source = {
+        task: totals[task].new_zeros(len(names), 2) for task, names in labels.items() if names and task in totals
+    }
     for position, (task, batch) in enumerate(work):
         set_gradient_sync(adapter, position == len(work) - 1)
         condition = objective.condition if task == "reca" else "own"
@@ -66,13 +73,20 @@ def backward(
         (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
             sums[task] += torch.stack((term.sum.detach(), term.weight))
+            if task in by_source and batch.sources is not None and term.samples is not None:
+                sources = on_device(torch.tensor(batch.sources), term.samples.device)
+                by_source[task].index_add_(0, sources, term.samples.to(by_source[task].dtype))
+    for task, table in by_source.items():
+        sums |= {f"{task}/loss@{label}": row for label, row in zip(labels[task], table, strict=True)}
     return sums
 
 
-def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Batch:
+def _ready(adapter: Adapter, batch: Batch, rng: CounterRNG, by_sample: bool = False) -> Batch:
     """Return the batch with what its loss needs, which the loader has made unless the batch came another way."""
     ready = copy.copy(batch)
     ready.prepared = adapter.ensure_prepared(batch, rng)
+    if by_sample:
+        ready.prepared = ready.prepared.asked_by_sample()
     return ready
 
 
@@ -104,7 +118,7 @@ def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
         mean = total / weight if weight else 0.0
         if name in tasks:
             metrics |= {f"{name}/loss": mean, f"{name}/weight": weight}
-        else:
+        elif weight or "@" not in name:  # a source may have no sample in a step
             metrics[name] = mean
     return metrics
 

@@ -237,7 +237,10 @@ class Trainer:
         self.adapter.train()
         lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
         set_lr(self.optimizer, lr)
-        sums = objective.backward(self.adapter, batches, self.recipe.objective, self.recipe.train.seed, self.autocast)
+        logged = due(self.step + 1, self.recipe.log.every) or self.step + 1 == self.recipe.train.steps
+        labels = {task: loader.labels for task, loader in self.loaders.items()} if logged else None
+        given = self.recipe.objective, self.recipe.train.seed, self.autocast
+        sums = objective.backward(self.adapter, batches, *given, labels)
         if self.fused_backward:
             norm = self.fused_backward.finish_step()
         else:

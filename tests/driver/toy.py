@@ -70,7 +70,8 @@ class ToyAdapter(Adapter):
             x = torch.tanh(layer(x))
         weights = 1 + prepared.sample_ids % 3  # samples count differently, as packed tokens do
         rows = (x - target).square().mean(1)
-        return LossTerm((rows * weights).sum(), weights.sum().float())
+        samples = torch.stack((rows.detach() * weights, weights), 1) if prepared.by_sample else None
+        return LossTerm((rows * weights).sum(), weights.sum().float(), samples)
 
     def generate(self, prompts, seeds, **sampling):
         return [torch.full((3, SIDE, SIDE), seed % 256, dtype=torch.uint8) for seed in seeds]

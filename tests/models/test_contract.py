@@ -112,6 +112,19 @@ def test_a_batch_is_the_sum_of_its_samples(case, task):
     assert float(together.weight) == sum(float(term.weight) for term in alone)
 
 
+@pytest.mark.parametrize(("case", "task"), [pair for pair in CASE_TASKS if pair[0] not in DRAWN_BY_BATCH])
+def test_the_loss_by_sample_is_that_of_each_alone(case, task):
+    model, sample = shared(case), batch(shared(case), task)
+    plain = model(sample, CounterRNG(3))
+    sample.prepared = model.prepare(sample, CounterRNG(3)).asked_by_sample()
+    asked = model(sample, CounterRNG(3))
+    assert plain.samples is None and torch.equal(asked.sum, plain.sum) and torch.equal(asked.weight, plain.weight)
+    alone = [model(batch(model, task, [row]), CounterRNG(3)) for row in range(4)]
+    wanted = torch.stack([torch.stack((term.sum.detach(), term.weight)) for term in alone])
+    torch.testing.assert_close(asked.samples, wanted, rtol=1e-5, atol=1e-4)
+    assert not asked.samples.requires_grad
+
+
 @pytest.mark.parametrize(("model", "task"), CASE_TASKS, indirect=["model"])
 @pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1)])
 def test_cached_features_give_the_same_loss(model, task, rows):

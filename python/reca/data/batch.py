@@ -62,6 +62,7 @@ class Batch:
     neighbour   one more sample, whose h_v the last of these gets under condition "other"
     counted     False for a copy of another rank's micro-batch, which adds nothing to loss or gradient
     target      srum: the generation view of the other image that each stays near; None: all stay near themselves
+    sources     of a mixture: the number of the source of each sample; None: there is one source
     prepared    what `Adapter.prepare` returned, when the loader has called it; `replace` leaves it out
     """
 
@@ -75,6 +76,7 @@ class Batch:
     neighbour: "Batch | None" = None
     counted: bool = True
     target: list[Tensor] | None = None
+    sources: list[int] | None = None
     prepared: Any = field(default=None, init=False, repr=False)
     _host_ids: Tensor | None = field(default=None, init=False, repr=False)
 

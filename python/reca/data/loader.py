@@ -20,7 +20,8 @@ from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.meter import Meter
-from reca.data.order import make_order
+from reca.data.mixture import Mixture
+from reca.data.order import Mixed, make_order
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
 from reca.data.sources import DATA_KEYS, open_sources
@@ -134,6 +135,11 @@ class Loader:
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
 
     @property
+    def labels(self) -> list[str]:
+        """Name the sources of a mixture, short, for the log; none where there is one source."""
+        return self.source.labels if isinstance(self.source, Mixture) else []
+
+    @property
     def bad(self) -> int:
         """Count the distinct bad samples found so far, by all ranks."""
         return self.bad_samples.count()
@@ -188,6 +194,8 @@ class Loader:
         """Make the batch of a share from its rows, and prepare it for the loss."""
         rows = [job.result() for job in jobs]
         batch = self._batch(positions, rows[: share.size])
+        if isinstance(self.order, Mixed):
+            batch.sources = [self.order.place(position)[0] for position in positions]
         if neighbour:
             batch.neighbour = self._batch(neighbour, rows[share.size :])
         batch.counted = share.counted

@@ -1,11 +1,14 @@
 """Several sources of one task as one, and a part of a source."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from reca.data.order import Block, make_order
 from reca.data.sample import Sample, Source, digest
+
+GLOB = re.compile(r"[*?\[{]")  # in parts of a path that name many files
 
 
 class Mixture:
@@ -14,8 +17,9 @@ class Mixture:
     The order draws from `parts` by `weights`.
     """
 
-    def __init__(self, parts: Sequence[Source], weights: Sequence[float]):
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float], names: Sequence[str] = ()):
         self.parts, self.weights = list(parts), list(weights)
+        self.labels = labels(names or [str(number) for number in range(len(self.parts))])
         self.first = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
@@ -48,6 +52,16 @@ class Mixture:
             f"{name} has {len(part)} samples and gives {weight / total:.1%}"
             for name, part, weight in zip(names, self.parts, self.weights, strict=True)
         )
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Shorten names of sources to their last part; its number goes behind one that comes twice."""
+    short = []
+    for name in names:
+        path = name.partition("?")[0].rstrip("/")
+        parts = [part for part in re.split(r"[/:]", path) if not GLOB.search(part)]
+        short.append(parts[-1] if parts and parts[-1] else name)
+    return [name if short.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(short)]
 
 
 class Subset:
@@ -87,7 +101,7 @@ def limit(source: Source, count: int, seed: int, shuffle: bool) -> Source:
         total = sum(source.weights)
         shares = [max(1, round(count * weight / total)) for weight in source.weights]
         parts = [limit(*pair, seed, shuffle) for pair in zip(source.parts, shares, strict=True)]
-        return Mixture(parts, source.weights)
+        return Mixture(parts, source.weights, source.labels)
     if count >= len(source):
         return source
     order = make_order(source, seed, shuffle)

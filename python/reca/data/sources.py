@@ -48,7 +48,7 @@ def open_sources(config: DataConfig, tasks: Iterable[str], seed: int = 0) -> dic
             )
         names = [wanted] if isinstance(wanted, str) else [item["source"] for item in wanted]
         parts = [open_source(name, task, config.image_root, config.columns) for name in names]
-        source = parts[0] if isinstance(wanted, str) else Mixture(parts, [item["weight"] for item in wanted])
+        source = parts[0] if isinstance(wanted, str) else Mixture(parts, [item["weight"] for item in wanted], names)
         if config.limit is not None:
             source = limit(source, config.limit, task_rng(seed, task, 2).seed, config.shuffle)
         if isinstance(source, Mixture):

@@ -1,9 +1,10 @@
 """The questions a UMM answers. Everything else in the driver speaks to this interface only."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -41,18 +42,26 @@ class Prepared:
 
     A model's own has its layout, labels and masks, too.
 
-    task    whose loss it is
-    seed    of the random numbers that it was made with
-    weight  what the loss is to be divided by, such as the number of predicted tokens
+    task       whose loss it is
+    seed       of the random numbers that it was made with
+    weight     what the loss is to be divided by, such as the number of predicted tokens
+    by_sample  the loss is wanted by sample, too (LossTerm.samples); `asked_by_sample` sets it
     """
 
     task: str
     seed: int
     weight: float
+    by_sample: bool = field(default=False, init=False)
+
+    def asked_by_sample(self: P) -> P:
+        """Return the same with the loss wanted by sample."""
+        asked = copy.copy(self)
+        object.__setattr__(asked, "by_sample", True)
+        return asked
 
     def to(self: P, device: torch.device | str) -> P:
         """Copy the tensors to `device` without synchronising with a GPU."""
-        return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self) if f.init})
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
@@ -68,11 +77,12 @@ class LossTerm(NamedTuple):
 
     sum: Tensor  # fp32 [], carries the graph
     weight: Tensor  # fp32 [], no gradient
+    samples: Tensor | None = None  # fp32 [B, 2], sum and weight of each sample, no gradient; where it was asked for
 
     @classmethod
-    def of(cls, total: Tensor, prepared: Prepared) -> "LossTerm":
+    def of(cls, total: Tensor, prepared: Prepared, samples: Tensor | None = None) -> "LossTerm":
         """Give a sum the weight that was counted on the host."""
-        return cls(total, torch.full_like(total.detach(), prepared.weight))
+        return cls(total, torch.full_like(total.detach(), prepared.weight), samples)
 
 
 def in_fp32(function: Callable) -> Callable:

@@ -16,6 +16,7 @@ from reca.models import base
 from reca.models.bagel.modules import Network, shift_timesteps
 from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
 from reca.models.base import LossTerm
+from reca.models.common import by_sample
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import flow_matching_add_noise, flow_matching_loss, masked_linear_cross_entropy
@@ -75,19 +76,29 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
     """Sum over image tokens of the mean squared error of their velocity, or over labels of the cross-entropy."""
     given, prepared = _prompt(net, prepared, features)
     if prepared.image is None:
-        return LossTerm.of(answer_loss(net, given, prepared.prompt), prepared)
-    layouts, scored = (prepared.prompt, prepared.image), (prepared.rewards, features.get("target"))
-    total = flow_loss(net, given, *layouts, features["moments"], prepared.sample_ids, rng, *scored)
-    return LossTerm.of(total, prepared)
+        total, samples = answer_loss(net, given, prepared.prompt, prepared.by_sample)
+    else:
+        layouts, scored = (prepared.prompt, prepared.image), (prepared.rewards, features.get("target"))
+        total, samples = flow_loss(
+            net, given, *layouts, features["moments"], prepared.sample_ids, rng, *scored, prepared.by_sample
+        )
+    return LossTerm.of(total, prepared, samples)
 
 
-def answer_loss(net: Network, given: Prompt, layout: Layout) -> Tensor:
-    """Sum the next-token cross-entropy of the answers; logits exist for labelled rows only."""
+def answer_loss(net: Network, given: Prompt, layout: Layout, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Sum the next-token cross-entropy of the answers, and where it is wanted of each.
+
+    Logits exist for labelled rows only.
+    """
     hidden, _ = net.prefill(given, layout=layout)
-    labels = on_device(layout.labels, hidden.device)
-    return masked_linear_cross_entropy(
-        hidden, net.language_model.lm_head.weight, labels, reduction="sum", max_labelled=layout.labelled
-    )
+    labels, head, samples = on_device(layout.labels, hidden.device), net.language_model.lm_head, None
+    total = masked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum", max_labelled=layout.labelled)
+    if wanted:
+        rows = [split.und for split in layout.splits]
+        owners = torch.repeat_interleave(torch.tensor([split.sample for split in layout.splits]), torch.tensor(rows))
+        owners = on_device(owners, hidden.device)
+        samples = by_sample.cross_entropy(hidden, head, labels, owners, len(given.items), layout.labelled)
+    return total, samples
 
 
 def flow_loss(
@@ -100,8 +111,12 @@ def flow_loss(
     rng: CounterRNG,
     rewards: Tensor | None = None,  # [T, 1], of image tokens
     target: Sequence[Tensor] | Tensor | None = None,  # moments of the images that scored ones stay near
-) -> Tensor:
-    """Sum the mean squared error of the velocity over image tokens; with rewards, SRUM's loss."""
+    wanted: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum the mean squared error of the velocity over image tokens, and where it is wanted of each image.
+
+    With rewards it is SRUM's loss.
+    """
     patch = net.config.latent_patch_size
     latents = sample_posterior(net, moments, rng, sample_ids)
     t = noise_level(net, rng, sample_ids)
@@ -113,11 +128,26 @@ def flow_loss(
     tokens = flow_matching_add_noise(latents, t, noise, patch=patch)
     _, cache = net.prefill(given, layout=layout)
     velocity = net.predict_velocity(cache, image, tokens, t)
+    width, samples, tokens_of = velocity.shape[1], None, image_tokens(latents, velocity, wanted)
     if rewards is None:
         total = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sum")
+        if tokens_of is not None:
+            with torch.no_grad():
+                means = flow_matching_loss(velocity, latents, t, noise, patch=patch, reduction="sample")
+            counts = on_device(tokens_of, means.device)
+            samples = by_sample.table(means * counts, counts)
     else:
-        total = scored_flow_loss(velocity, latents, near, noise, rewards, net.config.srum_constraint, patch).sum()
-    return total / velocity.shape[1]
+        each = scored_flow_loss(velocity, latents, near, noise, rewards, net.config.srum_constraint, patch)
+        total = each.sum()
+        if tokens_of is not None:
+            owners = on_device(torch.repeat_interleave(tokens_of), each.device)
+            samples = by_sample.add_up(each.detach().mean(1), owners, len(latents))
+    return total / width, samples
+
+
+def image_tokens(latents: Sequence[Tensor], velocity: Tensor, wanted: bool) -> Tensor | None:
+    """Count the tokens of every image, int64 [B] on the host, where it is wanted."""
+    return torch.tensor([latent.numel() // velocity.shape[1] for latent in latents]) if wanted else None
 
 
 def sample_posterior(net: Network, moments: Sequence[Tensor] | Tensor, rng: CounterRNG, ids: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
 from reca.models.harmon import modules, prompt
 from reca.models.harmon.masking import Masking, masked_counts
@@ -147,17 +148,26 @@ def image_loss(
     x0, table = latents.flatten(0, 2), diffusion_schedule(modules.STEPS, device=latents.device)
     x_t = diffusion_add_noise(x0, t, noise, table, rows=rows)
     out = net.mar.diffloss.net(x_t, t, z.flatten(0, 1).index_select(0, masking.hidden))
-    return LossTerm.of(diffusion_loss(out, x0, t, noise, table, rows=rows, reduction="sum"), prepared)
+    total = diffusion_loss(out, x0, t, noise, table, rows=rows, reduction="sum")
+    samples = None
+    if prepared.by_sample:
+        with torch.no_grad():
+            each = diffusion_loss(out, x0, t, noise, table, rows=rows, reduction="none")
+        samples = by_sample.add_up(each, rows // latents[0, ..., 0].numel(), len(latents))
+    return LossTerm.of(total, prepared, samples)
 
 
 def reply_loss(net: Network, prepared: Prepared, latents: Tensor) -> LossTerm:
     """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
     h_v = net.encode_understanding(net.mar.encode(latents))
-    hidden, labels, head = net.states(prepared.layout, h_v), prepared.layout.labels, net.llm.lm_head.weight
-    total = masked_linear_cross_entropy(
-        hidden.flatten(0, 1), head, labels.flatten(), reduction="sum", max_labelled=int(prepared.weight)
-    )
-    return LossTerm.of(total, prepared)
+    hidden, labels, head = net.states(prepared.layout, h_v), prepared.layout.labels, net.llm.lm_head
+    rows, flat, labelled = hidden.flatten(0, 1), labels.flatten(), int(prepared.weight)
+    total = masked_linear_cross_entropy(rows, head.weight, flat, reduction="sum", max_labelled=labelled)
+    samples = None
+    if prepared.by_sample:
+        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
+        samples = by_sample.cross_entropy(rows, head, flat, owners, len(labels), labelled)
+    return LossTerm.of(total, prepared, samples)
 
 
 @contextlib.contextmanager

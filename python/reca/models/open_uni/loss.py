@@ -9,6 +9,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common import by_sample
 from reca.models.common.chat import Prompt
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.models.open_uni import modules, prompt
@@ -64,11 +65,12 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
     """Sum the mean squared error of the velocity over images, or the cross-entropy over labels of replies."""
     if prepared.task == "i2t":
-        return LossTerm.of(reply_loss(net, prepared, features["h_v"]), prepared)
+        return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
     condition = net.condition(prepared.layout, features["h_v"] if prepared.task == "reca" else None)
     scored = prepared.rewards, features.get("target")
     errors = flow_loss(net, condition, features["latents"], prepared.sample_ids, rng, *scored)
-    return LossTerm.of(errors.sum(), prepared)
+    samples = by_sample.table(errors, torch.ones_like(errors)) if prepared.by_sample else None
+    return LossTerm.of(errors.sum(), prepared, samples)
 
 
 def flow_loss(
@@ -96,18 +98,22 @@ def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
     return (STEPS - index) / STEPS
 
 
-def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> Tensor:
-    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
-    layout = prepared.layout
+def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> tuple[Tensor, Prepared, Tensor | None]:
+    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only.
+
+    Returns the parts of the LossTerm.
+    """
+    layout, head = prepared.layout, net.mllm.lm_head
     hidden = net.mllm.model.language_model(
         inputs_embeds=net.embed(layout.src, h_v),
         position_ids=layout.positions,
         plan=attention_plan(layout.spans(), device=h_v.device),
     ).last_hidden_state
-    return masked_linear_cross_entropy(
-        hidden[:, :-1].flatten(0, 1),
-        net.mllm.lm_head.weight,
-        layout.labels[:, 1:].flatten(),
-        reduction="sum",
-        max_labelled=int(prepared.weight),
-    )
+    batch, length = len(hidden), hidden.shape[1] - 1
+    rows, labels, labelled = hidden[:, :-1].flatten(0, 1), layout.labels[:, 1:].flatten(), int(prepared.weight)
+    total = masked_linear_cross_entropy(rows, head.weight, labels, reduction="sum", max_labelled=labelled)
+    samples = None
+    if prepared.by_sample:
+        owners = by_sample.rectangle(batch, length, rows.device)
+        samples = by_sample.cross_entropy(rows, head, labels, owners, batch, labelled)
+    return total, prepared, samples

@@ -9,6 +9,7 @@ from torch import Tensor
 from reca.data.batch import Batch, Turn
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common import by_sample
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import Conditioner, conditioner
 from reca.models.show_o.masking import sample_mask
@@ -47,8 +48,13 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
         layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
     if prepared.task == "reca":
         prompt_requires_grad = conditioner(net, "reca").prompt_requires_grad()
-    total = cross_entropy(net, net.hidden(layout, h_v, prompt_requires_grad), layout.labels, int(prepared.weight))
-    return LossTerm.of(total, prepared)
+    hidden, labels, labelled = net.hidden(layout, h_v, prompt_requires_grad), layout.labels, int(prepared.weight)
+    samples = None
+    if prepared.by_sample:
+        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
+        flat = hidden.flatten(0, 1), net.showo.lm_head, labels.flatten()
+        samples = by_sample.cross_entropy(*flat, owners, len(labels), labelled)
+    return LossTerm.of(cross_entropy(net, hidden, labels, labelled), prepared, samples)
 
 
 def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> Tensor:

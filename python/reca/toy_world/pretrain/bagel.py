@@ -156,7 +156,7 @@ def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float
         given = prompt.Prompt(text_prompts + h_v_prompts, h_v)
         layout = model.layout(given.items)
         image = model.layout([[noisy_image]] * GENERATION_BATCH, layout.next_positions)
-        total = flow_loss(model, given, layout, image, moments[index], sample_ids, noise_rng)
+        total, _ = flow_loss(model, given, layout, image, moments[index], sample_ids, noise_rng)
         return total / (GENERATION_BATCH * noisy_image.height * noisy_image.width)
 
     return loss
