@@ -8,7 +8,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reca.data.batch import Batch, Turn, task_rng
+from reca.data.batch import Batch, Scored, Turn, task_rng
 from reca.models import UMMS, umm_package
 from reca.models.common import text as texts
 from reca.models.common.text import Remembered, control, encode
@@ -172,7 +172,7 @@ def test_every_model_takes_control_words_in_all_it_is_told(model, word):
     for task in sorted(model.tasks):
         views = model.views(task)
         pixels = lambda view: view and [torch.zeros(3, view.size, view.size, dtype=torch.uint8)]  # noqa: E731
-        told = {"i2t": [[Turn(text, text)]]}.get(task, [text])
+        told = {"i2t": [[Turn(text, text)]], "srum": [Scored(text, ())]}.get(task, [text])
         batch = Batch(task, torch.arange(1), told, gen=pixels(views.gen), und=pixels(views.und))
         term = model(batch, task_rng(0, task))
         assert bool(term.sum.isfinite()) and float(term.weight) == model.prepare(batch, task_rng(0, task)).weight > 0

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from reca import objective
 from reca.config import ObjectiveConfig
-from reca.data.batch import Batch, task_rng
+from reca.data.batch import Batch, Scored, ScoredBox, task_rng
 from reca.data.pixels import make_view
 from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
+from reca.models.common import by_sample, scored_flow
 from reca.models.harmon import config as harmon
 from reca.models.janus import config as janus
 from reca.models.open_uni import config as open_uni
@@ -124,7 +125,10 @@ def batch_of(model, task, n=4):
         return view and [make_view(Image.open(io.BytesIO(sample.image)), view) for sample in samples]
 
     text = [sample.text if task == "i2t" else sample.text[0].answer for sample in samples]
-    return Batch(task, torch.arange(n), text, gen=seen(views.gen), und=seen(views.und))
+    target = None
+    if task == "srum":
+        text, target = [Scored(caption, (ScoredBox(0, 0, 0.5, 1, -0.5),)) for caption in text], seen(views.gen)
+    return Batch(task, torch.arange(n), text, gen=seen(views.gen), und=seen(views.und), target=target)
 
 
 @pytest.mark.parametrize("umm,changes,task", list(cases()))
@@ -140,6 +144,9 @@ def test_no_loss_waits(umm, changes, task, monkeypatch):
             batch = batch.to(GPU)
             terms = [model(batch, rng), model(here, rng)]  # prepared by the loader, and now
             sums = objective.backward(model, {task: [batch]}, ObjectiveConfig(), 0, nullcontext())
+            batch.sources = [0, 1, 0, 1]
+            told = {task: ["a", "b"]}
+            by_source = objective.backward(model, {task: [batch]}, ObjectiveConfig(), 0, nullcontext(), told)
     for term in terms:
         assert term.sum.device == term.weight.device == GPU
         assert term.sum.shape == term.weight.shape == ()
@@ -147,7 +154,8 @@ def test_no_loss_waits(umm, changes, task, monkeypatch):
     assert sums[task].device == GPU and any(p.grad is not None for p in model.parameters())
     # The head's products have as many rows as carry a label, which the host has to know.
     cross_entropy = task == "i2t" or umm == "show_o"
-    assert given == ([prepared.weight] * 3 if cross_entropy else [])
+    assert given == ([prepared.weight] * 5 if cross_entropy else [])
+    assert by_source.keys() == {task, f"{task}/loss@a", f"{task}/loss@b"} and by_source[f"{task}/loss@a"].device == GPU
 
 
 def test_ids_on_the_host_follow_a_batch():
@@ -217,7 +225,7 @@ def without_kernels(monkeypatch, umm, given):
     def head(hidden, weight, labels, bias=None, *, reduction, max_labelled=None):
         together(hidden, weight, labels, bias)
         given.append(max_labelled)
-        return hidden.float().sum()
+        return hidden.float().sum(1 if reduction == "none" else None)
 
     def flow_prepare(x0, t, noise, patch=1, out_dtype=None):
         images = list(x0)
@@ -229,7 +237,7 @@ def without_kernels(monkeypatch, umm, given):
 
     def flow(pred, x0, t, noise, patch=1, reduction="mean"):
         together(pred, *x0, t, noise.seed, noise.sample_ids)
-        return pred.float().flatten(1).sum(1) if reduction == "sample" else pred.float().sum()
+        return pred.new_zeros(len(x0)) + pred.float().sum() if reduction == "sample" else pred.float().sum()
 
     def diffuse(x0, t, noise, schedule, rows=None, out_dtype=None):
         together(x0, t, noise.seed, noise.sample_ids, schedule, rows)
@@ -237,7 +245,7 @@ def without_kernels(monkeypatch, umm, given):
 
     def diffusion(out, x0, t, noise, schedule, rows=None, reduction="mean"):
         together(out, x0, t, noise.seed, noise.sample_ids, schedule, rows)
-        return out.float().sum()
+        return out.float().flatten(1).sum(1) if reduction == "none" else out.float().sum()
 
     stands = {
         "template_concat": concat,
@@ -247,6 +255,6 @@ def without_kernels(monkeypatch, umm, given):
         "diffusion_add_noise": diffuse,
         "diffusion_loss": diffusion,
     }
-    for module in modules_of(umm):
+    for module in (*modules_of(umm), by_sample, scored_flow):
         for name in stands.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, stands[name])
