@@ -153,7 +153,7 @@ def test_no_loss_waits(umm, changes, task, monkeypatch):
         assert term.sum.dtype == term.weight.dtype == torch.float32
     assert sums[task].device == GPU and any(p.grad is not None for p in model.parameters())
     # The head's products have as many rows as carry a label, which the host has to know.
-    cross_entropy = task == "i2t" or umm == "show_o"
+    cross_entropy = task == "i2t" or umm in ("show_o", "janus")
     assert given == ([prepared.weight] * 5 if cross_entropy else [])
     assert by_source.keys() == {task, f"{task}/loss@a", f"{task}/loss@b"} and by_source[f"{task}/loss@a"].device == GPU
 

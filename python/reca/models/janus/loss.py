@@ -8,6 +8,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.base import LossTerm
+from reca.models.common import by_sample
 from reca.models.janus import prompt
 from reca.models.janus.modules import Network
 from reca.models.janus.prompt import Layout, Segment
@@ -38,35 +39,33 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
     """Sum the cross-entropy over codes, or over the tokens of replies."""
     if prepared.task == "i2t":
-        total = reply_loss(net, prepared, features["h_v"])
-    else:
-        total = image_loss(net, prepared, features["codes"], features.get("h_v"))
-    return LossTerm.of(total, prepared)
+        return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
+    return LossTerm.of(*image_loss(net, prepared, features["codes"], features.get("h_v")))
 
 
-def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> Tensor:  # codes int64 [B, N]
+# Both losses return the parts of the LossTerm.
+Parts = tuple[Tensor, Prepared, Tensor | None]
+
+
+def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> Parts:  # codes int64 [B, N]
     """Sum the cross-entropy of codes; every row from boi to the last code but one predicts the code behind it."""
     hidden = net.hidden(prepared.layout, h_v, net.embed_codes(codes[:, :-1]))[:, -codes.shape[1] :]
-    head = net.gen_head.vision_head
-    return masked_linear_cross_entropy(
-        net.gen_head.features(hidden).flatten(0, 1),
-        head.weight,
-        codes.flatten(),
-        head.bias,
-        reduction="sum",
-        max_labelled=codes.numel(),
-    )
+    return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
 
 
-def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> Tensor:
+def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> Parts:
     """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
-    return masked_linear_cross_entropy(
-        net.hidden(prepared.layout, h_v)[:, :-1].flatten(0, 1),
-        net.language_model.lm_head.weight,
-        prepared.layout.labels[:, 1:].flatten(),
-        reduction="sum",
-        max_labelled=int(prepared.weight),
-    )
+    hidden, labels = net.hidden(prepared.layout, h_v)[:, :-1], prepared.layout.labels[:, 1:]
+    return _cross_entropy(hidden, net.language_model.lm_head, labels, prepared, int(prepared.weight))
+
+
+def _cross_entropy(hidden: Tensor, head: Any, labels: Tensor, prepared: Prepared, labelled: int) -> Parts:
+    rows, flat, samples = hidden.flatten(0, 1), labels.flatten(), None
+    total = masked_linear_cross_entropy(rows, head.weight, flat, head.bias, reduction="sum", max_labelled=labelled)
+    if prepared.by_sample:
+        owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)
+        samples = by_sample.cross_entropy(rows, head, flat, owners, len(labels), labelled)
+    return total, prepared, samples
 
 
 def _reca(net: Network, text: str) -> list[Segment]:
