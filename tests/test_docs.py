@@ -40,6 +40,27 @@ def test_commands_of_the_documentation_are_commands(page):
             assert data_of(options.name)
 
 
+def features() -> list[list[str]]:
+    """The rows of docs/features.md: number, name, what shows it, what is there."""
+    lines = (ROOT / "docs/features.md").read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d", line)]
+
+
+def test_each_feature_has_a_command_or_keys():
+    """They are commands, and keys with values that a recipe takes."""
+    rows = features()
+    assert [row[0] for row in rows] == [str(i) for i in range(1, 33)] and all(len(row) == 4 for row in rows)
+    for number, name, shown, _ in rows:
+        words = shlex.split(re.fullmatch("`([^`]+)`", shown)[1])
+        if "reca" in words:
+            options = _parse(words[words.index("reca") + 1 :])
+            if getattr(options, "recipe", None) in recipe_names():
+                load_recipe(options.recipe, options.overrides)
+        else:
+            assert all("=" in word for word in words), (number, name)
+            load_recipe("show_o_tiny", words)
+
+
 def test_a_wrong_command_is_noticed(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("    reca check show_o_512 --no-such\n    reca train RECIPE\n    reca train show_o_512 ...\n")

@@ -32,6 +32,7 @@ from reca.status import Status
 from reca.trainer import Trainer  # noqa: F401  # imported here once, and not by every fork
 
 STEPS, EVERY = 24, 5  # of a run, and between its checkpoints
+MOST_LOST = 2 * EVERY  # steps: the next checkpoint waits until the one before is written
 GRACE = 10.0  # seconds from SIGTERM to SIGKILL, for the ranks that are left
 ENDLESS = 120.0  # seconds after which a start has hung
 
@@ -283,7 +284,7 @@ def report(tallies: dict[Kill, Tally], chains: Chains, root: Path, seconds: floa
     )
     for fault in [*wrong, *chains.left_over]:
         print(f"  {fault}")
-    bad = bool(wrong or chains.left_over or chains.other_bits or max(every) > EVERY)
+    bad = bool(wrong or chains.left_over or chains.other_bits or max(every) > MOST_LOST)
     print("kept in" if bad else "removed", root)
     if not bad:
         shutil.rmtree(root)
