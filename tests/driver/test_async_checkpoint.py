@@ -125,6 +125,7 @@ def test_what_cannot_be_written_is_said_and_training_goes_on(recipe, monkeypatch
         assert names(trainer.run_dir) == ["000004", "000006"]
         assert f"checkpoint at step 2 NOT saved: {error}" in caplog.text
         assert ("Traceback" in caplog.text) == isinstance(error, TypeError)
+        assert ("free space in" in caplog.text) == isinstance(error, OSError)
         caplog.clear()
 
 

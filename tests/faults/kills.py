@@ -215,8 +215,8 @@ def bits(run_dir: Path) -> dict[str, bytes]:
 
 
 def contents(run_dir: Path) -> set[str]:
-    """All files, those of checkpoints without their numbers: a run that was interrupted has others."""
-    names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
+    """All files but warnings; those of checkpoints without their numbers, as a run that was interrupted has others."""
+    names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.name != "rank_1.log"}
     return {re.sub(r"^checkpoints/\d{6}", "checkpoints/N", name) for name in names}
 
 

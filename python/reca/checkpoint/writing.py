@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from reca import distributed, folders, manifest, units
+from reca import distributed, exits, folders, manifest, units
 from reca.checkpoint.contents import Snapshot, snapshot
-from reca.checkpoint.errors import first_line
+from reca.checkpoint.errors import first_failure, first_line
 from reca.checkpoint.listing import MARKER, PARTIAL, free_space, list_complete, remove
 from reca.checkpoint.retention import Keep
 from reca.models.base import Adapter
@@ -57,10 +57,11 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
         with distributed.fail_together(group):
             _publish(partial, final, listed)
     except Exception as error:
-        foreseen = isinstance(error, OSError | RuntimeError)
+        disk = exits.code_of(error) == exits.DATA
         log.error(
-            "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched; free space in %s",
-            step, getattr(error, "reason", None) or first_line(error), run_dir, exc_info=None if foreseen else error,
+            "checkpoint at step %d NOT saved: %s. Earlier checkpoints are untouched%s",
+            step, getattr(error, "reason", None) or first_line(error), f"; free space in {run_dir}" if disk else "",
+            exc_info=None if isinstance(error, OSError | RuntimeError) else error,
         )  # fmt: skip
         if distributed.rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +89,8 @@ def _write(folder: Path, part: dict[str, Tensor], files: dict[str, int]) -> None
     try:
         dcp.save(part, storage_writer=writer, process_group=distributed.side_group())
     except dcp.api.CheckpointException as error:  # a BaseException
-        raise RuntimeError(first_line(error)) from error
+        kind = OSError if isinstance(first_failure(error), OSError) else RuntimeError
+        raise kind(first_line(error)) from error
 
 
 def _write_state(partial: Path, state: dict) -> None:
