@@ -32,7 +32,7 @@ RECORDED = "2000"  # collectives that the flight recorder keeps
 # Seconds. The stacks are written by a thread of Python, which needs the interpreter's lock; where another thread holds
 # it, faulthandler's own thread writes them this much later.
 WITHOUT_PYTHON = 10.0
-LONGEST_POLL = 5.0  # between looks at whether another rank asks for the stacks
+SHORTEST_POLL, LONGEST_POLL = 0.01, 5.0  # between looks at whether a part is late, or another rank asks for stacks
 PACKAGE = Path(__file__).parent
 
 
@@ -92,7 +92,7 @@ class HangWatch:
         faulthandler.dump_traceback_later(self.limit + self.without_python, file=self.file)
 
     def _watch(self) -> None:
-        poll = min(self.limit / 4, LONGEST_POLL)
+        poll = min(max(self.limit / 4, SHORTEST_POLL), LONGEST_POLL)
         while not self.ended.wait(poll):
             now = self.step, self.phase
             if self.phase and self.told != now:

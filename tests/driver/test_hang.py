@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from reca import hang
 from reca.hang import HangWatch, numbers, summary
@@ -33,7 +34,7 @@ def two_ranks(tmp_path_factory) -> Path:
 
 def test_the_log_says_who_waits_for_whom(two_ranks):
     said = (two_ranks / "printed_0").read_text()
-    (line,) = [line for line in said.splitlines() if "makes no progress" in line]
+    (line,) = [line for line in said.splitlines() if "step 3 makes no progress" in line]
     assert "WARNING step 3 makes no progress" in line and "rank 1 is in training of step 3 for" in line
     assert "at overslept (launch_long_runs.py:" in line and ", called by _run (trainer.py:" in line
     assert "ranks waiting for others: 0 (in all_reduce at sum_over_ranks (distributed.py:" in line
@@ -96,6 +97,28 @@ def test_a_call_that_holds_the_interpreter(tmp_path):
         ctypes.PyDLL(None).usleep(600_000)
         watch.enter(7, "saving")
     assert "test_a_call_that_holds_the_interpreter" in (tmp_path / "hang/rank_0.txt").read_text()
+
+
+def test_the_flight_recorder_of_nccl(monkeypatch):
+    """The names of a build with NCCL, which this machine may lack; and one that fails costs nothing."""
+    module = torch._C._distributed_c10d
+    assert hang.recorded_collectives() is None
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(module, "_dump_fr_trace", lambda: b"any", raising=False)
+    monkeypatch.setattr(module, "_dump_nccl_trace", lambda: b"nccl", raising=False)
+    assert hang.recorded_collectives() == b"nccl"
+    monkeypatch.setattr(module, "_dump_nccl_trace", lambda: 1 / 0)
+    assert hang.recorded_collectives() == b"any"
+
+
+def test_nccl_dumps_into_the_run_folder(monkeypatch, tmp_path):
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    hang.record_collectives(tmp_path)
+    assert [os.environ[name] for name in names] == ["2000", f"{tmp_path}/hang/timeout_", "1"]
 
 
 def test_the_request_of_a_killed_run_is_removed(recipe):

@@ -42,6 +42,25 @@ def test_a_cpu_has_a_peak_only_if_it_is_given():
     assert speed.peak_flops(CPU, 2e12) == (2e12, "log.peak_flops")
 
 
+def test_a_gpu_is_looked_up_by_its_name_or_measured(monkeypatch):
+    gpu, name = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(speed, "_measured_rate", lambda device: 3e12)
+    assert speed.peak_flops(gpu, None) == (pytest.approx(989.4e12), f"peak of {name}, dense bf16")
+    assert speed.peak_flops(gpu, 5e12) == (5e12, "log.peak_flops")
+    name = "Some Other GPU"
+    peak, source = speed.peak_flops(gpu, None)
+    assert peak == 3e12 and "Some Other GPU has no entry" in source
+
+
+def test_the_rate_of_a_measured_product(monkeypatch):
+    monkeypatch.setattr(speed, "MEASURED_SIZE", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    times = iter([10.0, 10.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    assert speed._measured_rate(CPU) == pytest.approx(2 * 64**3 * speed.MEASURED_TIMES / 0.5)
+
+
 def first_batches(tmp_path, name: str, *keys: str) -> tuple:
     recipe = load_recipe(name, [f"run_dir={tmp_path}/{name}", "data.workers=0", "log.tensorboard=false", *keys])
     trainer = Trainer(recipe)
