@@ -452,3 +452,22 @@ def test_grounding_dino(tmp_path, clip, picture):
         outputs, first["input_ids"], threshold=-1.0, target_sizes=[(6, 8)]
     )
     assert torch.allclose(torch.tensor([box for _, box, _, _ in found[:20]]), wanted["boxes"], atol=1e-4)
+
+
+def test_a_model_that_published_numbers_come_from_is_exact(monkeypatch):
+    from reca.eval import judges
+    from reca.eval.suites import open_suite
+
+    class Named:
+        exact = False
+
+        def __init__(self, source, device):
+            self.source = source
+
+    monkeypatch.setattr(judges, "_class", lambda _: Named)
+    for suite, source, exact in (
+        ("geneval2", "Qwen/Qwen3-VL-8B-Instruct", True),
+        ("geneval2", "Qwen/Qwen3-VL-4B-Instruct", False),
+        ("wise", "Qwen/Qwen3-VL-8B-Instruct", False),
+    ):
+        assert judges.open_judge(f"local:{source}", {}, open_suite(suite), [], "cpu").exact is exact

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reca.data.errors import DataError
+from reca.data.pixels import read_image
 from reca.eval import records
 from reca.eval.errors import EvaluationError
 from reca.eval.generate import picture_hash
@@ -37,6 +38,7 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
 
     def ask(key: Key) -> Record:
         try:
+            read_image(found[key])  # one that is damaged fails here, whatever the judge reads it with
             return Record(*key, hashes[key], mine, _answer(judge, suite, by_id[key[0]], key, found[key]))
         except (JudgeError, DataError) as error:  # DataError: a picture that is no image
             return Record(*key, hashes[key], mine, error=str(error))

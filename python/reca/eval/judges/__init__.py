@@ -59,7 +59,9 @@ def open_judge(
     if name == "recorded":
         return judge(Path(argument).expanduser(), suite, items)
     if "device" in inspect.signature(judge).parameters:
-        return judge(argument, device, **given)
+        opened = judge(argument, device, **given)
+        opened.exact = opened.exact or (name == "local" and Path(argument).name in suite.exact_models)
+        return opened
     return judge(argument, **given) if argument else judge(**given)
 
 

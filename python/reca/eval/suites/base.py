@@ -62,6 +62,7 @@ class Suite:
         ability          what the model does: generate, edit or answer
         images_per_item  as the benchmark has it
         judge_kind       which judges can serve it: "detector", "vlm", "world" or "rule" (the model's own answers)
+        exact_models     names of local models that are that judge
         exact_judge      the judge that the published numbers were made with, for a message
         unit             of the values: fraction, percent or points
         data_help        where the benchmark's files are, for a message; None: they come with this package
@@ -73,6 +74,7 @@ class Suite:
     images_per_item: ClassVar[int] = 1
     judge_kind: ClassVar[str] = "vlm"
     exact_judge: ClassVar[str] = ""
+    exact_models: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "fraction"
     data_help: ClassVar[str | None] = None
 

@@ -82,6 +82,7 @@ class GenEval2(Suite):
     name = "geneval2"
     protocol = "GenEval 2, Soft-TIFA"
     exact_judge = "Qwen3-VL-8B-Instruct"
+    exact_models = ("Qwen3-VL-8B-Instruct",)
     unit = "percent"
     data_help = (
         "Give geneval2_data.jsonl of github.com/facebookresearch/GenEval2; it is CC BY-NC 4.0, so it is not part of "
