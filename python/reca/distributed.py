@@ -33,8 +33,8 @@ def initialize(timeout_minutes: int) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None  # NCCL connects now, and knows whose GPU is whose
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
-    if dist.is_initialized() and side_group() is None:
-        _SIDE_GROUP[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
+    if dist.is_initialized() and gloo_group() is None:
+        _gloo_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -83,21 +83,21 @@ def set_timeout(minutes: int, device: torch.device) -> None:
 
 
 # By the training group that it belongs to.
-_SIDE_GROUP: dict[Any, dist.ProcessGroup] = {}
+_gloo_groups: dict[Any, dist.ProcessGroup] = {}
 
 
-def side_group() -> dist.ProcessGroup | None:
+def gloo_group() -> dist.ProcessGroup | None:
     """Return the group for collectives beside training's, which a thread may make: all ranks, over gloo.
 
     None without processes. Collectives of two threads in one group can wait for each other for ever.
     """
-    return _SIDE_GROUP.get(dist.group.WORLD) if dist.is_initialized() else None
+    return _gloo_groups.get(dist.group.WORLD) if dist.is_initialized() else None
 
 
 def shut_down() -> None:
     _meshes.clear()
     if dist.is_initialized():
-        _SIDE_GROUP.clear()
+        _gloo_groups.clear()
         dist.destroy_process_group()
 
 

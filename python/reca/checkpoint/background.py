@@ -76,7 +76,7 @@ class BackgroundWriter:
     def _copy(self, taken: Snapshot) -> Snapshot | None:
         """Copy this rank's tensors to host memory; None, on every rank, where they do not fit on one of them."""
         try:
-            with distributed.fail_together(distributed.side_group()):
+            with distributed.fail_together(distributed.gloo_group()):
                 if self.stager is None:
                     _check_memory(taken)
                     gpu = torch.cuda.is_available()

@@ -40,7 +40,7 @@ def write(run_dir: Path, taken: Snapshot, keep: Keep) -> Path | None:
 
     Older checkpoints stay until it is complete.
     """
-    step, group = taken.state["step"], distributed.side_group()
+    step, group = taken.state["step"], distributed.gloo_group()
     final = run_dir / "checkpoints" / f"{step:06d}"
     partial = final.with_name(final.name + PARTIAL)
     try:
@@ -87,7 +87,7 @@ def _make_room(run_dir: Path, partial: Path, need: int) -> None:
 def _write(folder: Path, part: dict[str, Tensor], files: dict[str, int]) -> None:
     writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
-        dcp.save(part, storage_writer=writer, process_group=distributed.side_group())
+        dcp.save(part, storage_writer=writer, process_group=distributed.gloo_group())
     except dcp.api.CheckpointException as error:  # a BaseException
         kind = OSError if isinstance(first_failure(error), OSError) else RuntimeError
         raise kind(first_line(error)) from error
