@@ -93,12 +93,9 @@ def evaluate(
             ensure_writable(side.folder, "--out")
     _check(settings, sides, images, records)
     if "generate" in settings.steps:
-        device = distributed.initialize(60 * HOURS) if device is None else torch.device(device)
-        with distributed.fail_together():
-            for side in sides:
-                if side.recipe is not None and (side is not mine or not (images or records)):
-                    _generate(settings, side, device)
-    if distributed.rank() != 0:
+        wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]
+        device = _generate_on_all_ranks(settings, wanted, device)
+    if not distributed.is_main_process():
         return None
     places = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = [
@@ -113,6 +110,23 @@ def evaluate(
         found[0] = report.compare(found[0], found[1], sides[1].folder)
     _save(settings, mine.folder, found[0])
     return found[0]
+
+
+def _generate_on_all_ranks(
+    settings: Settings, sides: Sequence[Target], device: torch.device | str | None
+) -> torch.device:
+    """Generate for these sides, and let the other ranks go: what follows is done by one.
+
+    A process group that was there before stays.
+    """
+    joined = distributed.is_joined()
+    place = distributed.initialize(60 * HOURS) if device is None else torch.device(device)
+    with distributed.fail_together():
+        for side in sides:
+            _generate(settings, side, place)
+    if not joined:
+        distributed.shut_down()
+    return place
 
 
 def _save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
