@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from reca import distributed, preflight, units
@@ -15,6 +16,8 @@ from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
 from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options import RecipeError
 from reca.precision import autocast, cast
 from reca.recipe_files import as_dict
@@ -23,6 +26,21 @@ from reca.recipe_files import as_dict
 def features_identity(recipe: Recipe) -> list[Any]:
     """Return what, beside images and views, the features of a recipe's frozen encoders depend on."""
     return [recipe.umm, recipe.train.precision, as_dict(recipe)["model"]]
+
+
+def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
+    """Load a recipe's model with the weights that `encode` reads alone, where the model says which; others are meta.
+
+    Every rank must call it.
+    """
+    kind = umm_package(recipe.umm).Adapter
+    if kind.encoder_roles is None:
+        return kind.load(recipe.model, device)
+    with deferring():
+        adapter = kind.load(recipe.model, torch.device("cpu"))
+    wanted = {name for name, role in adapter.roles().items() if role in kind.encoder_roles}
+    DeferredWeights(adapter).fill_only(adapter, device, wanted)
+    return adapter
 
 
 def cache_features(recipe: Recipe) -> list[str]:
@@ -35,7 +53,7 @@ def cache_features(recipe: Recipe) -> list[str]:
         raise RecipeError("data.cache is null: give the folder of the features, as in data.cache=/fast/disk/features")
     device = distributed.initialize(recipe.parallel.timeout_minutes)
     with distributed.fail_together(), preflight.memory_errors():
-        adapter = cast(umm_package(recipe.umm).Adapter.load(recipe.model, device).train(), recipe.train.precision)
+        adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
     context = autocast(recipe.train.precision, device)
     lines = []
     for task in recipe.active_tasks():

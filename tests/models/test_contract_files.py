@@ -14,14 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 from reca.cli import main
-from reca.data.batch import Batch, Turn, task_rng
+from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
 from reca.models import UMMS, umm_package
+from reca.models.base import ROLES
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
+from reca.precompute import load_encoders
 from reca.recipe_files import load_recipe
 from tests.models.contract import quick
 
-TEXTS = {"reca": ["describe"] * 2, "t2i": ["a red circle", "a"], "i2t": [[Turn("what", "a red circle")]] * 2}
+TEXTS = {
+    "reca": ["describe"] * 2,
+    "t2i": ["a red circle", "a"],
+    "i2t": [[Turn("what", "a red circle")]] * 2,
+    "srum": [Scored("a red circle", (), 1.0), Scored("a", (ScoredBox(0, 0, 0.5, 1, -0.5),))],
+}
 
 
 def built(name: str):
@@ -130,6 +137,41 @@ def test_an_export_loads_again(model, tmp_path):
     for name in written:
         if name.endswith(".safetensors") or name.split("/")[-1] == "config.json":
             assert (second / name).read_bytes() == (first / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("weights", ["published", "random"])
+def test_encoders_alone_make_the_same_features(model, tmp_path, weights):
+    """For `reca cache`: everything that `encode` does not read stays without memory."""
+    recipe = load_recipe(f"{model.name}_tiny")
+    if weights == "published":
+        written = model.export(tmp_path)
+        recipe.model = replace(recipe.model, weights=str(tmp_path), seed=7)
+        if any("tokenizer" in name for name in written):
+            recipe.model.words = []
+    whole = umm_package(model.name).Adapter.load(recipe.model)
+    alone = load_encoders(recipe, torch.device("cpu"))
+    roles = alone.roles()
+    assert roles == whole.roles() and whole.encoder_roles <= set(ROLES)
+    for name, parameter in alone.named_parameters():
+        assert parameter.is_meta == (roles[name] not in whole.encoder_roles), name
+        assert parameter.dtype == whole.get_parameter(name).dtype, name
+    for task in sorted(model.tasks):
+        sample = pixels_of(model, task)
+        wanted, found = whole.encode(sample), alone.encode(sample)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[name], value, strict=True)), (task, name)
+
+
+def pixels_of(model, task):
+    views, random = model.views(task), torch.Generator().manual_seed(0)
+
+    def seen(view):
+        size = view and (3, view.size, view.size)
+        return view and [torch.randint(0, 256, size, dtype=torch.uint8, generator=random) for _ in range(2)]
+
+    target = seen(views.gen) if task == "srum" else None
+    return Batch(task, torch.arange(2), TEXTS[task], gen=seen(views.gen), und=seen(views.und), target=target)
 
 
 def test_the_command_says_what_it_wrote_and_that_the_model_is_random(model, tmp_path, capsys, caplog):

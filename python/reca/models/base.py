@@ -107,6 +107,7 @@ class Adapter(nn.Module):
     tasks: ClassVar[frozenset[str]]  # which of TASKS it can train on
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
+    encoder_roles: ClassVar[frozenset[str] | None] = None  # whose parameters `encode` reads; None: any
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
     reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch

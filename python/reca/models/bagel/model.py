@@ -26,6 +26,7 @@ class Bagel(modules.Network, Adapter):
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = weights.TRAINED
+    encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
 
     @classmethod

@@ -7,7 +7,7 @@ run, and sent tensor by tensor, so that they are those of a run on one rank. Buf
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -70,12 +70,44 @@ class DeferredWeights:
                 continue
             whole = _sent(self.random.pop(name), parameter, device)
             local.copy_(whole[rows])
-        if dist.is_initialized():
-            for buffer in module.buffers():  # some are random
-                if buffer.is_floating_point():
-                    sent = buffer.contiguous()
-                    dist.broadcast(sent, 0)
-                    buffer.copy_(sent)
+        _send_buffers(module)
+
+    @torch.no_grad()
+    def fill_only(self, module: nn.Module, device: torch.device, names: Container[str]) -> None:
+        """Give the parameters of these names memory on `device` and their values; all others stay without memory.
+
+        Every rank must call it.
+        """
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, so that no other gets its id
+        for prefix, part in module.named_modules():
+            for own, parameter in list(part.named_parameters(recurse=False)):
+                name = f"{prefix}.{own}" if prefix else own
+                if id(parameter) in made:  # names that are one tensor stay one
+                    setattr(part, own, made[id(parameter)][1])
+                    continue
+                if name not in names:
+                    value = parameter.to("meta")
+                elif name in self.files:
+                    value = self.files[name].to(device, parameter.dtype)
+                else:
+                    value = _sent(self.random[name], parameter, device).to(device)
+                made[id(parameter)] = parameter, nn.Parameter(value, requires_grad=parameter.requires_grad)
+                setattr(part, own, made[id(parameter)][1])
+            for own, buffer in list(part.named_buffers(recurse=False)):
+                part._buffers[own] = buffer.to(device)
+        self.files.clear()
+        self.random.clear()
+        _send_buffers(module)
+
+
+def _send_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of the first one, some of which are random."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                sent = buffer.contiguous()
+                dist.broadcast(sent, 0)
+                buffer.copy_(sent)
 
 
 def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:

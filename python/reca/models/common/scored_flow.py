@@ -25,12 +25,12 @@ def token_rewards(said: Scored, height: int, width: int) -> Tensor:
 
     A box covers the tokens whose centre lies in it, and at least one. Where boxes overlap, the highest score counts.
     """
-    rewards = torch.full((height, width), -torch.inf)
+    rewards = torch.full((height, width), -torch.inf, dtype=torch.float32)
     for box in said.boxes:
         top, bottom = _covered(box.top, box.bottom, height)
         left, right = _covered(box.left, box.right, width)
         rewards[top:bottom, left:right].clamp_(min=box.score)
-    return torch.where(rewards.isinf(), said.background, rewards).flatten()
+    return rewards.masked_fill_(rewards.isinf(), said.background).flatten()
 
 
 def _covered(first: float, last: float, tokens: int) -> tuple[int, int]:
@@ -65,4 +65,4 @@ def _clean(images: Images, noise: Philox, patch: int) -> Tensor:
 
 
 def _level(images: Images, t: float) -> Tensor:
-    return torch.full((len(images),), t, device=images[0].device)
+    return torch.full((len(images),), t, dtype=torch.float32, device=images[0].device)

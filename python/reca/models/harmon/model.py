@@ -27,6 +27,7 @@ class Harmon(Network, Adapter):
     tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
+    encoder_roles = frozenset({"codec"})
     condition_keys = ("h_v",)
 
     @classmethod

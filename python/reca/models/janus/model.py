@@ -25,6 +25,7 @@ class Janus(Network, Adapter):
     tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
+    encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
 
     @classmethod

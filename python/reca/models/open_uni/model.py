@@ -28,6 +28,7 @@ class OpenUni(Network, Adapter):
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
+    encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
 
     @classmethod

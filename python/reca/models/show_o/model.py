@@ -26,6 +26,7 @@ class ShowO(Network, Adapter):
     tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
+    encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
 
     @classmethod
