@@ -74,6 +74,7 @@ VIEWS = Views(gen=View(4), und=None)
 class Model(torch.nn.Module):
     """Its feature of an image is the red level."""
 
+    encoder_roles = None
     tasks = ("reca",)
 
     @classmethod
