@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
 from reca.rng import CounterRNG
 from reca_kernels.host import on_device
-
-if TYPE_CHECKING:
-    from reca.config import LoraConfig
 
 P = TypeVar("P", bound="Prepared")
 
@@ -112,7 +109,7 @@ class Adapter(nn.Module):
     tokenizer: Any = None  # that of transformers, in models that have one
     reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
-    lora: "LoraConfig | None" = None  # what it has of LoRA (lora.py); None: nothing
+    lora: Any = None  # the LoraConfig of what it has of LoRA (lora.py); None: nothing
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
