@@ -84,10 +84,13 @@ def test_the_command_line_has_no_second_way(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(api, "train", lambda recipe: calls.append(recipe) or api.TrainedRun(tmp_path, 7, True))
     assert cli.main(["train", "show_o_tiny", f"run_dir={tmp_path}"]) == 0
     assert calls[0].run_dir == str(tmp_path) and "7 steps done" in capsys.readouterr().out
-    monkeypatch.setattr(api, "load", lambda *given: calls.append(given) or 1 / 0)
+    monkeypatch.setattr(api, "load", lambda *given, ema: calls.append(given) or 1 / 0)
     for command in (
         ["generate", "--prompt", "a"],
         ["export", "--out", str(tmp_path)],
     ):
         cli.main([command[0], "show_o_tiny", "model.seed=1", *command[1:]])
         assert calls[-1] == ("show_o_tiny", ["model.seed=1"])
+    monkeypatch.setattr(api, "evaluate", lambda *given, **options: calls.append((given, options["limit"])))
+    assert cli.main(["eval", "world", "show_o_tiny", "model.seed=1", "--limit", "3"]) == 0
+    assert calls[-1] == (("world", "show_o_tiny", ["model.seed=1"]), 3)
