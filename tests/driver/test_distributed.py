@@ -2,12 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from reca import checkpoint, distributed
 from reca.models import UMMS, umm_package
@@ -224,6 +226,30 @@ def test_torchrun_starts_the_command(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "1 steps done" in done.stdout and len(metrics(tmp_path / "run")) == 1
+
+
+def test_collectives_may_take_less_time_after_the_first_step(monkeypatch):
+    """In groups of training. Others, such as that of checkpoints, keep their limit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    monkeypatch.setattr(os, "environ", os.environ | one | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    device = distributed.initialize(30)
+    try:
+        shards, other = distributed.mesh(device, 1, 1).get_group("shard"), dist.new_group()
+
+        def minutes() -> list[float]:
+            groups = (dist.group.WORLD, shards, other)
+            return [group._get_backend(device).options._timeout.total_seconds() / 60 for group in groups]
+
+        assert minutes()[0] == 30 and distributed.mesh(device, 1, 1).get_group("shard") is shards
+        before = minutes()[2]
+        distributed.set_timeout(5, device)
+        assert minutes() == [5, 5, before]
+    finally:
+        distributed.shut_down()
+    distributed.set_timeout(5, device)  # without a group, nothing
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}

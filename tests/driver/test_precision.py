@@ -1,0 +1,59 @@
+"""fp64 for tests: what models and libraries cast to fp32 stays fp64, and what never meets a weight stays fp32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from reca.precision import autocast, cast
+
+CPU = torch.device("cpu")
+X = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+CASTS = {
+    "float": lambda: X.float(),
+    "to": lambda: X.to(torch.float32),
+    "to by name": lambda: X.to(dtype=torch.float32),
+    "to another": lambda: X.to(torch.zeros(1)),
+    "type_as": lambda: X.type_as(torch.zeros(1)),
+    "sum": lambda: X.sum(dtype=torch.float32),
+    "softmax": lambda: F.softmax(X, dim=-1, dtype=torch.float32),
+    "product": lambda: torch.ones(2, 3) @ X,
+    "linear": lambda: F.linear(torch.ones(2, 4), X),
+    "norm": lambda: F.layer_norm(torch.ones(2, 4), (4,), X[0]),
+    "sum of both": lambda: torch.ones(4) + X,
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_what_meets_fp64_is_fp64(name):
+    with autocast("fp64", CPU):
+        assert CASTS[name]().dtype == torch.float64
+    if name not in ("product", "linear", "norm", "sum of both"):
+        assert CASTS[name]().dtype == torch.float32
+
+
+def test_other_numbers_keep_their_types():
+    with autocast("fp64", CPU):
+        assert torch.arange(3).float().dtype == torch.float32
+        assert torch.zeros(3, dtype=torch.float32).dtype == torch.float32
+        assert X.to(torch.bfloat16).dtype == torch.bfloat16 and X.half().dtype == torch.float16
+        assert (torch.zeros(2, 3) @ torch.zeros(3, 2)).dtype == torch.float32
+
+
+def test_a_norm_of_transformers_keeps_all_digits():
+    """It computes in fp32 whatever it is given."""
+    norm = cast(Qwen2RMSNorm(4), "fp64")
+    exact = X / (X.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    with autocast("fp64", CPU):
+        assert (norm(X) - exact).abs().max() < 1e-15
+    assert (norm(X) - exact).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_precisions_change_no_weight(precision):
+    layer = nn.Linear(2, 2)
+    assert cast(layer, precision).weight.dtype == torch.float32
+    with autocast(precision, CPU) as entered:
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16") and entered is not None
+        assert layer(torch.zeros(1, 2)).dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
