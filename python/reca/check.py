@@ -150,7 +150,7 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
     moments     two per trained weight, in the type that optim asks for; none with optim.offload
     ema         one fp32 number per trained weight
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
-                type of computation; one GPU: bf16 copies of trained matrices, at most
+                type of computation; of replicas only what is trained; one GPU: bf16 copies of trained matrices, at most
     """
     for task in recipe.active_tasks():
         if task not in adapter.tasks:
@@ -171,9 +171,11 @@ def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0
             if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()
     if gpus > 1:
-        blocks = [list(block.parameters()) for block in adapter.blocks()]
+        managed = [p for p in adapter.parameters() if shard > 1 or p.requires_grad]  # replicas leave frozen ones alone
+        ids = set(map(id, managed))
+        blocks = [[p for p in block.parameters() if id(p) in ids] for block in adapter.blocks()]
         inside = {id(parameter) for block in blocks for parameter in block}
-        copies = sum(_bytes(parameter) for parameter in adapter.parameters() if id(parameter) not in inside)
+        copies = sum(_bytes(parameter) for parameter in managed if id(parameter) not in inside)
         sizes = sorted(sum(p.numel() * 2 if half else _bytes(p) for p in block) for block in blocks)
         copies += sum(sizes[-2:])
     return Memory(weights, gradients, moments, ema, copies)

@@ -70,18 +70,23 @@ def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> 
     size = all ranks is FSDP2; fewer is HSDP; 1 is data parallelism with whole replicas. FSDP2 does all three, and not
     DistributedDataParallel the last: a step runs several tasks whose losses use different parameters, and reduces once,
     after the last of them. DDP would search every graph for unused parameters, see only calls of `forward`, and name
-    parameters and checkpoints otherwise. With size 1 nothing is gathered; a block's weights are copied, to bf16 in
-    bf16, as autocast would cast them.
+    parameters and checkpoints otherwise. With size 1 nothing is gathered; a block's trained weights are copied, to bf16
+    in bf16, as autocast would cast them, and frozen weights are left alone.
 
     Gradients are reduced in fp32. A block is gathered while the one before it computes, in both directions.
     """
     mesh = distributed.mesh(device, distributed.world_size() // size, size)
     compute = torch.bfloat16 if precision == "bf16" else None
     reduce = None if precision == "fp64" else torch.float32
+    left = {p for p in adapter.parameters() if not p.requires_grad} if size == 1 else set()
+    for parameter in left:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
     blocks = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce)
     for block in adapter.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=blocks)
-    fully_shard(adapter, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce))
+        fully_shard(block, mesh=mesh, mp_policy=blocks, ignored_params=left)
+    rest = MixedPrecisionPolicy(reduce_dtype=reduce)
+    fully_shard(adapter, mesh=mesh, mp_policy=rest, ignored_params=left)
     for method in ("generate", "edit", "answer", "encode"):
         register_fsdp_forward_method(adapter, method)
 

@@ -8,7 +8,6 @@ all samples make a few variable-length calls. Every row is in exactly one of the
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -89,7 +88,6 @@ class Calls(NamedTuple):
     calls: tuple[Call, ...]
 
 
-@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """What the rows of B samples attend to, and where the index tensors live. Made by `attention_plan`.
 
@@ -100,17 +98,26 @@ class AttentionPlan:
     pieces        per sample its query rows in order
     pairs         pairs (row, key) that are computed; a forward pass takes 4 * heads * head_dim * pairs FLOPs
     uniform       all samples have the same sizes and groups, so one call per group serves the whole batch
+
+    It is no dataclass: FSDP2 takes those among a block's arguments apart to cast what is in them, and a copy for every
+    block would have index tensors of its own.
     """
 
-    samples: tuple[tuple[AttentionSpan, ...], ...]
-    device: torch.device
-    query_sizes: tuple[int, ...]
-    key_sizes: tuple[int, ...]
-    groups: tuple[tuple[QueryGroup, ...], ...]
-    pieces: tuple[tuple[QueryPiece, ...], ...]
-    pairs: int
-    uniform: bool
-    _cached_calls: list["Calls"] = field(default_factory=list, init=False, repr=False)
+    def __init__(
+        self,
+        samples: tuple[tuple[AttentionSpan, ...], ...],
+        device: torch.device,
+        query_sizes: tuple[int, ...],
+        key_sizes: tuple[int, ...],
+        groups: tuple[tuple[QueryGroup, ...], ...],
+        pieces: tuple[tuple[QueryPiece, ...], ...],
+        pairs: int,
+        uniform: bool,
+    ) -> None:
+        self.samples, self.device = samples, device
+        self.query_sizes, self.key_sizes = query_sizes, key_sizes
+        self.groups, self.pieces, self.pairs, self.uniform = groups, pieces, pairs, uniform
+        self._cached_calls: list[Calls] = []
 
     def to(self, device: torch.device | str) -> "AttentionPlan":
         """Return the plan of the same samples on another device."""

@@ -186,7 +186,9 @@ def test_memory_when_sharded():
         "show_o_tiny",
         ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1", "parallel.shard=1"],
     )
-    assert check.memory(adapter, replicas, 3, 8).moments == 2 * whole
+    need = check.memory(adapter, replicas, 3, 8)
+    assert need.moments == 2 * whole
+    assert need.copies == whole - 4 * sum(p.numel() for p in adapter.showo.model.layers.parameters()) // 3
 
 
 def test_parts_of_a_parameter():

@@ -9,7 +9,6 @@ so that no gradient reaches their keys and values (as the release's `freeze_und`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,24 +81,29 @@ class KVCache:
         )
 
 
-@dataclass(frozen=True)
 class Pass:
     """Attention layout and rotary tables shared by all layers of one pass.
 
     attention  what the rows see: per sample the cached rows and then its splits
     lengths    [sample]: cached rows
     uniform    all samples have the same layout
-    rotary     per expert the cosines and sines of its rows' positions, fp32 [rows, head_dim / 2]. They are in here, and
-               no arguments of a layer, because FSDP casts those.
+    rotary     per expert the cosines and sines of its rows' positions, fp32 [rows, head_dim / 2]
     learn      the understanding rows carry a gradient
+
+    It is no dataclass, and its tables are no arguments of a layer, as FSDP2 would cast them to bf16.
     """
 
-    splits: Sequence[Split]
-    attention: AttentionPlan
-    lengths: Sequence[int]
-    uniform: bool
-    rotary: dict[str, KeysValues]
-    learn: bool
+    def __init__(
+        self,
+        splits: Sequence[Split],
+        attention: AttentionPlan,
+        lengths: Sequence[int],
+        uniform: bool,
+        rotary: dict[str, KeysValues],
+        learn: bool,
+    ) -> None:
+        self.splits, self.attention, self.lengths = splits, attention, lengths
+        self.uniform, self.rotary, self.learn = uniform, rotary, learn
 
     @classmethod
     def plan(cls, splits: Sequence[Split], cache: KVCache, rotary: dict[str, KeysValues], learn: bool) -> "Pass":
