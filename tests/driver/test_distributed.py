@@ -36,6 +36,7 @@ UNEVEN = (
     "log.gap_every=2 log.tensorboard=false"
 ).split()
 DOUBLE = [*UNEVEN, "train.precision=fp64"]
+HALF = {"bagel": [*UNEVEN, "train.precision=bf16", "model.dtype=mixed"], "show_o": [*UNEVEN, "train.precision=bf16"]}
 SMOOTH = ["optim.eps=1", "optim.lr=1"]
 ODD = [*SMOOTH, "objective.reca.batch_size=7", "ema.half_life=2", "train.precision=fp64"]
 OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
@@ -74,9 +75,11 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["other_1", 1, toy, OTHER],
         ["released_1", 1, "show_o_tiny", released("show_o_512")],
         ["single_1", 1, "show_o_tiny", UNEVEN],
+        *[[f"{umm}_half_1", 1, f"{umm}_tiny", keys] for umm, keys in HALF.items()],
         *by_ranks[1],
         ["grown", 1, toy, [*ODD, "train.steps=2"]],
         ["toy_2", 2, toy, [*ODD, "parallel.strategy=fsdp"]],
+        *[[f"{umm}_half_2", 2, f"{umm}_tiny", [*keys, "parallel.strategy=fsdp"]] for umm, keys in HALF.items()],
         ["chained_2", 2, toy, [*chained, "parallel.strategy=fsdp"]],
         ["unclipped_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "optim.max_grad_norm=null"]],
         ["halves_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "train.steps=3"]],
@@ -140,6 +143,13 @@ def test_every_model_makes_the_same_steps_however_they_are_split(runs, umm, name
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert b == pytest.approx(a, rel=1e-12)
     assert "reca/gap" in [line for line in log(other) if "loss" in line][-1]
+
+
+@pytest.mark.parametrize("umm", HALF)
+def test_blocks_of_shards_compute_in_bf16(runs, umm):
+    """What they are given is cast: tensors, and nothing inside an attention plan."""
+    for a, b in zip(metrics(runs / f"{umm}_half_1"), metrics(runs / f"{umm}_half_2"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("umm", UMMS)
