@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft", reason="LoRA needs the package peft")
 
 ON = ["lora.rank=4"]
 DORA = [*ON, "lora.dora=true"]
-TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny"]
+TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"]
 
 
 def same(ours, theirs):
