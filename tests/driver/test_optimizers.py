@@ -272,3 +272,11 @@ def test_a_checkpoint_takes_the_moments_bytes(recipe, tmp_path):
         sizes[name] = sum(path.stat().st_size for path in folder.iterdir())
     numbers = sum(p.numel() for p in ToyAdapter().layers.parameters())
     assert sizes["fp32"] - sizes["bf16"] == pytest.approx(4 * numbers, abs=500)
+
+
+def test_a_run_may_take_its_moments_off_the_gpu_when_it_is_continued(recipe, tmp_path):
+    whole = run_toy(recipe(f"run_dir={tmp_path}/whole"))
+    run_toy(recipe(f"run_dir={tmp_path}/parts", "train.steps=2"))
+    run_toy(recipe(f"run_dir={tmp_path}/parts", "train.steps=4", "optim.offload=true"))
+    resumed = run_toy(recipe(f"run_dir={tmp_path}/parts"))
+    assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
