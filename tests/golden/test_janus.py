@@ -246,7 +246,7 @@ def test_update(golden, model, tolerances):
     total = losses(golden, model, NORMS[-1])
     tolerances.close("losses", total, golden.data["total.loss"])
     total.backward()
-    trained = {n: p for n, p in model.named_parameters() if n.startswith(tuple(f"{t}." for t in weights.TRAINED))}
+    trained = {n: p for n, p in model.named_parameters() if n.startswith(weights.TRAINED)}
     before = {n: p.detach().clone() for n, p in trained.items()}
     groups = [
         {"params": [p for n, p in trained.items() if model.decays(n, p) == decay], "weight_decay": 0.1 * decay}

@@ -166,9 +166,8 @@ def test_transformers_has_no_names_for_the_toy_world(tmp_path):
 
 def test_types(published, folder):
     model = loaded(published, folder, dtype="bf16")
-    kinds = {name: {p.dtype for p in part.parameters()} for name, part in model.named_children()}
-    assert {name for name, found in kinds.items() if found == {torch.bfloat16}} == set(weights.TRAINED)
-    assert all(found == {torch.float32} for name, found in kinds.items() if name not in weights.TRAINED)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if name.startswith(weights.TRAINED) else torch.float32), name
     term = model(batch_of(model, "reca"), CounterRNG(0))
     assert term.sum.dtype == torch.float32 and term.sum.isfinite()
 

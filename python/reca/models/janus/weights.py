@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.common.exporting import export_to
@@ -29,7 +29,7 @@ N = TypeVar("N", bound=Network)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # recipe key -> what there is to download
 DOWNLOADS = {"weights": ["*.json", "*.safetensors", "*.bin"], "tokenizer": TOKENIZER}
-TRAINED = ("language_model", "gen_embed", "gen_aligner", "gen_head")  # of model.dtype; the other parts are fp32
+TRAINED = ("language_model.", "gen_embed.", "gen_aligner.", "gen_head.")  # of model.dtype; the other parts are fp32
 CODEBOOK = "gen_vision_model.quantize.embedding.weight"
 QKV = re.compile(r"(vision_model\.vision_tower\.blocks\.\d+\.attn)\.qkv\.(weight|bias)")
 POSITIONS = "vision_model.vision_tower.pos_embed"  # [1, n, C]; [n, C] in transformers
@@ -79,7 +79,8 @@ def load(cls: type[N], config: JanusConfig) -> N:
     if source is None:
         with init_random(config.seed):
             net = cls(config, tokenizer)
-        trained_parts(net).to(DTYPES[config.dtype])
+        for name in TRAINED:
+            getattr(net, name.rstrip(".")).to(DTYPES[config.dtype])
         return net
     with init_on_meta():
         net = cls(config, tokenizer)
@@ -93,26 +94,19 @@ def assign_published(net: Network, state: Mapping[str, Tensor], source: str) -> 
     """Make a published file's tensors the model's, whichever of the two layouts it has."""
     if any(name.startswith("model.") for name in state):
         state = from_transformers(state, net.state_dict())
-    trained = tuple(f"{part}." for part in TRAINED)
-    own = {name: tensor for name, tensor in state.items() if name.startswith(trained)}
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(trained)}
-    assign_state_dict(trained_parts(net), own, source, DTYPES[net.config.dtype])
-    assign_state_dict(frozen_parts(net), rest, source, torch.float32)
+    assign_state_dict(net, state, source, lambda name: kept_dtype(net.config, name))
 
 
-def trained_parts(net: Network) -> nn.ModuleDict:
-    return nn.ModuleDict({name: part for name, part in net.named_children() if name in TRAINED})
-
-
-def frozen_parts(net: Network) -> nn.ModuleDict:
-    return nn.ModuleDict({name: part for name, part in net.named_children() if name not in TRAINED})
+def kept_dtype(config: JanusConfig, name: str) -> torch.dtype:
+    """Return the type that a parameter is kept in."""
+    return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
 
 
 def build_meta(cls: type[N], config: JanusConfig) -> N:
     """Build what `load` does, with weights of any value."""
     net = cls(config, load_tokenizer(replace(config, tokenizer=None), None))
-    for parameter in trained_parts(net).parameters():
-        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
+    for name, parameter in net.named_parameters():
+        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to cannot, of tensors without memory
     return net
 
 
