@@ -161,11 +161,17 @@ def _parser() -> argparse.ArgumentParser:
     takes_ema(export)
     export.add_argument("--out", type=_path, required=True, help="folder to write")
 
+    from reca.comparison import commands as compare_commands
     from reca.eval import commands as eval_commands
 
     evaluation = command("eval", eval_commands.run, "Evaluate a model on a benchmark, and compare it with another.")
     eval_commands.add(evaluation, _path_text)
     takes_ema(evaluation)
+
+    comparison = command(
+        "compare", compare_commands.run, "Compare two models: scores, pictures, losses and settings, in one HTML page."
+    )
+    compare_commands.add(comparison, _path_text)
 
     demo = command(
         "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."

@@ -16,7 +16,16 @@ from reca.checkpoint.background import BackgroundWriter
 from reca.checkpoint.contents import changed_parameters, size, snapshot
 from reca.checkpoint.errors import CheckpointError
 from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
-from reca.checkpoint.reading import check_fit, load, load_ema, load_lora, load_weights, read_state
+from reca.checkpoint.reading import (
+    check_fit,
+    list_weights,
+    load,
+    load_ema,
+    load_lora,
+    load_weights,
+    read_state,
+    read_weight,
+)
 from reca.checkpoint.retention import Keep
 from reca.checkpoint.writing import save, write
 
@@ -32,11 +41,13 @@ __all__ = [
     "latest",
     "latest_valid",
     "list_complete",
+    "list_weights",
     "load",
     "load_ema",
     "load_lora",
     "load_weights",
     "read_state",
+    "read_weight",
     "remove_partial",
     "save",
     "size",

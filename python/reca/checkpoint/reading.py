@@ -125,6 +125,20 @@ def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[
     return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
 
 
+def list_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read names and shapes of the parameters in a checkpoint. Raises CheckpointError."""
+    return _saved(folder / "weights")
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """Read one parameter of a checkpoint as a whole. Raises CheckpointError."""
+    weights = folder / "weights"
+    entry = _reading(weights, lambda: HuggingFaceStorageReader(str(weights)).read_metadata().state_dict_metadata[name])
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+    _read(weights, {name: tensor})
+    return tensor
+
+
 def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read names and shapes of the tensors in a folder of shards.
 

@@ -105,6 +105,9 @@ class Adapter(nn.Module):
     abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
     encoder_roles: ClassVar[frozenset[str] | None] = None  # whose parameters `encode` reads; None: any
+    understanding_roles: ClassVar[frozenset[str]] = frozenset(
+        {"und_encoder", "shared_encoder", "und_lm", "shared_lm", "embed", "bridge"}
+    )  # roles with a part in answers; if training changes none of them, answers stay bit-identical
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
     reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch

@@ -26,6 +26,7 @@ class Janus(Network, Adapter):
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
+    understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge leads to generation
     condition_keys = ("h_v",)
 
     @classmethod

@@ -29,6 +29,7 @@ class OpenUni(Network, Adapter):
     abilities = frozenset({"generate", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
+    understanding_roles = frozenset({"und_encoder", "und_lm", "embed"})  # the bridge leads to generation
     condition_keys = ("h_v",)
 
     @classmethod

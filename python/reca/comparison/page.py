@@ -1,0 +1,184 @@
+"""The page: one HTML file with its pictures, curves and tables, and no address of any other."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from PIL import Image
+
+PICTURES = 60  # pairs in the page, of a suite
+SIDE = 512  # pixels of a picture's longer side in the page
+SMALL = 128  # pictures below are enlarged without smoothing
+WIDTH, HEIGHT = 320, 120  # of a curve
+
+
+def render(found: dict[str, Any], pictures: int = PICTURES) -> str:
+    """Write the page of a comparison."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        before=found["before"],
+        after=found["after"],
+        suites=[_suite(suite, pictures) for suite in found["suites"]],
+        curves=[_chart(curve) for curve in found["curves"]],
+        settings=[{k: _value(v) for k, v in row.items()} for row in found["settings"]],
+        understanding=found["understanding"],
+        notes=found["notes"],
+    )
+
+
+def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
+    against, unit = suite["against"], suite["overall"]["unit"]
+    flips = against["flips"]
+    gains = [row for row in flips if row["after"] > row["before"]]
+    losses = [row for row in reversed(flips) if row["after"] < row["before"]]
+    half = max(pictures // 2, pictures - len(losses))
+    shown = gains[:half], losses[: pictures - min(len(gains), half)]
+    images = [_images(suite), _images(against, suite)]
+    return {
+        "name": suite["protocol"],
+        "headline": _row("overall", suite["overall"], against["overall"], unit),
+        "verdict": _verdict(against["overall"]["difference_interval"]),
+        "tags": [
+            _row(tag, row, against["tags"][tag], unit) for tag, row in suite["tags"].items() if tag in against["tags"]
+        ],
+        "gains": [_flip(row, images, unit) for row in shown[0]],
+        "losses": [_flip(row, images, unit) for row in shown[1]],
+        "counts": (len(gains), len(losses)),
+        "settings": _settings(suite),
+        "differs": {name: [_value(v) for v in values] for name, values in against["differs"].items()},
+    }
+
+
+def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, list[tuple[int, Path | None, str]]]:
+    """Find every item's images: their number, file and the judge's reason.
+
+    side: results; of a comparison's `against`, which names a folder alone, `of` holds this one's counterpart.
+    """
+    if of is not None:
+        try:
+            side = json.loads((Path(side["folder"]) / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+    folder = side.get("images")
+    return {
+        row["item"]: [
+            (i["k"], Path(folder) / i["path"] if folder and i["path"] else None, i["reason"] or "")
+            for i in row["images"]
+        ]
+        for row in side["items"]
+    }
+
+
+def _flip(row: dict[str, Any], images: Sequence[dict], unit: str) -> dict[str, Any]:
+    """Describe a prompt whose value changed, with the images of equal noise that show it."""
+    after, before = (side.get(row["item"], []) for side in images)
+    known = {k: (path, reason) for k, path, reason in before}
+    pairs = [(known[k], (path, reason)) for k, path, reason in after if k in known]
+    changed = (
+        [pair for pair in pairs if (pair[0][1] == "") != (pair[1][1] == "")] or pairs or [((None, ""), (None, ""))]
+    )
+    (old, old_reason), (new, new_reason) = changed[0]
+    return {
+        "item": row["item"],
+        "tag": row["tag"],
+        "prompt": row["prompt"],
+        "before": _figure(row["before"], unit),
+        "after": _figure(row["after"], unit),
+        "pictures": [_picture(old), _picture(new)],
+        "reasons": [old_reason, new_reason],
+    }
+
+
+def _picture(path: Path | None) -> dict[str, Any] | None:
+    """Read a picture into a data address; None where there is none to read."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except OSError:
+        return None
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    small = max(picture.size) <= SMALL
+    picture.save(buffer, "PNG" if small else "JPEG", quality=88)
+    kind = "png" if small else "jpeg"
+    return {"source": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", "small": small}
+
+
+def _row(name: str, after: dict[str, Any], before: dict[str, Any], unit: str) -> dict[str, str]:
+    return {
+        "name": name,
+        "before": _figure(before["value"], unit),
+        "after": _figure(after["value"], unit),
+        "change": _figure(before["difference"], unit, sign=True),
+        "interval": _bounds(before["difference_interval"], unit),
+        "verdict": _verdict(before["difference_interval"]),
+    }
+
+
+def _verdict(interval: Sequence[float | None]) -> str:
+    """Say on which side of zero an interval lies."""
+    low, high = interval
+    if low is not None and low > 0:
+        return "better"
+    return "worse" if high is not None and high < 0 else "open"
+
+
+def _figure(value: float, unit: str, sign: bool = False) -> str:
+    plus = "+" if sign else ""
+    if unit == "points":
+        return f"{value:{plus}.2f}"
+    return f"{value * (100 if unit == 'fraction' else 1):{plus}.1f}"
+
+
+def _bounds(interval: Sequence[float | None], unit: str) -> str:
+    return " to ".join("?" if bound is None else _figure(bound, unit, sign=True) for bound in interval)
+
+
+def _settings(suite: dict[str, Any]) -> dict[str, str]:
+    judge, model = suite["judge"], suite["model"] or {}
+    shown = {
+        "judge": f"{judge.get('name')} {judge.get('version') or ''}".strip()
+        + (f", {judge['dtype']}" if judge.get("dtype") else "")
+        + ("" if judge.get("exact", True) else " (approximate)"),
+        "images per item": str(suite["images_per_item"]),
+        "sampling": _value(suite["sampling"]),
+        "weights after": (model.get("weights_sha256") or "unknown")[:16],
+        "weights before": ((suite["against"]["model"] or {}).get("weights_sha256") or "unknown")[:16],
+    }
+    counts = suite["counts"]
+    if counts["failed"] or counts["missing"]:
+        shown["left out"] = f"{counts['failed']} images that failed, {counts['missing']} that are missing"
+    return shown
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(one)}" for name, one in value.items())
+    return "not set" if value is None else str(value)
+
+
+def _chart(curve: dict[str, Any]) -> dict[str, Any]:
+    """Draw a loss of both runs into one frame. Steps begin at the left, the largest value is at the top."""
+    points = [*curve["before"], *curve["after"]]
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    last, low, top = max(steps), min(values), max(values)
+    span = (top - low) or 1.0
+
+    def line(side: list[list[float]]) -> str:
+        return " ".join(f"{x / last * WIDTH:.1f},{HEIGHT - (y - low) / span * HEIGHT:.1f}" for x, y in side)
+
+    ends = {name: f"{curve[name][-1][1]:.4g}" for name in ("before", "after") if curve[name]}
+    return {"name": curve["name"], "before": line(curve["before"]), "after": line(curve["after"]), "ends": ends,
+            "low": f"{low:.4g}", "top": f"{top:.4g}", "last": int(last), "width": WIDTH, "height": HEIGHT}  # fmt: skip

@@ -1,0 +1,91 @@
+"""What is compared: a run, the model that a run started from, or the folder of an evaluation."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reca import checkpoint
+from reca.config import Recipe
+from reca.eval.errors import EvaluationError
+from reca.eval.targets import BASE
+from reca.runs import is_run, recipe_of
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    kind        run, base or evaluation
+    evaluations folders that hold results.json
+    recipe      of a run, or of the run whose base this is
+    weights     checkpoint over the published weights: of a run, or for a base of the run that it was trained from
+    """
+
+    source: str
+    kind: str
+    evaluations: tuple[Path, ...]
+    recipe: Recipe | None = None
+    weights: Path | None = None
+
+    @property
+    def run_dir(self) -> Path | None:
+        return Path(self.source) if self.kind == "run" else None
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self.source, "kind": self.kind, "step": self.weights and int(self.weights.name)}
+
+
+def find_sides(before: str, after: str) -> tuple[Side, Side]:
+    """Find what two names stand for. One of them may be "base": the model that the other, a run, started from.
+
+    Raises EvaluationError for a name that is neither a run nor an evaluation.
+    """
+    if before == BASE and after == BASE:
+        raise EvaluationError("base and base are one model: name a run on one side")
+    if before == BASE:
+        return _base_of(after), _side(after)
+    if after == BASE:
+        return _side(before), _base_of(before)
+    return _side(before), _side(after)
+
+
+def _side(name: str) -> Side:
+    folder = Path(name)
+    if is_run(folder):
+        return Side(name, "run", _evaluations(folder / "eval"), recipe_of(folder), checkpoint.latest(folder))
+    if (folder / RESULTS).is_file():
+        return Side(name, "evaluation", (folder,))
+    raise EvaluationError(
+        f"{name} is neither the folder of a run (with recipe.yaml) nor of an evaluation (with {RESULTS}, which "
+        "`reca eval` writes); name one of those, or base"
+    )
+
+
+def _base_of(name: str) -> Side:
+    folder = Path(name)
+    if not is_run(folder):
+        raise EvaluationError(f"base is the model that a run started from, and {name} is no folder of a run")
+    recipe = recipe_of(folder)
+    parent = recipe.train.init_from
+    weights = checkpoint.latest(Path(parent)) if parent else None
+    return Side(f"base of {name}", "base", _evaluations(folder / "eval" / BASE), recipe, weights)
+
+
+def _evaluations(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(path.parent for path in folder.glob(f"*/{RESULTS}") if path.parent.name != BASE))
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read the results of an evaluation. Raises EvaluationError for a file that is damaged or of another format."""
+    path = folder / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("suite", "protocol", "overall", "tags", "items", "weights") if key not in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}); make it again: reca eval ... --steps score") from error
+    if missing:
+        raise EvaluationError(f"{path} has no {', '.join(missing)}; make it again: reca eval ... --steps score")
+    return found
