@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     comparison = command(
         "compare", compare_commands.run, "Compare two models: scores, pictures, losses and settings, in one HTML page."
     )
-    compare_commands.add(comparison, _path_text)
+    compare_commands.add(comparison, _path)
 
     demo = command(
         "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."

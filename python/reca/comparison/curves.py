@@ -44,7 +44,7 @@ def setting_differences(before: Side, after: Side) -> list[dict[str, Any]]:
     """List the recipe keys of two runs that differ."""
     if before.kind != "run" or after.kind != "run" or before.recipe is None or after.recipe is None:
         return []
-    sides = [_flat(as_dict(side.recipe)) for side in (before, after)]
+    sides = [_flat(as_dict(recipe)) for recipe in (before.recipe, after.recipe)]
     return [
         {"key": key, "before": sides[0].get(key), "after": sides[1].get(key)}
         for key in dict.fromkeys([*sides[0], *sides[1]])

@@ -46,6 +46,7 @@ def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
     images = [_images(suite), _images(against, suite)]
     return {
         "name": suite["protocol"],
+        "unit": "" if unit == "points" else " %",
         "headline": _row("overall", suite["overall"], against["overall"], unit),
         "verdict": _verdict(against["overall"]["difference_interval"]),
         "tags": [

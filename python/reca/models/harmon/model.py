@@ -28,6 +28,7 @@ class Harmon(Network, Adapter):
     abilities = frozenset({"generate", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     encoder_roles = frozenset({"codec"})
+    understanding_roles = Adapter.understanding_roles | {"codec"}  # h_v is made of latents
     condition_keys = ("h_v",)
 
     @classmethod

@@ -1,0 +1,187 @@
+"""The page of `reca compare`, its JSON, and what it says of understanding; the page also in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import reca
+from reca import checkpoint, cli, comparison
+from reca.eval.errors import EvaluationError
+from reca.models import UMMS, umm_package
+from reca.recipe_files import load_recipe
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@pytest.fixture
+def compared(painter):
+    """A run whose base misses 40 % of the images, evaluated and compared."""
+    reca.evaluate("world", painter, against="base", limit=42)
+    assert cli.main(["compare", "base", str(painter)]) == 0
+    return painter / "comparison"
+
+
+def test_scores_and_flips(compared, capsys):
+    found = json.loads((compared / "comparison.json").read_text())
+    (suite,) = found["suites"]
+    assert suite["against"]["overall"]["difference"] == pytest.approx(1 - suite["against"]["overall"]["value"])
+    page = (compared / "comparison.html").read_text()
+    flips = suite["against"]["flips"]
+    assert page.count('<button type="button" class="flip"') == len(flips) > 5
+    for flip in flips:
+        assert f'alt="before: {html.escape(flip["prompt"])}"' in page
+    assert "Better: the interval lies above zero" in page and "Lost: 0 prompts" in page
+    assert found["before"]["kind"] == "base" and found["after"]["kind"] == "run"
+
+
+def test_the_page_needs_no_other_file(compared):
+    page = (compared / "comparison.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
+
+
+def test_fewer_pictures(compared, painter):
+    assert cli.main(["compare", "base", str(painter), "--pictures", "3", "--out", str(painter / "few")]) == 0
+    page = (painter / "few" / "comparison.html").read_text()
+    assert page.count('<button type="button" class="flip"') == 3 and ", 3 shown" in page
+
+
+def test_two_evaluations(compared, painter):
+    found = comparison.compare(str(painter / "eval/world"), str(painter / "eval/base/world"))
+    assert found["suites"][0]["against"]["overall"]["difference"] < 0
+    assert found["understanding"] is None and found["curves"] == [] and found["settings"] == []
+
+
+def test_a_lost_picture_leaves_a_gap(compared, painter):
+    shutil.rmtree(painter / "eval/base/world/images")
+    assert cli.main(["compare", "base", str(painter)]) == 0
+    page = (painter / "comparison" / "comparison.html").read_text()
+    assert "no picture before" in page and "no picture after" not in page
+
+
+def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
+    assert cli.main(["compare", "base", str(tmp_path)]) != 0
+    assert "is no folder of a run" in capsys.readouterr().err
+    with pytest.raises(EvaluationError, match="neither the folder of a run .* nor of an evaluation"):
+        comparison.compare(str(tmp_path / "nowhere"), str(painter))
+    with pytest.raises(EvaluationError, match="one model"):
+        comparison.compare("base", "base")
+    assert "was evaluated" in comparison.compare("base", str(painter))["notes"][0]
+    (painter / "eval/world").mkdir(parents=True)
+    (painter / "eval/world/results.json").write_text("{")
+    with pytest.raises(EvaluationError, match=r"results.json cannot be read .* --steps score"):
+        comparison.compare("base", str(painter))
+
+
+# ---- two real runs ----
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for name, umm, given in (
+        ("first", "open_uni", {}), ("second", "open_uni", {"optim.lr": 1e-2}), ("show_o", "show_o", {}),
+    ):  # fmt: skip
+        keys = {"run_dir": str(folder / name), "train.steps": 2, "train.threads": 1, "log.every": 1} | given
+        found[name] = str(reca.train(load_recipe(f"{umm}_tiny", keys)).folder)
+    return found
+
+
+def test_losses_and_settings_of_two_runs(runs, tmp_path):
+    found = comparison.compare(runs["first"], runs["second"])
+    assert [row["key"] for row in found["settings"]] == ["optim.lr"]
+    (curve,) = found["curves"]
+    assert curve["name"] == "reca/loss" and len(curve["before"]) == len(curve["after"]) == 2
+    page = comparison.write(found, tmp_path).read_text()
+    assert page.count("<polyline") == 2 and "optim.lr" in page
+    assert "understanding is bit-identical" in page.lower()
+
+
+def test_understanding_of_open_uni_is_bit_identical_and_of_show_o_is_not(runs):
+    same = comparison.compare("base", runs["first"])["understanding"]
+    assert same["identical"] and same["changed"] > 10 and same["tensors"] == []
+    other = comparison.compare("base", runs["show_o"])["understanding"]
+    assert not other["identical"] and any(name.startswith("showo.model.layers") for name in other["tensors"])
+
+
+def test_equal_bits_are_no_change(runs, tmp_path):
+    shutil.copytree(runs["show_o"], tmp_path / "copy")
+    copy = comparison.compare(runs["show_o"], str(tmp_path / "copy"))
+    assert copy["understanding"]["changed"] == 0 and "bit-identical" in copy["understanding"]["text"]
+    assert checkpoint.latest(tmp_path / "copy") is not None
+
+
+def test_models_that_are_different_ones(runs):
+    assert comparison.compare(runs["first"], runs["show_o"])["understanding"] is None
+
+
+@pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])
+def test_answers_use_the_understanding_roles_alone(umm):
+    """NaN in every other trained parameter leaves answers as they are, and understanding roles do change them."""
+    model = umm_package(umm).Adapter.load(load_recipe(f"{umm}_tiny").model).eval()
+    image = torch.arange(3 * 32 * 32, dtype=torch.int64).reshape(3, 32, 32).remainder(251).to(torch.uint8)
+
+    def score():
+        return model.log_likelihood([image], ["what is this"], ["a red square"])[0]
+
+    before, roles = score(), model.roles()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if roles[name] not in model.understanding_roles and parameter.is_floating_point():
+                parameter.fill_(float("nan"))
+    assert score() == before
+    for role in sorted(set(roles.values()) & model.understanding_roles & model.trainable_roles):
+        own = [parameter for name, parameter in model.named_parameters() if roles[name] == role]
+        kept = [parameter.clone() for parameter in own]
+        with torch.no_grad():
+            for parameter in own:
+                parameter.add_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        assert score() != before, role
+        with torch.no_grad():
+            for parameter, old in zip(own, kept, strict=True):
+                parameter.copy_(old)
+    assert score() == before
+
+
+# ---- in a browser ----
+
+
+def open_page(page, script, *options):
+    """Return the document after `script`, which the page runs once it has loaded."""
+    tried = page.with_name("tried.html")
+    tried.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", *options,
+         "--dump-dom", tried.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@browser
+def test_a_click_opens_the_pair_and_keys_go_on(compared):
+    page = compared / "comparison.html"
+    prompts = re.findall(r'<span class="prompt">(.*?)</span>', page.read_text())
+    click = 'document.querySelectorAll("button.flip")[1].click();'
+    shown = open_page(page, click)
+    dialog = shown[shown.index("<dialog") :]
+    assert re.match(r"<dialog[^>]* open", dialog) and prompts[1] in dialog and dialog.count("<img") == 2
+    key = 'document.querySelector("dialog").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft"}));'
+    before = open_page(page, click + key)
+    assert prompts[0] in before[before.index("<dialog") :]
+    closed = open_page(page, click + 'document.querySelector("#close").click();')
+    assert not re.match(r"<dialog[^>]* open", closed[closed.index("<dialog") :])
+
+
+@browser
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_sticks_out(compared, width):
+    measure = "document.title = document.documentElement.scrollWidth - document.documentElement.clientWidth;"
+    shown = open_page(compared / "comparison.html", measure, f"--window-size={width},900")
+    assert "<title>0</title>" in shown
