@@ -173,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare_commands.add(comparison, _path)
 
+    serve = command("serve", _serve, "Serve a page to draw, edit and answer with a model, beside another one.")
+    takes_recipe(serve, or_run=True)
+    takes_ema(serve)
+    serve.add_argument("--against", metavar="RUN|base", help="show beside it: base, a run or a recipe")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine alone")
+    serve.add_argument("--port", type=int, default=7860)
+
     demo = command(
         "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
@@ -332,6 +339,12 @@ def _get_data(options: argparse.Namespace) -> None:
     from reca.downloads import data_of, get
 
     get(data_of(options.name), options.to, options.dry_run)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from reca.serve import serve
+
+    serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
 
 
 def _demo(options: argparse.Namespace) -> None:

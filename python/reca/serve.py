@@ -1,0 +1,266 @@
+"""`reca serve`: a page that draws, edits and answers with a model, and with the one it is compared with beside it."""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reca.data.pixels import read_image
+from reca.eval.targets import Target, opponent, target
+from reca.image_grid import make_grid
+from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.models.common.inference import check_pairs, warn_of_unknown_words
+from reca.options import RecipeError
+from reca.sampling_options import check_sampling_options
+from reca.values import guess
+
+log = logging.getLogger("reca")
+
+MAX_UPLOAD = 32 * 2**20  # bytes of a picture
+MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
+MAX_WAITING = 16  # requests; one more is refused
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# The page fetches nothing from elsewhere: neither fonts nor scripts.
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models of the page."""
+
+    label: str
+    model: Adapter
+
+
+class Requests:
+    """What the page asks of its models: each method returns one result per side, made from equal seeds.
+
+    Raises ValueError or OSError with what was wrong with the request.
+    """
+
+    def __init__(self, sides: Sequence[Side]):
+        self.sides = list(sides)
+        self.abilities = frozenset.intersection(*(side.model.abilities for side in sides))
+
+    def generate(self, prompt: str, seed: int, sampling: str = "") -> list[Image.Image]:
+        _check_text(prompt, seed)
+        options = [read_sampling(sampling, side.model.generate) for side in self.sides]
+        return [
+            _picture(side.model.generate([prompt], [seed], **given)[0]) for side, given in self._asked(prompt, options)
+        ]
+
+    def edit(self, path: str | None, instruction: str, seed: int, sampling: str = "") -> list[Image.Image]:
+        _check_text(instruction, seed)
+        options = [read_sampling(sampling, side.model.edit) for side in self.sides]
+        image = read_upload(path)
+        return [
+            _picture(side.model.edit([image], [instruction], [seed], **given)[0])
+            for side, given in self._asked(instruction, options)
+        ]
+
+    def answer(self, path: str | None, question: str) -> list[str]:
+        _check_text(question, 0)
+        image = read_upload(path)
+        return [side.model.answer([image], [question])[0] for side, _ in self._asked(question, [{}] * len(self.sides))]
+
+    def _asked(self, text: str, options: list[dict[str, Any]]) -> Iterator[tuple[Side, dict[str, Any]]]:
+        for side, given in zip(self.sides, options, strict=True):
+            warn_of_unknown_words(side.model.tokenizer, [text])
+            yield side, given
+
+
+def read_sampling(text: str, method: Callable) -> dict[str, Any]:
+    """Read key=value options, with blanks, commas or lines between them, as options of `method`. Raises ValueError."""
+    given = {}
+    for part in re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text.strip() else ():
+        key, equals, value = part.strip(" ,;").partition("=")
+        if not equals or not value.strip():
+            raise ValueError(f"sampling option {part!r} has no {'value' if equals else repr('=')}; write key=value")
+        given[key.strip()] = guess(value.strip(), f"sampling option {key.strip()}")
+    return check_sampling_options(method, given)
+
+
+def read_upload(path: str | None) -> Tensor:
+    """Decode an uploaded picture as training data is, within the same limits. Raises ValueError; DataError is one."""
+    if path is None:
+        raise ValueError("there is no picture; choose a file first")
+    if (size := Path(path).stat().st_size) > MAX_UPLOAD:
+        raise ValueError(f"the picture has {size} bytes; at most {MAX_UPLOAD} are read")
+    try:
+        return read_image(Path(path))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), Path(path).name)) from error
+
+
+def _check_text(text: str, seed: Any) -> None:
+    if not text.strip():
+        raise ValueError("the text is empty; write what to draw, to change or to answer")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"the text has {len(text)} characters; at most {MAX_TEXT} are read")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed {seed} is no whole number")
+    check_pairs(seeds=[seed])
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return make_grid([image])
+
+
+def open_sides(
+    source: str | Path, overrides: Sequence[str], against: str | None, ema: bool, device: torch.device | str
+) -> list[Side]:
+    """Load the model that is served, and before it the one that it is compared with.
+
+    Raises RecipeError where there is nothing to compare with, or where the two share no ability.
+    """
+    mine = target(source, overrides, "", None, ema)
+    targets = [mine] if against is None else [opponent(against, mine, overrides, ""), mine]
+    abilities = []
+    for one in targets:
+        if one.recipe is None:
+            raise RecipeError(f"--against {against} is the folder of an evaluation; name a run, a recipe or base")
+        abilities.append(umm_package(one.recipe.umm).Adapter.abilities)
+    if not frozenset.intersection(*abilities):
+        raise RecipeError(f"{source} and {against} share no ability; name another model as --against")
+    return [Side(_label(one), one.load(device)) for one in targets]
+
+
+def _label(one: Target) -> str:
+    if one.trained:
+        return f"{one.source}, step {one.step()}{', EMA' if one.ema else ''}"
+    return f"{one.source}, before training" if (Path(one.source) / "recipe.yaml").is_file() else one.source
+
+
+def make_page(requests: Requests, title: str) -> Any:
+    """Build the page: a tab for each ability that all sides have. Returns gradio's Blocks."""
+    gradio = import_gradio()
+    labels = [side.label for side in requests.sides]
+
+    def text(label: str) -> Any:
+        return gradio.Textbox(label=label, max_length=MAX_TEXT)
+
+    def seed() -> Any:
+        return gradio.Number(label="Seed", value=0, precision=0, minimum=0)
+
+    def sampling() -> Any:
+        return gradio.Textbox(label="Sampling options", placeholder="key=value, as --sampling; empty: the defaults")
+
+    def upload() -> Any:
+        return gradio.File(label="Image", type="filepath", file_count="single")
+
+    def pictures() -> list:
+        return [gradio.Image(label=one, format="png", interactive=False, alt_text=f"by {one}") for one in labels]
+
+    def answers() -> list:
+        return [gradio.Textbox(label=one, interactive=False) for one in labels]
+
+    tabs: dict[str, tuple[Callable, list[Callable], Callable]] = {
+        "generate": (requests.generate, [lambda: text("Prompt"), seed, sampling], pictures),
+        "edit": (requests.edit, [upload, lambda: text("Instruction"), seed, sampling], pictures),
+        "answer": (requests.answer, [upload, lambda: text("Question")], answers),
+    }
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gradio.Markdown(f"# {title}")
+        for ability, (function, inputs, outputs) in tabs.items():
+            if ability not in requests.abilities:
+                continue
+            with gradio.Tab(ability.capitalize()):
+                given = [make() for make in inputs]
+                button = gradio.Button(ability.capitalize(), variant="primary")
+                with gradio.Row():
+                    shown = outputs()
+            button.click(
+                _with_messages(function, gradio.Error), given, shown, api_name=ability,
+                concurrency_limit=1, concurrency_id="models",
+            )  # fmt: skip
+    return page.queue(max_size=MAX_WAITING)
+
+
+def _with_messages(function: Callable, message: type[Exception]) -> Callable:
+    """Show what was wrong with a request as a message of the page. Everything else goes to the log, too."""
+
+    @functools.wraps(function)
+    def wrapped(*given: Any) -> Any:
+        try:
+            results = function(*given)
+        except (ValueError, OSError) as error:
+            raise message(str(error), print_exception=False) from error
+        except torch.OutOfMemoryError as error:
+            raise message("the GPU has too little memory for this request", print_exception=False) from error
+        except Exception as error:
+            log.exception("a request of the page failed")
+            raise message("this failed; the cause stands in the log of the server", print_exception=False) from error
+        return results[0] if len(results) == 1 else results
+
+    return wrapped
+
+
+def import_gradio() -> Any:
+    """Import gradio without its telemetry. Raises ValueError where it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError(f"reca serve needs gradio, which cannot be imported ({error}): pip install 'reca[serve]'") \
+            from error  # fmt: skip
+    return gradio
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError where nothing can be served at an address."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port {port} lies outside 1 to 65535")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be served at {host}:{port} ({error.strerror}); give another --port or --host"
+        ) from error
+    if host not in LOOPBACK:
+        log.warning("whoever reaches %s:%d can use this model: the page has no password", host, port)
+
+
+@contextlib.contextmanager
+def served(page: Any, host: str, port: int) -> Iterator[str]:
+    """Serve the page inside of the context. Gives its address."""
+    gradio = import_gradio()
+    theme = gradio.themes.Default(**FONTS)
+    page.launch(
+        server_name=host, server_port=port, share=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True,
+        quiet=True, ssr_mode=False, mcp_server=False, enable_monitoring=False, footer_links=[], theme=theme,
+    )  # fmt: skip
+    try:
+        yield page.local_url
+    finally:
+        page.close(verbose=False)
+
+
+def serve(
+    source: str | Path, overrides: Sequence[str], against: str | None, host: str, port: int, ema: bool = False
+) -> None:
+    """Serve a page until the process is interrupted."""
+    import_gradio()
+    check_address(host, port)
+    with tempfile.TemporaryDirectory(prefix="reca_serve_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results are gone when the page is
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        requests = Requests(open_sides(source, overrides, against, ema, device))
+        with served(make_page(requests, f"reca: {source}"), host, port) as address:
+            print(f"serving {source} at {address}; stop with Ctrl-C", flush=True)
+            threading.Event().wait()

@@ -1,0 +1,168 @@
+"""The page of `reca serve`: its requests called directly, over HTTP, and in a browser."""
+
+import builtins
+import shutil
+import socket
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from reca import api
+from reca.cli import main
+from reca.serve import MAX_TEXT, MAX_UPLOAD, Requests, Side, check_address, make_page, open_sides, read_sampling, served
+
+STEP = "steps=2"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return api.load("bagel_tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def requests(tiny):
+    return Requests([Side("base", tiny), Side("trained", tiny)])
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "red.png"
+    Image.new("RGB", (40, 24), "red").save(path)
+    return str(path)
+
+
+def test_both_sides_draw_from_equal_seeds(requests, tiny):
+    before, after = (np.asarray(image) for image in requests.generate("a red circle", 3, STEP))
+    (drawn,) = tiny.generate(["a red circle"], [3], steps=2)
+    assert np.array_equal(before, after) and np.array_equal(before, drawn.permute(1, 2, 0).numpy())
+
+
+def test_edits_and_answers(requests, picture):
+    assert len(requests.edit(picture, "draw it blue", 0, STEP)) == 2
+    before, after = requests.answer(picture, "what is this?")
+    assert before == after
+
+
+def test_sampling_options_are_read_and_checked(tiny):
+    assert read_sampling(" steps=3,\nheight=32  width=32 ", tiny.generate) == {"steps": 3, "height": 32, "width": 32}
+    assert read_sampling("  ", tiny.generate) == {}
+    for text, words in (("stepz=3", "did you mean steps"), ("steps=0", "at least 1"), ("steps", "has no '='")):
+        with pytest.raises(ValueError, match=words):
+            read_sampling(text, tiny.generate)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "words"),
+    [("  ", 0, "is empty"), ("a" * (MAX_TEXT + 1), 0, "at most"), ("a", -1, "lies outside"), ("a", None, "no whole")],
+)
+def test_mistakes_are_said(requests, prompt, seed, words):
+    with pytest.raises(ValueError, match=words):
+        requests.generate(prompt, seed)
+
+
+def test_bad_pictures_are_said_without_a_path_of_the_server(requests, tmp_path):
+    with pytest.raises(ValueError, match="choose a file"):
+        requests.answer(None, "what?")
+    (broken := tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    with pytest.raises(ValueError, match="broken.png is no readable image") as said:
+        requests.answer(str(broken), "what?")
+    assert str(tmp_path) not in str(said.value)
+    with (large := tmp_path / "large.png").open("wb") as file:
+        file.truncate(MAX_UPLOAD + 1)
+    with pytest.raises(ValueError, match="at most"):
+        requests.answer(str(large), "what?")
+
+
+def test_a_run_beside_its_base(tmp_path):
+    small = ["objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
+    run = str(tmp_path / "run")
+    assert main(["train", "show_o_tiny", "train.steps=1", "optim.lr=0.1", *small, f"run_dir={run}"]) == 0
+    sides = open_sides(run, [], "base", False, "cpu")
+    assert [side.label for side in sides] == [f"{run}, before training", f"{run}, step 1"]
+    before, after = (dict(side.model.named_parameters()) for side in sides)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert Requests(sides).abilities == {"generate", "answer"}
+
+
+def test_an_evaluation_cannot_be_served(tmp_path):
+    (tmp_path / "records.jsonl").write_text("")
+    with pytest.raises(ValueError, match="folder of an evaluation"):
+        open_sides("show_o_tiny", [], str(tmp_path), False, "cpu")
+
+
+def test_gradio_is_asked_for(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *rest, **more):
+        if name == "gradio":
+            raise ImportError("No module named 'gradio'")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["serve", "show_o_tiny"]) == 3
+    assert "pip install 'reca[serve]'" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_a_port_in_use_is_said():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        one.listen()
+        with pytest.raises(ValueError, match="give another --port"):
+            check_address("127.0.0.1", one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def address(requests):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    with served(make_page(requests, "reca: tiny"), "127.0.0.1", free_port()) as address:
+        yield address
+
+
+def test_requests_over_http(address, picture, tmp_path):
+    from gradio_client import Client, handle_file
+
+    client = Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path / "got"))
+    drawn = client.predict("a red circle", 3, STEP, api_name="/generate")
+    assert len(drawn) == 2 and Image.open(drawn[0]).mode == "RGB"
+    assert len(client.predict(handle_file(picture), "what is this?", api_name="/answer")) == 2
+    (broken := tmp_path / "broken.png").write_bytes(b"no picture")
+    for given, words in (
+        ((handle_file(str(broken)), "what?"), "no readable image"),
+        ((None, "what?"), "choose a file"),
+    ):
+        with pytest.raises(Exception, match=words):
+            client.predict(*given, api_name="/answer")
+
+
+def test_uploads_are_bounded(address):
+    import urllib.error
+    import urllib.request
+
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n--x--\r\n'
+    data = form % bytes(MAX_UPLOAD + 1)
+    ask = urllib.request.Request(
+        f"{address}gradio_api/upload", data, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as said:
+        urllib.request.urlopen(ask)
+    assert said.value.code == 413
+
+
+def test_the_page_in_a_browser(address, tmp_path):
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("chromium is not on PATH")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    dump = [chromium, *options, "--virtual-time-budget=20000", "--dump-dom", address]
+    page = subprocess.run(dump, capture_output=True, text=True, timeout=120).stdout
+    for word in ("Generate", "Edit", "Answer", "Sampling options", "trained"):
+        assert word in page
