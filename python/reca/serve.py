@@ -189,7 +189,7 @@ def make_page(requests: Requests, title: str) -> Any:
     return page.queue(max_size=MAX_WAITING)
 
 
-def _with_messages(function: Callable, message: type[Exception]) -> Callable:
+def _with_messages(function: Callable, message: Callable[..., Exception]) -> Callable:
     """Show what was wrong with a request as a message of the page. Everything else goes to the log, too."""
 
     @functools.wraps(function)
