@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
 import threading
@@ -257,6 +258,7 @@ def serve(
     """Serve a page until the process is interrupted."""
     import_gradio()
     check_address(host, port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder is deleted then, too
     with tempfile.TemporaryDirectory(prefix="reca_serve_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and results are gone when the page is
         device = "cuda" if torch.cuda.is_available() else "cpu"
