@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reca import distributed
+from reca import distributed, fit
 from reca.config import Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -82,7 +82,7 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
-    made = finished_steps(recipe)
+    made = finished_steps(fit.recorded(recipe))
     if made is None:
         Trainer(recipe, model).run()
     distributed.shut_down()

@@ -7,26 +7,23 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from reca import units
+from reca import cards, memory, units
 from reca.config import Recipe
 from reca.data.batch import Batch
-from reca.lora import choose_trained
-from reca.micro_batches import accumulation_steps, describe_split, size_warning
-from reca.models import umm_package
+from reca.held import host_memory
+from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
-from reca.optim import state_bytes
 from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
 from reca.rng import CounterRNG
-from reca.runs import published_files
+from reca.skeleton import build_meta
 from reca_kernels import dispatch
 
 IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
-CARD = 80 << 30  # bytes of a GPU where there is none to ask
 TEXT = "Describe the image in detail."
 
 
@@ -41,32 +38,6 @@ class Flops(NamedTuple):
     encode: float  # frozen encoders, which a feature cache runs once
     forward: float
     backward: float  # with the blocks' second forward pass under activation checkpointing
-
-
-class Memory(NamedTuple):
-    """Bytes on the GPU that holds most, without activations, images and allocator fragmentation."""
-
-    weights: int  # the fp32 masters of what is trained, and what is frozen
-    gradients: int
-    moments: int  # of AdamW
-    ema: int  # fp32 averages of what is trained, with ema.half_life
-    copies: int  # weights gathered from other GPUs, or cast by autocast, while they are used
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-def build_meta(recipe: Recipe) -> tuple[Adapter, FakeTensorMode]:
-    """Build the recipe's model without memory, frozen as in training. Returns it with the mode its tensors belong to.
-
-    Raises ValueError for roles and patterns that the model does not have.
-    """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
-    choose_trained(adapter, recipe)
-    return adapter, fake
 
 
 def parameters(adapter: Adapter) -> dict[str, Parameters]:
@@ -140,80 +111,16 @@ def _indices(feature: Tensor | list) -> Tensor | list:
     return torch.zeros(feature.shape, dtype=feature.dtype)
 
 
-def memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> Memory:
-    """Compute the memory of the GPU that holds most, of `gpus` GPUs with `node` in a machine.
+def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None) -> str:
+    """Write the report. card: bytes of one to fit.
 
-    card: bytes of a GPU; with room for it, parallel.strategy=auto gives each all weights.
-
-    weights     FSDP2 splits each parameter's first dimension into `shard` parts, the last ones smaller or empty
-    gradients   like weights; where a step has several backward passes and only the last reduces, whole and in fp32
-    moments     two per trained weight, in the type that optim asks for; none with optim.offload
-    ema         one fp32 number per trained weight
-    copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
-                type of computation; of replicas only what is trained; one GPU: bf16 copies of trained matrices, at most
+    Raises ValueError for what `reca train` on this number of GPUs would refuse.
     """
-    for task in recipe.active_tasks():
-        if task not in adapter.tasks:
-            raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
-    several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
-    whole = gpus > 1 and several and not recipe.parallel.reduce_every_pass
-    shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
-    half = recipe.train.precision == "bf16"
-    weights = sum(_bytes(buffer) for buffer in adapter.buffers())
-    gradients = moments = ema = copies = 0
-    for parameter in adapter.parameters():
-        own = part(parameter, shard) * parameter.itemsize
-        weights += own
-        if parameter.requires_grad:
-            gradients += 4 * parameter.numel() if whole else own
-            moments += 0 if recipe.optim.offload else state_bytes(parameter, recipe.optim, shard)
-            ema += 4 * part(parameter, shard) if recipe.ema.half_life else 0
-            if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
-                copies += 2 * parameter.numel()
-    if gpus > 1:
-        managed = [p for p in adapter.parameters() if shard > 1 or p.requires_grad]  # replicas leave frozen ones alone
-        ids = set(map(id, managed))
-        blocks = [[p for p in block.parameters() if id(p) in ids] for block in adapter.blocks()]
-        inside = {id(parameter) for block in blocks for parameter in block}
-        copies = sum(_bytes(parameter) for parameter in managed if id(parameter) not in inside)
-        sizes = sorted(sum(p.numel() * 2 if half else _bytes(p) for p in block) for block in blocks)
-        copies += sum(sizes[-2:])
-    return Memory(weights, gradients, moments, ema, copies)
-
-
-def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
-    """Count the bytes of a machine's memory that loading weights on `gpus` GPUs takes, with `node` in a machine.
-
-    Files are mapped, and each process copies its part of one parameter at a time to its GPU; what the system keeps of
-    the files beside that it gives back when it must. A model without files is made on one machine as a whole.
-    """
-    ranks = min(node, gpus)
-    shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
-    copied = max(part(parameter, shard) * parameter.itemsize for parameter in adapter.parameters())
-    need = ranks * (copied + sum(_bytes(buffer) for buffer in adapter.buffers()))
-    if not published_files(recipe):
-        need += sum(_bytes(parameter) for parameter in adapter.parameters())
-    return need
-
-
-def part(parameter: nn.Parameter, shard: int) -> int:
-    """Count the elements of the largest of `shard` parts along the first dimension."""
-    if parameter.ndim == 0:
-        return 1
-    return -(-parameter.shape[0] // shard) * parameter[:1].numel()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
-
-
-def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
-    """Write the report. Raises ValueError for what `reca train` on this number of GPUs would refuse."""
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
-    card = memory_per_rank(torch.device("cuda")) if torch.cuda.is_available() else CARD
-    need = memory(adapter, recipe, gpus, node, card)
+    of_gpu = memory_per_rank(torch.device("cuda")) if torch.cuda.is_available() else memory.CARD
+    room = of_gpu if card is None else card
     if recipe.train.activation_checkpointing:
         checkpoint_activations(adapter)
     count, rows = parameters(adapter), adapter.sequence()
@@ -235,13 +142,17 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8) -> str:
         lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
     if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
-    lines += ["", f"memory per GPU, {gpus} GPU{'s' * (gpus > 1)}, without activations"]
+    lines += ["", f"peak memory per GPU of a step, predicted, {gpus} GPU{'s' * (gpus > 1)}"]
     if gpus > 1:
-        shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))
+        shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, room))
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"
-        lines.append(f"  each GPU of {units.size(card)} holds {held}")
-    lines += [_line(name, n, units.BYTES) for name, n in (*need._asdict().items(), ("all", need.total))]
-    lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, card), units.BYTES) + " a machine, loading"]
+        lines.append(f"  each GPU of {units.size(room)} holds {held}")
+    peak = memory.predict(recipe, gpus, node, room)
+    lines += [_line(name, n, units.BYTES) for name, n in (*peak._asdict().items(), ("all", peak.total))]
+    lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
+    lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, room), units.BYTES) + " a machine, loading"]
+    if card is not None:
+        lines += ["", f"cards of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
     return "\n".join(lines)
 
 

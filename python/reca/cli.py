@@ -121,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--node", type=int, default=8, help="GPUs per node; by default these share one copy of the weights"
     )
+    check.add_argument(
+        "--card", type=_bytes, metavar="80GiB", help="memory of a GPU: say what fits, and how many it takes; minutes"
+    )
 
     generate = command("generate", inference_commands.generate, "Generate images from text.")
     takes_recipe(generate, or_run=True)
@@ -249,6 +252,15 @@ def _path_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _bytes(text: str) -> int:
+    from reca.units import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _path(text: str) -> Path:
     return Path(_path_text(text))
 
@@ -303,7 +315,7 @@ def _check(options: argparse.Namespace) -> None:
 
     if max(options.gpus, options.node) > MOST_GPUS:
         raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
-    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node))
+    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.card))
 
 
 def _cache(options: argparse.Namespace) -> None:

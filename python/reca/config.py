@@ -4,11 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from reca import units
 from reca.data.batch import TASKS
 from reca.data.config import DataConfig
 from reca.models import UMMS
 from reca.options import LOCAL, RecipeError, config_field, format_value, share
 
+FIT_CHANGES = ("moments", "micro_batch")  # what train.fit may be allowed to change
 MAX_STEPS = 10**9  # the most that a run makes: samples are numbered in 56 bits
 
 
@@ -136,6 +138,16 @@ class TrainConfig:
         "multiply in 8 bits in the blocks' linear layers, by torchao; needs precision=bf16 and an Ada or Hopper GPU",
     )
     activation_checkpointing: bool = config_field(False, "recompute the transformer blocks in the backward pass")
+    fit: Optional[str] = config_field(
+        None,
+        "memory of a card, such as 80GiB, or auto for the GPU's own: choose micro_batch, activation_checkpointing, "
+        "parallel.shard and optim.offload so that the predicted peak fits; null keeps the recipe's",
+    )
+    fit_allow: list[str] = config_field(
+        list,
+        "what train.fit may change although results change with it: moments (bf16 or 8 bits), micro_batch (where "
+        "objective.mean=micro_batch averages over it)",
+    )
     compile: bool = config_field(False, "torch.compile the transformer blocks")
     max_skips: int = config_field(
         3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
@@ -162,6 +174,16 @@ class TrainConfig:
             raise RecipeError(
                 f"{prefix}float8=true rounds what is computed in bf16: set {prefix}precision=bf16, not {self.precision}"
             )
+        if unknown := [change for change in self.fit_allow if change not in FIT_CHANGES]:
+            raise RecipeError(
+                f"{prefix}fit_allow={format_value(unknown)} is nothing that {prefix}fit can change; it takes "
+                f"{' and '.join(FIT_CHANGES)}"
+            )
+        if self.fit not in (None, "auto"):
+            try:
+                units.parse_size(self.fit)
+            except ValueError as error:
+                raise RecipeError(f"{prefix}fit: {error}, or auto for the memory of the GPU") from error
 
 
 @dataclass
@@ -274,6 +296,11 @@ class LogConfig:
     sample_every: int = config_field(0, "steps between grids of images; 0 generates none", least=0)
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
     drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
+    memory_snapshot: bool = config_field(
+        False,
+        "remember who allocates GPU memory, for the snapshot that an out-of-memory error leaves in run_dir; without it "
+        "the snapshot shows what is allocated, not by whom",
+    )
     profile: Optional[str] = config_field(
         None, "first:last step to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reca.check import build_meta
 from reca.config import Recipe
 from reca.data.audit import audit, report
 from reca.data.contact_sheet import contact_sheet
@@ -15,6 +14,7 @@ from reca.data.sources import DATA_KEYS, open_sources
 from reca.folders import write_atomically
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe, recipe_names
+from reca.skeleton import build_meta
 
 UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from reca import checkpoint, float8, runs, units
-from reca.check import build_meta, memory
 from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import open_sources
 from reca.data.templates import load_templates
+from reca.held import held
 from reca.lora import choose_trained
 from reca.models.base import Adapter
 from reca.optim import check_passes
 from reca.options import RecipeError
+from reca.skeleton import build_meta
 
 log = logging.getLogger("reca")
 
@@ -68,7 +69,7 @@ def _files_exist(recipe: Recipe) -> None:
 
 
 def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
-    need = memory(adapter, recipe, ranks, node).total
+    need = held(adapter, recipe, ranks, node).total
     if torch.cuda.is_available():
         have, where, each = torch.cuda.get_device_properties(0).total_memory, "the GPU", 1
     else:

@@ -15,6 +15,7 @@ import torch
 from reca import check, distributed
 from reca.config import Recipe
 from reca.data.batch import Batch
+from reca.skeleton import build_meta
 
 # Dense bf16 with fp32 accumulation, in TFLOP/s, by a part of the device's name; the first that fits counts. From
 # NVIDIA's data sheets and white papers (architectures Ampere, Ada, Hopper, Blackwell), which state twice as much where
@@ -79,7 +80,7 @@ def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
 
     batches: micro-batches of each task, whose first one stands for all: its texts are as long as they are.
     """
-    adapter, fake = check.build_meta(recipe)
+    adapter, fake = build_meta(recipe)
     total = 0.0
     for task, micro_batches in batches.items():
         work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))

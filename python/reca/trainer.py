@@ -9,7 +9,20 @@ from typing import Any
 
 import torch
 
-from reca import checkpoint, distributed, exits, hang, lora, micro_batches, objective, preflight, runs
+from reca import (
+    checkpoint,
+    distributed,
+    exits,
+    fit,
+    hang,
+    lora,
+    memory,
+    micro_batches,
+    objective,
+    out_of_memory,
+    preflight,
+    runs,
+)
 from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
@@ -24,6 +37,7 @@ from reca.lora import choose_trained
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
+from reca.options import RecipeError
 from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast
 from reca.precompute import features_identity
@@ -59,9 +73,6 @@ class Trainer:
         hang.record_collectives(self.run_dir)
         self.device = distributed.initialize(recipe.parallel.timeout_minutes)
         self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
-        self.accumulation_steps = {
-            task: micro_batches.accumulation_steps(self._task(task), distributed.world_size()) for task in self.tasks
-        }
         with distributed.fail_together():
             if distributed.rank() == 0:
                 ensure_writable(self.run_dir, "run_dir")
@@ -79,13 +90,17 @@ class Trainer:
         with (
             self.folder,
             self.interruption.handle_signals(),
-            preflight.memory_errors(),
+            out_of_memory.explained(lambda: self.recipe),
             deterministic(self.recipe.train.deterministic),
         ):
             yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
-        recipe = self.recipe
+        self.recipe = recipe = self._fit(adapter)
+        out_of_memory.record_history(recipe)
+        self.accumulation_steps = {
+            task: micro_batches.accumulation_steps(self._task(task), distributed.world_size()) for task in self.tasks
+        }
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
             hang.remove_request(self.run_dir)
@@ -128,6 +143,19 @@ class Trainer:
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
+
+    def _fit(self, adapter: Adapter | None) -> Recipe:
+        """Return the recipe with what train.fit chooses, on rank 0 for all."""
+        if self.recipe.train.fit is None:
+            return self.recipe
+        fitted = None
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                if adapter is not None:
+                    raise RecipeError("train.fit chooses for the recipe's own model, and this run was given another")
+                ranks, node = distributed.world_size(), distributed.local_world_size()
+                fitted = fit.fit_run(self.recipe, ranks, node, memory.in_own_process)
+        return distributed.all_gather(fitted)[0]
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""

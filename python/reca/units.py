@@ -1,5 +1,7 @@
 """Amounts with their units."""
 
+import re
+
 BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 FLOPS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"), (1, "FLOP"))
 
@@ -13,3 +15,11 @@ def size(count: float) -> str:
     """Write a number of bytes, such as 1.50 GiB or 132 bytes."""
     unit, name = largest(count, BYTES)
     return f"{count / unit:.{2 if unit > 1 else 0}f} {name}"
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: 80GiB, or 141GB of 10^9. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(GiB|GB)\s*", text)
+    if not match or not float(match[1]):
+        raise ValueError(f"{text[:40]!r} is no size of a memory: write 80GiB, or 141GB")
+    return int(float(match[1]) * (2**30 if match[2] == "GiB" else 10**9))

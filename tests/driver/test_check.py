@@ -13,6 +13,7 @@ from reca import check
 from reca.cli import main
 from reca.config import ParallelConfig
 from reca.data.batch import Batch
+from reca.held import held, part
 from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
@@ -20,12 +21,13 @@ from reca.optim import freeze, make_optimizer
 from reca.parallelize import replicas_fit, shard_size
 from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
+from reca.skeleton import build_meta
 
 TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"]
 
 
 def numbers(name, *overrides):
-    adapter, _ = check.build_meta(load_recipe(name, list(overrides)))
+    adapter, _ = build_meta(load_recipe(name, list(overrides)))
     return check.parameters(adapter)
 
 
@@ -90,23 +92,23 @@ def test_harmon_trains_what_its_authors_count(name, millions):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
     recipe = load_recipe(name)
-    adapter, fake = check.build_meta(recipe)
+    adapter, fake = build_meta(recipe)
     count = check.parameters(adapter)
     assert sum(n.total for n in count.values()) == sum(p.numel() for p in adapter.parameters())
     assert {role for role, n in count.items() if n.trained} <= set(adapter.trainable_roles)
     assert all(p.fake_mode is fake for p in adapter.parameters())
     trained = [p for p in adapter.parameters() if p.requires_grad]
-    assert check.memory(adapter, recipe, 1, 8).moments == 8 * sum(p.numel() for p in trained)
-    needs = [check.memory(adapter, recipe, gpus, 8) for gpus in (2, 3, 4, 6, 8)]
+    assert held(adapter, recipe, 1, 8).moments == 8 * sum(p.numel() for p in trained)
+    needs = [held(adapter, recipe, gpus, 8) for gpus in (2, 3, 4, 6, 8)]
     assert all(more.moments > less.moments for more, less in itertools.pairwise(needs))
-    assert check.memory(adapter, recipe, 64, 8).weights == check.memory(adapter, recipe, 16, 8).weights
+    assert held(adapter, recipe, 64, 8).weights == held(adapter, recipe, 16, 8).weights
     assert all(rows > 0 for rows in adapter.sequence().values())
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_flops_are_those_of_a_real_step(name):
     recipe = load_recipe(name)
-    without_memory = check.flops(*check.build_meta(recipe), 4)
+    without_memory = check.flops(*build_meta(recipe), 4)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model).eval()
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     assert check.flops(adapter, contextlib.nullcontext(), 4) == without_memory
@@ -116,7 +118,7 @@ def test_flops_are_those_of_a_real_step(name):
 def test_flops_of_a_transformer_by_hand():
     """Two for every weight and row, forward; attention 4 d for every pair of rows; the head on hidden rows alone."""
     recipe = load_recipe("show_o_tiny")
-    adapter, fake = check.build_meta(recipe)
+    adapter, fake = build_meta(recipe)
     phi, pictures = adapter.showo.model, 4
     work = check.flops(adapter, fake, pictures)
     rows = (
@@ -144,18 +146,18 @@ def test_depthwise_convolutions_count_their_own_channel_only():
 def test_memory_of_a_real_step(name):
     overrides = ["objective.i2t.weight=0"]
     recipe = load_recipe(name, overrides)
-    need = check.memory(check.build_meta(recipe)[0], recipe, 1, 8)
+    need = held(build_meta(recipe)[0], recipe, 1, 8)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model)
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
     pictures = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
     adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, pictures), CounterRNG(0)).sum.backward()
     optimizer.step()
-    held = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
-    assert need.weights == held(adapter.parameters()) + held(adapter.buffers())
-    assert need.gradients == held(p.grad for p in adapter.parameters() if p.grad is not None)
+    size = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
+    assert need.weights == size(adapter.parameters()) + size(adapter.buffers())
+    assert need.gradients == size(p.grad for p in adapter.parameters() if p.grad is not None)
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert need.moments == held(moments)
+    assert need.moments == size(moments)
     assert need.copies == 0  # fp32
 
 
@@ -164,13 +166,13 @@ def test_memory_when_sharded():
     once = load_recipe(
         "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=2"]
     )
-    adapter, _ = check.build_meta(once)
+    adapter, _ = build_meta(once)
     parts, trained, whole = 0, 0, 0
     for p in adapter.parameters():
         own = (p.shape[0] + 2) // 3 * (p.numel() // p.shape[0]) * 4
         parts, trained = parts + own, trained + own * p.requires_grad
         whole += 4 * p.numel() * p.requires_grad
-    need = check.memory(adapter, once, 3, 8)
+    need = held(adapter, once, 3, 8)
     assert need.weights - parts == sum(b.numel() * b.itemsize for b in adapter.buffers())
     assert need.gradients == trained and need.moments == 2 * trained
     layers = sum(p.numel() for p in adapter.showo.model.layers.parameters())
@@ -179,34 +181,34 @@ def test_memory_when_sharded():
     twice = load_recipe(
         "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1"]
     )
-    assert check.memory(adapter, twice, 3, 8).gradients == whole
+    assert held(adapter, twice, 3, 8).gradients == whole
     twice.parallel.reduce_every_pass = True
-    assert check.memory(adapter, twice, 3, 8).gradients == trained
+    assert held(adapter, twice, 3, 8).gradients == trained
     replicas = load_recipe(
         "show_o_tiny",
         ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1", "parallel.shard=1"],
     )
-    need = check.memory(adapter, replicas, 3, 8)
+    need = held(adapter, replicas, 3, 8)
     assert need.moments == 2 * whole
     assert need.copies == whole - 4 * sum(p.numel() for p in adapter.showo.model.layers.parameters()) // 3
 
 
 def test_parts_of_a_parameter():
-    assert check.part(nn.Parameter(torch.zeros(5, 3)), 2) == 9
-    assert check.part(nn.Parameter(torch.zeros(2, 3)), 8) == 3
-    assert check.part(nn.Parameter(torch.zeros(())), 8) == 1
+    assert part(nn.Parameter(torch.zeros(5, 3)), 2) == 9
+    assert part(nn.Parameter(torch.zeros(2, 3)), 8) == 3
+    assert part(nn.Parameter(torch.zeros(())), 8) == 1
 
 
 def test_bf16_weights_and_copies():
     recipe = load_recipe("show_o_tiny", ["model.dtype=bf16", "train.precision=bf16"])
-    adapter, _ = check.build_meta(recipe)
-    need = check.memory(adapter, recipe, 1, 8)
+    adapter, _ = build_meta(recipe)
+    need = held(adapter, recipe, 1, 8)
     trained = [p for p in adapter.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.bfloat16}
     assert need.gradients == 2 * sum(p.numel() for p in trained) and need.copies == 0
     masters = load_recipe("show_o_tiny", ["train.precision=bf16"])
-    adapter, _ = check.build_meta(masters)
-    assert check.memory(adapter, masters, 1, 8).copies == 2 * sum(
+    adapter, _ = build_meta(masters)
+    assert held(adapter, masters, 1, 8).copies == 2 * sum(
         p.numel() for p in adapter.parameters() if p.requires_grad and p.ndim > 1
     )
 
@@ -264,7 +266,7 @@ def test_command_says_how_the_weights_are_held(capsys):
 
 def test_command_says_how_an_update_is_split(capsys):
     keys = [f"objective.{task}.{key}" for task in ("reca", "i2t") for key in ("batch_size=10", "micro_batch=2")]
-    for gpus in (1, 2, 3, 4, 6, 8, 16, 64):
+    for gpus in (1, 4, 8):
         assert main(["check", "show_o_tiny", *keys, "objective.mean=micro_batch", "--gpus", str(gpus)]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert ("are not the recipe's" in out) == (gpus != 1)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from reca import check
+from reca.held import host_memory
 from reca.models import UMMS
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.models.common.weight_files import assign_state_dict, init_on_meta
 from reca.recipe_files import load_recipe
+from reca.skeleton import build_meta
 from tests.driver.test_distributed import ROOT, environment
 
 CASES = [f"{umm} {source} fsdp" for umm in UMMS for source in ("file", "random")] + ["harmon file ddp"]
@@ -72,10 +73,10 @@ def test_deferred_weights_are_checked_as_others_are():
 def test_host_memory_of_loading():
     """Of files: what each rank copies at a time. Of no files: the whole model, once."""
     recipe = load_recipe("show_o_tiny", ["parallel.shard=4"])
-    adapter, _ = check.build_meta(recipe)
+    adapter, _ = build_meta(recipe)
     whole = sum(p.numel() * p.itemsize for p in adapter.parameters())
-    random = check.host_memory(adapter, recipe, 8, 4)
+    random = host_memory(adapter, recipe, 8, 4)
     recipe.model.weights = "owner/name"
-    files = check.host_memory(adapter, recipe, 8, 4)
+    files = host_memory(adapter, recipe, 8, 4)
     assert random - files == whole and files > 0
-    assert check.host_memory(adapter, recipe, 8, 8) == 2 * files
+    assert host_memory(adapter, recipe, 8, 8) == 2 * files

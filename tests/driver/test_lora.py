@@ -14,6 +14,7 @@ from reca.models import umm_package
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.runs import load_trained
+from reca.skeleton import build_meta
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -156,7 +157,7 @@ def test_every_layer_of_every_model_learns(tiny):
     assert trainer.adapter.roles().keys() == values.keys()
     expected = trainer.adapter.trainable_roles
     assert {trainer.adapter.roles()[n] for n, p in trainer.adapter.named_parameters() if p.requires_grad} <= expected
-    meta, _ = check.build_meta(trainer.recipe)
+    meta, _ = build_meta(trainer.recipe)
     assert check.parameters(meta) == check.parameters(trainer.adapter)
     shapes = [{n: tuple(p.shape) for n, p in a.named_parameters()} for a in (meta, trainer.adapter)]
     assert shapes[0] == shapes[1]

@@ -1,0 +1,291 @@
+"""Settings that let a recipe fit a card (train.fit): micro-batch, recomputation, sharding and the optimizer's moments.
+
+Chosen is the setting that is estimated to make the fastest step among those whose predicted peak fits. batch_size
+stays, and so does every result, unless train.fit_allow names what may change.
+"""
+
+import bisect
+import copy
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from reca import memory, units
+from reca.config import Recipe
+from reca.folders import write_atomically
+from reca.memory import Memory
+from reca.options import RecipeError
+from reca.recipe_files import walk
+from reca.skeleton import build_meta
+
+log = logging.getLogger("reca")
+
+CHECKPOINTING = "train.activation_checkpointing"
+FILE = "fit.json"  # in a run folder: what was chosen, for what, and why
+# What a pass costs beside its rows, in rows: at as many a GPU does half of what it can. A rule to order settings by.
+PASS, GATHER, OFFLOAD = 1024, 1024, 8192
+DEPENDS_ON = (  # keys that a choice depends on
+    "umm", "model.*", "objective.*", "parallel.shard", "parallel.strategy", "ema.half_life", "optim.name",
+    "optim.moments", "optim.offload", "optim.fused_backward", "train.train", "train.frozen", "train.precision",
+    "train.fit", "train.fit_allow", CHECKPOINTING,
+)  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """Settings of a recipe, by key, with the peak that is predicted with them and an estimate of a step's time."""
+
+    keys: dict[str, Any]
+    memory: Memory
+    time: float  # in rows of one sequence through the model, forward and backward
+
+
+class DoesNotFit(RecipeError):
+    """Nothing that may be changed makes the recipe fit."""
+
+
+def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
+    """Return the recipe with other values of some keys."""
+    recipe = copy.deepcopy(recipe)
+    for key, value in keys.items():
+        *groups, name = key.split(".")
+        group: Any = recipe
+        for part in groups:
+            group = getattr(group, part)
+        setattr(group, name, value)
+    return recipe
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    group: Any = recipe
+    for part in key.split("."):
+        group = getattr(group, part)
+    return group
+
+
+class Predictions:
+    """Predicted peaks of a recipe with other settings, each computed once."""
+
+    def __init__(self, recipe: Recipe, gpus: int, node: int, card: int) -> None:
+        self.recipe, self.gpus, self.node, self.card = recipe, gpus, node, card
+        self._found: dict[tuple, Memory] = {}
+
+    def __call__(self, keys: dict[str, Any], tasks: Sequence[str] | None = None) -> Memory:
+        tasks = tuple(tasks or self.recipe.active_tasks())
+        key = (tasks, *sorted((name, str(value)) for name, value in keys.items()))
+        if key not in self._found:
+            recipe = with_keys(self.recipe, keys)
+            self._found[key] = memory.peak_of(recipe, list(tasks), self.gpus, self.node, self.card)
+        return self._found[key]
+
+
+def choose(recipe: Recipe, gpus: int, node: int, card: int) -> Choice:
+    """Choose the settings with which a recipe fits `gpus` cards of `card` bytes.
+
+    Raises:
+        DoesNotFit: With the least that was found, and what would help.
+        RecipeError, ValueError: For what `reca train` would refuse.
+    """
+    predict, rows = Predictions(recipe, gpus, node, card), sum(build_meta(recipe)[0].sequence().values())
+    best: Choice | None = None
+    least: tuple[int, dict[str, Any]] | None = None
+    settings = [(_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting) for setting in _settings(
+        recipe, gpus, node
+    )]  # fmt: skip
+    for fastest, setting in sorted(settings, key=lambda pair: (pair[0], _changes(recipe, pair[1]))):
+        if best is not None and fastest >= best.time:
+            break
+        keys = dict(setting)
+        for task in recipe.active_tasks():
+            name = f"objective.{task}.micro_batch"
+
+            def peak(size: int, name: str = name, task: str = task, setting: dict = setting) -> int:
+                return memory.needed(predict(setting | {name: size}, [task]).total)
+
+            sizes = _sizes(recipe, task, gpus)
+            found = largest_fitting(sizes, peak, card)
+            if found is None:
+                smallest = {f"objective.{t}.micro_batch": _sizes(recipe, t, gpus)[0] for t in recipe.active_tasks()}
+                least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
+                break
+            keys[name] = found
+        else:
+            peaks = (
+                predict(setting | {(name := f"objective.{t}.micro_batch"): keys[name]}, [t])
+                for t in recipe.active_tasks()
+            )
+            time = _time(recipe, keys, gpus, rows)
+            if best is None or time < best.time:
+                best = Choice(keys, max(peaks, key=lambda found: found.total), time)
+    if best is None:
+        assert least is not None
+        raise DoesNotFit(_refusal(recipe, gpus, node, card, *least))
+    return best
+
+
+def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int | None:
+    """Return the largest of `sizes`, which ascend, whose peak is at most `room`; None: none is.
+
+    Few peaks are asked for: a peak is the largest of a few straight lines over the size, so a line between one that
+    fits and one that does not lies above it.
+    """
+    low, high = 0, len(sizes) - 1
+    if peak(sizes[low]) > room:
+        return None
+    if peak(sizes[high]) <= room:
+        return sizes[high]
+    while high - low > 1:
+        a, b = peak(sizes[low]), peak(sizes[high])
+        guess = sizes[low] + (room - a) / max(b - a, 1) * (sizes[high] - sizes[low])
+        middle = min(max(bisect.bisect_right(sizes, guess) - 1, low + 1), high - 1)
+        if peak(sizes[middle]) <= room:
+            low = middle
+        else:
+            high = middle
+    return sizes[low]
+
+
+def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
+    """Yield what may be chosen beside micro-batches."""
+    optimizer: list[dict[str, Any]] = [{"optim.offload": recipe.optim.offload}]
+    if not recipe.optim.offload and recipe.optim.name != "apex":
+        optimizer.append({"optim.offload": True})
+    if "moments" in recipe.train.fit_allow and (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
+        optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
+    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), (False, True), optimizer):
+        yield ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
+
+
+def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
+    """List how many ranks may share a copy of the weights. A recipe that says so is followed."""
+    if recipe.parallel.shard is not None:
+        return [recipe.parallel.shard]
+    shared = sorted({size for size in (min(node, gpus), gpus) if gpus % size == 0})
+    return {"ddp": [1], "fsdp": shared}.get(recipe.parallel.strategy, sorted({1, *shared}))
+
+
+def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
+    """List the micro-batches of a task that split its batch otherwise. They ascend.
+
+    With objective.mean=micro_batch another size is another loss, which train.fit_allow must name.
+    """
+    config = getattr(recipe.objective, task)
+    if recipe.objective.mean == "micro_batch" and "micro_batch" not in recipe.train.fit_allow:
+        return [config.micro_batch]
+    most = -(-config.batch_size // gpus)
+    return sorted({-(-most // passes) for passes in range(1, most + 1)})
+
+
+def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
+    return {f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[-1] for task in recipe.active_tasks()}
+
+
+def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
+    """Estimate a step's time in rows: one pass of n rows takes n, a third more with recomputation, and its overhead."""
+    work = 4 / 3 if keys[CHECKPOINTING] else 1.0
+    time = float(OFFLOAD) if keys.get("optim.offload") else 0.0
+    for task in recipe.active_tasks():
+        most = -(-getattr(recipe.objective, task).batch_size // gpus)
+        passes = -(-most // keys[f"objective.{task}.micro_batch"])
+        time += most * rows * work + passes * (PASS + (GATHER if keys.get("parallel.shard", 1) > 1 else 0))
+    return time
+
+
+def _changes(recipe: Recipe, keys: dict[str, Any]) -> int:
+    return sum(value_of(recipe, key) != value for key, value in keys.items())
+
+
+def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: dict[str, Any]) -> str:
+    helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.train, train.frozen) or LoRA"]
+    if "moments" not in recipe.train.fit_allow:
+        helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which rounds updates otherwise")
+    if recipe.objective.mean == "micro_batch" and "micro_batch" not in recipe.train.fit_allow:
+        helps.append(
+            "train.fit_allow=[micro_batch]: smaller micro-batches, over which objective.mean=micro_batch averages "
+            "otherwise"
+        )
+    return (
+        f"train.fit: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
+        f"found needs {units.size(need)} with its reserve, by {describe(keys)}. What would help: {'; '.join(helps)}"
+    )
+
+
+def describe(keys: dict[str, Any]) -> str:
+    """Write settings as overrides."""
+    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items())
+
+
+# ---- a run ----
+
+
+def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> Recipe:
+    """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
+
+    A run that is continued on as many equal cards keeps what was chosen. call: runs `choose`, such as
+    memory.in_own_process.
+    Raises RecipeError.
+    """
+    file = Path(recipe.run_dir) / FILE
+    if (before := _read(file)) is not None:
+        # What was chosen, the run's own recipe.yaml has too: compared and chosen from is what was there before.
+        recipe = with_keys(recipe, before["instead_of"])
+    asked = _asked(recipe, gpus, node)
+    if before is not None:
+        changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
+        if not changed:
+            log.info("train.fit: as when the run began, %s", describe(before["keys"]))
+            return with_keys(recipe, before["keys"])
+        told = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
+        log.info("train.fit chooses anew, for since it chose %s was changed", told)
+        if recipe.objective.mean == "micro_batch":  # part of the loss, which stays that of the run
+            recipe = with_keys(recipe, {k: v for k, v in before["keys"].items() if k.endswith(".micro_batch")})
+            recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
+    choice = call(choose, recipe, gpus, node, asked["card"])
+    why = (
+        f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
+        f"for {memory.NOT_COUNTED}, of {units.size(asked['card'])}"
+    )
+    log.info("train.fit chose %s: %s", describe(choice.keys), why)
+    instead_of = {key: value_of(recipe, key) for key in choice.keys}
+    written = {
+        "asked": asked,
+        "keys": choice.keys,
+        "instead_of": instead_of,
+        "memory": choice.memory._asdict(),
+        "why": why,
+    }
+    write_atomically(file, json.dumps(written, indent=1).encode())
+    return with_keys(recipe, choice.keys)
+
+
+def recorded(recipe: Recipe) -> Recipe:
+    """Return the recipe with what train.fit chose when this run began; as it is, if it has chosen nothing yet."""
+    before = _read(Path(recipe.run_dir) / FILE) if recipe.train.fit else None
+    return recipe if before is None else with_keys(recipe, before["keys"])
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
+    """Return all that a choice depends on."""
+    if recipe.train.fit != "auto":
+        card = units.parse_size(recipe.train.fit or "")
+    elif torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+    else:
+        raise RecipeError(
+            "train.fit=auto asks the GPU for its memory, and torch finds none: name it, as in train.fit=80GiB"
+        )
+    flat = {key: getattr(group, f.name) for group, f, key in walk(recipe)}
+    relevant = {key: flat[key] for key in flat if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}
+    return {"card": card, "gpus": gpus, "node": node, **json.loads(json.dumps(relevant))}

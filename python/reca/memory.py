@@ -1,0 +1,284 @@
+"""Peak memory per GPU of a recipe's training step, predicted by running the step on tensors that have no memory."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from reca import distributed, objective
+from reca.allocations import OTHER, Allocations, on_gpu
+from reca.config import Recipe
+from reca.data.batch import Batch, Turn, task_rng
+from reca.data.templates import load_templates
+from reca.ema import EMA
+from reca.micro_batches import accumulation_steps, micro_batch_sizes
+from reca.models.base import Adapter
+from reca.optim import gradient_norm, make_optimizer
+from reca.optim.adamw import PIECE, AdamW
+from reca.options import RecipeError
+from reca.parallelize import checkpoint_activations, replicas_fit, shard, shard_size
+from reca.precision import autocast
+from reca.skeleton import build_meta
+
+Result = TypeVar("Result")
+
+CARD = 80 << 30  # bytes of a GPU where nobody says which
+CONTEXT = 3 << 29  # bytes: of the CUDA context, NCCL's buffers and cuBLAS's workspaces
+FRAGMENTATION = 0.05  # of what is allocated, that the allocator reserves beyond it
+NOT_COUNTED = "CUDA context, NCCL, workspaces of torch's kernels, fragmentation"
+PIECES = 8  # fp32 pieces of parameters, gradients and moments that our AdamW works on at a time
+DRAWS = 8  # of masks and dropped texts, of which those with the fewest and with the most predicted tokens are run
+SPREAD = 1.1  # between fewest and most predicted tokens, below which only the most are run
+WORDS = 2048  # in the texts of conversations and captions: a model cuts them to what it takes
+
+
+class Memory(NamedTuple):
+    """Bytes on the GPU that holds most, at the moment when it holds most."""
+
+    weights: int  # this rank's part, and buffers
+    gradients: int
+    moments: int  # of the optimizer
+    ema: int
+    activations: int  # and all else: gathered and cast copies of weights, temporaries, pixels
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def needed(predicted: int) -> int:
+    """Return the bytes of a card that a predicted peak asks for, with a reserve for what is not counted."""
+    return int(predicted * (1 + FRAGMENTATION)) + CONTEXT
+
+
+def predict(
+    recipe: Recipe, gpus: int = 1, node: int = 8, card: int = CARD, *, gpu: bool = True, shards: int | None = None
+) -> Memory:
+    """Predict the peak memory of a training step, by running one on fake tensors.
+
+    The longest texts and the largest images are taken that the model takes.
+
+    Args:
+        recipe: What is trained.
+        gpus: Of the run, `node` of them in a machine.
+        card: Bytes of a GPU: parallel.strategy=auto has all weights on each where they fit.
+        gpu: Attention, autocast and block sizes of CUDA; False: those of a CPU.
+        shards: Ranks that share one copy of the weights; None: as the recipe says.
+
+    Raises:
+        ValueError: For what `reca train` would refuse.
+    """
+    return peak_of(recipe, list(recipe.active_tasks()), gpus, node, card, gpu=gpu, shards=shards)
+
+
+def peak_of(
+    recipe: Recipe,
+    tasks: list[str],
+    gpus: int,
+    node: int,
+    card: int = CARD,
+    *,
+    gpu: bool = True,
+    shards: int | None = None,
+) -> Memory:
+    """Predict the peak of the passes of some of a step's tasks, and of the optimizer."""
+    if dist.is_initialized():
+        raise RuntimeError("a process with a process group predicts in another process: use in_own_process")
+    with _world(gpus, node):
+        adapter, fake = build_meta(recipe)
+        for task in recipe.active_tasks():
+            if task not in adapter.tasks:
+                raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
+        batches = {task: _batches(adapter, recipe, task, gpus, fake) for task in tasks}
+        if recipe.train.activation_checkpointing:
+            checkpoint_activations(adapter, recipe.train.precision)
+        if gpus > 1:
+            adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
+            size = shards or shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))
+            distributed.mesh(torch.device("cpu"), gpus // size, size)  # kept, and made of numbers
+            with fake:
+                shard(adapter, size, torch.device("cpu"), recipe.train.precision)
+        return run_step(adapter, recipe, batches, Allocations(gpu), gpus, fake)
+
+
+def run_step(
+    adapter: Adapter,
+    recipe: Recipe,
+    batches: dict[str, list[Batch]],
+    allocations: Allocations,
+    gpus: int = 1,
+    mode: contextlib.AbstractContextManager | None = None,
+) -> Memory:
+    """Run the passes of a training step and the optimizer, and return the peak.
+
+    batches: by task, draws of its largest micro-batch. All run as passes of one step, with the gradients of earlier
+    passes in place where the recipe's step has several.
+    """
+    passes = {task: accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()}
+    several = sum(passes.values()) > 1
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    context = autocast(recipe.train.precision, torch.device("cpu"))
+    with mode or contextlib.nullcontext(), allocations:
+        allocations.label((*adapter.parameters(), *adapter.buffers()), "weights")
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: allocations.label([p.grad], "gradients"))
+        ema = EMA(adapter, recipe.ema.half_life) if recipe.ema.half_life else None
+        allocations.label(ema.averages.values() if ema else (), "ema")
+        for task, mine in batches.items():
+            for batch in mine:
+                batch.prepared = batch.prepared.to("cpu")
+            allocations.hold((passes[task] - 1) * sum(x.numel() for x in (*(mine[0].gen or ()), *(mine[0].und or ()))))
+        optimizer = make_optimizer(adapter, recipe.optim, recipe.train.seed)
+        _label_moments(allocations, optimizer, recipe)
+        own = isinstance(optimizer, AdamW)
+        pieces = PIECES * 4 * min(PIECE, max(p.numel() for p in trained)) if own else 0
+        if recipe.optim.fused_backward:
+            allocations.hold(pieces)
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        adapter.train()
+        if several and gpus == 1:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+            allocations.label([p.grad for p in trained], "gradients")
+        allocations.reset_peak()
+        with on_gpu() if allocations.gpu else contextlib.nullcontext():
+            for work in _steps(batches, passes, gpus):
+                objective.backward(adapter, work, recipe.objective, recipe.train.seed, context)
+                if not several:
+                    optimizer.zero_grad(set_to_none=True)
+        at_passes = allocations.at_peak
+        if not recipe.optim.fused_backward:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+            allocations.label([p.grad for p in trained], "gradients")
+        allocations.reset_peak()
+        gradient_norm(adapter, recipe.optim.max_grad_norm)
+        if not own:  # that one works on the values' addresses, piece by piece
+            optimizer.step()
+        _label_moments(allocations, optimizer, recipe)
+        moments = allocations.now.get("moments", 0)
+        at_step = allocations.at_peak
+        at_step[OTHER] = at_step[OTHER] + pieces if own else max(0, at_step[OTHER] - moments)
+    peaks = [
+        Memory(at["weights"], at.get("gradients", 0), moments, at.get("ema", 0), at[OTHER])
+        for at in (at_passes, at_step)
+    ]
+    return max(peaks, key=lambda memory: memory.total)
+
+
+def _label_moments(allocations: Allocations, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
+    """Count the optimizer's state: as the host's where it is offloaded, which is no part of a GPU's peak."""
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    allocations.label(states, "host" if recipe.optim.offload else "moments")
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None  # as optim.fused_backward does, after the parameter's step
+
+
+def _steps(batches: dict[str, list[Batch]], passes: dict[str, int], gpus: int) -> Iterator[dict[str, list[Batch]]]:
+    """Yield micro-batches to run as one call of objective.backward each.
+
+    FSDP2 keeps whole gradients from its second pass on and reduces them in the last, so a step of several passes is run
+    with two of each task that has two.
+    """
+    for number in range(max(map(len, batches.values()))):
+        draws = {task: mine[min(number, len(mine) - 1)] for task, mine in batches.items()}
+        if gpus > 1:
+            yield {task: [batch] * min(passes[task], 2) for task, batch in draws.items()}
+        else:
+            yield {task: [batch] for task, batch in draws.items()}
+
+
+def _batches(adapter: Adapter, recipe: Recipe, task: str, gpus: int, fake: FakeTensorMode) -> list[Batch]:
+    """Make the largest micro-batch of a task with the draws that have the most and the fewest predicted tokens."""
+    config = getattr(recipe.objective, task)
+    size = micro_batch_sizes(config.batch_size, config.micro_batch, gpus)[0]
+    drawn = [_batch(adapter, recipe, task, torch.arange(size) + draw * size, fake) for draw in range(DRAWS)]
+    fewest, most = (pick(drawn, key=lambda batch: batch.prepared.weight) for pick in (min, max))
+    return [most, fewest] if most.prepared.weight > SPREAD * fewest.prepared.weight else [most]
+
+
+def _batch(adapter: Adapter, recipe: Recipe, task: str, ids: Tensor, fake: FakeTensorMode) -> Batch:
+    with fake:
+        views = adapter.views(task)
+        gen, und = (
+            view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in ids]
+            for view in (views.gen, views.und)
+        )
+    text: Any = " ".join(["a"] * WORDS)
+    if task == "reca":
+        text = max(load_templates(recipe.data.templates, recipe.data.template_count), key=len)
+    elif task == "i2t":
+        text = [Turn("a", text)]
+    batch = Batch(task, ids, [text] * len(ids), gen, und)
+    batch.prepared = adapter.prepare(batch, task_rng(recipe.train.seed, task))
+    return batch
+
+
+@contextlib.contextmanager
+def _world(gpus: int, node: int) -> Iterator[None]:
+    """Be rank 0 of so many, whose collectives do nothing."""
+    if gpus == 1:
+        yield
+        return
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(min(node, gpus))
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.shut_down()
+        if before is None:
+            del os.environ["LOCAL_WORLD_SIZE"]
+        else:
+            os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function of an importable module in a process of its own, which sees no GPU and joins no group.
+
+    Raises what the function raises.
+    """
+    joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in joined}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-m", "reca.memory"],
+        input=pickle.dumps((function, arguments)),
+        stdout=subprocess.PIPE,
+        env=environment,
+        check=True,
+    )
+    result = pickle.loads(done.stdout)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def _answer() -> None:
+    """Be the other process of `in_own_process`."""
+    out = os.dup(1)
+    os.dup2(2, 1)  # what libraries print
+    function, arguments = pickle.load(sys.stdin.buffer)
+    try:
+        result: Any = function(*arguments)
+    except Exception as error:
+        result = error
+    with os.fdopen(out, "wb") as file:
+        pickle.dump(result, file)
+
+
+if __name__ == "__main__":
+    _answer()

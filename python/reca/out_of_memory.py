@@ -1,0 +1,119 @@
+"""What a run says when a GPU's memory is full: what would help, with predicted numbers, and a snapshot."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from reca import distributed, fit, memory, units
+from reca.config import Recipe
+from reca.options import RecipeError
+
+log = logging.getLogger("reca")
+
+ADVISED = 3
+EVENTS = 100_000  # allocations and releases that a snapshot remembers
+
+
+class Knob(NamedTuple):
+    """A change of the recipe, as overrides, and the peak that is predicted with it."""
+
+    text: str
+    bytes: int
+
+
+@contextlib.contextmanager
+def explained(recipe_of: Callable[[], Recipe]) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into a RecipeError with advice, and leave a snapshot in the run folder.
+
+    recipe_of: returns the recipe as it is trained, when the error comes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        recipe = recipe_of()
+        left = snapshot(Path(recipe.run_dir))
+        raise RecipeError(f"out of memory ({str(error).splitlines()[0]}). {advice(recipe)}{left}") from error
+
+
+def record_history(recipe: Recipe) -> None:
+    """Begin to remember who allocates what, if the recipe asks for it and there is a GPU."""
+    if recipe.log.memory_snapshot and torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=EVENTS, stacks="python")
+
+
+def snapshot(folder: Path) -> str:
+    """Write what is allocated, for docs.pytorch.org/memory_viz, and say where; with a history if there is one."""
+    if not torch.cuda.is_available():
+        return ""
+    file = folder / f"out_of_memory_rank{distributed.rank()}.pickle"
+    try:
+        torch.cuda.memory._dump_snapshot(str(file))
+    except Exception as error:  # the error that is being explained matters more
+        log.warning("no snapshot of the memory: %s", error)
+        return ""
+    return f". {file} shows what was allocated (pytorch.org/memory_viz)"
+
+
+def advice(recipe: Recipe) -> str:
+    """Name what would help most, with predicted peaks; without them where no prediction can be made."""
+    ranks, node = distributed.world_size(), distributed.local_world_size()
+    log.warning("out of memory: predicting what would help")
+    try:
+        now, best = memory.in_own_process(knobs, recipe, ranks, node, _card())
+    except Exception as error:
+        log.warning("no prediction: %s", error)
+        return (
+            "Lower micro_batch of the objective's tasks, set train.activation_checkpointing=true, or use more GPUs; "
+            "train.fit chooses for you"
+        )
+    told = ", ".join(f"{knob.text}: {units.size(knob.bytes)}" for knob in best)
+    return (
+        f"{units.size(now)} are predicted for this recipe. What would help most: {told or 'more GPUs'}. "
+        f"Add about {memory.FRAGMENTATION:.0%} and {units.size(memory.CONTEXT)} to compare with a card; train.fit "
+        "chooses for you"
+    )
+
+
+def knobs(recipe: Recipe, gpus: int, node: int, card: int) -> tuple[int, list[Knob]]:
+    """Predict the recipe's peak, and return the changes that lower it most, the most helpful first."""
+    predict = fit.Predictions(recipe, gpus, node, card)
+    now, found = predict({}).total, []
+    for keys in changes(recipe, gpus, node):
+        with contextlib.suppress(ValueError, NotImplementedError):
+            found.append(Knob(fit.describe(keys), predict(keys).total))
+    with contextlib.suppress(ValueError, NotImplementedError):
+        more = fit.Predictions(recipe, 2 * gpus, max(node, min(8, 2 * gpus)), card)
+        found.append(Knob(f"{2 * gpus} GPUs", more({}).total))
+    helpful = sorted((knob for knob in found if knob.bytes < now), key=lambda knob: knob.bytes)
+    return now, helpful[:ADVISED]
+
+
+def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
+    """Yield changes of the recipe that take less memory."""
+    if not recipe.train.activation_checkpointing:
+        yield {fit.CHECKPOINTING: True}
+    halves = {}
+    for task in recipe.active_tasks():
+        config = getattr(recipe.objective, task)
+        size = min(config.micro_batch, -(-config.batch_size // gpus))
+        if size > 1:
+            halves[f"objective.{task}.micro_batch"] = size // 2
+    if halves:
+        yield halves
+    if not recipe.optim.offload and recipe.optim.name != "apex":
+        yield {"optim.offload": True}
+    if (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
+        yield {"optim.moments": "bf16"}
+        yield {"optim.name": "adamw_8bit"}
+    if gpus > 1 and recipe.parallel.shard is None and recipe.parallel.strategy != "fsdp":
+        yield {"parallel.strategy": "fsdp"}
+    if gpus > 1 and not recipe.parallel.reduce_every_pass:
+        yield {"parallel.reduce_every_pass": True}
+
+
+def _card() -> int:
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else memory.CARD

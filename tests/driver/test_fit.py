@@ -1,0 +1,202 @@
+"""train.fit: what is chosen among predicted peaks, what a run records of it, and the advice when memory is full."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from reca import fit, memory, out_of_memory
+from reca.memory import Memory
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
+from reca.trainer import Trainer
+from tests.driver.toy import ToyAdapter
+
+GIB = 2**30
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """Peaks by a formula: 2 GiB a sample, or 1 with recomputation; 8 GiB of moments, 4 of weights."""
+
+    def peak_of(recipe, tasks, gpus, node, card):
+        size = max(getattr(recipe.objective, task).micro_batch for task in tasks)
+        moments = 0 if recipe.optim.offload else 8
+        if recipe.optim.moments == "bf16":
+            moments //= 2
+        activations = size if recipe.train.activation_checkpointing else 2 * size
+        parts = 4, 0, moments, 0, activations
+        shard = recipe.parallel.shard or 1
+        return Memory(*(n * GIB // (1 if i == 4 else shard) for i, n in enumerate(parts)))
+
+    monkeypatch.setattr(memory, "peak_of", peak_of)
+
+
+def recipe_of(*keys):
+    return load_recipe("show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=16", *keys])
+
+
+def chosen(card, *keys, gpus=1):
+    return fit.choose(recipe_of(*keys), gpus, 8, card * GIB).keys
+
+
+MICRO = "objective.reca.micro_batch"
+
+
+def test_all_samples_at_once_where_they_fit(peaks):
+    keys = chosen(64)
+    assert keys[MICRO] == 16 and not keys[fit.CHECKPOINTING] and not keys["optim.offload"]
+
+
+def test_order_of_what_costs_time(peaks):
+    """Rows are few here: recomputation costs a third of 16 samples', a pass as much as 1024, the host 8192."""
+    assert (chosen(32)[MICRO], chosen(32)[fit.CHECKPOINTING]) == (16, True)  # 12 + 16 and its reserve
+    assert (chosen(24)[MICRO], chosen(24)[fit.CHECKPOINTING]) == (8, True)  # 12 + 8
+    assert not chosen(24)["optim.offload"]
+    assert chosen(8)["optim.offload"]  # 4 + 1
+
+
+def test_where_rows_are_many_passes_come_before_recomputation(peaks, monkeypatch):
+    monkeypatch.setattr(fit, "PASS", 16)
+    assert (chosen(32)[MICRO], chosen(32)[fit.CHECKPOINTING]) == (8, False)
+
+
+def test_the_predicted_peak_and_its_reserve_fit(peaks):
+    for card in range(8, 64, 3):
+        assert memory.needed(fit.choose(recipe_of(), 1, 8, card * GIB).memory.total) <= card * GIB
+
+
+def test_results_do_not_change_unless_it_is_allowed(peaks):
+    recipe = ("objective.mean=micro_batch", "objective.reca.micro_batch=16")
+    assert chosen(24, *recipe)[MICRO] == 16
+    with pytest.raises(fit.DoesNotFit, match=r"train.fit_allow=\[micro_batch\]"):
+        chosen(12, *recipe)
+    assert chosen(12, *recipe, "train.fit_allow=[micro_batch]")[MICRO] < 16
+    assert "optim.moments" not in chosen(10)
+    assert fit.DoesNotFit is not None and chosen(12, "train.fit_allow=[moments]")[MICRO] >= 1
+
+
+def test_a_recipe_that_says_how_it_is_sharded_is_followed(peaks):
+    assert chosen(32, "parallel.shard=2", gpus=4)["parallel.shard"] == 2
+    assert chosen(64, gpus=4)["parallel.shard"] == 1
+
+
+def test_refusal_names_the_least_and_what_would_help(peaks):
+    with pytest.raises(fit.DoesNotFit, match=r"(?s)2 cards of 3.00 GiB cannot hold.*GiB with its reserve.*more GPUs"):
+        chosen(3, gpus=2)
+
+
+def test_largest_size_that_fits_in_few_predictions():
+    asked = []
+
+    def peak(size):
+        asked.append(size)
+        return max(100 + 3 * size, 7 * size)
+
+    sizes = list(range(1, 97))
+    for room in (102, 103, 130, 300, 600, 671, 672):
+        asked.clear()
+        best = [size for size in sizes if peak(size) <= room]
+        asked.clear()
+        assert fit.largest_fitting(sizes, peak, room) == (best[-1] if best else None)
+        assert len(set(asked)) <= 8
+
+
+def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "reca")
+    (tmp_path / "run").mkdir()
+    keys = [f"run_dir={tmp_path / 'run'}", "train.fit=24GiB"]
+    first = fit.fit_run(recipe_of(*keys), 1, 1, lambda function, *a: function(*a))
+    assert first.objective.reca.micro_batch == 8 and "train.fit chose" in caplog.text
+    written = json.loads((tmp_path / "run" / fit.FILE).read_text())
+    assert written["keys"][MICRO] == 8 and "24.00 GiB" in written["why"]
+
+    def never(*arguments):
+        raise AssertionError("chosen again")
+
+    for again in (recipe_of(*keys), first):  # by the same command, or by the run's own recipe.yaml
+        assert fit.fit_run(again, 1, 1, never).objective.reca.micro_batch == 8
+    assert fit.recorded(recipe_of(*keys)).objective.reca.micro_batch == 8
+    caplog.clear()
+    more = fit.fit_run(recipe_of(keys[0], "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
+    assert more.objective.reca.micro_batch == 16
+    assert "chooses anew" in caplog.text and "train.fit 24GiB -> 64GiB" in caplog.text
+
+
+def test_a_loss_over_micro_batches_keeps_them(peaks, tmp_path):
+    (tmp_path / "run").mkdir()
+    keys = [f"run_dir={tmp_path / 'run'}", "objective.mean=micro_batch", "train.fit_allow=[micro_batch]"]
+    first = fit.fit_run(recipe_of(*keys, "train.fit=24GiB"), 1, 1, lambda function, *a: function(*a))
+    more = fit.fit_run(recipe_of(*keys, "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
+    assert more.objective.reca.micro_batch == first.objective.reca.micro_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("train.fit=80", "80GiB"),
+        ("train.fit=0GiB", "80GiB"),
+        ("train.fit_allow=[lora]", "moments and micro_batch"),
+    ],
+)
+def test_what_is_no_card_or_no_change(key, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe_of(key)
+
+
+def test_auto_without_a_gpu_and_a_model_that_was_given(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="train.fit=80GiB"):
+        fit._asked(recipe_of("train.fit=auto"), 1, 1)
+    with pytest.raises(RecipeError, match="was given another"):
+        Trainer(recipe("train.fit=80GiB"), ToyAdapter())
+
+
+def test_knobs_that_help_most(peaks):
+    """Of 4 + 8 + 2 * 16 = 44 GiB."""
+    now, best = out_of_memory.knobs(recipe_of(f"{MICRO}=16"), 1, 8, 80 * GIB)
+    assert now == 44 * GIB
+    told = {knob.text: knob.bytes // GIB for knob in best}
+    assert told == {f"{fit.CHECKPOINTING}=true": 28, f"{MICRO}=8": 28, "optim.offload=true": 36}
+
+
+class Full(ToyAdapter):
+    def loss(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_full_memory_names_knobs_and_leaves_a_snapshot(recipe, peaks, monkeypatch):
+    monkeypatch.setattr(memory, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(out_of_memory, "_card", lambda: 80 * GIB)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("snapshot"))
+    trainer = Trainer(recipe("objective.reca.micro_batch=4"), Full())
+    with monkeypatch.context() as patched:
+        patched.setattr(out_of_memory.torch.cuda, "is_available", lambda: True)
+        with pytest.raises(RecipeError) as error, out_of_memory.explained(lambda: trainer.recipe):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    said = str(error.value)
+    assert "objective.reca.micro_batch=2: 16.00 GiB" in said and "20.00 GiB are predicted" in said
+    assert "out_of_memory_rank0.pickle" in said
+    assert (trainer.run_dir / "out_of_memory_rank0.pickle").read_text() == "snapshot"
+    with pytest.raises(RecipeError, match="out of memory .*Tried to allocate"):
+        trainer.run()
+
+
+def test_full_memory_without_a_prediction_has_advice(monkeypatch):
+    def broken(*arguments):
+        raise OSError("no process")
+
+    monkeypatch.setattr(memory, "in_own_process", broken)
+    assert "train.activation_checkpointing=true" in out_of_memory.advice(recipe_of())
+
+
+def test_history_is_recorded_where_it_is_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+    out_of_memory.record_history(recipe_of())
+    assert not calls
+    out_of_memory.record_history(recipe_of("log.memory_snapshot=true"))
+    assert calls == [{"max_entries": out_of_memory.EVENTS, "stacks": "python"}]

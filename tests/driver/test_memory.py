@@ -1,0 +1,174 @@
+"""Predicted peaks against what torch's own allocator says that it hands out, in real training steps.
+
+On CPUs that is torch.profiler's record of every allocation and release of the CPU allocator, those within kernels too.
+"""
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+
+from reca import memory, objective
+from reca.micro_batches import accumulation_steps
+from reca.models import umm_package
+from reca.optim import freeze, gradient_norm, make_optimizer
+from reca.parallelize import checkpoint_activations, shard
+from reca.precision import autocast
+from reca.recipe_files import load_recipe
+
+FEW = ["objective.reca.batch_size=16", "objective.i2t.batch_size=16"]
+SMALL = [*FEW, "objective.reca.micro_batch=8", "objective.i2t.micro_batch=8"]
+RECOMPUTED = ["train.activation_checkpointing=true", "train.precision=bf16"]
+CASES = {
+    "show_o": ("show_o_tiny", FEW),
+    "harmon, several passes": ("harmon_tiny", [*SMALL, *RECOMPUTED]),
+    "open_uni, several passes": ("open_uni_tiny", [*SMALL, "train.precision=bf16"]),
+    "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
+    # Narrow: as many tokens and classes as a real one, so that activations, logits and their gradient are most of it.
+    "narrow": (
+        "show_o_tiny",
+        [
+            "model.image_size=64", "model.phi.hidden_size=48", "model.phi.intermediate_size=64",
+            "model.patches.entries=4096", "objective.reca.batch_size=8", "objective.reca.micro_batch=8",
+            "objective.i2t.weight=0", "train.precision=bf16",
+        ],
+    ),
+}  # fmt: skip
+
+
+def model_of(recipe, device="cpu", ranks=1):
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
+    freeze(adapter, recipe.train.train, recipe.train.frozen)
+    if recipe.train.activation_checkpointing:
+        checkpoint_activations(adapter, recipe.train.precision)
+    if ranks > 1:
+        shard(adapter, ranks, torch.device(device), recipe.train.precision)
+    return adapter
+
+
+def held(tensors) -> int:
+    return sum(getattr(x, "_local_tensor", x).untyped_storage().nbytes() for x in tensors)
+
+
+class RealSteps:
+    """Training steps of a recipe, each with one draw of the batches that the prediction is made with."""
+
+    def __init__(self, recipe, adapter, device="cpu", ranks=1):
+        self.recipe, self.adapter, self.optimizer = recipe, adapter, make_optimizer(adapter, recipe.optim)
+        self.context = autocast(recipe.train.precision, torch.device(device))
+        adapter.train()
+        self.passes = {t: accumulation_steps(getattr(recipe.objective, t), ranks) for t in recipe.active_tasks()}
+        nothing = contextlib.nullcontext()
+        self.batches = {t: memory._batches(adapter, recipe, t, ranks, nothing) for t in self.passes}
+        for mine in self.batches.values():
+            for batch in mine:
+                batch.prepared = batch.prepared.to(device)
+        self.draws = max(map(len, self.batches.values()))
+
+    def step(self, draw: int) -> None:
+        work = {t: [mine[min(draw, len(mine) - 1)]] * self.passes[t] for t, mine in self.batches.items()}
+        objective.backward(self.adapter, work, self.recipe.objective, self.recipe.train.seed, self.context)
+        gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def pixels(self) -> int:
+        return sum(
+            self.passes[t] * sum(x.numel() for x in (*(mine[0].gen or ()), *(mine[0].und or ())))
+            for t, mine in self.batches.items()
+        )
+
+    def before(self) -> int:
+        moments = [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return held((*self.adapter.parameters(), *self.adapter.buffers(), *moments)) + self.pixels()
+
+
+def measured(recipe, ranks: int = 1) -> int:
+    """The peak on a CPU, by torch.profiler."""
+    steps = RealSteps(recipe, model_of(recipe, ranks=ranks), ranks=ranks)
+    steps.step(0)
+    most = 0
+    for draw in range(steps.draws):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            steps.step(draw)
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        most = max(most, *itertools.accumulate(size for _, size in changes))
+    return steps.before() + most
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_is_that_of_a_real_step(case):
+    recipe = load_recipe(*CASES[case])
+    predicted, real = memory.predict(recipe, gpu=False).total, measured(recipe)
+    print(f"{case}: predicted {predicted:,}, measured {real:,}, {predicted / real:.4f}")
+    assert predicted == pytest.approx(real, rel=0.1)
+
+
+SHARDED = ["parallel.strategy=fsdp", *RECOMPUTED, "objective.reca.micro_batch=16", "objective.i2t.micro_batch=16"]
+
+
+def _rank(rank: int, folder: str) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    peak = measured(load_recipe("show_o_tiny", SHARDED), 2)
+    Path(folder, str(rank)).write_text(str(peak))
+    dist.destroy_process_group()
+
+
+def test_peak_is_that_of_a_real_step_of_two_ranks(tmp_path):
+    predicted = memory.predict(load_recipe("show_o_tiny", SHARDED), 2, gpu=False).total
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    real = max(int((tmp_path / str(rank)).read_text()) for rank in range(2))
+    print(f"two ranks: predicted {predicted:,}, measured {real:,}, {predicted / real:.4f}")
+    assert predicted == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_peak_is_that_of_a_real_step_on_a_gpu(case):
+    """Untried: this project has had no GPU since it was written."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    recipe = load_recipe(*CASES[case])
+    steps = RealSteps(recipe, model_of(recipe, "cuda"), "cuda")
+    for mine in steps.batches.values():
+        mine[:] = [batch.to(torch.device("cuda")) for batch in mine]
+    steps.step(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    for draw in range(steps.draws):
+        steps.step(draw)
+    assert memory.predict(recipe).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "moments"),
+    [
+        ([], 8.0),
+        (["optim.moments=bf16"], 4.0),
+        (["optim.offload=true"], 0.0),
+    ],
+)
+def test_moments_by_their_type_and_place(keys, moments):
+    """Bytes per trained weight."""
+    recipe = load_recipe("open_uni_tiny", ["objective.reca.batch_size=2", *keys])
+    adapter, _ = memory.build_meta(recipe)
+    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    found = memory.peak_of(recipe, ["reca"], 1, 8, gpu=False)
+    assert found.moments == pytest.approx(moments * trained, rel=0.01)
+
+
+def test_another_process_predicts_the_same_and_raises_the_same():
+    recipe = load_recipe("show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=2"])
+    assert memory.in_own_process(memory.predict, recipe) == memory.predict(recipe)
+    recipe.objective.reca.weight, recipe.objective.t2i.weight, recipe.umm = 0.0, 1.0, "no_such"
+    with pytest.raises(ValueError, match="no_such"):
+        memory.in_own_process(memory.predict, recipe)
