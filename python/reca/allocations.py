@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import _engine_run_backward
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,7 +41,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self, gpu: bool) -> None:
         super().__init__()
         self.gpu, self.now, self.at_peak, self.peak = gpu, {OTHER: 0}, {OTHER: 0}, 0
-        self._total = 0
+        self._total, self._paused = 0, False
         self._live: dict[int, tuple[Any, int, str]] = {}
 
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
@@ -64,13 +65,17 @@ class Allocations(TorchDispatchMode):
         self.peak, self.at_peak = self._total, dict(self.now)
 
     def __enter__(self) -> "Allocations":
-        self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = functools.partialmethod(_resized, self)  # type: ignore[method-assign]
+        self._resize: Any = torch.UntypedStorage.resize_
+        self._propagate: Any = ShardingPropagator._propagate_tensor_meta_non_cached
+        replaced: Any = torch.UntypedStorage, ShardingPropagator
+        replaced[0].resize_ = functools.partialmethod(_resized, self)
+        replaced[1]._propagate_tensor_meta_non_cached = functools.partialmethod(_shapes_only, self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        replaced: Any = torch.UntypedStorage, ShardingPropagator
+        replaced[0].resize_, replaced[1]._propagate_tensor_meta_non_cached = self._resize, self._propagate
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):
@@ -92,7 +97,7 @@ class Allocations(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or self._paused:
             return
         size = self._size(storage.nbytes())
         self._live[key] = weakref.ref(storage, lambda _: self._free(key)), size, kind
@@ -124,6 +129,15 @@ class Allocations(TorchDispatchMode):
 def _resized(storage: torch.UntypedStorage, allocations: Allocations, size: int) -> Any:
     allocations.resized(storage, size)
     return allocations._resize(storage, size)
+
+
+def _shapes_only(propagator: Any, allocations: Allocations, *arguments: Any) -> Any:
+    """Let DTensor find out shapes as always: on tensors of the whole size that have no memory in a real run either."""
+    allocations._paused = True
+    try:
+        return allocations._propagate(propagator, *arguments)
+    finally:
+        allocations._paused = False
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -72,9 +72,10 @@ def row(name: str) -> str:
         card, recipe = units.parse_size(text), load_recipe(name)
         cells.append(told(as_it_is(recipe, NODE, card)))
         found = fitted(recipe, NODE, card)
-        if found is not None and found.gpus > 1:
-            recipe.train.fit_allow = list(FIT_CHANGES)
-            found = fitted(recipe, NODE, card)
+        if found is None or found.gpus > 1:
+            allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), NODE, card)
+            if allowed is not None and (found is None or allowed.gpus < found.gpus):
+                found = allowed
         cells.append(told(found))
     return f"| `{name}` | {' | '.join(cells)} |"
 

@@ -214,7 +214,7 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, ids: Tensor, fake: FakeT
     with fake:
         views = adapter.views(task)
         gen, und = (
-            view and [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in ids]
+            None if view is None else [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in ids]
             for view in (views.gen, views.und)
         )
     text: Any = " ".join(["a"] * WORDS)
