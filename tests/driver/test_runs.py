@@ -60,14 +60,16 @@ def test_a_failure_is_in_the_status(recipe, error, code):
     assert (status.state, status.exit_code, status.reason) == ("failed", code, str(error))
 
 
-def test_a_gpu_that_is_full_is_told_with_what_helps(recipe):
+def test_a_gpu_that_is_full_is_told_with_what_helps(recipe, monkeypatch):
+    peaks = 40 << 30, [Knob("train.activation_checkpointing=true", 22 << 30)]
+    monkeypatch.setattr("reca.memory.in_own_process", lambda *_: peaks)
     trainer = Trainer(recipe(), ToyAdapter())
 
     def full(batches):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
     trainer.train_step = full
-    with pytest.raises(RecipeError, match=r"Tried to allocate 2.00 GiB\.\). Lower micro_batch"):
+    with pytest.raises(RecipeError, match=r"2.00 GiB\.\). 40.00 GiB are .*checkpointing=true: 22.00 GiB"):
         trainer.run()
     assert Status.read(trainer.run_dir).exit_code == exits.RECIPE
 
@@ -324,7 +326,8 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
 )
 def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):
     from reca.models.show_o import Adapter
-    from reca.recipe_files import load_recipe
+    from reca.out_of_memory import Knob
+from reca.recipe_files import load_recipe
 
     monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
     recipe = load_recipe("show_o_512", [f"run_dir={tmp_path}", f"data.images={tmp_path}", *overrides])
