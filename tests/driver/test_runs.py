@@ -15,6 +15,7 @@ from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.data.errors import DataError
 from reca.options import RecipeError
+from reca.out_of_memory import Knob
 from reca.skipped_steps import NonFiniteError
 from reca.status import RunInUse, Status, is_locked
 from reca.trainer import Trainer
@@ -326,8 +327,7 @@ def test_a_finished_run_says_so(recipe, capsys, tmp_path):
 )
 def test_mistakes_are_seen_before_weights_are_read(overrides, words, tmp_path, monkeypatch):
     from reca.models.show_o import Adapter
-    from reca.out_of_memory import Knob
-from reca.recipe_files import load_recipe
+    from reca.recipe_files import load_recipe
 
     monkeypatch.setattr(Adapter, "load", lambda *_: pytest.fail("weights were read"))
     recipe = load_recipe("show_o_512", [f"run_dir={tmp_path}", f"data.images={tmp_path}", *overrides])
