@@ -32,11 +32,12 @@ def main(name: str = "show_o_tiny", steps: int = 10) -> list[float]:
         batch, rng = next(batches), task_rng(0, "reca")  # every draw is a function of (seed, sample)
         prepared = model.ensure_prepared(batch, rng)  # layout, labels, masks, weight: made in the loader's threads
         features = model.encode(batch)  # h_v and the target: frozen, without a gradient
-        loss_sum, weight = model.loss(prepared, features, rng)  # the model's native loss of generating the same image
-        (loss_sum / weight).backward()
+        term = model.loss(prepared, features, rng)  # the model's native loss of generating the same image
+        loss = term.sum / term.weight
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss_sum.detach() / weight))
+        losses.append(float(loss.detach()))
         print(f"step {step + 1}: loss {losses[-1]:.3f}")
     return losses
 

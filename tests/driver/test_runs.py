@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_status_of_a_run_from_start_to_end(recipe):
-    trainer = Trainer(recipe("checkpoint.every=2", "train.steps=4"), ToyAdapter())
+    keys = ["checkpoint.every=2", "train.steps=4", "checkpoint.async_save=false"]  # so that a save ends before a step
+    trainer = Trainer(recipe(*keys), ToyAdapter())
     seen, step = [], trainer.train_step
 
     def watched(batches):
