@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from reca import checkpoint, distributed, exits
 from reca.checkpoint import writing
@@ -88,7 +89,9 @@ def beside(name: str) -> None:
 
 
 def to_local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().to_local()
+    """Return this rank's part; frozen parameters are whole where ranks hold replicas."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def full_beside(name: str) -> None:
