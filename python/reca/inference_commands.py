@@ -105,20 +105,11 @@ def _sampling(options: argparse.Namespace, method, seeds: list[int], texts: list
     """Parse --sampling into keyword arguments of `method`, and check all other arguments before anything is loaded."""
     from reca.folders import ensure_writable
     from reca.models.common.inference import check_pairs
-    from reca.sampling_options import check_sampling_options
-    from reca.values import guess
+    from reca.sampling_options import check_sampling_options, read_pairs
 
     _reject_empty(texts)
     check_pairs(seeds=seeds)
-    given = {}
-    for text in options.sampling:
-        key, equals, value = text.partition("=")
-        if not equals or not value.strip():
-            raise ValueError(
-                f"--sampling {text!r} has no {'value' if equals else repr('=')}; write --sampling key=value"
-            )
-        given[key] = guess(value, f"--sampling {key}")
-    given = check_sampling_options(method, given)
+    given = check_sampling_options(method, read_pairs(options.sampling, "--sampling"))
     ensure_writable(options.out, "--out")
     return given
 

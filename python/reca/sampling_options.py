@@ -1,13 +1,29 @@
 """Sampling options of the command line, checked against the signature of the adapter's method that takes them."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from reca.values import guess
+
 COUNTS = ("steps", "batch", "height", "width", "diffusion_steps")  # options that must be at least 1
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
+
+
+def read_pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
+    """Parse key=value options of the command line. name: what stands before each, such as --sampling.
+
+    Raises ValueError for a text without = or without a value.
+    """
+    given = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ValueError(f"{name} {text!r} has no {'value' if equals else repr('=')}; write {name} key=value")
+        given[key.strip()] = guess(value, f"{name} {key.strip()}")
+    return given
 
 
 def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str = "sampling option") -> dict[str, Any]:

@@ -25,8 +25,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import check_pairs, warn_of_unknown_words
 from reca.options import RecipeError
-from reca.sampling_options import check_sampling_options
-from reca.values import guess
+from reca.sampling_options import check_sampling_options, read_pairs
 
 log = logging.getLogger("reca")
 
@@ -85,13 +84,8 @@ class Requests:
 
 def read_sampling(text: str, method: Callable) -> dict[str, Any]:
     """Read key=value options, with blanks, commas or lines between them, as options of `method`. Raises ValueError."""
-    given = {}
-    for part in re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text.strip() else ():
-        key, equals, value = part.strip(" ,;").partition("=")
-        if not equals or not value.strip():
-            raise ValueError(f"sampling option {part!r} has no {'value' if equals else repr('=')}; write key=value")
-        given[key.strip()] = guess(value.strip(), f"sampling option {key.strip()}")
-    return check_sampling_options(method, given)
+    parts = re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text.strip() else ()
+    return check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
 
 
 def read_upload(path: str | None) -> Tensor:

@@ -54,7 +54,7 @@ def test_what_a_model_cannot_do_is_said_before_it_is_built(name, capsys, tmp_pat
 )
 def test_overrides_stand_on_either_side_of_options(arguments, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("reca.check.report", lambda recipe, gpus, node: seen.append((recipe, gpus, node)))
+    monkeypatch.setattr("reca.check.report", lambda recipe, gpus, node, card: seen.append((recipe, gpus, node)))
     assert main(["check", *arguments]) == 0
     ((recipe, gpus, node),) = seen
     assert (recipe.train.precision, recipe.train.steps, gpus, node) == ("bf16", 7, 1, 2)

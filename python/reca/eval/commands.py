@@ -3,7 +3,7 @@
 import argparse
 
 from reca.eval.suites import SUITES
-from reca.values import guess
+from reca.sampling_options import read_pairs
 
 
 def add(sub: argparse.ArgumentParser, path) -> None:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
         options.overrides,
         against=options.against,
         judge=options.judge,
-        judge_options=_pairs(options.judge_option, "--judge-option"),
+        judge_options=read_pairs(options.judge_option, "--judge-option"),
         steps=steps,
         images=options.images,
         records=options.records,
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         out=options.out,
         images_per_item=options.images_per_item,
         limit=options.limit,
-        sampling=_pairs(options.sampling, "--sampling"),
+        sampling=read_pairs(options.sampling, "--sampling"),
         seed=options.seed,
         partial=options.partial,
         ema=options.ema,
@@ -60,14 +60,3 @@ def run(options: argparse.Namespace) -> None:
     if found is not None and "report" in steps:
         print(report.text(found))
     distributed.shut_down()
-
-
-def _pairs(texts: list[str], name: str) -> dict:
-    """Parse key=value options. Raises ValueError."""
-    given = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not value.strip():
-            raise ValueError(f"{name} {text!r} has no {'value' if equals else repr('=')}; write {name} key=value")
-        given[key] = guess(value, f"{name} {key}")
-    return given
