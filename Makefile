@@ -3,6 +3,7 @@ PYTHON ?= python3
 SEEDS ?= 1
 UMM ?= show_o
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,8 +16,9 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f
 demo: $(READY)
 	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
 
+# A file's tests stay in one process, which makes what they share once.
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile
 
 faults: $(READY)
 	$(BIN)/python -m tests.faults.kills
