@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from reca import distributed, objective
 from reca.allocations import OTHER, Allocations, on_gpu
 from reca.config import Recipe
-from reca.data.batch import Batch, Turn, task_rng
+from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
 from reca.data.templates import load_templates
 from reca.ema import EMA
 from reca.micro_batches import accumulation_steps, micro_batch_sizes
@@ -222,7 +222,10 @@ def _batch(adapter: Adapter, recipe: Recipe, task: str, ids: Tensor, fake: FakeT
         text = max(load_templates(recipe.data.templates, recipe.data.template_count), key=len)
     elif task == "i2t":
         text = [Turn("a", text)]
-    batch = Batch(task, ids, [text] * len(ids), gen, und)
+    elif task == "srum":
+        text = Scored(text, (ScoredBox(0.0, 0.0, 1.0, 1.0, 1.0),))
+    target = gen if task == "srum" else None  # at most: images may stay near themselves
+    batch = Batch(task, ids, [text] * len(ids), gen, und, target=target)
     batch.prepared = adapter.prepare(batch, task_rng(recipe.train.seed, task))
     return batch
 

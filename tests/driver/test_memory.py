@@ -30,6 +30,9 @@ CASES = {
     "harmon, several passes": ("harmon_tiny", [*SMALL, *RECOMPUTED]),
     "open_uni, several passes": ("open_uni_tiny", [*SMALL, "train.precision=bf16"]),
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
+    "bagel, scored images": (
+        "bagel_tiny", ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=8"],
+    ),
     # Narrow: as many tokens and classes as a real one, so that activations, logits and their gradient are most of it.
     "narrow": (
         "show_o_tiny",
