@@ -131,23 +131,29 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int) -> Choice:
 def largest_fitting(sizes: Sequence[int], peak: Callable[[int], int], room: int) -> int | None:
     """Return the largest of `sizes`, which ascend, whose peak is at most `room`; None: none is.
 
-    Few peaks are asked for: a peak is the largest of a few straight lines over the size, so a line between one that
-    fits and one that does not lies above it.
+    Few peaks are asked for, and none far beyond what fits. A peak is the largest of a few straight lines over the size,
+    so it lies above the line through two smaller sizes, and below one between a size that fits and one that does not.
     """
-    low, high = 0, len(sizes) - 1
-    if peak(sizes[low]) > room:
+    if peak(sizes[0]) > room:
         return None
-    if peak(sizes[high]) <= room:
-        return sizes[high]
+    if len(sizes) == 1 or peak(sizes[1]) > room:
+        return sizes[0]
+    low, high = 1, _below(sizes, room, 0, 1, peak)
+    if high <= low or peak(sizes[high]) <= room:
+        return sizes[max(low, high)]
     while high - low > 1:
-        a, b = peak(sizes[low]), peak(sizes[high])
-        guess = sizes[low] + (room - a) / max(b - a, 1) * (sizes[high] - sizes[low])
-        middle = min(max(bisect.bisect_right(sizes, guess) - 1, low + 1), high - 1)
+        middle = min(max(_below(sizes, room, low, high, peak), low + 1), high - 1)
         if peak(sizes[middle]) <= room:
             low = middle
         else:
             high = middle
     return sizes[low]
+
+
+def _below(sizes: Sequence[int], room: int, a: int, b: int, peak: Callable[[int], int]) -> int:
+    """Return the place of the last size at which the line through the peaks of two sizes is at most `room`."""
+    rise = max(peak(sizes[b]) - peak(sizes[a]), 1) / (sizes[b] - sizes[a])
+    return bisect.bisect_right(sizes, sizes[a] + (room - peak(sizes[a])) / rise) - 1
 
 
 def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
