@@ -112,6 +112,7 @@ def wandb_records(folder: Path) -> list:
 def test_weights_and_biases_without_a_network(recipe, monkeypatch):
     """The real package: a run and its continuation are one run there, with the images and their prompts."""
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'reca[log]'")
+    pytest.importorskip("wandb.sdk.internal.datastore", reason="this wandb has no reader of its files: wandb<0.31 has")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
