@@ -6,6 +6,7 @@ On CPUs that is torch.profiler's record of every allocation and release of the C
 import contextlib
 import itertools
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from reca import memory, objective
+from reca import memory, objective, units
 from reca.micro_batches import accumulation_steps
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
 from reca.parallelize import checkpoint_activations, shard
 from reca.precision import autocast
-from reca.recipe_files import load_recipe
+from reca.recipe_files import load_recipe, recipe_names
 
 FEW = ["objective.reca.batch_size=16", "objective.i2t.batch_size=16"]
 SMALL = [*FEW, "objective.reca.micro_batch=8", "objective.i2t.micro_batch=8"]
@@ -184,3 +185,18 @@ def test_sharding_takes_less_however_small_the_activations():
     one, eight = (memory.predict(recipe, ranks, gpu=False) for ranks in (1, 8))
     assert eight.total < one.total
     assert eight.moments < one.moments / 7
+
+
+TABLE = re.findall(r"^\| `(\w+)` \| (.*) \|$", (Path(__file__).parents[2] / "docs" / "memory.md").read_text(), re.M)
+
+
+def test_the_table_of_cards_has_every_recipe():
+    assert {name for name, _ in TABLE} == {name for name in recipe_names() if not name.endswith("_tiny")}
+
+
+@pytest.mark.parametrize("name", ["show_o_512", "janus_pro_1b"])
+def test_the_table_of_cards_is_what_is_predicted(name):
+    """Of recipes that take one card as they are; the others are made in the same way, and take minutes."""
+    written = dict(TABLE)[name].split(" | ")[0]
+    need = memory.needed(memory.predict(load_recipe(name)).total)
+    assert written == f"1 ({units.size(need)})"
