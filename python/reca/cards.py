@@ -8,7 +8,7 @@ from reca.config import FIT_CHANGES, Recipe
 from reca.memory import Memory
 from reca.recipe_files import load_recipe
 
-COUNTS = (1, 2, 4, 8, 16, 32, 64)  # numbers of cards that are tried
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of cards that are tried
 NODE = 8  # of them in a machine
 CARDS = ("80GiB", "141GiB")
 
