@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +20,7 @@ from reca.models import umm_package
 from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import Trainer
+from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 FOLDER = Path(sys.argv[1])
@@ -186,26 +186,16 @@ CASES = (
 
 def run(case) -> list[int]:
     """Exit codes of both ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(2):
-        if child := os.fork():
-            children.append(child)
-            continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        code = 0
+
+    def outcome(rank: int) -> int:
         try:
             case(case.__name__)
         except BaseException as error:
-            code = exits.code_of(error)
             print(f"{case.__name__}, rank {rank}: {error!r}", file=sys.stderr)
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            return exits.code_of(error)
+        return 0
+
+    return exit_codes(fork_ranks(2, outcome))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ of torch's CPU allocator: pages of a mapped file are none of them.
 
 import gc
 import json
-import os
-import socket
 import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
 from reca.parallelize import load, parallelize
 from reca.recipe_files import load_recipe
+from tests.driver.forks import exit_codes, fork_ranks
 
 RANKS = 2
 BF16 = ["model.dtype=mixed"]
@@ -82,9 +80,7 @@ def compare(adapter: Adapter, wanted: Adapter) -> list[str]:
     return differing
 
 
-def work(rank: int, port: int, folder: Path, found: dict[str, tuple[Recipe, Adapter]]) -> dict[str, dict]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def work(folder: Path, found: dict[str, tuple[Recipe, Adapter]]) -> dict[str, dict]:
     device, report = distributed.initialize(3), {}
     mapped = {path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     for name, (recipe, wanted) in found.items():
@@ -103,25 +99,11 @@ def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     found = cases(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(RANKS):
-        if child := os.fork():
-            children.append(child)
-            continue
-        code = 1
-        try:
-            (folder / f"{rank}.json").write_text(json.dumps(work(rank, port, folder, found)))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return int(any([os.waitpid(child, 0)[1] for child in children]))
+
+    def write(rank: int) -> None:
+        (folder / f"{rank}.json").write_text(json.dumps(work(folder, found)))
+
+    return int(any(exit_codes(fork_ranks(RANKS, write))))
 
 
 if __name__ == "__main__":

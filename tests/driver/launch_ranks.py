@@ -6,10 +6,7 @@ process, without a process group, and the ranks of others are forks of it, so th
 """
 
 import json
-import os
-import socket
 import sys
-import traceback
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from reca import distributed
 from reca.models import umm_package
 from reca.recipe_files import load_recipe
 from reca.trainer import Trainer
+from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter
 
 
@@ -34,10 +32,8 @@ def train(folder: Path, recipe: str, overrides: list[str]) -> None:
         torch.save(state, folder / "final.pt")
 
 
-def work(rank: int, ranks: int, port: int, folder: Path, jobs: list) -> None:
+def work(folder: Path, jobs: list) -> None:
     """All jobs of as many ranks, one after another in one process group."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, _, recipe, overrides in jobs:
         train(folder / name, recipe, overrides)
     distributed.barrier()
@@ -51,29 +47,12 @@ def main() -> int:
         umm_package(name)
     codes = []
     for ranks, group in groupby(jobs, key=lambda job: job[1]):
-        own, children = list(group), []
+        own = list(group)
         if ranks == 1:
             for name, _, recipe, overrides in own:
                 train(folder / name, recipe, overrides)
             continue
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(ranks):
-            if child := os.fork():
-                children.append(child)
-                continue
-            code = 1
-            try:
-                work(rank, ranks, port, folder, own)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        codes += [os.waitpid(child, 0)[1] for child in children]
+        codes += exit_codes(fork_ranks(ranks, lambda _, own=own: work(folder, own)))
     return int(any(codes))
 
 

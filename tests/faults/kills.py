@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from reca.cli import main as reca
 from reca.models import umm_package
 from reca.status import Status
 from reca.trainer import Trainer  # noqa: F401  # imported here once, and not by every fork
+from tests.driver.forks import fork_ranks
 
 STEPS, EVERY = 24, 5  # of a run, and between its checkpoints
 MOST_LOST = 2 * EVERY  # steps: the next checkpoint waits until the one before is written
@@ -88,28 +88,14 @@ def command(run_dir: Path) -> list[str]:
 
 def start(run_dir: Path, ranks: int) -> list[int]:
     """Fork the ranks of one start; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        if child := os.fork():
-            children.append(child)
-            continue
+
+    def work(rank: int) -> int:
         for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
             target = os.open(run_dir.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(target, stream.fileno())
-        if ranks > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_PORT": str(port)}
-        code = exits.BUG
-        try:
-            code = reca(command(run_dir))
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return children
+        return reca(command(run_dir))
+
+    return fork_ranks(ranks, work)
 
 
 def wait(children: list[int], timeout: float) -> dict[int, int]:
