@@ -89,8 +89,12 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
             raise ValueError(f"{out / SETTINGS} cannot be read ({error}); remove it, or give another --out") from error
         changed = sorted(name for name in wanted if found.get(name) != wanted[name])
         if changed:
-            told = "; ".join(f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed)
-            raise ValueError(f"--out {out} was made with other settings: {told}. Give another folder, or the same ones")
+            differences = "; ".join(
+                f"{name} was {found.get(name)!r:.200} and is {wanted[name]!r:.200}" for name in changed
+            )
+            raise ValueError(
+                f"--out {out} was made with other settings: {differences}. Give another folder, or the same ones"
+            )
         done = {}
         for record in _records(out):
             number = record["number"]

@@ -53,11 +53,11 @@ def describe(recipe: Recipe, peak: Memory, gpus: int, node: int, card: int) -> l
     except fit.DoesNotFit as error:
         lines.append(f"  {error}")
     for name, found in (("as it is", as_it_is(recipe, node, card)), ("train.fit", fitted(recipe, node, card))):
-        lines.append(f"  fewest, {name:<14}{told(found)}")
+        lines.append(f"  fewest, {name:<14}{describe_smallest(found)}")
     return lines
 
 
-def told(found: Smallest | None) -> str:
+def describe_smallest(found: Smallest | None) -> str:
     """Write a number of cards, with what each needs and what has to be set."""
     if found is None:
         return f"more than {COUNTS[-1]}"
@@ -70,13 +70,13 @@ def row(name: str) -> str:
     cells = []
     for text in CARDS:
         card, recipe = units.parse_size(text), load_recipe(name)
-        cells.append(told(as_it_is(recipe, NODE, card)))
+        cells.append(describe_smallest(as_it_is(recipe, NODE, card)))
         found = fitted(recipe, NODE, card)
         if found is None or found.gpus > 1:
             allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), NODE, card)
             if allowed is not None and (found is None or allowed.gpus < found.gpus):
                 found = allowed
-        cells.append(told(found))
+        cells.append(describe_smallest(found))
     return f"| `{name}` | {' | '.join(cells)} |"
 
 

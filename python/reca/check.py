@@ -16,11 +16,11 @@ from reca import cards, memory, units
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.held import host_memory
+from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
-from reca.parallelize import checkpoint_activations, memory_per_rank, replicas_fit, shard_size
+from reca.parallelize import checkpoint_activations, replicas_fit, shard_size
 from reca.rng import CounterRNG
-from reca.skeleton import build_meta
 from reca_kernels import dispatch
 
 IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
@@ -119,8 +119,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     if gpus < 1 or node < 1:
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
-    of_gpu = memory_per_rank(torch.device("cuda")) if torch.cuda.is_available() else memory.CARD
-    room = of_gpu if card is None else card
+    room = memory.own_card() if card is None else card
     if recipe.train.activation_checkpointing:
         checkpoint_activations(adapter)
     count, rows = parameters(adapter), adapter.sequence()

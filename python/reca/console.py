@@ -19,7 +19,7 @@ class Console:
     """A bar that moves with every step, or a line at every line of log.jsonl."""
 
     def __init__(self, name: str, steps: int, done: int):
-        self.steps, self.end_told = steps, False
+        self.steps, self.end_printed = steps, False
         self.stack = ExitStack()
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
@@ -43,8 +43,8 @@ class Console:
         """Print the line of a step, where there is no bar. remaining: seconds to the end, None if not known."""
         if self.bar is None:
             self.write(step_line(step, self.steps, metrics, remaining))
-        if not self.end_told and remaining is not None and step < self.steps:
-            self.end_told = True
+        if not self.end_printed and remaining is not None and step < self.steps:
+            self.end_printed = True
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + remaining))
             self.write(f"expected end {when}, in {duration(remaining)}")
 

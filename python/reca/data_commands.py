@@ -12,9 +12,9 @@ from reca.data.contact_sheet import contact_sheet
 from reca.data.loader import open_loader
 from reca.data.sources import DATA_KEYS, open_sources
 from reca.folders import write_atomically
+from reca.meta_model import build_meta
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe, recipe_names
-from reca.skeleton import build_meta
 
 UNUSABLE = 1  # exit code of `reca data check` when a sample cannot be used
 

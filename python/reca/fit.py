@@ -20,9 +20,9 @@ from reca import memory, units
 from reca.config import Recipe
 from reca.folders import write_atomically
 from reca.memory import Memory
+from reca.meta_model import build_meta
 from reca.options import RecipeError
-from reca.recipe_files import walk
-from reca.skeleton import build_meta
+from reca.recipe_files import by_key
 
 log = logging.getLogger("reca")
 
@@ -246,8 +246,8 @@ def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> R
         if not changed:
             log.info("train.fit: as when the run began, %s", describe(before["keys"]))
             return with_keys(recipe, before["keys"])
-        told = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
-        log.info("train.fit chooses anew, for since it chose %s was changed", told)
+        differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
+        log.info("train.fit chooses anew, for since it chose %s was changed", differences)
         if recipe.objective.mean == "micro_batch":  # part of the loss, which stays that of the run
             recipe = with_keys(recipe, {k: v for k, v in before["keys"].items() if k.endswith(".micro_batch")})
             recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
@@ -292,6 +292,6 @@ def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
         raise RecipeError(
             "train.fit=auto asks the GPU for its memory, and torch finds none: name it, as in train.fit=80GiB"
         )
-    flat = {key: getattr(group, f.name) for group, f, key in walk(recipe)}
-    relevant = {key: flat[key] for key in flat if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}
+    values = by_key(recipe)
+    relevant = {key: values[key] for key in values if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}
     return {"card": card, "gpus": gpus, "node": node, **json.loads(json.dumps(relevant))}

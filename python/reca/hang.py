@@ -54,7 +54,7 @@ class HangWatch:
     def __init__(self, run_dir: Path, limit: float, without_python: float = WITHOUT_PYTHON):
         self.folder, self.limit, self.without_python = run_dir / FOLDER, limit, without_python
         self.step, self.phase, self.since = 0, "", time.monotonic()
-        self.told: tuple[int, str] | None = None  # what was reported last
+        self.reported: tuple[int, str] | None = None  # what was reported last
         self.asked = False  # this rank has made the request that is there
         self.ended = threading.Event()
         self.main = threading.get_ident()
@@ -86,7 +86,7 @@ class HangWatch:
         self.step, self.phase, self.since = step, phase, time.monotonic()
         if not self.limit:
             return
-        if self.told == before:
+        if self.reported == before:
             log.warning("step %d goes on after %.0f s of %s", before[0], late, before[1])
             self._withdraw()
         faulthandler.dump_traceback_later(self.limit + self.without_python, file=self.file)
@@ -95,13 +95,13 @@ class HangWatch:
         poll = min(max(self.limit / 4, SHORTEST_POLL), LONGEST_POLL)
         while not self.ended.wait(poll):
             now = self.step, self.phase
-            if self.phase and self.told != now:
+            if self.phase and self.reported != now:
                 late = time.monotonic() - self.since > self.limit
                 if late or self._is_asked():
                     self._report(now, late)
 
     def _report(self, now: tuple[int, str], late: bool) -> None:
-        self.told = now
+        self.reported = now
         started = time.time()
         try:
             if late:

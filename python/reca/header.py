@@ -10,8 +10,8 @@ from reca import check, distributed, micro_batches, speed, units
 from reca.config import Recipe
 from reca.data.loader import Loader
 from reca.data.sources import DATA_KEYS
+from reca.host_memory import total as host_memory
 from reca.models.base import Adapter
-from reca.preflight import host_memory
 
 WIDTH, INDENT = 118, " " * 11
 

@@ -1,9 +1,15 @@
-"""Memory of this machine that is free for a process, within the limits of its container or batch job."""
+"""Memory of this machine: all of it, and what a process may have within the limits of its container or batch job."""
 
 import contextlib
+import os
 from pathlib import Path
 
 MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def total() -> int:
+    """Count the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available() -> int:

@@ -20,6 +20,7 @@ from reca.config import Recipe
 from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
 from reca.data.templates import load_templates
 from reca.ema import EMA
+from reca.meta_model import build_meta
 from reca.micro_batches import accumulation_steps, micro_batch_sizes
 from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
@@ -27,7 +28,6 @@ from reca.optim.adamw import PIECE, AdamW
 from reca.options import RecipeError
 from reca.parallelize import checkpoint_activations, replicas_fit, shard, shard_size
 from reca.precision import autocast
-from reca.skeleton import build_meta
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,11 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+def own_card() -> int:
+    """Count the bytes of this machine's GPU; CARD where there is none."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else CARD
 
 
 def needed(predicted: int) -> int:

@@ -63,16 +63,16 @@ def advice(recipe: Recipe) -> str:
     ranks, node = distributed.world_size(), distributed.local_world_size()
     log.warning("out of memory: predicting what would help")
     try:
-        now, best = memory.in_own_process(knobs, recipe, ranks, node, _card())
+        now, best = memory.in_own_process(knobs, recipe, ranks, node, memory.own_card())
     except Exception as error:
         log.warning("no prediction: %s", error)
         return (
             "Lower micro_batch of the objective's tasks, set train.activation_checkpointing=true, or use more GPUs; "
             "train.fit chooses for you"
         )
-    told = ", ".join(f"{knob.text}: {units.size(knob.bytes)}" for knob in best)
+    helpful = ", ".join(f"{knob.text}: {units.size(knob.bytes)}" for knob in best)
     return (
-        f"{units.size(now)} are predicted for this recipe. What would help most: {told or 'more GPUs'}. "
+        f"{units.size(now)} are predicted for this recipe. What would help most: {helpful or 'more GPUs'}. "
         f"Add about {memory.FRAGMENTATION:.0%} and {units.size(memory.CONTEXT)} to compare with a card; train.fit "
         "chooses for you"
     )
@@ -113,7 +113,3 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         yield {"parallel.strategy": "fsdp"}
     if gpus > 1 and not recipe.parallel.reduce_every_pass:
         yield {"parallel.reduce_every_pass": True}
-
-
-def _card() -> int:
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else memory.CARD

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from reca import distributed, float8
+from reca import distributed, float8, host_memory
 from reca.config import ParallelConfig, Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -126,7 +125,7 @@ def memory_per_rank(device: torch.device) -> int:
     """Count the bytes of memory of this rank's GPU, or its part of this machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // distributed.local_world_size()
+    return host_memory.total() // distributed.local_world_size()
 
 
 def _least(value: int, device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +14,12 @@ from reca.data.sample import Source
 from reca.data.sources import open_sources
 from reca.data.templates import load_templates
 from reca.held import held
+from reca.host_memory import total as host_memory
 from reca.lora import choose_trained
+from reca.meta_model import build_meta
 from reca.models.base import Adapter
 from reca.optim import check_passes
 from reca.options import RecipeError
-from reca.skeleton import build_meta
 
 log = logging.getLogger("reca")
 
@@ -80,11 +80,6 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
             f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "
             "train.frozen); `reca check` shows what takes the memory"
         )
-
-
-def host_memory() -> int:
-    """Count the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _disk(recipe: Recipe, adapter: Adapter) -> None:

@@ -100,6 +100,11 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str]]:
             yield config, f, key
 
 
+def by_key(recipe: Recipe) -> dict[str, Any]:
+    """Return the value of every key that is not a group."""
+    return {key: getattr(config, f.name) for config, f, key in walk(recipe)}
+
+
 def explain(recipe: Recipe) -> str:
     """List every key as an override that sets its value, with its documentation, one a line."""
     lines = []

@@ -15,7 +15,7 @@ import torch
 from reca import check, distributed
 from reca.config import Recipe
 from reca.data.batch import Batch
-from reca.skeleton import build_meta
+from reca.meta_model import build_meta
 
 # Dense bf16 with fp32 accumulation, in TFLOP/s, by a part of the device's name; the first that fits counts. From
 # NVIDIA's data sheets and white papers (architectures Ampere, Ada, Hopper, Blackwell), which state twice as much where

@@ -14,6 +14,7 @@ from reca.cli import main
 from reca.config import ParallelConfig
 from reca.data.batch import Batch
 from reca.held import held, part
+from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.show_o import prompt
 from reca.models.show_o.conditioner import conditioner
@@ -21,7 +22,6 @@ from reca.optim import freeze, make_optimizer
 from reca.parallelize import replicas_fit, shard_size
 from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
-from reca.skeleton import build_meta
 
 TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"]
 
@@ -90,7 +90,7 @@ def test_harmon_trains_what_its_authors_count(name, millions):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_has_a_skeleton_with_roles_and_memory(name):
+def test_every_recipe_has_a_meta_model_with_roles_and_memory(name):
     recipe = load_recipe(name)
     adapter, fake = build_meta(recipe)
     count = check.parameters(adapter)

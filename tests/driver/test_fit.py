@@ -158,8 +158,8 @@ def test_knobs_that_help_most(peaks):
     """Of 4 + 8 + 2 * 16 = 44 GiB."""
     now, best = out_of_memory.knobs(recipe_of(f"{MICRO}=16"), 1, 8, 80 * GIB)
     assert now == 44 * GIB
-    told = {knob.text: knob.bytes // GIB for knob in best}
-    assert told == {f"{fit.CHECKPOINTING}=true": 28, f"{MICRO}=8": 28, "optim.offload=true": 36}
+    helpful = {knob.text: knob.bytes // GIB for knob in best}
+    assert helpful == {f"{fit.CHECKPOINTING}=true": 28, f"{MICRO}=8": 28, "optim.offload=true": 36}
 
 
 class Full(ToyAdapter):
@@ -169,7 +169,7 @@ class Full(ToyAdapter):
 
 def test_full_memory_names_knobs_and_leaves_a_snapshot(recipe, peaks, monkeypatch):
     monkeypatch.setattr(memory, "in_own_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(out_of_memory, "_card", lambda: 80 * GIB)
+    monkeypatch.setattr(memory, "own_card", lambda: 80 * GIB)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("snapshot"))
     trainer = Trainer(recipe("objective.reca.micro_batch=4"), Full())
     with monkeypatch.context() as patched:

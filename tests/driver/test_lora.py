@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from reca import check, checkpoint, lora
+from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.runs import load_trained
-from reca.skeleton import build_meta
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 

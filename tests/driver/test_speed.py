@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reca import check, speed
+from reca.meta_model import build_meta
 from reca.recipe_files import load_recipe
-from reca.skeleton import build_meta
 from reca.trainer import Trainer
 
 CPU = torch.device("cpu")

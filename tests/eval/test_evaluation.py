@@ -47,7 +47,7 @@ def test_before_and_after(painter, capsys):
     assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
     assert (
         f"prompts: {len(flips)} gained, 0 lost of 42 that both have" in shown
-        and "chance to find a change of 1.0 %" in shown
+        and "power to find a change of 1.0 %" in shown
     )
     assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from reca.comparison import page
 from reca.comparison.curves import loss_curves, setting_differences
-from reca.comparison.sides import Side, find_sides, read_results
+from reca.comparison.sides import RESULTS, Side, find_sides
 from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
@@ -37,14 +37,11 @@ def compare(before: str, after: str) -> dict[str, Any]:
 
 def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]:
     """Compare the suites that both sides have results of; say which only one has."""
-    found = [
-        {(r := read_results(folder))["suite"]: (r, folder) for folder in side.evaluations} for side in (before, after)
-    ]
-    suites = [
-        report.compare(result, found[0][name][0], found[0][name][1])
-        for name, (result, _) in found[1].items()
-        if name in found[0]
-    ]
+    found = []
+    for side in (before, after):
+        results = {folder: report.read(folder / RESULTS) for folder in side.evaluations}
+        found.append({result["suite"]: (result, folder) for folder, result in results.items()})
+    suites = [report.compare(result, *found[0][name]) for name, (result, _) in found[1].items() if name in found[0]]
     notes = [
         f"{name} was evaluated for {side.source} alone; reca eval {name} for the other model adds it here"
         for mine, other, side in ((found[0], found[1], before), (found[1], found[0], after))

@@ -27,10 +27,7 @@ def run(options: argparse.Namespace) -> None:
     for suite in found["suites"]:
         change = suite["against"]["overall"]
         scale = 100 if suite["overall"]["unit"] == "fraction" else 1
-        low, high = (
-            "?" if bound is None else f"{scale * bound:+.2f}"
-            for bound in suite["against"]["overall"]["difference_interval"]
-        )
+        low, high = ("?" if bound is None else f"{scale * bound:+.2f}" for bound in change["difference_interval"])
         print(
             f"{suite['protocol']}: {scale * change['value']:.2f} -> {scale * suite['overall']['value']:.2f}, "
             f"{scale * change['difference']:+.2f} [{low}, {high}]"

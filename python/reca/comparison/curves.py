@@ -1,11 +1,11 @@
 """Losses of two runs, and the recipe keys that differ."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from reca import jsonl
 from reca.comparison.sides import Side
-from reca.recipe_files import as_dict
+from reca.recipe_files import by_key
 
 POINTS = 400  # at most, of a curve; the page grows with them
 OWN = ("run_dir",)  # keys that two runs never share
@@ -20,18 +20,10 @@ def loss_curves(before: Side, after: Side) -> list[dict[str, Any]]:
 
 def _losses(run_dir: Path | None) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
-    path = run_dir and run_dir / "log.jsonl"
-    if path is None or not path.is_file():
-        return curves
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-            step = values["step"]
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a run that was killed
+    for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
         for name, value in values.items():
             if name.endswith("/loss") and isinstance(value, int | float):
-                curves.setdefault(name, []).append([step, value])
+                curves.setdefault(name, []).append([values["step"], value])
     return {name: _thinned(points) for name, points in curves.items()}
 
 
@@ -44,16 +36,9 @@ def setting_differences(before: Side, after: Side) -> list[dict[str, Any]]:
     """List the recipe keys of two runs that differ."""
     if before.kind != "run" or after.kind != "run" or before.recipe is None or after.recipe is None:
         return []
-    sides = [_flat(as_dict(recipe)) for recipe in (before.recipe, after.recipe)]
+    sides = [by_key(recipe) for recipe in (before.recipe, after.recipe)]
     return [
         {"key": key, "before": sides[0].get(key), "after": sides[1].get(key)}
         for key in dict.fromkeys([*sides[0], *sides[1]])
         if key not in OWN and sides[0].get(key) != sides[1].get(key)
     ]
-
-
-def _flat(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in group.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -1,14 +1,17 @@
 """The page: one HTML file with its pictures, curves and tables, and no address of any other."""
 
-import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
+
+from reca import html
+from reca.comparison.sides import RESULTS
+from reca.eval import report
+from reca.eval.errors import EvaluationError
+from reca.eval.report import figure
 
 PICTURES = 60  # pairs in the page, of a suite
 SIDE = 512  # pixels of a picture's longer side in the page
@@ -18,14 +21,8 @@ WIDTH, HEIGHT = 320, 120  # of a curve
 
 def render(found: dict[str, Any], pictures: int = PICTURES) -> str:
     """Write the page of a comparison."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return html.render(
+        Path(__file__).with_name("page.html"),
         before=found["before"],
         after=found["after"],
         suites=[_suite(suite, pictures) for suite in found["suites"]],
@@ -67,8 +64,8 @@ def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str,
     """
     if of is not None:
         try:
-            side = json.loads((Path(side["folder"]) / "results.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            side = report.read(Path(side["folder"]) / RESULTS)
+        except EvaluationError:
             return {}
     folder = side.get("images")
     return {
@@ -93,8 +90,8 @@ def _flip(row: dict[str, Any], images: Sequence[dict], unit: str) -> dict[str, A
         "item": row["item"],
         "tag": row["tag"],
         "prompt": row["prompt"],
-        "before": _figure(row["before"], unit),
-        "after": _figure(row["after"], unit),
+        "before": figure(row["before"], unit),
+        "after": figure(row["after"], unit),
         "pictures": [_picture(old), _picture(new)],
         "reasons": [old_reason, new_reason],
     }
@@ -114,15 +111,15 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
     small = max(picture.size) <= SMALL
     picture.save(buffer, "PNG" if small else "JPEG", quality=88)
     kind = "png" if small else "jpeg"
-    return {"source": f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", "small": small}
+    return {"source": html.data_url(buffer.getvalue(), kind), "small": small}
 
 
 def _row(name: str, after: dict[str, Any], before: dict[str, Any], unit: str) -> dict[str, str]:
     return {
         "name": name,
-        "before": _figure(before["value"], unit),
-        "after": _figure(after["value"], unit),
-        "change": _figure(before["difference"], unit, sign=True),
+        "before": figure(before["value"], unit),
+        "after": figure(after["value"], unit),
+        "change": figure(before["difference"], unit, sign=True),
         "interval": _bounds(before["difference_interval"], unit),
         "verdict": _verdict(before["difference_interval"]),
     }
@@ -136,15 +133,8 @@ def _verdict(interval: Sequence[float | None]) -> str:
     return "worse" if high is not None and high < 0 else "open"
 
 
-def _figure(value: float, unit: str, sign: bool = False) -> str:
-    plus = "+" if sign else ""
-    if unit == "points":
-        return f"{value:{plus}.2f}"
-    return f"{value * (100 if unit == 'fraction' else 1):{plus}.1f}"
-
-
 def _bounds(interval: Sequence[float | None], unit: str) -> str:
-    return " to ".join("?" if bound is None else _figure(bound, unit, sign=True) for bound in interval)
+    return " to ".join("?" if bound is None else figure(bound, unit, sign=True) for bound in interval)
 
 
 def _settings(suite: dict[str, Any]) -> dict[str, str]:

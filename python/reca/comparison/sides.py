@@ -1,6 +1,5 @@
 """What is compared: a run, the model that a run started from, or the folder of an evaluation."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,16 +75,3 @@ def _base_of(name: str) -> Side:
 
 def _evaluations(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path.parent for path in folder.glob(f"*/{RESULTS}") if path.parent.name != BASE))
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Read the results of an evaluation. Raises EvaluationError for a file that is damaged or of another format."""
-    path = folder / RESULTS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("suite", "protocol", "overall", "tags", "items", "weights") if key not in found]
-    except (OSError, ValueError, TypeError) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}); make it again: reca eval ... --steps score") from error
-    if missing:
-        raise EvaluationError(f"{path} has no {', '.join(missing)}; make it again: reca eval ... --steps score")
-    return found

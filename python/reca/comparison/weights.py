@@ -1,15 +1,15 @@
 """Which tensors training changed, and whether understanding uses one of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reca import checkpoint
 from reca.comparison.sides import Side
-from reca.config import Recipe
+from reca.config import LoraConfig
 from reca.lora import is_lora
-from reca.models import umm_package
+from reca.meta_model import build_meta
 
 SHOWN = 40  # names of changed tensors in the comparison
 
@@ -24,7 +24,8 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     if before.recipe is None or after.recipe is None or recipe is None or before.recipe.umm != after.recipe.umm:
         return None
     changed = sorted(_changed(before, after))
-    role_of, adapter = _roles(recipe)
+    adapter, _ = build_meta(replace(recipe, lora=LoraConfig()))
+    role_of = adapter.roles()
     touched = [name for name in changed if role_of.get(_owner(name), "") in adapter.understanding_roles]
     if not changed:
         text = "No tensor differs: the two models are bit-identical."
@@ -44,12 +45,6 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
 def _owner(name: str) -> str:
     """Return the weight that a tensor of LoRA changes; other tensors own themselves."""
     return name.partition(".lora_")[0] + ".weight" if is_lora(name) else name
-
-
-def _roles(recipe: Recipe) -> tuple[dict[str, str], Any]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        adapter = umm_package(recipe.umm).Adapter.build_meta(recipe.model)
-    return adapter.roles(), adapter
 
 
 def _changed(before: Side, after: Side) -> set[str]:

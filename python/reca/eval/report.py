@@ -125,7 +125,10 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise EvaluationError(f"{path} holds no results of format {FORMAT}; make the step score again")
+        raise EvaluationError(
+            f"{path} cannot be read (it holds no results of format {FORMAT}); make them again: reca eval ... "
+            "--steps score"
+        )
     return found
 
 
@@ -194,7 +197,7 @@ def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
     if not table:
         return []
     differences = list(dict.fromkeys(row["difference"] for row in table))
-    lines = ["chance to find a change of " + ", ".join(_figure(d, unit).strip() for d in differences)]
+    lines = ["power to find a change of " + ", ".join(_figure(d, unit).strip() for d in differences)]
     for count in dict.fromkeys(row["images_per_item"] for row in table):
         cells = [f"{row['power']:5.0%}" for row in table if row["images_per_item"] == count]
         lines.append(f"  with {count:>2} images per item: {' '.join(cells)}")
@@ -202,14 +205,20 @@ def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
 
 
 def _figure(value: float, unit: str, sign: bool = False) -> str:
+    number = figure(value, unit, sign)
+    return f"{number:>8}" if unit == "points" else f"{number:>6} %"
+
+
+def figure(value: float, unit: str, sign: bool = False) -> str:
+    """Write a score, or a difference of two with its sign: percent of fractions too, without the sign of percent."""
     plus = "+" if sign else ""
     if unit == "points":
-        return f"{value:{plus}8.2f}"
-    return f"{value * (100 if unit == 'fraction' else 1):{plus}6.1f} %"
+        return f"{value:{plus}.2f}"
+    return f"{value * (100 if unit == 'fraction' else 1):{plus}.1f}"
 
 
 def _bounds(interval: Sequence[float | None], unit: str, sign: bool = False) -> str:
-    low, high = ("?" if bound is None else _figure(bound, unit, sign).removesuffix(" %").strip() for bound in interval)
+    low, high = ("?" if bound is None else figure(bound, unit, sign) for bound in interval)
     return f"[{low}, {high}]"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from reca import html
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
 from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
@@ -58,19 +58,13 @@ def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: flo
     """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
     setup, first = demo_setup(umm), next(iter(results))
     recipe = load_recipe(setup.recipe)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = _names(results)
     details = [
         *(f"{c}, all" for c in CATEGORIES),
         *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in COLUMNS),
     ]
-    page = environment.get_template("report.html").render(
+    page = html.render(
+        Path(__file__).with_name("report.html"),
         seeds=list(results),
         scale=scale,
         setup=setup,

@@ -1,6 +1,5 @@
 """A vision language model behind an OpenAI-compatible endpoint, such as vLLM, SGLang or a hosted one."""
 
-import base64
 import http.client
 import io
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from reca import html
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, JudgeError, Picture
 
@@ -201,4 +201,4 @@ def data_url(picture: Picture) -> str:
         file = io.BytesIO()
         picture.save(file, "PNG")
         data, mime = file.getvalue(), "png"
-    return f"data:image/{mime};base64,{base64.b64encode(data).decode()}"
+    return html.data_url(data, mime)
