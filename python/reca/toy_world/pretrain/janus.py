@@ -5,7 +5,6 @@ losses, three terms stand for what a large model brings along: h_v aligned with 
 by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
 """
 
-import random
 from pathlib import Path
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
 from reca.models.janus import Adapter
-from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, pad_tokens
-from reca.toy_world.pretrain.codebook import fit_codebook
-from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, unit
-from reca.toy_world.splits import Split, captioned, understood
+from reca.toy_world.pretrain.codebook import CodebookTask
+from reca.toy_world.pretrain.optimize import matrices, optimize, unit
 
 STEPS = 800
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
@@ -30,13 +27,9 @@ COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
-    rng, noise_rng = random.Random(seed), CounterRNG(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
-    to_generate, to_caption = (first_images(split, scale) for split in (captioned(seed), understood(seed)))
-    fit_codebook(model.gen_vision_model, to_caption[:3000])
-    codes = torch.cat([model.gen_vision_model.encode(unit(part)) for part in to_generate.split(500)])
-    task = _Task(model, rng, noise_rng, captioned(seed), understood(seed), codes, to_caption)
+    task = _Task(model, seed, scale)
 
     steps = scaled(STEPS, scale)
     layers = matrices(model.language_model.model.layers, model.vision_model.vision_tower.blocks)
@@ -45,23 +38,12 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     return model
 
 
-class _Task:
+class _Task(CodebookTask):
     """Losses of one pre-training step."""
 
-    def __init__(
-        self,
-        model: Adapter,
-        rng: random.Random,
-        noise_rng: CounterRNG,
-        generation_split: Split,
-        caption_split: Split,
-        codes: Tensor,
-        images: Tensor,
-    ):
-        self.model, self.rng, self.noise_rng = model, rng, noise_rng
-        self.generation_split, self.caption_split = generation_split, caption_split
-        self.codes, self.images = codes, images
-        self.words = self.slots([caption(caption_split.scene(i)) for i in range(len(images))])
+    def __init__(self, model: Adapter, seed: int, scale: float):
+        super().__init__(model, model.gen_vision_model, seed, scale)
+        self.words = self.slots([caption(self.caption_split.scene(i)) for i in range(len(self.images))])
 
     def slots(self, texts: list[str]) -> Tensor:
         """Tokenize captions for the slots of h_v, padded with the end of text: int64 [B, n]."""

@@ -5,7 +5,6 @@ losses, three terms stand for what a large model brings along: h_v aligned with 
 by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
 """
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import conversation, cross_entropy
 from reca.models.show_o.masking import sample_mask
-from reca.rng import CounterRNG
 from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.toy_world.pretrain import DemoSetup, Progress, scaled
 from reca.toy_world.pretrain.alignment import alignment, pad_tokens
-from reca.toy_world.pretrain.codebook import fit_codebook
-from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, unit
-from reca.toy_world.splits import Split, captioned, understood
+from reca.toy_world.pretrain.codebook import CodebookTask
+from reca.toy_world.pretrain.optimize import matrices, optimize, unit
 from reca_kernels import IGNORE_INDEX
 
 STEPS = 800
@@ -36,13 +33,9 @@ SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and export to `folder`."""
     torch.manual_seed(seed)
-    rng, noise_rng = random.Random(seed), CounterRNG(seed)
     recipe.model.seed = seed
     model = Adapter.load(recipe.model)
-    to_generate, to_caption = (first_images(split, scale) for split in (captioned(seed), understood(seed)))
-    fit_codebook(model.codec, to_caption[:3000])
-    codes = torch.cat([model.codec.encode(unit(part)) for part in to_generate.split(500)])
-    task = _Task(model, rng, noise_rng, captioned(seed), understood(seed), codes, to_caption)
+    task = _Task(model, seed, scale)
 
     steps, layers = scaled(STEPS, scale), matrices(model.showo.model.layers, model.clip.encoder.layers)
     optimize(model.parameters(), layers, lambda step: task.generation_loss(step) + task.caption_loss(), steps, progress)
@@ -50,24 +43,13 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     return model
 
 
-class _Task:
+class _Task(CodebookTask):
     """Losses of one pre-training step."""
 
-    def __init__(
-        self,
-        model: Adapter,
-        rng: random.Random,
-        noise_rng: CounterRNG,
-        generation_split: Split,
-        caption_split: Split,
-        codes: Tensor,
-        images: Tensor,
-    ):
-        self.model, self.rng, self.noise_rng = model, rng, noise_rng
-        self.generation_split, self.caption_split = generation_split, caption_split
-        self.codes, self.images = codes, images
+    def __init__(self, model: Adapter, seed: int, scale: float):
+        super().__init__(model, model.codec, seed, scale)
         self.clip = conditioner(model, "reca")
-        captions = (caption(caption_split.scene(i)) for i in range(len(images)))
+        captions = (caption(self.caption_split.scene(i)) for i in range(len(self.images)))
         self.words = torch.stack([self.slots(text) for text in captions])  # [n, slots]
 
     def slots(self, text: str) -> Tensor:
