@@ -1,6 +1,7 @@
 """What a benchmark answers. One file per benchmark; copying one is the recipe for a new one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -89,6 +90,19 @@ class Suite:
         if not self.data.exists():
             raise EvaluationError(f"--data {self.data} does not exist. {self.data_help}")
         return self.data
+
+    def read_lines(self, path: Path, item: Callable[[Any], Item | None]) -> list[Item]:
+        """Make an item of every line of a JSON-lines file; None leaves a row out.
+
+        Raises EvaluationError that names the line.
+        """
+        found = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                found.append(item(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise EvaluationError(f"{path}, line {number}: {error!r}. {self.data_help}") from error
+        return [one for one in found if one is not None]
 
     def items(self) -> list[Item]:
         """List all items, in the benchmark's order."""

@@ -1,7 +1,6 @@
 """GEdit-Bench: edits of eleven groups in two languages, marked by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,18 +86,13 @@ class GEdit(Suite):
         path = root if root.is_file() else root / "items.jsonl"
         if not path.is_file():
             raise EvaluationError(f"{path} does not exist. {self.data_help}")
-        items = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-            try:
-                row = json.loads(line)
-                if row["instruction_language"] != self.language:
-                    continue
-                meta = {"intersection": bool(row["Intersection_exist"]), "language": row["instruction_language"]}
-                source = path.parent / row["source"]
-                items.append(Item(str(row["key"]), row["task_type"], row["instruction"], source, meta))
-            except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(f"{path}, line {number + 1}: {error!r}. {self.data_help}") from error
-        return items
+        return self.read_lines(path, lambda row: self._item(path.parent, row))
+
+    def _item(self, folder: Path, row: Any) -> Item | None:
+        if row["instruction_language"] != self.language:
+            return None
+        meta = {"intersection": bool(row["Intersection_exist"]), "language": row["instruction_language"]}
+        return Item(str(row["key"]), row["task_type"], row["instruction"], folder / row["source"], meta)
 
     def path(self, item: Item, k: int) -> str:
         return f"fullset/{item.tag}/{self.language}/{item.id}.png"

@@ -1,7 +1,8 @@
 """POPE: does a picture hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
 
-import json
+import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from reca.eval.errors import EvaluationError
@@ -39,21 +40,20 @@ class Pope(Suite):
     )
 
     def items(self) -> list[Item]:
-        root, items = self.data_path(), []
+        root = self.data_path()
+        items: list[Item] = []
         for category in CATEGORIES:
             for path in sorted(root.glob(f"*{category}.json")):
-                for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-                    try:
-                        row = json.loads(line)
-                        meta = {"truth": row["label"].strip().lower()}
-                        source = next((p for f in ("val2014", ".") if (p := root / f / row["image"]).is_file()), None)
-                        source = source or root / "val2014" / row["image"]
-                        items.append(Item(f"{category}/{row['question_id']}", category, row["text"], source, meta))
-                    except (ValueError, KeyError, TypeError, AttributeError) as error:
-                        raise EvaluationError(f"{path}, line {number + 1}: {error!r}. {self.data_help}") from error
+                items += self.read_lines(path, functools.partial(self._item, root, category))
         if not items:
             raise EvaluationError(f"{root} holds no questions of POPE. {self.data_help}")
         return items
+
+    def _item(self, root: Path, category: str, row: Any) -> Item:
+        source = next((p for f in ("val2014", ".") if (p := root / f / row["image"]).is_file()), None)
+        meta = {"truth": row["label"].strip().lower()}
+        source = source or root / "val2014" / row["image"]
+        return Item(f"{category}/{row['question_id']}", category, row["text"], source, meta)
 
     def path(self, item: Item, k: int) -> str:
         return "answers.jsonl"
