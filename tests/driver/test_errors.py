@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 RANKS = """
 import logging, os, sys, time
+from pathlib import Path
 from reca.cli import _set_up_output
 from reca.errors import print_once
 _set_up_output()
@@ -22,8 +23,17 @@ for number in (1, 2, 2):
 log.warning("disk of rank %s is slow", os.environ["RANK"])
 log.info("going on")
 rank, which = int(os.environ["RANK"]), sys.argv[1]
+
+def meet(place):
+    # torchrun ends the other rank as soon as one has left, so each stays until the other has said its part.
+    Path(f"{sys.argv[0]}.{place}.{rank}").touch()
+    while not Path(f"{sys.argv[0]}.{place}.{1 - rank}").exists():
+        time.sleep(0.01)
+
+meet("logged")
 if which == "own":
     print_once(f"reca: disk {rank} is full")
+    meet("told")
 elif rank == 1:
     print_once("reca: rank 1 alone has a bad file")
 else:
