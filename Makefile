@@ -47,9 +47,10 @@ build/docs-env/.ready: pyproject.toml
 	build/docs-env/bin/python -m pip install --quiet --group docs
 	touch $@
 
-# A torch that is already importable is used; otherwise $(TORCH) is installed first, so nothing else picks a version.
+# The torch of a system's Python is used, if it has one; otherwise $(TORCH) is installed first, so nothing else picks a
+# version. An activated environment's torch cannot be used: --system-site-packages passes on the packages of the base alone.
 $(VENV)/.torch:
-	if $(PYTHON) -c 'import torch' 2>/dev/null; \
+	if $(PYTHON) -c 'import sys, torch; sys.exit(sys.prefix != sys.base_prefix)' 2>/dev/null; \
 	then $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
 	touch $@
