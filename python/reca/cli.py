@@ -360,7 +360,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from reca.toy_world.experiment import demo
+    from reca.demo.experiment import demo
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
         raise ValueError(

@@ -5,18 +5,9 @@ import random
 import pytest
 import torch
 
+from reca.demo.scene import Scene, Thing
 from reca.toy_world.detector import detect, shows
-from reca.toy_world.scenes import (
-    COLOURS,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    Thing,
-    all_pairs,
-    draw_scene,
-    held_out_pairs,
-    render,
-)
+from reca.toy_world.scenes import COLOURS, RELATIONS, SHAPES, all_pairs, draw_scene, held_out_pairs, render
 
 
 def scenes(n, seed=0):
@@ -97,6 +88,6 @@ def test_specks_are_not_objects():
 def test_held_out_pairs_are_three_a_shape_and_even_in_colour():
     for seed in range(5):
         held = held_out_pairs(seed)
-        assert [sum(p.shape == s for p in held) for s in SHAPES] == [3] * 6
+        assert [sum(p.kind == s for p in held) for s in SHAPES] == [3] * 6
         assert {sum(p.colour == c for p in held) for c in COLOURS} <= {2, 3}
         assert held == held_out_pairs(seed) and held != held_out_pairs(seed + 1)

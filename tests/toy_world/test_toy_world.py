@@ -7,11 +7,12 @@ import pytest
 from reca.data.errors import DataError
 from reca.data.pixels import open_rgb
 from reca.data.sources import open_source
+from reca.demo.captions import TEMPLATES, caption, phrase
+from reca.demo.measure import CATEGORIES, Rate, prompts
+from reca.demo.scene import Scene, Thing
 from reca.recipe_files import load_recipe
-from reca.toy_world import splits
-from reca.toy_world.captions import TEMPLATES, WORDS, caption, phrase
-from reca.toy_world.measure import CATEGORIES, Rate, prompts
-from reca.toy_world.scenes import Scene, Thing, held_out_pairs
+from reca.toy_world import WORDS, splits
+from reca.toy_world.scenes import held_out_pairs
 
 RED, BLUE = Thing("red", "square"), Thing("blue", "circle")
 
@@ -54,7 +55,7 @@ def test_sources_give_each_kind_its_text():
     split = sparse.split
     for i in range(200):
         for thing in split.scene(i).things:
-            assert thing not in held or f"{thing.colour} {thing.shape}" not in sparse[i].text
+            assert thing not in held or f"{thing.colour} {thing.kind}" not in sparse[i].text
     talk = open_source("reca.toy_world:understood?seed=1", "i2t")[0].text
     assert talk[0].answer == caption(splits.understood(1).scene(0))
     assert (

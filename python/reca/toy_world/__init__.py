@@ -3,11 +3,14 @@
 Recipes name its data: `reca.toy_world:unlabeled?seed=0` makes a source, `reca.toy_world:TEMPLATES` is its sentences.
 """
 
+from reca.demo.captions import TEMPLATES, vocabulary
 from reca.toy_world import splits
-from reca.toy_world.captions import TEMPLATES
+from reca.toy_world.scenes import COLOURS, RELATIONS, SHAPES
 from reca.toy_world.source import ToySource
 
-__all__ = ["TEMPLATES", "captioned", "understood", "unlabeled", "unseen"]
+__all__ = ["TEMPLATES", "WORDS", "captioned", "understood", "unlabeled", "unseen"]
+
+WORDS = vocabulary((*COLOURS, *SHAPES, *RELATIONS))
 
 
 def captioned(task: str, *, seed: int = 0, caption_detail: str = "full") -> ToySource:

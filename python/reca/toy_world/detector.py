@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reca.toy_world.scenes import BACKGROUND, COLOURS, MASKS, SIZE, Scene, Thing
+from reca.demo.scene import Scene, Thing
+from reca.toy_world.scenes import BACKGROUND, COLOURS, MASKS, SIZE
 
 MIN_PIXELS = 8
 MIN_PURITY = 0.8
@@ -89,7 +90,7 @@ def shows(image: Tensor, scene: Scene, colours: bool, layout: bool) -> bool:
 
 def _matches(found: list[Found], scene: Scene, colours: bool, layout: bool) -> bool:
     for got, wanted in zip(found, scene.things, strict=True):
-        if got.thing.shape != wanted.shape or (colours and got.thing.colour != wanted.colour):
+        if got.thing.kind != wanted.kind or (colours and got.thing.colour != wanted.colour):
             return False
     if not layout or scene.relation is None:
         return True

@@ -2,10 +2,11 @@
 
 import itertools
 import random
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from reca.demo.scene import Scene, Thing, draw_held_out
 
 SIDE = 20  # pixels of a image
 SIZE = 8  # pixels of an object
@@ -35,49 +36,29 @@ RELATIONS = ("left_of", "above")
 MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) for name, rows in MASK_ROWS.items()}
 
 
-@dataclass(frozen=True)
-class Thing:
-    colour: str
-    shape: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One thing in the middle, or two with the first `relation` the second."""
-
-    things: tuple[Thing, ...]
-    relation: str | None = None
-
-    def places(self) -> list[tuple[int, int]]:
-        """Return the top left corner (row, column) of every thing."""
-        middle, near, far = 8, 0, SIDE - SIZE  # multiples of 4, the size of an image token
-        if self.relation is None:
-            return [(middle, middle)]
-        return [(near, middle), (far, middle)] if self.relation == "above" else [(middle, near), (middle, far)]
+def places(scene: Scene) -> list[tuple[int, int]]:
+    """Return the top left corner (row, column) of every thing."""
+    middle, near, far = 8, 0, SIDE - SIZE  # multiples of 4, the size of an image token
+    if scene.relation is None:
+        return [(middle, middle)]
+    return [(near, middle), (far, middle)] if scene.relation == "above" else [(middle, near), (middle, far)]
 
 
 def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
     """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise."""
     image = torch.full((3, SIDE, SIDE), BACKGROUND)
-    for thing, (row, column) in zip(scene.things, scene.places(), strict=True):
+    for thing, (row, column) in zip(scene.things, places(scene), strict=True):
         place = image[:, row : row + SIZE, column : column + SIZE]
         colour = torch.tensor(COLOURS[thing.colour])[:, None, None]
-        place.copy_(torch.where(MASKS[thing.shape], colour, place))
+        place.copy_(torch.where(MASKS[thing.kind], colour, place))
     if generator is not None:
         image = image + torch.randn(image.shape, generator=generator) * NOISE
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def held_out_pairs(seed: int, per_shape: int = 3) -> frozenset[Thing]:
-    """Draw the colour-shape pairs that captions never show: `per_shape` colours of every shape, colours used evenly."""
-    rng = random.Random(seed)
-    times, rest = divmod(per_shape * len(SHAPES), len(COLOURS))
-    while True:
-        colours = list(COLOURS) * times + rng.sample(list(COLOURS), rest)
-        rng.shuffle(colours)
-        chunks = [colours[i * per_shape : (i + 1) * per_shape] for i in range(len(SHAPES))]
-        if all(len(set(chunk)) == per_shape for chunk in chunks):
-            return frozenset(Thing(c, s) for s, chunk in zip(SHAPES, chunks, strict=True) for c in chunk)
+def held_out_pairs(seed: int) -> frozenset[Thing]:
+    """Draw the colour-shape pairs that captions never show: three colours of every shape."""
+    return draw_held_out(seed, tuple(COLOURS), SHAPES)
 
 
 def all_pairs() -> list[Thing]:

@@ -8,7 +8,7 @@ from PIL import Image
 from reca.data.batch import Turn
 from reca.data.errors import DataError
 from reca.data.sample import Sample, digest
-from reca.toy_world.captions import QUESTIONS, caption, phrase
+from reca.demo.captions import QUESTIONS, caption, phrase
 from reca.toy_world.scenes import all_pairs, held_out_pairs
 from reca.toy_world.splits import Split
 

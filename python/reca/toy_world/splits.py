@@ -4,7 +4,8 @@ import random
 
 import torch
 
-from reca.toy_world.scenes import Scene, Thing, all_pairs, draw_scene, held_out_pairs, render
+from reca.demo.scene import Scene, Thing
+from reca.toy_world.scenes import all_pairs, draw_scene, held_out_pairs, render
 
 
 class Split:

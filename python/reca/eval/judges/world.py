@@ -17,7 +17,7 @@ class WorldJudge(Judge):
 
         image = read_image(picture)
         found = detect(image)
-        seen = "no object" if found is None else ", ".join(f"{f.thing.colour} {f.thing.shape}" for f in found)
+        seen = "no object" if found is None else ", ".join(f"{f.thing.colour} {f.thing.kind}" for f in found)
         return {
             "correct": shows(image, prompt.scene, prompt.colours, prompt.layout),
             "seen": f"shows {seen or 'nothing'}",

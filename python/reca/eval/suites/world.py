@@ -21,7 +21,7 @@ class World(Suite):
         self.seed = seed
 
     def items(self) -> list[Item]:
-        from reca.toy_world.measure import prompts
+        from reca.demo.measure import prompts
 
         return [
             Item(f"{number:05d}", p.category, p.text, metadata={"pairs": p.pairs, "prompt": p})
@@ -30,7 +30,7 @@ class World(Suite):
 
     def sampling(self, umm: str) -> dict[str, Any]:
         """Return the demo's sampling options of a model, which its tiny recipe needs."""
-        from reca.toy_world.pretrain import DEMO_UMMS, demo_setup
+        from reca.demo.pretrain import DEMO_UMMS, demo_setup
 
         return dict(demo_setup(umm).sampling) if umm in DEMO_UMMS else {}
 

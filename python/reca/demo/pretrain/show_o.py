@@ -13,15 +13,15 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.demo.pretrain import DemoSetup, Progress, scaled
+from reca.demo.pretrain.alignment import alignment, pad_tokens
+from reca.demo.pretrain.codebook import CodebookTask
+from reca.demo.pretrain.optimize import matrices, optimize, unit
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import conversation, cross_entropy
 from reca.models.show_o.masking import sample_mask
-from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, pad_tokens
-from reca.toy_world.pretrain.codebook import CodebookTask
-from reca.toy_world.pretrain.optimize import matrices, optimize, unit
 from reca_kernels import IGNORE_INDEX
 
 STEPS = 800

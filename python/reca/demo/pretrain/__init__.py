@@ -61,7 +61,7 @@ def demo_setup(umm: str) -> DemoSetup:
     """Return the setup of a model's demo. Raises RecipeError for a model without one."""
     if umm not in DEMO_UMMS:
         raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(DEMO_UMMS)}")
-    return import_module(f"reca.toy_world.pretrain.{umm}").SETUP
+    return import_module(f"reca.demo.pretrain.{umm}").SETUP
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:

@@ -7,8 +7,8 @@ the model has to find facts without that help: "second colour red". Large langua
 import random
 from collections.abc import Callable
 
-from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption
-from reca.toy_world.scenes import Scene
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption
+from reca.demo.scene import Scene
 from reca_kernels import IGNORE_INDEX
 
 PROMPTS = tuple(dict.fromkeys(QUESTIONS + TEMPLATES))
@@ -34,6 +34,6 @@ def _draw_parts(scene: Scene, rng: random.Random) -> list[tuple[str, bool]]:
     for i, number in enumerate(("first", "second")):
         thing = scene.things[i] if i < len(scene.things) else None
         facts.append((f"{number} colour", thing.colour if thing else "nothing"))
-        facts.append((f"{number} shape", thing.shape if thing else "nothing"))
+        facts.append((f"{number} shape", thing.kind if thing else "nothing"))
     rng.shuffle(facts)
     return [part for name, value in facts for part in ((name, False), (value, True))]

@@ -1,9 +1,9 @@
-"""The language of the toy world: captions, phrases around them, questions and templates."""
+"""The language of every embedded world: captions, phrases around them, questions and templates."""
 
 import random
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
-from reca.toy_world.scenes import COLOURS, RELATIONS, SHAPES, Scene, Thing
+from reca.demo.scene import Scene, Thing
 
 # What people write around a caption. It says nothing about the image, and puts the caption at varied distances.
 BEFORE = ("", "", "", "draw", "a picture of", "please draw", "i want to see")
@@ -21,11 +21,12 @@ TEMPLATES = (
     "please draw this picture",
 )
 WRAPPING = ("USER", "ASSISTANT", ":", "\n")
-WORDS = tuple(
-    dict.fromkeys(
-        ["a", *COLOURS, *SHAPES, *RELATIONS, *WRAPPING, *" ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()]
-    )
-)
+
+
+def vocabulary(names: Iterable[str]) -> tuple[str, ...]:
+    """List every word of a world's texts. names: its colours, kinds of things and relations."""
+    around = " ".join((*BEFORE, *AFTER, *QUESTIONS, *TEMPLATES)).split()
+    return tuple(dict.fromkeys(["a", *names, *WRAPPING, *around]))
 
 
 def caption(
@@ -38,7 +39,7 @@ def caption(
     parts = []
     for thing in scene.things:
         named = (coloured is None or thing in coloured) and (rng is None or rng.random() < share)
-        parts.append(f"a {thing.colour} {thing.shape}" if named else f"a {thing.shape}")
+        parts.append(f"a {thing.colour} {thing.kind}" if named else f"a {thing.kind}")
     return f" {scene.relation} ".join(parts)
 
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from reca.demo.captions import caption
+from reca.demo.scene import Scene, Thing
 from reca.models.base import Adapter
-from reca.toy_world.captions import caption
 from reca.toy_world.detector import shows
-from reca.toy_world.scenes import RELATIONS, SHAPES, Scene, Thing, all_pairs, held_out_pairs
+from reca.toy_world.scenes import RELATIONS, SHAPES, all_pairs, held_out_pairs
 from reca.toy_world.splits import unseen
 
 CATEGORIES = ("single", "colour", "two", "attribution", "position")

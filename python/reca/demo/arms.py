@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from reca.toy_world.measure import Measured
-from reca.toy_world.pretrain import DemoSetup
+from reca.demo.measure import Measured
+from reca.demo.pretrain import DemoSetup
 
 BEFORE = "before"  # the pre-trained model, where every arm starts
 

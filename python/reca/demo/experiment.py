@@ -1,6 +1,6 @@
 """The demo: pre-train a tiny model, post-train copies of it in different ways, and measure all of them alike.
 
-The experiment is the same for every model; reca.toy_world.pretrain holds what is not.
+The experiment is the same for every model; reca.demo.pretrain holds what is not.
 """
 
 import json
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from reca.demo import report
+from reca.demo.arms import BEFORE, Arm, Outcome, Results, arms
+from reca.demo.measure import Measured, measure
+from reca.demo.pretrain import DemoSetup, demo_setup, scaled
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
-from reca.toy_world import report
-from reca.toy_world.arms import BEFORE, Arm, Outcome, Results, arms
-from reca.toy_world.measure import Measured, measure
-from reca.toy_world.pretrain import DemoSetup, demo_setup, scaled
 from reca.trainer import Trainer
 
 SPARSEST = 10  # every tenth prompt still covers every category

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from reca import checkpoint
 from reca.config import Recipe
+from reca.demo.pretrain import Progress, scaled
 from reca.models.base import Adapter
 from reca.recipe_files import absolute_paths, save_recipe
-from reca.toy_world.pretrain import Progress, scaled
 from reca.toy_world.splits import Split
 
 WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from reca import html
+from reca.demo.arms import BEFORE, Arm, Outcome, Results
+from reca.demo.before_after import before_after
+from reca.demo.measure import CATEGORIES, Rate
+from reca.demo.pretrain import demo_setup, scaled
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
-from reca.toy_world.arms import BEFORE, Arm, Outcome, Results
-from reca.toy_world.before_after import before_after
-from reca.toy_world.measure import CATEGORIES, Rate
-from reca.toy_world.pretrain import demo_setup, scaled
 from reca.toy_world.scenes import held_out_pairs
 
 COLUMNS = ("seen", "held-out")
@@ -75,7 +75,7 @@ def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: flo
             detail: [_cell([results[s][name].measured.rates[detail] for s in results]) for name in names]
             for detail in details
         },
-        held_out=sorted(f"{pair.colour} {pair.shape}" for pair in held_out_pairs(first)),
+        held_out=sorted(f"{pair.colour} {pair.kind}" for pair in held_out_pairs(first)),
         images={name: _images(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
         steps=scaled(recipe.train.steps, scale),

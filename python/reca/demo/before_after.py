@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
+from reca.demo.arms import BEFORE, Outcome
+from reca.demo.captions import caption
+from reca.demo.scene import Scene
 from reca.image_grid import make_grid
-from reca.toy_world.arms import BEFORE, Outcome
-from reca.toy_world.captions import caption
-from reca.toy_world.scenes import SIDE, Scene, held_out_pairs
+from reca.toy_world.scenes import SIDE, held_out_pairs
 
 ROWS = (BEFORE, "SFT", "RECA")
 SCALE, GAP = 5, 8  # of the images, and between them in pixels

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.data.batch import Batch
+from reca.demo.captions import TEMPLATES, caption, phrase
+from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
+from reca.demo.pretrain.alignment import alignment, pad_tokens
+from reca.demo.pretrain.language import PROMPTS, draw_reply
+from reca.demo.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.models.common.text import control, encode
 from reca.models.open_uni import Adapter, modules, prompt
 from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
-from reca.toy_world.captions import TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, pad_tokens
-from reca.toy_world.pretrain.language import PROMPTS, draw_reply
-from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entropy, template_concat
 

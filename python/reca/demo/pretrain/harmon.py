@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.demo.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
+from reca.demo.pretrain.alignment import alignment, pad_tokens
+from reca.demo.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.models.common.chat import END, Prompt
 from reca.models.common.text import encode
 from reca.models.harmon import Adapter, modules, prompt
 from reca.models.harmon.loss import image_loss, prepare_images, sample_prompts
 from reca.rng import CounterRNG, RandomStream
-from reca.toy_world.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.toy_world.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
-from reca.toy_world.pretrain.alignment import alignment, pad_tokens
-from reca.toy_world.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 

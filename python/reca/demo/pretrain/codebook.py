@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reca.demo.pretrain.optimize import first_images, unit
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.rng import CounterRNG
-from reca.toy_world.pretrain.optimize import first_images, unit
 from reca.toy_world.splits import captioned, understood
 
 

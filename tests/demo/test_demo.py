@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from reca.cli import main
+from reca.demo import before_after, experiment, measure, report
+from reca.demo.arms import Outcome
+from reca.demo.captions import caption
+from reca.demo.pretrain import DEMO_UMMS, demo_setup
+from reca.demo.pretrain.language import WORDS as FACT_WORDS
+from reca.demo.scene import Scene
 from reca.recipe_files import load_recipe
-from reca.toy_world import before_after, experiment, measure, report
-from reca.toy_world.arms import Outcome
-from reca.toy_world.captions import WORDS, caption
-from reca.toy_world.pretrain import DEMO_UMMS, demo_setup
-from reca.toy_world.pretrain.language import WORDS as FACT_WORDS
-from reca.toy_world.scenes import SIDE, Scene, all_pairs, held_out_pairs
+from reca.toy_world import WORDS
+from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
 
 SCALE = 0.004
 ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
@@ -38,7 +40,7 @@ def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
     (tmp_path / "seed0").mkdir()
     quick = {name: min(value, 10) for name, value in demo_setup(umm).sampling.items() if name.endswith("steps")}
     faster = replace(demo_setup(umm), sampling=demo_setup(umm).sampling | quick)
-    monkeypatch.setattr(import_module(f"reca.toy_world.pretrain.{umm}"), "SETUP", faster)
+    monkeypatch.setattr(import_module(f"reca.demo.pretrain.{umm}"), "SETUP", faster)
     results = serial(umm, tmp_path)
     setup = demo_setup(umm)
     wanted = [*ROWS[:3], *([setup.generation_arm[0]] if setup.generation_arm else []), *ROWS[3:]]

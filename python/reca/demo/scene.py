@@ -1,0 +1,33 @@
+"""What a caption is about: one thing, or two with a relation between them."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing in the middle, or two with the first `relation` the second."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+
+@lru_cache(maxsize=64)
+def draw_held_out(seed: int, colours: Sequence[str], kinds: Sequence[str], per_kind: int = 3) -> frozenset[Thing]:
+    """Draw the things that captions never show: `per_kind` colours of every kind, colours used evenly."""
+    rng = random.Random(seed)
+    times, rest = divmod(per_kind * len(kinds), len(colours))
+    while True:
+        drawn = list(colours) * times + rng.sample(list(colours), rest)
+        rng.shuffle(drawn)
+        chunks = [drawn[i * per_kind : (i + 1) * per_kind] for i in range(len(kinds))]
+        if all(len(set(chunk)) == per_kind for chunk in chunks):
+            return frozenset(Thing(c, k) for k, chunk in zip(kinds, chunks, strict=True) for c in chunk)
