@@ -86,7 +86,7 @@ def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> 
         fully_shard(block, mesh=mesh, mp_policy=blocks, ignored_params=left)
     rest = MixedPrecisionPolicy(reduce_dtype=reduce)
     fully_shard(adapter, mesh=mesh, mp_policy=rest, ignored_params=left)
-    for method in ("generate", "edit", "answer", "encode"):
+    for method in ("generate", "reconstruct", "edit", "answer", "encode"):
         register_fsdp_forward_method(adapter, method)
 
 

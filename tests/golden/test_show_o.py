@@ -447,10 +447,10 @@ def test_generation(golden, model, monkeypatch):
     seen, logits, layouts = [], [], []
     forward = model.code_logits
 
-    def observed(layout, codes):
+    def observed(layout, codes, h_v=None):
         seen.append(codes + v.offset)
         layouts.append(layout)
-        logits.append(forward(layout, codes))
+        logits.append(forward(layout, codes, h_v))
         return logits[-1]
 
     monkeypatch.setattr(model, "code_logits", observed)

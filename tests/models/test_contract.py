@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import reca
 from reca.data.batch import TASKS, Turn
 from reca.data.cache import collate
+from reca.data.pixels import make_view
 from reca.models import UMMS
 from reca.models.base import ROLES
 from reca.parallelize import checkpoint_activations
@@ -310,6 +312,39 @@ def test_an_image_depends_on_its_prompt_and_seed_only(model):
     assert all(
         torch.equal(one, same) for one, same in zip(together, model.generate(PROMPTS, SEEDS, **options), strict=True)
     )
+
+
+def test_a_reconstruction_depends_on_its_own_picture_and_seed(model):
+    options, given = quick(model.name), batch(model, "reca", (0, 1, 0), [(20, 20)] * 2)
+    given.text, seeds = [TEXTS["reca"][0]] * 3, [5, 5, 6]
+    together = model.reconstruct(given, seeds, **options)
+    alone = []
+    for row, (picture, seed) in enumerate(zip((0, 1, 0), seeds, strict=True)):
+        one = batch(model, "reca", (picture,), [(20, 20)] * 2)
+        one.text = given.text[:1]
+        alone += model.reconstruct(one, [seed], **options)
+        assert together[row].shape == given.gen[row].shape and together[row].dtype == torch.uint8
+        assert near(together[row], alone[row])
+    assert not near(together[0], together[2])
+
+
+@pytest.mark.parametrize("name", ["show_o", "janus", "open_uni"])  # the others take longer to learn it
+def test_a_reconstruction_comes_near_its_picture_once_it_is_trained(name):
+    model = load(name)
+    learnable(model, "reca")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    flat = [torch.full((3, 20, 20), level, dtype=torch.uint8) for level in (20, 235)]
+    views, sizes = model.views("reca"), [(20, 20)] * 2
+    given = batch(model, "reca", (0, 1), sizes)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in flat]
+    given.gen = [make_view(picture, views.gen) for picture in pictures]
+    given.und = views.und and [make_view(picture, views.und) for picture in pictures]
+    for seed in range(60):
+        loss(model, given, seed).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    means = [image.float().mean() for image in model.reconstruct(given, [1, 2], **quick(name, 8))]
+    assert means[0] + 25 < means[1], means
 
 
 def test_what_cannot_be_drawn(plain):

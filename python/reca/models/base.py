@@ -102,7 +102,7 @@ class Adapter(nn.Module):
 
     name: ClassVar[str]
     tasks: ClassVar[frozenset[str]]  # which of TASKS it can train on
-    abilities: ClassVar[frozenset[str]]  # which of generate, edit, answer it has
+    abilities: ClassVar[frozenset[str]]  # which of generate, reconstruct, edit, answer it has
     trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
     encoder_roles: ClassVar[frozenset[str] | None] = None  # whose parameters `encode` reads; None: any
     understanding_roles: ClassVar[frozenset[str]] = frozenset(
@@ -212,6 +212,13 @@ class Adapter(nn.Module):
     def generate(self, prompts: list[str], seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
         """Generate an image per prompt, uint8 [3, H, W]. It depends on (prompt, seed), not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")
+
+    def reconstruct(self, batch: Batch, seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
+        """Draw the images of a reca batch again from their h_v and templates, uint8 [3, H, W]; without guidance.
+
+        That is what the RECA loss trains. No text is dropped.
+        """
+        raise NotImplementedError(f"{self.name} cannot reconstruct images")
 
     def edit(
         self, images: list[Tensor], instructions: list[str], seeds: list[int], *_: Any, **sampling: Any

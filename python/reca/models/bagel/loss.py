@@ -14,7 +14,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models import base
 from reca.models.bagel.modules import Network, shift_timesteps
-from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, VitImage
+from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
@@ -56,13 +56,12 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         texts = [[] if drop else [net.text(text)] for text, drop in zip(captions, dropped, strict=True)]
     items: list[list[Item]] = [[*text] for text in texts]
     if batch.task in ("reca", "i2t"):
-        item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
-        items = [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
+        items = with_images(net, batch, texts)
     layout = net.layout(items)
     made = batch.task, rng.seed
     if batch.task == "i2t":
         return Prepared(*made, float(layout.labelled), batch.host_ids, items, layout, None)
-    sizes = _image_sizes(net, batch)
+    sizes = image_sizes(net, batch)
     image = net.layout([[NoisyImage(*size)] for size in sizes], layout.next_positions)
     tokens = float(sum(height * width for height, width in sizes))
     rewards = None
@@ -70,6 +69,19 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         scored = zip(batch.text, sizes, strict=True)
         rewards = torch.cat([token_rewards(said, *size) for said, size in scored])[:, None]
     return Prepared(*made, tokens, batch.host_ids, items, layout, image, rewards)
+
+
+def with_images(net: Network, batch: Batch, texts: Sequence[Sequence[Text]]) -> list[list[Item]]:
+    """Put the images that h_v is made of before texts."""
+    item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
+    return [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
+
+
+def given_images(net: Network, items: Sequence[Sequence[Item]], h_v: Sequence[Tensor]) -> Prompt:
+    """Make the prompt of `with_images` and what `encode` has made of its images."""
+    if isinstance(items[0][0], CleanImage):
+        return Prompt(items, latents=[net.codec.latents(moments) for moments in h_v])
+    return Prompt(items, h_v)
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
@@ -175,9 +187,7 @@ def _prompt(net: Network, prepared: Prepared, features: dict[str, Any]) -> tuple
     if sizes != [tuple(items[0]) for items in prepared.items]:
         items = [[type(first)(*size), *text] for size, (first, *text) in zip(sizes, prepared.items, strict=True)]
         prepared = replace(prepared, items=items, prompt=net.layout(items))
-    if clean:
-        return Prompt(prepared.items, latents=[net.codec.latents(moments) for moments in h_v]), prepared
-    return Prompt(prepared.items, h_v), prepared
+    return given_images(net, prepared.items, h_v), prepared
 
 
 def _copies_latents(net: Network, batch: Batch) -> bool:
@@ -195,7 +205,8 @@ def _hv_sizes(net: Network, batch: Batch) -> list[Size]:
     return [(image.shape[1] // side, image.shape[2] // side) for image in batch.und]
 
 
-def _image_sizes(net: Network, batch: Batch) -> list[Size]:
+def image_sizes(net: Network, batch: Batch) -> list[Size]:
+    """Return the sizes of the images to generate."""
     images, side = batch.gen, net.token_side
     if images is None:
         assert batch.features is not None, "a batch has images or features"

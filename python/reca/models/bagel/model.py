@@ -24,7 +24,7 @@ class Bagel(modules.Network, Adapter):
 
     name = "bagel"
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
-    abilities = frozenset({"generate", "edit", "answer"})
+    abilities = frozenset({"generate", "reconstruct", "edit", "answer"})
     trainable_roles = weights.TRAINED
     encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
@@ -72,6 +72,12 @@ class Bagel(modules.Network, Adapter):
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         with self.inference_autocast():
             return sampling.generate(self, prompts, seeds, **options)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, shift: float = 3.0) -> list[Tensor]:
+        """Draw images again by Euler steps (`sampling.denoise`). Seeds lie in [0, 2**56)."""
+        with self.inference_autocast():
+            return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, steps=steps, shift=shift)
 
     @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:

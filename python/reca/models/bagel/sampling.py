@@ -1,11 +1,13 @@
 """Text (and image) to image by Euler steps with two kinds of guidance, and greedy answers."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from reca.models.bagel import modules
+from reca.data.batch import Batch
+from reca.models.bagel import loss, modules
 from reca.models.bagel.modules import Network
 from reca.models.bagel.prompt import CleanImage, Item, Layout, NoisyImage, Prompt, Text, VitImage
 from reca.models.bagel.transformer import KVCache
@@ -51,6 +53,21 @@ def generate(
         )  # fmt: skip
         images += pixels(net, tokens, sizes)
     return images
+
+
+@torch.no_grad()
+def reconstruct(
+    net: Network, batch: Batch, h_v: Sequence[Tensor], seeds: list[int], *, steps: int = 50, shift: float = 3.0
+) -> list[Tensor]:
+    """Draw images again, uint8 [3, H, W] of their own sizes; see `denoise`."""
+    check_pairs(images=batch.text, seeds=seeds)
+    items, sizes = loss.with_images(net, batch, [[net.text(text)] for text in batch.text]), loss.image_sizes(net, batch)
+    _, full = net.prefill(loss.given_images(net, items, h_v))
+    tokens = denoise(
+        net, start_noise(net, sizes, seeds), sizes, full, None, None,
+        steps=steps, guidance=1.0, interval=(0.0, 1.0), renorm="global", renorm_min=0.0, shift=shift,
+    )  # fmt: skip
+    return pixels(net, tokens, sizes)
 
 
 @torch.no_grad()

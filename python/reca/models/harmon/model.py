@@ -25,7 +25,7 @@ class Harmon(Network, Adapter):
 
     name = "harmon"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "answer"})
+    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     encoder_roles = frozenset({"codec"})
     understanding_roles = Adapter.understanding_roles | {"codec"}  # h_v is made of latents
@@ -117,6 +117,36 @@ class Harmon(Network, Adapter):
                 )
                 images += list(to_uint8(self.pixels(latents)))
         return images
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        batch: Batch,
+        seeds: list[int],
+        *,
+        steps: int = 64,
+        diffusion_steps: int = 100,
+        temperature: float = 1.0,
+        clip_sample_range: float | None = None,
+    ) -> list[Tensor]:
+        """Draw images again by MAR (`sampling.sample_latents`). Seeds lie in [0, 2**56)."""
+        check_pairs(images=batch.text, seeds=seeds)
+        with eval_mode(self):
+            features = self.encode(batch)
+            latents = sampling.sample_latents(
+                self,
+                [prompt.template(self.tokenizer, text) for text in batch.text],
+                [],
+                sampling.SamplerNoise(torch.tensor(seeds, device=self.device)),
+                tuple(features["latents"].shape[1:3]),
+                self.mar.encode(features["h_v"]),
+                steps=steps,
+                guidance=1,
+                diffusion=diffusion_steps,
+                temperature=temperature,
+                clip_sample_range=clip_sample_range,
+            )
+            return list(to_uint8(self.pixels(latents)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         check_pairs(images=images, questions=questions)

@@ -51,6 +51,7 @@ def sample_latents(
     uncond: list[Prompt],
     noise: SamplerNoise,
     grid: tuple[int, int],
+    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoded image that both branches are given
     *,
     steps: int = 64,
     guidance: float = 3.0,
@@ -75,6 +76,8 @@ def sample_latents(
     latents = torch.zeros(len(cond), size, channels, dtype=torch.float32, device=order.device)
     prompts, hidden = cond if guidance == 1 else cond + uncond, size
     branches = len(prompts) // len(cond)
+    hv_tokens = 0 if h_v is None else h_v.shape[1] - buffers
+    h_v = None if h_v is None else h_v.repeat(branches, 1, 1)
     for step in range(steps):
         left = min(hidden - 1, math.floor(size * math.cos(math.pi / 2 * (step + 1) / steps)))
         left = 0 if step + 1 == steps else max(1, left)
@@ -85,8 +88,8 @@ def sample_latents(
         scale = guidance if guidance_schedule == "constant" else 1 + (guidance - 1) * (size - left) / size
         encoded = net.mar.encode(latents.unflatten(1, grid), visible)  # the same for both branches
         masking = Masking.equal(visible.repeat(branches, 1))
-        layout = prompt.layout(prompts, buffers, 0, masking.lengths).to(net.device)
-        z = net.condition(layout, encoded.repeat(branches, 1, 1), masking, grid).unflatten(0, (branches, -1))
+        layout = prompt.layout(prompts, buffers, hv_tokens, masking.lengths).to(net.device)
+        z = net.condition(layout, encoded.repeat(branches, 1, 1), masking, grid, h_v).unflatten(0, (branches, -1))
         rows = z.gather(2, generated[None, ..., None].expand(branches, -1, -1, z.shape[-1]))
         new = denoise(net.mar.diffloss.net, rows, noise, step, scale, diffusion, temperature, clip_sample_range)
         latents.scatter_(1, generated[..., None].expand(-1, -1, channels), new)

@@ -30,7 +30,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
         layout = prompt.layout([_conversation(net, turns) for turns in batch.text], v)
         weight = int((layout.labels != IGNORE_INDEX).sum())
         return Prepared(batch.task, rng.seed, float(weight), layout)
-    make, share = (_reca, config.reca_drop) if batch.task == "reca" else (_t2i, config.caption_drop)
+    make, share = (reca_prompt, config.reca_drop) if batch.task == "reca" else (_t2i, config.caption_drop)
     dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < share).tolist()
     layout = prompt.layout([[*make(net, text), VisualSegment(codes - 1)] for text in batch.text], v)
     return Prepared(batch.task, rng.seed, float(codes * len(batch)), prompt.drop(layout, dropped, codes - 1, v))
@@ -68,7 +68,8 @@ def _cross_entropy(hidden: Tensor, head: Any, labels: Tensor, prepared: Prepared
     return total, prepared, samples
 
 
-def _reca(net: Network, text: str) -> list[Segment]:
+def reca_prompt(net: Network, text: str) -> list[Segment]:
+    """Give an image and a template, and begin the image."""
     config, v = net.config, net.vocabulary
     most = config.max_length - net.image_tokens
     before, image, asked = prompt.with_image(net.tokens, text, v, net.hv_tokens, config.reca_system_prompt, most)

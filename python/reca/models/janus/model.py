@@ -23,7 +23,7 @@ class Janus(Network, Adapter):
 
     name = "janus"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "answer"})
+    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge leads to generation
@@ -67,6 +67,11 @@ class Janus(Network, Adapter):
     @options_of(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         return sampling.generate(self, prompts, seeds, **options)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
+        """Draw images again code by code (`sampling.continue_codes`). Seeds lie in [0, 2**56)."""
+        return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, temperature=temperature)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         view = self.views("i2t").und

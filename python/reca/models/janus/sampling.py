@@ -1,14 +1,18 @@
 """Autoregressive sampling of image codes with classifier-free guidance and a KV cache, and greedy replies."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from reca.data.batch import Batch
 from reca.data.views import View
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import check_pairs, warn_of_cut
 from reca.models.common.planned import Continuation, greedy
 from reca.models.janus import prompt
+from reca.models.janus.loss import reca_prompt
 from reca.models.janus.modules import Network
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import TextSegment
@@ -54,6 +58,15 @@ def generate(
 
 
 @torch.no_grad()
+def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
+    """Draw images again code by code (`continue_codes`). Seeds lie in [0, 2**56)."""
+    check_pairs(images=batch.text, seeds=seeds)
+    noise, prompts = SamplerNoise(torch.tensor(seeds, device=net.device)), [reca_prompt(net, t) for t in batch.text]
+    codes = continue_codes(net, prompts, noise, h_v, guidance=1, temperature=temperature)
+    return list(to_uint8(net.gen_vision_model.decode(codes), floor=True))
+
+
+@torch.no_grad()
 def sample_codes(
     net: Network,
     prompts: list[list[int]],  # token ids, the last of them boi
@@ -62,6 +75,22 @@ def sample_codes(
     guidance: float = 5.0,
     temperature: float = 1.0,
     on_step=None,  # called with the guided logits [B, K] of each step
+) -> Tensor:  # int64 [B, N]
+    """Generate codes of texts by `continue_codes`."""
+    given = [[TextSegment(ids)] for ids in prompts]
+    return continue_codes(net, given, noise, guidance=guidance, temperature=temperature, on_step=on_step)
+
+
+@torch.no_grad()
+def continue_codes(
+    net: Network,
+    prompts: Sequence[Sequence[prompt.Segment]],  # the last token of each is boi
+    noise: SamplerNoise,
+    h_v: Tensor | None = None,  # [B, n, H], seen by both branches
+    *,
+    guidance: float,
+    temperature: float,
+    on_step=None,  # see sample_codes
 ) -> Tensor:  # int64 [B, N]
     """Draw one code after another from all of the codebook; K/V of earlier rows are kept.
 
@@ -72,9 +101,10 @@ def sample_codes(
     if temperature < 0:
         raise ValueError(f"temperature={temperature:g} must be at least 0; 0 takes the likeliest code")
     b, v, branches = len(prompts), net.vocabulary, 1 if guidance == 1 else 2
-    given = prompt.layout([[TextSegment(ids)] for ids in prompts * branches], v)
+    given = prompt.layout([*prompts] * branches, v)
     given = prompt.drop(given, [False] * b + [True] * (b * (branches - 1)), 0, v).to(net.device)
-    advance = Continuation(net.language_model.model, net.embed(given.src), given.position_ids, given.spans())
+    visual = None if h_v is None else h_v.repeat(branches, 1, 1)
+    advance = Continuation(net.language_model.model, net.embed(given.src, visual), given.position_ids, given.spans())
     codes: list[Tensor] = []
     for step in range(net.image_tokens):
         rows = net.embed_codes(codes[-1][:, None]).repeat(branches, 1, 1) if codes else None

@@ -1,5 +1,6 @@
 """OpenUni's losses: flow matching of an image's latents (reca, t2i, srum), and cross-entropy of replies (i2t)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,17 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
     """Make a prompt per sample; a caption is dropped for some, a template never."""
     if batch.task == "reca":
-        frame = len(prompt.with_image(net.tokenizer, "", 0).ids)
-        most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - frame
-        return [prompt.with_image(net.tokenizer, text, most) for text in batch.text]
+        return reca_prompts(net, batch.text)
     dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
     captions = [said.caption for said in batch.text] if batch.task == "srum" else batch.text
     texts = [None if drop else text for text, drop in zip(captions, dropped, strict=True)]
     return [prompt.caption(net.tokenizer, text) for text in texts]
+
+
+def reca_prompts(net: Network, templates: Sequence[str]) -> list[Prompt]:
+    """Make the prompts that reconstruct images with these templates."""
+    most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - len(prompt.with_image(net.tokenizer, "", 0).ids)
+    return [prompt.with_image(net.tokenizer, text, most) for text in templates]
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:

@@ -11,10 +11,10 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
-from reca.models.common.inference import options_of
+from reca.models.common.inference import check_pairs, options_of
 from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
-from reca.models.open_uni.loss import Prepared, compute_loss, prepare
+from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
 from reca.models.open_uni.modules import Network
 from reca.rng import CounterRNG
 
@@ -26,7 +26,7 @@ class OpenUni(Network, Adapter):
 
     name = "open_uni"
     tasks = frozenset({"reca", "t2i", "i2t", "srum"})
-    abilities = frozenset({"generate", "edit", "answer"})
+    abilities = frozenset({"generate", "reconstruct", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     understanding_roles = frozenset({"und_encoder", "und_lm", "embed"})  # the bridge leads to generation
@@ -76,6 +76,13 @@ class OpenUni(Network, Adapter):
     @options_of(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
         return sampling.generate(self, prompts, seeds, **options)
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 20) -> list[Tensor]:
+        """Draw images again by DPM-Solver++ (`sampling.sample`). Seeds lie in [0, 2**56)."""
+        check_pairs(images=batch.text, seeds=seeds)
+        prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
+        return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)
 
     @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:

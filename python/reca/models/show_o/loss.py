@@ -66,8 +66,13 @@ def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | 
 
 
 def _reca_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    return reca_samples(net, batch.text)
+
+
+def reca_samples(net: Network, templates: Sequence[str]) -> list[prompt.Sample]:
+    """Make the sequences that reconstruct images with these templates."""
     source = conditioner(net, "reca")
-    return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in batch.text]
+    return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in templates]
 
 
 def _t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:

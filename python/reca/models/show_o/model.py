@@ -14,7 +14,7 @@ from reca.models.common.inference import check_pairs, warn_of_cut
 from reca.models.show_o import sampling, weights
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import ShowOConfig
-from reca.models.show_o.loss import Prepared, compute_loss, prepare
+from reca.models.show_o.loss import Prepared, compute_loss, prepare, reca_samples
 from reca.models.show_o.modules import Network
 from reca.rng import CounterRNG
 
@@ -24,7 +24,7 @@ class ShowO(Network, Adapter):
 
     name = "show_o"
     tasks = frozenset({"reca", "i2t", "t2i"})
-    abilities = frozenset({"generate", "answer"})
+    abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "embed", "bridge"})
     encoder_roles = frozenset({"und_encoder", "codec"})
     condition_keys = ("h_v",)
@@ -88,6 +88,15 @@ class ShowO(Network, Adapter):
             )
             images += list(to_uint8(self.codec.decode(codes)))
         return images
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, temperature: float = 1.0) -> list[Tensor]:
+        """Draw images again by MaskGIT (`sampling.fill_codes`). Seeds lie in [0, 2**56)."""
+        check_pairs(images=batch.text, seeds=seeds)
+        noise = sampling.SamplerNoise(torch.tensor(seeds, device=self.device))
+        samples, h_v = reca_samples(self, batch.text), self.encode(batch)["h_v"]
+        codes = sampling.fill_codes(self, samples, noise, h_v, steps=steps, guidance=0, temperature=temperature)
+        return list(to_uint8(self.codec.decode(codes)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         check_pairs(images=images, questions=questions)

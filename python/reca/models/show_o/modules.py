@@ -264,8 +264,8 @@ class Network(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def code_logits(self, layout: Layout, codes: Tensor) -> Tensor:  # int64 [B, N]; `entries` is the mask
-        """Compute logits over the codebook at the image's positions, [B, N, entries]."""
+    def code_logits(self, layout: Layout, codes: Tensor, h_v: Tensor | None = None) -> Tensor:  # int64 [B, N]
+        """Compute logits over the codebook at the image's positions, [B, N, entries]; code `entries` is the mask."""
         v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
-        hidden = self.hidden(put_image(layout, codes + v.offset))[:, image]
+        hidden = self.hidden(put_image(layout, codes + v.offset), h_v)[:, image]
         return F.linear(hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask])

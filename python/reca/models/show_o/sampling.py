@@ -46,6 +46,23 @@ def sample_codes(
     guidance: float = 5.0,
     temperature: float = 1.0,
 ) -> Tensor:  # int64 [B, N]
+    """Generate codes of texts by `fill_codes`."""
+    v, both = net.vocabulary, [*texts, *[[] for _ in texts]] if guidance else texts
+    samples = [prompt.t2i(text, v, net.config.max_prompt_tokens, net.image_tokens) for text in both]
+    return fill_codes(net, samples, noise, steps=steps, guidance=guidance, temperature=temperature)
+
+
+@torch.no_grad()
+def fill_codes(
+    net: Network,
+    samples: list[prompt.Sample],  # with guidance, those without the condition behind the others
+    noise: SamplerNoise,
+    h_v: Tensor | None = None,  # of all samples
+    *,
+    steps: int,
+    guidance: float,
+    temperature: float,
+) -> Tensor:  # int64 [B, N]
     """Start with all codes hidden; each step samples every hidden code and hides the least certain ones again.
 
     guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty: it is
@@ -53,13 +70,11 @@ def sample_codes(
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
-    v, n, b = net.vocabulary, net.image_tokens, len(texts)
-    both = [*texts, *[[] for _ in texts]] if guidance else texts
-    layout = prompt.layout([prompt.t2i(text, v, net.config.max_prompt_tokens, n) for text in both], v)
-    layout = layout.to(net.device)
-    codes = torch.full((b, n), v.codes, device=net.device)  # one past the codebook is the mask
+    v, n, branches = net.vocabulary, net.image_tokens, 2 if guidance else 1
+    layout = prompt.layout(samples, v).to(net.device)
+    codes = torch.full((len(samples) // branches, n), v.codes, device=net.device)  # one past the codebook is the mask
     for step in range(steps):
-        logits = net.code_logits(layout, codes.repeat(len(both) // b, 1)).float()
+        logits = net.code_logits(layout, codes.repeat(branches, 1), h_v).float()
         if guidance:
             cond, uncond = logits.chunk(2)
             logits = (1 + guidance) * cond - guidance * uncond
