@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,25 +35,31 @@ def damage(folder: Path, listed: dict[str, dict], contents: bool = True) -> list
     """List the differences between the files and the manifest; empty when there are none.
 
     Sizes are compared first: a file of another size is not read, and without `contents` none is.
+    Raises OSError when a file that is there cannot be read: that tells nothing of what it holds.
     """
     faults, same_size = [], []
     for name, entry in listed.items():
-        path = folder / name
-        have = path.stat().st_size if path.is_file() else None
+        have = _size(folder / name)
         if have is None:
             faults.append(f"{name} is missing")
         elif have != entry["bytes"]:
             faults.append(f"{name} has {have} of {entry['bytes']} bytes")
         elif contents:
             same_size.append(name)
-    try:
-        now = entries(folder, same_size)
-    except OSError as error:
-        return [*faults, f"{error.filename} cannot be read: {error.strerror}"]
+    now = entries(folder, same_size)
     return [
         *faults,
         *(f"{name} has other contents than were written" for name in same_size if now[name] != listed[name]),
     ]
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file; None where there is none of this name."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _entry(path: Path) -> dict:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from reca import checkpoint, distributed, exits
-from reca.checkpoint import writing
+from reca.checkpoint import reading, writing
 from reca.models import umm_package
 from reca.recipe_files import load_recipe
 from reca.status import Status
@@ -138,6 +138,45 @@ def damaged(name: str) -> None:
     job.run()
 
 
+def going_on(name: str, on_rank_1) -> None:
+    """A run is continued, in whose way comes what rank 1 does in place of reading its share of the checkpoint."""
+    trainer(name).run()
+    distributed.barrier()
+    if distributed.rank() == 1:
+        reading.HuggingFaceStorageReader.read_data = on_rank_1
+    trainer(name, "train.steps=6").run()
+
+
+def killed_reading(name: str) -> None:
+    going_on(name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def interrupted_reading(name: str) -> None:
+    going_on(name, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def one_cannot_read(name: str) -> None:
+    """The disk gives an error, and the checkpoint is sound."""
+    going_on(name, raising(OSError(5, "Input/output error")))
+
+
+def gone_while_read(name: str) -> None:
+    """A file goes after its checksum was compared."""
+
+    def removed(own, *_):
+        (Path(own.path).parent / "state.json").unlink()
+        raise FileNotFoundError("No such file or directory")
+
+    going_on(name, removed)
+
+
+def raising(error: Exception):
+    def raise_it(*_):
+        raise error
+
+    return raise_it
+
+
 def interrupted(name: str) -> None:
     """A signal to rank 1 alone."""
     job, step = trainer(name), Trainer.train_step
@@ -180,6 +219,10 @@ CASES = (
     no_data,
     damaged,
     interrupted,
+    killed_reading,
+    interrupted_reading,
+    one_cannot_read,
+    gone_while_read,
     one_breaks,
 )
 

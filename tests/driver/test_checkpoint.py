@@ -1,6 +1,7 @@
 """What is on a disk: damaged, planted, left over, full."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from reca import checkpoint, exits, manifest
-from reca.checkpoint import CheckpointError, listing, writing
+from reca.checkpoint import CheckpointError, listing, reading, writing
 from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
 from reca.models.common.weight_files import read_tensors
@@ -246,3 +248,83 @@ def test_exit_codes_are_those_of_the_exceptions():
     assert {kind: exits.expected(kind("text")) for kind in expected} == expected
     assert exits.expected(KeyError("text")) is None and exits.code_of(KeyError("text")) == 1
     assert exits.code_of(SystemExit(75)) == 75 and exits.code_of(KeyboardInterrupt()) == 130
+
+
+ERRORS = [
+    OSError(errno.EIO, "Input/output error"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    FileNotFoundError("No such file or directory"),  # what safetensors makes of EMFILE and EACCES
+    MemoryError("Cannot allocate memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+READ = ("read_metadata", "read_data")
+
+
+def fail_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("function", READ)
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_an_error_while_a_sound_checkpoint_is_read_is_no_damage(error, function, recipe, monkeypatch):
+    trainer = run_toy(recipe("train.steps=2"))
+    monkeypatch.setattr(reading.HuggingFaceStorageReader, function, fail_with(error))
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+
+
+@pytest.mark.parametrize("function", READ)
+def test_contents_that_cannot_be_parsed_are_damage(function, recipe, monkeypatch):
+    trainer = run_toy(recipe("train.steps=2"))
+    monkeypatch.setattr(reading.HuggingFaceStorageReader, function, fail_with(SafetensorError("header too large")))
+    with pytest.raises(CheckpointError, match="000002 is damaged .*header too large.* remove it"):
+        checkpoint.load_weights(trainer.run_dir, ToyAdapter())
+
+
+@pytest.mark.parametrize("gone", ["state.json", "COMPLETE", "weights", "."])
+def test_files_that_go_while_they_are_read(gone, recipe, monkeypatch):
+    """What differs from the checksums is damage, whatever the error was; a checkpoint that is gone is none."""
+    folder = checkpoint.latest(run_toy(recipe("train.steps=2")).run_dir)
+
+    def remove(*_):
+        path = folder / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(reading.HuggingFaceStorageReader, "read_data", remove)
+    wanted = "was removed while it was read" if gone == "." else f"is damaged .*{gone}"
+    with pytest.raises(CheckpointError, match=wanted):
+        checkpoint.load_weights(folder.parents[1], ToyAdapter())
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        ("000002/COMPLETE", errno.EMFILE),
+        ("000002/state.json", errno.EIO),
+        ("000002/state.json", errno.ESTALE),
+        ("", errno.EACCES),
+        ("", errno.ENOMEM),
+    ],
+)
+def test_a_checkpoint_that_the_disk_does_not_give_is_neither_renamed_nor_passed_over(path, number, recipe, monkeypatch):
+    folder = checkpoint.latest(run_toy(recipe("train.steps=2")).run_dir)
+
+    def refusing(real):
+        def refuse(where, *args, **kwargs):
+            if Path(where) == folder.parent / path:
+                raise OSError(number, os.strerror(number), str(where))
+            return real(where, *args, **kwargs)
+
+        return refuse
+
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+    monkeypatch.setattr(os, "listdir", refusing(os.listdir))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        Trainer(recipe(), ToyAdapter())
+    assert caught.value.errno == number and exits.code_of(caught.value) == exits.DATA
+    monkeypatch.undo()
+    assert [path.name for path in folder.parent.iterdir()] == ["000002"]

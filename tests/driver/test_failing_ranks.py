@@ -33,6 +33,10 @@ def outcomes(tmp_path_factory):
         ("no_data", [4, 4], "failed", 4, []),
         ("damaged", [0, 0], "finished", 0, ["000002", "000004"]),
         ("interrupted", [75, 75], "interrupted", 75, ["000002", "000003"]),
+        ("killed_reading", [1, -9], "failed", 1, ["000002", "000004"]),
+        ("interrupted_reading", [75, 75], "interrupted", 75, ["000002", "000004"]),
+        ("one_cannot_read", [4, 4], "failed", 4, ["000002", "000004"]),
+        ("gone_while_read", [3, 3], "failed", 3, ["000002", "000004"]),
         ("one_breaks", [1, 4], "failed", 4, ["000002"]),
     ],
 )

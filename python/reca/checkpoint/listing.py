@@ -1,6 +1,7 @@
 """Which checkpoints a run has: complete, damaged and partial ones."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,16 @@ PARTIAL = ".partial"  # being written or removed; the next start removes what a 
 
 
 def list_complete(run_dir: Path) -> list[Path]:
-    """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers."""
-    markers = (run_dir / "checkpoints").glob(f"*/{MARKER}")
-    return sorted((m.parent for m in markers if m.parent.name.isdecimal()), key=lambda folder: int(folder.name))
+    """List the complete checkpoints of a run, oldest first. Names are steps: digits, compared as numbers.
+
+    Raises OSError when the folder is there and cannot be read, so that no run begins anew for that.
+    """
+    try:
+        names = os.listdir(run_dir / "checkpoints")  # Path.glob finds nothing in a folder that it may not read
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    folders = [run_dir / "checkpoints" / name for name in sorted(filter(str.isdecimal, names), key=int)]
+    return [folder for folder in folders if (folder / MARKER).exists()]
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -59,16 +67,25 @@ def find_damage(folder: Path, contents: bool = True) -> str:
     """Describe the damage to a complete checkpoint; empty when there is none.
 
     contents: read the files, too, and let ranks share that work; all of them must call it then.
+    Raises OSError when a file that is there cannot be read, PeerFailed when another rank cannot: no damage is proved.
+    """
+    if not contents:
+        return "; ".join(compare(folder, contents=False))
+    with distributed.fail_together():
+        faults = compare(folder, distributed.rank(), distributed.world_size())
+    return "; ".join(dict.fromkeys(fault for part in distributed.all_gather(faults) for fault in part))
+
+
+def compare(folder: Path, part: int = 0, parts: int = 1, *, contents: bool = True) -> list[str]:
+    """List the differences between a checkpoint's files, or one of so many parts of them, and their checksums.
+
+    Ranks need not call it together. Raises OSError when a file that is there cannot be read.
     """
     try:
         listed = manifest.read(folder / MARKER)
-        own = dict(list(listed.items())[distributed.rank() :: distributed.world_size()]) if contents else listed
-        faults = manifest.damage(folder, own, contents)
-    except (OSError, ValueError) as error:
-        faults = [f"{MARKER} cannot be read: {error}"]
-    if not contents:
-        return "; ".join(faults)
-    return "; ".join(dict.fromkeys(fault for part in distributed.all_gather(faults) for fault in part))
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return [f"{MARKER} cannot be read: {error}"]
+    return manifest.damage(folder, dict(list(listed.items())[part::parts]), contents)
 
 
 def remove_partial(run_dir: Path) -> None:

@@ -1,4 +1,8 @@
-"""Read checkpoints, on any number of ranks. No code runs: tensors are safetensors, everything else is JSON."""
+"""Read checkpoints, on any number of ranks. No code runs: tensors are safetensors, everything else is JSON.
+
+An error while a checkpoint is read is called damage where that is proved: by contents that cannot be parsed, or by
+files that differ from their checksums. Otherwise it is raised as it is: of the process group, the disk, memory.
+"""
 
 import json
 from collections.abc import Callable
@@ -10,12 +14,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import lora, manifest
+from reca import distributed, exits, lora, manifest
 from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parameters, tensors
 from reca.checkpoint.errors import CheckpointError, first_line
-from reca.checkpoint.listing import MARKER, latest_valid
+from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
 from reca.config import LoraConfig
 from reca.models.base import Adapter
+
+PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # while files are read; safetensors calls EMFILE a missing file
 
 
 def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None = None) -> dict:
@@ -26,7 +32,8 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
     if not (folder / MARKER).exists():
         raise CheckpointError(f"{folder} is not a complete checkpoint (no {MARKER} file); use an earlier one")
     weights = changed_parameters(adapter)
-    saved = _saved(folder / "weights")
+    with distributed.fail_together():
+        saved, state = _saved(folder / "weights"), read_state(folder)
     wanted = {name: tuple(value.shape) for name, value in weights.items()}
     if saved != wanted:
         differ = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -34,7 +41,6 @@ def load(folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer | None
             f"{folder} does not fit the parameters this run trains: {len(differ)} differ, the first {differ[:5]}. "
             "Was model or train.train changed? Start in another run_dir, or restore the recipe"
         )
-    state = read_state(folder)
     _read(folder / "weights", weights)
     if optimizer is not None:
         moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
@@ -54,20 +60,17 @@ def load_ema(folder: Path, averages: dict[str, Tensor], all_of_them: bool = True
     """
     if not (folder / EMA).is_dir():
         raise CheckpointError(f"{folder} has no EMA: its run was made with ema.half_life=0. Use the raw weights")
-    saved, wanted = _saved(folder / EMA), {name: tuple(value.shape) for name, value in averages.items()}
+    with distributed.fail_together():
+        saved = _saved(folder / EMA)
+    wanted = {name: tuple(value.shape) for name, value in averages.items()}
     if any(wanted.get(name) != shape for name, shape in saved.items()) or (all_of_them and saved != wanted):
         raise CheckpointError(f"{folder / EMA} does not fit this model: both runs must name the same umm and sizes")
     _read(folder / EMA, {name: averages[name] for name in saved})
 
 
 def read_state(folder: Path) -> dict:
-    """Read the counters of a checkpoint. Raises CheckpointError when they cannot be read."""
-    try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}/state.json cannot be read ({error}); remove {folder} to use the one before"
-        ) from error
+    """Read the counters of a checkpoint. Raises CheckpointError when they are damaged."""
+    return _reading(folder, lambda: json.loads((folder / "state.json").read_text()))
 
 
 def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
@@ -79,7 +82,8 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
     folder = latest_valid(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
-    names = check_fit(folder, adapter)
+    with distributed.fail_together():
+        names = check_fit(folder, adapter)
     own = named_parameters(adapter)
     _read(folder / "weights", {name: own[name].detach() for name in names})
     if ema:
@@ -116,10 +120,10 @@ def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[
     folder = latest_valid(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
-    names, own = check_fit(folder, adapter, mergeable=True), named_parameters(adapter)
-    plain = {name for name in names if not lora.is_lora(name)}
+    with distributed.fail_together():
+        names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
+    own, plain = named_parameters(adapter), {name for name in names if not lora.is_lora(name)}
     _read(folder / "weights", {name: own[name].detach() for name in plain})
-    shapes = _saved(folder / "weights")
     matrices = {name: torch.empty(shapes[name]) for name in names - plain}
     _read(folder / "weights", matrices)
     return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
@@ -133,7 +137,8 @@ def list_weights(folder: Path) -> dict[str, tuple[int, ...]]:
 def read_weight(folder: Path, name: str) -> Tensor:
     """Read one parameter of a checkpoint as a whole. Raises CheckpointError."""
     weights = folder / "weights"
-    entry = _reading(weights, lambda: HuggingFaceStorageReader(str(weights)).read_metadata().state_dict_metadata[name])
+    metadata = _reading(folder, lambda: HuggingFaceStorageReader(str(weights)).read_metadata())
+    entry = metadata.state_dict_metadata[name]
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
     _read(weights, {name: tensor})
     return tensor
@@ -144,24 +149,52 @@ def _saved(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Raises CheckpointError for shards that cannot be read, or that were put there by another hand.
     """
-    listed = _reading(folder, lambda: manifest.read(folder.parent / MARKER))
+    listed = _reading(folder.parent, lambda: manifest.read(folder.parent / MARKER))
     strangers = sorted(p.name for p in folder.glob("*.safetensors") if f"{folder.name}/{p.name}" not in listed)
     if strangers:
         raise CheckpointError(f"{folder} holds {strangers[0]}, which is no file of this checkpoint: remove it")
-    metadata = _reading(folder, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
+    metadata = _reading(folder.parent, lambda: HuggingFaceStorageReader(str(folder)).read_metadata())
     return {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
 
 def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
-    if tensors:
-        _reading(folder, lambda: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder))))
+    """Fill tensors from a folder of shards, on all ranks together.
+
+    DCP gathers the errors of reading from all ranks. What its collectives raise is no such error.
+    """
+    if not tensors:
+        return
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except dcp.api.CheckpointException as error:  # the same on every rank
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        for failure in failures.values():
+            if not isinstance(failure, Exception):  # a signal asks for the end
+                raise failure from error
+        if damage := next(filter(None, map(_damage, failures.values())), "") or find_damage(folder.parent):
+            raise _damaged(folder.parent, damage) from error
+        rank, failure = next(iter(failures.items()))
+        if (own := failures.get(distributed.rank())) is not None:
+            raise own from error
+        raise distributed.PeerFailed(rank, exits.code_of(failure), first_line(failure)) from error
 
 
 def _reading(folder: Path, read: Callable):
+    """Call a function that reads files of a checkpoint, on this rank alone. Raises CheckpointError for damage."""
     try:
         return read()
-    except (Exception, dcp.api.CheckpointException) as error:  # of safetensors, the disk, DCP: a BaseException
-        raise CheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {first_line(error)}); remove {folder.parent} to use "
-            "the checkpoint before it"
-        ) from error
+    except Exception as error:
+        if damage := _damage(error) or "; ".join(compare(folder)):
+            raise _damaged(folder, damage) from error
+        raise
+
+
+def _damage(error: BaseException) -> str:
+    """Describe contents that could not be parsed; empty where an error proves nothing about them."""
+    return "" if isinstance(error, PROVE_NOTHING) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _damaged(folder: Path, damage: str) -> CheckpointError:
+    if not folder.exists():
+        return CheckpointError(f"{folder} was removed while it was read, by a run that goes on: start again")
+    return CheckpointError(f"{folder} is damaged ({damage}); remove it to use the checkpoint before it")

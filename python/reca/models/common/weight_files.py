@@ -122,7 +122,7 @@ def _check_header(path: Path, length: int) -> None:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{_named(path)} is a damaged safetensors file ({_first_line(error)}); {AGAIN}") from error
@@ -148,7 +148,7 @@ def _loaded(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd files, which end in a sentence here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch, pickle, zipfile and struct each have their own
         text = str(error)
