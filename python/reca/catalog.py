@@ -104,3 +104,25 @@ def facts_of(repository: str, file: str = "") -> Facts:
     if not file:
         return whole
     return WEIGHTS.get(f"{repository}/{file}", Facts(licence=whole.licence, gated=whole.gated))
+
+
+# How the hub names terms: its own short name, or "other" with a name and an address.
+_HUB_LICENCES = {
+    "Apache-2.0": {"license": "apache-2.0"},
+    "MIT": {"license": "mit"},
+    S_LAB: {
+        "license": "other",
+        "license_name": "s-lab-license-1.0",
+        "license_link": "https://github.com/wusize/Harmon/blob/main/LICENSE",
+    },
+    DEEPSEEK: {
+        "license": "other",
+        "license_name": "deepseek-model-license-1.0",
+        "license_link": "https://github.com/deepseek-ai/Janus/blob/main/LICENSE-MODEL",
+    },
+}
+
+
+def hub_licence(licence: str | None) -> dict[str, str]:
+    """Return the fields of a model card that name terms; {} where they are not known here."""
+    return _HUB_LICENCES.get(licence or "", {})

@@ -163,6 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(export, or_run=True)
     takes_ema(export)
     export.add_argument("--out", type=_path, required=True, help="folder to write")
+    export.add_argument("--card", action="store_true", help="write a model card, README.md, beside the weights")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload it, with a card, to the Hugging Face hub")
+    export.add_argument("--public", action="store_true", help="make the repository public; a new one is private")
+    export.add_argument("--update", action="store_true", help="upload on top of files that the repository has")
 
     from reca.comparison import commands as compare_commands
     from reca.eval import commands as eval_commands

@@ -144,7 +144,7 @@ def _fetch(listing: Listing, file: HubFile, place: Path) -> None:
             raise DataError(f"{part} is being fetched by another process; wait for it") from error
         with part.open("r+b") as out:
             _transfer(listing, file, out)
-        if _sha256(part) != file.digest:
+        if sha256(part) != file.digest:
             part.unlink()
             raise DataError(
                 f"{file.name} of {listing.repository} came with another SHA-256 than the hub announces; "
@@ -179,7 +179,7 @@ def _transfer(listing: Listing, file: HubFile, out: BinaryIO) -> None:
                 raise  # it is not that the signature ended while the file came
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -74,11 +74,23 @@ def best_of(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     from reca.api import recipe_of
     from reca.folders import ensure_writable
+    from reca.publishing import card, push
 
-    recipe_of(options.recipe, options.overrides)
+    recipe = recipe_of(options.recipe, options.overrides)
+    if not options.push and (options.public or options.update):
+        raise ValueError("--public and --update belong to --push OWNER/NAME")
     ensure_writable(options.out, "--out")
-    written = _model(options).export(options.out)
+    if options.push:
+        push.check(options.push)
+    model = _model(options)
+    written = model.export(options.out)
+    if options.card or options.push:
+        name = options.push.split("/")[1] if options.push else options.out.absolute().name
+        written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
+    if options.push:
+        del model  # the upload takes hours, and no GPU
+        print(push.push(options.out, written, options.push, options.public, options.update))
 
 
 def _adapter(options: argparse.Namespace, ability: str) -> Any:

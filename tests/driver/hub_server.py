@@ -1,5 +1,9 @@
-"""A stand-in of the Hugging Face hub's HTTP API: repositories in memory, on a port of this machine."""
+"""A stand-in of the Hugging Face hub's HTTP API: repositories in memory, on a port of this machine.
 
+Reading, and writing as huggingface_hub does it without hf_xet: large files by the LFS batch API, then one commit.
+"""
+
+import base64
 import hashlib
 import json
 import threading
@@ -10,6 +14,7 @@ from huggingface_hub import constants
 
 COMMIT = "c0ffee" + "0" * 34
 LARGE = 1000  # bytes from which a file is one of LFS
+TOKEN = "hf_ThisIsTheSecretOfTheTests"
 
 
 @dataclass
@@ -18,6 +23,7 @@ class Repository:
     licence: str | None = None
     gated: str | bool = False  # as the hub says it: False, "auto" or "manual"
     refuses: int = 0  # the status that files and the access check of a gated repository are answered with
+    private: bool = False
 
 
 @dataclass
@@ -29,6 +35,13 @@ class Hub:
     cuts: int = 0  # how many of the next answers that carry a large file end half way
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     sent: int = 0  # bytes of files
+    user: str = "me"  # whom TOKEN belongs to
+    role: str = "write"  # of TOKEN
+    forbids: str = ""  # a part of the paths that are answered with 403 to writers
+    faults: list[str] = field(default_factory=list)  # that it finds in the header of a README.md
+    drops: int = 0  # how many of the next uploads of a large file end half way, without an answer
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, by SHA-256
+    taken: int = 0  # bytes of large files that came
 
     def paths(self, method: str = "GET") -> list[str]:
         return [path for asked, path, _ in self.asked if asked == method]
@@ -38,9 +51,13 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def _hashes(content: bytes, small: str, large: str) -> dict:
     """Name a file as the hub does: by a hash of git, and of LFS if it is large."""
-    found: dict = {small: digest(content)[:40]}
+    found: dict = {small: git_hash(content)}
     if len(content) >= LARGE:
         found["lfs"] = {large: digest(content), "size": len(content), "pointerSize": 9}
     return found
@@ -64,7 +81,94 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._file(path if path.startswith("datasets/") else f"models/{path}")
 
+    def do_POST(self):
+        path, body = self._received()
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._refuse(401, "")
+        if self.hub.forbids and self.hub.forbids in path:
+            return self._refuse(403, "")
+        if path == "api/repos/create":
+            return self._create(json.loads(body))
+        if path == "api/validate-yaml":
+            faults = [{"message": text} for text in self.hub.faults]
+            return self._send(400 if faults else 200, json.dumps({"errors": faults, "warnings": []}).encode())
+        if path.endswith("/objects/batch"):
+            return self._batch(json.loads(body))
+        parts = path.split("/")
+        repository = self.hub.repositories.get("/".join(parts[1:4]))
+        if repository is None:
+            return self._refuse(404, "RepoNotFound")
+        if parts[4] == "preupload":
+            return self._modes(repository, json.loads(body)["files"])
+        self._commit("/".join(parts[2:4]), repository, [json.loads(line) for line in body.splitlines()])
+
+    def do_PUT(self):
+        size = int(self.headers["Content-Length"])
+        if self.hub.drops:
+            self.hub.drops -= 1
+            self.hub.taken += len(self.rfile.read(size // 2))
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        path, body = self._received()
+        self.hub.taken += len(body)
+        self.hub.objects[path.split("/")[1]] = body
+        self._send(200, b"")
+
+    def _received(self):
+        path = self.path.split("?")[0].strip("/")
+        self.hub.asked.append((self.command, path, None))
+        return path, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _create(self, wanted):
+        name = f"models/{wanted['organization']}/{wanted['name']}"
+        address = f"http://{self.headers['Host']}/{name.removeprefix('models/')}"
+        if name in self.hub.repositories:
+            return self._send(409, json.dumps({"error": "exists", "url": address}).encode())
+        self.hub.repositories[name] = Repository({".gitattributes": b""}, private=wanted["visibility"] == "private")
+        self._send(200, json.dumps({"url": address}).encode())
+
+    def _batch(self, wanted):
+        objects = []
+        for one in wanted["objects"]:
+            action = {"upload": {"href": f"http://{self.headers['Host']}/objects/{one['oid']}", "header": {}}}
+            objects.append(one if one["oid"] in self.hub.objects else one | {"actions": action})
+        self._send(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
+
+    def _modes(self, repository, files):
+        def oid(name):
+            content = repository.files.get(name)
+            return None if content is None else (digest if len(content) >= LARGE else git_hash)(content)
+
+        modes = [
+            {"path": one["path"], "uploadMode": "lfs" if one["size"] >= LARGE else "regular", "shouldIgnore": False,
+             "oid": oid(one["path"])}
+            for one in files
+        ]  # fmt: skip
+        self._send(200, json.dumps({"files": modes}).encode())
+
+    def _commit(self, name, repository, lines):
+        for line in lines[1:]:
+            value = line["value"]
+            large = line["key"] == "lfsFile"
+            content = self.hub.objects[value["oid"]] if large else base64.b64decode(value["content"])
+            repository.files[value["path"]] = content
+        self._send(
+            200,
+            json.dumps(
+                {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+            ).encode(),
+        )
+
+    def _whoami(self):
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._refuse(401, "")
+        token = {"displayName": "laptop", "role": self.hub.role}
+        user = {"name": self.hub.user, "type": "user", "orgs": [{"name": "group"}], "auth": {"accessToken": token}}
+        self._send(200, json.dumps(user).encode())
+
     def _api(self, parts):
+        if parts == ["whoami-v2"]:
+            return self._whoami()
         repository = self.hub.repositories.get("/".join(parts[:3]))
         if repository is None:
             return self._refuse(404, "RepoNotFound")
@@ -76,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(200, json.dumps(tree).encode())
         siblings = [{"rfilename": n, "size": len(c)} | _hashes(c, "blobId", "sha256") for n, c in files]
         info = {"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": siblings, "gated": repository.gated}
-        info |= {"private": False, "tags": [], "downloads": 0, "likes": 0}
+        info |= {"private": repository.private, "tags": [], "downloads": 0, "likes": 0}
         if repository.licence:
             info["cardData"] = {"license": repository.licence}
         self._send(200, json.dumps(info).encode())
@@ -92,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         content = repository.files[file]
         large = len(content) >= LARGE
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content) if large else digest(content)[:40]}"'}
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(content) if large else git_hash(content)}"'}
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         if start and self.hub.expired:
             self.hub.expired -= 1

@@ -81,6 +81,14 @@ def export(net: Network, folder: Path, dtype: torch.dtype) -> list[str]:
         return out.done()
 
 
+def loading(config: BagelConfig) -> str:
+    """Say how BAGEL's own code loads an export."""
+    return (
+        "[BAGEL's code](https://github.com/ByteDance-Seed/Bagel) loads this folder as it loads BAGEL-7B-MoT: "
+        "`python app.py --model_path FOLDER`. The file is named `ema.safetensors` as the published one is."
+    )
+
+
 def published_parts(net: Network) -> nn.ModuleDict:
     """Return the parts that the main file holds, under their published names."""
     return nn.ModuleDict({name: getattr(net, name) for name in PARTS})

@@ -90,6 +90,14 @@ def export(net: Network, folder: Path) -> list[str]:
         return out.done()
 
 
+def loading(config: HarmonConfig) -> str:
+    """Say how Harmon's own code loads an export."""
+    return (
+        "[Harmon's code](https://github.com/wusize/Harmon) takes `harmon.pth` as `--checkpoint`, in place of the "
+        "published file of the same size; the autoencoder `kl16.ckpt` is that of wusize/harmon."
+    )
+
+
 def published_parts(net: Network) -> nn.ModuleDict:
     """Group the parts that Harmon's weight file holds, under their published names."""
     return nn.ModuleDict({part: getattr(net, part) for part in PARTS})

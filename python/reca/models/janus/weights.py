@@ -186,6 +186,16 @@ def from_transformers(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     return made | left
 
 
+def loading(config: JanusConfig) -> str:
+    """Say how an export is loaded by DeepSeek's code, or by transformers."""
+    if config.export_layout == "transformers":
+        return "`transformers.JanusForConditionalGeneration.from_pretrained(FOLDER)` loads this folder."
+    return (
+        "[DeepSeek's code](https://github.com/deepseek-ai/Janus) loads this folder with "
+        "`AutoModelForCausalLM.from_pretrained(FOLDER)` after `import janus.models`."
+    )
+
+
 def export(net: Network, folder: Path) -> list[str]:
     """Write a published folder in the layout of model.export_layout. Raises ValueError for what that cannot be."""
     with export_to(folder) as out:

@@ -132,6 +132,14 @@ def export(net: Network, folder: Path) -> list[str]:
         return out.done()
 
 
+def loading(config: OpenUniConfig) -> str:
+    """Say how OpenUni's own code loads an export."""
+    return (
+        "[OpenUni's code](https://github.com/wusize/OpenUni) takes `open_uni.pth` as `--checkpoint`, and lays it over "
+        "InternVL3, SANA and DC-AE, which it fetches itself."
+    )
+
+
 def published_parts(net: Network) -> dict[str, Tensor]:
     """Return the tensors that OpenUni's own file holds, under their published names."""
     return {name: tensor for name, tensor in net.state_dict().items() if name.startswith(TRAINED)}

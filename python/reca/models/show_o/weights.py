@@ -93,6 +93,14 @@ def export(net: Network, folder: Path) -> list[str]:
         return out.done()
 
 
+def loading(config: ShowOConfig) -> str:
+    """Say how Show-o's own code loads an export."""
+    return (
+        "[Show-o's code](https://github.com/showlab/Show-o) loads this folder with `Showo.from_pretrained(FOLDER)`; in "
+        "its scripts that is `model.showo.pretrained_model_path=FOLDER`."
+    )
+
+
 def published_parts(net: Network) -> nn.ModuleDict:
     """Group the parts that Show-o's weight file holds, under their published names."""
     names = ("showo", "mm_projector") if net.uses_clip else ("showo",)

@@ -1,0 +1,222 @@
+"""A model card: what was trained from what, how it scored, what it draws, and how it is loaded.
+
+Nothing of the machine is in it: no path, and no name of data.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from reca import catalog, checkpoint, comparison, html
+from reca.config import Recipe
+from reca.data.sources import DATA_KEYS
+from reca.eval import report
+from reca.eval.generate import weights_hash
+from reca.eval.report import figure
+from reca.eval.suites import SUITES
+from reca.folders import write_atomically
+from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.models.common.hub import hub_name
+from reca.recipe_files import walk
+from reca.runs import is_run
+
+CARD = "README.md"
+PICTURES = "pictures"  # folder of the pictures, below the export
+MARK = "<!-- Written by reca export, which writes it anew each time. Without this line it is left as it is. -->"
+ARXIV = "2509.07295"
+WORDS = {"reca": "reconstruction (RECA)", "i2t": "image to text", "t2i": "text to image", "srum": "SRUM"}  # of tasks
+HUB_TASKS = {"generate": "text-to-image", "edit": "image-to-image", "answer": "visual-question-answering"}
+
+
+def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder: Path, name: str) -> list[str]:
+    """Write README.md and its pictures into the folder of an export. Returns their names, relative to it.
+
+    source: the run, or the recipe, that `model` was loaded from. name: of the model, its title.
+    A README.md that somebody else wrote, or that lost the line MARK, stays as it is.
+    Raises EvaluationError for results of the run that cannot be read, OSError when the disk does not take the files.
+    """
+    card = folder / CARD
+    if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / PICTURES).glob("*.png"))]
+    run = Path(source) if is_run(source) else None
+    compared = comparison.compare("base", str(run)) if run else {"suites": [], "understanding": None}
+    scores, left_out = _scores(run, compared["suites"], weights_hash(model)) if run else ([], [])
+    pictures = _pictures(run, recipe, folder) if run else []
+    state = _state(run) if run else None
+    base = base_model(recipe)
+    values = {
+        "mark": MARK,
+        "name": name,
+        "arxiv": ARXIV,
+        "umm": recipe.umm,
+        "base": base,
+        "licence": catalog.facts_of(*base).licence if base else None,
+        "step": state and state["step"],
+        "ema": ema,
+        "scores": [_row(score) for score in scores],
+        "left_out": left_out,
+        "pictures": pictures,
+        "training": _training(state, recipe) if state else {},
+        "keys": _keys(recipe) if run else [],
+        "understanding": (compared["understanding"] or {}).get("text"),
+        "loading": umm_package(recipe.umm).weights.loading(recipe.model),
+    }
+    header = _metadata(name, recipe, base, scores)
+    write_atomically(
+        card, f"---\n{header.to_yaml()}\n---\n{html.render(Path(__file__).with_name('card.md'), **values)}"
+    )
+    return [CARD, *(picture["file"] for picture in pictures)]
+
+
+def base_model(recipe: Recipe) -> tuple[str, str] | None:
+    """Name the repository, and the file of it, that model.weights comes from; None where that is not known.
+
+    A local folder counts as the repository of the catalog that has its name, as `reca get` names folders.
+    """
+    source = recipe.model.weights
+    if not source:
+        return None
+    path = Path(source).expanduser()
+    if not path.exists():
+        return hub_name(source, "model.weights")
+    for folder in (path, *path.parents):
+        for repository in catalog.WEIGHTS:
+            if folder.name == repository.split("/")[1]:
+                return repository, path.relative_to(folder).as_posix() if path != folder else ""
+    return None
+
+
+def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: list[dict[str, Any]]) -> ModelCardData:
+    """Make what the hub reads: licence, base model, tags, and scores."""
+    abilities = umm_package(recipe.umm).Adapter.abilities
+    licence = catalog.hub_licence(catalog.facts_of(*base).licence) if base else {}
+    results = [
+        EvalResult(
+            task_type=HUB_TASKS[SUITES[score["suite"]].ability],
+            dataset_type=score["suite"],
+            dataset_name=score["protocol"],
+            metric_type="score",
+            metric_name=f"overall, {'points' if score['overall']['unit'] == 'points' else '%'}",
+            metric_value=round(_scale(score) * score["overall"]["value"], 2),
+            metric_args={"interval_95": [b if b is None else round(_scale(score) * b, 2)
+                                         for b in score["overall"]["interval"]]},
+        )
+        for score in scores
+    ]  # fmt: skip
+    return ModelCardData(
+        base_model=base[0] if base else None,
+        library_name="reca",
+        pipeline_tag="any-to-any" if "answer" in abilities else "text-to-image",
+        tags=["reca", "reconstruction-alignment", "unified-multimodal-model", recipe.umm, f"arxiv:{ARXIV}"],
+        eval_results=results or None,
+        model_name=name if results else None,
+        **licence,
+    )
+
+
+def _scale(score: Mapping[str, Any]) -> float:
+    return 100 if score["overall"]["unit"] == "fraction" else 1
+
+
+def _scores(run: Path, suites: list[dict[str, Any]], weights: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the run's results that are of these weights, and name the suites whose results are not.
+
+    suites: those that the base model was evaluated on, too, with the change against it.
+    """
+    compared = {suite["suite"]: suite for suite in suites}
+    found, left_out = [], []
+    for path in sorted((run / "eval").glob("*/results.json")):
+        if path.parent.name == "base":
+            continue
+        score = report.read(path)
+        if (score["model"] or {}).get("weights_sha256") == weights:
+            found.append(compared.get(score["suite"], score | {"against": None}))
+        else:
+            left_out.append(score["protocol"])
+    return found, left_out
+
+
+def _row(score: Mapping[str, Any]) -> dict[str, str]:
+    unit, against = score["overall"]["unit"], score["against"]
+    sign = "" if unit == "points" else " %"
+    judge = score["judge"]
+
+    def interval(bounds: list[float | None], plus: bool = False) -> str:
+        return "[{}, {}]".format(*("?" if b is None else figure(b, unit, plus) for b in bounds))
+
+    row = {
+        "suite": score["protocol"],
+        "after": f"{figure(score['overall']['value'], unit)}{sign} {interval(score['overall']['interval'])}",
+        "before": "",
+        "change": "",
+        "measured": f"{score['counts']['items']} prompts x {score['images_per_item']}, judge {judge.get('name')}"
+        + (" (approximate)" if judge.get("exact") is False else ""),
+    }
+    if against:
+        change = against["overall"]
+        row["before"] = f"{figure(change['value'], unit)}{sign}"
+        row["change"] = f"{figure(change['difference'], unit, True)} {interval(change['difference_interval'], True)}"
+    return row
+
+
+def _state(run: Path) -> dict[str, Any]:
+    newest = checkpoint.latest(run)
+    if newest is None:
+        raise checkpoint.CheckpointError(f"{run} has no complete checkpoint; did the run save one?")
+    return checkpoint.read_state(newest)
+
+
+def _training(state: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Say in words what was done. state: of the newest checkpoint, which has the counts."""
+    optim = recipe.optim
+    found = {"steps": str(state["step"])}
+    for task in recipe.active_tasks():
+        config, key = getattr(recipe.objective, task), DATA_KEYS[task]
+        count = state["fingerprint"].get(f"data.{key}", [None])[0]
+        found[WORDS[task]] = (
+            f"weight {config.weight:g}, {config.batch_size} samples a step, {state['samples'].get(task, 0)} in all"
+            + (f", of {count} {key}" if count is not None else "")
+        )
+    found["optimizer"] = (
+        f"{optim.name}, learning rate {optim.lr:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, weight decay "
+        f"{optim.weight_decay:g}, schedule {optim.schedule} with {optim.warmup_steps} warm-up steps"
+    )
+    found["precision"] = recipe.train.precision
+    found["seed"] = str(recipe.train.seed)
+    if recipe.lora.rank:
+        found["LoRA"] = f"rank {recipe.lora.rank}, merged into the weights"
+    return found
+
+
+def _keys(recipe: Recipe) -> list[str]:
+    """List the recipe keys that are not the default, without those of paths, data and tasks that were not trained."""
+    usual = Recipe(umm=recipe.umm, model=type(recipe.model)())
+    values = {key: getattr(config, f.name) for config, f, key in walk(usual)}
+    idle = [f"objective.{task}." for task in WORDS if task not in recipe.active_tasks()]
+    hidden = ("run_dir", "data.", "log.", "checkpoint.", "model.words", *idle)
+    return [
+        f"{key}={getattr(config, f.name)}"
+        for config, f, key in walk(recipe)
+        if not f.metadata.get("path") and not key.startswith(hidden) and getattr(config, f.name) != values.get(key)
+    ]
+
+
+def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
+    """Copy the newest pictures of a run beside the card. Returns file, title and text of each."""
+    newest = max((run / "samples").glob("*.png"), default=None)
+    if newest is None:
+        return []
+    place = folder / PICTURES / "samples.png"
+    place.parent.mkdir(exist_ok=True)
+    shutil.copyfile(newest, place)
+    title = f"Images of step {int(newest.stem)}" if newest.stem.isdigit() else "Images"
+    return [{"file": f"{PICTURES}/{place.name}", "title": title, "text": _plain("; ".join(recipe.log.prompts))}]
+
+
+def _plain(text: str) -> str:
+    """Take the signs out of a text that end the text of a picture in Markdown."""
+    return " ".join(text.translate(str.maketrans("[]|`", "()/'")).split())

@@ -1,0 +1,242 @@
+"""`reca export --card` and `--push`: the card of a run, and its upload to a stand-in of the hub."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+import reca
+from reca import catalog, cli
+from reca.publishing import card, push
+from reca.recipe_files import load_recipe
+from tests.driver.hub_server import TOKEN, Hub, Repository, point_to, serve
+
+KEYS = {
+    "train.steps": 2, "train.threads": 1, "log.every": 1, "log.prompts": ["a red [circle]"], "log.sample_every": 1,
+    "log.tensorboard": False, "data.workers": 0, "objective.reca.batch_size": 8, "objective.reca.micro_batch": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of OpenUni, evaluated as its base is."""
+    folder = tmp_path_factory.mktemp("run") / "photos"
+    reca.train(load_recipe("open_uni_tiny", {"run_dir": str(folder)} | KEYS))
+    reca.evaluate("world", folder, against="base", limit=2, sampling={"steps": 1})
+    return folder
+
+
+def metadata(folder):
+    return next(yaml.safe_load_all((folder / "README.md").read_text()))
+
+
+# ---- the card ----
+
+
+def test_the_card_of_a_run(run, tmp_path, capsys):
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), "--card"]) == 0
+    assert "wrote README.md" in capsys.readouterr().out or (tmp_path / "out/README.md").is_file()
+    text, found = (tmp_path / "out/README.md").read_text(), metadata(tmp_path / "out")
+    results = json.loads((run / "eval/world/results.json").read_text())
+    after, before = results["overall"]["value"], results["against"]["overall"]["value"]
+    assert f"| {before * 100:.1f} % | {after * 100:.1f} % [" in text
+    assert "after 2 steps" in text and "weight 1, 8 samples a step, 16 in all, of " in text
+    assert "Understanding is bit-identical" in text and "open_uni.pth" in text
+    assert "![Images of step 2: a red (circle)](pictures/samples.png)" in text
+    assert (tmp_path / "out/pictures/samples.png").read_bytes() == (run / "samples/000002.png").read_bytes()
+    assert found["library_name"] == "reca" and "license" not in found and "base_model" not in found
+    assert found["pipeline_tag"] == "any-to-any" and {"reca", "open_uni", "arxiv:2509.07295"} <= set(found["tags"])
+    (metric,) = found["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == pytest.approx(100 * after) and len(metric["args"]["interval_95"]) == 2
+    assert str(run) not in text and "toy_world" not in text  # nothing of the machine, no name of data
+
+
+def test_results_of_other_weights_are_left_out(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "eval/world/results.json"
+    found = json.loads(path.read_text())
+    found["model"]["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(found))
+    assert cli.main(["export", str(copy), "--out", str(tmp_path / "out"), "--card"]) == 0
+    text = (tmp_path / "out/README.md").read_text()
+    assert "No evaluation of these weights was made" in text and "are left out: " in text
+    assert "model-index" not in metadata(tmp_path / "out")
+
+
+def test_a_card_that_somebody_wrote_stays(tmp_path):
+    export = ["export", "show_o_tiny", "--out", str(tmp_path), "--card"]
+    assert cli.main(export) == 0
+    made = tmp_path / "README.md"
+    assert "without training" in made.read_text() and "## Results" not in made.read_text()
+    made.write_text(made.read_text() + "more\n")
+    assert cli.main(export) == 0 and "more" not in made.read_text()
+    made.write_text("my own\n")
+    assert cli.main(export) == 0 and made.read_text() == "my own\n"
+
+
+def test_base_model_and_terms(tmp_path):
+    def base(umm, source):
+        return card.base_model(load_recipe(umm, {"model.weights": str(source)}))
+
+    assert base("harmon_1_5b", "wusize/harmon/harmon_1.5b.pth") == ("wusize/harmon", "harmon_1.5b.pth")
+    (tmp_path / "harmon").mkdir()
+    (tmp_path / "harmon/a.pth").touch()
+    assert base("harmon_1_5b", tmp_path / "harmon/a.pth") == ("wusize/harmon", "a.pth")
+    (tmp_path / "BAGEL-7B-MoT").mkdir()
+    assert base("bagel_7b", tmp_path / "BAGEL-7B-MoT") == ("ByteDance-Seed/BAGEL-7B-MoT", "")
+    assert base("bagel_7b", tmp_path) is None and card.base_model(load_recipe("bagel_tiny")) is None
+    recipe = load_recipe("harmon_1_5b")
+    header = card._metadata("x", recipe, card.base_model(recipe), []).to_dict()
+    assert header["license"] == "other" and header["license_name"] == "s-lab-license-1.0"
+    assert header["base_model"] == "wusize/harmon"
+    assert all(catalog.hub_licence(facts.licence) for facts in catalog.WEIGHTS.values() if facts.licence)
+
+
+# ---- the upload ----
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    hub = Hub({})
+    server, address = serve(hub)
+    point_to(monkeypatch, address, tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in has the LFS protocol
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def upload(tmp_path, capfd):
+    """`reca export --push`: its exit code and all it printed. The token is in none of it."""
+
+    def call(*more, repository="me/model"):
+        code = cli.main(["export", "show_o_tiny", "--out", str(tmp_path / "out"), "--push", repository, *more])
+        printed = "".join(capfd.readouterr())
+        assert TOKEN not in printed
+        return code, printed
+
+    return call
+
+
+def exported(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_arrives(hub, upload, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")  # no file of the export
+    code, printed = upload()
+    assert code == 0 and re.search(
+        r"MiB in \d+ files to me/model, which will be made, private; .* MiB to upload", printed
+    )
+    assert re.search(r"^http://127.0.0.1:\d+/me/model$", printed, re.MULTILINE)
+    there = hub.repositories["models/me/model"]
+    mine = {name: content for name, content in exported(tmp_path / "out").items() if name != "notes.txt"}
+    assert there.files == mine | {".gitattributes": b""} and there.private
+    assert mine.keys() > {"README.md", "config.json", "pytorch_model.safetensors"}
+    taken = hub.taken
+    code, printed = upload()
+    assert code == 0 and "which is there; 0 bytes to upload" in printed and hub.taken == taken
+
+
+def test_public_and_update(hub, upload):
+    assert upload("--public")[0] == 0 and not hub.repositories["models/me/model"].private
+    hub.repositories["models/me/model"].files["config.json"] = b"{}"
+    code, printed = upload()
+    assert code == 4 and "holds other files already (config.json); give --update" in printed
+    assert hub.repositories["models/me/model"].files["config.json"] == b"{}"
+    assert upload("--update")[0] == 0 and hub.repositories["models/me/model"].files["config.json"] != b"{}"
+
+
+def test_a_repository_of_something_else(hub, upload):
+    hub.repositories["models/me/model"] = Repository({f"{i}.gguf": b"x" for i in range(5)})
+    code, printed = upload()
+    assert code == 4 and "(0.gguf, 1.gguf, 2.gguf and 2 more)" in printed and hub.taken == 0
+    assert upload("--update")[0] == 0 and hub.repositories["models/me/model"].files["0.gguf"] == b"x"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token": None}, "there is no token; `hf auth login`, or set HF_TOKEN"),
+        ({"token": "hf_other"}, "the hub does not know the token"),
+        ({"role": "read"}, "the token 'laptop' may only read"),
+        ({"user": "you"}, "you can write to you, group, not me"),
+        ({"address": "http://127.0.0.1:9"}, "the hub cannot be reached (ConnectError)"),
+        ({"offline": True}, "the hub is switched off (HF_HUB_OFFLINE)"),
+    ],
+)
+def test_what_is_wrong_is_found_before_weights_are_read(hub, upload, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("reca.inference_commands._model", lambda options: pytest.fail("weights were read"))
+    if "token" in change:
+        monkeypatch.delenv("HF_TOKEN")
+        if change["token"]:
+            monkeypatch.setenv("HF_TOKEN", change["token"])
+    hub.role, hub.user = change.get("role", hub.role), change.get("user", hub.user)
+    if "address" in change:
+        point_to(monkeypatch, change["address"], tmp_path / "cache")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    if "offline" in change:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, printed = upload()
+    assert code == 4 and message in printed and "me/model" in printed
+
+
+@pytest.mark.parametrize("name", ["model", "me/", "/model", "me/a/b", "me/a model"])
+def test_names_that_are_none(upload, name):
+    code, printed = upload(repository=name)
+    assert code == 4 and "give OWNER/NAME" in printed
+
+
+def test_options_without_push(tmp_path, capsys):
+    assert cli.main(["export", "show_o_tiny", "--out", str(tmp_path), "--public"]) == 3
+    assert "belong to --push" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["repos/create", "preupload", "objects/batch", "/commit/"])
+def test_a_token_that_may_not_write_there(hub, upload, tmp_path, part):
+    hub.forbids = part
+    code, printed = upload()
+    assert (
+        code == 4 and "the token may not write there" in printed and f"`hf upload me/model {tmp_path}/out`" in printed
+    )
+    hub.forbids = ""
+    assert upload()[0] == 0 and "README.md" in hub.repositories["models/me/model"].files
+
+
+def test_an_upload_that_breaks_off_goes_on(hub, upload, tmp_path):
+    """Every try of one large file ends half way: the command fails, and the next one uploads the rest alone."""
+    hub.drops = 10**6
+    code, printed = upload()
+    assert code == 4 and "the hub cannot be reached" in printed and "the same command goes on" in printed
+    kept = exported(tmp_path / "out")
+    assert hub.repositories["models/me/model"].files == {".gitattributes": b""}  # no half commit
+    hub.drops, hub.forbids = 0, "/commit/"
+    assert upload()[0] == 4  # the large files have arrived
+    hub.forbids, hub.taken = "", 0
+    assert upload()[0] == 0 and hub.taken == 0
+    assert kept.items() <= hub.repositories["models/me/model"].files.items()
+
+
+def test_a_header_that_the_hub_refuses(hub, upload, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("---\nlicense: mine\n---\n")
+    hub.faults = ['"license" must be one of a list']
+    code, printed = upload()
+    assert code == 4 and 'README.md: Invalid metadata in README.md. - "license" must be one of' in printed
+    assert "models/me/model" in hub.repositories and hub.taken == 0
+
+
+def test_a_hub_that_lost_a_file(hub, upload, monkeypatch):
+    monkeypatch.setattr(push, "_contents", lambda api, repository: None)
+    code, printed = upload()
+    assert code == 4 and "me/model lacks README.md, " in printed
