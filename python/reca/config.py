@@ -7,6 +7,7 @@ from typing import Any, Optional
 from reca import units
 from reca.data.batch import TASKS
 from reca.data.config import DataConfig
+from reca.eval.config import EvalConfig
 from reca.models import UMMS
 from reca.options import LOCAL, RecipeError, config_field, format_value, share
 
@@ -293,7 +294,16 @@ class LogConfig:
         most=60 * 60 * 24 * 365,
     )
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
-    sample_every: int = config_field(0, "steps between grids of images; 0 generates none", least=0)
+    reconstructions: int = config_field(
+        4,
+        "pictures that are saved beside what the model makes of their h_v, wherever log.sample_every draws: held-out "
+        "ones (eval.holdout), else of data.images",
+        least=0,
+        most=256,
+    )
+    sample_every: int = config_field(
+        0, "steps between grids of images, of log.prompts and log.reconstructions; 0 generates none", least=0
+    )
     gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
     drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
     memory_snapshot: bool = config_field(
@@ -325,6 +335,7 @@ class Recipe:
     ema: EMAConfig = config_field(EMAConfig, "")
     checkpoint: CheckpointConfig = config_field(CheckpointConfig, "")
     log: LogConfig = config_field(LogConfig, "")
+    eval: EvalConfig = config_field(EvalConfig, "")
     run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
 
     def active_tasks(self) -> list[str]:
@@ -338,6 +349,11 @@ class Recipe:
             raise RecipeError(
                 f"{prefix}optim.fused_backward=true updates parameters before the norm of all gradients is known, so "
                 f"it cannot skip a step because of it: set {prefix}train.skip_spikes=null"
+            )
+        if self.eval.holdout and self.eval.holdout_from is None and self.data.images is None:
+            raise RecipeError(
+                f"{prefix}eval.holdout={self.eval.holdout} takes pictures from {prefix}data.images, which is null; "
+                f"name pictures by {prefix}eval.holdout_from, or set {prefix}eval.holdout=0"
             )
         if self.lora.rank and self.lora.base_dtype and self.train.precision != self.lora.base_dtype:
             raise RecipeError(

@@ -11,7 +11,6 @@ from reca import checkpoint, float8, runs, units
 from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
-from reca.data.sources import open_sources
 from reca.data.templates import load_templates
 from reca.held import held
 from reca.host_memory import total as host_memory
@@ -20,6 +19,7 @@ from reca.meta_model import build_meta
 from reca.models.base import Adapter
 from reca.optim import check_passes
 from reca.options import RecipeError
+from reca.validation import open_run_sources
 
 log = logging.getLogger("reca")
 
@@ -33,7 +33,7 @@ def check(
     adapter: an existing model, in place of the recipe's. begins: the run starts from train.init_from, not from a
     checkpoint of its own.
 
-    Returns the sources of samples, by task, and the templates.
+    Returns the sources of samples, as `open_run_sources`, and the templates.
     Raises RecipeError or ValueError for the recipe and the machine, DataError for data and disk, CheckpointError for
     train.init_from.
     """
@@ -51,7 +51,7 @@ def check(
         float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:
         runs.check_parent(recipe, model)
-    sources = open_sources(recipe.data, tasks, recipe.train.seed)
+    sources = open_run_sources(recipe, tasks)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
         _memory(recipe, model, ranks, node)

@@ -21,7 +21,7 @@ from reca.status import RunFolder, Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
 RESULT_NEUTRAL_KEYS = (
-    "run_dir", "log.*", "checkpoint.*", "ema.*", "parallel.*",
+    "run_dir", "log.*", "eval.*", "checkpoint.*", "ema.*", "parallel.*",
     "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
     "train.deterministic", "train.fit", "train.fit_allow", "optim.offload", "optim.fused_backward",
     "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
@@ -36,6 +36,7 @@ COMPARED_BY_CONTENT = (
     "data.template*",
     "train.init_from",
 )
+HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they decide what is left to train on
 PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that identify it
 
 
@@ -275,7 +276,7 @@ def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Name the keys of changed contents, with both values where they differ."""
-    keys = ["data.templates", "data.template_count"] if key == "data.templates" else [key]
+    keys = {"data.templates": [key, "data.template_count"], "data.images": [key, *HELD_OUT_KEYS]}.get(key, [key])
     differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]
     return " and ".join(differing) or f"{key}={new.get(key)!r}"
 

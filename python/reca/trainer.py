@@ -26,7 +26,6 @@ from reca import (
 from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
-from reca.data.sources import open_sources
 from reca.determinism import deterministic
 from reca.diagnostics import Diagnostics, drift_tasks
 from reca.ema import EMA
@@ -46,6 +45,7 @@ from reca.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.reporting import RunReport
 from reca.skipped_steps import SkippedSteps
 from reca.status import RunFolder
+from reca.validation import open_run_sources
 
 log = logging.getLogger("reca")
 
@@ -177,7 +177,7 @@ class Trainer:
                     runs.reject_changed(recipe, self.run_dir, state, self.fingerprint)
         with distributed.fail_together():
             if distributed.rank() > 0:
-                sources = open_sources(recipe.data, tasks, recipe.train.seed)
+                sources = open_run_sources(recipe, tasks)
         return sources
 
     def run(self) -> Path:

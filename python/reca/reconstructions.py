@@ -1,0 +1,67 @@
+"""Pictures beside what a model makes of them from its own h_v: what RECA trains, to look at.
+
+batch = picture_batch(recipe, adapter, 8)
+before, after = reconstruct(base, batch), reconstruct(trained, batch)
+side_by_side(batch.gen, before, after).save("reconstructions.png")
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reca.config import Recipe
+from reca.data.batch import Batch
+from reca.data.loader import open_loader
+from reca.data.sample import Source
+from reca.image_grid import make_grid
+from reca.models.base import Adapter
+from reca.models.common.inference import eval_mode
+from reca.validation import HELD_OUT, data_of, open_run_sources, seed
+
+
+def pictures(recipe: Recipe) -> Source:
+    """Open the pictures to show: those that the recipe holds out; where it holds out none, those that it trains on."""
+    tasks = [] if recipe.eval.holdout else ["reca"]
+    sources = open_run_sources(recipe, tasks)
+    return sources[HELD_OUT] if recipe.eval.holdout else sources["reca"]
+
+
+def picture_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
+    """Read `count` pictures, fewer where there are no more, with a template each: always the same ones.
+
+    source: the pictures, where they have been opened already.
+    """
+    source = pictures(recipe) if source is None else source
+    loader = open_loader(
+        data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=min(count, len(source)),
+        source=source,
+    )  # fmt: skip
+    batch = next(iter(loader))
+    loader.close()
+    return batch
+
+
+@torch.no_grad()
+def reconstruct(
+    adapter: Adapter,
+    batch: Batch,
+    context: contextlib.AbstractContextManager | None = None,
+    seeds: Sequence[int] | None = None,
+    **sampling: Any,
+) -> list[Tensor]:
+    """Reconstruct the pictures of a batch, uint8 [3, H, W] each. The same seeds make the same noise.
+
+    context: what the model computes in; by default as outside of training. seeds: 0, 1, ... by default.
+    """
+    device = next(adapter.parameters()).device
+    with eval_mode(adapter), context or adapter.inference_autocast():
+        return adapter.reconstruct(batch.to(device), list(seeds or range(len(batch))), **sampling)
+
+
+def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:
+    """Lay pictures out in columns, a row for each picture; such as the input, before and after training."""
+    return make_grid([picture for row in zip(*columns, strict=True) for picture in row], columns=len(columns))

@@ -1,0 +1,116 @@
+"""Held-out pictures: what is held out, and that their loss is a function of the weights alone."""
+
+import pytest
+import torch
+
+from reca import objective
+from reca.data.errors import DataError
+from reca.data.held_out import hold_out
+from reca.data.mixture import Mixture
+from reca.data.sources import open_source
+from reca.models import UMMS
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
+from reca.trainer import Trainer
+from reca.validation import HELD_OUT, HeldOut, open_run_sources
+from tests.driver.toy import ToyAdapter, run_toy, weights, write_images
+from tests.models.contract import shared
+
+EAGER = torch.autocast("cpu", enabled=False)
+
+
+def keys(source) -> set[str]:
+    return {source.key(i) for i in range(len(source))}
+
+
+def test_what_is_held_out_is_trained_on_by_no_task(recipe):
+    r = recipe("eval.holdout=5", "objective.t2i.weight=1")
+    sources = open_run_sources(r, r.active_tasks())
+    aside = keys(sources[HELD_OUT])
+    assert len(aside) == 5 and len(sources["reca"]) == len(sources["t2i"]) == 19
+    assert not aside & (keys(sources["reca"]) | keys(sources["t2i"]))
+    again, other = (
+        open_run_sources(recipe("eval.holdout=5", key), ["reca"]) for key in ("train.seed=7", "eval.seed=1")
+    )
+    assert keys(again[HELD_OUT]) == aside != keys(other[HELD_OUT])
+    trainer = run_toy(r)
+    order = trainer.loaders["reca"].order
+    assert not aside & {sources["reca"].key(order.index(p)) for p in range(6 * 8)}
+
+
+def test_a_mixture_gives_from_each_of_its_sources(tmp_path):
+    one, two = (open_source(str(write_images(tmp_path / name, 20)), "reca") for name in "ab")
+    rest, aside = hold_out({"reca": Mixture([one, two], [3.0, 1.0], ["a", "b"])}, 8, 0)
+    assert [len(part) for part in aside.parts] == [6, 2]
+    named = set().union(*map(keys, aside.parts))  # both folders have the same names: neither trains on one
+    assert not any(keys(part) & named for part in rest["reca"].parts)
+
+
+def test_what_cannot_be_held_out(recipe):
+    with pytest.raises(DataError, match=r"eval.holdout=13 sets more than half of the 24 pictures"):
+        open_run_sources(recipe("eval.holdout=13"), ["reca"])
+    with pytest.raises(RecipeError, match="holdout=1: a picture is compared"):
+        recipe("eval.holdout=1")
+    with pytest.raises(RecipeError, match=r"takes pictures from data.images, which is null"):
+        recipe("eval.holdout=2", "data.images=null", "objective.reca.weight=0", "objective.t2i.weight=1")
+
+
+def test_other_pictures_change_nothing_of_the_training(recipe, tmp_path):
+    other = write_images(tmp_path / "other", 6)
+    plain = run_toy(recipe(f"run_dir={tmp_path}/plain"))
+    trainer = run_toy(recipe(f"run_dir={tmp_path}/held", "eval.holdout=4", f"eval.holdout_from={other}"))
+    assert len(trainer.sources[HELD_OUT]) == 4
+    assert all(torch.equal(value, weights(trainer.adapter)[name]) for name, value in weights(plain.adapter).items())
+
+
+def test_a_run_whose_training_pictures_change_is_refused(recipe):
+    run_toy(recipe("train.steps=2"))
+    with pytest.raises(RecipeError, match=r"eval.holdout 0 -> 4 has other contents \(24 samples, now 20\)"):
+        Trainer(recipe("eval.holdout=4"), ToyAdapter())
+
+
+def held_out(r, adapter):
+    return HeldOut(r, adapter, open_run_sources(r, ["reca"])[HELD_OUT], torch.device("cpu"), EAGER)
+
+
+def test_the_same_weights_give_the_same_bits(recipe):
+    """At any step, after any other use of random numbers, with any seed of the training."""
+    r, adapter = recipe("eval.holdout=7"), ToyAdapter()
+    own = held_out(r, adapter)
+    first = own.measure()
+    adapter.train()
+    torch.rand(3)
+    assert own.measure() == first == held_out(recipe("eval.holdout=7", "train.seed=9"), adapter).measure()
+    assert held_out(recipe("eval.holdout=7", "eval.seed=1"), adapter).measure() != first
+    with torch.no_grad():
+        adapter.layers[1].bias += 0.1
+    assert own.measure() != first
+
+
+def test_ranks_share_the_pictures(recipe, monkeypatch):
+    """Every rank makes as many passes, and each picture counts once."""
+    r, adapter = recipe("eval.holdout=7"), ToyAdapter(dtype=torch.float64)
+    whole = held_out(r, adapter).measure()
+    seen = []
+    monkeypatch.setattr("reca.distributed.world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr("reca.distributed.rank", lambda rank=rank: rank)
+        seen.append(held_out(r, adapter).batches)
+    assert {len(batches) for batches in seen} == {2}
+    counted = [batch for batches in seen for batch in batches if batch.counted]
+    assert sorted(i for batch in counted for i in batch.sample_ids.tolist()) == list(range(7))
+    seed = held_out(r, adapter).seed
+    own, other = (objective.evaluate(adapter, counted, seed, EAGER, condition) for condition in ("own", "other"))
+    assert (own, other - own) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_the_native_losses(name):
+    r = load_recipe(f"{name}_tiny", ["eval.holdout=3", "objective.reca.micro_batch=2", "data.workers=0"])
+    model = shared(name)
+    own = held_out(r, model)
+    first = own.measure()
+    model.train()
+    again = own.measure()
+    model.eval()
+    assert first == again and first.loss > 0 and first.gap != 0
