@@ -27,9 +27,11 @@ def serial(umm, out):
     """What `run` does, in this process."""
     threads = torch.get_num_threads()
     try:
-        done = {experiment.BEFORE: experiment._pretrain(umm, 0, out, SCALE)}
+        torch.set_num_threads(1)
+        experiment.pretrain(umm, 0, out, SCALE)
+        done = {experiment.BEFORE: experiment.measure_start(umm, 0, out, SCALE)}
         for arm in experiment.arms(demo_setup(umm)):
-            done[arm.name] = experiment._post_train(umm, 0, out, arm, SCALE)
+            done[arm.name] = experiment.post_train(umm, 0, out, SCALE, arm)
     finally:
         torch.set_num_threads(threads)
     return {0: done}
@@ -95,6 +97,9 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "images that show what was asked, % (seeds 0)" in out and "seed 0: held-out RECA - SFT" in out
     assert (tmp_path / "report.html").exists()
+    *_, said, page = out.splitlines()
+    assert said.startswith("pairs that captions never showed, drawn right, %: RECA ")
+    assert page == str(tmp_path / "comparison.html") and "toy world" in (tmp_path / "comparison.html").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--umm", "nonsense"], ["--scale", "2"], ["--scale", "0"], ["--seeds", "0"]])

@@ -10,6 +10,7 @@ from reca.demo.scene import Scene
 from reca.image_grid import make_grid
 from reca.toy_world.scenes import SIDE, held_out_pairs
 
+NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")
 SCALE, GAP = 5, 8  # of the images, and between them in pixels
 LEFT, TOP = 92, 34  # margins for the names of rows and columns

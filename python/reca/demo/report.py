@@ -13,7 +13,7 @@ from PIL import Image
 
 from reca import html
 from reca.demo.arms import BEFORE, Arm, Outcome, Results
-from reca.demo.before_after import before_after
+from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import CATEGORIES, Rate
 from reca.demo.pretrain import demo_setup, scaled
 from reca.image_grid import make_grid
@@ -54,6 +54,16 @@ def verdicts(results: Results) -> list[str]:
     return sentences
 
 
+def summary(results: Results) -> str:
+    """Say in one line what RECA changed."""
+    cells = {
+        name: [_cell([results[s][arm].measured.rates["held-out"] for s in results]) for arm in (BEFORE, name)]
+        for name in ("RECA", "SFT")
+    }
+    ways = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in cells.items())
+    return f"pairs that captions never showed, drawn right, %: {ways}"
+
+
 def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: float = 1.0) -> Path:
     """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
     setup, first = demo_setup(umm), next(iter(results))
@@ -86,7 +96,7 @@ def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: flo
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
-    before_after(results[first], first).save(out / "before_after.png", optimize=True)
+    before_after(results[first], first).save(out / NAME, optimize=True)
     return path
 
 

@@ -1,0 +1,76 @@
+"""Jobs side by side in processes of their own: their order, their results, and what a failure stops."""
+
+import os
+import time
+
+import pytest
+
+from reca import side_by_side
+from reca.side_by_side import Failure, Job
+
+
+def report(folder, name, *needed):
+    """Say that a job ran, what it saw, and that those before it had ended."""
+    assert all((folder / other).exists() for other in needed)
+    (folder / name).touch()
+    return name, os.environ.get("OMP_NUM_THREADS"), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def wait_for(folder, mine, other):
+    """End only if the other job runs at the same time."""
+    (folder / mine).touch()
+    until = time.monotonic() + 60
+    while not (folder / other).exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def fail():
+    raise ValueError("no such picture")
+
+
+def die():
+    os._exit(9)
+
+
+def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    jobs = [
+        Job("last", report, (tmp_path, "last", "a", "b"), after=("a", "b")),
+        Job("a", wait_for, (tmp_path, "a", "b")),
+        Job("b", wait_for, (tmp_path, "b", "a")),
+    ]
+    ended, waits = [], []
+    found = side_by_side.run(jobs, [None, None], lambda job, result: ended.append(job.name), lambda: waits.append(1))
+    assert found == {"a": None, "b": None, "last": ("last", "1", None)}
+    assert ended[-1] == "last" and sorted(ended) == ["a", "b", "last"] and waits
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
+    jobs = [
+        Job("broken", fail),
+        Job("never", report, (tmp_path, "never"), after=("broken",)),
+        Job("nor this", report, (tmp_path, "nor"), after=("never",)),
+        Job("killed", die),
+        Job("fine", report, (tmp_path, "fine")),
+    ]
+    found = side_by_side.run(jobs, ["7"])
+    assert str(found["broken"]) == "ValueError: no such picture"
+    assert str(found["never"]) == "broken did not end well" and str(found["nor this"]) == "never did not end well"
+    assert isinstance(found["killed"], Failure) and "terminated abruptly" in str(found["killed"])
+    assert found["fine"] == ("fine", "1", "7")  # by a new process, on the same GPU
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("after", [("a",), ("b",), ("nobody",)])
+def test_jobs_that_can_never_start_are_refused(after):
+    with pytest.raises(ValueError, match="waits for"):
+        side_by_side.run([Job("a", fail, after=after), Job("b", fail, after=("a",))], [None])
+
+
+def test_slots(monkeypatch):
+    assert side_by_side.cores() == [None] * len(os.sched_getaffinity(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-7")
+    assert side_by_side.gpus() == ["2", "MIG-7"]
