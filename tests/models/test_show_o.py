@@ -8,6 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.activations import ACT2FN
+from transformers.models.phi.modeling_phi import PhiMLP
 
 from reca.data.batch import Batch, Turn
 from reca.data.pixels import make_view
@@ -15,8 +19,8 @@ from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt
 from reca.models.show_o.conditioner import conditioner
-from reca.models.show_o.config import MagvitSizes
-from reca.models.show_o.modules import Magvit
+from reca.models.show_o.config import MagvitSizes, PhiSizes
+from reca.models.show_o.modules import Magvit, phi_config
 from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
@@ -419,3 +423,45 @@ def test_a_blur_reaches_h_v_and_not_the_target():
     assert torch.equal(features[0]["codes"], features[1]["codes"])
     assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)
     assert blurred.views("t2i").und is None and plain.views("reca").und is None
+
+
+# ---- activations ----
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views, each a kernel on a GPU, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count += 1
+            self.bytes += sum(x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        return out
+
+
+def test_gelu_is_one_kernel_and_the_same_function():
+    """Against transformers' formula: fp32 to its last bits, bf16 to the bit of the formula in fp32, rounded."""
+    published = Config().phi.hidden_act
+    act, formula = PhiMLP(phi_config(PhiSizes(8, 1, 1, 8), 8)).activation_fn, ACT2FN[published]
+    assert published == "gelu_new"
+    x = torch.linspace(-8, 8, 20001)
+    true = formula(x.double())
+    wrong = (act(x).double() - true).abs().max()
+    assert wrong <= (formula(x).double() - true).abs().max() < 5e-7
+    half, slopes = x.bfloat16(), []
+    far = act(half).view(torch.int16).int() - formula(half.float()).bfloat16().view(torch.int16).int()
+    assert (far[half.abs() < 4] == 0).all()
+    for function in (act, formula):
+        leaf = x.clone().requires_grad_()
+        function(leaf).sum().backward()
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(*slopes, rtol=0, atol=5e-6)
+    with Launches() as seen:
+        leaf = half.clone().requires_grad_()
+        act(leaf).backward(half)
+    assert seen.count == 3 and seen.bytes == 9 * half.nbytes  # a copy; forward; backward
+

@@ -143,6 +143,10 @@ class Magvit(nn.Module):
             return self.decoder(self.quantize.entries(codes, *(grid or square(codes))))
 
 
+# Formulas that transformers computes in several passes, by the name under which torch has them as one kernel.
+ONE_KERNEL = {"gelu_new": "gelu_pytorch_tanh"}
+
+
 def codec(config: ShowOConfig) -> Magvit | PatchCodebook:
     return Magvit(config.magvit) if config.codec == "magvitv2" else PatchCodebook(config.patches)
 
@@ -155,7 +159,7 @@ def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         intermediate_size=sizes.intermediate_size,
-        hidden_act=sizes.hidden_act,
+        hidden_act=ONE_KERNEL.get(sizes.hidden_act, sizes.hidden_act),
         layer_norm_eps=sizes.layer_norm_eps,
         rope_parameters={
             "rope_type": "default",
@@ -181,7 +185,7 @@ def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
             intermediate_size=sizes.intermediate_size,
             image_size=sizes.image_size,
             patch_size=sizes.patch_size,
-            hidden_act=sizes.hidden_act,
+            hidden_act=ONE_KERNEL.get(sizes.hidden_act, sizes.hidden_act),
             layer_norm_eps=sizes.layer_norm_eps,
         )
     )
