@@ -149,7 +149,9 @@ class TrainConfig:
         "what train.fit may change although results change with it: moments (bf16 or 8 bits), micro_batch (where "
         "objective.mean=micro_batch averages over it)",
     )
-    compile: bool = config_field(False, "torch.compile the transformer blocks")
+    compile: Optional[bool] = config_field(
+        None, "torch.compile the transformer blocks; null: on GPUs with Triton, unless train.deterministic"
+    )
     max_skips: int = config_field(
         3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 import reca_kernels
-from reca import check, distributed, micro_batches, speed, units
+from reca import check, compiled_blocks, distributed, micro_batches, speed, units
 from reca.config import Recipe
 from reca.data.loader import Loader
 from reca.data.sources import DATA_KEYS
@@ -29,7 +29,7 @@ def header(
         "run": f"{recipe.run_dir}: {recipe.umm}, steps {done + 1} to {recipe.train.steps}",
         "data": "; ".join(_task(recipe, task, loader) for task, loader in loaders.items()),
         "trained": _parameters(adapter),
-        "precision": _precision(recipe),
+        "precision": _precision(recipe, device),
         "device": _device(device),
         "kernels": _kernels(device),
         "memory": _memory(device),
@@ -68,10 +68,11 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _precision(recipe: Recipe) -> str:
+def _precision(recipe: Recipe, device: torch.device) -> str:
     train, on = recipe.train, []
-    for name in ("activation_checkpointing", "compile", "deterministic"):
-        if getattr(train, name):
+    states = {name: getattr(train, name) for name in ("activation_checkpointing", "deterministic")}
+    for name, state in (states | {"compile": compiled_blocks.wanted(train, device)}).items():
+        if state:
             on.append(name.replace("_", " "))
     if recipe.ema.half_life:
         on.append(f"EMA with a half-life of {recipe.ema.half_life:g} steps")

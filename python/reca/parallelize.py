@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from reca import distributed, float8, host_memory
+from reca import compiled_blocks, distributed, float8, host_memory
 from reca.config import ParallelConfig, Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -40,9 +40,8 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
     weights = DeferredWeights(adapter) if deferred else None
     if recipe.train.float8:
         float8.convert(adapter)
-    if recipe.train.compile:
-        for block in adapter.blocks():
-            block.forward = torch.compile(block.forward)
+    if compiled_blocks.wanted(recipe.train, device):
+        compiled_blocks.compile_blocks(adapter)
     if recipe.train.activation_checkpointing:
         checkpoint_activations(adapter, recipe.train.precision)
     if dist.is_initialized():

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import reca
+from reca.compiled_blocks import compile_blocks
 from reca.data.batch import TASKS, Turn
 from reca.data.cache import collate
 from reca.data.pixels import make_view
@@ -207,8 +208,7 @@ def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
     if around == "recomputed":
         checkpoint_activations(model)
     else:
-        for block in {type(block): block for block in model.blocks()}.values():  # one of each kind
-            block.compile(backend="aot_eager")
+        compile_blocks(model, "aot_eager")
     found = gradients(model)
     torch._dynamo.reset()
     assert found.keys() == wanted.keys()
