@@ -93,7 +93,7 @@ def test_null_is_null_everywhere(word, tmp_path):
     assert show_o(f"model.prompt_gradient={word}", f"model.hv_source={word}").model.hv_source is None
     assert in_file(tmp_path, f"optim: {{max_grad_norm: {word}}}").optim.max_grad_norm is None
     assert in_file(tmp_path, f'model: {{system_prompt: "{word}"}}').model.system_prompt == word
-    for key in ("run_dir", "train.steps", "optim.lr", "train.frozen", "train.compile", "model.system_prompt"):
+    for key in ("run_dir", "train.steps", "optim.lr", "train.frozen", "train.deterministic", "model.system_prompt"):
         with pytest.raises(RecipeError, match=f"{key} in the command line cannot be null"):
             show_o(f"{key}={word}")
     with pytest.raises(RecipeError, match="train.frozen\\[1\\] in the command line cannot be null"):
