@@ -11,10 +11,16 @@ READY := $(VENV)/.ready
 # What the installed package is made from: a change here means installing again.
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test faults fuzz gpu-test bench doctor docs clean
+.PHONY: demo tiny test faults fuzz gpu-test bench doctor docs clean
 
 demo: $(READY)
 	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
+
+# Train, evaluate beside the base model, and compare: in a minute or two, from random weights, to see that all of it runs.
+tiny: $(READY)
+	$(BIN)/reca train $(UMM)_tiny
+	$(BIN)/reca eval world runs/$(UMM)_tiny --against base
+	$(BIN)/reca compare base runs/$(UMM)_tiny
 
 # A file's tests stay in one process, which makes what they share once.
 test: $(READY)

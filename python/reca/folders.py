@@ -26,6 +26,7 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> Non
     """Write a file so that, whatever happens, it has the old content or the new one.
 
     sync: wait until the new one is on the disk, so that a crash of the machine cannot lose it.
+    Raises OSError that names the file: a full disk's own does not.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:
@@ -33,8 +34,10 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = True) -> Non
         if sync:
             sync_to_disk(part)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 

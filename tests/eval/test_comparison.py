@@ -1,5 +1,6 @@
 """The page of `reca compare`, its JSON, and what it says of understanding; the page also in a browser."""
 
+import errno
 import html
 import json
 import re
@@ -76,6 +77,17 @@ def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     (painter / "eval/world/results.json").write_text("{")
     with pytest.raises(EvaluationError, match=r"results.json cannot be read .* --steps score"):
         comparison.compare("base", str(painter))
+
+
+def test_a_full_disk_keeps_the_page_that_was_there(compared, painter, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = (compared / "comparison.html").read_bytes()
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert cli.main(["compare", "base", str(painter), "--pictures", "1"]) == 4
+    assert f"No space left on device: '{compared}/comparison.json'" in capsys.readouterr().err
+    assert (compared / "comparison.html").read_bytes() == before
 
 
 # ---- two real runs ----

@@ -22,14 +22,25 @@ def lines(path):
 
 
 @pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])
-def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, caplog):
-    out = tmp_path / "out"
-    found = reca.evaluate("world", f"{umm}_tiny", ["train.threads=1"], limit=5, out=out)
-    assert found["counts"] == {"items": 5, "images": 5, "failed": 0, "missing": 0}
-    assert found == json.loads((out / "results.json").read_text())
+def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys):
+    """What `make tiny` calls: train, evaluate with the base model, compare."""
+    monkeypatch.chdir(tmp_path)
+    run, small = f"runs/{umm}_tiny", ["train.steps=1", "train.threads=1", "data.workers=0", "log.tensorboard=false"]
+    small += [f"objective.{task}.{key}=4" for task in ("reca", "i2t") for key in ("batch_size", "micro_batch")]
+    assert cli.main(["train", f"{umm}_tiny", *small]) == 0
+    assert cli.main(["eval", "world", run, "--against", "base", "--limit", "3"]) == 0
+    assert cli.main(["compare", "base", run]) == 0
+    printed, folder = capsys.readouterr().out, tmp_path / run / "eval/world"
+    found = json.loads((folder / "results.json").read_text())
+    assert found["counts"] == {"items": 3, "images": 3, "failed": 0, "missing": 0}
     assert len(found["model"]["weights_sha256"]) == 64 and found["judge"]["exact"] is True
+    assert found["model"]["weights_sha256"] != found["against"]["model"]["weights_sha256"]
     assert found["sampling"]["seed"] == 0 and found["images_per_item"] == 1
-    assert len(list(out.rglob("*.png"))) == 5 and "toy world: 5 images" in (out / "report.txt").read_text()
+    assert len(list(folder.rglob("*.png"))) == 3 and "toy world: 3 images" in (folder / "report.txt").read_text()
+    assert "toy world: 0.00 -> 0.00, +0.00 [" in printed and f"{run}/comparison/comparison.html" in printed
+    compared = json.loads((tmp_path / run / "comparison/comparison.json").read_text())
+    assert compared["suites"][0]["against"]["items"] == 3 and compared["understanding"]["changed"] > 0
+    assert compared["understanding"]["identical"] == (umm in ("open_uni", "bagel"))
 
 
 def test_before_and_after(painter, capsys):
@@ -134,7 +145,9 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
         return (real if len(calls) < 20 else full)(path, *rest, **options)
 
     monkeypatch.setattr(generate, "write_atomically", fills_up)
-    with pytest.raises(EvaluationError, match="cannot be written \\(No space left on device\\). All images before"):
+    with pytest.raises(
+        EvaluationError, match="cannot be written \\(No space left on device\\). All that was made before"
+    ):
         reca.evaluate("world", painter, limit=LIMIT)
     monkeypatch.setattr(generate, "write_atomically", real)
     made = len(list(folder.rglob("*.png")))
@@ -157,6 +170,32 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     assert len(lines(folder / "records.jsonl")) == 9
     assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["images"] == LIMIT
     assert len(lines(folder / "records.jsonl")) == LIMIT
+
+
+def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
+    """Images, what made them, results and report of both sides: the message names the file, the next call goes on."""
+    real, left, files = generate.write_atomically, 0, set()
+
+    def fills_up(path, *rest, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(generate, "write_atomically", fills_up)
+    for room in range(40):
+        left = room
+        try:
+            reca.evaluate("world", painter, against="base", limit=1)
+            break
+        except EvaluationError as error:
+            assert "All that was made before is kept: make room" in str(error)
+            files.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
+        left = 40
+        assert reca.evaluate("world", painter, against="base", limit=1)["counts"]["images"] == 1
+        shutil.rmtree(painter / "eval")
+    assert files == {"generation.json", "metadata.jsonl", "0000.png", "results.json", "report.txt"}
 
 
 def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):

@@ -13,14 +13,14 @@ import torch
 from reca import distributed
 from reca.eval import records, report
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers
+from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers, write
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite, open_suite
 from reca.eval.targets import Target, describe, opponent, read_generation, target, write_generation
-from reca.folders import ensure_writable, write_atomically
+from reca.folders import ensure_writable
 from reca.models import UMMS, umm_package
 from reca.options import RecipeError
 from reca.sampling_options import check_sampling_options
@@ -131,9 +131,9 @@ def _generate_on_all_ranks(
 
 def _save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
     if "score" in settings.steps:
-        _write(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False))
+        write(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False))
     if "report" in settings.steps:
-        _write(folder / "report.txt", report.text(found) + "\n")
+        write(folder / "report.txt", report.text(found) + "\n")
 
 
 def _check(settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None) -> None:
@@ -221,7 +221,7 @@ def _judge_and_score(
         answers = read_answers(folder / "answers.jsonl")
         known = [Record(item.id, 0, None, RULE, answers[item.id, 0]) for item in items if (item.id, 0) in answers]
         judge = RULE
-        _write(path, "".join(record.line() + "\n" for record in known))
+        write(path, "".join(record.line() + "\n" for record in known))
     else:
         opened = _open(settings, items, device)
         if "judge" in made and opened is not None:
@@ -292,16 +292,6 @@ def _known(
         raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
     judge = judge or everything[-1].judge
     return valid(everything, {key: picture_hash(p) for key, p in found.items()}, judge), judge
-
-
-def _write(path: Path, content: str) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise EvaluationError(
-            f"{path} cannot be written ({error.strerror or error}). Images and records are kept: make room and give "
-            "the same command again"
-        ) from error
 
 
 def open_settings(suite: str, data: str | Path | None, **others: Any) -> Settings:

@@ -80,7 +80,7 @@ def generate_images(
         for (item, k), picture in zip(chunk, pictures, strict=True):
             _write_companions(suite, item, images)
             data = png(picture)
-            _write(images / suite.path(item, k), data)
+            write(images / suite.path(item, k), data, sync=False)
             made, size = made + 1, size + len(data)
         check_room(images, (len(todo) - made) * size // made)
     return made
@@ -135,17 +135,18 @@ def png(picture: Tensor) -> bytes:
 def _write_companions(suite: Suite, item: Item, images: Path) -> None:
     for name, content in suite.companions(item).items():
         if not (images / name).is_file():
-            _write(images / name, content.read_bytes() if isinstance(content, Path) else content)
+            write(images / name, content.read_bytes() if isinstance(content, Path) else content, sync=False)
 
 
-def _write(path: Path, content: bytes | str) -> None:
+def write(path: Path, content: bytes | str, sync: bool = True) -> None:
+    """Write a file of an evaluation. Raises EvaluationError when the disk does not take it; an old one stays."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content, sync=False)
+        write_atomically(path, content, sync)
     except OSError as error:
         raise EvaluationError(
-            f"{path} cannot be written ({error.strerror or error}). All images before are kept: make room, or give "
-            "another --out, and give the same command again, which goes on from there"
+            f"{path} cannot be written ({error.strerror or error}). All that was made before is kept: make room, or "
+            "give another --out, and give the same command again, which goes on from there"
         ) from error
 
 

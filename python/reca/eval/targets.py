@@ -11,8 +11,7 @@ import torch
 from reca import checkpoint
 from reca.config import Recipe
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import weights_hash
-from reca.folders import write_atomically
+from reca.eval.generate import weights_hash, write
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
@@ -129,4 +128,4 @@ def write_generation(folder: Path, made: Mapping[str, Any]) -> None:
             f"{folder} holds images that were made otherwise ({', '.join(changed)} differ); give another --out, or "
             "delete that folder"
         )
-    write_atomically(folder / GENERATION, json.dumps(made, indent=1))
+    write(folder / GENERATION, json.dumps(made, indent=1))

@@ -82,6 +82,8 @@ class Mme(Suite):
 
     def items(self) -> list[Item]:
         root, items = self.data_path(), []
+        if (inside := root / "MME_Benchmark").is_dir():  # as the archive unpacks
+            root = inside
         for task in PERCEPTION + COGNITION:
             for text in sorted((root / task).rglob("*.txt")):
                 picture = _picture_of(text)
