@@ -1,7 +1,7 @@
 """python -m benchmarks.docs: write the measured figures into README.md and docs/kernels/*.md.
 
 Text between `<!-- measured: NAME -->` and `<!-- /measured -->` is made from benchmarks/results and never typed. NAME is
-an op, or `kernels` for one table of all ops.
+an op, `kernels` for one table of all ops, or `step` for whole training steps.
 """
 
 import re
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, all_results, complete
+from benchmarks.step import report as step
 
 ROOT = Path(__file__).parents[1]
 EAGER = ("eager", "torch.randn")  # how the names of eager PyTorch's providers begin
@@ -17,7 +18,7 @@ NO_GPU = "Not measured yet on a GPU: `python -m benchmarks --device cuda` does i
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    return [root / "README.md", *sorted((root / "docs" / "kernels").glob("*.md"))]
+    return [root / "README.md", root / "docs" / "step.md", *sorted((root / "docs" / "kernels").glob("*.md"))]
 
 
 def filled(page: Path, folder: Path = RESULTS) -> str:
@@ -30,7 +31,8 @@ def filled(page: Path, folder: Path = RESULTS) -> str:
         raise ValueError(
             f"{page} has no place for its figures; add lines '<!-- measured: {page.stem} -->' and '<!-- /measured -->'"
         )
-    return MARKED.sub(lambda m: m[1] + (summary(folder) if m[2] == "kernels" else of_op(m[2], folder)) + m[3], text)
+    sections = {"kernels": lambda: summary(folder), "step": lambda: step.section(folder / step.FOLDER.name)}
+    return MARKED.sub(lambda m: m[1] + sections.get(m[2], lambda: of_op(m[2], folder))() + m[3], text)
 
 
 def of_op(op: str, folder: Path = RESULTS) -> str:

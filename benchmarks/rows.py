@@ -3,6 +3,7 @@
 import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -42,36 +43,36 @@ class Row:
     command: str = ""
 
 
-COLUMNS = [f.name for f in fields(Row)]
-TEXT = {
-    *("op", "shape", "provider", "mode", "dtype", "timing", "note"),
-    *("device", "driver", "torch", "triton", "commit", "date", "command"),
-}
+AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass whose fields are texts, or numbers that may be missing
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
     """Read the rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
     if not path.exists():
         return []
+    columns = [f.name for f in fields(kind)]
+    texts = {f.name for f in fields(kind) if f.type is str}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
+        if reader.fieldnames != columns:
             raise ValueError(
-                f"{path} has the columns {reader.fieldnames}, expected {COLUMNS}; move it away, measure anew"
+                f"{path} has the columns {reader.fieldnames}, expected {columns}; move it away, measure anew"
             )
-        return [Row(**{name: _value(name, text) for name, text in row.items()}) for row in reader]
+        return [
+            kind(**{name: text if name in texts else _number(text) for name, text in row.items()}) for row in reader
+        ]
 
 
-def _value(name: str, text: str) -> str | int | float:
-    if name in TEXT or text == "":
+def _number(text: str) -> str | int | float:
+    if text == "":
         return text
     return int(text) if text.isdigit() else float(text)
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [f.name for f in fields(kind)])
         writer.writeheader()
         writer.writerows(map(asdict, rows))
 

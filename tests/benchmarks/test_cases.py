@@ -14,7 +14,7 @@ from benchmarks.__main__ import OPS
 from benchmarks.devices import Cpu, Cuda
 from benchmarks.masked_cross_entropy import labels_for
 from benchmarks.rivals import rival
-from benchmarks.rows import BACKWARD, BOTH, COLUMNS, FORWARD, Row
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row
 from benchmarks.runner import Provider
 from reca_kernels import dispatch
 from tests.benchmarks.fake_cuda import FakeCuda
@@ -216,7 +216,7 @@ def test_a_library_that_lacks_another_says_which(monkeypatch, tmp_path):
 def test_a_quick_run_writes_all_columns(tmp_path, capfd):
     __main__.main(["--device", "cpu", "--ops", "flow_matching", "--quick", "--out", str(tmp_path)])
     found = rows.read(tmp_path / "cpu.csv")
-    assert (tmp_path / "cpu.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert (tmp_path / "cpu.csv").read_text().splitlines()[0] == ",".join(f.name for f in fields(Row))
     assert (tmp_path / "cpu.png").stat().st_size > 1000
     assert [row.shape for row in found if row.op == "ceiling"] == ["copy", "matrix product", "matrix product"]
     timed = [row for row in found if row.op == "flow_matching" and row.mode == BOTH]

@@ -1,0 +1,195 @@
+"""python -m benchmarks.step [--model M ...] [--size S] [--device D] [--form F ...]: time whole training steps.
+
+Forms take turns, each in a process of its own: ours, and `release`, the same step in the formulation of the released
+trainers (benchmarks/step/release). Rows go to benchmarks/results/step/DEVICE.csv, the plot and docs/step.md are made
+of them. On a CPU seconds are CPU time of the process.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import docs
+from benchmarks.devices import Ceilings, CpuTime, Cuda, Device, ceilings
+from benchmarks.runner import facts, percentiles
+from benchmarks.step import release, report
+from benchmarks.step.parts import PARTS
+from benchmarks.step.recipes import MODELS, SIZES
+from benchmarks.step.rows import FOLDER, FORMS, StepRow, merged, write
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Process:
+    """A worker of one form, which answers commands."""
+
+    def __init__(self, form: str, options: argparse.Namespace, model: str, folder: Path) -> None:
+        self.form, self.failed = form, ""
+        arguments = [model, options.size, form, options.device, str(folder), json.dumps(options.changes)]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+        threads = {} if options.device == "cuda" else {"OMP_NUM_THREADS": str(options.threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.step.worker", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, **threads},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if options.verbose else subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, command: str) -> dict[str, Any] | None:
+        """Return the answer; None, with the reason kept, when there is none, now and from then on."""
+        if self.failed:
+            return None
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(f"{command}\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": f"the process ended with {self.process.wait()}"}
+        if "error" in answer:
+            self.failed = answer["error"]
+            return None
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all")
+    parser.add_argument("--size", default="narrow", choices=SIZES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--form", nargs="+", default=FORMS, choices=FORMS, help="default: both")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each form that are timed, after a first one")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--apart", action="store_true", help="one form after the other, where both do not fit")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
+    parser.add_argument("--out", type=Path, help=f"folder of the result file; default {FOLDER.relative_to(ROOT)}")
+    parser.add_argument("--verbose", action="store_true", help="show what the processes print")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.threads < 1:
+        parser.error(f"--rounds and --threads must be at least 1, got {options.rounds} and {options.threads}")
+    if wrong := [text for text in options.set if "=" not in text]:
+        parser.error(f"--set takes KEY=VALUE, got {', '.join(wrong)}")
+    torch.set_num_threads(options.threads)
+    options.changes = dict(text.split("=", 1) for text in options.set)
+    try:
+        device = CpuTime() if options.device == "cpu" else Cuda()
+    except RuntimeError as error:
+        parser.error(str(error))
+    about = facts(device, options.threads, " ".join(["python -m benchmarks.step", *arguments]))
+    path = (options.out or FOLDER) / f"{device.result_file}.csv"
+    failed = False
+    for model in options.model:
+        made = list(measure(model, options, device, about))
+        failed |= any(row.note for row in made if row.form == "ours")
+        print(report.table(made), flush=True)
+        write(path, merged(path, made))
+    print(f"wrote {path}")
+    if options.out is None:
+        for out in (*report.plots(), report.PAGE):
+            if out == report.PAGE:
+                out.write_text(docs.filled(out))
+            print(f"wrote {out}")
+    return int(failed)
+
+
+def measure(model: str, options: argparse.Namespace, device: Device, about: dict) -> Iterator[StepRow]:
+    """Yield the row of every form of a model."""
+    forms = [form for form in options.form if form == "ours" or model in release.RELEASED]
+    answers: dict[str, dict[str, list]] = {form: {"count": [], "step": []} for form in forms}
+    rates: list[Ceilings] = []
+    reasons: dict[str, str] = {}
+    groups: Sequence[Sequence[str]] = [[form] for form in forms] if options.apart else [forms]
+    for group in groups:
+        with tempfile.TemporaryDirectory(prefix="reca_step_") as folder:
+            processes = [Process(form, options, model, Path(folder)) for form in group]
+            try:
+                _take_turns(
+                    processes, answers, options.rounds, lambda: rates.append(ceilings(device, DTYPES, rounds=3))
+                )
+            finally:
+                for process in processes:
+                    process.close()
+        reasons |= {process.form: process.failed for process in processes if process.failed}
+    useful = next((one["useful_flops"] for one in answers.get("ours", {}).get("count", [])), "")
+    for form in forms:
+        yield _row(model, options.size, form, answers[form], useful, reasons.get(form, ""), rates, about)
+
+
+def _take_turns(
+    processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, measure_rates: Callable[[], None]
+) -> None:
+    """Let forms alternate, every other round in reverse. Before each round the machine's own rates are measured."""
+
+    def ask(process: Process, command: str) -> None:
+        if (answer := process.ask(command)) is not None:
+            answers[process.form][command].append(answer)
+
+    for process in processes:
+        ask(process, "count")
+    for number in range(rounds):
+        measure_rates()
+        for process in processes if number % 2 == 0 else reversed(processes):
+            ask(process, "step")
+
+
+def _row(
+    model: str,
+    size: str,
+    form: str,
+    found: dict[str, list],
+    useful: float | str,
+    reason: str,
+    rates: list[Ceilings],
+    about: dict,
+) -> StepRow:
+    """Make a row of what a process has answered: medians of its steps."""
+    row = StepRow(model, size, form, note=reason, clock="wall" if about["driver"] else "CPU time", **about)
+    if not (steps := found["step"]):
+        return row
+    counted = found["count"][0]
+    for name in ("images", "flops", "operators", "bytes", "host_waits", "trained", "dtype"):
+        setattr(row, name, counted[name])
+    row.useful_flops, row.steps = useful, len(steps)
+    seconds = [step["seconds"] for step in steps]
+    row.seconds_p20, row.seconds_p50, row.seconds_p80 = map(
+        _digits, percentiles(seconds) if len(seconds) > 1 else seconds * 3
+    )
+    for name in PARTS:
+        value = statistics.median(step["parts"][name] for step in steps)
+        setattr(row, name.replace(" ", "_"), _digits(value))
+    row.peak_gib = round(max(step["peak"] for step in steps) / 2**30, 3)
+    row.gemm = _digits(1e12 * statistics.median(one.gemm[row.dtype] for one in rates))
+    row.copy = _digits(1e9 * statistics.median(one.copy for one in rates))
+    return row
+
+
+def _digits(x: float) -> float:
+    """Four significant digits."""
+    return float(f"{x:.4g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

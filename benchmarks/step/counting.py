@@ -1,0 +1,85 @@
+"""What a step asks of the machine, counted from its operators: how many, FLOPs, bytes, and waits of the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from reca import check, objective
+
+# Results of these have as many elements as numbers say, or a number goes to the host: on a GPU the host waits.
+OF_NUMBERS = {
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "unique_consecutive", "bincount", "allclose",
+}  # fmt: skip
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "lift_fresh"}
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Counter(TorchDispatchMode):
+    """Counts while operators run as they are.
+
+    flops      of products, convolutions and attention; a multiply-add is two, a causal pair of tokens counts as any
+    launches   operators that compute: on a GPU each is one kernel or more
+    bytes      what all operators but products read and write
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.launches = self.bytes = 0
+        self.found: list[str] | None = None
+
+    @contextmanager
+    def waits(self) -> Iterator[list[str]]:
+        """List operators of the forward and backward passes whose results depend on numbers: a GPU is waited for."""
+        inner, found = objective.backward, []
+
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            self.found = found
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.found = None
+
+        with mock.patch.object(objective, "backward", backward):
+            yield found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        if self.found is not None and (name in OF_NUMBERS or (name.startswith("index") and _masked(args))):
+            self.found.append(name)
+        if func.is_view or name in FREE:
+            return out
+        self.launches += 1
+        if flops := _flops(func.overloadpacket, args, kwargs, out):
+            self.flops += flops
+        else:
+            self.bytes += sum(x.numel() * x.itemsize for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
+        return out
+
+
+def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
+    if packet in (FLASH, FLASH_BACKWARD):  # two products of scores or values, five backward
+        query, key = args[:2] if packet is FLASH else args[1:3]
+        return (4 if packet is FLASH else 10) * query.numel() * key.shape[2]
+    formula = check.CONVOLUTIONS.get(packet)
+    if formula is not None:
+        shapes = [x.shape if isinstance(x, Tensor) else x for x in args]
+        return formula(*shapes, **kwargs)
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _masked(args: tuple) -> bool:
+    """Tell whether a mask is an index."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+    return any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in indices)

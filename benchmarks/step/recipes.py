@@ -1,0 +1,133 @@
+"""What is trained at which size: a recipe of the package with random weights and without a file to download.
+
+tiny    the toy world's recipe, a few thousand parameters: for tests
+narrow  the published widths and sequence lengths, one or two layers of every stack and patches for the codec, in fp32:
+        for a CPU. BAGEL has half its width: a step of one image at full width takes over a minute on one core
+real    the published model in bf16, as many passes of the recipe's micro-batch as BATCHES says
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from reca.config import Recipe
+from reca.models.show_o.weights import PHI_TOKENS
+from reca.recipe_files import load_recipe
+
+SIZES = ("tiny", "narrow", "real")
+NAMES = {  # model -> the recipes of its sizes
+    "show_o": ("show_o_tiny", "show_o_512"),
+    "harmon": ("harmon_tiny", "harmon_1_5b"),
+    "open_uni": ("open_uni_tiny", "open_uni_l_512"),
+    "bagel": ("bagel_tiny", "bagel_7b"),
+    "janus": ("janus_tiny", "janus_pro_1b"),
+}
+MODELS = tuple(NAMES)
+# Keys of a published recipe that name files; null makes the part at random.
+FILES = ("weights", "codec_weights", "clip_weights", "tokenizer", "mllm", "dit")
+PICTURES, SIDE = 8, 1024  # JPEG files that stand for the data
+
+# What the toy recipes do otherwise than the published ones.
+TINY = {
+    "show_o": {"model.parity": True, "train.train": None, "train.frozen": []},
+    "harmon": {"model.parity": True, "train.frozen": []},
+    "open_uni": {"model.parity": True},
+    "bagel": {"model.parity": True},
+    "janus": {},
+}
+QWEN = "model.language."
+NARROW = {
+    "show_o": {
+        "model.phi.num_hidden_layers": 1,
+        "model.clip.num_hidden_layers": 2,
+        "model.codec": "patches",
+        "model.patches.size": 16,
+        "model.patches.entries": 8192,
+    },
+    "harmon": {
+        QWEN + "num_hidden_layers": 1,
+        "model.mar.encoder_depth": 1,
+        "model.mar.decoder_depth": 1,
+        "model.mar.head_depth": 1,
+        "model.codec": "patches",
+        "model.autoencoder.patch": 16,
+    },
+    "open_uni": {
+        QWEN + "num_hidden_layers": 2,
+        "model.vision.num_hidden_layers": 2,
+        "model.connector.num_hidden_layers": 2,
+        "model.sana.num_layers": 2,
+        "model.codec": "patches",
+        "model.patches.size": 32,
+        "model.patches.channels": 32,
+    },
+    "bagel": {
+        QWEN + "num_hidden_layers": 1,
+        QWEN + "hidden_size": 1792,
+        QWEN + "num_attention_heads": 14,
+        QWEN + "num_key_value_heads": 2,
+        QWEN + "intermediate_size": 9472,
+        "model.vision.num_hidden_layers": 2,
+        "model.codec": "patches",
+        "model.patches.size": 8,
+        "model.patches.channels": 16,
+        "model.dtype": "fp32",
+    },
+    "janus": {
+        QWEN + "num_hidden_layers": 1,
+        "model.vision.num_hidden_layers": 2,
+        "model.codec": "patches",
+        "model.patches.size": 16,
+        "model.patches.entries": 16384,
+    },
+}
+# Images of a step, and of a pass.
+BATCHES = {
+    "tiny": dict.fromkeys(MODELS, (4, 2)),
+    "narrow": {"show_o": (2, 2), "harmon": (2, 2), "open_uni": (2, 2), "bagel": (1, 1), "janus": (1, 1)},
+    "real": {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8, 2), "janus": (16, 8)},
+}
+
+
+def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None) -> Recipe:
+    """Return the recipe of a RECA step. folder: for the run and its pictures. changed: further keys, as overrides."""
+    tiny, published = NAMES[model]
+    images, micro_batch = BATCHES[size][model]
+    keys = {
+        "run_dir": str(folder / "run"),
+        "train.steps": 10**6,
+        "objective.reca.batch_size": images,
+        "objective.reca.micro_batch": micro_batch,
+        "objective.i2t.weight": 0,
+        "objective.t2i.weight": 0,
+        "log.tensorboard": False,
+        "checkpoint.every": 0,
+        "data.decoder": "pillow",
+    }
+    if size == "tiny":
+        return load_recipe(tiny, keys | {"data.workers": 0} | TINY[model] | (changed or {}))
+    keys |= {f"model.{name}": None for name in FILES if hasattr(load_recipe(published).model, name)}
+    keys |= {"data.images": str(pictures(folder)), "model.words": words(model)}
+    if size == "narrow":
+        keys |= NARROW[model] | {"train.precision": "fp32", "data.workers": 0}
+    return load_recipe(published, keys | (changed or {}))
+
+
+def words(model: str) -> list[str]:
+    """Return a vocabulary: Show-o's decides how many rows its table has, others have that number in the recipe."""
+    return [f"word{i}" for i in range(PHI_TOKENS - 6)] if model == "show_o" else ["a"]
+
+
+def pictures(folder: Path) -> Path:
+    """Write smooth random JPEG files, once, and return their folder."""
+    out = folder / "pictures"
+    if not out.exists():
+        made = Path(tempfile.mkdtemp(dir=folder))
+        numbers = np.random.default_rng(0)
+        for i in range(PICTURES):
+            coarse = Image.fromarray(numbers.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+            coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(made / f"{i}.jpg", quality=90)
+        made.rename(out)
+    return out

@@ -1,0 +1,194 @@
+"""BAGEL as released.
+
+Prompt and noisy image are one packed sequence in one pass. Every layer gathers the rows of each expert by an index and
+writes its results into tensors of zeros. Understanding is frozen by detaching what its rows give, so that its weights
+and the token table get gradients of exact zeros, and moments. Attention with a dense mask per sample, key heads
+repeated in memory. The noise level is embedded once per token. Noise, noisy latents and target are tensors of their
+own. Layers are recomputed whole: their last product is followed by an indexed write.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.step.release.eager import extended, mean_squares, recompute
+from reca.data.batch import Batch
+from reca.models.bagel import loss as ours
+from reca.models.bagel.model import Bagel
+from reca.models.bagel.modules import patchify, vit_size
+from reca.models.bagel.prompt import Text, VitImage, grid
+from reca.models.bagel.transformer import GEN, UND, Layer, apply_rotary, rotary_cos_sin
+from reca.models.base import LossTerm
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import philox_normal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(ours.Prepared):
+    """With the packed sequence: places of rows in it, what stands there, and how long the samples are.
+
+    text_ids, text_at  int64: token ids and where they stand; vit_at, gen_at: where h_v and latents stand
+    vit_places, gen_places  int64: their places in the position tables
+    positions          int64 [T]: rotary positions
+    sizes              per sample its splits, (length, causal)
+    """
+
+    text_ids: Tensor
+    text_at: Tensor
+    vit_at: Tensor
+    gen_at: Tensor
+    vit_places: Tensor
+    gen_places: Tensor
+    positions: Tensor
+    sizes: list[list[tuple[int, bool]]]
+
+
+def formulate(adapter: Bagel, checkpointed: bool) -> None:
+    """Put the released preparation and loss in place of ours."""
+    for one in adapter.language_model.model.layers:
+        one.forward = functools.partial(layer, one)
+        if checkpointed:
+            recompute(one, reentrant=False)
+    adapter.prepare = types.MethodType(prepare, adapter)
+    adapter.loss = types.MethodType(loss, adapter)
+
+
+def prepare(self: Bagel, batch: Batch, rng: CounterRNG) -> Prepared:
+    """Pack the samples one after another: [soi h_v eoi] [text] [soi latents eoi]."""
+    made, v = ours.prepare(self, batch, rng), self.vocabulary
+    text_ids, text_at, vit_at, gen_at, vit_places, gen_places, positions, sizes = ([] for _ in range(8))
+    row = 0
+    images = [(split.gen, size) for split, size in zip(made.image.splits, _image_sizes(self, batch), strict=True)]
+    for items, (tokens, size) in zip(made.items, images, strict=True):
+        splits, position = [], 0
+
+        def put_image(at: list, n: int, position: int, splits: list) -> None:
+            nonlocal row
+            text_ids.extend([v.soi, v.eoi])
+            text_at.extend([row, row + n + 1])
+            at.extend(range(row + 1, row + n + 1))
+            positions.extend([position] * (n + 2))
+            splits.append((n + 2, False))
+            row += n + 2
+
+        for item in items:
+            if isinstance(item, Text):
+                n = len(item.ids)
+                text_ids += item.ids
+                text_at += range(row, row + n)
+                positions += range(position, position + n)
+                splits.append((n, True))
+                row, position = row + n, position + n
+            else:
+                assert isinstance(item, VitImage), "the released trainer has h_v of SigLIP"
+                vit_places.append(grid(item.height, item.width, vit_size(self.config.vision)))
+                put_image(vit_at, item.height * item.width, position, splits)
+                position += 1
+        gen_places.append(grid(*size, self.config.max_latent_size))
+        put_image(gen_at, tokens, position, splits)
+        sizes.append(splits)
+    numbers = (text_ids, text_at, vit_at, gen_at)
+    return extended(
+        Prepared,
+        made,
+        **dict(zip(("text_ids", "text_at", "vit_at", "gen_at"), map(torch.tensor, numbers), strict=True)),
+        vit_places=torch.cat(vit_places),
+        gen_places=torch.cat(gen_places),
+        positions=torch.tensor(positions),
+        sizes=sizes,
+    )
+
+
+def _image_sizes(self: Bagel, batch: Batch) -> list[tuple[int, int]]:
+    return [(image.shape[1] // self.token_side, image.shape[2] // self.token_side) for image in batch.gen]
+
+
+def loss(self: Bagel, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+    """Sum over image tokens of the mean squared error of their velocity."""
+    samples, patch, model = prepared.sample_ids, self.config.latent_patch_size, self.language_model.model
+    latents = ours.sample_posterior(self, features["moments"], rng, samples)
+    t = ours.noise_level(self, rng, samples)
+    if self.config.parity:
+        latents, t = [z.bfloat16() for z in latents], t.bfloat16().float()
+    clean = torch.cat([patchify(z, patch) for z in latents])
+    address, width = rng.noise(RandomStream.NOISE, samples), clean.shape[1]
+    noise = torch.cat([
+        philox_normal(address._replace(sample_ids=samples[i : i + 1]), z.numel()).view(-1, width)
+        for i, z in enumerate(latents)
+    ])  # fmt: skip
+    counts = torch.tensor([z.numel() // width for z in latents], device=t.device)
+    levels = t.repeat_interleave(counts)
+    noisy = ((1 - levels[:, None]) * clean + levels[:, None] * noise).to(clean.dtype)
+    target = noise - clean.float()
+
+    text = model.embed_tokens(prepared.text_ids)
+    dtype = self.residual_dtype(self.vae2llm.weight)
+    x = text.new_zeros(len(prepared.positions), text.shape[1], dtype=dtype)
+    x[prepared.text_at] = text.to(dtype)
+    with torch.no_grad():
+        h_v = self.connector(torch.cat([tokens.flatten(0, 1) for tokens in features["h_v"]]))
+    x[prepared.vit_at] = (h_v + self.vit_pos_embed.pos_embed[prepared.vit_places]).to(dtype)
+    latent = self.vae2llm(noisy.to(self.vae2llm.weight.dtype)) + self.time_embedder(levels)
+    x[prepared.gen_at] = (latent + self.latent_pos_embed.pos_embed[prepared.gen_places]).to(dtype)
+    und = torch.cat([prepared.text_at, prepared.vit_at])
+    x[und] = x[und].detach()
+
+    head_dim = self.config.language.hidden_size // self.config.language.num_attention_heads
+    rotary = rotary_cos_sin(prepared.positions, head_dim, self.config.language.rope_theta)
+    masks = [dense_mask(sizes).to(x.device) for sizes in prepared.sizes]
+    for one in model.layers:
+        x = one(x, und, prepared.gen_at, rotary, masks)
+    last = torch.zeros_like(x)
+    last[und] = getattr(model, f"norm{UND}")(x[und])
+    last[und] = last[und].detach()
+    last[prepared.gen_at] = getattr(model, f"norm{GEN}")(x[prepared.gen_at])
+    velocity = self.llm2vae(last[prepared.gen_at].to(self.llm2vae.weight.dtype))
+    return LossTerm.of(mean_squares(velocity, target).mean(1).sum(), prepared)
+
+
+def dense_mask(splits: list[tuple[int, bool]]) -> Tensor:
+    """Return which row of a sample sees which, bool [1, L, L]: earlier splits, and its own, causal or whole."""
+    number = torch.repeat_interleave(torch.arange(len(splits)), torch.tensor([n for n, _ in splits]))
+    causal = torch.tensor([causal for _, causal in splits])[number]
+    place = torch.arange(len(number))
+    own = (number[:, None] == number) & (~causal[:, None] | (place[:, None] >= place))
+    return ((number[:, None] > number) | own)[None]
+
+
+def layer(one: Layer, x: Tensor, und: Tensor, gen: Tensor, rotary: tuple, masks: list[Tensor]) -> Tensor:
+    """Run one layer over the packed rows, [T, D]."""
+    attention = one.self_attn
+
+    def by_expert(rows: Tensor, name: str, module: Any, width: int | None = None) -> Tensor:
+        out = rows.new_zeros(*rows.shape[:-1], width or rows.shape[-1])
+        out[und] = getattr(module, f"{name}{UND}")(rows[und]).to(out.dtype)
+        out[gen] = getattr(module, f"{name}{GEN}")(rows[gen]).to(out.dtype)
+        return out
+
+    def frozen(rows: Tensor) -> Tensor:
+        rows[und] = rows[und].detach()
+        return rows
+
+    normed = by_expert(x, "input_layernorm", one)
+    widths = {p: getattr(attention, f"{p}_proj").out_features for p in "qkv"}
+    q, k, v = (
+        by_expert(normed, f"{p}_proj", attention, widths[p]).unflatten(1, (-1, attention.head_dim)) for p in "qkv"
+    )
+    q, k = (frozen(by_expert(rows.float(), f"{name}_norm", attention)) for name, rows in (("q", q), ("k", k)))
+    q, k, v = *(apply_rotary(rows, *rotary).to(v.dtype) for rows in (q, k)), frozen(v.clone())
+    group = q.shape[1] // k.shape[1]
+    k, v = (rows.repeat_interleave(group, dim=1) for rows in (k, v))
+    sizes = [mask.shape[-1] for mask in masks]
+    pieces = [
+        F.scaled_dot_product_attention(*(rows.transpose(0, 1)[None] for rows in sample), mask[None])[0].transpose(0, 1)
+        for *sample, mask in zip(q.split(sizes), k.split(sizes), v.split(sizes), masks, strict=True)
+    ]
+    mixed = torch.cat(pieces).flatten(1).to(x.dtype)
+    x = x + frozen(by_expert(mixed, "o_proj", attention))
+    normed = by_expert(x, "post_attention_layernorm", one)
+    return x + frozen(by_expert(normed, "mlp", one))

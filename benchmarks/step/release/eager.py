@@ -1,0 +1,71 @@
+"""What several of the released formulations share."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+UNPADDED = "reca_released_unpadded"
+
+
+def unpadded(
+    module: nn.Module,
+    query: Tensor,  # [B, H, L, d]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    valid: Tensor,  # bool [B, L], False where a row is padding
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attend causally as FlashAttention's padded interface does: gather the valid rows, attend, write them back."""
+    batch, heads, length, width = query.shape
+    indices = valid.flatten().nonzero()[:, 0]
+    sizes = valid.sum(1).tolist()
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, width)[indices] for x in (query, key, value))
+    pieces = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in sample), is_causal=True, enable_gqa=heads != key.shape[1]
+        )[0].transpose(0, 1)
+        for sample in zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    ]
+    out = q.new_zeros(batch * length, heads, width)
+    out[indices] = torch.cat(pieces)
+    return out.unflatten(0, (batch, length)), None
+
+
+AttentionInterface.register(UNPADDED, unpadded)
+
+
+class NewGELU(nn.Module):
+    """GELU by tanh, operator by operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def recompute(block: nn.Module, reentrant: bool) -> None:
+    """Run a layer again in the backward pass."""
+    forward = block.forward
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(lambda *rows: forward(*rows, **kwargs), *args, use_reentrant=reentrant)
+
+    block.forward = again
+
+
+def extended(kind: Callable[..., Any], made: Any, **more: Any) -> Any:
+    """Return a Prepared of a class that has further fields, with what ours holds."""
+    return kind(**{f.name: getattr(made, f.name) for f in fields(made) if f.init}, **more)
+
+
+def mean_squares(pred: Tensor, target: Tensor) -> Tensor:
+    """Return squared errors in fp32."""
+    return F.mse_loss(pred.float(), target.float(), reduction="none")

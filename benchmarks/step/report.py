@@ -1,0 +1,178 @@
+"""Measured steps as a table to print, a plot, and the figures of docs/step.md."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.step.parts import PARTS
+from benchmarks.step.rows import FOLDER, StepRow, all_results
+from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "step.md"
+OWED = "owed: no GPU has run it yet"
+
+
+def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow | None]]:
+    """Yield ours with the released form of the same model and size, where there is one."""
+    for ours in rows:
+        if ours.form == "ours":
+            same = (ours.model, ours.size, "release")
+            yield ours, next((row for row in rows if (row.model, row.size, row.form) == same), None)
+
+
+def table(rows: list[StepRow]) -> str:
+    """Return a table to print, with what became of the targets."""
+    lines = [f"{rows[0].model} {rows[0].size}"]
+    for row in rows:
+        if not row.measured:
+            lines.append(f"  {row.form:<8} not measured: {row.note}")
+            continue
+        lines.append(
+            f"  {row.form:<8} {row.seconds_p50:8.4g} s [{row.seconds_p20:.4g}, {row.seconds_p80:.4g}]  "
+            f"{row.images_per_s:.3g} images/s  peak {row.peak_gib:.2f} GiB  {row.flops / 1e12:.4g} TFLOP at "
+            f"{_percent(row.product_share)} of {row.gemm / 1e12:.4g} TFLOP/s  roofline {row.roofline_s:.3g} s  "
+            f"{row.operators} operators  {row.host_waits} host waits"
+        )
+        shares = (f"{name} {_percent(row.part(name) / row.seconds_p50)}" for name in PARTS if row.part(name))
+        lines.append(f"           {', '.join(shares)}")
+    for ours, release in pairs(rows):
+        lines += [f"  {_verdict(verdict)}" for verdict in verdicts(ours, release)]
+    return "\n".join(lines)
+
+
+def _verdict(v: Verdict) -> str:
+    counted = f", by the count {v.reachable}" if v.reachable else ""
+    return f"{v.what}: {v.measured:.2f}, target {v.target:.2f}{counted}: {'met' if v.met else 'not met'}"
+
+
+def section(folder: Path = FOLDER) -> str:
+    """Return the measured part of docs/step.md."""
+    parts = []
+    for rows in all_results(folder):
+        for size in dict.fromkeys(row.size for row in rows):
+            parts.append("\n".join(_of_size([row for row in rows if row.size == size])) + "\n")
+    if not any(row.driver for rows in all_results(folder) for row in rows):
+        parts.append("\n".join(_owed()) + "\n")
+    return "\n".join(parts)
+
+
+def _of_size(rows: list[StepRow]) -> Iterator[str]:
+    row = rows[0]
+    where = f"{row.device}, " + ("one thread" if row.threads == 1 else f"{row.threads} threads")
+    commits = " and ".join(dict.fromkeys(row.commit for row in rows))
+    dates = " and ".join(dict.fromkeys(row.date for row in rows))
+    yield f"### {row.size}, {row.device if row.driver else where}"
+    yield ""
+    yield f"torch {row.torch}, {dates}, commit {commits}; " + "; ".join(
+        f"`{command}`" for command in dict.fromkeys(row.command for row in rows)
+    )
+    yield ""
+    yield "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the product rate | MFU | roofline, s | peak, GiB | operators | host waits |"
+    yield "|---" * 12 + "|"
+    for row in rows:
+        if row.measured:
+            yield (
+                f"| {row.model} | {_form(row)} | {row.images} | {_number(row.seconds_p50)} "
+                f"[{_number(row.seconds_p20)}, {_number(row.seconds_p80)}] | {_number(row.images_per_s)} | "
+                f"{_number(row.flops / 1e12)} | {_percent(row.product_share)} | "
+                f"{_percent(row.mfu) if row.useful_flops != '' else ''} | {_number(row.roofline_s)} | "
+                f"{row.peak_gib:.2f} | {row.operators} | {row.host_waits} |"
+            )
+    yield ""
+    yield "Share of the step by part:"
+    yield ""
+    yield "| model | form | " + " | ".join(PARTS) + " |"
+    yield "|---" * (2 + len(PARTS)) + "|"
+    for row in rows:
+        if row.measured:
+            shares = " | ".join(_percent(row.part(name) / row.seconds_p50) for name in PARTS)
+            yield f"| {row.model} | {_form(row)} | {shares} |"
+    yield from _comparison(rows)
+    if notes := [f"{row.model}, {row.form}: {row.note}" for row in rows if row.note]:
+        yield ""
+        yield f"Not measured: {'; '.join(notes)}."
+
+
+def _comparison(rows: list[StepRow]) -> Iterator[str]:
+    found = [(ours, release) for ours, release in pairs(rows) if release and release.measured and ours.measured]
+    if not found:
+        return
+    yield ""
+    yield "| model | release / ours | without the optimizer | by FLOPs | memory, ours / release | targets | predicted before |"
+    yield "|---" * 7 + "|"
+    for ours, release in found:
+        rest = [row.seconds_p50 - row.optimizer for row in (release, ours)]
+        target = target_of(ours)
+        told = "; ".join(
+            f"{v.what} {v.target:.2f}: **{v.measured:.2f}**, {'met' if v.met else 'not met'}"
+            for v in verdicts(ours, release)
+        )
+        yield (
+            f"| {ours.model} | **{release.seconds_p50 / ours.seconds_p50:.2f}** | {rest[0] / rest[1]:.2f} | "
+            f"{release.flops / ours.flops:.2f} | {ours.peak_gib / release.peak_gib:.2f} | {told} | "
+            f"{target.predicted if target else ''} |"
+        )
+
+
+def _owed() -> Iterator[str]:
+    yield "### real, GPU"
+    yield ""
+    yield "| model | release / ours, at least | MFU, at least | memory, at most | predicted for an H200 | measured |"
+    yield "|---" * 6 + "|"
+    for model, target in TARGETS["cuda", "real"].items():
+        yield (
+            f"| {model} | {target.ratio:.1f} | {_percent(target.product)} | {target.memory:.1f} | {target.predicted} | "
+            f"{OWED} |"
+        )
+
+
+def _form(row: StepRow) -> str:
+    return f"**{row.form}**" if row.form == "ours" else row.form
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
+
+
+def _number(x: float) -> str:
+    """Three digits, never with an exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Path]:
+    """Write a plot of every result file: seconds an image by part, stacked."""
+    return [plot(rows, out / f"step_{path.stem}.png") for path, rows in _files(folder)]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
+    from benchmarks.step.rows import read
+
+    for path in sorted(folder.glob("*.csv")):
+        if rows := [row for row in read(path) if row.measured]:
+            yield path, rows
+
+
+def plot(rows: list[StepRow], out: Path) -> Path:
+    """Write the plot of some rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4))
+    colors = plt.get_cmap("tab10").colors
+    for place, row in enumerate(reversed(rows)):
+        left = 0.0
+        for name, color in zip(PARTS, colors, strict=True):
+            width = row.part(name) / row.images
+            axis.barh(place, width, left=left, color=color, label=name if place == 0 else None)
+            left += width
+        axis.plot([row.roofline_s / row.images] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        axis.text(left, place, f"  {left:.3g} s", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{row.model}, {row.size}, {row.form}" for row in reversed(rows)], fontsize=8)
+    axis.set_xlabel(f"seconds an image ({rows[0].clock}); black: the roofline")
+    axis.margins(x=0.08)
+    axis.legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.28))
+    figure.savefig(out, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return out

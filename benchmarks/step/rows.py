@@ -1,0 +1,107 @@
+"""The rows of a measured step, and the files that hold them: results/step/DEVICE.csv."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.rows import RESULTS
+
+FOLDER = RESULTS / "step"
+FORMS = ("ours", "release")
+
+
+@dataclass
+class StepRow:
+    """One form of one model at one size. Seconds are of a whole step; rates are of a second.
+
+    flops         what this form computes, with what it recomputes; useful_flops: of ours without recomputation
+    gemm, copy    rate of a matrix product, and of a copy read plus written, in the same run under the same clock
+    operators     that compute, in a step; bytes: what all of them but products read and write
+    host_waits    for which forward and backward passes make the host wait, on a GPU
+    """
+
+    model: str
+    size: str
+    form: str
+    images: int | str = ""
+    seconds_p50: float | str = ""
+    seconds_p20: float | str = ""
+    seconds_p80: float | str = ""
+    steps: int | str = ""
+    waiting: float | str = ""
+    decode: float | str = ""
+    prepare: float | str = ""
+    encoders: float | str = ""
+    prompt: float | str = ""
+    blocks: float | str = ""
+    head_and_loss: float | str = ""
+    backward: float | str = ""
+    optimizer: float | str = ""
+    other: float | str = ""
+    peak_gib: float | str = ""
+    flops: float | str = ""
+    useful_flops: float | str = ""
+    gemm: float | str = ""
+    copy: float | str = ""
+    operators: int | str = ""
+    bytes: float | str = ""
+    host_waits: int | str = ""
+    trained: int | str = ""
+    dtype: str = ""
+    clock: str = ""
+    note: str = ""
+    device: str = ""
+    driver: str = ""
+    threads: int | str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+    @property
+    def measured(self) -> bool:
+        return self.seconds_p50 != ""
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.seconds_p50
+
+    @property
+    def product_share(self) -> float:
+        """Return the rate of this form's FLOPs over that of a product."""
+        return self.flops / self.seconds_p50 / self.gemm
+
+    @property
+    def mfu(self) -> float:
+        """Return the rate of the FLOPs that any form must compute over that of a product."""
+        return self.useful_flops / self.seconds_p50 / self.gemm
+
+    @property
+    def roofline_s(self) -> float:
+        """Return the seconds of this form's FLOPs at the rate of a product, and of its other bytes at that of a copy."""
+        return self.flops / self.gemm + self.bytes / self.copy
+
+    def part(self, name: str) -> float:
+        return getattr(self, name.replace(" ", "_"))
+
+
+def read(path: Path) -> list[StepRow]:
+    return rows.read(path, StepRow)
+
+
+def write(path: Path, made: list[StepRow]) -> None:
+    rows.write(path, made, StepRow)
+
+
+def merged(path: Path, made: list[StepRow]) -> list[StepRow]:
+    """Return the rows of a file with new ones in place of those of the same model, size and form."""
+    new = {(row.model, row.size, row.form): row for row in made}
+    kept = [row for row in read(path) if (row.model, row.size, row.form) not in new]
+    return sorted([*kept, *made], key=lambda row: (row.size, row.model, row.form))
+
+
+def all_results(folder: Path = FOLDER) -> list[list[StepRow]]:
+    """Return the rows of every file, the CPU's first."""
+    files = sorted(folder.glob("*.csv"), key=lambda path: (path.stem != "cpu", path.stem))
+    return [found for found in map(read, files) if found]

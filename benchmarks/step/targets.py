@@ -1,0 +1,67 @@
+"""What a step is to reach, and what was predicted before it was measured."""
+
+from typing import NamedTuple
+
+from benchmarks.step.rows import StepRow
+
+
+class Target(NamedTuple):
+    """ratio: seconds of the released form over ours, at least. product: share of the rate of a product, at least: of
+    the FLOPs that are computed on a CPU, of the useful ones (MFU) on a GPU. memory: peak over the release's, at most.
+    predicted: what was said before of the ratio, and on which grounds.
+    """
+
+    ratio: float
+    product: float
+    memory: float | None
+    predicted: str
+
+
+# (kind of device, size) -> model -> target
+TARGETS = {
+    ("cpu", "narrow"): {
+        "show_o": Target(1.7, 0.95, None, "1.64 to 1.75, measured against the released code"),
+        "open_uni": Target(1.3, 0.95, None, "1.30 with AdamW and 1.21 without, measured against the released code"),
+        "bagel": Target(1.3, 0.95, 0.6, "1.25 with AdamW and 1.20 without at 0.62 of the memory, measured likewise"),
+        "harmon": Target(1.25, 0.95, None, "1.18 with AdamW and 1.12 without, measured against the released code"),
+    },
+    ("cuda", "real"): {
+        "show_o": Target(2.0, 0.55, 0.6, "42 ms of products, head 1.6 and 50 ms of eager elementwise work a pass of 2"),
+        "open_uni": Target(1.5, 0.55, 0.6, "172 ms of products and 64 of elementwise work in SANA a pass of 42"),
+        "bagel": Target(2.0, 0.55, 0.6, "710 ms of products and 123 of elementwise work a pass of 2"),
+        "harmon": Target(1.5, 0.45, 0.6, "1892 ms of products and 937 of elementwise work a pass of 48"),
+    },
+}
+
+
+class Verdict(NamedTuple):
+    """One target beside what was measured."""
+
+    what: str
+    target: float
+    measured: float
+    met: bool
+    reachable: str = ""  # what the count of FLOPs says of it
+
+
+def target_of(row: StepRow) -> Target | None:
+    kind = "cuda" if row.driver else "cpu"
+    return TARGETS.get((kind, row.size), {}).get(row.model)
+
+
+def verdicts(ours: StepRow, release: StepRow | None) -> list[Verdict]:
+    """Return every target of a model beside what was measured; those without a measurement are left out."""
+    target = target_of(ours)
+    if target is None or not ours.measured:
+        return []
+    share = ours.mfu if ours.driver else ours.product_share
+    name = "MFU" if ours.driver else "share of the product rate"
+    found = [Verdict(name, target.product, share, share >= target.product)]
+    if release is None or not release.measured:
+        return found
+    ratio, counted = release.seconds_p50 / ours.seconds_p50, release.flops / ours.flops
+    found.append(Verdict("release / ours", target.ratio, ratio, ratio >= target.ratio, f"FLOPs {counted:.2f}"))
+    if target.memory is not None:
+        memory = ours.peak_gib / release.peak_gib
+        found.append(Verdict("memory, ours / release", target.memory, memory, memory <= target.memory))
+    return found

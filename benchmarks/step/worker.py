@@ -1,0 +1,155 @@
+"""One form of a step in a process of its own: python -m benchmarks.step.worker MODEL SIZE FORM DEVICE FOLDER CHANGES.
+
+It reads commands, one a line, and answers each with a line of JSON:
+
+    count  make a step, the first one, and count its operators
+    step   make a step and tell its parts in seconds
+
+CPUs are timed in CPU time of the process: other processes on a shared machine cost it less than they cost the wall
+clock. GPUs are timed by events on the stream, whole steps by the wall clock between two waits for the GPU.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.step import release
+from benchmarks.step.counting import Counter
+from benchmarks.step.parts import Parts, instrument, timed_trainer
+from benchmarks.step.recipes import step_recipe
+from reca import check, objective
+from reca.meta_model import build_meta
+from reca.models import umm_package
+from reca.parallelize import checkpoint_activations
+from reca.speed import peak_memory
+from reca.trainer import Trainer
+
+
+class Worker:
+    """A trainer of one form, and its clock."""
+
+    def __init__(self, model: str, size: str, form: str, device: str, folder: Path, changes: dict[str, Any]) -> None:
+        self.cuda, self.form = device == "cuda", form
+        recipe = step_recipe(model, size, folder / form, changes)
+        checkpointed = recipe.train.activation_checkpointing
+        if form == "release":
+            recipe = step_recipe(model, size, folder / form, changes | release.recipe_changes(model))
+        adapter = umm_package(recipe.umm).Adapter.load(recipe.model, torch.device(device))
+        if form == "release":
+            release.formulate(adapter, checkpointed)
+        if self.cuda:
+            self.parts = Parts(_event, lambda a, b: a.elapsed_time(b) / 1e3)
+        else:
+            self.parts = Parts(time.process_time, lambda a, b: b - a)
+        instrument(adapter, self.parts)
+        self.trainer = Trainer(recipe, adapter, progress=lambda step: None)
+        if form == "release":
+            self.trainer.optimizer = release.make_optimizer(self.trainer.optimizer)
+        self.streams = {task: iter(loader) for task, loader in self.trainer.loaders.items()}
+        self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]
+
+    def count(self) -> dict[str, Any]:
+        """Make a step under a counter of operators. FLOPs of ours are those of `reca check`."""
+        recipe, batches = self.trainer.recipe, self._batches()
+        images = recipe.objective.reca.batch_size
+        with Counter() as counter, _waits() if self.cuda else counter.waits() as waits:
+            self.trainer.train_step(batches)
+        flops, useful = counter.flops, 0.0
+        if self.form == "ours":
+            meta, fake = build_meta(recipe)
+            work = check.batch_flops(meta, check.without_memory(batches["reca"][0], fake))
+            useful = flops = images * sum(work)
+            if recipe.train.activation_checkpointing:
+                checkpoint_activations(meta)
+                flops = images * sum(check.batch_flops(meta, check.without_memory(batches["reca"][0], fake)))
+        return {
+            "images": images,
+            "flops": flops,
+            "useful_flops": useful,
+            "operators": counter.launches,
+            "bytes": counter.bytes,
+            "host_waits": len(waits),
+            "trained": sum(p.numel() for p in self.trainer.adapter.parameters() if p.requires_grad),
+            "dtype": self.precision,
+        }
+
+    def step(self) -> dict[str, Any]:
+        """Make a step. Returns seconds by part, those of the whole, and the peak of memory so far."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        with timed_trainer(self.trainer, self.parts), self.parts.step():
+            with self.parts.part("waiting"):
+                batches = self._batches()
+            self.trainer.train_step(batches)
+        if self.cuda:
+            torch.cuda.synchronize()
+        wall, parts = time.perf_counter() - began, self.parts.seconds()
+        return {
+            "seconds": wall if self.cuda else sum(parts.values()),
+            "wall": wall,
+            "parts": parts,
+            "peak": peak_memory(self.trainer.device),
+        }
+
+    def _batches(self) -> dict[str, list]:
+        made = self.trainer
+        return {
+            task: [next(self.streams[task]).to(made.device) for _ in range(made.accumulation_steps[task])]
+            for task in made.tasks
+        }
+
+
+def _event() -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@contextlib.contextmanager
+def _waits() -> Iterator[list]:
+    """List torch's warnings of what makes the host wait in the forward and backward passes of a step."""
+    before, inner = torch.cuda.get_sync_debug_mode(), objective.backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    found: list = []
+    with warnings.catch_warnings(record=True) as said, mock.patch.object(objective, "backward", backward):
+        warnings.simplefilter("always")
+        yield found
+        found += [one for one in said if "synchroniz" in str(one.message)]
+
+
+def main(arguments: list[str]) -> None:
+    model, size, form, device, folder, changes = arguments
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")) if device == "cpu" else torch.get_num_threads())
+    worker = None
+    for line in sys.stdin:
+        try:
+            worker = worker or Worker(model, size, form, device, Path(folder), json.loads(changes))
+            answer = getattr(worker, line.strip())()
+        except Exception as error:  # said by the one who asked
+            answer = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
+            traceback.print_exc()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
