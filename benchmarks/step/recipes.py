@@ -86,7 +86,7 @@ NARROW = {
 # Images of a step, and of a pass.
 BATCHES = {
     "tiny": dict.fromkeys(MODELS, (4, 2)),
-    "narrow": {"show_o": (2, 2), "harmon": (2, 2), "open_uni": (2, 2), "bagel": (1, 1), "janus": (1, 1)},
+    "narrow": dict.fromkeys(MODELS, (1, 1)) | {"open_uni": (2, 2)},
     "real": {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8, 2), "janus": (16, 8)},
 }
 
@@ -124,6 +124,7 @@ def pictures(folder: Path) -> Path:
     """Write smooth random JPEG files, once, and return their folder."""
     out = folder / "pictures"
     if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder))
         numbers = np.random.default_rng(0)
         for i in range(PICTURES):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.step.parts import PARTS
-from benchmarks.step.rows import FOLDER, StepRow, all_results
+from benchmarks.step.rows import FOLDER, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,10 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
         f"`{command}`" for command in dict.fromkeys(row.command for row in rows)
     )
     yield ""
-    yield "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the product rate | MFU | roofline, s | peak, GiB | operators | host waits |"
+    yield (
+        "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the product rate | MFU | roofline, s | "
+        "peak, GiB | operators | host waits |"
+    )
     yield "|---" * 12 + "|"
     for row in rows:
         if row.measured:
@@ -98,7 +101,10 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
     if not found:
         return
     yield ""
-    yield "| model | release / ours | without the optimizer | by FLOPs | memory, ours / release | targets | predicted before |"
+    yield (
+        "| model | release / ours | without the optimizer | by FLOPs | memory, ours / release | targets | "
+        "predicted before |"
+    )
     yield "|---" * 7 + "|"
     for ours, release in found:
         rest = [row.seconds_p50 - row.optimizer for row in (release, ours)]
@@ -145,8 +151,6 @@ def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Pat
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
-    from benchmarks.step.rows import read
-
     for path in sorted(folder.glob("*.csv")):
         if rows := [row for row in read(path) if row.measured]:
             yield path, rows

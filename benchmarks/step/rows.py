@@ -79,7 +79,7 @@ class StepRow:
 
     @property
     def roofline_s(self) -> float:
-        """Return the seconds of this form's FLOPs at the rate of a product, and of its other bytes at that of a copy."""
+        """Return the seconds of the FLOPs at the rate of a product, and of the other bytes at that of a copy."""
         return self.flops / self.gemm + self.bytes / self.copy
 
     def part(self, name: str) -> float:

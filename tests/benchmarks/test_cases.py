@@ -2,6 +2,7 @@
 
 import enum
 import sys
+from dataclasses import fields
 from types import ModuleType, SimpleNamespace
 
 import pytest

@@ -58,54 +58,70 @@ def formulate(adapter: Bagel, checkpointed: bool) -> None:
     adapter.loss = types.MethodType(loss, adapter)
 
 
+class Packing:
+    """The packed sequence while it is made."""
+
+    def __init__(self, soi: int, eoi: int) -> None:
+        self.soi, self.eoi, self.row = soi, eoi, 0
+        self.text_ids: list[int] = []
+        self.text_at: list[int] = []
+        self.positions: list[int] = []
+        self.sizes: list[list[tuple[int, bool]]] = []
+
+    def put(self, ids: list[int], position: int) -> None:
+        """Put a text, whose positions count up."""
+        n = len(ids)
+        self.text_ids += ids
+        self.text_at += range(self.row, self.row + n)
+        self.positions += range(position, position + n)
+        self.sizes[-1].append((n, True))
+        self.row += n
+
+    def put_image(self, n: int, position: int) -> range:
+        """Put an image between its borders, all at one position. Returns the rows of its n tokens."""
+        self.text_ids += [self.soi, self.eoi]
+        self.text_at += [self.row, self.row + n + 1]
+        self.positions += [position] * (n + 2)
+        self.sizes[-1].append((n + 2, False))
+        self.row += n + 2
+        return range(self.row - n - 1, self.row - 1)
+
+
 def prepare(self: Bagel, batch: Batch, rng: CounterRNG) -> Prepared:
     """Pack the samples one after another: [soi h_v eoi] [text] [soi latents eoi]."""
-    made, v = ours.prepare(self, batch, rng), self.vocabulary
-    text_ids, text_at, vit_at, gen_at, vit_places, gen_places, positions, sizes = ([] for _ in range(8))
-    row = 0
-    images = [(split.gen, size) for split, size in zip(made.image.splits, _image_sizes(self, batch), strict=True)]
-    for items, (tokens, size) in zip(made.items, images, strict=True):
-        splits, position = [], 0
-
-        def put_image(at: list, n: int, position: int, splits: list) -> None:
-            nonlocal row
-            text_ids.extend([v.soi, v.eoi])
-            text_at.extend([row, row + n + 1])
-            at.extend(range(row + 1, row + n + 1))
-            positions.extend([position] * (n + 2))
-            splits.append((n + 2, False))
-            row += n + 2
-
+    made = ours.prepare(self, batch, rng)
+    assert made.image and batch.gen
+    packing = Packing(self.vocabulary.soi, self.vocabulary.eoi)
+    vit_at: list[int] = []
+    gen_at: list[int] = []
+    vit_places, gen_places = [], []
+    for items, image in zip(made.items, batch.gen, strict=True):
+        position = 0
+        packing.sizes.append([])
         for item in items:
             if isinstance(item, Text):
-                n = len(item.ids)
-                text_ids += item.ids
-                text_at += range(row, row + n)
-                positions += range(position, position + n)
-                splits.append((n, True))
-                row, position = row + n, position + n
+                packing.put(item.ids, position)
+                position += len(item.ids)
             else:
                 assert isinstance(item, VitImage), "the released trainer has h_v of SigLIP"
+                vit_at += packing.put_image(item.height * item.width, position)
                 vit_places.append(grid(item.height, item.width, vit_size(self.config.vision)))
-                put_image(vit_at, item.height * item.width, position, splits)
                 position += 1
-        gen_places.append(grid(*size, self.config.max_latent_size))
-        put_image(gen_at, tokens, position, splits)
-        sizes.append(splits)
-    numbers = (text_ids, text_at, vit_at, gen_at)
+        height, width = (side // self.token_side for side in image.shape[1:])
+        gen_at += packing.put_image(height * width, position)
+        gen_places.append(grid(height, width, self.config.max_latent_size))
     return extended(
         Prepared,
         made,
-        **dict(zip(("text_ids", "text_at", "vit_at", "gen_at"), map(torch.tensor, numbers), strict=True)),
+        text_ids=torch.tensor(packing.text_ids),
+        text_at=torch.tensor(packing.text_at),
+        vit_at=torch.tensor(vit_at),
+        gen_at=torch.tensor(gen_at),
         vit_places=torch.cat(vit_places),
         gen_places=torch.cat(gen_places),
-        positions=torch.tensor(positions),
-        sizes=sizes,
+        positions=torch.tensor(packing.positions),
+        sizes=packing.sizes,
     )
-
-
-def _image_sizes(self: Bagel, batch: Batch) -> list[tuple[int, int]]:
-    return [(image.shape[1] // self.token_side, image.shape[2] // self.token_side) for image in batch.gen]
 
 
 def loss(self: Bagel, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:

@@ -69,7 +69,7 @@ def prepare(self: Harmon, batch: Batch, rng: CounterRNG) -> Prepared:
 def loss(self: Harmon, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
     """Sum the diffusion loss over hidden tokens and their timesteps."""
     mar, latents, buffers = self.mar, features["latents"], self.config.mar.buffers
-    batch, size = prepared.is_hidden.shape
+    batch = len(latents)
     given = self.proj_in(encode(mar, features["h_v"], torch.zeros_like(prepared.is_hidden)))
     given = torch.cat([given[:, buffers:], given[:, :buffers]], dim=1)
     scale = self.config.hv_grad_scale
