@@ -19,7 +19,8 @@ from reca.held import host_memory
 from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
-from reca.parallelize import checkpoint_activations, replicas_fit, shard_size
+from reca.parallelize import replicas_fit, shard_size
+from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
 
@@ -120,8 +121,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         raise ValueError(f"--gpus and --node must be at least 1, got {gpus} and {node}")
     adapter, fake = build_meta(recipe)
     room = memory.own_card() if card is None else card
-    if recipe.train.activation_checkpointing:
-        checkpoint_activations(adapter)
+    checkpoint_activations(adapter, recipe.train)
     count, rows = parameters(adapter), adapter.sequence()
     work = flops(adapter, fake, min(IMAGES, recipe.objective.reca.micro_batch))
     every = Parameters(*(sum(numbers) for numbers in zip(*count.values(), strict=True)))

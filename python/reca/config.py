@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from reca import units
 from reca.data.batch import TASKS
@@ -138,7 +138,11 @@ class TrainConfig:
         False,
         "multiply in 8 bits in the blocks' linear layers, by torchao; needs precision=bf16 and an Ada or Hopper GPU",
     )
-    activation_checkpointing: bool = config_field(False, "recompute the transformer blocks in the backward pass")
+    activation_checkpointing: bool | Literal["selective"] = config_field(
+        False,
+        "compute the transformer blocks a second time in the backward pass, to keep none of their activations; "
+        "selective: keep the outputs of their matrix products and attention, and compute the rest a second time",
+    )
     fit: Optional[str] = config_field(
         None,
         "memory of a card, such as 80GiB, or auto for the GPU's own: choose micro_batch, activation_checkpointing, "
@@ -148,6 +152,12 @@ class TrainConfig:
         list,
         "what train.fit may change although results change with it: moments (bf16 or 8 bits), micro_batch (where "
         "objective.mean=micro_batch averages over it)",
+    )
+    micro_batch: Optional[str] = config_field(
+        None,
+        "auto: as many samples in one pass as fit the GPU's memory by prediction, in place of the objective's "
+        "micro_batch, also where objective.mean=micro_batch averages over it; null keeps the recipe's",
+        (None, "auto"),
     )
     compile: Optional[bool] = config_field(
         None, "torch.compile the transformer blocks; null: on GPUs with Triton, unless train.deterministic"

@@ -1,5 +1,7 @@
 """Settings that let a recipe fit a card (train.fit): micro-batch, recomputation, sharding and the optimizer's moments.
 
+train.micro_batch=auto chooses the micro-batch alone, by the same predictions.
+
 Chosen is the setting that is estimated to make the fastest step among those whose predicted peak fits. batch_size
 stays, and so does every result, unless train.fit_allow names what may change.
 """
@@ -30,10 +32,11 @@ CHECKPOINTING = "train.activation_checkpointing"
 FILE = "fit.json"  # in a run folder: what was chosen, for what, and why
 # What a pass costs beside its rows, in rows: at as many a GPU does half of what it can. A rule to order settings by.
 PASS, GATHER, OFFLOAD = 1024, 1024, 8192
+RECOMPUTED = {False: 1.0, "selective": 1.05, True: 4 / 3}  # work by train.activation_checkpointing
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "parallel.shard", "parallel.strategy", "ema.half_life", "optim.name",
     "optim.moments", "optim.offload", "optim.fused_backward", "train.train", "train.frozen", "train.precision",
-    "train.fit", "train.fit_allow", CHECKPOINTING,
+    "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
 )  # fmt: skip
 
 
@@ -47,6 +50,13 @@ class Choice(NamedTuple):
 
 class DoesNotFit(RecipeError):
     """Nothing that may be changed makes the recipe fit."""
+
+
+def asked_by(recipe: Recipe) -> str:
+    """Name the key by which a recipe asks for a choice; empty if it asks for none."""
+    if recipe.train.fit is not None:
+        return "train.fit"
+    return "train.micro_batch" if recipe.train.micro_batch == "auto" else ""
 
 
 def with_keys(recipe: Recipe, keys: dict[str, Any]) -> Recipe:
@@ -158,12 +168,15 @@ def _below(sizes: Sequence[int], room: int, a: int, b: int, peak: Callable[[int]
 
 def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
     """Yield what may be chosen beside micro-batches."""
+    if asked_by(recipe) == "train.micro_batch":
+        yield {key: value_of(recipe, key) for key in (CHECKPOINTING, "optim.offload")}
+        return
     optimizer: list[dict[str, Any]] = [{"optim.offload": recipe.optim.offload}]
     if not recipe.optim.offload and recipe.optim.name != "apex":
         optimizer.append({"optim.offload": True})
     if "moments" in recipe.train.fit_allow and (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
         optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
-    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), (False, True), optimizer):
+    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), RECOMPUTED, optimizer):
         yield ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
 
 
@@ -178,13 +191,17 @@ def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
 def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
     """List the micro-batches of a task that split its batch otherwise. They ascend.
 
-    With objective.mean=micro_batch another size is another loss, which train.fit_allow must name.
+    With objective.mean=micro_batch another size is another loss, which must be allowed.
     """
     config = getattr(recipe.objective, task)
-    if recipe.objective.mean == "micro_batch" and "micro_batch" not in recipe.train.fit_allow:
+    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
         return [config.micro_batch]
     most = -(-config.batch_size // gpus)
     return sorted({-(-most // passes) for passes in range(1, most + 1)})
+
+
+def _may_change_micro_batch(recipe: Recipe) -> bool:
+    return "micro_batch" in recipe.train.fit_allow or recipe.train.micro_batch == "auto"
 
 
 def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
@@ -192,8 +209,8 @@ def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
 
 
 def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
-    """Estimate a step's time in rows: one pass of n rows takes n, a third more with recomputation, and its overhead."""
-    work = 4 / 3 if keys[CHECKPOINTING] else 1.0
+    """Estimate a step's time in rows: one pass of n rows takes n, more with recomputation, and its overhead."""
+    work = RECOMPUTED[keys[CHECKPOINTING]]
     time = float(OFFLOAD) if keys.get("optim.offload") else 0.0
     for task in recipe.active_tasks():
         most = -(-getattr(recipe.objective, task).batch_size // gpus)
@@ -210,13 +227,15 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
     helps = [f"more GPUs (there are {gpus})", "a smaller part of the model (train.train, train.frozen) or LoRA"]
     if "moments" not in recipe.train.fit_allow:
         helps.append("train.fit_allow=[moments]: AdamW's moments in bf16 or 8 bits, which rounds updates otherwise")
-    if recipe.objective.mean == "micro_batch" and "micro_batch" not in recipe.train.fit_allow:
+    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
         helps.append(
             "train.fit_allow=[micro_batch]: smaller micro-batches, over which objective.mean=micro_batch averages "
             "otherwise"
         )
+    if recipe.train.fit is None:
+        helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (
-        f"train.fit: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
+        f"{asked_by(recipe)}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
         f"found needs {units.size(need)} with its reserve, by {describe(keys)}. What would help: {'; '.join(helps)}"
     )
 
@@ -244,19 +263,23 @@ def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> R
     if before is not None:
         changed = sorted(key for key in asked | before["asked"] if before["asked"].get(key) != asked.get(key))
         if not changed:
-            log.info("train.fit: as when the run began, %s", describe(before["keys"]))
+            log.info("%s: as when the run began, %s", asked_by(recipe), describe(before["keys"]))
             return with_keys(recipe, before["keys"])
         differences = ", ".join(f"{key} {before['asked'].get(key)} -> {asked.get(key)}" for key in changed)
-        log.info("train.fit chooses anew, for since it chose %s was changed", differences)
         if recipe.objective.mean == "micro_batch":  # part of the loss, which stays that of the run
-            recipe = with_keys(recipe, {k: v for k, v in before["keys"].items() if k.endswith(".micro_batch")})
+            kept = {key: value for key, value in before["keys"].items() if key.endswith(".micro_batch")}
+            if recipe.train.fit is None:
+                log.info("%s: objective.mean=micro_batch keeps %s", asked_by(recipe), describe(kept))
+                return with_keys(recipe, kept)
+            recipe = with_keys(recipe, kept | {"train.micro_batch": None})
             recipe.train.fit_allow = [change for change in recipe.train.fit_allow if change != "micro_batch"]
+        log.info("%s chooses anew, for since it chose %s was changed", asked_by(recipe), differences)
     choice = call(choose, recipe, gpus, node, asked["card"])
     why = (
         f"{units.size(choice.memory.total)} predicted, {units.size(memory.needed(choice.memory.total))} with a reserve "
         f"for {memory.NOT_COUNTED}, of {units.size(asked['card'])}"
     )
-    log.info("train.fit chose %s: %s", describe(choice.keys), why)
+    log.info("%s chose %s: %s", asked_by(recipe), describe(choice.keys), why)
     instead_of = {key: value_of(recipe, key) for key in choice.keys}
     written = {
         "asked": asked,
@@ -270,8 +293,8 @@ def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> R
 
 
 def recorded(recipe: Recipe) -> Recipe:
-    """Return the recipe with what train.fit chose when this run began; as it is, if it has chosen nothing yet."""
-    before = _read(Path(recipe.run_dir) / FILE) if recipe.train.fit else None
+    """Return the recipe with what was chosen when this run began; as it is, if nothing has been chosen yet."""
+    before = _read(Path(recipe.run_dir) / FILE) if asked_by(recipe) else None
     return recipe if before is None else with_keys(recipe, before["keys"])
 
 
@@ -284,13 +307,13 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _asked(recipe: Recipe, gpus: int, node: int) -> dict[str, Any]:
     """Return all that a choice depends on."""
-    if recipe.train.fit != "auto":
-        card = units.parse_size(recipe.train.fit or "")
+    if recipe.train.fit not in (None, "auto"):
+        card = units.parse_size(recipe.train.fit)
     elif torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0).total_memory
     else:
         raise RecipeError(
-            "train.fit=auto asks the GPU for its memory, and torch finds none: name it, as in train.fit=80GiB"
+            f"{asked_by(recipe)}=auto asks the GPU for its memory, and torch finds none: name it, as in train.fit=80GiB"
         )
     values = by_key(recipe)
     relevant = {key: values[key] for key in values if any(fnmatchcase(key, pattern) for pattern in DEPENDS_ON)}

@@ -72,7 +72,9 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
     train, on = recipe.train, []
     states = {name: getattr(train, name) for name in ("activation_checkpointing", "deterministic")}
     for name, state in (states | {"compile": compiled_blocks.wanted(train, device)}).items():
-        if state:
+        if state == "selective":
+            on.append(f"selective {name.replace('_', ' ')}")
+        elif state:
             on.append(name.replace("_", " "))
     if recipe.ema.half_life:
         on.append(f"EMA with a half-life of {recipe.ema.half_life:g} steps")

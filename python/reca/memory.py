@@ -26,8 +26,9 @@ from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
 from reca.optim.adamw import PIECE, AdamW
 from reca.options import RecipeError
-from reca.parallelize import checkpoint_activations, replicas_fit, shard, shard_size
+from reca.parallelize import replicas_fit, shard, shard_size
 from reca.precision import autocast
+from reca.recompute import checkpoint_activations
 
 Result = TypeVar("Result")
 
@@ -104,8 +105,7 @@ def peak_of(
             if task not in adapter.tasks:
                 raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
         batches = {task: _batches(adapter, recipe, task, gpus, fake) for task in tasks}
-        if recipe.train.activation_checkpointing:
-            checkpoint_activations(adapter, recipe.train.precision)
+        checkpoint_activations(adapter, recipe.train)
         if gpus > 1:
             adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
             size = shards or shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))

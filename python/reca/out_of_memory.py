@@ -94,7 +94,7 @@ def knobs(recipe: Recipe, gpus: int, node: int, card: int) -> tuple[int, list[Kn
 
 def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
     """Yield changes of the recipe that take less memory."""
-    if not recipe.train.activation_checkpointing:
+    if recipe.train.activation_checkpointing is not True:
         yield {fit.CHECKPOINTING: True}
     halves = {}
     for task in recipe.active_tasks():

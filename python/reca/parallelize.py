@@ -1,21 +1,16 @@
 """Wrap a model for training: torch.compile, activation checkpointing, and replicas or shards by FSDP2."""
 
-import contextlib
-import functools
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 
 from reca import compiled_blocks, distributed, float8, host_memory
 from reca.config import ParallelConfig, Recipe
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
-from reca.precision import autocast
+from reca.recompute import checkpoint_activations
 
 SHARE = 0.5  # of a GPU's memory that weights, gradients and moments may take for every GPU to hold them all
 
@@ -40,10 +35,10 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
     weights = DeferredWeights(adapter) if deferred else None
     if recipe.train.float8:
         float8.convert(adapter)
-    if compiled_blocks.wanted(recipe.train, device):
+    compiled = compiled_blocks.wanted(recipe.train, device)
+    if compiled:
         compiled_blocks.compile_blocks(adapter)
-    if recipe.train.activation_checkpointing:
-        checkpoint_activations(adapter, recipe.train.precision)
+    checkpoint_activations(adapter, recipe.train, compiled)
     if dist.is_initialized():
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
@@ -51,15 +46,6 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
         adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
     if weights is not None:
         weights.fill(adapter, device)
-
-
-def checkpoint_activations(adapter: Adapter, precision: str = "fp32") -> None:
-    """Run the blocks again in the backward pass, and keep none of their activations."""
-    options: dict[str, Any] = {"use_reentrant": False}
-    if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
-        options["context_fn"] = lambda: (contextlib.nullcontext(), autocast(precision, torch.device("cpu")))
-    for block in adapter.blocks():
-        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
 def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> None:

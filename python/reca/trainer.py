@@ -145,14 +145,14 @@ class Trainer:
         distributed.barrier()
 
     def _fit(self, adapter: Adapter | None) -> Recipe:
-        """Return the recipe with what train.fit chooses, on rank 0 for all."""
-        if self.recipe.train.fit is None:
+        """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all."""
+        if not (asked_by := fit.asked_by(self.recipe)):
             return self.recipe
         fitted = None
         with distributed.fail_together():
             if distributed.rank() == 0:
                 if adapter is not None:
-                    raise RecipeError("train.fit chooses for the recipe's own model, and this run was given another")
+                    raise RecipeError(f"{asked_by} chooses for the recipe's own model, and this run was given another")
                 ranks, node = distributed.world_size(), distributed.local_world_size()
                 fitted = fit.fit_run(self.recipe, ranks, node, memory.in_own_process)
         return distributed.all_gather(fitted)[0]

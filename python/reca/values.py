@@ -5,7 +5,9 @@ takes the text as it is written, a number key takes decimal numbers only. So fil
 (`read_yaml`), overrides are split into theirs (`read_override`), and `convert` makes values of both.
 """
 
+import functools
 import math
+import operator
 import re
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
@@ -176,6 +178,14 @@ def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
             raise _Wrong("a list, such as [a, b]")
         (item,) = get_args(wanted)
         return [convert(part, item, f"{key}[{i}]", source) for i, part in enumerate(raw)]
+    if get_origin(wanted) is Union:
+        kind, words = get_args(wanted)  # such as bool | Literal["selective"]
+        if isinstance(raw, Scalar) and raw.text in get_args(words):
+            return raw.text
+        try:
+            return _convert(raw, kind, key, source)
+        except _Wrong as wrong:
+            raise _Wrong(f"{wrong}, or {' or '.join(get_args(words))}") from wrong
     if not isinstance(raw, Scalar):
         raise _Wrong({str: "a text; put it in quotes", bool: "true or false"}.get(wanted, "a number"))
     if wanted is str:
@@ -234,8 +244,9 @@ def _without_none(wanted: Any) -> tuple[Any, bool]:
     """Return a type without its None, and whether it had one."""
     if get_origin(wanted) not in (Union, UnionType):
         return wanted, False
-    (rest,) = (kind for kind in get_args(wanted) if kind is not NoneType)
-    return rest, True
+    kinds = get_args(wanted)
+    rest = [kind for kind in kinds if kind is not NoneType]
+    return functools.reduce(operator.or_, rest), len(rest) < len(kinds)
 
 
 def _raw(node: yaml.Node, source: str, done: dict[int, Any]) -> Any:

@@ -26,10 +26,10 @@ def peaks(monkeypatch):
         moments = 0 if recipe.optim.offload else 8
         if recipe.optim.moments == "bf16":
             moments //= 2
-        activations = size if recipe.train.activation_checkpointing else 2 * size
+        activations = size * {False: 2, "selective": 1.5, True: 1}[recipe.train.activation_checkpointing]
         parts = 4, 0, moments, 0, activations
         shard = recipe.parallel.shard or 1
-        return Memory(*(n * GIB // (1 if i == 4 else shard) for i, n in enumerate(parts)))
+        return Memory(*(int(n * GIB) // (1 if i == 4 else shard) for i, n in enumerate(parts)))
 
     monkeypatch.setattr(memory, "peak_of", peak_of)
 
@@ -131,6 +131,39 @@ def test_a_loss_over_micro_batches_keeps_them(peaks, tmp_path):
     first = fit.fit_run(recipe_of(*keys, "train.fit=24GiB"), 1, 1, lambda function, *a: function(*a))
     more = fit.fit_run(recipe_of(*keys, "train.fit=64GiB"), 1, 1, lambda function, *a: function(*a))
     assert more.objective.reca.micro_batch == first.objective.reca.micro_batch == 8
+
+
+def test_selective_recomputation_comes_before_full(peaks, monkeypatch):
+    monkeypatch.setattr(fit, "PASS", 4096)
+    keys = chosen(40)  # 12 + 32, 12 + 24 or 12 + 16, and a reserve
+    assert (keys[MICRO], keys[fit.CHECKPOINTING], keys["optim.offload"]) == (16, "selective", False)
+
+
+def test_micro_batches_alone(peaks, monkeypatch, tmp_path):
+    """As large as the GPU's memory takes, with everything else as it is written."""
+    (tmp_path / "run").mkdir()
+    properties = type("Properties", (), {"total_memory": 24 * GIB})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    keys = [f"run_dir={tmp_path / 'run'}", "objective.mean=micro_batch", "objective.reca.micro_batch=1"]
+    asked = recipe_of(*keys, "train.micro_batch=auto")
+
+    def choose():
+        return fit.fit_run(asked, 1, 1, lambda function, *a: function(*a))
+
+    recipe = choose()
+    assert recipe.objective.reca.micro_batch == 4  # 12 + 8: of 16 samples in 1, 2, 3, 4 ... passes
+    assert not recipe.train.activation_checkpointing and not recipe.optim.offload
+    properties.total_memory = 80 * GIB
+    assert choose().objective.reca.micro_batch == 4  # a mean over micro-batches goes on as it began
+    asked.objective.mean = "batch"
+    assert choose().objective.reca.micro_batch == 16
+    properties.total_memory = 8 * GIB
+    with pytest.raises(fit.DoesNotFit, match=r"train.micro_batch: 1 card of .*train.fit=auto, which may choose"):
+        choose()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="train.micro_batch=auto asks the GPU"):
+        choose()
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,21 @@ from reca import memory, objective, units
 from reca.micro_batches import accumulation_steps
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
-from reca.parallelize import checkpoint_activations, shard
+from reca.parallelize import shard
 from reca.precision import autocast
 from reca.recipe_files import load_recipe, recipe_names
+from reca.recompute import checkpoint_activations
 
 FEW = ["objective.reca.batch_size=16", "objective.i2t.batch_size=16"]
 SMALL = [*FEW, "objective.reca.micro_batch=8", "objective.i2t.micro_batch=8"]
 RECOMPUTED = ["train.activation_checkpointing=true", "train.precision=bf16"]
+SELECTIVE = ["train.activation_checkpointing=selective", "train.precision=bf16"]
 CASES = {
     "show_o": ("show_o_tiny", FEW),
     "harmon, several passes": ("harmon_tiny", [*SMALL, *RECOMPUTED]),
     "open_uni, several passes": ("open_uni_tiny", [*SMALL, "train.precision=bf16"]),
+    "show_o, selective": ("show_o_tiny", [*FEW, *SELECTIVE, "objective.i2t.weight=0"]),
+    "open_uni, selective": ("open_uni_tiny", [*FEW, *SELECTIVE]),
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
     "bagel, scored images": (
         "bagel_tiny", ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=8"],
@@ -49,8 +53,7 @@ CASES = {
 def model_of(recipe, device="cpu", ranks=1):
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
     freeze(adapter, recipe.train.train, recipe.train.frozen)
-    if recipe.train.activation_checkpointing:
-        checkpoint_activations(adapter, recipe.train.precision)
+    checkpoint_activations(adapter, recipe.train)
     if ranks > 1:
         shard(adapter, ranks, torch.device(device), recipe.train.precision)
     return adapter

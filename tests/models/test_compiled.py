@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from reca.compiled_blocks import compile_blocks, wanted
 from reca.config import TrainConfig
 from reca.models import UMMS
-from reca.parallelize import checkpoint_activations
+from reca.recompute import checkpoint_activations
 from tests.models.contract import TEXTS, batch, load, loss
 
 # Graphs of all blocks of a model, for every task and size: each kind of block, in parts around its attention, and once
@@ -30,7 +30,7 @@ def test_new_layouts_do_not_compile_again(umm):
     """Nor do other sizes of a micro-batch, with blocks that are run again in the backward pass."""
     model = load(umm).train()
     compile_blocks(model, "eager")
-    checkpoint_activations(model)
+    checkpoint_activations(model, TrainConfig(activation_checkpointing=True))
 
     def graphs(sizes):
         for rows in sizes:

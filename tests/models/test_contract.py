@@ -11,12 +11,13 @@ from PIL import Image
 
 import reca
 from reca.compiled_blocks import compile_blocks
+from reca.config import TrainConfig
 from reca.data.batch import TASKS, Turn
 from reca.data.cache import collate
 from reca.data.pixels import make_view
 from reca.models import UMMS
 from reca.models.base import ROLES
-from reca.parallelize import checkpoint_activations
+from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch, native
 from tests.models.contract import (
@@ -201,14 +202,14 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", UMMS)
-@pytest.mark.parametrize("around", ["recomputed", "compiled"])
+@pytest.mark.parametrize("around", ["recomputed", "selective", "compiled"])
 def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
     model = load(name)
     wanted = gradients(model)
-    if around == "recomputed":
-        checkpoint_activations(model)
-    else:
+    if around == "compiled":
         compile_blocks(model, "aot_eager")
+    else:
+        checkpoint_activations(model, TrainConfig(activation_checkpointing=around if around == "selective" else True))
     found = gradients(model)
     torch._dynamo.reset()
     assert found.keys() == wanted.keys()

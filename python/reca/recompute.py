@@ -1,0 +1,69 @@
+"""Activation checkpointing (train.activation_checkpointing): blocks that are computed again in the backward pass.
+
+Chen et al. 2016, arXiv 1604.06174. Selective: the outputs of matrix products, convolutions and attention are kept,
+which are nearly all of a block's FLOPs, and norms, activations and rotary positions are computed again (Korthikanti et
+al. 2022, arXiv 2205.05198). Both change no bit of a result.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from reca.config import TrainConfig
+from reca.models.base import Adapter
+from reca.precision import autocast
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
+ATTENTION = ("attention", "attn")  # in the names of operators, of torch and of FlashAttention's packages
+
+
+def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool = False) -> None:
+    """Run the blocks a second time in the backward pass, as the recipe asks.
+
+    compiled: the blocks are. Dynamo does not look into checkpointing, and inside of compiled code nothing can be chosen
+    by operator. There the compiler itself keeps the outputs of products and fuses the rest into what needs it.
+    """
+    selective = config.activation_checkpointing == "selective"
+    if not config.activation_checkpointing or (selective and compiled):
+        return
+    for block in adapter.blocks():
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, context_fn=_contexts(selective, config.precision)
+        )
+
+
+def _contexts(selective: bool, precision: str) -> Callable[[], tuple[Any, Any]]:
+    """Return what makes the contexts of a block's first and second run."""
+
+    def contexts() -> tuple[Any, Any]:
+        nothing = contextlib.nullcontext(), contextlib.nullcontext()
+        first, second = create_selective_checkpoint_contexts(_policy) if selective else nothing
+        if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
+            second = _Both(autocast(precision, torch.device("cpu")), second)
+        return first, second
+
+    return contexts
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name().lower().split("::")[-1].split(".")[0]
+    keep = name in PRODUCTS or any(part in op.name().lower() for part in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Both(contextlib.ExitStack):
+    """Two contexts as one."""
+
+    def __init__(self, *contexts: Any) -> None:
+        super().__init__()
+        self.contexts = contexts
+
+    def __enter__(self) -> "_Both":
+        super().__enter__()
+        for context in self.contexts:
+            self.enter_context(context)
+        return self
