@@ -72,6 +72,22 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float], remaining: fl
     return "  ".join(parts)
 
 
+EVALUATED = ("holdout/loss", "holdout/gap", "samples/contrast", "samples/variety")
+
+
+def evaluation_line(step: int, steps: int, values: Mapping[str, float], seconds: float) -> str:
+    """Write one line about an evaluation: the figures that it has, the score of a suite first."""
+    parts = [f"evaluation at step {step}/{steps}"]
+    for name in (name for name in values if name.endswith("/score")):
+        low, high = (values.get(f"{name}_{end}", float("nan")) for end in ("low", "high"))
+        change = (
+            f", {values[f'{suite}/change']:+.4g}" if f"{(suite := name.partition('/')[0])}/change" in values else ""
+        )
+        parts.append(f"{suite} {values[name]:.4g} [{low:.4g}, {high:.4g}]{change}")
+    parts += [f"{name} {values[name]:.4g}" for name in EVALUATED if name in values]
+    return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
 def duration(seconds: float) -> str:
     """Write seconds as h:mm:ss, with days before it from one day on."""
     minutes, rest = divmod(round(seconds), 60)

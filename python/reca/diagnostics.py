@@ -1,4 +1,4 @@
-"""Measurements beside the training loss: the condition gap, drift on fixed samples, images of fixed prompts."""
+"""Measurements beside the training loss: the condition gap, drift, images of fixed prompts and reconstructions."""
 
 import contextlib
 import copy
@@ -14,6 +14,9 @@ from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
 from reca.log import due
 from reca.models.base import Adapter
+from reca.models.common.inference import eval_mode
+from reca.reconstructions import picture_batch, reconstruct
+from reca.validation import HELD_OUT
 
 FIXED_SAMPLES = 8  # whose loss measures drift
 
@@ -39,6 +42,7 @@ class Diagnostics:
         self.recipe, self.adapter, self.loaders = recipe, adapter, loaders
         self.device, self.autocast = device, autocast
         self.fixed = {task: self._fixed_batch(task, sources[task]) for task in drift_tasks(recipe, adapter.tasks)}
+        self.shown = self._shown(sources.get(HELD_OUT, sources.get("reca")))
 
     def measure(self, step: int, batches: Mapping[str, list[Batch]]) -> dict[str, float]:
         """Return the measurements that are due after `step`, by the names of log.jsonl.
@@ -58,10 +62,23 @@ class Diagnostics:
 
     def images(self) -> list[Tensor]:
         """Generate an image of every prompt of `log.prompts`, with the same random numbers each time."""
-        self.adapter.eval()
         prompts = self.recipe.log.prompts
-        with self.autocast:
-            return self.adapter.generate(prompts, list(range(len(prompts))))
+        with eval_mode(self.adapter), self.autocast:
+            return self.adapter.generate(prompts, list(range(len(prompts)))) if prompts else []
+
+    def reconstructions(self) -> list[list[Tensor]]:
+        """Reconstruct `log.reconstructions` pictures, always the same ones: [picture, reconstruction] of each."""
+        if self.shown is None or self.shown.gen is None:
+            return []
+        made = reconstruct(self.adapter, self.shown, self.autocast)
+        return [list(pair) for pair in zip(self.shown.gen, made, strict=True)]
+
+    def _shown(self, source: Any) -> Batch | None:
+        """Read the pictures to reconstruct, if any are asked for and the model can."""
+        wanted = self.recipe.log.reconstructions if self.recipe.log.sample_every else 0
+        if not wanted or source is None or "reconstruct" not in self.adapter.abilities:
+            return None
+        return picture_batch(self.recipe, self.adapter, wanted, source)
 
     def _with_neighbour(self, batch: Batch) -> Batch:
         """Return the batch with a neighbour where it needs one: h_v of another sample takes two samples."""

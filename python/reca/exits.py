@@ -8,6 +8,7 @@ DATA = 4  # data or disk
 NON_FINITE = 5
 NOT_SAVED = 6  # training ended or was interrupted, and the last checkpoint could not be written
 IN_USE = 7  # another process uses the run folder
+NOT_LEARNING = 8  # stopped by an alarm (eval.stop_on_alarm), or a dry run that did not learn (--overfit)
 INTERRUPTED = 75  # EX_TEMPFAIL: saved, the same command continues
 STOPPED = 130  # Ctrl-C outside of training
 

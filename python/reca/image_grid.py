@@ -2,8 +2,18 @@
 
 import math
 
+import torch
 from PIL import Image
 from torch import Tensor
+
+
+def beside(left: Tensor, right: Tensor, gap: int = 2) -> Tensor:
+    """Put two images (uint8 [3, H, W]) beside each other on white."""
+    height = max(left.shape[1], right.shape[1])
+    sheet = torch.full((3, height, left.shape[2] + gap + right.shape[2]), 255, dtype=torch.uint8)
+    sheet[:, : left.shape[1], : left.shape[2]] = left.cpu()
+    sheet[:, : right.shape[1], -right.shape[2] :] = right.cpu()
+    return sheet
 
 
 def make_grid(images: list[Tensor], columns: int | None = None, gap: int = 2) -> Image.Image:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from reca import distributed
 from reca.config import Recipe
-from reca.console import Console, RankFile
-from reca.image_grid import make_grid
+from reca.console import Console, RankFile, evaluation_line
+from reca.image_grid import beside, make_grid
 from reca.jsonl import JsonLines, truncate_after
 from reca.recipe_files import as_dict
 from reca.trackers import Trackers
@@ -28,6 +28,7 @@ class RunLog:
     def __init__(self, recipe: Recipe, run_dir: Path, done: int, shown: bool = True):
         self.run_dir, self.prompts, self.main_process = run_dir, recipe.log.prompts, distributed.rank() == 0
         self.stack = ExitStack()
+        self.steps = recipe.train.steps
         self.console: Console | None = None
         if not self.main_process:
             self.stack.enter_context(RankFile(run_dir))
@@ -60,6 +61,14 @@ class RunLog:
             if self.console:
                 self.console.line(step, values, remaining)
 
+    def record_evaluation(self, step: int, values: Mapping[str, float], alarms: Sequence[str], seconds: float) -> None:
+        """Write what an evaluation of the model after `step` has found everywhere. alarms: those that hold."""
+        if self.main_process:
+            line = {"step": step, "evaluation": True} | {k: _finite(v) for k, v in values.items()}
+            self.lines.write(line | {"alarms": list(alarms)})
+            self.trackers.scalars(step, values)
+            self.print([evaluation_line(step, self.steps, values, seconds)])
+
     def warn(self, step: int, warning: str) -> None:
         if self.main_process:
             log.warning("step %d: %s", step, warning)
@@ -67,14 +76,22 @@ class RunLog:
 
     def sample_images(self, step: int, images: list[Tensor]) -> None:
         """Save a grid of images, one of each prompt of the recipe."""
-        if self.main_process:
-            path = self.run_dir / "samples" / f"{step:06d}.png"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                make_grid(images).save(path)
-            except OSError as error:
-                log.warning("%s cannot be written (%s)", path, error)
-            self.trackers.images(step, images, self.prompts)
+        self._save_grid(f"{step:06d}.png", images)
+        self.trackers.images(step, "samples", images, self.prompts)
+
+    def reconstructions(self, step: int, pairs: list[list[Tensor]]) -> None:
+        """Save pictures, each beside what the model makes of it."""
+        self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
+        captions = ["picture, reconstruction"] * len(pairs)
+        self.trackers.images(step, "reconstructions", [beside(left, right) for left, right in pairs], captions)
+
+    def _save_grid(self, name: str, images: list[Tensor], columns: int | None = None) -> None:
+        path = self.run_dir / "samples" / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            make_grid(images, columns).save(path)
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", path, error)
 
     def close(self) -> None:
         self.stack.close()

@@ -12,6 +12,7 @@ from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
+from reca.eval.training import TrainingSuite
 from reca.held import held
 from reca.host_memory import total as host_memory
 from reca.lora import choose_trained
@@ -51,6 +52,8 @@ def check(
         float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:
         runs.check_parent(recipe, model)
+    if recipe.eval.every and recipe.eval.suite is not None:
+        TrainingSuite(recipe, Path(recipe.run_dir))
     sources = open_run_sources(recipe, tasks)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:

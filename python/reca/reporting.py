@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from reca import determinism, distributed, micro_batches, monitors, speed
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader
+from reca.diagnostics import Diagnostics
+from reca.evaluations import Evaluation
 from reca.header import header
 from reca.log import RunLog, due
 from reca.models.base import Adapter
@@ -90,5 +91,19 @@ class RunReport:
             metrics |= {f"{task}/loader_images_per_s": loader.images_per_s() for task, loader in self.loaders.items()}
             self.record.record(step, metrics, self.speed.remaining(step))
 
-    def sample_images(self, step: int, images: list[Tensor]) -> None:
-        self.record.sample_images(step, images)
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Report an evaluation of the model after `step`, and warn of what has collapsed."""
+        self.record.record_evaluation(step, found.values, found.active, found.seconds)
+        for text in found.new:
+            self.record.warn(step, f"alarm: {text}")
+
+    def sample(self, step: int, diagnostics: Diagnostics) -> None:
+        """Draw the images that are due after `step`, on every rank, and save them."""
+        if not due(step, self.recipe.log.sample_every):
+            return
+        images, pairs = diagnostics.images(), diagnostics.reconstructions()
+        if distributed.rank() == 0:
+            if images:
+                self.record.sample_images(step, images)
+            if pairs:
+                self.record.reconstructions(step, pairs)

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Status:
     checkpoint    latest complete checkpoint, relative to the run folder; null if there is none
     exit_code     that of the process; null while it runs
     reason        of a failure, in words
+    alarm         what the last evaluation warns of (eval.every); null if it warns of nothing
     """
 
     state: str = "running"
@@ -48,6 +50,7 @@ class Status:
     checkpoint: str | None = None
     exit_code: int | None = None
     reason: str | None = None
+    alarm: str | None = None
     host: str = ""
     pid: int = 0
     ranks: int = 1
@@ -76,6 +79,7 @@ class Status:
         path = run_dir / FILE
         try:
             found = json.loads(path.read_text())
+            found.setdefault("alarm", None)  # versions before wrote none
             return cls(**{f.name: found[f.name] for f in fields(cls)})
         except FileNotFoundError as error:
             raise ValueError(f"{run_dir} is no folder of a run: it has no {FILE}") from error
@@ -132,6 +136,11 @@ class RunFolder:
         """Record the latest complete checkpoint in the status; None if there is none."""
         self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))
         self.status.step = 0 if checkpoint is None else int(checkpoint.name)
+        self.write_status("running")
+
+    def record_alarms(self, alarms: Sequence[str]) -> None:
+        """Record in the status what the last evaluation warns of."""
+        self.status.alarm = "; ".join(alarms) or None
         self.write_status("running")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:

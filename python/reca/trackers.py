@@ -23,7 +23,7 @@ class Tracker(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None: ...
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -42,9 +42,9 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
-        for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            self.writer.add_image(f"samples/{i} {prompt[:LONGEST_TAG]}", image.cpu(), step)
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            self.writer.add_image(f"{group}/{i} {caption[:LONGEST_TAG]}", image.cpu(), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -78,11 +78,10 @@ class WandB:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
-        shown = [
-            self.wandb.Image(make_grid([image]), caption=prompt) for image, prompt in zip(images, prompts, strict=True)
-        ]
-        self.run.log({"step": step, "samples": shown})
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        pairs = zip(images, captions, strict=True)
+        shown = [self.wandb.Image(make_grid([image]), caption=caption) for image, caption in pairs]
+        self.run.log({"step": step, group: shown})
 
     def close(self) -> None:
         self.run.finish()
@@ -101,8 +100,8 @@ class Trackers:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._each("scalars", step, values)
 
-    def images(self, step: int, images: Sequence[Tensor], prompts: Sequence[str]) -> None:
-        self._each("images", step, images, prompts)
+    def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
+        self._each("images", step, group, images, captions)
 
     def close(self) -> None:
         self._each("close")

@@ -29,6 +29,7 @@ from reca.data.loader import Loader, open_loader
 from reca.determinism import deterministic
 from reca.diagnostics import Diagnostics, drift_tasks
 from reca.ema import EMA
+from reca.evaluations import Evaluations
 from reca.folders import ensure_writable
 from reca.interruption import Interruption
 from reca.log import RunLog, due
@@ -54,6 +55,12 @@ class NotSavedError(RuntimeError):
     """A run ended, and its last checkpoint could not be written."""
 
     exit_code = exits.NOT_SAVED
+
+
+class CollapseError(RuntimeError):
+    """An alarm has ended the run (eval.stop_on_alarm)."""
+
+    exit_code = exits.NOT_LEARNING
 
 
 class Trainer:
@@ -141,6 +148,9 @@ class Trainer:
             self.ema.updates = state["ema"]["updates"]
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
+        self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
+        self.evaluations.resume(self.run_dir, self.step)
+        self.alarms: list[str] = []  # that end the run
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
 
@@ -211,6 +221,8 @@ class Trainer:
             for loader in self.loaders.values():
                 loaders.callback(loader.close)
             report.begin(self.step)
+            if not self.evaluations.begun:
+                self._evaluate(report, watch)
             first = self.step
             while self.step < recipe.train.steps:
                 watch.enter(self.step + 1, "loading of batches")
@@ -230,18 +242,31 @@ class Trainer:
                 watch.enter(self.step, "measuring and sampling")
                 metrics |= self.diagnostics.measure(self.step, batches)
                 report.step(self.step, metrics, seconds, data_wait)
-                if recipe.log.prompts and due(self.step, recipe.log.sample_every):
-                    report.sample_images(self.step, self.diagnostics.images())
+                report.sample(self.step, self.diagnostics)
+                self._evaluate(report, watch)
                 profiler.step()
                 watch.enter(self.step, "saving")
                 self._save_or_stop()
 
+    def _evaluate(self, report: RunReport, watch: hang.HangWatch) -> None:
+        """Evaluate the model if it is due."""
+        if not self.evaluations.due(self.step):
+            return
+        watch.enter(self.step, "evaluating")
+        found = self.evaluations.run(self.step)
+        report.evaluation(self.step, found)
+        self.folder.record_alarms(found.active)
+        self.alarms = found.active if self.recipe.eval.stop_on_alarm else []
+
     def _save_or_stop(self) -> None:
-        """Write a checkpoint if one is due. Raises SystemExit(75) after saving where a signal asks for the end."""
+        """Write a checkpoint if one is due.
+
+        Raises SystemExit(75) after saving where a signal asks for the end, and CollapseError where an alarm does.
+        """
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
         stop = distributed.any_rank(self.interruption.requested, self.device)
-        if stop or last:
+        if stop or last or self.alarms:
             self._save_last()
         elif due(self.step, self.recipe.checkpoint.every):
             self.save(self.recipe.checkpoint.async_save)
@@ -249,6 +274,11 @@ class Trainer:
             if distributed.rank() == 0:
                 log.warning("interrupted at step %d; the same command continues the run", self.step)
             raise SystemExit(exits.INTERRUPTED)
+        if self.alarms and not last:
+            raise CollapseError(
+                f"stopped at step {self.step} by an alarm: {'; '.join(self.alarms)}. The step is saved; "
+                "eval.stop_on_alarm=false goes on from there"
+            )
 
     def _report(self) -> RunReport:
         record = RunLog(self.recipe, self.run_dir, self.step, shown=self.progress is None)

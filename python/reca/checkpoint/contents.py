@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from reca import distributed
@@ -46,6 +47,9 @@ def snapshot(
 
     ema: averages of the trained parameters.
     """
+    for module in adapter.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what is in no block stays gathered after a pass that no backward pass follows
     moments = get_optimizer_state_dict(adapter, optimizer, options=FLAT)
     whole = {"weights": changed_parameters(adapter), "optimizer": tensors(moments), EMA: ema or {}}
     whole = {name: part for name, part in whole.items() if part}

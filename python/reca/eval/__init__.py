@@ -22,7 +22,8 @@ results.json:
 
     format            1
     suite, protocol   such as "wise" and "WISE_Verified"; results of different suites are never compared
-    model             {"source", "umm", "trained", "step", "dtype", "weights_sha256"}; null where unknown
+    model             {"source", "umm", "trained", "step", "dtype", "weights_sha256"}; null where unknown, the last
+                      of a model in training, too
     sampling          all options of the model's sampler, defaults too, and "seed"; null where nothing is known
     images            folder that the paths of images below begin at; null without images
     images_per_item   of most items

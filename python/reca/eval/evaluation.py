@@ -91,7 +91,7 @@ def evaluate(
     for side in sides:
         if side.recipe is not None:
             ensure_writable(side.folder, "--out")
-    _check(settings, sides, images, records)
+    check(settings, sides, images, records)
     if "generate" in settings.steps:
         wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]
         device = _generate_on_all_ranks(settings, wanted, device)
@@ -99,16 +99,16 @@ def evaluate(
         return None
     places = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = [
-        _judge_and_score(settings, side, images if side is mine else None, records if side is mine else None, places)
+        judge_and_score(settings, side, images if side is mine else None, records if side is mine else None, places)
         for side in sides
     ]
     if found[0] is None:
         return None
     if len(sides) == 2 and found[1] is not None:
         if sides[1].recipe is not None:
-            _save(settings, sides[1].folder, found[1])
+            save(settings, sides[1].folder, found[1])
         found[0] = report.compare(found[0], found[1], sides[1].folder)
-    _save(settings, mine.folder, found[0])
+    save(settings, mine.folder, found[0])
     return found[0]
 
 
@@ -129,14 +129,14 @@ def _generate_on_all_ranks(
     return place
 
 
-def _save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
+def save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
     if "score" in settings.steps:
         write(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False))
     if "report" in settings.steps:
         write(folder / "report.txt", report.text(found) + "\n")
 
 
-def _check(settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None) -> None:
+def check(settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None) -> None:
     """Find what is wrong before anything is loaded."""
     suite = settings.suite
     if images is not None and not images.is_dir():
@@ -158,7 +158,7 @@ def _check(settings: Settings, sides: Sequence[Target], images: Path | None, rec
     settings.items(images)
 
 
-def _sampling(settings: Settings, side: Target) -> dict[str, Any]:
+def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
     """Return all sampling options that hold: the model's defaults, the suite's, and the user's."""
     assert side.recipe is not None
     suite, adapter = settings.suite, umm_package(side.recipe.umm).Adapter
@@ -171,7 +171,7 @@ def _sampling(settings: Settings, side: Target) -> dict[str, Any]:
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
     """Make the images, or answers, that a side lacks. Its model is loaded only if there are any."""
     suite, items, folder = settings.suite, settings.items(), side.folder
-    sampling, before = _sampling(settings, side), read_generation(folder)
+    sampling, before = sampling_of(settings, side), read_generation(folder)
     made: dict[str, Any] = {
         "suite": suite.name, "protocol": suite.protocol, "sampling": json.loads(json.dumps(sampling)),
         "seed": settings.seed, "fingerprint": side.fingerprint(),
@@ -200,7 +200,7 @@ def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
     return all((folder / "images" / path).is_file() for path in paths)
 
 
-def _judge_and_score(
+def judge_and_score(
     settings: Settings, side: Target, images: Path | None, given: Path | None, device: Any
 ) -> dict[str, Any] | None:
     """Judge and score one side; None if neither is asked for and nothing is there."""

@@ -4,6 +4,7 @@ The seed of an image is a hash of (suite, item, k), so neither ranks nor batches
 models draw from equal noise. Files appear as a whole; a run that was stopped goes on with those that are missing.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -61,15 +62,21 @@ def generate_images(
     images_per_item: int,
     sampling: Mapping[str, Any],
     seed: int = 0,
+    alike: bool = False,
 ) -> int:
     """Generate, or edit, what is missing in a folder. Under torchrun every rank makes its share.
 
+    alike: ranks share the model's weights, too, so all call it equally often, for images that are thrown away if need
+    be, and fail together.
     Returns the number of images that this rank made. Raises EvaluationError when the disk does not take them.
     """
     everything = [(item, k) for item in items for k in range(images_per_item)]
     mine = everything[distributed.rank() :: distributed.world_size()]
     todo = [(item, k) for item, k in mine if not (images / suite.path(item, k)).is_file()]
-    made, size = 0, 0
+    wanted, made, size = len(todo), 0, 0
+    if alike:
+        todo += everything[:1] * (max(distributed.all_gather(wanted)) - wanted)
+    together = distributed.fail_together if alike else contextlib.nullcontext
     for chunk in _chunks(todo, f"{suite.name}: images"):
         seeds = [image_seed(suite.name, item.id, k, seed) for item, k in chunk]
         prompts = [item.prompt for item, _ in chunk]
@@ -77,12 +84,13 @@ def generate_images(
             pictures = model.edit([_source(item) for item, _ in chunk], prompts, seeds, **sampling)
         else:
             pictures = model.generate(prompts, seeds, **sampling)
-        for (item, k), picture in zip(chunk, pictures, strict=True):
-            _write_companions(suite, item, images)
-            data = png(picture)
-            write(images / suite.path(item, k), data, sync=False)
-            made, size = made + 1, size + len(data)
-        check_room(images, (len(todo) - made) * size // made)
+        with together():
+            for (item, k), picture in list(zip(chunk, pictures, strict=True))[: wanted - made]:
+                _write_companions(suite, item, images)
+                data = png(picture)
+                write(images / suite.path(item, k), data, sync=False)
+                made, size = made + 1, size + len(data)
+            check_room(images, (wanted - made) * size // max(made, 1))
     return made
 
 

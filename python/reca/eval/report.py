@@ -233,4 +233,5 @@ def _model(model: Mapping[str, Any] | None) -> str:
     if model is None:
         return "unknown: the images came from elsewhere"
     step = f", step {model['step']}" if model.get("step") is not None else ""
-    return f"{model['source']} ({model['umm']}{step}, weights {model['weights_sha256'][:12]})"
+    weights = f", weights {model['weights_sha256'][:12]}" if model["weights_sha256"] else ""
+    return f"{model['source']} ({model['umm']}{step}{weights})"

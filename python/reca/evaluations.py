@@ -1,0 +1,107 @@
+"""Evaluation while a run goes on (eval.every): held-out pictures, prompts of a suite, and alarms of a collapse."""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from reca import distributed, jsonl
+from reca.alarms import GAP, LOSS, Alarms, spread
+from reca.config import Recipe
+from reca.data.sample import Source
+from reca.eval import training
+from reca.log import due
+from reca.models.base import Adapter
+from reca.models.common.inference import eval_mode
+from reca.validation import HELD_OUT, HeldOut
+
+
+class Evaluation(NamedTuple):
+    """One evaluation, the same on all ranks.
+
+    values   by the names of log.jsonl
+    new      alarms that begin with it
+    active   alarms that hold after it
+    seconds  that it took
+    """
+
+    values: dict[str, float]
+    new: list[str]
+    active: list[str]
+    seconds: float
+
+
+class Evaluations:
+    """The evaluations of a run. Every rank makes and asks it alike; it changes neither weights nor random numbers.
+
+    sources: of the run, with the held-out pictures.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        adapter: Adapter,
+        sources: Mapping[str, Source],
+        device: torch.device,
+        autocast: contextlib.AbstractContextManager,
+    ):
+        self.recipe, self.adapter, self.device, self.autocast = recipe, adapter, device, autocast
+        self.every, run_dir = recipe.eval.every, Path(recipe.run_dir)
+        self.held_out: HeldOut | None = None
+        self.suite: training.TrainingSuite | None = None
+        self.alarms = Alarms(recipe.eval)
+        self.begun = False
+        if not self.every:
+            return
+        if HELD_OUT in sources:
+            self.held_out = HeldOut(recipe, adapter, sources[HELD_OUT], device, autocast)
+        if recipe.eval.suite is not None:
+            self.suite = training.TrainingSuite(recipe, run_dir)
+
+    def resume(self, run_dir: Path, step: int) -> None:
+        """Take up the evaluations up to `step` that log.jsonl holds, which later ones are compared with."""
+        lines = [line for line in jsonl.read(run_dir / "log.jsonl") if line.get("evaluation")] if self.every else []
+        for line in distributed.all_gather(lines)[0]:
+            if line["step"] <= step:
+                self.begun = True
+                self.alarms.check(line["step"], {k: v for k, v in line.items() if isinstance(v, int | float)})
+
+    def due(self, step: int) -> bool:
+        """Tell whether the model is evaluated after `step`: the first time, every so many, and at the end."""
+        return self.every > 0 and (not self.begun or due(step, self.every) or step == self.recipe.train.steps)
+
+    def run(self, step: int) -> Evaluation:
+        """Evaluate the model as it is after `step`."""
+        started = time.perf_counter()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), eval_mode(self.adapter):
+            values = self._values(step)
+        values = distributed.all_gather(values)[0]
+        self.begun = True
+        new = self.alarms.check(step, values)
+        return Evaluation(values, new, list(self.alarms.active.values()), time.perf_counter() - started)
+
+    def _values(self, step: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        pictures: list[Tensor] = []
+        if self.held_out is not None:
+            found = self.held_out.measure()
+            values |= {LOSS: found.loss, GAP: found.gap}
+        if self.suite is not None:
+            with self.autocast:
+                scored = self.suite.run(self.adapter, step, self.device)
+            if scored is not None:
+                values |= training.values(scored.results)
+                pictures = scored.pictures
+        elif self.recipe.log.prompts:
+            pictures = self._drawn()
+        return values | spread(pictures)
+
+    def _drawn(self) -> list[Tensor]:
+        prompts = self.recipe.log.prompts
+        with self.autocast:
+            return self.adapter.generate(prompts, list(range(len(prompts))))

@@ -1,0 +1,237 @@
+"""Evaluation while a run goes on: what is written, that it changes nothing of the training, and alarms."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from reca import exits
+from reca.alarms import Alarms, spread
+from reca.eval.config import EvalConfig
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
+from reca.status import Status
+from reca.trainer import CollapseError, Trainer
+from tests.driver.toy import ToyAdapter, run_toy, weights, write_images
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = "log.prompts=[a red square, a blue circle]"
+
+
+class Reconstructing(ToyAdapter):
+    """A toy that reconstructs, too: every picture as it is, but for a pixel."""
+
+    abilities = frozenset({"generate", "reconstruct"})
+
+    def reconstruct(self, batch, seeds, **sampling):
+        return [image * 0 + 7 for image in batch.gen]
+
+
+def lines(run_dir: Path, key: str = "evaluation") -> list[dict]:
+    return [row for line in (run_dir / "log.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+
+
+def test_it_comes_before_the_first_step_every_so_many_and_after_the_last(recipe, capsys):
+    keys = ["eval.every=4", "eval.holdout=4", PROMPTS, "log.tensorboard=true"]
+    trainer = run_toy(recipe(*keys))
+    found = lines(trainer.run_dir)
+    assert [line["step"] for line in found] == [0, 4, 6]
+    for line in found:
+        assert {"holdout/loss", "holdout/gap", "samples/contrast", "samples/variety", "alarms"} <= line.keys()
+    assert found[0]["samples/contrast"] == 0 and found[0]["samples/variety"] == pytest.approx(0.5)  # seeds 0 and 1
+    assert found[0]["holdout/loss"] > found[2]["holdout/loss"]
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation")]
+    assert len(shown) == 3 and "step 4/6  holdout/loss" in shown[1] and shown[1].endswith(" s")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(trainer.run_dir / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("holdout/loss")] == [0, 4, 6]
+
+
+def test_a_run_that_goes_on_keeps_what_it_compares_with(recipe):
+    keys = ["eval.every=2", "eval.holdout=4"]
+    whole = run_toy(recipe(*keys, "train.steps=4"))
+    first = lines(whole.run_dir)
+    again = run_toy(recipe(*keys))
+    assert [line["step"] for line in lines(again.run_dir)] == [0, 2, 4, 6]
+    assert lines(again.run_dir)[:3] == first
+    assert again.evaluations.alarms.first["holdout/loss"] == first[0]["holdout/loss"]
+
+
+def test_one_that_is_asked_for_later_begins_where_it_is(recipe):
+    run_toy(recipe("train.steps=2"))
+    trainer = run_toy(recipe("eval.every=4", PROMPTS))
+    assert [line["step"] for line in lines(trainer.run_dir)] == [2, 4, 6]
+
+
+def test_it_changes_no_bit_of_the_training(tmp_path):
+    """Neither the suite of the world, nor held-out pictures of elsewhere, nor reconstructions; dropout is on."""
+    keys = ["train.steps=2", "log.tensorboard=false", "data.workers=0", "train.threads=1", "log.every=1"]
+    keys += ["objective.reca.batch_size=4", "objective.i2t.batch_size=2", "lora.rank=2", "lora.dropout=0.2"]
+    more = ["eval.every=1", "eval.holdout=3", "eval.holdout_from=reca.toy_world:unlabeled?seed=5", "eval.suite=world"]
+    more += ["eval.prompts=3", "log.sample_every=1", "log.reconstructions=2", PROMPTS, "eval.sampling=[steps=2]"]
+    made = []
+    for name, others in (("plain", []), ("evaluated", more)):
+        trainer = Trainer(load_recipe("show_o_tiny", [*keys, *others, f"run_dir={tmp_path}/{name}"]))
+        trainer.run()
+        made.append(weights(trainer.adapter))
+    assert all(torch.equal(value, made[1][key]) for key, value in made[0].items())
+    losses = [[line["loss"] for line in lines(tmp_path / name, "loss")] for name in ("plain", "evaluated")]
+    assert losses[0] == losses[1]
+    found = lines(tmp_path / "evaluated")
+    assert [line["step"] for line in found] == [0, 1, 2]
+    assert {"world/score", "world/score_low", "world/change", "samples/contrast"} <= found[1].keys()
+    for step in ("000000", "000002"):
+        folder = tmp_path / "evaluated/eval/training/world" / step
+        results = json.loads((folder / "results.json").read_text())
+        assert results["counts"]["images"] == 3 and results["model"]["step"] == int(step)
+        assert results["sampling"]["steps"] == 2 and len(list(folder.rglob("*.png"))) == 3
+    assert "training/world/000000" in results["against"]["folder"]
+    grid = Image.open(tmp_path / "evaluated/samples/000002_reconstructions.png")
+    assert grid.size == (2 * 20 + 2, 2 * 20 + 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["eval.suite=geneval"], "eval.suite=geneval: geneval needs a judge"),
+        (["eval.suite=nothing"], "eval.suite=nothing: there is no suite 'nothing'"),
+        (["eval.suite=mme", "eval.suite_data=."], "eval.suite=mme: mme does not draw prompts"),
+        (["eval.suite=world", "eval.sampling=[stepps=3]"], "did you mean steps"),
+    ],
+)
+def test_a_suite_that_cannot_be_used_is_refused_before_the_run(recipe, keys, said):
+    with pytest.raises(RecipeError, match=said):
+        Trainer(recipe("eval.every=2", *keys), ToyAdapter())
+
+
+def test_a_suite_needs_steps_between(recipe):
+    with pytest.raises(RecipeError, match=r"eval.suite=world needs eval.every"):
+        recipe("eval.suite=world")
+
+
+def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("the judge is out of memory")
+
+    monkeypatch.setattr("reca.eval.training.judge_and_score", fail)
+    trainer = run_toy(recipe("eval.every=3", "eval.suite=world", "eval.prompts=2", "eval.holdout=4"))
+    assert caplog.text.count("no score of world (the judge is out of memory); training goes on") == 3
+    assert all("world/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
+
+
+# reconstructions
+
+
+def test_reconstructions_stand_beside_their_pictures(recipe):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    r = recipe("log.sample_every=3", "log.tensorboard=true", "eval.holdout=5", "log.reconstructions=3")
+    trainer = Trainer(r, Reconstructing())
+    trainer.run()
+    grids = sorted((trainer.run_dir / "samples").iterdir())
+    assert [path.name for path in grids] == ["000003_reconstructions.png", "000006_reconstructions.png"]
+    grid = Image.open(grids[1])
+    assert grid.size == (2 * 4 + 2, 3 * 4 + 4) and grid.getpixel((7, 0)) == (7, 7, 7)
+    events = accumulator.EventAccumulator(str(trainer.run_dir / "tensorboard"), {"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == [f"reconstructions/{i} picture, reconstruction" for i in range(3)]
+
+
+# alarms
+
+
+def check(*values: dict, **keys) -> list[list[str]]:
+    alarms = Alarms(EvalConfig(**keys))
+    return [alarms.check(step, one) for step, one in enumerate(values)]
+
+
+def test_a_held_out_loss_above_that_of_the_base():
+    found = check(*({"holdout/loss": x, "holdout/gap": 1.0} for x in (2.0, 1.5, 2.1, 2.3, 2.4, 2.0, 2.3)))
+    assert [len(new) for new in found] == [0, 0, 0, 1, 0, 0, 1]  # said once until it clears
+    assert "2.3, 1.15 times that of step 0 (2" in found[3][0] and "optim.lr" in found[3][0]
+
+
+def test_h_v_that_does_not_help_any_more():
+    falling = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.1, 0.4, 0.11, 0.09)]
+    assert [len(new) for new in check(*falling)] == [0, 0, 0, 1]
+    assert "draws an average picture" in check(*falling)[3][0]
+    never = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.001, 0.004, -0.01)]
+    assert check(*never) == [[], [], []]  # a model that has not learned it yet
+
+
+def test_pictures_that_turn_flat_or_all_alike():
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator) for _ in range(4)]
+    flat = [torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 80, 160, 240)]
+    found = [spread(pictures) for pictures in (noise, [noise[0]] * 4, flat, [flat[1]] * 4)]
+    assert [one["samples/contrast"] > 70 for one in found] == [True, True, False, False]
+    assert [one["samples/variety"] > 15 for one in found] == [True, False, True, False]
+    assert "turn flat" in check(found[0], found[2])[1][0]
+    assert "one and the same" in check(found[0], found[1])[1][0]
+    assert check(found[3], found[0]) == [[], []] and spread([]) == {}
+    assert spread([noise[0][:, :20], noise[1]]).keys() == found[0].keys()  # of different sizes
+
+
+class Forgetting(ToyAdapter):
+    """Forgets what it has learned after its second update."""
+
+    def loss(self, prepared, features, rng):
+        term = super().loss(prepared, features, rng)
+        late = not self.training and len(self.seen) > 40
+        return term._replace(sum=term.sum * 3) if late else term
+
+
+def test_an_alarm_is_said_and_stands_in_the_status(recipe, caplog):
+    trainer = Trainer(recipe("eval.every=2", "eval.holdout=4"), Forgetting())
+    trainer.run()
+    status = Status.read(trainer.run_dir)
+    assert status.state == "finished" and "held-out reconstruction loss" in status.alarm
+    assert caplog.text.count("alarm: the held-out reconstruction loss is") == 1
+    assert [bool(line["alarms"]) for line in lines(trainer.run_dir)] == [False, False, True, True]
+    assert len(lines(trainer.run_dir, "warning")) == 1
+
+
+def test_an_alarm_can_end_the_run(recipe):
+    r = recipe("eval.every=2", "eval.holdout=4", "eval.stop_on_alarm=true")
+    with pytest.raises(CollapseError, match=r"stopped at step 4 by an alarm: the held-out .* eval.stop_on_alarm=false"):
+        Trainer(r, Forgetting()).run()
+    status = Status.read(Path(r.run_dir))
+    assert (status.state, status.exit_code, status.step) == ("failed", exits.NOT_LEARNING, 4)
+    r.eval.stop_on_alarm = False
+    assert run_toy(r).step == 6
+
+
+def test_a_status_of_a_version_before(recipe):
+    trainer = run_toy(recipe())
+    path = trainer.run_dir / "status.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "alarm"}))
+    assert Status.read(trainer.run_dir).alarm is None
+
+
+# ranks
+
+
+def test_ranks_share_the_work_and_none_waits(tmp_path):
+    """Two ranks share Show-o's weights, and draw three prompts and reconstruct as one does."""
+    other = write_images(tmp_path / "other", 5)
+    keys = ["train.steps=2", "log.tensorboard=false", "data.workers=0", "log.every=1", "parallel.strategy=fsdp"]
+    keys += ["objective.reca.batch_size=4", "objective.i2t.batch_size=2", "objective.reca.micro_batch=2"]
+    keys += ["eval.every=2", "eval.holdout=5", f"eval.holdout_from={other}", "eval.suite=world", "eval.prompts=3"]
+    keys += ["log.sample_every=2", "log.reconstructions=2", "eval.sampling=[steps=2]"]
+    jobs = [["one", 1, "show_o_tiny", keys], ["two", 2, "show_o_tiny", keys]]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    command = [sys.executable, str(ROOT / "tests/driver/launch_ranks.py"), str(tmp_path), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (lines(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in two] == [0, 2]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4) for key in ("holdout/loss", "world/score"))
+    assert (tmp_path / "two/samples/000002_reconstructions.png").is_file()
