@@ -76,14 +76,16 @@ class RunLog:
 
     def sample_images(self, step: int, images: list[Tensor]) -> None:
         """Save a grid of images, one of each prompt of the recipe."""
-        self._save_grid(f"{step:06d}.png", images)
-        self.trackers.images(step, "samples", images, self.prompts)
+        if self.main_process:
+            self._save_grid(f"{step:06d}.png", images)
+            self.trackers.images(step, "samples", images, self.prompts)
 
     def reconstructions(self, step: int, pairs: list[list[Tensor]]) -> None:
         """Save pictures, each beside what the model makes of it."""
-        self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
-        captions = ["picture, reconstruction"] * len(pairs)
-        self.trackers.images(step, "reconstructions", [beside(left, right) for left, right in pairs], captions)
+        if self.main_process:
+            self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
+            captions = ["picture, reconstruction"] * len(pairs)
+            self.trackers.images(step, "reconstructions", [beside(left, right) for left, right in pairs], captions)
 
     def _save_grid(self, name: str, images: list[Tensor], columns: int | None = None) -> None:
         path = self.run_dir / "samples" / name

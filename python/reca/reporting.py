@@ -102,8 +102,7 @@ class RunReport:
         if not due(step, self.recipe.log.sample_every):
             return
         images, pairs = diagnostics.images(), diagnostics.reconstructions()
-        if distributed.rank() == 0:
-            if images:
-                self.record.sample_images(step, images)
-            if pairs:
-                self.record.reconstructions(step, pairs)
+        if images:
+            self.record.sample_images(step, images)
+        if pairs:
+            self.record.reconstructions(step, pairs)

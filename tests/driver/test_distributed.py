@@ -39,6 +39,11 @@ DOUBLE = [*UNEVEN, "train.precision=fp64"]
 HALF = {"bagel": [*UNEVEN, "train.precision=bf16", "model.dtype=mixed"], "show_o": [*UNEVEN, "train.precision=bf16"]}
 SMOOTH = ["optim.eps=1", "optim.lr=1"]
 ODD = [*SMOOTH, "objective.reca.batch_size=7", "ema.half_life=2", "train.precision=fp64"]
+EVALUATED = (
+    "train.steps=2 data.workers=0 log.tensorboard=false objective.reca.batch_size=4 objective.reca.micro_batch=2 "
+    "objective.i2t.batch_size=2 eval.every=2 eval.holdout=5 eval.suite=world eval.prompts=3 eval.sampling=[steps=2] "
+    "log.sample_every=2 log.reconstructions=2"
+).split()
 OTHER = [*SMOOTH, "objective.reca.batch_size=3", "objective.condition=other"]
 
 
@@ -76,10 +81,12 @@ def jobs(toy: Path, folder: Path) -> list[list]:
         ["released_1", 1, "show_o_tiny", released("show_o_512")],
         ["single_1", 1, "show_o_tiny", UNEVEN],
         *[[f"{umm}_half_1", 1, f"{umm}_tiny", keys] for umm, keys in HALF.items()],
+        ["evaluated_1", 1, "show_o_tiny", EVALUATED],
         *by_ranks[1],
         ["grown", 1, toy, [*ODD, "train.steps=2"]],
         ["toy_2", 2, toy, [*ODD, "parallel.strategy=fsdp"]],
         *[[f"{umm}_half_2", 2, f"{umm}_tiny", [*keys, "parallel.strategy=fsdp"]] for umm, keys in HALF.items()],
+        ["evaluated_2", 2, "show_o_tiny", [*EVALUATED, "parallel.strategy=fsdp"]],
         ["chained_2", 2, toy, [*chained, "parallel.strategy=fsdp"]],
         ["unclipped_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "optim.max_grad_norm=null"]],
         ["halves_2", 2, toy, [*ODD, "parallel.strategy=fsdp", "train.steps=3"]],
@@ -192,6 +199,17 @@ def test_runs_go_on_with_another_number_of_ranks(runs):
 
 def test_runs_go_on_bit_for_bit_with_as_many_ranks(runs):
     same(final(runs / "toy_2"), final(runs / "halves_2"), atol=0)
+
+
+def test_ranks_that_share_the_weights_evaluate_together(runs):
+    """Three prompts and five held-out pictures on two ranks: both make as many passes, to the figures of one."""
+    one, two = ([line for line in log(runs / f"evaluated_{n}") if "evaluation" in line] for n in (1, 2))
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 2]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys() >= {"holdout/loss", "holdout/gap", "world/score", "samples/contrast"}
+        assert b["holdout/loss"] == pytest.approx(a["holdout/loss"], rel=1e-4)
+    assert (runs / "evaluated_2/samples/000002_reconstructions.png").is_file()
+    assert len(list((runs / "evaluated_2/eval/training/world/000002").rglob("*.png"))) == 3
 
 
 def averages(run_dir: Path) -> dict[str, torch.Tensor]:

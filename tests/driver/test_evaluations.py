@@ -1,9 +1,6 @@
 """Evaluation while a run goes on: what is written, that it changes nothing of the training, and alarms."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,8 @@ from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import CollapseError, Trainer
-from tests.driver.toy import ToyAdapter, run_toy, weights, write_images
+from tests.driver.toy import ToyAdapter, run_toy, weights
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = "log.prompts=[a red square, a blue circle]"
 
 
@@ -211,27 +207,3 @@ def test_a_status_of_a_version_before(recipe):
     path = trainer.run_dir / "status.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "alarm"}))
     assert Status.read(trainer.run_dir).alarm is None
-
-
-# ranks
-
-
-def test_ranks_share_the_work_and_none_waits(tmp_path):
-    """Two ranks share Show-o's weights, and draw three prompts and reconstruct as one does."""
-    other = write_images(tmp_path / "other", 5)
-    keys = ["train.steps=2", "log.tensorboard=false", "data.workers=0", "log.every=1", "parallel.strategy=fsdp"]
-    keys += ["objective.reca.batch_size=4", "objective.i2t.batch_size=2", "objective.reca.micro_batch=2"]
-    keys += ["eval.every=2", "eval.holdout=5", f"eval.holdout_from={other}", "eval.suite=world", "eval.prompts=3"]
-    keys += ["log.sample_every=2", "log.reconstructions=2", "eval.sampling=[steps=2]"]
-    jobs = [["one", 1, "show_o_tiny", keys], ["two", 2, "show_o_tiny", keys]]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    command = [sys.executable, str(ROOT / "tests/driver/launch_ranks.py"), str(tmp_path), json.dumps(jobs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    one, two = (lines(tmp_path / name) for name in ("one", "two"))
-    assert [line["step"] for line in two] == [0, 2]
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        assert all(b[key] == pytest.approx(a[key], rel=1e-4) for key in ("holdout/loss", "world/score"))
-    assert (tmp_path / "two/samples/000002_reconstructions.png").is_file()
