@@ -199,6 +199,13 @@ def _parser() -> argparse.ArgumentParser:
         "--scale", type=float, default=1.0, help="fraction of steps and prompts; below 1 only to see that it runs"
     )
 
+    from reca.studies import commands as study_commands
+
+    study = command(
+        "study", study_commands.run, "Run a study of the paper: its arms side by side, against what the paper found."
+    )
+    study_commands.add(study, _path)
+
     get = commands.add_parser("get", help="Get published weights or datasets from the Hugging Face hub.")
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")

@@ -1,10 +1,12 @@
 """Pages that need no other file."""
 
 import base64
+import io
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from PIL import Image
 
 
 def render(template: Path, **values: Any) -> str:
@@ -22,3 +24,10 @@ def render(template: Path, **values: Any) -> str:
 def data_url(data: bytes, kind: str) -> str:
     """Write the bytes of an image file as the address of an image. kind: png, jpeg and so on."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -73,11 +73,11 @@ def _interval(value: float, deviations: np.ndarray, freedom: float) -> Interval:
     """Take percentiles of the deviations, scaled for the degrees of freedom; without any, nothing is known."""
     if freedom <= 0:
         return Interval(value, -math.inf, math.inf)
-    low, high = np.percentile(deviations * (_t_quantile(freedom) / Z), [2.5, 97.5])
+    low, high = np.percentile(deviations * (t_quantile(freedom) / Z), [2.5, 97.5])
     return Interval(value, value + float(low), value + float(high))
 
 
-def _t_quantile(freedom: float) -> float:
+def t_quantile(freedom: float) -> float:
     """Approximate Student's 97.5 % quantile (Cornish and Fisher); within 2 % from 3 degrees of freedom on."""
     f, z = max(freedom, 2.0), Z
     first = (z**3 + z) / 4

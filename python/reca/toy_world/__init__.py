@@ -23,9 +23,9 @@ def understood(task: str, *, seed: int = 0, caption_detail: str = "full") -> Toy
     return ToySource(splits.understood, task, seed, caption_detail)
 
 
-def unlabeled(task: str, *, seed: int = 0, caption_detail: str = "full") -> ToySource:
-    """Make a source of the images of post-training."""
-    return ToySource(splits.unlabeled, task, seed, caption_detail)
+def unlabeled(task: str, *, seed: int = 0, caption_detail: str = "full", size: int | None = None) -> ToySource:
+    """Make a source of the images of post-training. size: take the first ones only."""
+    return ToySource(splits.unlabeled, task, seed, caption_detail, size)
 
 
 def unseen(task: str, *, seed: int = 0, caption_detail: str = "full") -> ToySource:

@@ -21,11 +21,14 @@ class ToySource:
     split           makes the split of a seed
     caption_detail  which colours captions name: those of pairs that are not held out (sparse), each with probability
                     one half (half), or all (full)
+    size            number of images, the first of the split; None: all
 
-    Raises DataError for a seed or caption_detail that does not exist.
+    Raises DataError for a seed, caption_detail or size that does not exist.
     """
 
-    def __init__(self, split: Callable[[int], Split], task: str, seed: int, caption_detail: str):
+    def __init__(
+        self, split: Callable[[int], Split], task: str, seed: int, caption_detail: str, size: int | None = None
+    ):
         if type(seed) is not int or seed < 0:
             raise DataError(f"seed={seed} of the toy world must be a whole number, at least 0")
         if caption_detail not in CAPTION_DETAILS:
@@ -33,12 +36,15 @@ class ToySource:
                 f"caption_detail={caption_detail} of the toy world must be one of {', '.join(CAPTION_DETAILS)}"
             )
         self.split, self.task, self.caption_detail = split(seed), task, caption_detail
+        if size is not None and not (type(size) is int and 0 < size <= len(self.split)):
+            raise DataError(f"size={size} of the toy world must be a whole number from 1 to {len(self.split)}")
+        self.count = len(self.split) if size is None else size
         held = held_out_pairs(seed)
         self.named = {pair for pair in all_pairs() if pair not in held} if caption_detail == "sparse" else None
         self.share = 0.5 if caption_detail == "half" else 1.0
 
     def __len__(self) -> int:
-        return len(self.split)
+        return self.count
 
     def __getitem__(self, index: int) -> Sample:
         buffer = io.BytesIO()

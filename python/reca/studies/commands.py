@@ -1,0 +1,131 @@
+"""`reca study`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reca.models import UMMS
+from reca.sampling_options import read_pairs
+from reca.studies.study import StudyError, load_study, study_names
+
+LIST = "list"
+
+
+def add(sub: argparse.ArgumentParser, path) -> None:
+    """Add the options of `reca study`. path: the type of arguments that are paths."""
+    sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
+    sub.add_argument(
+        "overrides", nargs="*", metavar="[ARM:]key=value", help="recipe keys to change, in all arms or in one"
+    )
+    sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in the embedded world")
+    sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
+    sub.add_argument("--seeds", type=_seeds, default=(0,), help="a number of seeds from 0 on, or a list: 0,1,5; 0")
+    sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
+    sub.add_argument("--suite", action="append", default=[], help="with --recipe: measured by; may be given again")
+    sub.add_argument("--judge", metavar="NAME[:ARGUMENT]", help="of the suites; see reca eval")
+    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
+    sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
+    sub.add_argument("--limit", type=int, help="items of a suite; all")
+    sub.add_argument("--jobs", type=int, help="arms at once: as many as there are GPUs, or else cores")
+    sub.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="fraction of the world's steps and prompts; below 1 to see that it runs",
+    )
+    sub.add_argument("--slurm", action="store_true", help="run nothing: write scripts that submit it as arrays")
+    sub.add_argument("--task", metavar="SEED/ARM", help="run this one alone, as those scripts do")
+    sub.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a study, or what is left of it; print its figures and the path of its page. Returns 1 if a task failed."""
+    from reca.folders import ensure_writable
+    from reca.studies import report, runner, slurm
+    from reca.studies.plan import plan
+
+    if options.name == LIST:
+        for name in study_names():
+            print(f"{name:<11} {load_study(name).question}")
+        return 0
+    study, asked = load_study(options.name), _asked(options)
+    ensure_writable(options.out, "--out")
+    command = ["reca", *(word for word in sys.argv[1:] if word not in ("--slurm", "--report"))]
+    if options.task:
+        runner.run_one(study, asked, options.task)
+        return 0
+    out = report.folder(study, asked)
+    if options.slurm:
+        tasks, _ = plan(study, asked)
+        print(f"submit with: {slurm.write(tasks, command, out, options.recipe is not None, study.name)}")
+        return 0
+    if options.report:
+        found = runner.report_of(study, asked, shlex.join(command))
+    else:
+        found = runner.run(study, asked, _slots(options), shlex.join(command))
+    print(report.text(found))
+    print((out / "study.html").resolve())
+    return int(any("failed" in r for arm in found["arms"] for r in arm["results"].values()))
+
+
+def _asked(options: argparse.Namespace) -> Any:
+    from reca.recipe_files import load_recipe
+    from reca.studies.plan import Asked, Evaluations
+
+    if not 0 < options.scale <= 1:
+        raise StudyError(f"--scale must lie in (0, 1], got {options.scale:g}")
+    if options.recipe and not options.suite:
+        raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
+    if not options.recipe and (options.suite or options.judge or options.sampling or options.limit):
+        raise StudyError(
+            "--suite, --judge, --sampling and --limit are for --recipe: the embedded world measures itself"
+        )
+    if options.recipe and options.scale != 1:
+        raise StudyError("--scale is of the embedded world; at real size give train.steps=N")
+    common, of_arm = [], dict[str, tuple[str, ...]]()
+    for text in options.overrides:
+        key, equals, _ = text.partition("=")
+        arm, colon, _ = key.partition(":")
+        if colon and equals:
+            of_arm[arm] = (*of_arm.get(arm, ()), text[len(arm) + 1 :])
+        else:
+            common.append(text)
+    settings: dict[str, Any] = {
+        "judge": options.judge, "judge_options": read_pairs(options.judge_option, "--judge-option"),
+        "sampling": read_pairs(options.sampling, "--sampling"), "limit": options.limit,
+    }  # fmt: skip
+    return Asked(
+        umm=load_recipe(options.recipe).umm if options.recipe else options.umm,
+        seeds=options.seeds,
+        out=options.out,
+        recipe=options.recipe,
+        common=tuple(common),
+        of_arm=of_arm,
+        evaluations=Evaluations(tuple(options.suite), settings if options.recipe else {}),
+        scale=options.scale,
+    )
+
+
+def _slots(options: argparse.Namespace) -> Sequence[str | None]:
+    from reca import side_by_side
+
+    slots: Sequence[str | None] = side_by_side.gpus() if options.recipe else ()
+    slots = slots or side_by_side.cores()
+    if options.jobs is None:
+        return slots
+    if options.jobs < 1:
+        raise StudyError(f"--jobs must be at least 1, got {options.jobs}")
+    return slots[: options.jobs] if slots[0] is not None else [None] * options.jobs
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(",")) if "," in text else tuple(range(int(text)))
+    except ValueError:
+        seeds = ()
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or different ones as 0,1,5")
+    return seeds

@@ -1,0 +1,92 @@
+"""Intervals over seeds, and what they say of a claim."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from reca.demo.measure import Rate
+from reca.eval.statistics import t_quantile
+from reca.studies.study import Claim
+
+Measure = Mapping[str, Any]  # {"value", and where they are known "hits" and "trials", or "interval"}
+FEW = {1: 12.706, 2: 4.303}  # Student's 97.5 % quantile where the approximation is not near
+NOT_MEASURED = "not measured"
+
+
+class Interval(NamedTuple):
+    """A value in percent, or a difference in points, with its 95 % interval; None: nothing is known of it."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "interval": [self.low, self.high]}
+
+
+def mean(measures: Sequence[Measure]) -> Interval:
+    """Compute the mean over seeds. With one seed the interval is that over its prompts."""
+    values = [m["value"] for m in measures]
+    if len(values) > 1:
+        return _over_seeds(values)
+    return Interval(values[0], *_own(measures[0]))
+
+
+def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
+    """Compute arm - than over the seeds that both have; None without any.
+
+    With one seed the interval is made of those of both (Newcombe 1998, method 10): prompts are not taken as paired.
+    """
+    seeds = sorted(arm.keys() & than.keys())
+    if not seeds:
+        return None
+    if len(seeds) > 1:
+        return _over_seeds([arm[s]["value"] - than[s]["value"] for s in seeds])
+    a, b = arm[seeds[0]], than[seeds[0]]
+    gap, (a_low, a_high), (b_low, b_high) = a["value"] - b["value"], _own(a), _own(b)
+    if None in (a_low, a_high, b_low, b_high):
+        return Interval(gap, None, None)
+    low = math.hypot(a["value"] - a_low, b_high - b["value"])
+    return Interval(gap, gap - low, gap + math.hypot(a_high - a["value"], b["value"] - b_low))
+
+
+def verdict(claim: Claim, found: Interval | None) -> str:
+    """Say whether a difference agrees with a claim: only if its whole interval does. Else it disagrees, or is open."""
+    if found is None:
+        return NOT_MEASURED
+    if found.low is None or found.high is None:
+        return "open"
+    if claim.expect == "equal":
+        if -claim.margin <= found.low and found.high <= claim.margin:
+            return "agrees"
+        return "disagrees" if found.low > claim.margin or found.high < -claim.margin else "open"
+    low, high = (found.low, found.high) if claim.expect == "higher" else (-found.high, -found.low)
+    if low > 0:
+        return "agrees"
+    return "disagrees" if high < 0 else "open"
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """Say what the claims say together."""
+    measured = [v for v in verdicts if v != NOT_MEASURED]
+    for one in ("disagrees", "open"):
+        if one in measured:
+            return one
+    return "agrees" if measured else NOT_MEASURED
+
+
+def _over_seeds(values: Sequence[float]) -> Interval:
+    middle = statistics.mean(values)
+    freedom = len(values) - 1
+    reach = FEW.get(freedom, t_quantile(freedom)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(middle, middle - reach, middle + reach)
+
+
+def _own(measure: Measure) -> tuple[float | None, float | None]:
+    """Return the interval over the prompts of one seed."""
+    if measure.get("trials"):
+        low, high = Rate(measure["hits"], measure["trials"]).wilson()
+        return 100 * low, 100 * high
+    low, high = measure.get("interval") or (None, None)
+    return low, high

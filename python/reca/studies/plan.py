@@ -1,0 +1,152 @@
+"""The tasks of a study: what is trained, what that starts from, where it lies, and what is measured of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reca.recipe_files import load_recipe
+from reca.studies import published, world
+from reca.studies.study import BEFORE, Arm, Study, StudyError
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What is measured at real size: the suites of `reca eval`, and options that hold for all of them."""
+
+    suites: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What holds for all arms of a study.
+
+    recipe  of published weights; None: the embedded world
+    common  overrides of every arm
+    of_arm  overrides of single arms, by name
+    scale   share of the world's steps and prompts; below 1 only to see that it runs
+    out     the folder of studies
+    """
+
+    umm: str
+    seeds: tuple[int, ...]
+    out: Path
+    recipe: str | None = None
+    common: tuple[str, ...] = ()
+    of_arm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    scale: float = 1.0
+
+    @property
+    def setting(self) -> str:
+        return "world" if self.recipe is None else "published"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does: train, if there are steps to make, and measure; or pre-train a start of the world.
+
+    name     unique in the study: SEED/ARM, or SEED/start
+    kind     start, before or arm
+    recipe, overrides  of the run
+    folder   of the run; of a start, the folder of the pre-trained model
+    result   file that says the task is done, and what came of it
+    variant  of the world's start
+    after    names of tasks that must be done before
+    """
+
+    name: str
+    kind: str
+    setting: str
+    umm: str
+    seed: int
+    recipe: str
+    overrides: tuple[str, ...]
+    folder: Path
+    result: Path
+    scale: float
+    evaluations: Evaluations
+    variant: str | None = None
+    after: tuple[str, ...] = ()
+
+    @property
+    def arm(self) -> str:
+        return self.name.partition("/")[2]
+
+
+def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
+    """List the tasks in an order in which they can be done, and why the model lacks some arms.
+
+    A task's folder is named by what decides its result, so that studies share arms, and a changed study does not go on
+    with the run of another one.
+    Raises StudyError for overrides of an arm that is not there, RecipeError for keys that do not exist.
+    """
+    arms, omitted = study.of(asked.umm, asked.setting)
+    if unknown := [name for name in asked.of_arm if name not in (*arms, BEFORE)]:
+        raise StudyError(f"{unknown[0]!r} is no arm of {study.name} with {asked.umm}; there are {', '.join(arms)}")
+    tasks: list[Task] = []
+    for seed in asked.seeds:
+        tasks += _of_seed(arms, asked, seed)
+    return tasks, omitted
+
+
+def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed: int) -> list[Task]:
+    setting = world if asked.recipe is None else published
+    recipe = asked.recipe or world.recipe(asked.umm)
+    given: dict[str, Any] = {
+        "setting": asked.setting, "umm": asked.umm, "seed": seed, "recipe": recipe, "scale": asked.scale,
+        "evaluations": asked.evaluations,
+    }  # fmt: skip
+    tasks: list[Task] = []
+    starts: tuple[str, ...] = ()
+    begin: Path | None = None
+    if asked.recipe is None:
+        begin = asked.out / "starts" / f"shapes-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale)}"
+        variants = sorted({arm.start for arm, _ in arms.values() if arm.start})
+        names = {None: f"{seed}/start"} | {variant: f"{seed}/start-{variant}" for variant in variants}
+        tasks.append(Task(names[None], "start", overrides=(), folder=begin, result=begin / "start.json", **given))
+        starts = (names[None],)
+        for variant in variants:
+            folder = _variant(begin, variant)
+            tasks.append(
+                Task(names[variant], "start", overrides=(), folder=folder, result=folder / "start.json",
+                     variant=variant, after=starts, **given)
+            )  # fmt: skip
+
+    def add(name: str, keys: tuple[str, ...], after: tuple[str, ...], variant: str | None, parent: str | None) -> None:
+        kind = BEFORE if name == BEFORE else "arm"
+        own = (*setting.overrides(recipe, seed, asked.scale), *asked.common, *keys, *asked.of_arm.get(name, ()))
+        decides = [kind, recipe, own, variant, parent and folders[parent].name]
+        folder = asked.out / "arms" / f"{name}-{asked.umm}-seed{seed}-{_digest(decides)}"
+        starts_at: list[str] = []
+        if begin is not None:
+            starts_at.append(world.init_override(asked.umm, begin if variant is None else _variant(begin, variant)))
+        if parent is not None:
+            starts_at = [text for text in starts_at if not text.startswith("train.init_from=")]
+            starts_at.append(f"train.init_from={folders[parent]}")
+        load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
+        folders[name] = folder
+        result = folder / f"measured-{_digest(asdict(asked.evaluations), asked.scale)}.json"
+        tasks.append(
+            Task(
+                f"{seed}/{name}", kind, overrides=(*own, *starts_at), folder=folder, result=result, after=after, **given
+            )
+        )
+
+    folders: dict[str, Path] = {}
+    for name, (arm, keys) in arms.items():
+        after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/start-{arm.start}",) if arm.start else starts
+        add(name, tuple(setting.filled(key, seed) for key in keys), after, arm.start, arm.after)
+    add(BEFORE, (), starts, None, None)
+    return tasks
+
+
+def _variant(start: Path, variant: str) -> Path:
+    return start.with_name(f"{start.name}-{variant}")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,0 +1,42 @@
+"""Studies at real size: recipes with published weights, measured by `reca eval`."""
+
+from typing import TYPE_CHECKING, Any
+
+from reca import api
+
+if TYPE_CHECKING:
+    from reca.studies.plan import Task
+
+
+def filled(override: str, seed: int) -> str:
+    return override
+
+
+def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
+    """Return what every arm of a recipe is run with."""
+    return (f"train.seed={seed}",)
+
+
+def measured(task: "Task") -> dict[str, Any]:
+    """Evaluate a run, or the recipe's published weights, on every suite.
+
+    Returns {suite: measure, "suite/tag": measure}, values in percent where the suite's are shares.
+    """
+    made: dict[str, Any] = {}
+    for suite in task.evaluations.suites:
+        source, keys = (task.recipe, task.overrides) if task.kind == "before" else (task.folder, ())
+        name = suite.partition("?")[0]
+        found = api.evaluate(
+            suite, source, keys, out=task.folder / "eval" / name, seed=task.seed, **dict(task.evaluations.options)
+        )
+        if found is None:
+            continue
+        scale = 100.0 if found["overall"]["unit"] == "fraction" else 1.0
+        made[name] = _measure(found["overall"], scale)
+        made |= {f"{name}/{tag}": _measure(row, scale) for tag, row in found["tags"].items()}
+    return made
+
+
+def _measure(row: dict[str, Any], scale: float) -> dict[str, Any]:
+    bounds = [None if bound is None else scale * bound for bound in row["interval"]]
+    return {"value": scale * row["value"], "interval": bounds}

@@ -1,0 +1,170 @@
+"""A study's results as JSON, as one HTML page, and as text."""
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from reca import html
+from reca.folders import write_atomically
+from reca.studies import judge
+from reca.studies.plan import Asked, Task
+from reca.studies.study import BEFORE, Study
+
+WIDTH, HEIGHT = 220, 70  # of a loss curve
+ENLARGED = 3  # times the embedded world's images
+
+
+def folder(study: Study, asked: Asked) -> Path:
+    return asked.out / f"{study.name}-{asked.recipe or asked.umm}"
+
+
+def summarize(
+    study: Study, asked: Asked, command: str, tasks: Sequence[Task], results: dict[str, Any], omitted: dict[str, str]
+) -> dict[str, Any]:
+    """Put results, intervals and verdicts together; reca.studies has the form."""
+    have, _ = study.of(asked.umm, asked.setting)
+    about = {BEFORE: "the start of all the others, without training"}
+    about |= {name: arm.about for name, (arm, _) in have.items()}
+    keys = {name: [*overrides, *asked.of_arm.get(name, ())] for name, (_, overrides) in have.items()}
+    by_arm: dict[str, dict[int, Any]] = {name: {} for name in about}
+    for task in tasks:
+        if task.kind != "start":
+            by_arm[task.arm][task.seed] = results[task.name] | {"folder": str(task.folder)}
+    start_failed = [results[t.name]["failed"] for t in tasks if t.kind == "start" and "failed" in results[t.name]]
+    arms = []
+    for name, found in by_arm.items():
+        names = dict.fromkeys(m for r in found.values() for m in r.get("measures", ()))
+        means = {m: judge.mean([r["measures"][m] for r in found.values() if m in r.get("measures", ())]) for m in names}
+        arms.append(
+            {"name": name, "about": about[name], "overrides": keys.get(name, []), "results": found,
+             "means": {m: interval.as_dict() for m, interval in means.items()}}
+        )  # fmt: skip
+    claims = [_claim(claim, asked.setting, by_arm) for claim in study.claims]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "paper": [{"says": said.says, "source": said.source} for said in study.paper],
+        "open": list(study.open),
+        "world": study.world if asked.setting == "world" else None,
+        "setting": asked.setting,
+        "umm": asked.umm,
+        "recipe": tasks[0].recipe,
+        "seeds": list(asked.seeds),
+        "scale": asked.scale,
+        "command": command,
+        "machine": f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
+        "arms": arms,
+        "omitted": omitted,
+        "failed": start_failed,
+        "claims": claims,
+        "verdict": judge.overall([claim["verdict"] for claim in claims]),
+    }
+
+
+def _claim(claim, setting: str, by_arm: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    measure, sides = claim.measured(setting), []
+    for name in (claim.arm, claim.than):
+        found = by_arm.get(name, {})
+        sides.append({s: r["measures"][measure] for s, r in found.items() if measure in r.get("measures", ())})
+    interval = judge.difference(*sides)
+    return {
+        "says": claim.says,
+        "measure": measure,
+        "arm": claim.arm,
+        "than": claim.than,
+        "expect": claim.expect,
+        "margin": claim.margin,
+        "difference": interval and interval.value,
+        "interval": interval and [interval.low, interval.high],
+        "verdict": judge.verdict(claim, interval),
+    }
+
+
+def write(found: dict[str, Any], tasks: Sequence[Task], out: Path) -> None:
+    """Write study.json and study.html."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "study.json", json.dumps(found, indent=1, ensure_ascii=False))
+    page = html.render(
+        Path(__file__).with_name("page.html"),
+        found=found,
+        measures=_measures(found),
+        cell=cell,
+        change=change,
+        images=_images(found),
+        curves={arm["name"]: _chart(arm) for arm in found["arms"]},
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    write_atomically(out / "study.html", page)
+
+
+def _measures(found: dict[str, Any]) -> list[str]:
+    """List the measures of the main table, without those of single tags."""
+    return list(dict.fromkeys(m for arm in found["arms"] for m in arm["means"] if "/" not in m))
+
+
+def cell(interval: dict[str, Any] | None) -> str:
+    """Write a mean with its interval."""
+    if interval is None:
+        return ""
+    low, high = interval["interval"]
+    value = interval["value"]
+    number = f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
+    return number if low is None else f"{number} [{low:.1f}, {high:.1f}]"
+
+
+def change(claim: dict[str, Any]) -> str:
+    """Write a difference with its interval."""
+    if claim["difference"] is None:
+        return ""
+    low, high = claim["interval"]
+    value = f"{claim['difference']:+.3g}"
+    return f"{value} (no interval)" if low is None else f"{value} [{low:+.1f}, {high:+.1f}]"
+
+
+def text(found: dict[str, Any]) -> str:
+    """Write the report for a terminal."""
+    measures = _measures(found)
+    rows = [["", *measures]]
+    rows += [[arm["name"], *(cell(arm["means"].get(m)) for m in measures)] for arm in found["arms"]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"not with {found['umm']}: {name} ({why})" for name, why in found["omitted"].items()]
+    for arm in found["arms"]:
+        lines += [f"{arm['name']}, seed {s}: {r['failed']}" for s, r in arm["results"].items() if "failed" in r]
+    lines += ["", *(f"the paper: {said['says']} ({said['source']})" for said in found["paper"])]
+    for claim in found["claims"]:
+        lines.append(
+            f"{claim['verdict']}: {claim['says']}: {claim['arm']} - {claim['than']}, {claim['measure']} {change(claim)}"
+        )
+    return "\n".join(lines)
+
+
+def _images(found: dict[str, Any]) -> dict[str, Any]:
+    """Read what every arm drew for the same prompts, of the first seed."""
+    shown: dict[str, Any] = {}
+    for arm in found["arms"]:
+        result = next(iter(arm["results"].values()), {})
+        path = Path(result.get("folder", "")) / "images.png"
+        if "failed" in result or not path.is_file():
+            continue
+        with Image.open(path) as image:
+            larger = image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
+        shown[arm["name"]] = {"source": html.data_url(html.png(larger), "png"), "width": larger.width}
+        shown.setdefault("", json.loads(path.with_suffix(".json").read_text()))
+    return shown
+
+
+def _chart(arm: dict[str, Any]) -> dict[str, Any] | None:
+    """Draw the loss of the first seed that has one."""
+    points = next((r["curve"] for r in arm["results"].values() if r.get("curve")), None)
+    if not points:
+        return None
+    last, top = points[-1][0], max(max(loss for _, loss in points), 1e-9)
+    line = " ".join(f"{x / last * WIDTH:.1f},{HEIGHT - max(y, 0) / top * HEIGHT:.1f}" for x, y in points)
+    return {"line": line, "first": f"{points[0][1]:.3g}", "last": f"{points[-1][1]:.3g}"}

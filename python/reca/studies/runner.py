@@ -1,0 +1,84 @@
+"""A study from its tasks to its page."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from reca import side_by_side
+from reca.side_by_side import Failure, Job
+from reca.studies import report
+from reca.studies.plan import Asked, Task, plan
+from reca.studies.study import Study, StudyError
+from reca.studies.work import done, steps, steps_done, work
+
+Results = dict[str, dict[str, Any]]  # name of a task -> what work() returned, or {"failed": why}
+COUNT_SECONDS = 1.0  # between two looks at how far the tasks are
+
+
+def run(
+    study: Study, asked: Asked, slots: Sequence[str | None], command: str, say: Callable[[str], None] = tqdm.write
+) -> dict[str, Any]:
+    """Do what is left to do, and write study.html and study.json. Returns what the latter holds.
+
+    A task that fails is named in the report; the others are done all the same.
+    """
+    tasks, omitted = plan(study, asked)
+    results: Results = {task.name: found for task in tasks if (found := done(task)) is not None}
+    left = [task for task in tasks if task.name not in results]
+    if len(left) < len(tasks):
+        say(f"{len(tasks) - len(left)} of {len(tasks)} tasks were done before")
+    jobs = [Job(task.name, work, (task,), tuple(name for name in task.after if name not in results)) for task in left]
+    budget = {task.name: steps(task) for task in left}
+    looked = 0.0
+    with tqdm(total=sum(budget.values()), unit="step", desc=study.name, smoothing=0.05, disable=not left) as bar:
+
+        def ended(job: Job, found: Any) -> None:
+            results[job.name] = {"failed": str(found)} if isinstance(found, Failure) else found
+            say(f"{job.name}: {_line(results[job.name])}")
+
+        def wait() -> None:
+            nonlocal looked
+            if time.monotonic() - looked > COUNT_SECONDS:
+                looked = time.monotonic()
+                bar.update(sum(min(steps_done(task), budget[task.name]) for task in left) - bar.n)
+
+        if left:
+            side_by_side.run(jobs, slots, ended, wait)
+    return write(study, asked, command, tasks, results, omitted)
+
+
+def write(
+    study: Study, asked: Asked, command: str, tasks: list[Task], results: Results, omitted: dict[str, str]
+) -> dict[str, Any]:
+    """Write the report of what is there."""
+    found = report.summarize(study, asked, command, tasks, results, omitted)
+    report.write(found, tasks, report.folder(study, asked))
+    return found
+
+
+def report_of(study: Study, asked: Asked, command: str) -> dict[str, Any]:
+    """Write the report without doing anything."""
+    tasks, omitted = plan(study, asked)
+    results = {task.name: done(task) or {"failed": "it was not run yet"} for task in tasks}
+    return write(study, asked, command, tasks, results, omitted)
+
+
+def run_one(study: Study, asked: Asked, name: str) -> dict[str, Any]:
+    """Do one task in this process. Raises StudyError where one before it is not done."""
+    tasks, _ = plan(study, asked)
+    by_name = {task.name: task for task in tasks}
+    if name not in by_name:
+        raise StudyError(f"the study has no task {name}; there are {', '.join(by_name)}")
+    task = by_name[name]
+    if missing := [before for before in task.after if done(by_name[before]) is None]:
+        raise StudyError(f"{name} goes on from {missing[0]}, which is not done: run --task {missing[0]} first")
+    return work(task)
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"FAILED, {result['failed']}"
+    measures = ", ".join(f"{name} {m['value']:.3g}" for name, m in result["measures"].items() if "/" not in name)
+    return f"{measures or 'ready'} ({result['seconds']:.0f} s)"

@@ -1,0 +1,92 @@
+"""What a process does for one task. Its result is a file, written when all of it is done."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reca.folders import write_atomically
+from reca.recipe_files import load_recipe
+from reca.runs import finished_steps, load_trained, recipe_of
+from reca.studies import published, world
+from reca.studies.plan import Task
+from reca.trainer import Trainer
+
+PROGRESS = ".steps"  # file with the number of steps that are done
+LAST = 0.1  # share of a run's losses that `loss` is the mean of
+
+
+def work(task: Task) -> dict[str, Any]:
+    """Do a task, or return what it gave when it was done before. An interrupted run goes on where it was."""
+    if (found := done(task)) is not None:
+        return found
+    started = time.perf_counter()
+    task.folder.mkdir(parents=True, exist_ok=True)
+    if task.kind == "start":
+        curve = world.make_start(task, _progress(task))
+        measures: dict[str, Any] = {}
+    elif task.kind == "before":
+        curve, measures = [], _measure_start(task)
+    else:
+        _train(task)
+        curve = _curve(task.folder)
+        measures = _measure_run(task) | _loss(curve)
+    result = {"measures": measures, "curve": curve, "seconds": time.perf_counter() - started}
+    write_atomically(task.result, json.dumps(result))
+    return result
+
+
+def done(task: Task) -> dict[str, Any] | None:
+    """Read the result of a task that is done."""
+    return json.loads(task.result.read_text(encoding="utf-8")) if task.result.is_file() else None
+
+
+def steps(task: Task) -> int:
+    """Count the steps that a task makes."""
+    if task.kind == "start":
+        return 0 if task.variant else world.start_steps(task.umm, task.scale)
+    return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "arm" else 0
+
+
+def steps_done(task: Task) -> int:
+    try:
+        return int((task.folder / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _progress(task: Task) -> Callable[[int], None]:
+    return lambda step: (task.folder / PROGRESS).write_text(str(step)) and None
+
+
+def _train(task: Task) -> None:
+    recipe = load_recipe(task.recipe, [*task.overrides, f"run_dir={task.folder}"])
+    if finished_steps(recipe) is None:
+        Trainer(recipe, progress=_progress(task)).run()
+
+
+def _measure_start(task: Task) -> dict[str, Any]:
+    if task.setting == "published":
+        return published.measured(task)
+    made = load_recipe(task.recipe, task.overrides)
+    folder = made.train.init_from or made.model.weights
+    return world.measured(world.load_start(task.umm, task.recipe, Path(folder)), task)
+
+
+def _measure_run(task: Task) -> dict[str, Any]:
+    if task.setting == "published":
+        return published.measured(task)
+    return world.measured(load_trained(task.folder, recipe_of(task.folder)), task)
+
+
+def _curve(run_dir: Path) -> list[tuple[int, float]]:
+    """Read the loss that an arm minimises."""
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(line["step"], line.get("reca/loss", line["loss"])) for line in lines if "loss" in line]
+
+
+def _loss(curve: list[tuple[int, float]]) -> dict[str, Any]:
+    """Compute the loss at the end of training. It is of training images, and has no interval of its own."""
+    last = [loss for _, loss in curve[-max(1, round(LAST * len(curve))) :]]
+    return {"loss": {"value": sum(last) / len(last)}} if last else {}

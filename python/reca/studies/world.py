@@ -1,0 +1,136 @@
+"""Studies in the embedded world: a start that is pre-trained here, and measuring by the world's own judge."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reca.demo.captions import caption
+from reca.demo.measure import CATEGORIES, Measured, measure
+from reca.demo.pretrain import demo_setup, scaled
+from reca.demo.pretrain.optimize import save_as_run
+from reca.demo.scene import Scene
+from reca.image_grid import make_grid
+from reca.models import umm_package
+from reca.models.base import Adapter
+from reca.recipe_files import load_recipe
+from reca.runs import load_parent
+from reca.toy_world.scenes import held_out_pairs
+
+if TYPE_CHECKING:
+    from reca.studies.plan import Task
+
+SPECS = {name: f"reca.toy_world:{name}?seed={{seed}}" for name in ("captioned", "understood", "unlabeled")}
+MEASURES = ("overall", "seen", "held-out", "two", "position", "understanding")
+SPARSEST = 10  # every tenth prompt still covers every category
+
+
+def recipe(umm: str) -> str:
+    """Name the recipe of a model. Raises RecipeError for a model that the world has not."""
+    return demo_setup(umm).recipe
+
+
+def filled(override: str, seed: int) -> str:
+    """Put the world's data in place of {unlabeled}, {captioned} and {understood}."""
+    return override.format(**{name: spec.format(seed=seed) for name, spec in SPECS.items()})
+
+
+def init_override(umm: str, start: Path) -> str:
+    """Return the override by which a recipe starts from a pre-trained model."""
+    return demo_setup(umm).init_override.format(folder=start)
+
+
+def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
+    """Return what every arm of a recipe is run with."""
+    return (
+        f"train.seed={seed}",
+        f"train.steps={scaled(load_recipe(name).train.steps, scale)}",
+        "train.threads=1",
+        f"data.images={SPECS['unlabeled'].format(seed=seed)}",
+        f"data.conversations={SPECS['understood'].format(seed=seed)}",
+        f"data.captions={SPECS['unlabeled'].format(seed=seed)}&caption_detail=sparse",
+        "data.workers=0",
+    )
+
+
+def make_start(task: "Task", progress: Callable[[int], None]) -> list[tuple[int, float]]:
+    """Pre-train a model and save it, or make a variant of one that is there. Returns the curve of its loss."""
+    shutil.rmtree(task.folder, ignore_errors=True)
+    if task.variant is not None:
+        VARIANTS[task.variant](task)
+        return []
+    curve: list[tuple[int, float]] = []
+
+    def record(step: int, loss: float) -> None:
+        if step % 10 == 0:
+            curve.append((step, loss))
+            progress(step)
+
+    task.folder.mkdir(parents=True)
+    demo_setup(task.umm).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
+    return curve
+
+
+def start_steps(umm: str, scale: float) -> int:
+    return demo_setup(umm).steps if scale == 1 else scaled(demo_setup(umm).steps, scale)
+
+
+def load_start(umm: str, name: str, folder: Path) -> Adapter:
+    """Load a pre-trained model."""
+    made = load_recipe(name, [init_override(umm, folder)])
+    model = umm_package(umm).Adapter.load(made.model)
+    load_parent(model, made)
+    return model
+
+
+def _swap_red_and_blue(task: "Task") -> None:
+    """Save the start with an encoder that takes red for blue: the first and the last input channel change places."""
+    origin = task.folder.with_name(task.folder.name.removesuffix(f"-{task.variant}"))
+    model = load_start(task.umm, task.recipe, origin)
+    roles = model.roles()
+    towers = {name for name, role in roles.items() if role == "und_encoder"}
+    modules = dict(model.named_modules())
+    swapped = 0
+    with torch.no_grad():
+        for name in towers:
+            layer = modules[name.rpartition(".")[0]]
+            weight = getattr(layer, "weight", None)
+            if isinstance(layer, torch.nn.Conv2d) and name.endswith(".weight") and layer.in_channels == 3:
+                weight.copy_(weight.flip(1))
+                swapped += 1
+    if swapped != 1:
+        raise ValueError(f"{task.umm} has {swapped} encoders that read three channels by a convolution, expected 1")
+    if demo_setup(task.umm).init_override.startswith("model.weights="):
+        model.export(task.folder)
+    else:
+        save_as_run(model, load_recipe(task.recipe), task.folder, 1)
+
+
+VARIANTS: dict[str, Callable[["Task"], None]] = {"red_is_blue": _swap_red_and_blue}
+
+
+def measured(model: Adapter, task: "Task") -> dict[str, Any]:
+    """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
+    found = measure(model, task.seed, demo_setup(task.umm).sampling, min(max(1, round(1 / task.scale)), SPARSEST))
+    task.folder.mkdir(parents=True, exist_ok=True)
+    _write_images(found, task.seed, task.folder)
+    named = {name: f"{name}, all" if name in CATEGORIES else name for name in MEASURES}
+    rates = {name: found.rates[key] for name, key in named.items() if key in found.rates}
+    measures: dict[str, Any] = {
+        name: {"value": 100 * rate.share, "hits": rate.hits, "trials": rate.trials} for name, rate in rates.items()
+    }
+    return {"overall": {"value": 100 * found.overall}} | measures
+
+
+def _write_images(found: Measured, seed: int, folder: Path) -> None:
+    """Write what the model draws for held-out pairs, the same prompts of every arm, chosen by place."""
+    held_out = {caption(Scene((pair,))) for pair in held_out_pairs(seed)}
+    chosen = {text: (image, hit) for text, image, hit in found.samples if text in held_out}
+    shown = dict(list(chosen.items())[1::2]) or chosen
+    if shown:
+        make_grid([image for image, _ in shown.values()], columns=len(shown)).save(folder / "images.png")
+        prompts = [{"prompt": text, "hit": hit} for text, (_, hit) in shown.items()]
+        (folder / "images.json").write_text(json.dumps(prompts))
