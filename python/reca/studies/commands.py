@@ -34,7 +34,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="fraction of the world's steps and prompts; below 1 to see that it runs",
+        help="fraction of the world's steps and prompts; below 1 to see it run",
     )
     sub.add_argument("--slurm", action="store_true", help="run nothing: write scripts that submit it as arrays")
     sub.add_argument("--task", metavar="SEED/ARM", help="run this one alone, as those scripts do")
@@ -80,9 +80,7 @@ def _asked(options: argparse.Namespace) -> Any:
     if options.recipe and not options.suite:
         raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
     if not options.recipe and (options.suite or options.judge or options.sampling or options.limit):
-        raise StudyError(
-            "--suite, --judge, --sampling and --limit are for --recipe: the embedded world measures itself"
-        )
+        raise StudyError("--suite, --judge, --sampling and --limit are for --recipe: the world has its own judge")
     if options.recipe and options.scale != 1:
         raise StudyError("--scale is of the embedded world; at real size give train.steps=N")
     common, of_arm = [], dict[str, tuple[str, ...]]()

@@ -45,7 +45,7 @@ def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Inter
         return _over_seeds([arm[s]["value"] - than[s]["value"] for s in seeds])
     a, b = arm[seeds[0]], than[seeds[0]]
     gap, (a_low, a_high), (b_low, b_high) = a["value"] - b["value"], _own(a), _own(b)
-    if None in (a_low, a_high, b_low, b_high):
+    if a_low is None or a_high is None or b_low is None or b_high is None:
         return Interval(gap, None, None)
     low = math.hypot(a["value"] - a_low, b_high - b["value"])
     return Interval(gap, gap - low, gap + math.hypot(a_high - a["value"], b["value"] - b_low))
@@ -88,5 +88,5 @@ def _own(measure: Measure) -> tuple[float | None, float | None]:
     if measure.get("trials"):
         low, high = Rate(measure["hits"], measure["trials"]).wilson()
         return 100 * low, 100 * high
-    low, high = measure.get("interval") or (None, None)
-    return low, high
+    bounds = measure.get("interval") or (None, None)
+    return bounds[0], bounds[1]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reca.recipe_files import load_recipe
+from reca.recipe_files import as_dict, load_recipe
 from reca.studies import published, world
 from reca.studies.study import BEFORE, Arm, Study, StudyError
 
@@ -119,8 +119,6 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     def add(name: str, keys: tuple[str, ...], after: tuple[str, ...], variant: str | None, parent: str | None) -> None:
         kind = BEFORE if name == BEFORE else "arm"
         own = (*setting.overrides(recipe, seed, asked.scale), *asked.common, *keys, *asked.of_arm.get(name, ()))
-        decides = [kind, recipe, own, variant, parent and folders[parent].name]
-        folder = asked.out / "arms" / f"{name}-{asked.umm}-seed{seed}-{_digest(decides)}"
         starts_at: list[str] = []
         if begin is not None:
             starts_at.append(world.init_override(asked.umm, begin if variant is None else _variant(begin, variant)))
@@ -128,13 +126,15 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
             starts_at = [text for text in starts_at if not text.startswith("train.init_from=")]
             starts_at.append(f"train.init_from={folders[parent]}")
         load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
-        folders[name] = folder
-        result = folder / f"measured-{_digest(asdict(asked.evaluations), asked.scale)}.json"
+        decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, variant, parent and folders[parent].name]
+        folder = asked.out / "arms" / f"{recipe}-seed{seed}-{_digest(decides)}"
+        twins = tuple(task.name for task in tasks if task.folder == folder)  # it would be run twice at once
+        result = folder / f"measured-{_digest(asdict(asked.evaluations))}.json"
         tasks.append(
-            Task(
-                f"{seed}/{name}", kind, overrides=(*own, *starts_at), folder=folder, result=result, after=after, **given
-            )
-        )
+            Task(f"{seed}/{name}", kind, overrides=(*own, *starts_at), folder=folder, result=result,
+                 after=(*after, *twins), **given)
+        )  # fmt: skip
+        folders[name] = folder
 
     folders: dict[str, Path] = {}
     for name, (arm, keys) in arms.items():

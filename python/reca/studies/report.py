@@ -149,7 +149,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
     """Read what every arm drew for the same prompts, of the first seed."""
     shown: dict[str, Any] = {}
     for arm in found["arms"]:
-        result = next(iter(arm["results"].values()), {})
+        result: dict[str, Any] = next(iter(arm["results"].values()), {})
         path = Path(result.get("folder", "")) / "images.png"
         if "failed" in result or not path.is_file():
             continue

@@ -57,7 +57,10 @@ def steps_done(task: Task) -> int:
 
 
 def _progress(task: Task) -> Callable[[int], None]:
-    return lambda step: (task.folder / PROGRESS).write_text(str(step)) and None
+    def progress(step: int) -> None:
+        (task.folder / PROGRESS).write_text(str(step))
+
+    return progress
 
 
 def _train(task: Task) -> None:

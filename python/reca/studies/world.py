@@ -97,9 +97,8 @@ def _swap_red_and_blue(task: "Task") -> None:
     with torch.no_grad():
         for name in towers:
             layer = modules[name.rpartition(".")[0]]
-            weight = getattr(layer, "weight", None)
             if isinstance(layer, torch.nn.Conv2d) and name.endswith(".weight") and layer.in_channels == 3:
-                weight.copy_(weight.flip(1))
+                layer.weight.copy_(layer.weight.flip(1))
                 swapped += 1
     if swapped != 1:
         raise ValueError(f"{task.umm} has {swapped} encoders that read three channels by a convolution, expected 1")

@@ -1,0 +1,258 @@
+"""A study of two arms from its file to its page, what is done twice, and what its figures are taken to say."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from reca import side_by_side
+from reca.cli import main
+from reca.models import UMMS
+from reca.recipe_files import load_recipe
+from reca.side_by_side import Failure
+from reca.studies import judge, runner, work
+from reca.studies.plan import Asked, plan
+from reca.studies.study import Claim, StudyError, load_study, study_names
+
+SCALE = ["--scale", "0.004"]
+STUDY = """
+question: Does it run?
+paper: [{says: it does, source: Table 0}]
+arms:
+  RECA: {about: images alone}
+  SFT: {about: captions, overrides: [objective.reca.weight=0, objective.t2i.weight=1],
+        world: ["data.captions={unlabeled}&caption_detail=full"]}
+  SFT-RECA: {about: one after the other, after: SFT}
+  never: {about: not with this model, world: {bagel: [model.hv_source=vae]}}
+claims:
+  - {says: they draw alike, measure: {world: seen, published: world}, arm: RECA, than: SFT, expect: equal, margin: 100}
+  - {says: it needs a thousand images, measure: {published: world}, arm: RECA, than: before}
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "does_it_run.yaml"
+    path.write_text(STUDY)
+    return str(path)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Make the jobs one after the other, here. Returns the names of those that were made."""
+    made = []
+
+    def run(jobs, slots, on_end, on_wait):
+        for job in jobs:
+            made.append(job.name)
+            on_wait()
+            try:
+                on_end(job, job.work(*job.given))
+            except Exception as error:
+                on_end(job, Failure(error))
+
+    monkeypatch.setattr(side_by_side, "run", run)
+    return made
+
+
+def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, monkeypatch, capsys):
+    command = ["study", study, "--out", str(tmp_path / "out"), *SCALE]
+    assert main(command) == 0
+    assert in_this_process == ["0/start", "0/RECA", "0/SFT", "0/SFT-RECA", "0/before"]
+    printed = capsys.readouterr().out
+    assert "not with show_o: never (show_o has no such arm in the embedded world)" in printed
+    page = tmp_path / "out/does_it_run-show_o/study.html"
+    assert printed.splitlines()[-1] == str(page)
+    text = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "Its figures mean nothing" in text and "Table 0" in text
+
+    found = json.loads(page.with_suffix(".json").read_text())
+    assert [arm["name"] for arm in found["arms"]] == ["before", "RECA", "SFT", "SFT-RECA"]
+    for arm in found["arms"]:
+        measures = arm["results"]["0"]["measures"]
+        assert {"overall", "seen", "held-out", "understanding"} <= measures.keys()
+        assert ("loss" in measures) == (arm["name"] != "before")
+    verdicts = [(claim["verdict"], claim["measure"]) for claim in found["claims"]]
+    assert verdicts == [("agrees", "seen"), ("not measured", None)] and found["verdict"] == "agrees"
+    second = found["arms"][3]["results"]["0"]["folder"]
+    first = found["arms"][2]["results"]["0"]["folder"]
+    assert load_recipe(f"{second}/recipe.yaml").train.init_from == str(Path(first).resolve())
+
+    # Nothing is left to do; an arm that was trained but not measured is not trained again.
+    assert main(command) == 0
+    assert in_this_process[5:] == []
+    next(Path(first).glob("measured-*.json")).unlink()
+    monkeypatch.setattr(work, "Trainer", None)
+    assert main(command) == 0
+    assert in_this_process[5:] == ["0/SFT"]
+    assert json.loads(page.with_suffix(".json").read_text())["arms"] != []
+
+    # Another study has the arms that are the same, and a changed arm is another one.
+    other = tmp_path / "other.yaml"
+    other.write_text(STUDY.replace("RECA:", "same:").replace("arm: RECA", "arm: same"))
+    asked = Asked("show_o", (0,), tmp_path / "out", scale=0.004)
+    done = {task.arm: work.done(task) is not None for task in plan(load_study(str(other)), asked)[0]}
+    assert done == {"start": True, "same": True, "SFT": True, "SFT-same": True, "before": True}
+    changed = Asked("show_o", (0,), tmp_path / "out", scale=0.004, of_arm={"SFT": ("optim.lr=0.5",)})
+    done = {task.arm: work.done(task) is not None for task in plan(load_study(study), changed)[0]}
+    assert done == {"start": True, "RECA": True, "SFT": False, "SFT-RECA": False, "before": True}
+
+
+def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
+    command = ["study", study, "SFT:data.captions=nowhere/*.tar", "--out", str(tmp_path / "out"), *SCALE]
+    assert main(command) == 1
+    printed = capsys.readouterr().out
+    assert "SFT, seed 0: DataError: " in printed and "nowhere" in printed
+    found = json.loads((tmp_path / "out/does_it_run-show_o/study.json").read_text())
+    assert [arm["name"] for arm in found["arms"] if arm["means"]] == ["before", "RECA"]
+    assert found["claims"][0]["verdict"] == "not measured"
+
+
+def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, in_this_process):
+    options = ["--recipe", "show_o_tiny", "--suite", "world", "--limit", "5", "--seeds", "1"]
+    command = ["study", study, "train.steps=1", "data.workers=0", *options, "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out/does_it_run-show_o_tiny/study.json").read_text())
+    assert found["setting"] == "published" and "never" in [arm["name"] for arm in found["arms"]]
+    for arm in found["arms"]:
+        measure = arm["results"]["0"]["measures"]["world"]
+        assert 0 <= measure["value"] <= 100 and len(measure["interval"]) == 2
+    assert [claim["verdict"] for claim in found["claims"]] == ["agrees", "open"]
+
+
+def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monkeypatch, capsys):
+    arguments = ["study", study, "--out", str(tmp_path / "out"), *SCALE]
+    monkeypatch.setattr("sys.argv", ["reca", *arguments, "--slurm"])
+    assert main([*arguments, "--slurm"]) == 0
+    script = Path(capsys.readouterr().out.split()[-1])
+    stub = tmp_path / "bin/sbatch"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls\n')
+    stub.chmod(0o755)
+    subprocess.run([script], check=True, env=os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}, timeout=20)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    here = script.parent
+    assert calls[0] == f"--parsable --array=0-0 {here}/task.sbatch {here}/tasks0.txt"
+    assert calls[1] == f"--parsable --dependency=afterok:1 --array=0-2 {here}/task.sbatch {here}/tasks1.txt"
+    assert (here / "tasks1.txt").read_text().split() == ["0/RECA", "0/SFT", "0/before"]
+    assert (here / "tasks2.txt").read_text().split() == ["0/SFT-RECA"]
+    assert calls[3].startswith("--dependency=afterany:3") and calls[3].endswith("--report")
+    assert "--slurm" not in (here / "task.sbatch").read_text()
+
+    assert main([*arguments, "--task", "0/RECA"]) == 2
+    assert "goes on from 0/start, which is not done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_can_be_planned(name, tmp_path):
+    study = load_study(name)
+    assert study.paper and study.arms and study.claims
+    planned = {}
+    for umm in UMMS:
+        if not study.umms or umm in study.umms:
+            planned[umm] = plan(study, Asked(umm, (3,), tmp_path))[0]
+        else:
+            with pytest.raises(StudyError, match="has not what it varies"):
+                plan(study, Asked(umm, (3,), tmp_path))
+    assert "show_o" in planned
+    for tasks in planned.values():
+        assert {name for task in tasks for name in task.after} <= {task.name for task in tasks}
+        assert all("seed=3" in " ".join(task.overrides) for task in tasks if task.kind != "start")
+    for recipe in ("show_o_512", "bagel_7b"):
+        umm = load_recipe(recipe).umm
+        if not study.umms or umm in study.umms:
+            assert plan(study, Asked(umm, (0,), tmp_path, recipe))[0]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("arms: {}", "arms must map names"),
+        ("- 1", "holds no keys"),
+        ("question: a\npaper: []\narms: {a: {}}", "about is missing"),
+        ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
+        ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
+        ("question: a\narms: {a b: {about: b}}", "letters, digits"),
+        ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),
+        (
+            "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: a, expect: more}]",
+            "expect",
+        ),
+        ("question: [", "is not YAML"),
+    ],
+)
+def test_a_study_that_is_none_is_refused(text, said, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(StudyError, match=re.escape(said)):
+        load_study(str(path))
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["nothing"], "no study 'nothing': give a .yaml file, or one of blur"),
+        (["main", "--recipe", "show_o_512"], "--recipe needs --suite"),
+        (["main", "--suite", "geneval"], "are for --recipe"),
+        (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
+        (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
+        (["main", "--jobs", "0"], "--jobs must be at least 1"),
+        (["blur", "--umm", "bagel"], "the study blur is of show_o"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
+    assert main(["study", *arguments, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def rate(hits, trials=100):
+    return {"value": 100 * hits / trials, "hits": hits, "trials": trials}
+
+
+def test_intervals():
+    assert judge.mean([rate(50)]) == pytest.approx((50.0, 40.383, 59.617), abs=1e-3)  # Wilson
+    # Three values of mean 20 and deviation 10: Student's quantile with two degrees of freedom is 4.303.
+    spread = judge.mean([{"value": v} for v in (10.0, 20.0, 30.0)])
+    assert spread == pytest.approx((20.0, 20 - 24.84, 20 + 24.84), abs=1e-2)
+    assert judge.mean([{"value": 3.0}]) == (3.0, None, None)
+    # Newcombe 1998, method 10, the first example of its table II: 56 of 70 against 48 of 80.
+    gap = judge.difference({0: rate(56, 70)}, {0: rate(48, 80)})
+    assert gap == pytest.approx((20.0, 5.24, 33.39), abs=1e-2)
+    # Over seeds, differences are paired.
+    arm, than = {s: rate(50 + 10 * s) for s in range(3)}, {s: rate(40 + 10 * s) for s in range(3)}
+    assert judge.difference(arm, than) == pytest.approx((10.0, 10.0, 10.0))
+    assert judge.difference({0: rate(1)}, {1: rate(1)}) is None
+
+
+@pytest.mark.parametrize(
+    "expect, interval, said",
+    [
+        ("higher", (5, 1, 9), "agrees"),
+        ("higher", (-5, -9, -1), "disagrees"),
+        ("higher", (5, -1, 9), "open"),
+        ("lower", (-5, -9, -1), "agrees"),
+        ("lower", (5, 1, 9), "disagrees"),
+        ("equal", (0, -2, 2), "agrees"),
+        ("equal", (0, -2, 4), "open"),
+        ("equal", (6, 4, 9), "disagrees"),
+        ("equal", (-6, -9, -4), "disagrees"),
+        ("higher", (5, None, None), "open"),
+        ("higher", None, "not measured"),
+    ],
+)
+def test_a_claim_agrees_only_if_its_whole_interval_does(expect, interval, said):
+    claim = Claim("", "seen", "a", "b", expect, 3.0)
+    assert judge.verdict(claim, interval and judge.Interval(*interval)) == said
+
+
+def test_verdicts_together():
+    assert judge.overall(["agrees", "not measured"]) == "agrees"
+    assert judge.overall(["agrees", "open", "disagrees"]) == "disagrees"
+    assert judge.overall(["agrees", "open"]) == "open" and judge.overall(["not measured"]) == "not measured"
+
+
+def test_a_failed_task_is_said_in_one_line():
+    assert runner._line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
