@@ -14,8 +14,9 @@ from reca.models import UMMS
 from reca.recipe_files import load_recipe
 from reca.side_by_side import Failure
 from reca.studies import judge, runner, work
-from reca.studies.plan import Asked, plan
+from reca.studies.plan import plan
 from reca.studies.study import Claim, StudyError, load_study, study_names
+from reca.studies.task import Asked
 
 SCALE = ["--scale", "0.004"]
 STUDY = """

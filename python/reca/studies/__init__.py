@@ -2,6 +2,7 @@
 
     catalog/     the studies, one file each: question, what the paper says, arms, claims
     study.py     what such a file may hold
+    task.py      what is asked of a study, and what one process does of it
     plan.py      a study's arms as tasks: recipe, overrides and folder of every arm and seed
     world.py     the embedded world: pre-training of the start, measuring
     published.py recipes with published weights, measured by `reca eval`

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> Any:
     from reca.recipe_files import load_recipe
-    from reca.studies.plan import Asked, Evaluations
+    from reca.studies.task import Asked, Evaluations
 
     if not 0 < options.scale <= 1:
         raise StudyError(f"--scale must lie in (0, 1], got {options.scale:g}")

@@ -1,11 +1,9 @@
 """Studies at real size: recipes with published weights, measured by `reca eval`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reca import api
-
-if TYPE_CHECKING:
-    from reca.studies.plan import Task
+from reca.studies.task import Task
 
 
 def filled(override: str, seed: int) -> str:
@@ -17,7 +15,7 @@ def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
     return (f"train.seed={seed}",)
 
 
-def measured(task: "Task") -> dict[str, Any]:
+def measured(task: Task) -> dict[str, Any]:
     """Evaluate a run, or the recipe's published weights, on every suite.
 
     Returns {suite: measure, "suite/tag": measure}, values in percent where the suite's are shares.

@@ -12,8 +12,8 @@ from PIL import Image
 from reca import html
 from reca.folders import write_atomically
 from reca.studies import judge
-from reca.studies.plan import Asked, Task
 from reca.studies.study import BEFORE, Study
+from reca.studies.task import Asked, Task
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
 ENLARGED = 3  # times the embedded world's images

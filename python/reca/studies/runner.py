@@ -9,8 +9,9 @@ from tqdm import tqdm
 from reca import side_by_side
 from reca.side_by_side import Failure, Job
 from reca.studies import report
-from reca.studies.plan import Asked, Task, plan
+from reca.studies.plan import plan
 from reca.studies.study import Study, StudyError
+from reca.studies.task import Asked, Task
 from reca.studies.work import done, steps, steps_done, work
 
 Results = dict[str, dict[str, Any]]  # name of a task -> what work() returned, or {"failed": why}

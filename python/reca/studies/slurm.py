@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reca.folders import write_atomically
-from reca.studies.plan import Task
+from reca.studies.task import Task
 from reca.studies.work import done
 
 SCRIPT = """#!/bin/bash

@@ -10,7 +10,7 @@ from reca.folders import write_atomically
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, load_trained, recipe_of
 from reca.studies import published, world
-from reca.studies.plan import Task
+from reca.studies.task import Task
 from reca.trainer import Trainer
 
 PROGRESS = ".steps"  # file with the number of steps that are done

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
 from reca.runs import load_parent
+from reca.studies.task import Task
 from reca.toy_world.scenes import held_out_pairs
-
-if TYPE_CHECKING:
-    from reca.studies.plan import Task
 
 SPECS = {name: f"reca.toy_world:{name}?seed={{seed}}" for name in ("captioned", "understood", "unlabeled")}
 MEASURES = ("overall", "seen", "held-out", "two", "position", "understanding")
@@ -56,7 +54,7 @@ def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
     )
 
 
-def make_start(task: "Task", progress: Callable[[int], None]) -> list[tuple[int, float]]:
+def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, float]]:
     """Pre-train a model and save it, or make a variant of one that is there. Returns the curve of its loss."""
     shutil.rmtree(task.folder, ignore_errors=True)
     if task.variant is not None:
@@ -86,7 +84,7 @@ def load_start(umm: str, name: str, folder: Path) -> Adapter:
     return model
 
 
-def _swap_red_and_blue(task: "Task") -> None:
+def _swap_red_and_blue(task: Task) -> None:
     """Save the start with an encoder that takes red for blue: the first and the last input channel change places."""
     origin = task.folder.with_name(task.folder.name.removesuffix(f"-{task.variant}"))
     model = load_start(task.umm, task.recipe, origin)
@@ -108,10 +106,10 @@ def _swap_red_and_blue(task: "Task") -> None:
         save_as_run(model, load_recipe(task.recipe), task.folder, 1)
 
 
-VARIANTS: dict[str, Callable[["Task"], None]] = {"red_is_blue": _swap_red_and_blue}
+VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue}
 
 
-def measured(model: Adapter, task: "Task") -> dict[str, Any]:
+def measured(model: Adapter, task: Task) -> dict[str, Any]:
     """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
     found = measure(model, task.seed, demo_setup(task.umm).sampling, min(max(1, round(1 / task.scale)), SPARSEST))
     task.folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,71 @@
+"""What a study is asked to do, and its tasks: what one process does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What is measured at real size: the suites of `reca eval`, and options that hold for all of them."""
+
+    suites: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What holds for all arms of a study.
+
+    recipe  of published weights; None: the embedded world
+    common  overrides of every arm
+    of_arm  overrides of single arms, by name
+    scale   share of the world's steps and prompts; below 1 only to see that it runs
+    out     the folder of studies
+    """
+
+    umm: str
+    seeds: tuple[int, ...]
+    out: Path
+    recipe: str | None = None
+    common: tuple[str, ...] = ()
+    of_arm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    scale: float = 1.0
+
+    @property
+    def setting(self) -> str:
+        return "world" if self.recipe is None else "published"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does: train, if there are steps to make, and measure; or pre-train a start of the world.
+
+    name     unique in the study: SEED/ARM, or SEED/start
+    kind     start, before or arm
+    recipe, overrides  of the run
+    folder   of the run; of a start, the folder of the pre-trained model
+    result   file that says the task is done, and what came of it
+    variant  of the world's start
+    after    names of tasks that must be done before
+    """
+
+    name: str
+    kind: str
+    setting: str
+    umm: str
+    seed: int
+    recipe: str
+    overrides: tuple[str, ...]
+    folder: Path
+    result: Path
+    scale: float
+    evaluations: Evaluations
+    variant: str | None = None
+    after: tuple[str, ...] = ()
+
+    @property
+    def arm(self) -> str:
+        return self.name.partition("/")[2]
