@@ -2,6 +2,7 @@
 
 import errno
 import html
+import io
 import json
 import re
 import shutil
@@ -9,12 +10,18 @@ import subprocess
 
 import pytest
 import torch
+from PIL import Image
 
 import reca
 from reca import checkpoint, cli, comparison
+from reca.comparison import triplets
+from reca.data.errors import DataError
+from reca.data.sources import open_source
+from reca.eval import targets
 from reca.eval.errors import EvaluationError
 from reca.models import UMMS, umm_package
 from reca.recipe_files import load_recipe
+from tests.driver.toy import write_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -161,6 +168,67 @@ def test_answers_use_the_understanding_roles_alone(umm):
     assert score() == before
 
 
+# ---- reconstructions ----
+
+
+@pytest.fixture(scope="module")
+def drawn(runs, tmp_path_factory):
+    """Four pictures by the base and by a run, and the page that has them."""
+    out = tmp_path_factory.mktemp("drawn")
+    assert cli.main(["compare", "base", runs["first"], "--reconstructions", "4", "--out", str(out)]) == 0
+    return out
+
+
+def pixels(out, found, name):
+    return [(out / row[name]).read_bytes() for row in found["rows"]]
+
+
+def test_triplets(drawn, runs, tmp_path):
+    found = json.loads((drawn / "comparison.json").read_text())["reconstructions"]
+    assert found["pictures"] == "training" and len(found["rows"]) == 4
+    columns = {name: pixels(drawn, found, name) for name in ("input", "before", "after")}
+    assert len(set(columns["input"])) == 4 and columns["before"] != columns["after"]
+    source = open_source("reca.toy_world:unlabeled?seed=0", "reca")
+    with Image.open(drawn / found["rows"][1]["input"]) as image, Image.open(io.BytesIO(source[1].image)) as wanted:
+        assert image.tobytes() == wanted.convert("RGB").tobytes()
+    page = (drawn / "comparison.html").read_text()
+    assert page.count("reconstructed before: ") == page.count("reconstructed after: ") == 4
+    assert not re.search(r'(src|href)="(?!data:)', page) and re.search("<img[^>]*alt=", page)
+    same = comparison.draw(runs["first"], "base", tmp_path, 4)  # the other way round: equal noise, equal templates
+    assert pixels(tmp_path, same, "before") == columns["after"] and pixels(tmp_path, same, "after") == columns["before"]
+
+
+def test_nothing_is_drawn_twice(drawn, runs, monkeypatch):
+    found = json.loads((drawn / "comparison.json").read_text())["reconstructions"]
+    monkeypatch.setattr(targets.Target, "load", lambda *_: pytest.fail("a model was loaded"))
+    assert comparison.draw("base", runs["first"], drawn, 4) == found
+    for others in ((runs["second"], runs["first"], drawn, 4), ("base", runs["first"], drawn, 3)):
+        with pytest.raises(pytest.fail.Exception):
+            comparison.draw(*others)
+
+
+def test_pictures_of_ones_own_and_two_models(runs, tmp_path):
+    write_images(tmp_path / "photos", 2)
+    found = comparison.draw(runs["first"], runs["show_o"], tmp_path, 8, str(tmp_path / "photos"))
+    assert found["pictures"] == "given" and [row["name"] for row in found["rows"]] == ["000.png", "001.png"]
+    with pytest.raises(DataError, match="nowhere"):
+        comparison.draw("base", runs["first"], tmp_path, 4, str(tmp_path / "nowhere"))
+
+
+def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeypatch):
+    with pytest.raises(EvaluationError, match="no weights to draw with"):
+        comparison.draw("base", str(painter), tmp_path)
+    assert triplets.usual_count("base", str(painter)) == 0 and triplets.usual_count("base", runs["first"]) == 8
+    monkeypatch.setattr(triplets, "QUICK", 1000)  # a large model, and no GPU
+    assert triplets.usual_count("base", runs["first"]) == (8 if torch.cuda.is_available() else 0)
+    shutil.copytree(runs["first"], tmp_path / "moved")
+    recipe = tmp_path / "moved/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("reca.toy_world:unlabeled?seed=0", str(tmp_path / "gone")))
+    with pytest.raises(DataError, match=r"cannot be opened .*gone.*; name others by --images, or leave"):
+        comparison.draw("base", str(tmp_path / "moved"), tmp_path)
+    assert cli.main(["compare", "base", runs["first"], "--reconstructions", "-1"]) != 0
+
+
 # ---- in a browser ----
 
 
@@ -192,8 +260,18 @@ def test_a_click_opens_the_pair_and_keys_go_on(compared):
 
 
 @browser
+def test_a_click_opens_the_triplet(drawn):
+    shown = open_page(drawn / "comparison.html", 'document.querySelectorAll("button.flip")[2].click();')
+    dialog = shown[shown.index("<dialog") :]
+    assert re.match(r"<dialog[^>]* open", dialog) and dialog.count("<img") == 3 and "picture 3: 2</p>" in dialog
+    captions = re.findall("<figcaption>(.*?)</figcaption>", dialog)
+    assert captions == ["input", "before", "after"]
+
+
+@browser
 @pytest.mark.parametrize("width", [400, 1400])
-def test_nothing_sticks_out(compared, width):
+@pytest.mark.parametrize("page", ["compared", "drawn"])
+def test_nothing_sticks_out(page, width, request):
     measure = "document.title = document.documentElement.scrollWidth - document.documentElement.clientWidth;"
-    shown = open_page(compared / "comparison.html", measure, f"--window-size={width},900")
+    shown = open_page(request.getfixturevalue(page) / "comparison.html", measure, f"--window-size={width},900")
     assert "<title>0</title>" in shown

@@ -29,7 +29,7 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
     small += [f"objective.{task}.{key}=4" for task in ("reca", "i2t") for key in ("batch_size", "micro_batch")]
     assert cli.main(["train", f"{umm}_tiny", *small]) == 0
     assert cli.main(["eval", "world", run, "--against", "base", "--limit", "3"]) == 0
-    assert cli.main(["compare", "base", run]) == 0
+    assert cli.main(["compare", "base", run, "--reconstructions", "2"]) == 0
     printed, folder = capsys.readouterr().out, tmp_path / run / "eval/world"
     found = json.loads((folder / "results.json").read_text())
     assert found["counts"] == {"items": 3, "images": 3, "failed": 0, "missing": 0}
@@ -40,6 +40,7 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
     assert "toy world: 0.00 -> 0.00, +0.00 [" in printed and f"{run}/comparison/comparison.html" in printed
     compared = json.loads((tmp_path / run / "comparison/comparison.json").read_text())
     assert compared["suites"][0]["against"]["items"] == 3 and compared["understanding"]["changed"] > 0
+    assert len(compared["reconstructions"]["rows"]) == 2
     assert compared["understanding"]["identical"] == (umm in ("open_uni", "bagel"))
 
 

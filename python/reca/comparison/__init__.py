@@ -3,6 +3,7 @@
     sides.py    what BEFORE and AFTER name: a run, the model a run started from, the folder of an evaluation
     weights.py  which tensors training changed, and whether understanding uses one of them
     curves.py   losses and settings of both
+    triplets.py pictures that both reconstruct
     page.py     the page
 
 comparison.json:
@@ -12,9 +13,12 @@ comparison.json:
     curves          [{"name", "before": [[step, value]], "after": [[step, value]]}] of losses; [] without a run
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
     understanding   {"identical", "tensors", "text"}; null where a side is no run
+    reconstructions {"pictures": "held-out", "training" or "given", "rows": [{"name", "input", "before", "after"}]} with
+                    paths below the folder of this file; null where none were drawn
     notes           what is missing, as sentences
 """
 
 from reca.comparison.build import compare, write
+from reca.comparison.triplets import draw
 
-__all__ = ["compare", "write"]
+__all__ = ["compare", "draw", "write"]

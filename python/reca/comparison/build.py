@@ -31,6 +31,7 @@ def compare(before: str, after: str) -> dict[str, Any]:
         "curves": loss_curves(*sides),
         "settings": setting_differences(*sides),
         "understanding": understanding(*sides),
+        "reconstructions": None,
         "notes": notes,
     }
 
@@ -61,5 +62,5 @@ def write(found: dict[str, Any], out: Path, pictures: int = page.PICTURES) -> Pa
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False))
     path = out / "comparison.html"
-    write_atomically(path, page.render(found, pictures))
+    write_atomically(path, page.render(found, out, pictures))
     return path

@@ -10,19 +10,35 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("after", help="the same; base: what BEFORE started from")
     sub.add_argument("--out", type=path, metavar="DIR", help="folder of the page; RUN/comparison by default")
     sub.add_argument("--pictures", type=int, default=60, help="pairs of pictures in the page, of every suite")
+    sub.add_argument(
+        "--reconstructions",
+        type=int,
+        help="pictures that both models reconstruct; 8, or 0 for large models without a GPU",
+    )
+    sub.add_argument(
+        "--images", metavar="SPEC", help="what they reconstruct, as data.images; by default what the run holds out"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the page and print the headline of every suite."""
     from reca import comparison
+    from reca.comparison import triplets
     from reca.folders import ensure_writable
 
     if options.pictures < 0:
         raise ValueError(f"--pictures must be at least 0, got {options.pictures}")
+    if options.reconstructions is not None and options.reconstructions < 0:
+        raise ValueError(f"--reconstructions must be at least 0, got {options.reconstructions}")
     named = options.before if options.after == "base" else options.after
     out = options.out or Path(named) / "comparison"
     found = comparison.compare(options.before, options.after)
     ensure_writable(out, "--out")
+    count = options.reconstructions
+    if count is None:
+        count = triplets.COUNT if options.images else triplets.usual_count(options.before, options.after)
+    if count:
+        found["reconstructions"] = triplets.draw(options.before, options.after, out, count, options.images)
     page = comparison.write(found, out, options.pictures)
     for suite in found["suites"]:
         change = suite["against"]["overall"]

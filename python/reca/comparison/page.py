@@ -19,8 +19,8 @@ SMALL = 128  # pictures below are enlarged without smoothing
 WIDTH, HEIGHT = 320, 120  # of a curve
 
 
-def render(found: dict[str, Any], pictures: int = PICTURES) -> str:
-    """Write the page of a comparison."""
+def render(found: dict[str, Any], folder: Path, pictures: int = PICTURES) -> str:
+    """Write the page of a comparison. folder: of the pictures that it reconstructs."""
     return html.render(
         Path(__file__).with_name("page.html"),
         before=found["before"],
@@ -29,6 +29,7 @@ def render(found: dict[str, Any], pictures: int = PICTURES) -> str:
         curves=[_chart(curve) for curve in found["curves"]],
         settings=[{k: _value(v) for k, v in row.items()} for row in found["settings"]],
         understanding=found["understanding"],
+        reconstructions=_reconstructions(found["reconstructions"], folder),
         notes=found["notes"],
     )
 
@@ -95,6 +96,17 @@ def _flip(row: dict[str, Any], images: Sequence[dict], unit: str) -> dict[str, A
         "pictures": [_picture(old), _picture(new)],
         "reasons": [old_reason, new_reason],
     }
+
+
+def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+    """Read the pictures of reconstructions."""
+    if found is None:
+        return None
+    names = ("input", "before", "after")
+    rows = [
+        {"name": row["name"], "pictures": [_picture(folder / row[name]) for name in names]} for row in found["rows"]
+    ]
+    return {"pictures": found["pictures"], "names": names, "rows": rows}
 
 
 def _picture(path: Path | None) -> dict[str, Any] | None:

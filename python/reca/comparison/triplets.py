@@ -1,0 +1,121 @@
+"""Pictures beside what both models make of them from their own h_v, with equal templates and equal noise."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca.comparison.sides import Side, find_sides
+from reca.data.errors import DataError
+from reca.data.sample import Source
+from reca.data.sources import open_source
+from reca.eval.errors import EvaluationError
+from reca.eval.generate import png, write
+from reca.eval.targets import Target
+from reca.meta_model import build_meta
+from reca.reconstructions import picture_batch, pictures, reconstruct
+
+COUNT = 8  # pictures, where nothing else is said
+QUICK = 50_000_000  # parameters of a model that a CPU draws with in seconds
+FOLDER = "reconstructions"
+MADE = "made.json"  # in that folder: what the pictures were made from, and their names
+
+
+def usual_count(before: str, after: str) -> int:
+    """Return how many pictures are drawn where nobody says it: none by models that this machine takes long to run."""
+    sides = find_sides(before, after)
+    if any(side.recipe is None for side in sides):
+        return 0
+    if sides[1].kind == "run" and sides[1].weights is None:
+        return 0
+    if torch.cuda.is_available():
+        return COUNT
+    sizes = [sum(p.numel() for p in build_meta(side.recipe)[0].parameters()) for side in sides if side.recipe]
+    return COUNT if max(sizes) < QUICK else 0
+
+
+def draw(
+    before: str,
+    after: str,
+    out: Path,
+    count: int = COUNT,
+    images: str | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Draw pictures by both models, into a folder of `out`. Returns `reconstructions` of comparison.json.
+
+    before, after: as of `compare`; both must have weights. images: pictures, in any form of data.images; by default
+    those that the run holds out, or trains on. device: None: a GPU, if there is one.
+
+    What was drawn before from the same weights and pictures is not drawn again.
+    Raises EvaluationError for a side without weights, and where the disk is full; DataError for pictures that cannot
+    be read.
+    """
+    sides = find_sides(before, after)
+    for side in sides:
+        if side.recipe is None or (side.kind == "run" and side.weights is None):
+            raise EvaluationError(f"{side.source} has no weights to draw with: reconstructions need two models")
+    run = sides[1] if sides[1].kind == "run" else sides[0]
+    assert run.recipe is not None
+    place = out / FOLDER
+    targets = [Target(side.source, side.recipe, side.kind == "run", place) for side in sides]
+    data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
+    wanted = json.loads(json.dumps([[target.fingerprint() for target in targets], data, count], default=str))
+    made = _made(place, wanted)
+    if made is None:
+        shutil.rmtree(place, ignore_errors=True)
+        made = _draw(targets, run, images, count, place, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
+    return made
+
+
+def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
+    """Read what was drawn before; None unless it was from the same, and all pictures are there."""
+    try:
+        found = json.loads((place / MADE).read_text(encoding="utf-8"))
+        paths = [place.parent / row[name] for row in found["made"]["rows"] for name in ("input", "before", "after")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found["made"] if found["of"] == wanted and all(path.is_file() for path in paths) else None
+
+
+def _draw(
+    targets: list[Target], run: Side, images: str | None, count: int, place: Path, device: torch.device | str
+) -> dict[str, Any]:
+    recipe = run.recipe
+    assert recipe is not None
+    source = _open(run, images)
+    if not len(source):
+        raise DataError(f"{images or 'data.images'} holds no picture to reconstruct")
+    columns: dict[str, list[Tensor]] = {}
+    for name, target in zip(("before", "after"), targets, strict=True):
+        model = target.load(device)
+        batch = picture_batch(recipe, model, count, source)
+        columns.setdefault("input", batch.gen or [])
+        columns[name] = reconstruct(model, batch)
+        del model  # one at a time is in memory
+    rows = []
+    for number in range(len(columns["input"])):
+        row = {name: f"{FOLDER}/{number:03d}_{name}.png" for name in columns}
+        for name, column in columns.items():
+            write(place.parent / row[name], png(column[number]))
+        rows.append({"name": Path(source.key(number)).name, **row})
+    kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
+    return {"pictures": kind, "rows": rows}
+
+
+def _open(run: Side, images: str | None) -> Source:
+    recipe = run.recipe
+    assert recipe is not None
+    if images is not None:
+        return open_source(images, "reca", recipe.data.image_root, recipe.data.columns)
+    try:
+        return pictures(recipe)
+    except (DataError, ValueError) as error:
+        raise DataError(
+            f"the pictures of {run.source} cannot be opened ({error}); name others by --images, or leave "
+            "reconstructions out by --reconstructions 0"
+        ) from error
