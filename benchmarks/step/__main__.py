@@ -1,7 +1,7 @@
 """python -m benchmarks.step [--model M ...] [--size S] [--device D] [--form F ...]: time whole training steps.
 
 Forms take turns, each in a process of its own: ours, and `release`, the same step in the formulation of the released
-trainers (benchmarks/step/release). Rows go to benchmarks/results/step/DEVICE.csv, the plot and docs/step.md are made
+trainers (benchmarks/step/release); `release_kept` is that one with freed memory kept, as ours has it. Rows go to benchmarks/results/step/DEVICE.csv, the plot and docs/step.md are made
 of them. On a CPU seconds are CPU time of the process.
 """
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all")
     parser.add_argument("--size", default="narrow", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--form", nargs="+", default=FORMS, choices=FORMS, help="default: both")
+    parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="default: ours and release")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each form that are timed, after a first one")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--apart", action="store_true", help="one form after the other, where both do not fit")

@@ -12,12 +12,13 @@ PAGE = ROOT / "docs" / "step.md"
 OWED = "owed: no GPU has run it yet"
 
 
-def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow | None]]:
-    """Yield ours with the released form of the same model and size, where there is one."""
-    for ours in rows:
-        if ours.form == "ours":
-            same = (ours.model, ours.size, "release")
-            yield ours, next((row for row in rows if (row.model, row.size, row.form) == same), None)
+def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow]]:
+    """Yield ours with every measured released form of the same model and size."""
+    measured = [row for row in rows if row.measured]
+    for ours in measured:
+        for row in measured:
+            if ours.form == "ours" != row.form and (row.model, row.size) == (ours.model, ours.size):
+                yield ours, row
 
 
 def table(rows: list[StepRow]) -> str:
@@ -36,7 +37,7 @@ def table(rows: list[StepRow]) -> str:
         shares = (f"{name} {_percent(row.part(name) / row.seconds_p50)}" for name in PARTS if row.part(name))
         lines.append(f"           {', '.join(shares)}")
     for ours, release in pairs(rows):
-        lines += [f"  {_verdict(verdict)}" for verdict in verdicts(ours, release)]
+        lines += [f"  {release.form}: {_verdict(verdict)}" for verdict in verdicts(ours, release)]
     return "\n".join(lines)
 
 
@@ -97,15 +98,15 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
 
 
 def _comparison(rows: list[StepRow]) -> Iterator[str]:
-    found = [(ours, release) for ours, release in pairs(rows) if release and release.measured and ours.measured]
+    found = list(pairs(rows))
     if not found:
         return
     yield ""
     yield (
-        "| model | release / ours | without the optimizer | by FLOPs | memory, ours / release | targets | "
+        "| model | form | form / ours | without the optimizer | by FLOPs | memory, ours / release | targets | "
         "predicted before |"
     )
-    yield "|---" * 7 + "|"
+    yield "|---" * 8 + "|"
     for ours, release in found:
         rest = [row.seconds_p50 - row.optimizer for row in (release, ours)]
         target = target_of(ours)
@@ -114,7 +115,7 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
             for v in verdicts(ours, release)
         )
         yield (
-            f"| {ours.model} | **{release.seconds_p50 / ours.seconds_p50:.2f}** | {rest[0] / rest[1]:.2f} | "
+            f"| {ours.model} | {release.form} | **{release.seconds_p50 / ours.seconds_p50:.2f}** | {rest[0] / rest[1]:.2f} | "
             f"{release.flops / ours.flops:.2f} | {ours.peak_gib / release.peak_gib:.2f} | {told} | "
             f"{target.predicted if target else ''} |"
         )

@@ -49,16 +49,14 @@ def target_of(row: StepRow) -> Target | None:
     return TARGETS.get((kind, row.size), {}).get(row.model)
 
 
-def verdicts(ours: StepRow, release: StepRow | None) -> list[Verdict]:
-    """Return every target of a model beside what was measured; those without a measurement are left out."""
+def verdicts(ours: StepRow, release: StepRow) -> list[Verdict]:
+    """Return every target of a model beside what was measured."""
     target = target_of(ours)
-    if target is None or not ours.measured:
+    if target is None:
         return []
     share = ours.mfu if ours.driver else ours.product_share
     name = "MFU" if ours.driver else "share of the product rate"
     found = [Verdict(name, target.product, share, share >= target.product)]
-    if release is None or not release.measured:
-        return found
     ratio, counted = release.seconds_p50 / ours.seconds_p50, release.flops / ours.flops
     found.append(Verdict("release / ours", target.ratio, ratio, ratio >= target.ratio, f"FLOPs {counted:.2f}"))
     if target.memory is not None:

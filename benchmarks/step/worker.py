@@ -27,7 +27,7 @@ from benchmarks.step import release
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
-from reca import check, objective
+from reca import check, host_memory, objective
 from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.parallelize import checkpoint_activations
@@ -39,21 +39,22 @@ class Worker:
     """A trainer of one form, and its clock."""
 
     def __init__(self, model: str, size: str, form: str, device: str, folder: Path, changes: dict[str, Any]) -> None:
-        self.cuda, self.form = device == "cuda", form
+        self.cuda, self.form, released = device == "cuda", form, form != "ours"
         recipe = step_recipe(model, size, folder / form, changes)
         checkpointed = recipe.train.activation_checkpointing
-        if form == "release":
+        if released:
             recipe = step_recipe(model, size, folder / form, changes | release.recipe_changes(model))
         adapter = umm_package(recipe.umm).Adapter.load(recipe.model, torch.device(device))
-        if form == "release":
+        if released:
             release.formulate(adapter, checkpointed)
         if self.cuda:
             self.parts = Parts(_event, lambda a, b: a.elapsed_time(b) / 1e3)
         else:
             self.parts = Parts(time.process_time, lambda a, b: b - a)
         instrument(adapter, self.parts)
-        self.trainer = Trainer(recipe, adapter, progress=lambda step: None)
-        if form == "release":
+        with mock.patch.object(host_memory, "keep_freed") if form == "release" else contextlib.nullcontext():
+            self.trainer = Trainer(recipe, adapter, progress=lambda step: None)
+        if released:
             self.trainer.optimizer = release.make_optimizer(self.trainer.optimizer)
         self.streams = {task: iter(loader) for task, loader in self.trainer.loaders.items()}
         self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]

@@ -15,6 +15,7 @@ from reca import (
     exits,
     fit,
     hang,
+    host_memory,
     lora,
     memory,
     micro_batches,
@@ -79,6 +80,8 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         hang.record_collectives(self.run_dir)
         self.device = distributed.initialize(recipe.parallel.timeout_minutes)
+        if self.device.type == "cpu":
+            host_memory.keep_freed()
         self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         with distributed.fail_together():
             if distributed.rank() == 0:

@@ -91,7 +91,7 @@ def test_a_step_is_timed_by_part_and_makes_no_gpu_wait(model, tmp_path):
 
 
 def test_the_released_form_is_a_step_too(tmp_path):
-    worker = Worker("harmon", "tiny", "release", "cpu", tmp_path, {})
+    worker = Worker("harmon", "tiny", "release_kept", "cpu", tmp_path, {})
     assert not worker.trainer.optimizer.defaults["fused"]
     assert worker.count()["host_waits"] > 0  # masks as indices
     assert {name for name, seconds in worker.step()["parts"].items() if seconds <= 0} == set()
@@ -154,7 +154,7 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     assert (ours.images_per_s, ours.product_share, ours.mfu, ours.roofline_s) == (0.25, 1.0, 0.75, 9.0)
     assert [(v.measured, v.met) for v in verdicts(ours, released)] == [(1.0, True), (1.5, True), (0.5, True)]
     told = report.section(path.parent)
-    assert "| bagel | **1.50** | 1.50 | 1.00 | 0.50 |" in told and "owed: no GPU has run it yet" in told
+    assert "| bagel | release | **1.50** | 1.50 | 1.00 | 0.50 |" in told and "owed: no GPU has run it yet" in told
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
 
 
