@@ -1,8 +1,8 @@
 """python -m benchmarks.step [--model M ...] [--size S] [--device D] [--form F ...]: time whole training steps.
 
 Forms take turns, each in a process of its own: ours, and `release`, the same step in the formulation of the released
-trainers (benchmarks/step/release); `release_kept` is that one with freed memory kept, as ours has it. Rows go to benchmarks/results/step/DEVICE.csv, the plot and docs/step.md are made
-of them. On a CPU seconds are CPU time of the process.
+trainers (benchmarks/step/release); `release_kept` is that one with freed memory kept, as ours has it. Rows go to
+benchmarks/results/step/DEVICE.csv, and plot and docs/step.md are made of them. On a CPU seconds are CPU time.
 """
 
 import argparse

@@ -114,11 +114,17 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
             f"{v.what} {v.target:.2f}: **{v.measured:.2f}**, {'met' if v.met else 'not met'}"
             for v in verdicts(ours, release)
         )
-        yield (
-            f"| {ours.model} | {release.form} | **{release.seconds_p50 / ours.seconds_p50:.2f}** | {rest[0] / rest[1]:.2f} | "
-            f"{release.flops / ours.flops:.2f} | {ours.peak_gib / release.peak_gib:.2f} | {told} | "
-            f"{target.predicted if target else ''} |"
-        )
+        cells = [
+            ours.model,
+            release.form,
+            f"**{release.seconds_p50 / ours.seconds_p50:.2f}**",
+            f"{rest[0] / rest[1]:.2f}",
+            f"{release.flops / ours.flops:.2f}",
+            f"{ours.peak_gib / release.peak_gib:.2f}",
+            told,
+            target.predicted if target else "",
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _owed() -> Iterator[str]:

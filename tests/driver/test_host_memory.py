@@ -7,13 +7,14 @@ import textwrap
 
 import pytest
 
-# Page faults of filling 64 MiB that were freed before, behind 256 KiB that are still held, as bytearrays of malloc.
+# Prints the page faults of filling 64 MiB for the second time.
 FAULTS = """
     import ctypes, resource, sys
     from reca.host_memory import keep_freed
 
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     if sys.argv[1] == "keep":
         assert keep_freed()
 
