@@ -1,10 +1,11 @@
 """python -m benchmarks.full_gpu_run [STEP ...] [--call N] [--out FOLDER]: everything that wants a GPU.
 
-Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch table and the documents, and prints
-a short table last. A step that fails or runs out of time does not stop the others; the exit status is 1 then. Needs no
-network. What a step prints goes to FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
+Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch table and the documents, times whole
+training steps of the models, and prints short tables last: everything beside its target. A step that fails or runs out
+of time does not stop the others; the exit status is 1 then. Needs no network. What a step prints goes to
+FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
 
-A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 5 are steps that fit into one
+A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 7 are steps that fit into one
 each. The first tests are those of one op with every kernel waited for: a kernel that reads what is not its own spoils
 all later tests of its process, and the first failure is named wrongly otherwise.
 """
@@ -23,8 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import verdicts
 from benchmarks.docs import summary
 from benchmarks.rows import RESULTS
+from benchmarks.step.rows import FOLDER as STEP_RESULTS
 from reca_kernels.dispatch import TABLE
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +60,12 @@ def _tests(*options: str, processes: int = 1) -> list[str]:
 
 def _benchmark(op: str, seconds: int) -> Step:
     return Step(f"bench_{op}", seconds, [PYTHON, "-m", "benchmarks", "--device", "cuda", "--ops", op])
+
+
+def _training(model: str, seconds: int, *options: str, size: str = "real") -> Step:
+    """Time whole training steps, one form after the other: both need most of the memory."""
+    command = [PYTHON, "-m", "benchmarks.step", "--device", "cuda", "--apart", "--size", size, "--model", model]
+    return Step(f"step_{model}" + ("" if size == "real" else f"_{size}"), seconds, [*command, *options])
 
 
 KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
@@ -92,6 +101,12 @@ CALLS = [
         Step("test_models", 130, _tests("tests/models")),  # needs the driver's libraries
         Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
         Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
+    ],
+    [_training("show_o", 190), _training("open_uni", 200), _training("harmon", 210)],
+    [
+        # Moments in bf16: with fp32 ones the trained half of BAGEL alone takes 105 GB.
+        _training("bagel", 260, "--form", "ours", "--set", "optim.moments=bf16"),
+        _training("bagel", 320, size="quarter"),
     ],
 ]
 STEPS = [step for call in CALLS for step in call]
@@ -177,10 +192,15 @@ def main(arguments: list[str]) -> int:
     )
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may not end in time")
+    began = time.time()
     done = run(chosen, options.out)
-    for path in [*(p for p in RESULTS.iterdir() if p.stem != "cpu"), TABLE]:
+    for path in [*(p for p in RESULTS.iterdir() if p.is_file() and p.stem != "cpu"), TABLE]:
         shutil.copy(path, options.out)
+    for path in STEP_RESULTS.glob("*.csv"):
+        if path.stat().st_mtime >= began:
+            shutil.copy(path, options.out / f"step_{path.name}")
     print(summary())
+    print(verdicts.table("cuda"))
     print(table(done))
     return int(any(step.rc for step in done))
 

@@ -23,9 +23,8 @@ from benchmarks import docs
 from benchmarks.devices import Ceilings, CpuTime, Cuda, Device, ceilings
 from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
-from benchmarks.step.parts import PARTS
 from benchmarks.step.recipes import MODELS, SIZES
-from benchmarks.step.rows import FOLDER, FORMS, StepRow, merged, write
+from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, write
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,12 +14,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step.rows import PARTS
 from reca.trainer import Trainer
 
-# In the order of a step. waiting: for batches, beyond decoding and preparing them in this thread. other: sums, counts
-PARTS = (
-    "waiting", "decode", "prepare", "encoders", "prompt", "blocks", "head and loss", "backward", "optimizer", "other",
-)  # fmt: skip
 # Modules that belong to the part in the middle of a loss beside `Adapter.blocks`, and those behind it.
 MORE_BLOCKS = {"open_uni": "mllm.model.language_model.layers"}
 HEADS = {"harmon": "mar.diffloss.net"}

@@ -4,6 +4,7 @@ tiny    the toy world's recipe, a few thousand parameters: for tests
 narrow  the published widths and sequence lengths, one or two layers of every stack and patches for the codec, in fp32:
         for a CPU. BAGEL has half its width: a step of one image at full width takes over a minute on one core
 real    the published model in bf16, as many passes of the recipe's micro-batch as BATCHES says
+quarter the same with a quarter of the layers of every trained stack: both forms of BAGEL fit one card
 """
 
 import tempfile
@@ -16,7 +17,7 @@ from reca.config import Recipe
 from reca.models.show_o.weights import PHI_TOKENS
 from reca.recipe_files import load_recipe
 
-SIZES = ("tiny", "narrow", "real")
+SIZES = ("tiny", "narrow", "quarter", "real")
 NAMES = {  # model -> the recipes of its sizes
     "show_o": ("show_o_tiny", "show_o_512"),
     "harmon": ("harmon_tiny", "harmon_1_5b"),
@@ -83,11 +84,25 @@ NARROW = {
         "model.patches.entries": 16384,
     },
 }
+QUARTER = {
+    "show_o": {"model.phi.num_hidden_layers": 6},
+    "harmon": {
+        QWEN + "num_hidden_layers": 7,
+        "model.mar.encoder_depth": 5,
+        "model.mar.decoder_depth": 5,
+        "model.mar.head_depth": 3,
+    },
+    "open_uni": {QWEN + "num_hidden_layers": 7, "model.connector.num_hidden_layers": 2, "model.sana.num_layers": 5},
+    "bagel": {QWEN + "num_hidden_layers": 7},
+    "janus": {QWEN + "num_hidden_layers": 6},
+}
+REAL = {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8, 2), "janus": (16, 8)}
 # Images of a step, and of a pass.
 BATCHES = {
     "tiny": dict.fromkeys(MODELS, (4, 2)),
     "narrow": dict.fromkeys(MODELS, (1, 1)) | {"open_uni": (2, 2)},
-    "real": {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8, 2), "janus": (16, 8)},
+    "quarter": REAL,
+    "real": REAL,
 }
 
 
@@ -112,6 +127,8 @@ def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None
     keys |= {"data.images": str(pictures(folder)), "model.words": words(model)}
     if size == "narrow":
         keys |= NARROW[model] | {"train.precision": "fp32", "data.workers": 0}
+    elif size == "quarter":
+        keys |= QUARTER[model]
     return load_recipe(published, keys | (changed or {}))
 
 

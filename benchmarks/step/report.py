@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.step.parts import PARTS
-from benchmarks.step.rows import FOLDER, StepRow, all_results, read
+from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,10 @@ from benchmarks.rows import RESULTS
 FOLDER = RESULTS / "step"
 # release_kept: the released form in a process that keeps freed memory, as ours does on CPUs
 FORMS = ("ours", "release", "release_kept")
+# In the order of a step. waiting: for batches, beyond decoding and preparing them in this thread. other: sums, counts
+PARTS = (
+    "waiting", "decode", "prepare", "encoders", "prompt", "blocks", "head and loss", "backward", "optimizer", "other",
+)  # fmt: skip
 
 
 @dataclass

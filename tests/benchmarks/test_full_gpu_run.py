@@ -16,6 +16,7 @@ from benchmarks import full_gpu_run, sdp_kernels
 from benchmarks.__main__ import OPS
 from benchmarks.devices import Cpu
 from benchmarks.full_gpu_run import STEPS, Step
+from benchmarks.step.targets import TARGETS
 
 PATHS = os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS}
@@ -87,10 +88,11 @@ def test_what_ignores_the_interrupt_is_killed(tmp_path):
 
 
 def test_calls_fit_into_what_is_lent_and_cover_every_op():
-    """Ten minutes and eight files a command: a log per step, the results, their plot and the dispatch table."""
+    """Ten minutes and eight files a command: logs, results with their plot, those of whole steps, dispatch table."""
     for call in full_gpu_run.CALLS:
-        assert sum(step.seconds for step in call) <= 600 and len(call) + 3 <= 8
+        assert sum(step.seconds for step in call) <= 600 and len(call) + 3 + ("step_" in call[0].name) <= 8
     limits = {step.name: step.seconds for step in STEPS}
+    assert {f"step_{model}" for model in TARGETS["cuda", "real"]} < set(limits)
     assert len(limits) == len(STEPS) and {f"bench_{op}" for op in OPS} < set(limits)
     assert (
         limits["test"] == 480

@@ -1,7 +1,7 @@
 """The RECA losses as the released trainers formulate them in eager PyTorch, on the modules of this package.
 
 Written for this benchmark from what the releases compute, none of their code is here. Weights, batches and random
-numbers are those of our formulation, so that loss and gradients agree (tests/benchmarks/test_step.py) and the
+numbers are those of our formulation, so that loss and gradients agree (tests/driver/test_step_benchmark.py) and the
 comparison is one of how a step is computed. What differs is said at the top of each module.
 
 Common to all: torch.optim.AdamW as the releases construct it, without `fused`.

@@ -7,9 +7,9 @@ from torch import nn
 from benchmarks.devices import Ceilings
 from benchmarks.step import __main__, release, report
 from benchmarks.step.counting import Counter
-from benchmarks.step.parts import PARTS, Parts
+from benchmarks.step.parts import Parts
 from benchmarks.step.recipes import MODELS, PICTURES, pictures, step_recipe
-from benchmarks.step.rows import StepRow, merged, read, write
+from benchmarks.step.rows import PARTS, StepRow, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
 from reca import objective, runs
