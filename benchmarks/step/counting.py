@@ -19,8 +19,6 @@ OF_NUMBERS = {
     "unique_consecutive", "bincount", "allclose",
 }  # fmt: skip
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "lift_fresh"}
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Counter(TorchDispatchMode):
@@ -60,21 +58,22 @@ class Counter(TorchDispatchMode):
         if func.is_view or name in FREE:
             return out
         self.launches += 1
-        if flops := _flops(func.overloadpacket, args, kwargs, out):
+        if flops := _flops(func.overloadpacket, name, args, kwargs, out):
             self.flops += flops
         else:
             self.bytes += sum(x.numel() * x.itemsize for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor))
         return out
 
 
-def _flops(packet: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    if packet in (FLASH, FLASH_BACKWARD):  # two products of scores or values, five backward
-        query, key = args[:2] if packet is FLASH else args[1:3]
-        return (4 if packet is FLASH else 10) * query.numel() * key.shape[2]
-    formula = check.CONVOLUTIONS.get(packet)
-    if formula is not None:
+def _flops(packet: Any, name: str, args: tuple, kwargs: dict, out: Any) -> int:
+    """Count the FLOPs of a product, a convolution or attention; 0 for any other operator."""
+    if name.startswith("_scaled_dot_product"):  # two products of scores or values, five in the backward pass
+        backward = "backward" in name
+        query, key = args[1:3] if backward else args[:2]
+        return (10 if backward else 4) * query.numel() * key.shape[-2]
+    if packet in check.CONVOLUTIONS:
         shapes = [x.shape if isinstance(x, Tensor) else x for x in args]
-        return formula(*shapes, **kwargs)
+        return check.CONVOLUTIONS[packet](*shapes, **kwargs)
     formula = flop_registry.get(packet)
     return 0 if formula is None else formula(*args, **kwargs, out_val=out)
 
