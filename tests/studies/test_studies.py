@@ -112,6 +112,17 @@ def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_
     assert found["claims"][0]["verdict"] == "not measured"
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_start_that_fails_is_named_beside_what_needs_it(study, tmp_path, monkeypatch, capsys):
+    def broken(task, progress):
+        raise OSError("no space")
+
+    monkeypatch.setattr(work.world, "make_start", broken)
+    assert main(["study", study, "--out", str(tmp_path / "out"), *SCALE]) == 1
+    printed = capsys.readouterr().out
+    assert "0/start: OSError: no space" in printed and "RECA, seed 0: " in printed
+
+
 def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, in_this_process):
     options = ["--recipe", "show_o_tiny", "--suite", "world", "--limit", "5", "--seeds", "1"]
     command = ["study", study, "train.steps=1", "data.workers=0", *options, "--out", str(tmp_path / "out")]

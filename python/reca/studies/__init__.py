@@ -24,6 +24,7 @@ study.json:
     arms      [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
               "trials"}}, "curve": [[step, loss]], "seconds", "folder"}}, "means": {name: {"value", "interval"}}}];
               a result that is missing is {"failed": why}
+    failed    ["SEED/start: why"] of starts; [] if there is none
     omitted   {arm: why this model has it not}
     claims    [{"says", "measure", "arm", "than", "difference", "interval", "verdict"}]
     verdict   agrees, disagrees, open or not measured

@@ -35,7 +35,7 @@ def summarize(
     for task in tasks:
         if task.kind != "start":
             by_arm[task.arm][task.seed] = results[task.name] | {"folder": str(task.folder)}
-    start_failed = [results[t.name]["failed"] for t in tasks if t.kind == "start" and "failed" in results[t.name]]
+    starts = {task.name: results[task.name] for task in tasks if task.kind == "start"}
     arms = []
     for name, found in by_arm.items():
         names = dict.fromkeys(m for r in found.values() for m in r.get("measures", ()))
@@ -60,7 +60,7 @@ def summarize(
         "machine": f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
         "arms": arms,
         "omitted": omitted,
-        "failed": start_failed,
+        "failed": [f"{name}: {result['failed']}" for name, result in starts.items() if "failed" in result],
         "claims": claims,
         "verdict": judge.overall([claim["verdict"] for claim in claims]),
     }
@@ -135,6 +135,7 @@ def text(found: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"not with {found['umm']}: {name} ({why})" for name, why in found["omitted"].items()]
+    lines += found["failed"]
     for arm in found["arms"]:
         lines += [f"{arm['name']}, seed {s}: {r['failed']}" for s, r in arm["results"].items() if "failed" in r]
     lines += ["", *(f"the paper: {said['says']} ({said['source']})" for said in found["paper"])]

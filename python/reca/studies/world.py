@@ -1,6 +1,7 @@
 """Studies in the embedded world: a start that is pre-trained here, and measuring by the world's own judge."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,16 @@ def measured(model: Adapter, task: Task) -> dict[str, Any]:
     measures: dict[str, Any] = {
         name: {"value": 100 * rate.share, "hits": rate.hits, "trials": rate.trials} for name, rate in rates.items()
     }
-    return {"overall": {"value": 100 * found.overall}} | measures
+    return {"overall": _overall(found)} | measures
+
+
+def _overall(found: Measured) -> dict[str, Any]:
+    """Return the mean over categories, with its interval from theirs (Zou and Donner 2008)."""
+    rates = [found.rates[f"{name}, all"] for name in CATEGORIES]
+    bounds = [rate.wilson() for rate in rates]
+    below = math.hypot(*(rate.share - low for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
+    above = math.hypot(*(high - rate.share for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
+    return {"value": 100 * found.overall, "interval": [100 * (found.overall - below), 100 * (found.overall + above)]}
 
 
 def _write_images(found: Measured, seed: int, folder: Path) -> None:
