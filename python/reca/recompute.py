@@ -7,7 +7,7 @@ al. 2022, arXiv 2205.05198). Both change no bit of a result.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,13 +40,30 @@ def _contexts(selective: bool, precision: str) -> Callable[[], tuple[Any, Any]]:
     """Return what makes the contexts of a block's first and second run."""
 
     def contexts() -> tuple[Any, Any]:
-        nothing = contextlib.nullcontext(), contextlib.nullcontext()
-        first, second = create_selective_checkpoint_contexts(_policy) if selective else nothing
+        first, second = contextlib.nullcontext(), contextlib.nullcontext()
+        if selective:
+            first, second = (
+                _Both(_without_cast_cache(), mode) for mode in create_selective_checkpoint_contexts(_policy)
+            )
         if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
             second = _Both(autocast(precision, torch.device("cpu")), second)
         return first, second
 
     return contexts
+
+
+@contextlib.contextmanager
+def _without_cast_cache() -> Iterator[None]:
+    """Let autocast cast weights anew: operators are counted, and a cast from a block's earlier call would be missing.
+
+    Harmon's encoder runs twice in a forward pass, and by itself in the backward pass.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

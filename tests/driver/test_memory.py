@@ -32,8 +32,7 @@ CASES = {
     "show_o": ("show_o_tiny", FEW),
     "harmon, several passes": ("harmon_tiny", [*SMALL, *RECOMPUTED]),
     "open_uni, several passes": ("open_uni_tiny", [*SMALL, "train.precision=bf16"]),
-    "show_o, selective": ("show_o_tiny", [*FEW, *SELECTIVE, "objective.i2t.weight=0"]),
-    "open_uni, selective": ("open_uni_tiny", [*FEW, *SELECTIVE]),
+    "harmon, selective": ("harmon_tiny", [*FEW, *SELECTIVE, "model.mar.head_depth=1"]),
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
     "bagel, scored images": (
         "bagel_tiny", ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=8"],
