@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from reca import distributed, objective
+from reca import distributed, half_weights, objective
 from reca.allocations import OTHER, Allocations, on_gpu
 from reca.config import Recipe
 from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
@@ -156,7 +156,8 @@ def run_step(
                 parameter.grad = torch.empty_like(parameter)
             allocations.label([p.grad for p in trained], "gradients")
         allocations.reset_peak()
-        with on_gpu() if allocations.gpu else contextlib.nullcontext():
+        holding = half_weights.held(adapter, context, sum(passes.values()))
+        with on_gpu() if allocations.gpu else contextlib.nullcontext(), holding:
             for work in _steps(batches, passes, gpus):
                 objective.backward(adapter, work, recipe.objective, recipe.train.seed, context)
                 if not several:

@@ -14,6 +14,7 @@ from reca import (
     distributed,
     exits,
     fit,
+    half_weights,
     hang,
     host_memory,
     lora,
@@ -301,7 +302,8 @@ class Trainer:
         logged = due(self.step + 1, self.recipe.log.every) or self.step + 1 == self.recipe.train.steps
         labels = {task: loader.labels for task, loader in self.loaders.items()} if logged else None
         given = self.recipe.objective, self.recipe.train.seed, self.autocast
-        sums = objective.backward(self.adapter, batches, *given, labels)
+        with half_weights.held(self.adapter, self.autocast, sum(map(len, batches.values()))):
+            sums = objective.backward(self.adapter, batches, *given, labels)
         if self.fused_backward:
             norm = self.fused_backward.finish_step()
         else:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from reca import memory, objective, units
+from reca import half_weights, memory, objective, units
 from reca.micro_batches import accumulation_steps
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
@@ -79,7 +79,8 @@ class RealSteps:
 
     def step(self, draw: int) -> None:
         work = {t: [mine[min(draw, len(mine) - 1)]] * self.passes[t] for t, mine in self.batches.items()}
-        objective.backward(self.adapter, work, self.recipe.objective, self.recipe.train.seed, self.context)
+        with half_weights.held(self.adapter, self.context, sum(self.passes.values())):
+            objective.backward(self.adapter, work, self.recipe.objective, self.recipe.train.seed, self.context)
         gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,82 @@
+"""Weights that are cast once a step: the same bits as autocast's, in every model, and fewer bytes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reca import half_weights, objective
+from reca.compiled_blocks import compile_blocks
+from reca.config import ObjectiveConfig
+from reca.models import UMMS
+from reca.precision import autocast
+from tests.models.contract import batch, load
+
+CAST = torch.ops.aten._to_copy.default
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of parameters, and the bytes that they read and write."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.shapes = {p.shape for block in model.blocks() for p in block.parameters() if p.ndim > 1}
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is CAST and args[0].dtype != out.dtype and args[0].shape in self.shapes:
+            self.count += 1
+            self.bytes += args[0].nbytes + out.nbytes
+        return out
+
+
+def step(model, context, holding):
+    model.zero_grad(set_to_none=True)
+    work = {"reca": [batch(model, "reca", rows) for rows in ((0, 1), (2, 3), (1, 3))]}
+    with half_weights.held(model, context, 3 if holding else 1):
+        objective.backward(model, work, ObjectiveConfig(), 0, context)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("umm", UMMS)
+def test_gradients_are_those_of_autocast(umm):
+    model, context, seen = load(umm), autocast("bf16", torch.device("cpu")), []
+    before = dict(model.named_parameters())
+    for holding in (False, True):
+        with Casts(model) as casts:
+            seen.append((step(model, context, holding), casts))
+    (wanted, plain), (found, held) = seen
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient.dtype == torch.float32 and torch.equal(found[name], gradient), name
+    assert all(p is before[name] for name, p in model.named_parameters())
+    print(f"{umm}: {plain.count} casts of weights and gradients, {plain.bytes} bytes; {held.count}, {held.bytes}")
+    assert held.count < plain.count / 2 and held.bytes < plain.bytes / 2
+
+
+def test_nothing_is_held_in_fp32_or_for_one_pass():
+    model = load("janus")
+    weights = list(model.parameters())
+    for context, passes in ((autocast("fp32", torch.device("cpu")), 3), (autocast("bf16", torch.device("cpu")), 1)):
+        with half_weights.held(model, context, passes):
+            assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_weights_are_back_after_an_error():
+    model, context = load("janus"), autocast("bf16", torch.device("cpu"))
+    weights = list(model.parameters())
+    with pytest.raises(RuntimeError, match="broken"), half_weights.held(model, context, 2):
+        raise RuntimeError("broken")
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_copies_of_a_new_step_do_not_compile_again():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, context, graphs = load("janus"), autocast("bf16", torch.device("cpu")), []
+    compile_blocks(model, "eager")
+    for _ in range(3):
+        step(model, context, True)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2] > 0
+    torch._dynamo.reset()
