@@ -93,20 +93,19 @@ def test_pixels_without_a_fixed_white_are_refused(values):
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (8000, 2)])
 def test_thin_pictures_make_no_large_ones(fit, size, monkeypatch):
     """A square of the long side has 900 million pixels."""
-    made, new, resize = [], Image.new, Image.Image.resize
+    made, centred, resize = [], pixels._centred, pixels._resize
 
-    def counted_new(mode, size, *options):
-        made.append(size[0] * size[1])
-        return new(mode, size, *options)
+    def counted_centred(image, side, fill):
+        made.append(side**2)
+        return centred(image, side, fill)
 
-    def counted_resize(self, size, *options, **more):
-        made.extend((size[0] * size[1], size[0] * self.height))  # Pillow filters rows, then columns
-        return resize(self, size, *options, **more)
+    def counted_resize(image, size, *options):
+        made.extend((size[0] * size[1], size[0] * image.shape[1]))  # filtered along the rows, then down the columns
+        return resize(image, size, *options)
 
-    image = new("RGB", size)
-    monkeypatch.setattr(Image, "new", counted_new)
-    monkeypatch.setattr(Image.Image, "resize", counted_resize)
-    view = make_view(image, View(512, fit, min_size=256, stride=16, blur=2))
+    monkeypatch.setattr(pixels, "_centred", counted_centred)
+    monkeypatch.setattr(pixels, "_resize", counted_resize)
+    view = make_view(Image.new("RGB", size), View(512, fit, min_size=256, stride=16, blur=2))
     assert max(view.shape[1:]) == 512 and 0 < max(made) <= 512 * 30000
 
 

@@ -1,4 +1,4 @@
-"""From bytes to views: every task of file, every fit, both decoders."""
+"""From bytes to views: every task of file, every fit. test_dali.py has the other decoder."""
 
 import io
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from reca.data import dali
 from reca.data.errors import DataError
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
 from reca.data.views import View, Views
@@ -142,77 +141,3 @@ def test_blur_removes_detail_and_keeps_size():
 )
 def test_bound_sizes(size, view, expected):
     assert bound_size(*size, view) == expected
-
-
-needs_dali = pytest.mark.skipif(not dali.available(), reason="DALI is not installed (pip install 'reca[dali]')")
-
-
-@needs_dali
-@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "bound"])
-def test_dali_equals_pillow_within_one_level(fit):
-    from skimage import data
-
-    views = Views(gen=View(96, fit=fit, min_size=32, stride=16), und=View(56, resample="bilinear"))
-    pillow, other = PillowDecoder(views, CounterRNG(0)), dali.DaliDecoder(views, CounterRNG(0), "cpu")
-    for i, name in enumerate(("astronaut", "coffee", "chelsea")):
-        jpeg = encoded(Image.fromarray(getattr(data, name)()), "JPEG", quality=90)
-        for a, b in zip(pillow(jpeg, i), other(jpeg, i), strict=True):
-            assert int((a.int() - b.int()).abs().max()) <= 1, name
-
-
-@needs_dali
-def test_dali_hands_other_files_to_pillow():
-    views = Views(gen=View(16), und=None)
-    pillow, other = PillowDecoder(views, CounterRNG(0)), dali.DaliDecoder(views, CounterRNG(0), "cpu")
-    for data in (encoded(picture(mode="P"), "GIF"), encoded(picture(mode="CMYK"), "JPEG"), encoded(picture())):
-        assert torch.equal(pillow(data, 0)[0], other(data, 0)[0])
-    for data in (b"", JPEG[: len(JPEG) // 2]):
-        with pytest.raises(BadImage):
-            other(data, 0)
-
-
-class FailingDali:
-    """Stands in for nvidia.dali where an image cannot be decoded."""
-
-    RGB = None
-
-    def __init__(self):
-        self.decoders = self
-
-    def image(self, *_, **__):
-        raise RuntimeError("nvJPEG error\nin two lines")
-
-
-def test_what_dali_cannot_decode_goes_through_pillow(monkeypatch, caplog):
-    views, failing = Views(gen=View(16), und=None), FailingDali()
-    decoder = dali.DaliDecoder.__new__(dali.DaliDecoder)
-    decoder.views, decoder.rng, decoder.dynamic, decoder.types, decoder.device = (
-        views,
-        CounterRNG(0),
-        failing,
-        failing,
-        "cpu",
-    )
-    decoder.pillow, decoder.failed = PillowDecoder(views, CounterRNG(0)), False
-    for _ in range(2):
-        assert torch.equal(decoder(JPEG, 0)[0], decoder.pillow(JPEG, 0)[0])
-    assert [record.getMessage() for record in caplog.records] == [
-        "what DALI cannot decode goes through Pillow; the first: nvJPEG error in two lines"
-    ]
-    with pytest.raises(BadImage):
-        decoder(JPEG[: len(JPEG) // 2], 0)
-
-
-def test_dali_gets_upright_jpegs_of_grey_and_rgb():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    garbled = JPEG[:2] + b"\xff\xe1\x00\x0cExif\0\0junk" + JPEG[2:]
-    assert dali._plain_jpeg(JPEG) and dali._plain_jpeg(encoded(picture(mode="L"), "JPEG")) and dali._plain_jpeg(garbled)
-    for data in (
-        b"",
-        b"junk",
-        encoded(picture()),
-        encoded(picture(), "JPEG", exif=exif),
-        encoded(picture(mode="CMYK"), "JPEG"),
-    ):
-        assert not dali._plain_jpeg(data)

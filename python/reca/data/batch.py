@@ -88,6 +88,8 @@ class Batch:
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
+                if value.is_cuda:  # made on the decoder's stream, whose next batch must not get memory still in use
+                    value.record_stream(torch.cuda.current_stream(value.device))
                 return value.to(device, non_blocking=True)
             return [move(item) for item in value] if isinstance(value, list) else value
 

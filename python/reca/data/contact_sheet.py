@@ -57,7 +57,7 @@ def _figure(position: int, key: str, batch: Any) -> str:
 
 def _image(name: str, pixels: Tensor) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return f'<img alt="{name} view" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 

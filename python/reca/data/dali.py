@@ -1,15 +1,19 @@
-"""Views by NVIDIA DALI: JPEG decoding and resizing on a GPU; on a CPU the decoding only.
+"""Views by NVIDIA DALI: nvJPEG decodes a whole batch on the GPU, and its views are made there and stay there.
 
-Files that DALI decodes differently from Pillow (anything but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) go
-through Pillow. So does resizing on a CPU: DALI's cubic filter keeps what Pillow clips between its two passes, which
-differs by up to 7 grey levels at sharp edges and is not faster there (docs/log.md).
+DALI decodes only. The views are resized by this package's kernel, with Pillow's bits: DALI's own resizing, bicubic and
+bilinear, differs from Pillow's by up to 13 grey levels (docs/log.md). Files that DALI decodes differently from Pillow
+(anything but plain JPEG: alpha, palettes, 16 bits, CMYK, GIF, …) go through Pillow, and so does what DALI fails at, so
+whether an image is bad is Pillow's to say.
 """
 
+import contextlib
 import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from reca.data.pixels import (
@@ -17,15 +21,16 @@ from reca.data.pixels import (
     BadImage,
     PillowDecoder,
     crop_position,
-    geometry,
-    make_view,
+    make_views,
     opened,
     orientation,
 )
-from reca.data.views import View, Views
+from reca.data.views import Views
 from reca.rng import CounterRNG
 
 log = logging.getLogger("reca")
+
+Pair = tuple[Tensor | None, Tensor | None]
 
 
 def available() -> bool:
@@ -38,53 +43,100 @@ def available() -> bool:
 
 
 class DaliDecoder:
-    """Decodes as PillowDecoder does: within one grey level on device "cpu", except at sharp edges on "gpu"."""
+    """Decodes as PillowDecoder does, a batch at a time.
 
-    def __init__(self, views: Views, rng: CounterRNG, device: str | None = None):
+    On device "cpu" the views have Pillow's bits where DALI's libjpeg-turbo is Pillow's. On "gpu" nvJPEG's inverse
+    transform rounds differently.
+    """
+
+    def __init__(self, views: Views, rng: CounterRNG, threads: int = 1, device: str | None = None):
+        """threads: of DALI. device: "gpu", this process's current one, or "cpu"; default: "gpu" where there is one."""
         import nvidia.dali.experimental.dynamic as dynamic
         from nvidia.dali import types
 
         self.views, self.rng, self.dynamic, self.types = views, rng, dynamic, types
         self.device = device or ("gpu" if torch.cuda.is_available() else "cpu")
+        # A new thread's current device is the first one, whatever this process's is.
+        self.index = torch.cuda.current_device() if self.device == "gpu" else None
+        self.stream = torch.cuda.Stream(self.index) if self.device == "gpu" else None
+        self.context = dynamic.EvalContext(num_threads=threads, device_id=self.index, cuda_stream=self.stream)
+        self.lock = threading.Lock()  # a context is of one thread at a time, and so is the memory of one batch
         self.pillow, self.failed = PillowDecoder(views, rng), False
 
-    def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
-        """Decode into (gen, und), uint8 [3, H, W] each, on the CPU. Raises BadImage."""
-        if not _plain_jpeg(data):
+    def takes(self, data: bytes) -> bool:
+        """Return whether these bytes are for `batch`: a whole, upright JPEG of RGB or grey pixels."""
+        return _whole(data) and _plain_jpeg(data)
+
+    def __call__(self, data: bytes, sample_id: int) -> Pair:
+        """Decode one file into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
+        if not self.takes(data):
             return self.pillow(data, sample_id)
+        (found,) = self.batch([data], [sample_id])
+        if isinstance(found, BadImage):
+            raise found
+        return found
+
+    def batch(self, files: Sequence[bytes], sample_ids: Sequence[int]) -> list[Pair | BadImage]:
+        """Decode files into (gen, und) each, uint8 [3, H, W], where the decoder works; a BadImage for a bad one."""
+        with self.lock, self._working():
+            return self._batch(list(files), list(sample_ids))
+
+    def moved(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Copy what Pillow has decoded to where `batch` leaves its views."""
+        if self.stream is None or all(view.is_cuda for view in views):
+            return list(views)
+        with self.lock, self._working():
+            return [view.to(self.stream.device) for view in views]
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Work on the stream. All of its work is done at the end: DALI's memory may be used again then."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.index), torch.cuda.stream(self.stream):
+            yield
+            self.stream.synchronize()
+
+    def _batch(self, files: list[bytes], sample_ids: list[int]) -> list[Pair | BadImage]:
+        if not files:
+            return []
         try:
-            image = self.dynamic.decoders.image(
-                np.frombuffer(data, np.uint8),
+            images = self._decoded(files)
+        except Exception as error:  # of many kinds, and none that says which file it was
+            if len(files) > 1:
+                half = len(files) // 2
+                return self._batch(files[:half], sample_ids[:half]) + self._batch(files[half:], sample_ids[half:])
+            return [self._by_pillow(files[0], sample_ids[0], error)]
+        crops = [crop_position(self.views, self.rng, sample_id) for sample_id in sample_ids]
+        return [make_views(image, self.views, crop) for image, crop in zip(images, crops, strict=True)]
+
+    def _decoded(self, files: list[bytes]) -> list[Tensor]:
+        """Decode into images, uint8 [3, H, W], in memory of DALI's. Raises what DALI raises."""
+        with self.context, self.dynamic.EvalMode.sync_full:
+            images: Any = self.dynamic.decoders.image(
+                self.dynamic.as_batch([np.frombuffer(file, np.uint8) for file in files]),
                 device=self.device,
                 output_type=self.types.RGB,
+                adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # the chroma pixels that every CPU decoder gives
             )
-            height, width = image.shape[:2]
-        except Exception as error:  # of many kinds; whether the image is bad, Pillow says
-            reason = " ".join(str(error).split())[:200]
-            if not self.failed:
-                self.failed = True
-                log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
-            return self.pillow(data, sample_id)
-        crop = crop_position(self.views, self.rng, sample_id)
-        views = (self.views.gen, self.views.und)
-        gen, und = (None if view is None else self._view(image, width, height, view, crop) for view in views)
-        return gen, und
+            return [torch.from_dlpack(image).permute(2, 0, 1) for image in images.tensors]
 
-    def _view(self, image, width: int, height: int, view: View, crop: float) -> Tensor:
-        if self.device == "cpu" or view.fit in ("pad", "stretch", "letterbox") or view.blur > 1:
-            return make_view(Image.fromarray(np.asarray(image.cpu())), view, crop)
-        (left, top, right, bottom), (w, h) = geometry(width, height, view, crop)
-        interpolation = self.types.INTERP_CUBIC if view.resample == "bicubic" else self.types.INTERP_LINEAR
-        resized = self.dynamic.resize(
-            image,
-            size=[h, w],
-            roi_start=[float(top), float(left)],
-            roi_end=[float(bottom), float(right)],
-            interp_type=interpolation,
-            antialias=True,
-        )
-        return torch.from_numpy(np.array(resized.cpu())).permute(2, 0, 1).contiguous()
+    def _by_pillow(self, file: bytes, sample_id: int, error: Exception) -> Pair | BadImage:
+        if not self.failed:
+            self.failed = True
+            reason = " ".join(str(error).split())[:200]
+            log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
+        try:
+            return self.pillow(file, sample_id)
+        except BadImage as bad:
+            return bad
+
+
+def _whole(data: bytes) -> bool:
+    """Return whether a JPEG has its end: a download that broke off has none, and would fail a batch."""
+    return data.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _plain_jpeg(data: bytes) -> bool:

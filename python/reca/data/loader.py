@@ -92,7 +92,7 @@ class Stream:
 
 
 class Row(NamedTuple):
-    """A sample that was read: with its two views, or with features from the cache."""
+    """A sample that was read: with its two views, with features from the cache, or still to be decoded."""
 
     sample: Sample
     gen: Tensor | None
@@ -100,6 +100,9 @@ class Row(NamedTuple):
     features: dict[str, Tensor] | None = None
     address: str = ""  # in the cache
     target: Tensor | None = None  # the generation view of another image to stay near
+    encoded: bool = False  # it is decoded together with its batch
+    index: int = -1  # in the source
+    attempt: int = 0  # how many samples before it, at its position, were left out or bad
 
 
 class Loader:
@@ -128,6 +131,7 @@ class Loader:
         self.rng = task_rng(seed, task)
         self.order = make_order(source, task_rng(seed, task, 1).seed, config.shuffle)
         self.decode = _decoder(config, views, self.rng)
+        self.batched = self.decode if isinstance(self.decode, dali.DaliDecoder) else None
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
         self.cache, self.prepare = cache, prepare
         self.meter = Meter()
@@ -161,7 +165,7 @@ class Loader:
 
     def named_sample(self, position: int) -> tuple[str, Batch]:
         """Return one sample with its key, read while the caller waits."""
-        row = self._read(position)
+        (row,) = self._decoded([position], [self._read(position)])
         return row.sample.key, self._batch([position], [row])
 
     def row_of(self, index: int) -> Row:
@@ -169,7 +173,7 @@ class Loader:
 
         Raises BadSample and DataError.
         """
-        return self._row(index, index, cached=True)
+        return self._row(index, index, cached=True, alone=True)
 
     def batch_of(self, rows: list[Row]) -> Batch:
         """Make a batch of rows that have views."""
@@ -208,30 +212,55 @@ class Loader:
         with self.meter:
             return self._read_or_substitute(position, cached)
 
-    def _read_or_substitute(self, position: int, cached: bool) -> Row:
-        for attempt in range(ATTEMPTS):
+    def _read_or_substitute(self, position: int, cached: bool, first: int = 0, alone: bool = False) -> Row:
+        """first: how many samples of that position are not to be tried. alone: the sample is decoded at once."""
+        for attempt in range(first, ATTEMPTS):
             index = self.order.substitute(position, attempt) if attempt else self.order.index(position)
             try:
-                row = self._row(index, position, cached)
+                row = self._row(index, position, cached, alone)
             except LeftOut:
                 continue
             except BadSample as error:
                 self.bad_samples.add(index, str(error))
             else:
-                self.bad_samples.mark_good(index)
-                return row
+                if not row.encoded:
+                    self.bad_samples.mark_good(index)
+                return row._replace(index=index, attempt=attempt)
         raise DataError(
             f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {self.source.key(index)}"
         )
 
-    def _row(self, index: int, position: int, cached: bool) -> Row:
-        """Read one sample. Raises BadSample if it is bad, and DataError with its key for any other error."""
+    def _decoded(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
+        """Decode as one batch what is left to be decoded. A bad image is replaced as one that cannot be read is."""
+        waiting = [place for place, row in enumerate(rows) if row.encoded]
+        if self.batched is None or not waiting:
+            return rows
+        rows = list(rows)
+        with self.meter.more_time(max(1, self.config.workers)):  # one batch at a time is decoded
+            found = self.batched.batch([rows[i].sample.image for i in waiting], [positions[i] for i in waiting])
+        for place, views in zip(waiting, found, strict=True):
+            row = rows[place]
+            if isinstance(views, BadSample):
+                self.bad_samples.add(row.index, str(views))
+                rows[place] = self._read_or_substitute(positions[place], False, row.attempt + 1, alone=True)
+            else:
+                self.bad_samples.mark_good(row.index)
+                rows[place] = row._replace(gen=views[0], und=views[1], encoded=False)
+        return rows
+
+    def _row(self, index: int, position: int, cached: bool, alone: bool = False) -> Row:
+        """Read one sample. Raises BadSample if it is bad, and DataError with its key for any other error.
+
+        alone: it is decoded here. Else, with a decoder of batches, that may be left to `_decoded`.
+        """
         try:
             sample = self.source[index]
             other = sample.text.target if isinstance(sample.text, Scored) else None
             address = content(sample.image + (other or b"")) if self.cache else ""
             if self.cache and cached and (features := self.cache.get(address)):
                 return Row(sample, None, None, features, address)
+            if self.batched and not alone and other is None and self.batched.takes(sample.image):
+                return Row(sample, None, None, address=address, encoded=True)
             gen, und = self.decode(sample.image, position)
             target = None if other is None else self.decode(other, position)[0]
             if target is not None and gen is not None and target.shape != gen.shape:
@@ -252,6 +281,7 @@ class Loader:
                 self._read(position, cached=False) if row.features else row
                 for position, row in zip(positions, rows, strict=True)
             ]
+        rows = self._decoded(positions, rows)
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:
@@ -262,13 +292,17 @@ class Loader:
         if whole:
             return Batch(self.task, ids, text, features=collate([row.features for row in rows if row.features]))
         views = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
-        gen, und = (None if view[0] is None else view for view in views)
+        gen, und = (None if view[0] is None else self._placed(view) for view in views)
         on_encoded = functools.partial(self.cache.put, [row.address for row in rows]) if self.cache else None
         target = None
         if any(row.target is not None for row in rows):
             near = (row.gen if row.target is None else row.target for row in rows)
-            target = [view for view in near if view is not None]
+            target = self._placed([view for view in near if view is not None])
         return Batch(self.task, ids, text, gen, und, on_encoded=on_encoded, target=target)
+
+    def _placed(self, views: list[Tensor]) -> list[Tensor]:
+        """Bring views of one batch to one device."""
+        return self.batched.moved(views) if self.batched else views
 
 
 def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:
@@ -279,4 +313,4 @@ def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder
         return PillowDecoder(views, rng)
     if not dali.available():
         raise DataError("data.decoder=dali, but DALI is not installed: pip install 'reca[dali]', or use pillow")
-    return dali.DaliDecoder(views, rng)
+    return dali.DaliDecoder(views, rng, max(1, config.workers))

@@ -1,7 +1,9 @@
 """How fast work is done that many threads share."""
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 
 class Meter:
@@ -15,10 +17,19 @@ class Meter:
         self.local.started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        took = time.perf_counter() - self.local.started
+        self._add(1, time.perf_counter() - self.local.started)
+
+    @contextlib.contextmanager
+    def more_time(self, threads: int) -> Iterator[None]:
+        """Add time to pieces that are counted elsewhere. threads: how many have to wait for it."""
+        started = time.perf_counter()
+        yield
+        self._add(0, threads * (time.perf_counter() - started))
+
+    def _add(self, pieces: int, seconds: float) -> None:
         with self.lock:
-            self.pieces += 1
-            self.seconds += took
+            self.pieces += pieces
+            self.seconds += seconds
 
     def rate(self) -> float:
         """Return the pieces a second of one thread since the last call; 0 when there were none."""

@@ -1,6 +1,7 @@
 """Decode image bytes into the views of an adapter. Pillow's decoder is the definition; DALI's must agree."""
 
 import contextlib
+import functools
 import io
 import math
 import warnings
@@ -17,6 +18,8 @@ from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
 from reca.files import HEAD, packed, placeholder
 from reca.rng import CounterRNG, RandomStream
+from reca_kernels import native
+from reca_kernels.resize.op import resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for images
@@ -138,7 +141,7 @@ def _eight_bits(image: Image.Image, file: Image.Image) -> Image.Image:
 def _flatten(image: Image.Image) -> Image.Image:
     """Convert to RGB, transparency on white. In strips, so that no second copy of the whole image is held."""
     if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()
+        return image
     whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -150,11 +153,11 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image file as Crop and resize an image to a view: uint8 [3, H, W]. Raises DataError."""
+    """Read an image file: uint8 [3, H, W]. Raises DataError."""
     if not path.is_file():
         raise DataError(f"image {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
-        return _tensor(open_rgb(path.read_bytes()))
+        return pixels_of(open_rgb(path.read_bytes())).contiguous()
     except BadImage as error:
         raise DataError(f"{path} is no readable image: {error}") from error
 
@@ -204,56 +207,102 @@ def geometry(
                      "letterbox or bound")  # fmt: skip
 
 
-def make_view(image: Image.Image, view: View, crop: float = 0.5) -> Tensor:
-    """Crop and resize an image to a view: uint8 [3, H, W]."""
+def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Tensor:
+    """Crop and resize an image to a view: uint8 [3, H, W], where the image is. A tensor is uint8 [3, H, W], too."""
+    pixels = pixels_of(image) if isinstance(image, Image.Image) else image
     if view.fit in ("pad", "stretch"):
-        image = (_pad if view.fit == "pad" else _stretch)(image, view)
-    box, size = geometry(*image.size, view, crop)
-    image = image.resize(size, RESAMPLE[view.resample], box=box)
+        pixels = (_pad if view.fit == "pad" else _stretch)(pixels, view)
+    box, size = geometry(pixels.shape[2], pixels.shape[1], view, crop)
+    pixels = _resize(pixels, size, view.resample, box)
     if view.fit == "letterbox":
-        image, size = _centred(image, max(size), view.fill), (max(size), max(size))
+        pixels, size = _centred(pixels, max(size), view.fill), (max(size), max(size))
     if view.blur > 1:
-        small = [max(1, math.ceil(side / view.blur)) for side in size]
-        image = image.resize(small, Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
-    return _tensor(image)
+        small = max(1, math.ceil(size[0] / view.blur)), max(1, math.ceil(size[1] / view.blur))
+        pixels = _resize(_resize(pixels, small, "bilinear"), size, "bilinear")
+    return pixels
 
 
-def _too_large(side: int, image: Image.Image) -> bool:
+def pixels_of(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 [3, H, W], the channels of a pixel side by side."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | None = None) -> Tensor:
+    """Resize to (width, height) as Pillow does, to the bit: by Pillow itself where the kernel would give others."""
+    if pixels.is_cuda or _resizes_as_pillow():
+        return resize(pixels, size[::-1], filter=resample, box=box)
+    return pixels_of(_by_pillow(pixels, size, resample, box)).contiguous()
+
+
+def _by_pillow(pixels: Tensor, size: tuple[int, int], resample: str, box: Box | None = None) -> Image.Image:
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return image.resize(size, RESAMPLE[resample], box=box)
+
+
+@functools.cache
+def _resizes_as_pillow() -> bool:
+    """Return whether the C++ kernel is there and gives the bits of the Pillow that is installed.
+
+    Before version 13 Pillow resized along the rows first, always.
+    """
+    if native.module is None:
+        return False
+    noise = torch.randint(0, 256, (3, 61, 47), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    cases = [
+        (size, name, box)
+        for size in ((30, 40), (47, 20), (20, 61), (94, 30), (100, 130))
+        for name in RESAMPLE
+        for box in (None, (3.25, 2.0, 40.5, 60.75))
+    ]
+    return all(
+        torch.equal(resize(noise, size[::-1], filter=name, box=box), pixels_of(_by_pillow(noise, size, name, box)))
+        for size, name, box in cases
+    )
+
+
+def _too_large(side: int, width: int, height: int) -> bool:
     """Return whether a square is much larger than its image, as it is for a thin one."""
-    return side**2 > max(SMALL, min(4 * image.width * image.height, MAX_PIXELS))
+    return side**2 > max(SMALL, min(4 * width * height, MAX_PIXELS))
 
 
-def _pad(image: Image.Image, view: View) -> Image.Image:
+def _pad(pixels: Tensor, view: View) -> Tensor:
     """Pad the image to a square of its long side.
 
     Where that square is too large, the image is resized first, as it would be inside of it.
     """
-    side = max(image.size)
-    if _too_large(side, image):
-        inner = [max(1, round(length * view.size / side)) for length in image.size]
-        image, side = image.resize(inner, RESAMPLE[view.resample]), view.size
-    return _centred(image, side, view.fill)
+    height, width = pixels.shape[1:]
+    side = max(width, height)
+    if _too_large(side, width, height):
+        inner = max(1, round(width * view.size / side)), max(1, round(height * view.size / side))
+        pixels, side = _resize(pixels, inner, view.resample), view.size
+    return _centred(pixels, side, view.fill)
 
 
-def _centred(image: Image.Image, side: int, fill: int) -> Image.Image:
+def _centred(pixels: Tensor, side: int, fill: int) -> Tensor:
     """Put the image into the middle of a square."""
-    square = Image.new("RGB", (side, side), (fill,) * 3)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    height, width = pixels.shape[1:]
+    left, top = (side - width) // 2, (side - height) // 2
+    square = pixels.new_full((3, side, side), fill)
+    square[:, top : top + height, left : left + width] = pixels
     return square
 
 
-def _stretch(image: Image.Image, view: View) -> Image.Image:
+def _stretch(pixels: Tensor, view: View) -> Tensor:
     """Resize the image to a square of its long side.
 
     Where that square is too large, the long side shrinks to the view's before the short one grows: the two filters
     commute, up to the rounding in between.
     """
-    side = max(image.size)
-    if _too_large(side, image):
-        thin = [view.size if length == side else length for length in image.size]
-        thick = [view.size if length == side else side for length in image.size]
-        return image.resize(thin, RESAMPLE[view.resample]).resize(thick, RESAMPLE[view.resample])
-    return image.resize((side, side), RESAMPLE[view.resample])
+    height, width = pixels.shape[1:]
+    side = max(width, height)
+    if _too_large(side, width, height):
+        thin = view.size if width == side else width, view.size if height == side else height
+        thick = side if width < side else view.size, side if height < side else view.size
+        return _resize(_resize(pixels, thin, view.resample), thick, view.resample)
+    return _resize(pixels, (side, side), view.resample)
 
 
 class PillowDecoder:
@@ -264,11 +313,13 @@ class PillowDecoder:
 
     def __call__(self, data: bytes, sample_id: int) -> tuple[Tensor | None, Tensor | None]:
         """Decode into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
-        image = open_rgb(data)
-        crop = crop_position(self.views, self.rng, sample_id)
-        views = (self.views.gen, self.views.und)
-        gen, und = (None if view is None else make_view(image, view, crop) for view in views)
-        return gen, und
+        return make_views(pixels_of(open_rgb(data)), self.views, crop_position(self.views, self.rng, sample_id))
+
+
+def make_views(pixels: Tensor, views: Views, crop: float) -> tuple[Tensor | None, Tensor | None]:
+    """Make (gen, und) of an image, uint8 [3, H, W] each."""
+    gen, und = (None if view is None else make_view(pixels, view, crop) for view in (views.gen, views.und))
+    return gen, und
 
 
 def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:
@@ -276,7 +327,3 @@ def crop_position(views: Views, rng: CounterRNG, sample_id: int) -> float:
     if not any(view and view.fit == "random_crop" for view in (views.gen, views.und)):
         return 0.5
     return float(rng.uniform(RandomStream.CROP, torch.tensor([sample_id])))
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,59 @@
+"""Resizing of 8-bit images, with antialiasing and with Pillow's bits: the views that encoders get of a picture."""
+
+import torch
+from torch import Tensor
+
+from reca_kernels import native
+from reca_kernels.resize import reference
+from reca_kernels.resize.taps import FILTERS, taps
+
+OP = "resize"
+
+
+def resize(
+    image: Tensor,  # uint8 [3, H, W]
+    size: tuple[int, int],
+    *,
+    filter: str = "bicubic",
+    box: tuple[float, float, float, float] | None = None,
+) -> Tensor:  # uint8 [3, h, w]
+    """Resize an image, with antialiasing; the bits are those of Pillow's `Image.resize`.
+
+    Channels may lie side by side, as decoders leave them: image = pixels.permute(2, 0, 1).
+
+    size    (height, width) of the result
+    filter  "bicubic" or "bilinear"
+    box     (left, top, right, bottom) of what is resized, in pixels, fractions allowed; default: all
+
+    On the host it is one call in C++ on one thread, beside which other threads of Python run; on a GPU, and without the
+    native module, it is plain PyTorch. Raises ValueError or TypeError for other arguments.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"{OP}: expected an image [3, H, W], got {list(image.shape)}")
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{OP}: expected uint8, got {image.dtype}")
+    if filter not in FILTERS:
+        raise ValueError(f"{OP}: unknown filter {filter!r}; expected {' or '.join(FILTERS)}")
+    (height, width), (down, across) = image.shape[1:], size
+    left, top, right, bottom = box or (0, 0, width, height)
+    if down < 1 or across < 1:
+        raise ValueError(f"{OP}: expected a size of at least 1 x 1, got {down} x {across}")
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"{OP}: box {box} is empty or outside of the image of {height} x {width}")
+    if (height, width, left, top, right, bottom) == (down, across, 0, 0, width, height):
+        return image.contiguous()
+    columns = taps(width, left, right, across, filter, image.device)
+    rows = taps(height, top, bottom, down, filter, image.device)
+    down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
+    if native.module is None or image.device.type != "cpu":
+        return reference.resize(image, columns, rows, down_first)
+    interleaved = image.stride(0) == 1 and image.stride(2) == 3
+    if not interleaved and image.stride(2) != 1:
+        image = image.contiguous()
+    out = torch.empty(3, down, across, dtype=torch.uint8)
+    sides = [(*map(native.address, side), *side.weights.shape) for side in (columns, rows)]
+    plane, row, _ = image.stride()
+    native.kernels().resize_rgb(
+        image.data_ptr(), row, plane, interleaved, *sides, down_first, out.data_ptr(), native.launch(out)
+    )
+    return out
