@@ -101,7 +101,7 @@ class Row(NamedTuple):
     address: str = ""  # in the cache
     target: Tensor | None = None  # the generation view of another image to stay near
     encoded: bool = False  # it is decoded together with its batch
-    index: int = -1  # in the source
+    number: int = -1  # in the source
     attempt: int = 0  # how many samples before it, at its position, were left out or bad
 
 
@@ -225,7 +225,7 @@ class Loader:
             else:
                 if not row.encoded:
                     self.bad_samples.mark_good(index)
-                return row._replace(index=index, attempt=attempt)
+                return row._replace(number=index, attempt=attempt)
         raise DataError(
             f"position {position}: {ATTEMPTS} substitutes in a row are unreadable, the last {self.source.key(index)}"
         )
@@ -241,10 +241,10 @@ class Loader:
         for place, views in zip(waiting, found, strict=True):
             row = rows[place]
             if isinstance(views, BadSample):
-                self.bad_samples.add(row.index, str(views))
+                self.bad_samples.add(row.number, str(views))
                 rows[place] = self._read_or_substitute(positions[place], False, row.attempt + 1, alone=True)
             else:
-                self.bad_samples.mark_good(row.index)
+                self.bad_samples.mark_good(row.number)
                 rows[place] = row._replace(gen=views[0], und=views[1], encoded=False)
         return rows
 

@@ -1,0 +1,1 @@
+"""Decoding and resizing, measured beside the usual loaders: see __main__.py."""

@@ -1,0 +1,134 @@
+"""python -m benchmarks.data [--device cpu|cuda] [--images N] [--rounds N]: images a second of loaders, on one core.
+
+From JPEG files of 512 and 1024 px, 4:2:0, quality 90, to the two views of show_o_512: 512 px for generation and 336 px
+for understanding. Ours, plain Pillow, torchvision's ImageFolder in a DataLoader and its tensors, webdataset, DALI. On a
+CPU the time is that of the process and all of its threads, since other processes share the machine; the loaders take
+turns, and every other round goes backwards. Their views are compared with Pillow's.
+
+It writes benchmarks/results/data/DEVICE.csv, and docs/data_speed.md is made of it.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks.data import pictures
+from benchmarks.data.loaders import Way, ways
+from benchmarks.data.rows import FOLDER, PAGE, Row, page, write
+from benchmarks.devices import Cpu, Cuda
+from benchmarks.runner import facts, percentiles
+
+JPEGS = (512, 1024)
+GEN, UND = 512, 336
+PACKAGES = {"Pillow": "pillow", "torchvision": "torchvision", "webdataset": "webdataset", "DALI": "nvidia-dali-cuda130"}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--images", type=int, default=32, help="files of each size; default 32")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each loader reads them; default 9")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the result file; default {FOLDER}, and the page is written"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        device = Cpu() if options.device == "cpu" else Cuda()
+    except RuntimeError as error:
+        parser.error(str(error))
+    about = facts(device, 1, " ".join(["python -m benchmarks.data", *arguments]))
+    about.pop("triton")
+    about |= {"versions": _versions(), "clock": "CPU" if options.device == "cpu" else "wall"}
+    rows = []
+    for side in JPEGS:
+        measured = measure(side, options.images, options.rounds, options.device, about)
+        rows += measured
+        print("\n".join(show(row) for row in measured), flush=True)
+    path = (options.out or FOLDER) / f"{device.result_file}.csv"
+    write(path, rows)
+    print(f"wrote {path}")
+    if options.out is None:
+        PAGE.write_text(page(PAGE.read_text()))
+        print(f"wrote {PAGE}")
+
+
+def measure(side: int, images: int, rounds: int, device: str, about: dict) -> list[Row]:
+    """Return the rows of every way from files of one size."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = pictures.write(Path(folder), side, images)
+        found = ways(Path(folder), files, GEN, UND, device)
+        able = {name: way for name, way in found.items() if isinstance(way, Way)}
+        wanted, off = _views(able["Pillow"]), {}
+        for name, way in able.items():
+            off[name] = _difference(_views(way), wanted) if way.in_order else ("", "")
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in able}
+        for number in range(rounds):
+            order = list(able)[:: 1 if number % 2 == 0 else -1]
+            for name in order:
+                times[name].append(_time(able[name], device))
+    rows = []
+    for name, way in found.items():
+        row = Row(name, side, GEN, UND, **about)
+        rows.append(row)
+        if isinstance(way, str):
+            row.note = way
+            continue
+        clock = [1e3 * (cpu if device == "cpu" else wall) / images for wall, cpu in times[name]]
+        row.ms_p20, row.ms_p50, row.ms_p80 = (float(f"{x:.4g}") for x in percentiles(clock))
+        row.cpu_ms = float(f"{percentiles([1e3 * cpu / images for _, cpu in times[name]])[1]:.4g}")
+        row.largest_off, row.off_by_more = off[name]
+    return rows
+
+
+def _views(way: Way) -> list[torch.Tensor]:
+    return [view.cpu() for gen, und in way.run() for view in itertools.chain(gen, und)]
+
+
+def _difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> tuple[int, float]:
+    """Return the largest difference, and the percentage of values that differ by more than 1."""
+    off = torch.cat([(a.int() - b.int()).abs().flatten() for a, b in zip(found, wanted, strict=True)])
+    return int(off.max()), float(f"{100 * float((off > 1).float().mean()):.2g}")
+
+
+def _time(way: Way, device: str) -> tuple[float, float]:
+    """Return wall and CPU seconds of all images."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in way.run():
+        pass
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _versions() -> str:
+    found = []
+    for name, package in PACKAGES.items():
+        try:
+            found.append(f"{name} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def show(row: Row) -> str:
+    if row.note:
+        return f"{row.jpeg:5} px  {row.by:<28} {row.note}"
+    return (
+        f"{row.jpeg:5} px  {row.by:<28} {row.images_per_s:7.1f} images/s  {row.ms_p50:7.3f} ms [{row.ms_p20}, "
+        f"{row.ms_p80}]  CPU {row.cpu_ms} ms  largest difference {row.largest_off}, over 1: {row.off_by_more} %"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,37 @@
+"""JPEGs of photographs: cut from those of scikit-image, which need no network."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry")
+QUALITY = 90  # with colours at half the resolution, as most JPEGs have them
+
+
+def jpeg(number: int, side: int) -> bytes:
+    """Return a JPEG of side x side pixels: a part of a photo at its own resolution, mirrored where it ends."""
+    from skimage import data
+
+    photo = getattr(data, PHOTOS[number % len(PHOTOS)])()
+    height, width = photo.shape[:2]
+    top, left = 37 * number % height, 53 * number % width
+    wide = np.pad(photo, ((0, top + side), (0, left + side), (0, 0)), "symmetric")
+    buffer = io.BytesIO()
+    Image.fromarray(wide[top : top + side, left : left + side]).save(buffer, "JPEG", quality=QUALITY, subsampling=2)
+    return buffer.getvalue()
+
+
+def write(folder: Path, side: int, count: int) -> list[bytes]:
+    """Write folder/images/all/*.jpg, one class for torchvision, and folder/images.tar. Returns the files."""
+    files = [jpeg(number, side) for number in range(count)]
+    (folder / "images" / "all").mkdir(parents=True)
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for number, file in enumerate(files):
+            (folder / "images" / "all" / f"{number:04}.jpg").write_bytes(file)
+            member = tarfile.TarInfo(f"{number:04}.jpg")
+            member.size = len(file)
+            tar.addfile(member, io.BytesIO(file))
+    return files
