@@ -110,7 +110,7 @@ setup(
     package_dir={"reca": "python/reca"},
     package_data={
         "reca": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.md", "**/*.txt"],
-        "reca_kernels": ["py.typed", "*.json"],
+        "reca_kernels": ["py.typed", "**/*.json"],
     },
     ext_modules=[Extension("reca_kernels._native", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

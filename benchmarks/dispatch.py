@@ -1,9 +1,12 @@
-"""python -m benchmarks.dispatch: write reca_kernels/dispatch_table.json, which backend takes which sizes.
+"""python -m benchmarks.dispatch: write reca_kernels/dispatch_table.json, which backend takes which sizes, and
+reca_kernels/attention/order.json, which impl of attention is taken first on which device.
 
 It reads benchmarks/results. Backends that were timed on one op, device and dtype are compared at every size, by a
 complete call's time. The default order's first stays unless another is clearly faster: p80 under that one's p20. The
 definition in plain PyTorch takes an op from the kernels for all sizes or for none, so that a batch's size never changes
 the formula: where it is clearly faster than every kernel at the largest size at which it was timed.
+
+Impls of attention are ordered by the geometric mean, over the models' layouts, of their time relative to the fastest.
 """
 
 import json
@@ -11,8 +14,9 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.rows import OURS, RESULTS, Row, all_results, complete
+from benchmarks.rows import BY_SIZE, OURS, RESULTS, Row, all_results, complete
 from reca_kernels import dispatch
+from reca_kernels.attention.order import TABLE as ORDER_TABLE
 
 Timed = dict[int, dict[str, Row]]  # size -> backend -> its row
 
@@ -82,17 +86,43 @@ def _definition_wins(sizes: Timed) -> bool:
 def _evidence(sizes: Timed) -> dict:
     row = next(iter(sizes[max(sizes)].values()))
     times = {n: {b: r.ms_p50 for b, r in sorted(backends.items())} for n, backends in sorted(sizes.items())}
-    facts = {name: getattr(row, name) for name in ("command", "date", "driver", "torch", "triton", "threads", "commit")}
-    return {"measured_on": row.device, **facts, "ms": times}
+    return {"measured_on": row.device, **_facts(row), "ms": times}
+
+
+def _facts(row: Row) -> dict:
+    return {name: getattr(row, name) for name in ("command", "date", "driver", "torch", "triton", "threads", "commit")}
+
+
+def attention_order(folder: Path = RESULTS) -> dict:
+    """Return what attention/order.json holds: per GPU its impls, fastest first, and what that was measured with."""
+    devices = {}
+    for rows in all_results("cuda", folder):  # the newest of a device is the last
+        rows = [r for r in complete(rows) if r.op == "attention" and not r.shape.startswith(BY_SIZE)]
+        times: dict[str, dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            if row.provider.startswith(f"{OURS}: ") and row.timing != "graph":
+                times[f"{row.shape}, {row.dtype}"][row.provider.removeprefix(f"{OURS}: ")] = row.ms_p50
+        if times:
+            everywhere = set.intersection(*(set(by) for by in times.values()))
+            order = sorted(everywhere, key=lambda impl: sum(math.log(by[impl]) for by in times.values()))
+            devices[rows[0].device] = {"device": rows[0].device, "order": order, **_facts(rows[0]), "ms": dict(times)}
+    return {"made_by": "python -m benchmarks.dispatch", "devices": list(devices.values())}
 
 
 def text(folder: Path = RESULTS) -> str:
     return json.dumps(table(folder), indent=1) + "\n"
 
 
+def order_text(folder: Path = RESULTS) -> str:
+    return json.dumps(attention_order(folder), indent=1) + "\n"
+
+
 if __name__ == "__main__":
     dispatch.TABLE.write_text(text())
+    ORDER_TABLE.write_text(order_text())
+    for entry in attention_order()["devices"]:
+        print(f"attention on {entry['device']}: {', '.join(entry['order'])}")
     for entry in table()["entries"]:
         chosen = ", ".join(f"{rule['backend']} from {rule['min_numel']} elements on" for rule in entry["rules"])
         print(f"{entry['op']} on {entry['device']}, {entry['dtype']}: {chosen}")
-    print(f"wrote {dispatch.TABLE}")
+    print(f"wrote {dispatch.TABLE} and {ORDER_TABLE}")

@@ -11,10 +11,12 @@ import torch
 
 import reca_kernels
 from reca import units
+from reca_kernels.attention import op as attention
 
 
 def report() -> str:
     """Return the report as text, one finding a line."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     lines = [
         f"python      {platform.python_version()}, {platform.machine()}, {os.cpu_count()} CPUs, "
         f"torch threads {torch.get_num_threads()}",
@@ -22,6 +24,7 @@ def report() -> str:
         _gpu(),
         "",
         *reca_kernels.backend_report().splitlines(),
+        f"attention tried on {device}: {attention.trial(device)}",
         "",
     ]
     lines += [f"{name:<11} {_version(name, what)}" for name, what in _OPTIONAL.items()]
@@ -34,7 +37,8 @@ _OPTIONAL = {
     "diffusers": "required",
     "triton": "comes with torch on GPU machines",
     "nvidia-dali": "pip install 'reca[dali]': decoding on the GPU; Pillow decodes without it",
-    "flash-attn": "pip install 'reca[flash]': optional, torch's own flash kernels serve without it",
+    "flash-attn": "pip install 'reca[flash]': FlashAttention 2; optional, torch's own flash kernels serve without it",
+    "flash-attn-4": "pip install --pre flash-attn-4: optional, for Hopper and Blackwell",
     "tensorboard": "pip install 'reca[log]': log.jsonl is written without it",
     "wandb": "pip install 'reca[log]': for log.wandb; log.jsonl is written without it",
 }

@@ -15,6 +15,7 @@ from reca.evaluations import Evaluation
 from reca.header import header
 from reca.log import RunLog, due
 from reca.models.base import Adapter
+from reca_kernels.attention import op as attention
 
 log = logging.getLogger("reca")
 
@@ -80,6 +81,8 @@ class RunReport:
 
     def step(self, step: int, metrics: dict[str, float], seconds: float, data_wait: float) -> None:
         """Report a step. seconds: all of it; data_wait: those in which it waited for batches."""
+        if self.speed.first is None and (ran := attention.ran(self.device.type)):
+            self.record.print([f"{'attention':<11}{', '.join(ran)}"])
         self.speed.add(step, seconds, data_wait)
         for warning in self.monitor.check(step, metrics, self.tasks):
             self.record.warn(step, warning)

@@ -16,11 +16,8 @@ import torch
 
 NAME = "flash_attn_varlen_func"
 KEYWORDS = frozenset("cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale causal deterministic".split())
-MODULES = {
-    "flash_attn_interface": "FlashAttention 3",
-    "flash_attn": "FlashAttention 2",
-    "flash_attn.cute": "FlashAttention 4",
-}  # best first
+MODULES = {"fa4": "flash_attn.cute", "fa3": "flash_attn_interface", "fa2": "flash_attn"}  # by impl
+TITLES = {"fa4": "FlashAttention 4", "fa3": "FlashAttention 3", "fa2": "FlashAttention 2"}
 
 
 class Found(NamedTuple):
@@ -66,27 +63,24 @@ def problems() -> list[str]:
 
     FlashAttention 2 comes with some files of 4, which need packages that it does not: nothing is wrong with that.
     """
-    modules = [m for m in MODULES if m != "flash_attn.cute" or found("flash_attn") == Found()]
+    modules = [m for m in MODULES.values() if m != "flash_attn.cute" or found("flash_attn") == Found()]
     return [problem for module in modules if (problem := found(module).problem)]
 
 
-def flash_module(capability: tuple[int, int], head_dim: int, deterministic: bool) -> tuple[str | None, str]:
-    """Return the module to take on a GPU of this compute capability, or None and why there is none."""
-    installed = [module for module in MODULES if found(module).function]
-    reasons = {module: _unfit(module, capability, head_dim, deterministic) for module in installed}
-    for module, reason in reasons.items():
-        if reason is None:
-            return module, ""
-    reasons_found = [*problems(), *(f"{MODULES[module]} {reason}" for module, reason in reasons.items())]
-    return None, ", ".join(reasons_found) or "flash-attn is not installed"
+def flash_problem(impl: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
+    """Return why a package is not to be used on a GPU of this compute capability; None where it is."""
+    there = found(MODULES[impl])
+    if there.function is None:
+        return there.problem or f"{TITLES[impl]} ({MODULES[impl]}) is not installed"
+    return _unfit(impl, capability, head_dim, deterministic)
 
 
-def _unfit(module: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
+def _unfit(impl: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
     """Why a package has no kernels for such tensors, from what its interface.py asserts."""
     major = capability[0]
-    if module == "flash_attn_interface" and major != 9:
+    if impl == "fa3" and major != 9:
         return f"runs on compute capability 9.x only, the device has {major}.{capability[1]}"
-    if module == "flash_attn.cute":
+    if impl == "fa4":
         if major not in (9, 10, 11, 12):
             return f"has a backward on compute capability 9.x to 12.x, the device has {major}.{capability[1]}"
         if major > 9 and head_dim > 128 and not (head_dim == 256 and major in (10, 11)):
@@ -96,18 +90,9 @@ def _unfit(module: str, capability: tuple[int, int], head_dim: int, deterministi
     return None
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps what was chosen when it was traced
-def _module_for(device: torch.device, head_dim: int, deterministic: bool) -> str:
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    module, reason = flash_module(capability, head_dim, deterministic)
-    if module is None:
-        raise RuntimeError(f"attention: impl 'flash' cannot run: {reason}")
-    return module
-
-
-def flash_function(device: torch.device, head_dim: int, deterministic: bool) -> Callable[..., Any]:
-    """Return the function of the module that `flash_module` names. Raises RuntimeError where there is none."""
-    return getattr(sys.modules[_module_for(device, head_dim, deterministic)], NAME)
+def flash_function(impl: str) -> Callable[..., Any]:
+    """Return the function of a package that `flash_problem` has nothing against."""
+    return getattr(sys.modules[MODULES[impl]], NAME)
 
 
 # ---- torch ----

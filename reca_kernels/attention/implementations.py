@@ -3,9 +3,13 @@
 Each way takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
 gradient must be the same in every run; it returns what q's rows get. All are exact and differ in rounding only.
 
-    flash    flash-attn's variable-length function: FlashAttention 3 (Hopper), 2 or 4, whichever is installed and works
+    fa4      FlashAttention 4's variable-length function (flash_attn.cute; Hopper and Blackwell)
+    fa3      FlashAttention 3's (flash_attn_interface; Hopper)
+    fa2      FlashAttention 2's (flash_attn)
     varlen   the one inside torch (torch.nn.attention.varlen)
-    sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype
+    sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype. On GPUs without cuDNN, which
+             makes a plan for every new shape: 0.4 to 1 s each (modelscope/FunASR#3704)
+    cudnn    the same on cuDNN alone
     flex     FlexAttention: one compiled kernel that skips blocks in which nobody sees anybody
     dense    scaled_dot_product_attention with one mask over the padded batch
 """
@@ -17,10 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reca_kernels.attention.flash_functions import (
+    MODULES,
     flash_function,
-    flash_module,
+    flash_problem,
     varlen_is_told_of_groups,
     varlen_parameters,
 )
@@ -97,12 +103,12 @@ def _by_calls(
     return _put(outs[0] if len(outs) == 1 else torch.cat(outs), order, rows.shape[0]).view(q.shape)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
-    return _by_calls(_flash_call, q, k, v, plan, scale, deterministic)
+def _flash(impl: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, same: bool) -> Tensor:
+    return _by_calls(functools.partial(_flash_call, impl), q, k, v, plan, scale, same)
 
 
-def _flash_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
-    out = flash_function(q.device, q.shape[-1], deterministic)(
+def _flash_call(impl: str, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, deterministic: bool) -> Tensor:
+    out = flash_function(impl)(
         q,
         k,
         v,
@@ -143,7 +149,22 @@ def _varlen_call(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float, dete
 # ---- torch's scaled_dot_product_attention ----
 
 
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    if not q.is_cuda:
+        return _by_groups(q, k, v, plan, scale)
+    with sdpa_kernel(WITHOUT_PLANS):
+        return _by_groups(q, k, v, plan, scale)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        return _by_groups(q, k, v, plan, scale)
+
+
+def _by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     if plan.uniform and q.ndim == 4:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return _sample(q, k, v, plan.groups[0], plan.pieces[0], scale).transpose(1, 2)
@@ -347,7 +368,10 @@ def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple
     return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 
-IMPLS: dict[str, Callable[..., Any]] = {"flash": flash, "varlen": varlen, "sdpa": sdpa, "flex": flex, "dense": dense}
+IMPLS: dict[str, Callable[..., Any]] = {
+    **{impl: functools.partial(_flash, impl) for impl in MODULES},
+    **{"varlen": varlen, "cudnn": cudnn, "sdpa": sdpa, "flex": flex, "dense": dense},
+}
 
 
 # ---- which one ----
@@ -371,7 +395,7 @@ def unusable(
         deterministic: The gradient must have the same bits in every run.
         torch_deterministic: torch.use_deterministic_algorithms is on.
     """
-    if name in ("flash", "varlen"):
+    if name in (*MODULES, "varlen", "cudnn"):
         if device.type != "cuda":
             return f"the tensors are on {device.type}"
         if not torch.cuda.is_available():
@@ -382,13 +406,15 @@ def unusable(
             return "it needs compute capability 8.0 or newer"
         if dtype not in HALVES:
             return f"it takes bf16 and fp16, the tensors are {str(dtype).removeprefix('torch.')}"
-        if head_dim % 8 or head_dim > 256:
-            return f"it takes head dimensions that are multiples of 8 up to 256, got {head_dim}"
-        if name == "flash":
-            module, reason = flash_module(torch.cuda.get_device_capability(device), head_dim, deterministic)
-            if module is None:
+        largest = 128 if name == "cudnn" else 256
+        if head_dim % 8 or head_dim > largest:
+            return f"it takes head dimensions that are multiples of 8 up to {largest}, got {head_dim}"
+        if name in MODULES:
+            reason = flash_problem(name, torch.cuda.get_device_capability(device), head_dim, deterministic)
+            if reason is not None:
                 return reason
-    if deterministic and not torch_deterministic and device.type == "cuda" and name in ("varlen", "sdpa", "dense"):
+    torchs = ("varlen", "cudnn", "sdpa", "dense")
+    if deterministic and not torch_deterministic and device.type == "cuda" and name in torchs:
         return "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
     if name == "flex" and device.type != "cuda":
         return f"it has no backward on {device.type}"

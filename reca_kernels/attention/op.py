@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from reca_kernels import checks
-from reca_kernels.attention.flash_functions import flash_module, problems
+from reca_kernels.attention.flash_functions import problems
 from reca_kernels.attention.implementations import IMPLS, unusable
-from reca_kernels.attention.plan import AttentionPlan, total
+from reca_kernels.attention.order import basis, order
+from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, attention_plan, total
 from reca_kernels.attention.rows import has_hidden, shielded
 from reca_kernels.memory import plain
 
 OP = "attention"
-# Per kind of device what the automatic choice considers, best first. FlexAttention runs where it is asked for.
-ORDER = {"cuda": ("flash", "varlen", "sdpa"), "cpu": ("sdpa",)}
+# What has run in this process: kind of device, impl, dtype, channels of a head.
+_RAN: set[tuple[str, str, torch.dtype, int]] = set()
 
 # CPU cost model: a dense mask computes masked pairs too; a call per query group pays its overhead. Nanoseconds, forward
 # and backward, of one pair in one channel of one head, and of one more call. Torch's CPU kernel skips what is above a
@@ -48,8 +49,9 @@ def attention(
                    other spans. Without it k and v hold the rows of all spans. A prefix made under no_grad gets no
                    gradient, and the result is exact.
     scale          default 1 / sqrt(d)
-    impl           "auto", "flash", "varlen", "sdpa", "flex" or "dense" (see implementations.py); default: the
-                   environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where it cannot run.
+    impl           "auto", "fa4", "fa3", "fa2", "varlen", "cudnn", "sdpa", "flex" or "dense" (see implementations.py);
+                   default: the environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where
+                   it cannot run.
     deterministic  the gradient has the same bits in every run; default: torch.are_deterministic_algorithms_enabled()
 
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
@@ -73,6 +75,8 @@ def attention(
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
     if forced == "auto" and q.is_cpu and dense_is_faster(plan, *map(int, q.shape[-2:])):
         name = "dense"
+    if raw:
+        _RAN.add((q.device.type, name, q.dtype, int(q.shape[-1])))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,7 +184,7 @@ def choose(
     """
     asked = (device, dtype, head_dim, deterministic, torch_deterministic)
     if forced == "auto":
-        able = (name for name in ORDER.get(device.type, ("sdpa",)) if not unusable(name, *asked))
+        able = (name for name in order(device) if not unusable(name, *asked))
         return next(able, "sdpa")
     if forced not in IMPLS:
         raise ValueError(f"{OP}: unknown impl {forced!r}; expected auto, {', '.join(IMPLS)}")
@@ -206,7 +210,33 @@ def _reported(device: str) -> str:
     asked: tuple[Any, ...] = (where, torch.bfloat16, 64, False)
     chosen = choose(*asked)
     why = [f"{name}: {reason}" for name in IMPLS if (reason := unusable(name, *asked))]
-    small = ", dense for small batches" if device == "cpu" else ""
-    if chosen == "flash":
-        small = f" ({flash_module(torch.cuda.get_device_capability(where), 64, False)[0]})"
-    return f"{OP} on {device}: {chosen}{small}" + (f"  (not {'; '.join(why)})" if why else "")
+    more = ", dense for small batches" if device == "cpu" else f", {basis(where)}"
+    return f"{OP} on {device}: {chosen}{more}" + (f"  (not {'; '.join(why)})" if why else "")
+
+
+def ran(device_type: str) -> list[str]:
+    """Return what attention has run on in this process, on a kind of device: "fa3 (bfloat16, 64 channels a head)"."""
+    found = sorted((name, str(dtype).removeprefix("torch."), d) for kind, name, dtype, d in _RAN if kind == device_type)
+    return [f"{name} ({dtype}, {d} channels a head)" for name, dtype, d in found]
+
+
+def trial(device: torch.device) -> str:
+    """Run what bf16 tensors of 64 channels get, forward and backward, and the masked one. Returns what came of it."""
+    name = choose(device, torch.bfloat16, 64, False)
+    try:
+        results = [_trial(impl, device) for impl in (name, "dense")]
+    except Exception as error:  # of a kernel, a driver or a package: of any kind
+        return f"{name} FAILS: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    off = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    said = "agrees with" if off < 0.02 else "DIFFERS from"
+    return f"{name} ran forward and backward and {said} the masked one (relative difference {off:.1g})"
+
+
+def _trial(impl: str, device: torch.device) -> list[Tensor]:
+    """Return result and gradients of a layout of causal and full rows."""
+    plan = attention_plan([[AttentionSpan(3), AttentionSpan(70, "full"), AttentionSpan(60)]] * 2, device=device)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(266, heads, 64, generator=generator).bfloat16().to(device) for heads in (4, 2, 2, 4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(q, k, v, plan, impl=impl)
+    return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, grad))]

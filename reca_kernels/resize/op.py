@@ -10,6 +10,11 @@ from reca_kernels.resize.taps import FILTERS, taps
 OP = "resize"
 
 
+def compiled() -> bool:
+    """Return whether the native module has this op: one that was built before it has not."""
+    return hasattr(native.module, "resize_rgb")
+
+
 def resize(
     image: Tensor,  # uint8 [3, H, W]
     size: tuple[int, int],
@@ -45,7 +50,7 @@ def resize(
     columns = taps(width, left, right, across, filter, image.device)
     rows = taps(height, top, bottom, down, filter, image.device)
     down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
-    if native.module is None or image.device.type != "cpu":
+    if image.device.type != "cpu" or not compiled():
         return reference.resize(image, columns, rows, down_first)
     interleaved = image.stride(0) == 1 and image.stride(2) == 3
     if not interleaved and image.stride(2) != 1:

@@ -11,6 +11,7 @@ from benchmarks import docs
 from benchmarks.__main__ import OPS
 from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row, write
 from reca_kernels import backend_report, dispatch
+from reca_kernels.attention import order
 
 
 def timed(provider, ms, numel, *, spread=0.05, op="flow_matching", dtype="bfloat16", timing="events", **options):
@@ -43,6 +44,27 @@ def test_the_committed_table_is_made_of_the_committed_results():
 @pytest.mark.parametrize("page", docs.pages(), ids=lambda page: page.name)
 def test_the_committed_figures_are_those_of_the_results(page):
     assert page.read_text() == docs.filled(page), f"{page.name} is out of date: python -m benchmarks.docs"
+
+
+def test_the_committed_order_of_attention_is_made_of_the_committed_results():
+    assert order.TABLE.read_text() == tables.order_text()
+
+
+def test_the_order_of_attention_is_by_time_over_all_layouts(tmp_path):
+    def row(impl, shape, ms):
+        return timed(f"ours: {impl}", ms, 1, op="attention", shape=shape)
+
+    rows = [
+        *(row("fa4", "show_o_512", 1.0), row("fa3", "show_o_512", 1.2), row("varlen", "show_o_512", 3.0)),
+        *(row("fa4", "bagel", 9.0), row("fa3", "bagel", 4.0), row("varlen", "bagel", 8.0), row("cudnn", "bagel", 1.0)),
+        row("sdpa", "size 24 rows", 0.1),
+    ]
+    rows += [timed("eager as upstream", 0.5, 1, op="attention", shape="bagel")]
+    write(tmp_path / "nvidia_fake_80gb.csv", rows)
+    (entry,) = tables.attention_order(tmp_path)["devices"]
+    assert (entry["device"], entry["order"]) == ("NVIDIA Fake 80GB", ["fa3", "fa4", "varlen"])
+    assert entry["ms"]["bagel, bfloat16"] == {"fa4": 9.0, "fa3": 4.0, "varlen": 8.0, "cudnn": 1.0}
+    assert entry["date"] == "2026-01-02" and entry["torch"] == "2.11"
 
 
 def test_every_entry_says_how_it_was_made():

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import AttentionSpan as Span
 from reca_kernels import attention, attention_plan, backend_report
-from reca_kernels.attention import flash_functions, implementations, reference
+from reca_kernels.attention import flash_functions, implementations, op, reference
+from reca_kernels.attention import order as orders
 from reca_kernels.attention.implementations import IMPLS
 from reca_kernels.attention.op import choose, dense_is_faster
 from reca_kernels.attention.plan import MODES, query_groups, total
@@ -105,7 +106,8 @@ LAYOUTS = {
     ],
 }
 PADDED = [name for name in LAYOUTS if not name.startswith("bagel") and name != "open_uni"] + ["open_uni"]
-EXACT = ["sdpa", "dense", "flash", "varlen"]
+FLASH = ["fa4", "fa3", "fa2"]
+EXACT = ["sdpa", "dense", *FLASH, "varlen"]
 
 
 def random_sample(chance, prefix):
@@ -188,9 +190,10 @@ def varlen_functions(monkeypatch):
 
     calls = []
     if not torch.cuda.is_available():
-        package = types.ModuleType("flash_attn")
-        package.flash_attn_varlen_func = flash_attn_varlen_func
-        monkeypatch.setitem(sys.modules, "flash_attn", package)
+        for module in flash_functions.MODULES.values():
+            package = types.ModuleType(module)
+            package.flash_attn_varlen_func = flash_attn_varlen_func
+            monkeypatch.setitem(sys.modules, module, package)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     forget()
     yield calls
@@ -262,7 +265,7 @@ def test_low_precision_is_as_good_as_torch(heads, kv_heads, d, dtype):
     wide = [x.detach().double().requires_grad_() for x in qkv]
     exact = with_gradients(reference.attention(*wide, plan), wide, upstream.double())
     torchs = with_gradients(run("dense", plan, qkv), qkv, upstream)
-    for name in ("sdpa", "flash", "varlen"):
+    for name in ("sdpa", "fa2", "varlen"):
         for got, peer, want in zip(with_gradients(run(name, plan, qkv), qkv, upstream), torchs, exact, strict=True):
             tiny = (1e-6 if dtype == torch.float32 else 1e-4) * float(want.abs().max())
             assert got.dtype == dtype
@@ -293,7 +296,7 @@ def test_channels_apart(impl):
     same(with_gradients(run(impl, plan, spread), spread, upstream), with_gradients(run(impl, plan, qkv), qkv, upstream))
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "flash", "varlen"])
+@pytest.mark.parametrize("impl", ["sdpa", "fa2", "varlen"])
 def test_padding_gives_nothing_and_takes_nothing(impl):
     """Rows of padding hold NaN, which reaches neither outputs nor gradients. (A mask multiplies; it cannot skip.)"""
     plan, qkv, upstream = problem(LAYOUTS["show_o_t2i"], True)
@@ -494,7 +497,7 @@ def test_arguments_that_do_not_fit():
         (lambda: attention(pq[:, 1:], pk, pv, padded_plan), ValueError, "2 samples of 16 query rows, but .* 2 of 15"),
         (lambda: attention(q, k, v, plan, prefix=(short, short)), ValueError, "15 cached and 18 other rows"),
         (lambda: attention(q, short, short, plan, prefix=(short.float(), short)), ValueError, "the prefix of k is"),
-        (lambda: attention(q, k, v, plan, impl="fastest"), ValueError, "unknown impl 'fastest'; expected auto, flash"),
+        (lambda: attention(q, k, v, plan, impl="fastest"), ValueError, "unknown impl 'fastest'; expected auto, fa4"),
     ):
         with pytest.raises(error, match=words):
             bad()
@@ -522,10 +525,12 @@ def test_choice_on_a_gpu(monkeypatch):
     """What a GPU would get, from what torch says of it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Fake")
     device, half = torch.device("cuda", 0), torch.bfloat16
-    assert choose(device, half, 80, False) == "flash"
+    assert choose(device, half, 80, False) == "fa2"  # the others have no kernels for compute capability 8.0
     assert choose(device, torch.float32, 80, False) == "sdpa"
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for module in flash_functions.MODULES.values():
+        monkeypatch.setitem(sys.modules, module, None)
     forget()
     assert choose(device, half, 80, False) == "varlen"
     assert choose(device, half, 84, False) == "sdpa"
@@ -550,7 +555,9 @@ def test_varlen_of_torch_2_11(monkeypatch, heads, kv_heads):
     same(with_gradients(run("varlen", plan, qkv), qkv, upstream), want)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Fake")
+    for module in flash_functions.MODULES.values():
+        monkeypatch.setitem(sys.modules, module, None)
     forget()
     assert choose(torch.device("cuda", 0), torch.bfloat16, 64, False) == "varlen"
 
@@ -588,14 +595,14 @@ def test_cpu_takes_the_mask_where_calls_cost_more():
 
 def test_report_says_what_attention_runs_on():
     line = next(line for line in backend_report().splitlines() if line.startswith("attention on cpu: "))
-    assert line.startswith("attention on cpu: sdpa, dense for small batches  (not flash: the tensors are on cpu")
+    assert line.startswith("attention on cpu: sdpa, dense for small batches  (not fa4: the tensors are on cpu")
 
 
 def test_flash_gets_the_determinism_flag(varlen_functions):
     if torch.cuda.is_available():
         pytest.skip("flash-attn itself may be here")
     plan, qkv, _ = problem(LAYOUTS["bagel_reca"], False)
-    IMPLS["flash"](*qkv, plan, 1.0, True)
+    IMPLS["fa2"](*qkv, plan, 1.0, True)
     assert sorted(varlen_functions) == [("flash", False, True), ("flash", False, True), ("flash", True, True)]
 
 
@@ -605,9 +612,58 @@ def test_flash_3_with_its_log_sum_exp(monkeypatch):
         pytest.skip("flash-attn itself may be here")
     plan, qkv, upstream = problem(LAYOUTS["bagel_reca"], False)
     want = with_gradients(reference.attention(*qkv, plan), qkv, upstream)
-    plain = sys.modules["flash_attn"].flash_attn_varlen_func
-    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", lambda *a, **b: (plain(*a, **b), None))
-    same(with_gradients(run("flash", plan, qkv), qkv, upstream), want)
+    plain = sys.modules["flash_attn_interface"].flash_attn_varlen_func
+    monkeypatch.setattr(
+        sys.modules["flash_attn_interface"], "flash_attn_varlen_func", lambda *a, **b: (plain(*a, **b), None)
+    )
+    same(with_gradients(run("fa3", plan, qkv), qkv, upstream), want)
+
+
+def test_what_has_run_is_kept(monkeypatch):
+    monkeypatch.setattr(op, "_RAN", set())
+    plan, qkv, _ = problem(LAYOUTS["bagel_reca"], False, dtype=torch.float32)
+    attention(*qkv, plan, impl="sdpa")
+    attention(*qkv, plan, impl="sdpa")
+    attention(*qkv, plan, impl="dense")
+    assert op.ran("cpu") == ["dense (float32, 8 channels a head)", "sdpa (float32, 8 channels a head)"]
+    assert op.ran("cuda") == []
+
+
+def test_the_trial_tells_right_from_wrong(monkeypatch):
+    assert op.trial(torch.device("cpu")).startswith("sdpa ran forward and backward and agrees with the masked one")
+    right = IMPLS["sdpa"]
+    monkeypatch.setitem(IMPLS, "sdpa", lambda q, k, *more: right(q, -k, *more))
+    assert "DIFFERS from the masked one" in op.trial(torch.device("cpu"))
+
+    def fails(*_):
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    monkeypatch.setitem(IMPLS, "sdpa", fails)
+    assert op.trial(torch.device("cpu")) == "sdpa FAILS: RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    "measured,dtype,chosen",
+    [
+        ({}, torch.bfloat16, "fa4"),  # the default order
+        ({"NVIDIA Fake": ["varlen", "fa3", "sdpa"]}, torch.bfloat16, "varlen"),
+        ({"NVIDIA Fake": ["dense", "flex", "cudnn", "fa3", "varlen"]}, torch.bfloat16, "fa3"),  # those are asked for
+        ({"NVIDIA Fake": ["fa2", "sdpa"]}, torch.float32, "sdpa"),  # the fastest cannot run
+        ({"NVIDIA Other": ["sdpa"]}, torch.bfloat16, "fa4"),
+    ],
+)
+def test_the_order_is_what_was_measured_on_the_device(monkeypatch, measured, dtype, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Fake")
+    table = {name: {"device": name, "order": order, "date": "2026-01-02"} for name, order in measured.items()}
+    monkeypatch.setattr(orders, "measured", lambda: table)
+    forget()
+    device = torch.device("cuda", 0)
+    assert choose(device, dtype, 64, False) == chosen
+    known = "NVIDIA Fake" in measured
+    assert orders.basis(device).startswith("order measured on NVIDIA Fake on 2026" if known else "default order")
+    assert orders.order(torch.device("cpu")) == ("sdpa",)
 
 
 # ---- system behaviour ----
@@ -621,7 +677,7 @@ def test_autocast_casts_as_torchs_attention_does():
     assert torch.equal(out, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), plan))
 
 
-@pytest.mark.parametrize("impl", ["sdpa", "dense", "flash", "varlen"])
+@pytest.mark.parametrize("impl", ["sdpa", "dense", "fa2", "varlen"])
 def test_compiles_into_one_graph(impl):
     def step(q, k, v, plan):
         return IMPLS[impl](q * 2, k, v, plan, 0.5, False)
@@ -643,7 +699,7 @@ def test_checkpointing_recomputes_the_same():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("impl", ["flash", "varlen", "sdpa", "flex", "dense"])
+@pytest.mark.parametrize("impl", list(IMPLS))
 @pytest.mark.parametrize("heads,kv_heads,d", [(4, 4, 64), (4, 2, 80), (4, 1, 128)])
 def test_impls_on_a_gpu(impl, name, heads, kv_heads, d):
     """Real kernels, forward and backward, in bf16; causal groups whose keys outnumber their rows are among them."""

@@ -53,7 +53,7 @@ def chosen(head_dim=64, same=False):
 
 def taken(head_dim=64, same=False):
     """What the function multiplies q by: its mark."""
-    function = flash_functions.flash_function(GPU, head_dim, same)
+    function = flash_functions.flash_function(chosen(head_dim, same))
     names = sorted(flash_functions.KEYWORDS)
     return int(function(torch.ones(()), 0, 0, **dict.fromkeys(names)))
 
@@ -75,16 +75,16 @@ FA4 = {
         (FA2 | FA3, (8, 0), 2),  # FlashAttention 3 runs on Hopper only
         (FA4, (9, 0), 4),
         (FA4, (10, 0), 4),
-        (FA2 | FA4, (9, 0), 2),
-        (FA3 | FA4, (9, 0), 3),
-        (FA3 | FA4, (10, 0), 4),
+        (FA2 | FA4, (9, 0), 4),
+        (FA2 | FA4, (8, 0), 2),  # FlashAttention 4 has no backward there
+        (FA3 | FA4, (9, 0), 4),
+        (FA2 | FA3 | FA4, (10, 0), 4),
     ],
 )
 def test_the_function_is_found_wherever_it_is(install, files, capability, mark):
     install(files, capability)
-    assert chosen() == "flash" and taken() == mark
-    module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[mark]
-    assert f"attention on cuda: flash ({module})" in backend_report()
+    assert chosen() == f"fa{mark}" and taken() == mark
+    assert f"attention on cuda: fa{mark}, default order, nothing measured on this device" in backend_report()
     assert "reinstall or remove it" not in backend_report()
 
 
@@ -109,14 +109,16 @@ def test_the_function_is_found_wherever_it_is(install, files, capability, mark):
 def test_a_broken_one_is_told_of_and_never_taken(install, files, told):
     install(files)
     assert chosen() in ("varlen", "sdpa")
-    assert told in implementations.unusable("flash", GPU, torch.bfloat16, 64)
+    impl = {name.split("/")[0].removesuffix(".py"): name for name in files}
+    impl = "fa4" if "cute" in next(iter(files)) else "fa3" if "flash_attn_interface" in impl else "fa2"
+    assert told in implementations.unusable(impl, GPU, torch.bfloat16, 64)
     assert told in backend_report() and told in doctor() and "reinstall or remove it" in doctor()
     plan = attention_plan([[AttentionSpan(3)]])
     q = torch.zeros(3, 1, 8)
-    with pytest.raises(RuntimeError, match="impl 'flash' was asked for, but"):
-        attention(q, q, q, plan, impl="flash")
-    install(FA3 if "flash_attn_interface.py" not in files else FA2)  # another that works is taken all the same
-    assert chosen() == "flash" and told in backend_report()
+    with pytest.raises(RuntimeError, match=f"impl '{impl}' was asked for, but"):
+        attention(q, q, q, plan, impl=impl)
+    install(FA3 if impl != "fa3" else FA2)  # another that works is taken all the same
+    assert chosen() == ("fa3" if impl != "fa3" else "fa2") and told in backend_report()
 
 
 def test_a_broken_one_is_told_of_without_a_gpu(install, monkeypatch):
@@ -129,12 +131,13 @@ def test_an_empty_folder_is_no_package(install):
     """What is left of flash_attn when only another part of it was installed."""
     install({"flash_attn/ops/triton/layer_norm.py": ""})
     assert chosen() in ("varlen", "sdpa") and "reinstall or remove it" not in backend_report()
-    assert implementations.unusable("flash", GPU, torch.bfloat16, 64) == "flash-attn is not installed"
+    reason = implementations.unusable("fa2", GPU, torch.bfloat16, 64)
+    assert reason == "FlashAttention 2 (flash_attn) is not installed"
 
 
 def test_files_of_4_inside_2_are_no_fault(install):
     install(FA2 | {"flash_attn/cute/__init__.py": "import cutlass_nobody_has"})
-    assert chosen() == "flash" and taken() == 2 and "reinstall or remove it" not in backend_report()
+    assert chosen() == "fa2" and taken() == 2 and "reinstall or remove it" not in backend_report()
 
 
 @pytest.mark.parametrize(
@@ -152,13 +155,11 @@ def test_files_of_4_inside_2_are_no_fault(install):
 )
 def test_what_flash_attention_4_has_kernels_for(install, capability, head_dim, same, fits):
     install(FA4, capability)
-    assert (implementations.unusable("flash", GPU, torch.bfloat16, head_dim, same) is None) == fits
-    if not fits:
-        assert "FlashAttention 4" in implementations.unusable("flash", GPU, torch.bfloat16, head_dim, same)
+    assert (implementations.unusable("fa4", GPU, torch.bfloat16, head_dim, same) is None) == fits
     install(FA2, capability)  # where it does not fit, 2 does
-    assert chosen(head_dim, same) == "flash"
+    assert chosen(head_dim, same) == ("fa4" if fits else "fa2")
 
 
 def test_functions_that_hide_their_parameters_are_taken(install):
     install({"flash_attn/__init__.py": "def flash_attn_varlen_func(*a, **b): return a[0] * 7"})
-    assert chosen() == "flash" and taken() == 7
+    assert chosen() == "fa2" and taken() == 7

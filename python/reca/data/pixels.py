@@ -18,8 +18,7 @@ from reca.data.metadata import without_metadata
 from reca.data.views import View, Views
 from reca.files import HEAD, packed, placeholder
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import native
-from reca_kernels.resize.op import resize
+from reca_kernels.resize.op import compiled, resize
 
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # of the suffixes that sources take for images
@@ -248,7 +247,7 @@ def _resizes_as_pillow() -> bool:
 
     Before version 13 Pillow resized along the rows first, always.
     """
-    if native.module is None:
+    if not compiled():
         return False
     noise = torch.randint(0, 256, (3, 61, 47), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     cases = [
