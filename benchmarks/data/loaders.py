@@ -86,7 +86,7 @@ def _batched(decoder: DaliDecoder, files: list[bytes]) -> Batches:
 
 
 def _loader(folder: Path, views: Views, count: int) -> Batches:
-    """What a training run reads: the files too, the template of each, and the batch's device."""
+    """Make the batches of a training run: files are read, templates drawn, batches put together."""
     config = DataConfig(images=str(folder / "images"), decoder="pillow", workers=0)
     loader = open_loader(config, "reca", views, seed=0, micro_batch=BATCH)
     for batch in itertools.islice(loader, count // BATCH):
@@ -167,7 +167,7 @@ _contexts: list = []
 
 
 def _dali_context(dynamic) -> contextlib.AbstractContextManager:
-    """One context of one thread: to make its threads takes longer than a batch."""
+    """Return the one context of one thread: to make its threads takes longer than a batch."""
     if not _contexts:
         _contexts.append(dynamic.EvalContext(num_threads=1))
     return _contexts[0]
