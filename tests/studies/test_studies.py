@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reca import side_by_side
+from reca import exits, side_by_side
 from reca.cli import main
 from reca.models import UMMS
 from reca.recipe_files import load_recipe
@@ -209,6 +209,8 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         (["nothing"], "no study 'nothing': give a .yaml file, or one of blur"),
         (["main", "--recipe", "show_o_512"], "--recipe needs --suite"),
         (["main", "--suite", "geneval"], "are for --recipe"),
+        (["main", "--recipe", "show_o_512", "--suite", "geneval", "--data", "x"], "--data 'x' must be SUITE=..."),
+        (["main", "--recipe", "show_o_512", "--suite", "geneval"], "evaluation_metadata.jsonl"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
@@ -216,7 +218,7 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
-    assert main(["study", *arguments, "--out", str(tmp_path)]) == 2
+    assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.DATA)
     assert said in capsys.readouterr().err
 
 

@@ -25,8 +25,12 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("--seeds", type=_seeds, default=(0,), help="a number of seeds from 0 on, or a list: 0,1,5; 0")
     sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
     sub.add_argument("--suite", action="append", default=[], help="with --recipe: measured by; may be given again")
-    sub.add_argument("--judge", metavar="NAME[:ARGUMENT]", help="of the suites; see reca eval")
-    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
+    for name, metavar, text in (
+        ("--data", "SUITE=PATH", "a suite's files, where they are not shipped"),
+        ("--judge", "SUITE=NAME[:ARGUMENT]", "who judges a suite; see reca eval"),
+    ):
+        sub.add_argument(name, action="append", default=[], metavar=metavar, help=text)
+    sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
     sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
     sub.add_argument("--limit", type=int, help="items of a suite; all")
     sub.add_argument("--jobs", type=int, help="arms at once: as many as there are GPUs, or else cores")
@@ -73,14 +77,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> Any:
     from reca.recipe_files import load_recipe
-    from reca.studies.task import Asked, Evaluations
+    from reca.studies import published
+    from reca.studies.task import Asked
 
     if not 0 < options.scale <= 1:
         raise StudyError(f"--scale must lie in (0, 1], got {options.scale:g}")
     if options.recipe and not options.suite:
         raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
-    if not options.recipe and (options.suite or options.judge or options.sampling or options.limit):
-        raise StudyError("--suite, --judge, --sampling and --limit are for --recipe: the world has its own judge")
+    if not options.recipe and (options.suite or options.sampling or options.limit):
+        raise StudyError("--suite, --sampling and --limit are for --recipe: the world has its own judge")
     if options.recipe and options.scale != 1:
         raise StudyError("--scale is of the embedded world; at real size give train.steps=N")
     common, of_arm = [], dict[str, tuple[str, ...]]()
@@ -91,10 +96,9 @@ def _asked(options: argparse.Namespace) -> Any:
             of_arm[arm] = (*of_arm.get(arm, ()), text[len(arm) + 1 :])
         else:
             common.append(text)
-    settings: dict[str, Any] = {
-        "judge": options.judge, "judge_options": read_pairs(options.judge_option, "--judge-option"),
-        "sampling": read_pairs(options.sampling, "--sampling"), "limit": options.limit,
-    }  # fmt: skip
+    evaluations = _evaluations(options)
+    if options.recipe:
+        published.check(evaluations)
     return Asked(
         umm=load_recipe(options.recipe).umm if options.recipe else options.umm,
         seeds=options.seeds,
@@ -102,9 +106,28 @@ def _asked(options: argparse.Namespace) -> Any:
         recipe=options.recipe,
         common=tuple(common),
         of_arm=of_arm,
-        evaluations=Evaluations(tuple(options.suite), settings if options.recipe else {}),
+        evaluations=evaluations,
         scale=options.scale,
     )
+
+
+def _evaluations(options: argparse.Namespace) -> Any:
+    """Read what is measured at real size."""
+    from reca.studies.task import Evaluations
+
+    common = {
+        "judge_options": read_pairs(options.judge_option, "--judge-option"),
+        "sampling": read_pairs(options.sampling, "--sampling"),
+        "limit": options.limit,
+    }
+    found: dict[str, dict[str, Any]] = {"": common} if options.recipe else {}
+    for name, texts in (("data", options.data), ("judge", options.judge)):
+        for text in texts:
+            suite, equals, value = text.partition("=")
+            if suite not in options.suite or not equals:
+                raise StudyError(f"--{name} {text!r} must be SUITE=..., of a suite that --suite names")
+            found.setdefault(suite, {})[name] = value
+    return Evaluations(tuple(options.suite), found)
 
 
 def _slots(options: argparse.Namespace) -> Sequence[str | None]:

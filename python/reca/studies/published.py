@@ -1,9 +1,12 @@
 """Studies at real size: recipes with published weights, measured by `reca eval`."""
 
+from pathlib import Path
 from typing import Any
 
 from reca import api
-from reca.studies.task import Task
+from reca.eval.judges import check_judge
+from reca.eval.suites import open_suite
+from reca.studies.task import Evaluations, Task
 
 
 def filled(override: str, seed: int) -> str:
@@ -13,6 +16,16 @@ def filled(override: str, seed: int) -> str:
 def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
     return (f"train.seed={seed}",)
+
+
+def check(evaluations: Evaluations) -> None:
+    """Find what is wrong with suites, their data and judges before anything is trained. Raises EvaluationError."""
+    for name in evaluations.suites:
+        options = evaluations.of(name)
+        suite = open_suite(name, Path(options["data"]) if "data" in options else None)
+        suite.items()
+        if suite.judge_kind != "rule":
+            check_judge(options.get("judge"), options.get("judge_options", {}), suite)
 
 
 def measured(task: Task) -> dict[str, Any]:
@@ -25,7 +38,7 @@ def measured(task: Task) -> dict[str, Any]:
         source, keys = (task.recipe, task.overrides) if task.kind == "before" else (task.folder, ())
         name = suite.partition("?")[0]
         found = api.evaluate(
-            suite, source, keys, out=task.folder / "eval" / name, seed=task.seed, **dict(task.evaluations.options)
+            suite, source, keys, out=task.folder / "eval" / name, seed=task.seed, **task.evaluations.of(suite)
         )
         if found is None:
             continue

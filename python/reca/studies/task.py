@@ -8,10 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What is measured at real size: the suites of `reca eval`, and options that hold for all of them."""
+    """What is measured at real size.
+
+    suites   of `reca eval`
+    options  of its own for each suite, as `reca.evaluate` takes them, and those of all under ""
+    """
 
     suites: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of(self, suite: str) -> dict[str, Any]:
+        """Return the options of a suite."""
+        return {**self.options.get("", {}), **self.options.get(suite, {})}
 
 
 @dataclass(frozen=True)
