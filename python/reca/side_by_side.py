@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 POLL_SECONDS = 0.2
@@ -58,6 +58,8 @@ def run(
 
     slots: what `cores` or `gpus` returns: as many jobs run at once. on_end: called with a job and its result as soon as
     it has one. on_wait: called a few times in a second.
+
+    An exception in here, such as SystemExit on a signal, sends SIGTERM to the jobs that run. A run then saves and ends.
     Raises ValueError for jobs that wait for one another, or for one that is not there.
     """
     _check(jobs)
@@ -122,6 +124,9 @@ class _Workers:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):  # which a terminal sends to all processes
+            for process in active_children():
+                process.terminate()  # a run saves first
         for pool in self.pools.values():
             pool.shutdown(wait=kind is None, cancel_futures=True)
 

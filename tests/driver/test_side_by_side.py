@@ -1,6 +1,8 @@
 """Jobs side by side in processes of their own: their order, their results, and what a failure stops."""
 
 import os
+import signal
+import sys
 import time
 
 import pytest
@@ -31,6 +33,26 @@ def fail():
 
 def die():
     os._exit(9)
+
+
+def save_on_signal(folder):
+    """Run until SIGTERM comes, as a run does."""
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
+    (folder / "running").touch()
+    time.sleep(60)
+
+
+def test_an_interruption_lets_jobs_save(tmp_path):
+    def interrupt():
+        if (tmp_path / "running").exists():
+            sys.exit(75)
+
+    with pytest.raises(SystemExit):
+        side_by_side.run([Job("run", save_on_signal, (tmp_path,))], [None], on_wait=interrupt)
+    until = time.monotonic() + 60
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):

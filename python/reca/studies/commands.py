@@ -2,11 +2,13 @@
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reca import exits
 from reca.models import UMMS
 from reca.sampling_options import read_pairs
 from reca.studies.study import StudyError, load_study, study_names
@@ -69,7 +71,11 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         found = runner.report_of(study, asked, shlex.join(command))
     else:
-        found = runner.run(study, asked, _slots(options), shlex.join(command))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(exits.INTERRUPTED))
+        try:
+            found = runner.run(study, asked, _slots(options), shlex.join(command))
+        finally:
+            signal.signal(signal.SIGTERM, before)
     print(report.text(found))
     print((out / "study.html").resolve())
     return int(any("failed" in r for arm in found["arms"] for r in arm["results"].values()))
