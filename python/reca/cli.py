@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from reca import inference_commands
 
@@ -109,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(train)
     train.add_argument(
         "--explain", action="store_true", help="print every key with its value and documentation, and exit"
+    )
+    train.add_argument(
+        "--overfit",
+        type=int,
+        metavar="N",
+        help="dry run: N steps on one batch, which must learn it; says what is wrong where it does not. The run folder "
+        "stays as it is",
+    )
+    train.add_argument(
+        "--overfit-to", type=float, default=0.5, metavar="SHARE", help="of the first loss, which the dry run must reach"
     )
 
     status = command("status", _status, "Print the status of a run.")
@@ -294,6 +305,9 @@ def _train(options: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             print(explain(recipe))
         return
+    if options.overfit is not None:
+        _overfit(recipe, options.overfit, options.overfit_to)
+        return
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
@@ -305,6 +319,18 @@ def _train(options: argparse.Namespace) -> None:
             f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "
             f"Give a larger train.steps, or another run_dir. {draw}"
         )
+
+
+def _overfit(recipe: Any, steps: int, target: float) -> None:
+    from reca import distributed
+    from reca.overfit import NotLearning, overfit
+
+    found = overfit(recipe, steps, target)
+    if distributed.is_main_process():
+        print(*found.describe(), sep="\n")
+    distributed.shut_down()
+    if fault := found.fault():
+        raise NotLearning(f"the dry run did not learn its batch: {fault}")
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -92,11 +92,11 @@ class Trainer:
         self.keep = checkpoint.Keep(recipe.checkpoint.keep, recipe.checkpoint.keep_every)
         self.writer = checkpoint.BackgroundWriter(self.run_dir, self.keep)
         self.interruption = Interruption()
-        with self._around():
+        with self.around():
             self._set_up(adapter)
 
     @contextlib.contextmanager
-    def _around(self) -> Iterator[None]:
+    def around(self) -> Iterator[None]:
         """Set up what holds for the whole run, and record how it ends."""
         with (
             self.folder,
@@ -200,7 +200,7 @@ class Trainer:
         Raises SystemExit(75) after saving on SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; NotSavedError when the last checkpoint
         of the run could not be written; NonFiniteError on NaN.
         """
-        with self._around():
+        with self.around():
             try:
                 self._run()
             finally:

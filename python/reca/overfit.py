@@ -1,0 +1,246 @@
+"""`reca train RECIPE --overfit N`: a dry run that learns one batch, and says what is wrong where it cannot.
+
+Every step sees the same samples with the same noise, masks and templates, so that even the loss of a diffusion model,
+which noise of its own keeps from falling, can go to zero. It runs what training runs, at the recipe's peak learning
+rate from the first step on, and leaves the run folder as it is.
+"""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from reca import distributed, exits, objective
+from reca.config import LogConfig, Recipe
+from reca.data.batch import Batch
+from reca.folders import ensure_writable
+from reca.models.base import Adapter
+from reca.skipped_steps import NonFiniteError
+from reca.trainer import Trainer
+
+TARGET = 0.5  # share of the first loss that the last must have reached
+FLAT = 0.01  # share of the first loss whose change counts as none
+STILL = 1e-3  # share of their size that weights move by in all, under which the learning rate is called too small
+MARGIN = 1.3  # on the number of steps that is advised: a loss falls slower and slower
+LAST = 3  # losses, of which the smallest is what was reached
+
+
+class NotLearning(RuntimeError):
+    """The dry run did not learn its batch; the message says why."""
+
+    exit_code = exits.NOT_LEARNING
+
+
+@dataclass
+class DryRun:
+    """What a dry run has seen.
+
+    target     share of the first loss to be reached
+    lr         of every step
+    losses     of every step, before its update
+    tasks      losses of every step, by task, the first of them before any step
+    gradients  norm by role of trained parameters, the larger one of the first and the last step; empty where
+               optim.fused_backward has freed them
+    size       root mean square of the trained parameters at the start
+    non_finite loss or gradient was NaN or infinite after the last of these steps
+    """
+
+    target: float
+    lr: float
+    losses: list[float]
+    tasks: dict[str, list[float]]
+    gradients: dict[str, float]
+    size: float
+    non_finite: bool = False
+
+    @property
+    def share(self) -> float:
+        """Return what is left of the first loss."""
+        first = self.losses[0] if self.losses else 0.0
+        return min(self.losses[-LAST:]) / first if first > 0 else math.nan
+
+    @property
+    def reached(self) -> bool:
+        return not self.non_finite and self.share <= self.target
+
+    def describe(self) -> list[str]:
+        """Write what was seen, a line for each kind."""
+        lines, steps = [], len(self.losses) - 1
+        if self.losses:
+            lines.append(
+                f"loss       {self.losses[0]:.4g} at first, {self.losses[-1]:.4g} after {steps} steps on the same "
+                f"batch: {self.share:.1%} are left, {self.target:.0%} or less were to be reached"
+            )
+        if len(self.tasks) > 1 and self.losses:
+            parts = (f"{task} {losses[0]:.4g} to {losses[-1]:.4g}" for task, losses in self.tasks.items())
+            lines.append(f"tasks      {', '.join(parts)}")
+        if self.gradients:
+            lines.append(f"gradients  {', '.join(f'{role} {norm:.3g}' for role, norm in self.gradients.items())}")
+        lines += [f"note       {text}" for text in self._silent_roles()] if self.reached else []
+        return lines
+
+    def fault(self) -> str:
+        """Say what is wrong and what to do; empty where the loss was reached."""
+        if self.reached:
+            return ""
+        if self.non_finite:
+            return self._non_finite()
+        if self.lr == 0:
+            return "the learning rate is 0: set optim.lr"
+        if silent := self._silent_roles():
+            return "; ".join(silent)
+        steps = len(self.losses) - 1
+        moved = self.lr * steps / self.size if self.size else math.inf
+        if abs(1 - self.share) < FLAT and moved < STILL:
+            return (
+                f"the loss stays as it is, and the learning rate is too small to change it: {steps} steps of "
+                f"optim.lr={self.lr:g} move weights of size {self.size:.2g} by {moved:.1g} of it. Raise optim.lr"
+            )
+        if self.share > 1 + FLAT or max(self.losses) > 2 * self.losses[0]:
+            return (
+                f"the loss rises (up to {max(self.losses):.4g}): optim.lr={self.lr:g} is too large. Lower it, or clip "
+                "gradients (optim.max_grad_norm)"
+            )
+        if abs(1 - self.share) < FLAT:
+            return (
+                "the loss stays as it is although weights move: what is trained (train.train, train.frozen) has little "
+                "part in it, or inputs do not reach it. Train more roles, or look at the data (reca data view)"
+            )
+        more = math.ceil(MARGIN * steps * math.log(self.target) / math.log(self.share))
+        return (
+            f"the loss falls, but not far enough: at this rate it takes about {more} steps. Give --overfit {more}, or "
+            f"a larger optim.lr than {self.lr:g} for the dry run"
+        )
+
+    def _non_finite(self) -> str:
+        bad = [task for task, losses in self.tasks.items() if not math.isfinite(losses[0])]
+        roles = [role for role, norm in self.gradients.items() if not math.isfinite(norm)]
+        if bad:
+            where = f"the loss of {' and '.join(bad)} is not finite before any update"
+        elif roles:
+            where = f"the gradient of {' and '.join(roles)} is not finite before any update"
+        else:
+            where = f"loss or gradient is not finite any more after {len(self.losses)} steps of optim.lr={self.lr:g}"
+        return f"{where}: look at the data (reca data check), set train.precision=fp32, or lower optim.lr"
+
+    def _silent_roles(self) -> list[str]:
+        zero = [role for role, norm in self.gradients.items() if norm == 0]
+        if not zero:
+            return []
+        return [
+            f"the gradient is zero in {' and '.join(zero)}: no loss reaches what is trained there. Leave it out of "
+            "train.train, or give the task that trains it a weight"
+        ]
+
+
+def overfit(recipe: Recipe, steps: int, target: float = TARGET, adapter: Adapter | None = None) -> DryRun:
+    """Make `steps` steps on the recipe's first batch. Every rank calls it.
+
+    adapter: a model to train in place of the recipe's.
+    Raises ValueError for steps or a target out of range, and what `Trainer` raises.
+    """
+    if steps < 2 or not 0 < target < 1:
+        raise ValueError(
+            f"--overfit takes at least 2 steps, and --overfit-to a share between 0 and 1: {steps}, {target:g}"
+        )
+    distributed.initialize(recipe.parallel.timeout_minutes)
+    with _scratch(Path(recipe.run_dir)) as folder:
+        trainer = Trainer(_dry(recipe, steps, folder), adapter, progress=lambda _: None)
+        with trainer.around():
+            found = _learn(trainer, steps, target)
+        trainer.folder.close()
+    return found
+
+
+def _learn(trainer: Trainer, steps: int, target: float) -> DryRun:
+    batches = {}
+    for task, loader in trainer.loaders.items():
+        stream = iter(loader)
+        batches[task] = [next(stream).to(trainer.device) for _ in range(trainer.accumulation_steps[task])]
+        loader.close()
+    found = DryRun(target, trainer.recipe.optim.lr, [], {}, {}, _size(trainer.adapter))
+    found.gradients, first = _gradients(trainer, batches)
+    found.tasks = {task: [loss] for task, loss in first.items()}
+    try:
+        for _ in range(steps + 1):
+            metrics = trainer.train_step(batches)
+            found.losses.append(metrics["loss"])
+            for task in trainer.tasks:
+                found.tasks.setdefault(task, []).append(metrics[f"{task}/loss"])
+            if trainer.interruption.requested:
+                raise KeyboardInterrupt
+    except NonFiniteError:
+        found.non_finite = True
+        return found
+    for role, norm in _gradients(trainer, batches)[0].items():
+        found.gradients[role] = max(norm, found.gradients[role])
+    return found
+
+
+def _dry(recipe: Recipe, steps: int, folder: Path) -> Recipe:
+    """Return the recipe of a dry run: nothing that only a long run needs, and no slow beginning."""
+    return replace(
+        recipe,
+        run_dir=str(folder),
+        optim=replace(recipe.optim, warmup_steps=0, schedule="constant", decay_steps=None),
+        train=replace(recipe.train, steps=steps + 1, max_skips=0, skip_spikes=None),
+        eval=replace(recipe.eval, every=0, suite=None, stop_on_alarm=False),
+        ema=replace(recipe.ema, half_life=0.0),
+        log=replace(LogConfig(), tensorboard=False, reconstructions=0),
+        data=replace(recipe.data, prefetch=0),
+    )
+
+
+@contextlib.contextmanager
+def _scratch(run_dir: Path) -> Iterator[Path]:
+    """Make a folder beside the run's, where all ranks see it, and remove it with what it made on the way there."""
+    folder = run_dir.absolute().parent / f".{run_dir.name}.overfit"
+    above = [path for path in folder.parents if not path.exists()]
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            ensure_writable(folder, "run_dir")
+    try:
+        yield folder
+    finally:
+        if distributed.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in above:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the norm of the gradient by role, and the loss by task, of one pass without an update."""
+    if trainer.fused_backward:
+        return {}, {}
+    recipe, adapter = trainer.recipe, trainer.adapter
+    adapter.train()
+    sums = objective.backward(adapter, dict(batches), recipe.objective, recipe.train.seed, trainer.autocast)
+    roles, squares = adapter.roles(), dict[str, torch.Tensor]()
+    for name, parameter in adapter.named_parameters():
+        if parameter.requires_grad:
+            squares.setdefault(roles[name], torch.zeros((), device=trainer.device, dtype=torch.float64))
+            if parameter.grad is not None:
+                squares[roles[name]] += _local(parameter.grad).double().square().sum()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    norms = distributed.sum_over_ranks(torch.stack(list(squares.values()))).sqrt().tolist()
+    means = objective.means({task: distributed.sum_over_ranks(value) for task, value in sums.items()}, trainer.tasks)
+    return dict(zip(squares, norms, strict=True)), {task: means[f"{task}/loss"] for task in trainer.tasks}
+
+
+@torch.no_grad()
+def _size(adapter: Adapter) -> float:
+    """Compute the root mean square of the trained parameters, or of this rank's part of them."""
+    parts = [_local(parameter) for parameter in adapter.parameters() if parameter.requires_grad]
+    squares = torch.stack([part.double().square().sum() for part in parts]).sum()
+    return float((squares / max(1, sum(part.numel() for part in parts))).sqrt())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
