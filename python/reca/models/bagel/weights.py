@@ -48,7 +48,7 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
     if config.weights is None:
         if config.overlay or config.codec_weights:
             raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
-        with init_random(config.seed):
+        with init_random(config.seed, device):
             return to_kept_types(cls(config, load_tokenizer(config, None))).to(device)
     source = fetch(config.weights, DOWNLOADS["weights"])
     folder = beside(source)
