@@ -119,14 +119,13 @@ def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None
         "objective.t2i.weight": 0,
         "log.tensorboard": False,
         "checkpoint.every": 0,
-        "data.decoder": "pillow",
     }
     if size == "tiny":
         return load_recipe(tiny, keys | {"data.workers": 0} | TINY[model] | (changed or {}))
     keys |= {f"model.{name}": None for name in FILES if hasattr(load_recipe(published).model, name)}
     keys |= {"data.images": str(pictures(folder)), "model.words": words(model)}
     if size == "narrow":
-        keys |= NARROW[model] | {"train.precision": "fp32", "data.workers": 0}
+        keys |= NARROW[model] | {"train.precision": "fp32", "data.workers": 0, "data.decoder": "pillow"}
     elif size == "quarter":
         keys |= QUARTER[model]
     return load_recipe(published, keys | (changed or {}))

@@ -156,7 +156,8 @@ def main(arguments: list[str]) -> None:
     model, size, form, device, folder, changes = arguments
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")) if device == "cpu" else torch.get_num_threads())
+    if device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     worker = None
     for line in sys.stdin:
         try:
