@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from reca.models.base import in_fp32
+from reca.models.common.dropout import attention, dropout
 from reca.models.common.images import check_side
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.qwen2 import Qwen2Sizes, qwen2_config
@@ -100,9 +101,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:  # x [B, L, D], seen bool [B, 1, 1, L]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout).transpose(1, 2).flatten(2)
-        return F.dropout(self.proj(x), self.dropout, self.training)
+        x = attention(q, k, v, seen, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+        return dropout(self.proj(x), self.dropout, self.training)
 
 
 class Mlp(nn.Module):
@@ -112,8 +112,8 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        x = dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return dropout(self.fc2(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
