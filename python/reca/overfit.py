@@ -6,7 +6,9 @@ rate from the first step on, and leaves the run folder as it is.
 """
 
 import contextlib
+import glob
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from reca.data.batch import Batch
 from reca.folders import ensure_writable
 from reca.models.base import Adapter
 from reca.skipped_steps import NonFiniteError
+from reca.status import is_locked
 from reca.trainer import Trainer
 
 TARGET = 0.5  # share of the first loss that the last must have reached
@@ -154,6 +157,7 @@ def overfit(recipe: Recipe, steps: int, target: float = TARGET, adapter: Adapter
         with trainer.around():
             found = _learn(trainer, steps, target)
         trainer.folder.close()
+        distributed.barrier()  # none still uses the folder
     return found
 
 
@@ -172,7 +176,7 @@ def _learn(trainer: Trainer, steps: int, target: float) -> DryRun:
             found.losses.append(metrics["loss"])
             for task in trainer.tasks:
                 found.tasks.setdefault(task, []).append(metrics[f"{task}/loss"])
-            if trainer.interruption.requested:
+            if distributed.any_rank(trainer.interruption.requested, trainer.device):
                 raise KeyboardInterrupt
     except NonFiniteError:
         found.non_finite = True
@@ -199,11 +203,14 @@ def _dry(recipe: Recipe, steps: int, folder: Path) -> Recipe:
 @contextlib.contextmanager
 def _scratch(run_dir: Path) -> Iterator[Path]:
     """Make a folder beside the run's, where all ranks see it, and remove it with what it made on the way there."""
-    folder = run_dir.absolute().parent / f".{run_dir.name}.overfit"
+    parent, name = run_dir.absolute().parent, f".{run_dir.name}.overfit-"
+    folder = parent / f"{name}{distributed.all_gather(os.getpid())[0]}"
     above = [path for path in folder.parents if not path.exists()]
     with distributed.fail_together():
         if distributed.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            for old in parent.glob(f"{glob.escape(name)}*"):
+                if not is_locked(old):  # of one that was killed
+                    shutil.rmtree(old, ignore_errors=True)
             ensure_writable(folder, "run_dir")
     try:
         yield folder

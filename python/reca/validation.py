@@ -103,7 +103,7 @@ class HeldOut:
 
 def data_of(recipe: Recipe) -> DataConfig:
     """Return the recipe's data as held-out pictures are read: as they are stored, with pixels and not from a cache."""
-    return replace(recipe.data, cache=None, shuffle=False)
+    return replace(recipe.data, cache=None, shuffle=False, prefetch=0)
 
 
 def seed(recipe: Recipe) -> int:

@@ -33,6 +33,9 @@ def test_a_run_that_is_there_stays_as_it_is(recipe):
     r = recipe("checkpoint.every=2")
     run_dir = run_toy(r).run_dir
     before = contents(run_dir.parent)
+    killed = run_dir.parent / ".run.overfit-12"
+    killed.mkdir()
+    (killed / "status.json").write_text("{}")
     found = overfit(r, 40, 0.9, ToyAdapter())
     assert found.reached and contents(run_dir.parent) == before
     assert found.losses[1:] != found.losses[:-1] and len(found.losses) == 41
