@@ -299,6 +299,7 @@ def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False)
 def _train(options: argparse.Namespace) -> None:
     from reca import api, distributed
     from reca.recipe_files import explain, load_recipe
+    from reca.reconstructions import GRID
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
@@ -314,6 +315,8 @@ def _train(options: argparse.Namespace) -> None:
     draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     if run.new_steps:
         print(f"{run.steps} steps done. {draw}")
+        if (grid := run.folder / GRID).is_file():
+            print(f"Pictures, and what the model made of them before and after: {grid}")
     else:
         print(
             f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "

@@ -308,8 +308,9 @@ class LogConfig:
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
     reconstructions: int = config_field(
         4,
-        "pictures that are saved beside what the model makes of their h_v, wherever log.sample_every draws: held-out "
-        "ones (eval.holdout), else of data.images",
+        "pictures that are saved beside what the model makes of their h_v, before the first step and after the last "
+        "(run_dir/reconstructions.png) and wherever log.sample_every draws: held-out ones (eval.holdout), else of "
+        "data.images; 0 = none",
         least=0,
         most=256,
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ class Diagnostics:
         self.recipe, self.adapter, self.loaders = recipe, adapter, loaders
         self.device, self.autocast = device, autocast
         self.fixed = {task: self._fixed_batch(task, sources[task]) for task in drift_tasks(recipe, adapter.tasks)}
-        self.shown = self._shown(sources.get(HELD_OUT, sources.get("reca")))
+        self.source = sources.get(HELD_OUT, sources.get("reca"))
 
     def measure(self, step: int, batches: Mapping[str, list[Batch]]) -> dict[str, float]:
         """Return the measurements that are due after `step`, by the names of log.jsonl.
@@ -73,12 +74,13 @@ class Diagnostics:
         made = reconstruct(self.adapter, self.shown, self.autocast)
         return [list(pair) for pair in zip(self.shown.gen, made, strict=True)]
 
-    def _shown(self, source: Any) -> Batch | None:
-        """Read the pictures to reconstruct, if any are asked for and the model can."""
-        wanted = self.recipe.log.reconstructions if self.recipe.log.sample_every else 0
-        if not wanted or source is None or "reconstruct" not in self.adapter.abilities:
+    @functools.cached_property
+    def shown(self) -> Batch | None:
+        """The pictures to reconstruct, if any are asked for and the model can."""
+        wanted = self.recipe.log.reconstructions
+        if not wanted or self.source is None or "reconstruct" not in self.adapter.abilities:
             return None
-        return picture_batch(self.recipe, self.adapter, wanted, source)
+        return picture_batch(self.recipe, self.adapter, wanted, self.source)
 
     def _with_neighbour(self, batch: Batch) -> Batch:
         """Return the batch with a neighbour where it needs one: h_v of another sample takes two samples."""

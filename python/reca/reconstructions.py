@@ -6,7 +6,9 @@ side_by_side(batch.gen, before, after).save("reconstructions.png")
 """
 
 import contextlib
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,15 @@ from torch import Tensor
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import open_loader
+from reca.data.pixels import read_image
 from reca.data.sample import Source
 from reca.image_grid import make_grid
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.validation import HELD_OUT, data_of, open_run_sources, seed
+
+GRID = "reconstructions.png"  # in the folder of a run, a row for each picture: it, before training, after it
+BEFORE = Path("samples") / "before"  # in that folder: what the model made before the first step
 
 
 def pictures(recipe: Recipe) -> Source:
@@ -65,3 +71,20 @@ def reconstruct(
 def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:
     """Lay pictures out in columns, a row for each picture; such as the input, before and after training."""
     return make_grid([picture for row in zip(*columns, strict=True) for picture in row], columns=len(columns))
+
+
+def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
+    """Keep what a model makes of the pictures before its first step."""
+    shutil.rmtree(run_dir / BEFORE, ignore_errors=True)
+    (run_dir / BEFORE).mkdir(parents=True)
+    for number, picture in enumerate(made):
+        make_grid([picture]).save(run_dir / BEFORE / f"{number:03d}.png")
+
+
+def save_grid(run_dir: Path, shown: Sequence[Tensor], after: Sequence[Tensor]) -> Path | None:
+    """Lay the pictures out beside what the model made of them before and makes now; None where nothing was kept."""
+    before = [read_image(path) for path in sorted((run_dir / BEFORE).glob("*.png"))]
+    if len(before) != len(shown):
+        return None
+    side_by_side(shown, before, after).save(run_dir / GRID)
+    return run_dir / GRID

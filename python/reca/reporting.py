@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from reca import determinism, distributed, micro_batches, monitors, speed
 from reca.config import Recipe
@@ -15,6 +16,7 @@ from reca.evaluations import Evaluation
 from reca.header import header
 from reca.log import RunLog, due
 from reca.models.base import Adapter
+from reca.reconstructions import save_before, save_grid
 from reca_kernels.attention import op as attention
 
 log = logging.getLogger("reca")
@@ -109,3 +111,28 @@ class RunReport:
             self.record.sample_images(step, images)
         if pairs:
             self.record.reconstructions(step, pairs)
+
+    def before_training(self, step: int, diagnostics: Diagnostics) -> None:
+        """Keep what the model makes of its pictures before the first step, on every rank. step: those made before."""
+        if step == 0:
+            self._reconstruct(diagnostics, lambda shown, made: save_before(self.record.run_dir, made))
+
+    def after_training(self, diagnostics: Diagnostics) -> None:
+        """Save pictures beside what the model made of them before training, and makes after it, on every rank."""
+        self._reconstruct(diagnostics, lambda shown, made: save_grid(self.record.run_dir, shown, made))
+
+    def _reconstruct(self, diagnostics: Diagnostics, save: Callable[[list[Tensor], list[Tensor]], object]) -> None:
+        """Reconstruct the run's pictures, and save them on rank 0. Nothing but a rank out of memory ends the run.
+
+        Nothing is drawn for who asked for `progress` in place of anything shown.
+        """
+        if self.progress:
+            return
+        try:
+            pairs = diagnostics.reconstructions()
+            if pairs and distributed.rank() == 0:
+                save([picture for picture, _ in pairs], [made for _, made in pairs])
+        except Exception as error:
+            if distributed.world_size() > 1 and isinstance(error, torch.OutOfMemoryError):
+                raise  # the other ranks wait for this one
+            log.warning("no reconstructions (%s: %s); log.reconstructions=0 draws none", type(error).__name__, error)

@@ -225,6 +225,8 @@ class Trainer:
             for loader in self.loaders.values():
                 loaders.callback(loader.close)
             report.begin(self.step)
+            watch.enter(self.step, "drawing reconstructions")
+            report.before_training(self.step, self.diagnostics)
             if not self.evaluations.begun:
                 self._evaluate(report, watch)
             first = self.step
@@ -251,6 +253,8 @@ class Trainer:
                 profiler.step()
                 watch.enter(self.step, "saving")
                 self._save_or_stop()
+            watch.enter(self.step, "drawing reconstructions")
+            report.after_training(self.diagnostics)
 
     def _evaluate(self, report: RunReport, watch: hang.HangWatch) -> None:
         """Evaluate the model if it is due."""

@@ -22,6 +22,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.hub import hub_name
 from reca.recipe_files import walk
+from reca.reconstructions import GRID
 from reca.runs import is_run
 
 CARD = "README.md"
@@ -207,14 +208,17 @@ def _keys(recipe: Recipe) -> list[str]:
 
 def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
     """Copy the newest pictures of a run beside the card. Returns file, title and text of each."""
-    newest = max((run / "samples").glob("*.png"), default=None)
-    if newest is None:
-        return []
-    place = folder / PICTURES / "samples.png"
-    place.parent.mkdir(exist_ok=True)
-    shutil.copyfile(newest, place)
-    title = f"Images of step {int(newest.stem)}" if newest.stem.isdigit() else "Images"
-    return [{"file": f"{PICTURES}/{place.name}", "title": title, "text": _plain("; ".join(recipe.log.prompts))}]
+    found = []
+    newest = max((path for path in (run / "samples").glob("*.png") if path.stem.isdigit()), default=None)
+    if newest is not None:
+        found.append((newest, "samples.png", f"Images of step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
+    if (run / GRID).is_file():
+        found.append((run / GRID, GRID, "Reconstructions", "each row: a picture, and what the model made of it before "
+                      "and after training"))  # fmt: skip
+    for path, name, _, _ in found:
+        (folder / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / PICTURES / name)
+    return [{"file": f"{PICTURES}/{name}", "title": title, "text": _plain(text)} for _, name, title, text in found]
 
 
 def _plain(text: str) -> str:
