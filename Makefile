@@ -61,8 +61,10 @@ $(VENV)/.torch:
 	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
 	touch $@
 
+# gradio asks for Pillow below 13 and runs with 13, whose resizing the golden pixels were recorded with: pip is told last.
 $(READY): $(VENV)/.torch $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,log]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,log,serve]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade 'pillow>=13'
 	$(BIN)/reca doctor
 	touch $@
 

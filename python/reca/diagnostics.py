@@ -76,7 +76,7 @@ class Diagnostics:
 
     @functools.cached_property
     def shown(self) -> Batch | None:
-        """The pictures to reconstruct, if any are asked for and the model can."""
+        """Return the pictures to reconstruct, if any are asked for and the model can."""
         wanted = self.recipe.log.reconstructions
         if not wanted or self.source is None or "reconstruct" not in self.adapter.abilities:
             return None

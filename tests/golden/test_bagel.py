@@ -32,6 +32,7 @@ from tests.golden.bagel import (
     write_folder,
     wrong_norms,
 )  # fmt: skip
+from tests.golden.pillow import LEVELS, needs_recorded_pixels
 
 
 def matches(config: dict) -> bool:
@@ -71,7 +72,8 @@ def test_preprocessing(golden, model):
     for i in numbers:
         picture = Image.fromarray(data[f"pre.image_u8.{i}"].numpy())
         for name in ("vit", "vae"):
-            close(make_view(picture, view(c[f"{name}_transform"])) / 127.5 - 1, data[f"pre.{name}_tensor.{i}"])
+            pixels = make_view(picture, view(c[f"{name}_transform"])) / 127.5 - 1
+            close(pixels, data[f"pre.{name}_tensor.{i}"], LEVELS / 127.5)
         assert torch.equal(make_view(picture, model.views("reca").gen), make_view(picture, view(c["vae_transform"])))
         assert torch.equal(make_view(picture, edit_views(model).und), make_view(picture, view(c["vit_transform"])))
 
@@ -88,6 +90,7 @@ def test_position_tables(golden, model):
         torch.testing.assert_close(ours, wanted, atol=2e-6, rtol=0)
 
 
+@needs_recorded_pixels
 def test_understanding(golden, model):
     data, patch = golden.data, golden.config["vit_config"]["patch_size"]
     order = golden.cases["values"]["reca.vit_image_order"]
@@ -159,6 +162,7 @@ def test_reca_sequence(golden, model, reca):
     same_pack(golden, model, Packed(model, whole_samples(model, reca, h_v)), "reca")
 
 
+@needs_recorded_pixels
 @pytest.mark.parametrize("case", ["full", "frozen", "frozen_shift3"])
 def test_reca_loss_and_every_stage_of_it(golden, clean, reca, case):
     model, data, values = clean, golden.data, golden.cases["values"]
@@ -218,6 +222,7 @@ def test_cached_prefix_equals_the_packed_pass(golden, model, reca):
 # text to image, image to text and editing in one pack
 
 
+@needs_recorded_pixels
 def test_mixed_losses_and_gradients(golden, clean):
     model, data, values, patch = clean, golden.data, golden.cases["values"], golden.config["latent_patch_size"]
     order, sizes = values["mixed.vae_image_order"], [tuple(size) for size in values["mixed.vae_latent_shapes"]]
@@ -266,6 +271,7 @@ def test_mixed_losses_and_gradients(golden, clean):
     assert not wrong_norms(model, values["mixed.grad_norms"])
 
 
+@needs_recorded_pixels
 def test_answer_loss_is_the_mixed_packs(golden, model):
     """The second sample of the pack, by itself, through the adapter's own loss."""
     data, values = golden.data, golden.cases["values"]
