@@ -283,8 +283,9 @@ class Trainer:
                 log.warning("interrupted at step %d; the same command continues the run", self.step)
             raise SystemExit(exits.INTERRUPTED)
         if self.alarms and not last:
+            more = f" And {len(self.alarms) - 1} more, in {self.run_dir}/status.json." if len(self.alarms) > 1 else ""
             raise CollapseError(
-                f"stopped at step {self.step} by an alarm: {'; '.join(self.alarms)}. The step is saved; "
+                f"stopped at step {self.step} by an alarm: {self.alarms[0]}.{more} The step is saved; "
                 "eval.stop_on_alarm=false goes on from there"
             )
 
