@@ -35,7 +35,8 @@ class PatchCodebook(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
         """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
         patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
-        return torch.cdist(patches, self.codebook[None]).argmin(-1)
+        # One matrix of all patches: of a batch of matrices, cdist copies the codebook for each.
+        return torch.cdist(patches.flatten(0, 1), self.codebook).argmin(-1).unflatten(0, patches.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
