@@ -1,4 +1,4 @@
-"""What an image in front of the sequence becomes: CLIP's features, or codes of the image tokenizer.
+"""What an image in front of the sequence becomes: features of CLIP or EfficientNet, or codes of the image tokenizer.
 
 RECA's h_v is of the kind model.hv_source names, an image to talk about of the kind model.understanding names.
 """
@@ -8,8 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import CLIPVisionModel
+from torch import Tensor, nn
 
 from reca.data.views import View
 from reca.models.common.images import per_channel
@@ -24,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Conditioner(Protocol):
-    """All that depends on the choice between the two."""
+    """All that depends on the choice among them."""
 
     def view(self) -> View:
         """Say which pixels of an image to talk about are read."""
@@ -33,7 +32,7 @@ class Conditioner(Protocol):
         """Say which pixels RECA's h_v is made of; None: those of the target."""
 
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1], of `view`
-        """Encode images to talk about: CLIP features fp32 [B, n, C], or codes int64 [B, n]."""
+        """Encode images to talk about: CLIP features fp32 [B, n, C], EfficientNet's [B, C], or codes int64 [B, n]."""
 
     def encode_reca(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1], of `reca_view` or the target
         """Encode images to reconstruct, as `encode` does."""
@@ -64,42 +63,21 @@ class Conditioner(Protocol):
 
 
 @dataclass(frozen=True)
-class ClipConditioner:
-    """CLIP's patch features before its last layer, projected into the language model's space."""
+class FeatureConditioner:
+    """Features of a frozen vision tower, projected into the language model's space."""
 
     config: ShowOConfig
     image_tokens: int
-    tower: CLIPVisionModel
-
-    def view(self) -> View:
-        return View(self.config.clip.image_size, fit="center_crop")
+    tower: nn.Module
 
     def reca_view(self, target: View) -> View | None:
         return replace(target, blur=self.config.hv_blur) if self.config.hv_blur > 1 else None
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        return self.encode_understanding(clip_normalised(pixels))
-
-    def encode_reca(self, pixels: Tensor) -> Tensor:
-        return self.encode_understanding(self.reca_pixels(pixels))
-
-    def reca_pixels(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1]
-        """Resize and normalise an image to reconstruct for CLIP, [B, 3, S, S]."""
-        size = [self.config.clip.image_size] * 2
-        norm = self.config.clip_norm or ("upstream" if self.config.parity else "clip")
-        if norm == "upstream":
-            return F.interpolate(pixels, size, mode="bilinear")
-        return clip_normalised(F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1))
-
-    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S], normalised
-        """Encode patches, fp32 [B, n, C]."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.tower(pixels.float()).last_hidden_state[:, 1:]
-
     def tokens(self) -> int:
-        return (self.config.clip.image_size // self.config.clip.patch_size) ** 2
+        raise NotImplementedError
 
-    reca_tokens = tokens
+    def reca_tokens(self) -> int:
+        return self.tokens()
 
     def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
         return prompt.reca_clip(template, v, self.config.max_reca_tokens, self.tokens(), self.image_tokens)
@@ -119,6 +97,52 @@ class ClipConditioner:
 
     def warnings(self) -> list[str]:
         return []
+
+
+@dataclass(frozen=True)
+class ClipConditioner(FeatureConditioner):
+    """CLIP's patch features before its last layer."""
+
+    def view(self) -> View:
+        return View(self.config.clip.image_size, fit="center_crop")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.encode_understanding(clip_normalised(pixels))
+
+    def encode_reca(self, pixels: Tensor) -> Tensor:
+        return self.encode_understanding(self.reca_pixels(pixels))
+
+    def reca_pixels(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1]
+        """Resize and normalise an image to reconstruct for CLIP, [B, 3, S, S]."""
+        norm = self.config.clip_norm or ("upstream" if self.config.parity else "clip")
+        if norm == "upstream":
+            return F.interpolate(pixels, [self.config.clip.image_size] * 2, mode="bilinear")
+        return clip_normalised(resized(pixels, self.config.clip.image_size))
+
+    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S], normalised
+        """Encode patches, fp32 [B, n, C]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.tower(pixels.float()).last_hidden_state[:, 1:]
+
+    def tokens(self) -> int:
+        return (self.config.clip.image_size // self.config.clip.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class EfficientNetConditioner(FeatureConditioner):
+    """Pooled features of EfficientNet-Lite0, of which the projector makes a few tokens."""
+
+    def view(self) -> View:
+        return View(self.config.efficientnet.image_size, fit="center_crop")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.tower(pixels)
+
+    def encode_reca(self, pixels: Tensor) -> Tensor:
+        return self.tower(resized(pixels, self.config.efficientnet.image_size))
+
+    def tokens(self) -> int:
+        return self.config.efficientnet.tokens
 
 
 @dataclass(frozen=True)
@@ -189,7 +213,14 @@ def conditioner(net: Network, task: str) -> Conditioner:
     source = net.config.understanding if task == "i2t" else net.hv_source
     if source == "clip":
         return ClipConditioner(net.config, net.image_tokens, net.clip)
+    if source == "efficientnet":
+        return EfficientNetConditioner(net.config, net.image_tokens, net.efficientnet)
     return CodeConditioner(net.config, net.image_tokens, net.codec)
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:  # [B, 3, R, R] in [-1, 1]
+    """Resize images to `size` pixels square."""
+    return F.interpolate(pixels, [size] * 2, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]

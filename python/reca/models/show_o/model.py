@@ -1,4 +1,4 @@
-"""Show-o as an Adapter: one Phi transformer understands and generates; CLIP and the image tokenizer are frozen."""
+"""Show-o as an Adapter: one Phi transformer understands and generates; vision tower and image tokenizer are frozen."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from reca.rng import CounterRNG
 
 
 class ShowO(Network, Adapter):
-    """Features of `encode`: codes int64 [B, N]; h_v, CLIP features fp32 [B, n, C] or condition codes int64 [B, n]."""
+    """Features of `encode`: codes int64 [B, N]; h_v, fp32 (CLIP's [B, n, C], EfficientNet's [B, C]) or codes [B, n]."""
 
     name = "show_o"
     tasks = frozenset({"reca", "i2t", "t2i"})
@@ -130,4 +130,4 @@ def _role(name: str) -> str:
     part = name.split(".")[0]
     if part == "showo":
         return "embed" if name.startswith(("showo.lm_head.", "showo.model.embed_tokens.")) else "shared_lm"
-    return {"mm_projector": "bridge", "clip": "und_encoder", "codec": "codec"}[part]
+    return {"mm_projector": "bridge", "clip": "und_encoder", "efficientnet": "und_encoder", "codec": "codec"}[part]

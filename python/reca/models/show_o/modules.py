@@ -13,11 +13,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCau
 
 from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
+from reca.models.common.efficientnet import FEATURES, EfficientNetLite0
 from reca.models.common.images import check_side
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
-from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.config import ClipSizes, EfficientNetSizes, MagvitSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
 from reca_kernels import template_concat
 
@@ -197,20 +198,54 @@ def projector(width_in: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width))
 
 
+class PooledProjector(nn.Module):
+    """Make tokens of pooled features, and project them as CLIP's are.
+
+    mean, scale  of the features over the images of pre-training; whoever trains the projector sets them (`fit`)
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, sizes: EfficientNetSizes, width: int):
+        super().__init__()
+        self.tokens = sizes.tokens
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("scale", torch.ones(FEATURES))
+        self.split = nn.Linear(FEATURES, sizes.tokens * sizes.token_size)
+        self.mlp = projector(sizes.token_size, width)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:  # [n, FEATURES]
+        self.mean.copy_(features.mean(0))
+        self.scale.copy_(features.std(0) + 1e-2)
+
+    def forward(self, features: Tensor) -> Tensor:  # [B, FEATURES]
+        """Return tokens of h_v, [B, n, H]."""
+        tokens = self.split((features - self.mean) / self.scale).unflatten(1, (self.tokens, -1))
+        return self.mlp(F.rms_norm(tokens, tokens.shape[-1:]))
+
+
 def check_sizes(config: ShowOConfig, factor: int) -> None:
     """Raise ValueError for images that do not divide into codes or patches. factor: size of a code in pixels."""
     sides: dict[str, tuple[float, int]] = {"model.image_size": (config.image_size, factor)}
     if "vq" in (config.hv_source, config.understanding):
         step = 1 if config.hv_resize_back else factor
         sides["model.image_size / model.hv_down_scale"] = (config.image_size / config.hv_down_scale, step)
-    if "clip" in (config.hv_source, config.understanding):
+    read = {config.hv_source, config.understanding}
+    if {"clip", "efficientnet"} <= read:
+        raise ValueError(
+            "model.understanding and model.hv_source name clip and efficientnet, but Show-o has one projector, of one "
+            "of them; give both the same, or vq to one"
+        )
+    if "clip" in read:
         sides["model.clip.image_size"] = (config.clip.image_size, config.clip.patch_size)
     for name, (side, divisor) in sides.items():
         check_side(name, side, divisor)
 
 
 class Network(nn.Module):
-    """Show-o's parts. `showo` and `mm_projector` have their published names; `codec` and `clip` are frozen."""
+    """Show-o's parts. `showo` and `mm_projector` have their published names; the others are frozen."""
 
     @in_fp32
     def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
@@ -222,7 +257,10 @@ class Network(nn.Module):
         self.showo = PhiForCausalLM(phi_config(config.phi, self.vocabulary.size))
         if self.uses_clip:
             self.clip = clip_tower(config.clip)
-            self.mm_projector = projector(config.clip.hidden_size, config.phi.hidden_size)
+            self.mm_projector: nn.Module = projector(config.clip.hidden_size, config.phi.hidden_size)
+        if self.uses_efficientnet:
+            self.efficientnet = EfficientNetLite0()
+            self.mm_projector = PooledProjector(config.efficientnet, config.phi.hidden_size)
         self.tokens = Remembered(functools.partial(encode, tokenizer))
 
     @property
@@ -238,12 +276,16 @@ class Network(nn.Module):
         return "clip" in (self.config.understanding, self.hv_source)
 
     @property
+    def uses_efficientnet(self) -> bool:
+        return "efficientnet" in (self.config.understanding, self.hv_source)
+
+    @property
     def image_tokens(self) -> int:
         """Count the codes of an image, N."""
         return (self.config.image_size // self.codec.factor) ** 2
 
     def visual(self, h_v: Tensor) -> Tensor:
-        """Map CLIP features [B, n, C] or codes [B, n] into the language model's space, [B, n, H]."""
+        """Map features [B, n, C] or [B, C], or codes [B, n], into the language model's space, [B, n, H]."""
         if h_v.is_floating_point():
             return self.mm_projector(h_v.to(next(self.mm_projector.parameters()).dtype))
         return self.showo.model.embed_tokens(h_v + self.vocabulary.offset)

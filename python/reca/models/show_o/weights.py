@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.files import read_json
+from reca.models.common.efficientnet import imagenet_weights
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
 from reca.models.common.text import read_tokenizer
@@ -54,6 +55,11 @@ def load(cls: type[N], config: ShowOConfig) -> N:
     if net.uses_clip and (source := _part_source(config.clip_weights, folder, "clip")):
         tower = clip_tower(read(source), config.clip.num_hidden_layers - 1)
         assign_state_dict(net.clip, tower, str(source), torch.float32)
+    if net.uses_efficientnet:
+        if config.efficientnet_weights:
+            assign_state_dict(net.efficientnet, imagenet_weights(), config.efficientnet_weights, torch.float32)
+        elif source := _part_source(None, folder, "efficientnet"):
+            assign_state_dict(net.efficientnet, read(source), str(source), torch.float32)
     return net
 
 
@@ -84,6 +90,8 @@ def export(net: Network, folder: Path) -> list[str]:
         parts["codec/"] = ({}, net.codec)
     if net.uses_clip and not net.config.clip_weights:
         parts["clip/"] = (net.clip.config.to_dict(), net.clip)
+    if net.uses_efficientnet and not net.config.efficientnet_weights:
+        parts["efficientnet/"] = ({}, net.efficientnet)
     with export_to(folder) as out:
         for where, (described_by, part) in parts.items():
             out.tensors(f"{where}{FILES[0]}", part.state_dict())
@@ -103,7 +111,7 @@ def loading(config: ShowOConfig) -> str:
 
 def published_parts(net: Network) -> nn.ModuleDict:
     """Group the parts that Show-o's weight file holds, under their published names."""
-    names = ("showo", "mm_projector") if net.uses_clip else ("showo",)
+    names = ("showo", "mm_projector") if hasattr(net, "mm_projector") else ("showo",)
     return nn.ModuleDict({name: getattr(net, name) for name in names})
 
 

