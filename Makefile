@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SEEDS ?= 1
 UMM ?= show_o
+WORLD ?=
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 
@@ -14,7 +15,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f
 .PHONY: demo tiny test faults fuzz gpu-test bench doctor docs clean
 
 demo: $(READY)
-	$(BIN)/reca demo --umm $(UMM) --seeds $(SEEDS)
+	$(BIN)/reca demo $(if $(WORLD),--world $(WORLD)) --umm $(UMM) --seeds $(SEEDS)
 
 # Train, evaluate beside the base model, and compare: in a minute or two, from random weights, to see that all of it runs.
 tiny: $(READY)
@@ -63,7 +64,7 @@ $(VENV)/.torch:
 
 # gradio asks for Pillow below 13 and runs with 13, whose resizing the golden pixels were recorded with: pip is told last.
 $(READY): $(VENV)/.torch $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,log,serve]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,log,serve,emoji]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade 'pillow>=13'
 	$(BIN)/reca doctor
 	touch $@

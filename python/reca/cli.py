@@ -202,9 +202,10 @@ def _parser() -> argparse.ArgumentParser:
         "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
     demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)}")
+    demo.add_argument("--world", help="where: emoji or shapes; by default emoji, if the model has a demo there")
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
     demo.add_argument(
-        "--out", type=_path, help="folder of the report; demo_out, for another UMM than show_o demo_out/UMM"
+        "--out", type=_path, help="folder of the report; demo_out, for another than the usual demo demo_out/WORLD/UMM"
     )
     demo.add_argument(
         "--scale", type=float, default=1.0, help="fraction of steps and prompts; below 1 only to see that it runs"
@@ -401,13 +402,17 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from reca.demo.experiment import demo
+    from reca.demo.world import default_world, load_world
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
         raise ValueError(
             f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
         )
-    usual = Path("demo_out") if options.umm == "show_o" else Path("demo_out") / options.umm
-    demo(options.umm, options.seeds, options.out or usual, options.scale)
+    world = load_world(options.world) if options.world else default_world(options.umm)
+    usual = Path("demo_out")
+    if (world.name, options.umm) != ("emoji", "show_o"):
+        usual = usual / world.name / options.umm
+    demo(options.umm, world, options.seeds, options.out or usual, options.scale)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -8,50 +8,70 @@ import numpy as np
 import pytest
 import torch
 
+from reca import toy_world
 from reca.cli import main
 from reca.demo import before_after, experiment, measure, report
-from reca.demo.arms import Outcome
+from reca.demo.arms import Outcome, arms, starts
 from reca.demo.captions import caption
-from reca.demo.pretrain import DEMO_UMMS, demo_setup
+from reca.demo.pretrain import demo_setup
 from reca.demo.pretrain.language import WORDS as FACT_WORDS
 from reca.demo.scene import Scene
-from reca.recipe_files import load_recipe
-from reca.toy_world import WORDS
+from reca.demo.world import PACKAGES, load_world
+from reca.recipe_files import load_recipe, save_recipe
 from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
+from tests.emoji_world.artwork import needs_artwork
 
 SCALE = 0.004
-ROWS = ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"]
+SHAPES = toy_world.WORLD
+ROWS = {
+    "shapes": ["before", "RECA", "SFT", "RECA-other", "SFT-half", "SFT-full"],
+    "emoji": ["before", "RECA", "SFT", "RECA-other", "SFT-none", "SFT-full", "before-random", "RECA-random"],
+}
+DEMOS = [
+    pytest.param(load_world(name), umm, marks=[needs_artwork] if name == "emoji" else [], id=f"{name}-{umm}")
+    for name in PACKAGES
+    for umm in load_world(name).umms
+]
 
 
-def serial(umm, out):
+def serial(umm, world, out):
     """What `run` does, in this process."""
+    case, setup = experiment.Case(umm, world.name, 0, out, SCALE), demo_setup(umm, world)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        experiment.pretrain(umm, 0, out, SCALE)
-        done = {experiment.BEFORE: experiment.measure_start(umm, 0, out, SCALE)}
-        for arm in experiment.arms(demo_setup(umm)):
-            done[arm.name] = experiment.post_train(umm, 0, out, SCALE, arm)
+        done = {}
+        for start in starts(setup):
+            experiment.pretrain(case, start)
+            done[start.name] = experiment.measure_start(case, start)
+            for arm in arms(world, setup):
+                if arm.start == start.name:
+                    done[arm.name] = experiment.post_train(case, arm, start)
     finally:
         torch.set_num_threads(threads)
     return {0: done}
 
 
-@pytest.mark.parametrize("umm", DEMO_UMMS)
-def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("world", "umm"), DEMOS)
+def test_the_experiment_runs_to_its_report(world, umm, tmp_path, monkeypatch):
     (tmp_path / "seed0").mkdir()
-    quick = {name: min(value, 10) for name, value in demo_setup(umm).sampling.items() if name.endswith("steps")}
-    faster = replace(demo_setup(umm), sampling=demo_setup(umm).sampling | quick)
-    monkeypatch.setattr(import_module(f"reca.demo.pretrain.{umm}"), "SETUP", faster)
-    results = serial(umm, tmp_path)
-    setup = demo_setup(umm)
-    wanted = [*ROWS[:3], *([setup.generation_arm[0]] if setup.generation_arm else []), *ROWS[3:]]
+    setup = demo_setup(umm, world)
+    quick = {name: min(value, 10) for name, value in setup.sampling.items() if name.endswith("steps")}
+    faster = replace(setup, sampling=setup.sampling | quick)
+    if world.name == "emoji":  # a codebook and pictures of this size would take a minute
+        small = load_recipe(setup.recipe, ["model.patches.entries=64", "model.efficientnet.image_size=32"])
+        save_recipe(small, tmp_path / "small.yaml")
+        faster = replace(faster, recipe=str(tmp_path / "small.yaml"))
+    monkeypatch.setitem(import_module(f"reca.demo.pretrain.{umm}").SETUPS, world.name, faster)
+    results = serial(umm, world, tmp_path)
+    rows = ROWS[world.name]
+    wanted = [*rows[:3], *([setup.generation_arm[0]] if setup.generation_arm else []), *rows[3:]]
     assert list(results[0]) == wanted
 
     table = report.table(results)
     lines = table.splitlines()
     assert [line.split()[0] for line in lines[2 : 2 + len(wanted)]] == wanted
-    page = report.write(results, experiment.arms(setup), umm, tmp_path, SCALE).read_text()
+    page = report.write(results, umm, world, tmp_path, SCALE).read_text()
     assert f"--umm {umm} " in page and "Its numbers mean nothing" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)  # one file, nothing fetched
     assert (tmp_path / "before_after.png").is_file()
@@ -59,17 +79,23 @@ def test_the_experiment_runs_to_its_report(umm, tmp_path, monkeypatch):
         assert f"<h3>{name}</h3>" in page
     for outcome in results[0].values():
         assert {"seen", "held-out", "understanding"} <= outcome.measured.rates.keys()
-        assert all(image.shape == (3, SIDE, SIDE) for _, image, _ in outcome.measured.samples)
-        assert len(outcome.curve) or outcome is results[0]["before"]
-    assert setup.generation_arm is not None or setup.omitted_arms
-    for reason in setup.omitted_arms.values():
-        assert reason in page.replace("&#39;", "'")
+        side = world.splits["unseen"](0).image(0).shape[-1]
+        assert all(image.shape == (3, side, side) for _, image, _ in outcome.measured.samples)
+        assert len(outcome.curve) or any(outcome is results[0][start.name] for start in starts(setup))
+    for said in (*setup.omitted_arms.values(), *setup.assumptions, *world.assumptions, *world.credits):
+        assert said in page.replace("&#39;", "'").replace("&#34;", '"')
 
 
-@pytest.mark.parametrize("umm", DEMO_UMMS)
+def test_every_model_has_the_arm_of_its_generation_side_or_says_why_not():
+    for umm in SHAPES.umms:
+        setup = demo_setup(umm, SHAPES)
+        assert setup.generation_arm is not None or setup.omitted_arms
+
+
+@pytest.mark.parametrize("umm", SHAPES.umms)
 def test_the_start_is_where_post_training_starts(umm, tmp_path):
     """A run of no steps has the weights that pre-training left."""
-    setup = demo_setup(umm)
+    setup = demo_setup(umm, SHAPES)
     recipe = load_recipe(setup.recipe)
     model = setup.pretrain(recipe, 3, tmp_path / "before", SCALE, lambda *_: None)
     from reca.models import umm_package
@@ -82,17 +108,17 @@ def test_the_start_is_where_post_training_starts(umm, tmp_path):
     assert all(torch.equal(p, own[name]) for name, p in loaded.named_parameters())
 
 
-@pytest.mark.parametrize("umm", DEMO_UMMS)
+@pytest.mark.parametrize("umm", SHAPES.umms)
 def test_recipes_know_every_word(umm):
-    words = set(load_recipe(demo_setup(umm).recipe).model.words)
-    assert set(WORDS) - {"USER", "ASSISTANT", ":", "\n"} <= words
+    words = set(load_recipe(demo_setup(umm, SHAPES).recipe).model.words)
+    assert set(toy_world.WORDS) - {"USER", "ASSISTANT", ":", "\n"} <= words
     if umm == "open_uni":
         assert set(FACT_WORDS) <= words
 
 
 def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
-    two = experiment.arms(demo_setup("open_uni"))[:2]
-    monkeypatch.setattr(experiment, "arms", lambda setup: two)
+    two = arms(SHAPES, demo_setup("open_uni", SHAPES))[:2]
+    monkeypatch.setattr(experiment, "arms", lambda world, setup: two)
     assert main(["demo", "--umm", "open_uni", "--scale", str(SCALE), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "images that show what was asked, % (seeds 0)" in out and "seed 0: held-out RECA - SFT" in out
@@ -102,27 +128,32 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     assert page == str(tmp_path / "comparison.html") and "toy world" in (tmp_path / "comparison.html").read_text()
 
 
-@pytest.mark.parametrize("arguments", [["--umm", "nonsense"], ["--scale", "2"], ["--scale", "0"], ["--seeds", "0"]])
-def test_what_cannot_be_run_is_said(arguments, capsys, tmp_path):
-    assert main(["demo", "--out", str(tmp_path), *arguments]) == 3
-    said = capsys.readouterr().err
-    assert (
-        "nonsense" in said and "bagel, harmon, janus, open_uni, show_o" in said
-        if "nonsense" in arguments
-        else "must lie in (0, 1]" in said
-    )
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--umm nonsense", "is one of bagel, harmon, janus, open_uni, show_o"),
+        ("--world nonsense", "is one of emoji, shapes"),
+        ("--world emoji --umm bagel", "no demo of 'bagel' in the world 'emoji'; --umm (UMM= of make) is one of show_o"),
+        ("--scale 2", "must lie in (0, 1]"),
+        ("--scale 0", "must lie in (0, 1]"),
+        ("--seeds 0", "must lie in (0, 1]"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments, message, capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path), *arguments.split()]) == 3
+    assert message in capsys.readouterr().err
 
 
 def test_the_picture_shows_what_was_drawn_for_held_out_prompts():
     rng = torch.Generator().manual_seed(0)
-    prompts = [prompt.text for prompt in measure.prompts(0)]
+    prompts = [prompt.text for prompt in SHAPES.prompts(0)]
 
     def outcome() -> Outcome:
         images = torch.randint(0, 256, (len(prompts), 3, SIDE, SIDE), dtype=torch.uint8, generator=rng)
         return Outcome(measure.Measured({}, 0.0, [(p, x, True) for p, x in zip(prompts, images, strict=True)]), [], 0.0)
 
     outcomes = {name: outcome() for name in ("before", "RECA", "SFT")}
-    sheet = torch.from_numpy(np.array(before_after.before_after(outcomes, 0))).permute(2, 0, 1)
+    sheet = torch.from_numpy(np.array(before_after.before_after(outcomes, SHAPES, 0))).permute(2, 0, 1)
     held_out = [caption(Scene((pair,))) for pair in all_pairs() if pair in held_out_pairs(0)]
     assert len(held_out) == 18 and sheet.shape == (3, 34 + 3 * 108, 92 + 9 * 108)
     for column, prompt in enumerate(held_out[1::2]):

@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from reca.demo.measure import prompts
 from reca.demo.scene import Scene, Thing
+from reca.toy_world.prompts import prompts
 from reca.toy_world.scenes import SIDE, render
 
 SCENES = {p.text: p.scene for p in prompts(0)}

@@ -8,10 +8,11 @@ from reca.data.errors import DataError
 from reca.data.pixels import open_rgb
 from reca.data.sources import open_source
 from reca.demo.captions import TEMPLATES, caption, phrase
-from reca.demo.measure import CATEGORIES, Rate, prompts
+from reca.demo.measure import Rate
 from reca.demo.scene import Scene, Thing
 from reca.recipe_files import load_recipe
 from reca.toy_world import WORDS, splits
+from reca.toy_world.prompts import CATEGORIES, prompts
 from reca.toy_world.scenes import held_out_pairs
 
 RED, BLUE = Thing("red", "square"), Thing("blue", "circle")
@@ -69,7 +70,10 @@ def test_sources_give_each_kind_its_text():
     [
         ("nothing", "has no 'nothing'"),
         ("unlabelled", "has no 'unlabelled'; did you mean unlabeled"),
-        ("unlabeled?caption_detail=some", "caption_detail=some of the toy world must be one of sparse, half, full"),
+        (
+            "unlabeled?caption_detail=some",
+            "caption_detail=some of the toy world must be one of sparse, none, half",
+        ),
         ("unlabeled?seed=x", "seed=x of the toy world must be a whole number"),
         ("unlabeled?colour=red", "unexpected keyword argument 'colour'.*seed: int = 0, caption_detail"),
     ],

@@ -7,27 +7,28 @@ from PIL import Image, ImageDraw, ImageFont
 from reca.demo.arms import BEFORE, Outcome
 from reca.demo.captions import caption
 from reca.demo.scene import Scene
+from reca.demo.world import World
 from reca.image_grid import make_grid
-from reca.toy_world.scenes import SIDE, held_out_pairs
 
 NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")
-SCALE, GAP = 5, 8  # of the images, and between them in pixels
+LEAST, GAP = 100, 8  # pixels of an image, which is enlarged by a whole number, and between images
 LEFT, TOP = 92, 34  # margins for the names of rows and columns
 
 
-def before_after(outcomes: Mapping[str, Outcome], seed: int) -> Image.Image:
-    """Draw every second held-out combination of one object: columns are prompts, rows are models.
+def before_after(outcomes: Mapping[str, Outcome], world: World, seed: int) -> Image.Image:
+    """Draw some of the held-out combinations of one object: columns are prompts, rows are models.
 
-    The prompts are chosen by their place, whatever the models made of them.
+    The prompts are chosen by their place (`World.shown`), whatever the models made of them.
     """
-    held_out = {caption(Scene((pair,))) for pair in held_out_pairs(seed)}
+    held_out = {caption(Scene((pair,))) for pair in world.held_out(seed)}
     places: dict[str, int] = {}  # of a prompt's last image, among all that were measured
     for place, (prompt, _, _) in enumerate(outcomes[BEFORE].measured.samples):
         if prompt in held_out:
             places[prompt] = place
-    columns = list(places.items())[1::2]
-    side = SCALE * SIDE
+    columns = list(places.items())[world.shown]
+    width = outcomes[BEFORE].measured.samples[0][1].shape[2]
+    side = width * -(-LEAST // width)
     sheet = Image.new("RGB", (LEFT + len(columns) * (side + GAP), TOP + len(ROWS) * (side + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, (prompt, place) in enumerate(columns):

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from reca import side_by_side
 from reca.demo import before_after, report
-from reca.demo.arms import BEFORE, Arm, Outcome, Results, arms
+from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.compare_page import compare_page
 from reca.demo.measure import Measured, measure
 from reca.demo.pretrain import DemoSetup, demo_setup, scaled
+from reca.demo.world import World, load_world
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
@@ -27,7 +28,29 @@ from reca.trainer import Trainer
 SPARSEST = 10  # every tenth prompt still covers every category
 
 
-def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> Results:
+@dataclass(frozen=True)
+class Case:
+    """One seed of a demo. world: its name."""
+
+    umm: str
+    world: str
+    seed: int
+    out: Path
+    scale: float = 1.0
+
+    @property
+    def setup(self) -> DemoSetup:
+        return demo_setup(self.umm, load_world(self.world))
+
+    def folder(self, name: str = "") -> Path:
+        """Return the folder of the seed, or that of a start or an arm."""
+        return self.out / f"seed{self.seed}" / name
+
+    def progress(self, name: str) -> Path:
+        return self.folder(f".{name}.progress")
+
+
+def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> Results:
     """Run the experiment for seeds 0 ... seeds - 1, print the table and write report, images and comparison.
 
     out/report.html has all arms, out/before_after.png what they draw. The last line is the path of out/comparison.html:
@@ -35,12 +58,12 @@ def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> Results:
 
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
     """
-    results = run(umm, range(seeds), out, scale)
+    results = run(umm, world, range(seeds), out, scale)
     print(report.table(results))
-    path = report.write(results, arms(demo_setup(umm)), umm, out, scale)
-    first = results[0]
-    run_dir = _folder(out, 0, "RECA")
-    page = compare_page("world?seed=0", first[BEFORE], first["RECA"], run_dir, out, _every(scale))
+    path = report.write(results, umm, world, out, scale)
+    first, run_dir = results[0], Case(umm, world.name, 0, out).folder("RECA")
+    suite = f"world?world={world.name}&seed=0"
+    page = compare_page(suite, first[BEFORE], first["RECA"], run_dir, out, _every(scale))
     print(f"\nreport of all arms: {path.resolve()}")
     print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
     print(report.summary(results))
@@ -48,30 +71,34 @@ def demo(umm: str, seeds: int, out: Path, scale: float = 1.0) -> Results:
     return results
 
 
-def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> Results:
+def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> Results:
     """Run all arms of all seeds, in processes of one thread each, as many at once as there are cores.
 
     Raises the error of the first job that fails, when the others are done.
     """
-    setup = demo_setup(umm)
-    rows = arms(setup)
+    setup = demo_setup(umm, world)
+    beginnings, trained = starts(setup), arms(world, setup)
     results: Results = {seed: {} for seed in seeds}
     steps, train_steps = scaled(setup.steps, scale), scaled(load_recipe(setup.recipe).train.steps, scale)
     jobs: list[Job] = []
-    starts: dict[int, Start] = {}
+    curves: dict[tuple[int, str], Curve] = {}
     for seed in seeds:
-        shutil.rmtree(out / f"seed{seed}", ignore_errors=True)  # the driver would continue the runs there
-        (out / f"seed{seed}").mkdir(parents=True)
-        given = umm, seed, out, scale
-        jobs.append(Job(f"{seed}/start", pretrain, given))
-        jobs += [Job(f"{seed}/{arm.name}", post_train, (*given, arm), (f"{seed}/start",)) for arm in rows]
-        jobs.append(Job(f"{seed}/{BEFORE}", measure_start, given, (f"{seed}/start",)))
-    with tqdm(total=len(seeds) * (steps + train_steps * len(rows)), unit="step", desc="demo", smoothing=0.05) as bar:
+        case = Case(umm, world.name, seed, out, scale)
+        shutil.rmtree(case.folder(), ignore_errors=True)  # the driver would continue the runs there
+        case.folder().mkdir(parents=True)
+        for start in beginnings:
+            ready = f"{seed}/{start.name}/pretrained"
+            jobs.append(Job(ready, pretrain, (case, start)))
+            own = [arm for arm in trained if arm.start == start.name]
+            jobs += [Job(f"{seed}/{arm.name}", post_train, (case, arm, start), (ready,)) for arm in own]
+            jobs.append(Job(f"{seed}/{start.name}", measure_start, (case, start), (ready,)))
+    total = len(seeds) * (steps * len(beginnings) + train_steps * len(trained))
+    with tqdm(total=total, unit="step", desc="demo", smoothing=0.05) as bar:
 
-        def ended(job: Job, found: Outcome | Start | Failure) -> None:
-            seed, _, name = job.name.partition("/")
-            if isinstance(found, Start):
-                starts[int(seed)] = found
+        def ended(job: Job, found: Outcome | Curve | Failure) -> None:
+            seed, name = job.name.split("/")[:2]
+            if isinstance(found, Curve):
+                curves[int(seed), name] = found
             elif isinstance(found, Outcome):
                 results[int(seed)][name] = found
                 tqdm.write(f"seed {seed}: {name:<14} {_line(found.measured)}  ({found.seconds:.0f} s)")
@@ -80,77 +107,82 @@ def run(umm: str, seeds: range, out: Path, scale: float = 1.0) -> Results:
     for failure in found.values():
         if isinstance(failure, Failure) and failure.error is not None:
             raise failure.error
-    for seed, start in starts.items():
-        before = results[seed][BEFORE]
-        before.curve, before.seconds = start.curve, start.seconds + before.seconds
-    return {
-        seed: {name: by_name[name] for name in (BEFORE, *(a.name for a in rows))} for seed, by_name in results.items()
-    }
+    for (seed, name), curve in curves.items():
+        measured = results[seed][name]
+        measured.curve, measured.seconds = curve.points, curve.seconds + measured.seconds
+    order = [row.name for row in rows(world, setup)]
+    return {seed: {name: found[name] for name in order if name in found} for seed, found in results.items()}
 
 
 @dataclass
-class Start:
-    """The pre-trained model that all arms of a seed start from."""
+class Curve:
+    """What pre-training leaves beside the model."""
 
-    curve: list[tuple[int, float]]  # (step, loss)
+    points: list[tuple[int, float]]  # (step, loss)
     seconds: float
 
 
-def pretrain(umm: str, seed: int, out: Path, scale: float) -> Start:
+def pretrain(case: Case, start: Start) -> Curve:
     """Pre-train and save."""
-    started, setup = time.perf_counter(), demo_setup(umm)
-    curve: list[tuple[int, float]] = []
+    started = time.perf_counter()
+    points: list[tuple[int, float]] = []
 
     def progress(step: int, loss: float) -> None:
         if step % 10 == 0:
-            curve.append((step, loss))
-            _progress(out, seed, BEFORE).write_text(str(step))
+            points.append((step, loss))
+            case.progress(start.name).write_text(str(step))
 
-    setup.pretrain(load_recipe(setup.recipe), seed, _folder(out, seed, BEFORE), scale, progress)
-    return Start(curve, time.perf_counter() - started)
+    recipe = load_recipe(case.setup.recipe, start.overrides)
+    case.setup.pretrain(recipe, case.seed, case.folder(start.name), case.scale, progress)
+    return Curve(points, time.perf_counter() - started)
 
 
-def measure_start(umm: str, seed: int, out: Path, scale: float) -> Outcome:
+def measure_start(case: Case, start: Start) -> Outcome:
     """Measure what was saved."""
-    started, setup = time.perf_counter(), demo_setup(umm)
-    recipe = load_recipe(setup.recipe, [setup.init_override.format(folder=_folder(out, seed, BEFORE))])
-    model = umm_package(umm).Adapter.load(recipe.model)
+    started = time.perf_counter()
+    recipe = load_recipe(case.setup.recipe, [*start.overrides, _init_override(case, start)])
+    model = umm_package(case.umm).Adapter.load(recipe.model)
     load_parent(model, recipe)
-    return Outcome(_measure(model, setup, seed, scale), [], time.perf_counter() - started)
+    return Outcome(_measure(model, case), [], time.perf_counter() - started)
 
 
-def post_train(umm: str, seed: int, out: Path, scale: float, arm: Arm) -> Outcome:
+def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
     """Post-train by the driver, as `reca train` would, and measure."""
-    started, setup, run_dir = time.perf_counter(), demo_setup(umm), _folder(out, seed, arm.name)
-    overrides = [text.format(seed=seed) for text in arm.overrides]
-    train_steps = scaled(load_recipe(setup.recipe).train.steps, scale)
+    started, setup, world, run_dir = time.perf_counter(), case.setup, load_world(case.world), case.folder(arm.name)
+    cache = [f"data.cache={case.folder('features')}"] if setup.cached else []
     recipe = load_recipe(
         setup.recipe,
         [
-            setup.init_override.format(folder=_folder(out, seed, BEFORE)),
+            *start.overrides,
+            _init_override(case, start),
             f"run_dir={run_dir}",
-            f"train.seed={seed}",
-            f"train.steps={train_steps}",
+            f"train.seed={case.seed}",
+            f"train.steps={scaled(load_recipe(setup.recipe).train.steps, case.scale)}",
             "train.threads=1",
-            f"data.images=reca.toy_world:unlabeled?seed={seed}",
-            f"data.conversations=reca.toy_world:understood?seed={seed}",
+            f"data.images={world.spec('unlabeled', case.seed)}",
+            f"data.conversations={world.spec('understood', case.seed)}",
             "data.workers=0",
-            *overrides,
+            *cache,
+            *(text.format(seed=case.seed) for text in arm.overrides),
         ],
     )
 
     def progress(step: int) -> None:
-        _progress(out, seed, arm.name).write_text(str(step))
+        case.progress(arm.name).write_text(str(step))
 
     trainer = Trainer(recipe, progress=progress)
     trainer.run()
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    return Outcome(_measure(trainer.adapter, setup, seed, scale), curve, time.perf_counter() - started)
+    return Outcome(_measure(trainer.adapter, case), curve, time.perf_counter() - started)
 
 
-def _measure(model: Adapter, setup: DemoSetup, seed: int, scale: float) -> Measured:
-    return measure(model, seed, setup.sampling, _every(scale))
+def _init_override(case: Case, start: Start) -> str:
+    return case.setup.init_override.format(folder=case.folder(start.name))
+
+
+def _measure(model: Adapter, case: Case) -> Measured:
+    return measure(model, load_world(case.world), case.seed, case.setup.sampling, _every(case.scale))
 
 
 def _every(scale: float) -> int:
@@ -168,14 +200,6 @@ def _line(measured: Measured) -> str:
             f"understanding {100 * rates['understanding'].share:5.1f} %",
         ]
     )
-
-
-def _folder(out: Path, seed: int, name: str) -> Path:
-    return out / f"seed{seed}" / name
-
-
-def _progress(out: Path, seed: int, name: str) -> Path:
-    return out / f"seed{seed}" / f".{name}.progress"
 
 
 def _steps_done(out: Path, seeds: range) -> int:

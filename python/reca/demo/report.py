@@ -4,7 +4,6 @@ import base64
 import io
 import platform
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from PIL import Image
 
 from reca import html
-from reca.demo.arms import BEFORE, Arm, Outcome, Results
+from reca.demo.arms import BEFORE, Outcome, Results, rows
 from reca.demo.before_after import NAME, before_after
-from reca.demo.measure import CATEGORIES, Rate
+from reca.demo.measure import Rate
 from reca.demo.pretrain import demo_setup, scaled
+from reca.demo.world import World
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
-from reca.toy_world.scenes import held_out_pairs
 
 COLUMNS = ("seen", "held-out")
 
@@ -64,39 +63,42 @@ def summary(results: Results) -> str:
     return f"pairs that captions never showed, drawn right, %: {ways}"
 
 
-def write(results: Results, arms: Sequence[Arm], umm: str, out: Path, scale: float = 1.0) -> Path:
+def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.0) -> Path:
     """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
-    setup, first = demo_setup(umm), next(iter(results))
+    setup, first = demo_setup(umm, world), next(iter(results))
     recipe = load_recipe(setup.recipe)
     names = _names(results)
+    measured = results[first][names[0]].measured.rates
     details = [
-        *(f"{c}, all" for c in CATEGORIES),
-        *(f"{c} {p}" for c in ("colour", "attribution", "position") for p in COLUMNS),
+        *(f"{c}, all" for c in world.categories),
+        *(f"{c} {p}" for c in (*world.categories, "understanding") for p in COLUMNS if f"{c} {p}" in measured),
     ]
     page = html.render(
         Path(__file__).with_name("report.html"),
         seeds=list(results),
         scale=scale,
         setup=setup,
-        arms={arm.name: arm.description for arm in arms},
+        world=world,
+        arms={row.name: row.description for row in rows(world, setup)},
         names=names,
         table=table(results),
         details={
             detail: [_cell([results[s][name].measured.rates[detail] for s in results]) for name in names]
             for detail in details
         },
-        held_out=sorted(f"{pair.colour} {pair.kind}" for pair in held_out_pairs(first)),
+        held_out=sorted(f"{pair.colour} {pair.kind}" for pair in world.held_out(first)),
         images={name: _images(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
         steps=scaled(recipe.train.steps, scale),
         settings=as_dict(recipe),
         seconds={name: f"{results[first][name].seconds:.0f}" for name in names},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
-        command=f"reca demo --umm {umm} --seeds {len(results)}" + (f" --scale {scale:g}" if scale != 1 else ""),
+        command=f"reca demo --world {world.name} --umm {umm} --seeds {len(results)}"
+        + (f" --scale {scale:g}" if scale != 1 else ""),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
-    before_after(results[first], first).save(out / NAME, optimize=True)
+    before_after(results[first], world, first).save(out / NAME, optimize=True)
     return path
 
 
@@ -122,9 +124,11 @@ def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
 
 
 def _png(image: torch.Tensor) -> str:
-    sheet = make_grid([image])
-    buffer = io.BytesIO()
-    sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(buffer, "PNG", optimize=True)
+    sheet, buffer = make_grid([image]), io.BytesIO()
+    times = max(1, 60 // sheet.width)
+    sheet.resize((times * sheet.width, times * sheet.height), Image.Resampling.NEAREST).save(
+        buffer, "PNG", optimize=True
+    )
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -8,7 +8,7 @@ from reca.sampling_options import read_pairs
 
 def add(sub: argparse.ArgumentParser, path) -> None:
     """Add the options of `reca eval`. path: the type of arguments that are paths."""
-    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?seed=1 is the toy world of another seed")
+    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1 is another world of another seed")
     sub.add_argument("recipe", type=path, help="the folder of a run, or a recipe name or .yaml file")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     sub.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reca.demo.captions import caption
-from reca.demo.measure import CATEGORIES, Measured, measure
+from reca.demo.measure import Measured, measure
 from reca.demo.pretrain import demo_setup, scaled
 from reca.demo.pretrain.optimize import save_as_run
 from reca.demo.scene import Scene
@@ -20,16 +20,16 @@ from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
 from reca.runs import load_parent
 from reca.studies.task import Task
-from reca.toy_world.scenes import held_out_pairs
+from reca.toy_world import WORLD
 
-SPECS = {name: f"reca.toy_world:{name}?seed={{seed}}" for name in ("captioned", "understood", "unlabeled")}
+SPECS = {name: WORLD.spec(name, "{seed}") for name in ("captioned", "understood", "unlabeled")}
 MEASURES = ("overall", "seen", "held-out", "two", "position", "understanding")
 SPARSEST = 10  # every tenth prompt still covers every category
 
 
 def recipe(umm: str) -> str:
     """Name the recipe of a model. Raises RecipeError for a model that the world has not."""
-    return demo_setup(umm).recipe
+    return demo_setup(umm, WORLD).recipe
 
 
 def filled(override: str, seed: int) -> str:
@@ -39,7 +39,7 @@ def filled(override: str, seed: int) -> str:
 
 def init_override(umm: str, start: Path) -> str:
     """Return the override by which a recipe starts from a pre-trained model."""
-    return demo_setup(umm).init_override.format(folder=start)
+    return demo_setup(umm, WORLD).init_override.format(folder=start)
 
 
 def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
@@ -69,12 +69,12 @@ def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, f
             progress(step)
 
     task.folder.mkdir(parents=True)
-    demo_setup(task.umm).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
+    demo_setup(task.umm, WORLD).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
     return curve
 
 
 def start_steps(umm: str, scale: float) -> int:
-    return demo_setup(umm).steps if scale == 1 else scaled(demo_setup(umm).steps, scale)
+    return demo_setup(umm, WORLD).steps if scale == 1 else scaled(demo_setup(umm, WORLD).steps, scale)
 
 
 def load_start(umm: str, name: str, folder: Path) -> Adapter:
@@ -101,7 +101,7 @@ def _swap_red_and_blue(task: Task) -> None:
                 swapped += 1
     if swapped != 1:
         raise ValueError(f"{task.umm} has {swapped} encoders that read three channels by a convolution, expected 1")
-    if demo_setup(task.umm).init_override.startswith("model.weights="):
+    if demo_setup(task.umm, WORLD).init_override.startswith("model.weights="):
         model.export(task.folder)
     else:
         save_as_run(model, load_recipe(task.recipe), task.folder, 1)
@@ -112,10 +112,12 @@ VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue
 
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
     """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
-    found = measure(model, task.seed, demo_setup(task.umm).sampling, min(max(1, round(1 / task.scale)), SPARSEST))
+    found = measure(
+        model, WORLD, task.seed, demo_setup(task.umm, WORLD).sampling, min(max(1, round(1 / task.scale)), SPARSEST)
+    )
     task.folder.mkdir(parents=True, exist_ok=True)
     _write_images(found, task.seed, task.folder)
-    named = {name: f"{name}, all" if name in CATEGORIES else name for name in MEASURES}
+    named = {name: f"{name}, all" if name in WORLD.categories else name for name in MEASURES}
     rates = {name: found.rates[key] for name, key in named.items() if key in found.rates}
     measures: dict[str, Any] = {
         name: {"value": 100 * rate.share, "hits": rate.hits, "trials": rate.trials} for name, rate in rates.items()
@@ -125,7 +127,7 @@ def measured(model: Adapter, task: Task) -> dict[str, Any]:
 
 def _overall(found: Measured) -> dict[str, Any]:
     """Return the mean over categories, with its interval from theirs (Zou and Donner 2008)."""
-    rates = [found.rates[f"{name}, all"] for name in CATEGORIES]
+    rates = [found.rates[f"{name}, all"] for name in WORLD.categories]
     bounds = [rate.wilson() for rate in rates]
     below = math.hypot(*(rate.share - low for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
     above = math.hypot(*(high - rate.share for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
@@ -134,7 +136,7 @@ def _overall(found: Measured) -> dict[str, Any]:
 
 def _write_images(found: Measured, seed: int, folder: Path) -> None:
     """Write what the model draws for held-out pairs, the same prompts of every arm, chosen by place."""
-    held_out = {caption(Scene((pair,))) for pair in held_out_pairs(seed)}
+    held_out = {caption(Scene((pair,))) for pair in WORLD.held_out(seed)}
     chosen = {text: (image, hit) for text, image, hit in found.samples if text in held_out}
     shown = dict(list(chosen.items())[1::2]) or chosen
     if shown:

@@ -1,24 +1,18 @@
 """Splits of the toy world: scenes that are a function of (seed, split, index)."""
 
-import random
-
 import torch
 
 from reca.demo.scene import Scene, Thing
+from reca.demo.splits import Split
 from reca.toy_world.scenes import all_pairs, draw_scene, held_out_pairs, render
 
 
-class Split:
-    """`size` scenes that are a function of (seed, name, index), each of things from `pairs`."""
+class Scenes(Split):
+    """Scenes of things from `pairs`."""
 
     def __init__(self, name: str, seed: int, size: int, pairs: list[Thing]):
-        self.name, self.seed, self.size, self.pairs = name, seed, size, pairs
-
-    def __len__(self) -> int:
-        return self.size
-
-    def rng(self, index: int, purpose: str = "scene") -> random.Random:
-        return random.Random(f"{self.seed}/{self.name}/{index}/{purpose}")
+        super().__init__(name, seed, size)
+        self.pairs = pairs
 
     def scene(self, index: int) -> Scene:
         return draw_scene(self.rng(index), self.pairs)
@@ -31,19 +25,19 @@ class Split:
 def captioned(seed: int) -> Split:
     """Make the split that pre-training learns to generate from captions: without held-out pairs."""
     held = held_out_pairs(seed)
-    return Split("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
+    return Scenes("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
 
 
 def understood(seed: int) -> Split:
     """Make the split that the understanding side is trained on: with every pair."""
-    return Split("understood", seed, 8000, all_pairs())
+    return Scenes("understood", seed, 8000, all_pairs())
 
 
 def unlabeled(seed: int) -> Split:
     """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
-    return Split("unlabeled", seed, 6000, all_pairs())
+    return Scenes("unlabeled", seed, 6000, all_pairs())
 
 
 def unseen(seed: int) -> Split:
     """Make the split that no training sees, for measuring understanding."""
-    return Split("unseen", seed, 400, all_pairs())
+    return Scenes("unseen", seed, 400, all_pairs())

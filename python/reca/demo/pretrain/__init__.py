@@ -1,7 +1,7 @@
 """Pre-training of the demo: per model, a tiny one that understands more than it can generate.
 
-What the demo knows of a model lies in its file here: SETUP, and
-`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which saves in `folder` what `SETUP.init_override` names.
+What the demo knows of a model lies in its file here: SETUPS by the name of a world, each with a function
+`pretrain(recipe, seed, folder, scale, progress) -> Adapter`, which saves in `folder` what `init_override` names.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from reca.config import Recipe
-from reca.models import UMMS
+from reca.demo.world import World
 from reca.models.base import Adapter
 from reca.options import RecipeError
-
-DEMO_UMMS = tuple(name for name in UMMS if Path(__file__).with_name(f"{name}.py").exists())
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
@@ -44,6 +42,8 @@ class DemoSetup:
     assumptions     what its pre-training assumes, in sentences of the report
     generation_arm  name, description and overrides of the arm whose h_v comes from the generation side; None: no such
     omitted_arms    arms that other models have and this one cannot have, with the reason
+    cached          keep the features of the frozen encoders on disk: the same few images come again and again
+    random_encoder  overrides by which the understanding encoder is random, for a second start; none: no such
     """
 
     recipe: str
@@ -55,13 +55,18 @@ class DemoSetup:
     assumptions: tuple[str, ...]
     generation_arm: tuple[str, str, tuple[str, ...]] | None = None
     omitted_arms: dict[str, str] = field(default_factory=dict)
+    cached: bool = False
+    random_encoder: tuple[str, ...] = ()
 
 
-def demo_setup(umm: str) -> DemoSetup:
-    """Return the setup of a model's demo. Raises RecipeError for a model without one."""
-    if umm not in DEMO_UMMS:
-        raise RecipeError(f"there is no demo of {umm!r}; --umm (UMM= of make) is one of {', '.join(DEMO_UMMS)}")
-    return import_module(f"reca.demo.pretrain.{umm}").SETUP
+def demo_setup(umm: str, world: World) -> DemoSetup:
+    """Return the setup of a model's demo. Raises RecipeError for a model without one in this world."""
+    if umm not in world.umms:
+        raise RecipeError(
+            f"there is no demo of {umm!r} in the world {world.name!r}; --umm (UMM= of make) is one of "
+            f"{', '.join(world.umms)}, or give another --world (WORLD=)"
+        )
+    return import_module(f"reca.demo.pretrain.{umm}").SETUPS[world.name]
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:

@@ -162,21 +162,23 @@ def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float
     return loss
 
 
-SETUP = DemoSetup(
-    recipe="bagel_tiny",
-    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
-    pretrain=pretrain,
-    init_override="train.init_from={folder}",
-    sampling={"steps": 20, "guidance": 1.0},
-    description="A BAGEL of 0.6 million parameters",
-    assumptions=(
-        ALIGNED_H_V.format(parts="SigLIP and the understanding expert"),
-        'The understanding expert can say any fact of a prompt at once ("second colour red"), from an image or from '
-        "text; large language models can.",
-        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "images of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
-        " out are trained in every arm, nothing else.",
-        LINEAR_LATENTS,
-    ),
-    generation_arm=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
-)
+SETUPS = {
+    "shapes": DemoSetup(
+        recipe="bagel_tiny",
+        steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
+        pretrain=pretrain,
+        init_override="train.init_from={folder}",
+        sampling={"steps": 20, "guidance": 1.0},
+        description="A BAGEL of 0.6 million parameters",
+        assumptions=(
+            ALIGNED_H_V.format(parts="SigLIP and the understanding expert"),
+            'The understanding expert can say any fact of a prompt at once ("second colour red"), from an image or '
+            "from text; large language models can.",
+            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+            "images of every pair, which stands in for FLUX's autoencoder. The generation expert and its way in and"
+            " out are trained in every arm, nothing else.",
+            LINEAR_LATENTS,
+        ),
+        generation_arm=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
+    )
+}

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reca.demo.pretrain.optimize import first_images, unit
+from reca.demo.world import World
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.rng import CounterRNG
-from reca.toy_world.splits import captioned, understood
 
 
 class CodebookTask:
@@ -19,11 +19,11 @@ class CodebookTask:
     codec: of the model, fitted here. scale: share of the images that are used.
     """
 
-    def __init__(self, model: Any, codec: Any, seed: int, scale: float):
+    def __init__(self, model: Any, codec: Any, world: World, seed: int, scale: float):
         self.model, self.rng, self.noise_rng = model, random.Random(seed), CounterRNG(seed)
-        self.generation_split, self.caption_split = captioned(seed), understood(seed)
+        self.generation_split, self.caption_split = (world.splits[name](seed) for name in ("captioned", "understood"))
         to_generate, self.images = (first_images(split, scale) for split in (self.generation_split, self.caption_split))
-        fit_codebook(codec, self.images[:3000])
+        fit_codebook(codec, first_images(world.splits[world.codec_split](seed), scale)[:3000])
         self.codes = torch.cat([codec.encode(unit(part)) for part in to_generate.split(500)])
 
 
@@ -31,11 +31,12 @@ def fit_codebook(codec: nn.Module, images: Tensor, rounds: int = 5) -> None:  # 
     """Fit the codebook by k-means over the pixel patches of images, started from patches far apart."""
     assert isinstance(codec, PatchCodebook), "the codec of the toy world"
     patches = F.unfold(unit(images), codec.factor, stride=codec.factor).transpose(1, 2).flatten(0, 1)
-    chosen = [patches[0]]
-    distance = (patches - chosen[0]).square().sum(1)
+    chosen, difference = [patches[0]], torch.empty_like(patches)
+    distance = torch.full((len(patches),), torch.inf)
     while len(chosen) < codec.entries:
+        torch.sub(patches, chosen[-1], out=difference)
+        distance = torch.minimum(distance, difference.square_().sum(1))
         chosen.append(patches[distance.argmax()])
-        distance = torch.minimum(distance, (patches - chosen[-1]).square().sum(1))
     centres = torch.stack(chosen)
     for _ in range(rounds):
         nearest = torch.cdist(patches, centres).argmin(1)

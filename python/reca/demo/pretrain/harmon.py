@@ -166,23 +166,27 @@ class _Task:
         return masked_linear_cross_entropy(hidden.flatten(0, 1), model.llm.lm_head.weight, layout.labels.flatten())
 
 
-SETUP = DemoSetup(
-    recipe="harmon_tiny",
-    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
-    pretrain=pretrain,
-    init_override="train.init_from={folder}",
-    # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.
-    sampling={"steps": 6, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
-    description="A Harmon of 0.4 million parameters",
-    assumptions=(
-        "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
-        "words of a caption and its image tokens to one that says nothing, reads words in h_v's place, and draws "
-        "captions from there. Large models bring such alignment along; here it is made.",
-        "Drawing is pre-trained with two helps, which post-training has not: a readout, thrown away afterwards, that "
-        "makes the diffusion head's conditions linear in the tokens, and timesteps of much noise more often.",
-        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "images of every pair, which stands in for KL-16.",
-        LINEAR_LATENTS,
-    ),
-    omitted_arms={"RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"},
-)
+SETUPS = {
+    "shapes": DemoSetup(
+        recipe="harmon_tiny",
+        steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
+        pretrain=pretrain,
+        init_override="train.init_from={folder}",
+        # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.
+        sampling={"steps": 6, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
+        description="A Harmon of 0.4 million parameters",
+        assumptions=(
+            "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
+            "words of a caption and its image tokens to one that says nothing, reads words in h_v's place, and draws "
+            "captions from there. Large models bring such alignment along; here it is made.",
+            "Drawing is pre-trained with two helps, which post-training has not: a readout, thrown away afterwards, "
+            "that makes the diffusion head's conditions linear in the tokens, and timesteps of much noise more often.",
+            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+            "images of every pair, which stands in for KL-16.",
+            LINEAR_LATENTS,
+        ),
+        omitted_arms={
+            "RECA with h_v from the generation side": "which Harmon has not: its one encoder serves both sides"
+        },
+    )
+}

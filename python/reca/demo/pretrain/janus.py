@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reca import toy_world
 from reca.config import Recipe
 from reca.data.batch import Batch, Turn
 from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
@@ -42,7 +43,7 @@ class _Task(CodebookTask):
     """Losses of one pre-training step."""
 
     def __init__(self, model: Adapter, seed: int, scale: float):
-        super().__init__(model, model.gen_vision_model, seed, scale)
+        super().__init__(model, model.gen_vision_model, toy_world.WORLD, seed, scale)
         self.words = self.slots([caption(self.caption_split.scene(i)) for i in range(len(self.images))])
 
     def slots(self, texts: list[str]) -> Tensor:
@@ -90,23 +91,25 @@ class _Task(CodebookTask):
         return term.sum / term.weight
 
 
-SETUP = DemoSetup(
-    recipe="janus_tiny",
-    steps=STEPS,
-    pretrain=pretrain,
-    init_override="model.weights={folder}",
-    sampling={"guidance": 1.0, "temperature": 0.5},
-    description="A Janus-Pro of half a million parameters",
-    assumptions=(
-        "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it "
-        "stands for, reads words in h_v's place, and draws captions from there. Large models bring such alignment"
-        " along; here it is made.",
-        "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
-        "VQ-16. Token embeddings stay frozen in every arm.",
-    ),
-    omitted_arms={
-        "RECA with h_v from the generation side": (
-            "which Janus-Pro would copy: the codes that it reads in drawing are those that it is to draw"
-        )
-    },
-)
+SETUPS = {
+    "shapes": DemoSetup(
+        recipe="janus_tiny",
+        steps=STEPS,
+        pretrain=pretrain,
+        init_override="model.weights={folder}",
+        sampling={"guidance": 1.0, "temperature": 0.5},
+        description="A Janus-Pro of half a million parameters",
+        assumptions=(
+            "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it "
+            "stands for, reads words in h_v's place, and draws captions from there. Large models bring such alignment"
+            " along; here it is made.",
+            "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
+            "VQ-16. Token embeddings stay frozen in every arm.",
+        ),
+        omitted_arms={
+            "RECA with h_v from the generation side": (
+                "which Janus-Pro would copy: the codes that it reads in drawing are those that it is to draw"
+            )
+        },
+    )
+}

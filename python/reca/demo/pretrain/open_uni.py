@@ -150,25 +150,27 @@ def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float
     return loss
 
 
-SETUP = DemoSetup(
-    recipe="open_uni_tiny",
-    steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
-    pretrain=pretrain,
-    init_override="train.init_from={folder}",
-    sampling={"steps": 20, "guidance": 1.0},
-    description="An OpenUni of 0.6 million parameters",
-    assumptions=(
-        ALIGNED_H_V.format(parts="a vision tower and a language model"),
-        'The language model can say any fact of a prompt at once ("second colour red"), from an image or from text. '
-        "The queries in front of the generator need that; large language models can.",
-        "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
-        "images of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
-        "nothing else.",
-        LINEAR_LATENTS,
-    ),
-    omitted_arms={
-        "RECA with h_v from the generation side": (
-            "which OpenUni has no way to read: its language model sees InternViT only"
-        )
-    },
-)
+SETUPS = {
+    "shapes": DemoSetup(
+        recipe="open_uni_tiny",
+        steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
+        pretrain=pretrain,
+        init_override="train.init_from={folder}",
+        sampling={"steps": 20, "guidance": 1.0},
+        description="An OpenUni of 0.6 million parameters",
+        assumptions=(
+            ALIGNED_H_V.format(parts="a vision tower and a language model"),
+            'The language model can say any fact of a prompt at once ("second colour red"), from an image or from '
+            "text. The queries in front of the generator need that; large language models can.",
+            "Images are 20 pixels wide, and a latent is the principal components of a square of four, fitted to "
+            "images of every pair, which stands in for DC-AE. Everything that generates is trained in every arm, "
+            "nothing else.",
+            LINEAR_LATENTS,
+        ),
+        omitted_arms={
+            "RECA with h_v from the generation side": (
+                "which OpenUni has no way to read: its language model sees InternViT only"
+            )
+        },
+    )
+}

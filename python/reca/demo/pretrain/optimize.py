@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reca import checkpoint
+from reca import checkpoint, host_memory
 from reca.config import Recipe
 from reca.demo.pretrain import Progress, scaled
+from reca.demo.splits import Split
 from reca.models.base import Adapter
 from reca.recipe_files import absolute_paths, save_recipe
-from reca.toy_world.splits import Split
 
 WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05
 
@@ -25,6 +25,7 @@ def optimize(
     done: int = 0,
 ) -> None:
     """Minimise loss(step). muon: those of `parameters` that Muon takes. done: steps made before, for progress."""
+    host_memory.keep_freed()
     parameters, muon = list(parameters), list(muon)
     known = {id(p) for p in muon}
     rest = [p for p in parameters if id(p) not in known]

@@ -1,9 +1,10 @@
-"""The judge of the toy world: its deterministic detector."""
+"""The judge of the embedded worlds: the deterministic one that each has."""
 
 from pathlib import Path
 from typing import Any
 
 from reca.data.pixels import read_image
+from reca.demo.world import Asked
 from reca.eval.judges.base import Judge
 
 
@@ -12,13 +13,6 @@ class WorldJudge(Judge):
     exact = True
     name = "world"
 
-    def shows(self, picture: Path, prompt: Any) -> dict[str, Any]:
-        from reca.toy_world.detector import detect, shows
-
+    def shows(self, picture: Path, prompt: Asked) -> dict[str, Any]:
         image = read_image(picture)
-        found = detect(image)
-        seen = "no object" if found is None else ", ".join(f"{f.thing.colour} {f.thing.kind}" for f in found)
-        return {
-            "correct": shows(image, prompt.scene, prompt.colours, prompt.layout),
-            "seen": f"shows {seen or 'nothing'}",
-        }
+        return {"correct": prompt.world.shows(image, prompt.prompt), "seen": f"shows {prompt.world.describe(image)}"}

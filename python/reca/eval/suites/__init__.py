@@ -3,6 +3,7 @@
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+from reca.demo.world import PACKAGES
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
 from reca.eval.suites.dpg import Dpg
 from reca.eval.suites.gedit import GEdit
@@ -26,16 +27,20 @@ SUITES: dict[str, type[Suite]] = {
 
 
 def open_suite(name: str, data: Path | None = None) -> Suite:
-    """Open a suite by its name; "world?seed=1" is the toy world of another seed. Raises ValueError."""
+    """Open a suite by its name; "world?world=emoji&seed=1" is another world of another seed. Raises ValueError."""
     base, _, query = name.partition("?")
     if base not in SUITES:
         raise ValueError(f"there is no suite {base!r}; there are {', '.join(SUITES)}")
     if not query:
         return SUITES[base](data)
     try:
-        (key, value), *rest = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
-        if base == World.name and key == "seed" and not rest and int(value) >= 0:
-            return World(data, int(value))
+        given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+        world, seed = given.pop("world", "shapes"), int(given.pop("seed", 0))
+        if base == World.name and not given and seed >= 0 and world in PACKAGES:
+            return World(data, world, seed)
     except ValueError:
         pass
-    raise ValueError(f"suite {name!r}: only the toy world has an option, written world?seed=1")
+    raise ValueError(
+        f"suite {name!r}: only the embedded worlds have options, written world?world=emoji&seed=1; the worlds are "
+        f"{', '.join(PACKAGES)}"
+    )

@@ -70,7 +70,7 @@ class Suite:
     """
 
     name: ClassVar[str]
-    protocol: ClassVar[str]
+    protocol: str
     ability: ClassVar[str] = "generate"
     images_per_item: ClassVar[int] = 1
     judge_kind: ClassVar[str] = "vlm"

@@ -1,10 +1,11 @@
-"""The embedded toy world: 420 prompts about coloured shapes, judged by its own detector. It needs no files."""
+"""The embedded worlds: prompts about coloured shapes or emoji, judged by the world's own judge. They need no files."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reca.demo.world import Asked, load_world
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean, tag_means
 
 
@@ -12,27 +13,26 @@ class World(Suite):
     """Pictures lie as in GenEval: <row>/samples/<k>.png."""
 
     name = "world"
-    protocol = "toy world"
+    protocol = "embedded world"
     judge_kind = "world"
 
-    def __init__(self, data: Path | None = None, seed: int = 0):
-        """seed: of the world, which pairs of colour and shape captions never show."""
+    def __init__(self, data: Path | None = None, world: str = "shapes", seed: int = 0):
+        """world: shapes or emoji. seed: of the world, which pairs of colour and kind captions never show."""
         super().__init__(data)
-        self.seed = seed
+        self.world, self.seed = load_world(world), seed
+        self.protocol = self.world.title
 
     def items(self) -> list[Item]:
-        from reca.demo.measure import prompts
-
         return [
             Item(f"{number:05d}", p.category, p.text, metadata={"pairs": p.pairs, "prompt": p})
-            for number, p in enumerate(prompts(self.seed))
+            for number, p in enumerate(self.world.prompts(self.seed))
         ]
 
     def sampling(self, umm: str) -> dict[str, Any]:
         """Return the demo's sampling options of a model, which its tiny recipe needs."""
-        from reca.demo.pretrain import DEMO_UMMS, demo_setup
+        from reca.demo.pretrain import demo_setup
 
-        return dict(demo_setup(umm).sampling) if umm in DEMO_UMMS else {}
+        return dict(demo_setup(umm, self.world).sampling) if umm in self.world.umms else {}
 
     def path(self, item: Item, k: int) -> str:
         return f"{item.id}/samples/{k:04d}.png"
@@ -41,7 +41,7 @@ class World(Suite):
         return {f"{item.id}/metadata.jsonl": json.dumps({"tag": item.tag, "prompt": item.prompt})}
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
-        return judge.shows(picture, item.metadata["prompt"])
+        return judge.shows(picture, Asked(self.world, item.metadata["prompt"]))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values: list[Value] = []

@@ -1,0 +1,72 @@
+"""A split of a world as a data source: PNG bytes, with the text that each task reads."""
+
+from collections.abc import Callable
+
+from reca.data.batch import Turn
+from reca.data.errors import DataError
+from reca.data.sample import Sample, digest
+from reca.demo.captions import QUESTIONS, caption, phrase
+from reca.demo.splits import Split
+from reca.demo.world import World
+
+# caption_detail -> the probability that a caption names a colour; sparse is beside them
+NAMED = {"none": 0.0, "half": 0.5, "full": 1.0}
+CAPTION_DETAILS = ("sparse", *NAMED)
+
+
+class WorldSource:
+    """Samples of a split for one task: images alone (reca), with a caption (t2i), or with a question and answer (i2t).
+
+    split           the name of the split
+    caption_detail  which colours captions name: those of things that are not held out (sparse), none, each with
+                    probability one half (half), or all (full)
+    size            number of images, the first of the split; None: all
+
+    Raises DataError for a seed, caption_detail or size that does not exist.
+    """
+
+    def __init__(self, world: World, split: str, task: str, seed: int, caption_detail: str, size: int | None = None):
+        if type(seed) is not int or seed < 0:
+            raise DataError(f"seed={seed} of the {world.title} must be a whole number, at least 0")
+        if caption_detail not in CAPTION_DETAILS:
+            raise DataError(
+                f"caption_detail={caption_detail} of the {world.title} must be one of {', '.join(CAPTION_DETAILS)}"
+            )
+        self.split: Split = world.splits[split](seed)
+        self.task, self.caption_detail = task, caption_detail
+        if size is not None and not (type(size) is int and 0 < size <= len(self.split)):
+            raise DataError(f"size={size} of the {world.title} must be a whole number from 1 to {len(self.split)}")
+        self.count = len(self.split) if size is None else size
+        held = world.held_out(seed)
+        self.named = {thing for thing in world.things if thing not in held} if caption_detail == "sparse" else None
+        self.share = NAMED.get(caption_detail, 1.0)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        scene, rng = self.split.scene(index), self.split.rng(index, "text")
+        text: str | list[Turn] | None = None
+        if self.task == "t2i":
+            text = phrase(caption(scene, self.named, rng, self.share), rng)
+        if self.task == "i2t":
+            text = [Turn(rng.choice(QUESTIONS), caption(scene))]
+        return Sample(self.key(index), self.split.png(index), text)
+
+    def key(self, index: int) -> str:
+        return f"{self.split.name}/{index}"
+
+    def size(self, index: int) -> int:
+        return 0  # drawn when it is asked for
+
+    def identity(self) -> str:
+        return digest([self.split.name, self.split.seed, len(self), self.task, self.caption_detail])
+
+
+def source_of(world: World, split: str) -> Callable[..., WorldSource]:
+    """Make the function that a recipe names: a split as the source of a task. See `WorldSource` for its arguments."""
+
+    def source(task: str, *, seed: int = 0, caption_detail: str = "full", size: int | None = None) -> WorldSource:
+        return WorldSource(world, split, task, seed, caption_detail, size)
+
+    return source

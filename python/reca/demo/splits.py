@@ -1,0 +1,36 @@
+"""What the splits of a world's images have in common."""
+
+import io
+import random
+
+from PIL import Image
+from torch import Tensor
+
+from reca.demo.scene import Scene
+
+
+class Split:
+    """`size` images that are a function of (seed, name, index)."""
+
+    def __init__(self, name: str, seed: int, size: int):
+        self.name, self.seed, self.size = name, seed, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rng(self, index: int, purpose: str = "scene") -> random.Random:
+        return random.Random(f"{self.seed}/{self.name}/{index}/{purpose}")
+
+    def scene(self, index: int) -> Scene:
+        """Say what an image shows."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Tensor:
+        """Draw an image: uint8 [3, H, W]."""
+        raise NotImplementedError
+
+    def png(self, index: int) -> bytes:
+        """Write an image as the bytes of a PNG file."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.image(index).permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        return buffer.getvalue()

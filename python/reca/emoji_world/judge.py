@@ -1,0 +1,57 @@
+"""The judge of the emoji world: the nearest true picture, and a separate look at hues."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from reca.demo.scene import Thing
+from reca.demo.world import Prompt
+from reca.emoji_world.artwork import HUES, THINGS, draw
+
+LIMIT = 0.006  # mean squared distance to the nearest true picture, of pixels in [0, 1], beyond which nothing is seen
+SATURATED, BRIGHT = 100, 60  # of 255: pixels that have a hue
+MIN_PURITY = 0.6  # share of such pixels that have the hue of the colour
+
+
+@lru_cache(maxsize=1)
+def _true_pictures() -> Tensor:  # fp32 [n, 3 * SIDE * SIDE]
+    return torch.stack([draw(thing) for thing in THINGS]).flatten(1) / 255
+
+
+def nearest(image: Tensor) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
+    """Find the thing whose true picture is nearest, and the mean squared distance to it."""
+    distances = (_true_pictures() - image.flatten() / 255).square().mean(1)
+    best = int(distances.argmin())
+    return THINGS[best], float(distances[best])
+
+
+def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
+    """Name the colour that 60 % of an image's coloured pixels have, each counted for the nearest hue."""
+    hsv = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("HSV")
+    hue, saturation, value = (np.array(band, dtype=int) for band in hsv.split())
+    hues = hue[(saturation > SATURATED) & (value > BRIGHT)]
+    if not len(hues):
+        return None
+    distances = np.abs((hues[:, None] - np.array(list(HUES.values())) + 128) % 256 - 128)
+    votes = np.bincount(distances.argmin(1), minlength=len(HUES)) / len(hues)
+    return list(HUES)[votes.argmax()] if votes.max() >= MIN_PURITY else None
+
+
+def seen(image: Tensor) -> Thing | None:
+    """Say what an image shows: the nearest thing, if it is near and the hues say the same; else None."""
+    thing, distance = nearest(image)
+    return thing if distance <= LIMIT and main_colour(image) == thing.colour else None
+
+
+def shows(image: Tensor, prompt: Prompt) -> bool:
+    """Return whether an image shows the prompt's thing: its kind, and its colour if that was asked."""
+    found, (wanted,) = seen(image), prompt.scene.things
+    return found is not None and (found == wanted if prompt.colours else found.kind == wanted.kind)
+
+
+def describe(image: Tensor) -> str:
+    found = seen(image)
+    return f"{found.colour} {found.kind}" if found else "no emoji"

@@ -1,0 +1,24 @@
+"""What a model is asked to draw in the emoji world."""
+
+from reca.demo.captions import caption
+from reca.demo.scene import Scene, Thing
+from reca.demo.world import Prompt
+from reca.emoji_world.artwork import KINDS, THINGS
+from reca.emoji_world.splits import held_out
+
+CATEGORIES = ("single", "colour")
+SINGLE, SEEN, HELD_OUT = 2, 1, 2  # pictures of every prompt
+
+
+def prompts(seed: int) -> list[Prompt]:
+    """List every kind without a colour, and every pair of colour and kind."""
+    held = held_out(seed)
+    made = [
+        Prompt("single", "", f"a {kind}", Scene((Thing("red", kind),)), False, False)
+        for kind in KINDS
+        for _ in range(SINGLE)
+    ]
+    for thing in THINGS:
+        scene, name, times = Scene((thing,)), *(("held-out", HELD_OUT) if thing in held else ("seen", SEEN))
+        made += [Prompt("colour", name, caption(scene), scene, True, False)] * times
+    return made

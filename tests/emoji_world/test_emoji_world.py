@@ -1,0 +1,141 @@
+"""The emoji world: its pictures, who judges them, and that held-out pairs are never named."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reca.data.errors import DataError
+from reca.data.sources import open_source
+from reca.demo.captions import caption
+from reca.demo.pretrain.codebook import fit_codebook
+from reca.demo.scene import Scene, Thing
+from reca.demo.world import Prompt
+from reca.emoji_world import WORDS, WORLD, artwork, judge
+from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
+from reca.recipe_files import load_recipe
+from tests.emoji_world.artwork import needs_artwork
+
+pytestmark = needs_artwork
+HUE_NAMES = list(artwork.HUES)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.stack([artwork.draw(thing) for thing in artwork.THINGS])
+
+
+def shows(picture, thing, colours=True):
+    return judge.shows(picture, Prompt("colour", "seen", "", Scene((thing,)), colours, False))
+
+
+def test_true_pictures_are_recognised_by_the_nearest_and_by_the_hue(pictures):
+    assert [judge.nearest(picture)[0] for picture in pictures] == list(artwork.THINGS)
+    assert [judge.main_colour(picture) for picture in pictures] == [thing.colour for thing in artwork.THINGS]
+
+
+def test_pictures_are_recognised_after_the_codec(pictures):
+    sizes = load_recipe("show_o_emoji_tiny").model.patches
+    codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))
+    fit_codebook(codec, pictures, rounds=0)  # the patches that are far apart; rounds of k-means come nearer still
+    decoded = codec.decode(codec.encode(pictures.float() / 127.5 - 1))
+    decoded = ((decoded + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    hits = [shows(picture, thing) for picture, thing in zip(decoded, artwork.THINGS, strict=True)]
+    assert sum(hits) >= 0.99 * len(hits)
+
+
+def test_another_colour_or_kind_is_not_what_was_asked(pictures):
+    for picture, thing in zip(pictures, artwork.THINGS, strict=True):
+        next_colour = HUE_NAMES[(HUE_NAMES.index(thing.colour) + 1) % 8]
+        assert not shows(picture, Thing(next_colour, thing.kind))
+        assert shows(picture, Thing(next_colour, thing.kind), colours=False)
+    assert not shows(pictures[0], Thing("red", "heart"), colours=False)
+
+
+def test_the_hue_is_looked_at_beside_the_nearest_picture(pictures, monkeypatch):
+    """A picture of two colours is of none, also where the nearest true picture says otherwise."""
+    thing = Thing("red", "heart")
+    red, green = (pictures[artwork.THINGS.index(Thing(colour, "heart"))] for colour in ("red", "green"))
+    half = red.clone()
+    half[:, ::2] = green[:, ::2]
+    assert judge.main_colour(half) is None
+    monkeypatch.setattr(judge, "nearest", lambda picture: (thing, 0.0))
+    assert shows(red, thing) and not shows(half, thing, colours=False) and not shows(green, thing)
+
+
+def test_blank_and_random_pictures_show_nothing():
+    blank = torch.full((3, artwork.SIDE, artwork.SIDE), 20, dtype=torch.uint8)
+    static = torch.randint(0, 256, blank.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert judge.main_colour(blank) is None
+    assert [judge.describe(picture) for picture in (blank, static)] == ["no emoji"] * 2
+
+
+def test_pieces_of_other_things_are_noticed(pictures):
+    """With every fourth piece from another kind, no picture passes."""
+    rng, pieces = random.Random(0), F.unfold(pictures.float(), 16, stride=16)
+    passed = 0
+    for number, thing in enumerate(artwork.THINGS):
+        mixed = pieces[number].clone()
+        filled = [c for c in range(16) if pieces[number, :, c].std() > 20]
+        for place in rng.sample(filled, len(filled) // 2):
+            mixed[:, place] = pieces[(number + 8 * rng.randint(1, 23)) % len(pieces), :, place]
+        picture = F.fold(mixed[None], (64, 64), 16, stride=16)[0].to(torch.uint8)
+        passed += shows(picture, thing)
+    assert passed <= 0.05 * len(artwork.THINGS)
+
+
+def test_held_out_pairs_are_three_a_kind_and_even_in_colour():
+    for seed in range(3):
+        held = WORLD.held_out(seed)
+        assert {kind: sum(t.kind == kind for t in held) for kind in artwork.KINDS} == dict.fromkeys(artwork.KINDS, 3)
+        assert {colour: sum(t.colour == colour for t in held) for colour in HUE_NAMES} == dict.fromkeys(HUE_NAMES, 9)
+
+
+def test_held_out_pairs_are_never_named():
+    """Neither where the model learns to draw nor where it learns to understand, before and after."""
+    held, texts = WORLD.held_out(1), []
+    for split, task, detail in (
+        ("captioned", "t2i", "full"),
+        ("understood", "i2t", "full"),
+        ("unlabeled", "t2i", "sparse"),
+        ("unlabeled", "t2i", "none"),
+    ):
+        source = open_source(f"reca.emoji_world:{split}?seed=1&caption_detail={detail}", task)
+        texts += [text if isinstance(text := source[i].text, str) else text[0].answer for i in range(len(source))]
+    assert len(texts) == 120 + 3 * 120 + 2 * 192
+    assert not [text for text in texts if any(f"{thing.colour} {thing.kind}" in text for thing in held)]
+
+
+def test_post_training_sees_every_thing_once_without_words():
+    source = open_source("reca.emoji_world:unlabeled?seed=1", "reca")
+    assert len(source) == 192 and len({source[i].image for i in range(192)}) == 192
+    assert {source.split.scene(i).things[0] for i in range(192)} == set(artwork.THINGS)
+    assert source[0].text is None and source[0].image is source[0].image  # drawn once
+
+
+def test_pictures_of_understanding_differ_from_those_that_are_asked_for():
+    understood, unseen = WORLD.splits["understood"](0), WORLD.splits["unseen"](0)
+    one = [understood.image(i) for i in range(3)]
+    assert torch.equal(one[0], artwork.draw(understood.scene(0).things[0]))
+    assert not torch.equal(one[1], one[0]) and not torch.equal(one[2], one[1])
+    assert not any(torch.equal(unseen.image(i), artwork.draw(unseen.scene(i).things[0])) for i in range(0, 192, 16))
+
+
+def test_prompts_are_of_every_kind_and_pair():
+    made, held = WORLD.prompts(0), WORLD.held_out(0)
+    assert [sum(p.pairs == name for p in made) for name in ("", "seen", "held-out")] == [48, 120, 144]
+    assert all((p.scene.things[0] in held) == (p.pairs == "held-out") for p in made if p.pairs)
+    assert all(p.text == caption(p.scene) for p in made if p.colours)
+
+
+def test_the_recipe_knows_every_word():
+    assert set(load_recipe("show_o_emoji_tiny").model.words) == set(WORDS)
+
+
+def test_without_the_artwork_the_package_is_named(monkeypatch):
+    monkeypatch.setattr(artwork, "FONT", "openmoji/font/nothing.ttf")
+    with pytest.raises(DataError, match=r"OpenMoji, which is not installed: pip install 'reca\[emoji\]'"):
+        artwork.font_path()
+    with pytest.raises(DataError, match="caption_detail=some of the emoji world must be one of"):
+        open_source("reca.emoji_world:unlabeled?caption_detail=some", "t2i")
