@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks.step.recipes import MODELS, SIZES
 from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, write
 
 ROOT = Path(__file__).parents[2]
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = dict(tiny=torch.float32, narrow=torch.float32, quarter=torch.bfloat16, real=torch.bfloat16)
 
 
 class Process:
@@ -118,40 +118,41 @@ def measure(model: str, options: argparse.Namespace, device: Device, about: dict
     """Yield the row of every form of a model."""
     forms = [form for form in options.form if form == "ours" or model in release.RELEASED]
     answers: dict[str, dict[str, list]] = {form: {"count": [], "step": []} for form in forms}
-    rates: list[Ceilings] = []
+    rates: dict[str, list[Ceilings]] = {}
     reasons: dict[str, str] = {}
     groups: Sequence[Sequence[str]] = [[form] for form in forms] if options.apart else [forms]
     for group in groups:
         with tempfile.TemporaryDirectory(prefix="reca_step_") as folder:
             processes = [Process(form, options, model, Path(folder)) for form in group]
             try:
-                _take_turns(
-                    processes, answers, options.rounds, lambda: rates.append(ceilings(device, DTYPES, rounds=3))
-                )
+                found = _take_turns(processes, answers, options.rounds, device, DTYPES[options.size])
             finally:
                 for process in processes:
                     process.close()
+        rates |= dict.fromkeys(group, found)
         reasons |= {process.form: process.failed for process in processes if process.failed}
     useful = next((one["useful_flops"] for one in answers.get("ours", {}).get("count", [])), "")
     for form in forms:
-        yield _row(model, options.size, form, answers[form], useful, reasons.get(form, ""), rates, about)
+        yield _row(model, options.size, form, answers[form], useful, reasons.get(form, ""), rates[form], about)
 
 
 def _take_turns(
-    processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, measure_rates: Callable[[], None]
-) -> None:
-    """Let forms alternate, every other round in reverse. Before each round the machine's own rates are measured."""
+    processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, device: Device, dtype: torch.dtype
+) -> list[Ceilings]:
+    """Let forms alternate, every other round in reverse. Returns the machine's own rates, measured before each round."""
 
     def ask(process: Process, command: str) -> None:
         if (answer := process.ask(command)) is not None:
             answers[process.form][command].append(answer)
 
+    rates = []
     for process in processes:
         ask(process, "count")
     for number in range(rounds):
-        measure_rates()
+        rates.append(ceilings(device, [dtype], rounds=3))
         for process in processes if number % 2 == 0 else reversed(processes):
             ask(process, "step")
+    return rates
 
 
 def _row(
