@@ -139,7 +139,7 @@ def measure(model: str, options: argparse.Namespace, device: Device, about: dict
 def _take_turns(
     processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, device: Device, dtype: torch.dtype
 ) -> list[Ceilings]:
-    """Let forms alternate, every other round in reverse. Returns the machine's own rates, measured before each round."""
+    """Let forms alternate, every other round in reverse. Returns the rates of the machine before each round."""
 
     def ask(process: Process, command: str) -> None:
         if (answer := process.ask(command)) is not None:
