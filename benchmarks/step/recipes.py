@@ -1,8 +1,8 @@
 """What is trained at which size: a recipe of the package with random weights and without a file to download.
 
 tiny    the toy world's recipe, a few thousand parameters: for tests
-narrow  the published widths and sequence lengths, one or two layers of every stack and patches for the codec, in fp32:
-        for a CPU. BAGEL has half its width: a step of one image at full width takes over a minute on one core
+narrow  the published widths and sequence lengths, one layer of every trained stack, two of frozen encoders, patches for
+        the codec and one image, in fp32: for a CPU. BAGEL has half its width: a step at full width takes over a minute
 real    the published model in bf16, as many passes of the recipe's micro-batch as BATCHES says
 quarter the same with a quarter of the layers of every trained stack: both forms of BAGEL fit one card
 """
@@ -56,10 +56,10 @@ NARROW = {
         "model.autoencoder.patch": 16,
     },
     "open_uni": {
-        QWEN + "num_hidden_layers": 2,
+        QWEN + "num_hidden_layers": 1,
         "model.vision.num_hidden_layers": 2,
-        "model.connector.num_hidden_layers": 2,
-        "model.sana.num_layers": 2,
+        "model.connector.num_hidden_layers": 1,
+        "model.sana.num_layers": 1,
         "model.codec": "patches",
         "model.patches.size": 32,
         "model.patches.channels": 32,
@@ -100,7 +100,7 @@ REAL = {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8
 # Images of a step, and of a pass.
 BATCHES = {
     "tiny": dict.fromkeys(MODELS, (4, 2)),
-    "narrow": dict.fromkeys(MODELS, (1, 1)) | {"open_uni": (2, 2)},
+    "narrow": dict.fromkeys(MODELS, (1, 1)),
     "quarter": REAL,
     "real": REAL,
 }
