@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import release
@@ -29,8 +30,10 @@ from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
 from reca import check, host_memory, objective
+from reca.data.batch import Batch
 from reca.meta_model import build_meta
 from reca.models import umm_package
+from reca.models.base import Adapter
 from reca.parallelize import checkpoint_activations
 from reca.speed import peak_memory
 from reca.trainer import Trainer
@@ -60,27 +63,26 @@ class Worker:
         if released:
             self.trainer.optimizer = release.make_optimizer(self.trainer.optimizer)
         self.streams = {task: iter(loader) for task, loader in self.trainer.loaders.items()}
+        self.batches = self._load()
         self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]
 
     def count(self) -> dict[str, Any]:
-        """Make a step under a counter of operators. FLOPs of ours are those of `reca check`."""
-        recipe, batches = self.trainer.recipe, self._batches()
-        images = recipe.objective.reca.batch_size
+        """Make a step under a counter of operators. FLOPs of ours are those of `reca check`, of these very samples."""
+        recipe = self.trainer.recipe
         with Counter() as counter, counter.waits() as waits:
-            self.trainer.train_step(batches)
+            self.trainer.train_step(self.batches)
         launches = counter.launches
         if self.cuda:  # layers may be compiled, which the counter sees operator by operator
-            launches, waits = _launches_and_waits(self.trainer, self._batches(), self._batches())
+            launches, waits = _launches_and_waits(self.trainer, self.batches)
         flops, useful = counter.flops, 0.0
         if self.form == "ours":
             meta, fake = build_meta(recipe)
-            work = check.batch_flops(meta, check.without_memory(batches["reca"][0], fake))
-            useful = flops = images * sum(work)
+            useful = flops = _flops(meta, self.batches["reca"], fake)
             if recipe.train.activation_checkpointing:
                 checkpoint_activations(meta)
-                flops = images * sum(check.batch_flops(meta, check.without_memory(batches["reca"][0], fake)))
+                flops = _flops(meta, self.batches["reca"], fake)
         return {
-            "images": images,
+            "images": recipe.objective.reca.batch_size,
             "flops": flops,
             "useful_flops": useful,
             "operators": launches,
@@ -91,14 +93,17 @@ class Worker:
         }
 
     def step(self) -> dict[str, Any]:
-        """Make a step. Returns seconds by part, those of the whole, and the peak of memory so far."""
+        """Make a step of the samples that were counted; others are loaded for it, to time that.
+
+        Returns seconds by part, those of the whole, and the peak of memory so far.
+        """
         if self.cuda:
             torch.cuda.synchronize()
         began = time.perf_counter()
         with timed_trainer(self.trainer, self.parts), self.parts.step():
             with self.parts.part("waiting"):
-                batches = self._batches()
-            self.trainer.train_step(batches)
+                self._load()
+            self.trainer.train_step(self.batches)
         if self.cuda:
             torch.cuda.synchronize()
         wall, parts = time.perf_counter() - began, self.parts.seconds()
@@ -109,12 +114,17 @@ class Worker:
             "peak": peak_memory(self.trainer.device),
         }
 
-    def _batches(self) -> dict[str, list]:
+    def _load(self) -> dict[str, list]:
         made = self.trainer
         return {
             task: [next(self.streams[task]).to(made.device) for _ in range(made.accumulation_steps[task])]
             for task in made.tasks
         }
+
+
+def _flops(meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:
+    """Count the FLOPs of a step of ours."""
+    return sum(len(batch) * sum(check.batch_flops(meta, check.without_memory(batch, fake))) for batch in batches)
 
 
 def _event() -> Any:
@@ -123,13 +133,13 @@ def _event() -> Any:
     return event
 
 
-def _launches_and_waits(trainer: Trainer, first: dict, second: dict) -> tuple[int, list]:
+def _launches_and_waits(trainer: Trainer, batches: dict) -> tuple[int, list]:
     """Count the kernels that one step launches, and list what the host waits for in another."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-        trainer.train_step(first)
+        trainer.train_step(batches)
     launched = sum(event.count for event in record.key_averages() if event.key.startswith(LAUNCHES))
     with _waits() as waits:
-        trainer.train_step(second)
+        trainer.train_step(batches)
     return launched, waits
 
 
