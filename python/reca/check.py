@@ -14,18 +14,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reca import cards, memory, units
 from reca.config import Recipe
+from reca.data import decode_speed
 from reca.data.batch import Batch
 from reca.held import host_memory
 from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
 from reca.parallelize import replicas_fit, shard_size
+from reca.peaks import known_peak
 from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
 
 IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a mean over a micro-batch
 TEXT = "Describe the image in detail."
+ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # whose step is compared with decoding; of its peak
+SPARE = 1.25  # of decoding threads, as images differ
 
 
 class Parameters(NamedTuple):
@@ -150,9 +154,38 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     lines += [_line(name, n, units.BYTES) for name, n in (*peak._asdict().items(), ("all", peak.total))]
     lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
     lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, room), units.BYTES) + " a machine, loading"]
+    lines += _decoding(recipe, adapter, sum(work))
     if card is not None:
         lines += ["", f"cards of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
     return "\n".join(lines)
+
+
+def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
+    """Say how many CPU threads decode as fast as a GPU computes, so that no step waits for its images."""
+    if not recipe.objective.reca.weight:
+        return []
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
+    peak = known_peak(name) or known_peak(ASSUMED_GPU)
+    assert peak is not None
+    image = flops_of_image / (ASSUMED_SHARE * peak)
+    step = recipe.objective.reca.batch_size * image
+    decoded = sum(
+        getattr(recipe.objective, task).batch_size * decode_speed.seconds(adapter.views(task))
+        for task in recipe.active_tasks()
+    )
+    threads = max(1, math.ceil(SPARE * decoded / step))
+    own = f"the recipe has {recipe.data.workers}" + (
+        ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
+    )
+    return [
+        "",
+        "CPU threads that decode a step's images while a GPU computes it",
+        f"  {'decoding, measured':<22}{1e3 * decoded:>18.1f} ms of one core of this machine, JPEGs of "
+        f"{decode_speed.SIDE} x {decode_speed.SIDE}",
+        f"  {'computing, assumed':<22}{1e3 * step:>18.1f} ms: the FLOPs of its RECA images at {ASSUMED_SHARE:.0%} of "
+        f"one {name}'s {peak / 1e12:.4g} TFLOP/s",
+        f"  {'data.workers':<22}{threads:>18} per GPU at least, a fourth of it spare; {own}",
+    ]
 
 
 def _line(name: str, amount: float, table: tuple[tuple[float, str], ...]) -> str:

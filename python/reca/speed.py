@@ -16,33 +16,8 @@ from reca import check, distributed
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.meta_model import build_meta
+from reca.peaks import known_peak
 
-# Dense bf16 with fp32 accumulation, in TFLOP/s, by a part of the device's name; the first that fits counts. From
-# NVIDIA's data sheets and white papers (architectures Ampere, Ada, Hopper, Blackwell), which state twice as much where
-# they count 2:4 sparsity.
-PEAK_TFLOPS = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("GH200", 989.4),
-    ("H200 NVL", 835.5),
-    ("H200", 989.4),
-    ("H100 NVL", 835.5),
-    ("H100 PCIe", 756.4),
-    ("H100", 989.4),
-    ("H800", 989.4),
-    ("H20", 148.0),
-    ("A100", 311.8),
-    ("A800", 311.8),
-    ("A40", 149.7),
-    ("RTX A6000", 154.8),
-    ("L40S", 362.05),
-    ("L40", 181.05),
-    ("L4", 121.0),
-    ("RTX 6000 Ada", 364.2),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-)
 MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that stands for the peak of an unknown GPU
 
 
@@ -56,11 +31,6 @@ def peak_flops(device: torch.device, given: float | None) -> tuple[float | None,
     if (known := known_peak(name)) is not None:
         return known, f"peak of {name}, dense bf16"
     return _measured_rate(device), f"measured product of bf16 matrices of {MEASURED_SIZE}: {name} has no entry"
-
-
-def known_peak(name: str) -> float | None:
-    """Look up the peak of a device by its name, in FLOP/s."""
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS if part.lower() in name.lower()), None)
 
 
 def _measured_rate(device: torch.device) -> float:

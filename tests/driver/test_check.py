@@ -13,6 +13,7 @@ from reca import check
 from reca.cli import main
 from reca.config import ParallelConfig
 from reca.data.batch import Batch
+from reca.data.views import View, Views
 from reca.held import held, part
 from reca.meta_model import build_meta
 from reca.models import umm_package
@@ -288,3 +289,28 @@ def test_bagel_at_full_size_takes_little_memory():
     *report, kilobytes = done.stdout.splitlines()
     assert any("6,539,861,056" in line for line in report)
     assert int(kilobytes) < 2 * 2**20
+
+
+@pytest.mark.parametrize(
+    "seconds,workers,said", [(0.001, 2, "the recipe has 2"), (99.0, 7, "the recipe has 7: TOO FEW, steps will wait")]
+)
+def test_threads_that_decode_as_fast_as_a_gpu_computes(monkeypatch, seconds, workers, said):
+    """An image of each task takes so long; a step computes its RECA images at half of an H100's peak."""
+    asked = []
+    monkeypatch.setattr(check.decode_speed, "seconds", lambda views: asked.append(views) or seconds)
+    recipe = load_recipe("show_o_tiny", [f"data.workers={workers}"])
+    adapter, _ = build_meta(recipe)
+    flops, images = 20e12, recipe.objective.reca.batch_size + recipe.objective.i2t.batch_size
+    lines = check._decoding(recipe, adapter, flops)
+    assert asked == [adapter.views("reca"), adapter.views("i2t")]
+    step = recipe.objective.reca.batch_size * flops / (0.5 * 989.4e12)
+    threads = max(1, -(-1.25 * images * seconds // step))
+    assert lines[-1].split()[:2] == ["data.workers", f"{threads:.0f}"] and lines[-1].endswith(said)
+    assert f"{1e3 * images * seconds:.1f} ms of one core" in lines[2] and f"{1e3 * step:.1f} ms" in lines[3]
+
+
+def test_the_picture_that_is_decoded_is_like_a_photograph():
+    """Photos of 1024 px at quality 90 have 130 to 350 KB."""
+    data = check.decode_speed.picture()
+    assert 130e3 < len(data) < 350e3 and data == check.decode_speed.picture()
+    assert 0 < check.decode_speed.seconds(Views(View(64), View(32)), rounds=1) < 5

@@ -7,6 +7,7 @@ import torch
 
 from reca import check, speed
 from reca.meta_model import build_meta
+from reca.peaks import known_peak
 from reca.recipe_files import load_recipe
 from reca.trainer import Trainer
 
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_peaks_of_cards_as_cuda_names_them(name, tflops):
-    assert speed.known_peak(name) == (None if tflops is None else pytest.approx(tflops * 1e12))
+    assert known_peak(name) == (None if tflops is None else pytest.approx(tflops * 1e12))
 
 
 def test_a_cpu_has_a_peak_only_if_it_is_given():
