@@ -1,0 +1,58 @@
+"""benchmarks.data: every loader makes the same views, and the page is made of the result files."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.data import rows
+from benchmarks.data.__main__ import measure, show
+from benchmarks.data.loaders import Way, ways
+from benchmarks.data.pictures import jpeg, write
+from benchmarks.devices import Cpu
+from benchmarks.runner import facts
+
+
+def test_the_committed_page_is_that_of_the_results():
+    assert rows.PAGE.read_text() == rows.page(rows.PAGE.read_text()), "out of date: python -m benchmarks.data"
+
+
+def test_loaders_make_as_many_views_of_the_asked_sizes(tmp_path):
+    files = write(tmp_path, 40, 16)
+    assert files[0] == jpeg(0, 40) and len(set(files)) == 16
+    able = {name: way for name, way in ways(tmp_path, files, 32, 24, "cpu").items() if isinstance(way, Way)}
+    assert {"ours: Pillow", "ours: loader", "Pillow"} <= set(able)
+    for name, way in able.items():
+        made = list(way.run())
+        for views, side in zip(zip(*made, strict=True), (32, 24), strict=True):
+            shapes = [tuple(view.shape) for batch in views for view in batch]
+            assert shapes == [(3, side, side)] * 16, name
+
+
+@pytest.fixture(scope="module")
+def measured():
+    about = facts(Cpu(), 1, "python -m benchmarks.data") | {"versions": "Pillow 13", "clock": "CPU"}
+    about.pop("triton")
+    return measure(40, 16, 2, "cpu", about)
+
+
+def test_a_measured_row(measured):
+    found = {row.by: row for row in measured}
+    ours = found["ours: Pillow"]
+    assert ours.ms_p20 <= ours.ms_p50 <= ours.ms_p80 and ours.cpu_ms == ours.ms_p50 > 0
+    assert (ours.largest_off, ours.off_by_more) == (0, 0.0)  # Pillow's bits
+    assert found["ours: DALI GPU"].ms_p50 == "" and found["ours: DALI GPU"].note
+    assert "images/s" in show(ours) and found["ours: DALI GPU"].note in show(found["ours: DALI GPU"])
+
+
+def test_files_and_page(tmp_path, measured):
+    for row in measured:
+        row.note = row.note or ""
+    rows.write(tmp_path / "cpu.csv", measured)
+    assert rows.read(tmp_path / "cpu.csv") == measured
+    text = f"# Title\n{rows.BEGIN}old\n{rows.END}\nafter\n"
+    page = rows.page(text, tmp_path)
+    assert page.startswith("# Title\n") and page.endswith(f"{rows.END}\nafter\n") and "old" not in page
+    assert "| 40 px | **ours: Pillow** |" in page and rows.NO_GPU in page and rows.page(page, tmp_path) == page
+    rows.write(tmp_path / "nvidia_fake.csv", [replace(row, device="NVIDIA Fake", clock="wall") for row in measured])
+    both = rows.page(text, tmp_path)
+    assert "**GPU.** NVIDIA Fake" in both and rows.NO_GPU not in both
