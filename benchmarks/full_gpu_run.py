@@ -5,7 +5,7 @@ training steps of the models, and prints short tables last: everything beside it
 of time does not stop the others; the exit status is 1 then. Needs no network. What a step prints goes to
 FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
 
-A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 7 are steps that fit into one
+A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 8 are steps that fit into one
 each. The first tests are those of one op with every kernel waited for: a kernel that reads what is not its own spoils
 all later tests of its process, and the first failure is named wrongly otherwise.
 """
@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import verdicts
+from benchmarks.data.rows import FOLDER as DATA_RESULTS
 from benchmarks.docs import summary
 from benchmarks.rows import RESULTS
 from benchmarks.step.rows import FOLDER as STEP_RESULTS
+from reca_kernels.attention.order import TABLE as ORDER_TABLE
 from reca_kernels.dispatch import TABLE
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +100,7 @@ CALLS = [
     ],
     [
         Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),
-        Step("test_models", 130, _tests("tests/models")),  # needs the driver's libraries
+        Step("test_models", 130, _tests("tests/models", "tests/data")),  # needs the driver's libraries
         Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
         Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
     ],
@@ -108,6 +110,7 @@ CALLS = [
         _training("bagel", 260, "--form", "ours", "--set", "optim.moments=bf16"),
         _training("bagel", 320, size="quarter"),
     ],
+    [Step("data", 150, [PYTHON, "-m", "benchmarks.data", "--device", "cuda"])],
 ]
 STEPS = [step for call in CALLS for step in call]
 
@@ -196,9 +199,12 @@ def main(arguments: list[str]) -> int:
     done = run(chosen, options.out)
     for path in [*(p for p in RESULTS.iterdir() if p.is_file() and p.stem != "cpu"), TABLE]:
         shutil.copy(path, options.out)
-    for path in STEP_RESULTS.glob("*.csv"):
-        if path.stat().st_mtime >= began:
-            shutil.copy(path, options.out / f"step_{path.name}")
+    if ORDER_TABLE.stat().st_mtime >= began:
+        shutil.copy(ORDER_TABLE, options.out / "attention_order.json")
+    for name, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
+        for path in folder.glob("*.csv"):
+            if path.stat().st_mtime >= began:
+                shutil.copy(path, options.out / f"{name}_{path.name}")
     print(summary())
     print(verdicts.table("cuda"))
     print(table(done))
