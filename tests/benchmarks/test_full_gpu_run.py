@@ -88,7 +88,7 @@ def test_what_ignores_the_interrupt_is_killed(tmp_path):
 
 
 def test_calls_fit_into_what_is_lent_and_cover_every_op():
-    """Ten minutes and eight files a command: logs, results with their plot, those of steps and loaders, dispatch tables."""
+    """Ten minutes and eight files a command: logs, results with their plot, of steps and loaders, dispatch tables."""
     for call in full_gpu_run.CALLS:
         files = len(call) + 3 + (call[0].name.startswith(("step_", "data"))) + ("dispatch" in {s.name for s in call})
         assert sum(step.seconds for step in call) <= 600 and files <= 8
