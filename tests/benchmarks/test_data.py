@@ -49,9 +49,9 @@ def test_files_and_page(tmp_path, measured):
         row.note = row.note or ""
     rows.write(tmp_path / "cpu.csv", measured)
     assert rows.read(tmp_path / "cpu.csv") == measured
-    text = f"# Title\n{rows.BEGIN}old\n{rows.END}\nafter\n"
+    text = f"# Title\n{rows.BEGIN}of yesterday\n{rows.END}\nafter\n"
     page = rows.page(text, tmp_path)
-    assert page.startswith("# Title\n") and page.endswith(f"{rows.END}\nafter\n") and "old" not in page
+    assert page.startswith("# Title\n") and page.endswith(f"{rows.END}\nafter\n") and "yesterday" not in page
     assert "| 40 px | **ours: Pillow** |" in page and rows.NO_GPU in page and rows.page(page, tmp_path) == page
     rows.write(tmp_path / "nvidia_fake.csv", [replace(row, device="NVIDIA Fake", clock="wall") for row in measured])
     both = rows.page(text, tmp_path)
