@@ -1,6 +1,7 @@
 """What a run computes in: fp32, bf16 by autocast, or fp64, which tests compare splits of a step in."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +35,34 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "fp64":
         return KeepDouble()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Multiply in TF32 on a GPU what stays fp32 in a run of bf16: frozen encoders that run outside of autocast.
+
+    cuDNN's convolutions do so by torch's default. Of the operands 10 bits of mantissa count, sums are fp32.
+    """
+    if precision != "bf16" or device.type != "cuda":
+        yield
+        return
+    with _matmul_precision("high"):
+        yield
+
+
+def fp32_products() -> contextlib.AbstractContextManager:
+    """Return the context of products that choose among neighbours, such as codes, which TF32 would confuse."""
+    return _matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def cast(module: M, precision: str) -> M:

@@ -16,6 +16,7 @@ from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
 from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes, VqSizes
 from reca.models.janus.prompt import Layout, Vocabulary
+from reca.precision import fp32_products
 from reca_kernels import template_concat
 
 USED = 65536  # length of a counter in DeepSeek's files that nothing reads
@@ -224,7 +225,8 @@ class Quantizer(nn.Module):
 
     def codes(self, z: Tensor) -> Tensor:  # [B, C, h, w]
         """Find the nearest entries, int64 [B, h*w], row-major."""
-        return (F.normalize(z.flatten(2).transpose(1, 2), dim=-1) @ self.rows().T).argmax(-1)
+        with fp32_products():
+            return (F.normalize(z.flatten(2).transpose(1, 2), dim=-1) @ self.rows().T).argmax(-1)
 
     def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
         """Look up entries, fp32 [B, C, h, w]."""
