@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._triton import has_triton
 
 from reca.config import TrainConfig
@@ -29,17 +30,24 @@ def wanted(config: TrainConfig, device: torch.device) -> bool:
 
 
 def compile_blocks(adapter: Adapter, backend: str = "inductor") -> None:
-    """Compile the forward passes that have a graph for autograd.
+    """Compile the encoders, for the sizes they meet, and the blocks' passes that have a graph for autograd.
 
-    Others are left as they are. Sampling would compile again for every layer, whose K/V in a cache have numbers of
-    their own, until Dynamo gives up. So would wrappers that transformers puts around a layer's forward pass, which all
+    Other passes are left as they are. Sampling would compile again for every layer, as K/V in a cache are numbered by
+    layer, until Dynamo gives up. So would wrappers that transformers puts around a layer's forward pass, which all
     its layers share, for each kind of layer: they are taken off.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     for block in adapter.blocks():
-        forward = block.__dict__.get("forward") or types.MethodType(inspect.unwrap(type(block).forward), block)
+        forward = _own_forward(block)
         block.forward = _with_a_graph(forward, torch.compile(forward, backend=backend, dynamic=True))
+
+    for encoder in adapter.encoders():
+        encoder.forward = torch.compile(_own_forward(encoder), backend=backend)
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    return module.__dict__.get("forward") or types.MethodType(inspect.unwrap(type(module).forward), module)
 
 
 def _with_a_graph(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -264,6 +264,13 @@ class Adapter(nn.Module):
         """List the repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
         raise NotImplementedError
 
+    def encoders(self) -> list[nn.Module]:
+        """List the modules that make most of `encode`: a tower's layers, a codec's convolutions. Units of compilation.
+
+        None need be listed. Their forward pass takes and gives tensors whose types do not depend on the images.
+        """
+        return []
+
 
 def _shifted(feature: Tensor | list, after: Tensor | list) -> Tensor | list:
     """Drop the first sample's feature and append the first of `after`; a list where they differ in shape."""

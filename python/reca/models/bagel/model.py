@@ -100,6 +100,10 @@ class Bagel(modules.Network, Adapter):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return False
 
+    def encoders(self) -> list[nn.Module]:
+        tower = list(self.vit_model.vision_model.encoder.layers)
+        return [self.codec.autoencoder.encoder, *tower] if isinstance(self.codec, modules.FluxCodec) else tower
+
     def blocks(self) -> list[nn.Module]:
         return list(self.language_model.model.layers)
 

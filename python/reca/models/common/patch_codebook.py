@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reca.options import count
+from reca.precision import fp32_products
 
 
 @dataclass
@@ -36,7 +37,8 @@ class PatchCodebook(nn.Module):
         """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
         patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
         # One matrix of all patches: of a batch of matrices, cdist copies the codebook for each.
-        return torch.cdist(patches.flatten(0, 1), self.codebook).argmin(-1).unflatten(0, patches.shape[:2])
+        with fp32_products():
+            return torch.cdist(patches.flatten(0, 1), self.codebook).argmin(-1).unflatten(0, patches.shape[:2])
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]

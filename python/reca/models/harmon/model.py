@@ -168,6 +168,9 @@ class Harmon(Network, Adapter):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2 and not name.endswith(".bias") and ".diffloss." not in name
 
+    def encoders(self) -> list[nn.Module]:
+        return [self.codec.encoder] if isinstance(self.codec, modules.Kl16) else []
+
     def blocks(self) -> list[nn.Module]:
         mar = self.mar
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]

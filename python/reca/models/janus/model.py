@@ -14,7 +14,7 @@ from reca.models.common.inference import options_of
 from reca.models.janus import sampling, weights
 from reca.models.janus.config import JanusConfig
 from reca.models.janus.loss import Prepared, compute_loss, prepare
-from reca.models.janus.modules import Network
+from reca.models.janus.modules import Network, Vq
 from reca.rng import CounterRNG
 
 
@@ -84,6 +84,10 @@ class Janus(Network, Adapter):
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}
+
+    def encoders(self) -> list[nn.Module]:
+        tower = list(self.vision_model.vision_tower.blocks)
+        return [self.gen_vision_model.encoder, *tower] if isinstance(self.gen_vision_model, Vq) else tower
 
     def blocks(self) -> list[nn.Module]:
         return list(self.language_model.model.layers)

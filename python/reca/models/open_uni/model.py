@@ -101,6 +101,10 @@ class OpenUni(Network, Adapter):
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}
 
+    def encoders(self) -> list[nn.Module]:
+        tower = list(self.mllm.model.vision_tower.encoder.layer)
+        return tower if self.config.codec == "patches" else [self.codec.encoder, *tower]
+
     def blocks(self) -> list[nn.Module]:
         return [*self.connector.layers, *self.transformer.transformer_blocks]
 

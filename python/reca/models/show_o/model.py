@@ -11,6 +11,7 @@ from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import sampling, weights
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import ShowOConfig
@@ -118,6 +119,10 @@ class ShowO(Network, Adapter):
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         return "bias" not in name if self.config.parity else super().decays(name, parameter)
+
+    def encoders(self) -> list[nn.Module]:
+        tower = list(self.clip.encoder.layers) if self.uses_clip else []
+        return tower if isinstance(self.codec, PatchCodebook) else [self.codec.encoder, *tower]
 
     def blocks(self) -> list[nn.Module]:
         return list(self.showo.model.layers)
