@@ -14,7 +14,7 @@ from PIL import Image
 
 import reca
 from reca import checkpoint, cli, comparison
-from reca.comparison import triplets
+from reca.comparison import curves, triplets
 from reca.data.errors import DataError
 from reca.data.sources import open_source
 from reca.eval import targets
@@ -120,6 +120,13 @@ def test_losses_and_settings_of_two_runs(runs, tmp_path):
     page = comparison.write(found, tmp_path).read_text()
     assert page.count("<polyline") == 2 and "optim.lr" in page
     assert "understanding is bit-identical" in page.lower()
+
+
+def test_lines_of_a_log_that_tell_no_step(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "reca/loss": 2.0}\n{"reca/loss": 3.0}\n{"step": "x", "reca/loss": 4.0}\n{"step": 2, "reca/lo'
+    )
+    assert curves._losses(tmp_path) == {"reca/loss": [[1, 2.0]]}
 
 
 def test_understanding_of_open_uni_is_bit_identical_and_of_show_o_is_not(runs):

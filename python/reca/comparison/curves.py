@@ -21,9 +21,10 @@ def loss_curves(before: Side, after: Side) -> list[dict[str, Any]]:
 def _losses(run_dir: Path | None) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
-        for name, value in values.items():
+        step = values.get("step")
+        for name, value in values.items() if isinstance(step, int | float) else ():
             if name.endswith("/loss") and isinstance(value, int | float):
-                curves.setdefault(name, []).append([values["step"], value])
+                curves.setdefault(name, []).append([step, value])
     return {name: _thinned(points) for name, points in curves.items()}
 
 
