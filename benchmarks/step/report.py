@@ -8,7 +8,6 @@ from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "step.md"
-OWED = "owed: no GPU has run it yet"
 
 
 def pairs(rows: list[StepRow]) -> Iterator[tuple[StepRow, StepRow]]:
@@ -51,8 +50,7 @@ def section(folder: Path = FOLDER) -> str:
     for rows in all_results(folder):
         for size in dict.fromkeys(row.size for row in rows):
             parts.append("\n".join(_of_size([row for row in rows if row.size == size])) + "\n")
-    if not any(row.driver for rows in all_results(folder) for row in rows):
-        parts.append("\n".join(_owed()) + "\n")
+    parts.append("\n".join(_owed([row for rows in all_results(folder) for row in rows if row.measured])) + "\n")
     return "\n".join(parts)
 
 
@@ -126,16 +124,21 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _owed() -> Iterator[str]:
-    yield "### real, GPU"
+def _owed(measured: list[StepRow]) -> Iterator[str]:
+    """Yield the targets that nothing was measured against."""
+    done = {("cuda" if ours.driver else "cpu", ours.size, ours.model) for ours, _ in pairs(measured)}
+    yield "### Owed: targets that nothing was measured against"
     yield ""
-    yield "| model | release / ours, at least | MFU, at least | memory, at most | predicted for an H200 | measured |"
+    yield "| model | size | release / ours, at least | of the product rate, at least | memory, at most | predicted |"
     yield "|---" * 6 + "|"
-    for model, target in TARGETS["cuda", "real"].items():
-        yield (
-            f"| {model} | {target.ratio:.1f} | {_percent(target.product)} | {target.memory:.1f} | {target.predicted} | "
-            f"{OWED} |"
-        )
+    for (kind, size), models in TARGETS.items():
+        for model, target in models.items():
+            if (kind, size, model) not in done:
+                memory = "" if target.memory is None else f"{target.memory:.1f}"
+                yield (
+                    f"| {model} | {size}, {kind} | {target.ratio:g} | {_percent(target.product)} | {memory} | "
+                    f"{target.predicted} |"
+                )
 
 
 def _form(row: StepRow) -> str:
