@@ -129,7 +129,7 @@ def test_reconstructions_stand_beside_their_pictures(recipe):
     r = recipe("log.sample_every=3", "log.tensorboard=true", "eval.holdout=5", "log.reconstructions=3")
     trainer = Trainer(r, Reconstructing())
     trainer.run()
-    grids = sorted((trainer.run_dir / "samples").iterdir())
+    grids = sorted((trainer.run_dir / "samples").glob("*.png"))
     assert [path.name for path in grids] == ["000003_reconstructions.png", "000006_reconstructions.png"]
     grid = Image.open(grids[1])
     assert grid.size == (2 * 4 + 2, 3 * 4 + 4) and grid.getpixel((7, 0)) == (7, 7, 7)
