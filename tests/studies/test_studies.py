@@ -77,7 +77,7 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
         assert {"overall", "seen", "held-out", "understanding"} <= measures.keys()
         assert ("loss" in measures) == (arm["name"] != "before")
     verdicts = [(claim["verdict"], claim["measure"]) for claim in found["claims"]]
-    assert verdicts == [("agrees", "seen"), ("not measured", None)] and found["verdict"] == "agrees"
+    assert verdicts == [("agrees", "seen"), ("not measured", None)] and found["verdict"] == "agrees in part"
     second = found["arms"][3]["results"]["0"]["folder"]
     first = found["arms"][2]["results"]["0"]["folder"]
     assert load_recipe(f"{second}/recipe.yaml").train.init_from == str(Path(first).resolve())
@@ -263,7 +263,8 @@ def test_a_claim_agrees_only_if_its_whole_interval_does(expect, interval, said):
 
 
 def test_verdicts_together():
-    assert judge.overall(["agrees", "not measured"]) == "agrees"
+    assert judge.overall(["agrees", "not measured"]) == "agrees in part"
+    assert judge.overall(["agrees", "agrees"]) == "agrees"
     assert judge.overall(["agrees", "open", "disagrees"]) == "disagrees"
     assert judge.overall(["agrees", "open"]) == "open" and judge.overall(["not measured"]) == "not measured"
 

@@ -27,5 +27,5 @@ study.json:
     failed    ["SEED/start: why"] of starts; [] if there is none
     omitted   {arm: why this model has it not}
     claims    [{"says", "measure", "arm", "than", "difference", "interval", "verdict"}]
-    verdict   agrees, disagrees, open or not measured
+    verdict   agrees, agrees in part, disagrees, open or not measured
 """

@@ -68,12 +68,14 @@ def verdict(claim: Claim, found: Interval | None) -> str:
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """Say what the claims say together."""
+    """Say what the claims say together; in part, where some of them are not measured."""
     measured = [v for v in verdicts if v != NOT_MEASURED]
     for one in ("disagrees", "open"):
         if one in measured:
             return one
-    return "agrees" if measured else NOT_MEASURED
+    if not measured:
+        return NOT_MEASURED
+    return "agrees" if len(measured) == len(verdicts) else "agrees in part"
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:
