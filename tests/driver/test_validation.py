@@ -7,6 +7,7 @@ from reca import objective
 from reca.data.errors import DataError
 from reca.data.held_out import hold_out
 from reca.data.mixture import Mixture
+from reca.data.order import make_order
 from reca.data.sources import open_source
 from reca.models import UMMS
 from reca.options import RecipeError
@@ -41,8 +42,10 @@ def test_what_is_held_out_is_trained_on_by_no_task(recipe):
 def test_a_mixture_gives_from_each_of_its_sources(tmp_path):
     one, two = (open_source(str(write_images(tmp_path / name, 20)), "reca") for name in "ab")
     rest, aside = hold_out({"reca": Mixture([one, two], [3.0, 1.0], ["a", "b"])}, 8, 0)
-    assert [len(part) for part in aside.parts] == [6, 2]
-    named = set().union(*map(keys, aside.parts))  # both folders have the same names: neither trains on one
+    assert [len(part) for part in aside.source.parts] == [6, 2]
+    order = make_order(aside, 0, shuffle=False)
+    assert sorted(map(order.index, range(8))) == list(range(8))  # each of them once
+    named = set().union(*map(keys, aside.source.parts))  # both folders have the same names: neither trains on one
     assert not any(keys(part) & named for part in rest["reca"].parts)
 
 

@@ -27,6 +27,7 @@ def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict
             "name other pictures by eval.holdout_from"
         )
     rest, aside, keys = _split(whole, count, seed)
+    aside = Subset(aside, np.arange(len(aside)))  # no mixture: it would draw some pictures twice, and others never
     others = {task: _without(source, keys) for task, source in sources.items() if task != "reca"}
     if empty := [task for task, source in others.items() if not len(source)]:
         raise DataError(f"eval.holdout={count} leaves no sample of {', '.join(empty)}; lower it")
