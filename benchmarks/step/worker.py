@@ -29,12 +29,12 @@ from benchmarks.step import release
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
-from reca import check, host_memory, objective
+from reca import check, half_weights, host_memory, objective
 from reca.data.batch import Batch
 from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.parallelize import checkpoint_activations
+from reca.recompute import checkpoint_activations
 from reca.speed import peak_memory
 from reca.trainer import Trainer
 
@@ -53,6 +53,7 @@ class Worker:
         adapter = umm_package(recipe.umm).Adapter.load(recipe.model, torch.device(device))
         if released:
             release.formulate(adapter, checkpointed)
+            half_weights.CAST = ()  # autocast casts weights in every micro-batch
         if self.cuda:
             self.parts = Parts(_event, lambda a, b: a.elapsed_time(b) / 1e3)
         else:
@@ -79,7 +80,7 @@ class Worker:
             meta, fake = build_meta(recipe)
             useful = flops = _flops(meta, self.batches["reca"], fake)
             if recipe.train.activation_checkpointing:
-                checkpoint_activations(meta)
+                checkpoint_activations(meta, recipe.train)
                 flops = _flops(meta, self.batches["reca"], fake)
         return {
             "images": recipe.objective.reca.batch_size,
