@@ -121,6 +121,16 @@ def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
     assert all("world/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
 
 
+def test_a_disk_that_is_full_ends_nothing(recipe, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reca.eval.training.write_generation", full)
+    trainer = run_toy(recipe("train.steps=2", "eval.every=3", "eval.suite=world", "eval.prompts=2"))
+    assert caplog.text.count("no score of world ([Errno 28] No space left on device); training goes on") == 2
+    assert trainer.step == 2
+
+
 # reconstructions
 
 

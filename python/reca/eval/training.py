@@ -18,7 +18,6 @@ from reca.eval.errors import EvaluationError
 from reca.eval.evaluation import Settings, check, judge_and_score, open_settings, sampling_of, save
 from reca.eval.generate import generate_images
 from reca.eval.targets import Target, write_generation
-from reca.folders import ensure_writable
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.options import RecipeError
@@ -61,7 +60,7 @@ class TrainingSuite:
             if self.settings.suite.ability != "generate":
                 raise RecipeError(f"{self.name} does not draw prompts; `reca eval {self.name} RUN` evaluates a run")
             check(self.settings, [self._side(0)], None, None)
-        except (EvaluationError, ValueError) as error:
+        except ValueError as error:
             raise RecipeError(f"eval.suite={config.suite}: {error}") from error
 
     def run(self, adapter: Adapter, step: int, device: torch.device) -> Scored | None:
@@ -74,8 +73,8 @@ class TrainingSuite:
             with distributed.fail_together():
                 if distributed.rank() == 0:
                     shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
-                    ensure_writable(side.folder / "images", "folder")
-                    write_generation(side.folder, self._made(adapter, side, step))
+                    (side.folder / "images").mkdir(parents=True)
+                    write_generation(side.folder, self._made(side, step))
             with eval_mode(adapter):
                 generate_images(
                     adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,
@@ -91,7 +90,7 @@ class TrainingSuite:
     def _side(self, step: int) -> Target:
         return Target(str(self.run_dir), self.recipe, True, self.run_dir / FOLDER / self.name / f"{step:06d}")
 
-    def _made(self, adapter: Adapter, side: Target, step: int) -> dict[str, Any]:
+    def _made(self, side: Target, step: int) -> dict[str, Any]:
         """Describe what makes the images. The weights, which ranks may share, are not hashed."""
         settings, precision = self.settings, self.recipe.train.precision
         model = {"source": str(self.run_dir), "umm": self.recipe.umm, "trained": step > 0, "step": step}
