@@ -155,10 +155,10 @@ def test_the_picture_shows_what_was_drawn_for_held_out_prompts():
     outcomes = {name: outcome() for name in ("before", "RECA", "SFT")}
     sheet = torch.from_numpy(np.array(before_after.before_after(outcomes, SHAPES, 0))).permute(2, 0, 1)
     held_out = [caption(Scene((pair,))) for pair in all_pairs() if pair in held_out_pairs(0)]
-    assert len(held_out) == 18 and sheet.shape == (3, 34 + 3 * 108, 92 + 9 * 108)
+    assert len(held_out) == 18 and sheet.shape == (3, 40 + 3 * 108, 92 + 9 * 108)
     for column, prompt in enumerate(held_out[1::2]):
         place = max(i for i, text in enumerate(prompts) if text == prompt)
         for row, name in enumerate(("before", "SFT", "RECA")):
-            x, y = 92 + 108 * column, 34 + 108 * row
+            x, y = 92 + 108 * column, 40 + 108 * row
             found = sheet[:, y : y + 100 : 5, x : x + 100 : 5]
             assert torch.equal(found, outcomes[name].measured.samples[place][1]), (prompt, name)

@@ -13,7 +13,7 @@ from reca.image_grid import make_grid
 NAME = "before_after.png"
 ROWS = (BEFORE, "SFT", "RECA")
 LEAST, GAP = 100, 8  # pixels of an image, which is enlarged by a whole number, and between images
-LEFT, TOP = 92, 34  # margins for the names of rows and columns
+LEFT, TOP = 92, 40  # margins for the names of rows and columns
 
 
 def before_after(outcomes: Mapping[str, Outcome], world: World, seed: int) -> Image.Image:

@@ -165,7 +165,7 @@ SETUPS = {
             ALIGNED.format(how=", on pictures of the pairs that captions name"),
             "Images are 64 pixels wide and their tokens come from a codebook of 2048 pieces of 16 pixels, which stands "
             "in for MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
-            "the learning rate that was picked by what RECA drew on another seed.",
+            "the learning rate that was picked by what RECA drew on another seed; SFT had no search of its own.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
     ),
