@@ -21,20 +21,22 @@ class Smallest(NamedTuple):
     keys: dict  # settings, beside the recipe's
 
 
-def as_it_is(recipe: Recipe, node: int, card: int) -> Smallest | None:
+def as_it_is(predict: fit.Predictions, node: int, card: int) -> Smallest | None:
     """Find the fewest cards that hold a recipe as it is written."""
     for gpus in COUNTS:
-        need = memory.needed(memory.predict(recipe, gpus, node, card).total)
+        if memory.needed(predict.at_least({}, gpus, node, card)) > card:
+            continue
+        need = memory.needed(predict({}, gpus, node, card).total)
         if need <= card:
             return Smallest(gpus, need, {})
     return None
 
 
-def fitted(recipe: Recipe, node: int, card: int) -> Smallest | None:
+def fitted(recipe: Recipe, predict: fit.Predictions, node: int, card: int) -> Smallest | None:
     """Find the fewest cards for which train.fit finds settings."""
     for gpus in COUNTS:
         try:
-            choice = fit.choose(recipe, gpus, node, card)
+            choice = fit.choose(recipe, gpus, node, card, predict)
         except fit.DoesNotFit:
             continue
         changed = {key: value for key, value in choice.keys.items() if fit.value_of(recipe, key) != value}
@@ -44,15 +46,16 @@ def fitted(recipe: Recipe, node: int, card: int) -> Smallest | None:
 
 def describe(recipe: Recipe, peak: Memory, gpus: int, node: int, card: int) -> list[str]:
     """Say whether a recipe fits as it is, what train.fit would choose, and how few cards it takes either way."""
-    need = memory.needed(peak.total)
+    need, predict = memory.needed(peak.total), fit.Predictions(recipe)
     lines = [f"  as it is on {gpus:<10}{units.size(need):>18} {'fits' if need <= card else 'does not fit'}"]
     try:
-        choice = fit.choose(recipe, gpus, node, card)
+        choice = fit.choose(recipe, gpus, node, card, predict)
         chosen = units.size(memory.needed(choice.memory.total))
         lines.append(f"  train.fit on {gpus:<9}{chosen:>18} {fit.describe(choice.keys)}")
     except fit.DoesNotFit as error:
         lines.append(f"  {error}")
-    for name, found in (("as it is", as_it_is(recipe, node, card)), ("train.fit", fitted(recipe, node, card))):
+    fewest = {"as it is": as_it_is(predict, node, card), "train.fit": fitted(recipe, predict, node, card)}
+    for name, found in fewest.items():
         lines.append(f"  fewest, {name:<14}{describe_smallest(found)}")
     return lines
 
@@ -67,13 +70,14 @@ def describe_smallest(found: Smallest | None) -> str:
 
 def row(name: str) -> str:
     """Write a recipe's line of the table in docs/memory.md: Markdown."""
-    cells = []
+    cells, recipe = [], load_recipe(name)
+    predict = fit.Predictions(recipe)
     for text in CARDS:
-        card, recipe = units.parse_size(text), load_recipe(name)
-        cells.append(describe_smallest(as_it_is(recipe, NODE, card)))
-        found = fitted(recipe, NODE, card)
+        card = units.parse_size(text)
+        cells.append(describe_smallest(as_it_is(predict, NODE, card)))
+        found = fitted(recipe, predict, NODE, card)
         if found is None or found.gpus > 1:
-            allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), NODE, card)
+            allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), predict, NODE, card)
             if allowed is not None and (found is None or allowed.gpus < found.gpus):
                 found = allowed
         cells.append(describe_smallest(found))

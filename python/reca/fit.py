@@ -8,6 +8,7 @@ stays, and so does every result, unless train.fit_allow names what may change.
 
 import bisect
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -21,9 +22,12 @@ import torch
 from reca import memory, units
 from reca.config import Recipe
 from reca.folders import write_atomically
+from reca.held import held
 from reca.memory import Memory
 from reca.meta_model import build_meta
+from reca.models.base import Adapter
 from reca.options import RecipeError
+from reca.parallelize import replicas_fit
 from reca.recipe_files import by_key
 
 log = logging.getLogger("reca")
@@ -79,29 +83,47 @@ def value_of(recipe: Recipe, key: str) -> Any:
 
 
 class Predictions:
-    """Predicted peaks of a recipe with other settings, each computed once."""
+    """Predicted peaks of a recipe with other settings, on other numbers and sizes of cards, each computed once."""
 
-    def __init__(self, recipe: Recipe, gpus: int, node: int, card: int) -> None:
-        self.recipe, self.gpus, self.node, self.card = recipe, gpus, node, card
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self._found: dict[tuple, Memory] = {}
 
-    def __call__(self, keys: dict[str, Any], tasks: Sequence[str] | None = None) -> Memory:
-        tasks = tuple(tasks or self.recipe.active_tasks())
-        key = (tasks, *sorted((name, str(value)) for name, value in keys.items()))
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return build_meta(self.recipe)[0]
+
+    def __call__(
+        self, keys: dict[str, Any], gpus: int, node: int, card: int, tasks: Sequence[str] | None = None
+    ) -> Memory:
+        recipe, tasks = with_keys(self.recipe, keys), tuple(tasks or self.recipe.active_tasks())
+        # All that a card's size decides, by parallel.strategy=auto, is whether each has all weights.
+        replicas = gpus > 1 and replicas_fit(self.adapter, card)
+        key = tasks, gpus, node, replicas, str(by_key(recipe))
         if key not in self._found:
-            recipe = with_keys(self.recipe, keys)
-            self._found[key] = memory.peak_of(recipe, list(tasks), self.gpus, self.node, self.card)
+            self._found[key] = memory.peak_of(recipe, list(tasks), gpus, node, card)
         return self._found[key]
 
+    def at_least(self, keys: dict[str, Any], gpus: int, node: int, card: int) -> int:
+        """Count bytes that no peak with these settings is below, without running a step."""
+        recipe = with_keys(self.recipe, keys)
+        parts = held(self.adapter, recipe, gpus, node, card)
+        whole = gpus > 1 or recipe.optim.fused_backward  # of sharded gradients, or none at the end of a step
+        return parts.weights + parts.moments + parts.ema + (0 if whole else parts.gradients)
 
-def choose(recipe: Recipe, gpus: int, node: int, card: int) -> Choice:
+
+def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions | None = None) -> Choice:
     """Choose the settings with which a recipe fits `gpus` cards of `card` bytes.
+
+    predict: of this recipe, so that what it has computed is not computed again.
 
     Raises:
         DoesNotFit: With the least that was found, and what would help.
         RecipeError, ValueError: For what `reca train` would refuse.
     """
-    predict, rows = Predictions(recipe, gpus, node, card), sum(build_meta(recipe)[0].sequence().values())
+    predict = predict or Predictions(recipe)
+    rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
+    smallest = {f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[0] for task in recipe.active_tasks()}
     best: Choice | None = None
     least: tuple[int, dict[str, Any]] | None = None
     settings = [(_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting) for setting in _settings(
@@ -110,23 +132,25 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int) -> Choice:
     for fastest, setting in sorted(settings, key=lambda pair: (pair[0], _changes(recipe, pair[1]))):
         if best is not None and fastest >= best.time:
             break
+        if (need := memory.needed(predict.at_least(setting, *cards))) > card:
+            least = min(filter(None, (least, (need, setting | smallest))), key=lambda pair: pair[0])
+            continue
         keys = dict(setting)
         for task in recipe.active_tasks():
             name = f"objective.{task}.micro_batch"
 
             def peak(size: int, name: str = name, task: str = task, setting: dict = setting) -> int:
-                return memory.needed(predict(setting | {name: size}, [task]).total)
+                return memory.needed(predict(setting | {name: size}, *cards, [task]).total)
 
             sizes = _sizes(recipe, task, gpus)
             found = largest_fitting(sizes, peak, card)
             if found is None:
-                smallest = {f"objective.{t}.micro_batch": _sizes(recipe, t, gpus)[0] for t in recipe.active_tasks()}
                 least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
                 break
             keys[name] = found
         else:
             peaks = (
-                predict(setting | {(name := f"objective.{t}.micro_batch"): keys[name]}, [t])
+                predict(setting | {(name := f"objective.{t}.micro_batch"): keys[name]}, *cards, [t])
                 for t in recipe.active_tasks()
             )
             time = _time(recipe, keys, gpus, rows)
@@ -236,7 +260,7 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
         helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (
         f"{asked_by(recipe)}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
-        f"found needs {units.size(need)} with its reserve, by {describe(keys)}. What would help: {'; '.join(helps)}"
+        f"found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would help: {'; '.join(helps)}"
     )
 
 

@@ -80,14 +80,14 @@ def advice(recipe: Recipe) -> str:
 
 def knobs(recipe: Recipe, gpus: int, node: int, card: int) -> tuple[int, list[Knob]]:
     """Predict the recipe's peak, and return the changes that lower it most, the most helpful first."""
-    predict = fit.Predictions(recipe, gpus, node, card)
-    now, found = predict({}).total, []
+    predict = fit.Predictions(recipe)
+    now, found = predict({}, gpus, node, card).total, []
     for keys in changes(recipe, gpus, node):
         with contextlib.suppress(ValueError, NotImplementedError):
-            found.append(Knob(fit.describe(keys), predict(keys).total))
+            found.append(Knob(fit.describe(keys), predict(keys, gpus, node, card).total))
     with contextlib.suppress(ValueError, NotImplementedError):
-        more = fit.Predictions(recipe, 2 * gpus, max(node, min(8, 2 * gpus)), card)
-        found.append(Knob(f"{2 * gpus} GPUs", more({}).total))
+        more = predict({}, 2 * gpus, max(node, min(8, 2 * gpus)), card)
+        found.append(Knob(f"{2 * gpus} GPUs", more.total))
     helpful = sorted((knob for knob in found if knob.bytes < now), key=lambda knob: knob.bytes)
     return now, helpful[:ADVISED]
 
