@@ -142,9 +142,13 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
             def peak(size: int, name: str = name, task: str = task, setting: dict = setting) -> int:
                 return memory.needed(predict(setting | {name: size}, *cards, [task]).total)
 
-            sizes = _sizes(recipe, task, gpus)
-            found = largest_fitting(sizes, peak, card)
+            largest, sizes = setting | _largest_sizes(recipe, gpus) | keys, _sizes(recipe, task, gpus)
+            if best is not None:  # smaller ones would not make a faster step
+                sizes = [size for size in sizes if _time(recipe, largest | {name: size}, gpus, rows) < best.time]
+            found = largest_fitting(sizes, peak, card) if sizes else None
             if found is None:
+                if best is not None:
+                    break
                 least = min(filter(None, (least, (peak(sizes[0]), setting | smallest))), key=lambda pair: pair[0])
                 break
             keys[name] = found
@@ -260,7 +264,8 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
         helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (
         f"{asked_by(recipe)}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
-        f"found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would help: {'; '.join(helps)}"
+        f"found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would help: "
+        f"{'; '.join(helps)}"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reca import fit, memory, out_of_memory
+from reca.held import Held
 from reca.memory import Memory
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
@@ -137,6 +138,36 @@ def test_selective_recomputation_comes_before_full(peaks, monkeypatch):
     monkeypatch.setattr(fit, "PASS", 4096)
     keys = chosen(40)  # 12 + 32, 12 + 24 or 12 + 16, and a reserve
     assert (keys[MICRO], keys[fit.CHECKPOINTING], keys["optim.offload"]) == (16, "selective", False)
+
+
+def test_no_setting_is_run_that_cannot_be_chosen(peaks, monkeypatch):
+    """Those whose weights and moments are too large, and micro-batches with which a step is no faster than the best."""
+    asked, peak_of = [], memory.peak_of
+
+    def watched(recipe, *arguments):
+        asked.append((recipe.optim.offload, recipe.train.activation_checkpointing, recipe.objective.reca.micro_batch))
+        return peak_of(recipe, *arguments)
+
+    monkeypatch.setattr(memory, "peak_of", watched)
+    monkeypatch.setattr(fit, "PASS", 4096)
+    predict = fit.Predictions(recipe_of())
+    fit.choose(predict.recipe, 1, 8, 40 * GIB, predict)
+    assert [size for _, recomputed, size in asked if recomputed == "selective"] == [16]  # 8 are as fast without
+    assert not any(recomputed is True for _, recomputed, _ in asked)
+    asked.clear()
+    fit.choose(predict.recipe, 1, 8, 80 * GIB, predict)
+    assert asked == [(False, False, 16)]  # 1 and 2 were predicted before
+    asked.clear()
+    monkeypatch.setattr(
+        fit, "held", lambda adapter, recipe, *_: Held(40 * GIB * (not recipe.optim.offload), 0, 0, 0, 0)
+    )
+    assert fit.choose(recipe_of(), 1, 8, 40 * GIB).keys["optim.offload"] and all(offload for offload, *_ in asked)
+
+
+@pytest.mark.parametrize(("gpus", "keys"), [(1, ["ema.half_life=9"]), (1, ["optim.offload=true"]), (4, [])])
+def test_no_peak_is_below_what_is_held(gpus, keys):
+    predict = fit.Predictions(recipe_of("parallel.strategy=fsdp", "objective.reca.batch_size=4", *keys))
+    assert predict.at_least({}, gpus, 8, GIB) <= predict({}, gpus, 8, GIB).total
 
 
 def test_micro_batches_alone(peaks, monkeypatch, tmp_path):
