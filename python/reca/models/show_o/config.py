@@ -99,16 +99,18 @@ class ShowOConfig:
         (None, "clip", "upstream"),
     )
     prompt_gradient: Optional[bool] = config_field(
-        None, "RECA with clip: its gradient reaches token embeddings and projector; null: unless parity"
+        None, "RECA with a vision tower: its gradient reaches token embeddings and projector; null: unless parity"
     )
     image_size: int = pixels(512, "size in pixels of a generated image")
     max_text_tokens: int = count(576, "most text tokens of a training sequence (the release's max_seq_length)")
     max_prompt_tokens: int = count(128, "most text tokens of a prompt when images are generated")
-    max_reca_tokens: int = count(128, "RECA with clip: most of mmu, soi, eoi, bos, template, eos before the image")
+    max_reca_tokens: int = count(
+        128, "RECA with a vision tower: most of mmu, soi, eoi, bos, template, eos before the image"
+    )
     system_prompt: str = config_field(
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions.",
-        "clip: text before the image of a conversation",
+        "vision tower: text before the image of a conversation",
     )
     caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
     phi: PhiSizes = config_field(PhiSizes, "")
