@@ -124,7 +124,10 @@ def folder_graph(graph: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
 # Files of python/reca that know of no data, no model and no run: everything may import them.
 FOUNDATION = {
     f"reca.{name}"
-    for name in ("catalog", "exits", "files", "folders", "micro_batches", "options", "rng", "units", "values")
+    for name in (
+        *("catalog", "exits", "files", "folders", "micro_batches"),
+        *("options", "precision", "rng", "units", "values"),
+    )
 }
 
 

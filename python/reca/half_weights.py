@@ -7,6 +7,7 @@ the fp32 ones directly. All numbers are those of autocast, bit for bit.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def held(adapter: Adapter, autocast: torch.autocast | object, passes: int) -> It
             layer.weight = weight
 
 
-def _layers(adapter: Adapter) -> list[nn.Linear | nn.Conv2d]:
+def _layers(adapter: Adapter) -> list[Any]:
     roles, blocks = adapter.roles(), [layer for block in adapter.blocks() for layer in block.modules()]
     found = [layer for layer in blocks if type(layer) in CAST]
     for name, layer in adapter.named_modules():

@@ -8,6 +8,7 @@ al. 2022, arXiv 2205.05198). Both change no bit of a result.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def _contexts(selective: bool, precision: str) -> Callable[[], tuple[Any, Any]]:
     """Return what makes the contexts of a block's first and second run."""
 
     def contexts() -> tuple[Any, Any]:
-        first, second = contextlib.nullcontext(), contextlib.nullcontext()
+        first: AbstractContextManager = contextlib.nullcontext()
+        second: AbstractContextManager = contextlib.nullcontext()
         if selective:
             first, second = (
                 _Both(_without_cast_cache(), mode) for mode in create_selective_checkpoint_contexts(_policy)

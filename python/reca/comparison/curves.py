@@ -22,7 +22,9 @@ def _losses(run_dir: Path | None) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for values in jsonl.read(run_dir / "log.jsonl") if run_dir else ():
         step = values.get("step")
-        for name, value in values.items() if isinstance(step, int | float) else ():
+        if not isinstance(step, int | float):
+            continue
+        for name, value in values.items():
             if name.endswith("/loss") and isinstance(value, int | float):
                 curves.setdefault(name, []).append([step, value])
     return {name: _thinned(points) for name, points in curves.items()}

@@ -12,6 +12,7 @@ from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
 from reca.models.common.inference import check_pairs, options_of
+from reca.models.common.patch_codec import PatchCodec
 from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
@@ -103,7 +104,7 @@ class OpenUni(Network, Adapter):
 
     def encoders(self) -> list[nn.Module]:
         tower = list(self.mllm.model.vision_tower.encoder.layer)
-        return tower if self.config.codec == "patches" else [self.codec.encoder, *tower]
+        return tower if isinstance(self.codec, PatchCodec) else [self.codec.encoder, *tower]
 
     def blocks(self) -> list[nn.Module]:
         return [*self.connector.layers, *self.transformer.transformer_blocks]
