@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,8 +29,9 @@ from benchmarks.step import release
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
-from reca import check, half_weights, host_memory, objective
+from reca import check, half_weights, objective
 from reca.data.batch import Batch
+from reca.host_memory import FreedMemory
 from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.base import Adapter
@@ -53,13 +54,12 @@ class Worker:
         adapter = umm_package(recipe.umm).Adapter.load(recipe.model, torch.device(device))
         if released:
             release.formulate(adapter, checkpointed)
-            half_weights.CAST = ()  # autocast casts weights in every micro-batch
         if self.cuda:
             self.parts = Parts(_event, lambda a, b: a.elapsed_time(b) / 1e3)
         else:
             self.parts = Parts(time.process_time, lambda a, b: b - a)
         instrument(adapter, self.parts)
-        with mock.patch.object(host_memory, "keep_freed") if form == "release" else contextlib.nullcontext():
+        with mock.patch.object(FreedMemory, "keep") if form == "release" else contextlib.nullcontext():
             self.trainer = Trainer(recipe, adapter, progress=lambda step: None)
         if released:
             self.trainer.optimizer = release.make_optimizer(self.trainer.optimizer)
@@ -71,10 +71,10 @@ class Worker:
         """Make a step under a counter of operators. FLOPs of ours are those of `reca check`, of these very samples."""
         recipe = self.trainer.recipe
         with Counter() as counter, counter.waits() as waits:
-            self.trainer.train_step(self.batches)
+            self._train_step()
         launches = counter.launches
         if self.cuda:  # layers may be compiled, which the counter sees operator by operator
-            launches, waits = _launches_and_waits(self.trainer, self.batches)
+            launches, waits = _launches_and_waits(self._train_step)
         flops, useful = counter.flops, 0.0
         if self.form == "ours":
             meta, fake = build_meta(recipe)
@@ -104,7 +104,7 @@ class Worker:
         with timed_trainer(self.trainer, self.parts), self.parts.step():
             with self.parts.part("waiting"):
                 self._load()
-            self.trainer.train_step(self.batches)
+            self._train_step()
         if self.cuda:
             torch.cuda.synchronize()
         wall, parts = time.perf_counter() - began, self.parts.seconds()
@@ -114,6 +114,11 @@ class Worker:
             "parts": parts,
             "peak": peak_memory(self.trainer.device),
         }
+
+    def _train_step(self) -> None:
+        """Make the step. In the released form autocast casts weights in every micro-batch."""
+        with contextlib.nullcontext() if self.form == "ours" else mock.patch.object(half_weights, "CAST", ()):
+            self.trainer.train_step(self.batches)
 
     def _load(self) -> dict[str, list]:
         made = self.trainer
@@ -134,13 +139,13 @@ def _event() -> Any:
     return event
 
 
-def _launches_and_waits(trainer: Trainer, batches: dict) -> tuple[int, list]:
+def _launches_and_waits(train_step: Callable[[], None]) -> tuple[int, list]:
     """Count the kernels that one step launches, and list what the host waits for in another."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
-        trainer.train_step(batches)
+        train_step()
     launched = sum(event.count for event in record.key_averages() if event.key.startswith(LAUNCHES))
     with _waits() as waits:
-        trainer.train_step(batches)
+        train_step()
     return launched, waits
 
 

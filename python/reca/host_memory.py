@@ -21,17 +21,31 @@ def available() -> int:
     return min(int(fields["MemAvailable"].split()[0]) << 10, *_cgroup_rests())
 
 
-def keep_freed() -> bool:
-    """Let the C library keep what is freed for what is allocated next, and give nothing back to the kernel.
+class FreedMemory:
+    """Lets the C library keep what is freed for the tensors of the next step.
 
-    A step allocates the same large tensors again and again; memory that comes anew from the kernel is cleared at its
-    first touch, page by page, which is about an eighth of a step on a CPU. Peak memory stays as it is, give or take
-    what no longer fits into gaps. Returns False for a C library that is not glibc, and is told nothing.
+    A step allocates the same large tensors again and again. Memory that comes anew from the kernel is cleared at its
+    first touch, page by page, about an eighth of a step on a CPU. A freed block may have become too small by some
+    bytes, where a small one that lives on has taken its end: blocks would add up without a limit. So what is free is
+    given back every TRIM_EVERY steps, which costs the first touches of one of them.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+    TRIM_EVERY = 20  # steps
+
+    def __init__(self) -> None:
+        self.kept = False
+
+    def keep(self) -> bool:
+        """Begin to keep what is freed. Returns False for a C library that is not glibc, which is left as it is."""
+        if platform.libc_ver()[0] == "glibc":
+            mallopt = ctypes.CDLL(None).mallopt
+            self.kept = bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+        return self.kept
+
+    def after_step(self, step: int) -> None:
+        """Give back what is free, if it is time."""
+        if self.kept and step % self.TRIM_EVERY == 0:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_rests() -> list[int]:

@@ -16,7 +16,6 @@ from reca import (
     fit,
     half_weights,
     hang,
-    host_memory,
     lora,
     memory,
     micro_batches,
@@ -33,6 +32,7 @@ from reca.diagnostics import Diagnostics, drift_tasks
 from reca.ema import EMA
 from reca.evaluations import Evaluations
 from reca.folders import ensure_writable
+from reca.host_memory import FreedMemory
 from reca.interruption import Interruption
 from reca.log import RunLog, due
 from reca.lora import choose_trained
@@ -81,8 +81,9 @@ class Trainer:
             torch.set_num_threads(recipe.train.threads)
         hang.record_collectives(self.run_dir)
         self.device = distributed.initialize(recipe.parallel.timeout_minutes)
+        self.freed = FreedMemory()
         if self.device.type == "cpu":
-            host_memory.keep_freed()
+            self.freed.keep()
         self.tasks, self.model_tasks = recipe.active_tasks(), (adapter or umm_package(recipe.umm).Adapter).tasks
         with distributed.fail_together():
             if distributed.rank() == 0:
@@ -243,6 +244,7 @@ class Trainer:
                 report.count_flops(batches)
                 started = time.perf_counter()
                 metrics = self.train_step(batches)
+                self.freed.after_step(self.step)
                 seconds = data_wait + time.perf_counter() - started
                 if self.step == first + 1:
                     distributed.set_timeout(step_timeout, self.device)

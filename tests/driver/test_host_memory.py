@@ -7,17 +7,23 @@ import textwrap
 
 import pytest
 
-# Prints the page faults of filling 64 MiB for the second time.
-FAULTS = """
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+
+START = """
     import ctypes, resource, sys
-    from reca.host_memory import keep_freed
+    from reca.host_memory import FreedMemory
 
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
+    libc.aligned_alloc.restype, libc.aligned_alloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
+    freed = FreedMemory()
     if sys.argv[1] == "keep":
-        assert keep_freed()
+        assert freed.keep()
+"""
 
+# Prints the page faults of filling 64 MiB for the second time.
+FAULTS = """
     def fill():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         memory = libc.malloc(64 << 20)
@@ -29,12 +35,35 @@ FAULTS = """
     print(fill())
 """
 
+# Prints the most MiB that came on top while a tensor of 16 MiB came and went with each step, and small ones stayed.
+GROWTH = """
+    import torch
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) >> 8
+
+    before, most, stay = resident(), 0, []
+    for step in range(1, 61):
+        tensor = torch.ones(4 << 20)
+        stay += [bytes(3000) for _ in range(50)] + [torch.ones(20000)]
+        del tensor
+        stay.append(bytes(2000))
+        freed.after_step(step)
+        most = max(most, resident() - before)
+    print(most)
+"""
+
+
+def run(program: str, how: str) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(START + program), how]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def test_freed_memory_is_used_again_without_page_faults():
-    def faults(how):
-        command = [sys.executable, "-c", textwrap.dedent(FAULTS), how]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert run(FAULTS, "give back") > 32  # 16,384 of 4 KiB, or 32 of 2 MiB
+    assert run(FAULTS, "keep") < 16
 
-    assert faults("give back") > 32  # 16,384 of 4 KiB, or 32 of 2 MiB
-    assert faults("keep") < 16
+
+def test_kept_memory_does_not_grow_without_end():
+    assert run(GROWTH.replace("freed.after_step(step)", ""), "keep") > 600  # what the next line is about
+    assert run(GROWTH, "keep") < 400

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reca import checkpoint, host_memory
+from reca import checkpoint
 from reca.config import Recipe
 from reca.demo.pretrain import Progress, scaled
 from reca.demo.splits import Split
+from reca.host_memory import FreedMemory
 from reca.models.base import Adapter
 from reca.recipe_files import absolute_paths, save_recipe
 
@@ -25,7 +26,8 @@ def optimize(
     done: int = 0,
 ) -> None:
     """Minimise loss(step). muon: those of `parameters` that Muon takes. done: steps made before, for progress."""
-    host_memory.keep_freed()
+    freed = FreedMemory()
+    freed.keep()
     parameters, muon = list(parameters), list(muon)
     known = {id(p) for p in muon}
     rest = [p for p in parameters if id(p) not in known]
@@ -43,6 +45,7 @@ def optimize(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        freed.after_step(step + 1)
         progress(done + step + 1, float(value.detach()))
 
 
