@@ -29,6 +29,7 @@ from reca.sampling_options import check_sampling_options, read_pairs
 
 log = logging.getLogger("reca")
 
+OFFERED = frozenset({"generate", "edit", "answer"})  # abilities of models that the page has a tab for
 MAX_UPLOAD = 32 * 2**20  # bytes of a picture
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
 MAX_WAITING = 16  # requests; one more is refused
@@ -53,7 +54,7 @@ class Requests:
 
     def __init__(self, sides: Sequence[Side]):
         self.sides = list(sides)
-        self.abilities = frozenset.intersection(*(side.model.abilities for side in sides))
+        self.abilities = OFFERED.intersection(*(side.model.abilities for side in sides))
 
     def generate(self, prompt: str, seed: int, sampling: str = "") -> list[Image.Image]:
         _check_text(prompt, seed)
@@ -128,7 +129,7 @@ def open_sides(
         if one.recipe is None:
             raise RecipeError(f"--against {against} is the folder of an evaluation; name a run, a recipe or base")
         abilities.append(umm_package(one.recipe.umm).Adapter.abilities)
-    if not frozenset.intersection(*abilities):
+    if not OFFERED.intersection(*abilities):
         raise RecipeError(f"{source} and {against} share no ability; name another model as --against")
     return [Side(_label(one), one.load(device)) for one in targets]
 
