@@ -17,7 +17,7 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f
 demo: $(READY)
 	$(BIN)/reca demo $(if $(WORLD),--world $(WORLD)) --umm $(UMM) --seeds $(SEEDS)
 
-# Train, evaluate beside the base model, and compare: in a minute or two, from random weights, to see that all of it runs.
+# Train, evaluate beside the base model, and compare, from random weights, to see that all of it runs.
 tiny: $(READY)
 	$(BIN)/reca train $(UMM)_tiny
 	$(BIN)/reca eval world runs/$(UMM)_tiny --against base
