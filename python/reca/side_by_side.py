@@ -5,6 +5,8 @@ one GPU where there are some.
 """
 
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -12,8 +14,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+from reca import exits
 
 POLL_SECONDS = 0.2
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -136,7 +141,7 @@ class _Workers:
 
     def start(self, job: Job) -> tuple[int, Future]:
         slot = self.idle.pop(0)
-        return slot, self.pools[slot].submit(job.work, *job.given)
+        return slot, self.pools[slot].submit(_work, job)
 
     def free(self, slot: int, broken: bool) -> None:
         """Take a slot back. Its process is replaced after a job that failed, which may have killed it."""
@@ -148,10 +153,27 @@ class _Workers:
 
 def _begin(gpu: str | None) -> None:
     """Set up a process of a slot."""
+    threading.Thread(target=_end_with_parent, args=(parent_process(),), daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for category in (FutureWarning, DeprecationWarning):  # of libraries, about their future versions
         warnings.simplefilter("ignore", category)
+
+
+def _end_with_parent(parent: BaseProcess) -> None:
+    """Send SIGTERM to this process when its parent is gone, which ends one that waits for a job: a run saves first."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _work(job: Job) -> Any:
+    """Do a job. The process ends with it if its parent is gone."""
+    try:
+        return job.work(*job.given)
+    finally:
+        parent = parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(exits.INTERRUPTED)
 
 
 def _import(modules: Sequence[str]) -> None:

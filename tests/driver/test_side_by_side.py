@@ -1,9 +1,13 @@
 """Jobs side by side in processes of their own: their order, their results, and what a failure stops."""
 
 import os
+import select
 import signal
+import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +25,12 @@ def report(folder, name, *needed):
 def wait_for(folder, mine, other):
     """End only if the other job runs at the same time."""
     (folder / mine).touch()
+    wait_until(lambda: (folder / other).exists())
+
+
+def wait_until(condition):
     until = time.monotonic() + 60
-    while not (folder / other).exists():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -49,10 +57,27 @@ def test_an_interruption_lets_jobs_save(tmp_path):
 
     with pytest.raises(SystemExit):
         side_by_side.run([Job("run", save_on_signal, (tmp_path,))], [None], on_wait=interrupt)
-    until = time.monotonic() + 60
-    while not (tmp_path / "saved").exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: (tmp_path / "saved").exists())
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    """A run saves first; a process that waits for a job just ends."""
+    code = f"""
+        from pathlib import Path
+        from reca.side_by_side import Job, run
+        from tests.driver.test_side_by_side import report, save_on_signal
+        folder = Path({str(tmp_path)!r})
+        run([Job("run", save_on_signal, (folder,)), Job("short", report, (folder, "short"))], [None, None])
+    """
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2])
+    wait_until(lambda: (tmp_path / "running").exists() and (tmp_path / "short").exists())
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    ended = [os.pidfd_open(int(pid)) for pid in children]
+    assert len(ended) >= 2
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: len(select.select(ended, [], [], 0)[0]) == len(ended))
+    assert (tmp_path / "saved").exists()
 
 
 def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
             jobs += [Job(f"{seed}/{arm.name}", post_train, (case, arm, start), (ready,)) for arm in own]
             jobs.append(Job(f"{seed}/{start.name}", measure_start, (case, start), (ready,)))
     total = len(seeds) * (steps * len(beginnings) + train_steps * len(trained))
-    with tqdm(total=total, unit="step", desc="demo", smoothing=0.05) as bar:
+    with tqdm(total=total, unit="step", desc="demo", smoothing=0.05, disable=None) as bar:
 
         def ended(job: Job, found: Outcome | Curve | Failure) -> None:
             seed, name = job.name.split("/")[:2]

@@ -33,7 +33,8 @@ def run(
     jobs = [Job(task.name, work, (task,), tuple(name for name in task.after if name not in results)) for task in left]
     budget = {task.name: steps(task) for task in left}
     looked = 0.0
-    with tqdm(total=sum(budget.values()), unit="step", desc=study.name, smoothing=0.05, disable=not left) as bar:
+    hidden = None if left else True  # None: where the output is no terminal
+    with tqdm(total=sum(budget.values()), unit="step", desc=study.name, smoothing=0.05, disable=hidden) as bar:
 
         def ended(job: Job, found: Any) -> None:
             results[job.name] = {"failed": str(found)} if isinstance(found, Failure) else found
