@@ -1,13 +1,14 @@
-"""python -m benchmarks.docs: write the measured figures into README.md and docs/kernels/*.md.
+"""python -m benchmarks.docs: write the measured figures into README.md and pages of docs/.
 
 Text between `<!-- measured: NAME -->` and `<!-- /measured -->` is made from benchmarks/results and never typed. NAME is
-an op, `kernels` for one table of all ops, or `step` for whole training steps.
+an op, `kernels` for one table of all ops, `step` for whole training steps, or `data` for loaders.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.data import rows as data
 from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, all_results, complete
 from benchmarks.step import report as step
 
@@ -18,7 +19,8 @@ NO_GPU = "Not measured yet on a GPU: `python -m benchmarks --device cuda` does i
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    return [root / "README.md", root / "docs" / "step.md", *sorted((root / "docs" / "kernels").glob("*.md"))]
+    own = [root / "docs" / name for name in ("step.md", "data_speed.md")]
+    return [root / "README.md", *own, *sorted((root / "docs" / "kernels").glob("*.md"))]
 
 
 def filled(page: Path, folder: Path = RESULTS) -> str:
@@ -31,7 +33,11 @@ def filled(page: Path, folder: Path = RESULTS) -> str:
         raise ValueError(
             f"{page} has no place for its figures; add lines '<!-- measured: {page.stem} -->' and '<!-- /measured -->'"
         )
-    sections = {"kernels": lambda: summary(folder), "step": lambda: step.section(folder / step.FOLDER.name)}
+    sections = {
+        "kernels": lambda: summary(folder),
+        "step": lambda: step.section(folder / step.FOLDER.name),
+        "data": lambda: data.section(folder / data.FOLDER.name),
+    }
     return MARKED.sub(lambda m: m[1] + sections.get(m[2], lambda: of_op(m[2], folder))() + m[3], text)
 
 

@@ -77,13 +77,18 @@ def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
         writer.writerows(map(asdict, rows))
 
 
+def files(folder: Path) -> list[Path]:
+    """List the result files of a folder, the CPU's first."""
+    return sorted(folder.glob("*.csv"), key=lambda path: (path.stem != "cpu", path.stem))
+
+
 def all_results(device_type: str, folder: Path = RESULTS) -> list[list[Row]]:
     """Return the rows of every result file of that kind of device, oldest first.
 
     cpu.csv is a CPU's, all others are GPUs'.
     """
-    files = [path for path in sorted(folder.glob("*.csv")) if (path.stem == "cpu") == (device_type == "cpu")]
-    return sorted(filter(None, map(read, files)), key=lambda rows: max(row.date for row in rows))
+    paths = [path for path in files(folder) if (path.stem == "cpu") == (device_type == "cpu")]
+    return sorted(filter(None, map(read, paths)), key=lambda rows: max(row.date for row in rows))
 
 
 def complete(rows: list[Row]) -> list[Row]:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import docs
 from benchmarks.data import pictures
 from benchmarks.data.loaders import Way, ways
-from benchmarks.data.rows import FOLDER, PAGE, Row, page, write
+from benchmarks.data.rows import FOLDER, PAGE, Row, write
 from benchmarks.devices import Cpu, Cuda
 from benchmarks.runner import facts, percentiles
 
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
     write(path, rows)
     print(f"wrote {path}")
     if options.out is None:
-        PAGE.write_text(page(PAGE.read_text()))
+        PAGE.write_text(docs.filled(PAGE))
         print(f"wrote {PAGE}")
 
 

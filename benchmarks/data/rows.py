@@ -1,14 +1,13 @@
-"""The rows of measured loaders, results/data/DEVICE.csv, and the page that is made of them."""
+"""The rows of measured loaders, results/data/DEVICE.csv, and the figures of docs/data_speed.md."""
 
-import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import rows
 from benchmarks.rows import OURS, RESULTS
 
 FOLDER = RESULTS / "data"
 PAGE = Path(__file__).parents[2] / "docs" / "data_speed.md"
-BEGIN, END = "<!-- measured: data -->\n", "<!-- /measured -->"
 NO_GPU = "**GPU.** Not measured yet on a GPU: `python -m benchmarks.data --device cuda` does it."
 
 
@@ -46,39 +45,25 @@ class Row:
         return 1e3 / self.ms_p50
 
 
-NUMBERS = {"jpeg": int, "gen": int, "und": int, "largest_off": int, "threads": int} | dict.fromkeys(
-    ("ms_p50", "ms_p20", "ms_p80", "cpu_ms", "off_by_more"), float
-)
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+def write(path: Path, made: list[Row]) -> None:
+    rows.write(path, made, Row)
 
 
 def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [
-            Row(**{name: NUMBERS[name](text) if name in NUMBERS and text else text for name, text in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    return rows.read(path, Row)
 
 
-def page(text: str, folder: Path = FOLDER) -> str:
-    """Return the page with the figures of the result files between its markers."""
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    paths = sorted(folder.glob("*.csv"), key=lambda path: (path.stem != "cpu", path.stem))
+def section(folder: Path = FOLDER) -> str:
+    """Return the measured part of docs/data_speed.md."""
+    paths = rows.files(folder)
     parts = [_section(read(path), path.stem == "cpu") for path in paths]
     if all(path.stem == "cpu" for path in paths):
         parts.append(NO_GPU + "\n")
-    return text[:begin] + "\n".join(parts) + text[end:]
+    return "\n".join(parts)
 
 
-def _section(rows: list[Row], cpu: bool) -> str:
-    row = rows[0]
+def _section(measured: list[Row], cpu: bool) -> str:
+    row = measured[0]
     what = "CPU time of one thread" if cpu else "Wall time"
     rate = "images/s a core" if cpu else "images/s"
     lines = [
@@ -87,14 +72,14 @@ def _section(rows: list[Row], cpu: bool) -> str:
         "",
         f"| JPEG | by | {rate} | ms an image | to ours | largest difference to Pillow | off by more than 1 |",
         "|---|---|---|---|---|---|---|",
-        *(_line(row, rows) for row in rows if row.ms_p50 != ""),
+        *(_line(row, measured) for row in measured if row.ms_p50 != ""),
     ]
-    absent = dict.fromkeys(f"{row.by}: {row.note}" for row in rows if row.note)
+    absent = dict.fromkeys(f"{row.by}: {row.note}" for row in measured if row.note)
     return "\n".join(lines) + "\n" + (f"\nNot run: {'; '.join(absent)}.\n" if absent else "")
 
 
-def _line(row: Row, rows: list[Row]) -> str:
-    best = min(r.ms_p50 for r in rows if r.jpeg == row.jpeg and r.by.startswith(OURS) and r.ms_p50 != "")
+def _line(row: Row, measured: list[Row]) -> str:
+    best = min(r.ms_p50 for r in measured if r.jpeg == row.jpeg and r.by.startswith(OURS) and r.ms_p50 != "")
     cells = [
         f"{row.jpeg} px",
         f"**{row.by}**" if row.by.startswith(OURS) else row.by,

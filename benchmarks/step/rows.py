@@ -108,5 +108,4 @@ def merged(path: Path, made: list[StepRow]) -> list[StepRow]:
 
 def all_results(folder: Path = FOLDER) -> list[list[StepRow]]:
     """Return the rows of every file, the CPU's first."""
-    files = sorted(folder.glob("*.csv"), key=lambda path: (path.stem != "cpu", path.stem))
-    return [found for found in map(read, files) if found]
+    return [found for found in map(read, rows.files(folder)) if found]

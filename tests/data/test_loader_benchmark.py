@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks import docs
 from benchmarks.data import rows
 from benchmarks.data.__main__ import measure, show
 from benchmarks.data.loaders import Way, ways
@@ -13,7 +14,7 @@ from benchmarks.runner import facts
 
 
 def test_the_committed_page_is_that_of_the_results():
-    assert rows.PAGE.read_text() == rows.page(rows.PAGE.read_text()), "out of date: python -m benchmarks.data"
+    assert rows.PAGE.read_text() == docs.filled(rows.PAGE), "out of date: python -m benchmarks.docs"
 
 
 def test_loaders_make_as_many_views_of_the_asked_sizes(tmp_path):
@@ -47,12 +48,14 @@ def test_a_measured_row(measured):
 def test_files_and_page(tmp_path, measured):
     for row in measured:
         row.note = row.note or ""
-    rows.write(tmp_path / "cpu.csv", measured)
-    assert rows.read(tmp_path / "cpu.csv") == measured
-    text = f"# Title\n{rows.BEGIN}of yesterday\n{rows.END}\nafter\n"
-    page = rows.page(text, tmp_path)
-    assert page.startswith("# Title\n") and page.endswith(f"{rows.END}\nafter\n") and "yesterday" not in page
-    assert "| 40 px | **ours: Pillow** |" in page and rows.NO_GPU in page and rows.page(page, tmp_path) == page
-    rows.write(tmp_path / "nvidia_fake.csv", [replace(row, device="NVIDIA Fake", clock="wall") for row in measured])
-    both = rows.page(text, tmp_path)
+    results, path = tmp_path / "data", tmp_path / "page.md"
+    rows.write(results / "cpu.csv", measured)
+    assert rows.read(results / "cpu.csv") == measured
+    path.write_text("# Title\n<!-- measured: data -->\nof yesterday\n<!-- /measured -->\nafter\n")
+    page = docs.filled(path, tmp_path)
+    assert page.startswith("# Title\n") and page.endswith("<!-- /measured -->\nafter\n") and "yesterday" not in page
+    path.write_text(page)
+    assert "| 40 px | **ours: Pillow** |" in page and rows.NO_GPU in page and docs.filled(path, tmp_path) == page
+    rows.write(results / "nvidia_fake.csv", [replace(row, device="NVIDIA Fake", clock="wall") for row in measured])
+    both = docs.filled(path, tmp_path)
     assert "**GPU.** NVIDIA Fake" in both and rows.NO_GPU not in both
