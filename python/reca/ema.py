@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from reca.models.base import Adapter
+from reca.models.common.deferred_weights import local_part
 
 
 class EMA:
@@ -37,7 +37,7 @@ class EMA:
         self.updates += 1
         weight = newest_weight(self.updates, self.half_life)
         for name, average in self.averages.items():
-            _local(average).lerp_(_local(self.parameters[name]).float(), weight)
+            local_part(average).lerp_(local_part(self.parameters[name]).float(), weight)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds beside the averages."""
@@ -52,8 +52,3 @@ def newest_weight(updates: int, half_life: float) -> float:
     """Return the weight of the newest step in the average of `updates`: 1, falling towards 1 - 2^(-1/half_life)."""
     rate = math.log(2) / half_life
     return math.expm1(-rate) / math.expm1(-rate * updates)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, with the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

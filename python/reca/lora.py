@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from reca.config import LoraConfig, Recipe
 from reca.models.base import Adapter
-from reca.models.common.deferred_weights import own_rows
+from reca.models.common.deferred_weights import local_part, own_rows
 from reca.models.common.exporting import export_to
 from reca.optim import freeze
 from reca.optim.gradients import HALVES
@@ -120,16 +119,16 @@ def reset(adapter: Adapter, seed: int) -> None:
         generator = torch.Generator().manual_seed(CounterRNG(seed, zlib.crc32(name.encode())).seed)
         drawn = (torch.rand(first.shape, generator=generator) * 2 - 1) / first.shape[1] ** 0.5
         with torch.no_grad():
-            _local(first).copy_(drawn[own_rows(first)])
-            _local(second).zero_()
+            local_part(first).copy_(drawn[own_rows(first)])
+            local_part(second).zero_()
             if NAME in layer.lora_magnitude_vector and not base.is_meta:
-                norms = _row_norms(_local(base).float())
+                norms = _row_norms(local_part(base).float())
                 if not norms.all():
                     raise ValueError(
                         f"lora.dora=true divides by the norms of rows, and {name}.weight has rows of zeros, as layers "
                         "have before any training: leave such layers out by lora.targets, or set lora.dora=false"
                     )
-                _local(layer.lora_magnitude_vector[NAME].weight).copy_(norms)
+                local_part(layer.lora_magnitude_vector[NAME].weight).copy_(norms)
 
 
 def is_lora(name: str) -> bool:
@@ -210,7 +209,7 @@ def merge_tensors(adapter: Adapter, tensors: dict[str, Tensor], config: LoraConf
             continue
         norms = tensors.get(f"{layer}.lora_magnitude_vector.{NAME}.weight")
         weight, b = weights[f"{layer}.weight"], tensors[f"{layer}.lora_B.{NAME}.weight"]
-        rows, own = own_rows(weight), _local(weight.detach())
+        rows, own = own_rows(weight), local_part(weight.detach())
         own.copy_(merged_weight(own.cpu(), tensors[name], b[rows], config, None if norms is None else norms[rows]))
         changed.append(f"{layer}.weight")
     return frozenset(changed)
@@ -264,11 +263,6 @@ def _give_memory(layer: Any) -> None:
     for part in (*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_magnitude_vector.values()):
         if part.weight.is_meta and not isinstance(part.weight, FakeTensor):
             part.weight = nn.Parameter(torch.zeros(part.weight.shape, dtype=part.weight.dtype))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's rows, themselves and no copy. Only without gradients."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _peft() -> Any:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from reca import distributed, exits, objective
 from reca.config import LogConfig, Recipe
 from reca.data.batch import Batch
 from reca.folders import ensure_writable
 from reca.models.base import Adapter
+from reca.models.common.deferred_weights import local_part
 from reca.skipped_steps import NonFiniteError
 from reca.status import is_locked
 from reca.trainer import Trainer
@@ -234,7 +234,7 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
         if parameter.requires_grad:
             squares.setdefault(roles[name], torch.zeros((), device=trainer.device, dtype=torch.float64))
             if parameter.grad is not None:
-                squares[roles[name]] += _local(parameter.grad).double().square().sum()
+                squares[roles[name]] += local_part(parameter.grad).double().square().sum()
     trainer.optimizer.zero_grad(set_to_none=True)
     norms = distributed.sum_over_ranks(torch.stack(list(squares.values()))).sqrt().tolist()
     means = objective.means({task: distributed.sum_over_ranks(value) for task, value in sums.items()}, trainer.tasks)
@@ -244,10 +244,6 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
 @torch.no_grad()
 def _size(adapter: Adapter) -> float:
     """Compute the root mean square of the trained parameters, or of this rank's part of them."""
-    parts = [_local(parameter) for parameter in adapter.parameters() if parameter.requires_grad]
+    parts = [local_part(parameter) for parameter in adapter.parameters() if parameter.requires_grad]
     squares = torch.stack([part.double().square().sum() for part in parts]).sum()
     return float((squares / max(1, sum(part.numel() for part in parts))).sqrt())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from reca.config import OptimConfig
-from reca.models.common.deferred_weights import own_rows
+from reca.models.common.deferred_weights import local_part, own_rows
 from reca.optim import moments
 from reca.rng import CounterRNG
 
@@ -63,13 +63,13 @@ class AdamW(torch.optim.Optimizer):
             return tensor
         tensor = tensor.to("cpu")
         if torch.cuda.is_available():
-            local = _local(tensor)
+            local = local_part(tensor)
             local.set_(local.pin_memory().untyped_storage(), 0, local.shape, local.stride())
         return tensor
 
     def _fill_with_zero_codes(self, codes: Tensor, signed: bool) -> None:
         zero, _ = moments.quantize(torch.zeros(1, 1, device=codes.device), signed)
-        _local(codes).fill_(int(zero))
+        local_part(codes).fill_(int(zero))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -87,13 +87,13 @@ class AdamW(torch.optim.Optimizer):
         tensors = {"parameter": parameter, "gradient": parameter.grad} | {
             name: tensor for name, tensor in state.items() if name != "step"
         }
-        local = {name: _as_rows(_local(tensor)) for name, tensor in tensors.items()}
+        local = {name: _as_rows(local_part(tensor)) for name, tensor in tensors.items()}
         seed, offset = self.seeds[parameter] + state["step"].long(), own_rows(parameter).start or 0
         length = max(1, PIECE // max(1, local["parameter"].shape[1]) // ALIGNED) * ALIGNED
         for first in range(0, local["parameter"].shape[0], length):
             piece = {name: tensor[first : first + length] for name, tensor in local.items()}
             self._update_piece(piece, group, state["step"], seed, offset + first, skip)
-        if not (shard := _local(parameter)).is_contiguous():
+        if not (shard := local_part(parameter)).is_contiguous():
             shard.copy_(local["parameter"].view(shard.shape))  # what was stepped was a copy
         if skip is not None:
             state["step"] -= skip
@@ -164,11 +164,6 @@ class AdamW(torch.optim.Optimizer):
             for name, tensor in self.state[parameter].items():
                 if (given := state_dict["state"][number][name]) is not tensor:
                     tensor.copy_(given)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, itself and not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

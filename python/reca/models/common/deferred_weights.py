@@ -64,7 +64,7 @@ class DeferredWeights:
         _give_memory(module, device)
         for name, parameter in module.named_parameters():
             rows = own_rows(parameter)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = local_part(parameter)
             if name in self.files:
                 local.copy_(self.files.pop(name)[rows])
                 continue
@@ -120,6 +120,11 @@ def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
     dist.broadcast(whole, 0)
     return whole
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, with the same memory and without its graph."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def own_rows(parameter: nn.Parameter) -> slice:
