@@ -179,6 +179,13 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
     return adapter.eval()
 
 
+def load_start(recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
+    """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`."""
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
+    load_parent(adapter, recipe)
+    return adapter.eval()
+
+
 def load_parent(adapter: Adapter, recipe: Recipe) -> None:
     """Load the checkpoint of the run that `train.init_from` names on top of the published weights.
 

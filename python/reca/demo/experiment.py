@@ -15,17 +15,14 @@ from reca import side_by_side
 from reca.demo import before_after, report
 from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.compare_page import compare_page
-from reca.demo.measure import Measured, measure
-from reca.demo.pretrain import DemoSetup, demo_setup, scaled
+from reca.demo.measure import Measured, measure, spacing
+from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.world import World, load_world
-from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
-from reca.runs import load_parent
+from reca.runs import load_start
 from reca.side_by_side import Failure, Job
 from reca.trainer import Trainer
-
-SPARSEST = 10  # every tenth prompt still covers every category
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     path = report.write(results, umm, world, out, scale)
     first, run_dir = results[0], Case(umm, world.name, 0, out).folder("RECA")
     suite = f"world?world={world.name}&seed=0"
-    page = compare_page(suite, first[BEFORE], first["RECA"], run_dir, out, _every(scale))
+    page = compare_page(suite, first[BEFORE], first["RECA"], run_dir, out, spacing(scale))
     print(f"\nreport of all arms: {path.resolve()}")
     print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
     print(report.summary(results))
@@ -141,14 +138,12 @@ def measure_start(case: Case, start: Start) -> Outcome:
     """Measure what was saved."""
     started = time.perf_counter()
     recipe = load_recipe(case.setup.recipe, [*start.overrides, _init_override(case, start)])
-    model = umm_package(case.umm).Adapter.load(recipe.model)
-    load_parent(model, recipe)
-    return Outcome(_measure(model, case), [], time.perf_counter() - started)
+    return Outcome(_measure(load_start(recipe), case), [], time.perf_counter() - started)
 
 
 def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
     """Post-train by the driver, as `reca train` would, and measure."""
-    started, setup, world, run_dir = time.perf_counter(), case.setup, load_world(case.world), case.folder(arm.name)
+    started, setup, run_dir = time.perf_counter(), case.setup, case.folder(arm.name)
     cache = [f"data.cache={case.folder('features')}"] if setup.cached else []
     recipe = load_recipe(
         setup.recipe,
@@ -156,12 +151,7 @@ def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
             *start.overrides,
             _init_override(case, start),
             f"run_dir={run_dir}",
-            f"train.seed={case.seed}",
-            f"train.steps={scaled(load_recipe(setup.recipe).train.steps, case.scale)}",
-            "train.threads=1",
-            f"data.images={world.spec('unlabeled', case.seed)}",
-            f"data.conversations={world.spec('understood', case.seed)}",
-            "data.workers=0",
+            *run_overrides(setup.recipe, load_world(case.world), case.seed, case.scale),
             *cache,
             *(text.format(seed=case.seed) for text in arm.overrides),
         ],
@@ -182,12 +172,7 @@ def _init_override(case: Case, start: Start) -> str:
 
 
 def _measure(model: Adapter, case: Case) -> Measured:
-    return measure(model, load_world(case.world), case.seed, case.setup.sampling, _every(case.scale))
-
-
-def _every(scale: float) -> int:
-    """Say which share of the prompts is drawn: every n-th."""
-    return min(max(1, round(1 / scale)), SPARSEST)
+    return measure(model, load_world(case.world), case.seed, case.setup.sampling, spacing(case.scale))
 
 
 def _line(measured: Measured) -> str:

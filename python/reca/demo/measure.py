@@ -13,6 +13,7 @@ from reca.demo.world import World
 from reca.models.base import Adapter
 
 QUESTION = "what is this"
+SPARSEST = 10  # every tenth prompt still covers every category
 
 
 class Rate(NamedTuple):
@@ -40,6 +41,11 @@ class Measured(NamedTuple):
     rates: dict[str, Rate]
     overall: float  # mean over the categories
     samples: list[tuple[str, Tensor, bool]]  # prompt, image, verdict
+
+
+def spacing(scale: float) -> int:
+    """Return `every` of `measure` for a share of the prompts."""
+    return min(max(1, round(1 / scale)), SPARSEST)
 
 
 def measure(model: Adapter, world: World, seed: int, sampling: dict[str, Any], every: int = 1) -> Measured:

@@ -12,11 +12,10 @@ from reca import checkpoint
 from reca.config import Recipe
 from reca.eval.errors import EvaluationError
 from reca.eval.generate import weights_hash, write
-from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.recipe_files import as_dict
-from reca.runs import is_run, load_parent, load_trained, published_fingerprints, recipe_of
+from reca.runs import is_run, load_start, load_trained, published_fingerprints, recipe_of
 
 BASE = "base"
 GENERATION = "generation.json"
@@ -43,9 +42,7 @@ class Target:
         if self.trained:
             return load_trained(Path(self.source), self.recipe, device, self.ema)
         warn_of_random_weights(self.source, self.recipe.model)
-        model = umm_package(self.recipe.umm).Adapter.load(self.recipe.model, device)
-        load_parent(model, self.recipe)
-        return model.eval()
+        return load_start(self.recipe, device)
 
     def step(self) -> int | None:
         newest = checkpoint.latest(Path(self.source)) if self.trained else None

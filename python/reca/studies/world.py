@@ -9,22 +9,20 @@ from typing import Any
 
 import torch
 
+from reca import runs
 from reca.demo.captions import caption
-from reca.demo.measure import Measured, measure
-from reca.demo.pretrain import demo_setup, scaled
+from reca.demo.measure import Measured, measure, spacing
+from reca.demo.pretrain import demo_setup, run_overrides, scaled
 from reca.demo.pretrain.optimize import save_as_run
 from reca.demo.scene import Scene
 from reca.image_grid import make_grid
-from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
-from reca.runs import load_parent
 from reca.studies.task import Task
 from reca.toy_world import WORLD
 
 SPECS = {name: WORLD.spec(name, "{seed}") for name in ("captioned", "understood", "unlabeled")}
 MEASURES = ("overall", "seen", "held-out", "two", "position", "understanding")
-SPARSEST = 10  # every tenth prompt still covers every category
 
 
 def recipe(umm: str) -> str:
@@ -44,15 +42,8 @@ def init_override(umm: str, start: Path) -> str:
 
 def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
-    return (
-        f"train.seed={seed}",
-        f"train.steps={scaled(load_recipe(name).train.steps, scale)}",
-        "train.threads=1",
-        f"data.images={SPECS['unlabeled'].format(seed=seed)}",
-        f"data.conversations={SPECS['understood'].format(seed=seed)}",
-        f"data.captions={SPECS['unlabeled'].format(seed=seed)}&caption_detail=sparse",
-        "data.workers=0",
-    )
+    captions = WORLD.spec("unlabeled", seed, "sparse")
+    return *run_overrides(name, WORLD, seed, scale), f"data.captions={captions}"
 
 
 def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, float]]:
@@ -79,10 +70,7 @@ def start_steps(umm: str, scale: float) -> int:
 
 def load_start(umm: str, name: str, folder: Path) -> Adapter:
     """Load a pre-trained model."""
-    made = load_recipe(name, [init_override(umm, folder)])
-    model = umm_package(umm).Adapter.load(made.model)
-    load_parent(model, made)
-    return model
+    return runs.load_start(load_recipe(name, [init_override(umm, folder)]))
 
 
 def _swap_red_and_blue(task: Task) -> None:
@@ -112,9 +100,7 @@ VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue
 
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
     """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
-    found = measure(
-        model, WORLD, task.seed, demo_setup(task.umm, WORLD).sampling, min(max(1, round(1 / task.scale)), SPARSEST)
-    )
+    found = measure(model, WORLD, task.seed, demo_setup(task.umm, WORLD).sampling, spacing(task.scale))
     task.folder.mkdir(parents=True, exist_ok=True)
     _write_images(found, task.seed, task.folder)
     named = {name: f"{name}, all" if name in WORLD.categories else name for name in MEASURES}

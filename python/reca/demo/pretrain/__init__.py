@@ -14,6 +14,7 @@ from reca.config import Recipe
 from reca.demo.world import World
 from reca.models.base import Adapter
 from reca.options import RecipeError
+from reca.recipe_files import load_recipe
 
 Progress = Callable[[int, float], None]  # (step, loss)
 
@@ -67,6 +68,18 @@ def demo_setup(umm: str, world: World) -> DemoSetup:
             f"{', '.join(world.umms)}, or give another --world (WORLD=)"
         )
     return import_module(f"reca.demo.pretrain.{umm}").SETUPS[world.name]
+
+
+def run_overrides(recipe: str, world: World, seed: int, scale: float) -> tuple[str, ...]:
+    """Return the overrides by which all arms of an experiment run a recipe in a world, on one thread each."""
+    return (
+        f"train.seed={seed}",
+        f"train.steps={scaled(load_recipe(recipe).train.steps, scale)}",
+        "train.threads=1",
+        f"data.images={world.spec('unlabeled', seed)}",
+        f"data.conversations={world.spec('understood', seed)}",
+        "data.workers=0",
+    )
 
 
 def scaled(count: int, scale: float, least: int = 2) -> int:
