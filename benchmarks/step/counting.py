@@ -36,7 +36,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def waits(self) -> Iterator[list[str]]:
-        """List operators of the forward and backward passes whose results depend on numbers: a GPU is waited for."""
+        """List operators of both passes that synchronise host and GPU: what they return depends on data."""
         inner, found = objective.backward, []
 
         def backward(*args: Any, **kwargs: Any) -> Any:

@@ -107,7 +107,7 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
     for ours, release in found:
         rest = [row.seconds_p50 - row.optimizer for row in (release, ours)]
         target = target_of(ours)
-        told = "; ".join(
+        targets = "; ".join(
             f"{v.what} {v.target:.2f}: **{v.measured:.2f}**, {'met' if v.met else 'not met'}"
             for v in verdicts(ours, release)
         )
@@ -118,7 +118,7 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
             f"{rest[0] / rest[1]:.2f}",
             f"{release.flops / ours.flops:.2f}",
             f"{ours.peak_gib / release.peak_gib:.2f}",
-            told,
+            targets,
             target.predicted if target else "",
         ]
         yield f"| {' | '.join(cells)} |"

@@ -30,7 +30,7 @@ PURPOSE = 0x5EED  # keeps random numbers of held-out pictures apart from those o
 
 
 def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
-    """Open what a run trains on, by task, and under HELD_OUT the pictures that it holds out, if it does.
+    """Open what a run trains on, by task, and under HELD_OUT its held-out images, if there are any.
 
     Raises DataError, and RecipeError for eval.holdout_from without a number of pictures.
     """

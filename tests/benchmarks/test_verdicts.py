@@ -37,7 +37,7 @@ def test_every_case_is_one_line_beside_its_target(tmp_path):
     assert (noise.rival, noise.ratio, noise.target, noise.met) == ("none ran", None, "", "")
     assert whole.what == "step of show_o, real" and whole.rival == "release 1.1 s" and whole.met == "yes"
     assert (round(whole.ratio, 6), whole.share) == (2.2, 0.6)
-    told = verdicts.table("cuda", tmp_path).splitlines()
-    assert len(told) == 4 and told[0].split()[-2:] == ["target", "met"]
-    assert told[3].split() == "step of show_o, real 0.5 s release 1.1 s 2.20 x 60 % 55 % and 2 x yes".split()
+    lines = verdicts.table("cuda", tmp_path).splitlines()
+    assert len(lines) == 4 and lines[0].split()[-2:] == ["target", "met"]
+    assert lines[3].split() == "step of show_o, real 0.5 s release 1.1 s 2.20 x 60 % 55 % and 2 x yes".split()
     assert verdicts.verdicts("cpu", tmp_path) == []

@@ -1,4 +1,4 @@
-"""A whole step: both formulations are the same mathematics, and what is measured of them is told as it was."""
+"""A whole step: both formulations are the same mathematics, and what is measured of them is reported as it was."""
 
 import pytest
 import torch
@@ -153,9 +153,9 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     ours, released = read(path)
     assert (ours.images_per_s, ours.product_share, ours.mfu, ours.roofline_s) == (0.25, 1.0, 0.75, 9.0)
     assert [(v.measured, v.met) for v in verdicts(ours, released)] == [(1.0, True), (1.5, True), (0.5, True)]
-    told = report.section(path.parent)
-    assert "| bagel | release | **1.50** | 1.50 | 1.00 | 0.50 |" in told and "| bagel | narrow, cpu |" not in told
-    assert "| harmon | narrow, cpu | 1.25 | 95 % |" in told and "| bagel | real, cuda | 2 | 55 % | 0.6 |" in told
+    text = report.section(path.parent)
+    assert "| bagel | release | **1.50** | 1.50 | 1.00 | 0.50 |" in text and "| bagel | narrow, cpu |" not in text
+    assert "| harmon | narrow, cpu | 1.25 | 95 % |" in text and "| bagel | real, cuda | 2 | 55 % | 0.6 |" in text
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
 
 

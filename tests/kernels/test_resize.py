@@ -22,14 +22,14 @@ needs_order = pytest.mark.skipif(
 
 def problem(seed):
     """An image, a size, a filter and a box, or None."""
-    chance = random.Random(seed)
-    width, height, across, down = (chance.randint(1, 150) for _ in range(4))
-    left, top = chance.uniform(0, width * 0.6), chance.uniform(0, height * 0.6)
-    box = (left, top, chance.uniform(left + 0.1, width), chance.uniform(top + 0.1, height))
+    rng = random.Random(seed)
+    width, height, across, down = (rng.randint(1, 150) for _ in range(4))
+    left, top = rng.uniform(0, width * 0.6), rng.uniform(0, height * 0.6)
+    box = (left, top, rng.uniform(left + 0.1, width), rng.uniform(top + 0.1, height))
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     if seed % 3 == 0:
         noise = noise // 128 * 255  # sharp edges: the filter leaves 0..255
-    return noise, (across, down), chance.choice(list(RESAMPLE)), box if seed % 2 else None
+    return noise, (across, down), rng.choice(list(RESAMPLE)), box if seed % 2 else None
 
 
 def pillow(pixels, size, name, box):

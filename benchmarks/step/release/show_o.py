@@ -65,7 +65,7 @@ def prompt_ids(self: ShowO, prepared: Prepared) -> Tensor:
 def attention_mask(ids: Tensor, pad: int, visual: int, image: int) -> Tensor:
     """Return what is added to the scores, [B, 1, L, L]: causal, h_v seen by all, image rows by each other, no padding.
 
-    ids: without the rows of h_v, which stand behind the second.
+    ids: without the tokens of h_v, which follow the second.
     """
     length = ids.shape[1] + visual
     place = torch.arange(length, device=ids.device)

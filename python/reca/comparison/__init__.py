@@ -3,7 +3,7 @@
     sides.py    what BEFORE and AFTER name: a run, the model a run started from, the folder of an evaluation
     weights.py  which tensors training changed, and whether understanding uses one of them
     curves.py   losses and settings of both
-    triplets.py pictures that both reconstruct
+    triplets.py images that both reconstruct
     page.py     the page
 
 comparison.json:

@@ -1,4 +1,4 @@
-"""Pictures that are set aside: no task trains on them, and which they are depends on a seed alone."""
+"""Held-out images: no task trains on them, and which they are depends on a seed alone."""
 
 from collections.abc import Iterable, Mapping
 

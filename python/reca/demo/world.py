@@ -35,7 +35,7 @@ class World:
     things           every pair of a colour and a kind
     held_out         seed -> the things that captions never show
     splits           name -> seed -> split: captioned (what is drawn from captions), understood (what the understanding
-                     side is told of), unlabeled (what post-training reconstructs) and unseen (what no training sees)
+                     side can name), unlabeled (what post-training reconstructs) and unseen (what no training sees)
     codec_split      the split that an image tokenizer is fitted to
     prompts          seed -> what a model is asked to draw
     categories       of prompts; "overall" is the mean over them

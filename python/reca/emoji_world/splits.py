@@ -1,4 +1,4 @@
-"""Splits of the emoji world: every thing as the picture that is asked for, and as ones that differ from it."""
+"""Splits of the emoji world: every thing as the image that prompts ask for, and as images that differ from it."""
 
 from functools import lru_cache
 
@@ -8,7 +8,7 @@ from reca.demo.scene import Scene, Thing, draw_held_out
 from reca.demo.splits import Split
 from reca.emoji_world.artwork import HUES, KINDS, THINGS, draw
 
-VIEWS = 3  # pictures of a thing that understanding is told of: one in the middle, and others
+VIEWS = 3  # images of a thing that understanding learns to name: one in the middle, and others
 SIZES, SHIFT, GROUNDS = (0.74, 0.94), 0.05, (8, 48)  # of the others
 
 
@@ -46,7 +46,7 @@ def captioned(seed: int) -> Split:
 
 
 def understood(seed: int) -> Split:
-    """Make the split that the understanding side is told of: without held-out pairs, either."""
+    """Make the split that the understanding side learns to name: without held-out pairs, either."""
     return Pictures("understood", seed, _seen(seed), VIEWS, range(1, VIEWS))
 
 

@@ -30,7 +30,7 @@ FAILURES = (EvaluationError, OSError, distributed.PeerFailed)  # of images, judg
 
 
 class Scored(NamedTuple):
-    """Results of a suite, on rank 0: as `reca.eval` says, and the pictures that they are of."""
+    """Results of a suite, on rank 0: as `reca.eval` says, and the images they are of."""
 
     results: dict[str, Any]
     pictures: list[Tensor]

@@ -1,9 +1,9 @@
 """A tiny Show-o that understands more than it can generate.
 
 In the world of shapes its understanding side, a CLIP tower, is trained on every pair; in that of emoji a frozen
-EfficientNet brings understanding along, and is told of no held-out pair. Captions lack those in both. Beside Show-o's
-own losses, three terms stand for what a large model brings along: h_v aligned with the word embeddings of its image
-(slot by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
+EfficientNet brings understanding along, and no held-out pair is named to it. Captions lack those in both. Beside
+Show-o's own losses, three terms stand for what a large model brings along: h_v aligned with the word embeddings of its
+image (slot by slot), questions answered about words in h_v's place, and images generated from captions in h_v's place.
 """
 
 from dataclasses import replace
