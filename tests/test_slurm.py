@@ -40,7 +40,7 @@ case $1 in
     requeue) echo "$2" > {here}/requeued ;;
 esac
 """
-# `reca status`, without the time that importing torch takes; test_the_stand_in_answers_as_reca compares them.
+# `reca status`, without the time that its start takes; test_the_stand_in_answers_as_reca compares them.
 RECA = """#!{python} -S
 import json, sys
 command, run, option, name = sys.argv[1:]

@@ -24,23 +24,23 @@ def main(arguments: list[str] | None = None) -> int:
     """
     _set_up_output()
     options = _parse(arguments)
-    from reca import distributed, exits
+    from reca import exits
 
     try:
         code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = exits.code_of(error)
         _report(error)
-    distributed.exit_process(code)
+    exits.exit_process(code)
     return code
 
 
 def _report(error: BaseException) -> None:
     """Print an error: its message where it is an expected one, else the traceback."""
-    from reca import distributed, exits
-    from reca.errors import print_once
+    from reca import exits
+    from reca.errors import PeerFailed, print_once
 
-    if isinstance(error, SystemExit | distributed.PeerFailed):
+    if isinstance(error, SystemExit | PeerFailed):
         return
     if isinstance(error, KeyboardInterrupt):
         print_once("reca: stopped")
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(commands) -> None:
     """Add `reca data check` and `reca data view`."""
-    from reca.data.batch import TASKS
+    from reca.data.tasks import TASKS
 
     data = commands.add_parser("data", help="Look at training data.", description="Look at training data.")
     inside = data.add_subparsers(required=True, metavar="COMMAND")

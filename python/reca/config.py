@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 from reca import units
-from reca.data.batch import TASKS
 from reca.data.config import DataConfig
+from reca.data.tasks import TASKS
 from reca.eval.config import EvalConfig
 from reca.models import UMMS
 from reca.options import LOCAL, RecipeError, config_field, format_value, share

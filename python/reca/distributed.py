@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,6 +14,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from reca import exits
+from reca.errors import PeerFailed
 from reca.options import RecipeError
 
 
@@ -101,18 +101,6 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def exit_process(code: int) -> None:
-    """End the process here if torchrun started it.
-
-    On a busy machine a finished rank was seen to abort while the interpreter shut down (torch 2.13, gloo:
-    "terminate called without an active exception"), which torchrun reports as a failed run.
-    """
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def is_main_process() -> bool:
     """Tell whether this process is the one of its run that talks to the user, joined to the others or not."""
     return os.environ.get("RANK", "0") == "0"
@@ -139,14 +127,6 @@ def local_world_size() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-class PeerFailed(RuntimeError):
-    """Another rank has failed, and prints the reason itself."""
-
-    def __init__(self, rank: int, exit_code: int, reason: str):
-        super().__init__(f"rank {rank} failed: {reason}")
-        self.exit_code, self.reason = exit_code, reason
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Print an error or a warning once, however many ranks raise it."""
+"""Errors of many ranks: each is printed once, however many ranks raise it."""
 
 import contextlib
 import hashlib
@@ -13,6 +13,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 HEAD_START = 3.0  # seconds that other ranks wait for rank 0 to print the same
+
+
+class PeerFailed(RuntimeError):
+    """Another rank has failed, and prints the reason itself."""
+
+    def __init__(self, rank: int, exit_code: int, reason: str):
+        super().__init__(f"rank {rank} failed: {reason}")
+        self.exit_code, self.reason = exit_code, reason
 
 
 def print_once(sentence: str) -> None:

@@ -1,5 +1,8 @@
 """Exit codes: of the command, of `reca status`, and in status.json. docs/failure.md says what to do on each."""
 
+import os
+import sys
+
 DONE = 0
 BUG = 1  # an exception that nobody foresaw, with its traceback
 USAGE = 2
@@ -30,3 +33,15 @@ def code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
     return expected(error) or BUG
+
+
+def exit_process(code: int) -> None:
+    """End the process here if torchrun started it.
+
+    On a busy machine a finished rank was seen to abort while the interpreter shut down (torch 2.13, gloo:
+    "terminate called without an active exception"), which torchrun reports as a failed run.
+    """
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from reca import distributed, half_weights, objective
 from reca.allocations import OTHER, Allocations, on_gpu
 from reca.config import Recipe
-from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
+from reca.data.batch import Batch, task_rng
+from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.data.templates import load_templates
 from reca.ema import EMA
 from reca.meta_model import build_meta

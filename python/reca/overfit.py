@@ -19,11 +19,11 @@ import torch
 from reca import distributed, exits, objective
 from reca.config import LogConfig, Recipe
 from reca.data.batch import Batch
+from reca.folder_lock import is_locked
 from reca.folders import ensure_writable
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import local_part
 from reca.skipped_steps import NonFiniteError
-from reca.status import is_locked
 from reca.trainer import Trainer
 
 TARGET = 0.5  # share of the first loss that the last must have reached

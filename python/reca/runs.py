@@ -17,7 +17,8 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options import RecipeError
 from reca.recipe_files import UnknownRecipe, as_dict, load_recipe
-from reca.status import RunFolder, Status
+from reca.run_folder import RunFolder
+from reca.status import Status
 
 # Keys that change no bit of the result, or only how sums are rounded.
 RESULT_NEUTRAL_KEYS = (

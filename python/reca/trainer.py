@@ -46,8 +46,8 @@ from reca.precompute import features_identity
 from reca.profiling import ProfileWindow
 from reca.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.reporting import RunReport
+from reca.run_folder import RunFolder
 from reca.skipped_steps import SkippedSteps
-from reca.status import RunFolder
 from reca.validation import open_run_sources
 
 log = logging.getLogger("reca")

@@ -237,8 +237,8 @@ def test_checksums_tell_every_change(tmp_path):
 def test_exit_codes_are_those_of_the_exceptions():
     from reca.data.errors import DataError
     from reca.options import RecipeError
+    from reca.run_folder import RunInUse
     from reca.skipped_steps import NonFiniteError
-    from reca.status import RunInUse
     from reca.trainer import NotSavedError
 
     expected = {

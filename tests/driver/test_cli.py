@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,17 @@ def test_doctor_names_backends_and_the_right_apex(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "masked_cross_entropy" in out and "apex" in out and "iB free" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "."], ["study", "--help"], ["train"], ["nothing"]])
+def test_help_status_and_usage_errors_need_no_torch(arguments):
+    """They answer in half a second; importing torch and transformers takes five."""
+    script = (
+        "import sys\nfrom reca.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print('loaded', *sorted({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "loaded", done.stderr
 
 
 def test_usage_error_is_exit_2():

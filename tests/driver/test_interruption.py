@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from reca import exits
-from reca.status import RunFolder, Status
+from reca.run_folder import RunFolder
+from reca.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 

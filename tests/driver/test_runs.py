@@ -14,10 +14,12 @@ import torch
 from reca import checkpoint, exits, runs
 from reca.cli import main
 from reca.data.errors import DataError
+from reca.folder_lock import is_locked
 from reca.options import RecipeError
 from reca.out_of_memory import Knob
+from reca.run_folder import RunInUse
 from reca.skipped_steps import NonFiniteError
-from reca.status import RunInUse, Status, is_locked
+from reca.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
@@ -96,7 +98,7 @@ def test_reca_status(recipe, capsys, tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from reca.status import RunFolder
+from reca.run_folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]), 10)
 folder.record_checkpoint(None)
 print("holds", flush=True)
@@ -121,7 +123,7 @@ def holder(tmp_path):
 
 def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(recipe, holder, monkeypatch):
     run_dir = Path(recipe().run_dir)
-    monkeypatch.setattr("reca.status.LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
     before = (run_dir / "status.json").read_text()
     with pytest.raises(RunInUse, match=f"in use by process {holder.pid} on "):
         Trainer(recipe(), ToyAdapter())
@@ -148,7 +150,7 @@ def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reca.status.write_atomically", full)
+    monkeypatch.setattr("reca.run_folder.write_atomically", full)
     trainer.run()
     assert json.loads((trainer.run_dir / "status.json").read_text())["state"] == "finished"
 

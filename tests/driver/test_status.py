@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from reca import checkpoint, exits, jsonl, status
+from reca import checkpoint, exits, folder_lock, jsonl, status
 from reca.cli import main
+from reca.folder_lock import is_locked
 from reca.recipe_files import load_recipe
+from reca.run_folder import RunFolder, RunInUse
 from reca.runs import finished_steps
-from reca.status import RunFolder, RunInUse, Status, is_locked
+from reca.status import Status
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy
 
@@ -25,7 +27,9 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT /
 
 def locked_elsewhere(run_dir: Path) -> bool:
     """What another process sees of the lock."""
-    script = "import sys, pathlib; from reca.status import is_locked; sys.exit(is_locked(pathlib.Path(sys.argv[1])))"
+    script = (
+        "import sys, pathlib; from reca.folder_lock import is_locked; sys.exit(is_locked(pathlib.Path(sys.argv[1])))"
+    )
     return bool(subprocess.run([sys.executable, "-c", script, str(run_dir)], env=ENVIRONMENT).returncode)
 
 
@@ -80,12 +84,13 @@ def test_training_in_a_thread(recipe):
 START = """
 import sys, time
 from pathlib import Path
-from reca import status
-status.LOCK_TIMEOUT = 0.2
+from reca import folder_lock
+from reca.run_folder import RunFolder, RunInUse
+folder_lock.TIMEOUT = 0.2
 sys.stdin.read()
 try:
-    folder = status.RunFolder(Path(sys.argv[1]), 1)
-except status.RunInUse:
+    folder = RunFolder(Path(sys.argv[1]), 1)
+except RunInUse:
     print("refused", flush=True)
 else:
     print("started", flush=True)
@@ -125,7 +130,7 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
 
     monkeypatch.setattr("fcntl.lockf", lambda *_: None)
     RunFolder(tmp_path, 1).record_checkpoint(None)
-    status._HELD.clear()
+    folder_lock.holders.clear()
     monkeypatch.setattr("fcntl.lockf", none)
     assert is_locked(tmp_path) is None and Status.read(tmp_path).state == "running"
     monkeypatch.setattr("socket.gethostname", lambda: "another machine")  # whose processes cannot be seen

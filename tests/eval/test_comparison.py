@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import reca
-from reca import checkpoint, cli, comparison
+from reca import checkpoint, cli
 from reca.comparison import curves, triplets
+from reca.comparison.build import compare, write
+from reca.comparison.triplets import draw
 from reca.data.errors import DataError
 from reca.data.sources import open_source
 from reca.eval import targets
@@ -60,7 +62,7 @@ def test_fewer_pictures(compared, painter):
 
 
 def test_two_evaluations(compared, painter):
-    found = comparison.compare(str(painter / "eval/world"), str(painter / "eval/base/world"))
+    found = compare(str(painter / "eval/world"), str(painter / "eval/base/world"))
     assert found["suites"][0]["against"]["overall"]["difference"] < 0
     assert found["understanding"] is None and found["curves"] == [] and found["settings"] == []
 
@@ -76,14 +78,14 @@ def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
     assert cli.main(["compare", "base", str(tmp_path)]) != 0
     assert "is no folder of a run" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="neither the folder of a run .* nor of an evaluation"):
-        comparison.compare(str(tmp_path / "nowhere"), str(painter))
+        compare(str(tmp_path / "nowhere"), str(painter))
     with pytest.raises(EvaluationError, match="one model"):
-        comparison.compare("base", "base")
-    assert "was evaluated" in comparison.compare("base", str(painter))["notes"][0]
+        compare("base", "base")
+    assert "was evaluated" in compare("base", str(painter))["notes"][0]
     (painter / "eval/world").mkdir(parents=True)
     (painter / "eval/world/results.json").write_text("{")
     with pytest.raises(EvaluationError, match=r"results.json cannot be read .* --steps score"):
-        comparison.compare("base", str(painter))
+        compare("base", str(painter))
 
 
 def test_a_full_disk_keeps_the_page_that_was_there(compared, painter, monkeypatch, capsys):
@@ -113,11 +115,11 @@ def runs(tmp_path_factory):
 
 
 def test_losses_and_settings_of_two_runs(runs, tmp_path):
-    found = comparison.compare(runs["first"], runs["second"])
+    found = compare(runs["first"], runs["second"])
     assert [row["key"] for row in found["settings"]] == ["optim.lr"]
     (curve,) = found["curves"]
     assert curve["name"] == "reca/loss" and len(curve["before"]) == len(curve["after"]) == 2
-    page = comparison.write(found, tmp_path).read_text()
+    page = write(found, tmp_path).read_text()
     assert page.count("<polyline") == 2 and "optim.lr" in page
     assert "understanding is bit-identical" in page.lower()
 
@@ -130,21 +132,21 @@ def test_lines_of_a_log_that_tell_no_step(tmp_path):
 
 
 def test_understanding_of_open_uni_is_bit_identical_and_of_show_o_is_not(runs):
-    same = comparison.compare("base", runs["first"])["understanding"]
+    same = compare("base", runs["first"])["understanding"]
     assert same["identical"] and same["changed"] > 10 and same["tensors"] == []
-    other = comparison.compare("base", runs["show_o"])["understanding"]
+    other = compare("base", runs["show_o"])["understanding"]
     assert not other["identical"] and any(name.startswith("showo.model.layers") for name in other["tensors"])
 
 
 def test_equal_bits_are_no_change(runs, tmp_path):
     shutil.copytree(runs["show_o"], tmp_path / "copy")
-    copy = comparison.compare(runs["show_o"], str(tmp_path / "copy"))
+    copy = compare(runs["show_o"], str(tmp_path / "copy"))
     assert copy["understanding"]["changed"] == 0 and "bit-identical" in copy["understanding"]["text"]
     assert checkpoint.latest(tmp_path / "copy") is not None
 
 
 def test_models_that_are_different_ones(runs):
-    assert comparison.compare(runs["first"], runs["show_o"])["understanding"] is None
+    assert compare(runs["first"], runs["show_o"])["understanding"] is None
 
 
 @pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])
@@ -201,30 +203,30 @@ def test_triplets(drawn, runs, tmp_path):
     page = (drawn / "comparison.html").read_text()
     assert page.count("reconstructed before: ") == page.count("reconstructed after: ") == 4
     assert not re.search(r'(src|href)="(?!data:)', page) and re.search("<img[^>]*alt=", page)
-    same = comparison.draw(runs["first"], "base", tmp_path, 4)  # the other way round: equal noise, equal templates
+    same = draw(runs["first"], "base", tmp_path, 4)  # the other way round: equal noise, equal templates
     assert pixels(tmp_path, same, "before") == columns["after"] and pixels(tmp_path, same, "after") == columns["before"]
 
 
 def test_nothing_is_drawn_twice(drawn, runs, monkeypatch):
     found = json.loads((drawn / "comparison.json").read_text())["reconstructions"]
     monkeypatch.setattr(targets.Target, "load", lambda *_: pytest.fail("a model was loaded"))
-    assert comparison.draw("base", runs["first"], drawn, 4) == found
+    assert draw("base", runs["first"], drawn, 4) == found
     for others in ((runs["second"], runs["first"], drawn, 4), ("base", runs["first"], drawn, 3)):
         with pytest.raises(pytest.fail.Exception):
-            comparison.draw(*others)
+            draw(*others)
 
 
 def test_pictures_of_ones_own_and_two_models(runs, tmp_path):
     write_images(tmp_path / "photos", 2)
-    found = comparison.draw(runs["first"], runs["show_o"], tmp_path, 8, str(tmp_path / "photos"))
+    found = draw(runs["first"], runs["show_o"], tmp_path, 8, str(tmp_path / "photos"))
     assert found["pictures"] == "given" and [row["name"] for row in found["rows"]] == ["000.png", "001.png"]
     with pytest.raises(DataError, match="nowhere"):
-        comparison.draw("base", runs["first"], tmp_path, 4, str(tmp_path / "nowhere"))
+        draw("base", runs["first"], tmp_path, 4, str(tmp_path / "nowhere"))
 
 
 def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeypatch):
     with pytest.raises(EvaluationError, match="no weights to draw with"):
-        comparison.draw("base", str(painter), tmp_path)
+        draw("base", str(painter), tmp_path)
     assert triplets.usual_count("base", str(painter)) == 0 and triplets.usual_count("base", runs["first"]) == 8
     monkeypatch.setattr(triplets, "QUICK", 1000)  # a large model, and no GPU
     assert triplets.usual_count("base", runs["first"]) == (8 if torch.cuda.is_available() else 0)
@@ -232,7 +234,7 @@ def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeyp
     recipe = tmp_path / "moved/recipe.yaml"
     recipe.write_text(recipe.read_text().replace("reca.toy_world:unlabeled?seed=0", str(tmp_path / "gone")))
     with pytest.raises(DataError, match=r"cannot be opened .*gone.*; name others by --images, or leave"):
-        comparison.draw("base", str(tmp_path / "moved"), tmp_path)
+        draw("base", str(tmp_path / "moved"), tmp_path)
     assert cli.main(["compare", "base", runs["first"], "--reconstructions", "-1"]) != 0
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Turn
 from reca.models.common.images import to_uint8
 from reca.models.janus import prompt, sampling, weights
 from reca.rng import CounterRNG

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Turn
 from reca.models.open_uni import loss, prompt, sampling
 from reca.rng import CounterRNG
 from tests.golden.open_uni import (

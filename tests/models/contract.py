@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from reca.data.batch import Batch, Scored, ScoredBox, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.models import UMMS, umm_package
 from reca.models.base import Adapter
 from reca.optim import freeze

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Turn
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
 from reca.models.bagel.config import AutoencoderSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin

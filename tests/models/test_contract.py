@@ -12,9 +12,9 @@ from PIL import Image
 import reca
 from reca.compiled_blocks import compile_blocks
 from reca.config import TrainConfig
-from reca.data.batch import TASKS, Turn
 from reca.data.cache import collate
 from reca.data.pixels import make_view
+from reca.data.tasks import TASKS, Turn
 from reca.models import UMMS
 from reca.models.base import ROLES
 from reca.recompute import checkpoint_activations

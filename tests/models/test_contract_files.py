@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from reca.cli import main
-from reca.data.batch import Batch, Scored, ScoredBox, Turn, task_rng
+from reca.data.batch import Batch, task_rng
+from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.models import UMMS, umm_package
 from reca.models.base import ROLES
 from reca.models.common import exporting

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from reca import objective
 from reca.config import ObjectiveConfig
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.loader import open_loader
+from reca.data.tasks import Turn
 from reca.models.base import ROLES
 from reca.models.harmon import Adapter, Config, loss, prompt
 from reca.models.harmon.config import AutoencoderSizes

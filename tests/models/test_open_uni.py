@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from reca import objective
 from reca.config import ObjectiveConfig
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Turn
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, loss, prompt, weights

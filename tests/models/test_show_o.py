@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 from transformers.models.phi.modeling_phi import PhiMLP
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
 from reca.data.pixels import make_view
+from reca.data.tasks import Turn
 from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.show_o import Adapter, Config, prompt

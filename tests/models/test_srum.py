@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 import reca
-from reca.data.batch import Scored, ScoredBox
 from reca.data.cache import FeatureCache
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
+from reca.data.tasks import Scored, ScoredBox
 from reca.data.views import View, Views
 from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.options import RecipeError

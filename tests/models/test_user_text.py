@@ -8,7 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from reca.data.batch import Batch, Scored, Turn, task_rng
+from reca.data.batch import Batch, task_rng
+from reca.data.tasks import Scored, Turn
 from reca.models import UMMS, umm_package
 from reca.models.common import text as texts
 from reca.models.common.text import Remembered, control, encode

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from reca import objective
 from reca.config import ObjectiveConfig
-from reca.data.batch import Batch, Scored, ScoredBox, task_rng
+from reca.data.batch import Batch, task_rng
 from reca.data.pixels import make_view
+from reca.data.tasks import Scored, ScoredBox
 from reca.models import UMMS, umm_package
 from reca.models.bagel import config as bagel
 from reca.models.common import by_sample, scored_flow

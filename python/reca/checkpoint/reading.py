@@ -19,6 +19,7 @@ from reca.checkpoint.contents import EMA, FLAT, changed_parameters, named_parame
 from reca.checkpoint.errors import CheckpointError, first_line
 from reca.checkpoint.listing import MARKER, compare, find_damage, latest_valid
 from reca.config import LoraConfig
+from reca.errors import PeerFailed
 from reca.models.base import Adapter
 
 PROVE_NOTHING = (OSError, MemoryError, RuntimeError)  # while files are read; safetensors calls EMFILE a missing file
@@ -176,7 +177,7 @@ def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
         rank, failure = next(iter(failures.items()))
         if (own := failures.get(distributed.rank())) is not None:
             raise own from error
-        raise distributed.PeerFailed(rank, exits.code_of(failure), first_line(failure)) from error
+        raise PeerFailed(rank, exits.code_of(failure), first_line(failure)) from error
 
 
 def _reading(folder: Path, read: Callable):

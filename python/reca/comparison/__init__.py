@@ -17,8 +17,3 @@ comparison.json:
                     paths below the folder of this file; null where none were drawn
     notes           what is missing, as sentences
 """
-
-from reca.comparison.build import compare, write
-from reca.comparison.triplets import draw
-
-__all__ = ["compare", "draw", "write"]

@@ -22,8 +22,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page and print the headline of every suite."""
-    from reca import comparison
-    from reca.comparison import triplets
+    from reca.comparison import build, triplets
     from reca.folders import ensure_writable
 
     if options.pictures < 0:
@@ -32,14 +31,14 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--reconstructions must be at least 0, got {options.reconstructions}")
     named = options.before if options.after == "base" else options.after
     out = options.out or Path(named) / "comparison"
-    found = comparison.compare(options.before, options.after)
+    found = build.compare(options.before, options.after)
     ensure_writable(out, "--out")
     count = options.reconstructions
     if count is None:
         count = triplets.COUNT if options.images else triplets.usual_count(options.before, options.after)
     if count:
         found["reconstructions"] = triplets.draw(options.before, options.after, out, count, options.images)
-    page = comparison.write(found, out, options.pictures)
+    page = build.write(found, out, options.pictures)
     for suite in found["suites"]:
         change = suite["against"]["overall"]
         scale = 100 if suite["overall"]["unit"] == "fraction" else 1

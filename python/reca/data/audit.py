@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from reca import units
-from reca.data.batch import Scored, Turn
 from reca.data.errors import BadSample, LeftOut
 from reca.data.pixels import open_rgb
 from reca.data.read_ahead import read_ahead
 from reca.data.sample import Source
 from reca.data.skipped import Skipped
+from reca.data.tasks import Scored, Turn
 
 SIDES = (128, 256, 512, 768, 1024, 2048)  # edges of the histogram of short sides, in pixels
 RATIOS = (1.1, 1.5, 2.0, 4.0)  # edges of the histogram of long side over short side

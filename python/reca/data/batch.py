@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reca.data.tasks import TASKS
 from reca.rng import CounterRNG
-
-# Reconstruction from h_v, image to text, text to image, and text to image of scored regions.
-TASKS = ("reca", "i2t", "t2i", "srum")
 
 
 def task_rng(seed: int, task: str, *path: int) -> CounterRNG:
@@ -19,36 +17,6 @@ def task_rng(seed: int, task: str, *path: int) -> CounterRNG:
     path: of a sub-stream, as in CounterRNG.
     """
     return CounterRNG(seed, TASKS.index(task), *path)
-
-
-class Turn(NamedTuple):
-    """One exchange of a conversation about an image."""
-
-    question: str
-    answer: str
-
-
-class ScoredBox(NamedTuple):
-    """A region of an image and how right it is, from -1 to 1. Edges are fractions of the image's width and height."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    score: float
-
-
-class Scored(NamedTuple):
-    """What is said of an image that a model has drawn.
-
-    background  score where no box lies
-    target      bytes of another image to stay near; None: the image itself
-    """
-
-    caption: str
-    boxes: tuple[ScoredBox, ...]
-    background: float = 0.0
-    target: bytes | None = None
 
 
 @dataclass

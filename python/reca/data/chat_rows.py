@@ -4,8 +4,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from reca.data.batch import Turn
 from reca.data.skipped import Skipped
+from reca.data.tasks import Turn
 from reca.data.text import encodable
 
 IMAGE = "<image>"

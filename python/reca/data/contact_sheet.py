@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from reca.data.batch import Scored
 from reca.data.loader import Loader
+from reca.data.tasks import Scored
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 24px; color: #222; background: #fff }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reca.data import dali
 from reca.data.bad_samples import BadSamples
-from reca.data.batch import Batch, Scored, task_rng
+from reca.data.batch import Batch, task_rng
 from reca.data.cache import FeatureCache, collate, content
 from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
@@ -25,6 +25,7 @@ from reca.data.order import Mixed, make_order
 from reca.data.pixels import PillowDecoder
 from reca.data.sample import Sample, Source
 from reca.data.sources import DATA_KEYS, open_sources
+from reca.data.tasks import Scored
 from reca.data.templates import load_templates
 from reca.data.views import Views
 from reca.micro_batches import MicroBatch, split_batch

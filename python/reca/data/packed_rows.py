@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from reca.data.batch import Turn
 from reca.data.chat_rows import Row
+from reca.data.tasks import Turn
 
 MAGIC = b"RECAROWS"
 

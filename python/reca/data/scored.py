@@ -4,7 +4,6 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from reca.data.batch import Scored, ScoredBox
 from reca.data.chat_rows import BadRow, image_name
 from reca.data.errors import BadSample, DataError
 from reca.data.json_rows import Form, load_rows
@@ -12,6 +11,7 @@ from reca.data.pixels import opened, orientation
 from reca.data.remote import AnyPath, RemotePath, read_range, to_path
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.skipped import Skipped
+from reca.data.tasks import Scored, ScoredBox
 from reca.data.text import encodable
 
 FORM = Form(

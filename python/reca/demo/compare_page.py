@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from reca import comparison
+from reca.comparison import build
 from reca.demo.arms import Outcome
 from reca.eval.evaluation import Settings, evaluate
 from reca.eval.suites import Suite, open_suite
@@ -24,7 +24,7 @@ def compare_page(suite: str, before: Outcome, after: Outcome, run_dir: Path, out
     for outcome, folder in ((before, run_dir / "eval" / "base" / FOLDER), (after, run_dir / "eval" / FOLDER)):
         _write_images([image for _, image, _ in outcome.measured.samples], opened, every, folder / "images")
         evaluate(settings, run_dir, out=folder)
-    return comparison.write(comparison.compare("base", str(run_dir)), out)
+    return build.write(build.compare("base", str(run_dir)), out)
 
 
 def _write_images(images: Sequence[Tensor], suite: Suite, every: int, folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from reca.data.batch import Turn
 from reca.data.errors import DataError
 from reca.data.sample import Sample, digest
+from reca.data.tasks import Turn
 from reca.demo.captions import QUESTIONS, caption, phrase
 from reca.demo.splits import Split
 from reca.demo.world import World

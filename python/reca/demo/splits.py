@@ -2,11 +2,14 @@
 
 import io
 import random
+from typing import TYPE_CHECKING
 
 from PIL import Image
-from torch import Tensor
 
 from reca.demo.scene import Scene
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Split:
@@ -25,7 +28,7 @@ class Split:
         """Say what an image shows."""
         raise NotImplementedError
 
-    def image(self, index: int) -> Tensor:
+    def image(self, index: int) -> "Tensor":
         """Draw an image: uint8 [3, H, W]."""
         raise NotImplementedError
 

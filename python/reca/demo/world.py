@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from reca.demo.scene import Scene, Thing
 from reca.demo.splits import Split
 from reca.options import RecipeError
+
+if TYPE_CHECKING:  # the names of worlds and suites are part of `reca --help`, which needs no torch
+    from torch import Tensor
 
 # name on the command line -> package with WORLD, whose functions are the sources that recipes name
 PACKAGES = {"emoji": "reca.emoji_world", "shapes": "reca.toy_world"}
@@ -60,8 +61,8 @@ class World:
     categories: tuple[str, ...]
     caption_details: tuple[str, ...]
     shown: slice
-    shows: Callable[[Tensor, Prompt], bool]
-    describe: Callable[[Tensor], str]
+    shows: "Callable[[Tensor, Prompt], bool]"
+    describe: "Callable[[Tensor], str]"
     introduction: str
     assumptions: tuple[str, ...]
     credits: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from torch import Tensor
 from reca import distributed
 from reca.config import Recipe
 from reca.data.pixels import read_image
+from reca.errors import PeerFailed
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.evaluation import Settings, check, judge_and_score, open_settings, sampling_of, save
@@ -26,7 +27,7 @@ from reca.sampling_options import read_pairs
 log = logging.getLogger("reca")
 
 FOLDER = Path("eval") / "training"
-FAILURES = (EvaluationError, OSError, distributed.PeerFailed)  # of images, judge and disk, on all ranks together
+FAILURES = (EvaluationError, OSError, PeerFailed)  # of images, judge and disk, on all ranks together
 
 
 class Scored(NamedTuple):

@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from reca import catalog, checkpoint, comparison, html
+from reca import catalog, checkpoint, html
+from reca.comparison.build import compare
 from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
 from reca.eval import report
@@ -44,7 +45,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / PICTURES).glob("*.png"))]
     run = Path(source) if is_run(source) else None
-    compared = comparison.compare("base", str(run)) if run else {"suites": [], "understanding": None}
+    compared = compare("base", str(run)) if run else {"suites": [], "understanding": None}
     scores, left_out = _scores(run, compared["suites"], weights_hash(model)) if run else ([], [])
     pictures = _pictures(run, recipe, folder) if run else []
     state = _state(run) if run else None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from reca.config import Recipe
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
+from reca.data.tasks import Turn
 from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.demo.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from reca import toy_world
 from reca.config import Recipe
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
+from reca.data.tasks import Turn
 from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.demo.pretrain import DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens

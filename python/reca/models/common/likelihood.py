@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
+from reca.data.tasks import Turn
 from reca.models.common.images import fit_to_view
 from reca.models.common.inference import check_pairs, eval_mode
 from reca.rng import CounterRNG

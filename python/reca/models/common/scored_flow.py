@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reca.data.batch import Scored
+from reca.data.tasks import Scored
 from reca_kernels import Philox, flow_matching_add_noise
 
 Images = Tensor | Sequence[Tensor]  # [B, C, H, W], or B times [C, H, W]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from reca.data.batch import Turn
+from reca.data.tasks import Turn
 from reca_kernels import (
     IGNORE_INDEX,
     AttentionPlan,

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from reca.data.batch import Batch, Turn
+from reca.data.batch import Batch
+from reca.data.tasks import Turn
 from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample

@@ -1,0 +1,149 @@
+"""The folder of a run while a process uses it: locked, and with its status written on every exit."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from reca import distributed, exits, folder_lock
+from reca.errors import PeerFailed
+from reca.folders import PART, write_atomically
+from reca.status import FILE as STATUS_FILE
+from reca.status import Status
+
+log = logging.getLogger("reca")
+
+
+class RunInUse(RuntimeError):
+    """Another process uses this run folder."""
+
+    exit_code = exits.IN_USE
+
+
+class RunFolder:
+    """The folder of a run while a process uses it: locked, with its status written on every exit.
+
+    A context manager around every part of a run: an exception that passes through it is written into the status.
+    Raises RunInUse if another process, or a run that is going on in this one, has the folder.
+    """
+
+    def __init__(self, run_dir: Path, steps: int):
+        self.path, self.write_failed, self.busy, self.begun = run_dir, False, False, False
+        self.lock: int | None = _lock(run_dir)
+        self.key = folder_lock.key(self.lock)
+        folder_lock.holders[self.key] = self
+        if distributed.rank() == 0:
+            for part in run_dir.glob(f".*{PART}"):
+                part.unlink()
+        self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world_size())
+
+    def __enter__(self) -> "RunFolder":
+        if self.lock is None:
+            raise RunInUse(
+                f"this run has let {self.path} go, because it has ended or another has begun there: start it again"
+            )
+        self.busy = True
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        self.busy = False
+        if error is None:
+            return
+        if isinstance(error, SystemExit) and error.code == exits.INTERRUPTED:
+            self.write_status("interrupted", exits.INTERRUPTED)
+        elif not isinstance(error, PeerFailed):
+            prefix = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
+            self.write_status("failed", exits.code_of(error), f"{prefix}{str(error) or type(error).__name__}")
+        self.close()
+
+    def record_checkpoint(self, checkpoint: Path | None) -> None:
+        """Record the latest complete checkpoint in the status; None if there is none."""
+        self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))
+        self.status.step = 0 if checkpoint is None else int(checkpoint.name)
+        self.write_status("running")
+
+    def record_alarms(self, alarms: Sequence[str]) -> None:
+        """Record in the status what the last evaluation warns of."""
+        self.status.alarm = "; ".join(alarms) or None
+        self.write_status("running")
+
+    def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
+        """Write the status: rank 0 does, or any rank that fails. The first end that is written stays."""
+        status = self.status
+        status.state, status.exit_code, status.reason = state, exit_code, reason
+        status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        begins, self.begun = state == "running" and not self.begun, True
+        if not begins:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if json.loads((self.path / STATUS_FILE).read_text()).get("state") != "running":
+                    return
+        if distributed.rank() == 0 or state == "failed":
+            reason = _write(self.path / STATUS_FILE, json.dumps(asdict(status), indent=1) + "\n")
+            if reason and not self.write_failed:
+                log.error("%s cannot be written (%s): it is out of date", self.path / STATUS_FILE, reason)
+            self.write_failed = reason is not None
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self.lock is not None:
+            del folder_lock.holders[self.key]
+            os.close(self.lock)
+            self.lock = None
+
+
+def _release_earlier_run(run_dir: Path) -> None:
+    """Release the folder if an earlier run of this process holds it. Raises RunInUse if that run is still going on."""
+    with contextlib.suppress(FileNotFoundError):
+        if held := folder_lock.holders.get(folder_lock.key(run_dir / folder_lock.FILE)):
+            if held.busy:
+                raise RunInUse(f"{run_dir} is in use by this very process. Wait for that run, or give another run_dir")
+            held.close()
+
+
+def _lock(run_dir: Path) -> int:
+    """Hold byte RANK of the lock file until it is closed or this process ends, however it ends.
+
+    Rank 0 takes all bytes first, so that no process of another run, or of this one before it was killed, has any.
+    """
+    with distributed.fail_together():
+        _release_earlier_run(run_dir)
+        if distributed.rank() == 0:
+            handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
+            if not folder_lock.acquire(handle, 0, 0):
+                owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                os.close(handle)
+                raise RunInUse(
+                    f"{run_dir} is in use by {owner or 'another process'}. Wait for it, stop it, or give another "
+                    "run_dir"
+                )
+            with contextlib.suppress(OSError):  # a full disk
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
+    if distributed.rank() > 0:
+        handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR)
+        folder_lock.acquire(handle, distributed.rank(), 1)
+    return handle
+
+
+def _write(path: Path, text: str) -> str | None:
+    """Replace the status; on a full disk write over it, for which the space is there already. Why that failed, too."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        reason = error.strerror
+        try:
+            with path.open("r+b") as file:
+                file.write(text.encode())
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            return reason
+    return None
