@@ -62,6 +62,8 @@ def _set_up_output() -> None:
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
+    for library in ("torchao", "torch.utils._pytree"):  # torchao, which transformers imports, warns of unused parts
+        logging.getLogger(library).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from reca.models.common.greedy import greedy_tokens
+from reca.models.common.kv_cache import with_cache
 from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 PLANNED = "reca_planned"
@@ -64,8 +65,7 @@ class Continuation:
             inputs_embeds=rows,
             position_ids=at,
             plan=attention_plan(layout, device=self.embeddings.device),
-            past_key_values=self.cache,
-            use_cache=True,
+            **with_cache(self.model, self.cache),
         ).last_hidden_state
         return hidden[:, -1]
 

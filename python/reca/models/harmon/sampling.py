@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from reca.models.common.chat import END, Prompt
 from reca.models.common.greedy import decode_replies, greedy_tokens
 from reca.models.common.images import to_unit
+from reca.models.common.kv_cache import with_cache
 from reca.models.common.text import control
 from reca.models.harmon import modules, prompt
 from reca.models.harmon.masking import Masking
@@ -157,7 +158,7 @@ def greedy(net: Network, embeddings: Tensor, max_new_tokens: int, eos: int | Non
 
     def next_logits(tokens: Tensor | None) -> Tensor:
         rows = embeddings if tokens is None else language.embed_tokens(tokens[:, None])
-        hidden = language(inputs_embeds=rows, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = language(inputs_embeds=rows, **with_cache(language, cache)).last_hidden_state
         return net.llm.lm_head(hidden[:, -1])
 
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, eos)

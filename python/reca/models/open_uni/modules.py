@@ -10,6 +10,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side, per_channel
+from reca.models.common.kv_cache import with_cache
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.planned import PLANNED
 from reca.models.common.qwen2 import qwen2_config
@@ -196,15 +197,13 @@ class Network(nn.Module):
                 inputs_embeds=self.embed(layout.src, h_v),
                 position_ids=layout.positions[:, :n],
                 plan=prefill,
-                past_key_values=cache,
-                use_cache=True,
+                **with_cache(model, cache),
             )
         hidden = model(
             inputs_embeds=self.meta_queries.expand(len(layout.src), -1, -1),
             position_ids=layout.positions[:, n:],
             plan=behind,
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(model, cache),
         ).last_hidden_state
         return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
 
