@@ -1,6 +1,5 @@
 """The KV cache of a transformers model."""
 
-import functools
 import inspect
 from typing import Any
 
@@ -9,10 +8,5 @@ from transformers import Cache, PreTrainedModel
 
 def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
     """Return the arguments by which a model's forward reads keys and values from a cache, and appends its own."""
-    return {_keyword(type(model)): cache, "use_cache": True}
-
-
-@functools.cache
-def _keyword(model: type[PreTrainedModel]) -> str:
-    """Name the argument that takes the cache: transformers 5.2x renames past_key_values."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    renamed = "cache" in inspect.signature(type(model).forward).parameters  # past_key_values before transformers 5.2x
+    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
