@@ -4,17 +4,12 @@ import argparse
 import io
 import logging
 import os
-import runpy
-import shlex
 import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
-from reca import inference_commands
-
-MOST_GPUS = 2**20
+from reca import commands, inference_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,10 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     from reca.status import FIELDS
 
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, **options) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, **options)
+        sub = subparsers.add_parser(name, help=help, description=help, **options)
         sub.set_defaults(run=run)
         return sub
 
@@ -108,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             "average lags, and with the release's decay of 0.9999 it is 90 %% the starting weights after 1000 steps",
         )
 
-    train = command("train", _train, "Train a recipe, or continue its run.")
+    train = command("train", commands.train, "Train a recipe, or continue its run.")
     takes_recipe(train)
     train.add_argument(
         "--explain", action="store_true", help="print every key with its value and documentation, and exit"
@@ -124,11 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         "--overfit-to", type=float, default=0.5, metavar="SHARE", help="of the first loss, which the dry run must reach"
     )
 
-    status = command("status", _status, "Print the status of a run.")
+    status = command("status", commands.status, "Print the status of a run.")
     status.add_argument("folder", type=_path, help="the folder of a run")
     status.add_argument("--field", choices=FIELDS, help="print this value alone, for scripts; the exit code is 0 then")
 
-    check = command("check", _check, "Report parameters, FLOPs and memory of a recipe, without loading weights.")
+    check = command(
+        "check", commands.check, "Report parameters, FLOPs and memory of a recipe, without loading weights."
+    )
     takes_recipe(check)
     check.add_argument("--gpus", type=int, default=1, help="GPUs of the run")
     check.add_argument(
@@ -193,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare_commands.add(comparison, _path)
 
-    serve = command("serve", _serve, "Serve a page to draw, edit and answer with a model, beside another one.")
+    serve = command("serve", commands.serve, "Serve a page to draw, edit and answer with a model, beside another one.")
     takes_recipe(serve, or_run=True)
     takes_ema(serve)
     serve.add_argument("--against", metavar="RUN|base", help="show beside it: base, a run or a recipe")
@@ -201,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=7860)
 
     demo = command(
-        "demo", _demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
+        "demo", commands.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
     demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)}")
     demo.add_argument("--world", help="where: emoji or shapes; by default emoji, if the model has a demo there")
@@ -220,40 +217,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     study_commands.add(study, _path)
 
-    get = commands.add_parser("get", help="Get published weights or datasets from the Hugging Face hub.")
+    get = subparsers.add_parser("get", help="Get published weights or datasets from the Hugging Face hub.")
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
     weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
     weights.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
-    for sub, run in ((weights, _get_weights), (data, _get_data)):
+    for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
         sub.add_argument("--to", type=_path, help="folder to put them in; by default the cache of the hub")
         sub.add_argument("--dry-run", action="store_true", help="print the list only")
         sub.set_defaults(run=run)
 
-    _add_data(commands)
-    takes_recipe(command("cache", _cache, "Make the features of all images ahead of training, in data.cache."))
-    command("doctor", _doctor, "Report what this machine has and which kernels will run.")
+    _add_data(subparsers)
+    takes_recipe(command("cache", commands.cache, "Make the features of all images ahead of training, in data.cache."))
+    command("doctor", commands.doctor, "Report what this machine has and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
-    bench = command("bench", _bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False)
+    bench = command(
+        "bench", commands.bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False
+    )
     bench.add_argument("arguments", nargs="*")
     return parser
 
 
-def _add_data(commands) -> None:
+def _add_data(subparsers) -> None:
     """Add `reca data check` and `reca data view`."""
     from reca.data.tasks import TASKS
 
-    data = commands.add_parser("data", help="Look at training data.", description="Look at training data.")
+    data = subparsers.add_parser("data", help="Look at training data.", description="Look at training data.")
     inside = data.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         (
             "check",
-            _data_check,
+            commands.data_check,
             "Read every sample: counts, bad ones, sizes, duplicates, texts. Exits 1 if any is bad.",
         ),
-        ("view", _data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
+        ("view", commands.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
     ):
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
@@ -297,140 +296,6 @@ def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False)
     )
     folder = {"required": True} if folder_required else {"default": Path(".")}
     sub.add_argument("--out", type=_path, help="folder for the PNG files", **folder)
-
-
-def _train(options: argparse.Namespace) -> None:
-    from reca import api, distributed
-    from reca.recipe_files import explain, load_recipe
-    from reca.reconstructions import GRID
-
-    recipe = load_recipe(options.recipe, options.overrides)
-    if options.explain:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(explain(recipe))
-        return
-    if options.overfit is not None:
-        _overfit(recipe, options.overfit, options.overfit_to)
-        return
-    run = api.train(recipe)
-    if not distributed.is_main_process():
-        return
-    draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
-    if run.new_steps:
-        print(f"{run.steps} steps done. {draw}")
-        if (grid := run.folder / GRID).is_file():
-            print(f"Pictures, and what the model made of them before and after: {grid}")
-    else:
-        print(
-            f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "
-            f"Give a larger train.steps, or another run_dir. {draw}"
-        )
-
-
-def _overfit(recipe: Any, steps: int, target: float) -> None:
-    from reca import distributed
-    from reca.overfit import NotLearning, overfit
-
-    found = overfit(recipe, steps, target)
-    if distributed.is_main_process():
-        print(*found.describe(), sep="\n")
-    distributed.shut_down()
-    if fault := found.fault():
-        raise NotLearning(f"the dry run did not learn its batch: {fault}")
-
-
-def _status(options: argparse.Namespace) -> int:
-    """Print status.json as it is now. Returns the exit code the run ended with; 0 while it runs."""
-    from reca.status import Status
-
-    status = Status.read(options.folder)
-    if options.field:
-        value = getattr(status, options.field)
-        print("" if value is None else value)
-        return 0
-    print(status.describe())
-    return status.exit_code or 0
-
-
-def _check(options: argparse.Namespace) -> None:
-    from reca.check import report
-    from reca.recipe_files import load_recipe
-
-    if max(options.gpus, options.node) > MOST_GPUS:
-        raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
-    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.card))
-
-
-def _cache(options: argparse.Namespace) -> None:
-    from reca import distributed
-    from reca.precompute import cache_features
-    from reca.recipe_files import load_recipe
-
-    lines = cache_features(load_recipe(options.recipe, options.overrides))
-    if distributed.is_main_process():
-        print(*lines, sep="\n")
-
-
-def _data_check(options: argparse.Namespace) -> int:
-    from reca import data_commands
-
-    return data_commands.check(*data_commands.open_spec(options.spec, options.task, None, options.overrides))
-
-
-def _data_view(options: argparse.Namespace) -> None:
-    from reca import data_commands
-
-    opened = data_commands.open_spec(options.spec, options.task, options.recipe, options.overrides)
-    print(*data_commands.view(*opened, options.count, options.out), sep="\n")
-
-
-def _get_weights(options: argparse.Namespace) -> None:
-    from reca.downloads import get, weights_of
-
-    get(weights_of(options.name, options.overrides), options.to, options.dry_run)
-
-
-def _get_data(options: argparse.Namespace) -> None:
-    from reca.downloads import data_of, get
-
-    get(data_of(options.name), options.to, options.dry_run)
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from reca.serve import serve
-
-    serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from reca.demo.experiment import demo
-    from reca.demo.world import default_world, load_world
-
-    if not 0 < options.scale <= 1 or options.seeds < 1:
-        raise ValueError(
-            f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
-        )
-    world = load_world(options.world) if options.world else default_world(options.umm)
-    usual = Path("demo_out")
-    if (world.name, options.umm) != ("emoji", "show_o"):
-        usual = usual / world.name / options.umm
-    demo(options.umm, world, options.seeds, options.out or usual, options.scale)
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from reca.doctor import report
-
-    print(report())
-
-
-def _bench(options: argparse.Namespace) -> int:
-    root = Path(__file__).parents[2]
-    if not (root / "benchmarks" / "__main__.py").exists():
-        raise ValueError("the benchmarks are in the source tree, not in the installed package: run `make bench` there")
-    sys.path.insert(0, str(root))
-    sys.argv = ["benchmarks", *options.arguments]
-    runpy.run_module("benchmarks", run_name="__main__")
-    return 0
 
 
 if __name__ == "__main__":
