@@ -23,7 +23,7 @@ from benchmarks import docs
 from benchmarks.devices import Ceilings, CpuTime, Cuda, Device, ceilings
 from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
-from benchmarks.step.recipes import MODELS, SIZES
+from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
 from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, write
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        type=lambda name: MODEL_OF.get(name, name),
+        default=MODELS,
+        choices=MODELS,
+        help="or the recipe of one; default: all",
+    )
     parser.add_argument("--size", default="narrow", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="default: ours and release")

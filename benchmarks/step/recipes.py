@@ -26,6 +26,7 @@ NAMES = {  # model -> the recipes of its sizes
     "janus": ("janus_tiny", "janus_pro_1b"),
 }
 MODELS = tuple(NAMES)
+MODEL_OF = {recipe: model for model, recipes in NAMES.items() for recipe in recipes}
 # Keys of a published recipe that name files; null makes the part at random.
 FILES = ("weights", "codec_weights", "clip_weights", "tokenizer", "mllm", "dit")
 PICTURES, SIDE = 8, 1024  # JPEG files that stand for the data
