@@ -138,10 +138,11 @@ class TrainConfig:
         False,
         "multiply in 8 bits in the blocks' linear layers, by torchao; needs precision=bf16 and an Ada or Hopper GPU",
     )
-    activation_checkpointing: bool | Literal["selective"] = config_field(
+    activation_checkpointing: bool | int | Literal["selective"] = config_field(
         False,
-        "compute the transformer blocks a second time in the backward pass, to keep none of their activations; "
-        "selective: keep the outputs of their matrix products and attention, and compute the rest a second time",
+        "compute the transformer blocks a second time in the backward pass, to keep none of their activations; a "
+        "number N: every N-th block; selective: all, but keep the outputs of their matrix products and attention",
+        least=2,
     )
     fit: Optional[str] = config_field(
         None,

@@ -36,7 +36,8 @@ CHECKPOINTING = "train.activation_checkpointing"
 FILE = "fit.json"  # in a run folder: what was chosen, for what, and why
 # What a pass costs beside its rows, in rows: at as many a GPU does half of what it can. A rule to order settings by.
 PASS, GATHER, OFFLOAD = 1024, 1024, 8192
-RECOMPUTED = {False: 1.0, "selective": 1.05, True: 4 / 3}  # work by train.activation_checkpointing
+RECOMPUTED = (False, "selective", True)  # tried values of train.activation_checkpointing, beside the recipe's own
+SELECTIVE = 1.05  # work of a step with selective recomputation
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "parallel.shard", "parallel.strategy", "ema.half_life", "optim.name",
     "optim.moments", "optim.offload", "optim.fused_backward", "train.train", "train.frozen", "train.precision",
@@ -204,7 +205,8 @@ def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         optimizer.append({"optim.offload": True})
     if "moments" in recipe.train.fit_allow and (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
         optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
-    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), RECOMPUTED, optimizer):
+    recomputing = dict.fromkeys((*RECOMPUTED, recipe.train.activation_checkpointing))
+    for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), recomputing, optimizer):
         yield ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
 
 
@@ -238,7 +240,8 @@ def _largest_sizes(recipe: Recipe, gpus: int) -> dict[str, int]:
 
 def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
     """Estimate a step's time in rows: one pass of n rows takes n, more with recomputation, and its overhead."""
-    work = RECOMPUTED[keys[CHECKPOINTING]]
+    recomputed = keys[CHECKPOINTING]
+    work = SELECTIVE if recomputed == "selective" else 1 + (1 / (3 * recomputed) if recomputed else 0)
     time = float(OFFLOAD) if keys.get("optim.offload") else 0.0
     for task in recipe.active_tasks():
         most = -(-getattr(recipe.objective, task).batch_size // gpus)

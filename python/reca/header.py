@@ -72,10 +72,11 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
     train, on = recipe.train, []
     states = {name: getattr(train, name) for name in ("activation_checkpointing", "deterministic")}
     for name, state in (states | {"compile": compiled_blocks.wanted(train, device)}).items():
+        words = name.replace("_", " ")
         if state == "selective":
-            on.append(f"selective {name.replace('_', ' ')}")
+            on.append(f"selective {words}")
         elif state:
-            on.append(name.replace("_", " "))
+            on.append(words if state is True else f"{words} of one in {state} blocks")
     if recipe.ema.half_life:
         on.append(f"EMA with a half-life of {recipe.ema.half_life:g} steps")
     return ", ".join([train.precision, *on])

@@ -1,8 +1,8 @@
 """Activation checkpointing (train.activation_checkpointing): blocks that are computed again in the backward pass.
 
-Chen et al. 2016, arXiv 1604.06174. Selective: the outputs of matrix products, convolutions and attention are kept,
-which are nearly all of a block's FLOPs, and norms, activations and rotary positions are computed again (Korthikanti et
-al. 2022, arXiv 2205.05198). Both change no bit of a result.
+Chen et al. 2016, arXiv 1604.06174: all blocks, or every N-th. Selective: the outputs of matrix products, convolutions
+and attention are kept, which are nearly all of a block's FLOPs, and norms, activations and rotary positions are
+computed again (Korthikanti et al. 2022, arXiv 2205.05198). None of them changes a bit of a result.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from reca.config import TrainConfig
 from reca.models.base import Adapter
+from reca.options import RecipeError
 from reca.precision import autocast
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_mm"}
@@ -27,11 +28,19 @@ def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool
 
     compiled: the blocks are. Dynamo does not look into checkpointing, and inside of compiled code nothing can be chosen
     by operator. There the compiler itself keeps the outputs of products and fuses the rest into what needs it.
+    Raises RecipeError for every N-th block of fewer than N.
     """
-    selective = config.activation_checkpointing == "selective"
-    if not config.activation_checkpointing or (selective and compiled):
+    asked, blocks = config.activation_checkpointing, adapter.blocks()
+    selective = asked == "selective"
+    if not asked or (selective and compiled):
         return
-    for block in adapter.blocks():
+    every = 1 if selective else int(asked)
+    if every > len(blocks):
+        raise RecipeError(
+            f"train.activation_checkpointing={every} computes one in {every} blocks a second time, and {adapter.name} "
+            f"has {len(blocks)}: give a number up to {len(blocks)}, or true for all of them"
+        )
+    for block in blocks[every - 1 :: every]:
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, context_fn=_contexts(selective, config.precision)
         )

@@ -179,13 +179,16 @@ def _convert(raw: Any, wanted: Any, key: str, source: str) -> Any:
         (item,) = get_args(wanted)
         return [convert(part, item, f"{key}[{i}]", source) for i, part in enumerate(raw)]
     if get_origin(wanted) is Union:
-        kind, words = get_args(wanted)  # such as bool | Literal["selective"]
+        *kinds, words = get_args(wanted)  # such as bool | int | Literal["selective"]
         if isinstance(raw, Scalar) and raw.text in get_args(words):
             return raw.text
-        try:
-            return _convert(raw, kind, key, source)
-        except _Wrong as wrong:
-            raise _Wrong(f"{wrong}, or {' or '.join(get_args(words))}") from wrong
+        reasons = []
+        for kind in kinds:
+            try:
+                return _convert(raw, kind, key, source)
+            except _Wrong as wrong:
+                reasons.append(str(wrong))
+        raise _Wrong(f"{', '.join(reasons)}, or {' or '.join(get_args(words))}")
     if not isinstance(raw, Scalar):
         raise _Wrong({str: "a text; put it in quotes", bool: "true or false"}.get(wanted, "a number"))
     if wanted is str:

@@ -27,7 +27,7 @@ def peaks(monkeypatch):
         moments = 0 if recipe.optim.offload else 8
         if recipe.optim.moments == "bf16":
             moments //= 2
-        activations = size * {False: 2, "selective": 1.5, True: 1}[recipe.train.activation_checkpointing]
+        activations = size * {False: 2, 4: 1.75, "selective": 1.5, True: 1}[recipe.train.activation_checkpointing]
         parts = 4, 0, moments, 0, activations
         shard = recipe.parallel.shard or 1
         return Memory(*(int(n * GIB) // (1 if i == 4 else shard) for i, n in enumerate(parts)))
@@ -138,6 +138,15 @@ def test_selective_recomputation_comes_before_full(peaks, monkeypatch):
     monkeypatch.setattr(fit, "PASS", 4096)
     keys = chosen(40)  # 12 + 32, 12 + 24 or 12 + 16, and a reserve
     assert (keys[MICRO], keys[fit.CHECKPOINTING], keys["optim.offload"]) == (16, "selective", False)
+
+
+def test_the_blocks_that_a_recipe_recomputes_are_tried_too(peaks, monkeypatch):
+    """One in 4 takes 1 + 1 / 12 of the work: less than all of them, and more than selective."""
+    monkeypatch.setattr(fit, "SELECTIVE", 1.1)
+    every = f"{fit.CHECKPOINTING}=4"
+    assert (chosen(44, every)[MICRO], chosen(44, every)[fit.CHECKPOINTING]) == (16, 4)  # 12 + 28, and a reserve
+    assert chosen(44)[fit.CHECKPOINTING] == "selective"
+    assert chosen(44, every, "train.fit_allow=[micro_batch]", "train.micro_batch=auto")[fit.CHECKPOINTING] == 4
 
 
 def test_no_setting_is_run_that_cannot_be_chosen(peaks, monkeypatch):

@@ -32,6 +32,7 @@ CASES = {
     "show_o": ("show_o_tiny", FEW),
     "harmon, several passes": ("harmon_tiny", [*SMALL, *RECOMPUTED]),
     "open_uni, several passes": ("open_uni_tiny", [*SMALL, "train.precision=bf16"]),
+    "show_o, every second block": ("show_o_tiny", [*FEW, "train.activation_checkpointing=2", "train.precision=bf16"]),
     "harmon, selective": ("harmon_tiny", [*FEW, *SELECTIVE, "model.mar.head_depth=1"]),
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
     "bagel, scored images": (

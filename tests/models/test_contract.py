@@ -3,6 +3,7 @@
 A model outside of reca.models can be held to it: put its name and tiny recipe into tests/models/contract.py.
 """
 
+import functools
 import math
 
 import pytest
@@ -202,14 +203,16 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", UMMS)
-@pytest.mark.parametrize("around", ["recomputed", "selective", "compiled"])
+@pytest.mark.parametrize("around", [True, 2, "selective", "compiled"])
 def test_recomputed_and_compiled_blocks_give_the_same_gradient(name, around):
     model = load(name)
     wanted = gradients(model)
     if around == "compiled":
         compile_blocks(model, "aot_eager")
     else:
-        checkpoint_activations(model, TrainConfig(activation_checkpointing=around if around == "selective" else True))
+        checkpoint_activations(model, TrainConfig(activation_checkpointing=around))
+        again = [isinstance(block.forward, functools.partial) for block in model.blocks()]
+        assert again == [(i + 1) % 2 == 0 or around != 2 for i in range(len(again))]
     found = gradients(model)
     torch._dynamo.reset()
     assert found.keys() == wanted.keys()
