@@ -63,7 +63,7 @@ class Worker:
             self.trainer = Trainer(recipe, adapter, progress=lambda step: None)
         if released:
             self.trainer.optimizer = release.make_optimizer(self.trainer.optimizer)
-        self.streams = {task: iter(loader) for task, loader in self.trainer.loaders.items()}
+        self.streams = {task: loader.steps() for task, loader in self.trainer.loaders.items()}
         self.batches = self._load()
         self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]
 
@@ -121,11 +121,7 @@ class Worker:
             self.trainer.train_step(self.batches)
 
     def _load(self) -> dict[str, list]:
-        made = self.trainer
-        return {
-            task: [next(self.streams[task]).to(made.device) for _ in range(made.accumulation_steps[task])]
-            for task in made.tasks
-        }
+        return self.trainer.next_batches(self.streams)
 
 
 def _flops(meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:

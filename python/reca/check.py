@@ -141,7 +141,10 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     lines += ["", f"samples of a step on {gpus} GPU{'s' * (gpus > 1)}"]
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
-        split = describe_split(config.batch_size, config.micro_batch, gpus)
+        split = describe_split(config, gpus)
+        if config.max_tokens is not None:
+            most = memory.largest_sample(adapter, recipe, task, fake)
+            split += f"; the largest sample has {most}" + ", and is a pass alone" * (most > config.max_tokens)
         lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
     if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")

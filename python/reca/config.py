@@ -29,6 +29,12 @@ class TaskConfig:
         least=1,
         most=2**24,
     )
+    max_tokens: Optional[int] = config_field(
+        None,
+        "largest number of tokens in one forward pass on one rank, in place of micro_batch: as many samples as fit, in "
+        "their order, padding counts, and a longer sample is a pass by itself; null = micro_batch",
+        least=1,
+    )
 
 
 @dataclass
@@ -54,6 +60,12 @@ class ObjectiveConfig:
             raise RecipeError(
                 f"{prefix}condition=other takes h_v from another sample: set {prefix}reca.batch_size to 2 or more"
             )
+        for task in TASKS if self.mean == "micro_batch" else ():
+            if (most := getattr(self, task).max_tokens) is not None:
+                raise RecipeError(
+                    f"{prefix}{task}.max_tokens={most} needs {prefix}mean=batch: with mean=micro_batch the samples of "
+                    "a pass are a part of the loss, and which they are would depend on their lengths"
+                )
 
 
 @dataclass
@@ -359,6 +371,12 @@ class Recipe:
     def check(self, prefix: str) -> None:
         if not self.active_tasks():
             raise RecipeError(f"every weight of {prefix}objective is 0: there is nothing to train")
+        for task in self.active_tasks():
+            if getattr(self.objective, task).max_tokens is not None and self.train.micro_batch == "auto":
+                raise RecipeError(
+                    f"{prefix}train.micro_batch=auto chooses {prefix}objective.{task}.micro_batch, in whose place "
+                    f"{prefix}objective.{task}.max_tokens is: set one of the two to null"
+                )
         if self.optim.fused_backward and self.train.skip_spikes is not None:
             raise RecipeError(
                 f"{prefix}optim.fused_backward=true updates parameters before the norm of all gradients is known, so "

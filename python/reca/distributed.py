@@ -166,6 +166,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def max_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    """Return the largest of each number on any rank. Waits for the device."""
+    if not dist.is_initialized():
+        return numbers
+    found = torch.tensor(numbers, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Tell whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():

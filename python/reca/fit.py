@@ -124,7 +124,11 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
     """
     predict = predict or Predictions(recipe)
     rows, cards = sum(predict.adapter.sequence().values()), (gpus, node, card)
-    smallest = {f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[0] for task in recipe.active_tasks()}
+    smallest = {
+        f"objective.{task}.micro_batch": _sizes(recipe, task, gpus)[0]
+        for task in recipe.active_tasks()
+        if getattr(recipe.objective, task).max_tokens is None
+    }
     best: Choice | None = None
     least: tuple[int, dict[str, Any]] | None = None
     settings = [(_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting) for setting in _settings(
@@ -160,7 +164,8 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
             )
             time = _time(recipe, keys, gpus, rows)
             if best is None or time < best.time:
-                best = Choice(keys, max(peaks, key=lambda found: found.total), time)
+                used = {key: value for key, value in keys.items() if key in setting or key in smallest}
+                best = Choice(used, max(peaks, key=lambda found: found.total), time)
     if best is None:
         assert least is not None
         raise DoesNotFit(_refusal(recipe, gpus, node, card, *least))
@@ -221,10 +226,12 @@ def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
 def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
     """List the micro-batches of a task that split its batch otherwise. They ascend.
 
-    With objective.mean=micro_batch another size is another loss, which must be allowed.
+    With objective.mean=micro_batch another size is another loss, which must be allowed. max_tokens stays as it is.
     """
     config = getattr(recipe.objective, task)
-    if recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe):
+    if config.max_tokens is not None or (
+        recipe.objective.mean == "micro_batch" and not _may_change_micro_batch(recipe)
+    ):
         return [config.micro_batch]
     most = -(-config.batch_size // gpus)
     return sorted({-(-most // passes) for passes in range(1, most + 1)})
@@ -263,12 +270,15 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
             "train.fit_allow=[micro_batch]: smaller micro-batches, over which objective.mean=micro_batch averages "
             "otherwise"
         )
-    if recipe.train.fit is None:
+    for task in recipe.active_tasks():
+        if (most := getattr(recipe.objective, task).max_tokens) is not None:
+            helps.append(f"a smaller objective.{task}.max_tokens than {most}")
+    if asked_by(recipe) == "train.micro_batch":
         helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (
-        f"{asked_by(recipe)}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this recipe. The least "
-        f"found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would help: "
-        f"{'; '.join(helps)}"
+        f"{asked_by(recipe) or 'train.fit'}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this "
+        f"recipe. The least found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would "
+        f"help: {'; '.join(helps)}"
     )
 
 

@@ -44,7 +44,7 @@ def header(
 
 def _task(recipe: Recipe, task: str, loader: Loader) -> str:
     config = getattr(recipe.objective, task)
-    split = micro_batches.describe_split(config.batch_size, config.micro_batch, distributed.world_size())
+    split = micro_batches.describe_split(config, distributed.world_size())
     key = DATA_KEYS[task]
     return (
         f"{task} (weight {config.weight:g}) {config.batch_size} samples a step of {len(loader.source)} in "

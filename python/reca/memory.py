@@ -16,13 +16,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from reca import distributed, half_weights, objective
 from reca.allocations import OTHER, Allocations, on_gpu
-from reca.config import Recipe
+from reca.config import Recipe, TaskConfig
 from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, ScoredBox, Turn
 from reca.data.templates import load_templates
 from reca.ema import EMA
 from reca.meta_model import build_meta
-from reca.micro_batches import accumulation_steps, micro_batch_sizes
+from reca.micro_batches import accumulation_steps, micro_batch_sizes, passes_by_tokens
 from reca.models.base import Adapter
 from reca.optim import gradient_norm, make_optimizer
 from reca.optim.adamw import PIECE, AdamW
@@ -129,7 +129,9 @@ def run_step(
     batches: by task, draws of its largest micro-batch. All run as passes of one step, with the gradients of earlier
     passes in place where the recipe's step has several.
     """
-    passes = {task: accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()}
+    passes = {
+        task: _passes(getattr(recipe.objective, task), gpus, batches.get(task, [])) for task in recipe.active_tasks()
+    }
     several = sum(passes.values()) > 1
     trained = [p for p in adapter.parameters() if p.requires_grad]
     context = autocast(recipe.train.precision, torch.device("cpu"))
@@ -208,25 +210,76 @@ def _steps(batches: dict[str, list[Batch]], passes: dict[str, int], gpus: int) -
             yield {task: [batch] for task, batch in draws.items()}
 
 
+def _passes(config: TaskConfig, gpus: int, batches: list[Batch]) -> int:
+    """Count the passes of a task's step on a rank; with max_tokens, of samples as those of these batches."""
+    if config.max_tokens is None or not batches:
+        return accumulation_steps(config, gpus)
+    return -(-config.batch_size // (gpus * min(map(len, batches))))
+
+
 def _batches(adapter: Adapter, recipe: Recipe, task: str, gpus: int, fake: FakeTensorMode) -> list[Batch]:
-    """Make the largest micro-batch of a task with the draws that have the most and the fewest predicted tokens."""
-    config = getattr(recipe.objective, task)
-    size = micro_batch_sizes(config.batch_size, config.micro_batch, gpus)[0]
-    drawn = [_batch(adapter, recipe, task, torch.arange(size) + draw * size, fake) for draw in range(DRAWS)]
-    fewest, most = (pick(drawn, key=lambda batch: batch.prepared.weight) for pick in (min, max))
-    return [most, fewest] if most.prepared.weight > SPREAD * fewest.prepared.weight else [most]
+    """Make the largest micro-batch of a task with the draws that have the most and the fewest predicted tokens.
+
+    With max_tokens the longest texts and the shortest each fill one: which takes more depends on the model.
+    """
+    config, found = getattr(recipe.objective, task), []
+    fills: list[Fill] = [Fill(WORDS, micro_batch_sizes(config.batch_size, config.micro_batch, gpus)[0])]
+    if config.max_tokens is not None:
+        share = -(-config.batch_size // gpus)
+        fills = [_fill(adapter, recipe, task, share, words, fake) for words in (WORDS, 1)]
+    for fill in fills:
+        drawn = [_batch(adapter, recipe, task, fill, draw, fake) for draw in range(DRAWS)]
+        fewest, most = (pick(drawn, key=lambda batch: batch.prepared.weight) for pick in (min, max))
+        found += [most, fewest] if most.prepared.weight > SPREAD * fewest.prepared.weight else [most]
+    return found
 
 
-def _batch(adapter: Adapter, recipe: Recipe, task: str, ids: Tensor, fake: FakeTensorMode) -> Batch:
+def largest_sample(adapter: Adapter, recipe: Recipe, task: str, fake: FakeTensorMode) -> int:
+    """Count the tokens of a task's longest sample: the largest image, with the longest text that the model takes."""
+    return max(_batch(adapter, recipe, task, Fill(WORDS, DRAWS), 0, fake).prepared.tokens)
+
+
+class Fill(NamedTuple):
+    """What is in a micro-batch: images of the largest size, with texts of so many words."""
+
+    words: int
+    samples: int
+    last: int | None = None  # height of the last image to generate, where it is smaller
+
+
+def _fill(adapter: Adapter, recipe: Recipe, task: str, share: int, words: int, fake: FakeTensorMode) -> Fill:
+    """Fill a pass of max_tokens, of at most `share` samples.
+
+    The last image of a model that takes any size is as large as there is room for.
+    """
+    most, view = getattr(recipe.objective, task).max_tokens, adapter.views(task).gen
+    few = _batch(adapter, recipe, task, Fill(words, min(share, DRAWS)), 0, fake).prepared
+    fill = Fill(words, min(share, max(1, most // min(few.tokens))))
+    tokens = _batch(adapter, recipe, task, fill, 0, fake).prepared.tokens
+    fill = Fill(words, passes_by_tokens(tokens, most, few.packed)[0])
+    if view is None or view.fit != "bound" or fill.samples == share:
+        return fill
+    for side in range(view.size - view.stride, 0, -view.stride):
+        fuller = Fill(words, fill.samples + 1, side)
+        if sum(_batch(adapter, recipe, task, fuller, 0, fake).prepared.tokens) <= most:
+            return fuller
+    return fill
+
+
+def _batch(adapter: Adapter, recipe: Recipe, task: str, fill: Fill, draw: int, fake: FakeTensorMode) -> Batch:
+    ids = torch.arange(fill.samples) + draw * fill.samples
     with fake:
         views = adapter.views(task)
         gen, und = (
             None if view is None else [torch.empty(3, view.size, view.size, dtype=torch.uint8) for _ in ids]
             for view in (views.gen, views.und)
         )
-    text: Any = " ".join(["a"] * WORDS)
+        if fill.last is not None and gen is not None:
+            gen[-1] = torch.empty(3, fill.last, gen[-1].shape[2], dtype=torch.uint8)
+    text: Any = " ".join(["a"] * fill.words)
     if task == "reca":
-        text = max(load_templates(recipe.data.templates, recipe.data.template_count), key=len)
+        pick = max if fill.words > 1 else min
+        text = pick(load_templates(recipe.data.templates, recipe.data.template_count), key=len)
     elif task == "i2t":
         text = [Turn("a", text)]
     elif task == "srum":

@@ -1,6 +1,6 @@
 """The samples of a step, split into micro-batches over ranks and gradient accumulation steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -37,9 +37,34 @@ def split_batch(batch_size: int, micro_batch: int, ranks: int) -> list[list[Micr
     return [[nth(i) for i in range(rank, count, ranks)] for rank in range(ranks)]
 
 
+def shares_of(config: Any, ranks: int) -> list[list[MicroBatch]]:
+    """Split a task's step as `split_batch`: with max_tokens into all samples of a rank. config: its TaskConfig."""
+    most = config.micro_batch if config.max_tokens is None else -(-config.batch_size // ranks)
+    return split_batch(config.batch_size, most, ranks)
+
+
+def passes_by_tokens(tokens: Sequence[int], most: int, packed: bool) -> list[int]:
+    """Split a rank's samples, in their order, into passes of at most `most` tokens, and return how many each has.
+
+    tokens: of each sample. packed: they stand behind each other; else a pass is as long as its longest, times samples.
+    A sample of more than `most` is a pass by itself.
+    """
+    sizes, whole, longest = [0], 0, 0
+    for own in tokens:
+        whole, longest = whole + own, max(longest, own)
+        if sizes[-1] and (whole if packed else longest * (sizes[-1] + 1)) > most:
+            sizes.append(0)
+            whole = longest = own
+        sizes[-1] += 1
+    return sizes
+
+
 def accumulation_steps(config: Any, ranks: int) -> int:
-    """Count the micro-batches of one task on each rank in one step. config: its TaskConfig."""
-    return len(split_batch(config.batch_size, config.micro_batch, ranks)[0])
+    """Count the micro-batches of one task on each rank in one step; with max_tokens 1, the least. config: a TaskConfig.
+
+    How many they are with max_tokens the lengths of the samples decide.
+    """
+    return len(shares_of(config, ranks)[0])
 
 
 def micro_batch_sizes(batch_size: int, micro_batch: int, ranks: int) -> list[int]:
@@ -48,13 +73,15 @@ def micro_batch_sizes(batch_size: int, micro_batch: int, ranks: int) -> list[int
     return sorted({one.size for rank in split for one in rank if one.counted}, reverse=True)
 
 
-def describe_split(batch_size: int, micro_batch: int, ranks: int) -> str:
-    """Describe the samples of a rank, its passes, and the sizes of micro-batches."""
-    split = split_batch(batch_size, micro_batch, ranks)
+def describe_split(config: Any, ranks: int) -> str:
+    """Describe the samples of a rank, its passes, and the sizes of micro-batches. config: a TaskConfig."""
+    split = shares_of(config, ranks)
     own = [sum(one.size for one in rank if one.counted) for rank in split]
     count = len(split[0])
     samples = str(own[0]) if len(set(own)) == 1 else f"{min(own)} to {max(own)}"
-    each = " or ".join(map(str, micro_batch_sizes(batch_size, micro_batch, ranks)))
+    if config.max_tokens is not None:
+        return f"{samples} per GPU, passes of up to {config.max_tokens} tokens"
+    each = " or ".join(map(str, micro_batch_sizes(config.batch_size, config.micro_batch, ranks)))
     return f"{samples} per GPU, {count} pass{'es' * (count > 1)} of {each}"
 
 

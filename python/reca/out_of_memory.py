@@ -100,7 +100,9 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
         size = min(config.micro_batch, -(-config.batch_size // gpus))
-        if size > 1:
+        if config.max_tokens is not None:
+            halves[f"objective.{task}.max_tokens"] = max(config.max_tokens // 2, 1)
+        elif size > 1:
             halves[f"objective.{task}.micro_batch"] = size // 2
     if halves:
         yield halves

@@ -162,10 +162,8 @@ def overfit(recipe: Recipe, steps: int, target: float = TARGET, adapter: Adapter
 
 
 def _learn(trainer: Trainer, steps: int, target: float) -> DryRun:
-    batches = {}
-    for task, loader in trainer.loaders.items():
-        stream = iter(loader)
-        batches[task] = [next(stream).to(trainer.device) for _ in range(trainer.accumulation_steps[task])]
+    batches = trainer.next_batches({task: loader.steps() for task, loader in trainer.loaders.items()})
+    for loader in trainer.loaders.values():
         loader.close()
     found = DryRun(target, trainer.recipe.optim.lr, [], {}, {}, _size(trainer.adapter))
     found.gradients, first = _gradients(trainer, batches)

@@ -78,7 +78,7 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
         if not old.get(f"objective.{task}.weight") and not new[f"objective.{task}.weight"]:
             free.append(f"objective.{task}.*")
     if new["objective.mean"] == "batch":
-        free.append("objective.*.micro_batch")
+        free += ["objective.*.micro_batch", "objective.*.max_tokens"]
     changed = [key for key in new if old.get(key) != new[key] and not any(fnmatchcase(key, f) for f in free)]
     if "umm" in changed:
         changed = ["umm"]  # no other key can be compared

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from reca import (
     hang,
     lora,
     memory,
-    micro_batches,
     objective,
     out_of_memory,
     preflight,
@@ -111,9 +110,6 @@ class Trainer:
     def _set_up(self, adapter: Adapter | None) -> None:
         self.recipe = recipe = self._fit(adapter)
         out_of_memory.record_history(recipe)
-        self.accumulation_steps = {
-            task: micro_batches.accumulation_steps(self._task(task), distributed.world_size()) for task in self.tasks
-        }
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
             hang.remove_request(self.run_dir)
@@ -217,7 +213,7 @@ class Trainer:
         if distributed.rank() == 0:
             save_recipe(absolute_paths(recipe), self.run_dir / "recipe.yaml")
         step_timeout = min(recipe.parallel.timeout_minutes, recipe.parallel.step_timeout_minutes)
-        streams = {task: iter(loader) for task, loader in self.loaders.items()}
+        streams = {task: loader.steps() for task, loader in self.loaders.items()}
         with (
             self._report() as report,
             contextlib.ExitStack() as loaders,
@@ -235,10 +231,7 @@ class Trainer:
             while self.step < recipe.train.steps:
                 watch.enter(self.step + 1, "loading of batches")
                 started = time.perf_counter()
-                batches = {
-                    task: [next(streams[task]).to(self.device) for _ in range(self.accumulation_steps[task])]
-                    for task in self.tasks
-                }
+                batches = self.next_batches(streams)
                 data_wait = time.perf_counter() - started
                 watch.enter(self.step + 1, "training")
                 report.count_flops(batches)
@@ -297,6 +290,15 @@ class Trainer:
         return RunReport(
             self.recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress, self.own_model
         )
+
+    def next_batches(self, streams: Mapping[str, Iterator[list[Batch]]]) -> dict[str, list[Batch]]:
+        """Take the micro-batches of a step from every task's stream: as many on every rank, as FSDP2 asks for."""
+        batches = {task: [batch.to(self.device) for batch in next(streams[task])] for task in self.tasks}
+        if any(self._task(task).max_tokens is not None for task in self.tasks):
+            counts = distributed.max_over_ranks([len(batches[task]) for task in self.tasks], self.device)
+            for task, count in zip(self.tasks, counts, strict=True):
+                batches[task] += [batches[task][-1].uncounted()] * (count - len(batches[task]))
+        return batches
 
     def train_step(self, batches: dict[str, list[Batch]]) -> dict[str, float]:
         """Make one optimizer step from this rank's micro-batches, by task, unless it is to be skipped.
@@ -382,6 +384,7 @@ class Trainer:
             seed=self.recipe.train.seed,
             micro_batch=self._task(task).micro_batch,
             batch_size=self._task(task).batch_size,
+            max_tokens=self._task(task).max_tokens,
             neighbours=task == "reca" and self.recipe.objective.condition == "other",
             start=self._position(task),
             rank=distributed.rank(),

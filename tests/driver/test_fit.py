@@ -149,6 +149,16 @@ def test_the_blocks_that_a_recipe_recomputes_are_tried_too(peaks, monkeypatch):
     assert chosen(44, every, "train.fit_allow=[micro_batch]", "train.micro_batch=auto")[fit.CHECKPOINTING] == 4
 
 
+def test_a_number_of_tokens_stays(peaks):
+    """The formula knows micro_batch alone, which is no longer chosen and not named."""
+    keys = chosen(32, "objective.reca.max_tokens=99", "objective.reca.micro_batch=16")
+    assert MICRO not in keys and keys[fit.CHECKPOINTING] is True
+    with pytest.raises(fit.DoesNotFit, match=r"train.fit: 1 card of .*a smaller objective.reca.max_tokens than 99"):
+        chosen(12, "objective.reca.max_tokens=99", "objective.reca.micro_batch=16")
+    given = recipe_of("objective.reca.max_tokens=99")
+    assert {"objective.reca.max_tokens": 49} in list(out_of_memory.changes(given, 1, 8))
+
+
 def test_no_setting_is_run_that_cannot_be_chosen(peaks, monkeypatch):
     """Those whose weights and moments are too large, and micro-batches with which a step is no faster than the best."""
     asked, peak_of = [], memory.peak_of

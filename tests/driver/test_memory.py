@@ -16,7 +16,6 @@ import torch.multiprocessing
 from torch import Tensor
 
 from reca import half_weights, memory, objective, units
-from reca.micro_batches import accumulation_steps
 from reca.models import umm_package
 from reca.optim import freeze, gradient_norm, make_optimizer
 from reca.parallelize import shard
@@ -37,6 +36,10 @@ CASES = {
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
     "bagel, scored images": (
         "bagel_tiny", ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=8"],
+    ),
+    "bagel, passes of 400 tokens": ("bagel_tiny", ["objective.reca.batch_size=24", "objective.reca.max_tokens=400"]),
+    "show_o, passes of 400 tokens": (
+        "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=24", "objective.reca.max_tokens=400"],
     ),
     # Narrow: as many tokens and classes as a real one, so that activations, logits and their gradient are most of it.
     "narrow": (
@@ -70,9 +73,9 @@ class RealSteps:
         self.recipe, self.adapter, self.optimizer = recipe, adapter, make_optimizer(adapter, recipe.optim)
         self.context = autocast(recipe.train.precision, torch.device(device))
         adapter.train()
-        self.passes = {t: accumulation_steps(getattr(recipe.objective, t), ranks) for t in recipe.active_tasks()}
         nothing = contextlib.nullcontext()
-        self.batches = {t: memory._batches(adapter, recipe, t, ranks, nothing) for t in self.passes}
+        self.batches = {t: memory._batches(adapter, recipe, t, ranks, nothing) for t in recipe.active_tasks()}
+        self.passes = {t: memory._passes(getattr(recipe.objective, t), ranks, mine) for t, mine in self.batches.items()}
         for mine in self.batches.values():
             for batch in mine:
                 batch.prepared = batch.prepared.to(device)

@@ -6,9 +6,19 @@ import math
 import pytest
 import torch
 
+from reca.config import TaskConfig
 from reca.data.loader import Stream, open_loader
-from reca.micro_batches import accumulation_steps, describe_split, micro_batch_sizes, size_warning, split_batch
+from reca.micro_batches import (
+    accumulation_steps,
+    describe_split,
+    micro_batch_sizes,
+    passes_by_tokens,
+    shares_of,
+    size_warning,
+    split_batch,
+)
 from reca.objective import backward
+from reca.optim import check_passes
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe, recipe_names
 from tests.driver.toy import ToyAdapter
@@ -65,9 +75,20 @@ def test_splits_by_hand():
         and micro_batch_sizes(10, 2, 16) == [1]
         and micro_batch_sizes(10, 2, 5) == [2]
     )
-    assert describe_split(10, 2, 8) == "1 to 2 per GPU, 1 pass of 2 or 1"
-    assert describe_split(10, 2, 16) == "0 to 1 per GPU, 1 pass of 1"
-    assert describe_split(10, 2, 1) == "10 per GPU, 5 passes of 2"
+    ten = TaskConfig(batch_size=10, micro_batch=2)
+    assert describe_split(ten, 8) == "1 to 2 per GPU, 1 pass of 2 or 1"
+    assert describe_split(ten, 16) == "0 to 1 per GPU, 1 pass of 1"
+    assert describe_split(ten, 1) == "10 per GPU, 5 passes of 2"
+    ten.max_tokens = 99
+    assert describe_split(ten, 4) == "2 to 3 per GPU, passes of up to 99 tokens"
+    assert [[s.size for s in rank] for rank in shares_of(ten, 4)] == [[3], [3], [2], [2]]
+
+
+def test_passes_by_tokens():
+    """Packed: sums up to 10; padded: the longest, as often as there are samples. What is longer is alone."""
+    assert passes_by_tokens([4, 3, 3, 1, 9, 11, 2, 2], 10, packed=True) == [3, 2, 1, 2]
+    assert passes_by_tokens([4, 3, 3, 1, 9, 11, 2, 2], 10, packed=False) == [2, 2, 1, 1, 2]
+    assert passes_by_tokens([5], 3, packed=True) == [1] and passes_by_tokens([5, 5], 3, packed=False) == [1, 1]
 
 
 def test_numbers_below_one():
@@ -104,15 +125,16 @@ def test_positions_do_not_depend_on_the_ranks():
         assert seen == set(range(10, 40))
 
 
-def gradient(recipe, micro_batch, condition="own", mean="batch", batch_size=7):
+def gradient(recipe, micro_batch, condition="own", mean="batch", batch_size=7, max_tokens=None):
     """Of one step of the toy model on one rank."""
     keys = (f"objective.condition={condition}", f"objective.mean={mean}", f"objective.reca.batch_size={batch_size}")
     r, adapter = recipe(*keys), ToyAdapter(dtype=torch.float64)
     other = condition == "other"
     loader = open_loader(
-        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, batch_size=batch_size, neighbours=other
-    )
-    batches = list(itertools.islice(loader, len(split_batch(batch_size, micro_batch, 1)[0])))
+        r.data, "reca", adapter.views("reca"), seed=0, micro_batch=micro_batch, batch_size=batch_size, neighbours=other,
+        max_tokens=max_tokens, prepare=adapter.prepare,
+    )  # fmt: skip
+    batches = next(loader.steps())
     sums = backward(adapter, {"reca": batches}, r.objective, 0, torch.autocast("cpu", enabled=False))
     return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]), sums["reca"]
 
@@ -124,6 +146,30 @@ def test_sizes_do_not_change_the_update(recipe, condition):
         found, same = gradient(recipe, micro_batch, condition)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(same, sums)
+    for max_tokens in (1, 4, 7):
+        found, same = gradient(recipe, 7, condition, max_tokens=max_tokens)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(same, sums)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_step_by_tokens_is_this_step_after_a_resume_too(recipe, workers):
+    """Samples of 1, 2 and 3 tokens; ranks of 4 and 3 samples. The next of the step is every pass's neighbour."""
+    r, adapter = recipe(f"data.workers={workers}"), ToyAdapter()
+    given = dict(seed=0, micro_batch=99, batch_size=7, max_tokens=4, neighbours=True, prepare=adapter.prepare)
+
+    def steps(rank, start=0):
+        loader = open_loader(r.data, "reca", adapter.views("reca"), **given, rank=rank, world=2, start=start)
+        made = [
+            [(batch.sample_ids.tolist(), int(batch.neighbour.sample_ids)) for batch in step]
+            for step in itertools.islice(loader.steps(), 3)
+        ]
+        loader.close()
+        return made
+
+    assert steps(0)[:2] == [[([0, 1], 2), ([2, 3], 4)], [([7], 8), ([8, 9], 10), ([10], 11)]]
+    assert steps(1)[0] == [([4], 5), ([5, 6], 0)]
+    assert steps(0, start=7)[:2] == steps(0)[1:] and steps(1, start=7)[:2] == steps(1)[1:]
 
 
 def test_other_is_not_own(recipe):
@@ -157,6 +203,16 @@ def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
     assert sums["reca"].tolist() == [0, 0]
     grads = [p.grad for p in adapter.parameters() if p.grad is not None]
     assert grads and all((grad == 0).all() for grad in grads)
+
+
+def test_what_a_number_of_tokens_cannot_go_with(recipe):
+    with pytest.raises(RecipeError, match="reca.max_tokens=9 needs objective.mean=batch"):
+        recipe("objective.mean=micro_batch", "objective.reca.max_tokens=9")
+    with pytest.raises(RecipeError, match="micro_batch=auto chooses objective.reca.micro_batch, in whose place"):
+        recipe("train.micro_batch=auto", "objective.reca.max_tokens=9")
+    fused = recipe("optim.fused_backward=true", "optim.max_grad_norm=null", "objective.reca.max_tokens=9")
+    with pytest.raises(RecipeError, match="as many as the samples' lengths ask for"):
+        check_passes(fused, 1)
 
 
 def test_condition_other_needs_another_sample(recipe):

@@ -25,6 +25,11 @@ class ToyConfig:
 @dataclass(frozen=True)
 class ToyPrepared(Prepared):
     sample_ids: torch.Tensor  # int64 [B]
+    packed = True
+
+    @property
+    def tokens(self) -> list[int]:
+        return [1 + i % 3 for i in self.sample_ids.tolist()]
 
 
 class ToyAdapter(Adapter):

@@ -1,6 +1,7 @@
 """BAGEL's adapter beyond the golden data: sizes, files, batching, learning, sampling, editing, kernels, bad input."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from reca import objective
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
@@ -330,6 +332,33 @@ def test_it_learns_photographs_and_what_is_frozen_stays(tmp_path):
     assert changed == {n for n, role in roles.items() if role in model.trainable_roles}
     with_state = {id(p) for p in trainer.optimizer.state}
     assert with_state == {id(p) for n, p in model.named_parameters() if roles[n] in model.trainable_roles}
+
+
+def test_passes_of_so_many_tokens_make_the_same_step(tmp_path):
+    """Images of 25 to 100 tokens, of which the largest with their prompt are longer than a pass: they are alone."""
+    for i, size in enumerate([(40, 40), (20, 20), (40, 20), (20, 30), (40, 36), (20, 20), (24, 40), (20, 20)]):
+        Image.new("RGB", size, (25 * i, 90, 200 - 20 * i)).save(tmp_path / f"{i}.png")
+
+    def step(*keys):
+        changes = ["model.image_size=40", "model.max_latent_size=10", "objective.reca.batch_size=8", "data.workers=0"]
+        given = [f"data.images={tmp_path}", "train.precision=fp64", *changes, *keys]
+        recipe = load_recipe("bagel_tiny", [*given, f"run_dir={tmp_path / 'run'}"])
+        trainer = Trainer(recipe, progress=lambda _: None)
+        trainer.folder.close()
+        batches = trainer.next_batches({"reca": trainer.loaders["reca"].steps()})
+        trainer.adapter.zero_grad()
+        sums = objective.backward(trainer.adapter, batches, recipe.objective, 0, trainer.autocast)
+        gradients = {name: p.grad.clone() for name, p in trainer.adapter.named_parameters() if p.grad is not None}
+        return [list(batch.prepared.tokens) for batch in batches["reca"]], gradients, sums["reca"]
+
+    passes, found, sums = step("objective.reca.max_tokens=110")
+    (whole,), wanted, same = step("objective.reca.micro_batch=8")
+    assert [tokens for one in passes for tokens in one] == whole
+    assert all(sum(one) <= 110 or len(one) == 1 for one in passes) and max(map(sum, passes)) > 110
+    assert all(sum(one) + after[0] > 110 for one, after in itertools.pairwise(passes)) and len(passes) < 8
+    torch.testing.assert_close(sums, same, rtol=1e-12, atol=0)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-13, msg=name)
 
 
 def test_two_ranks_make_the_update_of_one(tmp_path):

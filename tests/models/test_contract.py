@@ -57,6 +57,23 @@ def plain(request):
 # what it says of itself
 
 
+def test_tokens_of_a_sample_are_the_rows_of_its_sequence(plain):
+    """Counted once more in a pass of it alone: packed by expert, or in a row, behind which OpenUni's queries stand."""
+    rng, rows = CounterRNG(0), range(4)
+    for task in sorted(plain.tasks):
+        together = plain.prepare(batch(plain, task), rng)
+        counted = []
+        for row in rows:
+            one = plain.prepare(batch(plain, task, (row,)), rng)
+            if one.packed:
+                layouts = [one.prompt, *([one.image] if one.image else [])]
+                counted.append(sum(x.src.numel() + x.latent_positions.numel() for x in layouts))
+            else:
+                counted.append(getattr(one.layout, "positions", one.layout.src).shape[1])
+        assert list(together.tokens) == counted, task
+        assert len(set(counted)) > 1, task
+
+
 def test_roles_cover_all_parameters(model):
     roles = model.roles()
     assert roles.keys() == {name for name, _ in model.named_parameters()}

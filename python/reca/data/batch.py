@@ -1,5 +1,6 @@
 """Batches of one task, which the data makes and the losses read."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,6 +75,12 @@ class Batch:
         moved.prepared = self.prepared and self.prepared.to(device)
         moved._host_ids = self.host_ids
         return moved
+
+    def uncounted(self) -> "Batch":
+        """Return a copy that adds nothing to loss or gradient."""
+        copied = copy.copy(self)
+        copied.counted, copied.on_encoded = False, None
+        return copied
 
     @property
     def host_ids(self) -> Tensor:

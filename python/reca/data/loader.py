@@ -28,7 +28,7 @@ from reca.data.sources import DATA_KEYS, open_sources
 from reca.data.tasks import Scored
 from reca.data.templates import load_templates
 from reca.data.views import Views
-from reca.micro_batches import MicroBatch, split_batch
+from reca.micro_batches import MicroBatch, passes_by_tokens, split_batch
 from reca.rng import CounterRNG, RandomStream
 
 ATTEMPTS = 100
@@ -44,6 +44,7 @@ def open_loader(
     seed: int,
     micro_batch: int,
     batch_size: int | None = None,
+    max_tokens: int | None = None,
     neighbours: bool = False,
     start: int = 0,
     rank: int = 0,
@@ -56,6 +57,7 @@ def open_loader(
     """Open the loader of one task that a recipe describes. Raises DataError as `open_sources`.
 
     batch_size: samples of one step on all ranks; null = one full micro-batch on each.
+    max_tokens: of a batch, by what `prepare` counts; the rank's share of a step is split by it, and not by micro_batch.
     neighbours: every batch comes with its `neighbour`.
     identity: what, beside the images, the features in data.cache depend on.
     prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
@@ -65,9 +67,10 @@ def open_loader(
     cache = None
     if config.cache:
         cache = FeatureCache(Path(config.cache), views, [task, identity])
-    shares = split_batch(batch_size or micro_batch * world, micro_batch, world)[rank]
-    stream = Stream(shares, batch_size or micro_batch * world, start, neighbours)
-    return Loader(config, source, task, views, seed, stream, bad_samples, cache, prepare)
+    samples = batch_size or micro_batch * world
+    shares = split_batch(samples, micro_batch if max_tokens is None else -(-samples // world), world)[rank]
+    stream = Stream(shares, samples, start, neighbours)
+    return Loader(config, source, task, views, seed, stream, bad_samples, cache, prepare, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Loader:
         bad_samples: Path | None = None,
         cache: FeatureCache | None = None,
         prepare: Prepare | None = None,
+        max_tokens: int | None = None,
     ):
         self.config, self.source, self.task, self.stream = config, source, task, stream
         self.views = views
@@ -134,7 +138,7 @@ class Loader:
         self.decode = _decoder(config, views, self.rng)
         self.batched = self.decode if isinstance(self.decode, dali.DaliDecoder) else None
         self.templates = load_templates(config.templates, config.template_count) if task == "reca" else None
-        self.cache, self.prepare = cache, prepare
+        self.cache, self.prepare, self.max_tokens = cache, prepare, max_tokens
         self.meter = Meter()
         self.bad_samples = BadSamples(bad_samples, source, config.max_bad_fraction)
         self.pool = ThreadPoolExecutor(config.workers) if config.workers else None
@@ -150,6 +154,16 @@ class Loader:
         return self.bad_samples.count()
 
     def __iter__(self) -> Iterator[Batch]:
+        return itertools.chain.from_iterable(self._batches())
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of every step."""
+        batches = self._batches()
+        while True:
+            yield [batch for _ in self.stream.shares for batch in next(batches)]
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """Yield the batches of every share: one, but with max_tokens as many as its samples make."""
         stream = iter(self.stream)
         ahead: deque[Future] = deque()
         while True:
@@ -195,18 +209,27 @@ class Loader:
         done.set_result(function(*arguments))
         return done
 
-    def _assemble(self, share: MicroBatch, positions: range, neighbour: list[int], jobs: list[Future]) -> Batch:
-        """Make the batch of a share from its rows, and prepare it for the loss."""
-        rows = [job.result() for job in jobs]
-        batch = self._batch(positions, rows[: share.size])
-        if isinstance(self.order, Mixed):
-            batch.sources = [self.order.place(position)[0] for position in positions]
-        if neighbour:
-            batch.neighbour = self._batch(neighbour, rows[share.size :])
-        batch.counted = share.counted
-        if self.prepare:
-            batch.prepared = self.prepare(batch, self.rng)
-        return batch
+    def _assemble(self, share: MicroBatch, positions: range, neighbour: list[int], jobs: list[Future]) -> list[Batch]:
+        """Make the batches of a share from its rows, and prepare them for the loss."""
+        rows, every = [job.result() for job in jobs], [*positions, *neighbour]
+        sizes, made = [share.size], []
+        if self.max_tokens is not None:
+            assert self.prepare is not None, "max_tokens counts what prepare has laid out"
+            rows[: share.size] = self._completed(positions, rows[: share.size])
+            prepared = self.prepare(self._batch(positions, rows[: share.size]), self.rng)
+            sizes = passes_by_tokens(prepared.tokens, self.max_tokens, prepared.packed)
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            mine = slice(end - size, end)
+            batch = self._batch(every[mine], rows[mine])
+            if isinstance(self.order, Mixed):
+                batch.sources = [self.order.place(position)[0] for position in every[mine]]
+            if neighbour:
+                batch.neighbour = self._batch(every[end : end + 1], rows[end : end + 1])
+            batch.counted = share.counted
+            if self.prepare:
+                batch.prepared = self.prepare(batch, self.rng)
+            made.append(batch)
+        return made
 
     def _read(self, position: int, cached: bool = True) -> Row:
         """Read the sample of a position, or its substitute. cached: features from the cache replace the views."""
@@ -275,14 +298,17 @@ class Loader:
                 raise BadSample(reason) from error
             raise DataError(f"sample {self.source.key(index)} (data.{DATA_KEYS[self.task]}): {reason}") from error
 
-    def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
-        whole = all(row.features for row in rows) and len({frozenset(row.features or ()) for row in rows}) == 1
-        if not whole:  # a batch that is new in part is encoded as a whole
+    def _completed(self, positions: Sequence[int], rows: list[Row]) -> list[Row]:
+        """Return rows that all have views, or all have the same features."""
+        if not _have_features(rows):  # a batch that is new in part is encoded as a whole
             rows = [
                 self._read(position, cached=False) if row.features else row
                 for position, row in zip(positions, rows, strict=True)
             ]
-        rows = self._decoded(positions, rows)
+        return self._decoded(positions, rows)
+
+    def _batch(self, positions: Sequence[int], rows: list[Row]) -> Batch:
+        rows = self._completed(positions, rows)
         ids = torch.tensor(list(positions))
         text = [row.sample.text for row in rows]
         if self.templates:
@@ -290,7 +316,7 @@ class Loader:
             text = [self.templates[i] for i in picks.tolist()]
         if self.task == "srum":
             text = [said._replace(target=None) for said in text]
-        if whole:
+        if _have_features(rows):
             return Batch(self.task, ids, text, features=collate([row.features for row in rows if row.features]))
         views = ([getattr(row, view) for row in rows] for view in ("gen", "und"))
         gen, und = (None if view[0] is None else self._placed(view) for view in views)
@@ -304,6 +330,10 @@ class Loader:
     def _placed(self, views: list[Tensor]) -> list[Tensor]:
         """Bring views of one batch to one device."""
         return self.batched.moved(views) if self.batched else views
+
+
+def _have_features(rows: list[Row]) -> bool:
+    return all(row.features for row in rows) and len({frozenset(row.features or ()) for row in rows}) == 1
 
 
 def _decoder(config: DataConfig, views: Views, rng: CounterRNG) -> PillowDecoder | dali.DaliDecoder:

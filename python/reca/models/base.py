@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -49,6 +49,12 @@ class Prepared:
     seed: int
     weight: float
     by_sample: bool = field(default=False, init=False)
+    packed: ClassVar[bool] = False  # samples stand behind each other; False: all are padded to the longest
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Count the rows of each sample's sequence in the language model, without padding."""
+        raise NotImplementedError
 
     def asked_by_sample(self: P) -> P:
         """Return the same with the loss wanted by sample."""

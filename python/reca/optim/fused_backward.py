@@ -58,6 +58,13 @@ class FusedBackward:
 def check_passes(recipe: Recipe, ranks: int) -> None:
     """Raise RecipeError where optim.fused_backward meets a step of several backward passes."""
     passes = {task: accumulation_steps(getattr(recipe.objective, task), ranks) for task in recipe.active_tasks()}
+    for task in recipe.active_tasks() if recipe.optim.fused_backward else ():
+        config = getattr(recipe.objective, task)
+        if config.max_tokens is not None and config.batch_size > ranks:
+            raise RecipeError(
+                f"optim.fused_backward=true needs one backward pass a step, and objective.{task}.max_tokens makes as "
+                f"many as the samples' lengths ask for: set objective.{task}.max_tokens=null"
+            )
     if not recipe.optim.fused_backward or sum(passes.values()) == 1:
         return
     made = ", ".join(f"{number} of {task}" for task, number in passes.items())

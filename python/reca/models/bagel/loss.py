@@ -43,6 +43,14 @@ class Prepared(base.Prepared):
     prompt: Layout
     image: Layout | None
     rewards: Tensor | None = None
+    packed = True
+
+    @property
+    def tokens(self) -> list[int]:
+        found = [0] * len(self.items)
+        for split in (*self.prompt.splits, *(self.image.splits if self.image else ())):
+            found[split.sample] += split.und + split.gen
+        return found
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:

@@ -37,6 +37,10 @@ class Prepared(base.Prepared):
     seed_dropout: int
     layout: prompt.Layout
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.layout.lengths
+
 
 @dataclass(frozen=True)
 class PreparedImages(Prepared):

@@ -58,17 +58,20 @@ def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
 class Layout(NamedTuple):
     """A batch of sequences.
 
-    src     int32 [B, L]: token ids; -1 - r for row r of the batch's visual rows, B * n of them
-    labels  int64 [B, L]: what the row after this one is, IGNORE_INDEX where that is not learned
-    rows    int64 [B, n]: where in the flattened batch a visual row stands; 0 for rows that stand nowhere
+    src      int32 [B, L]: token ids; -1 - r for row r of the batch's visual rows, B * n of them
+    labels   int64 [B, L]: what the row after this one is, IGNORE_INDEX where that is not learned
+    rows     int64 [B, n]: where in the flattened batch a visual row stands; 0 for rows that stand nowhere
+    lengths  per sample its rows without padding
     """
 
     src: Tensor
     labels: Tensor
     rows: Tensor
+    lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(*(on_device(tensor, device) for tensor in self))
+        src, labels, rows = (on_device(tensor, device) for tensor in (self.src, self.labels, self.rows))
+        return Layout(src, labels, rows, self.lengths)
 
 
 def layout(
@@ -103,4 +106,4 @@ def layout(
         src.view(-1)[visual] = (-1 - places).int()
         rows[places] = visual
     labels = torch.cat((plan.labels[:, 1:], plan.labels.new_full((len(prompts), 1), IGNORE_INDEX)), dim=1)
-    return Layout(src, labels, rows.view(len(prompts), n))
+    return Layout(src, labels, rows.view(len(prompts), n), tuple(plan.cu_seqlens.diff().tolist()))

@@ -22,6 +22,10 @@ class Prepared(base.Prepared):
 
     layout: Layout
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.layout.lengths
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which of them lose their condition."""

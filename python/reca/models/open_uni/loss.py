@@ -34,6 +34,11 @@ class Prepared(base.Prepared):
     layout: prompt.Layout
     rewards: Tensor | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        queries = self.layout.positions.shape[1] - self.layout.src.shape[1]
+        return [length + queries for length in self.layout.lengths]
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw which captions are dropped."""

@@ -30,6 +30,10 @@ class Prepared(base.Prepared):
     layout: Layout
     masked: Tensor | None = None
 
+    @property
+    def tokens(self) -> list[int]:
+        return [sum(run.length for run in runs if run.mode != "pad") for runs in self.layout.runs]
+
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw what is hidden of its images."""
