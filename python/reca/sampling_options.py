@@ -26,6 +26,12 @@ def read_pairs(texts: Iterable[str], name: str) -> dict[str, Any]:
     return given
 
 
+def defaults(method: Callable) -> dict[str, Any]:
+    """Return the sampling options of an adapter's generate, edit or reconstruct: its keyword-only parameters."""
+    parameters = inspect.signature(method).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str = "sampling option") -> dict[str, Any]:
     """Return `given` as keyword arguments of an adapter's generate or edit, which takes its keyword-only parameters.
 

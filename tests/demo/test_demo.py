@@ -1,5 +1,6 @@
 """The whole experiment at a minuscule budget, for every UMM: it runs, and its report says what the run showed."""
 
+import json
 import re
 from dataclasses import replace
 from importlib import import_module
@@ -10,6 +11,7 @@ import torch
 
 from reca import toy_world
 from reca.cli import main
+from reca.data.pixels import read_image
 from reca.demo import before_after, experiment, measure, report
 from reca.demo.arms import Outcome, arms, starts
 from reca.demo.captions import caption
@@ -85,6 +87,18 @@ def test_the_experiment_runs_to_its_report(world, umm, tmp_path, monkeypatch):
     for said in (*setup.omitted_arms.values(), *setup.assumptions, *world.assumptions, *world.credits):
         assert said in page.replace("&#39;", "'").replace("&#34;", '"')
 
+    last = experiment.compare(results, umm, world, tmp_path, SCALE)
+    assert last == tmp_path / "comparison.html"
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [suite["protocol"] for suite in found["suites"]] == [world.title]
+    triplets = found["reconstructions"]
+    assert triplets["source"] == world.spec("unseen", 0) and len(triplets["rows"]) == 8
+    for number, row in enumerate(triplets["rows"]):
+        images = [read_image(tmp_path / row[name]) for name in ("input", "before", "after")]
+        assert all(image.shape == images[0].shape for image in images)
+        assert torch.equal(images[0], world.splits["unseen"](0).image(number))
+    assert last.read_text().count("reconstructed after: ") == 8
+
 
 def test_every_model_has_the_arm_of_its_generation_side_or_says_why_not():
     for umm in SHAPES.umms:
@@ -125,7 +139,7 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "report.html").exists()
     *_, said, page = out.splitlines()
     assert said.startswith("pairs that captions never showed, drawn right, %: RECA ")
-    assert page == str(tmp_path / "comparison.html") and "toy world" in (tmp_path / "comparison.html").read_text()
+    assert page == str(tmp_path / "comparison.html") and "Reconstructions" in (tmp_path / "comparison.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ comparison.json:
     curves          [{"name", "before": [[step, value]], "after": [[step, value]]}] of losses; [] without a run
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
     understanding   {"identical", "tensors", "text"}; null where a side is no run
-    reconstructions {"pictures": "held-out", "training" or "given", "rows": [{"name", "input", "before", "after"}]} with
-                    paths below the folder of this file; null where none were drawn
+    reconstructions {"pictures": "held-out", "training" or "given", "source", "rows": [{"name", "input", "before",
+                    "after"}]} with paths below the folder of this file; `source` names the pictures that were given;
+                    null where none were drawn
     notes           what is missing, as sentences
 """

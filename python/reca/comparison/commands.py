@@ -18,13 +18,18 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument(
         "--images", metavar="SPEC", help="what they reconstruct, as data.images; by default what the run holds out"
     )
+    sub.add_argument(
+        "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the reconstructions"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the page and print the headline of every suite."""
     from reca.comparison import build, triplets
     from reca.folders import ensure_writable
+    from reca.sampling_options import read_pairs
 
+    sampling = read_pairs(options.sampling, "--sampling")
     if options.pictures < 0:
         raise ValueError(f"--pictures must be at least 0, got {options.pictures}")
     if options.reconstructions is not None and options.reconstructions < 0:
@@ -37,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
     if count is None:
         count = triplets.COUNT if options.images else triplets.usual_count(options.before, options.after)
     if count:
-        found["reconstructions"] = triplets.draw(options.before, options.after, out, count, options.images)
+        found["reconstructions"] = triplets.draw(
+            options.before, options.after, out, count, options.images, sampling=sampling
+        )
     page = build.write(found, out, options.pictures)
     for suite in found["suites"]:
         change = suite["against"]["overall"]

@@ -106,7 +106,7 @@ def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, An
     rows = [
         {"name": row["name"], "pictures": [_picture(folder / row[name]) for name in names]} for row in found["rows"]
     ]
-    return {"pictures": found["pictures"], "names": names, "rows": rows}
+    return {"pictures": found["pictures"], "source": found["source"], "names": names, "rows": rows}
 
 
 def _picture(path: Path | None) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from reca.eval.errors import EvaluationError
 from reca.eval.generate import png, write
 from reca.eval.targets import Target
 from reca.meta_model import build_meta
+from reca.models import umm_package
 from reca.reconstructions import picture_batch, pictures, reconstruct
+from reca.sampling_options import check_sampling_options
 
 COUNT = 8  # pictures, where nothing else is said
 QUICK = 50_000_000  # parameters of a model that a CPU draws with in seconds
@@ -44,30 +47,35 @@ def draw(
     count: int = COUNT,
     images: str | None = None,
     device: torch.device | str | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Draw pictures by both models, into a folder of `out`. Returns `reconstructions` of comparison.json.
 
     before, after: as of `compare`; both must have weights. images: pictures, in any form of data.images; by default
-    those that the run holds out, or trains on. device: None: a GPU, if there is one.
+    those that the run holds out, or trains on. device: None: a GPU, if there is one. sampling: options of the models'
+    `reconstruct`.
 
-    What was drawn before from the same weights and pictures is not drawn again.
+    What was drawn before from the same weights, pictures and options is not drawn again.
     Raises EvaluationError for a side without weights, and where the disk is full; DataError for pictures that cannot
-    be read.
+    be read; ValueError for options that a model's `reconstruct` has not.
     """
     sides = find_sides(before, after)
     for side in sides:
         if side.recipe is None or (side.kind == "run" and side.weights is None):
             raise EvaluationError(f"{side.source} has no weights to draw with: reconstructions need two models")
+        check_sampling_options(umm_package(side.recipe.umm).Adapter.reconstruct, sampling or {})
     run = sides[1] if sides[1].kind == "run" else sides[0]
     assert run.recipe is not None
     place = out / FOLDER
     targets = [Target(side.source, side.recipe, side.kind == "run", place) for side in sides]
     data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
-    wanted = json.loads(json.dumps([[target.fingerprint() for target in targets], data, count], default=str))
+    made_from = [[target.fingerprint() for target in targets], data, count, dict(sampling or {})]
+    wanted = json.loads(json.dumps(made_from, default=str))
     made = _made(place, wanted)
     if made is None:
         shutil.rmtree(place, ignore_errors=True)
-        made = _draw(targets, run, images, count, place, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        made = _draw(targets, run, images, count, place, device, sampling or {})
         write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
     return made
 
@@ -83,7 +91,13 @@ def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
 
 
 def _draw(
-    targets: list[Target], run: Side, images: str | None, count: int, place: Path, device: torch.device | str
+    targets: list[Target],
+    run: Side,
+    images: str | None,
+    count: int,
+    place: Path,
+    device: torch.device | str,
+    sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
     recipe = run.recipe
     assert recipe is not None
@@ -95,7 +109,7 @@ def _draw(
         model = target.load(device)
         batch = picture_batch(recipe, model, count, source)
         columns.setdefault("input", batch.gen or [])
-        columns[name] = reconstruct(model, batch)
+        columns[name] = reconstruct(model, batch, **sampling)
         del model  # one at a time is in memory
     rows = []
     for number in range(len(columns["input"])):
@@ -104,7 +118,7 @@ def _draw(
             write(place.parent / row[name], png(column[number]))
         rows.append({"name": Path(source.key(number)).name, **row})
     kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
-    return {"pictures": kind, "rows": rows}
+    return {"pictures": kind, "source": images, "rows": rows}
 
 
 def _open(run: Side, images: str | None) -> Source:

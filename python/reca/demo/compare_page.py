@@ -1,22 +1,36 @@
 """The demo's last page: what RECA changed, prompt by prompt, as `reca compare` shows it of any run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from reca.comparison import build
+from reca.comparison import build, triplets
 from reca.demo.arms import Outcome
 from reca.eval.evaluation import Settings, evaluate
 from reca.eval.suites import Suite, open_suite
+from reca.models import umm_package
+from reca.runs import recipe_of
+from reca.sampling_options import defaults
 
 FOLDER = "demo"  # of an evaluation in a run's folder; `reca eval world` draws other images, into a folder of its own
 
 
-def compare_page(suite: str, before: Outcome, after: Outcome, run_dir: Path, out: Path, every: int = 1) -> Path:
+def compare_page(
+    suite: str,
+    before: Outcome,
+    after: Outcome,
+    run_dir: Path,
+    out: Path,
+    unseen: str,
+    sampling: Mapping[str, Any],
+    every: int = 1,
+) -> Path:
     """Write the comparison of a run with what it started from, of the images that were drawn to measure both.
 
+    unseen: images that both reconstruct, as data.images names them. sampling: options that both were measured with.
     every: the images are those of every n-th prompt of the suite. Returns the path of the page, in `out`.
     """
     opened = open_suite(suite)
@@ -24,7 +38,11 @@ def compare_page(suite: str, before: Outcome, after: Outcome, run_dir: Path, out
     for outcome, folder in ((before, run_dir / "eval" / "base" / FOLDER), (after, run_dir / "eval" / FOLDER)):
         _write_images([image for _, image, _ in outcome.measured.samples], opened, every, folder / "images")
         evaluate(settings, run_dir, out=folder)
-    return build.write(build.compare("base", str(run_dir)), out)
+    found = build.compare("base", str(run_dir))
+    known = defaults(umm_package(recipe_of(run_dir).umm).Adapter.reconstruct)
+    own = {name: value for name, value in sampling.items() if name in known}
+    found["reconstructions"] = triplets.draw("base", str(run_dir), out, images=unseen, sampling=own)
+    return build.write(found, out)
 
 
 def _write_images(images: Sequence[Tensor], suite: Suite, every: int, folder: Path) -> None:

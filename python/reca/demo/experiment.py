@@ -58,14 +58,22 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     results = run(umm, world, range(seeds), out, scale)
     print(report.table(results))
     path = report.write(results, umm, world, out, scale)
-    first, run_dir = results[0], Case(umm, world.name, 0, out).folder("RECA")
-    suite = f"world?world={world.name}&seed=0"
-    page = compare_page(suite, first[BEFORE], first["RECA"], run_dir, out, spacing(scale))
+    page = compare(results, umm, world, out, scale)
     print(f"\nreport of all arms: {path.resolve()}")
     print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
     print(report.summary(results))
     print(page.resolve())
     return results
+
+
+def compare(results: Results, umm: str, world: World, out: Path, scale: float) -> Path:
+    """Write the comparison of the first seed's RECA arm with its start. Returns the path of the page."""
+    seed, outcomes = next(iter(results.items()))
+    run_dir = Case(umm, world.name, seed, out).folder("RECA")
+    return compare_page(
+        f"world?world={world.name}&seed={seed}", outcomes[BEFORE], outcomes["RECA"], run_dir, out,
+        unseen=world.spec("unseen", seed), sampling=demo_setup(umm, world).sampling, every=spacing(scale),
+    )  # fmt: skip
 
 
 def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> Results:

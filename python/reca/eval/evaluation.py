@@ -1,6 +1,5 @@
 """The four steps in order, for a model and for what it is compared with."""
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from reca.eval.targets import Target, describe, opponent, read_generation, targe
 from reca.folders import ensure_writable
 from reca.models import UMMS, umm_package
 from reca.options import RecipeError
-from reca.sampling_options import check_sampling_options
+from reca.sampling_options import check_sampling_options, defaults
 
 log = logging.getLogger("reca")
 STEPS = ("generate", "judge", "score", "report")
@@ -163,9 +162,7 @@ def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
     assert side.recipe is not None
     suite, adapter = settings.suite, umm_package(side.recipe.umm).Adapter
     method = generate_answers if suite.ability == "answer" else getattr(adapter, suite.ability)
-    parameters = inspect.signature(method).parameters.values()
-    usual = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return usual | suite.sampling(side.recipe.umm) | dict(settings.sampling)
+    return defaults(method) | suite.sampling(side.recipe.umm) | dict(settings.sampling)
 
 
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
