@@ -109,7 +109,7 @@ setup(
     packages=[*find_packages("python", include=["reca*"]), *find_packages(include=["reca_kernels*"])],
     package_dir={"reca": "python/reca"},
     package_data={
-        "reca": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.md", "**/*.txt"],
+        "reca": ["py.typed", "**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.md", "**/*.txt"],
         "reca_kernels": ["py.typed", "**/*.json"],
     },
     ext_modules=[Extension("reca_kernels._native", sources=[], optional=True)],

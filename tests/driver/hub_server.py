@@ -42,6 +42,7 @@ class Hub:
     drops: int = 0  # how many of the next uploads of a large file end half way, without an answer
     objects: dict[str, bytes] = field(default_factory=dict)  # large files that were uploaded, by SHA-256
     taken: int = 0  # bytes of large files that came
+    xet_status: int = 404  # that a token for the store of hf_xet is answered with; 404: this hub has none
 
     def paths(self, method: str = "GET") -> list[str]:
         return [path for asked, path, _ in self.asked if asked == method]
@@ -172,6 +173,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get("/".join(parts[:3]))
         if repository is None:
             return self._refuse(404, "RepoNotFound")
+        if parts[3:4] == ["xet-write-token"]:
+            return self._send(self.hub.xet_status, b"{}")
         if parts[3:] == ["auth-check"]:
             return self._refuse(repository.refuses, "GatedRepo") if repository.refuses else self._send(200, b"{}")
         files = repository.files.items()

@@ -3,10 +3,11 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 import reca
 from reca import catalog, cli
@@ -146,6 +147,63 @@ def test_an_export_arrives(hub, upload, tmp_path):
     taken = hub.taken
     code, printed = upload()
     assert code == 0 and "which is there; 0 bytes to upload" in printed and hub.taken == taken
+
+
+# ---- hf_xet, which huggingface_hub takes wherever it is installed ----
+
+
+@pytest.fixture
+def by_xet(hub, monkeypatch):
+    """Let huggingface_hub take hf_xet, of whose store there is no stand-in: what it does is `by_xet.upload`."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet_status, by_lfs = 200, HfApi.upload_folder
+    found = SimpleNamespace(calls=0, upload=by_lfs)
+
+    def upload_folder(api, **given):
+        if constants.HF_HUB_DISABLE_XET:
+            return by_lfs(api, **given)
+        found.calls += 1
+        return found.upload(api, **given)
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return found
+
+
+def test_a_hub_without_xet_is_uploaded_to_by_lfs(hub, upload, by_xet):
+    hub.xet_status = 404
+    code, printed = upload()
+    assert code == 0 and by_xet.calls == 0 and hub.taken > 0 and "hf_xet" not in printed
+    assert [path for path in hub.paths() if "xet" in path] == ["api/models/me/model/xet-write-token/main"]
+    assert "pytorch_model.safetensors" in hub.repositories["models/me/model"].files
+    assert not constants.HF_HUB_DISABLE_XET
+
+
+def test_a_hub_with_xet_is_uploaded_to_by_hf_xet(hub, upload, by_xet, tmp_path):
+    def store(api, **_):
+        hub.repositories["models/me/model"].files |= exported(tmp_path / "out")
+
+    by_xet.upload = store
+    assert upload()[0] == 0 and by_xet.calls == 1 and hub.taken == 0
+
+
+def test_a_store_of_xet_that_cannot_be_reached(hub, upload, by_xet):
+    def unreachable(api, **_):
+        raise ConnectionError(f"error sending request, token {TOKEN}")
+
+    by_xet.upload = unreachable
+    code, printed = upload()
+    assert code == 0 and "hf_xet failed (ConnectionError); uploading by LFS" in printed and hub.taken > 0
+
+
+def test_what_a_hub_with_xet_refuses_is_not_tried_by_lfs(hub, upload, by_xet):
+    def refused(api, **_):
+        response = SimpleNamespace(status_code=403)
+        raise type("Refused", (OSError,), {"response": response})(TOKEN)
+
+    by_xet.upload = refused
+    code, printed = upload()
+    assert code == 4 and "the token may not write there" in printed and "by LFS" not in printed and hub.taken == 0
 
 
 def test_public_and_update(hub, upload):

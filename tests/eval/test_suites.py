@@ -1,6 +1,8 @@
 """Every suite from a user's files to a score: its items, its folder layout, and result files of the public scripts."""
 
+import collections
 import csv
+import hashlib
 import json
 
 import pytest
@@ -36,14 +38,30 @@ def test_every_suite_says_where_its_files_are(tmp_path):
     for name in SUITES:
         suite = open_suite(name)
         assert suite.name == name and suite.protocol and suite.layout()
-        if name != "world":
+        if name != "world" and suite.shipped is None:
             with pytest.raises(EvaluationError, match=f"{name} needs the benchmark's files: --data PATH. Give "):
                 suite.items()
+        if name != "world":
             with pytest.raises(EvaluationError, match=r"does not exist|holds no"):
                 open_suite(name, tmp_path / "nothing").items()
 
 
 # ---- GenEval ----
+
+
+def test_the_prompts_of_geneval_are_shipped():
+    """Byte for byte what create_prompts.py of GenEval writes, and with it the licence."""
+    path = open_suite("geneval").shipped
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+    assert "Copyright (c) 2023 Dhruba Ghosh" in (path.parent / "LICENSE.txt").read_text()
+    items = open_suite("geneval").items()
+    assert collections.Counter(item.tag for item in items) == {
+        "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100,
+    }  # fmt: skip
+    assert [items[i].prompt for i in (0, 179, 552)] == [
+        "a photo of a bench", "a photo of two clocks", "a photo of a blue pizza and a yellow baseball glove",
+    ]  # fmt: skip
 
 
 def test_geneval_writes_and_reads_its_layout(geneval, painter):

@@ -4,9 +4,11 @@ The token is the one that huggingface_hub finds (`hf auth login`, or HF_TOKEN). 
 here, and not of the library's own.
 """
 
+import contextlib
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,7 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
         )
         address = api.create_repo(repository, private=not public, exist_ok=True)
         if len(same) < len(names):
-            api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                allow_patterns=[glob.escape(name) for name in names],
-                commit_message="Upload by reca export",
-            )
+            _upload(api, folder, names, repository)
         there = _contents(api, repository) or {}
     except PushError:
         raise
@@ -105,6 +102,56 @@ def push(folder: Path, names: Sequence[str], repository: str, public: bool = Fal
     if missing := [name for name in names if not _is(folder / name, there.get(name))]:
         raise PushError(f"{repository} lacks {', '.join(missing[:SHOWN])} after the upload. {again}")
     return str(address)
+
+
+def _upload(api: Any, folder: Path, names: Sequence[str], repository: str) -> None:
+    """Upload files by hf_xet, where it is installed and the hub offers its protocol, else by LFS.
+
+    huggingface_hub decides by what is installed alone. A mirror, or a hub of one's own, that has LFS only would fail
+    after minutes of new tries, and so would a network that lets the hub through and the store behind hf_xet not.
+    """
+    from huggingface_hub import constants
+
+    def upload() -> None:
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message="Upload by reca export",
+        )
+
+    if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
+        return upload()
+    if _offers_xet(api, repository):
+        try:
+            return upload()
+        except Exception as error:
+            if _status(error) is not None or isinstance(error, ValueError):
+                raise  # the hub has answered: LFS would be answered alike
+            print(f"hf_xet failed ({type(error).__name__}); uploading by LFS", flush=True)
+    with _without_xet():
+        upload()
+
+
+def _offers_xet(api: Any, repository: str) -> bool:
+    """Ask the hub for a token to its store of hf_xet, as hf_xet does; only whether there is one is of interest."""
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    url = f"{api.endpoint}/api/models/{repository}/xet-write-token/main"
+    return get_session().get(url, headers=build_hf_headers()).status_code not in (404, 405, 501)
+
+
+@contextlib.contextmanager
+def _without_xet() -> Iterator[None]:
+    """Do inside of the context what HF_HUB_DISABLE_XET=1 does."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def _contents(api: Any, repository: str) -> dict[str, str] | None:
@@ -128,21 +175,35 @@ def _is(path: Path, digest: str | None) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == digest
 
 
+def _chain(error: BaseException) -> list[BaseException]:
+    """List an error and its causes."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and len(chain) < 8:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
+def _status_of(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _status(error: BaseException) -> int | None:
+    """Find the HTTP status that an error, or one of its causes, tells."""
+    return next((status for one in _chain(error) if (status := _status_of(one)) is not None), None)
+
+
 def _cause(error: Exception) -> str:
     """Say what went wrong and what to do about it, without a word of the request."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 8:
-        chain.append(chain[-1].__cause__)
-    for one in chain:
+    for one in _chain(error):
         if isinstance(one, LocalTokenNotFoundError):
             return "there is no token; `hf auth login`, or set HF_TOKEN"
         if isinstance(one, ValueError) and "metadata in README.md" in str(one):
             return "the hub finds fault with the lines between --- at the top of README.md: " + " ".join(
                 str(one).split()
             )
-        status = getattr(getattr(one, "response", None), "status_code", None)
+        status = _status_of(one)
         if status == 401:
             return "the hub does not know the token; `hf auth login` with a new one (HF_TOKEN goes before it)"
         if status == 403:

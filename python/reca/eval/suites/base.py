@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from reca.eval.errors import EvaluationError
 
+PROMPTS = Path(__file__).parents[1] / "prompts"  # of benchmarks whose licence allows to ship them, with their notices
 Key = tuple[str, int]  # of an image: its item, and which of the item's images
 
 
@@ -66,7 +67,8 @@ class Suite:
         exact_models     names of local models that are that judge
         exact_judge      the judge that the published numbers were made with, for a message
         unit             of the values: fraction, percent or points
-        data_help        where the benchmark's files are, for a message; None: they come with this package
+        data_help        where the benchmark's files are, for a message; None: it needs none
+        shipped          the file or folder of the benchmark that comes with this package, if one does
     """
 
     name: ClassVar[str]
@@ -78,13 +80,16 @@ class Suite:
     exact_models: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "fraction"
     data_help: ClassVar[str | None] = None
+    shipped: ClassVar[Path | None] = None
 
     def __init__(self, data: Path | None = None):
         """Take the file or folder of the benchmark that the user has."""
         self.data = data
 
     def data_path(self) -> Path:
-        """Return the user's file or folder. Raises EvaluationError with where to get it."""
+        """Return the user's file or folder, or what is shipped. Raises EvaluationError with where to get it."""
+        if self.data is None and self.shipped is not None:
+            return self.shipped
         if self.data is None:
             raise EvaluationError(f"{self.name} needs the benchmark's files: --data PATH. {self.data_help}")
         if not self.data.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval.errors import EvaluationError
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
 
 
@@ -20,6 +20,7 @@ class GenEval(Suite):
     exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: --judge mask2former:FILE"
     data_help = "Give prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
     file = "evaluation_metadata.jsonl"
+    shipped = PROMPTS / "geneval" / file
     options = Options()
 
     def items(self) -> list[Item]:
@@ -131,3 +132,4 @@ class GenEvalLong(GenEval):
         "(Apache-2.0)."
     )
     file = "evaluation_metadata_long.jsonl"
+    shipped = None
