@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
@@ -20,7 +20,7 @@ class GenEval(Suite):
     exact_judge = "Mask2Former swin-s of OpenMMLab with CLIP ViT-L/14: --judge mask2former:FILE"
     data_help = "Give prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
     file = "evaluation_metadata.jsonl"
-    shipped = PROMPTS / "geneval" / file
+    shipped: ClassVar[Path | None] = PROMPTS / "geneval" / file
     options = Options()
 
     def items(self) -> list[Item]:
