@@ -64,8 +64,8 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
     assert main(command) == 0
     assert in_this_process == ["0/start", "0/RECA", "0/SFT", "0/SFT-RECA", "0/before"]
     printed = capsys.readouterr().out
-    assert "not with show_o: never (show_o has no such arm in the embedded world)" in printed
-    page = tmp_path / "out/does_it_run-show_o/study.html"
+    assert "not with show_o: never (show_o has no such arm in the world 'shapes')" in printed
+    page = tmp_path / "out/does_it_run-show_o-shapes/study.html"
     assert printed.splitlines()[-1] == str(page)
     text = page.read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "Its figures mean nothing" in text and "Table 0" in text
@@ -107,7 +107,7 @@ def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_
     assert main(command) == 1
     printed = capsys.readouterr().out
     assert "SFT, seed 0: DataError: " in printed and "nowhere" in printed
-    found = json.loads((tmp_path / "out/does_it_run-show_o/study.json").read_text())
+    found = json.loads((tmp_path / "out/does_it_run-show_o-shapes/study.json").read_text())
     assert [arm["name"] for arm in found["arms"] if arm["means"]] == ["before", "RECA"]
     assert found["claims"][0]["verdict"] == "not measured"
 
@@ -215,10 +215,12 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
         (["blur", "--umm", "bagel"], "the study blur is of show_o"),
+        (["main", "--world", "sea"], "there is no world 'sea'"),
+        (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' in the world 'emoji'"),
     ],
 )
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
-    assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.DATA)
+    assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.RECIPE, exits.DATA)
     assert said in capsys.readouterr().err
 
 

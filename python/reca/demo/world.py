@@ -12,8 +12,8 @@ from reca.options import RecipeError
 if TYPE_CHECKING:  # the names of worlds and suites are part of `reca --help`, which needs no torch
     from torch import Tensor
 
-# name on the command line -> package with WORLD, whose functions are the sources that recipes name
-PACKAGES = {"emoji": "reca.emoji_world", "shapes": "reca.toy_world"}
+# name on the command line -> module with WORLD, whose functions are the sources that recipes name
+PACKAGES = {"emoji": "reca.emoji_world", "shapes": "reca.toy_world", "jitter": "reca.toy_world.jitter"}
 
 
 class Prompt(NamedTuple):
@@ -31,7 +31,7 @@ class World:
 
     name             on the command line
     title            in sentences
-    package          that recipes name its sources by
+    package          or module that recipes name its sources by
     umms             models that have a demo in it
     things           every pair of a colour and a kind
     held_out         seed -> the things that captions never show

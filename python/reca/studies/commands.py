@@ -22,7 +22,8 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument(
         "overrides", nargs="*", metavar="[ARM:]key=value", help="recipe keys to change, in all arms or in one"
     )
-    sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in the embedded world")
+    sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
+    sub.add_argument("--world", default="shapes", help="which embedded world; shapes")
     sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
     sub.add_argument("--seeds", type=_seeds, default=(0,), help="a number of seeds from 0 on, or a list: 0,1,5; 0")
     sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
@@ -110,6 +111,7 @@ def _asked(options: argparse.Namespace) -> Any:
         seeds=options.seeds,
         out=options.out,
         recipe=options.recipe,
+        world=options.world,
         common=tuple(common),
         of_arm=of_arm,
         evaluations=evaluations,

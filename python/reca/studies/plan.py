@@ -20,7 +20,7 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     with the run of another one.
     Raises StudyError for overrides of an arm that is not there, RecipeError for keys that do not exist.
     """
-    arms, omitted = study.of(asked.umm, asked.setting)
+    arms, omitted = study.of(asked)
     if unknown := [name for name in asked.of_arm if name not in (*arms, BEFORE)]:
         raise StudyError(f"{unknown[0]!r} is no arm of {study.name} with {asked.umm}; there are {', '.join(arms)}")
     tasks: list[Task] = []
@@ -31,16 +31,16 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
 
 def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed: int) -> list[Task]:
     setting = world if asked.recipe is None else published
-    recipe = asked.recipe or world.recipe(asked.umm)
+    recipe = asked.recipe or world.recipe(asked)
     given: dict[str, Any] = {
-        "setting": asked.setting, "umm": asked.umm, "seed": seed, "recipe": recipe, "scale": asked.scale,
-        "evaluations": asked.evaluations,
+        "setting": asked.setting, "world": asked.world, "umm": asked.umm, "seed": seed, "recipe": recipe,
+        "scale": asked.scale, "evaluations": asked.evaluations,
     }  # fmt: skip
     tasks: list[Task] = []
     starts: tuple[str, ...] = ()
     begin: Path | None = None
     if asked.recipe is None:
-        begin = asked.out / "starts" / f"shapes-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale)}"
+        begin = asked.out / "starts" / f"{asked.world}-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale)}"
         variants = sorted({arm.start for arm, _ in arms.values() if arm.start})
         names = {None: f"{seed}/start"} | {variant: f"{seed}/start-{variant}" for variant in variants}
         tasks.append(Task(names[None], "start", overrides=(), folder=begin, result=begin / "start.json", **given))
@@ -54,10 +54,11 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
 
     def add(name: str, keys: tuple[str, ...], after: tuple[str, ...], variant: str | None, parent: str | None) -> None:
         kind = BEFORE if name == BEFORE else "arm"
-        own = (*setting.overrides(recipe, seed, asked.scale), *asked.common, *keys, *asked.of_arm.get(name, ()))
+        own = (*setting.overrides(asked, recipe, seed), *asked.common, *keys, *asked.of_arm.get(name, ()))
         starts_at: list[str] = []
         if begin is not None:
-            starts_at.append(world.init_override(asked.umm, begin if variant is None else _variant(begin, variant)))
+            start = begin if variant is None else _variant(begin, variant)
+            starts_at = [*world.cache_override(asked), world.init_override(asked, start)]
         if parent is not None:
             starts_at = [text for text in starts_at if not text.startswith("train.init_from=")]
             starts_at.append(f"train.init_from={folders[parent]}")
@@ -75,7 +76,7 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     folders: dict[str, Path] = {}
     for name, (arm, keys) in arms.items():
         after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/start-{arm.start}",) if arm.start else starts
-        add(name, tuple(setting.filled(key, seed) for key in keys), after, arm.start, arm.after)
+        add(name, tuple(setting.filled(asked, key, seed) for key in keys), after, arm.start, arm.after)
     add(BEFORE, (), starts, None, None)
     return tasks
 

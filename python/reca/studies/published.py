@@ -6,14 +6,14 @@ from typing import Any
 from reca import api
 from reca.eval.judges import check_judge
 from reca.eval.suites import open_suite
-from reca.studies.task import Evaluations, Task
+from reca.studies.task import Asked, Evaluations, Task
 
 
-def filled(override: str, seed: int) -> str:
+def filled(asked: Asked, override: str, seed: int) -> str:
     return override
 
 
-def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
+def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
     return (f"train.seed={seed}",)
 

@@ -20,14 +20,14 @@ ENLARGED = 3  # times the embedded world's images
 
 
 def folder(study: Study, asked: Asked) -> Path:
-    return asked.out / f"{study.name}-{asked.recipe or asked.umm}"
+    return asked.out / f"{study.name}-{asked.recipe or asked.umm}{'' if asked.recipe else '-' + asked.world}"
 
 
 def summarize(
     study: Study, asked: Asked, command: str, tasks: Sequence[Task], results: dict[str, Any], omitted: dict[str, str]
 ) -> dict[str, Any]:
     """Put results, intervals and verdicts together; reca.studies has the form."""
-    have, _ = study.of(asked.umm, asked.setting)
+    have, _ = study.of(asked)
     about = {BEFORE: "the start of all the others, without training"}
     about |= {name: arm.about for name, (arm, _) in have.items()}
     keys = {name: [*overrides, *asked.of_arm.get(name, ())] for name, (_, overrides) in have.items()}
@@ -50,8 +50,9 @@ def summarize(
         "question": study.question,
         "paper": [{"says": said.says, "source": said.source} for said in study.paper],
         "open": list(study.open),
-        "world": study.world if asked.setting == "world" else None,
         "setting": asked.setting,
+        "place": asked.world if asked.setting == "world" else None,
+        "world": study.world if asked.setting == "world" else None,
         "umm": asked.umm,
         "recipe": tasks[0].recipe,
         "seeds": list(asked.seeds),

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from reca import exits
+from reca.studies.task import Asked
 
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the arm that is not trained
@@ -35,7 +36,7 @@ class Arm:
 
     about      a sentence
     overrides  recipe keys, everywhere
-    world      more of them in the embedded world: a list, or one for each model, which others then have not
+    world      more of them in an embedded world: a list, or one for each world or model, which others then have not
     published  the same at real size
     after      the arm whose result it goes on from; null: the start of the study
     start      variant of the embedded world's start, see world.VARIANTS
@@ -49,13 +50,11 @@ class Arm:
     after: str | None = None
     start: str | None = None
 
-    def keys(self, setting: str, umm: str) -> tuple[str, ...] | None:
+    def keys(self, asked: Asked) -> tuple[str, ...] | None:
         """Return the overrides of a model; None if the model has no such arm."""
-        own = getattr(self, setting)
+        own = getattr(self, asked.setting)
         if isinstance(own, Mapping):
-            if umm not in own:
-                return None
-            own = own[umm]
+            own = own.get(asked.world, own.get(asked.umm))
         return None if own is None else (*self.overrides, *own)
 
 
@@ -93,21 +92,21 @@ class Study:
     world: str | None = None
     open: tuple[str, ...] = field(default=())
 
-    def of(self, umm: str, setting: str) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
+    def of(self, asked: Asked) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
         """Return the arms of a model with their overrides, and why it has not the others.
 
         Raises StudyError for a model that the study is not for.
         """
+        umm = asked.umm
         if self.umms and umm not in self.umms:
             raise StudyError(f"the study {self.name} is of {', '.join(self.umms)}: {umm} has not what it varies")
         have: dict[str, tuple[Arm, tuple[str, ...]]] = {}
         omitted: dict[str, str] = {}
         for arm in self.arms:
-            keys = arm.keys(setting, umm)
+            keys = arm.keys(asked)
             if keys is None:
-                omitted[arm.name] = (
-                    f"{umm} has no such arm {'in the embedded world' if setting == 'world' else ''}".strip()
-                )
+                where = f" in the world {asked.world!r}" if asked.setting == "world" else ""
+                omitted[arm.name] = f"{umm} has no such arm{where}"
             elif arm.after in omitted:
                 omitted[arm.name] = f"it goes on from {arm.after}"
             else:

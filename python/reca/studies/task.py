@@ -26,7 +26,8 @@ class Evaluations:
 class Asked:
     """What holds for all arms of a study.
 
-    recipe  of published weights; None: the embedded world
+    recipe  of published weights; None: an embedded world
+    world   its name
     common  overrides of every arm
     of_arm  overrides of single arms, by name
     scale   share of the world's steps and prompts; below 1 only to see that it runs
@@ -37,6 +38,7 @@ class Asked:
     seeds: tuple[int, ...]
     out: Path
     recipe: str | None = None
+    world: str = "shapes"
     common: tuple[str, ...] = ()
     of_arm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     evaluations: Evaluations = field(default_factory=Evaluations)
@@ -56,6 +58,7 @@ class Task:
     recipe, overrides  of the run
     folder   of the run; of a start, the folder of the pre-trained model
     result   file that says the task is done, and what came of it
+    world    name of the embedded world, where the setting is one
     variant  of the world's start
     after    names of tasks that must be done before
     """
@@ -63,6 +66,7 @@ class Task:
     name: str
     kind: str
     setting: str
+    world: str
     umm: str
     seed: int
     recipe: str

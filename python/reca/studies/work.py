@@ -45,7 +45,7 @@ def done(task: Task) -> dict[str, Any] | None:
 def steps(task: Task) -> int:
     """Count the steps that a task makes."""
     if task.kind == "start":
-        return 0 if task.variant else world.start_steps(task.umm, task.scale)
+        return 0 if task.variant else world.start_steps(task)
     return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "arm" else 0
 
 
@@ -74,7 +74,7 @@ def _measure_start(task: Task) -> dict[str, Any]:
         return published.measured(task)
     made = load_recipe(task.recipe, task.overrides)
     folder = made.train.init_from or made.model.weights
-    return world.measured(world.load_start(task.umm, task.recipe, Path(folder)), task)
+    return world.measured(world.load_start(task, Path(folder)), task)
 
 
 def _measure_run(task: Task) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Studies in the embedded world: a start that is pre-trained here, and measuring by the world's own judge."""
+"""Studies in an embedded world: a start that is pre-trained here, and measuring by the world's own judge."""
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,48 @@ import torch
 from reca import runs
 from reca.demo.captions import caption
 from reca.demo.measure import Measured, measure, spacing
-from reca.demo.pretrain import demo_setup, run_overrides, scaled
+from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.pretrain.optimize import save_as_run
-from reca.demo.scene import Scene
+from reca.demo.scene import Scene, Thing
+from reca.demo.world import load_world
 from reca.image_grid import make_grid
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
-from reca.studies.task import Task
-from reca.toy_world import WORLD
+from reca.studies.task import Asked, Task
 
-SPECS = {name: WORLD.spec(name, "{seed}") for name in ("captioned", "understood", "unlabeled")}
-MEASURES = ("overall", "seen", "held-out", "two", "position", "understanding")
+MEASURES = ("overall", "seen", "held-out", "single", "two", "position", "understanding")
 
 
-def recipe(umm: str) -> str:
-    """Name the recipe of a model. Raises RecipeError for a model that the world has not."""
-    return demo_setup(umm, WORLD).recipe
+def recipe(asked: Asked) -> str:
+    """Name the recipe of a model. Raises RecipeError for a world that is none, or has not the model."""
+    return _setup(asked).recipe
 
 
-def filled(override: str, seed: int) -> str:
+def filled(asked: Asked, override: str, seed: int) -> str:
     """Put the world's data in place of {unlabeled}, {captioned} and {understood}."""
-    return override.format(**{name: spec.format(seed=seed) for name, spec in SPECS.items()})
+    world = load_world(asked.world)
+    return override.format(**{name: world.spec(name, seed) for name in ("captioned", "understood", "unlabeled")})
 
 
-def init_override(umm: str, start: Path) -> str:
+def init_override(asked: Asked | Task, start: Path) -> str:
     """Return the override by which a recipe starts from a pre-trained model."""
-    return demo_setup(umm, WORLD).init_override.format(folder=start)
+    return _setup(asked).init_override.format(folder=start)
 
 
-def overrides(name: str, seed: int, scale: float) -> tuple[str, ...]:
+def cache_override(asked: Asked) -> list[str]:
+    """Return the override by which arms share the features of a frozen encoder, if the model has one here."""
+    return [f"data.cache={asked.out / 'features'}"] if _setup(asked).cached else []
+
+
+def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
-    captions = WORLD.spec("unlabeled", seed, "sparse")
-    return *run_overrides(name, WORLD, seed, scale), f"data.captions={captions}"
+    world = load_world(asked.world)
+    captions = world.spec("unlabeled", seed, "sparse")
+    return *run_overrides(name, world, seed, asked.scale), f"data.captions={captions}"
+
+
+def _setup(asked: Asked | Task) -> DemoSetup:
+    return demo_setup(asked.umm, load_world(asked.world))
 
 
 def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, float]]:
@@ -60,23 +70,23 @@ def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, f
             progress(step)
 
     task.folder.mkdir(parents=True)
-    demo_setup(task.umm, WORLD).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
+    _setup(task).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
     return curve
 
 
-def start_steps(umm: str, scale: float) -> int:
-    return demo_setup(umm, WORLD).steps if scale == 1 else scaled(demo_setup(umm, WORLD).steps, scale)
+def start_steps(task: Task) -> int:
+    return _setup(task).steps if task.scale == 1 else scaled(_setup(task).steps, task.scale)
 
 
-def load_start(umm: str, name: str, folder: Path) -> Adapter:
+def load_start(task: Task, folder: Path) -> Adapter:
     """Load a pre-trained model."""
-    return runs.load_start(load_recipe(name, [init_override(umm, folder)]))
+    return runs.load_start(load_recipe(task.recipe, [init_override(task, folder)]))
 
 
 def _swap_red_and_blue(task: Task) -> None:
     """Save the start with an encoder that takes red for blue: the first and the last input channel change places."""
     origin = task.folder.with_name(task.folder.name.removesuffix(f"-{task.variant}"))
-    model = load_start(task.umm, task.recipe, origin)
+    model = load_start(task, origin)
     roles = model.roles()
     towers = {name for name, role in roles.items() if role == "und_encoder"}
     modules = dict(model.named_modules())
@@ -89,7 +99,7 @@ def _swap_red_and_blue(task: Task) -> None:
                 swapped += 1
     if swapped != 1:
         raise ValueError(f"{task.umm} has {swapped} encoders that read three channels by a convolution, expected 1")
-    if demo_setup(task.umm, WORLD).init_override.startswith("model.weights="):
+    if _setup(task).init_override.startswith("model.weights="):
         model.export(task.folder)
     else:
         save_as_run(model, load_recipe(task.recipe), task.folder, 1)
@@ -100,29 +110,30 @@ VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue
 
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
     """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
-    found = measure(model, WORLD, task.seed, demo_setup(task.umm, WORLD).sampling, spacing(task.scale))
+    world = load_world(task.world)
+    found = measure(model, world, task.seed, _setup(task).sampling, spacing(task.scale))
     task.folder.mkdir(parents=True, exist_ok=True)
-    _write_images(found, task.seed, task.folder)
-    named = {name: f"{name}, all" if name in WORLD.categories else name for name in MEASURES}
+    _write_images(found, world.held_out(task.seed), task.folder)
+    named = {name: f"{name}, all" if name in world.categories else name for name in MEASURES}
     rates = {name: found.rates[key] for name, key in named.items() if key in found.rates}
     measures: dict[str, Any] = {
         name: {"value": 100 * rate.share, "hits": rate.hits, "trials": rate.trials} for name, rate in rates.items()
     }
-    return {"overall": _overall(found)} | measures
+    return {"overall": _overall(found, world.categories)} | measures
 
 
-def _overall(found: Measured) -> dict[str, Any]:
+def _overall(found: Measured, categories: Sequence[str]) -> dict[str, Any]:
     """Return the mean over categories, with its interval from theirs (Zou and Donner 2008)."""
-    rates = [found.rates[f"{name}, all"] for name in WORLD.categories]
+    rates = [found.rates[f"{name}, all"] for name in categories]
     bounds = [rate.wilson() for rate in rates]
     below = math.hypot(*(rate.share - low for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
     above = math.hypot(*(high - rate.share for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
     return {"value": 100 * found.overall, "interval": [100 * (found.overall - below), 100 * (found.overall + above)]}
 
 
-def _write_images(found: Measured, seed: int, folder: Path) -> None:
+def _write_images(found: Measured, things: Collection[Thing], folder: Path) -> None:
     """Write what the model draws for held-out pairs, the same prompts of every arm, chosen by place."""
-    held_out = {caption(Scene((pair,))) for pair in WORLD.held_out(seed)}
+    held_out = {caption(Scene((thing,))) for thing in things}
     chosen = {text: (image, hit) for text, image, hit in found.samples if text in held_out}
     shown = dict(list(chosen.items())[1::2]) or chosen
     if shown:

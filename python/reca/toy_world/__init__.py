@@ -36,12 +36,7 @@ WORLD = World(
     umms=("bagel", "harmon", "janus", "open_uni", "show_o"),
     things=tuple(all_pairs()),
     held_out=held_out_pairs,
-    splits={
-        "captioned": splits.captioned,
-        "understood": splits.understood,
-        "unlabeled": splits.unlabeled,
-        "unseen": splits.unseen,
-    },
+    splits=splits.SPLITS,
     codec_split="understood",
     prompts=prompts,
     categories=CATEGORIES,

@@ -12,6 +12,8 @@ SIDE = 20  # pixels of a image
 SIZE = 8  # pixels of an object
 BACKGROUND = 0.08
 NOISE = 0.02
+PLACES = (0, 4, 8, 12)  # rows and columns of a corner: multiples of 4, the size of an image token
+APART = ((0, 8), (0, 12), (4, 12))  # those of two things that do not overlap
 
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
@@ -36,18 +38,22 @@ RELATIONS = ("left_of", "above")
 MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) for name, rows in MASK_ROWS.items()}
 
 
-def places(scene: Scene) -> list[tuple[int, int]]:
-    """Return the top left corner (row, column) of every thing."""
-    middle, near, far = 8, 0, SIDE - SIZE  # multiples of 4, the size of an image token
+def places(scene: Scene, rng: random.Random | None = None) -> list[tuple[int, int]]:
+    """Return the top left corner (row, column) of every thing. rng: draws one of the places that the scene allows."""
+    middle, near, far = PLACES[2], PLACES[0], PLACES[-1]
+    if rng is not None:
+        middle, (near, far) = rng.choice(PLACES), rng.choice(APART)
     if scene.relation is None:
-        return [(middle, middle)]
+        return [(middle if rng is None else rng.choice(PLACES), middle)]
     return [(near, middle), (far, middle)] if scene.relation == "above" else [(middle, near), (middle, far)]
 
 
-def render(scene: Scene, generator: torch.Generator | None = None) -> Tensor:
-    """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise."""
+def render(
+    scene: Scene, generator: torch.Generator | None = None, corners: list[tuple[int, int]] | None = None
+) -> Tensor:
+    """Render a scene as uint8 [3, SIDE, SIDE]. generator: adds pixel noise. corners: of the things, see `places`."""
     image = torch.full((3, SIDE, SIDE), BACKGROUND)
-    for thing, (row, column) in zip(scene.things, places(scene), strict=True):
+    for thing, (row, column) in zip(scene.things, corners or places(scene), strict=True):
         place = image[:, row : row + SIZE, column : column + SIZE]
         colour = torch.tensor(COLOURS[thing.colour])[:, None, None]
         place.copy_(torch.where(MASKS[thing.kind], colour, place))

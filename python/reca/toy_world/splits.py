@@ -4,40 +4,44 @@ import torch
 
 from reca.demo.scene import Scene, Thing
 from reca.demo.splits import Split
-from reca.toy_world.scenes import all_pairs, draw_scene, held_out_pairs, render
+from reca.toy_world.scenes import all_pairs, draw_scene, held_out_pairs, places, render
 
 
 class Scenes(Split):
-    """Scenes of things from `pairs`."""
+    """Scenes of things from `pairs`. jitter: draw their places anew for every image."""
 
-    def __init__(self, name: str, seed: int, size: int, pairs: list[Thing]):
+    def __init__(self, name: str, seed: int, size: int, pairs: list[Thing], jitter: bool = False):
         super().__init__(name, seed, size)
-        self.pairs = pairs
+        self.pairs, self.jitter = pairs, jitter
 
     def scene(self, index: int) -> Scene:
         return draw_scene(self.rng(index), self.pairs)
 
     def image(self, index: int) -> torch.Tensor:
         """Render an image: uint8 [3, H, W], with pixel noise."""
-        return render(self.scene(index), torch.Generator().manual_seed(self.rng(index, "noise").getrandbits(63)))
+        scene, noise = self.scene(index), torch.Generator().manual_seed(self.rng(index, "noise").getrandbits(63))
+        return render(scene, noise, places(scene, self.rng(index, "places") if self.jitter else None))
 
 
-def captioned(seed: int) -> Split:
+def captioned(seed: int, jitter: bool = False) -> Split:
     """Make the split that pre-training learns to generate from captions: without held-out pairs."""
     held = held_out_pairs(seed)
-    return Scenes("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held])
+    return Scenes("captioned", seed, 8000, [pair for pair in all_pairs() if pair not in held], jitter)
 
 
-def understood(seed: int) -> Split:
+def understood(seed: int, jitter: bool = False) -> Split:
     """Make the split that the understanding side is trained on: with every pair."""
-    return Scenes("understood", seed, 8000, all_pairs())
+    return Scenes("understood", seed, 8000, all_pairs(), jitter)
 
 
-def unlabeled(seed: int) -> Split:
+def unlabeled(seed: int, jitter: bool = False) -> Split:
     """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
-    return Scenes("unlabeled", seed, 6000, all_pairs())
+    return Scenes("unlabeled", seed, 6000, all_pairs(), jitter)
 
 
-def unseen(seed: int) -> Split:
+def unseen(seed: int, jitter: bool = False) -> Split:
     """Make the split that no training sees, for measuring understanding."""
-    return Scenes("unseen", seed, 400, all_pairs())
+    return Scenes("unseen", seed, 400, all_pairs(), jitter)
+
+
+SPLITS = {"captioned": captioned, "understood": understood, "unlabeled": unlabeled, "unseen": unseen}

@@ -6,6 +6,7 @@ are frozen, as in BAGEL, and the generation expert learns to generate from capti
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,13 @@ from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress,
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.language import PROMPTS, draw_reply
 from reca.demo.pretrain.optimize import first_images, optimize, save_as_run, unit
+from reca.demo.splits import Split
+from reca.demo.world import load_world
 from reca.models.bagel import Adapter, modules, prompt
 from reca.models.bagel.loss import flow_loss
 from reca.models.common.images import fit_to_view
 from reca.models.common.text import encode
 from reca.rng import CounterRNG
-from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
@@ -38,14 +40,15 @@ class _WordsAsHv(Adapter):
         return torch.cat([rows.flatten(0, 1) for rows in h_v]) if h_v else table.new_empty(0, table.shape[1])
 
 
-def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
+def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, progress: Progress) -> Adapter:
     """Train from scratch and save a run in `folder`."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng, splits = random.Random(seed), load_world(world).splits
+    understood, captioned = splits["understood"](seed), splits["captioned"](seed)
     recipe.model.seed = seed
     model = _WordsAsHv.load(recipe.model).train()
     assert isinstance(model.codec, modules.Patches), "the codec of the toy world"
-    model.codec.fit(unit(first_images(understood(seed), min(scale, 0.25))))
+    model.codec.fit(unit(first_images(understood, min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()
 
@@ -62,7 +65,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     optimize(
         part(*understanding_roles),
         matrices(*understanding_roles),
-        _caption_loss(model, seed, rng, scale),
+        _caption_loss(model, understood, rng, scale),
         understanding,
         progress,
     )
@@ -72,7 +75,7 @@ def pretrain(recipe: Recipe, seed: int, folder: Path, scale: float, progress: Pr
     optimize(
         part(*generation_roles),
         matrices(*generation_roles),
-        _generation_loss(model, seed, rng, scale),
+        _generation_loss(model, captioned, seed, rng, scale),
         generation,
         progress,
         done=understanding,
@@ -103,9 +106,9 @@ class _Slots:
         return table[torch.tensor(words)].unflatten(0, (self.side, self.side))
 
 
-def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+def _caption_loss(model: Adapter, split: Split, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
     """Make the loss of an understanding step: caption images, and prompts that quote or ask for one; align h_v."""
-    split, slots, v = understood(seed), _Slots(model), model.vocabulary
+    slots, v = _Slots(model), model.vocabulary
     view = model.views("reca").und
     assert view is not None
     images = first_images(split, scale)
@@ -140,9 +143,11 @@ def _caption_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -
     return loss
 
 
-def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float) -> Callable[[int], Tensor]:
+def _generation_loss(
+    model: Adapter, split: Split, seed: int, rng: random.Random, scale: float
+) -> Callable[[int], Tensor]:
     """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
-    split, slots, noise_rng, half = captioned(seed), _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
+    slots, noise_rng, half = _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
     moments = torch.stack(model.moments(list(first_images(split, scale))))
     noisy_image = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
 
@@ -163,10 +168,10 @@ def _generation_loss(model: Adapter, seed: int, rng: random.Random, scale: float
 
 
 SETUPS = {
-    "shapes": DemoSetup(
+    world: DemoSetup(
         recipe="bagel_tiny",
         steps=UNDERSTANDING_STEPS + GENERATION_STEPS,
-        pretrain=pretrain,
+        pretrain=partial(pretrain, world),
         init_override="train.init_from={folder}",
         sampling={"steps": 20, "guidance": 1.0},
         description="A BAGEL of 0.6 million parameters",
@@ -181,4 +186,5 @@ SETUPS = {
         ),
         generation_arm=("RECA-vae", "h_v from the codec that makes the target", ("model.hv_source=vae",)),
     )
+    for world in ("shapes", "jitter")
 }

@@ -29,7 +29,7 @@ from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import PooledProjector
 from reca_kernels import IGNORE_INDEX
 
-STEPS = {"shapes": 800, "emoji": 500}
+STEPS = {"shapes": 800, "jitter": 1200, "emoji": 500}
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
@@ -135,11 +135,11 @@ ALIGNED = (
     "is made{how}."
 )
 SAMPLING = {"steps": 18, "guidance": 0.0, "temperature": 0.5}
-SETUPS = {
-    "shapes": DemoSetup(
+SHAPES = {
+    world: DemoSetup(
         recipe="show_o_tiny",
-        steps=STEPS["shapes"],
-        pretrain=partial(pretrain, "shapes"),
+        steps=STEPS[world],
+        pretrain=partial(pretrain, world),
         init_override="model.weights={folder}",
         sampling=SAMPLING,
         description="A Show-o of half a million parameters",
@@ -153,7 +153,10 @@ SETUPS = {
             "h_v from the generation codebook",
             ("model.hv_source=vq", "model.hv_down_scale=1"),
         ),
-    ),
+    )
+    for world in ("shapes", "jitter")
+}
+SETUPS = SHAPES | {
     "emoji": DemoSetup(
         recipe="show_o_emoji_tiny",
         steps=STEPS["emoji"],
