@@ -18,7 +18,7 @@ from reca.demo.captions import caption
 from reca.demo.pretrain import demo_setup
 from reca.demo.pretrain.language import WORDS as FACT_WORDS
 from reca.demo.scene import Scene
-from reca.demo.world import PACKAGES, load_world
+from reca.demo.world import load_world
 from reca.recipe_files import load_recipe, save_recipe
 from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
 from tests.emoji_world.artwork import needs_artwork
@@ -31,7 +31,7 @@ ROWS = {
 }
 DEMOS = [
     pytest.param(load_world(name), umm, marks=[needs_artwork] if name == "emoji" else [], id=f"{name}-{umm}")
-    for name in PACKAGES
+    for name in ROWS  # jitter has the setups of shapes
     for umm in load_world(name).umms
 ]
 

@@ -10,8 +10,10 @@ from reca.data.sources import open_source
 from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.measure import Rate
 from reca.demo.scene import Scene, Thing
+from reca.demo.world import Prompt
 from reca.recipe_files import load_recipe
-from reca.toy_world import WORDS, splits
+from reca.toy_world import WORDS, jitter, splits
+from reca.toy_world.detector import detect
 from reca.toy_world.prompts import CATEGORIES, prompts
 from reca.toy_world.scenes import held_out_pairs
 
@@ -41,6 +43,22 @@ def test_captioned_pictures_hold_no_held_out_pair_and_unlabeled_ones_do():
     captioned, unlabeled = splits.captioned(3), splits.unlabeled(3)
     assert not any(t in held for i in range(300) for t in captioned.scene(i).things)
     assert any(t in held for i in range(50) for t in unlabeled.scene(i).things)
+
+
+def test_jitter_moves_things_and_changes_nothing_that_is_said():
+    still, moved = splits.unlabeled(2), jitter.WORLD.splits["unlabeled"](2)
+    corners = set()
+    for index in range(200):
+        scene = moved.scene(index)
+        assert scene == still.scene(index)
+        found = detect(moved.image(index))
+        prompt = Prompt("position", "seen", caption(scene), scene, True, True)
+        assert jitter.WORLD.shows(moved.image(index), prompt), index
+        corners.add((scene.relation, *sorted((round(f.row / 4), round(f.column / 4)) for f in found)))
+    assert [sum(corner[0] == relation for corner in corners) for relation in (None, "left_of", "above")] == [16, 4, 4]
+    source = open_source("reca.toy_world.jitter:unlabeled?seed=2", "t2i")
+    assert source[5].text == open_source("reca.toy_world:unlabeled?seed=2", "t2i")[5].text
+    assert source[5].image == moved.png(5) and source[6].image == moved.png(6) != still.png(6)
 
 
 def test_splits_do_not_share_pictures():

@@ -20,7 +20,7 @@ WORLD = replace(
     splits={name: partial(split, jitter=True) for name, split in SPLITS.items()},
     assumptions=(
         *toy_world.WORLD.assumptions,
-        "One thing stands at any of sixteen places, two at any of twelve for each relation. Captions tell the relation "
+        "One thing stands at any of sixteen places, two at any of four for each relation. Captions tell the relation "
         "alone.",
     ),
 )

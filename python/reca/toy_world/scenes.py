@@ -13,7 +13,6 @@ SIZE = 8  # pixels of an object
 BACKGROUND = 0.08
 NOISE = 0.02
 PLACES = (0, 4, 8, 12)  # rows and columns of a corner: multiples of 4, the size of an image token
-APART = ((0, 8), (0, 12), (4, 12))  # those of two things that do not overlap
 
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
@@ -40,12 +39,11 @@ MASKS = {name: torch.tensor([[c == "#" for c in row] for row in rows.split()]) f
 
 def places(scene: Scene, rng: random.Random | None = None) -> list[tuple[int, int]]:
     """Return the top left corner (row, column) of every thing. rng: draws one of the places that the scene allows."""
-    middle, near, far = PLACES[2], PLACES[0], PLACES[-1]
-    if rng is not None:
-        middle, (near, far) = rng.choice(PLACES), rng.choice(APART)
+    near, far = PLACES[0], PLACES[-1]
+    row, column = (PLACES[2], PLACES[2]) if rng is None else (rng.choice(PLACES), rng.choice(PLACES))
     if scene.relation is None:
-        return [(middle if rng is None else rng.choice(PLACES), middle)]
-    return [(near, middle), (far, middle)] if scene.relation == "above" else [(middle, near), (middle, far)]
+        return [(row, column)]
+    return [(near, column), (far, column)] if scene.relation == "above" else [(row, near), (row, far)]
 
 
 def render(
