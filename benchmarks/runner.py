@@ -119,7 +119,10 @@ def facts(device: Device, threads: int, command: str) -> dict:
 
 
 def _commit() -> str:
-    """Return the commit, RECA_COMMIT where the code is no checkout of its own; "+" when files differ from it."""
+    """Return the commit, RECA_COMMIT where the code is no checkout of its own.
+
+    With a "+" when files differ from it. Results, and pages made of them, may.
+    """
     root = RESULTS.parents[1]
 
     def git(*command: str) -> str:
@@ -128,7 +131,7 @@ def _commit() -> str:
     try:
         top = git("rev-parse", "--show-toplevel")
         if top and Path(top).samefile(root):  # and not a copy inside some other repository
-            changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benchmarks/results")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!benchmarks/results", ":!docs")
             return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except FileNotFoundError:
         pass

@@ -2,11 +2,13 @@
 
 Forms take turns, each in a process of its own: ours, and `release`, the same step in the formulation of the released
 trainers (benchmarks/step/release); `release_kept` is that one with freed memory kept, as ours has it. Rows go to
-benchmarks/results/step/DEVICE.csv, and plot and docs/step.md are made of them. On a CPU seconds are CPU time.
+benchmarks/results/step/DEVICE.csv as soon as they are measured, and plot and docs/step.md are made of them. On a CPU
+seconds are CPU time. Two of these commands may run at once, of different models.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import statistics
@@ -24,7 +26,7 @@ from benchmarks.devices import Ceilings, CpuTime, Cuda, Device, ceilings
 from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
 from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
-from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, write
+from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, read, write
 
 ROOT = Path(__file__).parents[2]
 DTYPES = dict(tiny=torch.float32, narrow=torch.float32, quarter=torch.bfloat16, real=torch.bfloat16)
@@ -90,6 +92,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="steps of each form that are timed, after a first one")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--apart", action="store_true", help="one form after the other, where both do not fit")
+    parser.add_argument("--resume", action="store_true", help="only what the file lacks of this commit and machine")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
     parser.add_argument("--out", type=Path, help=f"folder of the result file; default {FOLDER.relative_to(ROOT)}")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
@@ -108,39 +111,71 @@ def main(arguments: list[str]) -> int:
     path = (options.out or FOLDER) / f"{device.result_file}.csv"
     failed = False
     for model in options.model:
-        made = list(measure(model, options, device, about))
-        failed |= any(row.note for row in made if row.form == "ours")
-        print(report.table(made), flush=True)
-        write(path, merged(path, made))
+        known = _measured(path, model, options, about) if options.resume else []
+        rows = list(known)
+        for made in measure(model, options, device, about, known):
+            with _alone(path.parent):
+                write(path, merged(path, made))
+            rows += made
+        failed |= any(row.note for row in rows if row.form == "ours")
+        print(report.table(rows), flush=True)
     print(f"wrote {path}")
     if options.out is None:
-        for out in (*report.plots(), report.PAGE):
-            if out == report.PAGE:
-                out.write_text(docs.filled(out))
-            print(f"wrote {out}")
+        with _alone(path.parent):
+            for out in (*report.plots(), report.PAGE):
+                if out == report.PAGE:
+                    out.write_text(docs.filled(out))
+                print(f"wrote {out}")
     return int(failed)
 
 
-def measure(model: str, options: argparse.Namespace, device: Device, about: dict) -> Iterator[StepRow]:
-    """Yield the row of every form of a model."""
-    forms = [form for form in options.form if form == "ours" or model in release.RELEASED]
-    answers: dict[str, dict[str, list]] = {form: {"count": [], "step": []} for form in forms}
-    rates: dict[str, list[Ceilings]] = {}
-    reasons: dict[str, str] = {}
-    groups: Sequence[Sequence[str]] = [[form] for form in forms] if options.apart else [forms]
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process reads and writes the results of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _measured(path: Path, model: str, options: argparse.Namespace, about: dict) -> list[StepRow]:
+    """Return the rows of a model that --resume does not measure again."""
+    where = {name: value for name, value in about.items() if name not in ("date", "command")}
+    if about["commit"].endswith("+"):  # of files that no commit has
+        return []
+    return [
+        row
+        for row in read(path)
+        if (row.model, row.size) == (model, options.size)
+        and row.measured
+        and row.steps >= options.rounds
+        and all(getattr(row, name) == value for name, value in where.items())
+    ]
+
+
+def measure(
+    model: str, options: argparse.Namespace, device: Device, about: dict, known: Sequence[StepRow] = ()
+) -> Iterator[list[StepRow]]:
+    """Yield the rows of forms of a model that run side by side. known: rows that are there already."""
+    done = {row.form for row in known}
+    forms = [f for f in options.form if f not in done and (f == "ours" or model in release.RELEASED)]
+    useful = next((row.useful_flops for row in known), "")
+    groups: Sequence[Sequence[str]] = [[form] for form in forms] if options.apart else [forms] if forms else []
     for group in groups:
+        answers: dict[str, dict[str, list]] = {form: {"count": [], "step": []} for form in group}
         with tempfile.TemporaryDirectory(prefix="reca_step_") as folder:
             processes = [Process(form, options, model, Path(folder)) for form in group]
             try:
-                found = _take_turns(processes, answers, options.rounds, device, DTYPES[options.size])
+                rates = _take_turns(processes, answers, options.rounds, device, DTYPES[options.size])
             finally:
                 for process in processes:
                     process.close()
-        rates |= dict.fromkeys(group, found)
-        reasons |= {process.form: process.failed for process in processes if process.failed}
-    useful = next((one["useful_flops"] for one in answers.get("ours", {}).get("count", [])), "")
-    for form in forms:
-        yield _row(model, options.size, form, answers[form], useful, reasons.get(form, ""), rates[form], about)
+        useful = next((one["useful_flops"] for one in answers.get("ours", {}).get("count", [])), useful)
+        failed = {process.form: process.failed for process in processes}
+        yield [_row(model, options.size, form, answers[form], useful, failed[form], rates, about) for form in group]
 
 
 def _take_turns(

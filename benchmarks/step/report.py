@@ -109,6 +109,7 @@ def _comparison(rows: list[StepRow]) -> Iterator[str]:
         target = target_of(ours)
         targets = "; ".join(
             f"{v.what} {v.target:.2f}: **{v.measured:.2f}**, {'met' if v.met else 'not met'}"
+            + (f" ({v.reachable})" if v.reachable else "")
             for v in verdicts(ours, release)
         )
         cells = [

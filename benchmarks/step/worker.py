@@ -2,7 +2,8 @@
 
 It reads commands, one a line, and answers each with a line of JSON:
 
-    count  make a step, the first one, and count its operators
+    count  make a step, the first one, and count its operators. Where freed memory is kept make another: what the first
+           one has freed lies in pieces that its second one cannot use, and memory stays as it is from the third on
     step   make a step and tell its parts in seconds
 
 CPUs are timed in CPU time of the process: other processes on a shared machine cost it less than they cost the wall
@@ -71,6 +72,8 @@ class Worker:
         """Make a step under a counter of operators. FLOPs of ours are those of `reca check`, of these very samples."""
         recipe = self.trainer.recipe
         with Counter() as counter, counter.waits() as waits:
+            self._train_step()
+        if self.trainer.freed.kept:
             self._train_step()
         launches = counter.launches
         if self.cuda:  # layers may be compiled, which the counter sees operator by operator

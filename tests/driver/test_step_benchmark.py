@@ -87,7 +87,7 @@ def test_a_step_is_timed_by_part_and_makes_no_gpu_wait(model, tmp_path):
     assert step["seconds"] == pytest.approx(sum(step["parts"].values()))
     absent = {name for name in PARTS if step["parts"][name] <= 0}
     assert not absent, absent
-    assert worker.trainer.step == 2  # both were steps of the trainer
+    assert worker.trainer.step == 2 + worker.trainer.freed.kept  # all were steps of the trainer
 
 
 def test_the_released_form_is_a_step_too(tmp_path):
@@ -159,10 +159,15 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_a_form_that_fails_leaves_a_row_that_says_why(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def started(monkeypatch):
+    """Put processes that measure nothing in place of the real ones; the released form fails. Returns whose began."""
+    forms = []
+
     class Fake:
         def __init__(self, form, options, model, folder):
             self.form, self.failed = form, ""
+            forms.append(form)
 
         def ask(self, command):
             if self.form == "release":
@@ -178,7 +183,29 @@ def test_a_form_that_fails_leaves_a_row_that_says_why(monkeypatch, capsys, tmp_p
 
     monkeypatch.setattr(__main__, "Process", Fake)
     monkeypatch.setattr(__main__, "ceilings", lambda *_, **__: Ceilings(10.0, {"float32": 0.1}))
+    return forms
+
+
+def test_a_form_that_fails_leaves_a_row_that_says_why(started, capsys, tmp_path):
     assert __main__.main(["--model", "bagel", "--out", str(tmp_path), "--rounds", "2"]) == 0
     ours, released = read(tmp_path / "cpu.csv")
     assert (ours.seconds_p50, ours.steps, ours.flops, ours.gemm) == (2.0, 2, 2e9, 1e11)
     assert released.note == "MemoryError: no room" and "not measured: MemoryError" in capsys.readouterr().out
+
+
+def test_resume_measures_what_the_file_lacks_of_this_commit(started, monkeypatch, tmp_path):
+    def run(commit, *more):
+        started.clear()
+        monkeypatch.setattr(
+            __main__, "facts", lambda device, threads, command: dict(commit=commit, driver="", threads=1)
+        )
+        __main__.main(["--model", "bagel", "--out", str(tmp_path), "--rounds", "1", "--apart", "--resume", *more])
+        return list(started)
+
+    assert run("abc", "--form", "ours") == ["ours"]
+    assert run("abc", "--form", "release_kept", "release", "ours") == ["release_kept", "release"]
+    rows = {row.form: row for row in read(tmp_path / "cpu.csv")}
+    assert rows["release_kept"].useful_flops == rows["ours"].useful_flops == 1e9  # of the row that was there
+    assert run("abc") == ["release"]  # which has failed
+    assert run("abc", "--rounds", "2") == ["ours", "release"]
+    assert run("abd") == ["ours", "release"] and run("abd+") == run("abd+") == ["ours", "release"]
