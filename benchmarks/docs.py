@@ -1,7 +1,8 @@
 """python -m benchmarks.docs: write the measured figures into README.md and pages of docs/.
 
 Text between `<!-- measured: NAME -->` and `<!-- /measured -->` is made from benchmarks/results and never typed. NAME is
-an op, `kernels` for one table of all ops, `step` for whole training steps, or `data` for loaders.
+an op, `kernels` for one table of all ops, `step` for whole training steps, `data` for loaders, or `waiting` for runs
+that may wait for them.
 """
 
 import re
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.data import rows as data
+from benchmarks.data import waiting_rows as waiting
 from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, all_results, complete
 from benchmarks.step import report as step
 
@@ -37,6 +39,7 @@ def filled(page: Path, folder: Path = RESULTS) -> str:
         "kernels": lambda: summary(folder),
         "step": lambda: step.section(folder / step.FOLDER.name),
         "data": lambda: data.section(folder / data.FOLDER.name),
+        "waiting": lambda: waiting.section(folder / waiting.FOLDER.name),
     }
     return MARKED.sub(lambda m: m[1] + sections.get(m[2], lambda: of_op(m[2], folder))() + m[3], text)
 

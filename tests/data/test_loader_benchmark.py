@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import docs
-from benchmarks.data import rows
+from benchmarks.data import rows, waiting, waiting_rows
 from benchmarks.data.__main__ import measure, show
 from benchmarks.data.loaders import Way, ways
 from benchmarks.data.pictures import jpeg, write
@@ -59,3 +59,12 @@ def test_files_and_page(tmp_path, measured):
     rows.write(results / "nvidia_fake.csv", [replace(row, device="NVIDIA Fake", clock="wall") for row in measured])
     both = docs.filled(path, tmp_path)
     assert "**GPU.** NVIDIA Fake" in both and rows.NO_GPU not in both
+
+
+def test_a_run_is_timed_as_it_waits_for_images(tmp_path):
+    decode, step, waited = waiting.measure(64, 1, 2)
+    assert step == pytest.approx(1.25 * waiting.IMAGES * decode) and 0 <= waited < 1
+    where = dict(device="A CPU", torch="2", commit="abc", date="2026-11-27", command="the command")
+    assert "Not measured yet: `python -m benchmarks.data.waiting`" in waiting_rows.section(tmp_path)
+    waiting_rows.write(tmp_path / "cpu.csv", [waiting_rows.Row(512, 2, 2.5, 15.63, 60, 0.0131, **where)])
+    assert "| 512 px | 2 | 2.5 | 15.6 | 60 | **1.3 %** | 2 % |" in waiting_rows.section(tmp_path)

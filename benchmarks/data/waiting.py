@@ -1,0 +1,160 @@
+"""python -m benchmarks.data.waiting [--steps N] [--workers N ...]: the share of its time that a run waits for images.
+
+A whole run of the trainer, with its loader and its log. Its model is a stand-in, which only sleeps: a step takes as
+long as `reca check` wants for this number of threads, so that the threads have the fourth to spare that it names, and
+no more. From JPEG files of 512 and 1024 px to the two views of show_o_512, in steps of ten images and passes of two.
+
+It writes benchmarks/results/waiting/cpu.csv, and a table of docs/data_speed.md is made of it.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import docs
+from benchmarks.data import pictures
+from benchmarks.data.rows import PAGE
+from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
+from benchmarks.devices import Cpu
+from benchmarks.runner import facts
+from reca.check import SPARE
+from reca.config import Recipe
+from reca.data.batch import Batch
+from reca.data.pixels import PillowDecoder
+from reca.data.views import View, Views
+from reca.models.base import Adapter, LossTerm, Prepared
+from reca.recipe_files import load_recipe
+from reca.rng import CounterRNG
+from reca.trainer import Trainer
+
+IMAGES, PASS = 10, 2  # of a step, and of one of its passes
+FIRST = 5  # steps that are left out: the first waits for its images, whatever comes later
+
+
+class Sleeper(Adapter):
+    """A model that has show_o_512's views and takes its time."""
+
+    name = "sleeper"
+    tasks = frozenset({"reca"})
+    trainable_roles = frozenset({"gen_head"})
+    condition_keys = ("h_v",)
+
+    def __init__(self, seconds: float) -> None:  # of a pass
+        super().__init__()
+        self.seconds, self.layer = seconds, nn.Linear(1, 1)
+
+    def views(self, task: str) -> Views:
+        return Views(gen=View(512, fit="squash"), und=View(336, fit="squash"))
+
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        return {"h_v": torch.ones(len(batch), 1)}
+
+    def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
+        return Prepared(batch.task, rng.seed, float(len(batch)))
+
+    def loss(self, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
+        time.sleep(self.seconds)
+        return LossTerm.of(self.layer(features["h_v"]).square().sum(), prepared)
+
+    def roles(self) -> dict[str, str]:
+        return {name: "gen_head" for name, _ in self.named_parameters()}
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+
+def recipe(folder: Path, workers: int, steps: int) -> Recipe:
+    """Return the recipe of a run over the images of a folder."""
+    return load_recipe(
+        "show_o_tiny",
+        {
+            "run_dir": str(folder / f"run_{workers}"),
+            "data.images": str(folder / "images"),
+            "data.workers": workers,
+            "data.decoder": "pillow",
+            "objective.reca.batch_size": IMAGES,
+            "objective.reca.micro_batch": PASS,
+            "objective.i2t.weight": 0,
+            "train.train": None,
+            "train.frozen": [],
+            "train.steps": FIRST + steps,
+            "log.every": 1,
+            "log.tensorboard": False,
+            "log.sample_every": 0,
+            "log.gap_every": 0,
+            "checkpoint.every": 0,
+        },
+    )
+
+
+def measure(jpeg: int, workers: int, steps: int) -> tuple[float, float, float]:
+    """Return the seconds of an image's decoding and of a step's sleep, and the share of the run that it waited."""
+    model = Sleeper(0.0)
+    files = [pictures.jpeg(number, jpeg) for number in range(2 * IMAGES)]
+    decode = decoding(model.views("reca"), files)
+    step = SPARE * IMAGES * decode / workers
+    model.seconds = step * PASS / IMAGES
+    with tempfile.TemporaryDirectory(prefix="reca_waiting_") as name:
+        folder = Path(name)
+        (folder / "images").mkdir()
+        for number, file in enumerate(files):
+            (folder / "images" / f"{number:03}.jpg").write_bytes(file)
+        made = recipe(folder, workers, steps)
+        Trainer(made, model, progress=lambda step: None).run()
+        lines = [json.loads(line) for line in (Path(made.run_dir) / "log.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "data_wait_s" in line][FIRST:]
+    return decode, step, sum(line["data_wait_s"] for line in timed) / sum(line["step_s"] for line in timed)
+
+
+def decoding(views: Views, files: list[bytes]) -> float:
+    """Return the CPU seconds of an image on one core, a mean of these files."""
+    decoder = PillowDecoder(views, CounterRNG(0))
+    decoder(files[0], 0)  # tables of resizing are made once
+    began = time.thread_time()
+    for number, file in enumerate(files):
+        decoder(file, number)
+    return (time.thread_time() - began) / len(files)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data.waiting", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=60, help=f"that count, behind {FIRST} that do not; default 60")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="decoding threads; default 1 and 2")
+    parser.add_argument("--out", type=Path, help="folder of the result file; else that of the page, which is written")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    about = facts(Cpu(), 1, " ".join(["python -m benchmarks.data.waiting", *arguments]))
+    made = []
+    for jpeg in (512, 1024):
+        for workers in options.workers:
+            decode, step, waited = measure(jpeg, workers, options.steps)
+            made.append(
+                Row(jpeg, workers, _digits(1e3 * decode), _digits(1e3 * step), options.steps, _digits(waited), **about)
+            )
+            print(
+                f"{jpeg:5} px, {workers} threads: {1e3 * decode:.2f} ms an image, steps of {1e3 * step:.0f} ms, "
+                f"waiting {100 * waited:.2f} %",
+                flush=True,
+            )
+    write((options.out or FOLDER) / "cpu.csv", made)
+    if options.out is None:
+        PAGE.write_text(docs.filled(PAGE))
+        print(f"wrote {PAGE}")
+    return int(any(row.waited > TARGET for row in made))
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

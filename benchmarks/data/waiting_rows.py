@@ -1,0 +1,53 @@
+"""The rows of runs that may wait for images, results/waiting/cpu.csv, and their table in docs/data_speed.md."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.rows import RESULTS
+
+FOLDER, TARGET = RESULTS / "waiting", 0.02
+
+
+@dataclass
+class Row:
+    """One run. decode_ms: an image's, on one core; step_ms: of the model; waited: share of the run's time."""
+
+    jpeg: int
+    workers: int
+    decode_ms: float
+    step_ms: float
+    steps: int
+    waited: float
+    device: str = ""
+    driver: str = ""
+    threads: int | str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+
+def write(path: Path, made: list[Row]) -> None:
+    rows.write(path, made, Row)
+
+
+def section(folder: Path = FOLDER) -> str:
+    """Return the measured part of docs/data_speed.md."""
+    found = rows.read(folder / "cpu.csv", Row)
+    if not found:
+        return "Not measured yet: `python -m benchmarks.data.waiting` does it.\n"
+    row = found[0]
+    lines = [
+        f"{row.device}, torch {row.torch}, {row.date}, commit {row.commit}: `{row.command}`.",
+        "",
+        "| JPEG | data.workers | decoding, ms an image and core | a step, ms | steps | waiting for images | at most |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row.jpeg} px | {row.workers} | {row.decode_ms:.3g} | {row.step_ms:.3g} | {row.steps} | "
+            f"**{100 * row.waited:.1f} %** | {100 * TARGET:.0f} % |"
+            for row in found
+        ),
+    ]
+    return "\n".join(lines) + "\n"
