@@ -1,5 +1,7 @@
 """FLOPs, peaks and what the log makes of them."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -90,6 +92,23 @@ def test_what_is_frozen_and_what_is_cached_costs_less(tmp_path):
     cached = speed.step_flops(recipe, batches)
     recipe.train.frozen = ["*layers.*.mlp.*"]
     assert speed.step_flops(recipe, batches) < 0.95 * cached < 0.95 * whole
+
+
+PEAK = """
+import torch
+from reca.speed import peak_memory
+before = peak_memory(torch.device("cpu"))
+torch.ones(2**26)
+print(before, peak_memory(torch.device("cpu")))
+"""
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """Not of the one that started it, whose peak getrusage hands on."""
+    held = torch.ones(2**30, dtype=torch.uint8)
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before < held.numel() and after >= before + 2**27
 
 
 def test_mfu_is_flops_over_time_gpus_and_peak(monkeypatch):
