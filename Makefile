@@ -17,11 +17,12 @@ BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f
 demo: $(READY)
 	$(BIN)/reca demo $(if $(WORLD),--world $(WORLD)) --umm $(UMM) --seeds $(SEEDS)
 
-# Train, evaluate beside the base model, and compare, from random weights, to see that all of it runs.
+# Train, evaluate beside the base model, compare and export, from random weights, to see that all of it runs.
 tiny: $(READY)
-	$(BIN)/reca train $(UMM)_tiny
-	$(BIN)/reca eval world runs/$(UMM)_tiny --against base
+	$(BIN)/reca train $(UMM)_tiny train.steps=20
+	$(BIN)/reca eval world runs/$(UMM)_tiny --against base --limit 42
 	$(BIN)/reca compare base runs/$(UMM)_tiny
+	$(BIN)/reca export runs/$(UMM)_tiny --out runs/$(UMM)_tiny/export --card
 
 # A file's tests stay in one process, which makes what they share once.
 test: $(READY)

@@ -71,7 +71,7 @@ def test_a_lost_picture_leaves_a_gap(compared, painter):
     shutil.rmtree(painter / "eval/base/world/images")
     assert cli.main(["compare", "base", str(painter)]) == 0
     page = (painter / "comparison" / "comparison.html").read_text()
-    assert "no picture before" in page and "no picture after" not in page
+    assert "no image before" in page and "no image after" not in page
 
 
 def test_names_that_stand_for_nothing(painter, tmp_path, capsys):
@@ -272,7 +272,7 @@ def test_a_click_opens_the_pair_and_keys_go_on(compared):
 def test_a_click_opens_the_triplet(drawn):
     shown = open_page(drawn / "comparison.html", 'document.querySelectorAll("button.flip")[2].click();')
     dialog = shown[shown.index("<dialog") :]
-    assert re.match(r"<dialog[^>]* open", dialog) and dialog.count("<img") == 3 and "picture 3: 2</p>" in dialog
+    assert re.match(r"<dialog[^>]* open", dialog) and dialog.count("<img") == 3 and "image 3: unlabeled/2</p>" in dialog
     captions = re.findall("<figcaption>(.*?)</figcaption>", dialog)
     assert captions == ["input", "before", "after"]
 

@@ -116,7 +116,7 @@ def _draw(
         row = {name: f"{FOLDER}/{number:03d}_{name}.png" for name in columns}
         for name, column in columns.items():
             write(place.parent / row[name], png(column[number]))
-        rows.append({"name": Path(source.key(number)).name, **row})
+        rows.append({"name": "/".join(source.key(number).split("/")[-2:]), **row})
     kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
     return {"pictures": kind, "source": images, "rows": rows}
 
