@@ -80,6 +80,38 @@ DATASETS = {
 
 
 @dataclass(frozen=True)
+class SuiteFiles:
+    """Files of an evaluation suite in the benchmark's own repository on GitHub."""
+
+    repository: str
+    revision: str  # of which the suite's rules were tested, where one is known
+    files: tuple[str, ...]  # glob patterns
+    licence: str | None
+    note: str = ""
+
+
+# Those of imgedit, gedit and mme are on the Hugging Face hub, with images; docs/evaluation.md says where.
+SUITES = {
+    "geneval_long": SuiteFiles(
+        "wishhyt/reconstruction-alignment", "b4ea7a1", ("*/evaluation_metadata_long.jsonl",), "Apache-2.0"
+    ),
+    "geneval2": SuiteFiles("facebookresearch/GenEval2", "a6e82d2", ("geneval2_data.jsonl",), "CC BY-NC 4.0"),
+    "dpg": SuiteFiles(
+        "TencentQQGYLab/ELLA", "3c228f1", ("dpg_bench/dpg_bench.csv", "dpg_bench/prompts/*.txt"), "Apache-2.0"
+    ),
+    "t2i_compbench": SuiteFiles(
+        "Karine-Huang/T2I-CompBench", "fc2c9b9f8ec357dcf1bb1b382c0df017afe9cd8c", ("examples/dataset/*_val.txt",), "MIT"
+    ),
+    "wise": SuiteFiles("PKU-YuanGroup/WISE", "eb51174", ("data_verified/*.json",), None),
+    "wise_legacy": SuiteFiles("PKU-YuanGroup/WISE", "eb51174", ("WISE_legacy/data/*.json",), None),
+    "pope": SuiteFiles(
+        "RUCAIBox/POPE", "main", ("output/coco/coco_pope_*.json",), "MIT",
+        "its images: http://images.cocodataset.org/zips/val2014.zip, unpacked beside the files",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images that the conversations of LLaVA-665K speak of. The hub does not hold them."""
 

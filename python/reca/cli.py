@@ -77,7 +77,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from reca.catalog import DATASETS
+    from reca.catalog import DATASETS, SUITES
     from reca.models import UMMS
     from reca.status import FIELDS
 
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study_commands.add(study, _path)
 
-    get = subparsers.add_parser("get", help="Get published weights or datasets from the Hugging Face hub.")
+    get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
     weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
@@ -228,6 +228,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--to", type=_path, help="folder to put them in; by default the cache of the hub")
         sub.add_argument("--dry-run", action="store_true", help="print the list only")
         sub.set_defaults(run=run)
+    suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
+    suite.add_argument("name", help=", ".join(SUITES))
+    suite.add_argument("--to", type=_path, help="folder to put them in; ./benchmarks by default")
+    suite.add_argument("--dry-run", action="store_true", help="print the list only")
+    suite.set_defaults(run=commands.get_suite)
 
     _add_data(subparsers)
     takes_recipe(command("cache", commands.cache, "Make the features of all images ahead of training, in data.cache."))

@@ -111,6 +111,12 @@ def get_data(options: argparse.Namespace) -> None:
     get(data_of(options.name), options.to, options.dry_run)
 
 
+def get_suite(options: argparse.Namespace) -> None:
+    from reca.eval import suite_files
+
+    suite_files.get(options.name, options.to, options.dry_run)
+
+
 def serve(options: argparse.Namespace) -> None:
     from reca.serve import serve
 

@@ -110,7 +110,10 @@ class Dpg(Suite):
     images_per_item = 4
     exact_judge = "mPLUG-large (ModelScope damo/mplug_visual-question-answering_coco_large_en)"
     unit = "percent"
-    data_help = "Give the folder dpg_bench of github.com/TencentQQGYLab/ELLA: dpg_bench.csv and prompts/*.txt."
+    data_help = (
+        "Give the folder dpg_bench of github.com/TencentQQGYLab/ELLA, dpg_bench.csv and prompts/*.txt, which `reca get "
+        "suite dpg` brings."
+    )
 
     def table(self) -> dict[str, list[Question]]:
         path = self.data_path() / "dpg_bench.csv"

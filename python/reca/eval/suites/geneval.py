@@ -129,7 +129,7 @@ class GenEvalLong(GenEval):
     protocol = "GenEval, long prompts"
     data_help = (
         "Give Benchmark/geneval/evaluation_metadata_long.jsonl of github.com/wishhyt/reconstruction-alignment "
-        "(Apache-2.0)."
+        "(Apache-2.0), which `reca get suite geneval_long` brings."
     )
     file = "evaluation_metadata_long.jsonl"
     shipped = None

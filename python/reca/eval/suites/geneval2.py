@@ -85,8 +85,8 @@ class GenEval2(Suite):
     exact_models = ("Qwen3-VL-8B-Instruct",)
     unit = "percent"
     data_help = (
-        "Give geneval2_data.jsonl of github.com/facebookresearch/GenEval2; it is CC BY-NC 4.0, so it is not part of "
-        "this package."
+        "Give geneval2_data.jsonl of github.com/facebookresearch/GenEval2, which `reca get suite geneval2` brings; it "
+        "is CC BY-NC 4.0, so it is not part of this package."
     )
 
     def items(self) -> list[Item]:

@@ -36,7 +36,8 @@ class Pope(Suite):
     judge_kind = "rule"
     data_help = (
         "Give a folder with coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json of "
-        "github.com/RUCAIBox/POPE (output/coco) and the COCO val2014 pictures that they name in val2014."
+        "github.com/RUCAIBox/POPE (output/coco), which `reca get suite pope` brings, and the COCO val2014 images that "
+        "they name in val2014."
     )
 
     def items(self) -> list[Item]:

@@ -24,7 +24,8 @@ class T2ICompBench(Suite):
     images_per_item = 10
     exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: --judge recorded:FOLDER"
     data_help = (
-        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT): color_val.txt and others."
+        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), color_val.txt and others, "
+        "which `reca get suite t2i_compbench` brings."
     )
 
     def items(self) -> list[Item]:

@@ -35,8 +35,8 @@ class Wise(Suite):
     protocol = VERIFIED.name
     exact_judge = "Qwen3.5-35B-A3B by vLLM, with the prompt of WISE's vllm_eval.py"
     data_help = (
-        "Give the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified); it names no licence, so it is "
-        "not part of this package."
+        "Give the folder of JSON files of github.com/PKU-YuanGroup/WISE (data_verified), which `reca get suite wise` "
+        "brings; it names no licence, so it is not part of this package."
     )
     rules: ClassVar[Protocol] = VERIFIED
     question: ClassVar[str] = _VERIFIED_QUESTION
@@ -112,8 +112,8 @@ class WiseLegacy(Wise):
     protocol = LEGACY.name
     exact_judge = "gpt-4o-2024-05-13, with the prompt of WISE_legacy"
     data_help = (
-        "Give the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE; it names no licence, so it is not part of "
-        "this package."
+        "Give the folder WISE_legacy/data of github.com/PKU-YuanGroup/WISE, which `reca get suite wise_legacy` brings; "
+        "it names no licence, so it is not part of this package."
     )
     rules = LEGACY
     question = _LEGACY_QUESTION

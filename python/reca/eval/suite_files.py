@@ -1,0 +1,131 @@
+"""Get the files of suites that are not shipped, from the benchmarks' own repositories: `reca get suite`.
+
+GitHub lists a commit's files with git's hashes, which every file is compared with.
+"""
+
+import fnmatch
+import hashlib
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from reca import units
+from reca.catalog import SUITES, SuiteFiles
+from reca.data.errors import DataError
+from reca.folders import ensure_writable, write_atomically
+
+API, FILES = "https://api.github.com", "https://raw.githubusercontent.com"
+FOLDER = Path("benchmarks")
+TIMEOUT, TRIES, AT_ONCE = 60, 3, 8  # seconds of a request, times it is sent, files at once
+
+
+class File(NamedTuple):
+    """A file of a commit. digest: git's hash of it."""
+
+    path: str
+    size: int
+    digest: str
+
+
+def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
+    """Fetch the files of a suite that are not here, and print what `--data` takes. Returns it.
+
+    to: the folder that holds one of the suite; ./benchmarks by default. dry_run: print the list only.
+    Raises DataError for a suite without files on GitHub, where GitHub cannot be reached or lacks them, and for files
+    that are not what it says; what was fetched is kept.
+    """
+    if suite not in SUITES:
+        raise DataError(f"there are no files to get of {suite!r}; there are of {', '.join(SUITES)}")
+    source, folder = SUITES[suite], (to or FOLDER) / suite
+    commit, files = list_files(source)
+    missing = [file for file in files if not _is_here(folder / file.path, file)]
+    print(
+        f"{source.repository} at {commit[:12]}: {units.size(sum(file.size for file in files))} in {len(files)} files, "
+        f"licence: {source.licence or 'none named'}; {units.size(sum(file.size for file in missing))} to fetch"
+    )
+    paths = [folder / file.path for file in files]
+    data = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.parent for path in paths]))
+    if not dry_run:
+        ensure_writable(folder, "--to")
+        with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(missing), unit="file", disable=None) as bar:
+            for _ in pool.map(lambda file: _bring(source, commit, file, folder), missing):
+                bar.update()
+    if source.note:
+        print(source.note)
+    print(f"--data {data}")
+    return data
+
+
+def list_files(source: SuiteFiles) -> tuple[str, list[File]]:
+    """Ask GitHub which commit a revision is, and which of its files are wanted."""
+    place = f"{API}/repos/{source.repository}"
+    commit = _json(source, f"{place}/commits/{source.revision}", "sha")
+    tree = _json(source, f"{place}/git/trees/{commit}?recursive=1", "tree")
+    files = [
+        File(one["path"], int(one.get("size", 0)), one["sha"])
+        for one in tree
+        if one.get("type") == "blob" and any(fnmatch.fnmatchcase(one["path"], pattern) for pattern in source.files)
+    ]
+    if not files:
+        raise DataError(f"{source.repository} at {commit} has no {' or '.join(source.files)}. {_by_hand(source)}")
+    return str(commit), files
+
+
+def _bring(source: SuiteFiles, commit: str, file: File, folder: Path) -> None:
+    content = _read(source, f"{FILES}/{source.repository}/{commit}/{quote(file.path)}")
+    if git_hash(content) != file.digest or content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file.path} of {source.repository} came as another file than it is. {_by_hand(source)}")
+    path = folder / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content, sync=False)
+
+
+def _is_here(path: Path, file: File) -> bool:
+    return path.is_file() and path.stat().st_size == file.size and git_hash(path.read_bytes()) == file.digest
+
+
+def git_hash(content: bytes) -> str:
+    """Hash a file as git does."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _json(source: SuiteFiles, url: str, key: str) -> Any:
+    """Fetch what an answer of GitHub's API has under a key."""
+    content = _read(source, url)
+    try:
+        return json.loads(content)[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{url} answered otherwise than GitHub does. {_by_hand(source)}") from error
+
+
+def _read(source: SuiteFiles, url: str) -> bytes:
+    """Fetch an address. Raises DataError after the last try, and at once for what no try will mend."""
+    for number in range(TRIES):
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as refusal:
+            reason = f"HTTP {refusal.code}"
+            if refusal.code in (403, 429):
+                reason += ": GitHub answers 60 questions an hour; the same command goes on later"
+            if refusal.code < 500:
+                break
+        except (OSError, http.client.HTTPException) as failure:  # URLError and TimeoutError are OSErrors
+            reason = str(getattr(failure, "reason", failure)) or type(failure).__name__
+        if number + 1 < TRIES:
+            time.sleep(2.0**number)
+    raise DataError(f"{url} cannot be fetched ({reason}). What is here is kept. {_by_hand(source)}")
+
+
+def _by_hand(source: SuiteFiles) -> str:
+    wanted = " and ".join(source.files)
+    return f"By hand: `git clone https://github.com/{source.repository}`, and give {wanted} of it as --data"
