@@ -5,9 +5,11 @@ import csv
 import hashlib
 import json
 
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 import reca
 from reca.eval.errors import EvaluationError
@@ -252,6 +254,28 @@ def test_gedit(tmp_path):
     )
     imported = suite.import_answers(path.parent, [item])
     assert suite.score(imported, [item]).values[0].value == 6
+
+
+def test_gedit_as_the_hub_has_it(tmp_path):
+    save(tmp_path / "a.png", "red")
+    row = {
+        "key": "k0", "task_type": "ps_human", "instruction": "smile", "instruction_language": "en",
+        "Intersection_exist": True, "input_image": {"bytes": b"", "path": None},
+        "input_image_raw": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None},
+    }  # fmt: skip
+    (tmp_path / "data").mkdir()
+    table = tmp_path / "data/train-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([row, row | {"key": "k1", "instruction_language": "cn"}]), table)
+    (item,) = open_suite("gedit", tmp_path).items()
+    assert (item.id, item.prompt, item.metadata["intersection"]) == ("k0", "smile", True)
+    assert item.source.read_bytes() == (tmp_path / "a.png").read_bytes()
+    table.unlink()
+    assert open_suite("gedit", tmp_path).items() == [item]  # the tables are read once
+    (tmp_path / "items.jsonl").unlink()
+    table.write_bytes(b"PAR1")
+    with pytest.raises(EvaluationError, match=r"is no table of GEdit-Bench .*hf download"):
+        open_suite("gedit", tmp_path).items()
+    assert not (tmp_path / "items.jsonl").exists()
 
 
 class Answerer(Painter):

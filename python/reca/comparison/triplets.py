@@ -14,7 +14,8 @@ from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import open_source
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import png, write
+from reca.eval.files import write
+from reca.eval.generate import png
 from reca.eval.targets import Target
 from reca.meta_model import build_meta
 from reca.models import umm_package

@@ -12,7 +12,8 @@ import torch
 from reca import distributed
 from reca.eval import records, report
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers, write
+from reca.eval.files import write
+from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge

@@ -24,8 +24,8 @@ from reca import distributed, units
 from reca.data.pixels import read_image
 from reca.eval import records
 from reca.eval.errors import EvaluationError
+from reca.eval.files import write
 from reca.eval.suites import Item, Suite
-from reca.folders import write_atomically
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
@@ -144,18 +144,6 @@ def _write_companions(suite: Suite, item: Item, images: Path) -> None:
     for name, content in suite.companions(item).items():
         if not (images / name).is_file():
             write(images / name, content.read_bytes() if isinstance(content, Path) else content, sync=False)
-
-
-def write(path: Path, content: bytes | str, sync: bool = True) -> None:
-    """Write a file of an evaluation. Raises EvaluationError when the disk does not take it; an old one stays."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content, sync)
-    except OSError as error:
-        raise EvaluationError(
-            f"{path} cannot be written ({error.strerror or error}). All that was made before is kept: make room, or "
-            "give another --out, and give the same command again, which goes on from there"
-        ) from error
 
 
 def check_room(folder: Path, size: int) -> None:

@@ -11,7 +11,8 @@ import torch
 from reca import checkpoint
 from reca.config import Recipe
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import weights_hash, write
+from reca.eval.files import write
+from reca.eval.generate import weights_hash
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.recipe_files import as_dict

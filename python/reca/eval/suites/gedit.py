@@ -1,12 +1,14 @@
 """GEdit-Bench: edits of eleven groups in two languages, marked by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
 
 import csv
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
+from reca.eval.files import write
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 from reca.eval.suites.marks import gedit_item, viescore
 
@@ -14,6 +16,8 @@ GROUPS = (
     "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
     "subject-remove", "subject-replace", "text_change", "tone_transfer",
 )  # fmt: skip
+COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")  # of the dataset
+IMAGE = "input_image_raw"  # its column of the image to edit
 MEASURES = ("semantics", "quality", "overall")
 
 _RULES = """\
@@ -76,8 +80,9 @@ class GEdit(Suite):
     exact_judge = "gpt-4.1-2025-04-14, or Qwen2.5-VL-72B-Instruct"
     unit = "points"
     data_help = (
-        "Give a folder with items.jsonl ({key, task_type, instruction, instruction_language, Intersection_exist, "
-        "source: path of a picture}) made from huggingface.co/datasets/stepfun-ai/GEdit-Bench."
+        "Give the folder that `hf download --repo-type dataset stepfun-ai/GEdit-Bench --local-dir GEdit-Bench` makes, "
+        "with its .parquet files; or one with items.jsonl: {key, task_type, instruction, instruction_language, "
+        "Intersection_exist, source: path of an image}."
     )
     language = "en"
 
@@ -85,8 +90,27 @@ class GEdit(Suite):
         root = self.data_path()
         path = root if root.is_file() else root / "items.jsonl"
         if not path.is_file():
-            raise EvaluationError(f"{path} does not exist. {self.data_help}")
+            if not (tables := sorted(root.rglob("*.parquet"))):
+                raise EvaluationError(f"{path} does not exist. {self.data_help}")
+            self._unpack(tables, path)
         return self.read_lines(path, lambda row: self._item(path.parent, row))
+
+    def _unpack(self, tables: Sequence[Path], path: Path) -> None:
+        """Write the images of the dataset's tables beside `path`, and last `path` itself, which names them."""
+        import pyarrow
+        from pyarrow import parquet
+
+        lines = []
+        try:
+            for table in tables:
+                for batch in parquet.ParquetFile(table).iter_batches(16, columns=[*COLUMNS, IMAGE]):
+                    for row in batch.to_pylist():
+                        source = Path("images") / f"{row['key']}.png"
+                        write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False)
+                        lines.append(json.dumps(row | {"source": str(source)}, ensure_ascii=False) + "\n")
+        except (pyarrow.ArrowException, KeyError, TypeError) as error:
+            raise EvaluationError(f"{table} is no table of GEdit-Bench ({error}). {self.data_help}") from error
+        write(path, "".join(lines))
 
     def _item(self, folder: Path, row: Any) -> Item | None:
         if row["instruction_language"] != self.language:
