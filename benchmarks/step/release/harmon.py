@@ -4,10 +4,11 @@ The encoder embeds all tokens and drops hidden ones by a mask as an index. The p
 zeros, padded before the image, and that padding masked: FlashAttention's padded interface gathers the other rows. The
 diffusion head runs on every token, visible ones too, each repeated in memory for its four timesteps; its condition and
 timesteps are embedded for every repeat; every block takes the SiLU of its own condition. Loss terms are tensors of
-their own, the visible tokens are masked out of the mean. Layers of the language model and the decoder are recomputed
-by re-entrant checkpoints, which run their last product again, too.
+their own, the visible tokens are masked out of the mean. Dropout is torch's, in attention and behind it. Layers of the
+language model and the decoder are recomputed by re-entrant checkpoints, which run their last product again, too.
 """
 
+import functools
 import math
 import types
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from reca.data.batch import Batch
 from reca.models.base import LossTerm
 from reca.models.harmon import loss as ours
 from reca.models.harmon.model import Harmon
-from reca.models.harmon.modules import FREQUENCIES, STEPS, DiffusionHead, HeadBlock, Mar
+from reca.models.harmon.modules import FREQUENCIES, STEPS, Block, DiffusionHead, HeadBlock, Mar
 from reca.models.harmon.prompt import SLOT
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import Philox, diffusion_schedule, philox_normal
@@ -44,6 +45,8 @@ class Prepared(ours.PreparedImages):
 def formulate(adapter: Harmon, checkpointed: bool) -> None:
     """Put the released preparation and loss in place of ours."""
     adapter.llm.set_attn_implementation(UNPADDED)
+    for block in (*adapter.mar.encoder_blocks, *adapter.mar.decoder_blocks):
+        block.forward = functools.partial(vit_block, block)
     if checkpointed:
         for block in (*adapter.llm.model.layers, *adapter.mar.decoder_blocks):
             recompute(block, reentrant=True)
@@ -115,6 +118,16 @@ def encode(mar: Mar, latents: Tensor, hidden: Tensor) -> Tensor:  # [B, m, n, C]
     for block in mar.encoder_blocks:
         x = block(x)
     return mar.encoder_norm(x)
+
+
+def vit_block(block: Block, x: Tensor) -> Tensor:  # [B, L, D]
+    """Run a block of the encoder or decoder."""
+    attn, mlp = block.attn, block.mlp
+    p = attn.dropout if block.training else 0.0
+    q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
+    x = x + F.dropout(attn.proj(mixed), p)
+    return x + F.dropout(mlp.fc2(F.dropout(F.gelu(mlp.fc1(block.norm2(x))), p)), p)
 
 
 def decode(mar: Mar, x: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
