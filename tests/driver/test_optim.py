@@ -45,9 +45,12 @@ def test_without_clip_the_norm_is_computed_and_nothing_written():
     with Writes() as writes:
         norm = gradient_norm(holder, None)
     assert norm == pytest.approx(exact(gradients), rel=1e-6) and writes.found == []
+    for clip in (1.02 * norm, 1e9):
+        with Writes() as writes:
+            assert gradient_norm(holder, clip) == norm and writes.found == []  # nothing is to be clipped
     with Writes() as writes:
-        gradient_norm(holder, 1.0)
-    assert writes.found  # the check above can fail
+        gradient_norm(holder, 0.98 * norm)
+    assert writes.found  # the checks above can fail
 
 
 def test_without_clip_infinite_gradients_stay_what_they_are():

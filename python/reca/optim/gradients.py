@@ -11,13 +11,15 @@ def gradient_norm(adapter: nn.Module, max_grad_norm: float | None) -> float:
     """Clip the gradients to a global L2 norm of `max_grad_norm` (None: leave them) and return the norm before.
 
     Norms are taken in fp32 whatever the gradients are: in fp16 they end at 65504. Waits for the device, since whether
-    a step is made depends on the norm.
+    a step is made depends on the norm. Gradients of a norm that is clearly below are not written: clipping would
+    multiply them by 1.
     """
     parameters = [p for p in adapter.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(
         [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype in HALVES else g for g in gradients]
     )
-    if max_grad_norm is not None:
+    total = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if max_grad_norm is not None and not total < 0.99 * max_grad_norm - 1e-6:  # also where it is NaN
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return total
