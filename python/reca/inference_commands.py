@@ -73,8 +73,11 @@ def best_of(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     from reca.api import recipe_of
+    from reca.comparison.sides import find_sides
+    from reca.comparison.weights import understanding
     from reca.folders import ensure_writable
     from reca.publishing import card, push
+    from reca.runs import is_run
 
     recipe = recipe_of(options.recipe, options.overrides)
     if not options.push and (options.public or options.update):
@@ -88,6 +91,8 @@ def export(options: argparse.Namespace) -> None:
         name = options.push.split("/")[1] if options.push else options.out.absolute().name
         written += card.write(options.recipe, recipe, model, options.ema, options.out, name)
     print(f"wrote {', '.join(dict.fromkeys(name.split('/')[0] for name in written))} to {options.out}")
+    if is_run(options.recipe) and (found := understanding(*find_sides("base", str(options.recipe)))):
+        print(f"against the model before training: {found['text']}")
     if options.push:
         del model  # the upload takes hours, and no GPU
         print(push.push(options.out, written, options.push, options.public, options.update))

@@ -39,7 +39,8 @@ def metadata(folder):
 
 def test_the_card_of_a_run(run, tmp_path, capsys):
     assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), "--card"]) == 0
-    assert "wrote README.md" in capsys.readouterr().out or (tmp_path / "out/README.md").is_file()
+    printed = capsys.readouterr().out
+    assert "README.md" in printed and "against the model before training: Understanding is bit-identical: " in printed
     text, found = (tmp_path / "out/README.md").read_text(), metadata(tmp_path / "out")
     results = json.loads((run / "eval/world/results.json").read_text())
     after, before = results["overall"]["value"], results["against"]["overall"]["value"]

@@ -8,7 +8,7 @@ import pytest
 
 import reca
 from reca import cli
-from reca.eval import evaluation, generate, judge, records, report, targets
+from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.world import WorldJudge
 from reca.models import UMMS
@@ -138,19 +138,19 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    real, folder = generate.write_atomically, painter / "eval/world"
+    real, folder = files.write_atomically, painter / "eval/world"
     calls = []
 
     def fills_up(path, *rest, **options):
         calls.append(path)
         return (real if len(calls) < 20 else full)(path, *rest, **options)
 
-    monkeypatch.setattr(generate, "write_atomically", fills_up)
+    monkeypatch.setattr(files, "write_atomically", fills_up)
     with pytest.raises(
         EvaluationError, match="cannot be written \\(No space left on device\\). All that was made before"
     ):
         reca.evaluate("world", painter, limit=LIMIT)
-    monkeypatch.setattr(generate, "write_atomically", real)
+    monkeypatch.setattr(files, "write_atomically", real)
     made = len(list(folder.rglob("*.png")))
     assert 0 < made < LIMIT
 
@@ -175,7 +175,7 @@ def test_a_full_disk_loses_nothing(painter, monkeypatch):
 
 def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
     """Images, what made them, results and report of both sides: the message names the file, the next call goes on."""
-    real, left, files = generate.write_atomically, 0, set()
+    real, left, named = files.write_atomically, 0, set()
 
     def fills_up(path, *rest, **options):
         nonlocal left
@@ -184,7 +184,7 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *rest, **options)
 
-    monkeypatch.setattr(generate, "write_atomically", fills_up)
+    monkeypatch.setattr(files, "write_atomically", fills_up)
     for room in range(40):
         left = room
         try:
@@ -192,11 +192,11 @@ def test_a_disk_that_is_full_at_any_file(painter, monkeypatch):
             break
         except EvaluationError as error:
             assert "All that was made before is kept: make room" in str(error)
-            files.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
+            named.add(str(error).split(" cannot be written")[0].rpartition("/")[2])
         left = 40
         assert reca.evaluate("world", painter, against="base", limit=1)["counts"]["images"] == 1
         shutil.rmtree(painter / "eval")
-    assert files == {"generation.json", "metadata.jsonl", "0000.png", "results.json", "report.txt"}
+    assert named == {"generation.json", "metadata.jsonl", "0000.png", "results.json", "report.txt"}
 
 
 def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):
@@ -225,6 +225,21 @@ def test_missing_images_and_another_layout(painter, tmp_path):
         reca.evaluate("world", painter, images=images, out=tmp_path / "third", limit=LIMIT)
     with pytest.raises(EvaluationError, match="--images .*nowhere is no folder"):
         reca.evaluate("world", painter, images=tmp_path / "nowhere")
+
+
+def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_path):
+    first = reca.evaluate("world", painter, limit=LIMIT)
+    path = painter / "eval/world/records.jsonl"
+    half = path.read_text()[: len(path.read_text()) // 2]  # the judge was killed while it wrote a line
+    path.write_text(half)
+    elsewhere = {"records": tmp_path / "theirs.jsonl", "out": tmp_path / "out"}
+    elsewhere["records"].write_text(half)
+    for given in ({"steps": ["score"]}, elsewhere):
+        with pytest.raises(EvaluationError, match=r"has no record of \d+ images of world: .* or give --partial"):
+            reca.evaluate("world", painter, limit=LIMIT, **given)
+        counts = reca.evaluate("world", painter, limit=LIMIT, partial=True, **given)["counts"]
+        assert counts["missing"] + counts["images"] == LIMIT and counts["missing"] > 0
+    assert reca.evaluate("world", painter, limit=LIMIT)["overall"] == first["overall"]  # goes on, nothing is lost
 
 
 def test_damaged_and_changed_images_are_judged_again(painter):

@@ -230,6 +230,7 @@ def judge_and_score(
     wanted = {item.id for item in items}
     relative = {key: str(p.relative_to(place)) for key, p in found.items()}
     found_records = [record for record in known if record.item in wanted]
+    missing += _unjudged(settings, items, found, found_records, given or path, imported=given is not None)
     results = report.results(settings.suite, items, relative, found_records, judge, generation, missing)
     return results | {"images": str(place) if found else None}
 
@@ -268,12 +269,41 @@ def _missing(
         wanted = settings.images_per_item or most
         missing = [f"{i.id} ({k})" for i in items for k in range(wanted) if (i.id, k) not in found]
     if missing and not settings.partial:
-        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         raise EvaluationError(
-            f"{place}: {len(missing)} images of {settings.suite.name} are missing: "
-            f"{', '.join(missing[:SHOWN])}{more}. Generate them, or give --partial to score what is there"
+            f"{place}: {len(missing)} images of {settings.suite.name} are missing: {_some(missing)}. Generate them, or "
+            "give --partial to score what is there"
         )
     return len(missing)
+
+
+def _unjudged(
+    settings: Settings,
+    items: Sequence[Item],
+    found: Mapping[Key, Path],
+    known: Sequence[Record],
+    path: Path,
+    imported: bool,
+) -> int:
+    """Count the images without a record. Raises EvaluationError for any, unless a part is enough.
+
+    Records that others made are taken to be of as many images of every item.
+    """
+    judged = {record.key for record in known}
+    most = max((k for _, k in judged), default=0) + 1
+    wanted = [(item.id, k) for item in items for k in range(most)] if imported else list(found)
+    missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in judged]
+    if missing and not settings.partial:
+        raise EvaluationError(
+            f"{path} has no record of {len(missing)} images of {settings.suite.name}: {_some(missing)}. Judge them "
+            "(--steps judge,score,report), or give --partial to score what is there"
+        )
+    return len(missing)
+
+
+def _some(names: Sequence[str]) -> str:
+    """List the first names, and count the others."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
 
 
 def _imported(settings: Settings, items: Sequence[Item], path: Path) -> tuple[list[Record], Mapping[str, Any]]:
