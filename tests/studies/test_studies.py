@@ -210,7 +210,7 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         (["main", "--recipe", "show_o_512"], "--recipe needs --suite"),
         (["main", "--suite", "geneval"], "are for --recipe"),
         (["main", "--recipe", "show_o_512", "--suite", "geneval", "--data", "x"], "--data 'x' must be SUITE=..."),
-        (["main", "--recipe", "show_o_512", "--suite", "geneval"], "evaluation_metadata.jsonl"),
+        (["main", "--recipe", "show_o_512", "--suite", "geneval"], "geneval needs a judge"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
