@@ -213,9 +213,9 @@ def test_h_v_is_of_the_image_to_generate(published):
 def test_an_empty_caption_leaves_the_colons(published):
     v, tokens = published.vocabulary, published.tokens
     colon = list(b":")
-    assert prompt.caption(tokens, " \n", v) == [v.bos, v.user, *colon, v.assistant, *colon, v.boi]
+    assert prompt.caption(tokens, " \n", v) == [v.bos, *v.user, *colon, *v.assistant, *colon, v.boi]
     before, _, asked = prompt.with_image(tokens, "  ", v, 3)
-    assert asked.ids == [v.eoi, *b"\n\n", v.assistant, *colon] and before.ids == [v.bos, v.user, *b": ", v.boi]
+    assert asked.ids == [v.eoi, *b"\n\n", *v.assistant, *colon] and before.ids == [v.bos, *v.user, *b": ", v.boi]
 
 
 def test_later_turns_and_what_is_learned_of_them(published):
@@ -223,7 +223,7 @@ def test_later_turns_and_what_is_learned_of_them(published):
     turns = [Turn("what", " a cat "), Turn("why ", "")]
     _, _, said = prompt.conversation(published.tokens, turns, v, 3, "", 500)
     assert said.ids == [
-        v.eoi, *b"\nwhat\n\n", v.assistant, *b": a cat", v.eos, v.user, *b": why\n\n", v.assistant, *b":", v.eos,
+        v.eoi, *b"\nwhat\n\n", *v.assistant, *b": a cat", v.eos, *v.user, *b": why\n\n", *v.assistant, *b":", v.eos,
     ]  # fmt: skip
     learned = [label for label in said.labels if label != -100]
     assert learned == [*b" a cat", v.eos, v.eos]
@@ -238,7 +238,7 @@ def test_long_texts_are_cut_to_the_context(published, task):
         layout = published.prepare(sample, CounterRNG(0)).layout
         assert layout.src.shape[1] == 170
         v, codes = published.vocabulary, published.image_tokens
-        assert layout.src[0, -codes - 2 : -codes + 1].tolist() == [v.assistant, *b":", v.boi]
+        assert layout.src[0, -codes - 2 : -codes + 1].tolist() == [*v.assistant, *b":", v.boi]
         talk = batch_of(published, "i2t")
         talk.text = [[Turn("x" * 900, "a")], [Turn("x", "a" * 900)]]
         published.config = replace(published.config, system_prompt="")

@@ -23,6 +23,7 @@ from reca.demo.world import load_world
 from reca.models.bagel import Adapter, modules, prompt
 from reca.models.bagel.loss import flow_loss
 from reca.models.common.images import fit_to_view
+from reca.models.common.kl_codec import PatchMoments
 from reca.models.common.text import encode
 from reca.rng import CounterRNG
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
@@ -47,7 +48,7 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     understood, captioned = splits["understood"](seed), splits["captioned"](seed)
     recipe.model.seed = seed
     model = _WordsAsHv.load(recipe.model).train()
-    assert isinstance(model.codec, modules.Patches), "the codec of the toy world"
+    assert isinstance(model.codec, PatchMoments), "the codec of the toy world"
     model.codec.fit(unit(first_images(understood, min(scale, 0.25))))
     torch.nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.5)
     roles = model.roles()

@@ -13,6 +13,7 @@ from reca.models.bagel import loss, modules, sampling, views, weights
 from reca.models.bagel.config import BagelConfig
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.inference import options_of
+from reca.models.common.kl_codec import KlCodec
 from reca.rng import CounterRNG
 
 
@@ -102,7 +103,7 @@ class Bagel(modules.Network, Adapter):
 
     def encoders(self) -> list[nn.Module]:
         tower = list(self.vit_model.vision_model.encoder.layers)
-        return [self.codec.autoencoder.encoder, *tower] if isinstance(self.codec, modules.FluxCodec) else tower
+        return [self.codec.autoencoder.encoder, *tower] if isinstance(self.codec, KlCodec) else tower
 
     def blocks(self) -> list[nn.Module]:
         return list(self.language_model.model.layers)

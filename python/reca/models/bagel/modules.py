@@ -1,32 +1,25 @@
-"""BAGEL's parts beside the language model: SigLIP over packed images, position tables, time embedding, image codecs.
-
-A codec has `factor`, pixels per latent in height and width; `channels` of a latent; `encode(pixels) -> moments`;
-`latents(moments, noise)` and `decode(latents) -> pixels`. Moments are mean and log-variance, [2 C, h, w] per image.
-"""
+"""BAGEL's parts beside the language model: SigLIP over packed images, position tables, time embedding."""
 
 import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.bagel import prompt
-from reca.models.bagel.config import AutoencoderSizes, BagelConfig, VisionSizes
+from reca.models.bagel.config import BagelConfig, VisionSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, LanguageModel
 from reca.models.base import in_fp32
 from reca.models.common.images import check_side, to_unit
-from reca.models.common.patch_codec import PatchCodec
+from reca.models.common.kl_codec import KlCodec, PatchMoments
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import encode
 from reca_kernels import template_concat
 from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
-CERTAIN = -60.0  # log-variance of a latent without spread
-GROUPS = 32  # of every GroupNorm in the FLUX autoencoder
 ENCODED_AT_ONCE = 1 << 20  # pixels in one call of the codec or of SigLIP: one image of 1024 x 1024
 PROMPT_ROLES = ("und_encoder", "bridge", "und_lm", "embed")
 
@@ -113,56 +106,10 @@ class PositionTable(nn.Module):
         return torch.cat((columns, rows), dim=2).flatten(0, 1)
 
 
-class FluxCodec(nn.Module):
-    """The autoencoder of FLUX.1 in fp32."""
-
-    def __init__(self, sizes: AutoencoderSizes):
-        super().__init__()
-        self.sizes, self.channels = sizes, sizes.latent_channels
-        levels = len(sizes.block_out_channels)
-        self.factor = 2 ** (levels - 1)
-        self.autoencoder = AutoencoderKL(
-            block_out_channels=tuple(sizes.block_out_channels),
-            layers_per_block=sizes.layers_per_block,
-            latent_channels=sizes.latent_channels,
-            norm_num_groups=GROUPS,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-        )
-
-    def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.autoencoder.encoder(pixels.float())
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:  # [..., 2 C, h, w], [..., C, h, w]
-        """Sample the posterior, or return its mean where there is no noise."""
-        mean, log_variance = moments.float().chunk(2, dim=-3)
-        z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-        return self.sizes.scaling_factor * (z - self.sizes.shift_factor)
-
-    def decode(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.autoencoder.decoder(latents.float() / self.sizes.scaling_factor + self.sizes.shift_factor)
-
-
-class Patches(PatchCodec):
-    """Make moments of patches: the toy world's codec."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        mean = super().encode(pixels.float())
-        return torch.cat((mean, torch.full_like(mean, CERTAIN)), dim=1)
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        mean, log_variance = moments.float().chunk(2, dim=-3)
-        return mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-
-
-def codec(config: BagelConfig) -> "FluxCodec | Patches":
+def codec(config: BagelConfig) -> KlCodec | PatchMoments:
     if config.codec == "flux":
-        return FluxCodec(config.autoencoder)
-    return Patches(config.patches.size, config.patches.channels)
+        return KlCodec(config.autoencoder, shift=config.autoencoder.shift_factor, quant_convs=False)
+    return PatchMoments(config.patches.size, config.patches.channels)
 
 
 def vit_size(sizes: VisionSizes) -> int:

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from reca.files import read_json
 from reca.models.bagel import prompt
 from reca.models.bagel.config import BagelConfig
-from reca.models.bagel.modules import FluxCodec, Network, PositionTable, role
+from reca.models.bagel.modules import Network, PositionTable, role
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
@@ -70,7 +71,7 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
 def export(net: Network, folder: Path, dtype: torch.dtype) -> list[str]:
     """Write all files of a published folder, those of the frozen parts too. Returns their names."""
     codec = net.codec.state_dict()
-    if isinstance(net.codec, FluxCodec):
+    if isinstance(net.codec, KlCodec):
         codec = to_ldm(net.codec.autoencoder.state_dict(), len(net.codec.sizes.block_out_channels))
     with export_to(folder) as out:
         out.tensors(PUBLISHED, {n: t.to(dtype) for n, t in published_parts(net).state_dict().items()})
@@ -193,7 +194,7 @@ def _load_codec(codec: nn.Module, source: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
     state = read(path)
-    if isinstance(codec, FluxCodec):
+    if isinstance(codec, KlCodec):
         state = to_diffusers(state, len(codec.sizes.block_out_channels))
         codec = codec.autoencoder
     assign_state_dict(codec, state, str(path), torch.float32)

@@ -22,6 +22,7 @@ _PARTS = (
     ("coder.norm_out.", "coder.conv_norm_out."),
     (".nin_shortcut.", ".conv_shortcut."),
 )
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before 0.17
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -34,6 +35,11 @@ def to_diffusers(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
         name = _replace_attention(_reverse_levels(name, levels), _ATTENTION)
         renamed[name] = tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor
     return renamed
+
+
+def renew_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the projections of attention blocks that an old diffusers wrote their names of today."""
+    return {_replace_attention(name, _OLD_ATTENTION): tensor for name, tensor in state.items()}
 
 
 def to_ldm(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
 from reca.models.janus import prompt
-from reca.models.janus.modules import Network
+from reca.models.janus.modules import Network, SharedLlama
 from reca.models.janus.prompt import Layout, Segment
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment, masked_linear_cross_entropy
@@ -57,7 +57,7 @@ def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | No
     return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
 
 
-def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> Parts:
+def reply_loss(net: SharedLlama, prepared: Any, h_v: Tensor) -> Parts:
     """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
     hidden, labels = net.hidden(prepared.layout, h_v)[:, :-1], prepared.layout.labels[:, 1:]
     return _cross_entropy(hidden, net.language_model.lm_head, labels, prepared, int(prepared.weight))

@@ -1,6 +1,7 @@
 """Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and all parts together."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +275,42 @@ def check_sizes(config: JanusConfig, factor: int) -> None:
     check_side("model.vision.image_size", config.vision.image_size, config.vision.patch_size)
 
 
-class Network(nn.Module):
+class SharedLlama(nn.Module):
+    """What the Janus models do alike: one causal Llama over text, rows of h_v, and rows of an image to generate."""
+
+    config: Any
+    language_model: LlamaForCausalLM
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def hv_tokens(self) -> int:
+        return (self.config.vision.image_size // self.config.vision.patch_size) ** 2
+
+    def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
+        """Make the rows that stand in a sequence for an image that is seen."""
+        return h_v
+
+    def embed(self, src: Tensor, h_v: Tensor | None = None, *image: Tensor) -> Tensor:  # int32 [B, L]
+        """Make input embeddings, [B, L, H]. image: [B, n, H] each, the rows behind h_v of a sample, in order."""
+        table = self.language_model.model.embed_tokens.weight
+        parts = [part.to(table.dtype) for part in (*([] if h_v is None else [self.understood(h_v)]), *image)]
+        rows = torch.cat(parts, dim=1).flatten(0, 1) if parts else table.new_empty(0, table.shape[1])
+        return template_concat(table, rows, src)
+
+    def hidden(self, layout: Layout, h_v: Tensor | None = None, *image: Tensor) -> Tensor:
+        """Compute the last hidden states, [B, L, H]."""
+        return self.language_model.model(
+            inputs_embeds=self.embed(layout.src, h_v, *image),
+            position_ids=layout.position_ids,
+            plan=layout.plan(),
+            use_cache=False,
+        ).last_hidden_state
+
+
+class Network(SharedLlama):
     """Janus-Pro's parts under DeepSeek's names."""
 
     @in_fp32
@@ -294,17 +330,9 @@ class Network(nn.Module):
         self.tokens = Remembered(functools.partial(encode, tokenizer))
 
     @property
-    def device(self) -> torch.device:
-        return self.gen_embed.weight.device
-
-    @property
     def image_tokens(self) -> int:
         """Count the codes of an image, N."""
         return (self.config.image_size // self.gen_vision_model.factor) ** 2
-
-    @property
-    def hv_tokens(self) -> int:
-        return (self.config.vision.image_size // self.config.vision.patch_size) ** 2
 
     @torch.no_grad()
     def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
@@ -314,19 +342,3 @@ class Network(nn.Module):
     def embed_codes(self, codes: Tensor) -> Tensor:  # int64 [B, n]
         """Embed codes for the language model, [B, n, H]. Their table is not the tokenizer's codebook."""
         return self.gen_aligner(self.gen_embed(codes))
-
-    def embed(self, src: Tensor, *visual: Tensor | None) -> Tensor:  # int32 [B, L]
-        """Make input embeddings, [B, L, H]. visual: [B, n, H] each, the rows of a sample in order."""
-        table = self.language_model.model.embed_tokens.weight
-        parts = [part.to(table.dtype) for part in visual if part is not None]
-        rows = torch.cat(parts, dim=1).flatten(0, 1) if parts else table.new_empty(0, table.shape[1])
-        return template_concat(table, rows, src)
-
-    def hidden(self, layout: Layout, *visual: Tensor | None) -> Tensor:
-        """Compute the last hidden states, [B, L, H]."""
-        return self.language_model.model(
-            inputs_embeds=self.embed(layout.src, *visual),
-            position_ids=layout.position_ids,
-            plan=layout.plan(),
-            use_cache=False,
-        ).last_hidden_state

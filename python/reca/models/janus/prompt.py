@@ -9,7 +9,8 @@ its condition keeps its length: all between bos and the last boi becomes the pad
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,11 +38,15 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, BOI, EOI, IMAGE, USER, ASSISTANT)
 WORDS = (":", "\n")  # what prompts add to the user's text
 Tokens = Callable[[str], list[int]]  # a text's ids, without control tokens
 Segment = TextSegment | VisualSegment
+L = TypeVar("L", bound="Layout")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the control tokens. They are looked up: Janus-1.3B has other ones than Janus-Pro."""
+    """Ids of the control tokens, and of the words for who speaks: a control token each, in Janus-Pro.
+
+    They are looked up: Janus-1.3B has other ones than Janus-Pro.
+    """
 
     bos: int
     eos: int
@@ -49,12 +54,13 @@ class Vocabulary:
     boi: int
     eoi: int
     image: int
-    user: int
-    assistant: int
+    user: tuple[int, ...]
+    assistant: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        return cls(*(tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS))
+        *control, user, assistant = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+        return cls(*control, (user,), (assistant,))
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,9 @@ class Layout:
     labels: Tensor
     lengths: tuple[int, ...]
 
-    def to(self, device: torch.device) -> "Layout":
+    def to(self: L, device: torch.device) -> L:
         src, positions, labels = (on_device(x, device) for x in (self.src, self.position_ids, self.labels))
-        return Layout(src, positions, labels, self.lengths)
+        return replace(self, src=src, position_ids=positions, labels=labels)
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
         """Return per sample what its rows see."""
@@ -100,13 +106,13 @@ def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> L
     for row, (gone, length) in enumerate(zip(dropped, given.lengths, strict=True)):
         if gone:
             src[row, src.shape[1] - length + 1 : boi] = v.pad
-    return Layout(src, given.position_ids, given.labels, given.lengths)
+    return replace(given, src=src)
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
     """Ask for the image of a caption, and begin it. most: tokens of the whole prompt."""
     frame = [*reply(tokens, v), v.boi]
-    asked = [v.bos, v.user, *message(tokens, text)]
+    asked = [v.bos, *v.user, *message(tokens, text)]
     return [*(asked if most is None else asked[: most - len(frame)]), *frame]
 
 
@@ -114,7 +120,7 @@ def with_image(
     tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
 ) -> list[Segment]:
     """Give an image and a text, and begin the reply. most: tokens of the whole prompt; the text is cut."""
-    before = [v.bos, *(tokens(f"{system}\n\n") if system else []), v.user, *tokens(": "), v.boi]
+    before = [v.bos, *(tokens(f"{system}\n\n") if system else []), *v.user, *tokens(": "), v.boi]
     said = [v.eoi, *tokens(f"\n{text}".rstrip() + "\n\n")]
     frame = reply(tokens, v)
     if most is not None:
@@ -131,7 +137,7 @@ def conversation(
     ids: list[int] = []
     labels: list[int] = []
     for number, turn in enumerate(turns):
-        heard = list(asked.ids) if number == 0 else [v.user, *message(tokens, turn.question), *reply(tokens, v)]
+        heard = list(asked.ids) if number == 0 else [*v.user, *message(tokens, turn.question), *reply(tokens, v)]
         # An answer is tokenised together with the colon before it.
         said = [*tokens(f": {turn.answer.strip()}".rstrip())[len(tokens(":")) :], v.eos]
         ids, labels = ids + heard + said, labels + [IGNORE_INDEX] * len(heard) + said
@@ -147,4 +153,4 @@ def message(tokens: Tokens, text: str) -> list[int]:
 
 def reply(tokens: Tokens, v: Vocabulary) -> list[int]:
     """Begin the reply."""
-    return [v.assistant, *tokens(":")]
+    return [*v.assistant, *tokens(":")]

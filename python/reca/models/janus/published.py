@@ -1,6 +1,6 @@
 """The JSON files of the two published layouts: what public code reads sizes, pixels and tokens from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ from transformers import JanusConfig as NativeConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
 from reca.files import read_json
-from reca.models.janus.config import JanusConfig
+from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes
 from reca.models.janus.prompt import IMAGE, Vocabulary
 
+PREPROCESSOR = "preprocessor_config.json"
 HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels in 0 ... 1
 
 
@@ -19,11 +20,18 @@ def check_config(folder: Path, config: JanusConfig) -> None:
     """Raise ValueError when config.json of a published folder says something else than the recipe."""
     if not (path := folder / "config.json").is_file():
         return
+    native = read_json(path).get("model_type") == "janus"
+    rows = [(transformers if native else theirs, value, key) for theirs, transformers, value, key in described(config)]
+    compare(path, [(place, value, key) for place, value, key in rows if place is not None])
+
+
+def compare(path: Path, rows: Sequence[tuple[str, Any, str]]) -> None:
+    """Raise ValueError when a JSON file says something else than the recipe.
+
+    rows: place in the file, as names with dots between; the recipe's value; its key. What the file lacks is no error.
+    """
     found, wrong = read_json(path), []
-    native = found.get("model_type") == "janus"
-    for theirs, transformers, value, key in described(config):
-        if (place := transformers if native else theirs) is None:
-            continue
+    for place, value, key in rows:
         given: Any = found
         for part in place.split("."):
             given = given.get(part) if isinstance(given, Mapping) else None
@@ -74,14 +82,14 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
         return {"cls": cls, "model_type": kind, "params": params}
 
     mlp = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
-    size = config.vision.image_size
     codes, _ = entries(config)
-    vision = {"image_size": size, "model_name": f"siglip_large_patch{config.vision.patch_size}_{size}"}
     return {
         "config.json": {
             "model_type": "multi_modality",
             "architectures": ["MultiModalityCausalLM"],
-            "vision_config": part("vision", "CLIPVisionTower", select_feature="same", select_layer=-1, **vision),
+            "vision_config": part(
+                "vision", "CLIPVisionTower", select_feature="same", select_layer=-1, **tower(config.vision)
+            ),
             "aligner_config": part("aligner", "MlpProjector", input_dim=config.vision.hidden_size, **mlp),
             "gen_vision_config": part("gen_vision", "VQ-16", image_token_size=codes, n_embed=config.vq.code_channels),
             "gen_aligner_config": part("gen_aligner", "MlpProjector", input_dim=config.vq.code_channels, **mlp),
@@ -92,17 +100,35 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
                 image_token_size=codes,
                 n_embed=width,
             ),
-            "language_config": {
-                "model_type": "llama",
-                **vars(language),
-                "torch_dtype": "bfloat16" if config.dtype == "bf16" else "float32",
-            },
+            "language_config": language_file(language, config.dtype),
         },
-        "preprocessor_config.json": {
+        **processor_files(config.vision),
+    }
+
+
+def tower(vision: VisionSizes) -> dict[str, Any]:
+    """Return how DeepSeek's config.json names SigLIP."""
+    size = vision.image_size
+    return {"image_size": size, "model_name": f"siglip_large_patch{vision.patch_size}_{size}"}
+
+
+def language_file(language: LlamaSizes, dtype: str) -> dict[str, Any]:
+    """Return the part of DeepSeek's config.json on the language model."""
+    return {
+        "model_type": "llama",
+        **vars(language),
+        "torch_dtype": "bfloat16" if dtype == "bf16" else "float32",
+    }
+
+
+def processor_files(vision: VisionSizes) -> dict[str, dict]:
+    """Return the files of DeepSeek's processor."""
+    return {
+        PREPROCESSOR: {
             "image_processor_type": "VLMImageProcessor",
             "processor_class": "VLChatProcessor",
-            "image_size": size,
-            "min_size": config.vision.min_side,
+            "image_size": vision.image_size,
+            "min_size": vision.min_side,
             "background_color": [127, 127, 127],
             "do_normalize": True,
             "image_mean": HALF,
@@ -113,7 +139,7 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
             "processor_class": "VLChatProcessor",
             "sft_format": "deepseek",
             "image_tag": IMAGE,
-            "num_image_tokens": (size // config.vision.patch_size) ** 2,
+            "num_image_tokens": (vision.image_size // vision.patch_size) ** 2,
             "add_special_token": False,
             "ignore_id": -100,
             "mask_prompt": True,
@@ -180,7 +206,7 @@ def transformers_files(config: JanusConfig, v: Vocabulary) -> dict[str, dict]:
     return {
         "config.json": native.to_dict(),
         "generation_config.json": generation.to_dict(),
-        "preprocessor_config.json": {
+        PREPROCESSOR: {
             "image_processor_type": "JanusImageProcessor",
             "processor_class": "JanusProcessor",
             "size": {"height": vision.image_size, "width": vision.image_size},

@@ -1,6 +1,7 @@
 """Autoregressive sampling of image codes with classifier-free guidance and a KV cache, and greedy replies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from reca.models.common.inference import check_pairs, warn_of_cut
 from reca.models.common.planned import Continuation, greedy
 from reca.models.janus import prompt
 from reca.models.janus.loss import reca_prompt
-from reca.models.janus.modules import Network
+from reca.models.janus.modules import Network, SharedLlama
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels import TextSegment
 
@@ -120,14 +121,19 @@ def continue_codes(
 
 @torch.no_grad()
 def answer(
-    net: Network, images: list[Tensor], questions: list[str], view: View, max_new_tokens: int, batch: int = 64
+    net: Any,  # a model with a SharedLlama
+    images: list[Tensor],
+    questions: list[str],
+    view: View,
+    max_new_tokens: int,
+    batch: int = 64,
+    ask: Callable[..., list[prompt.Segment]] = prompt.with_image,
 ) -> list[str]:
-    """Answer questions about images, greedy, `batch` at a time."""
+    """Answer questions about images, greedy, `batch` at a time. ask: makes the prompt of one."""
     check_pairs(images=images, questions=questions)
     v, replies = net.vocabulary, []
     asked = [
-        prompt.with_image(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length)
-        for text in questions
+        ask(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length) for text in questions
     ]
     for i in range(0, len(images), batch):
         layout = prompt.layout(asked[i : i + batch], v).to(net.device)
@@ -137,7 +143,7 @@ def answer(
     return replies
 
 
-def continue_text(net: Network, layout: prompt.Layout, h_v: Tensor, max_new_tokens: int) -> Tensor:
+def continue_text(net: SharedLlama, layout: prompt.Layout, h_v: Tensor, max_new_tokens: int) -> Tensor:
     """Continue prompts by the likeliest tokens, int64 [B, n]."""
     language = net.language_model
     return greedy(

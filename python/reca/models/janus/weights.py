@@ -5,9 +5,9 @@ Parameter names here are DeepSeek's. transformers' layout renames them, splits q
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,25 @@ def build_meta(cls: type[N], config: JanusConfig) -> N:
     return net
 
 
-def load_tokenizer(config: JanusConfig, source: Path | None) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class TokenizerNeeds:
+    """What a model asks of its tokenizer.
+
+    tokens   control tokens
+    words    what prompts add to the user's text
+    model    its name for people
+    example  a hub id that has one
+    """
+
+    tokens: tuple[str, ...] = prompt.SPECIAL_TOKENS
+    words: tuple[str, ...] = prompt.WORDS
+    model: str = "Janus-Pro"
+    example: str = "deepseek-ai/Janus-Pro-1B"
+
+
+def load_tokenizer(
+    config: Any, source: Path | None, needs: TokenizerNeeds = TokenizerNeeds()
+) -> PreTrainedTokenizerBase:
     """Read the tokenizer, or make one of words. Raises ValueError when there is none, or one that does not fit.
 
     The published one is a byte-level BPE whose files name Llama's class, which some versions of transformers rebuild
@@ -123,12 +141,12 @@ def load_tokenizer(config: JanusConfig, source: Path | None) -> PreTrainedTokeni
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"{folder.absolute()} holds no tokenizer.json; give model.tokenizer, such as "
-                "model.tokenizer=deepseek-ai/Janus-Pro-1B"
+                f"model.tokenizer={needs.example}"
             )
         tokenizer = read_tokenizer(folder, as_is=True)
     else:
-        tokenizer = word_tokenizer([*config.words, *prompt.WORDS], prompt.SPECIAL_TOKENS)
-    check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Janus-Pro")
+        tokenizer = word_tokenizer([*config.words, *needs.words], needs.tokens)
+    check_tokenizer(tokenizer, needs.tokens, config.language.vocab_size, needs.model)
     return tokenizer
 
 
