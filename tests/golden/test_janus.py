@@ -20,7 +20,7 @@ from tests.golden.pillow import LEVELS
 
 
 def matches(config: dict) -> bool:
-    return config.get("published", {}).get("model_type") == "multi_modality"
+    return "gen_vision_config" in config.get("published", {})
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,9 @@ VARIANTS = {
     "janus dropped": ["model.reca_drop=0.5", "model.caption_drop=0.5", "model.reca_system_prompt=see this picture"],
     "janus vq": ["model.codec=vq", "model.vq.channels=32", "model.vq.multipliers=[1, 1, 1]", "model.vq.blocks=1",
                  "model.vq.z_channels=32", "model.vq.entries=145"],
+    "janusflow vae": ["model.codec=sdxl", "model.autoencoder.block_out_channels=[32, 32]", "model.reca_drop=0.5",
+                      "model.autoencoder.layers_per_block=1", "model.caption_drop=0.5",
+                      "model.reca_system_prompt=see this picture"],
     "bagel parity": ["model.parity=true"],
     "bagel vae": ["model.hv_source=vae", "model.understanding_size=18"],
     "bagel shift": ["model.timestep_shift=3"],
@@ -42,6 +45,7 @@ OPS = {
     "open_uni": {"template_concat", "flow_matching", "philox"},
     "bagel": {"template_concat", "flow_matching", "philox"},
     "janus": {"template_concat", "masked_linear_cross_entropy", "philox"},
+    "janusflow": {"template_concat", "flow_matching", "philox"},
 }
 # Models that draw an image in as many steps as it has tokens, so that there is nothing to choose.
 WITHOUT_STEPS = {"janus"}

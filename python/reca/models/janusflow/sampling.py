@@ -1,0 +1,97 @@
+"""Euler's method along the flow, with classifier-free guidance, and with the K/V of prompts kept."""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from reca.data.batch import Batch
+from reca.models.common.images import to_uint8
+from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.janusflow import prompt
+from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
+from reca.models.janusflow.modules import Network
+from reca.models.janusflow.prompt import Segment
+from reca.rng import CounterRNG, RandomStream
+from reca_kernels import TextSegment, attention_plan
+
+
+def generate(
+    net: Network, prompts: list[str], seeds: list[int], *, steps: int = 30, guidance: float = 2.0, batch: int = 16
+) -> list[Tensor]:
+    """Generate images by Euler's method (`denoise`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    check_pairs(prompts=prompts, seeds=seeds)
+    whole = [prompt.caption(net.tokens, text, net.vocabulary)[0] for text in prompts]
+    warn_of_cut([given.ids for given in whole if isinstance(given, TextSegment)], longest_prompt(net))
+    given, images = [t2i_prompt(net, text) for text in prompts], []
+    for i in range(0, len(prompts), batch):
+        part = slice(i, i + batch)
+        images += draw(net, given[part], None, seeds[part], steps=steps, guidance=guidance)
+    return images
+
+
+def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, steps: int = 30) -> list[Tensor]:
+    """Draw images again by Euler's method (`denoise`), without guidance. Seeds lie in [0, 2**56)."""
+    check_pairs(images=batch.text, seeds=seeds)
+    return draw(net, [reca_prompt(net, text) for text in batch.text], h_v, seeds, steps=steps, guidance=1.0)
+
+
+def draw(
+    net: Network, prompts: list[list[Segment]], h_v: Tensor | None, seeds: list[int], *, steps: int, guidance: float
+) -> list[Tensor]:
+    """Generate uint8 [3, S, S] per prompt. Each image's start noise is a function of its seed alone."""
+    shape = (net.codec.channels, net.side, net.side)
+    one = torch.zeros(1, dtype=torch.int64, device=net.device)
+    n = shape[0] * shape[1] * shape[2]
+    start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
+    latents = denoise(net, prompts, h_v, start, steps=steps, guidance=guidance)
+    return list(to_uint8(net.codec.decode(latents), floor=True))  # as the release
+
+
+@torch.no_grad()
+def denoise(
+    net: Network,
+    prompts: list[list[Segment]],
+    h_v: Tensor | None,  # [B, n, H]
+    start: Tensor,  # fp32 [B, C, H, W], standard normal
+    *,
+    steps: int,
+    guidance: float,
+    on_step=None,  # called with the guided velocity [B, C, H, W] of each step
+) -> Tensor:  # fp32 [B, C, H, W]
+    """Follow the velocity from noise to latents in equal steps.
+
+    guidance g mixes velocities as uncond + g (cond - uncond); 1 runs no unconditional branch.
+    Raises ValueError for fewer steps than one.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least one step is needed")
+    b, v, model, rows = len(prompts), net.vocabulary, net.language_model.model, net.image_tokens + 1
+    branches = 1 if guidance == 1 else 2
+    given = prompt.image_layout([*prompts] * branches, [False] * b + [True] * (b * (branches - 1)), v).to(net.device)
+    seen = None if h_v is None else h_v.repeat(branches, 1, 1)
+    behind = attention_plan(given.behind(rows), device=net.device)
+    positions = given.position_ids[:, -1:] + 1 + torch.arange(rows, device=net.device)
+    cache = DynamicCache(config=model.config)
+    model(
+        inputs_embeds=net.embed(given.src, seen),
+        position_ids=given.position_ids,
+        plan=given.plan(),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    z = start
+    for step in range(steps):
+        time = torch.full((b * branches,), step / steps, dtype=torch.float32, device=net.device)
+        image, *beside = net.image_rows(z.repeat(branches, 1, 1, 1), time)
+        hidden = model(
+            inputs_embeds=image, position_ids=positions, plan=behind, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        cache.crop(-rows)  # back to the prompts
+        velocity = net.velocity(hidden[:, 1:], *beside).float()
+        if branches == 2:
+            cond, uncond = velocity.chunk(2)
+            velocity = uncond + guidance * (cond - uncond)
+        if on_step:
+            on_step(velocity)
+        z = z + velocity / steps
+    return z

@@ -1,0 +1,217 @@
+"""JanusFlow's weights: built from published files or at random, and written back.
+
+Parameter names here are DeepSeek's. SDXL's autoencoder is published by itself, in diffusers' layout.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from reca.files import read_json
+from reca.models.common.exporting import export_to
+from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.kl_codec import KlCodec
+from reca.models.common.ldm_autoencoder import renew_attention
+from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
+from reca.models.janus.published import HALF, PREPROCESSOR, compare, language_file, processor_files, tower
+from reca.models.janus.weights import DTYPES, TokenizerNeeds, load_tokenizer
+from reca.models.janusflow import prompt
+from reca.models.janusflow.config import JanusFlowConfig
+from reca.models.janusflow.modules import PATCH, Network
+
+N = TypeVar("N", bound=Network)
+log = logging.getLogger("reca")
+
+CODEC = "diffusion_pytorch_model.safetensors"
+CODEC_FOLDER = "vae"  # of an export
+# recipe key -> what there is to download
+DOWNLOADS = {
+    "weights": ["*.json", "*.safetensors"],
+    "codec_weights": ["config.json", CODEC],
+    "tokenizer": TOKENIZER,
+}
+TRAINED = ("language_model.", "vision_gen_")  # of model.dtype; the other parts are fp32
+NEEDS = TokenizerNeeds(prompt.SPECIAL_TOKENS, prompt.WORDS, "JanusFlow", "deepseek-ai/JanusFlow-1.3B")
+
+
+def load(cls: type[N], config: JanusFlowConfig) -> N:
+    """Build the model on the CPU; random where `config.weights` is null, and from files otherwise.
+
+    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    """
+    source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
+    tokenizer = load_tokenizer(config, source, NEEDS)
+    if source is None:
+        if config.codec_weights:
+            raise ValueError("model.codec_weights needs model.weights, which is null")
+        with init_random(config.seed):
+            net = cls(config, tokenizer)
+        for name, parameter in net.named_parameters():
+            parameter.data = parameter.data.to(kept_dtype(config, name))
+        return net
+    with init_on_meta():
+        net = cls(config, tokenizer)
+    check_files(beside(source), config)
+    given = config.codec_weights
+    folder = fetch(given, DOWNLOADS["codec_weights"], "model.codec_weights") if given else beside(source)
+    state = read_tensors(weight_file(source) if source.is_dir() else source)
+    assign_published(net, state, read_codec(config, folder), str(source))
+    return net
+
+
+def assign_published(net: Network, state: Mapping[str, Tensor], codec: Mapping[str, Tensor], source: str) -> None:
+    """Make the tensors of DeepSeek's file the model's, and those of its codec's file."""
+    prefix = codec_prefix(net)
+    whole = {**state, **{f"{prefix}{name}": tensor for name, tensor in renew_attention(codec).items()}}
+    assign_state_dict(net, whole, source, lambda name: kept_dtype(net.config, name))
+
+
+def codec_prefix(net: Network) -> str:
+    """Return what stands before the names of the codec's own file."""
+    return "codec.autoencoder." if isinstance(net.codec, KlCodec) else "codec."
+
+
+def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
+    """Read the codec's tensors from its folder, or from that of an export."""
+    folder = source / CODEC_FOLDER if (source / CODEC_FOLDER).is_dir() else source
+    if not (folder / CODEC).is_file():
+        raise ValueError(
+            f"{folder.absolute()} holds no {CODEC}; give model.codec_weights, such as "
+            "model.codec_weights=stabilityai/sdxl-vae"
+        )
+    if config.codec == "sdxl" and (folder / "config.json").is_file():
+        rows = vars(config.autoencoder).items()
+        compare(folder / "config.json", [(key, value, f"model.autoencoder.{key}") for key, value in rows])
+    return read_tensors(folder / CODEC)
+
+
+def kept_dtype(config: JanusFlowConfig, name: str) -> torch.dtype:
+    """Return the type that a parameter is kept in."""
+    return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
+
+
+def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
+    """Build what `load` does, with weights of any value."""
+    net = cls(config, load_tokenizer(replace(config, tokenizer=None), None, NEEDS))
+    for name, parameter in net.named_parameters():
+        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to cannot, of tensors without memory
+    return net
+
+
+# the JSON files of a published folder
+
+
+def check_files(folder: Path, config: JanusFlowConfig) -> None:
+    """Raise ValueError when config.json of a published folder says something else than the recipe.
+
+    Pixels that the folder's processor would make otherwise are logged alone: the published file has not been seen.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        found = read_json(path)
+        compare(path, described(config))
+        params = (found.get("vision_und_enc_config") or {}).get("params") or {}
+        warn_of_pixels(path, {"image_mean": params.get("pixel_mean"), "image_std": params.get("pixel_std")})
+    if (folder / PREPROCESSOR).is_file():
+        warn_of_pixels(folder / PREPROCESSOR, read_json(folder / PREPROCESSOR))
+
+
+def warn_of_pixels(path: Path, found: Mapping[str, Any]) -> None:
+    """Log what a published file says of pixels to understand that is not what is done here."""
+    wanted = {"image_mean": HALF, "image_std": HALF, "background_color": [127, 127, 127]}
+    for key, value in wanted.items():
+        if found.get(key) not in (None, value):
+            log.warning(
+                "%s has %s %s, and here it is %s: h_v and answers differ from those of DeepSeek's code",
+                path, key, found[key], value,
+            )  # fmt: skip
+
+
+def described(config: JanusFlowConfig) -> list[tuple[str, Any, str]]:
+    """List (place in config.json, value, recipe key) of sizes."""
+    language, sizes, channels = config.language, config.generation, latent_channels(config)
+    encoder, decoder = "vision_gen_enc_config.params", "vision_gen_dec_config.params"
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+            "vocab_size", "rms_norm_eps")  # fmt: skip
+    rows = [(f"language_config.{key}", getattr(language, key), f"model.language.{key}") for key in keys]
+    for place, name, blocks in (
+        (encoder, "input_channels", "encoder_blocks"),
+        (decoder, "out_channels", "decoder_blocks"),
+    ):
+        rows += [
+            (f"{place}.hidden_size", language.hidden_size, "model.language.hidden_size"),
+            (f"{place}.block_out_channels", [sizes.width], "model.generation.width"),
+            (f"{place}.layers_in_middle", getattr(sizes, blocks), f"model.generation.{blocks}"),
+            (f"{place}.norm_eps", sizes.norm_eps, "model.generation.norm_eps"),
+            (f"{place}.{name}", *channels),
+        ]
+    size = config.vision.image_size
+    return [*rows, ("vision_und_enc_config.params.image_size", size, "model.vision.image_size")]
+
+
+def latent_channels(config: JanusFlowConfig) -> tuple[int, str]:
+    """Return the channels of a latent, and the recipe key that says so."""
+    if config.codec == "sdxl":
+        return config.autoencoder.latent_channels, "model.autoencoder.latent_channels"
+    return config.patches.channels, "model.patches.channels"
+
+
+def published_files(config: JanusFlowConfig) -> dict[str, dict]:
+    """Return the files that the package `janus.janusflow` reads beside weights and tokenizer."""
+    language, sizes, (channels, _) = config.language, config.generation, latent_channels(config)
+    both = {"block_out_channels": [sizes.width], "hidden_size": language.hidden_size, "norm_eps": sizes.norm_eps,
+            "use_bias": True, "use_mid_block": True}  # fmt: skip
+
+    def part(kind: str, cls: str, **params: Any) -> dict:
+        return {"cls": cls, "model_type": kind, "params": params}
+
+    return {
+        "config.json": {
+            "model_type": "multi_modality",
+            "architectures": ["MultiModalityCausalLM"],
+            "vision_und_enc_config": part(
+                "vision_und_enc", "CLIPVisionTower", select_feature="same", select_layer=-1, **tower(config.vision)
+            ),
+            "vision_gen_enc_config": part(
+                "vision_gen_enc", "ShallowUViTEncoder", input_channels=channels, kernel_size=PATCH, stride=PATCH,
+                padding=0, layers_in_middle=sizes.encoder_blocks, **both,
+            ),
+            "vision_gen_dec_config": part(
+                "vision_gen_dec", "ShallowUViTDecoder", in_channels=sizes.width, out_channels=channels, upsamples=1,
+                layers_in_middle=sizes.decoder_blocks, **both,
+            ),
+            "language_config": language_file(language, config.dtype),
+        },
+        **processor_files(config.vision),
+    }  # fmt: skip
+
+
+def loading(config: JanusFlowConfig) -> str:
+    """Say how an export is loaded by DeepSeek's code."""
+    return (
+        "[DeepSeek's code](https://github.com/deepseek-ai/Janus) loads this folder with "
+        "`janus.janusflow.models.MultiModalityCausalLM.from_pretrained(FOLDER)`, and draws with "
+        + ("[SDXL's autoencoder](https://huggingface.co/stabilityai/sdxl-vae)." if config.codec_weights else
+           f"the autoencoder in its folder `{CODEC_FOLDER}`.")
+    )  # fmt: skip
+
+
+def export(net: Network, folder: Path) -> list[str]:
+    """Write a published folder, and the codec into a folder in it where it is not one that is published."""
+    prefix, state = codec_prefix(net), net.state_dict()
+    with export_to(folder) as out:
+        out.tensors("model.safetensors", {n: t for n, t in state.items() if not n.startswith("codec.")})
+        for name, content in published_files(net.config).items():
+            out.json(name, content)
+        if not net.config.codec_weights:
+            codec = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith("codec.")}
+            out.tensors(f"{CODEC_FOLDER}/{CODEC}", codec)
+            if isinstance(net.codec, KlCodec):
+                out.json(f"{CODEC_FOLDER}/config.json", net.codec.public_config())
+        out.tokenizer(".", net.tokenizer)
+        return out.done()
