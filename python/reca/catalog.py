@@ -32,6 +32,7 @@ WEIGHTS = {
     "ByteDance-Seed/BAGEL-7B-MoT": Facts(29.55e9, licence="Apache-2.0"),
     "deepseek-ai/Janus-Pro-1B": Facts(4.18e9, licence=DEEPSEEK),
     "deepseek-ai/Janus-Pro-7B": Facts(14.84e9, licence=DEEPSEEK),
+    "deepseek-ai/JanusFlow-1.3B": Facts(4.09e9, licence=DEEPSEEK),
 }
 
 

@@ -145,7 +145,7 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--umm nonsense", "is one of bagel, harmon, janus, open_uni, show_o"),
+        ("--umm nonsense", "is one of bagel, harmon, janus, janusflow, open_uni, show_o"),
         ("--world nonsense", "is one of emoji, shapes"),
         ("--world emoji --umm bagel", "no demo of 'bagel' in the world 'emoji'; --umm (UMM= of make) is one of show_o"),
         ("--scale 2", "must lie in (0, 1]"),

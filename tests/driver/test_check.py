@@ -24,7 +24,7 @@ from reca.parallelize import replicas_fit, shard_size
 from reca.recipe_files import load_recipe, recipe_names
 from reca.rng import CounterRNG
 
-TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"]
+TINY = ["show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny"]
 
 
 def numbers(name, *overrides):
@@ -71,6 +71,15 @@ PUBLISHED = {
         "bridge": 131_072 + 16_818_176,
         "gen_head": 83_906_560,
         "und_encoder + codec + shared_lm + embed + bridge + gen_head": 7_420_368_523,
+    },
+    # Half the bytes of the published file, 4.09 GB, without the autoencoder; the paper gives bridge and head 70 M.
+    "janusflow_1_3b": {
+        "und_encoder": 316_283_904 + 2_099_200 + 2048,
+        "shared_lm + embed": 1_652_656_128,
+        "bridge": 5_771_264 + 13_056 + 2 * 7_915_008 + 1_574_912,
+        "gen_head": 768 + 2 * 25_267_200 + 26_128 + 2048 + 1_573_632,
+        "und_encoder + shared_lm + embed + bridge + gen_head": 2_046_367_504,
+        "codec": 83_653_863,
     },
 }
 

@@ -17,7 +17,10 @@ def test_override_is_typed(recipe):
         ("weight_decay=0.1", "did you mean optim.weight_decay"),
         ("optim.lr=fast", "fast"),
         ("optim.schedule=cosinus", "'constant', 'cosine', 'linear'"),
-        ("umm=bagle", "umm='bagle' is not one of 'bagel', 'harmon', 'janus', 'open_uni', 'show_o'; .* package.module"),
+        (
+            "umm=bagle",
+            "umm='bagle' is not one of 'bagel', 'harmon', 'janus', 'janusflow', .* package.module",
+        ),
         ("umm=bagle.model", "umm=bagle.model cannot be imported: there is no module bagle. .*PYTHONPATH"),
         ("umm=reca.optim", "umm=reca.optim must define Config, a dataclass, and Adapter"),
         ("train.steps", "has no '='"),

@@ -325,7 +325,7 @@ def test_sizes_of_a_transformer_fit_each_other(name, overrides, message):
 def test_every_number_has_a_least_value():
     """A new key is declared with the smallest value that makes sense, or stands here."""
     signed = {"shift_factor"}
-    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"):
+    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny"):
         from reca.recipe_files import walk
 
         for _, f, key in walk(load_recipe(name)):
@@ -338,7 +338,7 @@ def test_every_path_key_expands_home(monkeypatch, tmp_path):
 
     monkeypatch.setenv("HOME", str(tmp_path))
     count = 0
-    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny"):
+    for name in ("show_o_tiny", "harmon_tiny", "open_uni_tiny", "bagel_tiny", "janus_tiny", "janusflow_tiny"):
         for _, f, key in walk(load_recipe(name)):
             if f.metadata.get("path"):
                 recipe = load_recipe(name, [f"{key}=~/x"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from reca.data.batch import Turn
+from reca.data.tasks import Turn
 from reca.models.common.images import to_uint8
 from reca.models.janus import prompt as janus_prompt
 from reca.models.janus.sampling import continue_text

@@ -15,7 +15,7 @@ from reca.models import umm_package
 from reca.precision import tf32_products
 from reca.recipe_files import load_recipe
 from tests.models.contract import batch
-from tests.models.test_waits import DC_AE, FLUX, KL16, MAGVIT, VQ
+from tests.models.test_waits import DC_AE, FLUX, KL16, MAGVIT, SDXL, VQ
 
 PRODUCTS = {
     F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention, torch.matmul, Tensor.matmul, Tensor.__matmul__,
@@ -29,6 +29,7 @@ CASES = {
     "open_uni": ({"codec": "dc_ae", "autoencoder": DC_AE}, {"latents": 5e-3, "h_v": 5e-3}),
     "bagel": ({"codec": "flux", "autoencoder": FLUX, "image_size": 16}, {"moments": 5e-3, "h_v": 5e-3}),
     "janus": ({"codec": "vq", "vq": VQ}, {"codes": 0.01, "h_v": 5e-3}),
+    "janusflow": ({"codec": "sdxl", "autoencoder": SDXL}, {"moments": 5e-3, "h_v": 5e-3}),
 }
 
 

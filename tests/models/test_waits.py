@@ -20,6 +20,7 @@ from reca.models.bagel import config as bagel
 from reca.models.common import by_sample, scored_flow
 from reca.models.harmon import config as harmon
 from reca.models.janus import config as janus
+from reca.models.janusflow import config as janusflow
 from reca.models.open_uni import config as open_uni
 from reca.models.show_o import config as show_o
 from reca.recipe_files import load_recipe
@@ -102,12 +103,14 @@ KL16 = harmon.AutoencoderSizes(32, [1, 1, 2], 1, latent_channels=4)
 DC_AE = open_uni.AutoencoderSizes(8, 8, ["ResBlock", "EfficientViTBlock"], [8, 16], [1, 1], [1, 1])
 VQ = janus.VqSizes(32, [1, 1, 1], 1, z_channels=32, entries=145)
 FLUX = bagel.AutoencoderSizes([32, 32], 1, 4)
+SDXL = janusflow.AutoencoderSizes([32, 32], 1, 4)
 VARIANTS = {
     "show_o": [{}, {"parity": True}, {"hv_source": "vq", "hv_down_scale": 1}, {"codec": "magvitv2", "magvit": MAGVIT}],
     "harmon": [{}, {"parity": True}, {"codec": "kl16", "autoencoder": KL16}],
     "open_uni": [{}, {"parity": True}, {"codec": "dc_ae", "autoencoder": DC_AE}],
     "bagel": [{}, {"parity": True}, {"hv_source": "vae"}, {"codec": "flux", "autoencoder": FLUX, "image_size": 16}],
     "janus": [{}, {"codec": "vq", "vq": VQ, "reca_drop": 0.5, "caption_drop": 0.5}],
+    "janusflow": [{"codec": "sdxl", "autoencoder": SDXL, "reca_drop": 0.5, "caption_drop": 0.5}],
 }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from reca.data.batch import Turn
+from reca.data.tasks import Turn
 from reca.models.janus import prompt as janus
 from reca.models.janus.prompt import BOI, BOS, EOI, EOS, IMAGE, PAD, Segment, Tokens, Vocabulary
 from reca_kernels import AttentionSpan, TextSegment, VisualSegment

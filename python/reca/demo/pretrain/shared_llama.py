@@ -1,0 +1,87 @@
+"""The Janus models: understanding and generation learn together, in one language model."""
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reca.data.batch import Batch
+from reca.data.tasks import Turn
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.demo.pretrain.alignment import alignment, pad_tokens
+from reca.demo.pretrain.optimize import unit
+from reca.demo.splits import Split
+from reca.rng import CounterRNG
+
+GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
+ALIGNED_JOINTLY = (
+    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it stands "
+    "for, reads words in h_v's place, and draws captions from there. Large models bring such alignment along; here it "
+    "is made."
+)
+
+
+class SharedLlamaTask:
+    """Losses of one pre-training step. A model's own subclass has its splits and images, and says what is drawn."""
+
+    model: Any
+    rng: random.Random
+    noise_rng: CounterRNG
+    generation_split: Split
+    caption_split: Split
+    drawn: int  # images of the generation split to draw
+    images: Tensor  # of the caption split, uint8 [n, 3, H, W]
+    words: Tensor  # their captions on the slots of h_v, int64 [n, tokens of h_v]
+
+    def targets(self, index: Tensor) -> dict[str, Tensor]:
+        """Return the features of images to generate."""
+        raise NotImplementedError
+
+    def see(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode h_v with a graph, which the adapter itself does not need."""
+        raise NotImplementedError
+
+    def slots(self, texts: list[str]) -> Tensor:
+        """Tokenize captions for the slots of h_v, padded with the end of text: int64 [B, n]."""
+        model = self.model
+        rows = [pad_tokens(model.tokens(text), model.hv_tokens, model.vocabulary.eos) for text in texts]
+        return torch.tensor(rows)
+
+    def embedded(self, words: Tensor) -> Tensor:
+        """Embed words to stand in h_v's place, with a graph."""
+        return self.model.language_model.model.embed_tokens(words)
+
+    def generation_loss(self, step: int) -> Tensor:
+        """Compute the loss of generating: half from text prompts, half from captions in h_v's place."""
+        half, index = GENERATION_BATCH // 2, torch.randint(self.drawn, (GENERATION_BATCH,))
+        ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
+        texts = [caption(self.generation_split.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
+        phrases, templates = (
+            [phrase(text, self.rng) for text in texts[:half]],
+            [self.rng.choice(TEMPLATES) for _ in texts[half:]],
+        )
+        from_text = Batch("t2i", ids[:half], phrases, features=self.targets(index[:half]))
+        slots = self.targets(index[half:]) | {"h_v": self.embedded(self.slots(texts[half:]))}
+        from_slots = Batch("reca", ids[half:], templates, features=slots)
+        return 0.5 * self.mean(from_text) + 0.5 * self.mean(from_slots)
+
+    def caption_loss(self) -> Tensor:
+        """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
+        model, index = self.model, torch.randint(len(self.images), (CAPTION_BATCH,))
+        view = model.views("i2t").und
+        assert view is not None
+        pixels = torch.nn.functional.interpolate(
+            unit(self.images[index]), [view.size] * 2, mode="bicubic", antialias=True
+        ).clamp(-1, 1)
+        h_v = self.see(pixels)
+        turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.caption_split.scene(i)))] for i in index.tolist()]
+        words, half = self.words[index], CAPTION_BATCH // 2
+        from_slots = Batch("i2t", index[:half], turns[:half], features={"h_v": self.embedded(words[:half])})
+        answers = self.mean(Batch("i2t", index, turns, features={"h_v": h_v})) + self.mean(from_slots)
+        return answers + alignment(h_v, words, model.language_model.model.embed_tokens.weight)
+
+    def mean(self, batch: Batch) -> Tensor:
+        term = self.model(batch, self.noise_rng)
+        return term.sum / term.weight
