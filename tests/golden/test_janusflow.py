@@ -11,6 +11,7 @@ from reca.models.common.images import to_uint8
 from reca.models.janus import prompt as janus_prompt
 from reca.models.janus.sampling import continue_text
 from reca.models.janusflow import prompt, sampling, weights
+from reca.models.janusflow.loss import t2i_prompt
 from reca.rng import CounterRNG
 from tests.golden.janusflow import Tolerances, build, image_batch, talk_batch, value
 
@@ -189,7 +190,7 @@ def test_update(golden, model, near):
 def test_sampling(golden, model, near):
     """The released sampler draws several images of one prompt, with guidance, from recorded noise."""
     data, asked, velocities = golden.data, golden.config["generation"], []
-    given = [prompt.caption(model.tokens, value(golden, "sample.caption"), model.vocabulary)] * asked["samples"]
+    given = [t2i_prompt(model, value(golden, "sample.caption"))] * asked["samples"]
     run = functools.partial(sampling.denoise, model, given, None, data["sample.start"], steps=asked["steps"])
     latents = run(guidance=asked["cfg_weight"], on_step=velocities.append)
     near.close("sampled", torch.stack(velocities), data["sample.velocities"])

@@ -114,8 +114,9 @@ class Waits(TorchDispatchMode):
 
 
 def modules_of(umm: str) -> list[ModuleType]:
-    """The loaded modules of a model."""
-    return [module for name, module in sys.modules.items() if name.startswith(f"reca.models.{umm}.")]
+    """The loaded modules of a model, and of the one whose losses it shares."""
+    packages = {"janusflow": ("janus", "janusflow")}.get(umm, (umm,))
+    return [m for name, m in sys.modules.items() if name.startswith(tuple(f"reca.models.{p}." for p in packages))]
 
 
 @contextmanager

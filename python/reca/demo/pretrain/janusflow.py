@@ -1,8 +1,8 @@
 """A tiny JanusFlow that understands more than it can generate.
 
 Its understanding side is trained on every colour-shape pair; its captions lack the held-out ones. Beside its own losses
-three terms stand for what a large model brings along (`shared_llama`): h_v aligned with the word embeddings of its image
-(slot by slot), questions answered about words in h_v's place, and images generated from captions there.
+three terms stand for what a large model brings along (`shared_llama`): h_v aligned with the embeddings of its image's
+words (slot by slot), questions answered about words in h_v's place, and images generated from captions there.
 """
 
 import random

@@ -279,6 +279,7 @@ class SharedLlama(nn.Module):
     """What the Janus models do alike: one causal Llama over text, rows of h_v, and rows of an image to generate."""
 
     config: Any
+    vocabulary: Vocabulary
     language_model: LlamaForCausalLM
 
     @property

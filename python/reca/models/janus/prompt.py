@@ -59,8 +59,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        *control, user, assistant = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
-        return cls(*control, (user,), (assistant,))
+        bos, eos, pad, boi, eoi, image, user, assistant = map(tokenizer.convert_tokens_to_ids, SPECIAL_TOKENS)
+        return cls(bos, eos, pad, boi, eoi, image, (user,), (assistant,))
 
 
 @dataclass(frozen=True)

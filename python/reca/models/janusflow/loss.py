@@ -16,7 +16,7 @@ from reca.models.janusflow import prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Layout, Segment
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import IGNORE_INDEX, flow_matching_add_noise, flow_matching_loss
+from reca_kernels import IGNORE_INDEX, TextSegment, flow_matching_add_noise, flow_matching_loss
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def reca_prompt(net: Network, text: str) -> list[Segment]:
 
 def t2i_prompt(net: Network, text: str) -> list[Segment]:
     """Give a caption."""
-    return prompt.caption(net.tokens, text, net.vocabulary, longest_prompt(net))
+    return [TextSegment(prompt.caption(net.tokens, text, net.vocabulary, longest_prompt(net)))]
 
 
 def longest_prompt(net: Network) -> int:

@@ -25,8 +25,9 @@ WORDS = (USER, ASSISTANT, *janus.WORDS)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Vocabulary:
-    control = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
-    return Vocabulary(*control, tuple(tokens(USER)), tuple(tokens(ASSISTANT)))
+    """Look up the ids of control tokens, and of the words for who speaks."""
+    bos, eos, pad, boi, eoi, image = map(tokenizer.convert_tokens_to_ids, SPECIAL_TOKENS)
+    return Vocabulary(bos, eos, pad, boi, eoi, image, tuple(tokens(USER)), tuple(tokens(ASSISTANT)))
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], 
     return Layout(made.src, made.position_ids, made.labels, made.lengths, unseen)
 
 
-def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[Segment]:
+def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
     """Ask for the image of a caption. most: tokens of the whole prompt."""
-    return [TextSegment(janus.caption(tokens, text, v, most and most + 1)[:-1])]
+    return janus.caption(tokens, text, v, most and most + 1)[:-1]
 
 
 def with_image(

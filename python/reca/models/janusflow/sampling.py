@@ -12,7 +12,7 @@ from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Segment
 from reca.rng import CounterRNG, RandomStream
-from reca_kernels import TextSegment, attention_plan
+from reca_kernels import attention_plan
 
 
 def generate(
@@ -20,8 +20,7 @@ def generate(
 ) -> list[Tensor]:
     """Generate images by Euler's method (`denoise`), `batch` at a time. Seeds lie in [0, 2**56)."""
     check_pairs(prompts=prompts, seeds=seeds)
-    whole = [prompt.caption(net.tokens, text, net.vocabulary)[0] for text in prompts]
-    warn_of_cut([given.ids for given in whole if isinstance(given, TextSegment)], longest_prompt(net))
+    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], longest_prompt(net))
     given, images = [t2i_prompt(net, text) for text in prompts], []
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
