@@ -57,7 +57,7 @@ def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | No
     return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
 
 
-def reply_loss(net: SharedLlama, prepared: Any, h_v: Tensor) -> Parts:
+def reply_loss(net: SharedLlama, prepared: Prepared, h_v: Tensor) -> Parts:
     """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
     hidden, labels = net.hidden(prepared.layout, h_v)[:, :-1], prepared.layout.labels[:, 1:]
     return _cross_entropy(hidden, net.language_model.lm_head, labels, prepared, int(prepared.weight))

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
-from reca.models import base
 from reca.models.base import LossTerm
 from reca.models.common import by_sample
+from reca.models.janus import loss as janus
 from reca.models.janus import prompt as janus_prompt
-from reca.models.janus.loss import reply_loss
 from reca.models.janusflow import prompt
 from reca.models.janusflow.modules import Network
 from reca.models.janusflow.prompt import Layout, Segment
@@ -20,14 +19,13 @@ from reca_kernels import IGNORE_INDEX, TextSegment, flow_matching_add_noise, flo
 
 
 @dataclass(frozen=True)
-class Prepared(base.Prepared):
+class Prepared(janus.Prepared):
     """A batch's sequences. weight: images, or labelled tokens of replies.
 
     sample_ids  int64 [B], global ids
     """
 
     sample_ids: Tensor
-    layout: janus_prompt.Layout
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
@@ -39,11 +37,11 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
             for turns in batch.text
         ]
         replies = janus_prompt.layout(talks, v)
-        return Prepared(batch.task, rng.seed, float((replies.labels != IGNORE_INDEX).sum()), ids, replies)
+        return Prepared(batch.task, rng.seed, float((replies.labels != IGNORE_INDEX).sum()), replies, ids)
     make, share = (reca_prompt, config.reca_drop) if batch.task == "reca" else (t2i_prompt, config.caption_drop)
     dropped = (rng.uniform(RandomStream.CONDITION_DROP, ids)[:, 0] < share).tolist()
     layout = prompt.image_layout([make(net, text) for text in batch.text], dropped, v, net.image_tokens + 1)
-    return Prepared(batch.task, rng.seed, float(len(batch)), ids, layout)
+    return Prepared(batch.task, rng.seed, float(len(batch)), layout, ids)
 
 
 def reca_prompt(net: Network, text: str) -> list[Segment]:
@@ -65,7 +63,7 @@ def longest_prompt(net: Network) -> int:
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
     """Sum the mean squared error of the velocity over images, or the cross-entropy over the tokens of replies."""
     if prepared.task == "i2t":
-        return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
+        return LossTerm.of(*janus.reply_loss(net, prepared, features["h_v"]))
     assert isinstance(prepared.layout, Layout)
     latents = sample_posterior(net, features["moments"], prepared.sample_ids, rng)
     errors = flow_loss(net, prepared.layout, features.get("h_v"), latents, prepared.sample_ids, rng)
