@@ -30,6 +30,7 @@ IMAGES = 8  # at most: what is masked or dropped is drawn, so the FLOPs are a me
 TEXT = "Describe the image in detail."
 ASSUMED_GPU, ASSUMED_SHARE = "NVIDIA H100", 0.5  # whose step is compared with decoding; of its peak
 SPARE = 1.25  # of decoding threads, as images differ
+MOST_THREADS = 256  # that are asked for: a model that wants more is too small for a GPU to be what limits it
 
 
 class Parameters(NamedTuple):
@@ -177,9 +178,10 @@ def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[s
         for task in recipe.active_tasks()
     )
     threads = max(1, math.ceil(SPARE * decoded / step))
-    own = f"the recipe has {recipe.data.workers}" + (
-        ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
-    )
+    few = ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
+    asked = f"{threads:>18} per GPU at least, a fourth of it spare; the recipe has {recipe.data.workers}{few}"
+    if threads > MOST_THREADS:
+        asked = f"{'any':>18}: a model of this size waits for its images on such a GPU; data.cache decodes each once"
     return [
         "",
         "CPU threads that decode a step's images while a GPU computes it",
@@ -187,7 +189,7 @@ def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[s
         f"{decode_speed.SIDE} x {decode_speed.SIDE}",
         f"  {'computing, assumed':<22}{1e3 * step:>18.1f} ms: the FLOPs of its RECA images at {ASSUMED_SHARE:.0%} of "
         f"one {name}'s {peak / 1e12:.4g} TFLOP/s",
-        f"  {'data.workers':<22}{threads:>18} per GPU at least, a fourth of it spare; {own}",
+        f"  {'data.workers':<22}{asked}",
     ]
 
 
