@@ -85,7 +85,7 @@ def test_pixels_that_would_be_made_otherwise_are_told(folder, tmp_path, caplog):
         weights.check_files(folder, shared("janusflow vae").config)
         assert not caplog.records
         weights.check_files(tmp_path, shared("janusflow vae").config)
-    assert "image_mean [0.4, 0.4, 0.4], and here it is [0.5, 0.5, 0.5]" in caplog.text
+    assert "pixel_mean [0.4, 0.4, 0.4], and here it is [0.5, 0.5, 0.5]" in caplog.text
 
 
 def test_types(folder, model):

@@ -109,21 +109,24 @@ def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
 def check_files(folder: Path, config: JanusFlowConfig) -> None:
     """Raise ValueError when config.json of a published folder says something else than the recipe.
 
-    Pixels that the folder's processor would make otherwise are logged alone: the published file has not been seen.
+    Pixels that the folder's code would make otherwise are logged alone: the published preprocessor_config.json has not
+    been seen.
     """
-    path = folder / "config.json"
-    if path.is_file():
-        found = read_json(path)
+    path, preprocessor = folder / "config.json", folder / PREPROCESSOR
+    found = read_json(path) if path.is_file() else {}
+    if found:
         compare(path, described(config))
-        params = (found.get("vision_und_enc_config") or {}).get("params") or {}
-        warn_of_pixels(path, {"image_mean": params.get("pixel_mean"), "image_std": params.get("pixel_std")})
-    if (folder / PREPROCESSOR).is_file():
-        warn_of_pixels(folder / PREPROCESSOR, read_json(folder / PREPROCESSOR))
+    tower_says = (found.get("vision_und_enc_config") or {}).get("params") or {}
+    warn_of_pixels(path, tower_says, {"pixel_mean": HALF, "pixel_std": HALF})
+    if preprocessor.is_file():
+        wanted = {"image_mean": HALF, "image_std": HALF, "background_color": [127, 127, 127]}
+        if "pixel_mean" not in tower_says:
+            wanted["do_normalize"] = True
+        warn_of_pixels(preprocessor, read_json(preprocessor), wanted)
 
 
-def warn_of_pixels(path: Path, found: Mapping[str, Any]) -> None:
+def warn_of_pixels(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Log what a published file says of pixels to understand that is not what is done here."""
-    wanted = {"image_mean": HALF, "image_std": HALF, "background_color": [127, 127, 127]}
     for key, value in wanted.items():
         if found.get(key) not in (None, value):
             log.warning(
