@@ -74,11 +74,16 @@ static inline double sum(vdouble x) {
   return x[0];
 }
 
-static inline float largest(vfloat x) {  // NaN where one is NaN
-  float best = x[0];
-  for (int i = 1; i < W; ++i) best = x[i] > best || x[i] != x[i] ? x[i] : best;
-  return best;
+template <int half>
+static inline float fold_largest(vfloat x) {
+  vint partner;
+  for (int i = 0; i < W; ++i) partner[i] = i ^ half;
+  x = max(x, __builtin_shuffle(x, partner));
+  if constexpr (half > 1) return fold_largest<half / 2>(x);
+  return x[0];
 }
+
+static inline float largest(vfloat x) { return fold_largest<W / 2>(x); }
 
 // ---- memory ----
 
@@ -94,10 +99,13 @@ static inline vfloat load(const bf16* p) {
   std::memcpy(&h, p, sizeof h);
   return (vfloat)(__builtin_convertvector(h, vuint) << 16);
 }
-static inline void store(bf16* p, vfloat x) {  // to nearest, ties to even; NaN stays NaN
-  vuint u = (vuint)x;
-  vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vhalf h = __builtin_convertvector(x == x ? rounded : vuint{} + 0x7fc0, vhalf);
+// The upper halves: to nearest, ties to even; NaN stays NaN.
+static inline vuint bf16_bits(vfloat x) {
+  const vuint u = (vuint)x, rounded = u + 0x7fff + ((u >> 16) & 1);
+  return x == x ? rounded : vuint{} + 0x7fc00000;
+}
+static inline void store(bf16* p, vfloat x) {
+  vhalf h = __builtin_convertvector(bf16_bits(x) >> 16, vhalf);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -179,6 +187,41 @@ static inline void store(f16* p, vfloat x) {
 #endif
 }
 
+// Asks for memory that will be read soon, which may end before `bytes` do.
+static inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
+// 2 W elements at once, in an order of their own that both have in common: 16-bit ones need no moves between lanes then.
+template <typename T>
+static inline void load_pair(const T* p, vfloat& a, vfloat& b) {
+  a = load(p), b = load(p + W);
+}
+static inline void load_pair(const bf16* p, vfloat& a, vfloat& b) {
+  vuint both;
+  std::memcpy(&both, p, sizeof both);
+  a = (vfloat)(both << 16), b = (vfloat)(both & 0xffff0000);
+}
+template <typename T>
+static inline void store_pair(T* p, vfloat a, vfloat b) {
+  store(p, a), store(p + W, b);
+}
+// A NaN stays one unless all its bits are set, which no arithmetic gives that began without such.
+static inline void store_pair(bf16* p, vfloat a, vfloat b) {
+#if defined(__AVX512BW__)
+  // Both at once in lanes of 16 bits: what is kept goes up by one where what is cut off, plus its own last bit, is over half.
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), x = (__m512i)a, y = (__m512i)b;
+  const __m512i kept = _mm512_ternarylogic_epi32(upper, y, _mm512_srli_epi32(x, 16), 0xca);  // upper ? y : x
+  const __m512i cut = _mm512_ternarylogic_epi32(upper, _mm512_slli_epi32(y, 16), x, 0xca);
+  const __m512i last = _mm512_and_si512(kept, _mm512_set1_epi16(1));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(_mm512_adds_epu16(cut, last), _mm512_set1_epi16(int16_t(0x8000)));
+  _mm512_storeu_si512(p, _mm512_mask_add_epi16(kept, up, kept, _mm512_set1_epi16(1)));
+#else
+  const vuint both = bf16_bits(a) >> 16 | (bf16_bits(b) & 0xffff0000);
+  std::memcpy(p, &both, sizeof both);
+#endif
+}
+
 // The first n < W elements; the other lanes are `fill`.
 template <typename T>
 static inline vfloat load_some(const T* p, int64_t n, float fill) {
@@ -193,8 +236,27 @@ static inline void store_some(T* p, vfloat x, int64_t n) {
 
 // ---- functions ----
 
-// e^x for x <= 88, relative error 2e-7 or less; 0 below -87.3 (the last normal number); NaN stays NaN.
-static inline vfloat exp(vfloat x) {
+// factor e^x for x <= 88, relative error 2e-7 + 1.4e-8 |x| or less; 0 below -87.3 (the last normal number of e^x); NaN stays
+// NaN.
+static inline vfloat exp(vfloat x, float factor = 1) {
+#if defined(__AVX512F__)
+  // 2^(n + r): the fraction of n, a multiple of 1/32, by a table, |r| <= 1/64 by a parabola. Half the instructions of what
+  // stands below, and the factor is in the table before the loop begins.
+  const __m512 low = _mm512_setr_ps(1.0f, 1.02189720f, 1.04427373f, 1.06714046f, 1.09050775f, 1.11438680f, 1.13878858f,
+                                    1.16372490f, 1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f,
+                                    1.32523668f, 1.35425556f, 1.38390994f);
+  const __m512 high = _mm512_setr_ps(1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.57598090f,
+                                     1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+                                     1.83400810f, 1.87416768f, 1.91520655f, 1.95714414f);
+  const __m512 log2_e = _mm512_set1_ps(1.44269504f), wide = _mm512_set1_ps(factor);
+  const __m512 moved = _mm512_fmadd_ps((__m512)x, log2_e, _mm512_set1_ps(393216.0f));  // 1.5 2^18: its last bit is 1/32
+  const vfloat n = (vfloat)moved - 393216.0f;
+  const vfloat r = (vfloat)_mm512_fmsub_ps((__m512)x, log2_e, (__m512)n);  // fused also where the compiler may not
+  const vfloat t = (vfloat)_mm512_permutex2var_ps(low * wide, (__m512i)moved, high * wide);
+  const vfloat y = t * ((r * 0.240226507f + 0.693157315f) * r) + t;
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)n);
+#else
   vfloat bounded = max(splat(-87.5f), x);
   // Nearest integer by the rounding of the addition; its low bits are the integer.
   vfloat shifted = bounded * 1.44269504f + 12582912.0f;
@@ -209,7 +271,8 @@ static inline vfloat exp(vfloat x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   p = (vfloat)((vuint)p + ((vuint)shifted << 23));  // times 2^n
-  return x < -87.3f ? splat(0.0f) : p;
+  return x < -87.3f ? splat(0.0f) : p * factor;
+#endif
 }
 
 // Hyperbolic tangent, absolute error below 2e-7.

@@ -23,7 +23,7 @@ void masked_cross_entropy_forward(const CrossEntropy& args, float* losses, float
 
 void masked_cross_entropy_backward(const CrossEntropy& args, const float* stats, const float* grad, int64_t grad_stride,
                                    const float* scale, void* gradient, int64_t gradient_stride, Launch on) {
-  with_options(args, [&](auto type, auto cap, auto) {
+  with_options(args, [&](auto type, auto cap, auto smooth) {
     using T = decltype(type);
     parallel_for(args.rows, on.threads, [&](int64_t r) {
       const int64_t label = label_of(args.labels, args.labels_are_int64, r);
@@ -33,7 +33,8 @@ void masked_cross_entropy_backward(const CrossEntropy& args, const float* stats,
         return;
       }
       const T* row = static_cast<const T*>(args.logits) + r * args.row_stride;
-      row_backward<T, cap.value>(args, row, label, {stats[2 * r], stats[2 * r + 1]}, *scale * grad[r * grad_stride], out);
+      const RowStats of_row = {stats[2 * r], stats[2 * r + 1]};
+      row_backward<T, cap.value, smooth.value>(args, row, label, of_row, *scale * grad[r * grad_stride], out);
     });
   });
 }

@@ -27,65 +27,81 @@ struct RowStats {
   float log_sum_exp;  // s: log of the sum of e^(z - m)
 };
 
-// Reads the row once. In blocks that stay in the first-level cache: first a block's maximum, then its sum of exponentials.
+// f(i, z, n) over the elements of a row, 4 W at a time from the i-th on, in the order of load_pair. Of the last ones n are
+// left, which come first and in their own order; the rest of z is -inf.
+template <typename T, typename F>
+static inline void for_each_four(const T* row, int64_t classes, const F& f) {
+  vfloat z[4];
+  int64_t i = 0;
+  for (; i + 4 * W <= classes; i += 4 * W) {
+    load_pair(row + i, z[0], z[1]);
+    load_pair(row + i + 2 * W, z[2], z[3]);
+    f(i, z, 4 * W);
+  }
+  if (i < classes) {
+    float last[4 * W];
+    for (int64_t k = 0; k < 4 * W; ++k) last[k] = i + k < classes ? widen(row[i + k]) : -inf;
+    for (int k = 0; k < 4; ++k) z[k] = load(last + k * W);
+    f(i, z, int(classes - i));
+  }
+}
+
+// Reads the row once: block by block, which stays in the first-level cache between its maximum and its exponentials, and
+// beside which the next block arrives.
 template <typename T, bool CAP, bool SMOOTH>
 static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t label, float* loss) {
-  constexpr int64_t block = 1024;
+  constexpr int64_t block = 8192 / sizeof(T), part = 64 * W;  // 16 additions in a lane
   const int64_t classes = args.classes;
-  float softcapped[CAP ? block : 1];
+  float softcapped[CAP ? block + 4 * W : 1];
 
   const float z_label = softcap_logits<CAP>(splat(widen(row[label])), args.softcap)[0];
   const float pivot = SMOOTH && std::fabs(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
   double sum_z = 0;
   float row_max = -inf;
-  double total = 0;  // of e^(z - row_max)
+  vdouble total = {};  // of e^(z - row_max)
   for (int64_t begin = 0; begin < classes; begin += block) {
     const int64_t n = classes - begin < block ? classes - begin : block;
-    const int64_t whole = n / W * W;
     const T* const p = row + begin;
 
     vfloat tops[4] = {splat(-inf), splat(-inf), splat(-inf), splat(-inf)};
     vfloat sums[4] = {};
-    for (int64_t i = 0; i < n; i += W) {
-      vfloat z = i < whole ? load(p + i) : load_some(p + i, n - i, -inf);
+    for_each_four(p, n, [&](int64_t i, vfloat(&z)[4], int count) {
       if constexpr (CAP) {
-        z = softcap_logits<CAP>(z, args.softcap);
-        if (i >= whole) {
-          for (int64_t k = n - i; k < W; ++k) z[k] = -inf;
-        }
-        store(softcapped + i, z);
+        for (int k = 0; k < 4; ++k) z[k] = softcap_logits<CAP>(z[k], args.softcap);
+        for (int k = count; k < 4 * W; ++k) z[k / W][k % W] = -inf;
+        for (int k = 0; k < 4; ++k) store(softcapped + i + k * W, z[k]);
       }
-      vfloat& top = tops[i / W % 4];
-      top = max(top, z);
+      for (int k = 0; k < 4; ++k) tops[k] = max(tops[k], z[k]);
       if constexpr (SMOOTH) {
-        if (i >= whole) {
-          for (int64_t k = n - i; k < W; ++k) z[k] = pivot;
-        }
-        sums[i / W % 4] += z - pivot;
+        for (int k = count; k < 4 * W; ++k) z[k / W][k % W] = pivot;
+        for (int k = 0; k < 4; ++k) sums[k] += z[k] - pivot;
       }
-    }
+    });
     const float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
     if constexpr (SMOOTH) sum_z += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if (top == -inf) continue;  // e^(z - row_max) is 0 throughout
     if (top > row_max) {
       total *= std::exp(double(row_max) - double(top));
       row_max = top;
     }
-    vfloat exps[4] = {};
-    for (int64_t i = 0; i < n; i += W) {
-      vfloat z;
+    if (row_max == -inf) continue;  // so far there is nothing else: e^(z - row_max) is 0
+    // Joined in fp64, part by part: beside the 1 of a certain label, what the others have is below the last digit of fp32.
+    for (int64_t from = 0; from < n; from += part) {
+      const int64_t to = n - from < part ? n - from : part;
+      vfloat exps[4] = {};
+      const auto add = [&](int64_t i, vfloat(&z)[4], int) {
+        if constexpr (!CAP) prefetch(p + block + from + i, 4 * W * sizeof(T));
+        for (int k = 0; k < 4; ++k) exps[k] += exp(z[k] - row_max);
+      };
       if constexpr (CAP) {
-        z = load(softcapped + i);
+        for_each_four(softcapped + from, to, add);
       } else {
-        z = i < whole ? load(p + i) : load_some(p + i, n - i, -inf);
+        for_each_four(p + from, to, add);
       }
-      exps[i / W % 4] += exp(z - row_max);
+      total += (to_double(exps[0]) + to_double(exps[1])) + (to_double(exps[2]) + to_double(exps[3]));
     }
-    // In fp64: beside the 1 of a certain label, what the others have is below the last digit of fp32.
-    total += sum((to_double(exps[0]) + to_double(exps[1])) + (to_double(exps[2]) + to_double(exps[3])));
   }
 
-  const float log_sum_exp = float(std::log(total));
+  const float log_sum_exp = float(std::log(sum(total)));
   float value = log_sum_exp - (z_label - row_max);
   if constexpr (SMOOTH) {
     const float mean = float(sum_z / double(classes) + (double(pivot) - double(row_max)));
@@ -97,38 +113,46 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
   return {row_max, log_sum_exp};
 }
 
-template <typename T, bool CAP>
+// out may be the row.
+template <typename T, bool CAP, bool SMOOTH>
 static void row_backward(const CrossEntropy& args, const T* row, int64_t label, RowStats stats, float scale, T* out) {
   const int64_t classes = args.classes;
   const float by_z_loss = 2 * args.z_loss * (stats.row_max + stats.log_sum_exp);
-  const float slope = scale * (1 + by_z_loss);
   const float level = scale * args.label_smoothing / float(classes);
-  const auto gradient = [&](vfloat raw) {
-    const vfloat z = softcap_logits<CAP>(raw, args.softcap);
-    vfloat g = exp((z - stats.row_max) - stats.log_sum_exp) * slope - level;
-    if constexpr (CAP) {
-      const vfloat t = z / args.softcap;
-      g = g * (1.0f - t * t);
-    }
-    return g;
-  };
+  // One subtraction per logit: what the sum of both loses in rounding goes into the slope.
+  const float lse = stats.row_max + stats.log_sum_exp;
+  const double lost = std::fabs(lse) < inf ? double(stats.row_max) + double(stats.log_sum_exp) - double(lse) : 0.0;
+  float slope = scale * (1 + by_z_loss) * float(std::exp(-lost));
+  if (slope != slope) slope = std::numeric_limits<float>::quiet_NaN();  // for store_pair
 
   // The target's gradient, before the row may be overwritten: p - 1 is formed before anything is rounded.
   const float raw = widen(row[label]);
-  const float z = softcap_logits<CAP>(splat(raw), args.softcap)[0];
-  const float log_p = (z - stats.row_max) - stats.log_sum_exp;
+  const float z_label = softcap_logits<CAP>(splat(raw), args.softcap)[0];
+  const float log_p = (z_label - stats.row_max) - stats.log_sum_exp;
   float target_grad = std::expm1(log_p) + std::exp(log_p) * by_z_loss + args.label_smoothing;
   target_grad = scale * target_grad - level;
   if constexpr (CAP) {
-    const float t = z / args.softcap;
+    const float t = z_label / args.softcap;
     target_grad *= 1 - t * t;
   }
 
-  const int64_t whole = classes / W * W;
-  for (int64_t i = 0; i < whole; i += W) store(out + i, gradient(load(row + i)));
-  if (whole < classes) {
-    store_some(out + whole, gradient(load_some(row + whole, classes - whole, -inf)), classes - whole);
-  }
+  for_each_four(row, classes, [&](int64_t i, vfloat(&z)[4], int n) {
+    for (int k = 0; k < 4; ++k) {
+      const vfloat softcapped = softcap_logits<CAP>(z[k], args.softcap);
+      z[k] = exp(softcapped - lse, slope);
+      if constexpr (SMOOTH) z[k] = z[k] - level;
+      if constexpr (CAP) {
+        const vfloat t = softcapped / args.softcap;
+        z[k] = z[k] * (1.0f - t * t);
+      }
+    }
+    if (n == 4 * W) {
+      store_pair(out + i, z[0], z[1]);
+      store_pair(out + i + 2 * W, z[2], z[3]);
+    } else {
+      for (int k = 0; k < n; ++k) narrow(z[k / W][k % W], out + i + k);
+    }
+  });
   narrow(target_grad, out + label);
 }
 

@@ -19,7 +19,8 @@ void row_gradients(const CrossEntropy& args, const int64_t* rows, const void*, c
       }
       const RowStats stats = row_forward<T, cap.value, smooth.value>(args, logits, label, losses + row);
       if (!gradient) return;
-      row_backward<T, cap.value>(args, logits, label, stats, row_grad ? *scale * row_grad[row] : *scale, logits);
+      const float factor = row_grad ? *scale * row_grad[row] : *scale;
+      row_backward<T, cap.value, smooth.value>(args, logits, label, stats, factor, logits);
     });
   });
 }

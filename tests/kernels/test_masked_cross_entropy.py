@@ -82,6 +82,20 @@ def test_a_nearly_certain_label_keeps_its_gradient(backend, device):
     assert float(gradient[0, 1234]) == pytest.approx(float(want[0, 1234]), rel=1e-2)
 
 
+@KERNELS
+def test_small_probabilities_keep_their_digits(backend, device):
+    """Each alone, not as a part of a norm: from 1 down to e^-80, and 0 for a logit of -inf."""
+    logits = -torch.linspace(0, 80, 4099, device=device)[None]
+    logits[0, 77] = float("-inf")
+    label = torch.tensor([3], device=device)
+    leaf, wide = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(masked_cross_entropy(leaf, label, backend=backend), leaf)
+    (want,) = torch.autograd.grad(reference.masked_cross_entropy(wide, label), wide)
+    assert gradient[0, 77] == 0
+    off = (gradient - want).abs() / want.abs().clamp(min=1e-37)
+    assert float(off.max()) < 5e-6
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @EVERYWHERE
 def test_rows_without_label_are_not_read(backend, device, poison):
@@ -303,6 +317,8 @@ def test_every_instruction_set(isa):
     try:
         loss = masked_cross_entropy(logits, labels, backend="cpu")
         (gradient,) = torch.autograd.grad(loss, logits)
+        test_a_nearly_certain_label_keeps_its_gradient("cpu", "cpu")
+        test_small_probabilities_keep_their_digits("cpu", "cpu")
     finally:
         native.module.set_isa(best)
     want = reference.masked_cross_entropy(wide, labels)
