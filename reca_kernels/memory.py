@@ -55,6 +55,11 @@ def has_values(*tensors: Tensor | None) -> bool:
     return all(tensor is None or not _keys_of(tensor).raw_repr() & _MORE for tensor in tensors)
 
 
+def graph_is_kept() -> bool:
+    """Return whether the backward pass that runs leaves saved tensors for another one, as retain_graph=True asks."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, differentiated: bool = False) -> None:
     """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
 

@@ -196,18 +196,24 @@ __global__ void __launch_bounds__(copy_threads)
   }
 }
 
+constexpr int most_scale_blocks = 4096;  // of the factor 1 in place they leave at once, and shall not be many
+
 template <typename T>
 __global__ void __launch_bounds__(copy_threads)
     scale_kernel(const T* x, const float* factor, T* out, int64_t count, bool wide) {
-  const int64_t k = 8 * (int64_t(blockIdx.x) * copy_threads + threadIdx.x);
-  if (wide && k + 8 <= count) {
-    float v[8];
-    load(x + k, v);
+  const float by = *factor;
+  if (x == out && by == 1) return;
+  const int64_t step = 8 * copy_threads * int64_t(gridDim.x);
+  for (int64_t k = 8 * (int64_t(blockIdx.x) * copy_threads + threadIdx.x); k < count; k += step) {
+    if (wide && k + 8 <= count) {
+      float v[8];
+      load(x + k, v);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] *= *factor;
-    store(out + k, v);
-  } else {
-    for (int64_t i = k; i < count && i < k + 8; ++i) out[i] = narrow<T>(widen(x[i]) * *factor);
+      for (int i = 0; i < 8; ++i) v[i] *= by;
+      store(out + k, v);
+    } else {
+      for (int64_t i = k; i < count && i < k + 8; ++i) out[i] = narrow<T>(widen(x[i]) * by);
+    }
   }
 }
 
@@ -263,9 +269,10 @@ void gather_scatter_rows(DType from, const void* source, int64_t source_stride, 
 }
 
 void scale(DType dtype, const void* x, const float* factor, void* out, int64_t count, Launch on) {
+  const int64_t blocks = (count + 8 * copy_threads - 1) / (8 * copy_threads);
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    launch(op, on, scale_kernel<T>, (count + 8 * copy_threads - 1) / (8 * copy_threads), copy_threads, 0,
+    launch(op, on, scale_kernel<T>, blocks < most_scale_blocks ? blocks : most_scale_blocks, copy_threads, 0,
            static_cast<const T*>(x), factor, static_cast<T*>(out), count, aligned(x, 16) && aligned(out, 16));
   });
 }

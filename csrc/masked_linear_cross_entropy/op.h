@@ -22,7 +22,7 @@ void compact_labelled_rows(const void* labels, bool labels_are_int64, int64_t co
 void gather_scatter_rows(DType from, const void* source, int64_t source_stride, const int64_t* source_rows, DType to,
                          void* out, int64_t out_stride, const int64_t* out_rows, int64_t count, int64_t width, Launch on);
 
-// out [count] = x [count] * *factor, in fp32, rounded once.
+// out [count] = x [count] * *factor, in fp32, rounded once. out may be x; where *factor is 1, nothing is read or written then.
 void scale(DType dtype, const void* x, const float* factor, void* out, int64_t count, Launch on);
 
 }  // namespace reca::cuda

@@ -18,14 +18,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reca_kernels.masked_linear_cross_entropy.linear_chunks import PITCH
+from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
 OTHER = "other"
 BLOCK = 512  # bytes: the CUDA allocator hands out multiples of it
-GPU_CHUNK, CPU_CHUNK = 4096, 512  # rows of masked_linear_cross_entropy's logits
+PROCESSORS = 132  # of a GPU, on which masked_linear_cross_entropy's chunks depend where it takes several
 
 _DEVICE = torch.ops.prim.device.default
 _NUMBER = torch.ops.aten._local_scalar_dense.default
+_SCALE = torch.ops.reca.masked_linear_cross_entropy_scale.default
 
 
 class Allocations(TorchDispatchMode):
@@ -38,9 +39,10 @@ class Allocations(TorchDispatchMode):
     at_peak  the same at the moment when most was held
     """
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, gpu: bool, card: int = 80 << 30) -> None:
         super().__init__()
-        self.gpu, self.now, self.at_peak, self.peak = gpu, {OTHER: 0}, {OTHER: 0}, 0
+        self.machine = Machine(PROCESSORS, card) if gpu else CPU
+        self.now, self.at_peak, self.peak = {OTHER: 0}, {OTHER: 0}, 0
         self._total, self._paused = 0, False
         self._live: dict[int, tuple[Any, int, str]] = {}
 
@@ -82,6 +84,8 @@ class Allocations(TorchDispatchMode):
             return args[0].fake_device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local tensors come here next
+        if func is _SCALE:  # writes where its gradient lies, as long as nobody keeps the graph
+            return args[0]
         if func is _NUMBER and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))
@@ -89,11 +93,11 @@ class Allocations(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage(), OTHER)
         if (workspace := WORKSPACES.get(func)) is not None:
-            self._note(workspace(self.gpu, *args))
+            self._note(workspace(self.machine, *args))
         return out
 
     def _size(self, size: int) -> int:
-        return -(-size // BLOCK) * BLOCK if self.gpu else size
+        return -(-size // BLOCK) * BLOCK if self.machine.is_gpu else size
 
     def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
         key = storage._cdata
@@ -147,25 +151,25 @@ def _local(tensor: Tensor) -> Tensor:
 # ---- temporaries within kernels ----
 
 
-def _linear_cross_entropy(gpu: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any):
+def _linear_cross_entropy(
+    machine: Machine, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any
+) -> int:
     """Count what masked_linear_cross_entropy/linear_chunks.py allocates beside its results."""
-    *_, max_labelled, dtype, needs, backend = rest
+    *_, chunk_rows, max_labelled, dtype, needs, backend = rest
     if backend == "reference":
         return 0
     size, (classes, width) = dtype.itemsize, weight.shape
     rows = len(labels) if max_labelled is None else min(max_labelled, len(labels))
-    chunk = GPU_CHUNK if gpu else CPU_CHUNK
-    chunks = max(-(-rows // chunk), 1)
-    step = -(-rows // chunks) if gpu else min(chunk, rows)
+    cut = plan(rows, classes, width, size, machine, chunk_rows)
     copies = sum(x.numel() * size for x in (hidden, weight) if x.dtype != dtype)
-    total = copies + step * (width * (2 if needs[0] else 1) + -(-classes // PITCH) * PITCH) * size
-    if needs[1] and not (chunks == 1 and weight.dtype == dtype):
+    total = copies + cut.rows * (width * (2 if needs[0] else 1) + cut.pitch) * size
+    if needs[1] and not (cut.chunks == 1 and weight.dtype == dtype):
         total += 4 * weight.numel() if weight.dtype != torch.float32 else 0
-        total += weight.numel() * size if not gpu and dtype != torch.float32 else 0
+        total += weight.numel() * size if not machine.is_gpu and dtype != torch.float32 else 0
     return total
 
 
-def _distances(gpu: bool, x: Tensor, y: Tensor) -> int:
+def _distances(machine: Machine, x: Tensor, y: Tensor) -> int:
     """Count torch's cdist: both operands with two columns more, for each of a batch."""
     batch, (width, size) = x.shape[:-2].numel(), (x.shape[-1] + 2, x.itemsize)
     return batch * (x.shape[-2] + y.shape[-2]) * width * size

@@ -113,7 +113,7 @@ def peak_of(
             distributed.mesh(torch.device("cpu"), gpus // size, size)  # kept, and made of numbers
             with fake:
                 shard(adapter, size, torch.device("cpu"), recipe.train.precision)
-        return run_step(adapter, recipe, batches, Allocations(gpu), gpus, fake)
+        return run_step(adapter, recipe, batches, Allocations(gpu, card), gpus, fake)
 
 
 def run_step(
@@ -160,7 +160,7 @@ def run_step(
             allocations.label([p.grad for p in trained], "gradients")
         allocations.reset_peak()
         holding = half_weights.held(adapter, context, sum(passes.values()))
-        with on_gpu() if allocations.gpu else contextlib.nullcontext(), holding:
+        with on_gpu() if allocations.machine.is_gpu else contextlib.nullcontext(), holding:
             for work in _steps(batches, passes, gpus):
                 objective.backward(adapter, work, recipe.objective, recipe.train.seed, context)
                 if not several:

@@ -32,12 +32,13 @@ class Kernels(Protocol):
         A source row -1 is zeros, an out row -1 is nowhere. One of the two is None: i.
         """
 
+    def adds_bias(self, logits: Tensor) -> bool:
+        """Return whether row_gradients adds the bias to the logits. If not, their product does."""
+
     def row_gradients(
         self,
-        x: Tensor,  # [n, D]
-        weight: Tensor,  # [V, D]
+        logits: Tensor,  # [n, V], a pitch of whole plan.PITCH elements
         bias: Tensor | None,  # [pitch]
-        logits: Tensor,  # [n, pitch]
         labels: Tensor,  # [n]
         rows: Tensor,  # [n]
         row_grad: Tensor | None,  # fp32 [N]
@@ -46,7 +47,7 @@ class Kernels(Protocol):
         losses: Tensor,  # fp32 [N]
         gradient: bool,
     ) -> None:
-        """Write losses[rows[i]] of the logits x weight^T + bias, and over the logits their gradient, if asked for.
+        """Write losses[rows[i]] of the logits plus bias, and over the logits their gradient, if asked for.
 
         The gradient of row i is multiplied by scale, and by row_grad[rows[i]].
         """
@@ -54,5 +55,5 @@ class Kernels(Protocol):
     def reduce(self, losses: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
         """Return (loss, scale)."""
 
-    def scale(self, gradient: Tensor, grad: Tensor) -> Tensor:
-        """Return gradient times grad (fp32 []), rounded once. It may be `gradient` itself where grad is 1."""
+    def scale(self, gradient: Tensor, grad: Tensor, out: Tensor) -> None:
+        """Write gradient times grad (fp32 []), rounded once, to out, which may be gradient."""

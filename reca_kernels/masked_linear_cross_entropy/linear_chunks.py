@@ -8,8 +8,9 @@ from torch.torch_version import TorchVersion
 
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels, LabelledRows
+from reca_kernels.masked_linear_cross_entropy.plan import machine, plan
 
-PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
+ONES = 8  # columns of ones that sum up rows in a product: 16 bytes of 16-bit elements
 # Before pytorch#167931 addmm refused to add 16-bit products to an fp32 matrix.
 MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 
@@ -55,7 +56,7 @@ def forward(
     bias: Tensor | None,  # [V]
     row_grad: Tensor | None,  # fp32 [N]
     options: CrossEntropyOptions,
-    chunk_rows: int,
+    chunk_rows: int | None,
     grad_dtypes: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None],
     max_labelled: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -70,10 +71,8 @@ def forward(
     wants_gradient = any(grad_dtypes)
     rows, row_labels, losses, scale = kernels.compact_labelled_rows(labels, options, max_labelled)
     most = len(rows)
-    chunks = max(-(-most // chunk_rows), 1)
-    # GPUs take chunks of equal size, so that the last is not left with a few rows.
-    step = max(-(-most // chunks), 1) if hidden.is_cuda else min(chunk_rows, max(most, 1))
-    pitch = -(-classes // PITCH) * PITCH
+    on = machine(hidden.device)
+    cut = plan(most, classes, width, dtype.itemsize, on, chunk_rows)
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -85,49 +84,85 @@ def forward(
     dw = db = None
     if dw_dtype is not None:
         # One product adds up in fp32 and is rounded once; several add up in an fp32 matrix.
-        dw = empty(classes, width, dtype=dtype if chunks == 1 and dw_dtype == dtype else torch.float32)
+        dw = empty(classes, width, dtype=dtype if cut.chunks == 1 and dw_dtype == dtype else torch.float32)
         if most == 0:
             dw.zero_()
     if db_dtype is not None:
-        db = empty(classes, dtype=torch.float32).zero_()
+        db = empty(ONES if on.is_gpu else 1, cut.pitch, dtype=torch.float32).zero_()
     if bias is not None:
-        bias = torch.nn.functional.pad(bias, (0, pitch - classes))
+        bias = torch.nn.functional.pad(bias, (0, cut.pitch - classes))
 
-    x_buffer, logits_buffer = empty(step, width), empty(step, pitch)
-    for begin in range(0, most, step):
-        chunk = slice(begin, min(begin + step, most))
+    x_buffer, logits_buffer = empty(cut.rows, width), empty(cut.rows, cut.pitch)
+    for begin in range(0, most, cut.rows):
+        chunk = slice(begin, min(begin + cut.rows, most))
         n = chunk.stop - begin
-        x, logits = x_buffer[:n], logits_buffer[:n]
+        x, padded = x_buffer[:n], logits_buffer[:n]
+        logits = padded[:, :classes]
         kernels.gather_scatter_rows(hidden, rows[chunk], x, None)
+        left = bias if kernels.adds_bias(logits) else None
+        multiply_logits(x, weight, bias if left is None else None, logits, cut.body)
         kernels.row_gradients(
-            x, weight, bias, logits, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
+            logits, left, row_labels[chunk], rows[chunk], row_grad, factor, options, losses, wants_gradient
         )
-        gradient = logits[:, :classes]
         if dx is not None:
             product = empty(n, width, dtype=dtype if unit is None else torch.float32)
-            add_product(product, gradient, weight, first=True)
+            # The columns apart first: as a small part of the sum they cost nothing by being rounded.
+            for columns in reversed(parts(classes, cut.body)):
+                add_product(product, logits[:, columns], weight[columns], first=columns.stop == classes, gpu=on.is_gpu)
             kernels.gather_scatter_rows(product, None, dx, rows[chunk])
         if dw is not None:
-            add_product(dw, gradient.t(), x, first=begin == 0)
+            for columns in parts(classes, cut.body):
+                add_product(dw[columns], logits[:, columns].t(), x, first=begin == 0, gpu=on.is_gpu)
         if db is not None:
-            db += gradient.sum(0, dtype=torch.float32)
+            add_column_sums(db, padded, classes)
 
     if unit is not None:
         for total in (dx, dw, db):
             if total is not None:
                 total.mul_(scale / unit)
     loss, _ = kernels.reduce(losses, labels, options)
-    return loss, dx, None if dw is None else dw.to(dw_dtype), None if db is None else db.to(db_dtype)
+    if dw is not None:
+        dw = dw.to(dw_dtype)
+    if db is not None:
+        db = db[0, :classes].clone() if db_dtype == torch.float32 else db[0, :classes].to(db_dtype)
+    return loss, dx, dw, db
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+def parts(classes: int, body: int) -> list[slice]:
+    """Return the columns of the products, see plan.Plan."""
+    return [slice(0, body), slice(body, classes)] if body < classes else [slice(0, classes)]
+
+
+def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, body: int) -> None:
+    """Write x @ weight.T, plus bias."""
+    for columns in parts(len(weight), body):
+        if bias is None:
+            torch.mm(x, weight[columns].t(), out=out[:, columns])
+        else:
+            torch.addmm(bias[columns], x, weight[columns].t(), out=out[:, columns])
+
+
+def add_column_sums(total: Tensor, padded: Tensor, classes: int) -> None:
+    """Add the sums of logits [n, pitch] over rows to the first row of total, fp32 [1 or ONES, pitch].
+
+    To ONES rows it is a product, which on GPUs reads as fast as a copy does. What stands beyond the classes stays in
+    its columns.
+    """
+    if len(total) == 1:
+        total[0, :classes] += padded[:, :classes].sum(0, dtype=torch.float32)
+    else:
+        ones = torch.ones(len(padded), ONES, dtype=padded.dtype, device=padded.device)
+        add_product(total, ones.t(), padded, first=False, gpu=True)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool, gpu: bool) -> None:
     """Set total = a @ b on the first call, total += a @ b on later ones.
 
     An fp32 total of 16-bit matrices gets fp32 products on GPUs; on CPUs bf16 products are rounded to bf16.
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
-    elif not total.is_cuda:
+    elif not gpu:
         product = torch.mm(a.float(), b.float()) if a.dtype == torch.float16 else torch.mm(a, b)
         total.copy_(product) if first else total.add_(product)
     elif first:

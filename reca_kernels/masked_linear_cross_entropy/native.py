@@ -9,7 +9,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import LabelledRows
 from reca_kernels.masked_linear_cross_entropy.linear_chunks import empty_labelled_rows
 
-__all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
+__all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
 
 
 def compact_labelled_rows(labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None) -> LabelledRows:
@@ -60,11 +60,13 @@ def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor,
     )
 
 
+def adds_bias(logits: Tensor) -> bool:
+    return not native.launch(logits).on_host
+
+
 def row_gradients(
-    x: Tensor,  # [n, D]
-    weight: Tensor,  # [V, D]
+    logits: Tensor,  # [n, V]
     bias: Tensor | None,  # [pitch]
-    logits: Tensor,  # [n, pitch]
     labels: Tensor,  # [n]
     rows: Tensor,  # [n]
     row_grad: Tensor | None,  # [N]
@@ -73,31 +75,25 @@ def row_gradients(
     losses: Tensor,  # [N]
     gradient: bool,
 ) -> None:
-    launch, classes = native.launch(logits), weight.shape[0]
-    if bias is not None and launch.on_host:
-        torch.addmm(bias[:classes], x, weight.t(), out=logits[:, :classes])
-        bias = None
-    else:
-        torch.mm(x, weight.t(), out=logits[:, :classes])
     native.kernels().row_gradients(
-        arguments(logits[:, :classes], labels, options),
+        arguments(logits, labels, options),
         rows.data_ptr(),
         native.address(bias),
         native.address(row_grad),
         scale.data_ptr(),
         losses.data_ptr(),
         gradient,
-        launch,
+        native.launch(logits),
     )
 
 
-def scale(gradient: Tensor, grad: Tensor) -> Tensor:
+def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:  # gradient and out contiguous, grad fp32 []
     launch = native.launch(gradient)
     if launch.on_host:
         factor = grad.item()
-        return gradient if factor == 1 else gradient * factor
-    gradient, grad = gradient.contiguous(), grad.float()
-    out = torch.empty_like(gradient)  # always: whether grad is 1 only the GPU knows
+        if out is not gradient or factor != 1:
+            torch.mul(gradient, factor, out=out)
+        return
     native.kernels().scale(
         native.DTYPES[gradient.dtype],
         gradient.data_ptr(),
@@ -106,4 +102,3 @@ def scale(gradient: Tensor, grad: Tensor) -> Tensor:
         gradient.numel(),
         launch,
     )
-    return out

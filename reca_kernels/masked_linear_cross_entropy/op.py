@@ -15,7 +15,7 @@ from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy import linear_chunks, reference
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels
-from reca_kernels.memory import has_values, plain
+from reca_kernels.memory import graph_is_kept, has_values, plain
 
 OP = "masked_linear_cross_entropy"
 
@@ -37,10 +37,10 @@ def masked_linear_cross_entropy(
 ) -> Tensor:  # fp32 [] or [N]
     """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
-    Rows that carry no label are left out of every product. The full logits matrix is never materialised: at most
-    chunk_rows rows of it exist at a time, by default 512 on CPUs and 4096 elsewhere. With reduction "mean" or "sum" the
-    forward pass computes the gradients too and keeps them instead of the logits; with "none" the backward pass computes
-    the logits once more.
+    Rows that carry no label are left out of every product. The full logits matrix is never kept: at most chunk_rows
+    rows of it exist at a time, by default 512 on CPUs and as many as 1/32 of the memory holds on GPUs. With reduction
+    "mean" or "sum" the forward pass computes the gradients too and keeps them instead of the logits; with "none" the
+    backward pass computes the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
@@ -66,12 +66,10 @@ def masked_linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
-    if chunk_rows is None:
-        chunk_rows = 512 if hidden.device.type == "cpu" else 4096
     if max_labelled is not None and max_labelled < 0:
         raise ValueError(f"{OP}: max_labelled must be at least 0 or None, got {max_labelled}")
-    if chunk_rows < 1:
-        raise ValueError(f"{OP}: chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{OP}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
     checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
     backend = dispatch.choose(OP, hidden, backend)
@@ -129,7 +127,7 @@ def _flops(
 
 
 @kernel_op(
-    f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int chunk_rows, "
+    f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int? chunk_rows, "
     "int? max_labelled, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     flops=_flops,
@@ -145,7 +143,7 @@ def _loss_and_gradients(
     z_loss: float,
     softcap: float | None,
     reduction: str,
-    chunk_rows: int,
+    chunk_rows: int | None,
     max_labelled: int | None,
     dtype: torch.dtype,
     needs: list[bool],
@@ -175,16 +173,21 @@ def _loss_and_gradients(
 
 
 @kernel_op(f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor", lambda x, *_: torch.empty_like(x))
-def _scale(gradient: Tensor, grad: Tensor, backend: str) -> Tensor:
+def _scale(gradient: Tensor, grad: Tensor, backend: str, out: Tensor | None = None) -> Tensor:  # out in eager mode
     kernels: Kernels = dispatch.load(backend, OP)
-    return kernels.scale(gradient, grad)
+    gradient = gradient.contiguous()
+    out = torch.empty_like(gradient) if out is None else out
+    kernels.scale(gradient, grad.float(), out)
+    return out
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return gradient times grad in the parameter's dtype."""
+    """Return gradient times grad in the parameter's dtype: in place where no second backward pass can ask for it."""
     raw = plain(grad)
     if raw and gradient.dtype != dtype:
         return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
+    if raw and not graph_is_kept():
+        return _scale(raw, gradient, grad, backend, gradient)
     return _scale(raw, gradient, grad, backend).to(dtype)
 
 

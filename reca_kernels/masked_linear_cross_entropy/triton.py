@@ -27,7 +27,7 @@ from reca_kernels.masked_cross_entropy.triton import (
 from reca_kernels.masked_linear_cross_entropy.kernels import LabelledRows
 from reca_kernels.masked_linear_cross_entropy.linear_chunks import empty_labelled_rows
 
-__all__ = ["compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
+__all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce", "row_gradients", "scale"]
 
 
 @triton.jit
@@ -142,9 +142,12 @@ def row_gradients_kernel(logits, pitch, bias, row_labels, rows, row_grad, scale,
 
 
 @triton.jit
-def scale_kernel(gradient, grad, out, count, BLOCK: tl.constexpr):
+def scale_kernel(gradient, grad, out, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(grad)
+    if IN_PLACE and factor == 1.0:
+        return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(grad).to(tl.float32)
+    g = tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float32) * factor
     tl.store(out + at, g.to(out.dtype.element_ty), mask=at < count)
 
 
@@ -172,11 +175,13 @@ def gather_scatter_rows(source: Tensor, source_rows: Tensor | None, out: Tensor,
             )  # fmt: skip
 
 
+def adds_bias(logits: Tensor) -> bool:
+    return True
+
+
 def row_gradients(
-    x: Tensor,  # [n, D]
-    weight: Tensor,  # [V, D]
+    logits: Tensor,  # [n, V]
     bias: Tensor | None,  # [pitch]
-    logits: Tensor,  # [n, pitch]
     labels: Tensor,  # [n]
     rows: Tensor,  # [n]
     row_grad: Tensor | None,  # [N]
@@ -185,22 +190,19 @@ def row_gradients(
     losses: Tensor,  # [N]
     gradient: bool,
 ) -> None:
-    classes = weight.shape[0]
-    torch.mm(x, weight.t(), out=logits[:, :classes])
     with torch.cuda.device_of(logits):
         row_gradients_kernel[len(logits),](
-            logits, logits.stride(0), bias, labels, rows, row_grad, scale, losses, classes, options.label_smoothing,
-            options.z_loss, options.softcap or 0.0, BIAS=bias is not None, ROW_GRAD=row_grad is not None,
-            GRADIENT=gradient, SMOOTH=options.label_smoothing != 0, **switches(logits, options),
+            logits, logits.stride(0), bias, labels, rows, row_grad, scale, losses, logits.shape[1],
+            options.label_smoothing, options.z_loss, options.softcap or 0.0, BIAS=bias is not None,
+            ROW_GRAD=row_grad is not None, GRADIENT=gradient, SMOOTH=options.label_smoothing != 0,
+            **switches(logits, options),
         )  # fmt: skip
 
 
-def scale(gradient: Tensor, grad: Tensor) -> Tensor:  # grad fp32 []
-    """Multiply in fp32 and round once. Makes a copy always: whether grad is 1 only the GPU knows."""
-    out = torch.empty_like(gradient)
+def scale(gradient: Tensor, grad: Tensor, out: Tensor) -> None:  # gradient and out contiguous, grad fp32 []
     if gradient.numel():
+        in_place = out.data_ptr() == gradient.data_ptr()
         with torch.cuda.device_of(gradient):
             scale_kernel[triton.cdiv(gradient.numel(), 4096),](
-                gradient, grad, out, gradient.numel(), BLOCK=4096, **LAUNCH
+                gradient, grad, out, gradient.numel(), IN_PLACE=in_place, BLOCK=4096, **LAUNCH
             )
-    return out

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from reca_kernels import masked_linear_cross_entropy
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy import linear_chunks, reference
+from reca_kernels.masked_linear_cross_entropy.plan import Machine, Plan, plan
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, close, exact, gradients, problem
@@ -116,6 +117,22 @@ def test_room_for_more_rows_than_carry_a_label(backend, device, reduction, most)
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("classes", [77, 130, 301])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@EVERYWHERE
+def test_products_as_a_gpu_has_them(backend, device, reduction, classes, monkeypatch):
+    """Columns beyond whole tiles apart, the bias's gradient by a product, chunks by waves: the same numbers."""
+    monkeypatch.setattr(linear_chunks, "machine", lambda device: Machine(3, 0))
+    leaves, labels = problem(rows=500, classes=classes, width=8, device=device)
+    assert plan(300, classes, 8, 4, Machine(3, 0)) == Plan(128, 3, -(-classes // 128) * 128, classes // 128 * 128 or 77)
+    wide = exact(leaves)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], reduction=reduction, backend=backend)
+    want = reference.masked_linear_cross_entropy(*wide[:2], labels, wide[2], reduction=reduction)
+    close(loss.detach(), want.detach(), 1e-6)
+    for got, true in zip(gradients(loss, leaves), gradients(want, wide), strict=True):
+        close(got, true, 1e-5)
+
+
 def test_more_labels_than_said():
     leaves, labels = problem()
     with pytest.raises(ValueError, match="4 rows carry a label, which must not be more than max_labelled=3"):
@@ -192,7 +209,7 @@ def test_an_older_torch_adds_16_bit_products_without_addmm(monkeypatch):
         a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 5), (5, 6)))
         total = torch.empty(4, 6, device="cuda")
         for first in (True, False):
-            linear_chunks.add_product(total, a, b, first=first)
+            linear_chunks.add_product(total, a, b, first=first, gpu=True)
 
 
 @KERNELS
@@ -219,6 +236,25 @@ def test_compiles_into_one_graph(backend, device, reduction):
     torch.testing.assert_close(compiled, plain)
     for got, want in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(plain, leaves), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("up", [1.0, 0.3])
+@KERNELS
+def test_gradients_are_scaled_where_they_are_unless_the_graph_stays(backend, device, up):
+    """A gradient that was handed out stays as it is when the graph is asked again."""
+    leaves, labels = problem(device=device)
+    want = torch.autograd.grad(masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend="reference"), leaves)
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], backend=backend)
+    saved = [x.data_ptr() for x in loss.grad_fn.saved_tensors[4:]]
+    first = torch.autograd.grad(loss, leaves, torch.full_like(loss, up), retain_graph=True)
+    copies = [x.clone() for x in first]
+    assert not {x.data_ptr() for x in first} & set(saved)
+    last = torch.autograd.grad(loss, leaves, torch.full_like(loss, 2 * up))
+    assert [x.data_ptr() for x in last] == saved
+    for one, copy, two, true in zip(first, copies, last, want, strict=True):
+        assert torch.equal(one, copy)
+        close(one, up * true, 1e-5)
+        close(two, 2 * up * true, 1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 20, 2060])
@@ -256,12 +292,11 @@ def launches():
     hidden = torch.empty(2, 2048, dtype=torch.bfloat16)
     op.gather_scatter_rows(hidden, numbers, hidden, None)
     op.gather_scatter_rows(hidden, None, hidden.float(), numbers)
-    op.scale(hidden, one)
-    logits, bias = torch.empty(2, PITCH, dtype=torch.bfloat16), torch.empty(PITCH, dtype=torch.bfloat16)
-    x, weight = torch.zeros(2, 1, dtype=torch.bfloat16), torch.zeros(SHOW_O, 1, dtype=torch.bfloat16)
-    rest = logits, numbers, numbers, None, one
-    op.row_gradients(x, weight, None, *rest, plain, losses, True)
-    op.row_gradients(x, weight, bias, *rest, everything, losses, True)
+    op.scale(hidden, one, torch.empty_like(hidden))
+    op.scale(hidden, one, hidden)
+    logits, bias = torch.empty(2, PITCH, dtype=torch.bfloat16)[:, :SHOW_O], torch.empty(PITCH, dtype=torch.bfloat16)
+    for given, options in ((None, plain), (bias, everything)):
+        op.row_gradients(logits, given, numbers, numbers, None, one, options, losses, True)
 
 
 def test_compiled_for_every_gpu():

@@ -197,6 +197,16 @@ inline uint16_t narrow_bf16(float x) {
   return x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// A neighbour of y two steps away, up or down by a hash of its bits. 1, 0, inf and NaN stay.
+inline float off_by_2_ulp(float y) {
+  uint32_t bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  if (y == 1 || (bits & 0x7fffffff) < 3 || (bits & 0x7f800000) == 0x7f800000) return y;
+  bits += bits * 2654435761u >> 31 ? 2 : -2;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
 }  // namespace emulator
 
 // ---- functions of CUDA C++ ----
