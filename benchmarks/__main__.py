@@ -1,6 +1,7 @@
 """python -m benchmarks [--device cpu|cuda] [--ops OP ...]: time the kernels, print tables, write CSV and PNG.
 
-The files are benchmarks/results/<device>.csv and .png. Rows of other ops that a result file holds stay in it.
+The files are benchmarks/results/<device>.csv and .png. Rows of other ops that a result file holds stay in it. On CPUs
+freed memory is kept by the C library, as `reca train` keeps it; the command of a result that was measured so says it.
 """
 
 import argparse
@@ -13,11 +14,12 @@ import torch
 
 from benchmarks.devices import Cpu, Cuda, Device, ceilings
 from benchmarks.plot import plot
-from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, read, write
+from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, Row, read, write
 from benchmarks.runner import Case, ceiling_rows, facts, measure, show
 from reca_kernels import dispatch
 
-OPS = (*dispatch.OPS, "attention")
+OPS = (*dispatch.OPS, "row_gradients", "attention")
+KEPT = "freed memory is kept"
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -27,6 +29,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"among {', '.join(OPS)}; default all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, help="folder of the result files; default benchmarks/results")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out cases that the file holds of this command and commit"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one small shape of each op, twice; writes only with --out"
     )
@@ -39,25 +44,39 @@ def main(arguments: list[str]) -> None:
     except RuntimeError as error:
         parser.error(str(error))
     command = " ".join(["python -m benchmarks", *arguments])
-    run(device, options.ops, options.threads, options.quick, options.out, command)
+    if device.type == "cpu" and not options.quick and device.keep_freed():
+        command += f"  # {KEPT}"
+    run(device, options.ops, options.threads, options.quick, options.out, command, options.resume)
 
 
-def run(device: Device, ops: list[str], threads: int, quick: bool, out: Path | None, command: str) -> None:
+def run(
+    device: Device, ops: list[str], threads: int, quick: bool, out: Path | None, command: str, resume: bool = False
+) -> None:
     about = facts(device, threads, command)
     most = ceilings(device, DTYPES, rounds=2 if quick else 9, share=16 if quick else 1)
     products = ", ".join(f"{dtype} {rate:.4g} TFLOP/s" for dtype, rate in most.gemm.items())
     print(f"{about['device']}: copy {most.copy:.4g} GB/s, matrix product {products}")
     path = None if quick and out is None else (out or RESULTS) / f"{device.result_file}.csv"
-    rows = [row for row in read(path) if row.op not in (*ops, CEILING)] if path else []
-    rows += ceiling_rows(most, about)
-    for op in ops:
-        for case in cases(op, device, quick):
-            measured = measure(case, device, most, about, rounds=2 if quick else None)
-            print(show(measured, case.best), flush=True)
-            rows += measured
-            if path:  # after every case, so that a run which is cut off has not been for nothing
-                write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
+    every = [case for op in ops for case in cases(op, device, quick)]
+    known = {(case.op, case.shape, case.dtype) for case in every}
+    held = [row for row in read(path) if row.op != CEILING] if path else []
+    held = [row for row in held if row.op not in ops or _case(row) in known]
+    done = {_case(row) for row in held if (row.commit, row.command) == (about["commit"], about["command"])}
+    rows = held + ceiling_rows(most, about)
+    for case in every:
+        own = case.op, case.shape, case.dtype
+        if resume and own in done:
+            continue
+        measured = measure(case, device, most, about, rounds=2 if quick else None)
+        print(show(measured, case.best), flush=True)
+        rows = [row for row in rows if _case(row) != own] + measured
+        if path:  # after every case, so that a run which is cut off has not been for nothing
+            write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
     print(f"wrote {path} and {plot(path)}" if path else "--quick: nothing was written")
+
+
+def _case(row: Row) -> tuple[str, str, str]:
+    return row.op, row.shape, row.dtype
 
 
 def cases(op: str, device: Device, quick: bool) -> Iterator[Case]:

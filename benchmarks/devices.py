@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from reca.host_memory import FreedMemory
+
 Forward = Callable[[Any], tuple]  # inputs -> results
 Backward = Callable[[Any, tuple], tuple]  # inputs, results -> gradients
 Times = tuple[float, float]  # milliseconds of the forward and of the backward pass
@@ -37,6 +39,13 @@ class Cpu:
     torch_device = torch.device("cpu")
     graphs = False
     copy_bytes, gemm_side = 1 << 28, 1024
+
+    def __init__(self) -> None:
+        self.freed = FreedMemory()
+
+    def keep_freed(self) -> bool:
+        """Let calls find the memory of those before them: cleared anew, it costs more than most ops."""
+        return self.freed.keep()
 
     def time(self, forward: Forward, backward: Backward, inputs: Iterator) -> Times:
         x = next(inputs)
@@ -64,7 +73,7 @@ class Cpu:
         return int(size.read_text().strip().removesuffix("K")) << 10 if size.exists() else 32 << 20
 
     def free(self) -> None:
-        pass
+        self.freed.give_back()
 
     def facts(self) -> dict:
         info = Path("/proc/cpuinfo")

@@ -97,6 +97,7 @@ CALLS = [
         _benchmark("masked_cross_entropy", 150),
         _benchmark("flow_matching", 130),
         _benchmark("diffusion_loss", 110),
+        _benchmark("row_gradients", 50),
     ],
     [
         Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),

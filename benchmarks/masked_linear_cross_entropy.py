@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from benchmarks.devices import Device
 from benchmarks.masked_cross_entropy import LIGER, labels_for
 from benchmarks.rivals import rival
-from benchmarks.rows import BOTH
+from benchmarks.rows import ALONE, BOTH
 from benchmarks.runner import BF16, FP32, Case, Provider, compiled, ours, shapes
 from reca_kernels import masked_linear_cross_entropy
+from reca_kernels.masked_linear_cross_entropy.plan import PITCH
 
 # Phi's head, which Show-o has, adds a bias, Qwen2's does not. The last two on a GPU are shapes of published timings
 # (Liger-Kernel pull request 1356, on an H200).
@@ -103,6 +104,7 @@ def cases(device: Device):
                 providers={
                     **ours("masked_linear_cross_entropy", device, run),
                     **(ours("masked_linear_cross_entropy", device, counting, WAITS) if s in real else {}),
+                    ALONE: Provider(lambda x, count=count: _products(x, count), exact=False),
                     "eager as upstream": Provider(upstream),
                     "eager, rows gathered": Provider(gathered),
                     "torch.compile": Provider(with_compile),
@@ -120,6 +122,29 @@ def cases(device: Device):
                 bytes={BOTH: sizes * dtype.itemsize},
                 flops={BOTH: 6 * products},
             )
+
+
+class _Products(torch.autograd.Function):
+    """The three products of the labelled rows and nothing else, over whole tiles: no loss, no gathering."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, count):
+        x, body = hidden[:count], len(weight) // PITCH * PITCH or len(weight)
+        w = weight[:body]
+        dx, dw = torch.empty_like(hidden), torch.empty_like(weight)
+        logits = x @ w.t()
+        torch.mm(logits, w, out=dx[:count])
+        torch.mm(logits.t(), x, out=dw[:body])
+        ctx.gradients = dx, dw, None if bias is None else torch.empty_like(bias)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *ctx.gradients, None
+
+
+def _products(x: SimpleNamespace, count: int) -> tuple[torch.Tensor, ...]:
+    return (_Products.apply(x.hidden, x.weight, x.bias, count),)
 
 
 def _torch() -> Provider | str:

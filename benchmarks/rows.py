@@ -9,6 +9,7 @@ RESULTS = Path(__file__).parent / "results"
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 OURS = "ours"
 CEILING = "ceiling"  # the op of the rows that say what the device reached
+ALONE = "products alone"  # what an op cannot do without: no rival
 BY_SIZE = "size "  # begins the names of shapes that only the choice of a backend needs
 
 

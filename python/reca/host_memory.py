@@ -44,7 +44,12 @@ class FreedMemory:
 
     def after_step(self, step: int) -> None:
         """Give back what is free, if it is time."""
-        if self.kept and step % self.TRIM_EVERY == 0:
+        if step % self.TRIM_EVERY == 0:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give back what is free, where it is kept."""
+        if self.kept:
             ctypes.CDLL(None).malloc_trim(0)
 
 

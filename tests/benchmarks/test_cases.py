@@ -236,6 +236,19 @@ def test_rows_of_other_ops_stay(tmp_path):
     assert {row.op for row in rows.read(tmp_path / "cpu.csv")} == {"ceiling", "philox", "masked_cross_entropy"}
 
 
+def test_cases_that_are_measured_are_left_out_when_a_run_is_resumed(tmp_path):
+    """And what an op no longer has goes; what it has stays until it is measured again."""
+    command = ["--ops", "philox", "--quick", "--resume", "--out", str(tmp_path)]
+    gone = Row("philox", "of before", "ours: cpu", FORWARD, "float32", ms_p50=1.5)
+    rows.write(tmp_path / "cpu.csv", [gone])
+    __main__.main(command)
+    first = [row for row in rows.read(tmp_path / "cpu.csv") if row.op == "philox"]
+    assert {row.shape for row in first} == {"size 16"}
+    for again, same in ((command, True), ([part for part in command if part != "--resume"], False)):
+        __main__.main(again)
+        assert ([row for row in rows.read(tmp_path / "cpu.csv") if row.op == "philox"] == first) == same
+
+
 def test_rows_survive_writing_and_reading(tmp_path):
     row = Row(
         "philox", "a, b", 'ours: "x"', FORWARD, "float32", "graph", 5, 0.125, 1e-05, 3.0, commit="1234567", note=""

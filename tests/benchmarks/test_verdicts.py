@@ -41,3 +41,20 @@ def test_every_case_is_one_line_beside_its_target(tmp_path):
     assert len(lines) == 4 and lines[0].split()[-2:] == ["target", "met"]
     assert lines[3].split() == "step of show_o, real 0.5 s release 1.1 s 2.20 x 60 % 55 % and 2 x yes".split()
     assert verdicts.verdicts("cpu", tmp_path) == []
+
+
+def test_the_products_of_an_op_are_no_rival(tmp_path):
+    op = dict(op="masked_linear_cross_entropy", percent_gemm=88.0)
+    rows.write(
+        tmp_path / "nvidia_fake_80gb.csv",
+        [
+            timed("ours: cuda", 1.0, 5.0, **op),
+            timed(rows.ALONE, 0.96, 5.0, **op),
+            timed("quack", 1.01, 5.0, **op),
+            timed("ours: cuda", 1.0, 83.0, op="row_gradients"),
+        ],
+    )
+    linear, between = verdicts.verdicts("cuda", tmp_path)
+    assert (linear.rival, linear.ratio, linear.share, linear.alone) == ("quack 1.01 ms", 1.01, 0.88, 0.96)
+    assert (linear.target, linear.met) == ("85 % and 1 x and 0.95 of products", "yes")
+    assert (between.share, between.target, between.met) == (0.83, "82 %", "yes")

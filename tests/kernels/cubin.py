@@ -11,11 +11,9 @@ the alignments that Triton finds in the very arguments; tensors may be uninitial
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from benchmarks.sass import tool
 
 ARCHS = (80, 90, 100)
 ROOT = Path(__file__).parents[2]
@@ -70,13 +70,6 @@ def compiled(launches: Callable[[], object], archs: tuple[int, ...] = ARCHS) -> 
 
 
 # ---- in the other process ----
-
-
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit; Triton's wheel carries its own."""
-    spec = importlib.util.find_spec("triton")
-    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec else Path()
-    return str(carried) if carried.is_file() else shutil.which(name) or name
 
 
 def _inspect(cubin: bytes) -> dict[str, object]:

@@ -10,12 +10,11 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.cubin import tool
+from benchmarks import sass
 
 ROOT = Path(__file__).parents[2]
 ARCHS = (80, 90, 100)
@@ -73,50 +72,33 @@ def compile_usage(file: Path, folder: Path) -> dict[str, list[str]]:
 def wide_accesses(folder: Path) -> dict[str, list[set[str]]]:
     """Per kernel and instance, which of "load" and "store" its machine code does 128 bits at a time."""
     (file,) = folder.glob("*.o")
-    code = subprocess.run([tool("cuobjdump"), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
     wide = defaultdict(list)
-    for section in code.split("Function : ")[1:]:
+    for section in sass.disassembled(file).split("Function : ")[1:]:
         ops = re.findall(r"\b(?:LDG|LDGSTS|STG)(?:\.\w+)*\.128\b", section)
         wide[name_of(section.split()[0])].append({"store" if op.startswith("STG") else "load" for op in ops})
     return wide
 
 
-def loops(folder: Path) -> Iterator[tuple[int, str, list[str]]]:
-    """Every loop of the machine code: its function, that one's symbol, and its instructions, inner loops' too."""
-    (file,) = folder.glob("*.o")
-    code = subprocess.run([tool("cuobjdump"), "-sass", str(file)], capture_output=True, text=True, check=True).stdout
-    for number, section in enumerate(code.split("Function : ")[1:]):
-        lines = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+);", section)]
-        for at, op in lines:
-            if (target := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", op)) and int(target[1], 16) < at:
-                yield number, section.split()[0], [op for place, op in lines if int(target[1], 16) <= place <= at]
-
-
 def longest_loops(folder: Path) -> dict[str, int]:
     """Per kernel, the instructions of the longest loop in the machine code of any instance."""
+    (file,) = folder.glob("*.o")
     longest = defaultdict(int)
-    for _, symbol, inside in loops(folder):
+    for _, symbol, inside in sass.loops(sass.disassembled(file)):
         longest[name_of(symbol)] = max(longest[name_of(symbol)], len(inside))
     return longest
 
 
 def check_passes(folder: Path) -> None:
-    """Count what row_gradients_kernel does for 8 logits of 16 bits, plain loss: at most 190 instructions, both passes.
+    """Count what row_gradients_kernel does for 8 logits, plain loss: at most 190 instructions, both passes.
 
-    Pass 1 takes 9 powers of 2 for them, since it rescales its sum, pass 2 takes 8; loops may be unrolled. In a row of
-    Show-o a scheduler has 57 of these units: 190 instructions each are 6.2 us at 1.75 GHz, and the memory of an H200
-    takes 7.2 us.
+    In a row of Show-o a scheduler has 57 of these units: 190 instructions each are 6.2 us at 1.75 GHz, and the memory
+    of an H200 takes 7.2 us for 16-bit logits.
     """
-    first, second = defaultdict(list), defaultdict(list)
-    for function, symbol, inside in loops(folder):
-        powers = sum("MUFU.EX2" in op for op in inside)
-        if re.search("row_gradients.*f16ELb0E", symbol) and len(inside) < 200 and powers >= 8:
-            by_function, units = (first, powers // 9) if powers % 9 == 0 else (second, powers // 8)
-            by_function[function].append(len(inside) / units)
-    assert len(first) == len(second) == 2 * len(ARCHS)
-    for function in first:
-        both = max(first[function]) + min(second[function])  # the other loop of pass 2 is for negative slopes
-        assert both <= 190, (first[function], second[function])
+    (file,) = folder.glob("*.o")
+    counted = sass.passes(sass.disassembled(file))
+    assert sorted(one.dtype for one in counted) == sorted([*sass.DTYPES] * len(ARCHS))
+    for one in counted:
+        assert 100 < one.both <= 190, one
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
