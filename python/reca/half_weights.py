@@ -3,6 +3,10 @@
 With gradient accumulation autocast reads each fp32 weight and writes its bf16 copy again in every pass, and a gradient
 goes from bf16 to an fp32 copy before it is added up. Held copies are leaves of autograd: their gradients are added to
 the fp32 ones directly. All numbers are those of autocast, bit for bit.
+
+Under FSDP2 with whole replicas (ddp) a block's copies live from the forward to the backward pass and over all passes of
+a step, where FSDP2 by itself makes them anew for each of both. Shards are gathered and cast for each, as ever: what is
+gathered, kept, would be the whole model.
 """
 
 from collections.abc import Iterator
@@ -22,9 +26,13 @@ CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts, and that n
 def held(adapter: Adapter, autocast: torch.autocast | object, passes: int) -> Iterator[None]:
     """Hold copies of weights in autocast's type while a step's passes run.
 
-    Of trained blocks and of a frozen language model. FSDP2 casts what it gathers by itself.
-    passes: of the step on this rank. A single one casts once anyway.
+    Of trained blocks and of a frozen language model.
+    passes: of the step on this rank. A single one casts once anyway, but not under FSDP2.
     """
+    if isinstance(adapter, FSDPModule) and adapter.has_whole_replicas:
+        with _fsdp_copies(adapter):
+            yield
+        return
     if passes < 2 or isinstance(adapter, FSDPModule) or not isinstance(autocast, torch.autocast):
         yield
         return
@@ -40,6 +48,25 @@ def held(adapter: Adapter, autocast: torch.autocast | object, passes: int) -> It
     finally:
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight = weight
+
+
+@contextmanager
+def _fsdp_copies(adapter: Adapter) -> Iterator[None]:
+    """Keep the copies of blocks' weights that FSDP2 makes, to the end of the step."""
+    blocks = [block for block in adapter.blocks() if isinstance(block, FSDPModule)]
+
+    def reshard_after_passes(value: bool) -> None:
+        for block in blocks:
+            block.set_reshard_after_forward(value, recurse=False)
+            block.set_reshard_after_backward(value, recurse=False)
+
+    reshard_after_passes(False)
+    try:
+        yield
+    finally:
+        reshard_after_passes(True)
+        for block in blocks:
+            block.reshard()  # also of one that no backward pass has reached
 
 
 def _layers(adapter: Adapter) -> list[Any]:

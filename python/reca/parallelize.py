@@ -71,6 +71,7 @@ def shard(adapter: Adapter, size: int, device: torch.device, precision: str) -> 
         fully_shard(block, mesh=mesh, mp_policy=blocks, ignored_params=left)
     rest = MixedPrecisionPolicy(reduce_dtype=reduce)
     fully_shard(adapter, mesh=mesh, mp_policy=rest, ignored_params=left)
+    adapter.has_whole_replicas = size == 1
     for method in ("generate", "reconstruct", "edit", "answer", "encode"):
         register_fsdp_forward_method(adapter, method)
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reca import half_weights, objective
+from reca import distributed, half_weights, objective
 from reca.compiled_blocks import compile_blocks
 from reca.config import ObjectiveConfig
 from reca.models import UMMS
+from reca.parallelize import shard
 from reca.precision import autocast
 from tests.models.contract import batch, load
 
@@ -80,3 +83,44 @@ def test_copies_of_a_new_step_do_not_compile_again():
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[2] > 0
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    distributed.shut_down()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the matrices that FSDP2 casts, each of which it has as a row."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        self.sizes, self.count = {p.numel() for p in matrices}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += func is CAST and out.dtype == torch.bfloat16 and out.ndim == 1 and out.numel() in self.sizes
+        return out
+
+
+@pytest.mark.parametrize("umm", ["harmon", "bagel"])  # a block that runs twice in a pass; blocks of two experts
+def test_whole_replicas_of_fsdp2_are_cast_once_a_step(umm, alone, monkeypatch):
+    seen = []
+    for keeping in (False, True):
+        model, context = load(umm), autocast("bf16", torch.device("cpu"))
+        shard(model, 1, torch.device("cpu"), "bf16")
+        assert model.has_whole_replicas
+        monkeypatch.setattr(model, "has_whole_replicas", keeping)
+        matrices = [p for block in model.blocks() for p in block.parameters() if p.requires_grad and p.ndim > 1]
+        with Copies(matrices) as copies:
+            gradients = {name: gradient.to_local() for name, gradient in step(model, context, True).items()}
+        seen.append((gradients, copies.count))
+        for block in model.blocks():  # nothing of a step is left to the next, whose weights are others
+            assert all(isinstance(p, DTensor) for p in block.parameters() if p.requires_grad)
+    (wanted, plain), (found, kept) = seen
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], g) for name, g in wanted.items())
+    print(f"{umm}: {plain} casts of {len(matrices)} matrices in three passes; kept, {kept}")
+    assert kept == len(matrices) and plain >= 6 * kept  # of each pass in both directions

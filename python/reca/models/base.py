@@ -117,6 +117,7 @@ class Adapter(nn.Module):
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
     reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch
+    has_whole_replicas: bool = False  # FSDP2 has given every rank all parameters
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
     lora: Any = None  # the LoraConfig of what it has of LoRA (lora.py); None: nothing
 
