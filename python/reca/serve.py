@@ -33,6 +33,7 @@ OFFERED = frozenset({"generate", "edit", "answer"})  # abilities of models that 
 MAX_UPLOAD = 32 * 2**20  # bytes of a picture
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
 MAX_WAITING = 16  # requests; one more is refused
+SMALLEST = 256  # pixels of the longer side of an image in the page
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The page fetches nothing from elsewhere: neither fonts nor scripts.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -158,14 +159,16 @@ def make_page(requests: Requests, title: str) -> Any:
         return gradio.File(label="Image", type="filepath", file_count="single")
 
     def pictures() -> list:
-        return [gradio.Image(label=one, format="png", interactive=False, alt_text=f"by {one}") for one in labels]
+        # No button to share: it would send an image to the Hugging Face hub.
+        given = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+        return [gradio.Image(label=one, alt_text=f"by {one}", **given) for one in labels]
 
     def answers() -> list:
         return [gradio.Textbox(label=one, interactive=False) for one in labels]
 
     tabs: dict[str, tuple[Callable, list[Callable], Callable]] = {
-        "generate": (requests.generate, [lambda: text("Prompt"), seed, sampling], pictures),
-        "edit": (requests.edit, [upload, lambda: text("Instruction"), seed, sampling], pictures),
+        "generate": (_enlarged(requests.generate), [lambda: text("Prompt"), seed, sampling], pictures),
+        "edit": (_enlarged(requests.edit), [upload, lambda: text("Instruction"), seed, sampling], pictures),
         "answer": (requests.answer, [upload, lambda: text("Question")], answers),
     }
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -183,6 +186,19 @@ def make_page(requests: Requests, title: str) -> Any:
                 concurrency_limit=1, concurrency_id="models",
             )  # fmt: skip
     return page.queue(max_size=MAX_WAITING)
+
+
+def _enlarged(function: Callable[..., list[Image.Image]]) -> Callable[..., list[Image.Image]]:
+    """Make small images as large as the page needs, each pixel a square: gradio shows them in their own size."""
+
+    @functools.wraps(function)
+    def wrapped(*given: Any) -> list[Image.Image]:
+        images = function(*given)
+        times = [-(-SMALLEST // max(image.size)) for image in images]
+        return [image.resize((n * image.width, n * image.height), Image.Resampling.NEAREST) if n > 1 else image
+                for image, n in zip(images, times, strict=True)]  # fmt: skip
+
+    return wrapped
 
 
 def _with_messages(function: Callable, message: Callable[..., Exception]) -> Callable:

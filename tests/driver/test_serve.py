@@ -1,10 +1,13 @@
 """The page of `reca serve`: its requests called directly, over HTTP, and in a browser."""
 
 import builtins
+import json
 import re
 import shutil
 import socket
 import subprocess
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -129,12 +132,15 @@ def address(requests):
         yield address
 
 
-def test_requests_over_http(address, picture, tmp_path):
+def test_requests_over_http(address, requests, picture, tmp_path):
     from gradio_client import Client, handle_file
 
     client = Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path / "got"))
     drawn = client.predict("a red circle", 3, STEP, api_name="/generate")
     assert len(drawn) == 2 and Image.open(drawn[0]).mode == "RGB"
+    (small,) = requests.sides[0].model.generate(["a red circle"], [3], steps=2)
+    shown = np.asarray(Image.open(drawn[0]))
+    assert shown.shape == (260, 260, 3) and np.array_equal(shown[::13, ::13], small.permute(1, 2, 0).numpy())
     assert len(client.predict(handle_file(picture), "what is this?", api_name="/answer")) == 2
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     for given, words in (
@@ -145,10 +151,14 @@ def test_requests_over_http(address, picture, tmp_path):
             client.predict(*given, api_name="/answer")
 
 
-def test_uploads_are_bounded(address):
-    import urllib.error
-    import urllib.request
+def test_no_button_sends_an_image_away(address):
+    with urllib.request.urlopen(f"{address}config") as answer:
+        components = json.load(answer)["components"]
+    images = [one["props"]["buttons"] for one in components if one["type"] == "image"]
+    assert images == [["download", "fullscreen"]] * 4  # generate and edit, two models
 
+
+def test_uploads_are_bounded(address):
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n--x--\r\n'
     data = form % bytes(MAX_UPLOAD + 1)
     ask = urllib.request.Request(
