@@ -73,6 +73,18 @@ def test_generation_encoder_and_decoder(golden, model, near):
     near.close("features_and_hidden", decoded, data["gen.decoded"])
 
 
+def test_files_and_names_are_those_of_the_public_code(golden, model):
+    """What is not written is a default of its classes, or nothing reads it."""
+    unread = {"elementwise_affine", "elementwize_affine", "num_extra_tensors"}
+    written, published = weights.published_files(model.config)["config.json"], golden.config["published"]
+    for part in ("vision_gen_enc_config", "vision_gen_dec_config"):
+        wanted = {key: said for key, said in published[part]["params"].items() if key not in unread}
+        assert written[part] == published[part] | {"params": wanted}
+    assert written["language_config"].items() >= published["language_config"].items()
+    names = {name for name in model.state_dict() if not name.startswith("codec.")}
+    assert names == golden.weights.keys()
+
+
 # sequences
 
 CASES = ("t2i", "t2i_drop", "reca", "reca_drop", "reca_system")
