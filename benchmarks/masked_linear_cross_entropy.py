@@ -47,7 +47,7 @@ WAITS = ", max_labelled not given"
 
 
 def cases(device: Device):
-    place, real = device.torch_device, SHAPES[device.type].values()
+    place, real = device.torch_device, SHAPES["cuda"].values()  # a CPU waits for nobody
     for name, s in shapes(SHAPES, device):
         for dtype in s["dtypes"]:
 
