@@ -153,18 +153,18 @@ def make_page(requests: Requests, title: str) -> Any:
         return gradio.Number(label="Seed", value=0, precision=0, minimum=0)
 
     def sampling() -> Any:
-        return gradio.Textbox(label="Sampling options", placeholder="key=value, as --sampling; empty: the defaults")
+        return gradio.Textbox(label="Sampling options", placeholder="key=value; empty: the defaults")
 
     def upload() -> Any:
         return gradio.File(label="Image", type="filepath", file_count="single")
 
     def pictures() -> list:
         # No button to share: it would send an image to the Hugging Face hub.
-        given = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"]}
+        given = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"], "min_width": SMALLEST}
         return [gradio.Image(label=one, alt_text=f"by {one}", **given) for one in labels]
 
     def answers() -> list:
-        return [gradio.Textbox(label=one, interactive=False) for one in labels]
+        return [gradio.Textbox(label=one, interactive=False, min_width=SMALLEST) for one in labels]
 
     tabs: dict[str, tuple[Callable, list[Callable], Callable]] = {
         "generate": (_enlarged(requests.generate), [lambda: text("Prompt"), seed, sampling], pictures),
