@@ -57,8 +57,12 @@ def get(suite: str, to: Path | None = None, dry_run: bool = False) -> Path:
     if not dry_run:
         ensure_writable(folder, "--to")
         with ThreadPoolExecutor(AT_ONCE) as pool, tqdm(total=len(missing), unit="file", disable=None) as bar:
-            for _ in pool.map(lambda file: _bring(source, commit, file, folder), missing):
-                bar.update()
+            try:
+                for _ in pool.map(lambda file: _bring(source, commit, file, folder), missing):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail alike, one by one
+                raise
     if source.note:
         print(source.note)
     print(f"--data {data}")
