@@ -70,6 +70,21 @@ def test_folder_is_read_whole(folder):
     assert sorted(values(take(loader(folder), 5))) == list(range(20))
 
 
+@pytest.mark.parametrize(("prefetch", "ahead"), [(2, 10), (7, 14), (0, 0)])
+def test_the_next_step_is_read_while_one_computes(folder, prefetch, ahead):
+    """A step takes all of its passes at once: what is not read by then, it waits for."""
+    data = DataConfig(images=str(folder), workers=2, prefetch=prefetch)
+    made = open_loader(data, "reca", VIEWS, seed=0, micro_batch=2, batch_size=10)
+    read, inner = [], made._read
+    made._read = lambda position: (read.append(position), inner(position))[1]
+    stream = iter(made)
+    for _ in range(2):
+        for _ in range(5):
+            next(stream)
+    made.pool.shutdown()  # what was asked for is finished
+    assert sorted(read) == list(range(20 + ahead))
+
+
 @pytest.mark.parametrize("workers", [0, 3])
 def test_any_split_sees_the_same_samples(folder, workers):
     one = take(loader(folder, micro_batch=2, workers=workers), 8)

@@ -63,7 +63,9 @@ class DataConfig:
     workers: int = config_field(
         2, "threads that read and decode ahead; 0 decodes in the main thread", least=0, most=2**12
     )
-    prefetch: int = config_field(2, "batches decoded ahead", least=0, most=2**12)
+    prefetch: int = config_field(
+        2, "batches decoded ahead, and at least those of the next step; 0: none", least=0, most=2**12
+    )
     max_bad_fraction: float = share(
         0.01, "largest fraction of unreadable samples, over all ranks, before the run stops"
     )

@@ -163,11 +163,15 @@ class Loader:
             yield [batch for _ in self.stream.shares for batch in next(batches)]
 
     def _batches(self) -> Iterator[list[Batch]]:
-        """Yield the batches of every share: one, but with max_tokens as many as its samples make."""
+        """Yield the batches of every share: one, but with max_tokens as many as its samples make.
+
+        A step takes all its shares at once. So those of the next one are read while it computes.
+        """
         stream = iter(self.stream)
         ahead: deque[Future] = deque()
+        most = max(self.config.prefetch, len(self.stream.shares)) if self.pool and self.config.prefetch else 0
         while True:
-            while len(ahead) <= (self.config.prefetch if self.pool else 0):
+            while len(ahead) <= most:
                 share, positions, neighbour = next(stream)
                 jobs = [self._submit(self._read, position) for position in (*positions, *neighbour)]
                 # The pool begins jobs in this order, so one that waits for others never waits for one in the queue.
