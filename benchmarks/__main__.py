@@ -72,7 +72,8 @@ def run(
         rows = [row for row in rows if _case(row) != own] + measured
         if path:  # after every case, so that a run which is cut off has not been for nothing
             write(path, sorted(rows, key=lambda row: (CEILING, *OPS).index(row.op)))
-    print(f"wrote {path} and {plot(path)}" if path else "--quick: nothing was written")
+    written = [path, plot(path)] if path else []
+    print("wrote " + " and ".join(map(str, filter(None, written))) if path else "--quick: nothing was written")
 
 
 def _case(row: Row) -> tuple[str, str, str]:

@@ -2,17 +2,29 @@
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import BY_SIZE, CEILING, OURS, Row, complete, floor_ms, read
 
 
-def plot(path: Path) -> Path:
-    """Write PATH.png beside a CSV of results."""
-    import matplotlib
-
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, for files. Where it is not installed, say so and return None: rows need no plot."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def plot(path: Path) -> Path | None:
+    """Write PATH.png beside a CSV of results. Returns its path; None without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return None
     cases = _cases(read(path))
     figure, axes = plt.subplots(max(len(cases), 1), 1, figsize=(9, 1.6 * max(len(cases), 1)), squeeze=False)
     for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=False):

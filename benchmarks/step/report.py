@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.plot import pyplot
 from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
@@ -156,8 +157,9 @@ def _number(x: float) -> str:
 
 
 def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Path]:
-    """Write a plot of every result file: seconds an image by part, stacked."""
-    return [plot(rows, out / f"step_{path.stem}.png") for path, rows in _files(folder)]
+    """Write a plot of every result file: seconds an image by part, stacked. None are written without matplotlib."""
+    written = [plot(rows, out / f"step_{path.stem}.png") for path, rows in _files(folder)]
+    return [path for path in written if path]
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
@@ -166,13 +168,11 @@ def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
             yield path, rows
 
 
-def plot(rows: list[StepRow], out: Path) -> Path:
-    """Write the plot of some rows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot(rows: list[StepRow], out: Path) -> Path | None:
+    """Write the plot of some rows. Returns its path; None without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return None
     figure, axis = plt.subplots(figsize=(9, 0.45 * len(rows) + 1.4))
     colors = plt.get_cmap("tab10").colors
     for place, row in enumerate(reversed(rows)):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from benchmarks import dispatch as tables
 from benchmarks import docs
 from benchmarks.__main__ import OPS
-from benchmarks.rows import BACKWARD, BOTH, FORWARD, Row, write
+from benchmarks.plot import plot
+from benchmarks.rows import BACKWARD, BOTH, FORWARD, RESULTS, Row, write
 from reca_kernels import backend_report, dispatch
 from reca_kernels.attention import order
 
@@ -184,6 +186,12 @@ def page(folder, text, name="flow_matching.md"):
 
 
 MARKS = "before\n<!-- measured: flow_matching -->\nold\n<!-- /measured -->\nafter\n"
+
+
+def test_results_are_kept_where_no_plot_can_be_made(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot(RESULTS / "cpu.csv") is None
+    assert "pip install matplotlib" in capsys.readouterr().out
 
 
 def test_a_page_without_a_gpu_says_so(tmp_path):
