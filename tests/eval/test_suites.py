@@ -52,7 +52,7 @@ def test_every_suite_says_where_its_files_are(tmp_path):
 
 
 def test_the_prompts_of_geneval_are_shipped():
-    """Byte for byte what create_prompts.py of GenEval writes, and with it the licence."""
+    """Made by the steps of GenEval's create_prompts.py from its seed; the licence lies beside them."""
     path = open_suite("geneval").shipped
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert digest == "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
