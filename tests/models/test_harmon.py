@@ -122,14 +122,14 @@ def test_prompts_in_qwens_ids():
 def test_layout():
     """Visual rows come buffers first and stand buffers last: h_v in the slot, visible tokens at the end."""
     given = [prompt.Prompt([10, 11, 12, 13], 2, [-100, -100, -100, 13]), prompt.Prompt([20, 21], 1)]
-    src, labels, rows = prompt.layout(given, buffers=1, hv_tokens=2, visible_counts=[2, 0])
+    src, labels, rows, lengths = prompt.layout(given, buffers=1, hv_tokens=2, visible_counts=[2, 0])
     visual = lambda *rows: [-1 - r for r in rows]  # noqa: E731
     assert src.tolist() == [
         [10, 11, *visual(1, 2, 0), 12, 13, *visual(4, 5, 3)],
         [20, *visual(7, 8, 6), 21, *visual(9), 0, 0, 0, 0],
     ]
     assert labels.tolist() == [[-100] * 5 + [13] + [-100] * 4, [-100] * 10]
-    assert rows.tolist() == [[4, 2, 3, 9, 7, 8], [13, 11, 12, 15, 0, 0]]
+    assert rows.tolist() == [[4, 2, 3, 9, 7, 8], [13, 11, 12, 15, 0, 0]] and lengths == (10, 6)
     alone = prompt.layout(given[:1], buffers=1, hv_tokens=0, visible_counts=[1])
     assert alone.src.tolist() == [[10, 11, 12, 13, *visual(1, 0)]] and alone.rows.tolist() == [[5, 4]]
 
