@@ -20,7 +20,7 @@ A folder of studies (`--out`) holds, beside a folder of each study with study.ht
 study.json:
 
     study, question, paper   as in the catalogue
-    setting, umm, recipe, seeds, command
+    setting, place (name of the embedded world), umm, recipe, seeds, scale, command
     arms      [{"name", "about", "overrides", "results": {seed: {"measures": {name: {"value", "interval", "hits",
               "trials"}}, "curve": [[step, loss]], "seconds", "folder"}}, "means": {name: {"value", "interval"}}}];
               a result that is missing is {"failed": why}
