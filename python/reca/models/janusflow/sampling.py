@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from reca.data.batch import Batch
 from reca.models.common.images import to_uint8
 from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.kv_cache import with_cache
 from reca.models.janusflow import prompt
 from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
 from reca.models.janusflow.modules import Network
@@ -75,15 +76,14 @@ def denoise(
         inputs_embeds=net.embed(given.src, seen),
         position_ids=given.position_ids,
         plan=given.plan(),
-        past_key_values=cache,
-        use_cache=True,
+        **with_cache(model, cache),
     )
     z = start
     for step in range(steps):
         time = torch.full((b * branches,), step / steps, dtype=torch.float32, device=net.device)
         image, *beside = net.image_rows(z.repeat(branches, 1, 1, 1), time)
         hidden = model(
-            inputs_embeds=image, position_ids=positions, plan=behind, past_key_values=cache, use_cache=True
+            inputs_embeds=image, position_ids=positions, plan=behind, **with_cache(model, cache)
         ).last_hidden_state
         cache.crop(-rows)  # back to the prompts
         velocity = net.velocity(hidden[:, 1:], *beside).float()
