@@ -9,7 +9,7 @@ from benchmarks.step import __main__, release, report
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts
 from benchmarks.step.recipes import MODELS, PICTURES, pictures, step_recipe
-from benchmarks.step.rows import PARTS, StepRow, merged, read, write
+from benchmarks.step.rows import PARTS, StepRow, all_results, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
 from reca import objective, runs
@@ -157,6 +157,13 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     assert "| bagel | release | **1.50** | 1.50 | 1.00 | 0.50 |" in text and "| bagel | narrow, cpu |" not in text
     assert "| harmon | narrow, cpu | 1.25 | 95 % |" in text and "| bagel | real, cuda | 2 | 55 % | 0.6 |" in text
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_slowed_ceiling_makes_no_step_look_good(tmp_path):
+    write(tmp_path / "cpu.csv", [row("ours", 8.0, gemm=5e11), row("release", 12.0), StepRow("bagel", "narrow", "b")])
+    ours, released, missing = all_results(tmp_path)[0]
+    assert (ours.product_share, ours.gemm, released.gemm) == (1.0, 1e12, 1e12) and not missing.measured
+    assert read(tmp_path / "cpu.csv")[0].gemm == 5e11
 
 
 @pytest.fixture
