@@ -70,7 +70,6 @@ class DeferredWeights:
                 continue
             whole = _sent(self.random.pop(name), parameter, device)
             local.copy_(whole[rows])
-            del whole  # before the next one is made
         _send_buffers(module)
 
     @torch.no_grad()
