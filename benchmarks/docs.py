@@ -17,6 +17,7 @@ from benchmarks.step import report as step
 ROOT = Path(__file__).parents[1]
 EAGER = ("eager", "torch.randn")  # how the names of eager PyTorch's providers begin
 MARKED = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- /measured -->)", re.DOTALL)
+LEFT_OUT = (CEILING, "row_gradients")  # of the front page: no op, and a part of one
 NO_GPU = "Not measured yet on a GPU: `python -m benchmarks --device cuda` does it."
 
 
@@ -176,7 +177,7 @@ def summary(folder: Path = RESULTS) -> str:
     for device in ("cpu", "cuda"):
         found = all_results(device, folder)
         for rows in found:
-            rows = [row for row in complete(rows) if row.op != CEILING and not row.shape.startswith(BY_SIZE)]
+            rows = [row for row in complete(rows) if row.op not in LEFT_OUT and not row.shape.startswith(BY_SIZE)]
             row = rows[0]
             where = f"{_threads(row)} of an {row.device}" if device == "cpu" else f"one {row.device}"
             how = f" (`{row.command}`)" if len({row.command for row in rows}) == 1 else ""

@@ -14,7 +14,9 @@ def timed(provider, ms, percent, op="masked_cross_entropy", **options):
 
 
 def step(form, seconds, **options):
-    numbers = dict(images=10, seconds_p20=seconds, seconds_p80=seconds, flops=4e14, useful_flops=3e14, gemm=1e15)
+    numbers = dict(
+        images=10, seconds_p20=seconds, seconds_p80=seconds, flops=4e14, useful_flops=3e14, gemm=1e15, copy=4e12
+    )
     return StepRow("show_o", "real", form, seconds_p50=seconds, peak_gib=30.0, **numbers | ABOUT | options)
 
 
