@@ -51,7 +51,7 @@ class Continuation:
         samples: Sequence[Sequence[AttentionSpan]],
     ):
         self.model, self.embeddings, self.positions, self.samples = model, embeddings, positions, samples
-        self.cache, self.new = DynamicCache(config=model.config), 0
+        self.cached, self.new = with_cache(model, DynamicCache(config=model.config)), 0
 
     def __call__(self, rows: Tensor | None) -> Tensor:
         """Take the next row of each prompt, [B, 1, H] (None: the prompts), and return the last hidden states [B, H]."""
@@ -65,7 +65,7 @@ class Continuation:
             inputs_embeds=rows,
             position_ids=at,
             plan=attention_plan(layout, device=self.embeddings.device),
-            **with_cache(self.model, self.cache),
+            **self.cached,
         ).last_hidden_state
         return hidden[:, -1]
 

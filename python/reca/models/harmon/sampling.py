@@ -154,11 +154,12 @@ def greedy(net: Network, embeddings: Tensor, max_new_tokens: int, eos: int | Non
 
     Ends when every sequence has met `eos`; K/V of earlier rows are kept.
     """
-    language, cache = net.llm.model, DynamicCache(config=net.llm.config)
+    language = net.llm.model
+    cached = with_cache(language, DynamicCache(config=net.llm.config))
 
     def next_logits(tokens: Tensor | None) -> Tensor:
         rows = embeddings if tokens is None else language.embed_tokens(tokens[:, None])
-        hidden = language(inputs_embeds=rows, **with_cache(language, cache)).last_hidden_state
+        hidden = language(inputs_embeds=rows, **cached).last_hidden_state
         return net.llm.lm_head(hidden[:, -1])
 
     return greedy_tokens(next_logits, len(embeddings), max_new_tokens, eos)

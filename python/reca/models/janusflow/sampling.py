@@ -72,19 +72,18 @@ def denoise(
     behind = attention_plan(given.behind(rows), device=net.device)
     positions = given.position_ids[:, -1:] + 1 + torch.arange(rows, device=net.device)
     cache = DynamicCache(config=model.config)
+    cached = with_cache(model, cache)
     model(
         inputs_embeds=net.embed(given.src, seen),
         position_ids=given.position_ids,
         plan=given.plan(),
-        **with_cache(model, cache),
+        **cached,
     )
     z = start
     for step in range(steps):
         time = torch.full((b * branches,), step / steps, dtype=torch.float32, device=net.device)
         image, *beside = net.image_rows(z.repeat(branches, 1, 1, 1), time)
-        hidden = model(
-            inputs_embeds=image, position_ids=positions, plan=behind, **with_cache(model, cache)
-        ).last_hidden_state
+        hidden = model(inputs_embeds=image, position_ids=positions, plan=behind, **cached).last_hidden_state
         cache.crop(-rows)  # back to the prompts
         velocity = net.velocity(hidden[:, 1:], *beside).float()
         if branches == 2:
