@@ -14,7 +14,7 @@ comparison.json:
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
     understanding   {"identical", "tensors", "text"}; null where a side is no run
     reconstructions {"pictures": "held-out", "training" or "given", "source", "rows": [{"name", "input", "before",
-                    "after"}]} with paths below the folder of this file; `source` names the pictures that were given;
+                    "after"}]} with paths below the folder of this file; `source` names the images that were given;
                     null where none were drawn
     notes           what is missing, as sentences
 """

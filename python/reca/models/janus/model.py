@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from reca.data.batch import Batch
-from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
 from reca.models.common.inference import options_of
@@ -39,15 +38,6 @@ class Janus(Network, Adapter):
 
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "image": self.image_tokens}
-
-    def views(self, task: str) -> Views:
-        """RECA's h_v is made of what is generated; a picture to talk about is shrunk and padded as released."""
-        size, blur = self.config.vision.image_size, self.config.hv_blur
-        if task == "i2t":
-            return Views(gen=None, und=View(size, fit="letterbox", min_size=self.config.vision.min_side))
-        gen = View(self.config.image_size, fit="center_crop")
-        same = task == "t2i" or (size == gen.size and blur == 1)
-        return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> dict[str, Any]:

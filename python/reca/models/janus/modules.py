@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from reca.data.views import View, Views
 from reca.models.base import in_fp32
 from reca.models.common import conv_blocks
 from reca.models.common.conv_blocks import Downsample, ResBlock, Upsample, group_norm
@@ -276,7 +277,7 @@ def check_sizes(config: JanusConfig, factor: int) -> None:
 
 
 class SharedLlama(nn.Module):
-    """What the Janus models do alike: one causal Llama over text, rows of h_v, and rows of an image to generate."""
+    """What the Janus models do alike: one causal Llama over text, tokens of h_v, and those of an image to generate."""
 
     config: Any
     vocabulary: Vocabulary
@@ -289,6 +290,15 @@ class SharedLlama(nn.Module):
     @property
     def hv_tokens(self) -> int:
         return (self.config.vision.image_size // self.config.vision.patch_size) ** 2
+
+    def views(self, task: str) -> Views:
+        """RECA's h_v is made of what is generated; an image to talk about is shrunk and padded as released."""
+        size, blur = self.config.vision.image_size, self.config.hv_blur
+        if task == "i2t":
+            return Views(gen=None, und=View(size, fit="letterbox", min_size=self.config.vision.min_side))
+        gen = View(self.config.image_size, fit="center_crop")
+        same = task == "t2i" or (size == gen.size and blur == 1)
+        return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
 
     def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
         """Make the rows that stand in a sequence for an image that is seen."""
