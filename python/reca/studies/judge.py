@@ -26,25 +26,25 @@ class Interval(NamedTuple):
 
 
 def mean(measures: Sequence[Measure]) -> Interval:
-    """Compute the mean over seeds. With one seed the interval is that over its prompts."""
+    """Compute the mean over seeds. Where they do not differ, or are one, the interval is that over their prompts."""
     values = [m["value"] for m in measures]
-    if len(values) > 1:
-        return _over_seeds(values)
-    return Interval(values[0], *_own(measures[0]))
+    return _over_seeds(values) if _differ(values) else Interval(statistics.mean(values), *_own(_pooled(measures)))
 
 
 def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
     """Compute arm - than over the seeds that both have; None without any.
 
-    With one seed the interval is made of those of both (Newcombe 1998, method 10): prompts are not taken as paired.
+    With one seed, or where seeds do not differ, the interval is made of those of both (Newcombe 1998, method 10):
+    prompts are not taken as paired.
     """
     seeds = sorted(arm.keys() & than.keys())
     if not seeds:
         return None
-    if len(seeds) > 1:
-        return _over_seeds([arm[s]["value"] - than[s]["value"] for s in seeds])
-    a, b = arm[seeds[0]], than[seeds[0]]
-    gap, (a_low, a_high), (b_low, b_high) = a["value"] - b["value"], _own(a), _own(b)
+    gaps = [arm[s]["value"] - than[s]["value"] for s in seeds]
+    if _differ(gaps):
+        return _over_seeds(gaps)
+    a, b = (_pooled([side[s] for s in seeds]) for side in (arm, than))
+    gap, (a_low, a_high), (b_low, b_high) = statistics.mean(gaps), _own(a), _own(b)
     if a_low is None or a_high is None or b_low is None or b_high is None:
         return Interval(gap, None, None)
     low = math.hypot(a["value"] - a_low, b_high - b["value"])
@@ -76,6 +76,21 @@ def overall(verdicts: Sequence[str]) -> str:
     if not measured:
         return NOT_MEASURED
     return "agrees" if len(measured) == len(verdicts) else "agrees in part"
+
+
+def _differ(values: Sequence[float]) -> bool:
+    """Say whether seeds give different values. If none does, as with 0 % on each, their spread says nothing."""
+    return max(values) - min(values) > 1e-9
+
+
+def _pooled(measures: Sequence[Measure]) -> Measure:
+    """Take the prompts of all seeds together, where they are counted."""
+    if len(measures) == 1:
+        return measures[0]
+    value = statistics.mean(m["value"] for m in measures)
+    if not all(m.get("trials") for m in measures):
+        return {"value": value}
+    return {"value": value, "hits": sum(m["hits"] for m in measures), "trials": sum(m["trials"] for m in measures)}
 
 
 def _over_seeds(values: Sequence[float]) -> Interval:
