@@ -179,6 +179,20 @@ def test_every_study_can_be_planned(name, tmp_path):
             assert plan(study, Asked(umm, (0,), tmp_path, recipe))[0]
 
 
+def test_a_key_of_the_start_holds_for_pre_training_and_all_arms(tmp_path):
+    """Another image tokenizer is another model, whose start is not shared with that of the usual one."""
+    asked, key = {"umm": "show_o", "seeds": (0,), "out": tmp_path}, "model.patches.entries=99"
+    usual = {task.name: task for task in plan(load_study("encoder"), Asked(**asked))[0]}
+    tasks, _ = plan(load_study("encoder"), Asked(**asked, of_arm={"start": (key,)}))
+    assert {task.folder for task in tasks}.isdisjoint(task.folder for task in usual.values())
+    for task in tasks:
+        made = load_recipe(task.recipe, task.of_start if task.kind == "start" else task.overrides)
+        assert made.model.patches.entries == 99, task.name
+        assert usual[task.name].of_start == ()
+    with pytest.raises(StudyError, match="'start' is no arm"):
+        plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_arm={"start": (key,)}))
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
@@ -188,6 +202,7 @@ def test_every_study_can_be_planned(name, tmp_path):
         ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
         ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
         ("question: a\narms: {a b: {about: b}}", "letters, digits"),
+        ("question: a\narms: {start: {about: b}}", "an arm cannot have the name 'start'"),
         ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),
         (
             "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: a, expect: more}]",
@@ -238,9 +253,18 @@ def test_intervals():
     gap = judge.difference({0: rate(56, 70)}, {0: rate(48, 80)})
     assert gap == pytest.approx((20.0, 5.24, 33.39), abs=1e-2)
     # Over seeds, differences are paired.
-    arm, than = {s: rate(50 + 10 * s) for s in range(3)}, {s: rate(40 + 10 * s) for s in range(3)}
-    assert judge.difference(arm, than) == pytest.approx((10.0, 10.0, 10.0))
+    arm, than = {s: rate(50 + 10 * s) for s in range(3)}, {s: rate(40 + 9 * s) for s in range(3)}
+    assert judge.difference(arm, than) == pytest.approx((11.0, 11 - 2.484, 11 + 2.484), abs=1e-3)
     assert judge.difference({0: rate(1)}, {1: rate(1)}) is None
+
+
+def test_seeds_without_spread_are_not_certain():
+    """Where all seeds agree, the interval is that over the prompts of all of them: here no hit in 300, Wilson."""
+    none, all_of_them = {s: rate(0) for s in range(3)}, {s: rate(100) for s in range(3)}
+    assert judge.mean(list(none.values())) == pytest.approx((0.0, 0.0, 1.264), abs=1e-3)
+    assert judge.difference(none, none) == pytest.approx((0.0, -1.264, 1.264), abs=1e-3)
+    assert judge.difference(all_of_them, none) == pytest.approx((100.0, 98.212, 100.0), abs=1e-3)
+    assert judge.mean([{"value": 3.0}, {"value": 3.0}]) == (3.0, None, None)
 
 
 @pytest.mark.parametrize(

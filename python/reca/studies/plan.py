@@ -9,7 +9,7 @@ from typing import Any
 
 from reca.recipe_files import as_dict, load_recipe
 from reca.studies import published, world
-from reca.studies.study import BEFORE, Arm, Study, StudyError
+from reca.studies.study import BEFORE, START, Arm, Study, StudyError
 from reca.studies.task import Asked, Task
 
 
@@ -21,7 +21,8 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     Raises StudyError for overrides of an arm that is not there, RecipeError for keys that do not exist.
     """
     arms, omitted = study.of(asked)
-    if unknown := [name for name in asked.of_arm if name not in (*arms, BEFORE)]:
+    known = (*arms, BEFORE, *([START] if asked.recipe is None else []))
+    if unknown := [name for name in asked.of_arm if name not in known]:
         raise StudyError(f"{unknown[0]!r} is no arm of {study.name} with {asked.umm}; there are {', '.join(arms)}")
     tasks: list[Task] = []
     for seed in asked.seeds:
@@ -32,29 +33,30 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
 def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed: int) -> list[Task]:
     setting = world if asked.recipe is None else published
     recipe = asked.recipe or world.recipe(asked)
+    of_start = asked.of_arm.get(START, ())
     given: dict[str, Any] = {
         "setting": asked.setting, "world": asked.world, "umm": asked.umm, "seed": seed, "recipe": recipe,
-        "scale": asked.scale, "evaluations": asked.evaluations,
+        "scale": asked.scale, "evaluations": asked.evaluations, "of_start": of_start,
     }  # fmt: skip
     tasks: list[Task] = []
     starts: tuple[str, ...] = ()
     begin: Path | None = None
     if asked.recipe is None:
-        begin = asked.out / "starts" / f"{asked.world}-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale)}"
+        begin = asked.out / "starts" / f"{asked.world}-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale, *of_start)}"
         variants = sorted({arm.start for arm, _ in arms.values() if arm.start})
-        names = {None: f"{seed}/start"} | {variant: f"{seed}/start-{variant}" for variant in variants}
-        tasks.append(Task(names[None], "start", overrides=(), folder=begin, result=begin / "start.json", **given))
+        names = {None: f"{seed}/{START}"} | {variant: f"{seed}/{START}-{variant}" for variant in variants}
+        tasks.append(Task(names[None], START, overrides=(), folder=begin, result=begin / "start.json", **given))
         starts = (names[None],)
         for variant in variants:
             folder = _variant(begin, variant)
             tasks.append(
-                Task(names[variant], "start", overrides=(), folder=folder, result=folder / "start.json",
+                Task(names[variant], START, overrides=(), folder=folder, result=folder / "start.json",
                      variant=variant, after=starts, **given)
             )  # fmt: skip
 
     def add(name: str, keys: tuple[str, ...], after: tuple[str, ...], variant: str | None, parent: str | None) -> None:
         kind = BEFORE if name == BEFORE else "arm"
-        own = (*setting.overrides(asked, recipe, seed), *asked.common, *keys, *asked.of_arm.get(name, ()))
+        own = (*setting.overrides(asked, recipe, seed), *of_start, *asked.common, *keys, *asked.of_arm.get(name, ()))
         starts_at: list[str] = []
         if begin is not None:
             start = begin if variant is None else _variant(begin, variant)
@@ -75,7 +77,7 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
 
     folders: dict[str, Path] = {}
     for name, (arm, keys) in arms.items():
-        after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/start-{arm.start}",) if arm.start else starts
+        after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/{START}-{arm.start}",) if arm.start else starts
         add(name, tuple(setting.filled(asked, key, seed) for key in keys), after, arm.start, arm.after)
     add(BEFORE, (), starts, None, None)
     return tasks

@@ -6,6 +6,7 @@ from typing import Any
 from reca import api
 from reca.eval.judges import check_judge
 from reca.eval.suites import open_suite
+from reca.studies.study import BEFORE
 from reca.studies.task import Asked, Evaluations, Task
 
 
@@ -35,7 +36,7 @@ def measured(task: Task) -> dict[str, Any]:
     """
     made: dict[str, Any] = {}
     for suite in task.evaluations.suites:
-        source, keys = (task.recipe, task.overrides) if task.kind == "before" else (task.folder, ())
+        source, keys = (task.recipe, task.overrides) if task.kind == BEFORE else (task.folder, ())
         name = suite.partition("?")[0]
         found = api.evaluate(
             suite, source, keys, out=task.folder / "eval" / name, seed=task.seed, **task.evaluations.of(suite)

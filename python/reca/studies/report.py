@@ -12,7 +12,7 @@ from PIL import Image
 from reca import html
 from reca.folders import write_atomically
 from reca.studies import judge
-from reca.studies.study import BEFORE, Study
+from reca.studies.study import BEFORE, START, Study
 from reca.studies.task import Asked, Task
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
@@ -33,9 +33,9 @@ def summarize(
     keys = {name: [*overrides, *asked.of_arm.get(name, ())] for name, (_, overrides) in have.items()}
     by_arm: dict[str, dict[int, Any]] = {name: {} for name in about}
     for task in tasks:
-        if task.kind != "start":
+        if task.kind != START:
             by_arm[task.arm][task.seed] = results[task.name] | {"folder": str(task.folder)}
-    starts = {task.name: results[task.name] for task in tasks if task.kind == "start"}
+    starts = {task.name: results[task.name] for task in tasks if task.kind == START}
     arms = []
     for name, found in by_arm.items():
         names = dict.fromkeys(m for r in found.values() for m in r.get("measures", ()))

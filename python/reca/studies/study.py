@@ -12,6 +12,7 @@ from reca.studies.task import Asked
 
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the arm that is not trained
+START = "start"  # the embedded world's pre-training; `start:key=value` holds for it and for every arm
 SETTINGS = ("world", "published")
 EXPECTED = ("higher", "lower", "equal")
 
@@ -157,6 +158,8 @@ def _make(kind: type, entry: Any, where: str) -> Any:
 def _check(study: Study, path: Path) -> None:
     names = [arm.name for arm in study.arms]
     for place, arm in enumerate(study.arms):
+        if arm.name in (BEFORE, START):
+            raise StudyError(f"{path}: an arm cannot have the name {arm.name!r}, which every study has")
         if not arm.name.replace("-", "").replace("_", "").isalnum():
             raise StudyError(f"{path}: the name of the arm {arm.name!r} must be letters, digits, - and _")
         if arm.after is not None and arm.after not in names[:place]:

@@ -60,6 +60,7 @@ class Task:
     result   file that says the task is done, and what came of it
     world    name of the embedded world, where the setting is one
     variant  of the world's start
+    of_start overrides of the recipe that the world's start was pre-trained by
     after    names of tasks that must be done before
     """
 
@@ -76,6 +77,7 @@ class Task:
     scale: float
     evaluations: Evaluations
     variant: str | None = None
+    of_start: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
     @property

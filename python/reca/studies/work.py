@@ -10,6 +10,7 @@ from reca.folders import write_atomically
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, load_trained, recipe_of
 from reca.studies import published, world
+from reca.studies.study import BEFORE, START
 from reca.studies.task import Task
 from reca.trainer import Trainer
 
@@ -23,10 +24,10 @@ def work(task: Task) -> dict[str, Any]:
         return found
     started = time.perf_counter()
     task.folder.mkdir(parents=True, exist_ok=True)
-    if task.kind == "start":
+    if task.kind == START:
         curve = world.make_start(task, _progress(task))
         measures: dict[str, Any] = {}
-    elif task.kind == "before":
+    elif task.kind == BEFORE:
         curve, measures = [], _measure_start(task)
     else:
         _train(task)
@@ -44,7 +45,7 @@ def done(task: Task) -> dict[str, Any] | None:
 
 def steps(task: Task) -> int:
     """Count the steps that a task makes."""
-    if task.kind == "start":
+    if task.kind == START:
         return 0 if task.variant else world.start_steps(task)
     return load_recipe(task.recipe, task.overrides).train.steps if task.kind == "arm" else 0
 

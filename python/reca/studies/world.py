@@ -70,7 +70,7 @@ def make_start(task: Task, progress: Callable[[int], None]) -> list[tuple[int, f
             progress(step)
 
     task.folder.mkdir(parents=True)
-    _setup(task).pretrain(load_recipe(task.recipe), task.seed, task.folder, task.scale, record)
+    _setup(task).pretrain(load_recipe(task.recipe, task.of_start), task.seed, task.folder, task.scale, record)
     return curve
 
 
@@ -80,7 +80,7 @@ def start_steps(task: Task) -> int:
 
 def load_start(task: Task, folder: Path) -> Adapter:
     """Load a pre-trained model."""
-    return runs.load_start(load_recipe(task.recipe, [init_override(task, folder)]))
+    return runs.load_start(load_recipe(task.recipe, [*task.of_start, init_override(task, folder)]))
 
 
 def _swap_red_and_blue(task: Task) -> None:
@@ -102,7 +102,7 @@ def _swap_red_and_blue(task: Task) -> None:
     if _setup(task).init_override.startswith("model.weights="):
         model.export(task.folder)
     else:
-        save_as_run(model, load_recipe(task.recipe), task.folder, 1)
+        save_as_run(model, load_recipe(task.recipe, task.of_start), task.folder, 1)
 
 
 VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue}
