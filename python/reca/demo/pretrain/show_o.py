@@ -29,7 +29,7 @@ from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import PooledProjector
 from reca_kernels import IGNORE_INDEX
 
-STEPS = {"shapes": 800, "jitter": 800, "emoji": 500}
+STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200}
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
@@ -174,3 +174,6 @@ SETUPS = SHAPES | {
         random_encoder=("model.efficientnet_weights=null",),
     ),
 }
+SETUPS["emoji-places"] = replace(
+    SETUPS["emoji"], steps=STEPS["emoji-places"], pretrain=partial(pretrain, "emoji-places")
+)
