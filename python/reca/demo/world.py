@@ -15,9 +15,9 @@ if TYPE_CHECKING:  # the names of worlds and suites are part of `reca --help`, w
 # name on the command line -> module with WORLD, whose functions are the sources that recipes name
 PACKAGES = {
     "emoji": "reca.emoji_world",
-    "emoji-places": "reca.emoji_world.places",
     "shapes": "reca.toy_world",
     "jitter": "reca.toy_world.jitter",
+    "emoji-places": "reca.emoji_world.places",
 }
 
 
