@@ -156,10 +156,16 @@ class TrainConfig:
         "number N: every N-th block; selective: all, but keep the outputs of their matrix products and attention",
         least=2,
     )
+    cast_once: bool = config_field(
+        True,
+        "precision=bf16: cast the blocks' weights once a step and keep the copies, 2 bytes a weight, for all its "
+        "micro-batches; false: a block at a time in every pass, slower, and with less memory where blocks are computed "
+        "a second time; changes no bit of the result",
+    )
     fit: Optional[str] = config_field(
         None,
         "memory of a card, such as 80GiB, or auto for the GPU's own: choose micro_batch, activation_checkpointing, "
-        "parallel.shard and optim.offload so that the predicted peak fits; null keeps the recipe's",
+        "cast_once, parallel.shard and optim.offload so that the predicted peak fits; null keeps the recipe's",
     )
     fit_allow: list[str] = config_field(
         list,

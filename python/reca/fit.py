@@ -32,16 +32,16 @@ from reca.recipe_files import by_key
 
 log = logging.getLogger("reca")
 
-CHECKPOINTING = "train.activation_checkpointing"
+CHECKPOINTING, CAST_ONCE = "train.activation_checkpointing", "train.cast_once"
 FILE = "fit.json"  # in a run folder: what was chosen, for what, and why
 # What a pass costs beside its rows, in rows: at as many a GPU does half of what it can. A rule to order settings by.
-PASS, GATHER, OFFLOAD = 1024, 1024, 8192
+PASS, GATHER, CAST, OFFLOAD = 1024, 1024, 512, 8192
 RECOMPUTED = (False, "selective", True)  # tried values of train.activation_checkpointing, beside the recipe's own
 SELECTIVE = 1.05  # work of a step with selective recomputation
 DEPENDS_ON = (  # keys that a choice depends on
     "umm", "model.*", "objective.*", "parallel.shard", "parallel.strategy", "ema.half_life", "optim.name",
     "optim.moments", "optim.offload", "optim.fused_backward", "train.train", "train.frozen", "train.precision",
-    "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
+    CAST_ONCE, "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
 )  # fmt: skip
 
 
@@ -131,9 +131,10 @@ def choose(recipe: Recipe, gpus: int, node: int, card: int, predict: Predictions
     }
     best: Choice | None = None
     least: tuple[int, dict[str, Any]] | None = None
-    settings = [(_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting) for setting in _settings(
-        recipe, gpus, node
-    )]  # fmt: skip
+    settings = [
+        (_time(recipe, setting | _largest_sizes(recipe, gpus), gpus, rows), setting)
+        for setting in _settings(recipe, gpus, node, copies=not predict.adapter.repeats_blocks())
+    ]
     for fastest, setting in sorted(settings, key=lambda pair: (pair[0], _changes(recipe, pair[1]))):
         if best is not None and fastest >= best.time:
             break
@@ -200,8 +201,8 @@ def _below(sizes: Sequence[int], room: int, a: int, b: int, peak: Callable[[int]
     return bisect.bisect_right(sizes, sizes[a] + (room - peak(sizes[a])) / rise) - 1
 
 
-def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
-    """Yield what may be chosen beside micro-batches."""
+def _settings(recipe: Recipe, gpus: int, node: int, copies: bool) -> Iterator[dict[str, Any]]:
+    """Yield what may be chosen beside micro-batches. copies: blocks that are computed again can do without copies."""
     if asked_by(recipe) == "train.micro_batch":
         yield {key: value_of(recipe, key) for key in (CHECKPOINTING, "optim.offload")}
         return
@@ -212,7 +213,10 @@ def _settings(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         optimizer += [one | {"optim.moments": "bf16"} for one in optimizer] + [{"optim.name": "adamw_8bit"}]
     recomputing = dict.fromkeys((*RECOMPUTED, recipe.train.activation_checkpointing))
     for shards, recomputed, moments in itertools.product(_shards(recipe, gpus, node), recomputing, optimizer):
-        yield ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
+        setting = ({"parallel.shard": shards} if gpus > 1 else {}) | {CHECKPOINTING: recomputed} | moments
+        yield setting
+        if copies and recomputed and shards == 1 and recipe.train.cast_once and recipe.train.precision == "bf16":
+            yield setting | {CAST_ONCE: False}
 
 
 def _shards(recipe: Recipe, gpus: int, node: int) -> list[int]:
@@ -250,10 +254,11 @@ def _time(recipe: Recipe, keys: dict[str, Any], gpus: int, rows: int) -> float:
     recomputed = keys[CHECKPOINTING]
     work = SELECTIVE if recomputed == "selective" else 1 + (1 / (3 * recomputed) if recomputed else 0)
     time = float(OFFLOAD) if keys.get("optim.offload") else 0.0
+    overhead = PASS + (GATHER if keys.get("parallel.shard", 1) > 1 else 0) + (0 if keys.get(CAST_ONCE, True) else CAST)
     for task in recipe.active_tasks():
         most = -(-getattr(recipe.objective, task).batch_size // gpus)
         passes = -(-most // keys[f"objective.{task}.micro_batch"])
-        time += most * rows * work + passes * (PASS + (GATHER if keys.get("parallel.shard", 1) > 1 else 0))
+        time += most * rows * work + passes * overhead
     return time
 
 

@@ -23,12 +23,16 @@ CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts, and that n
 
 
 @contextmanager
-def held(adapter: Adapter, autocast: torch.autocast | object, passes: int) -> Iterator[None]:
+def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_once: bool = True) -> Iterator[None]:
     """Hold copies of weights in autocast's type while a step's passes run.
 
     Of trained blocks and of a frozen language model.
     passes: of the step on this rank. A single one casts once anyway, but not under FSDP2.
+    cast_once: of TrainConfig. Without it nothing is held.
     """
+    if not cast_once:
+        yield
+        return
     if isinstance(adapter, FSDPModule) and adapter.has_whole_replicas:
         with _fsdp_copies(adapter):
             yield

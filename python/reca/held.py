@@ -37,7 +37,8 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
     moments     two per trained weight, in the type that optim asks for; none with optim.offload
     ema         one fp32 number per trained weight
     copies      FSDP2: what is in no block stays gathered from forward to backward, and two blocks at a time, in the
-                type of computation; of replicas only what is trained; one GPU: bf16 copies of trained matrices, at most
+                type of computation; of replicas only what is trained; one GPU: bf16 copies of trained matrices, at
+                most, and none without train.cast_once
     """
     for task in recipe.active_tasks():
         if task not in adapter.tasks:
@@ -46,6 +47,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
     whole = gpus > 1 and several and not recipe.parallel.reduce_every_pass
     shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
+    cast = gpus == 1 and half and recipe.train.cast_once
     weights = sum(_bytes(buffer) for buffer in adapter.buffers())
     gradients = moments = ema = copies = 0
     for parameter in adapter.parameters():
@@ -55,7 +57,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
             gradients += 4 * parameter.numel() if whole else own
             moments += 0 if recipe.optim.offload else state_bytes(parameter, recipe.optim, shard)
             ema += 4 * part(parameter, shard) if recipe.ema.half_life else 0
-            if gpus == 1 and half and parameter.ndim > 1 and parameter.dtype == torch.float32:
+            if cast and parameter.ndim > 1 and parameter.dtype == torch.float32:
                 copies += 2 * parameter.numel()
     if gpus > 1:
         managed = [p for p in adapter.parameters() if shard > 1 or p.requires_grad]  # replicas leave frozen ones alone

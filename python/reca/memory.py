@@ -159,7 +159,7 @@ def run_step(
                 parameter.grad = torch.empty_like(parameter)
             allocations.label([p.grad for p in trained], "gradients")
         allocations.reset_peak()
-        holding = half_weights.held(adapter, context, sum(passes.values()))
+        holding = half_weights.held(adapter, context, sum(passes.values()), recipe.train.cast_once)
         with on_gpu() if allocations.machine.is_gpu else contextlib.nullcontext(), holding:
             for work in _steps(batches, passes, gpus):
                 objective.backward(adapter, work, recipe.objective, recipe.train.seed, context)

@@ -111,6 +111,8 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
     if (recipe.optim.name, recipe.optim.moments) == ("adamw", "fp32"):
         yield {"optim.moments": "bf16"}
         yield {"optim.name": "adamw_8bit"}
+    if gpus == 1 and recipe.train.cast_once and recipe.train.precision == "bf16":
+        yield {fit.CAST_ONCE: False}
     if gpus > 1 and recipe.parallel.shard is None and recipe.parallel.strategy != "fsdp":
         yield {"parallel.strategy": "fsdp"}
     if gpus > 1 and not recipe.parallel.reduce_every_pass:

@@ -42,20 +42,27 @@ def checkpoint_activations(adapter: Adapter, config: TrainConfig, compiled: bool
         )
     for block in blocks[every - 1 :: every]:
         block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=_contexts(selective, config.precision)
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=_contexts(selective, config.precision, selective or not adapter.repeats_blocks()),
         )
 
 
-def _contexts(selective: bool, precision: str) -> Callable[[], tuple[Any, Any]]:
-    """Return what makes the contexts of a block's first and second run."""
+def _contexts(selective: bool, precision: str, uncached: bool) -> Callable[[], tuple[Any, Any]]:
+    """Return what makes the contexts of a block's first and second run.
+
+    uncached: autocast keeps no copy of a weight beyond its product. It would keep those of all blocks for the forward
+    pass, from which the second run takes none. A weight that is used once has the same gradient either way.
+    """
 
     def contexts() -> tuple[Any, Any]:
         first: AbstractContextManager = contextlib.nullcontext()
         second: AbstractContextManager = contextlib.nullcontext()
         if selective:
-            first, second = (
-                _Both(_without_cast_cache(), mode) for mode in create_selective_checkpoint_contexts(_policy)
-            )
+            first, second = create_selective_checkpoint_contexts(_policy)
+        if uncached:
+            first, second = _Both(_without_cast_cache(), first), _Both(_without_cast_cache(), second)
         if precision == "fp64":  # torch knows of autocast and repeats it, but of no other context
             second = _Both(autocast(precision, torch.device("cpu")), second)
         return first, second
@@ -65,9 +72,10 @@ def _contexts(selective: bool, precision: str) -> Callable[[], tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def _without_cast_cache() -> Iterator[None]:
-    """Let autocast cast weights anew: operators are counted, and a cast from a block's earlier call would be missing.
+    """Let autocast cast weights anew, and keep no copy.
 
-    Harmon's encoder runs twice in a forward pass, and by itself in the backward pass.
+    Selective recomputation counts operators, and a cast from a block's earlier call would be missing: Harmon's encoder
+    runs twice in a forward pass, and by itself in the backward pass.
     """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

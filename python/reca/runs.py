@@ -23,8 +23,9 @@ from reca.status import Status
 # Keys that change no bit of the result, or only how sums are rounded.
 RESULT_NEUTRAL_KEYS = (
     "run_dir", "log.*", "eval.*", "checkpoint.*", "ema.*", "parallel.*",
-    "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.max_skips",
-    "train.deterministic", "train.fit", "train.fit_allow", "train.micro_batch", "optim.offload", "optim.fused_backward",
+    "train.steps", "train.threads", "train.compile", "train.activation_checkpointing", "train.cast_once",
+    "train.max_skips", "train.deterministic", "train.fit", "train.fit_allow", "train.micro_batch",
+    "optim.offload", "optim.fused_backward",
     "data.workers", "data.decoder", "data.prefetch", "data.max_bad_fraction", "data.cache",
 )  # fmt: skip
 # Keys that name something on a disk, which may have moved: `identity` compares what is there instead.

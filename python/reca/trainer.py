@@ -312,7 +312,8 @@ class Trainer:
         logged = due(self.step + 1, self.recipe.log.every) or self.step + 1 == self.recipe.train.steps
         labels = {task: loader.labels for task, loader in self.loaders.items()} if logged else None
         given = self.recipe.objective, self.recipe.train.seed, self.autocast
-        with half_weights.held(self.adapter, self.autocast, sum(map(len, batches.values()))):
+        passes, cast_once = sum(map(len, batches.values())), self.recipe.train.cast_once
+        with half_weights.held(self.adapter, self.autocast, passes, cast_once):
             sums = objective.backward(self.adapter, batches, *given, labels)
         if self.fused_backward:
             norm = self.fused_backward.finish_step()

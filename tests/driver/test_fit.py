@@ -28,7 +28,8 @@ def peaks(monkeypatch):
         if recipe.optim.moments == "bf16":
             moments //= 2
         activations = size * {False: 2, 4: 1.75, "selective": 1.5, True: 1}[recipe.train.activation_checkpointing]
-        parts = 4, 0, moments, 0, activations
+        copies = 2 if recipe.train.precision == "bf16" and recipe.train.cast_once else 0
+        parts = 4, 0, moments, 0, activations + copies
         shard = recipe.parallel.shard or 1
         return Memory(*(int(n * GIB) // (1 if i == 4 else shard) for i, n in enumerate(parts)))
 
@@ -147,6 +148,18 @@ def test_the_blocks_that_a_recipe_recomputes_are_tried_too(peaks, monkeypatch):
     assert (chosen(44, every)[MICRO], chosen(44, every)[fit.CHECKPOINTING]) == (16, 4)  # 12 + 28, and a reserve
     assert chosen(44)[fit.CHECKPOINTING] == "selective"
     assert chosen(44, every, "train.fit_allow=[micro_batch]", "train.micro_batch=auto")[fit.CHECKPOINTING] == 4
+
+
+def test_weights_are_cast_in_every_pass_only_where_their_copies_do_not_fit(peaks):
+    bf16 = ("train.precision=bf16", "objective.mean=micro_batch", f"{MICRO}=8")  # 4 + 8 + 8, and copies of 2 GiB
+    assert chosen(25, *bf16).get(fit.CAST_ONCE) is None and chosen(25, *bf16)[fit.CHECKPOINTING] is True
+    assert (chosen(23, *bf16)[fit.CAST_ONCE], chosen(23, *bf16)["optim.offload"]) == (False, False)
+    assert chosen(23, *bf16[1:]).get(fit.CAST_ONCE) is None  # in fp32 there are none
+    sharded = fit._settings(recipe_of(*bf16, "parallel.shard=2"), 2, 8, copies=True)
+    assert not any(fit.CAST_ONCE in keys for keys in sharded)  # FSDP2 casts what it gathers
+    assert not any(fit.CAST_ONCE in keys for keys in fit._settings(recipe_of(*bf16), 1, 8, copies=False))
+    kept = fit.choose(recipe_of(*bf16, "train.cast_once=false"), 1, 8, 23 * GIB).keys
+    assert fit.CAST_ONCE not in kept and kept[fit.CHECKPOINTING] is True
 
 
 def test_a_number_of_tokens_stays(peaks):

@@ -34,6 +34,7 @@ CASES = {
     "show_o, every second block": ("show_o_tiny", [*FEW, "train.activation_checkpointing=2", "train.precision=bf16"]),
     "harmon, selective": ("harmon_tiny", [*FEW, *SELECTIVE, "model.mar.head_depth=1"]),
     "bagel, several passes": ("bagel_tiny", [*SMALL, *RECOMPUTED]),
+    "bagel, cast in every pass": ("bagel_tiny", [*SMALL, *RECOMPUTED, "train.cast_once=false"]),
     "bagel, scored images": (
         "bagel_tiny", ["objective.reca.weight=0", "objective.srum.weight=1", "objective.srum.batch_size=8"],
     ),
@@ -83,7 +84,8 @@ class RealSteps:
 
     def step(self, draw: int) -> None:
         work = {t: [mine[min(draw, len(mine) - 1)]] * self.passes[t] for t, mine in self.batches.items()}
-        with half_weights.held(self.adapter, self.context, sum(self.passes.values())):
+        passes, cast_once = sum(self.passes.values()), self.recipe.train.cast_once
+        with half_weights.held(self.adapter, self.context, passes, cast_once):
             objective.backward(self.adapter, work, self.recipe.objective, self.recipe.train.seed, self.context)
         gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         self.optimizer.step()

@@ -1,5 +1,7 @@
 """Weights that are cast once a step: the same bits as autocast's, in every model, and fewer bytes."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reca import distributed, half_weights, objective
 from reca.compiled_blocks import compile_blocks
-from reca.config import ObjectiveConfig
+from reca.config import ObjectiveConfig, TrainConfig
 from reca.models import UMMS
 from reca.parallelize import shard
 from reca.precision import autocast
+from reca.recompute import checkpoint_activations
+from reca.rng import CounterRNG
 from tests.models.contract import batch, load
 
 CAST = torch.ops.aten._to_copy.default
@@ -34,9 +38,10 @@ class Casts(TorchDispatchMode):
 
 
 def step(model, context, holding):
+    """Gradients of a step of three passes. holding: with copies for all of them."""
     model.zero_grad(set_to_none=True)
     work = {"reca": [batch(model, "reca", rows) for rows in ((0, 1), (2, 3), (1, 3))]}
-    with half_weights.held(model, context, 3 if holding else 1):
+    with half_weights.held(model, context, 3, cast_once=holding):
         objective.backward(model, work, ObjectiveConfig(), 0, context)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -55,6 +60,61 @@ def test_gradients_are_those_of_autocast(umm):
     assert all(p is before[name] for name, p in model.named_parameters())
     print(f"{umm}: {plain.count} casts of weights and gradients, {plain.bytes} bytes; {held.count}, {held.bytes}")
     assert held.count < plain.count / 2 and held.bytes < plain.bytes / 2
+
+
+class Alive(TorchDispatchMode):
+    """Keeps count of the copies of blocks' trained matrices: how many each has had, and which are there now."""
+
+    def __init__(self, model):
+        super().__init__()
+        blocks = [p for block in model.blocks() for p in block.parameters() if p.requires_grad and p.ndim > 1]
+        self.casts = dict.fromkeys((p.data_ptr() for p in blocks), 0)
+        self.copies = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is CAST and out.dtype == torch.bfloat16 and args[0].data_ptr() in self.casts:
+            self.casts[args[0].data_ptr()] += 1
+            self.copies.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    def now(self):
+        return sum(copy() is not None for copy in self.copies)
+
+
+@pytest.mark.parametrize("umm", UMMS)
+def test_blocks_that_are_computed_again_keep_no_copies(umm):
+    """Nor is a bit of the gradient another, of one pass or of several."""
+    model, context = load(umm), autocast("bf16", torch.device("cpu"))
+    wanted = step(model, context, True)
+    with Alive(model) as plain, context:
+        model(batch(model, "reca"), CounterRNG(0))
+        assert plain.now() >= len(plain.casts) / 2
+    checkpoint_activations(model, TrainConfig(activation_checkpointing=True))
+    found = step(model, context, False)
+    assert found.keys() == wanted.keys()
+    assert not [name for name, gradient in wanted.items() if not torch.equal(found[name], gradient)]
+    with Alive(model) as alive, context:
+        model(batch(model, "reca"), CounterRNG(0))
+        assert alive.copies and bool(alive.now()) == model.repeats_blocks() == (umm == "harmon")
+
+
+@pytest.mark.parametrize("umm", [*UMMS, "bagel vae"])
+@pytest.mark.parametrize("trained", ["by default", "as a whole"])
+def test_a_model_knows_whether_its_blocks_run_twice(umm, trained):
+    model, most = load(umm), 0
+    if trained == "as a whole":
+        for block in model.blocks():
+            block.requires_grad_(True)
+    for task in model.tasks:
+        with Alive(model) as alive, autocast("bf16", torch.device("cpu")):
+            torch.set_autocast_cache_enabled(False)
+            try:
+                model(batch(model, task), CounterRNG(0))
+            finally:
+                torch.set_autocast_cache_enabled(True)
+        most = max(most, *alive.casts.values())
+    assert most == (2 if model.repeats_blocks() else 1)
 
 
 def test_nothing_is_held_in_fp32_or_for_one_pass():

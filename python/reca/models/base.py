@@ -271,6 +271,10 @@ class Adapter(nn.Module):
         """List the repeated trainable layers: units of FSDP2 sharding and activation checkpointing."""
         raise NotImplementedError
 
+    def repeats_blocks(self) -> bool:
+        """Tell whether a loss multiplies by a trained weight of `blocks` more than once, as by each of two images."""
+        return False
+
     def encoders(self) -> list[nn.Module]:
         """List the modules that make most of `encode`: a tower's layers, a codec's convolutions. Units of compilation.
 

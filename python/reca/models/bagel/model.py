@@ -11,6 +11,7 @@ from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.models.bagel import loss, modules, sampling, views, weights
 from reca.models.bagel.config import BagelConfig
+from reca.models.bagel.transformer import GEN
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.inference import options_of
 from reca.models.common.kl_codec import KlCodec
@@ -107,6 +108,10 @@ class Bagel(modules.Network, Adapter):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.language_model.model.layers)
+
+    def repeats_blocks(self) -> bool:
+        trained = (name for block in self.blocks() for name, p in block.named_parameters() if p.requires_grad)
+        return self.config.hv_source == "vae" or not all(GEN in name for name in trained)
 
     def config_warnings(self) -> list[str]:
         c, found = self.config, []

@@ -175,6 +175,9 @@ class Harmon(Network, Adapter):
         mar = self.mar
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
 
+    def repeats_blocks(self) -> bool:
+        return True  # the encoder reads the image of h_v and the one to generate
+
     def config_warnings(self) -> list[str]:
         if self.understanding_size <= self.config.image_size:
             return []
