@@ -24,6 +24,7 @@ NAMES = {  # model -> the recipes of its sizes
     "open_uni": ("open_uni_tiny", "open_uni_l_512"),
     "bagel": ("bagel_tiny", "bagel_7b"),
     "janus": ("janus_tiny", "janus_pro_1b"),
+    "janusflow": ("janusflow_tiny", "janusflow_1_3b"),
 }
 MODELS = tuple(NAMES)
 MODEL_OF = {recipe: model for model, recipes in NAMES.items() for recipe in recipes}
@@ -38,6 +39,7 @@ TINY = {
     "open_uni": {"model.parity": True},
     "bagel": {"model.parity": True},
     "janus": {},
+    "janusflow": {},
 }
 QWEN = "model.language."
 NARROW = {
@@ -84,6 +86,15 @@ NARROW = {
         "model.patches.size": 16,
         "model.patches.entries": 16384,
     },
+    "janusflow": {
+        QWEN + "num_hidden_layers": 1,
+        "model.vision.num_hidden_layers": 2,
+        "model.generation.encoder_blocks": 1,
+        "model.generation.decoder_blocks": 1,
+        "model.codec": "patches",
+        "model.patches.size": 8,
+        "model.patches.channels": 4,
+    },
 }
 QUARTER = {
     "show_o": {"model.phi.num_hidden_layers": 6},
@@ -96,8 +107,16 @@ QUARTER = {
     "open_uni": {QWEN + "num_hidden_layers": 7, "model.connector.num_hidden_layers": 2, "model.sana.num_layers": 5},
     "bagel": {QWEN + "num_hidden_layers": 7},
     "janus": {QWEN + "num_hidden_layers": 6},
+    "janusflow": {QWEN + "num_hidden_layers": 6},
 }
-REAL = {"show_o": (10, 2), "harmon": (96, 48), "open_uni": (84, 42), "bagel": (8, 2), "janus": (16, 8)}
+REAL = {
+    "show_o": (10, 2),
+    "harmon": (96, 48),
+    "open_uni": (84, 42),
+    "bagel": (8, 2),
+    "janus": (16, 8),
+    "janusflow": (16, 8),
+}
 # Images of a step, and of a pass.
 BATCHES = {
     "tiny": dict.fromkeys(MODELS, (4, 2)),

@@ -64,6 +64,7 @@ PUBLISHED = {
     "open_uni": {"h_v": 256, "queries": 256, "image": 256},
     "bagel": {"h_v": 256, "image": 4096},
     "janus": {"h_v": 576, "image": 576},
+    "janusflow": {"h_v": 576, "time": 1, "image": 576},
 }
 
 
