@@ -13,8 +13,22 @@ ALONE = "products alone"  # what an op cannot do without: no rival
 BY_SIZE = "size "  # begins the names of shapes that only the choice of a backend needs
 
 
+@dataclass(kw_only=True)
+class Made:
+    """Where, when and of what a row was made: the last columns of every file (`runner.facts`)."""
+
+    device: str = ""
+    driver: str = ""
+    threads: int | str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+
 @dataclass
-class Row:
+class Row(Made):
     op: str
     shape: str
     provider: str
@@ -34,14 +48,6 @@ class Row:
     peak_mb: float | str = ""
     relative_error: float | str = ""
     note: str = ""
-    device: str = ""
-    driver: str = ""
-    threads: int | str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
 
 AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass whose fields are texts, or numbers that may be missing
@@ -51,17 +57,23 @@ def read(path: Path, kind: type[AnyRow] = Row) -> list[AnyRow]:
     """Read the rows of a result file, none when it is not there. Raises ValueError for a file of other columns."""
     if not path.exists():
         return []
-    columns = [f.name for f in fields(kind)]
+    expected = columns(kind)
     texts = {f.name for f in fields(kind) if f.type is str}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != columns:
+        if reader.fieldnames != expected:
             raise ValueError(
-                f"{path} has the columns {reader.fieldnames}, expected {columns}; move it away, measure anew"
+                f"{path} has the columns {reader.fieldnames}, expected {expected}; move it away, measure anew"
             )
         return [
             kind(**{name: text if name in texts else _number(text) for name, text in row.items()}) for row in reader
         ]
+
+
+def columns(kind: type) -> list[str]:
+    """List the fields of a row, its own before those of `Made`."""
+    made = [f.name for f in fields(Made)]
+    return [f.name for f in fields(kind) if f.name not in made] + made
 
 
 def _number(text: str) -> str | int | float:
@@ -73,7 +85,7 @@ def _number(text: str) -> str | int | float:
 def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(kind)])
+        writer = csv.DictWriter(file, columns(kind))
         writer.writeheader()
         writer.writerows(map(asdict, rows))
 

@@ -47,7 +47,6 @@ def main(arguments: list[str]) -> None:
     except RuntimeError as error:
         parser.error(str(error))
     about = facts(device, 1, " ".join(["python -m benchmarks.data", *arguments]))
-    about.pop("triton")
     about |= {"versions": _versions(), "clock": "CPU" if options.device == "cpu" else "wall"}
     rows = []
     for side in JPEGS:

@@ -12,7 +12,7 @@ NO_GPU = "**GPU.** Not measured yet on a GPU: `python -m benchmarks.data --devic
 
 
 @dataclass
-class Row:
+class Row(rows.Made):
     """One way at one size of files.
 
     ms            of an image: CPU time of all threads; with a GPU wall time, and `cpu_ms` beside it
@@ -31,14 +31,7 @@ class Row:
     off_by_more: float | str = ""
     note: str = ""
     clock: str = ""
-    device: str = ""
-    driver: str = ""
-    threads: int | str = ""
-    torch: str = ""
     versions: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
     @property
     def images_per_s(self) -> float:

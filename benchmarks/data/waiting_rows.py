@@ -10,7 +10,7 @@ FOLDER, TARGET = RESULTS / "waiting", 0.02
 
 
 @dataclass
-class Row:
+class Row(rows.Made):
     """One run. decode_ms: an image's, on one core; step_ms: of the model; waited: share of the run's time."""
 
     jpeg: int
@@ -19,14 +19,6 @@ class Row:
     step_ms: float
     steps: int
     waited: float
-    device: str = ""
-    driver: str = ""
-    threads: int | str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
 
 def write(path: Path, made: list[Row]) -> None:

@@ -17,7 +17,7 @@ PARTS = (
 
 
 @dataclass
-class StepRow:
+class StepRow(rows.Made):
     """One form of one model at one size. Seconds are of a whole step; rates are of a second.
 
     flops         what this form computes, with what it recomputes; useful_flops: of ours without recomputation
@@ -56,14 +56,6 @@ class StepRow:
     dtype: str = ""
     clock: str = ""
     note: str = ""
-    device: str = ""
-    driver: str = ""
-    threads: int | str = ""
-    torch: str = ""
-    triton: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
     @property
     def measured(self) -> bool:
