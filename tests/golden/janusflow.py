@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
-from reca.models.janus.config import LlamaSizes, VisionSizes
+from reca.models.janus.config import LlamaSizes
 from reca.models.janusflow import Adapter, Config, weights
 from reca.models.janusflow.config import AutoencoderSizes, GenerationSizes
-from reca.rng import CounterRNG, RandomStream
+from reca.rng import RandomStream
+from tests.golden import janus
 from tests.golden.conftest import Golden
+from tests.golden.janus import value, vision_of
 from tests.golden.open_uni import ByteTokenizer
 
 
@@ -20,21 +22,13 @@ def build(golden: Golden) -> Adapter:
 
 def config_of(c: dict) -> Config:
     """The recipe that a folder's config.json describes."""
-    published, siglip, vae = c["published"], c["siglip"], c["vae"]
+    published, vae = c["published"], c["vae"]
     encoder, decoder = (published[f"vision_gen_{end}_config"]["params"] for end in ("enc", "dec"))
     language = published["language_config"]
     return Config(
         image_size=c["image_size"],
         language=LlamaSizes(**{key: language[key] for key in LlamaSizes.__dataclass_fields__ if key in language}),
-        vision=VisionSizes(
-            hidden_size=siglip["width"],
-            num_hidden_layers=siglip["layers"],
-            num_attention_heads=siglip["heads"],
-            intermediate_size=siglip["mlp"],
-            image_size=c["processor"]["image_size"],
-            patch_size=siglip["patch_size"],
-            min_side=c["processor"]["min_size"],
-        ),
+        vision=vision_of(c, c["siglip"]["mlp"]),
         generation=GenerationSizes(
             width=encoder["block_out_channels"][0],
             encoder_blocks=encoder["layers_in_middle"],
@@ -45,36 +39,12 @@ def config_of(c: dict) -> Config:
     )
 
 
-class Tolerances:
-    """What a folder's cases.json allows in fp32 with other kernels."""
-
-    def __init__(self, golden: Golden):
-        self.use = golden.cases["tolerance"]["use"]
-
-    def close(self, kind: str, ours: Tensor, wanted: Tensor) -> None:
-        torch.testing.assert_close(ours.detach(), wanted.to(ours.dtype), rtol=0, atol=self.use[kind])
-
-    def same_norms(self, model: Adapter, wanted: dict[str, float]) -> None:
-        """The gradient norm of every parameter; what has no gradient has norm 0."""
-        ours = {n: 0.0 if p.grad is None else float(p.grad.norm()) for n, p in model.named_parameters()}
-        ours = {name: norm for name, norm in ours.items() if not name.startswith("codec.")}
-        assert ours.keys() == wanted.keys()
-        relative, scale = self.use["gradient_norms_relative"], max(wanted.values())
-        wrong = {n: (ours[n], w) for n, w in wanted.items() if abs(ours[n] - w) > relative * w + 1e-7 * scale}
-        assert not wrong, wrong
-
-
-class Recorded(CounterRNG):
+class Recorded(janus.Recorded):
     """The recorded draws of a case: which samples lose their condition, times, noise; the posterior has no spread."""
 
     def __init__(self, golden: Golden, dropped: list[bool]):
-        super().__init__(0)
+        super().__init__(dropped)
         self.data = golden.data
-        self.dropped = torch.tensor([[0.0 if gone else 1.0] for gone in dropped])
-
-    def uniform(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
-        assert purpose == RandomStream.CONDITION_DROP and n == 1
-        return self.dropped[sample_ids]
 
     def normal(self, purpose: RandomStream, sample_ids: Tensor, n: int = 1) -> Tensor:
         if purpose == RandomStream.TIMESTEP:
@@ -85,10 +55,6 @@ class Recorded(CounterRNG):
     def noise(self, purpose: RandomStream, sample_ids: Tensor) -> Tensor:
         assert purpose == RandomStream.NOISE
         return self.data["flow.z0"][sample_ids]
-
-
-def value(golden: Golden, name: str):
-    return golden.cases["tensors"][name]["value"]
 
 
 def image_batch(golden: Golden, case: str) -> tuple[Batch, Recorded]:

@@ -13,7 +13,8 @@ from reca.models.janus.sampling import continue_text
 from reca.models.janusflow import prompt, sampling, weights
 from reca.models.janusflow.loss import t2i_prompt
 from reca.rng import CounterRNG
-from tests.golden.janusflow import Tolerances, build, image_batch, talk_batch, value
+from tests.golden.janus import Tolerances, value
+from tests.golden.janusflow import build, image_batch, talk_batch
 
 
 def matches(config: dict) -> bool:

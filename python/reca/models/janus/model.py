@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from reca.data.batch import Batch
 from reca.models.base import Adapter, LossTerm
-from reca.models.common.images import to_unit
 from reca.models.common.inference import options_of
 from reca.models.janus import sampling, weights
 from reca.models.janus.config import JanusConfig
@@ -39,15 +38,6 @@ class Janus(Network, Adapter):
     def sequence(self) -> dict[str, int]:
         return {"h_v": self.hv_tokens, "image": self.image_tokens}
 
-    @torch.no_grad()
-    def encode(self, batch: Batch) -> dict[str, Any]:
-        features = {} if batch.gen is None else {"codes": self.gen_vision_model.encode(to_unit(batch.gen))}
-        if batch.task != "t2i":
-            given = batch.gen if batch.und is None else batch.und
-            assert given is not None
-            features["h_v"] = self.encode_understanding(to_unit(given))
-        return features
-
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         return prepare(self, batch, rng)
 
@@ -64,9 +54,7 @@ class Janus(Network, Adapter):
         return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, temperature=temperature)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        view = self.views("i2t").und
-        assert view is not None
-        return sampling.answer(self, images, questions, view, max_new_tokens)
+        return sampling.answer(self, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
         """Write the files that DeepSeek's code reads, or those that transformers reads (model.export_layout)."""

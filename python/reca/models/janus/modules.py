@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import in_fp32
 from reca.models.common import conv_blocks
 from reca.models.common.conv_blocks import Downsample, ResBlock, Upsample, group_norm
-from reca.models.common.images import check_side
+from reca.models.common.images import check_side, to_unit
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
@@ -300,6 +301,23 @@ class SharedLlama(nn.Module):
         same = task == "t2i" or (size == gen.size and blur == 1)
         return Views(gen=gen, und=None if same else View(size, fit="center_crop", blur=blur))
 
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> dict[str, Any]:
+        features = {} if batch.gen is None else self.encode_target(to_unit(batch.gen))
+        if batch.task != "t2i":
+            given = batch.gen if batch.und is None else batch.und
+            assert given is not None
+            features["h_v"] = self.encode_understanding(to_unit(given))
+        return features
+
+    def encode_target(self, pixels: Tensor) -> dict[str, Any]:  # [B, 3, S, S] in [-1, 1]
+        """Encode images to generate by the codec."""
+        raise NotImplementedError
+
+    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
+        """Encode images by SigLIP and aligner: h_v, [B, n, H]."""
+        raise NotImplementedError
+
     def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
         """Make the rows that stand in a sequence for an image that is seen."""
         return h_v
@@ -346,9 +364,11 @@ class Network(SharedLlama):
         return (self.config.image_size // self.gen_vision_model.factor) ** 2
 
     @torch.no_grad()
-    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by SigLIP and aligner: h_v, [B, n, H]."""
+    def encode_understanding(self, pixels: Tensor) -> Tensor:
         return self.aligner(self.vision_model.vision_tower(pixels))
+
+    def encode_target(self, pixels: Tensor) -> dict[str, Any]:
+        return {"codes": self.gen_vision_model.encode(pixels)}
 
     def embed_codes(self, codes: Tensor) -> Tensor:  # int64 [B, n]
         """Embed codes for the language model, [B, n, H]. Their table is not the tokenizer's codebook."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from reca.data.batch import Batch
-from reca.data.views import View
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
 from reca.models.common.inference import check_pairs, warn_of_cut
@@ -124,14 +123,13 @@ def answer(
     net: Any,  # a model with a SharedLlama
     images: list[Tensor],
     questions: list[str],
-    view: View,
     max_new_tokens: int,
     batch: int = 64,
     ask: Callable[..., list[prompt.Segment]] = prompt.with_image,
 ) -> list[str]:
     """Answer questions about images, greedy, `batch` at a time. ask: makes the prompt of one."""
     check_pairs(images=images, questions=questions)
-    v, replies = net.vocabulary, []
+    v, view, replies = net.vocabulary, net.views("i2t").und, []
     asked = [
         ask(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length) for text in questions
     ]

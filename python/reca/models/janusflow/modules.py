@@ -1,6 +1,7 @@
 """JanusFlow's modules under DeepSeek's names: latents to rows of the language model and back, all parts together."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,9 +153,11 @@ class Network(SharedLlama):
         return (self.side // PATCH) ** 2
 
     @torch.no_grad()
-    def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by SigLIP and aligner: h_v, [B, n, H]."""
+    def encode_understanding(self, pixels: Tensor) -> Tensor:
         return self.vision_und_enc_aligner(self.vision_und_enc_model.vision_tower(pixels))
+
+    def encode_target(self, pixels: Tensor) -> dict[str, Any]:
+        return {"moments": self.codec.encode(pixels)}
 
     def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
         """Put the embedding that begins an image before it; the release gives it no gradient."""
