@@ -7,10 +7,15 @@ import tarfile
 from PIL import Image
 
 
-def picture(color=(200, 30, 30), size=(8, 8), mode="RGB", format="PNG", **options):
+def encoded(image, format="PNG", **options):
+    """The bytes of a file. options: of Pillow's writer."""
     buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, format, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def picture(color=(200, 30, 30), size=(8, 8), mode="RGB", format="PNG", **options):
+    return encoded(Image.new(mode, size, color), format, **options)
 
 
 def fill(root, files):

@@ -1,7 +1,6 @@
 """DALI's decoder beside Pillow's: the same views, whole batches, and what a bad file costs. See fake_dali."""
 
 import importlib.util
-import io
 import logging
 
 import numpy as np
@@ -17,6 +16,7 @@ from reca.data.pixels import BadImage, PillowDecoder
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 from tests.data import fake_dali
+from tests.data.files import encoded
 
 
 @pytest.fixture(params=["fake", "real"])
@@ -37,14 +37,8 @@ def photo(number, size=(90, 60)):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def encoded(image, format="JPEG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def jpeg(number, **options):
-    return encoded(photo(number, (90 + 3 * number, 60)), quality=90, **options)
+    return encoded(photo(number, (90 + 3 * number, 60)), "JPEG", quality=90, **options)
 
 
 def broken(file):
@@ -107,9 +101,15 @@ def test_what_dali_fails_at_and_pillow_reads(library, monkeypatch):
 def test_what_is_for_a_batch(library):
     decoder = dali.DaliDecoder(Views(View(16), None), CounterRNG(0), device="cpu")
     garbled = jpeg(0)[:2] + b"\xff\xe1\x00\x0cExif\0\0junk" + jpeg(0)[2:]
-    for file in (jpeg(0), encoded(photo(0).convert("L")), garbled, jpeg(0) + b"\0\0", jpeg(0, progressive=True)):
+    for file in (
+        jpeg(0),
+        encoded(photo(0).convert("L"), "JPEG"),
+        garbled,
+        jpeg(0) + b"\0\0",
+        jpeg(0, progressive=True),
+    ):
         assert decoder.takes(file)
-    others = [encoded(photo(0), "PNG"), encoded(photo(0).convert("CMYK")), rotated(0), encoded(photo(0), "GIF")]
+    others = [encoded(photo(0), "PNG"), encoded(photo(0).convert("CMYK"), "JPEG"), rotated(0), encoded(photo(0), "GIF")]
     for file in (b"", b"junk", jpeg(0)[:-2], jpeg(0)[:200], *others):
         assert not decoder.takes(file)
     for file in others:

@@ -1,7 +1,6 @@
 """Images that are deep, thin, huge, or carry broken metadata."""
 
 import gzip
-import io
 import struct
 import warnings
 import zlib
@@ -13,13 +12,7 @@ from PIL import Image, PngImagePlugin
 from reca.data import pixels
 from reca.data.pixels import BadImage, make_view, open_rgb
 from reca.data.views import View
-from tests.data.files import picture
-
-
-def saved(values, format, **options):
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, format, **options)
-    return buffer.getvalue()
+from tests.data.files import encoded, picture
 
 
 def grey(data):
@@ -48,9 +41,9 @@ def with_segment(jpeg, marker, data):
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 @pytest.mark.parametrize(("value", "level"), [(0, 0), (200, 0), (255, 0), (260, 1), (32768, 128), (65535, 255)])
 def test_sixteen_bits_are_scaled_by_their_mode(format, value, level):
-    assert grey(saved(np.full((8, 8), value, np.uint16), format)) == level
+    assert grey(encoded(Image.fromarray(np.full((8, 8), value, np.uint16)), format)) == level
     mixed = np.array([[value, 65535]], np.uint16)  # what else is in the image does not matter
-    assert np.asarray(open_rgb(saved(mixed, format)))[0, 0, 0] == level
+    assert np.asarray(open_rgb(encoded(Image.fromarray(mixed), format)))[0, 0, 0] == level
 
 
 def tiff(bits, photometric, data):
@@ -63,7 +56,7 @@ def tiff(bits, photometric, data):
 @pytest.mark.parametrize(
     ("data", "levels"),
     [
-        (saved(np.array([[0x8000, 0xFFFF]], ">u2"), "TIFF"), [128, 255]),
+        (encoded(Image.fromarray(np.array([[0x8000, 0xFFFF]], ">u2")), "TIFF"), [128, 255]),
         (tiff(16, 1, struct.pack("<HH", 0x8000, 0xFFFF)), [128, 255]),
         (tiff(16, 0, struct.pack("<HH", 0x8000, 0xFFFF)), [127, 0]),  # white is zero
         (tiff(12, 1, b"\x80\x0f\xff"), [128, 255]),  # two pixels in three bytes
@@ -76,14 +69,15 @@ def test_other_codings_of_deep_grey(data, levels):
 
 def test_one_grey_of_sixteen_bits_may_be_transparent():
     values = np.array([[1000, 40000]], np.uint16)
-    got = np.asarray(open_rgb(with_chunk(saved(values, "PNG"), chunk(b"tRNS", struct.pack(">H", 1000)))))
+    png = encoded(Image.fromarray(values), "PNG")
+    got = np.asarray(open_rgb(with_chunk(png, chunk(b"tRNS", struct.pack(">H", 1000)))))
     assert got[0, :, 0].tolist() == [255, 40000 >> 8]
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
 def test_pixels_without_a_fixed_white_are_refused(values):
     with pytest.raises(BadImage, match="have no fixed white: save it with 8 or 16 bits"):
-        open_rgb(saved(values, "TIFF"))
+        open_rgb(encoded(Image.fromarray(values), "TIFF"))
 
 
 # ---- thin and huge ----
@@ -144,14 +138,13 @@ def test_large_photos_are_decoded_at_half_the_size(monkeypatch):
     half = photo.resize((60, 40), Image.Resampling.BOX)
     monkeypatch.setattr(pixels, "MAX_PIXELS", 120 * 80 - 1)
     for options in ({}, {"progressive": True}, {"subsampling": 0}):
-        buffer = io.BytesIO()
-        photo.save(buffer, "JPEG", quality=95, exif=exif, **options)
-        got = open_rgb(buffer.getvalue())
+        file = encoded(photo, "JPEG", quality=95, exif=exif, **options)
+        got = open_rgb(file)
         want = np.asarray(half.transpose(Image.Transpose.ROTATE_270)).astype(int)
         assert got.size == (40, 60) and np.abs(np.asarray(got) - want).mean() < 2
     monkeypatch.setattr(pixels, "MAX_PIXELS_JPEG", 120 * 80 - 1)
     with pytest.raises(BadImage, match="120 x 80 pixels; at most 32768 on a side and 9599 in all"):
-        open_rgb(buffer.getvalue())
+        open_rgb(file)
     for mode, format in (("CMYK", "JPEG"), ("RGB", "PNG")):  # whose decoders hold more, or know no half
         with pytest.raises(BadImage, match="9599 in all"):
             open_rgb(picture(0, (120, 80), mode, format))
@@ -182,7 +175,7 @@ def test_what_stands_in_the_place_of_a_picture(data, words):
 
 def test_large_pictures_are_converted_in_strips(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (70, 50, 4), dtype=np.uint8)
-    data = saved(noise, "PNG")
+    data = encoded(Image.fromarray(noise), "PNG")
     whole = np.asarray(open_rgb(data))
     monkeypatch.setattr(pixels, "STRIP", 130)
     assert np.array_equal(np.asarray(open_rgb(data)), whole)

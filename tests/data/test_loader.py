@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 import torch
-from PIL import Image
 
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
@@ -16,14 +15,13 @@ from reca.data.loader import open_loader
 from reca.data.sampler import sample_index
 from reca.data.sources import open_source
 from reca.data.views import View, Views
+from tests.data.files import picture
 
 VIEWS = Views(gen=View(4), und=None)
 
 
 def png(value):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (value % 256, value // 256, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return picture((value % 256, value // 256, 0))
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """From bytes to views: every task of file, every fit. test_dali.py has the other decoder."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -11,18 +9,13 @@ from reca.data.errors import DataError
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
+from tests.data.files import encoded
 
 
 def picture(width=40, height=24, mode="RGB"):
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 5 % 256, y * 9 % 256, (x + y) * 3 % 256], axis=-1).astype(np.uint8)
     return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(image, format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

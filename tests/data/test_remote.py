@@ -37,7 +37,7 @@ def put(memory, root):
 
 FILES = {
     "a.png": picture((1, 0, 0)), "a.txt": b"one", "more/b.JPG": picture((2, 0, 0), format="JPEG"), "more/b.txt": b"two",
-    ".c.png": picture(), "d.heic": b"x", "notes.md": b"",
+    ".c.png": picture(), "d.heic": b"x", "notes.md": b"", "e.tar": b"x",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_a_folder_is_what_it_is_here(memory, tmp_path):
     with pytest.raises(DataError, match=r"memory://.*nowhere does not exist, or is empty"):
         open_source("memory://nowhere", "reca")
     memory.pipe("/text/a.md", b"x")
-    with pytest.raises(DataError, match=r"memory://.*text holds no images, only 1 x \.md"):
+    with pytest.raises(DataError, match=r"memory://.*text holds no images .*only 1 x \.md"):
         open_source("memory://text", "reca")
     memory.rm("/data/a.txt")
     with pytest.raises(DataError, match=r"1 of 2 images have no caption; memory://.*a.txt is missing"):

@@ -29,28 +29,26 @@ class NoImages(DataError):
         self.files = files
 
 
-class Folder:
+class ImageFolder:
     """Images below a folder, in order of their paths. A caption is the .txt beside an image.
 
-    Linked folders are read, each folder once. Names that start with a dot are skipped, as are folders of copies that
-    systems make (__MACOSX, @eaDir).
+    Names that start with a dot are skipped.
     """
 
-    def __init__(self, root: Path, task: str):
-        if not root.is_dir():
-            fault = "is no folder" if root.exists() else "does not exist"
-            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or package.module:FUNCTION")
-        self.root, self.task, self.skipped = root, task, Skipped()
-        files = _walk(root, self.skipped)
+    def __init__(self, root: AnyPath, task: str, files: Mapping[str, Sequence[str]], skipped: Skipped):
+        """files: suffix -> names of all files that are not hidden. Raises NoImages."""
+        self.task, self.skipped = task, skipped
         self.names = sorted((n for s in IMAGE_SUFFIXES for n in files.get(s, ())), key=lambda name: name.split("/"))
         if not self.names:
             message = f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}){holds(files)}"
             raise NoImages(message, files)
+        for name in sorted(name for suffix in OTHER_IMAGE_SUFFIXES for name in files.get(suffix, ())):
+            skipped.add("images in formats that are not read", name)
         for kind in ("tar", "parquet"):
             for name in sorted(files.get(f".{kind}", ())):
-                self.skipped.add(f"{kind} files below a folder of images", name)
+                skipped.add(f"{kind} files below a folder of images", name)
         self.captions = captions_of(root, self.names, sorted(files.get(".txt", ()))) if task == "t2i" else None
-        self.skipped.warn(str(root))
+        skipped.warn(str(root))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,18 +56,47 @@ class Folder:
     def __getitem__(self, index: int) -> Sample:
         text = None
         if self.captions is not None:
-            text = decode_caption(_read(self.root / self.captions[index], MAX_CAPTION_BYTES, "caption"))
-        return Sample(self.key(index), _read(self.root / self.names[index], MAX_IMAGE_BYTES, "image"), text)
+            text = decode_caption(self.read(self.captions[index], MAX_CAPTION_BYTES, "caption"))
+        return Sample(self.key(index), self.read(self.names[index], MAX_IMAGE_BYTES, "image"), text)
+
+    def read(self, name: str, limit: int, what: str) -> bytes:
+        """Read a file of at most `limit` bytes."""
+        raise NotImplementedError
+
+    def total_size(self, names: Sequence[str]) -> int:
+        """Sum the bytes of files; -1 when one does not exist."""
+        raise NotImplementedError
 
     def key(self, index: int) -> str:
         return self.names[index]
 
     def size(self, index: int) -> int:
-        names = [self.names[index]] + ([self.captions[index]] if self.captions is not None else [])
-        return total_size(self.root / name for name in names)
+        return self.total_size([self.names[index]] + ([self.captions[index]] if self.captions is not None else []))
 
     def identity(self) -> str:
         return digest((self.key(index), self.size(index)) for index in range(len(self)))
+
+
+class Folder(ImageFolder):
+    """A folder of this machine.
+
+    Linked folders are read, each folder once. Folders of copies that systems make (__MACOSX, @eaDir) are skipped.
+    """
+
+    def __init__(self, root: Path, task: str):
+        if not root.is_dir():
+            fault = "is no folder" if root.exists() else "does not exist"
+            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or package.module:FUNCTION")
+        self.root, skipped = root, Skipped()
+        super().__init__(root, task, _walk(root, skipped), skipped)
+
+    def read(self, name: str, limit: int, what: str) -> bytes:
+        with (self.root / name).open("rb") as file:
+            checked_size(os.fstat(file.fileno()).st_size, limit, what)
+            return file.read(limit)
+
+    def total_size(self, names: Sequence[str]) -> int:
+        return total_size(self.root / name for name in names)
 
 
 def total_size(paths) -> int:
@@ -78,12 +105,6 @@ def total_size(paths) -> int:
         return sum(os.stat(path).st_size for path in paths)
     except (OSError, ValueError):
         return -1
-
-
-def _read(path: Path, limit: int, what: str) -> bytes:
-    with path.open("rb") as file:
-        checked_size(os.fstat(file.fileno()).st_size, limit, what)
-        return file.read(limit)
 
 
 def _suffix(name: str) -> str:
@@ -131,8 +152,6 @@ def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
                     skipped.add("images that are no file, or a link to none", name)
             else:
                 files[suffix].append(name)
-                if suffix in OTHER_IMAGE_SUFFIXES:
-                    skipped.add("images in formats that are not read", name)
     return files
 
 

@@ -180,7 +180,7 @@ class Loader:
 
     def sample(self, position: int) -> Batch:
         """Read one sample in the calling thread."""
-        return self._batch([position], [self._read(position)])
+        return self.named_sample(position)[1]
 
     def named_sample(self, position: int) -> tuple[str, Batch]:
         """Return one sample with its key, read while the caller waits."""
