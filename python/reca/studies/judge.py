@@ -57,14 +57,16 @@ def verdict(claim: Claim, found: Interval | None) -> str:
         return NOT_MEASURED
     if found.low is None or found.high is None:
         return "open"
+    margin, low, high = claim.margin, found.low, found.high
+    if claim.expect in ("lower", "not_higher"):
+        low, high = -high, -low
     if claim.expect == "equal":
-        if -claim.margin <= found.low and found.high <= claim.margin:
-            return "agrees"
-        return "disagrees" if found.low > claim.margin or found.high < -claim.margin else "open"
-    low, high = (found.low, found.high) if claim.expect == "higher" else (-found.high, -found.low)
-    if low > 0:
-        return "agrees"
-    return "disagrees" if high < 0 else "open"
+        agrees, disagrees = -margin <= low and high <= margin, high < -margin or low > margin
+    elif claim.expect in ("not_lower", "not_higher"):
+        agrees, disagrees = low >= -margin, high < -margin
+    else:
+        agrees, disagrees = low > 0, high < 0
+    return "agrees" if agrees else "disagrees" if disagrees else "open"
 
 
 def overall(verdicts: Sequence[str]) -> str:

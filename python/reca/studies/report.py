@@ -141,9 +141,8 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"{arm['name']}, seed {s}: {r['failed']}" for s, r in arm["results"].items() if "failed" in r]
     lines += ["", *(f"the paper: {said['says']} ({said['source']})" for said in found["paper"])]
     for claim in found["claims"]:
-        lines.append(
-            f"{claim['verdict']}: {claim['says']}: {claim['arm']} - {claim['than']}, {claim['measure']} {change(claim)}"
-        )
+        measured = f", {claim['measure']} {change(claim)}" if claim["difference"] is not None else ""
+        lines.append(f"{claim['verdict']}: {claim['says']}: {claim['arm']} - {claim['than']}{measured}")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the arm that is not trained
 START = "start"  # the embedded world's pre-training; `start:key=value` holds for it and for every arm
 SETTINGS = ("world", "published")
-EXPECTED = ("higher", "lower", "equal")
+EXPECTED = ("higher", "lower", "equal", "not_lower", "not_higher")
 
 
 class StudyError(ValueError):
@@ -65,7 +65,7 @@ class Claim:
 
     measure  the name of a measure; by setting, if they differ
     arm, than  the two arms: `arm` minus `than` is judged
-    expect   higher, lower or equal, which means: by at most `margin` points
+    expect   higher or lower; equal, not_lower or not_higher, each by at most `margin` points
     """
 
     says: str
