@@ -1,5 +1,6 @@
 """What the distribution says of itself is said once, and is true."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def test_the_licence_and_types_come_with_the_packages():
     for package in (reca, reca_kernels):
         assert (Path(package.__file__).parent / "py.typed").is_file()
         assert f'"{package.__name__}": ["py.typed"' in packaged
+
+
+@pytest.mark.parametrize("package", [reca, reca_kernels])
+def test_every_file_of_a_package_comes_with_it(package):
+    """But Python's own, which setuptools finds, and what is compiled."""
+    listed = re.search(rf'"{package.__name__}": (\[.*?\])', (ROOT / "setup.py").read_text())[1]
+    folder = Path(package.__file__).parent
+    packaged = {path for pattern in ast.literal_eval(listed) for path in folder.glob(pattern)}
+    files = {p for p in folder.rglob("[!.]*") if p.is_file() and p.suffix not in (".py", ".pyc", ".so", ".pyd")}
+    assert files - packaged == set()
 
 
 @pytest.mark.parametrize("tool", ["ruff"])

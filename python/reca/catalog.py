@@ -100,9 +100,6 @@ SUITES = {
     "dpg": SuiteFiles(
         "TencentQQGYLab/ELLA", "3c228f1", ("dpg_bench/dpg_bench.csv", "dpg_bench/prompts/*.txt"), "Apache-2.0"
     ),
-    "t2i_compbench": SuiteFiles(
-        "Karine-Huang/T2I-CompBench", "fc2c9b9f8ec357dcf1bb1b382c0df017afe9cd8c", ("examples/dataset/*_val.txt",), "MIT"
-    ),
     "wise": SuiteFiles("PKU-YuanGroup/WISE", "eb51174", ("data_verified/*.json",), None),
     "wise_legacy": SuiteFiles("PKU-YuanGroup/WISE", "eb51174", ("WISE_legacy/data/*.json",), None),
     "pope": SuiteFiles(

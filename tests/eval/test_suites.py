@@ -164,6 +164,44 @@ def test_geneval2(tmp_path):
     assert list(suite.find(tmp_path / "images", [item])) == [(item.id, 0)]
 
 
+# ---- T2I-CompBench ----
+
+# SHA-256 of its own files at commit 3310c2f, six of them with CR LF
+T2I_COMPBENCH = {
+    "color": "1634259756dbc77d13093d907d414480080ec9790a8c97ad09efaea7b2534f2d",
+    "shape": "37e1a276906c7ea9516cbd7ac8501be896006c0c17ca7344f260562834455bae",
+    "texture": "fbb5363515b4a28009e360afaaaf389d2dd2289e50dbb0c6ef4ea0c7fe4f3d4f",
+    "spatial": "8707a1d7e42ce3002d95363cf55f74bd043c843ae27108f5125aaaa7840ca988",
+    "non_spatial": "04c56cc9ac441dc9ea6c5157652058bd1635b5308526dd31bb29a1caab9a758d",
+    "complex": "1b808018b8d9916db3d47d5aa2ef18377a3549a56901a474156f799824cdf3b4",
+    "3d_spatial": "c9953597315f36a5fcb41291bb19bdc6ab5f64a0fa760d691b4854a73f5d1fe9",
+    "numeracy": "dad8df141604b70ba7554bec724e3db0a80023680769b5c514854ea2d2527bbe",
+}
+
+
+def test_the_prompts_of_t2i_compbench_are_shipped():
+    suite = open_suite("t2i_compbench")
+    files = {path.name: path for path in suite.shipped.glob("*_val.txt")}
+    digests = {name[: -len("_val.txt")]: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+    assert digests == T2I_COMPBENCH
+    assert "Copyright (c) 2023 HKU" in (suite.shipped / "LICENSE.txt").read_text()
+    items = suite.items()
+    assert collections.Counter(item.tag for item in items) == dict.fromkeys(T2I_COMPBENCH, 300)
+    assert len({(item.tag, item.prompt) for item in items}) == len({item.id for item in items}) == 2400
+    by_id = {item.id: item for item in items}
+    assert by_id["color/0299"].prompt == "a black bathroom with a black and white shower curtain"
+    assert suite.path(by_id["numeracy/0001"], 9) == "numeracy/samples/six airplanes_000019.png"
+
+
+def test_t2i_compbench_tells_equal_prompts_apart(tmp_path):
+    """Older lists have prompts that come twice; the digits say which of them an image is of."""
+    (tmp_path / "color_val.txt").write_text("a cow\na red cow\na cow\n")
+    suite = open_suite("t2i_compbench", tmp_path)
+    items = suite.items()
+    saved = {(item.id, k): save(tmp_path / "images" / suite.path(item, k)) for item in items for k in range(2)}
+    assert suite.find(tmp_path / "images", items) == saved
+
+
 def test_t2i_compbench(tmp_path):
     (tmp_path / "color_val.txt").write_text("a red bench\na green/blue cow\n")
     suite = open_suite("t2i_compbench", tmp_path)

@@ -5,12 +5,13 @@ VLM can judge in their place, by the probability of yes to the whole prompt, whi
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval2 import YES
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
@@ -24,9 +25,9 @@ class T2ICompBench(Suite):
     images_per_item = 10
     exact_judge = "BLIP-VQA, UniDet and CLIP of the benchmark's own scripts: --judge recorded:FOLDER"
     data_help = (
-        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), color_val.txt and others, "
-        "which `reca get suite t2i_compbench` brings."
+        "Give the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), color_val.txt and others."
     )
+    shipped: ClassVar[Path | None] = PROMPTS / "t2i_compbench"
 
     def items(self) -> list[Item]:
         root, items = self.data_path(), []
@@ -52,16 +53,20 @@ class T2ICompBench(Suite):
         return "CATEGORY/samples/PROMPT_000000.png"
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        """Find pictures by their prompt; digits order the pictures of a prompt."""
+        """Find images by their prompt; digits order the images of a prompt, and tell items of one prompt apart."""
         by_name: dict[tuple[str, str], list[Path]] = {}
         for category in {item.tag for item in items}:
-            for path in sorted((images / category / "samples").glob("*_??????.png")):
+            for path in sorted((images / category / "samples").glob(f"*_{'[0-9]' * 6}.png")):
                 by_name.setdefault((category, path.stem[:-7]), []).append(path)
-        return {
-            (item.id, k): path
-            for item in items
-            for k, path in enumerate(by_name.get((item.tag, item.prompt.replace("/", " ")), []))
-        }
+        names = [(item.tag, item.prompt.replace("/", " ")) for item in items]
+        times, found = Counter(names), dict[Key, Path]()
+        for item, name in zip(items, names, strict=True):
+            paths = by_name.get(name, [])
+            if times[name] > 1:
+                own = range(self._number(item, 0), self._number(item, self.images_per_item))
+                paths = [path for path in paths if int(path.stem[-6:]) in own]
+            found |= {(item.id, k): path for k, path in enumerate(paths)}
+        return found
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         text = f'Does this picture show "{item.prompt}"? Answer in one word.'
