@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from reca import distributed, jsonl
+from reca import distributed, inference, jsonl
 from reca.data.text import decode_text
 from reca.folders import ensure_writable, write_atomically
 from reca.models.base import Adapter
@@ -142,7 +142,7 @@ def _choose(
     """Draw, score and write the images of a few prompts. Yields the record of each when it is on disk."""
     texts = [prompts[number] for number in numbers for _ in range(choice.count)]
     seeds = [seed for number in numbers for seed in choice.seeds(number)]
-    images = model.generate(texts, seeds, **choice.sampling)
+    images = inference.generate(model, texts, seeds, **choice.sampling)
     scores = model.log_likelihood(images, [choice.question] * len(texts), texts)
     for place, number in enumerate(numbers):
         mine = slice(place * choice.count, (place + 1) * choice.count)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reca import objective
+from reca import inference, objective
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader, open_loader
@@ -65,7 +65,7 @@ class Diagnostics:
         """Generate an image of every prompt of `log.prompts`, with the same random numbers each time."""
         prompts = self.recipe.log.prompts
         with eval_mode(self.adapter), self.autocast:
-            return self.adapter.generate(prompts, list(range(len(prompts)))) if prompts else []
+            return inference.generate(self.adapter, prompts, range(len(prompts))) if prompts else []
 
     def reconstructions(self) -> list[list[Tensor]]:
         """Reconstruct `log.reconstructions` pictures, always the same ones: [picture, reconstruction] of each."""

@@ -2,14 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from reca import distributed, jsonl
+from reca import distributed, inference, jsonl
 from reca.alarms import GAP, LOSS, Alarms, spread
 from reca.config import Recipe
 from reca.data.sample import Source
@@ -26,12 +25,14 @@ class Evaluation(NamedTuple):
     values   by the names of log.jsonl
     new      alarms that begin with it
     active   alarms that hold after it
+    failed   what could not be measured, and why
     seconds  that it took
     """
 
     values: dict[str, float]
     new: list[str]
     active: list[str]
+    failed: list[str]
     seconds: float
 
 
@@ -75,33 +76,47 @@ class Evaluations:
         return self.every > 0 and (not self.begun or due(step, self.every) or step == self.recipe.train.steps)
 
     def run(self, step: int) -> Evaluation:
-        """Evaluate the model as it is after `step`."""
+        """Evaluate the model as it is after `step`. What fails is left out, and ends no training.
+
+        Raises inference.RanksWait where memory is full and ranks share the weights.
+        """
         started = time.perf_counter()
         devices = [self.device] if self.device.type == "cuda" else []
+        values: dict[str, float] = {}
+        failed: list[str] = []
         with torch.random.fork_rng(devices), eval_mode(self.adapter):
-            values = self._values(step)
-        values = distributed.all_gather(values)[0]
+            for name, measure in self._measures(step):
+                found, reason = inference.spared(self.adapter, measure)
+                values |= found or {}
+                if reason:
+                    failed.append(f"no {name} ({reason}); training goes on")
+        values, failed = distributed.all_gather((values, failed))[0]
         self.begun = True
         new = self.alarms.check(step, values)
-        return Evaluation(values, new, list(self.alarms.active.values()), time.perf_counter() - started)
+        active = list(self.alarms.active.values())
+        return Evaluation(values, new, active, failed, time.perf_counter() - started)
 
-    def _values(self, step: int) -> dict[str, float]:
-        values: dict[str, float] = {}
-        pictures: list[Tensor] = []
+    def _measures(self, step: int) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+        """Yield what is measured, by its name in a message."""
         if self.held_out is not None:
-            found = self.held_out.measure()
-            values |= {LOSS: found.loss, GAP: found.gap}
+            yield "held-out loss", self._held_out
         if self.suite is not None:
-            with self.autocast:
-                scored = self.suite.run(self.adapter, step, self.device)
-            if scored is not None:
-                values |= training.values(scored.results)
-                pictures = scored.pictures
+            yield f"score of {self.suite.name}", lambda: self._scored(step)
         elif self.recipe.log.prompts:
-            pictures = self._drawn()
-        return values | spread(pictures)
+            yield "images of log.prompts", self._drawn
 
-    def _drawn(self) -> list[Tensor]:
+    def _held_out(self) -> dict[str, float]:
+        assert self.held_out is not None
+        found = self.held_out.measure()
+        return {LOSS: found.loss, GAP: found.gap}
+
+    def _scored(self, step: int) -> dict[str, float]:
+        assert self.suite is not None
+        with self.autocast:
+            scored = self.suite.run(self.adapter, step, self.device)
+        return {} if scored is None else training.values(scored.results) | spread(scored.pictures)
+
+    def _drawn(self) -> dict[str, float]:
         prompts = self.recipe.log.prompts
         with self.autocast:
-            return self.adapter.generate(prompts, list(range(len(prompts))))
+            return spread(inference.generate(self.adapter, prompts, range(len(prompts))))

@@ -7,16 +7,18 @@ from typing import Any
 
 
 def generate(options: argparse.Namespace) -> None:
+    from reca import inference
     from reca.models.common.inference import warn_of_unknown_words
 
     seeds = [options.seed + i for i in range(len(options.prompt))]
     sampling = _sampling(options, _adapter(options, "generate").generate, seeds, options.prompt)
     model = _model(options)
     warn_of_unknown_words(model.tokenizer, options.prompt)
-    _write(model.generate(options.prompt, seeds, **sampling), options, seeds, options.prompt)
+    _write(inference.generate(model, options.prompt, seeds, **sampling), options, seeds, options.prompt)
 
 
 def edit(options: argparse.Namespace) -> None:
+    from reca import inference
     from reca.models.common.inference import warn_of_unknown_words
 
     seeds, instructions = [options.seed], [options.instruction]
@@ -24,10 +26,11 @@ def edit(options: argparse.Namespace) -> None:
     image = _read(options.image)
     model = _model(options)
     warn_of_unknown_words(model.tokenizer, instructions)
-    _write(model.edit([image], instructions, seeds, **sampling), options, seeds, instructions)
+    _write(inference.edit(model, [image], instructions, seeds, **sampling), options, seeds, instructions)
 
 
 def answer(options: argparse.Namespace) -> None:
+    from reca import inference
     from reca.models.common.inference import warn_of_unknown_words
 
     _adapter(options, "answer")
@@ -35,7 +38,7 @@ def answer(options: argparse.Namespace) -> None:
     image = _read(options.image)
     model = _model(options)
     warn_of_unknown_words(model.tokenizer, [options.question])
-    print(model.answer([image], [options.question])[0])
+    print(inference.answer(model, [image], [options.question])[0])
 
 
 def best_of(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from reca import distributed
+from reca import distributed, inference
 from reca.config import ObjectiveConfig
 from reca.data.batch import Batch, task_rng
 from reca.models.base import Adapter, LossTerm
@@ -152,10 +152,11 @@ def evaluate(
     """Compute the mean loss over fixed batches, with the random numbers of their sample ids and without dropout."""
     adapter.eval()
     sums = torch.zeros(2, device=next(adapter.parameters()).device, dtype=_total_dtype(adapter))
-    for batch in batches:
-        with autocast:
-            term = adapter(batch, task_rng(seed, batch.task), condition)
-        if batch.counted:
-            sums += torch.stack((term.sum, term.weight))
+    with inference.together(adapter):
+        for batch in batches:
+            with autocast:
+                term = adapter(batch, task_rng(seed, batch.task), condition)
+            if batch.counted:
+                sums += torch.stack((term.sum, term.weight))
     total, weight = distributed.sum_over_ranks(sums).tolist()
     return total / weight if weight else 0.0

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reca import inference
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import open_loader
@@ -64,8 +65,13 @@ def reconstruct(
     context: what the model computes in; by default as outside of training. seeds: 0, 1, ... by default.
     """
     device = next(adapter.parameters()).device
+
+    def draw(places: Sequence[int], own: Sequence[int]) -> list[Tensor]:
+        return adapter.reconstruct(batch.part(places).to(device), list(own), **sampling)
+
     with eval_mode(adapter), context or adapter.inference_autocast():
-        return adapter.reconstruct(batch.to(device), list(seeds or range(len(batch))), **sampling)
+        columns = range(len(batch)), list(seeds or range(len(batch)))
+        return inference.in_batches(adapter, "reconstruct", draw, columns)
 
 
 def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from reca import determinism, distributed, micro_batches, monitors, speed
+from reca import determinism, distributed, inference, micro_batches, monitors, speed
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.loader import Loader
@@ -99,6 +99,8 @@ class RunReport:
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Report an evaluation of the model after `step`, and warn of what has collapsed."""
         self.record.record_evaluation(step, found.values, found.active, found.seconds)
+        for text in found.failed:
+            self.record.warn(step, text)
         for text in found.new:
             self.record.warn(step, f"alarm: {text}")
 
@@ -106,33 +108,41 @@ class RunReport:
         """Draw the images that are due after `step`, on every rank, and save them."""
         if not due(step, self.recipe.log.sample_every):
             return
-        images, pairs = diagnostics.images(), diagnostics.reconstructions()
-        if images:
+        if images := self._drawn(step, "images of log.prompts", diagnostics.images):
             self.record.sample_images(step, images)
-        if pairs:
+        if pairs := self._drawn(step, "reconstructions", diagnostics.reconstructions):
             self.record.reconstructions(step, pairs)
 
     def before_training(self, step: int, diagnostics: Diagnostics) -> None:
         """Keep what the model makes of its pictures before the first step, on every rank. step: those made before."""
         if step == 0:
-            self._reconstruct(diagnostics, lambda shown, made: save_before(self.record.run_dir, made))
+            self._reconstruct(step, diagnostics, lambda shown, made: save_before(self.record.run_dir, made))
 
-    def after_training(self, diagnostics: Diagnostics) -> None:
+    def after_training(self, step: int, diagnostics: Diagnostics) -> None:
         """Save pictures beside what the model made of them before training, and makes after it, on every rank."""
-        self._reconstruct(diagnostics, lambda shown, made: save_grid(self.record.run_dir, shown, made))
+        self._reconstruct(step, diagnostics, lambda shown, made: save_grid(self.record.run_dir, shown, made))
 
-    def _reconstruct(self, diagnostics: Diagnostics, save: Callable[[list[Tensor], list[Tensor]], object]) -> None:
-        """Reconstruct the run's pictures, and save them on rank 0. Nothing but a rank out of memory ends the run.
+    def _reconstruct(
+        self, step: int, diagnostics: Diagnostics, save: Callable[[list[Tensor], list[Tensor]], object]
+    ) -> None:
+        """Reconstruct the run's pictures, and save them on rank 0.
 
         Nothing is drawn for who asked for `progress` in place of anything shown.
         """
-        if self.progress:
-            return
-        try:
+
+        def draw() -> list[list[Tensor]]:
             pairs = diagnostics.reconstructions()
             if pairs and distributed.rank() == 0:
                 save([picture for picture, _ in pairs], [made for _, made in pairs])
-        except Exception as error:
-            if distributed.world_size() > 1 and isinstance(error, torch.OutOfMemoryError):
-                raise  # the other ranks wait for this one
-            log.warning("no reconstructions (%s: %s); log.reconstructions=0 draws none", type(error).__name__, error)
+            return pairs
+
+        if not self.progress:
+            self._drawn(step, "reconstructions", draw)
+
+    def _drawn(self, step: int, what: str, draw: Callable[[], list]) -> list:
+        """Draw on every rank. What fails is recorded, and ends no training but of a rank for which others wait."""
+        found, reason = inference.spared(self.adapter, draw)
+        if reason:
+            key = "log.reconstructions=0" if what == "reconstructions" else "log.sample_every=0"
+            self.record.warn(step, f"no {what} ({reason}); {key} draws none")
+        return found or []

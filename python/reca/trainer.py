@@ -250,7 +250,7 @@ class Trainer:
                 watch.enter(self.step, "saving")
                 self._save_or_stop()
             watch.enter(self.step, "drawing reconstructions")
-            report.after_training(self.diagnostics)
+            report.after_training(self.step, self.diagnostics)
 
     def _evaluate(self, report: RunReport, watch: hang.HangWatch) -> None:
         """Evaluate the model if it is due."""

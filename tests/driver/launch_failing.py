@@ -202,6 +202,28 @@ def one_breaks(name: str) -> None:
     job.run()
 
 
+def full_in_evaluation(name: str, *overrides: str) -> None:
+    """Rank 1 is out of memory within a block, while both evaluate."""
+    images = FOLDER / "images"
+    job = trainer(name, "eval.every=1", "eval.holdout=4", f"eval.holdout_from={images}", *overrides)
+    block = job.adapter.layers[1]
+
+    def full(*_):
+        if distributed.rank() == 1 and not job.adapter.training and job.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block.register_forward_pre_hook(full)
+    job.run()
+    distributed.barrier()
+    mine = {n: to_local(p).clone() for n, p in job.adapter.named_parameters()}
+    checkpoint.load(FOLDER / "bare/checkpoints/000004", job.adapter)
+    assert all(torch.equal(to_local(p), mine[n]) for n, p in job.adapter.named_parameters())
+
+
+def full_in_evaluation_of_shards(name: str) -> None:
+    full_in_evaluation(name, "parallel.strategy=fsdp")
+
+
 def bare(name: str) -> None:
     """A launcher that says nothing of machines, as srun with RANK and WORLD_SIZE exported."""
     del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
@@ -224,6 +246,8 @@ CASES = (
     one_cannot_read,
     gone_while_read,
     one_breaks,
+    full_in_evaluation,
+    full_in_evaluation_of_shards,
 )
 
 

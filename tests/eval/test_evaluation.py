@@ -5,9 +5,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import reca
-from reca import cli
+from reca import cli, inference
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.world import WorldJudge
@@ -19,6 +20,13 @@ LIMIT = 42
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
 
 
 @pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])
@@ -207,6 +215,28 @@ def test_too_little_room_is_told_before_the_disk_is_full(painter, monkeypatch):
     assert len(list(painter.rglob("*.png"))) == 4
 
 
+def test_an_evaluation_draws_the_same_images(painter, monkeypatch, caplog):
+    kept = Painter.generate
+    whole = reca.evaluate("world", painter, limit=40, steps=["generate", "judge", "score"])
+    images = {p.relative_to(painter): p.read_bytes() for p in painter.rglob("*.png")}
+
+    def generate(self, texts, seeds, **options):
+        if len(texts) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kept(self, texts, seeds, **options)
+
+    monkeypatch.setattr(Painter, "generate", generate)
+    found = reca.evaluate("world", painter, limit=40, out=painter / "again")
+    assert {**found, "images": None} == {**whole, "images": None}
+    again = {p.relative_to(painter / "again/images"): p.read_bytes() for p in (painter / "again").rglob("*.png")}
+    assert again == {path.relative_to("eval/world/images"): content for path, content in images.items()}
+    assert caplog.text.count("memory was full with 32 images at once") == 1
+    monkeypatch.setattr(Painter, "generate", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(inference.MemoryFull, match="a single image"):
+        reca.evaluate("world", painter, limit=50)
+    assert len(list((painter / "eval/world").rglob("*.png"))) == 40  # what was made is kept
+
+
 def test_missing_images_and_another_layout(painter, tmp_path):
     reca.evaluate("world", painter, limit=LIMIT, steps=["generate"])
     images = painter / "eval/world/images"
@@ -267,6 +297,12 @@ def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):
     assert len(list(painter.rglob("*.png"))) == LIMIT
     monkeypatch.undo()
     assert reca.evaluate("world", painter, limit=LIMIT, steps=["judge", "score"])["counts"]["failed"] == 0
+
+
+def test_a_judge_without_memory_ends_the_step_with_a_sentence(painter, monkeypatch):
+    monkeypatch.setattr(WorldJudge, "shows", raising(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.")))
+    with pytest.raises(inference.MemoryFull, match="full while world looks at .*png .CUDA .* records are kept"):
+        reca.evaluate("world", painter, limit=5)
 
 
 def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):

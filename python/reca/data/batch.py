@@ -1,7 +1,7 @@
 """Batches of one task, which the data makes and the losses read."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,15 @@ class Batch:
         moved.prepared = self.prepared and self.prepared.to(device)
         moved._host_ids = self.host_ids
         return moved
+
+    def part(self, places: Sequence[int]) -> "Batch":
+        """Return a batch of these samples, with their pixels and texts alone."""
+
+        def take(values: list[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[place] for place in places]
+
+        ids = self.sample_ids[torch.as_tensor(places, device=self.sample_ids.device)]
+        return Batch(self.task, ids, take(self.text) or [], take(self.gen), take(self.und))
 
     def uncounted(self) -> "Batch":
         """Return a copy that adds nothing to loss or gradient."""

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reca import distributed, units
+from reca import distributed, inference, units
 from reca.data.pixels import read_image
 from reca.eval import records
 from reca.eval.errors import EvaluationError
@@ -76,15 +76,16 @@ def generate_images(
     wanted, made, size = len(todo), 0, 0
     if alike:
         todo += everything[:1] * (max(distributed.all_gather(wanted)) - wanted)
-    together = distributed.fail_together if alike else contextlib.nullcontext
     for chunk in _chunks(todo, f"{suite.name}: images"):
         seeds = [image_seed(suite.name, item.id, k, seed) for item, k in chunk]
         prompts = [item.prompt for item, _ in chunk]
-        if suite.ability == "edit":
-            pictures = model.edit([_source(item) for item, _ in chunk], prompts, seeds, **sampling)
-        else:
-            pictures = model.generate(prompts, seeds, **sampling)
-        with together():
+        with inference.together(model) if alike else contextlib.nullcontext():
+            if suite.ability == "edit":
+                sources = [_source(item) for item, _ in chunk]
+                pictures = inference.edit(model, sources, prompts, seeds, **sampling)
+            else:
+                pictures = inference.generate(model, prompts, seeds, **sampling)
+        with distributed.fail_together() if alike else contextlib.nullcontext():
             for (item, k), picture in list(zip(chunk, pictures, strict=True))[: wanted - made]:
                 _write_companions(suite, item, images)
                 data = png(picture)
@@ -108,7 +109,8 @@ def generate_answers(
     with records.Appender(path) as file:
         for chunk in _chunks(todo, f"{suite.name}: answers"):
             pictures = [_source(item) for item, _ in chunk]
-            replies = model.answer(pictures, [item.prompt for item, _ in chunk], max_new_tokens=max_new_tokens)
+            questions = [item.prompt for item, _ in chunk]
+            replies = inference.answer(model, pictures, questions, max_new_tokens=max_new_tokens)
             for (item, k), reply in zip(chunk, replies, strict=True):
                 file.append(json.dumps({"item": item.id, "k": k, "answer": reply}, ensure_ascii=False))
     return len(todo)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from reca import inference
 from reca.data.errors import DataError
 from reca.data.pixels import read_image
 from reca.eval import records
@@ -42,6 +43,13 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
             return Record(*key, hashes[key], mine, _answer(judge, suite, by_id[key[0]], key, found[key]))
         except (JudgeError, DataError) as error:  # DataError: a picture that is no image
             return Record(*key, hashes[key], mine, error=str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not inference.is_memory_full(error):
+                raise
+            raise inference.MemoryFull(
+                f"memory is full while {judge.name} looks at {found[key]} ({inference.first_line(error)}). All records "
+                "are kept: give it a device to itself (--steps judge,score,report goes on in a process of its own)"
+            ) from error
 
     with (
         records.Appender(path) as file,

@@ -1,7 +1,6 @@
 """The suite of eval.suite on a model in training: the same steps, in RUN/eval/training/SUITE/STEP."""
 
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from torch import Tensor
 from reca import distributed
 from reca.config import Recipe
 from reca.data.pixels import read_image
-from reca.errors import PeerFailed
 from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.evaluation import Settings, check, judge_and_score, open_settings, sampling_of, save
@@ -24,10 +22,7 @@ from reca.models.common.inference import eval_mode
 from reca.options import RecipeError
 from reca.sampling_options import read_pairs
 
-log = logging.getLogger("reca")
-
 FOLDER = Path("eval") / "training"
-FAILURES = (EvaluationError, OSError, PeerFailed)  # of images, judge and disk, on all ranks together
 
 
 class Scored(NamedTuple):
@@ -67,26 +62,21 @@ class TrainingSuite:
     def run(self, adapter: Adapter, step: int, device: torch.device) -> Scored | None:
         """Evaluate the model as it is after `step`. All ranks call it; rank 0 alone judges, and has the results.
 
-        None on other ranks, and where images, judge or disk fail, which is logged and ends nothing.
+        None on other ranks. Where images, judge or disk fail, it raises on all ranks.
         """
         side = self._side(step)
-        try:
-            with distributed.fail_together():
-                if distributed.rank() == 0:
-                    shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
-                    (side.folder / "images").mkdir(parents=True)
-                    write_generation(side.folder, self._made(side, step))
-            with eval_mode(adapter):
-                generate_images(
-                    adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,
-                    sampling_of(self.settings, side), self.settings.seed, alike=True,
-                )  # fmt: skip
-            with distributed.fail_together():
-                return self._score(side, device) if distributed.rank() == 0 else None
-        except FAILURES as error:
+        with distributed.fail_together():
             if distributed.rank() == 0:
-                log.warning("step %d: no score of %s (%s); training goes on", step, self.name, error)
-            return None
+                shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
+                (side.folder / "images").mkdir(parents=True)
+                write_generation(side.folder, self._made(side, step))
+        with eval_mode(adapter):
+            generate_images(
+                adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,
+                sampling_of(self.settings, side), self.settings.seed, alike=True,
+            )  # fmt: skip
+        with distributed.fail_together():
+            return self._score(side, device) if distributed.rank() == 0 else None
 
     def _side(self, step: int) -> Target:
         return Target(str(self.run_dir), self.recipe, True, self.run_dir / FOLDER / self.name / f"{step:06d}")
