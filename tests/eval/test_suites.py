@@ -166,7 +166,7 @@ def test_geneval2(tmp_path):
 
 # ---- T2I-CompBench ----
 
-# SHA-256 of its own files at commit 3310c2f, six of them with CR LF
+# SHA-256 of its lists as copied from commit 3310c2f, six of them with CR LF
 T2I_COMPBENCH = {
     "color": "1634259756dbc77d13093d907d414480080ec9790a8c97ad09efaea7b2534f2d",
     "shape": "37e1a276906c7ea9516cbd7ac8501be896006c0c17ca7344f260562834455bae",
