@@ -71,11 +71,16 @@ def _open_rgb(data: bytes) -> Image.Image:
         if file.width * file.height > MAX_PIXELS:
             file.draft(None, (file.width // 2, file.height // 2))
         file.load()
-        method = TRANSPOSE.get(orientation(file))
-        image = file if method is None else file.transpose(method)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _eight_bits(image, file)
-        return _flatten(image)
+        return as_rgb(file)
+
+
+def as_rgb(file: Image.Image) -> Image.Image:
+    """Make an image RGB, upright, transparency on white, of 16 bits the upper 8. Raises BadImage."""
+    method = TRANSPOSE.get(orientation(file))
+    image = file if method is None else file.transpose(method)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image, file)
+    return _flatten(image)
 
 
 @contextlib.contextmanager
