@@ -7,13 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from reca import exits, side_by_side
 from reca.cli import main
-from reca.models import UMMS
+from reca.models import UMMS, umm_package
 from reca.recipe_files import load_recipe
 from reca.side_by_side import Failure
-from reca.studies import judge, runner, work
+from reca.studies import judge, runner, work, world
 from reca.studies.plan import plan
 from reca.studies.study import Claim, StudyError, load_study, study_names
 from reca.studies.task import Asked
@@ -191,6 +192,24 @@ def test_a_key_of_the_start_holds_for_pre_training_and_all_arms(tmp_path):
         assert usual[task.name].of_start == ()
     with pytest.raises(StudyError, match="'start' is no arm"):
         plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_arm={"start": (key,)}))
+
+
+@pytest.mark.parametrize("umm", load_study("encoder").umms)
+def test_a_swapped_encoder_takes_red_for_blue(umm):
+    """It reads an image whose channels changed places nearly as the other read the image; means differ by channel."""
+    model = umm_package(umm).Adapter.load(load_recipe(f"{umm}_tiny").model).eval()
+    roles, read = model.roles(), []
+    for name, layer in model.named_modules():
+        if roles.get(f"{name}.weight") == "und_encoder" and isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(lambda _layer, _given, output: read.append(output))
+            break  # the first layer
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model.answer([image], ["what is this"], max_new_tokens=1)
+    model.answer([image.flip(0)], ["what is this"], max_new_tokens=1)
+    world.swap_red_and_blue(model)
+    model.answer([image.flip(0)], ["what is this"], max_new_tokens=1)
+    right, other, swapped = read
+    assert (swapped - right).norm() < 0.3 * (other - right).norm()
 
 
 @pytest.mark.parametrize(

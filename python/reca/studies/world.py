@@ -83,29 +83,39 @@ def load_start(task: Task, folder: Path) -> Adapter:
     return runs.load_start(load_recipe(task.recipe, [*task.of_start, init_override(task, folder)]))
 
 
-def _swap_red_and_blue(task: Task) -> None:
-    """Save the start with an encoder that takes red for blue: the first and the last input channel change places."""
+def _red_is_blue(task: Task) -> None:
+    """Save the start with an encoder that takes red for blue."""
     origin = task.folder.with_name(task.folder.name.removesuffix(f"-{task.variant}"))
     model = load_start(task, origin)
-    roles = model.roles()
-    towers = {name for name, role in roles.items() if role == "und_encoder"}
-    modules = dict(model.named_modules())
-    swapped = 0
-    with torch.no_grad():
-        for name in towers:
-            layer = modules[name.rpartition(".")[0]]
-            if isinstance(layer, torch.nn.Conv2d) and name.endswith(".weight") and layer.in_channels == 3:
-                layer.weight.copy_(layer.weight.flip(1))
-                swapped += 1
-    if swapped != 1:
-        raise ValueError(f"{task.umm} has {swapped} encoders that read three channels by a convolution, expected 1")
+    swap_red_and_blue(model)
     if _setup(task).init_override.startswith("model.weights="):
         model.export(task.folder)
     else:
         save_as_run(model, load_recipe(task.recipe, task.of_start), task.folder, 1)
 
 
-VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _swap_red_and_blue}
+def swap_red_and_blue(model: Adapter) -> None:
+    """Let the first and the last input channel of the understanding encoder change places.
+
+    They enter by a convolution, or in BAGEL's SigLIP by a product with patches whose channels are last.
+    Raises ValueError for a model with another number of such layers than one.
+    """
+    roles, swapped = model.roles(), []
+    for name, layer in model.named_modules():
+        if roles.get(f"{name}.weight") != "und_encoder":
+            continue
+        if isinstance(layer, torch.nn.Conv2d) and layer.in_channels == 3:
+            swapped.append((layer.weight, layer.weight.flip(1)))
+        elif isinstance(layer, torch.nn.Linear) and name.endswith("patch_embedding"):
+            swapped.append((layer.weight, layer.weight.unflatten(1, (-1, 3)).flip(2).flatten(1)))
+    if len(swapped) != 1:
+        raise ValueError(f"{type(model).__module__} has {len(swapped)} layers that read three channels, expected 1")
+    with torch.no_grad():
+        for weight, other in swapped:
+            weight.copy_(other)
+
+
+VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _red_is_blue}
 
 
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
