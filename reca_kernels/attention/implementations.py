@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -269,14 +270,15 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
     Torch's CPU kernel gives 0 to a fully masked row. Elsewhere its softmax may be NaN, so it gets the first key to
     attend to, and its result is replaced.
     """
-    sees = torch.zeros(len(plan.samples), max(plan.query_sizes), max(plan.key_sizes), dtype=torch.bool)
-    for line, sample in zip(sees, plan.samples, strict=True):
-        own = _of_short(sample) if sum(span.length for span in sample) <= SHORT else allowed(sample)
+    lines = np.zeros((len(plan.samples), max(plan.query_sizes), max(plan.key_sizes)), dtype=bool)
+    for line, sample, size in zip(lines, plan.samples, plan.key_sizes, strict=True):
+        own = _of_short(sample) if size <= SHORT else allowed(sample).numpy()
         line[: own.shape[0], : own.shape[1]] = own
+    sees = torch.from_numpy(lines)
     fully_masked = ~sees.any(-1, keepdim=True)
     if plan.device.type == "cpu":
-        for line, size in zip(fully_masked, plan.query_sizes, strict=True):
-            line[size:] = False  # cut away in the end
+        rows = torch.arange(sees.shape[1])[None, :, None]
+        fully_masked &= rows < torch.tensor(plan.query_sizes)[:, None, None]  # others are cut away in the end
     else:
         sees[..., :1] |= fully_masked
 
@@ -292,9 +294,9 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
 
 
 @functools.lru_cache(maxsize=512)
-def _of_short(sample: tuple[AttentionSpan, ...]) -> Tensor:
+def _of_short(sample: tuple[AttentionSpan, ...]) -> np.ndarray:
     """Keep the masks of short samples, at most 32 MiB: their lengths come again, and to make one costs 0.2 ms."""
-    return allowed(sample)
+    return allowed(sample).numpy()
 
 
 def _places(sizes: Sequence[int]) -> Tensor | None:

@@ -12,7 +12,7 @@ from reca_kernels import checks
 from reca_kernels.attention.flash_functions import problems
 from reca_kernels.attention.implementations import IMPLS, unusable
 from reca_kernels.attention.order import basis, order
-from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, attention_plan, total
+from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, QueryGroup, attention_plan, total
 from reca_kernels.attention.rows import has_hidden, shielded
 from reca_kernels.memory import plain
 
@@ -145,13 +145,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
 @functools.lru_cache(maxsize=32)
 def dense_is_faster(plan: AttentionPlan, heads: int, head_dim: int) -> bool:
     """Return whether on a CPU one call with a mask takes less time than a call per query group."""
-    groups = [group for sample in plan.groups for group in sample]
-    pairs = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes)
-    for rows, keys, causal in ((total(one.rows), total(one.keys), one.causal) for one in groups):
-        above = rows * (rows - BLOCK) // 2 if causal and rows == keys > BLOCK else 0
-        pairs -= rows * keys - above
-    calls = len(plan.groups[0]) if plan.uniform else len(groups)
+    pairs = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes) - sum(map(_computed, plan.groups))
+    calls = len(plan.groups[0]) if plan.uniform else sum(map(len, plan.groups))
     return pairs * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
+
+
+@functools.lru_cache(maxsize=4096)
+def _computed(groups: tuple[QueryGroup, ...]) -> int:
+    """Count the pairs that one sample's calls compute."""
+    pairs = 0
+    for rows, keys, causal in ((total(one.rows), total(one.keys), one.causal) for one in groups):
+        pairs += rows * keys - (rows * (rows - BLOCK) // 2 if causal and rows == keys > BLOCK else 0)
+    return pairs
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced

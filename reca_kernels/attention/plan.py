@@ -155,18 +155,35 @@ def _plan(samples: tuple[tuple[AttentionSpan, ...], ...], device: torch.device) 
     for number, sample in enumerate(samples):
         if problem := _problem(sample):
             raise ValueError(f"attention_plan: sample {number}, {problem}")
-    query_sizes = tuple(sum(span.length for span in sample if not span.cached) for sample in samples)
-    key_sizes = tuple(sum(span.length for span in sample) for sample in samples)
-    found = tuple(query_groups(sample) for sample in samples)
-    pairs = sum(_pairs(group) for sample in found for group in sample)
-    uniform = len(set(zip(query_sizes, key_sizes, found, strict=True))) == 1
-    pieces = tuple(_pieces(*one) for one in zip(query_sizes, found, strict=True))
-    plan = AttentionPlan(samples, device, query_sizes, key_sizes, found, pieces, pairs, uniform)
+    parts = [_planned(sample) for sample in samples]
+    query_sizes, key_sizes, found, pieces, pairs = zip(*parts, strict=True) if parts else ((),) * 5
+    plan = AttentionPlan(
+        samples, device, query_sizes, key_sizes, found, pieces, sum(pairs), uniform=len(set(parts)) == 1
+    )
     if device.type == "cuda":
         _make_calls(plan)
     return plan
 
 
+class _Sample(NamedTuple):
+    """What a plan knows of one sample."""
+
+    queries: int
+    keys: int
+    groups: tuple[QueryGroup, ...]
+    pieces: tuple[QueryPiece, ...]
+    pairs: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(sample: tuple[AttentionSpan, ...]) -> _Sample:
+    """Plan one sample. It is kept: batches are new, and are made of the lengths that came before."""
+    queries, keys = sum(span.length for span in sample if not span.cached), sum(span.length for span in sample)
+    groups = query_groups(sample)
+    return _Sample(queries, keys, groups, _pieces(queries, groups), sum(_pairs(group) for group in groups))
+
+
+@functools.lru_cache(maxsize=4096)
 def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
     for i, span in enumerate(sample):
         where = f"span {i}: "
@@ -181,7 +198,6 @@ def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def query_groups(sample: tuple[AttentionSpan, ...]) -> tuple[QueryGroup, ...]:
     """Return the query groups of one sample, in the order of their first rows."""
     ends = [0]

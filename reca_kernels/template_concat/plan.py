@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,35 +68,34 @@ def concat_plan(
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
-    srcs, labels, visual_rows = [], [], 0
+    srcs: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    visual_rows = 0
     for number, sample in enumerate(samples):
-        src, label = [], []
+        src, label = [_NO_ROWS], [_NO_ROWS]
         for segment in sample:
             if isinstance(segment, VisualSegment):
-                src.append(torch.arange(-1 - visual_rows, -1 - visual_rows - segment.n, -1, dtype=torch.int32))
-                label.append(torch.full((segment.n,), IGNORE_INDEX))
+                src.append(np.arange(-1 - visual_rows, -1 - visual_rows - segment.n, -1))
+                label.append(_ignored(segment.n))
                 visual_rows += segment.n
                 continue
-            ids = torch.as_tensor(segment.ids, dtype=torch.int64).cpu()
-            if ids.ndim != 1 or bool((ids < 0).any()):
+            ids = _numbers(segment.ids)
+            if ids.ndim != 1 or (ids < 0).any():
                 raise ValueError(
                     f"sample {number}: token ids must be a 1-D sequence of numbers >= 0, got {segment.ids}"
                 )
-            src.append(ids.int())
-            if segment.labels is None:
-                label.append(torch.full_like(ids, IGNORE_INDEX))
-                continue
-            label.append(torch.as_tensor(segment.labels, dtype=torch.int64).cpu())
+            src.append(ids)
+            label.append(_ignored(len(ids)) if segment.labels is None else _numbers(segment.labels))
             if label[-1].shape != ids.shape:
                 raise ValueError(
                     f"sample {number}: {len(ids)} token ids but labels of shape {list(label[-1].shape)}; "
                     "give one label per id"
                 )
-        srcs.append(torch.cat(src) if src else torch.empty(0, dtype=torch.int32))
-        labels.append(torch.cat(label) if label else torch.empty(0, dtype=torch.int64))
+        srcs.append(np.concatenate(src))
+        labels.append(np.concatenate(label))
 
     lengths = [len(src) for src in srcs]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    starts = [0, *accumulate(lengths)]
     needed = sum(lengths) if layout == "packed" else max(lengths, default=0)
     length = needed if length is None else length
     if needed > length:
@@ -101,22 +103,31 @@ def concat_plan(
         raise ValueError(f"{where} {needed} positions, more than length={length}; shorten the text or raise length")
 
     shape = (length,) if layout == "packed" else (len(srcs), length)
-    plan = ConcatPlan(
-        src=torch.full(shape, pad_id, dtype=torch.int32),
-        position_ids=torch.zeros(shape, dtype=torch.int64),
-        segment_ids=torch.full(shape, -1, dtype=torch.int32),
-        labels=torch.full(shape, IGNORE_INDEX),
-        cu_seqlens=cu_seqlens,
-    )
+    src_rows, label_rows = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE_INDEX)
+    positions, segments = np.zeros(shape, np.int64), np.full(shape, -1, np.int32)
     place: slice | tuple[int, slice]
     for number, (own_src, own_labels) in enumerate(zip(srcs, labels, strict=True)):
         n = len(own_src)
         if layout == "packed":
-            place = slice(int(cu_seqlens[number]), int(cu_seqlens[number]) + n)
+            place = slice(starts[number], starts[number] + n)
         else:
             place = (number, slice(length - n, length) if layout == "left" else slice(n))
-        plan.src[place] = own_src
-        plan.labels[place] = own_labels
-        plan.position_ids[place] = torch.arange(n)
-        plan.segment_ids[place] = number
-    return plan
+        src_rows[place], label_rows[place] = own_src, own_labels
+        positions[place], segments[place] = np.arange(n), number
+    # Copied, which a mode sees: a fake tensor comes out under one.
+    return ConcatPlan(
+        *(torch.tensor(rows) for rows in (src_rows, positions, segments, label_rows)),
+        torch.tensor(starts, dtype=torch.int32),
+    )
+
+
+_NO_ROWS = np.zeros(0, np.int64)
+
+
+def _numbers(values: Sequence[int] | Tensor) -> np.ndarray:
+    return (values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)).astype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def _ignored(n: int) -> np.ndarray:
+    return np.full(n, IGNORE_INDEX)
