@@ -43,7 +43,10 @@ def held(adapter: Adapter, autocast: torch.autocast | object, passes: int, cast_
     with autocast:
         kind = autocast.device
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    layers = [layer for layer in _layers(adapter) if layer.weight.dtype == torch.float32 != dtype]
+    if dtype == torch.float32:
+        yield
+        return
+    layers = [layer for layer in _layers(adapter) if layer.weight.dtype == torch.float32]
     weights = [layer.weight for layer in layers]
     try:
         for layer in layers:
