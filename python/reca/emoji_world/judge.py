@@ -21,11 +21,16 @@ def _true_pictures(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views, 3 * S
     return torch.stack([draw(thing, *view) for thing in THINGS for view in views]).flatten(1) / 255
 
 
+@lru_cache(maxsize=2)
+def _squares(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views]
+    return _true_pictures(views).square().sum(1)
+
+
 def nearest(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
     """Find the thing that has the nearest true picture, and the mean squared distance to that. views: of a thing."""
-    distances = (_true_pictures(views) - image.flatten() / 255).square().mean(1)
-    best = int(distances.argmin())
-    return THINGS[best // len(views)], float(distances[best])
+    pixels, pictures = image.flatten() / 255, _true_pictures(views)
+    best = int((_squares(views) - 2 * (pictures @ pixels)).argmin())  # reads the pictures once; differences, thrice
+    return THINGS[best // len(views)], float((pictures[best] - pixels).square().mean())
 
 
 def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]

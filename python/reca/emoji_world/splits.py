@@ -40,21 +40,25 @@ class Pictures(Split):
         return draw(thing, size, shift, ground)
 
 
+@lru_cache(maxsize=4)
 def captioned(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that pre-training learns to draw from captions: without held-out pairs."""
     return Pictures("captioned", seed, _seen(seed), views)
 
 
+@lru_cache(maxsize=4)
 def understood(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that the understanding side learns to name: without held-out pairs, either."""
     return Pictures("understood", seed, _seen(seed), views, VARIED)
 
 
+@lru_cache(maxsize=4)
 def unlabeled(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split of post-training: with every pair. RECA gets pictures alone; SFT gets captions too."""
     return Pictures("unlabeled", seed, THINGS, views)
 
 
+@lru_cache(maxsize=4)
 def unseen(seed: int) -> Split:
     """Make the split that no training sees, for measuring understanding: every pair, moved, on another ground."""
     return Pictures("unseen", seed, THINGS, (), 1)
