@@ -31,6 +31,8 @@ def _planned(
     if dropout:
         raise ValueError(f"{type(module).__name__} drops {dropout:g} of its attention, which a planned one cannot")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if len(q) == 1 < len(plan.samples):  # packed: all samples in one line
+        return attention(q[0], k[0], v[0], plan, scale=scaling)[None], None
     return attention(q, k, v, plan, scale=scaling), None
 
 

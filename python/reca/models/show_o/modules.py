@@ -301,14 +301,23 @@ class Network(nn.Module):
 
         prompt_requires_grad: a gradient reaches embeddings and projector.
         """
+        places = layout.places() if layout.src.device.type == "cpu" else None
+        filled = layout if places is None else layout.packed(places)  # a CPU spends on padding what it takes to compute
         with torch.set_grad_enabled(prompt_requires_grad and torch.is_grad_enabled()):
-            embeddings = self.embed(layout.src, h_v)
-        return self.showo.model(
+            embeddings = self.embed(filled.src, h_v)
+        hidden = self.showo.model(
             inputs_embeds=embeddings,
-            position_ids=layout.position_ids,
-            plan=layout.plan(),
+            position_ids=filled.position_ids,
+            plan=filled.plan(),
             use_cache=False,
         ).last_hidden_state
+        if places is None:
+            return hidden
+        return (
+            hidden.new_zeros(layout.src.numel(), hidden.shape[-1])
+            .index_copy(0, places, hidden[0])
+            .view(*layout.src.shape, -1)
+        )
 
     def code_logits(self, layout: Layout, codes: Tensor, h_v: Tensor | None = None) -> Tensor:  # int64 [B, N]
         """Compute logits over the codebook at the image's positions, [B, N, entries]; code `entries` is the mask."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -94,6 +95,8 @@ class Layout:
     position_ids  int64 [B, L]
     labels        int64 [B, L]: what this row predicts, IGNORE_INDEX for nothing
     runs          per sample what its rows see
+
+    `packed` makes one line of a batch, [1, T].
     """
 
     src: Tensor
@@ -109,18 +112,31 @@ class Layout:
         """Plan what each row sees."""
         return attention_plan(self.runs, device=self.src.device)
 
+    def places(self) -> Tensor | None:
+        """Say where the rows that are no padding stand among all B * L, int64; None: there is no padding."""
+        pads = [sum(run.length for run in runs if run.mode == "pad") for runs in self.runs]
+        if not any(pads):
+            return None
+        filled = np.arange(self.src.shape[1]) >= np.array(pads)[:, None]
+        return on_device(torch.from_numpy(filled.ravel().nonzero()[0]), self.src.device)
+
+    def packed(self, places: Tensor) -> "Layout":
+        """Return the layout of these rows, one sample after another in one line."""
+        runs = [tuple(run for run in runs if run.mode != "pad") for runs in self.runs]
+        return Layout(*(x.flatten()[places][None] for x in (self.src, self.position_ids, self.labels)), runs)
+
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
     """Lay out samples as one batch."""
     plan = concat_plan([sample.segments for sample in samples], layout="left", pad_id=v.pad)
     length = plan.src.shape[1]
-    positions, runs = torch.zeros_like(plan.position_ids), []
-    for row, sample in enumerate(samples):
+    positions, runs = np.zeros((len(samples), length), np.int64), []
+    for row, sample in zip(positions, samples, strict=True):
         first = length - sum(run.length for run in sample.runs)
         for start, position in sample.starts:
-            positions[row, first + start :] = torch.arange(position, position + length - first - start)
+            row[first + start :] = np.arange(position, position + length - first - start)
         runs.append((AttentionSpan(first, "pad"), *sample.runs) if first else tuple(sample.runs))
-    return Layout(plan.src, positions, plan.labels, runs)
+    return Layout(plan.src, torch.tensor(positions), plan.labels, runs)
 
 
 def image_rows(image_tokens: int) -> slice:
