@@ -116,8 +116,11 @@ def concat_plan(
         positions[place], segments[place] = np.arange(n), number
     # Copied, which a mode sees: a fake tensor comes out under one.
     return ConcatPlan(
-        *(torch.tensor(rows) for rows in (src_rows, positions, segments, label_rows)),
-        torch.tensor(starts, dtype=torch.int32),
+        src=torch.tensor(src_rows),
+        position_ids=torch.tensor(positions),
+        segment_ids=torch.tensor(segments),
+        labels=torch.tensor(label_rows),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
     )
 
 

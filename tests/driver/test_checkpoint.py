@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from reca import checkpoint, exits, manifest
 from reca.checkpoint import CheckpointError, listing, reading, writing
+from reca.data import cache as caching
 from reca.data.cache import FeatureCache, content
 from reca.data.views import View, Views
 from reca.models.common.weight_files import read_tensors
@@ -200,6 +201,18 @@ def test_no_cached_feature_runs_code(planted, tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
         assert cache.get(address) is None
+
+
+def test_features_that_were_read_once_are_kept_up_to_a_size(tmp_path, monkeypatch):
+    row = torch.arange(8.0)
+    monkeypatch.setattr(caching, "KEPT_BYTES", row.nbytes)
+    cache = FeatureCache(tmp_path / "cache", Views(gen=View(4), und=None), "identity")
+    addresses = [content(bytes([i])) for i in range(2)]
+    cache.put(addresses, {"h_v": torch.stack([row, row + 1])})
+    assert [cache.get(address)["h_v"].tolist() for address in addresses] == [row.tolist(), (row + 1).tolist()]
+    for address in addresses:
+        cache.path(address).unlink()
+    assert torch.equal(cache.get(addresses[0])["h_v"], row) and cache.get(addresses[1]) is None
 
 
 def test_what_a_rank_cannot_write_is_not_saved(recipe, monkeypatch, caplog):

@@ -35,6 +35,17 @@ def test_true_pictures_are_recognised_by_the_nearest_and_by_the_hue(pictures):
     assert [judge.main_colour(picture) for picture in pictures] == [thing.colour for thing in artwork.THINGS]
 
 
+def test_the_nearest_picture_is_that_of_the_least_squares(pictures):
+    generator = torch.Generator().manual_seed(0)
+    for number, picture in enumerate(pictures[::7]):
+        noise = torch.randint(-60, 61, picture.shape, generator=generator)
+        given = (picture + noise * (number % 4) // 3).clamp(0, 255).to(torch.uint8)
+        distances = (pictures.double() - given).square().mean((1, 2, 3)) / 255**2
+        thing, distance = judge.nearest(given)
+        assert thing == artwork.THINGS[int(distances.argmin())]
+        assert distance == pytest.approx(float(distances.min()), rel=1e-4, abs=1e-9)
+
+
 def test_pictures_are_recognised_after_the_codec(pictures):
     sizes = load_recipe("show_o_emoji_tiny").model.patches
     codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))

@@ -166,6 +166,29 @@ def test_captions_are_dropped_at_the_configured_rate(monkeypatch):
     assert not torch.equal(model(sample, CounterRNG(0)).sum, model(empty, CounterRNG(0)).sum)
 
 
+def test_padding_that_is_left_out_changes_no_number(monkeypatch):
+    net = Adapter.load(config())
+    v = net.vocabulary
+    samples = [prompt.t2i(net.tokens("a red square " * n), v, 24, net.image_tokens) for n in (1, 5, 2)]
+    layout = prompt.layout(samples, v)
+    filled = layout.places()
+    assert len(filled) == sum(run.length for runs in layout.runs for run in runs if run.mode != "pad")
+    assert torch.equal(layout.src.flatten()[filled] != v.pad, torch.ones(len(filled), dtype=torch.bool))
+
+    def run() -> list[torch.Tensor]:
+        net.zero_grad()
+        hidden = net.hidden(layout)
+        rows = hidden.flatten(0, 1)[filled]
+        rows.square().sum().backward()
+        assert hidden.shape[:2] == layout.src.shape
+        return [rows.detach(), *(p.grad for p in net.showo.model.layers.parameters())]
+
+    packed = run()
+    monkeypatch.setattr(prompt.Layout, "places", lambda layout: None)
+    for ours, padded in zip(packed, run(), strict=True):
+        torch.testing.assert_close(ours, padded, rtol=2e-4, atol=2e-5)
+
+
 def test_which_parameters_the_prompt_of_reca_teaches():
     for given, reached in (({}, True), ({"parity": True}, False), ({"parity": True, "prompt_gradient": True}, True)):
         model = Adapter.load(config(**given))

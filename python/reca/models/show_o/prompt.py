@@ -123,7 +123,8 @@ class Layout:
     def packed(self, places: Tensor) -> "Layout":
         """Return the layout of these rows, one sample after another in one line."""
         runs = [tuple(run for run in runs if run.mode != "pad") for runs in self.runs]
-        return Layout(*(x.flatten()[places][None] for x in (self.src, self.position_ids, self.labels)), runs)
+        src, positions, labels = (x.flatten()[places][None] for x in (self.src, self.position_ids, self.labels))
+        return Layout(src, positions, labels, runs)
 
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
