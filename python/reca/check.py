@@ -16,7 +16,7 @@ from reca import cards, memory, units
 from reca.config import Recipe
 from reca.data import decode_speed
 from reca.data.batch import Batch
-from reca.held import host_memory
+from reca.held import host_memory, host_moments
 from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
@@ -158,6 +158,8 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     lines += [_line(name, n, units.BYTES) for name, n in (*peak._asdict().items(), ("all", peak.total))]
     lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
     lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, room), units.BYTES) + " a machine, loading"]
+    if moments := host_moments(adapter, recipe, gpus, node, room):
+        lines += [_line("moments on the host", moments, units.BYTES) + " a machine, in the whole run"]
     lines += _decoding(recipe, adapter, sum(work))
     if card is not None:
         lines += ["", f"cards of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]

@@ -85,6 +85,15 @@ def host_memory(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: in
     return need
 
 
+def host_moments(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) -> int:
+    """Count the bytes of a machine's memory in which optim.offload keeps moments, with `node` GPUs in a machine."""
+    if not recipe.optim.offload:
+        return 0
+    ranks = min(node, gpus)
+    shard = shard_size(recipe.parallel, gpus, ranks, replicas_fit(adapter, card)) if gpus > 1 else 1
+    return ranks * sum(state_bytes(p, recipe.optim, shard) for p in adapter.parameters() if p.requires_grad)
+
+
 def part(parameter: nn.Parameter, shard: int) -> int:
     """Count the elements of the largest of `shard` parts along the first dimension."""
     if parameter.ndim == 0:

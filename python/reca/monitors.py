@@ -1,4 +1,7 @@
-"""Monitors that warn when a run collapses instead of learning. No threshold here has been calibrated at scale."""
+"""Monitors that warn when a run collapses instead of learning, by the metrics of its training steps.
+
+alarms.py looks at its evaluations. No threshold here has been calibrated at scale.
+"""
 
 from collections.abc import Iterable
 

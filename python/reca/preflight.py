@@ -13,7 +13,7 @@ from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.templates import load_templates
 from reca.eval.training import TrainingSuite
-from reca.held import held
+from reca.held import held, host_moments
 from reca.host_memory import total as host_memory
 from reca.lora import choose_trained
 from reca.meta_model import build_meta
@@ -77,7 +77,13 @@ def _memory(recipe: Recipe, adapter: Adapter, ranks: int, node: int) -> None:
         have, where, each = torch.cuda.get_device_properties(0).total_memory, "the GPU", 1
     else:
         have, where, each = host_memory(), "this machine", node
-    if need * each > have:
+    if (moments := host_moments(adapter, recipe, ranks, node)) > host_memory():
+        raise RecipeError(
+            f"optim.offload=true keeps {units.size(moments)} of moments in the memory of each machine, and this one "
+            f"has {units.size(host_memory())}. Set optim.name=adamw_8bit or optim.moments=bf16, which round moments, "
+            "or use more machines"
+        )
+    if need * each + (0 if torch.cuda.is_available() else moments) > have:
         raise RecipeError(
             f"training needs at least {units.size(need)} for each of {ranks} processes, without activations, and "
             f"{where} has {units.size(have / each)}. Use more GPUs, or train less of the model (train.train, "

@@ -14,7 +14,7 @@ from reca.cli import main
 from reca.config import ParallelConfig
 from reca.data.batch import Batch
 from reca.data.views import View, Views
-from reca.held import held, part
+from reca.held import held, host_moments, part
 from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.show_o import prompt
@@ -113,6 +113,17 @@ def test_every_recipe_has_a_meta_model_with_roles_and_memory(name):
     assert all(more.moments > less.moments for more, less in itertools.pairwise(needs))
     assert held(adapter, recipe, 64, 8).weights == held(adapter, recipe, 16, 8).weights
     assert all(rows > 0 for rows in adapter.sequence().values())
+
+
+def test_moments_on_the_host_are_those_that_are_not_on_the_gpu(capsys):
+    keys = ["parallel.strategy=fsdp", "optim.name=adamw_8bit"]
+    here, there = (load_recipe("open_uni_b_512", [*keys, f"optim.offload={value}"]) for value in ("false", "true"))
+    adapter, _ = build_meta(here)
+    for gpus in (1, 3, 16):
+        assert held(adapter, there, gpus, 8).moments == 0 == host_moments(adapter, here, gpus, 8)
+        assert host_moments(adapter, there, gpus, 8) == min(gpus, 8) * held(adapter, here, gpus, 8).moments
+    main(["check", "bagel_tiny", "optim.offload=true"])
+    assert "moments on the host" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", TINY)

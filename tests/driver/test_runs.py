@@ -351,6 +351,11 @@ def test_memory_is_checked_before_weights_are_read(tmp_path, monkeypatch):
     recipe = load_recipe("bagel_7b", [f"run_dir={tmp_path}", f"data.images={tmp_path}"])
     with pytest.raises(RecipeError, match=r"needs at least 1\d\d\.\d\d GiB .* this machine has 16.00 GiB"):
         Trainer(recipe)
+    recipe.optim.offload = True
+    with pytest.raises(
+        RecipeError, match=r"offload=true keeps 48.7\d GiB of moments .* this one has 16.00 GiB.*adamw_8bit"
+    ):
+        Trainer(recipe)
 
 
 def test_files_are_readable_as_the_umask_allows(recipe, tmp_path):
