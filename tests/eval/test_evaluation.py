@@ -45,7 +45,7 @@ def test_the_whole_chain_on_every_tiny_model(tmp_path, umm, monkeypatch, capsys)
     assert found["model"]["weights_sha256"] != found["against"]["model"]["weights_sha256"]
     assert found["sampling"]["seed"] == 0 and found["images_per_item"] == 1
     assert len(list(folder.rglob("*.png"))) == 3 and "toy world: 3 images" in (folder / "report.txt").read_text()
-    assert "toy world: 0.00 -> 0.00, +0.00 [" in printed and f"{run}/comparison/comparison.html" in printed
+    assert "toy world: 0.0 % -> 0.0 %, +0.0 points [" in printed and f"{run}/comparison/comparison.html" in printed
     compared = json.loads((tmp_path / run / "comparison/comparison.json").read_text())
     assert compared["suites"][0]["against"]["items"] == 3 and compared["understanding"]["changed"] > 0
     assert len(compared["reconstructions"]["rows"]) == 2
@@ -67,7 +67,9 @@ def test_before_and_after(painter, capsys):
     assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
     assert (
         f"prompts: {len(flips)} gained, 0 lost of 42 that both have" in shown
-        and "power to find a change of 1.0 %" in shown
+        and "power to find a change of 1.0, 2.0, 5.0 points" in shown
+        and " change +" in shown
+        and "points  [+" in shown
     )
     assert shown.strip() == (painter / "eval/world/report.txt").read_text().strip()
 

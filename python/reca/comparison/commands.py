@@ -26,6 +26,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the page and print the headline of every suite."""
     from reca.comparison import build, triplets
+    from reca.eval import figures
     from reca.folders import ensure_writable
     from reca.sampling_options import read_pairs
 
@@ -47,12 +48,11 @@ def run(options: argparse.Namespace) -> None:
         )
     page = build.write(found, out, options.pictures)
     for suite in found["suites"]:
-        change = suite["against"]["overall"]
-        scale = 100 if suite["overall"]["unit"] == "fraction" else 1
-        low, high = ("?" if bound is None else f"{scale * bound:+.2f}" for bound in change["difference_interval"])
+        change, unit = suite["against"]["overall"], suite["overall"]["unit"]
         print(
-            f"{suite['protocol']}: {scale * change['value']:.2f} -> {scale * suite['overall']['value']:.2f}, "
-            f"{scale * change['difference']:+.2f} [{low}, {high}]"
+            f"{suite['protocol']}: {figures.score(change['value'], unit)} -> "
+            f"{figures.score(suite['overall']['value'], unit)}, {figures.difference(change['difference'], unit)} "
+            f"{figures.bounds(change['difference_interval'], unit, sign=True)}"
         )
     if found["understanding"]:
         print(found["understanding"]["text"])

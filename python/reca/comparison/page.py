@@ -9,9 +9,8 @@ from PIL import Image
 
 from reca import html
 from reca.comparison.sides import RESULTS
-from reca.eval import report
+from reca.eval import figures, report
 from reca.eval.errors import EvaluationError
-from reca.eval.report import figure
 
 PICTURES = 60  # pairs in the page, of a suite
 SIDE = 512  # pixels of a picture's longer side in the page
@@ -44,7 +43,6 @@ def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
     images = [_images(suite), _images(against, suite)]
     return {
         "name": suite["protocol"],
-        "unit": "" if unit == "points" else " %",
         "headline": _row("overall", suite["overall"], against["overall"], unit),
         "verdict": _verdict(against["overall"]["difference_interval"]),
         "tags": [
@@ -91,8 +89,8 @@ def _flip(row: dict[str, Any], images: Sequence[dict], unit: str) -> dict[str, A
         "item": row["item"],
         "tag": row["tag"],
         "prompt": row["prompt"],
-        "before": figure(row["before"], unit),
-        "after": figure(row["after"], unit),
+        "before": figures.score(row["before"], unit),
+        "after": figures.score(row["after"], unit),
         "pictures": [_picture(old), _picture(new)],
         "reasons": [old_reason, new_reason],
     }
@@ -129,10 +127,10 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
 def _row(name: str, after: dict[str, Any], before: dict[str, Any], unit: str) -> dict[str, str]:
     return {
         "name": name,
-        "before": figure(before["value"], unit),
-        "after": figure(after["value"], unit),
-        "change": figure(before["difference"], unit, sign=True),
-        "interval": _bounds(before["difference_interval"], unit),
+        "before": figures.score(before["value"], unit),
+        "after": figures.score(after["value"], unit),
+        "change": figures.difference(before["difference"], unit),
+        "interval": figures.bounds(before["difference_interval"], unit, sign=True),
         "verdict": _verdict(before["difference_interval"]),
     }
 
@@ -143,10 +141,6 @@ def _verdict(interval: Sequence[float | None]) -> str:
     if low is not None and low > 0:
         return "better"
     return "worse" if high is not None and high < 0 else "open"
-
-
-def _bounds(interval: Sequence[float | None], unit: str) -> str:
-    return " to ".join("?" if bound is None else figure(bound, unit, sign=True) for bound in interval)
 
 
 def _settings(suite: dict[str, Any]) -> dict[str, str]:

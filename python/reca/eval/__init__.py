@@ -29,7 +29,8 @@ results.json:
     images_per_item   of most items
     counts            {"items", "images", "failed", "missing"}
     judge             {"name", "version", "dtype", "exact", ...}
-    overall           {"value", "interval": [low, high], "unit": "fraction", "percent" or "points"}
+    overall           {"value", "interval": [low, high], "unit": "fraction", "percent" or "points"}; all values,
+                      differences and intervals are in this unit: differences of percent are percentage points
     tags              {tag: {"value", "interval", "items", "images"}}
     metrics           every figure that the benchmark's own scripts print, by name
     items             [{"item", "tag", "prompt", "value", "images": [{"k", "path", "value", "reason"}]}]

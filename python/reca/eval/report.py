@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.eval import statistics
+from reca.eval import figures, statistics
 from reca.eval.errors import EvaluationError
 from reca.eval.records import Record
 from reca.eval.statistics import Interval
@@ -169,11 +169,11 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(f"against: {_model(against['model'])} ({against['folder']})")
     widths = max(map(len, [*found["tags"], "overall"]))
     for name, row in [*found["tags"].items(), ("overall", found["overall"])]:
-        line = f"  {name:<{widths}}  {_figure(row['value'], unit)}  {_bounds(row['interval'], unit)}"
+        line = f"  {name:<{widths}}  {figures.score(row['value'], unit):>8}  {figures.bounds(row['interval'], unit)}"
         if against and (before := against["overall"] if name == "overall" else against["tags"].get(name)):
-            change = _figure(before["difference"], unit, sign=True)
-            line += f"   before {_figure(before['value'], unit)}   change {change}  "
-            line += _bounds(before["difference_interval"], unit, sign=True)
+            change = figures.difference(before["difference"], unit)
+            line += f"   before {figures.score(before['value'], unit):>8}   change {change:>12}  "
+            line += figures.bounds(before["difference_interval"], unit, sign=True)
         lines.append(line)
     if against:
         gains = sum(row["after"] > row["before"] for row in against["flips"])
@@ -197,29 +197,11 @@ def _power_lines(table: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
     if not table:
         return []
     differences = list(dict.fromkeys(row["difference"] for row in table))
-    lines = ["power to find a change of " + ", ".join(_figure(d, unit).strip() for d in differences)]
+    lines = [f"power to find a change of {', '.join(figures.number(d, unit) for d in differences)} points"]
     for count in dict.fromkeys(row["images_per_item"] for row in table):
         cells = [f"{row['power']:5.0%}" for row in table if row["images_per_item"] == count]
         lines.append(f"  with {count:>2} images per item: {' '.join(cells)}")
     return lines
-
-
-def _figure(value: float, unit: str, sign: bool = False) -> str:
-    number = figure(value, unit, sign)
-    return f"{number:>8}" if unit == "points" else f"{number:>6} %"
-
-
-def figure(value: float, unit: str, sign: bool = False) -> str:
-    """Write a score, or a difference of two with its sign: percent of fractions too, without the sign of percent."""
-    plus = "+" if sign else ""
-    if unit == "points":
-        return f"{value:{plus}.2f}"
-    return f"{value * (100 if unit == 'fraction' else 1):{plus}.1f}"
-
-
-def _bounds(interval: Sequence[float | None], unit: str, sign: bool = False) -> str:
-    low, high = ("?" if bound is None else figure(bound, unit, sign) for bound in interval)
-    return f"[{low}, {high}]"
 
 
 def _judge(judge: Mapping[str, Any]) -> str:

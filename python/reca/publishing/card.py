@@ -14,9 +14,8 @@ from reca import catalog, checkpoint, html
 from reca.comparison.build import compare
 from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
-from reca.eval import report
+from reca.eval import figures, report
 from reca.eval.generate import weights_hash
-from reca.eval.report import figure
 from reca.eval.suites import SUITES
 from reca.folders import write_atomically
 from reca.models import umm_package
@@ -102,9 +101,9 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
             dataset_type=score["suite"],
             dataset_name=score["protocol"],
             metric_type="score",
-            metric_name=f"overall, {'points' if score['overall']['unit'] == 'points' else '%'}",
-            metric_value=round(_scale(score) * score["overall"]["value"], 2),
-            metric_args={"interval_95": [b if b is None else round(_scale(score) * b, 2)
+            metric_name=f"overall, {'%' if figures.percentages(score['overall']['unit']) else 'points'}",
+            metric_value=round(figures.scale(score["overall"]["unit"]) * score["overall"]["value"], 2),
+            metric_args={"interval_95": [b if b is None else round(figures.scale(score["overall"]["unit"]) * b, 2)
                                          for b in score["overall"]["interval"]]},
         )
         for score in scores
@@ -118,10 +117,6 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
         model_name=name if results else None,
         **licence,
     )
-
-
-def _scale(score: Mapping[str, Any]) -> float:
-    return 100 if score["overall"]["unit"] == "fraction" else 1
 
 
 def _scores(run: Path, suites: list[dict[str, Any]], weights: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -144,15 +139,10 @@ def _scores(run: Path, suites: list[dict[str, Any]], weights: str) -> tuple[list
 
 def _row(score: Mapping[str, Any]) -> dict[str, str]:
     unit, against = score["overall"]["unit"], score["against"]
-    sign = "" if unit == "points" else " %"
-    judge = score["judge"]
-
-    def interval(bounds: list[float | None], plus: bool = False) -> str:
-        return "[{}, {}]".format(*("?" if b is None else figure(b, unit, plus) for b in bounds))
-
+    judge, after = score["judge"], score["overall"]
     row = {
         "suite": score["protocol"],
-        "after": f"{figure(score['overall']['value'], unit)}{sign} {interval(score['overall']['interval'])}",
+        "after": f"{figures.score(after['value'], unit)} {figures.bounds(after['interval'], unit)}",
         "before": "",
         "change": "",
         "measured": f"{score['counts']['items']} prompts x {score['images_per_item']}, judge {judge.get('name')}"
@@ -160,8 +150,9 @@ def _row(score: Mapping[str, Any]) -> dict[str, str]:
     }
     if against:
         change = against["overall"]
-        row["before"] = f"{figure(change['value'], unit)}{sign}"
-        row["change"] = f"{figure(change['difference'], unit, True)} {interval(change['difference_interval'], True)}"
+        row["before"] = figures.score(change["value"], unit)
+        interval = figures.bounds(change["difference_interval"], unit, sign=True)
+        row["change"] = f"{figures.difference(change['difference'], unit)} {interval}"
     return row
 
 
