@@ -67,6 +67,38 @@ def test_other_codings_of_deep_grey(data, levels):
     assert np.asarray(open_rgb(data))[0, :, 0].tolist() == levels
 
 
+def png(bits, coding, row, *chunks):
+    """A PNG of one row of packed pixels; coding: 0 grey, 2 RGB."""
+    width = len(row) * 8 // (bits * {0: 1, 2: 3}[coding])
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, coding, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "coding", "row", "clear", "levels"),
+    [
+        (1, 0, b"\x55", (0,), [255] * 8),
+        (1, 0, b"\x55", (1,), [0, 255] * 4),  # what shows is black, what does not is white
+        (2, 0, b"\x1b", (2,), [0, 85, 255, 255]),
+        (4, 0, b"\x7f", (7,), [255, 255]),
+        (4, 0, b"\x7f", (15,), [7 * 17, 255]),
+        (8, 0, b"\x07\x08", (7,), [255, 8]),
+        (8, 2, b"\x07\x07\x07\x08\x08\x08", (7, 7, 7), [255, 8]),
+        (16, 2, b"\x07\x09" * 3 + b"\x09\x07" * 3, (0x0709,) * 3, [255, 9]),
+        (16, 2, b"\x00\x00" * 3 + b"\x01\x00" * 3, (0x0100,) * 3, [0, 255]),
+    ],
+)
+def test_a_transparent_colour_is_compared_in_the_bits_of_the_file(bits, coding, row, clear, levels):
+    clear = chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear))
+    assert np.asarray(open_rgb(png(bits, coding, row, clear)))[0, :, 0].tolist() == levels
+
+
 def test_one_grey_of_sixteen_bits_may_be_transparent():
     values = np.array([[1000, 40000]], np.uint16)
     png = encoded(Image.fromarray(values), "PNG")

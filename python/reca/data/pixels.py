@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ MAX_PIXELS_WEBP = 2**25  # whose decoder keeps three images
 MAX_PIXELS_JPEG = 2**27  # 16384 x 8192: above MAX_PIXELS they are decoded at half the size, at most 0.9 GB
 SMALL = 2**22  # pixels
 STRIP = 2**22  # pixels that are converted at a time
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow's coding of grey in a PNG -> what one step is in 8 bits
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,6 +72,7 @@ def _open_rgb(data: bytes) -> Image.Image:
     with opened(data) as file:
         if file.width * file.height > MAX_PIXELS:
             file.draft(None, (file.width // 2, file.height // 2))
+        _scale_transparency(file)
         file.load()
         return as_rgb(file)
 
@@ -81,6 +84,21 @@ def as_rgb(file: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, file)
     return _flatten(image)
+
+
+def _scale_transparency(file: Image.Image) -> None:
+    """Bring the transparent colour of a PNG to the 8 bits of the pixels that it is compared with.
+
+    Pillow leaves it as it stands in the file: in 2, 4 or 16 bits. Of 16 bits the upper 8 are left of either.
+    """
+    color: Any = file.info.get("transparency")
+    if file.format != "PNG" or not file.tile or not isinstance(color, int | tuple):
+        return
+    coding: Any = file.tile[0][3]
+    if coding in GREY_STEPS:
+        file.info["transparency"] = color * GREY_STEPS[coding]
+    elif coding == "RGB;16B":
+        file.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 @contextlib.contextmanager
