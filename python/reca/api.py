@@ -8,6 +8,7 @@ import torch
 
 from reca import distributed, fit
 from reca.config import Recipe
+from reca.finite_weights import check_finite
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
@@ -58,7 +59,9 @@ def load(
             f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
         )
     warn_of_random_weights(str(source), recipe.model)
-    return umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
+    adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
+    check_finite(adapter)
+    return adapter
 
 
 def train(

@@ -13,6 +13,7 @@ import torch
 from reca import checkpoint, distributed, exits, lora
 from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
+from reca.finite_weights import check_finite
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options import RecipeError
@@ -178,6 +179,7 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
         # Only training computes in bf16 throughout, which weights in bf16 ask for.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
     checkpoint.load_weights(run_dir, adapter, ema)
+    check_finite(adapter)
     return adapter.eval()
 
 
@@ -185,6 +187,7 @@ def load_start(recipe: Recipe, device: torch.device | str = "cpu") -> Adapter:
     """Load the model that a run of this recipe starts from: the published weights, or those of `train.init_from`."""
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device)
     load_parent(adapter, recipe)
+    check_finite(adapter)
     return adapter.eval()
 
 

@@ -30,6 +30,7 @@ from reca.determinism import deterministic
 from reca.diagnostics import Diagnostics, drift_tasks
 from reca.ema import EMA
 from reca.evaluations import Evaluations
+from reca.finite_weights import check_finite
 from reca.folders import ensure_writable
 from reca.host_memory import FreedMemory
 from reca.interruption import Interruption
@@ -132,6 +133,8 @@ class Trainer:
             runs.load_parent(self.adapter, recipe)
         else:
             self.adapter.inherited = frozenset(state["inherited"])
+        with distributed.fail_together():
+            check_finite(self.adapter)
         self.optimizer = make_optimizer(self.adapter, recipe.optim, recipe.train.seed)
         self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
         self.autocast = autocast(recipe.train.precision, self.device)
