@@ -47,6 +47,7 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
         (GOOD | {"image": ["a.png", 1][1:]}, "have an image whose name is no text"),
         (GOOD | {"image": "a\0.png"}, "have an image whose name is no text"),
         (GOOD | {"image": "\ud800.png"}, "have an image whose name is no text"),
+        (GOOD | {"image": "s3://bucket/a.png"}, "have an image at an address"),
         (GOOD | {"image": "/etc/a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "../a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "."}, "have an image outside data.image_root"),
@@ -98,6 +99,9 @@ def test_rows_one_a_line(tmp_path):
     assert [source[i].text for i in range(len(source))] == [[("Q", "A")], [("Q", "B")], [("Q", "C")]]
     path.write_text(f"{lines[0]}\n{lines[1][:-2]}")
     with pytest.raises(DataError, match=r"rows.JSONL is not JSON: line 2: Expecting .*, at its character \d+"):
+        open_source(str(path), "i2t")
+    path.write_text(f"[{lines[0]}, {lines[1]}]")
+    with pytest.raises(DataError, match=r"line 1 is a list, and .*; of a list of rows the name ends in \.json$"):
         open_source(str(path), "i2t")
     path.with_name("rows.json").write_text("\n".join(lines))
     with pytest.raises(

@@ -86,6 +86,31 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.png", picture(), r"a\.png is a single file; give the folder that it is in"),
+        ("a.zip", b"PK\3\4" + bytes(30), r"a\.zip is a zip archive; unpack it first"),
+        ("a.bin", b"PAR1" + bytes(30), r"a\.bin is a parquet file under another suffix; rename it to a\.parquet"),
+        ("a.png", b"", r"a\.png is empty"),
+        ("a.csv", b"a,b", r"a\.csv is a file of a form that is not read here; give a folder of images, \.tar or"),
+        ("a.tar", b"PAR1" + bytes(30), r"a\.tar is not an uncompressed tar"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder(tmp_path, name, content, words):
+    fill(tmp_path, {name: content})
+    with pytest.raises(DataError, match=words):
+        open_source(str(tmp_path / name), "reca")
+
+
+@pytest.mark.parametrize("spec", ["{a,b}.tar", "a.tar,b.tar", "a.tar::b.tar", "pipe:cat a.tar"])
+def test_other_ways_to_name_several_files(tmp_path, spec):
+    with pytest.raises(
+        DataError, match=r"no tar file matches .*are not read\. Give several files as a list of sources"
+    ):
+        open_source(spec, "reca")
+
+
+@pytest.mark.parametrize(
     ("data", "text"),
     [
         (b"\xef\xbb\xbfa cat\r\n", "a cat"),
@@ -101,6 +126,7 @@ def test_byte_order_marks_are_no_part_of_a_caption(tmp_path, data, text):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        ("\u200b\ufeff\u202e".encode(), "the caption is empty but for characters that show nothing"),
         (b"cat\x92s", "caption: the text is not UTF-8 .byte 0x92 at 3"),
         (b"\xff\xfea", "not UTF-16-LE"),
         ("a cat".encode("utf-16-le"), "NUL characters"),

@@ -77,6 +77,9 @@ def test_the_midjourney_layout(tmp_path):
         ({"image": [{"bytes": None, "path": "a.png"}]}, {"image": IMAGE}, {}),
         ({"images": [[{"bytes": picture(), "path": None}]]}, {"images": pa.list_(IMAGE)}, {}),
         ({"image": [picture()]}, {"image": pa.large_binary()}, {}),
+        ({"image": [picture()]}, {"image": pa.binary(len(picture()))}, {}),
+        ({"image": [[{"bytes": picture(), "path": None}]]}, {"image": pa.list_(IMAGE, 1)}, {}),
+        ({"shot": [{"width": 8, "bytes": picture()}]}, None, {}),
     ],
 )
 def test_where_an_image_may_be(tmp_path, columns, types, chosen):
@@ -221,6 +224,25 @@ def test_the_splits_of_a_folder_are_not_mixed(tmp_path):
     with pytest.raises(DataError, match="holds parquet files of the splits test and train: give those of one"):
         opened(tmp_path)
     assert len(opened(tmp_path / "train-*.parquet")) == 2
+
+
+@pytest.mark.parametrize("name", ["{}/0.parquet", "split={}/0.parquet", "{}/part-1/0.parquet"])
+def test_the_splits_of_folders_are_not_mixed(tmp_path, name):
+    for split in ("train", "validation"):
+        midjourney(tmp_path / "data" / name.format(split), 0, 2)
+    with pytest.raises(DataError, match="holds parquet files of the splits train and validation: give those of one"):
+        opened(tmp_path / "data")
+    assert len(opened(tmp_path / "data" / name.format("train").partition("/")[0])) == 2
+
+
+def test_columns_of_one_name_and_cells_of_two_images(tmp_path):
+    cell = [{"bytes": picture(), "path": None}] * 2
+    with pytest.raises(BadSample, match="holds 2 images, and a sample has one"):
+        opened(table(tmp_path / "a.parquet", {"images": [cell]}, {"images": pa.list_(IMAGE)}))[0]
+    images = pa.array([picture()])
+    pq.write_table(pa.Table.from_arrays([images, images], ["image", "image"]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet has 2 columns named 'image': rename one of them"):
+        opened(tmp_path / "b.parquet")
 
 
 def test_identity_is_of_contents_and_not_of_the_place(tmp_path):

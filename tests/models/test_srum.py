@@ -83,8 +83,8 @@ def test_boxes_are_in_pixels_of_the_image_as_it_is_shown(tmp_path):
 )
 def test_rows_that_are_left_out(tmp_path, row, reason):
     source = open_source(str(write(tmp_path, scored((0, 0, 1, 1), 1), row)), "srum")
-    assert len(source) == 1 and next(iter(source.skipped.counts)).startswith(reason)
-    with pytest.raises(DataError, match="scored.jsonl holds no scored image: 1 have"):
+    assert len(source) == 1 and next(iter(source.skipped.counts)).startswith(f"rows that {reason}")
+    with pytest.raises(DataError, match="scored.jsonl holds no scored image: 1 rows that have"):
         open_source(str(write(tmp_path, {"image": None})), "srum")
 
 

@@ -13,7 +13,7 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message is the reason, as the end of "N rows ..."."""
+    """A row that cannot be used; the message is the reason, as the end of "N rows that ..."."""
 
 
 class Row(NamedTuple):
@@ -44,6 +44,8 @@ def image_name(item: Any, root: str) -> str:
         raise BadRow("have more than one image")
     if not isinstance(image, str) or "\0" in image or not encodable(image):
         raise BadRow("have an image whose name is no text")
+    if "://" in image:
+        raise BadRow("have an image at an address (write its name, and the address before it as data.image_root)")
     name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
     if not name.startswith(inside) or name == inside:
         raise BadRow("have an image outside data.image_root")

@@ -109,6 +109,8 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, list) and len(cell) == 1:
         return image_bytes(cell[0], root)
+    if isinstance(cell, list) and cell:
+        raise BadSample(f"the image column holds {len(cell)} images, and a sample has one")
     if not cell:
         raise LeftOut("rows without an image")
     if isinstance(cell, bytes):

@@ -79,7 +79,7 @@ class Conversations:
             try:
                 yield Row(image_name(item, root), turns(item, number, self.skipped))
             except BadRow as error:
-                self.skipped.add(str(error), f"row {number}")
+                self.skipped.add(f"rows that {error}", f"row {number}")
         if not found:
             raise FORM.wrong(path)
 

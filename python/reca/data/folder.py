@@ -19,6 +19,7 @@ from reca.data.sample import (
     hidden,
 )
 from reca.data.skipped import Skipped
+from reca.files import HEAD, packed, placeholder
 
 
 class NoImages(DataError):
@@ -85,8 +86,7 @@ class Folder(ImageFolder):
 
     def __init__(self, root: Path, task: str):
         if not root.is_dir():
-            fault = "is no folder" if root.exists() else "does not exist"
-            raise DataError(f"data folder {root} {fault}; give a folder of images, a .tar, or package.module:FUNCTION")
+            raise DataError(_no_folder(root))
         self.root, skipped = root, Skipped()
         super().__init__(root, task, _walk(root, skipped), skipped)
 
@@ -97,6 +97,22 @@ class Folder(ImageFolder):
 
     def total_size(self, names: Sequence[str]) -> int:
         return total_size(self.root / name for name in names)
+
+
+def _no_folder(path: Path) -> str:
+    """Say what is there in the place of a folder."""
+    takes = "give a folder of images, .tar or .parquet files, hf:NAME, or package.module:FUNCTION"
+    if not path.is_file():
+        return f"data folder {path} {'is no folder' if path.exists() else 'does not exist'}; {takes}"
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if cause := placeholder(head) or packed(head):
+        return f"{path} {cause}"
+    if head.startswith(b"PAR1"):
+        return f"{path} is a parquet file under another suffix; rename it to {path.stem}.parquet"
+    if _suffix(path.name) in IMAGE_SUFFIXES:
+        return f"{path} is a single file; give the folder that it is in"
+    return f"{path} is a file of a form that is not read here; {takes}"
 
 
 def total_size(paths) -> int:

@@ -54,7 +54,8 @@ def stream_rows(path: AnyPath, form: Form) -> Iterator[Any]:
         head = read_range(path, 0, HEAD)
         if cause := placeholder(head) or packed(head):
             raise DataError(f"{form.file} {path} {cause}")
-        yield from read_items(path, holds_lines(path))
+        for number, row in enumerate(read_items(path, holds_lines(path)), 1):
+            yield _row(row, number) if holds_lines(path) else row
     except TypeError as error:
         raise DataError(f"{path} is {error} and not {form.name}: expected a list of {form.row}") from error
     except DataError:
@@ -72,12 +73,21 @@ def _no_json(path: AnyPath, error: Exception) -> DataError:
     return DataError(f"{path} is not JSON: {error}{hint}")
 
 
+def _row(row: Any, number: int) -> Any:
+    """Return a row of a file that holds one a line. Raises ValueError for a list: of rows, or of a part of them."""
+    if isinstance(row, list):
+        raise ValueError(
+            f"line {number} is a list, and each line should be a row; of a list of rows the name ends in .json"
+        )
+    return row
+
+
 def _lines(text: str) -> list[Any]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(_row(json.loads(line), number))
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}: {error.msg}, at its character {error.pos}") from error
     return rows

@@ -67,6 +67,8 @@ class Parquet:
         self.footers.append(footer)
         schema = metadata.schema.to_arrow_schema()
         columns = choose({field.name: form_of(field.type) for field in schema}, self.task, config, str(path))
+        if twice := [name for name in columns if name is not None and schema.names.count(name) > 1]:
+            raise DataError(f"{path} has {schema.names.count(twice[0])} columns named {twice[0]!r}: rename one of them")
         if self.columns not in (None, columns):
             raise DataError(
                 f"{path} has {columns.image} and {columns.text} where {self.paths[0]} has {self.columns.image} and "
@@ -155,13 +157,17 @@ def form_of(kind: Any) -> str:
 
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if types.is_struct(kind) and {kind.field(i).name for i in range(kind.num_fields)} == {"bytes", "path"}:
-        return IMAGE
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
+    if types.is_struct(kind):
+        parts = {kind.field(i).name: form_of(kind.field(i).type) for i in range(kind.num_fields)}
+        return IMAGE if parts.get("bytes") == BYTES else OTHER
+    if any(
+        test(kind)
+        for test in (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    ):
         return BYTES
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return TEXT
-    if types.is_list(kind) or types.is_large_list(kind):
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return IMAGE if form_of(kind.value_type) == IMAGE else LIST
     return OTHER
 
@@ -197,7 +203,7 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
 
 def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
     """Return the files of a folder. Raises DataError where they belong to several splits: nobody trains on the test."""
-    splits = {match[1]: path.name for path in paths if (match := SPLIT.match(path.name))}
+    splits = {split for path in paths if (split := _split(path, folder))}
     if len(splits) > 1:
         names = " and ".join(sorted(splits))
         raise DataError(
@@ -205,6 +211,16 @@ def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
             f"'{folder}/**/train-*.parquet'"
         )
     return sorted(paths)
+
+
+def _split(path: AnyPath, folder: AnyPath) -> str | None:
+    """Return the split that a file's name begins with, or else the name of the nearest folder below `folder`.
+
+    Such as train-00.parquet, train/00.parquet and split=train/00.parquet.
+    """
+    names = str(path).removeprefix(str(folder)).split("/")
+    found = (SPLIT.match(name.removeprefix("split=")) for name in reversed(names))
+    return next((match[1] for match in found if match), None)
 
 
 def _pyarrow() -> ModuleType:

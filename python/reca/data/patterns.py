@@ -40,6 +40,11 @@ def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str
                 ": a web server lists its files only as a page of links, and this one has none there. Write a range, "
                 f"such as {{000..099}}.{kind}, or a single address"
             )
+        elif "," in spec or "::" in spec or spec.startswith("pipe:"):
+            hint = (
+                ": alternatives in braces, names joined by commas or ::, and commands behind pipe: are not read. Give "
+                f"several files as a list of sources, '[{{source: a.{kind}}}, {{source: b.{kind}}}]'"
+            )
         raise DataError(f"no {kind} file matches {spec!r}{hint}")
     if missing:
         raise DataError(

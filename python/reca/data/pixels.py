@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from reca.data.errors import BadSample, DataError
@@ -86,7 +86,7 @@ def as_rgb(file: Image.Image) -> Image.Image:
     return _flatten(image)
 
 
-def _scale_transparency(file: Image.Image) -> None:
+def _scale_transparency(file: ImageFile.ImageFile) -> None:
     """Bring the transparent colour of a PNG to the 8 bits of the pixels that it is compared with.
 
     Pillow leaves it as it stands in the file: in 2, 4 or 16 bits. Of 16 bits the upper 8 are left of either.
@@ -94,7 +94,7 @@ def _scale_transparency(file: Image.Image) -> None:
     color: Any = file.info.get("transparency")
     if file.format != "PNG" or not file.tile or not isinstance(color, int | tuple):
         return
-    coding: Any = file.tile[0][3]
+    coding = file.tile[0].args
     if coding in GREY_STEPS:
         file.info["transparency"] = color * GREY_STEPS[coding]
     elif coding == "RGB;16B":
@@ -102,7 +102,7 @@ def _scale_transparency(file: Image.Image) -> None:
 
 
 @contextlib.contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def opened(data: bytes) -> Iterator[ImageFile.ImageFile]:
     """Open an image file and check its header. Raises BadImage, also for what goes wrong inside of the context."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:

@@ -1,6 +1,7 @@
 """Samples, and the interface of their sources."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ OTHER_IMAGE_SUFFIXES = frozenset(
 HIDDEN = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN"})  # folders in which systems keep copies of their own
 MAX_IMAGE_BYTES = 2**28
 MAX_CAPTION_BYTES = 2**20
+INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})  # categories of Unicode: control and format characters, blanks
 
 
 class Sample(NamedTuple):
@@ -70,6 +72,6 @@ def decode_caption(data: bytes) -> str:
         text = decode_text(data).strip()
     except ValueError as error:
         raise BadSample(f"caption: {error}") from error
-    if not text:
-        raise BadSample("the caption is empty")
+    if not any(unicodedata.category(c) not in INVISIBLE for c in text):
+        raise BadSample("the caption is empty" + " but for characters that show nothing" * bool(text))
     return text

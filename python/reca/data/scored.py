@@ -54,7 +54,7 @@ class ScoredImages:
             try:
                 self.rows.append(_row(item)._replace(number=number))
             except BadRow as error:
-                self.skipped.add(str(error), f"row {number}")
+                self.skipped.add(f"rows that {error}", f"row {number}")
         if not self.rows:
             raise DataError(
                 f"{path} holds no scored image: {self.skipped or 'it is empty'}. Expected are rows {FORM.row}"

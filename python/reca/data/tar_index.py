@@ -102,7 +102,7 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
     except Exception as error:  # tarfile raises many kinds for bytes that are no tar
         raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
-    place, last = 0, "its first member"
+    place, last = 0, "its beginning"
     while True:
         try:
             info = tar.next()
