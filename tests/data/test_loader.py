@@ -197,7 +197,7 @@ def test_conversations_that_are_none(folder, tmp_path):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):
             open_source(str(path), "i2t", str(folder))
-    with pytest.raises(DataError, match="talk.json is no folder"):
+    with pytest.raises(DataError, match="talk.json is a file of a form that is not read here; give a folder"):
         open_source(str(path), "reca")
 
 

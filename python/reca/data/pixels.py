@@ -97,7 +97,7 @@ def _scale_transparency(file: ImageFile.ImageFile) -> None:
     coding = file.tile[0].args
     if coding in GREY_STEPS:
         file.info["transparency"] = color * GREY_STEPS[coding]
-    elif coding == "RGB;16B":
+    elif coding == "RGB;16B" and isinstance(color, tuple):
         file.info["transparency"] = tuple(value >> 8 for value in color)
 
 
