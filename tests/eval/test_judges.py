@@ -142,6 +142,37 @@ def test_what_no_try_mends_ends_it(server, picture, tmp_path):
             judge.reply("what?", [picture])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"choices": [3]}, {"choices": "x"}, {"choices": [{"message": "x"}]}, {"choices": [{"message": {"content": [1]}}]},
+     {"choices": [{"message": {"content": "x"}}], "usage": 3}, {}, [1], "[" * 100_000,
+     {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}],
+)  # fmt: skip
+def test_an_answer_of_another_form_fails_one_image(server, picture, content):
+    judge = EndpointJudge(server.url, tries=1)
+    server.plan = [(200, content)]
+    with pytest.raises(JudgeError):
+        judge.reply("what?", [picture])
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [{"content": [{"token": "Yes", "logprob": 800.0}]}, {"content": [{"token": 3, "logprob": -1.0}]}, {"content": [3]},
+     {"content": [{"token": "Yes", "logprob": None}]}, {"content": {"a": 1}}, {"content": [{"token": "a"}]}],
+)  # fmt: skip
+def test_logprobs_of_another_form_fail_one_image(server, picture, logprobs):
+    server.logprobs = logprobs
+    with pytest.raises(JudgeError, match="logprobs cannot be read"):
+        EndpointJudge(server.url).first_token_probability("q", [picture], ["Yes"])
+
+
+@pytest.mark.parametrize("found", [{}, {"data": 3}, {"data": ["x"]}, {"data": [{"id": None}]}])
+def test_a_list_of_models_of_another_form(server, monkeypatch, found):
+    monkeypatch.setattr(EndpointJudge, "_request", lambda *_: found)
+    with pytest.raises(EvaluationError, match="serves these models: None|none; name one by"):
+        EndpointJudge(server.url)
+
+
 def test_a_judge_that_does_not_answer_in_time(server, picture):
     judge = EndpointJudge(server.url, timeout=0.2, tries=2)
     server.plan = [("hang", None)] * 2

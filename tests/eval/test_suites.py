@@ -350,7 +350,7 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
     found = reca.evaluate("pope", painter, data=tmp_path / "pope")
     assert found["overall"]["value"] == 0.5 and found["metrics"]["mean_f1"] == pytest.approx(2 / 3)
     (tmp_path / "pope/val2014/1.jpg").unlink()
-    with pytest.raises(EvaluationError, match=r"item random/0: its picture .*1.jpg does not exist; check --data"):
+    with pytest.raises(EvaluationError, match=r"1 of the 1 images that pope begins from do not exist: .*1.jpg. Give a"):
         reca.evaluate("pope", painter, data=tmp_path / "pope", out=tmp_path / "again")
 
 

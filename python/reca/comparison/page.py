@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from reca import html
 from reca.comparison.sides import RESULTS
+from reca.data.errors import BadSample
+from reca.data.pixels import open_rgb
 from reca.eval import figures, report
 from reca.eval.errors import EvaluationError
 
@@ -112,9 +112,8 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except OSError:
+        picture = open_rgb(path.read_bytes())
+    except (OSError, BadSample):
         return None
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
@@ -170,7 +169,7 @@ def _chart(curve: dict[str, Any]) -> dict[str, Any]:
     """Draw a loss of both runs into one frame. Steps begin at the left, the largest value is at the top."""
     points = [*curve["before"], *curve["after"]]
     steps, values = [p[0] for p in points], [p[1] for p in points]
-    last, low, top = max(steps), min(values), max(values)
+    last, low, top = max(*steps, 1), min(values), max(values)
     span = (top - low) or 1.0
 
     def line(side: list[list[float]]) -> str:

@@ -19,6 +19,7 @@ from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite, open_suite
+from reca.eval.suites.base import check_items
 from reca.eval.targets import Target, describe, opponent, read_generation, target, write_generation
 from reca.folders import ensure_writable
 from reca.models import UMMS, umm_package
@@ -64,6 +65,7 @@ class Settings:
         if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
             found = suite.items_of_images(images)
         found = found or suite.items()
+        check_items(suite, found)
         groups: dict[str, list[Item]] = {}
         for item in found:
             groups.setdefault(suite.group(item), []).append(item)
@@ -155,7 +157,20 @@ def check(settings: Settings, sides: Sequence[Target], images: Path | None, reco
                 check_sampling_options(method, settings.sampling)
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
-    settings.items(images)
+    items = settings.items(images)
+    if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
+        check_sources(suite, items)
+
+
+def check_sources(suite: Suite, items: Sequence[Item]) -> None:
+    """Raise EvaluationError where an image that is edited or asked about is not there, before hours of work."""
+    sources = list(dict.fromkeys(item.source for item in items))
+    missing = [str(path) for path in sources if path is None or not path.is_file()]
+    if missing:
+        raise EvaluationError(
+            f"{len(missing)} of the {len(sources)} images that {suite.name} begins from do not exist: {_some(missing)}."
+            f" {suite.data_help or ''}"
+        )
 
 
 def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
@@ -228,7 +243,7 @@ def judge_and_score(
     if "score" not in made:
         return None
     wanted = {item.id for item in items}
-    relative = {key: str(p.relative_to(place)) for key, p in found.items()}
+    relative = {key: str(p.relative_to(place) if p.is_relative_to(place) else p.absolute()) for key, p in found.items()}
     found_records = [record for record in known if record.item in wanted]
     missing += _unjudged(settings, items, found, found_records, given or path, imported=given is not None)
     results = report.results(settings.suite, items, relative, found_records, judge, generation, missing)

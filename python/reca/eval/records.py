@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
+from reca.eval.files import HALVES
 from reca.eval.suites import Item, Key, Suite
 
 log = logging.getLogger("reca")
@@ -38,19 +39,27 @@ def parse(line: str) -> Record | None:
     """Read a line; None for one that is no record, such as half of one."""
     try:
         row = json.loads(line)
-        if "answer" not in row and "error" not in row:
-            return None
-        judge = row.get("judge") or {}
-        return Record(str(row["item"]), int(row["k"]), row.get("picture"), judge, row.get("answer"), row.get("error"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = Record(
+            str(row["item"]),
+            int(row["k"]),
+            row.get("picture"),
+            row.get("judge") or {},
+            row.get("answer"),
+            row.get("error"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
+    texts = all(text is None or isinstance(text, str) for text in (found.picture, found.error))
+    said = "answer" in row or found.error is not None
+    return found if said and texts and isinstance(found.judge, Mapping) and found.k >= 0 else None
 
 
 def read(path: Path) -> list[Record]:
     """Read all records of a file, [] if there is none. Lines that are none are counted in a warning."""
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    # Lines end at line feeds alone: an answer may hold other separators of lines as they are.
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     found = [record for line in lines if (record := parse(line)) is not None]
     if len(found) < len(lines):
         count = len(lines) - len(found)
@@ -73,7 +82,7 @@ class Appender:
 
     def append(self, line: str) -> None:
         """Write a line. Raises EvaluationError when the disk does not take it; what was there stays."""
-        data, before = line.encode() + b"\n", os.fstat(self.handle).st_size
+        data, before = line.encode("utf-8", HALVES) + b"\n", os.fstat(self.handle).st_size
         try:
             written, reason = os.write(self.handle, data), "the disk is full"
         except OSError as error:
@@ -107,7 +116,9 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
         )
     try:
         foreign = suite.import_answers(path, items)
-    except (UnicodeDecodeError, KeyError, TypeError) as error:
+    except EvaluationError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise EvaluationError(f"{path} is no result file of {suite.name} ({error!r})") from error
     if foreign:
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}

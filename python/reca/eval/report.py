@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval import figures, statistics
+from reca.eval import judge as judge_step
 from reca.eval.errors import EvaluationError
 from reca.eval.records import Record
 from reca.eval.statistics import Interval
@@ -15,6 +16,7 @@ from reca.eval.suites import Item, Key, Score, Suite
 FORMAT = 1
 TOP = {"fraction": 1.0, "percent": 100.0}  # the most that a value can be, by unit; points have no common one
 SETTINGS = ("sampling", "images_per_item", "judge")  # that two evaluations should share
+NEEDED = {*SETTINGS, "suite", "protocol", "model", "counts", "overall", "weights", "tags", "items", "against", "power"}
 
 
 def results(
@@ -31,7 +33,7 @@ def results(
     found: path of every image, relative to its folder. generation: what made the images, {} if nothing is known.
     Raises EvaluationError where no image could be judged.
     """
-    score = suite.score({r.key: r.answer for r in records if r.error is None}, items)
+    score = judge_step.score(suite, {r.key: r.answer for r in records if r.error is None}, items)
     failed = [(r.key, r.error) for r in records if r.error is not None] + list(score.failed)
     if not score.values:
         reason = f"; of {failed[0][0][0]} it said: {failed[0][1]}" if failed else ""
@@ -122,9 +124,9 @@ def read(path: Path) -> dict[str, Any]:
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= NEEDED:
         raise EvaluationError(
             f"{path} cannot be read (it holds no results of format {FORMAT}); make them again: reca eval ... "
             "--steps score"

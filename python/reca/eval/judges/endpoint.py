@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from reca import html
+from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, JudgeError, Picture
 
@@ -74,7 +75,8 @@ class EndpointJudge(Judge):
 
     def reply(self, text: str, pictures: Sequence[Picture]) -> str:
         choice = self._complete(text, pictures, max_tokens=self.max_tokens)
-        content = (choice.get("message") or {}).get("content")
+        message = choice.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not content.strip():
             raise JudgeError(f"the judge's answer is empty (finish_reason {choice.get('finish_reason')!r})")
         return content
@@ -82,13 +84,21 @@ class EndpointJudge(Judge):
     def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
         """See Judge. The first token of a string is taken to be the longest returned one that it begins with."""
         choice = self._complete(text, pictures, max_tokens=1, logprobs=True, top_logprobs=20)
-        content = (choice.get("logprobs") or {}).get("content")
+        logprobs = choice.get("logprobs")
+        content = logprobs.get("content") if isinstance(logprobs, dict) else None
         if not content:
             raise EvaluationError(
                 f"the endpoint gives no logprobs with {self.model}, which this suite needs; serve it with them (vLLM: "
                 "--max-logprobs 20)"
             )
-        top = {entry["token"]: math.exp(entry["logprob"]) for entry in content[0].get("top_logprobs") or content}
+        try:
+            top = {entry["token"]: math.exp(entry["logprob"]) for entry in content[0].get("top_logprobs") or content}
+            if not all(isinstance(token, str) and 0 <= chance <= 1.001 for token, chance in top.items()):
+                raise ValueError("a token that is no text, or a probability outside of 0 to 1")
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+            raise JudgeError(
+                f"the endpoint's logprobs cannot be read ({error!r}): {self._short(str(content))}"
+            ) from error
         total = 0.0
         for string in accepted:
             begins = [token for token in top if token and string.startswith(token)]
@@ -107,10 +117,11 @@ class EndpointJudge(Judge):
         return line
 
     def _only_model(self) -> str:
-        names = [entry.get("id") for entry in self._request("GET", "models").get("data") or []]
+        listed = self._request("GET", "models").get("data")
+        names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1 or not names[0]:
-            listed = ", ".join(map(str, names[:10])) or "none"
-            raise EvaluationError(f"{self.url} serves these models: {listed}; name one by --judge-option model=NAME")
+            shown = ", ".join(map(str, names[:10])) or "none"
+            raise EvaluationError(f"{self.url} serves these models: {shown}; name one by --judge-option model=NAME")
         return names[0]
 
     def _complete(self, text: str, pictures: Sequence[Picture], **options: Any) -> dict[str, Any]:
@@ -123,7 +134,9 @@ class EndpointJudge(Judge):
         try:
             usage, choice = found.get("usage") or {}, found["choices"][0]
             counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if not isinstance(choice, dict):
+                raise TypeError(choice)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise JudgeError(f"the endpoint answered with no chat completion: {self._short(str(found))}") from error
         with self.lock:
             self.requests += 1
@@ -153,7 +166,7 @@ class EndpointJudge(Judge):
                 cause = getattr(failure, "reason", failure)
                 late = isinstance(cause, TimeoutError)
                 reason = f"no answer within {self.timeout:g} s" if late else f"{type(cause).__name__}: {cause}"
-            except ValueError as failure:
+            except (ValueError, RecursionError) as failure:
                 reason = f"no JSON: {failure}"
             if number + 1 < self.tries:
                 time.sleep(wait * random.uniform(0.8, 1.2))
@@ -196,9 +209,10 @@ def data_url(picture: Picture) -> str:
     """Encode a picture; a file of a common format as it is."""
     if isinstance(picture, Path):
         data = picture.read_bytes()
-        mime = next((name for magic, name in MIMES.items() if data.startswith(magic)), "png")
-    else:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        data, mime = file.getvalue(), "png"
-    return html.data_url(data, mime)
+        mime = next((name for magic, name in MIMES.items() if data.startswith(magic)), None)
+        if mime is not None:
+            return html.data_url(data, mime)
+        picture = open_rgb(data)  # a format that few servers read, such as TIFF
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return html.data_url(file.getvalue(), "png")

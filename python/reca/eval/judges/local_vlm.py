@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, Picture
 
@@ -57,7 +58,4 @@ class LocalVlmJudge(Judge):
 
 
 def _rgb(picture: Picture) -> Image.Image:
-    if isinstance(picture, Path):
-        with Image.open(picture) as file:
-            return file.convert("RGB")
-    return picture
+    return open_rgb(picture.read_bytes()) if isinstance(picture, Path) else picture

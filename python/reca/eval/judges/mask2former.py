@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
+from reca.data.pixels import as_rgb
 from reca.eval.errors import EvaluationError
 
 MEAN = (123.675, 116.28, 103.53)
@@ -50,7 +51,7 @@ def read_rgb(path: Path) -> np.ndarray:
         upright = ImageOps.exif_transpose(image)
         if upright.mode == "RGBA":  # the colours beneath the alpha, not blended
             return np.asarray(upright)[..., :3].copy()
-        return np.asarray(upright.convert("RGB"))
+        return np.asarray(as_rgb(upright) if upright.mode.startswith("I") else upright.convert("RGB"))
 
 
 def preprocess(pixels: np.ndarray, img_scale: tuple[int, int] = IMG_SCALE) -> tuple[Tensor, Geometry]:

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
+from reca.data.text import encodable
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 
 PROMPTS = Path(__file__).parents[1] / "prompts"  # of benchmarks whose licence allows to ship them, with their notices
+LONGEST_NAME = 255  # bytes of a file's name, on the usual file systems
 Key = tuple[str, int]  # of an image: its item, and which of the item's images
 
 
@@ -102,10 +105,12 @@ class Suite:
         Raises EvaluationError that names the line.
         """
         found = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(files.read_lines(path, self.data_help), 1):
+            if not line.strip():
+                continue
             try:
                 found.append(item(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise EvaluationError(f"{path}, line {number}: {error!r}. {self.data_help}") from error
         return [one for one in found if one is not None]
 
@@ -166,14 +171,29 @@ class Suite:
         return None
 
 
-def by_item(items: Iterable[Item]) -> dict[str, Item]:
-    """Index items. Raises EvaluationError for an id that comes twice."""
-    found: dict[str, Item] = {}
+def check_items(suite: Suite, items: Sequence[Item]) -> None:
+    """Check what a benchmark's files make of ids and prompts, before a file is named after one.
+
+    Raises EvaluationError where there are none, for an id that comes twice, a prompt that is no text, and a name that
+    no file can have.
+    """
+    if not items:
+        raise EvaluationError(f"{suite.name}: {suite.data or 'its data'} holds no item. {suite.data_help or ''}")
+    seen: set[str] = set()
     for item in items:
-        if item.id in found:
-            raise EvaluationError(f"item {item.id!r} comes twice; ids of a suite must differ")
-        found[item.id] = item
-    return found
+        where = f"{suite.name}: item {item.id[:80]!r}"
+        if item.id in seen:
+            raise EvaluationError(f"{where} comes twice, and ids must differ. {suite.data_help or ''}")
+        seen.add(item.id)
+        if not isinstance(item.prompt, str) or not encodable(item.prompt):
+            raise EvaluationError(f"{where} has a prompt that is no text: {item.prompt!r:.80}")
+        path = PurePosixPath(suite.path(item, 0))
+        if path.is_absolute() or ".." in path.parts or any(not _is_name(part) for part in path.parts):
+            raise EvaluationError(f"{where} cannot be the name of a file below the folder of images")
+
+
+def _is_name(part: str) -> bool:
+    return encodable(part) and "\0" not in part and len(part.encode()) <= LONGEST_NAME
 
 
 def mean(values: Sequence[float]) -> float:

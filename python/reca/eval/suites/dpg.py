@@ -1,13 +1,17 @@
 """DPG-Bench: long prompts, and questions about each that depend on one another (TencentQQGYLab/ELLA, dpg_bench)."""
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from reca.data.errors import DataError
+from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -119,12 +123,14 @@ class Dpg(Suite):
         path = self.data_path() / "dpg_bench.csv"
         if not path.is_file():
             raise EvaluationError(f"{path} does not exist. {self.data_help}")
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise EvaluationError(f"{path} has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+        reader = csv.DictReader(io.StringIO(files.read_text(path, self.data_help)))
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise EvaluationError(f"{path} has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+        try:
             return read_questions(reader)
+        except (ValueError, csv.Error) as error:
+            raise EvaluationError(f"{path}, line {reader.line_num}: {error}. {self.data_help}") from error
 
     def items(self) -> list[Item]:
         table = self.table()
@@ -132,7 +138,7 @@ class Dpg(Suite):
         if not prompts:
             raise EvaluationError(f"{self.data_path() / 'prompts'} holds no .txt files. {self.data_help}")
         return [
-            Item(name, "all", path.read_text(encoding="utf-8").strip(), metadata={"questions": table[name]})
+            Item(name, "all", files.read_text(path, self.data_help).strip(), metadata={"questions": table[name]})
             for name, path in prompts.items()
             if name in table
         ]
@@ -150,8 +156,9 @@ class Dpg(Suite):
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         """Ask every question of every cell."""
-        with Image.open(picture) as file:
-            image = file.convert("RGB")
+        image = open_rgb(picture.read_bytes())
+        if min(image.size) < 2:
+            raise DataError(f"{picture} has {image.width} x {image.height} pixels, which are no grid of 2 x 2")
         cells = _quarters(image) if picture.stem == item.id else [image]
         questions = item.metadata["questions"]
         texts = [f"{q.text} Answer in one word: yes or no." for q in questions]

@@ -1,16 +1,22 @@
 """GEdit-Bench: edits of eleven groups in two languages, marked by VIEScore (stepfun-ai/Step1X-Edit, GEdit-Bench)."""
 
 import csv
+import io
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 from reca.eval.suites.marks import gedit_item, viescore
+
+log = logging.getLogger("reca")
 
 GROUPS = (
     "background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add",
@@ -106,6 +112,8 @@ class GEdit(Suite):
                 for batch in parquet.ParquetFile(table).iter_batches(16, columns=[*COLUMNS, IMAGE]):
                     for row in batch.to_pylist():
                         source = Path("images") / f"{row['key']}.png"
+                        if source.parent.name != "images":
+                            raise KeyError(f"key {row['key']!r} is no name of a file")
                         write(path.parent / source, row.pop(IMAGE)["bytes"], sync=False)
                         lines.append(json.dumps(row | {"source": str(source)}, ensure_ascii=False) + "\n")
         except (pyarrow.ArrowException, KeyError, TypeError) as error:
@@ -126,11 +134,9 @@ class GEdit(Suite):
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         """Ask for semantics and quality. The result is shown in the size of its source."""
-        from PIL import Image
-
-        with Image.open(item.source) as source, Image.open(picture) as result:  # type: ignore[arg-type]
-            size = source.size
-            edited = result.convert("RGB").resize(size)
+        assert item.source is not None
+        size = open_rgb(item.source.read_bytes()).size
+        edited = open_rgb(picture.read_bytes()).resize(size)
         semantics = judge.reply(_RULES + _SEMANTICS.replace("<instruction>", item.prompt), [item.source, edited])
         return {"semantics": semantics, "quality": judge.reply(_RULES + _QUALITY, [edited])}
 
@@ -159,12 +165,15 @@ class GEdit(Suite):
             return None
         keys, found = {item.id for item in items}, {}
         for file in sorted(path.rglob("*_gpt_score.csv")):
-            with file.open(newline="", encoding="utf-8") as handle:
-                for row in csv.DictReader(handle):
+            reader = csv.DictReader(io.StringIO(files.read_text(file)))
+            for row in reader:
+                try:
                     key = Path(row["edited_image"]).stem
                     if key in keys and row["instruction_language"] == self.language:
                         marks = [[float(row["sementics_score"])], [float(row["quality_score"])]]
                         found[key, 0] = dict(zip(MEASURES, marks, strict=False))
+                except (KeyError, TypeError, ValueError):  # such as a half-written last line
+                    log.warning("%s, line %d cannot be read; its image counts as not judged", file, reader.line_num)
         return found or None
 
 

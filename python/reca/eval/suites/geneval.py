@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
 
@@ -28,14 +29,14 @@ class GenEval(Suite):
         path = path / self.file if path.is_dir() else path
         if not path.is_file():
             raise EvaluationError(f"{path} does not exist. {self.data_help}")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = files.read_lines(path, self.data_help)
         return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
 
     def items_of_images(self, images: Path) -> list[Item]:
         """Read the rows that lie beside the images."""
-        folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+        folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
         return [
-            self._item(int(folder.name), path.read_text(encoding="utf-8"), path)
+            self._item(int(folder.name), files.read_text(path, self.data_help), path)
             for folder in folders
             if (path := folder / "metadata.jsonl").is_file()
         ]
@@ -44,7 +45,7 @@ class GenEval(Suite):
         try:
             row = json.loads(line)
             return Item(f"{number:05d}", row["tag"], row["prompt"], metadata=row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(
                 f"{path}, row {number}, is no prompt of GenEval ({error!r}). {self.data_help}"
             ) from error
@@ -60,10 +61,10 @@ class GenEval(Suite):
         wanted = {int(item.id): item.id for item in items}
         found: dict[Key, Path] = {}
         for folder in images.iterdir():
-            if not (folder.is_dir() and folder.name.isdigit() and int(folder.name) in wanted):
+            if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
                 continue
-            samples = [p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdigit()]
-            for path in sorted(samples):
+            samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
+            for path in sorted(p for p in samples if p.is_file()):
                 found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
         return found
 
@@ -104,21 +105,23 @@ class GenEval(Suite):
         """Read the public script's result file."""
         known = {int(item.id): item for item in items}
         found: dict[Key, Any] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(files.read_lines(path)):
             try:
                 row = json.loads(line)
                 file, metadata = Path(row["filename"].replace("\\", "/")), json.loads(row["metadata"])
-                item, k = known.get(int(file.parts[-3])), int(file.name.split(".png")[0])
-            except (ValueError, KeyError, TypeError, IndexError):
-                if found:  # a half-written line
-                    continue
-                return None
-            if item is None or dict(item.metadata) != metadata:
+                item, k, correct = known.get(int(file.parts[-3])), int(file.name.split(".png")[0]), row["correct"]
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                continue  # such as a half-written line
+            if item is None or k < 0:  # of a prompt that is left out here
+                continue
+            if not isinstance(correct, bool | int) or correct not in (0, 1):
+                raise EvaluationError(f"{path}, line {number + 1}: correct is {correct!r}; expected true or false")
+            if dict(item.metadata) != metadata:
                 raise EvaluationError(
                     f"{path}, line {number + 1}: {row['filename']} belongs to the prompt {row.get('prompt')!r}, which "
                     "is another one here; give the prompts that the images were made from as --data"
                 )
-            found[item.id, k] = {"correct": bool(row["correct"]), "reason": row.get("reason", "")}
+            found[item.id, k] = {"correct": bool(correct), "reason": row.get("reason", "")}
         return found or None
 
 

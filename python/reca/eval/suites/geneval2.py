@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 
 NUMBERS = "one two three four five six seven eight nine ten".split()
@@ -93,13 +94,17 @@ class GenEval2(Suite):
         path = self.data_path()
         path = path / "geneval2_data.jsonl" if path.is_dir() else path
         items = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(files.read_lines(path, self.data_help)):
             try:
                 row = json.loads(line)
-                meta = {"questions": row["vqa_list"], "skills": row["skills"], "atom_count": row["atom_count"]}
+                questions = [(str(question), str(answer)) for question, answer in row["vqa_list"]]
+                analyse([(row["atom_count"], row["skills"], [1.0] * len(questions))])
+                meta = {"questions": questions, "skills": row["skills"], "atom_count": row["atom_count"]}
                 items.append(Item(f"{number:05d}", f"{row['atom_count']} atoms", row["prompt"], metadata=meta))
-            except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(f"{path}, line {number + 1}, is no row of GenEval 2: {error}") from error
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise EvaluationError(
+                    f"{path}, line {number + 1}, is no row of GenEval 2: {error!r}. {self.data_help}"
+                ) from error
         return items
 
     def path(self, item: Item, k: int) -> str:
@@ -109,9 +114,12 @@ class GenEval2(Suite):
         listed = images / "image_paths.json"
         if not listed.is_file():
             return super().find(images, items)
-        paths = json.loads(listed.read_text(encoding="utf-8"))
-        found = {(item.id, 0): images / paths[item.prompt] for item in items if item.prompt in paths}
-        return {key: path for key, path in found.items() if path.is_file()}
+        paths = files.read_json(listed, "expected {prompt: path of its image}")
+        if not isinstance(paths, dict) or not all(isinstance(path, str) for path in paths.values()):
+            raise EvaluationError(f"{listed}: expected {{prompt: path of its image}}")
+        given = [((item.id, 0), Path(paths[item.prompt])) for item in items if item.prompt in paths]
+        places = {key: next((p for p in (images / path, path) if p.is_file()), None) for key, path in given}
+        return {key: path for key, path in places.items() if path is not None}
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         return [

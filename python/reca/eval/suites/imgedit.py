@@ -1,11 +1,13 @@
 """ImgEdit: 737 single edits of nine types, each given three marks by a VLM (PKU-YuanGroup/ImgEdit, Benchmark/Basic)."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 from reca.eval.suites.marks import imgedit as read_marks
 
@@ -48,7 +50,10 @@ class ImgEdit(Suite):
         for name in names:
             for path in [root / name, *sorted(root.rglob(name))]:
                 if path.is_file():
-                    return json.loads(path.read_text(encoding="utf-8"))
+                    found = files.read_json(path, self.data_help)
+                    if not isinstance(found, dict):
+                        raise EvaluationError(f"{path} holds no JSON object. {self.data_help}")
+                    return found
         raise EvaluationError(f"{root} holds no {' or '.join(names)}. {self.data_help}")
 
     def items(self) -> list[Item]:
@@ -56,17 +61,27 @@ class ImgEdit(Suite):
         roots = [root, *(p for p in sorted(root.rglob("singleturn")) if p.is_dir())]
         items = []
         for key, row in rows.items():
-            source = next((r / row["id"] for r in roots if (r / row["id"]).is_file()), root / row["id"])
-            items.append(Item(key, row["edit_type"], row["prompt"], source))
+            try:
+                source = next((r / row["id"] for r in roots if (r / row["id"]).is_file()), root / row["id"])
+                items.append(Item(key, row["edit_type"], row["prompt"], source))
+            except (KeyError, TypeError) as error:
+                raise EvaluationError(
+                    f"{root}: item {key!r} is none of ImgEdit: {error!r}. {self.data_help}"
+                ) from error
         return items
 
     def path(self, item: Item, k: int) -> str:
         return f"{item.id}.png"
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
-        prompts = self._json("judge_prompt.json", "prompts.json")
-        text = prompts[item.tag].replace("<edit_prompt>", item.prompt)
-        return judge.reply(text, [item.source, picture])
+        if not isinstance(question := self._questions.get(item.tag), str):
+            raise EvaluationError(f"judge_prompt.json has no text for edits of type {item.tag}. {self.data_help}")
+        return judge.reply(question.replace("<edit_prompt>", item.prompt), [item.source, picture])
+
+    @functools.cached_property
+    def _questions(self) -> dict[str, Any]:
+        """Return what the judge is asked, by type of edit."""
+        return self._json("judge_prompt.json", "prompts.json")
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed = [], []
@@ -87,11 +102,11 @@ class ImgEdit(Suite):
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read result.json (key -> reply), or the release's result.jsonl."""
-        text = path.read_text(encoding="utf-8")
+        text = files.read_text(path)
         keys = {item.id for item in items}
         try:
             rows = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(rows, dict) or not rows.keys() & keys:
             return None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 from reca.eval.suites.marks import mme_harness, mme_release, mme_release_reply
 
@@ -89,7 +90,7 @@ class Mme(Suite):
                 picture = _picture_of(text)
                 if picture is None:
                     continue
-                lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+                lines = [line for line in files.read_lines(text, self.data_help) if line.strip()]
                 for number, line in enumerate(lines):
                     question, tab, truth = line.rpartition("\t")
                     if not tab:
@@ -133,7 +134,7 @@ class Mme(Suite):
         known = {(item.tag, item.metadata["picture"], item.prompt): item.id for item in items}
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in files.read_lines(file):
                 cells = line.split("\t")
                 if len(cells) >= 4 and (key := known.get((file.stem, cells[0], cells[1]))):
                     found[key, 0] = "\t".join(cells[3:])

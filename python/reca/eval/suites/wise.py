@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
-from reca.eval.suites.marks import wise_legacy_upstream, wise_verified
+from reca.eval.suites.marks import WISE_MARKS, wise_legacy_upstream, wise_verified
 from reca.eval.suites.wise_rules import LEGACY, VERIFIED, Protocol, average, legacy_value, verified_value
 
 _VERIFIED_QUESTION = """\
@@ -45,11 +46,13 @@ class Wise(Suite):
         root, items = self.data_path(), []
         for path in [root] if root.is_file() else sorted(root.glob("*.json")):
             try:
-                for row in json.loads(path.read_text(encoding="utf-8")):
+                for row in files.read_json(path, self.data_help):
                     number = int(row["prompt_id"])
                     category = self.rules.category(number) or row["Category"]
                     meta = {"explanation": row.get("Explanation", ""), "subcategory": row.get("Subcategory", "")}
                     items.append(Item(str(number), category, row["Prompt"], metadata=meta))
+            except EvaluationError:
+                raise
             except (ValueError, KeyError, TypeError) as error:
                 raise EvaluationError(f"{path} is no file of WISE: {error!r}. {self.data_help}") from error
         if not items:
@@ -93,12 +96,11 @@ class Wise(Suite):
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read WISE's own result lines, which have a prompt_id. Lines that cannot be read are left out."""
         found: dict[Key, Any] = {}
-        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        for file in files:
-            for line in file.read_text(encoding="utf-8").splitlines():
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            for line in files.read_lines(file):
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict) and "prompt_id" in row:
                     found[str(row["prompt_id"]), 0] = row
@@ -124,4 +126,7 @@ class WiseLegacy(Wise):
         return {"prompt_id": int(item.id), **wise_legacy_upstream(str(answer))}
 
     def value_of(self, row: Mapping[str, Any]) -> float | None:
-        return legacy_value(row)
+        """Return the WiScore; None also where a mark lies outside of 0 to 2, such as the release's 9.9 for none."""
+        marks = [row.get(name) for name in WISE_MARKS]
+        good = all(isinstance(mark, int | float) and 0 <= mark <= 2 for mark in marks)
+        return legacy_value(row) if good else None
