@@ -100,8 +100,8 @@ class _Task(CodebookTask):
 
     def cross_entropy(self, layout: prompt.Layout) -> Tensor:
         """Compute the mean cross-entropy of the labelled rows."""
-        total = cross_entropy(self.model, self.model.hidden(layout), layout.labels)
-        return total / (layout.labels != IGNORE_INDEX).sum().float()
+        read = layout.labels != IGNORE_INDEX
+        return cross_entropy(self.model, self.model.hidden(layout, read=read), layout.labels) / read.sum().float()
 
     @staticmethod
     def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]

@@ -53,7 +53,8 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
         layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
     if prepared.task == "reca":
         prompt_requires_grad = conditioner(net, "reca").prompt_requires_grad()
-    hidden, labels, labelled = net.hidden(layout, h_v, prompt_requires_grad), layout.labels, int(prepared.weight)
+    labels, labelled = layout.labels, int(prepared.weight)
+    hidden = net.hidden(layout, h_v, prompt_requires_grad, read=labels != IGNORE_INDEX)
     samples = None
     if prepared.by_sample:
         owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)

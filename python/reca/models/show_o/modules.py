@@ -5,11 +5,13 @@ A codec has `factor`, the size in pixels of what one code stands for; `entries`,
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
@@ -244,6 +246,19 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
         check_side(name, side, divisor)
 
 
+class LastLayer(PhiDecoderLayer):
+    """A layer whose MLP may run on the rows alone that are read, as no layer comes behind that attends to others."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, read: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Compute all rows, [B, L, H]; or, with their places among all, int64 [n], some in one line, [1, n, H]."""
+        if read is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, *args, **kwargs)
+        attended, normed, before = (x.flatten(0, 1).index_select(0, read) for x in (attended, normed, hidden_states))
+        return (self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed)) + before)[None]
+
+
 class Network(nn.Module):
     """Show-o's parts. `showo` and `mm_projector` have their published names; the others are frozen."""
 
@@ -255,6 +270,7 @@ class Network(nn.Module):
         self.vocabulary = Vocabulary.of(tokenizer, self.codec.entries)
         check_sizes(config, self.codec.factor)
         self.showo = PhiForCausalLM(phi_config(config.phi, self.vocabulary.size))
+        self.showo.model.layers[-1].__class__ = LastLayer
         if self.uses_clip:
             self.clip = clip_tower(config.clip)
             self.mm_projector: nn.Module = projector(config.clip.hidden_size, config.phi.hidden_size)
@@ -296,31 +312,45 @@ class Network(nn.Module):
         visual = table.new_empty(0, table.shape[1]) if h_v is None else self.visual(h_v).to(table.dtype)
         return template_concat(table, visual, src)
 
-    def hidden(self, layout: Layout, h_v: Tensor | None = None, prompt_requires_grad: bool = True) -> Tensor:
+    def hidden(
+        self,
+        layout: Layout,
+        h_v: Tensor | None = None,
+        prompt_requires_grad: bool = True,
+        read: Tensor | None = None,  # bool [B, L]
+    ) -> Tensor:
         """Compute the last hidden states, [B, L, H].
 
-        prompt_requires_grad: a gradient reaches embeddings and projector.
+        A CPU, which has no time to spare, leaves out padding, and in the last layer all that is not read; 0 comes out.
+
+        prompt_requires_grad: a gradient reaches embeddings and projector. read: rows that the caller reads; None: all.
         """
-        places = layout.places() if layout.src.device.type == "cpu" else None
-        filled = layout if places is None else layout.packed(places)  # a CPU spends on padding what it takes to compute
+        filled, places, rows = layout, None, None  # places of what comes out, among all B * L; None: all of them
+        if layout.src.device.type == "cpu":
+            places = layout.places()
+            filled = layout if places is None else layout.packed(places)
+            if read is not None:
+                wanted = read.flatten().nonzero()[:, 0]
+                rows = wanted if places is None else torch.searchsorted(places, wanted)
+                places = wanted
         with torch.set_grad_enabled(prompt_requires_grad and torch.is_grad_enabled()):
             embeddings = self.embed(filled.src, h_v)
         hidden = self.showo.model(
             inputs_embeds=embeddings,
             position_ids=filled.position_ids,
             plan=filled.plan(),
+            read=rows,
             use_cache=False,
         ).last_hidden_state
         if places is None:
             return hidden
-        return (
-            hidden.new_zeros(layout.src.numel(), hidden.shape[-1])
-            .index_copy(0, places, hidden[0])
-            .view(*layout.src.shape, -1)
-        )
+        spread = hidden.new_zeros(layout.src.numel(), hidden.shape[-1]).index_copy(0, places, hidden[0])
+        return spread.view(*layout.src.shape, -1)
 
     def code_logits(self, layout: Layout, codes: Tensor, h_v: Tensor | None = None) -> Tensor:  # int64 [B, N]
         """Compute logits over the codebook at the image's positions, [B, N, entries]; code `entries` is the mask."""
         v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
-        hidden = self.hidden(put_image(layout, codes + v.offset), h_v)[:, image]
+        read = torch.zeros_like(layout.src, dtype=torch.bool)
+        read[:, image] = True
+        hidden = self.hidden(put_image(layout, codes + v.offset), h_v, read=read)[:, image]
         return F.linear(hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask])
