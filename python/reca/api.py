@@ -11,7 +11,7 @@ from reca.config import Recipe
 from reca.finite_weights import check_finite
 from reca.models import umm_package
 from reca.models.base import Adapter
-from reca.models.common.inference import warn_of_random_weights
+from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, is_run, load_trained, recipe_of
@@ -58,6 +58,7 @@ def load(
         raise RecipeError(
             f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
         )
+    warn_of_untrained(source)
     warn_of_random_weights(str(source), recipe.model)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
     check_finite(adapter)

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from reca import commands, inference_commands
+from reca import __version__, commands, exits, inference_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,8 +19,6 @@ def main(arguments: list[str] | None = None) -> int:
     """
     _set_up_output()
     options = _parse(arguments)
-    from reca import exits
-
     try:
         code = options.run(options) or exits.DONE
     except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -32,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(error: BaseException) -> None:
     """Print an error: its message where it is an expected one, else the traceback."""
-    from reca import exits
     from reca.errors import PeerFailed, print_once
 
     if isinstance(error, SystemExit | PeerFailed):
@@ -57,7 +54,8 @@ def _set_up_output() -> None:
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
-    for library in ("torchao", "torch.utils._pytree"):  # torchao, which transformers imports, warns of unused parts
+    # transformers and diffusers import torchao where it is installed: both warn of parts that are not used here
+    for library in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
         if isinstance(stream, io.TextIOWrapper):
@@ -67,6 +65,9 @@ def _set_up_output() -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the arguments, with overrides on either side of options: argparse itself takes them in one place only."""
     parser = _parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        parser.exit(exits.USAGE)
     options, rest = parser.parse_known_args(arguments)
     more = [text for text in rest if hasattr(options, "overrides") and not text.startswith("-")]
     if unknown := [text for text in rest if text not in more]:
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     from reca.status import FIELDS
 
     parser = argparse.ArgumentParser(prog="reca", description="Reconstruction alignment of unified multimodal models.")
+    parser.add_argument("--version", action="version", version=f"reca {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, help: str, **options) -> argparse.ArgumentParser:

@@ -17,6 +17,9 @@ def ensure_writable(folder: Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError as error:
+        there = "a link that leads nowhere" if folder.is_symlink() else "no folder"
+        raise ValueError(f"{name} {folder} is {there}; name another folder") from error
     except OSError as error:
         raise ValueError(f"{name} {folder} cannot be written to ({error.strerror}); name another folder") from error
     return folder

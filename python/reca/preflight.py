@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,11 +55,23 @@ def check(
     if recipe.eval.every and recipe.eval.suite is not None:
         TrainingSuite(recipe, Path(recipe.run_dir))
     sources = open_run_sources(recipe, tasks)
+    _others_exist(recipe, sources)
     templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
         _memory(recipe, model, ranks, node)
     _disk(recipe, model)
     return sources, templates
+
+
+def _others_exist(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Refuse to take h_v from another image where there is one image alone: it would be the image's own."""
+    if "reca" in sources and len(sources["reca"]) < 2:
+        for key, wanted in (
+            ("objective.condition=other", recipe.objective.condition == "other"),
+            (f"log.gap_every={recipe.log.gap_every}", recipe.log.gap_every > 0),
+        ):
+            if wanted:
+                raise DataError(f"{key} takes h_v from another image, and data.images has one to train on; give more")
 
 
 def _files_exist(recipe: Recipe) -> None:

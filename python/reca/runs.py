@@ -166,6 +166,9 @@ def recipe_of(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     try:
         return load_recipe(Path(source) / "recipe.yaml" if is_run(source) else source, overrides)
     except UnknownRecipe as error:
+        run = next((str(folder) for folder in Path(source).parents if is_run(folder)), None)
+        if run is not None and Path(source).exists():
+            raise RecipeError(f"{str(source)!r} is a part of the run {run!r}: give that folder") from error
         raise RecipeError(f"{str(source)!r} is no folder of a run, and there is {error}") from error
 
 

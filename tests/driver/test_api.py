@@ -30,7 +30,7 @@ def test_what_reca_offers():
         reca.lode  # noqa: B018
 
 
-def test_a_run_is_trained_continued_and_loaded(tmp_path):
+def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog):
     folder = tmp_path / "run"
     given = {"run_dir": folder, "train": {"steps": 1, "threads": 1}, "data.workers": 0, "objective.i2t.weight": 0}
     given |= {"objective.reca.batch_size": 4, "log.tensorboard": False}
@@ -45,6 +45,11 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path):
     assert image.shape == (3, 20, 20) and torch.equal(
         image, reca.load(str(folder)).generate(["a red square"], [0], steps=2)[0]
     )
+    with pytest.raises(RecipeError, match=rf"is a part of the run '{folder}': give that folder"):
+        reca.load(folder / "checkpoints" / "000002")
+    assert "is the recipe of a run" not in caplog.text
+    assert torch.equal(reca.load(folder / "recipe.yaml").showo.lm_head.weight, start.showo.lm_head.weight)
+    assert f"gives the model before training; for the trained one give the folder {folder}" in caplog.text
 
 
 def test_a_model_of_ones_own_is_trained(tmp_path):

@@ -28,7 +28,9 @@ def test_doctor_names_backends_and_the_right_apex(capsys):
     assert "masked_cross_entropy" in out and "apex" in out and "iB free" in out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status", "."], ["study", "--help"], ["train"], ["nothing"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], [], ["status", "."], ["study", "--help"], ["train"], ["nothing"]]
+)
 def test_help_status_and_usage_errors_need_no_torch(arguments):
     """They answer in half a second; importing torch and transformers takes five."""
     script = (
@@ -43,6 +45,12 @@ def test_usage_error_is_exit_2():
     with pytest.raises(SystemExit) as stop:
         main(["train"])
     assert stop.value.code == 2
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2 and "Train a recipe, or continue its run." in capsys.readouterr().err
 
 
 TINY = ["train.steps=1", "objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
@@ -161,7 +169,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
         (["--sampling", "steps=[1, 2"], "steps=[1, 2: expected a whole number"),
         (["--seed", "-1"], "seed -1 lies outside"),
         (["--prompt", " "], "the text is empty"),
-        (["--out", __file__], "cannot be written to"),
+        (["--out", __file__], "is no folder; name another"),
     ],
 )
 def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
@@ -178,7 +186,7 @@ def test_pictures_are_named_after_their_prompts(capsys, tmp_path):
 
 def test_a_run_dir_that_is_a_file_is_exit_3(capsys):
     assert main(["train", "show_o_tiny", *TINY, f"run_dir={__file__}"]) == 3
-    assert "run_dir" in (error := capsys.readouterr().err) and "cannot be written to" in error
+    assert "run_dir" in (error := capsys.readouterr().err) and "is no folder; name another" in error
 
 
 def test_a_run_of_another_model_is_named_by_its_umm(capsys, tmp_path):

@@ -117,3 +117,9 @@ def test_the_native_losses(name):
     again = own.measure()
     model.eval()
     assert first == again and first.loss > 0 and first.gap != 0
+
+
+@pytest.mark.parametrize("override", ["objective.condition=other", "log.gap_every=2"])
+def test_one_image_has_no_other(recipe, override):
+    with pytest.raises(DataError, match=f"{override} takes h_v from another image, and data.images has one"):
+        Trainer(recipe(override, "data.limit=1"), ToyAdapter())

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -68,6 +69,17 @@ def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase | None, texts: Sequ
     words = dict.fromkeys(word for text in texts for word in text.split() if unknown in encode(tokenizer, word))
     if words:
         log.warning("words that this model does not know are read as %s: %s", tokenizer.unk_token, ", ".join(words))
+
+
+def warn_of_untrained(source: str | Path) -> None:
+    """Log that the recipe of a run is not the run: it names the weights that training began with."""
+    path = Path(source)
+    if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir():
+        log.warning(
+            "%s is the recipe of a run, and gives the model before training; for the trained one give the folder %s",
+            path,
+            path.parent,
+        )
 
 
 def warn_of_random_weights(name: str, config: Any) -> None:
