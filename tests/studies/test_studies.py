@@ -91,6 +91,8 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
     assert main(command) == 0
     assert in_this_process[5:] == ["0/SFT"]
     assert json.loads(page.with_suffix(".json").read_text())["arms"] != []
+    assert main([*command, "--task", "0/SFT"]) == 0
+    assert "0/SFT: overall " in capsys.readouterr().out
 
     # Another study has the arms that are the same, and a changed arm is another one.
     other = tmp_path / "other.yaml"
@@ -322,4 +324,4 @@ def test_verdicts_together():
 
 
 def test_a_failed_task_is_said_in_one_line():
-    assert runner._line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
+    assert runner.line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"

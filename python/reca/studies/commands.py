@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     ensure_writable(options.out, "--out")
     command = ["reca", *(word for word in sys.argv[1:] if word not in ("--slurm", "--report"))]
     if options.task:
-        runner.run_one(study, asked, options.task)
+        print(f"{options.task}: {runner.line(runner.run_one(study, asked, options.task))}")
         return 0
     out = report.folder(study, asked)
     if options.slurm:

@@ -38,7 +38,7 @@ def run(
 
         def ended(job: Job, found: Any) -> None:
             results[job.name] = {"failed": str(found)} if isinstance(found, Failure) else found
-            say(f"{job.name}: {_line(results[job.name])}")
+            say(f"{job.name}: {line(results[job.name])}")
 
         def wait() -> None:
             nonlocal looked
@@ -79,7 +79,8 @@ def run_one(study: Study, asked: Asked, name: str) -> dict[str, Any]:
     return work(task)
 
 
-def _line(result: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
+    """Say in one line what came of a task."""
     if "failed" in result:
         return f"FAILED, {result['failed']}"
     measures = ", ".join(f"{name} {m['value']:.3g}" for name, m in result["measures"].items() if "/" not in name)
