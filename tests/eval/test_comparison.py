@@ -14,7 +14,7 @@ from PIL import Image
 
 import reca
 from reca import checkpoint, cli
-from reca.comparison import curves, triplets
+from reca.comparison import curves, page, triplets
 from reca.comparison.build import compare, write
 from reca.comparison.triplets import draw
 from reca.data.errors import DataError
@@ -48,6 +48,20 @@ def test_scores_and_flips(compared, capsys):
         assert f'alt="before: {html.escape(flip["prompt"])}"' in page
     assert "Better: the interval lies above zero" in page and "Lost: 0 prompts" in page
     assert found["before"]["kind"] == "base" and found["after"]["kind"] == "run"
+
+
+def test_a_flip_is_shown_by_the_images_that_changed():
+    def side(*values):
+        return {"1": {k: page.Shown(value, None, f"{value}") for k, value in enumerate(values)}}
+
+    for after, before, reasons in (
+        ((1, 1, 0), (1, 0, 0), ["0", "1"]),
+        ((1, 0, 0), (1, 1, 0), ["1", "0"]),
+        ((0.4, 0.9), (0.3, 0.1), ["0.1", "0.9"]),
+    ):
+        row = {"item": "1", "tag": "t", "prompt": "p", "before": sum(before), "after": sum(after)}
+        assert page._flip(row, [side(*after), side(*before)], "fraction")["reasons"] == reasons
+    assert page._flip(row, [side(1), {}], "fraction")["pictures"] == [None, None]
 
 
 def test_the_page_needs_no_other_file(compared):
@@ -278,9 +292,22 @@ def test_a_click_opens_the_triplet(drawn):
 
 
 @browser
+def test_a_pair_is_seen_from_its_top(drawn):
+    """Though the buttons below it have the focus, also where it is higher than the window."""
+    script = """document.querySelectorAll("button.flip")[2].click(); const box = document.querySelector("dialog");
+      const menu = box.querySelector("menu").getBoundingClientRect();
+      document.title = [box.scrollTop, box.scrollHeight > box.clientHeight, menu.bottom <= innerHeight];"""
+    shown = open_page(drawn / "comparison.html", script, "--window-size=400,600")
+    assert "<title>0,true,true</title>" in shown
+
+
+@browser
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("page", ["compared", "drawn"])
 def test_nothing_sticks_out(page, width, request):
-    measure = "document.title = document.documentElement.scrollWidth - document.documentElement.clientWidth;"
+    measure = """
+      const tables = [...document.querySelectorAll("table.figures")].map(table => table.parentNode);
+      const boxes = [document.documentElement, ...tables];
+      document.title = boxes.map(box => box.scrollWidth - box.clientWidth).reduce((a, b) => a + b);"""
     shown = open_page(request.getfixturevalue(page) / "comparison.html", measure, f"--window-size={width},900")
     assert "<title>0</title>" in shown

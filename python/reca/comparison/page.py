@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from reca import html
 from reca.comparison.sides import RESULTS
@@ -43,6 +43,7 @@ def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
     images = [_images(suite), _images(against, suite)]
     return {
         "name": suite["protocol"],
+        "unit": " %" if figures.percentages(unit) else "",
         "headline": _row("overall", suite["overall"], against["overall"], unit),
         "verdict": _verdict(against["overall"]["difference_interval"]),
         "tags": [
@@ -56,8 +57,16 @@ def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
     }
 
 
-def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, list[tuple[int, Path | None, str]]]:
-    """Find every item's images: their number, file and the judge's reason.
+class Shown(NamedTuple):
+    """An image of an item: what it is worth, its file, and the judge's reason."""
+
+    value: float
+    path: Path | None
+    reason: str
+
+
+def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str, dict[int, Shown]]:
+    """Find every item's images, by their number.
 
     side: results; of a comparison's `against`, which names a folder alone, `of` holds this one's counterpart.
     """
@@ -68,31 +77,29 @@ def _images(side: dict[str, Any], of: dict[str, Any] | None = None) -> dict[str,
             return {}
     folder = side.get("images")
     return {
-        row["item"]: [
-            (i["k"], Path(folder) / i["path"] if folder and i["path"] else None, i["reason"] or "")
+        row["item"]: {
+            i["k"]: Shown(i["value"], Path(folder) / i["path"] if folder and i["path"] else None, i["reason"] or "")
             for i in row["images"]
-        ]
+        }
         for row in side["items"]
     }
 
 
-def _flip(row: dict[str, Any], images: Sequence[dict], unit: str) -> dict[str, Any]:
-    """Describe a prompt whose value changed, with the images of equal noise that show it."""
-    after, before = (side.get(row["item"], []) for side in images)
-    known = {k: (path, reason) for k, path, reason in before}
-    pairs = [(known[k], (path, reason)) for k, path, reason in after if k in known]
-    changed = (
-        [pair for pair in pairs if (pair[0][1] == "") != (pair[1][1] == "")] or pairs or [((None, ""), (None, ""))]
-    )
-    (old, old_reason), (new, new_reason) = changed[0]
+def _flip(row: dict[str, Any], images: Sequence[dict[str, dict[int, Shown]]], unit: str) -> dict[str, Any]:
+    """Describe a prompt whose value changed, with those of its images of equal noise that show it most."""
+    after, before = (side.get(row["item"], {}) for side in images)
+    pairs = [(before[k], after[k]) for k in after if k in before]
+    sign = 1 if row["after"] > row["before"] else -1
+    none = Shown(0.0, None, "")
+    old, new = max(pairs, key=lambda pair: sign * (pair[1].value - pair[0].value), default=(none, none))
     return {
         "item": row["item"],
         "tag": row["tag"],
         "prompt": row["prompt"],
         "before": figures.score(row["before"], unit),
         "after": figures.score(row["after"], unit),
-        "pictures": [_picture(old), _picture(new)],
-        "reasons": [old_reason, new_reason],
+        "pictures": [_picture(old.path), _picture(new.path)],
+        "reasons": [old.reason, new.reason],
     }
 
 
@@ -126,9 +133,9 @@ def _picture(path: Path | None) -> dict[str, Any] | None:
 def _row(name: str, after: dict[str, Any], before: dict[str, Any], unit: str) -> dict[str, str]:
     return {
         "name": name,
-        "before": figures.score(before["value"], unit),
-        "after": figures.score(after["value"], unit),
-        "change": figures.difference(before["difference"], unit),
+        "before": figures.number(before["value"], unit),
+        "after": figures.number(after["value"], unit),
+        "change": figures.number(before["difference"], unit, sign=True),
         "interval": figures.bounds(before["difference_interval"], unit, sign=True),
         "verdict": _verdict(before["difference_interval"]),
     }

@@ -47,6 +47,7 @@ def test_rules(rules_file):
         assert [reason.line for reason in verdict.reasons] == wanted["reason_lines"], case["id"]
         assert [reason.kind for reason in verdict.reasons] == wanted["reason_classes"], case["id"]
         assert verdict.kept == wanted["kept"], case["id"]
+        assert json.dumps(case["metadata"]) == wanted["metadata_string"], case["id"]
 
 
 def test_summary(summary_file):
