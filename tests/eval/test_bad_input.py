@@ -201,7 +201,17 @@ def test_names_that_only_look_like_numbers(tmp_path):
 
 def test_results_that_are_none(tmp_path):
     path = tmp_path / "results.json"
-    for content in ("[]", '{"format": 1}', '{"format": 2}', "[" * 100_000, "{"):
+    whole = {name: None for name in report.NEEDED} | {"format": 1}
+    path.write_text(json.dumps(whole))
+    assert report.read(path) == whole
+    for content in (
+        json.dumps(whole | {"items": math.nan}),
+        "[]",
+        '{"format": 1}',
+        '{"format": 2}',
+        "[" * 100_000,
+        "{",
+    ):
         path.write_text(content)
         with pytest.raises(EvaluationError, match="results.json cannot be read"):
             report.read(path)

@@ -10,6 +10,7 @@ from reca.comparison.sides import RESULTS, Side, find_sides
 from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
+from reca.eval.files import HALVES
 from reca.folders import write_atomically
 
 
@@ -60,7 +61,7 @@ def write(found: dict[str, Any], out: Path, pictures: int = page.PICTURES) -> Pa
     pictures: pairs of pictures in the page, of every suite, at most; gains and losses share them.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False))
+    write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))
     path = out / "comparison.html"
-    write_atomically(path, page.render(found, out, pictures))
+    write_atomically(path, page.render(found, out, pictures).encode("utf-8", HALVES))
     return path

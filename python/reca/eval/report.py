@@ -119,11 +119,11 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read results. Raises EvaluationError for a file that is missing or holds none."""
+    """Read results. Raises EvaluationError for a file that is missing or holds none, or NaN in place of a number."""
     if not path.is_file():
         raise EvaluationError(f"{path} does not exist; add the step score")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not found.keys() >= NEEDED:
@@ -131,7 +131,14 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} cannot be read (it holds no results of format {FORMAT}); make them again: reca eval ... "
             "--steps score"
         )
+    beside = path.parent / "images"
+    if found.get("images") and not Path(found["images"]).is_dir() and beside.is_dir():
+        found["images"] = str(beside)  # the folder was moved, or is looked at from another one
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _same_model(after: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
