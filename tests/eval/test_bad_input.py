@@ -12,10 +12,10 @@ from reca.comparison import curves, page
 from reca.eval import evaluation, records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.judge import score
 from reca.eval.judges.endpoint import data_url
 from reca.eval.judges.local_vlm import _rgb
 from reca.eval.judges.mask2former import read_rgb
+from reca.eval.scoring import score
 from reca.eval.suites import Item, open_suite
 from reca.eval.suites.base import check_items
 

@@ -1,7 +1,6 @@
 """Step 2: ask a judge about every image that has no record of this image and this judge yet."""
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,17 +10,16 @@ from tqdm import tqdm
 from reca import inference
 from reca.data.errors import BadSample, DataError
 from reca.data.pixels import read_image
-from reca.eval import records
+from reca.eval import records, scoring
 from reca.eval.errors import EvaluationError
 from reca.eval.generate import picture_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
-from reca.eval.suites import Item, Key, Score, Suite
+from reca.eval.suites import Item, Key, Suite
 
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken
 TRIES = 2  # of an answer without a mark
-SHOWN = 200  # characters of one in a message
 
 
 def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mapping[Key, Path], path: Path) -> int:
@@ -76,38 +74,11 @@ def _answer(judge: Judge, suite: Suite, item: Item, key: Key, picture: Path) -> 
     reason = ""
     for _ in range(TRIES):
         answer = judge.judge(suite, item, key[1], picture)
-        failed = score(suite, {key: answer}, [item]).failed if suite.judge_kind != "rule" else []
+        failed = scoring.score(suite, {key: answer}, [item]).failed if suite.judge_kind != "rule" else []
         if not failed:
             return answer
         reason = failed[0][1]
     raise JudgeError(reason)
-
-
-def score(suite: Suite, answers: Mapping[Key, object], items: Sequence[Item]) -> Score:
-    """Apply the suite's rule. Answers that it cannot read, or that are worth no number, are among the failed."""
-    unread: list[tuple[Key, str]] = []
-    try:
-        found = suite.score(answers, items)
-    except Exception:
-        by_id = {item.id: item for item in items}
-        good = {}
-        for key, answer in answers.items():
-            try:
-                suite.score({key: answer}, [by_id[key[0]]])
-                good[key] = answer
-            except Exception as error:
-                unread.append((key, f"the judge's answer cannot be read ({error!r}): {str(answer)[:SHOWN]!r}"))
-        if not unread:
-            raise
-        found = suite.score(good, items)
-    none = [
-        ((v.item, v.k), f"the judge's answer is worth {v.value}") for v in found.values if not math.isfinite(v.value)
-    ]
-    if not none:
-        return found._replace(failed=[*found.failed, *unread])
-    lost = {key for key, _ in none}
-    again = score(suite, {key: answer for key, answer in answers.items() if key not in lost}, items)
-    return again._replace(failed=[*again.failed, *unread, *none])
 
 
 def _in_threads(ask, todo: Sequence[Key], workers: int) -> Iterator[Record]:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reca.eval import figures, statistics
-from reca.eval import judge as judge_step
+from reca.eval import figures, scoring, statistics
 from reca.eval.errors import EvaluationError
 from reca.eval.records import Record
 from reca.eval.statistics import Interval
@@ -33,7 +32,7 @@ def results(
     found: path of every image, relative to its folder. generation: what made the images, {} if nothing is known.
     Raises EvaluationError where no image could be judged.
     """
-    score = judge_step.score(suite, {r.key: r.answer for r in records if r.error is None}, items)
+    score = scoring.score(suite, {r.key: r.answer for r in records if r.error is None}, items)
     failed = [(r.key, r.error) for r in records if r.error is not None] + list(score.failed)
     if not score.values:
         reason = f"; of {failed[0][0][0]} it said: {failed[0][1]}" if failed else ""
