@@ -12,12 +12,15 @@ from reca.comparison import curves, page
 from reca.eval import evaluation, records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
+from reca.eval.judges.base import JudgeError
 from reca.eval.judges.endpoint import data_url
 from reca.eval.judges.local_vlm import _rgb
 from reca.eval.judges.mask2former import read_rgb
+from reca.eval.judges.world import WorldJudge
 from reca.eval.scoring import score
 from reca.eval.suites import Item, open_suite
 from reca.eval.suites.base import check_items
+from tests.emoji_world.artwork import needs_artwork
 
 NEXT_LINE, SEPARATOR, HALF = "\x85", "\u2028", "\ud83d"  # what str.splitlines splits at, and half of an emoji
 
@@ -248,6 +251,36 @@ def test_every_judge_sees_images_of_any_mode_alike(tmp_path):
     assert data_url(found["turned"]).startswith("data:image/jpeg;base64,/9j/")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60)
     assert page._picture(tmp_path / "broken.png") is None and page._picture(tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (512, 300)])
+def test_a_world_judges_images_of_any_size(tmp_path, size):
+    Image.new("RGB", size, "white").save(tmp_path / "x.png")
+    suite = open_suite("world")
+    assert suite.ask(WorldJudge(), suite.items()[0], tmp_path / "x.png")["correct"] is False
+
+
+@needs_artwork
+def test_the_world_of_emoji_has_one_size(tmp_path):
+    Image.new("RGB", (20, 30), "white").save(tmp_path / "x.png")
+    suite = open_suite("world?world=emoji")
+    with pytest.raises(JudgeError, match="x.png has 20 x 30 pixels, and the emoji world has images of another size"):
+        suite.ask(WorldJudge(), suite.items()[0], tmp_path / "x.png")
+
+
+def test_a_judge_whose_library_fails_on_one_image(painter, monkeypatch):
+    judged = WorldJudge.shows
+
+    def shows(self, picture, prompt):
+        if "00000" in str(picture):
+            raise ValueError("Unable to infer channel dimension format\nmore")
+        return judged(self, picture, prompt)
+
+    monkeypatch.setattr(WorldJudge, "shows", shows)
+    found = reca.evaluate("world", painter, limit=6)
+    assert found["failed"] == [
+        {"item": "00000", "k": 0, "error": "ValueError: Unable to infer channel dimension format"}
+    ]
 
 
 # ---- the page ----

@@ -43,12 +43,16 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
             return Record(*key, hashes[key], mine, _answer(judge, suite, by_id[key[0]], key, found[key]))
         except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is no image
             return Record(*key, hashes[key], mine, error=str(error))
-        except (RuntimeError, MemoryError) as error:
+        except (EvaluationError, OSError):  # other images would fail alike
+            raise
+        except Exception as error:  # whatever a judge's library raises
+            reason = inference.first_line(error)
             if not inference.is_memory_full(error):
-                raise
+                log.debug("%s failed on %s", judge.name, found[key], exc_info=True)
+                return Record(*key, hashes[key], mine, error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
-                f"memory is full while {judge.name} looks at {found[key]} ({inference.first_line(error)}). All records "
-                "are kept: give it a device to itself (--steps judge,score,report goes on in a process of its own)"
+                f"memory is full while {judge.name} looks at {found[key]} ({reason}). All records are kept: give it a "
+                "device to itself (--steps judge,score,report goes on in a process of its own)"
             ) from error
 
     with (

@@ -5,7 +5,7 @@ from typing import Any
 
 from reca.data.pixels import read_image
 from reca.demo.world import Asked
-from reca.eval.judges.base import Judge
+from reca.eval.judges.base import Judge, JudgeError
 
 
 class WorldJudge(Judge):
@@ -14,5 +14,11 @@ class WorldJudge(Judge):
     name = "world"
 
     def shows(self, picture: Path, prompt: Asked) -> dict[str, Any]:
-        image = read_image(picture)
-        return {"correct": prompt.world.shows(image, prompt.prompt), "seen": f"shows {prompt.world.describe(image)}"}
+        image, world = read_image(picture), prompt.world
+        try:
+            return {"correct": world.shows(image, prompt.prompt), "seen": f"shows {world.describe(image)}"}
+        except RuntimeError as error:
+            size = f"{image.shape[2]} x {image.shape[1]}"
+            raise JudgeError(
+                f"{picture} has {size} pixels, and the {world.title} has images of another size"
+            ) from error
