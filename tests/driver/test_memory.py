@@ -201,6 +201,7 @@ TABLE = re.findall(r"^\| `(\w+)` \| (.*) \|$", (Path(__file__).parents[2] / "doc
 
 def test_the_table_of_cards_has_every_recipe():
     assert {name for name, _ in TABLE} == {name for name in recipe_names() if not name.endswith("_tiny")}
+    assert all(re.match(r"1 \(\d+\.\d\d GiB\)", cells.split(" | ")[1]) for _, cells in TABLE)  # train.fit, 80 GiB
 
 
 @pytest.mark.parametrize("name", ["show_o_512", "janus_pro_1b"])
@@ -209,3 +210,12 @@ def test_the_table_of_cards_is_what_is_predicted(name):
     written = dict(TABLE)[name].split(" | ")[0]
     need = memory.needed(memory.predict(load_recipe(name)).total)
     assert written == f"1 ({units.size(need)})"
+
+
+def test_all_of_bagel_is_trained_on_one_card():
+    """With the settings that the table of cards names, none of which changes a result."""
+    size, keys = dict(TABLE)["bagel_7b"].split(" | ")[1].split("): ")
+    recipe = load_recipe("bagel_7b", keys.split(" "))
+    assert recipe.active_tasks() == ["reca"] and not recipe.lora.rank
+    need = memory.needed(memory.predict(recipe).total)
+    assert size == f"1 ({units.size(need)}" and need <= 80 << 30
