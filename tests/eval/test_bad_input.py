@@ -124,6 +124,7 @@ def test_lines_that_are_no_records(row):
         ("wise_legacy", Item("1", "CULTURE", "p"), "Consistency: 1\nRealism: 1\nAesthetic Quality: 1",
          [None, {"consistency": 9.9, "realism": 1, "aesthetic_quality": 1}, {"consistency": math.nan}, [], 3]),
         ("imgedit", Item("1", "add", "p"), "A: 1", [None, 3, {}, "A: ²", ""]),
+        ("mme", Item("1", "color", "p", metadata={"picture": "a.png", "truth": "Yes"}), None, [None, 3, ["Yes"], {}]),
         ("gedit", Item("1", "ps_human", "p", metadata={"intersection": True}),
          {"semantics": "[1, 2]", "quality": "[1, 2]"}, [None, 3, {}, {"semantics": [math.nan], "quality": [1]}, "x"]),
     ],

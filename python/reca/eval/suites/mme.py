@@ -109,11 +109,14 @@ class Mme(Suite):
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         pictures: dict[tuple[str, str], list[tuple[Item, str]]] = {}
-        for item in items:
-            if (item.id, 0) in answers:
-                where = (item.tag, str(item.metadata["picture"]))
-                pictures.setdefault(where, []).append((item, answers[item.id, 0]))
         values, failed, rows = [], [], []
+        for item in items:
+            key = (item.id, 0)
+            if key in answers and not isinstance(answers[key], str):
+                failed.append((key, f"the answer is no text: {answers[key]!r:.200}"))
+            elif key in answers:
+                where = (item.tag, str(item.metadata["picture"]))
+                pictures.setdefault(where, []).append((item, answers[key]))
         for (task, picture), asked in pictures.items():
             if len(asked) != 2:
                 failed.append(((asked[0][0].id, 0), f"picture {picture} has {len(asked)} answers; MME needs 2"))
