@@ -16,6 +16,7 @@ from reca import (
     fit,
     half_weights,
     hang,
+    inference,
     lora,
     memory,
     objective,
@@ -117,7 +118,7 @@ class Trainer:
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         newest = checkpoint.latest_valid(self.run_dir, rename_damaged=True)
         state = None if newest is None else checkpoint.read_state(newest)
-        self.step = 0 if state is None else state["step"]
+        self.step = self.saved = 0 if state is None else state["step"]
         self.schedule_end = runs.schedule_end(recipe, state)
         self.folder.record_checkpoint(newest)
         self.sources = self._check(adapter, state)
@@ -259,6 +260,10 @@ class Trainer:
         """Evaluate the model if it is due."""
         if not self.evaluations.due(self.step):
             return
+        due_now = due(self.step, self.recipe.checkpoint.every) or self.step == self.recipe.train.steps
+        if inference.shares_weights(self.adapter) and due_now and self.saved != self.step:
+            watch.enter(self.step, "saving")  # before a rank can be out of memory, which ends a run of shards
+            self.saved = self.step if self.save() else self.saved
         watch.enter(self.step, "evaluating")
         found = self.evaluations.run(self.step)
         report.evaluation(self.step, found)
@@ -273,9 +278,10 @@ class Trainer:
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
         stop = distributed.any_rank(self.interruption.requested, self.device)
-        if stop or last or self.alarms:
+        missing = self.saved != self.step  # not written before an evaluation
+        if missing and (stop or last or self.alarms):
             self._save_last()
-        elif due(self.step, self.recipe.checkpoint.every):
+        elif missing and due(self.step, self.recipe.checkpoint.every):
             self.save(self.recipe.checkpoint.async_save)
         if stop and not last:
             if distributed.rank() == 0:

@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory):
         ("gone_while_read", [3, 3], "failed", 3, ["000002", "000004"]),
         ("one_breaks", [1, 4], "failed", 4, ["000002"]),
         ("full_in_evaluation", [0, 0], "finished", 0, ["000002", "000004"]),
-        ("full_in_evaluation_of_shards", [1, 3], "failed", 3, []),
+        ("full_in_evaluation_of_shards", [1, 3], "failed", 3, ["000002"]),
     ],
 )
 def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, checkpoints):
