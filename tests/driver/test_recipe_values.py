@@ -307,6 +307,9 @@ def test_numbers_have_bounds(override):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
+        ("open_uni_tiny", ["model.connector.num_attention_heads=7"], "must be a multiple of model.connector.num_att"),
+        ("open_uni_tiny", ["model.sana.mlp_ratio=1e30"], "model.sana.mlp_ratio=.* must be at most 1024"),
+        ("harmon_tiny", ["model.mar.mlp_ratio=1e-4"], "model.mar.mlp_ratio=0.0001 must be at least 0.1"),
         ("show_o_tiny", ["model.phi.num_attention_heads=7"], "hidden_size=96 must be a multiple of model.phi.num_att"),
         ("show_o_tiny", ["model.clip.hidden_size=1"], "hidden_size=1 must be a multiple"),
         ("show_o_tiny", ["model.phi.partial_rotary_factor=0.3"], "leaves 9 channels"),

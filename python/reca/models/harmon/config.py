@@ -15,7 +15,7 @@ class MarSizes:
     heads: int = count(16, "attention heads of both")
     decoder_width: Optional[int] = count(None, "width of the decoder where it is another than the encoder's")
     decoder_heads: Optional[int] = count(None, "heads of the decoder where they are others than the encoder's")
-    mlp_ratio: float = config_field(4.0, "width of a block's MLP over its own width", above=0)
+    mlp_ratio: float = config_field(4.0, "width of a block's MLP over its own width", least=0.1, most=2**10)
     patch_size: int = count(1, "size in latents of a token")
     base_grid: int = count(16, "size in tokens of the grid that the position tables were made for")
     buffers: int = count(64, "buffer tokens in front of the image")

@@ -33,7 +33,7 @@ class SanaSizes:
     num_cross_attention_heads: int = count(20, "heads of its cross-attention")
     cross_attention_head_dim: int = count(112, "width of such a head")
     caption_channels: int = count(2304, "width of its text condition")
-    mlp_ratio: float = config_field(2.5, "width of its MLP over its own width", above=0)
+    mlp_ratio: float = config_field(2.5, "width of its MLP over its own width", least=0.1, most=2**10)
     qk_norm: Optional[str] = config_field(None, "rms_norm_across_heads for SANA-1.5", (None, "rms_norm_across_heads"))
     interpolation_scale: Optional[float] = config_field(
         None,
@@ -110,3 +110,12 @@ class OpenUniConfig:
     )
     parity: bool = config_field(False, "round sigma to bf16 as the release does")
     seed: int = config_field(0, "of a random initialisation", least=0)
+
+    def check(self, prefix: str) -> None:
+        """Raise RecipeError unless the heads of the connector share its width, which is the language model's."""
+        width, heads = self.language.hidden_size, self.connector.num_attention_heads
+        if width % heads:
+            raise RecipeError(
+                f"{prefix}language.hidden_size={width}, the connector's width, must be a multiple of "
+                f"{prefix}connector.num_attention_heads={heads}"
+            )
