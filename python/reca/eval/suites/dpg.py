@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from reca.data.errors import DataError
-from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
@@ -156,6 +155,8 @@ class Dpg(Suite):
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         """Ask every question of every cell."""
+        from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
+
         image = open_rgb(picture.read_bytes())
         if min(image.size) < 2:
             raise DataError(f"{picture} has {image.width} x {image.height} pixels, which are no grid of 2 x 2")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.suites import files
@@ -134,6 +133,8 @@ class GEdit(Suite):
 
     def ask(self, judge: Any, item: Item, picture: Path) -> Any:
         """Ask for semantics and quality. The result is shown in the size of its source."""
+        from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
+
         assert item.source is not None
         size = open_rgb(item.source.read_bytes()).size
         edited = open_rgb(picture.read_bytes()).resize(size)
