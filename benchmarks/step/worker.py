@@ -36,6 +36,7 @@ from reca.host_memory import FreedMemory
 from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.base import Adapter
+from reca.models.common.on_cpu import as_gpu
 from reca.recompute import checkpoint_activations
 from reca.speed import peak_memory
 from reca.trainer import Trainer
@@ -81,10 +82,11 @@ class Worker:
         flops, useful = counter.flops, 0.0
         if self.form == "ours":
             meta, fake = build_meta(recipe)
-            useful = flops = _flops(meta, self.batches["reca"], fake)
-            if recipe.train.activation_checkpointing:
-                checkpoint_activations(meta, recipe.train)
-                flops = _flops(meta, self.batches["reca"], fake)
+            with as_gpu() if self.cuda else contextlib.nullcontext():
+                useful = flops = _flops(meta, self.batches["reca"], fake)
+                if recipe.train.activation_checkpointing:
+                    checkpoint_activations(meta, recipe.train)
+                    flops = _flops(meta, self.batches["reca"], fake)
         return {
             "images": recipe.objective.reca.batch_size,
             "flops": flops,

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from reca.models.common.on_cpu import as_gpu
 from reca_kernels.masked_linear_cross_entropy.plan import CPU, Machine, plan
 
 OTHER = "other"
@@ -249,7 +250,7 @@ def on_gpu() -> Iterator[None]:
     before = os.environ.get("RECA_ATTENTION")
     os.environ.setdefault("RECA_ATTENTION", "sdpa")  # the others take no tensors of a CPU, or are for small ones
     try:
-        with OnGPU():
+        with OnGPU(), as_gpu():
             yield
     finally:
         if before is None:

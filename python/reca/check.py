@@ -20,6 +20,7 @@ from reca.held import host_memory, host_moments
 from reca.meta_model import build_meta
 from reca.micro_batches import describe_split, size_warning
 from reca.models.base import ROLES, Adapter
+from reca.models.common.on_cpu import as_gpu
 from reca.parallelize import replicas_fit, shard_size
 from reca.peaks import known_peak
 from reca.recompute import checkpoint_activations
@@ -58,7 +59,7 @@ def parameters(adapter: Adapter) -> dict[str, Parameters]:
 
 
 def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
-    """Count the FLOPs of an image in RECA, as a mean over so many of the views' size."""
+    """Count the FLOPs of an image in RECA on a GPU, as a mean over so many of the views' size."""
     views = adapter.views("reca")
 
     def blank(view) -> list[Tensor] | None:
@@ -66,7 +67,8 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
     with fake:
         gen, und = blank(views.gen), blank(views.und)
-    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
+    with as_gpu():
+        return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
 
 
 def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:

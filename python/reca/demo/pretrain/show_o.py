@@ -124,7 +124,9 @@ class _Task(CodebookTask):
     def cross_entropy(self, layout: prompt.Layout) -> Tensor:
         """Compute the mean cross-entropy of the labelled rows."""
         read = layout.labels != IGNORE_INDEX
-        return cross_entropy(self.model, self.model.hidden(layout, read=read), layout.labels) / read.sum().float()
+        labelled = int(read.sum())
+        hidden = self.model.hidden(layout, read=read, read_rows=labelled)
+        return cross_entropy(self.model, hidden, layout.labels) / read.sum().float()
 
     @staticmethod
     def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reca.models.common.on_cpu import on_cpu
 from reca.models.common.weight_files import read_tensors
 
 # (blocks, kernel, stride of the first, expansion of channels, channels)
@@ -90,7 +91,7 @@ class EfficientNetLite0(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
         """Encode images, fp32 [B, FEATURES]. On a CPU a few at a time: what lies between two layers fits its cache."""
-        parts = pixels.split(IN_CACHE) if pixels.device.type == "cpu" else (pixels,)
+        parts = pixels.split(IN_CACHE) if on_cpu(pixels) else (pixels,)
         return torch.cat([self._encode(part) for part in parts])
 
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
     if prepared.task == "reca":
         prompt_requires_grad = conditioner(net, "reca").prompt_requires_grad()
     labels, labelled = layout.labels, int(prepared.weight)
-    hidden = net.hidden(layout, h_v, prompt_requires_grad, read=labels != IGNORE_INDEX)
+    hidden = net.hidden(layout, h_v, prompt_requires_grad, read=labels != IGNORE_INDEX, read_rows=labelled)
     samples = None
     if prepared.by_sample:
         owners = by_sample.rectangle(len(labels), labels.shape[1], labels.device)

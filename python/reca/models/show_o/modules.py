@@ -17,6 +17,7 @@ from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
 from reca.models.common.efficientnet import FEATURES, EfficientNetLite0
 from reca.models.common.images import check_side
+from reca.models.common.on_cpu import on_cpu
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
 from reca.models.common.text import Remembered, encode
@@ -318,19 +319,21 @@ class Network(nn.Module):
         h_v: Tensor | None = None,
         prompt_requires_grad: bool = True,
         read: Tensor | None = None,  # bool [B, L]
+        read_rows: int = 0,
     ) -> Tensor:
         """Compute the last hidden states, [B, L, H].
 
         A CPU, which has no time to spare, leaves out padding, and in the last layer all that is not read; 0 comes out.
 
-        prompt_requires_grad: a gradient reaches embeddings and projector. read: rows that the caller reads; None: all.
+        prompt_requires_grad: a gradient reaches embeddings and projector. read: rows that the caller reads, `read_rows`
+        in number; None: all.
         """
         filled, places, rows = layout, None, None  # places of what comes out, among all B * L; None: all of them
-        if layout.src.device.type == "cpu":
+        if on_cpu(layout.src):
             places = layout.places()
             filled = layout if places is None else layout.packed(places)
             if read is not None:
-                wanted = read.flatten().nonzero()[:, 0]
+                wanted = torch.nonzero_static(read.flatten(), size=read_rows)[:, 0]
                 rows = wanted if places is None else torch.searchsorted(places, wanted)
                 places = wanted
         with torch.set_grad_enabled(prompt_requires_grad and torch.is_grad_enabled()):
@@ -352,5 +355,5 @@ class Network(nn.Module):
         v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
         read = torch.zeros_like(layout.src, dtype=torch.bool)
         read[:, image] = True
-        hidden = self.hidden(put_image(layout, codes + v.offset), h_v, read=read)[:, image]
+        hidden = self.hidden(put_image(layout, codes + v.offset), h_v, read=read, read_rows=codes.numel())[:, image]
         return F.linear(hidden, head.weight[v.offset : v.mask], head.bias[v.offset : v.mask])
