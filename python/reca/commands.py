@@ -34,7 +34,7 @@ def train(options: argparse.Namespace) -> None:
     if run.new_steps:
         print(f"{run.steps} steps done. {draw}")
         if (grid := run.folder / GRID).is_file():
-            print(f"Pictures, and what the model made of them before and after: {grid}")
+            print(f"Images, and what the model made of them before and after: {grid}")
     else:
         print(
             f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "

@@ -203,13 +203,12 @@ def read_footer(path: AnyPath) -> tuple[Any, str]:
 
 def one_split(paths: Sequence[AnyPath], folder: AnyPath) -> list[AnyPath]:
     """Return the files of a folder. Raises DataError where they belong to several splits: nobody trains on the test."""
-    splits = {split for path in paths if (split := _split(path, folder))}
+    splits = {split: path for path in sorted(paths, reverse=True) if (split := _split(path, folder))}
     if len(splits) > 1:
         names = " and ".join(sorted(splits))
-        raise DataError(
-            f"{folder} holds parquet files of the splits {names}: give those of one, such as "
-            f"'{folder}/**/train-*.parquet'"
-        )
+        split, path = max(splits.items())
+        one = f"'{folder}/**/{split}-*.parquet'" if path.name.startswith(split) else path.parent
+        raise DataError(f"{folder} holds parquet files of the splits {names}: give those of one, such as {one}")
     return sorted(paths)
 
 
