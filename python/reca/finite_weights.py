@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from reca.models.common.deferred_weights import local_part
 
+PIECE = 2**24  # numbers that are added up at a time: on a CPU, bf16 is copied to fp32 for it
+
 
 @torch.no_grad()
 def check_finite(module: nn.Module) -> None:
@@ -12,21 +14,16 @@ def check_finite(module: nn.Module) -> None:
 
     It reads every number once, and waits for the GPU once.
     """
-    tensors = {name: local_part(p) for name, p in module.named_parameters() if not p.is_meta}
-    tensors |= {name: b for name, b in module.named_buffers() if b.is_floating_point() and not b.is_meta}
+    parameters = {name: local_part(p) for name, p in module.named_parameters() if not p.is_meta}
+    buffers = {name: b for name, b in module.named_buffers() if b.is_floating_point() and not b.is_meta}
+    tensors = parameters | buffers
     if not tensors:
         return
     device = next(iter(tensors.values())).device
-    # One of them makes the sum so. A sum may also overflow, so what it tells is looked at.
-    sums = torch.stack(
-        [
-            t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32).to(device, torch.float64)
-            for t in tensors.values()
-        ]
-    )
+    sums = torch.stack([_sum(tensor).to(device, torch.float64) for tensor in tensors.values()])
     suspects = [name for name, sound in zip(tensors, sums.isfinite().tolist(), strict=True) if not sound]
-    parameters = {name for name, _ in module.named_parameters()}
-    bad = [name for name in suspects if _is_bad(tensors[name], name in parameters)]
+    # A sum may overflow, and a buffer may be a mask of infinities.
+    bad = [n for n in suspects if (buffers[n].isnan().any() if n in buffers else not parameters[n].isfinite().all())]
     if bad:
         raise ValueError(
             f"the weights hold NaN or infinity in {len(bad)} tensors, the first {bad[0]}: their file is damaged, or "
@@ -34,6 +31,7 @@ def check_finite(module: nn.Module) -> None:
         )
 
 
-def _is_bad(tensor: Tensor, is_parameter: bool) -> bool:
-    """Tell whether a tensor holds NaN; of a parameter, infinity too. A buffer may be a mask."""
-    return bool((~tensor.isfinite()).any() if is_parameter else tensor.isnan().any())
+def _sum(tensor: Tensor) -> Tensor:
+    """Add up all numbers: NaN or infinite if one of them is."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.stack([part.sum(dtype=dtype) for part in tensor.reshape(-1).split(PIECE)]).sum()
