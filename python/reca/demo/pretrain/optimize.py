@@ -24,12 +24,8 @@ def optimize(
     steps: int,
     progress: Progress,
     done: int = 0,
-    lr: float = 2e-3,
 ) -> None:
-    """Minimise loss(step). muon: those of `parameters` that Muon takes.
-
-    done: steps made before, for progress. lr: of AdamW.
-    """
+    """Minimise loss(step). muon: those of `parameters` that Muon takes. done: steps made before, for progress."""
     freed = FreedMemory()
     freed.keep()
     parameters, muon = list(parameters), list(muon)
@@ -37,7 +33,7 @@ def optimize(
     rest = [p for p in parameters if id(p) not in known]
     optimizers = [
         torch.optim.Muon(muon, lr=0.01, momentum=0.95, ns_steps=4, weight_decay=0.01),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     for step in range(steps):

@@ -9,7 +9,6 @@ image (slot by slot), questions answered about words in h_v's place, and images 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,23 +29,8 @@ from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import PooledProjector
 from reca_kernels import IGNORE_INDEX
 
-GENERATION_BATCH = 64  # images in one step
-
-
-class Budget(NamedTuple):
-    """Pre-training in a world. captions: images in one step that are captioned. lr: of AdamW."""
-
-    steps: int
-    captions: int = 32
-    lr: float = 2e-3
-
-
-BUDGETS = {
-    "shapes": Budget(800),
-    "jitter": Budget(800),
-    "emoji": Budget(400, captions=16, lr=4e-3),
-    "emoji-places": Budget(1200),
-}
+STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200}
+GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 
@@ -58,16 +42,9 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     model = Adapter.load(recipe.model)
     task = (_FrozenTowerTask if model.uses_efficientnet else _Task)(model, load_world(world), seed, scale)
 
-    budget = BUDGETS[world]
+    steps = scaled(STEPS[world], scale)
     layers = matrices(model.showo.model.layers, *([model.clip.encoder.layers] if model.uses_clip else []))
-    optimize(
-        model.parameters(),
-        layers,
-        lambda step: task.generation_loss(step) + task.caption_loss(),
-        scaled(budget.steps, scale),
-        progress,
-        lr=budget.lr,
-    )
+    optimize(model.parameters(), layers, lambda step: task.generation_loss(step) + task.caption_loss(), steps, progress)
     model.export(folder)
     return model
 
@@ -77,7 +54,7 @@ class _Task(CodebookTask):
 
     def __init__(self, model: Adapter, world: World, seed: int, scale: float):
         super().__init__(model, model.codec, world, seed, scale)
-        self.tower, self.caption_batch = conditioner(model, "reca"), BUDGETS[world.name].captions
+        self.tower = conditioner(model, "reca")
         captions = (caption(self.caption_split.scene(i)) for i in range(len(self.images)))
         self.words = torch.stack([self.slots(text) for text in captions])  # [n, slots]
 
@@ -104,16 +81,16 @@ class _Task(CodebookTask):
 
     def caption_loss(self) -> Tensor:
         """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
-        model, index = self.model, torch.randint(len(self.images), (self.caption_batch,))
+        model, index = self.model, torch.randint(len(self.images), (CAPTION_BATCH,))
         features = self.features(index)
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.caption_split.scene(i)))] for i in index.tolist()]
         term = model(Batch("i2t", index, turns, features={"h_v": features}), self.noise_rng)
         words = self.words[index]
 
         v, system = model.vocabulary, model.tokens(model.config.system_prompt)
-        conversations = [conversation(model, self.tower, t) for t in turns[: self.caption_batch // 2]]
+        conversations = [conversation(model, self.tower, t) for t in turns[: CAPTION_BATCH // 2]]
         layout = prompt.layout([self.tower.conversation_sample(*parts, v, system) for parts in conversations], v)
-        text = self.cross_entropy(self.with_words(layout, words[: self.caption_batch // 2]))
+        text = self.cross_entropy(self.with_words(layout, words[: CAPTION_BATCH // 2]))
         table = model.showo.model.embed_tokens.weight[: model.vocabulary.offset]
         return term.sum / term.weight + text + alignment(model.visual(features), words, table)
 
@@ -163,7 +140,7 @@ SAMPLING = {"steps": 18, "guidance": 0.0, "temperature": 0.5}
 SHAPES = {
     world: DemoSetup(
         recipe="show_o_tiny",
-        steps=BUDGETS[world].steps,
+        steps=STEPS[world],
         pretrain=partial(pretrain, world),
         init_override="model.weights={folder}",
         sampling=SAMPLING,
@@ -184,7 +161,7 @@ SHAPES = {
 SETUPS = SHAPES | {
     "emoji": DemoSetup(
         recipe="show_o_emoji_tiny",
-        steps=BUDGETS["emoji"].steps,
+        steps=STEPS["emoji"],
         pretrain=partial(pretrain, "emoji"),
         init_override="model.weights={folder}",
         cached=True,
@@ -200,5 +177,5 @@ SETUPS = SHAPES | {
     ),
 }
 SETUPS["emoji-places"] = replace(
-    SETUPS["emoji"], steps=BUDGETS["emoji-places"].steps, pretrain=partial(pretrain, "emoji-places")
+    SETUPS["emoji"], steps=STEPS["emoji-places"], pretrain=partial(pretrain, "emoji-places")
 )
