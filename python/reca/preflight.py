@@ -64,14 +64,16 @@ def check(
 
 
 def _others_exist(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Refuse to take h_v from another image where there is one image alone: it would be the image's own."""
-    if "reca" in sources and len(sources["reca"]) < 2:
-        for key, wanted in (
-            ("objective.condition=other", recipe.objective.condition == "other"),
-            (f"log.gap_every={recipe.log.gap_every}", recipe.log.gap_every > 0),
-        ):
-            if wanted:
-                raise DataError(f"{key} takes h_v from another image, and data.images has one to train on; give more")
+    """Refuse to train with h_v of another image where there is one image alone, and warn where it is measured with it.
+
+    It would be the image's own.
+    """
+    if "reca" not in sources or len(sources["reca"]) > 1:
+        return
+    if recipe.objective.condition == "other":
+        raise DataError("objective.condition=other takes h_v from another image, and data.images has one; give more")
+    if recipe.log.gap_every:
+        log.warning("log.gap_every takes h_v from another image, and data.images has one: the gap is always 0")
 
 
 def _files_exist(recipe: Recipe) -> None:
