@@ -59,7 +59,7 @@ def test_the_command_line_takes_a_model_outside(tmp_path, monkeypatch, capsys):
         assert main(list(arguments)) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    assert "1 steps done" in command("train", str(recipe))
+    assert "1 step done" in command("train", str(recipe))
     assert "a-cat.png" in command("generate", str(run), "--prompt", "a cat", "--sampling", "steps=2")
     assert "denoiser.safetensors" in command("export", str(run), "--out", str(tmp_path / "exported"))
     assert "gen_head" in command("check", str(recipe), "--gpus", "2")

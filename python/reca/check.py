@@ -141,7 +141,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         images = recipe.objective.reca.batch_size
         steps[f"step of {images} images"] = images * sum(work)
     lines += [_line(name, n, units.FLOPS) for name, n in steps.items()]
-    lines += ["", f"samples of a step on {gpus} GPU{'s' * (gpus > 1)}"]
+    lines += ["", f"samples of a step on {units.counted(gpus, 'GPU')}"]
     for task in recipe.active_tasks():
         config = getattr(recipe.objective, task)
         split = describe_split(config, gpus)
@@ -151,7 +151,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         lines.append(f"  {task:<22}{config.batch_size:>18}   {split}")
     if text := size_warning(recipe.objective, recipe.active_tasks(), gpus):
         lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="  ")
-    lines += ["", f"peak memory per GPU of a step, predicted, {gpus} GPU{'s' * (gpus > 1)}"]
+    lines += ["", f"peak memory per GPU of a step, predicted, {units.counted(gpus, 'GPU')}"]
     if gpus > 1:
         shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, room))
         held = "all weights (ddp)" if shard == 1 else f"1/{shard} of the weights"

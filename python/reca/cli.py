@@ -9,7 +9,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from reca import __version__, commands, exits, inference_commands
+from reca import __version__, commands, exits, inference_commands, library_logs
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,9 +54,7 @@ def _set_up_output() -> None:
         logging.getLogger("reca").addFilter(OncePerMessage())
     if rank:
         warnings.simplefilter("ignore")  # of libraries; rank 0 has the same
-    # transformers and diffusers import torchao where it is installed: both warn of parts that are not used here
-    for library in ("torchao", "torch.utils._pytree", "diffusers.quantizers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    library_logs.leave_out_unused()
     for stream in (sys.stdout, sys.stderr):  # a file name need not be UTF-8, nor the terminal
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -15,7 +15,7 @@ MOST_GPUS = 2**20
 
 
 def train(options: argparse.Namespace) -> None:
-    from reca import api, distributed
+    from reca import api, distributed, units
     from reca.recipe_files import explain, load_recipe
     from reca.reconstructions import GRID
 
@@ -32,13 +32,13 @@ def train(options: argparse.Namespace) -> None:
         return
     draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     if run.new_steps:
-        print(f"{run.steps} steps done. {draw}")
+        print(f"{units.counted(run.steps, 'step')} done. {draw}")
         if (grid := run.folder / GRID).is_file():
             print(f"Images, and what the model made of them before and after: {grid}")
     else:
         print(
-            f"{recipe.run_dir} has {run.steps} steps already and train.steps={recipe.train.steps}: nothing to do. "
-            f"Give a larger train.steps, or another run_dir. {draw}"
+            f"{recipe.run_dir} has {units.counted(run.steps, 'step')} already and train.steps={recipe.train.steps}: "
+            f"nothing to do. Give a larger train.steps, or another run_dir. {draw}"
         )
 
 

@@ -281,7 +281,7 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
     if asked_by(recipe) == "train.micro_batch":
         helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (
-        f"{asked_by(recipe) or 'train.fit'}: {gpus} card{'s' * (gpus > 1)} of {units.size(card)} cannot hold this "
+        f"{asked_by(recipe) or 'train.fit'}: {units.counted(gpus, 'card')} of {units.size(card)} cannot hold this "
         f"recipe. The least found needs at least {units.size(need)} with its reserve, by {describe(keys)}. What would "
         f"help: {'; '.join(helps)}"
     )

@@ -84,9 +84,7 @@ def _precision(recipe: Recipe, device: torch.device) -> str:
 
 def _device(device: torch.device) -> str:
     ranks, threads = distributed.world_size(), torch.get_num_threads()
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {units.counted(threads, 'thread')}"
     node = distributed.local_world_size()
     return f"{ranks} x {name}" + (f", {node} in a machine" if 1 < node < ranks else "") if ranks > 1 else name
 

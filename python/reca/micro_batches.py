@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from reca import units
+
 
 class MicroBatch(NamedTuple):
     """Samples that one rank runs forward and backward at once."""
@@ -99,7 +101,7 @@ def size_warning(objective: Any, tasks: Iterable[str], ranks: int) -> str | None
     if not differing:
         return None
     return (
-        f"the samples of the micro-batches on {ranks} GPU{'s' * (ranks > 1)} are not the recipe's: "
+        f"the samples of the micro-batches on {units.counted(ranks, 'GPU')} are not the recipe's: "
         f"{'; '.join(differing)}. "
         "objective.mean=micro_batch averages each by itself and weights it by its share of the samples, so the step "
         "changes a little where samples carry different numbers of tokens; objective.mean=batch averages over all"

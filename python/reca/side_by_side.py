@@ -19,7 +19,7 @@ from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from reca import exits
+from reca import exits, library_logs
 
 POLL_SECONDS = 0.2
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -159,6 +159,7 @@ def _begin(gpu: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     for category in (FutureWarning, DeprecationWarning):  # of libraries, about their future versions
         warnings.simplefilter("ignore", category)
+    library_logs.leave_out_unused()
 
 
 def _end_with_parent(parent: BaseProcess) -> None:

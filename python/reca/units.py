@@ -11,6 +11,11 @@ def largest(amount: float, units: tuple[tuple[float, str], ...]) -> tuple[float,
     return next((unit for unit in units if amount >= unit[0]), units[-1])
 
 
+def counted(number: int, thing: str) -> str:
+    """Write a number of things, such as 1 GPU or 2 GPUs."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def size(count: float) -> str:
     """Write a number of bytes, such as 1.50 GiB or 132 bytes."""
     unit, name = largest(count, BYTES)

@@ -254,7 +254,7 @@ def test_torchrun_starts_the_command(tmp_path):
     command += ["train", "show_o_tiny", *released("show_o_512"), "train.threads=1", f"run_dir={tmp_path}/run"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "1 steps done" in done.stdout and len(metrics(tmp_path / "run")) == 1
+    assert "1 step done" in done.stdout and len(metrics(tmp_path / "run")) == 1
 
 
 def test_collectives_may_take_less_time_after_the_first_step(monkeypatch):
