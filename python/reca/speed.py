@@ -17,6 +17,7 @@ from reca import check, distributed
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.meta_model import build_meta
+from reca.models.common.on_cpu import as_gpu
 from reca.peaks import known_peak
 
 MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that stands for the peak of an unknown GPU
@@ -47,14 +48,17 @@ def _measured_rate(device: torch.device) -> float:
 
 
 def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
-    """Count the FLOPs of a step of this recipe, on all GPUs. It runs a model without memory: seconds, on the CPU.
+    """Count the FLOPs of a step of this recipe, on all GPUs, as a GPU computes it.
+
+    It runs a model without memory: seconds, on the CPU.
 
     batches: micro-batches of each task, whose first one stands for all: its texts are as long as they are.
     """
     adapter, fake = build_meta(recipe)
     total = 0.0
     for task, micro_batches in batches.items():
-        work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))
+        with as_gpu():
+            work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))
         total += sum(work) * getattr(recipe.objective, task).batch_size
     return total
 

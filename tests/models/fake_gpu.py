@@ -45,7 +45,8 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         there = isinstance(args[0], Tensor) and args[0].is_meta if args else False
         given = args[1] if func is torch.Tensor.new_tensor else args[0] if args else None
-        numbers = not isinstance(given, Tensor) and given != []  # of nothing no copy is made
+        nothing = isinstance(given, list) and not given  # is not copied
+        numbers = not isinstance(given, Tensor) and not nothing
         if func in self.MAKERS and numbers and (_target(kwargs) or ("meta" if there else None)) == "meta":
             raise Waited(f"{func.__name__}: numbers of the host are copied to the GPU")
         if func in self.INDEXED and there and any(isinstance(x, list) for x in (args[1], *_parts(args[1]))):
