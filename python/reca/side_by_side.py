@@ -29,14 +29,20 @@ THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class Job:
     """A call in another process.
 
-    work   function of a module, called with `given`; its result is pickled
+    work   function of a module, called with `given` and the results of the jobs in `uses`; its result is pickled
     after  names of jobs that must be done before
+    uses   names of such jobs whose results it is called with
     """
 
     name: str
     work: Callable[..., Any]
     given: tuple = ()
     after: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*self.after, *self.uses)
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,13 @@ def run(
                     workers.free(slot, broken=isinstance(future.exception(), BaseException))
                     end(job, Failure(future.exception()) if future.exception() else future.result())
             for job in list(waiting):
-                lost = [name for name in job.after if isinstance(results.get(name), Failure)]
+                lost = [name for name in job.needs if isinstance(results.get(name), Failure)]
                 if lost:
                     waiting.remove(job)
                     end(job, Failure(None, lost[0]))
-                elif workers.idle and all(name in results for name in job.after):
+                elif workers.idle and all(name in results for name in job.needs):
                     waiting.remove(job)
-                    slot, future = workers.start(job)
+                    slot, future = workers.start(job, [results[name] for name in job.uses])
                     running[slot] = job, future
             on_wait()
             if running:
@@ -140,9 +146,10 @@ class _Workers:
     def _open(gpu: str | None) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(gpu,))
 
-    def start(self, job: Job) -> tuple[int, Future]:
+    def start(self, job: Job, results: Sequence[Any]) -> tuple[int, Future]:
+        """Start a job. results: of the jobs that it uses."""
         slot = self.idle.pop(0)
-        return slot, self.pools[slot].submit(_work, job)
+        return slot, self.pools[slot].submit(_work, job, results)
 
     def free(self, slot: int, broken: bool) -> None:
         """Take a slot back. Its process is replaced after a job that failed, which may have killed it."""
@@ -168,12 +175,12 @@ def _end_with_parent(parent: BaseProcess) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _work(job: Job) -> Any:
-    """Do a job. The process ends with it if its parent is gone."""
+def _work(job: Job, results: Sequence[Any]) -> Any:
+    """Do a job. results: of the jobs that it uses. The process ends with it if its parent is gone."""
     gc.collect()
     gc.freeze()  # what was imported stays: the collector took 0.2 s each time to find that out
     try:
-        return job.work(*job.given)
+        return job.work(*job.given, *results)
     finally:
         gc.unfreeze()
         parent = parent_process()
@@ -205,8 +212,8 @@ def _check(jobs: Collection[Job]) -> None:
     known: set[str] = set()
     left = list(jobs)
     while left:
-        ready = [job for job in left if known.issuperset(job.after)]
+        ready = [job for job in left if known.issuperset(job.needs)]
         if not ready:
-            raise ValueError(f"{left[0].name} waits for {', '.join(left[0].after)}: a job that is not there, or for it")
+            raise ValueError(f"{left[0].name} waits for {', '.join(left[0].needs)}: a job that is not there, or for it")
         known.update(job.name for job in ready)
         left = [job for job in left if job not in ready]

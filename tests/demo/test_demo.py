@@ -87,7 +87,8 @@ def test_the_experiment_runs_to_its_report(world, umm, tmp_path, monkeypatch):
     for said in (*setup.omitted_arms.values(), *setup.assumptions, *world.assumptions, *world.credits):
         assert said in page.replace("&#39;", "'").replace("&#34;", '"')
 
-    last = experiment.compare(results, umm, world, tmp_path, SCALE)
+    case = experiment.Case(umm, world.name, 0, tmp_path, SCALE)
+    last = experiment.compare(case, results[0]["before"], results[0]["RECA"])
     assert last == tmp_path / "comparison.html"
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert [suite["protocol"] for suite in found["suites"]] == [world.title]

@@ -39,6 +39,10 @@ def fail():
     raise ValueError("no such picture")
 
 
+def join(*parts):
+    return "".join(parts)
+
+
 def die():
     os._exit(9)
 
@@ -95,6 +99,19 @@ def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def test_a_job_takes_the_results_of_those_it_uses(tmp_path):
+    jobs = [
+        Job("last", join, ("c",), uses=("second", "first")),
+        Job("first", join, ("a",)),
+        Job("second", join, ("b",), after=("first",)),
+        Job("never", report, (tmp_path, "never"), uses=("broken",)),
+        Job("broken", fail),
+    ]
+    found = side_by_side.run(jobs, [None])
+    assert found["last"] == "cba"
+    assert str(found["never"]) == "broken did not end well"
+
+
 def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
     jobs = [
         Job("broken", fail),
@@ -111,10 +128,11 @@ def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("after", [("a",), ("b",), ("nobody",)])
-def test_jobs_that_can_never_start_are_refused(after):
+@pytest.mark.parametrize("kind", ["after", "uses"])
+@pytest.mark.parametrize("others", [("a",), ("b",), ("nobody",)])
+def test_jobs_that_can_never_start_are_refused(kind, others):
     with pytest.raises(ValueError, match="waits for"):
-        side_by_side.run([Job("a", fail, after=after), Job("b", fail, after=("a",))], [None])
+        side_by_side.run([Job("a", fail, **{kind: others}), Job("b", fail, after=("a",))], [None])
 
 
 def test_slots(monkeypatch):

@@ -13,6 +13,8 @@ from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
 from reca.folders import write_atomically
 
+PAGE = "comparison.html"
+
 
 def compare(before: str, after: str) -> dict[str, Any]:
     """Compare two models; reca.comparison has the form of the result.
@@ -62,6 +64,6 @@ def write(found: dict[str, Any], out: Path, pictures: int = page.PICTURES) -> Pa
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))
-    path = out / "comparison.html"
+    path = out / PAGE
     write_atomically(path, page.render(found, out, pictures).encode("utf-8", HALVES))
     return path

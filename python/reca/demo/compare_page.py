@@ -15,10 +15,11 @@ from reca.models import umm_package
 from reca.runs import recipe_of
 from reca.sampling_options import defaults
 
+NAME = build.PAGE
 FOLDER = "demo"  # of an evaluation in a run's folder; `reca eval world` draws other images, into a folder of its own
 
 
-def compare_page(
+def write(
     suite: str,
     before: Outcome,
     after: Outcome,

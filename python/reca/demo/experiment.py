@@ -12,9 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from reca import side_by_side
-from reca.demo import before_after, report
+from reca.demo import before_after, compare_page, report
 from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
-from reca.demo.compare_page import compare_page
 from reca.demo.measure import Measured, measure, spacing
 from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.world import World, load_world
@@ -23,6 +22,8 @@ from reca.recipe_files import load_recipe
 from reca.runs import load_start
 from reca.side_by_side import Failure, Job
 from reca.trainer import Trainer
+
+COMPARISON, PRETRAINED = "comparison", "/pretrained"  # of the names of jobs
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,17 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     results = run(umm, world, range(seeds), out, scale)
     print(report.table(results))
     path = report.write(results, umm, world, out, scale)
-    page = compare(results, umm, world, out, scale)
     print(f"\nreport of all arms: {path.resolve()}")
     print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
     print(report.summary(results))
-    print(page.resolve())
+    print(path.with_name(compare_page.NAME).resolve())
     return results
-
-
-def compare(results: Results, umm: str, world: World, out: Path, scale: float) -> Path:
-    """Write the comparison of the first seed's RECA arm with its start. Returns the path of the page."""
-    seed, outcomes = next(iter(results.items()))
-    run_dir = Case(umm, world.name, seed, out).folder("RECA")
-    return compare_page(
-        f"world?world={world.name}&seed={seed}", outcomes[BEFORE], outcomes["RECA"], run_dir, out,
-        unseen=world.spec("unseen", seed), sampling=demo_setup(umm, world).sampling, every=spacing(scale),
-    )  # fmt: skip
 
 
 def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> Results:
     """Run all arms of all seeds, in processes of one thread each, as many at once as there are cores.
+
+    The comparison of the first seed's RECA with its start is written beside them.
 
     Raises the error of the first job that fails, when the others are done.
     """
@@ -92,16 +84,18 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
         shutil.rmtree(case.folder(), ignore_errors=True)  # the driver would continue the runs there
         case.folder().mkdir(parents=True)
         for start in beginnings:
-            ready = f"{seed}/{start.name}/pretrained"
+            ready = f"{seed}/{start.name}{PRETRAINED}"
             jobs.append(Job(ready, pretrain, (case, start)))
             own = [arm for arm in trained if arm.start == start.name]
             jobs += [Job(f"{seed}/{arm.name}", post_train, (case, arm, start), (ready,)) for arm in own]
             jobs.append(Job(f"{seed}/{start.name}", measure_start, (case, start), (ready,)))
+    first = Case(umm, world.name, seeds[0], out, scale)
+    jobs.append(Job(COMPARISON, compare, (first,), uses=(f"{seeds[0]}/{BEFORE}", f"{seeds[0]}/RECA")))
     total = len(seeds) * (steps * len(beginnings) + train_steps * len(trained))
     with tqdm(total=total, unit="step", desc="demo", smoothing=0.05, disable=None) as bar:
 
-        def ended(job: Job, found: Outcome | Curve | Failure) -> None:
-            seed, name = job.name.split("/")[:2]
+        def ended(job: Job, found: Outcome | Curve | Path | Failure) -> None:
+            seed, _, name = job.name.removesuffix(PRETRAINED).partition("/")
             if isinstance(found, Curve):
                 curves[int(seed), name] = found
             elif isinstance(found, Outcome):
@@ -173,6 +167,15 @@ def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
     lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
     curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     return Outcome(_measure(trainer.adapter, case), curve, time.perf_counter() - started)
+
+
+def compare(case: Case, before: Outcome, after: Outcome) -> Path:
+    """Write the comparison of the RECA arm with its start. Returns the path of the page."""
+    world = load_world(case.world)
+    return compare_page.write(
+        f"world?world={world.name}&seed={case.seed}", before, after, case.folder("RECA"), case.out,
+        unseen=world.spec("unseen", case.seed), sampling=case.setup.sampling, every=spacing(case.scale),
+    )  # fmt: skip
 
 
 def _init_override(case: Case, start: Start) -> str:
