@@ -103,7 +103,7 @@ class _Task(CodebookTask):
         read = layout.labels != IGNORE_INDEX
         labelled = int(read.sum())
         hidden = self.model.hidden(layout, read=read, read_rows=labelled)
-        return cross_entropy(self.model, hidden, layout.labels) / read.sum().float()
+        return cross_entropy(self.model, hidden, layout.labels) / labelled
 
     @staticmethod
     def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]
