@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval2 import YES
 
@@ -33,7 +34,7 @@ class T2ICompBench(Suite):
         root, items = self.data_path(), []
         for category in CATEGORIES:
             path = root / f"{category}_val.txt"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            lines = files.read_lines(path, self.data_help) if path.is_file() else []
             prompts = [line.strip() for line in lines if line.strip()]
             items += [
                 Item(f"{category}/{number:04d}", category, prompt.split("\t")[0], metadata={"number": number})
