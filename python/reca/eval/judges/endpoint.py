@@ -93,7 +93,7 @@ class EndpointJudge(Judge):
             )
         try:
             top = {entry["token"]: math.exp(entry["logprob"]) for entry in content[0].get("top_logprobs") or content}
-            if not all(isinstance(token, str) and 0 <= chance <= 1.001 for token, chance in top.items()):
+            if not all(isinstance(token, str) and 0 <= p <= 1.001 for token, p in top.items()):
                 raise ValueError("a token that is no text, or a probability outside of 0 to 1")
         except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise JudgeError(
