@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from reca import exits, side_by_side
 from reca.cli import main
+from reca.meta_model import build_meta
 from reca.models import UMMS, umm_package
+from reca.optim.trained import freeze
 from reca.recipe_files import load_recipe
 from reca.side_by_side import Failure
 from reca.studies import judge, runner, work, world
@@ -20,6 +23,7 @@ from reca.studies.study import Claim, StudyError, load_study, study_names
 from reca.studies.task import Asked
 
 SCALE = ["--scale", "0.004"]
+PUBLISHED = ("show_o_512", "harmon_1_5b", "open_uni_l_512", "bagel_7b", "janus_pro_1b", "janusflow_1_3b")
 STUDY = """
 question: Does it run?
 paper: [{says: it does, source: Table 0}]
@@ -325,3 +329,21 @@ def test_verdicts_together():
 
 def test_a_failed_task_is_said_in_one_line():
     assert runner.line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
+
+
+@pytest.mark.parametrize("recipe", [*(f"{umm}_tiny" for umm in UMMS), *PUBLISHED])
+def test_whatever_an_arm_freezes_would_be_trained_without_it(recipe, tmp_path):
+    """A pattern of frozen parameters alone changes nothing, so that the arm would be RECA under another name."""
+    umm = load_recipe(recipe).umm
+    asked = Asked(umm, (0,), tmp_path, recipe if recipe in PUBLISHED else None)
+    studies = [study for study in map(load_study, study_names()) if not study.umms or umm in study.umms]
+    arms = [keys for study in studies for _, keys in study.of(asked)[0].values()]
+    frozen = {tuple(key for key in keys if key.startswith("train.")) for keys in arms if "train.frozen" in str(keys)}
+    assert frozen
+    model = build_meta(load_recipe(recipe))[0]
+    for keys in frozen:
+        made = load_recipe(recipe, keys)
+        freeze(model, made.train.train)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for pattern in made.train.frozen:
+            assert any(fnmatch(name, pattern) for name in trained), pattern
