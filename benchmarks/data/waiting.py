@@ -1,8 +1,9 @@
 """python -m benchmarks.data.waiting [--steps N] [--workers N ...]: the share of its time that a run waits for images.
 
-A whole run of the trainer, with its loader and its log. Its model is a stand-in, which only sleeps: a step takes as
-long as `reca check` wants for this number of threads, so that the threads have the fourth to spare that it names, and
-no more. From JPEG files of 512 and 1024 px to the two views of show_o_512, in steps of ten images and passes of two.
+A whole run of the trainer, with its loader and its log, from JPEG files of 512 and 1024 px to the two views of
+show_o_512, in steps of ten images and passes of two. The model is a stand-in, which only sleeps. First a step takes as
+long as show_o_512's by its FLOPs on the GPU that `reca check` assumes, with as many threads as `reca check` names for
+it. Then a step is as short as `reca check` allows for a number of threads, which have a fourth to spare and no more.
 
 It writes benchmarks/results/waiting/cpu.csv, and a table of docs/data_speed.md is made of it.
 """
@@ -24,11 +25,12 @@ from benchmarks.data.rows import PAGE
 from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
 from benchmarks.devices import Cpu
 from benchmarks.runner import facts
-from reca.check import SPARE
+from reca import check
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.pixels import PillowDecoder
 from reca.data.views import View, Views
+from reca.meta_model import build_meta
 from reca.models.base import Adapter, LossTerm, Prepared
 from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
@@ -94,12 +96,22 @@ def recipe(folder: Path, workers: int, steps: int) -> Recipe:
     )
 
 
-def measure(jpeg: int, workers: int, steps: int) -> tuple[float, float, float]:
-    """Return the seconds of an image's decoding and of a step's sleep, and the share of the run that it waited."""
+def show_o_512() -> check.Decoding:
+    """Return the decoding and the step of the recipe of that name, RECA's images alone."""
+    made = load_recipe("show_o_512", {"objective.i2t.weight": 0})
+    adapter, fake = build_meta(made)
+    return check.decoding(made, adapter, sum(check.flops(adapter, fake, PASS)))
+
+
+def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> tuple[float, float, float]:
+    """Return the seconds of an image's decoding and of a step's sleep, and the share of the run that it waited.
+
+    step: seconds of the sleep; None = as short as `reca check` allows.
+    """
     model = Sleeper(0.0)
     files = [pictures.jpeg(number, jpeg) for number in range(2 * IMAGES)]
     decode = decoding(model.views("reca"), files)
-    step = SPARE * IMAGES * decode / workers
+    step = step or check.SPARE * IMAGES * decode / workers
     model.seconds = step * PASS / IMAGES
     with tempfile.TemporaryDirectory(prefix="reca_waiting_") as name:
         folder = Path(name)
@@ -133,10 +145,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about = facts(Cpu(), 1, " ".join(["python -m benchmarks.data.waiting", *arguments]))
+    own = show_o_512()
     made = []
     for jpeg in (512, 1024):
-        for workers in options.workers:
-            decode, step, waited = measure(jpeg, workers, options.steps)
+        for workers, seconds in [(own.threads, own.step), *((number, None) for number in options.workers)]:
+            decode, step, waited = measure(jpeg, workers, options.steps, seconds)
             made.append(
                 Row(jpeg, workers, _digits(1e3 * decode), _digits(1e3 * step), options.steps, _digits(waited), **about)
             )

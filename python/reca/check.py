@@ -168,20 +168,42 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     return "\n".join(lines)
 
 
-def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
-    """Say how many CPU threads decode as fast as a GPU computes, so that no step waits for its images."""
-    if not recipe.objective.reca.weight:
-        return []
+class Decoding(NamedTuple):
+    """A step's images on a CPU beside the step on a GPU."""
+
+    gpu: str
+    cpu_seconds: float  # of one core of this machine, for all images of a step
+    step: float  # seconds, from FLOPs
+
+    @property
+    def threads(self) -> int:
+        """Return how many threads decode as fast as the GPU computes, with some to spare."""
+        return max(1, math.ceil(SPARE * self.cpu_seconds / self.step))
+
+
+def decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> Decoding:
+    """Measure decoding on one core, and compute the step's seconds on this GPU, or an assumed one where none is."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ASSUMED_GPU
-    peak = known_peak(name) or known_peak(ASSUMED_GPU)
-    assert peak is not None
-    image = flops_of_image / (ASSUMED_SHARE * peak)
-    step = recipe.objective.reca.batch_size * image
+    step = recipe.objective.reca.batch_size * flops_of_image / (ASSUMED_SHARE * _peak(name))
     decoded = sum(
         getattr(recipe.objective, task).batch_size * decode_speed.seconds(adapter.views(task))
         for task in recipe.active_tasks()
     )
-    threads = max(1, math.ceil(SPARE * decoded / step))
+    return Decoding(name, decoded, step)
+
+
+def _peak(gpu: str) -> float:
+    peak = known_peak(gpu) or known_peak(ASSUMED_GPU)
+    assert peak is not None
+    return peak
+
+
+def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[str]:
+    """Say how many CPU threads decode as fast as a GPU computes, so that no step waits for its images."""
+    if not recipe.objective.reca.weight:
+        return []
+    found = decoding(recipe, adapter, flops_of_image)
+    threads = found.threads
     few = ": TOO FEW, steps will wait" if recipe.data.workers < threads else ""
     asked = f"{threads:>18} per GPU at least, a fourth of it spare; the recipe has {recipe.data.workers}{few}"
     if threads > MOST_THREADS:
@@ -189,10 +211,10 @@ def _decoding(recipe: Recipe, adapter: Adapter, flops_of_image: float) -> list[s
     return [
         "",
         "CPU threads that decode a step's images while a GPU computes it",
-        f"  {'decoding, measured':<22}{1e3 * decoded:>18.1f} ms of one core of this machine, JPEGs of "
+        f"  {'decoding, measured':<22}{1e3 * found.cpu_seconds:>18.1f} ms of one core of this machine, JPEGs of "
         f"{decode_speed.SIDE} x {decode_speed.SIDE}",
-        f"  {'computing, assumed':<22}{1e3 * step:>18.1f} ms: the FLOPs of its RECA images at {ASSUMED_SHARE:.0%} of "
-        f"one {name}'s {peak / 1e12:.4g} TFLOP/s",
+        f"  {'computing, assumed':<22}{1e3 * found.step:>18.1f} ms: FLOPs of the RECA images at {ASSUMED_SHARE:.0%} "
+        f"of one {found.gpu}'s {_peak(found.gpu) / 1e12:.4g} TFLOP/s",
         f"  {'data.workers':<22}{asked}",
     ]
 
