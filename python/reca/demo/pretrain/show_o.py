@@ -24,7 +24,7 @@ from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.demo.world import World, load_world
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner, resized
-from reca.models.show_o.loss import conversation, cross_entropy
+from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
 from reca.models.show_o.modules import PooledProjector
 from reca_kernels import IGNORE_INDEX
@@ -68,48 +68,46 @@ class _Task(CodebookTask):
         index = torch.randint(len(self.codes), (GENERATION_BATCH,))
         ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
         texts = [caption(self.generation_split.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        phrases, codes = [phrase(text, self.rng) for text in texts[:half]], self.codes[index[:half]]
-        from_text = model(Batch("t2i", ids[:half], phrases, features={"codes": codes}), self.noise_rng)
-
+        phrases = [phrase(text, self.rng) for text in texts[:half]]
+        samples = t2i_samples(model, Batch("t2i", ids[:half], phrases), self.noise_rng)
         slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts[half:]]
         tokens = [model.tokens(prompt.TEMPLATE.format(text)) for text in templates]
-        samples = [prompt.reca_clip(t, v, slots, self.tower.tokens(), model.image_tokens) for t in tokens]
-        layout = self.with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
-        masked = sample_mask(self.noise_rng, ids[half:], model.image_tokens)
-        layout = prompt.apply_mask(layout, self.codes[index[half:]], masked, v)
-        return 0.5 * from_text.sum / from_text.weight + 0.5 * self.cross_entropy(layout)
+        samples += [prompt.reca_clip(t, v, slots, self.tower.tokens(), model.image_tokens) for t in tokens]
+        layout = with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
+        masked = sample_mask(self.noise_rng, ids, model.image_tokens)
+        from_text, from_words = self.cross_entropies(prompt.apply_mask(layout, self.codes[index], masked, v), half)
+        return 0.5 * from_text + 0.5 * from_words
 
     def caption_loss(self) -> Tensor:
         """Compute the loss of captioning images, of captioning words in h_v's place, and of aligning h_v with words."""
         model, index = self.model, torch.randint(len(self.images), (CAPTION_BATCH,))
-        features = self.features(index)
+        features, words = self.features(index), self.words[index]
         turns = [[Turn(self.rng.choice(QUESTIONS), caption(self.caption_split.scene(i)))] for i in index.tolist()]
-        term = model(Batch("i2t", index, turns, features={"h_v": features}), self.noise_rng)
-        words = self.words[index]
-
-        v, system = model.vocabulary, model.tokens(model.config.system_prompt)
-        conversations = [conversation(model, self.tower, t) for t in turns[: CAPTION_BATCH // 2]]
-        layout = prompt.layout([self.tower.conversation_sample(*parts, v, system) for parts in conversations], v)
-        text = self.cross_entropy(self.with_words(layout, words[: CAPTION_BATCH // 2]))
+        samples = i2t_samples(model, Batch("i2t", index, turns + turns[: CAPTION_BATCH // 2]), self.noise_rng)
+        layout = with_words(
+            prompt.layout(samples, model.vocabulary), words[: CAPTION_BATCH // 2], behind=CAPTION_BATCH * words.shape[1]
+        )
+        of_images, of_words = self.cross_entropies(layout, CAPTION_BATCH, features)
         table = model.showo.model.embed_tokens.weight[: model.vocabulary.offset]
-        return term.sum / term.weight + text + alignment(model.visual(features), words, table)
+        return of_images + of_words + alignment(model.visual(features), words, table)
 
     def features(self, index: Tensor) -> Tensor:
         """Encode images, with a graph."""
         return self.tower.encode_reca(unit(self.images[index]))
 
-    def cross_entropy(self, layout: prompt.Layout) -> Tensor:
-        """Compute the mean cross-entropy of the labelled rows."""
+    def cross_entropies(self, layout: prompt.Layout, first: int, h_v: Tensor | None = None) -> list[Tensor]:
+        """Compute the mean cross-entropies of the labelled rows of the `first` samples, and of those of the others."""
         read = layout.labels != IGNORE_INDEX
-        labelled = int(read.sum())
-        hidden = self.model.hidden(layout, read=read, read_rows=labelled)
-        return cross_entropy(self.model, hidden, layout.labels) / labelled
+        counts = [int(read[:first].sum()), int(read[first:].sum())]
+        hidden = self.model.hidden(layout, h_v, read=read, read_rows=sum(counts))
+        parts = zip(hidden.tensor_split([first]), layout.labels.tensor_split([first]), counts, strict=True)
+        return [cross_entropy(self.model, rows, labels, count) / count for rows, labels, count in parts]
 
-    @staticmethod
-    def with_words(layout: prompt.Layout, words: Tensor) -> prompt.Layout:  # int64 [B, n]
-        """Put token ids where tokens of h_v stood."""
-        src = layout.src.long()
-        return replace(layout, src=torch.where(src < 0, words.flatten()[(-1 - src).clamp(min=0)], src).int())
+
+def with_words(layout: prompt.Layout, words: Tensor, behind: int = 0) -> prompt.Layout:  # int64 [B, n]
+    """Put token ids where tokens of h_v stood, but for the first `behind`."""
+    row = -1 - layout.src.long() - behind
+    return replace(layout, src=torch.where(row < 0, layout.src, words.flatten()[row.clamp(min=0)].int()))
 
 
 class _FrozenTowerTask(_Task):

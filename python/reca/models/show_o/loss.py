@@ -37,7 +37,7 @@ class Prepared(base.Prepared):
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     """Lay out the sequences of a batch and draw what is hidden of its images."""
-    make = {"reca": _reca_samples, "t2i": _t2i_samples, "i2t": _i2t_samples}[batch.task]
+    make = {"reca": _reca_samples, "t2i": t2i_samples, "i2t": i2t_samples}[batch.task]
     layout, masked = prompt.layout(make(net, batch, rng), net.vocabulary), None
     labelled = int((layout.labels != IGNORE_INDEX).sum())
     if batch.task != "i2t":
@@ -81,13 +81,15 @@ def reca_samples(net: Network, templates: Sequence[str]) -> list[prompt.Sample]:
     return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in templates]
 
 
-def _t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+def t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    """Make the sequences that draw images from captions, some of which are dropped."""
     dropped = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < net.config.caption_drop
     texts = [[] if drop else net.tokens(text) for text, drop in zip(batch.text, dropped.tolist(), strict=True)]
     return [prompt.t2i(text, net.vocabulary, net.config.max_text_tokens, net.image_tokens) for text in texts]
 
 
-def _i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+def i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
+    """Make the sequences of conversations about images."""
     source, system = conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
     return [
         source.conversation_sample(*conversation(net, source, turns), net.vocabulary, system) for turns in batch.text
