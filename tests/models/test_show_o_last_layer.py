@@ -1,0 +1,57 @@
+"""Show-o's last layer on a CPU: computing only what is read changes no number."""
+
+import pytest
+import torch
+
+from reca.data.batch import Batch
+from reca.demo.pretrain.show_o import with_words
+from reca.models.show_o import Adapter, prompt
+from reca.models.show_o.last_layer import find_tail
+from reca.rng import CounterRNG
+from reca_kernels import IGNORE_INDEX, AttentionSpan
+from tests.models.test_show_o import TEXTS, config
+
+
+@pytest.fixture(scope="module")
+def net():
+    return Adapter.load(config())
+
+
+@pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
+def test_rows_that_are_not_read_change_no_number(net, task):
+    texts = TEXTS[task][:3] if task == "reca" else TEXTS[task]
+    layout = net.prepare(Batch(task, torch.arange(len(texts)), list(texts)), CounterRNG(0)).layout
+    rows = net.config.clip.hidden_size
+    h_v = None if task == "t2i" else torch.randn(len(texts), net.sequence()["h_v"], rows)
+    labels = layout.labels.clone()
+    if task == "reca":
+        labels[:, -5:-2] = 1  # some of the image
+    read = labels != IGNORE_INDEX
+
+    def run(**given) -> list[torch.Tensor]:
+        net.zero_grad()
+        found = net.hidden(layout, h_v, **given)[read]
+        found.square().sum().backward()
+        return [found.detach(), *(p.grad for p in net.showo.model.layers.parameters())]
+
+    for ours, whole in zip(run(read=read, read_rows=int(read.sum())), run(), strict=True):
+        torch.testing.assert_close(ours, whole, rtol=2e-4, atol=2e-5)
+
+
+def test_a_tail_begins_with_the_first_span_that_is_read():
+    samples = [
+        (AttentionSpan(3), AttentionSpan(4, "full"), AttentionSpan(2)),
+        (AttentionSpan(2), AttentionSpan(4, "full")),
+        (AttentionSpan(5),),
+    ]
+    tail = find_tail(samples, torch.tensor([5, 8, 14]))  # nothing of the third: its last span attends all the same
+    assert tail.rows.tolist() == [*range(3, 9), *range(11, 15), *range(15, 20)]
+    assert tail.plan.query_sizes == (6, 4, 5) and tail.plan.key_sizes == (9, 6, 5)
+    assert tail.rows[tail.within].tolist() == [5, 8, 14]
+
+
+def test_words_stand_in_place_of_later_h_v_alone(net):
+    v = net.vocabulary
+    samples = [prompt.i2t_clip([7], [7], v, [], 2) for _ in range(2)]
+    layout = with_words(prompt.layout(samples, v), torch.tensor([[11, 12]]), behind=2)
+    assert layout.src.tolist() == [[v.mmu, v.soi, -1, -2, v.eoi, 7], [v.mmu, v.soi, 11, 12, v.eoi, 7]]
