@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from reca import distributed, exits
+from reca import distributed, exits, full_memory
+from reca.full_memory import first_line, is_memory_full
 
 log = logging.getLogger("reca")
 T = TypeVar("T")
 
-# What a RuntimeError says that is no torch.OutOfMemoryError: cuBLAS, and the allocator of a CPU.
-FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory")
 # The largest batch that is tried, where a larger one did not fit: of a model, by method.
 _largest: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 
@@ -104,22 +103,10 @@ def _attempt(call: Callable[..., Sequence[T]], rows: Sequence[Any]) -> Sequence[
     """Return what a call makes, or what it said of a full memory. Its tensors are free again by then."""
     try:
         return call(*rows)
-    except (RuntimeError, MemoryError) as error:
+    except full_memory.KINDS as error:
         if not is_memory_full(error):
             raise
         return first_line(error)
-
-
-def is_memory_full(error: BaseException) -> bool:
-    """Tell whether an error means that memory is full: of a GPU, or of the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def shares_weights(model: Any) -> bool:
@@ -153,7 +140,7 @@ def together(model: Any) -> Iterator[None]:
         return
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except full_memory.KINDS as error:
         if not is_memory_full(error):
             raise
         raise RanksWait(_ranks_wait(first_line(error))) from error

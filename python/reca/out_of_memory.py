@@ -1,4 +1,4 @@
-"""What a run says when a GPU's memory is full: what would help, with predicted numbers, and a snapshot."""
+"""What a run says when memory is full: what would help, with predicted numbers, and a snapshot."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reca import distributed, fit, memory, units
+from reca import distributed, fit, full_memory, memory, units
 from reca.config import Recipe
 from reca.options import RecipeError
 
@@ -27,16 +27,18 @@ class Knob(NamedTuple):
 
 @contextlib.contextmanager
 def explained(recipe_of: Callable[[], Recipe]) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into a RecipeError with advice, and leave a snapshot in the run folder.
+    """Turn an error of a full memory into a RecipeError with advice, and leave a snapshot in the run folder.
 
     recipe_of: returns the recipe as it is trained, when the error comes.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except full_memory.KINDS as error:
+        if not full_memory.is_memory_full(error):
+            raise
         recipe = recipe_of()
         left = snapshot(Path(recipe.run_dir))
-        raise RecipeError(f"out of memory ({str(error).splitlines()[0]}). {advice(recipe)}{left}") from error
+        raise RecipeError(f"out of memory ({full_memory.first_line(error)}). {advice(recipe)}{left}") from error
 
 
 def record_history(recipe: Recipe) -> None:

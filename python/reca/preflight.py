@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from reca import checkpoint, float8, runs, units
+from reca import checkpoint, float8, full_memory, runs, units
 from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
@@ -128,11 +128,13 @@ def _disk(recipe: Recipe, adapter: Adapter) -> None:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into a RecipeError with advice: `check` does not count activations."""
+    """Turn an error of a full memory into a RecipeError with advice: `check` does not count activations."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except full_memory.KINDS as error:
+        if not full_memory.is_memory_full(error):
+            raise
         raise RecipeError(
-            f"out of memory ({str(error).splitlines()[0]}). Lower micro_batch of the objective's tasks, set "
+            f"out of memory ({full_memory.first_line(error)}). Lower micro_batch of the objective's tasks, set "
             "train.activation_checkpointing=true, or use more GPUs"
         ) from error

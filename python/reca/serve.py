@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reca import inference
 from reca.data.pixels import read_image
 from reca.eval.targets import Target, opponent, target
 from reca.image_grid import make_grid
@@ -50,7 +51,7 @@ class Side:
 class Requests:
     """What the page asks of its models: each method returns one result per side, made from equal seeds.
 
-    Raises ValueError or OSError with what was wrong with the request.
+    Raises ValueError or OSError with what was wrong with the request, and inference.MemoryFull.
     """
 
     def __init__(self, sides: Sequence[Side]):
@@ -61,7 +62,8 @@ class Requests:
         _check_text(prompt, seed)
         options = [read_sampling(sampling, side.model.generate) for side in self.sides]
         return [
-            _picture(side.model.generate([prompt], [seed], **given)[0]) for side, given in self._asked(prompt, options)
+            _picture(inference.generate(side.model, [prompt], [seed], **given)[0])
+            for side, given in self._asked(prompt, options)
         ]
 
     def edit(self, path: str | None, instruction: str, seed: int, sampling: str = "") -> list[Image.Image]:
@@ -69,14 +71,17 @@ class Requests:
         options = [read_sampling(sampling, side.model.edit) for side in self.sides]
         image = read_upload(path)
         return [
-            _picture(side.model.edit([image], [instruction], [seed], **given)[0])
+            _picture(inference.edit(side.model, [image], [instruction], [seed], **given)[0])
             for side, given in self._asked(instruction, options)
         ]
 
     def answer(self, path: str | None, question: str) -> list[str]:
         _check_text(question, 0)
         image = read_upload(path)
-        return [side.model.answer([image], [question])[0] for side, _ in self._asked(question, [{}] * len(self.sides))]
+        return [
+            inference.answer(side.model, [image], [question])[0]
+            for side, _ in self._asked(question, [{}] * len(self.sides))
+        ]
 
     def _asked(self, text: str, options: list[dict[str, Any]]) -> Iterator[tuple[Side, dict[str, Any]]]:
         for side, given in zip(self.sides, options, strict=True):
@@ -208,10 +213,8 @@ def _with_messages(function: Callable, message: Callable[..., Exception]) -> Cal
     def wrapped(*given: Any) -> Any:
         try:
             results = function(*given)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, inference.MemoryFull) as error:
             raise message(str(error), print_exception=False) from error
-        except torch.OutOfMemoryError as error:
-            raise message("the GPU has too little memory for this request", print_exception=False) from error
         except Exception as error:
             log.exception("a request of the page failed")
             raise message("this failed; the cause stands in the log of the server", print_exception=False) from error

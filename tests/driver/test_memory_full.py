@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
-from reca import api, cli, exits, inference
+from reca import api, cli, exits, inference, out_of_memory, preflight, serve
 from reca.data.batch import Batch
+from reca.full_memory import first_line
+from reca.options import RecipeError
+from reca.recipe_files import load_recipe
 from reca.reconstructions import reconstruct
 from reca.trainer import Trainer
 from tests.driver.test_evaluations import PROMPTS, Reconstructing, lines
@@ -82,8 +85,43 @@ def test_what_else_goes_wrong_is_not_tried_again():
     with pytest.raises(RuntimeError, match="shapes differ"):
         inference.in_batches(Small(1), "generate", fails, ([1, 2],))
     assert tried == [[1, 2]]
-    for words in ("CUBLAS_STATUS_ALLOC_FAILED when calling", "DefaultCPUAllocator: can't allocate memory: you tried"):
-        assert inference.is_memory_full(RuntimeError(words)) and not inference.is_memory_full(ValueError(words))
+
+
+FULL = [
+    torch.OutOfMemoryError(WORDS),
+    MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory\nMore words"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: first_line(error)[:30])
+def test_a_full_memory_is_the_same_everywhere(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(out_of_memory, "advice", lambda recipe: "advice")
+    monkeypatch.setattr(Small, "generate", lambda *_, **__: raised(error))
+    recipe = load_recipe("show_o_tiny", {"run_dir": str(tmp_path)})
+    with pytest.raises(RecipeError, match="out of memory .*advice"), out_of_memory.explained(lambda: recipe):
+        raise error
+    with pytest.raises(RecipeError, match="out of memory .*micro_batch"), preflight.memory_errors():
+        raise error
+    with pytest.raises(inference.MemoryFull) as told:
+        inference.generate(Small(room=9), ["x"], [0])
+    with pytest.raises(inference.MemoryFull), out_of_memory.explained(lambda: recipe):  # it has advice of its own
+        raise told.value
+    requests = serve.Requests([serve.Side("a", Small(room=9))])
+    with pytest.raises(SystemError, match="memory is full with a single image"):
+        serve._with_messages(requests.generate, lambda text, **_: SystemError(text))("x", 0)
+
+
+@pytest.mark.parametrize("error", [ValueError("not enough memory"), RuntimeError("shapes differ")])
+def test_another_error_is_no_full_memory(error):
+    with pytest.raises(type(error), match=str(error)), preflight.memory_errors(), out_of_memory.explained(None):
+        raise error
+
+
+def raised(error):
+    raise error
 
 
 def test_answers_and_reconstructions():

@@ -16,6 +16,7 @@ from reca.eval.generate import picture_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
+from reca.full_memory import first_line, is_memory_full
 
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken
@@ -46,8 +47,8 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
         except (EvaluationError, OSError):  # other images would fail alike
             raise
         except Exception as error:  # whatever a judge's library raises
-            reason = inference.first_line(error)
-            if not inference.is_memory_full(error):
+            reason = first_line(error)
+            if not is_memory_full(error):
                 log.debug("%s failed on %s", judge.name, found[key], exc_info=True)
                 return Record(*key, hashes[key], mine, error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
