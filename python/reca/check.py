@@ -67,8 +67,7 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
     with fake:
         gen, und = blank(views.gen), blank(views.und)
-    with as_gpu():
-        return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
+    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
 
 
 def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
@@ -86,12 +85,12 @@ def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
 
 
 def batch_flops(adapter: Adapter, batch: Batch) -> Flops:
-    """Count FLOPs of a sample by running a batch's loss on tensors without memory.
+    """Count FLOPs of a sample on a GPU by running a batch's loss on tensors without memory.
 
     Only ids, masks and random numbers are real. Features that the batch has are not encoded.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
-    with dispatch.use("reference"), sdpa_kernel(SDPBackend.MATH), counter:
+    with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
         made = adapter.encode(batch) if batch.features is None else batch.features
         features = {key: _indices(value) for key, value in made.items()}
         encoded = counter.get_total_flops()

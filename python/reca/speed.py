@@ -17,7 +17,6 @@ from reca import check, distributed
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.meta_model import build_meta
-from reca.models.common.on_cpu import as_gpu
 from reca.peaks import known_peak
 
 MEASURED_SIZE, MEASURED_TIMES = 8192, 20  # of the matrix product that stands for the peak of an unknown GPU
@@ -57,8 +56,7 @@ def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
     adapter, fake = build_meta(recipe)
     total = 0.0
     for task, micro_batches in batches.items():
-        with as_gpu():
-            work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))
+        work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))
         total += sum(work) * getattr(recipe.objective, task).batch_size
     return total
 
