@@ -108,9 +108,9 @@ class RunReport:
         """Draw the images that are due after `step`, on every rank, and save them."""
         if not due(step, self.recipe.log.sample_every):
             return
-        if images := self._drawn(step, "images of log.prompts", diagnostics.images):
+        if images := self._drawn(step, "images of log.prompts", "log.sample_every", diagnostics.images):
             self.record.sample_images(step, images)
-        if pairs := self._drawn(step, "reconstructions", diagnostics.reconstructions):
+        if pairs := self._drawn(step, "reconstructions", "log.reconstructions", diagnostics.reconstructions):
             self.record.reconstructions(step, pairs)
 
     def before_training(self, step: int, diagnostics: Diagnostics) -> None:
@@ -137,12 +137,14 @@ class RunReport:
             return pairs
 
         if not self.progress:
-            self._drawn(step, "reconstructions", draw)
+            self._drawn(step, "reconstructions", "log.reconstructions", draw)
 
-    def _drawn(self, step: int, what: str, draw: Callable[[], list]) -> list:
-        """Draw on every rank. What fails is recorded, and ends no training but of a rank for which others wait."""
+    def _drawn(self, step: int, what: str, key: str, draw: Callable[[], list]) -> list:
+        """Draw on every rank. What fails is recorded, and ends no training but of a rank for which others wait.
+
+        key: of the recipe, which draws none if it is 0.
+        """
         found, reason = inference.spared(self.adapter, draw)
         if reason:
-            key = "log.reconstructions=0" if what == "reconstructions" else "log.sample_every=0"
-            self.record.warn(step, f"no {what} ({reason}); {key} draws none")
+            self.record.warn(step, f"no {what} ({reason}); {key}=0 draws none")
         return found or []
