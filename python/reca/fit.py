@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from reca import memory, units
+from reca import distributed, memory, units
 from reca.config import Recipe
 from reca.folders import write_atomically
 from reca.held import held
@@ -293,6 +293,24 @@ def describe(keys: dict[str, Any]) -> str:
 
 
 # ---- a run ----
+
+
+def fit_on_ranks(recipe: Recipe, own_model: bool) -> Recipe:
+    """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all.
+
+    own_model: the run trains the recipe's model, not one that was made elsewhere.
+    Raises RecipeError.
+    """
+    if not (asker := asked_by(recipe)):
+        return recipe
+    fitted = None
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            if not own_model:
+                raise RecipeError(f"{asker} chooses for the recipe's own model, and this run was given another")
+            ranks, node = distributed.world_size(), distributed.local_world_size()
+            fitted = fit_run(recipe, ranks, node, memory.in_own_process)
+    return distributed.all_gather(fitted)[0]
 
 
 def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> Recipe:

@@ -18,7 +18,6 @@ from reca import (
     hang,
     inference,
     lora,
-    memory,
     objective,
     out_of_memory,
     preflight,
@@ -40,7 +39,6 @@ from reca.lora import choose_trained
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
-from reca.options import RecipeError
 from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast, tf32_products
 from reca.precompute import features_identity
@@ -110,7 +108,7 @@ class Trainer:
             yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
-        self.recipe = recipe = self._fit(adapter)
+        self.recipe = recipe = fit.fit_on_ranks(self.recipe, own_model=adapter is None)
         out_of_memory.record_history(recipe)
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
@@ -159,19 +157,6 @@ class Trainer:
         self.alarms: list[str] = []  # that end the run
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
-
-    def _fit(self, adapter: Adapter | None) -> Recipe:
-        """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all."""
-        if not (asked_by := fit.asked_by(self.recipe)):
-            return self.recipe
-        fitted = None
-        with distributed.fail_together():
-            if distributed.rank() == 0:
-                if adapter is not None:
-                    raise RecipeError(f"{asked_by} chooses for the recipe's own model, and this run was given another")
-                ranks, node = distributed.world_size(), distributed.local_world_size()
-                fitted = fit.fit_run(self.recipe, ranks, node, memory.in_own_process)
-        return distributed.all_gather(fitted)[0]
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
@@ -260,8 +245,7 @@ class Trainer:
         """Evaluate the model if it is due."""
         if not self.evaluations.due(self.step):
             return
-        due_now = due(self.step, self.recipe.checkpoint.every) or self.step == self.recipe.train.steps
-        if inference.shares_weights(self.adapter) and due_now and self.saved != self.step:
+        if inference.shares_weights(self.adapter) and self._checkpoint_due():
             watch.enter(self.step, "saving")  # before a rank can be out of memory, which ends a run of shards
             self.saved = self.step if self.save() else self.saved
         watch.enter(self.step, "evaluating")
@@ -278,11 +262,11 @@ class Trainer:
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
         stop = distributed.any_rank(self.interruption.requested, self.device)
-        missing = self.saved != self.step  # not written before an evaluation
-        if missing and (stop or last or self.alarms):
-            self._save_last()
-        elif missing and due(self.step, self.recipe.checkpoint.every):
-            self.save(self.recipe.checkpoint.async_save)
+        if self._checkpoint_due(ends=stop or bool(self.alarms)):
+            if last or stop or self.alarms:
+                self._save_last()
+            else:
+                self.save(self.recipe.checkpoint.async_save)
         if stop and not last:
             if distributed.rank() == 0:
                 log.warning("interrupted at step %d; the same command continues the run", self.step)
@@ -293,6 +277,11 @@ class Trainer:
                 f"stopped at step {self.step} by an alarm: {self.alarms[0]}.{more} The step is saved; "
                 "eval.stop_on_alarm=false goes on from there"
             )
+
+    def _checkpoint_due(self, ends: bool = False) -> bool:
+        """Tell whether this step is to be saved and is not. ends: the run ends here, whatever step it is."""
+        ends = ends or self.step == self.recipe.train.steps
+        return self.saved != self.step and (ends or due(self.step, self.recipe.checkpoint.every))
 
     def _report(self) -> RunReport:
         record = RunLog(self.recipe, self.run_dir, self.step, shown=self.progress is None)
