@@ -31,15 +31,26 @@ def fit_codebook(codec: nn.Module, images: Tensor, rounds: int = 5) -> None:  # 
     """Fit the codebook by k-means over the pixel patches of images, started from patches far apart."""
     assert isinstance(codec, PatchCodebook), "the codec of the toy world"
     patches = F.unfold(unit(images), codec.factor, stride=codec.factor).transpose(1, 2).flatten(0, 1)
-    chosen, difference = [patches[0]], torch.empty_like(patches)
-    distance = torch.full((len(patches),), torch.inf)
-    while len(chosen) < codec.entries:
-        torch.sub(patches, chosen[-1], out=difference)
-        distance = torch.minimum(distance, difference.square_().sum(1))
-        chosen.append(patches[distance.argmax()])
-    centres = torch.stack(chosen)
+    centres = _far_apart(patches, codec.entries)
     for _ in range(rounds):
         nearest = torch.cdist(patches, centres).argmin(1)
         counts = torch.bincount(nearest, minlength=len(centres)).clamp(min=1)
         centres = torch.zeros_like(centres).index_add_(0, nearest, patches) / counts[:, None]
     codec.codebook.copy_(centres)
+
+
+def _far_apart(patches: Tensor, count: int) -> Tensor:  # [n, d]
+    """Choose patches, each the farthest from those before: [count, d].
+
+    Those that are the same as a chosen one are dropped now and then, as they are never chosen while others are left.
+    """
+    chosen, difference = [patches[0]], torch.empty_like(patches)
+    distance = torch.full((len(patches),), torch.inf)
+    while len(chosen) < count:
+        torch.sub(patches, chosen[-1], out=difference)
+        distance = torch.minimum(distance, difference.square_().sum(1))
+        chosen.append(patches[distance.argmax()])
+        if len(chosen) % 128 == 0 and (others := distance > 0).any():
+            patches, distance = patches[others], distance[others]
+            difference = torch.empty_like(patches)
+    return torch.stack(chosen)
