@@ -295,10 +295,10 @@ def describe(keys: dict[str, Any]) -> str:
 # ---- a run ----
 
 
-def fit_on_ranks(recipe: Recipe, own_model: bool) -> Recipe:
+def fit_on_ranks(recipe: Recipe, own_model: bool, write: Callable[[Path, bytes], object]) -> Recipe:
     """Return the recipe with what train.fit or train.micro_batch chooses, on rank 0 for all.
 
-    own_model: the run trains the recipe's model, not one that was made elsewhere.
+    own_model: the run trains the recipe's model, not one that was made elsewhere. write: as in `fit_run`.
     Raises RecipeError.
     """
     if not (asker := asked_by(recipe)):
@@ -309,15 +309,21 @@ def fit_on_ranks(recipe: Recipe, own_model: bool) -> Recipe:
             if not own_model:
                 raise RecipeError(f"{asker} chooses for the recipe's own model, and this run was given another")
             ranks, node = distributed.world_size(), distributed.local_world_size()
-            fitted = fit_run(recipe, ranks, node, memory.in_own_process)
+            fitted = fit_run(recipe, ranks, node, memory.in_own_process, write)
     return distributed.all_gather(fitted)[0]
 
 
-def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> Recipe:
+def fit_run(
+    recipe: Recipe,
+    gpus: int,
+    node: int,
+    call: Callable[..., Any],
+    write: Callable[[Path, bytes], object] = write_atomically,
+) -> Recipe:
     """Return the recipe with the settings that train.fit chooses, and record them in the run folder.
 
     A run that is continued on as many equal cards keeps what was chosen. call: runs `choose`, such as
-    memory.in_own_process.
+    memory.in_own_process. write: given the record, now or when the start is known to be accepted.
     Raises RecipeError.
     """
     file = Path(recipe.run_dir) / FILE
@@ -353,7 +359,7 @@ def fit_run(recipe: Recipe, gpus: int, node: int, call: Callable[..., Any]) -> R
         "memory": choice.memory._asdict(),
         "why": why,
     }
-    write_atomically(file, json.dumps(written, indent=1).encode())
+    write(file, json.dumps(written, indent=1).encode())
     return with_keys(recipe, choice.keys)
 
 

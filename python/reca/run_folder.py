@@ -30,6 +30,7 @@ class RunFolder:
     """The folder of a run while a process uses it: locked, with its status written on every exit.
 
     A context manager around every part of a run: an exception that passes through it is written into the status.
+    A start of a run that has finished changes none of its files before `accept`: it may be refused.
     Raises RunInUse if another process, or a run that is going on in this one, has the folder.
     """
 
@@ -41,6 +42,10 @@ class RunFolder:
         if distributed.rank() == 0:
             for part in run_dir.glob(f".*{PART}"):
                 part.unlink()
+        self.waiting: list[tuple[Path, bytes]] = []  # files that are written when the start is accepted
+        self.held = False
+        with contextlib.suppress(ValueError):
+            self.held = Status.written(run_dir).state == "finished"
         self.status = Status(steps=steps, host=socket.gethostname(), pid=os.getpid(), ranks=distributed.world_size())
 
     def __enter__(self) -> "RunFolder":
@@ -62,6 +67,19 @@ class RunFolder:
             self.write_status("failed", exits.code_of(error), f"{prefix}{str(error) or type(error).__name__}")
         self.close()
 
+    def accept(self) -> None:
+        """Take the start for one that can go on: from here on the files of the run are this start's."""
+        self.held = False
+        if distributed.rank() == 0:
+            for path, content in self.waiting:
+                write_atomically(path, content)
+        self.waiting = []
+        self.write_status("running")
+
+    def write_accepted(self, path: Path, content: bytes) -> None:
+        """Write a file when the start is accepted."""
+        self.waiting.append((path, content))
+
     def record_checkpoint(self, checkpoint: Path | None) -> None:
         """Record the latest complete checkpoint in the status; None if there is none."""
         self.status.checkpoint = None if checkpoint is None else str(checkpoint.relative_to(self.path))
@@ -74,7 +92,12 @@ class RunFolder:
         self.write_status("running")
 
     def write_status(self, state: str, exit_code: int | None = None, reason: str | None = None) -> None:
-        """Write the status: rank 0 does, or any rank that fails. The first end that is written stays."""
+        """Write the status: rank 0 does, or any rank that fails. The first end that is written stays.
+
+        That of a run which has finished stays until a start is accepted.
+        """
+        if self.held:
+            return
         status = self.status
         status.state, status.exit_code, status.reason = state, exit_code, reason
         status.time = time.strftime("%Y-%m-%dT%H:%M:%S%z")

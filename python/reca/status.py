@@ -46,10 +46,10 @@ class Status:
 
         Raises ValueError when the folder has no readable status.
         """
-        status = cls._written(run_dir)
+        status = cls.written(run_dir)
         if status.state != "running" or _is_running(run_dir, status):
             return status
-        status = cls._written(run_dir)  # again: it may just have ended, and let the folder go
+        status = cls.written(run_dir)  # again: it may just have ended, and let the folder go
         if status.state == "running":
             status.state, status.exit_code = "failed", exits.INTERRUPTED
             status.reason = (
@@ -59,7 +59,8 @@ class Status:
         return status
 
     @classmethod
-    def _written(cls, run_dir: Path) -> "Status":
+    def written(cls, run_dir: Path) -> "Status":
+        """Read what the file says, of a process that may have died since. Raises ValueError as `read`."""
         path = run_dir / FILE
         try:
             found = json.loads(path.read_text())

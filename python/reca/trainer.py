@@ -108,12 +108,12 @@ class Trainer:
             yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
-        self.recipe = recipe = fit.fit_on_ranks(self.recipe, own_model=adapter is None)
+        self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
+        self.recipe = recipe = fit.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         out_of_memory.record_history(recipe)
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
             hang.remove_request(self.run_dir)
-        self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         newest = checkpoint.latest_valid(self.run_dir, rename_damaged=True)
         state = None if newest is None else checkpoint.read_state(newest)
         self.step = self.saved = 0 if state is None else state["step"]
@@ -157,6 +157,8 @@ class Trainer:
         self.alarms: list[str] = []  # that end the run
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
+        self.folder.accept()
+        distributed.barrier()  # before it, no rank writes how the run ends
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""

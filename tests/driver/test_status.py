@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from reca import checkpoint, exits, folder_lock, jsonl, status
 from reca.cli import main
@@ -166,6 +167,65 @@ def test_a_run_with_nothing_left_to_do_is_finished(state, tmp_path, capsys):
     moments.write_bytes(b"")  # a result that is torn is none
     recipe = load_recipe("show_o_tiny", command[2:])
     assert finished_steps(recipe) is None
+
+
+REFUSED = {
+    "option": (["data.images=/nowhere"], "nowhere"),
+    "result": (["optim.lr=0.5"], "another recipe"),
+    "objective": (["objective.i2t.weight=1"], "i2t"),
+    "evaluation": (["eval.every=1", "eval.suite=nothing"], "nothing"),
+    "fit": (["train.fit=24GiB"], "another"),
+}
+
+
+@pytest.mark.parametrize("state", ["finished", "interrupted"])
+@pytest.mark.parametrize("case", [*REFUSED, "memory", "weights", "signal"])
+def test_a_refused_start_leaves_a_run_as_it_is(case, state, recipe, monkeypatch):
+    overrides, words = REFUSED.get(case, ([], case))
+    run = run_toy(recipe("train.steps=1", "log.every=1")).run_dir
+    (run / "fit.json").write_text("chosen before")
+    path = run / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state}))
+    before = contents(run)
+
+    def fails(*_, **__):
+        if case == "signal":
+            raise SystemExit(exits.INTERRUPTED)
+        raise torch.OutOfMemoryError(case) if case == "memory" else ValueError(case)
+
+    def chooses(recipe, own_model, write):
+        write(run / "fit.json", b"anew")
+        return recipe
+
+    if not REFUSED.get(case):
+        monkeypatch.setattr("reca.fit.fit_on_ranks", chooses)
+        monkeypatch.setattr("reca.out_of_memory.advice", lambda _: "")
+        monkeypatch.setattr("reca.trainer.check_finite", fails)
+    with pytest.raises((ValueError, SystemExit), match=None if case == "signal" else words):
+        Trainer(recipe("train.steps=2", *overrides), ToyAdapter())
+    after = contents(run)
+    status = Status.read(run)
+    assert (status.step, status.checkpoint) == (1, "checkpoints/000001")
+    if state == "finished":
+        assert status.state == "finished"
+    else:  # the next start of it is this one
+        assert status.state == ("interrupted" if case == "signal" else "failed")
+        before.pop("status.json"), after.pop("status.json")
+    assert after == before
+
+
+def contents(run):
+    files = (path for path in run.rglob("*") if path.is_file() and path.name != folder_lock.FILE)
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def test_what_is_chosen_is_written_when_the_start_is_accepted(tmp_path):
+    folder = RunFolder(tmp_path, 1)
+    folder.write_accepted(tmp_path / "fit.json", b"chosen")
+    assert not (tmp_path / "fit.json").exists()
+    folder.accept()
+    assert (tmp_path / "fit.json").read_bytes() == b"chosen" and Status.read(tmp_path).state == "running"
+    folder.close()
 
 
 def test_a_torn_last_line_takes_no_other_with_it(tmp_path):
