@@ -12,25 +12,25 @@ from torch.nn import functional as F
 from reca.eval.config import EvalConfig
 
 SMALLEST_GAP = 0.005  # of the loss: a gap that never was larger says nothing when it falls
-SIDE = 16  # pixels of the height and width at which pictures are compared with each other
+SIDE = 16  # pixels of the height and width at which images are compared with each other
 
 LOSS, GAP = "holdout/loss", "holdout/gap"
 CONTRAST, VARIETY = "samples/contrast", "samples/variety"
 
 
 @torch.no_grad()
-def spread(pictures: Sequence[Tensor]) -> dict[str, float]:
-    """Measure how much pixels vary, in levels of 0 to 255. pictures: uint8 [3, H, W] each.
+def spread(images: Sequence[Tensor]) -> dict[str, float]:
+    """Measure how much pixels vary, in levels of 0 to 255. images: uint8 [3, H, W] each.
 
-    samples/contrast  standard deviation within a picture, mean over pictures; 0 where all are flat
-    samples/variety   standard deviation between pictures, of the same pixel and colour; 0 where all are the same one
+    samples/contrast  standard deviation within an image, mean over images; 0 where all are flat
+    samples/variety   standard deviation between images, of the same pixel and colour; 0 where all are the same one
     """
-    if not pictures:
+    if not images:
         return {}
-    contrast = torch.stack([picture.float().flatten(1).std(1, correction=0).mean().cpu() for picture in pictures])
-    small = torch.stack([F.adaptive_avg_pool2d(picture.float(), SIDE).cpu() for picture in pictures])
+    contrast = torch.stack([image.float().flatten(1).std(1, correction=0).mean().cpu() for image in images])
+    small = torch.stack([F.adaptive_avg_pool2d(image.float(), SIDE).cpu() for image in images])
     found = {CONTRAST: float(contrast.mean())}
-    if len(pictures) > 1:
+    if len(images) > 1:
         found[VARIETY] = float(small.std(0, correction=0).mean())
     return found
 
@@ -74,7 +74,7 @@ class Alarms:
         return (
             f"the held-out reconstruction loss is {now:.4g}, {now / base:.2f} times that of step {self.first_step} "
             f"({base:.4g}; eval.alarm_loss={self.config.alarm_loss:g}). The model forgets faster than it learns: lower "
-            "optim.lr, lengthen optim.warmup_steps, or train on more pictures if the training loss still falls"
+            "optim.lr, lengthen optim.warmup_steps, or train on more images if the training loss still falls"
         )
 
     def _gap(self, values: Mapping[str, float]) -> str:
@@ -82,19 +82,19 @@ class Alarms:
         if now is None or not loss or most < SMALLEST_GAP * loss or not now < self.config.alarm_gap * most:
             return ""
         return (
-            f"another picture's h_v raises the held-out loss by {now:.4g} only, where it was {most:.4g} before "
+            f"another image's h_v raises the held-out loss by {now:.4g} only, where it was {most:.4g} before "
             f"(eval.alarm_gap={self.config.alarm_gap:g}). The model has stopped to look at h_v and draws an average "
-            "picture: lower optim.lr, train fewer roles (train.train), or give i2t or t2i a weight beside reca"
+            "image: lower optim.lr, train fewer roles (train.train), or give i2t or t2i a weight beside reca"
         )
 
     def _spread(self, name: str, values: Mapping[str, float]) -> str:
         base, now = self.first.get(name), values.get(name)
         if not base or now is None or now >= self.config.alarm_spread * base:
             return ""
-        what = "within drawn pictures" if name == CONTRAST else "between drawn pictures"
+        what = "within drawn images" if name == CONTRAST else "between drawn images"
         means = "they turn flat" if name == CONTRAST else "they become one and the same"
         return (
             f"the standard deviation of pixels {what} fell from {base:.3g} to {now:.3g} levels "
             f"(eval.alarm_spread={self.config.alarm_spread:g}): {means}, whatever the prompt says. Text-to-image is "
-            "lost: lower optim.lr, shrink or blur the picture that h_v is made of, or give t2i a weight beside reca"
+            "lost: lower optim.lr, shrink or blur the image that h_v is made of, or give t2i a weight beside reca"
         )

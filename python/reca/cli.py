@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     takes_ema(evaluation)
 
     comparison = command(
-        "compare", compare_commands.run, "Compare two models: scores, pictures, losses and settings, in one HTML page."
+        "compare", compare_commands.run, "Compare two models: scores, images, losses and settings, in one HTML page."
     )
     compare_commands.add(comparison, _path)
 

@@ -327,7 +327,7 @@ class LogConfig:
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
     reconstructions: int = config_field(
         4,
-        "pictures that are saved beside what the model makes of their h_v, before the first step and after the last "
+        "images that are saved beside what the model makes of their h_v, before the first step and after the last "
         "(run_dir/reconstructions.png) and wherever log.sample_every draws: held-out ones (eval.holdout), else of "
         "data.images; 0 = none",
         least=0,
@@ -390,8 +390,8 @@ class Recipe:
             )
         if self.eval.holdout and self.eval.holdout_from is None and self.data.images is None:
             raise RecipeError(
-                f"{prefix}eval.holdout={self.eval.holdout} takes pictures from {prefix}data.images, which is null; "
-                f"name pictures by {prefix}eval.holdout_from, or set {prefix}eval.holdout=0"
+                f"{prefix}eval.holdout={self.eval.holdout} takes images from {prefix}data.images, which is null; "
+                f"name images by {prefix}eval.holdout_from, or set {prefix}eval.holdout=0"
             )
         if self.lora.rank and self.lora.base_dtype and self.train.precision != self.lora.base_dtype:
             raise RecipeError(

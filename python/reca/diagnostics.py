@@ -68,7 +68,7 @@ class Diagnostics:
             return inference.generate(self.adapter, prompts, range(len(prompts))) if prompts else []
 
     def reconstructions(self) -> list[list[Tensor]]:
-        """Reconstruct `log.reconstructions` pictures, always the same ones: [picture, reconstruction] of each."""
+        """Reconstruct `log.reconstructions` images, always the same ones: [image, reconstruction] of each."""
         if self.shown is None or self.shown.gen is None:
             return []
         made = reconstruct(self.adapter, self.shown, self.autocast)
@@ -76,7 +76,7 @@ class Diagnostics:
 
     @functools.cached_property
     def shown(self) -> Batch | None:
-        """Return the pictures to reconstruct, if any are asked for and the model can."""
+        """Return the images to reconstruct, if any are asked for and the model can."""
         wanted = self.recipe.log.reconstructions
         if not wanted or self.source is None or "reconstruct" not in self.adapter.abilities:
             return None

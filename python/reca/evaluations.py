@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on (eval.every): held-out pictures, prompts of a suite, and alarms of a collapse."""
+"""Evaluation while a run goes on (eval.every): held-out images, prompts of a suite, and alarms of a collapse."""
 
 import contextlib
 import time
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 class Evaluations:
     """The evaluations of a run. Every rank makes and asks it alike; it changes neither weights nor random numbers.
 
-    sources: of the run, with the held-out pictures.
+    sources: of the run, with the held-out images.
     """
 
     def __init__(

@@ -81,10 +81,10 @@ class RunLog:
             self.trackers.images(step, "samples", images, self.prompts)
 
     def reconstructions(self, step: int, pairs: list[list[Tensor]]) -> None:
-        """Save pictures, each beside what the model makes of it."""
+        """Save images, each beside what the model makes of it."""
         if self.main_process:
             self._save_grid(f"{step:06d}_reconstructions.png", [image for pair in pairs for image in pair], columns=2)
-            captions = ["picture, reconstruction"] * len(pairs)
+            captions = ["image, reconstruction"] * len(pairs)
             self.trackers.images(step, "reconstructions", [beside(left, right) for left, right in pairs], captions)
 
     def _save_grid(self, name: str, images: list[Tensor], columns: int | None = None) -> None:

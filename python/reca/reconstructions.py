@@ -1,4 +1,4 @@
-"""Pictures beside what a model makes of them from its own h_v: what RECA trains, to look at.
+"""Images beside what a model makes of them from its own h_v: what RECA trains, to look at.
 
 batch = picture_batch(recipe, adapter, 8)
 before, after = reconstruct(base, batch), reconstruct(trained, batch)
@@ -26,21 +26,21 @@ from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.validation import HELD_OUT, data_of, open_run_sources, seed
 
-GRID = "reconstructions.png"  # in the folder of a run, a row for each picture: it, before training, after it
+GRID = "reconstructions.png"  # in the folder of a run, a row for each image: it, before training, after it
 BEFORE = Path("samples") / "before"  # in that folder: what the model made before the first step
 
 
 def pictures(recipe: Recipe) -> Source:
-    """Open the pictures to show: those that the recipe holds out; where it holds out none, those that it trains on."""
+    """Open the images to show: those that the recipe holds out; where it holds out none, those that it trains on."""
     tasks = [] if recipe.eval.holdout else ["reca"]
     sources = open_run_sources(recipe, tasks)
     return sources[HELD_OUT] if recipe.eval.holdout else sources["reca"]
 
 
 def picture_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
-    """Read `count` pictures, fewer where there are no more, with a template each: always the same ones.
+    """Read `count` images, fewer where there are no more, with a template each: always the same ones.
 
-    source: the pictures, where they have been opened already.
+    source: the images, where they have been opened already.
     """
     source = pictures(recipe) if source is None else source
     loader = open_loader(
@@ -60,7 +60,7 @@ def reconstruct(
     seeds: Sequence[int] | None = None,
     **sampling: Any,
 ) -> list[Tensor]:
-    """Reconstruct the pictures of a batch, uint8 [3, H, W] each. The same seeds make the same noise.
+    """Reconstruct the images of a batch, uint8 [3, H, W] each. The same seeds make the same noise.
 
     context: what the model computes in; by default as outside of training. seeds: 0, 1, ... by default.
     """
@@ -75,20 +75,20 @@ def reconstruct(
 
 
 def side_by_side(*columns: Sequence[Tensor]) -> Image.Image:
-    """Lay pictures out in columns, a row for each picture; such as the input, before and after training."""
-    return make_grid([picture for row in zip(*columns, strict=True) for picture in row], columns=len(columns))
+    """Lay images out in columns, a row for each image; such as the input, before and after training."""
+    return make_grid([image for row in zip(*columns, strict=True) for image in row], columns=len(columns))
 
 
 def save_before(run_dir: Path, made: Sequence[Tensor]) -> None:
-    """Keep what a model makes of the pictures before its first step."""
+    """Keep what a model makes of the images before its first step."""
     shutil.rmtree(run_dir / BEFORE, ignore_errors=True)
     (run_dir / BEFORE).mkdir(parents=True)
-    for number, picture in enumerate(made):
-        make_grid([picture]).save(run_dir / BEFORE / f"{number:03d}.png")
+    for number, image in enumerate(made):
+        make_grid([image]).save(run_dir / BEFORE / f"{number:03d}.png")
 
 
 def save_grid(run_dir: Path, shown: Sequence[Tensor], after: Sequence[Tensor]) -> Path | None:
-    """Lay the pictures out beside what the model made of them before and makes now; None where nothing was kept."""
+    """Lay the images out beside what the model made of them before and makes now; None where nothing was kept."""
     before = [read_image(path) for path in sorted((run_dir / BEFORE).glob("*.png"))]
     if len(before) != len(shown):
         return None

@@ -114,18 +114,18 @@ class RunReport:
             self.record.reconstructions(step, pairs)
 
     def before_training(self, step: int, diagnostics: Diagnostics) -> None:
-        """Keep what the model makes of its pictures before the first step, on every rank. step: those made before."""
+        """Keep what the model makes of its images before the first step, on every rank. step: those made before."""
         if step == 0:
             self._reconstruct(step, diagnostics, lambda shown, made: save_before(self.record.run_dir, made))
 
     def after_training(self, step: int, diagnostics: Diagnostics) -> None:
-        """Save pictures beside what the model made of them before training, and makes after it, on every rank."""
+        """Save images beside what the model made of them before training, and makes after it, on every rank."""
         self._reconstruct(step, diagnostics, lambda shown, made: save_grid(self.record.run_dir, shown, made))
 
     def _reconstruct(
         self, step: int, diagnostics: Diagnostics, save: Callable[[list[Tensor], list[Tensor]], object]
     ) -> None:
-        """Reconstruct the run's pictures, and save them on rank 0.
+        """Reconstruct the run's images, and save them on rank 0.
 
         Nothing is drawn for who asked for `progress` in place of anything shown.
         """
@@ -133,7 +133,7 @@ class RunReport:
         def draw() -> list[list[Tensor]]:
             pairs = diagnostics.reconstructions()
             if pairs and distributed.rank() == 0:
-                save([picture for picture, _ in pairs], [made for _, made in pairs])
+                save([image for image, _ in pairs], [made for _, made in pairs])
             return pairs
 
         if not self.progress:

@@ -31,7 +31,7 @@ from reca.sampling_options import check_sampling_options, read_pairs
 log = logging.getLogger("reca")
 
 OFFERED = frozenset({"generate", "edit", "answer"})  # abilities of models that the page has a tab for
-MAX_UPLOAD = 32 * 2**20  # bytes of a picture
+MAX_UPLOAD = 32 * 2**20  # bytes of an image
 MAX_TEXT = 4000  # characters of a prompt, an instruction or a question
 MAX_WAITING = 16  # requests; one more is refused
 SMALLEST = 256  # pixels of the longer side of an image in the page
@@ -96,11 +96,11 @@ def read_sampling(text: str, method: Callable) -> dict[str, Any]:
 
 
 def read_upload(path: str | None) -> Tensor:
-    """Decode an uploaded picture as training data is, within the same limits. Raises ValueError; DataError is one."""
+    """Decode an uploaded image as training data is, within the same limits. Raises ValueError; DataError is one."""
     if path is None:
-        raise ValueError("there is no picture; choose a file first")
+        raise ValueError("there is no image; choose a file first")
     if (size := Path(path).stat().st_size) > MAX_UPLOAD:
-        raise ValueError(f"the picture has {size} bytes; at most {MAX_UPLOAD} are read")
+        raise ValueError(f"the image has {size} bytes; at most {MAX_UPLOAD} are read")
     try:
         return read_image(Path(path))
     except ValueError as error:

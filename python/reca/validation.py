@@ -1,6 +1,6 @@
-"""Held-out pictures: which they are, and their reconstruction loss with fixed noise, masks and templates.
+"""Held-out images: which they are, and their reconstruction loss with fixed noise, masks and templates.
 
-The loss is a function of the weights alone: pictures, their order, their split into micro-batches and all random
+The loss is a function of the weights alone: images, their order, their split into micro-batches and all random
 numbers follow from `eval`, so the same weights give the same bits at any step, and on other numbers of ranks the same
 value up to the order of sums.
 """
@@ -25,18 +25,18 @@ from reca.models.base import Adapter
 from reca.options import RecipeError
 from reca.rng import CounterRNG
 
-HELD_OUT = "held-out"  # stands for the held-out pictures beside the tasks among the sources of a run
-PURPOSE = 0x5EED  # keeps random numbers of held-out pictures apart from those of training
+HELD_OUT = "held-out"  # stands for the held-out images beside the tasks among the sources of a run
+PURPOSE = 0x5EED  # keeps random numbers of held-out images apart from those of training
 
 
 def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
     """Open what a run trains on, by task, and under HELD_OUT its held-out images, if there are any.
 
-    Raises DataError, and RecipeError for eval.holdout_from without a number of pictures.
+    Raises DataError, and RecipeError for eval.holdout_from without a number of images.
     """
     config, data = recipe.eval, recipe.data
     if config.holdout_from is not None and not config.holdout:
-        raise RecipeError("eval.holdout_from needs eval.holdout, the number of pictures; it is 0")
+        raise RecipeError("eval.holdout_from needs eval.holdout, the number of images; it is 0")
     split = config.holdout and config.holdout_from is None
     wanted = dict.fromkeys([*tasks, *(["reca"] if split else [])])
     sources = open_sources(data, wanted, recipe.train.seed)
@@ -50,10 +50,10 @@ def open_run_sources(recipe: Recipe, tasks: Iterable[str]) -> dict[str, Source]:
 
 
 class Gap(NamedTuple):
-    """Means over held-out pictures.
+    """Means over held-out images.
 
     loss  with their own h_v
-    gap   how much larger the loss is with another picture's h_v
+    gap   how much larger the loss is with another image's h_v
     """
 
     loss: float
@@ -61,9 +61,9 @@ class Gap(NamedTuple):
 
 
 class HeldOut:
-    """The held-out pictures of a run, read once and kept in host memory. Every rank makes and asks it alike.
+    """The held-out images of a run, read once and kept in host memory. Every rank makes and asks it alike.
 
-    source: of the pictures.
+    source: of the images.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class HeldOut:
         autocast: contextlib.AbstractContextManager,
     ):
         self.adapter, self.device, self.autocast, self.seed = adapter, device, autocast, seed(recipe)
-        # Split as one rank would, whatever their number, so that each picture meets the same others in a pass.
+        # Split as one rank would, whatever their number, so that each image meets the same others in a pass.
         shares = split_batch(len(source), recipe.objective.reca.micro_batch, 1)[0]
         mine = shares[distributed.rank() :: distributed.world_size()]
         missing = -(-len(shares) // distributed.world_size()) - len(mine)
@@ -102,10 +102,10 @@ class HeldOut:
 
 
 def data_of(recipe: Recipe) -> DataConfig:
-    """Return the recipe's data as held-out pictures are read: as they are stored, with pixels and not from a cache."""
+    """Return the recipe's data as held-out images are read: as they are stored, with pixels and not from a cache."""
     return replace(recipe.data, cache=None, shuffle=False, prefetch=0)
 
 
 def seed(recipe: Recipe) -> int:
-    """Return the seed of all that is drawn for held-out pictures."""
+    """Return the seed of all that is drawn for held-out images."""
     return CounterRNG(recipe.eval.seed, PURPOSE).seed

@@ -145,7 +145,7 @@ def test_reconstructions_stand_beside_their_pictures(recipe):
     assert grid.size == (2 * 4 + 2, 3 * 4 + 4) and grid.getpixel((7, 0)) == (7, 7, 7)
     events = accumulator.EventAccumulator(str(trainer.run_dir / "tensorboard"), {"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == [f"reconstructions/{i} picture, reconstruction" for i in range(3)]
+    assert events.Tags()["images"] == [f"reconstructions/{i} image, reconstruction" for i in range(3)]
 
 
 # alarms
@@ -165,7 +165,7 @@ def test_a_held_out_loss_above_that_of_the_base():
 def test_h_v_that_does_not_help_any_more():
     falling = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.1, 0.4, 0.11, 0.09)]
     assert [len(new) for new in check(*falling)] == [0, 0, 0, 1]
-    assert "draws an average picture" in check(*falling)[3][0]
+    assert "draws an average image" in check(*falling)[3][0]
     never = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.001, 0.004, -0.01)]
     assert check(*never) == [[], [], []]  # a model that has not learned it yet
 

@@ -50,11 +50,11 @@ def test_a_mixture_gives_from_each_of_its_sources(tmp_path):
 
 
 def test_what_cannot_be_held_out(recipe):
-    with pytest.raises(DataError, match=r"eval.holdout=13 sets more than half of the 24 pictures"):
+    with pytest.raises(DataError, match=r"eval.holdout=13 sets more than half of the 24 images"):
         open_run_sources(recipe("eval.holdout=13"), ["reca"])
-    with pytest.raises(RecipeError, match="holdout=1: a picture is compared"):
+    with pytest.raises(RecipeError, match="holdout=1: an image is compared"):
         recipe("eval.holdout=1")
-    with pytest.raises(RecipeError, match=r"takes pictures from data.images, which is null"):
+    with pytest.raises(RecipeError, match=r"takes images from data.images, which is null"):
         recipe("eval.holdout=2", "data.images=null", "objective.reca.weight=0", "objective.t2i.weight=1")
 
 

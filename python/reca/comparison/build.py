@@ -53,14 +53,14 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
         if name not in other
     ]
     if not suites and not notes:
-        notes.append("neither model was evaluated; reca eval SUITE RUN --against base adds scores and pictures here")
+        notes.append("neither model was evaluated; reca eval SUITE RUN --against base adds scores and images here")
     return suites, notes
 
 
 def write(found: dict[str, Any], out: Path, pictures: int = page.PICTURES) -> Path:
     """Write comparison.html and comparison.json into a folder, and return the path of the page.
 
-    pictures: pairs of pictures in the page, of every suite, at most; gains and losses share them.
+    pictures: pairs of images in the page, of every suite, at most; gains and losses share them.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))

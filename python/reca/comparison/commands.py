@@ -9,11 +9,11 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("before", help="the folder of a run or of an evaluation; or base: what AFTER started from")
     sub.add_argument("after", help="the same; base: what BEFORE started from")
     sub.add_argument("--out", type=path, metavar="DIR", help="folder of the page; RUN/comparison by default")
-    sub.add_argument("--pictures", type=int, default=60, help="pairs of pictures in the page, of every suite")
+    sub.add_argument("--pictures", type=int, default=60, help="pairs of images in the page, of every suite")
     sub.add_argument(
         "--reconstructions",
         type=int,
-        help="pictures that both models reconstruct; 8, or 0 for large models without a GPU",
+        help="images that both models reconstruct; 8, or 0 for large models without a GPU",
     )
     sub.add_argument(
         "--images", metavar="SPEC", help="what they reconstruct, as data.images; by default what the run holds out"

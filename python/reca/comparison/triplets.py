@@ -1,4 +1,4 @@
-"""Pictures beside what both models make of them from their own h_v, with equal templates and equal noise."""
+"""Images beside what both models make of them from their own h_v, with equal templates and equal noise."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ from reca.models import umm_package
 from reca.reconstructions import picture_batch, pictures, reconstruct
 from reca.sampling_options import check_sampling_options
 
-COUNT = 8  # pictures, where nothing else is said
+COUNT = 8  # images, where nothing else is said
 QUICK = 50_000_000  # parameters of a model that a CPU draws with in seconds
 FOLDER = "reconstructions"
-MADE = "made.json"  # in that folder: what the pictures were made from, and their names
+MADE = "made.json"  # in that folder: what the images were made from, and their names
 
 
 def usual_count(before: str, after: str) -> int:
-    """Return how many pictures are drawn where nobody says it: none by models that this machine takes long to run."""
+    """Return how many images are drawn where nobody says it: none by models that this machine takes long to run."""
     sides = find_sides(before, after)
     if any(side.recipe is None for side in sides):
         return 0
@@ -50,14 +50,14 @@ def draw(
     device: torch.device | str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draw pictures by both models, into a folder of `out`. Returns `reconstructions` of comparison.json.
+    """Draw images by both models, into a folder of `out`. Returns `reconstructions` of comparison.json.
 
-    before, after: as of `compare`; both must have weights. images: pictures, in any form of data.images; by default
+    before, after: as of `compare`; both must have weights. images: in any form of data.images; by default
     those that the run holds out, or trains on. device: None: a GPU, if there is one. sampling: options of the models'
     `reconstruct`.
 
-    What was drawn before from the same weights, pictures and options is not drawn again.
-    Raises EvaluationError for a side without weights, and where the disk is full; DataError for pictures that cannot
+    What was drawn before from the same weights, images and options is not drawn again.
+    Raises EvaluationError for a side without weights, and where the disk is full; DataError for images that cannot
     be read; ValueError for options that a model's `reconstruct` has not.
     """
     sides = find_sides(before, after)
@@ -82,7 +82,7 @@ def draw(
 
 
 def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
-    """Read what was drawn before; None unless it was from the same, and all pictures are there."""
+    """Read what was drawn before; None unless it was from the same, and all images are there."""
     try:
         found = json.loads((place / MADE).read_text(encoding="utf-8"))
         paths = [place.parent / row[name] for row in found["made"]["rows"] for name in ("input", "before", "after")]
@@ -104,7 +104,7 @@ def _draw(
     assert recipe is not None
     source = _open(run, images)
     if not len(source):
-        raise DataError(f"{images or 'data.images'} holds no picture to reconstruct")
+        raise DataError(f"{images or 'data.images'} holds no image to reconstruct")
     columns: dict[str, list[Tensor]] = {}
     for name, target in zip(("before", "after"), targets, strict=True):
         model = target.load(device)
@@ -131,6 +131,6 @@ def _open(run: Side, images: str | None) -> Source:
         return pictures(recipe)
     except (DataError, ValueError) as error:
         raise DataError(
-            f"the pictures of {run.source} cannot be opened ({error}); name others by --images, or leave "
+            f"the images of {run.source} cannot be opened ({error}); name others by --images, or leave "
             "reconstructions out by --reconstructions 0"
         ) from error

@@ -12,22 +12,22 @@ from reca.rng import CounterRNG
 
 
 def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict[str, Source], Source]:
-    """Split `count` pictures off the source of task reca, of a mixture from each of its sources by their weights.
+    """Split `count` images off the source of task reca, of a mixture from each of its sources by their weights.
 
-    Samples of other tasks with the key of a picture that is set aside are left out, too: they are of the same picture
+    Samples of other tasks with the key of an image that is set aside are left out, too: they are of the same image
     where a data set serves several tasks.
 
-    Returns the sources to train on, by task, and the pictures set aside. Raises DataError unless at least as many are
+    Returns the sources to train on, by task, and the images set aside. Raises DataError unless at least as many are
     left to train on.
     """
     whole = sources["reca"]
     if len(whole) < 2 * count:
         raise DataError(
-            f"eval.holdout={count} sets more than half of the {len(whole)} pictures of data.images aside; lower it, or "
-            "name other pictures by eval.holdout_from"
+            f"eval.holdout={count} sets more than half of the {len(whole)} images of data.images aside; lower it, or "
+            "name other images by eval.holdout_from"
         )
     rest, aside, keys = _split(whole, count, seed)
-    aside = Subset(aside, np.arange(len(aside)))  # no mixture: it would draw some pictures twice, and others never
+    aside = Subset(aside, np.arange(len(aside)))  # no mixture: it would draw some images twice, and others never
     others = {task: _without(source, keys) for task, source in sources.items() if task != "reca"}
     if empty := [task for task, source in others.items() if not len(source)]:
         raise DataError(f"eval.holdout={count} leaves no sample of {', '.join(empty)}; lower it")
@@ -35,7 +35,7 @@ def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict
 
 
 def take(source: Source, count: int, seed: int) -> Source:
-    """Return `count` pictures of a source, those that `hold_out` would set aside; all where there are no more."""
+    """Return `count` images of a source, those that `hold_out` would set aside; all where there are no more."""
     return source if count >= len(source) else _split(source, count, seed)[1]
 
 
@@ -49,7 +49,7 @@ def _split(source: Source, count: int, seed: int) -> tuple[Source, Source, set[s
         ]
         rest, aside, named = zip(*parts, strict=True)
         keys = set().union(*named)
-        left = [_without(part, keys) for part in rest]  # two of its sources may hold the same pictures
+        left = [_without(part, keys) for part in rest]  # two of its sources may hold the same images
         mixed = (Mixture(part, source.weights, source.labels) for part in (left, aside))
         return next(mixed), next(mixed), keys
     order = make_order(source, seed)

@@ -11,22 +11,22 @@ class EvalConfig:
     every: int = config_field(
         0,
         "steps between evaluations of the model in training, beside one before the first step and one after the last: "
-        "held-out pictures (eval.holdout), prompts (eval.suite), and what warns of a collapse; 0 evaluates never",
+        "held-out images (eval.holdout), prompts (eval.suite), and what warns of a collapse; 0 evaluates never",
         least=0,
     )
     holdout: int = config_field(
         0,
-        "pictures whose reconstruction loss, with fixed noise, masks and templates, is the validation curve; they are "
+        "images whose reconstruction loss, with fixed noise, masks and templates, is the validation curve; they are "
         "split off data.images, and no task trains on them. 0 = none, else 2 or more",
         least=0,
         most=2**16,
     )
     holdout_from: Optional[str] = config_field(
-        None, "take the held-out pictures from here, in any form of data.images, and none from data.images", path=GLOB
+        None, "take the held-out images from here, in any form of data.images, and none from data.images", path=GLOB
     )
     seed: int = config_field(
         0,
-        "seed of evaluation in training: which pictures are held out, their noise, and what is drawn; not of training, "
+        "seed of evaluation in training: which images are held out, their noise, and what is drawn; not of training, "
         "so runs of different train.seed can be compared",
         least=0,
     )
@@ -35,25 +35,25 @@ class EvalConfig:
     )
     suite_data: Optional[str] = config_field(None, "the suite's files, where they are not shipped", path=LOCAL)
     judge: Optional[str] = config_field(
-        None, "who judges the suite's pictures, as --judge of `reca eval`, such as mask2former:FILE"
+        None, "who judges the suite's images, as --judge of `reca eval`, such as mask2former:FILE"
     )
     judge_options: list[str] = config_field(list, "options of the judge, key=value")
     prompts: int = config_field(50, "prompts of the suite, spread evenly over it", least=1)
-    images_per_prompt: int = config_field(1, "pictures of each of them", least=1, most=2**10)
+    images_per_prompt: int = config_field(1, "images of each of them", least=1, most=2**10)
     sampling: list[str] = config_field(list, "sampling options of the model for the suite, key=value")
     alarm_loss: float = config_field(
         1.1, "alarm where the held-out loss exceeds this many times that of the model before the first step", above=1
     )
     alarm_gap: float = config_field(
         0.25,
-        "alarm where the gap of the held-out loss, with other pictures' h_v minus with their own, falls below this "
+        "alarm where the gap of the held-out loss, with other images' h_v minus with their own, falls below this "
         "share of the largest that the run has had",
         least=0,
         below=1,
     )
     alarm_spread: float = config_field(
         0.4,
-        "alarm where the standard deviation of pixels, within drawn pictures or between them, falls below this share "
+        "alarm where the standard deviation of pixels, within drawn images or between them, falls below this share "
         "of the model's before the first step",
         least=0,
         below=1,
@@ -63,7 +63,7 @@ class EvalConfig:
     def check(self, prefix: str) -> None:
         if self.holdout == 1:
             raise RecipeError(
-                f"{prefix}holdout=1: a picture is compared with the h_v of another; hold out 2 or more, or 0 for none"
+                f"{prefix}holdout=1: an image is compared with the h_v of another; hold out 2 or more, or 0 for none"
             )
         for key in ("suite", "stop_on_alarm"):
             if getattr(self, key) and not self.every:

@@ -199,13 +199,13 @@ def _keys(recipe: Recipe) -> list[str]:
 
 
 def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
-    """Copy the newest pictures of a run beside the card. Returns file, title and text of each."""
+    """Copy the newest images of a run beside the card. Returns file, title and text of each."""
     found = []
     newest = max((path for path in (run / "samples").glob("*.png") if path.stem.isdigit()), default=None)
     if newest is not None:
         found.append((newest, "samples.png", f"Images of step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
     if (run / GRID).is_file():
-        found.append((run / GRID, GRID, "Reconstructions", "each row: a picture, and what the model made of it before "
+        found.append((run / GRID, GRID, "Reconstructions", "each row: an image, and what the model made of it before "
                       "and after training"))  # fmt: skip
     for path, name, _, _ in found:
         (folder / PICTURES).mkdir(exist_ok=True)
@@ -214,5 +214,5 @@ def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
 
 
 def _plain(text: str) -> str:
-    """Take the signs out of a text that end the text of a picture in Markdown."""
+    """Take the signs out of a text that end the text of an image in Markdown."""
     return " ".join(text.translate(str.maketrans("[]|`", "()/'")).split())

@@ -33,7 +33,7 @@ class VisionSizes:
     intermediate_size: int = count(4096, "width of its MLPs")
     image_size: int = pixels(384, "height and width of the image it reads in pixels")
     patch_size: int = count(16, "pixels of a patch in height and width; one patch is one token of h_v")
-    min_side: int = count(14, "pixels that the short side of a thin picture keeps when it is shrunk")
+    min_side: int = count(14, "pixels that the short side of a thin image keeps when it is shrunk")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
