@@ -61,7 +61,8 @@ def test_the_experiment_runs_to_its_report(world, umm, tmp_path, monkeypatch):
     quick = {name: min(value, 10) for name, value in setup.sampling.items() if name.endswith("steps")}
     faster = replace(setup, sampling=setup.sampling | quick)
     if world.name == "emoji":  # a codebook and pictures of this size would take a minute
-        small = load_recipe(setup.recipe, ["model.patches.entries=64", "model.efficientnet.image_size=32"])
+        entries = {"show_o": "model.patches.entries=64", "open_uni": "model.codebook.entries=64"}[umm]
+        small = load_recipe(setup.recipe, [entries, "model.efficientnet.image_size=32"])
         save_recipe(small, tmp_path / "small.yaml")
         faster = replace(faster, recipe=str(tmp_path / "small.yaml"))
     monkeypatch.setitem(import_module(f"reca.demo.pretrain.{umm}").SETUPS, world.name, faster)
@@ -134,7 +135,7 @@ def test_recipes_know_every_word(umm):
 def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     two = arms(SHAPES, demo_setup("open_uni", SHAPES))[:2]
     monkeypatch.setattr(experiment, "arms", lambda world, setup: two)
-    assert main(["demo", "--umm", "open_uni", "--scale", str(SCALE), "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--umm", "open_uni", "--world", "shapes", "--scale", str(SCALE), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "images that show what was asked, % (seeds 0)" in out and "seed 0: held-out RECA - SFT" in out
     assert (tmp_path / "report.html").exists()

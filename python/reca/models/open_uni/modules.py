@@ -9,13 +9,16 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from reca.models.base import in_fp32
+from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
 from reca.models.common.kv_cache import with_cache
 from reca.models.common.patch_codec import PatchCodec
 from reca.models.common.planned import PLANNED
+from reca.models.common.pooled_features import PooledProjector, pooled
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import control
+from reca.models.common.vector_codebook import VectorCodebook
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.prompt import CONTEXT, Layout
 from reca_kernels import AttentionSpan, attention_plan, template_concat
@@ -25,13 +28,13 @@ IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
 
 
 def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGeneration:
-    """Build InternVL3: InternViT, pixel shuffle and projector, Qwen2."""
-    vision = config.vision
-    return InternVLForConditionalGeneration(
+    """Build InternVL3: InternViT, pixel shuffle, projector, Qwen2; or EfficientNet and its projector before it."""
+    vision, pools = config.vision, config.understanding == "efficientnet"
+    made = InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config=InternVLVisionConfig(
                 hidden_size=vision.hidden_size,
-                num_hidden_layers=vision.num_hidden_layers,
+                num_hidden_layers=0 if pools else vision.num_hidden_layers,
                 num_attention_heads=vision.num_attention_heads,
                 intermediate_size=vision.intermediate_size,
                 patch_size=vision.patch_size,
@@ -49,6 +52,10 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
             tie_word_embeddings=False,
         )
     )
+    if pools:
+        made.model.vision_tower = EfficientNetLite0()
+        made.model.multi_modal_projector = PooledProjector(config.efficientnet, config.language.hidden_size)
+    return made
 
 
 def connector(config: OpenUniConfig) -> SiglipEncoder:
@@ -80,9 +87,13 @@ def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
     )
 
 
-def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec:
+def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec | VectorCodebook:
     """Build the image autoencoder of `config.codec`."""
-    return autoencoder(config) if config.codec == "dc_ae" else PatchCodec(config.patches.size, config.patches.channels)
+    if config.codec == "dc_ae":
+        return autoencoder(config)
+    if config.codec == "codebook":
+        return VectorCodebook(config.codebook)
+    return PatchCodec(config.patches.size, config.patches.channels)
 
 
 def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
@@ -110,25 +121,35 @@ def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
 
 def factor(config: OpenUniConfig) -> int:
     """Return the pixels per latent in height and width."""
-    if config.codec == "patches":
-        return config.patches.size
-    return 2 ** (len(config.autoencoder.block_out_channels) - 1)
+    factors = {"patches": config.patches.size, "codebook": config.codebook.size}
+    return factors.get(config.codec, 2 ** (len(config.autoencoder.block_out_channels) - 1))
 
 
 def latent_channels(config: OpenUniConfig) -> int:
-    return config.autoencoder.latent_channels if config.codec == "dc_ae" else config.patches.channels
+    channels = {"patches": config.patches.channels, "codebook": config.codebook.channels}
+    return channels.get(config.codec, config.autoencoder.latent_channels)
 
 
 def check_sizes(config: OpenUniConfig) -> None:
     """Raise ValueError for images that are not whole latents, or not whole tokens of h_v."""
     check_side("model.image_size", config.image_size, factor(config))
-    check_side("model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE)
+    if config.understanding == "internvit":
+        check_side(
+            "model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE
+        )
 
 
 def hv_tokens(config: OpenUniConfig) -> int:
     """Return the number of tokens of h_v."""
+    if config.understanding == "efficientnet":
+        return config.efficientnet.tokens
     side = config.understanding_size // config.vision.patch_size
     return (side // IMAGE_TOKEN_SHUFFLE) ** 2
+
+
+def understanding_size(config: OpenUniConfig) -> int:
+    """Return the height and width of the image that the vision tower reads."""
+    return config.understanding_size if config.understanding == "internvit" else config.efficientnet.image_size
 
 
 class Network(nn.Module):
@@ -155,7 +176,10 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by InternViT: h_v, [B, n, H]."""
+        """Encode images by the vision tower: h_v, [B, n, H]."""
+        if self.config.understanding == "efficientnet":
+            parts = self.mllm.model
+            return parts.multi_modal_projector(pooled(parts.vision_tower, pixels, self.config.efficientnet))
         return self.mllm.model.get_image_features(
             self.vit_pixels(pixels), vision_feature_layer=-1, vision_feature_select_strategy="default"
         ).pooler_output
@@ -171,14 +195,14 @@ class Network(nn.Module):
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
         """Encode images by the codec, [B, C, h, w]."""
         with torch.autocast(pixels.device.type, enabled=False):
-            if isinstance(self.codec, PatchCodec):
+            if isinstance(self.codec, PatchCodec | VectorCodebook):
                 return self.codec.encode(pixels.float())
             return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
         """Decode latents to about [-1, 1], [B, 3, H, W]."""
-        if isinstance(self.codec, PatchCodec):
+        if isinstance(self.codec, PatchCodec | VectorCodebook):
             return self.codec.decode(latents)
         return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
 

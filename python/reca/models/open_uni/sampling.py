@@ -68,7 +68,7 @@ def answer(
     """Answer questions about images, greedy, `batch` at a time."""
     check_pairs(images=images, questions=questions)
     prompts, replies = [prompt.question(net.tokenizer, text) for text in questions], []
-    eos, view = control(net.tokenizer, prompt.END), View(net.config.understanding_size)
+    eos, view = control(net.tokenizer, prompt.END), View(modules.understanding_size(net.config))
     for i in range(0, len(images), batch):
         layout = prompt.layout(prompts[i : i + batch], modules.hv_tokens(net.config), "left").to(net.device)
         tokens = greedy(

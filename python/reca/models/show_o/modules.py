@@ -13,13 +13,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCau
 
 from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
-from reca.models.common.efficientnet import FEATURES, EfficientNetLite0
+from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side
 from reca.models.common.on_cpu import on_cpu
 from reca.models.common.patch_codebook import PatchCodebook, square
 from reca.models.common.planned import PLANNED
+from reca.models.common.pooled_features import PooledProjector, projector
 from reca.models.common.text import Remembered, encode
-from reca.models.show_o.config import ClipSizes, EfficientNetSizes, MagvitSizes, PhiSizes, ShowOConfig
+from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
 from reca.models.show_o.last_layer import LastLayer, find_tail
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
 from reca_kernels import template_concat
@@ -194,38 +195,6 @@ def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
     )
     tower.post_layernorm = nn.Identity()  # norms the pooled output, which Show-o does not use
     return tower
-
-
-def projector(width_in: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width_in, width), nn.GELU(), nn.Linear(width, width))
-
-
-class PooledProjector(nn.Module):
-    """Make tokens of pooled features, and project them as CLIP's are.
-
-    mean, scale  of the features over the images of pre-training; whoever trains the projector sets them (`fit`)
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, sizes: EfficientNetSizes, width: int):
-        super().__init__()
-        self.tokens = sizes.tokens
-        self.register_buffer("mean", torch.zeros(FEATURES))
-        self.register_buffer("scale", torch.ones(FEATURES))
-        self.split = nn.Linear(FEATURES, sizes.tokens * sizes.token_size)
-        self.mlp = projector(sizes.token_size, width)
-
-    @torch.no_grad()
-    def fit(self, features: Tensor) -> None:  # [n, FEATURES]
-        self.mean.copy_(features.mean(0))
-        self.scale.copy_(features.std(0) + 1e-2)
-
-    def forward(self, features: Tensor) -> Tensor:  # [B, FEATURES]
-        """Return tokens of h_v, [B, n, H]."""
-        tokens = self.split((features - self.mean) / self.scale).unflatten(1, (self.tokens, -1))
-        return self.mlp(F.rms_norm(tokens, tokens.shape[-1:]))
 
 
 def check_sizes(config: ShowOConfig, factor: int) -> None:

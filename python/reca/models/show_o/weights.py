@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.files import read_json
-from reca.models.common.efficientnet import imagenet_weights
 from reca.models.common.exporting import export_to
 from reca.models.common.hub import TOKENIZER, beside, fetch
+from reca.models.common.pooled_features import assign_weights
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import UNKNOWN, word_tokenizer
 from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
@@ -57,7 +57,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
         assign_state_dict(net.clip, tower, str(source), torch.float32)
     if net.uses_efficientnet:
         if config.efficientnet_weights:
-            assign_state_dict(net.efficientnet, imagenet_weights(), config.efficientnet_weights, torch.float32)
+            assign_weights(net.efficientnet, config.efficientnet_weights)
         elif source := _part_source(None, folder, "efficientnet"):
             assign_state_dict(net.efficientnet, read(source), str(source), torch.float32)
     return net
