@@ -213,7 +213,7 @@ SETUPS = {
         pretrain=partial(pretrain, "emoji"),
         init_override="model.weights={folder}",
         sampling={"steps": 20, "guidance": 1.0},
-        description="An OpenUni of 1.0 million parameters, with an EfficientNet-Lite0 in InternViT's place,",
+        description="An OpenUni of 1.5 million parameters, with an EfficientNet-Lite0 in InternViT's place,",
         assumptions=(
             ALIGNED_H_V.format(parts="a projector behind EfficientNet and a language model")
             + " In this world it learns on pictures of the pairs that captions name.",
