@@ -59,9 +59,9 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     else:
         h_v, tower = partial(_trained_h_v, model, images), [model.mllm.model.vision_tower.encoder]
     caption_loss = _caption_loss(model, splits["understood"], len(images), h_v, rng)
-    layers = matrices(*tower, model.mllm.model.language_model.layers)
+    layers = (*tower, model.mllm.model.language_model.layers)
     trained = [p for p in model.mllm.parameters() if p.requires_grad]
-    optimize(trained, layers, caption_loss, understanding, progress)
+    optimize(trained, matrices(*layers), caption_loss, understanding, progress)
     model.mllm.requires_grad_(False)
 
     trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "codec."))]

@@ -23,6 +23,7 @@ from reca.demo.pretrain.codebook import CodebookTask
 from reca.demo.pretrain.frozen_encoder import encode_once
 from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
 from reca.demo.world import World, load_world
+from reca.models.common.pooled_features import PooledProjector
 from reca.models.show_o import Adapter, prompt
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
@@ -116,6 +117,7 @@ class _FrozenTowerTask(_Task):
     def __init__(self, model: Adapter, world: World, seed: int, scale: float):
         super().__init__(model, world, seed, scale)
         every_thing = first_images(world.splits[world.codec_split](seed), scale)
+        assert isinstance(model.mm_projector, PooledProjector)
         self.encoded = encode_once(model.config, model.efficientnet, model.mm_projector, self.images, every_thing)
 
     def features(self, index: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def assign_weights(encoder: EfficientNetLite0, source: str) -> None:
     assign_state_dict(encoder, imagenet_weights(), source, torch.float32)
 
 
-def pooled(encoder: EfficientNetLite0, pixels: Tensor, sizes: EfficientNetSizes) -> Tensor:  # [B, 3, R, R] in [-1, 1]
+def pooled(encoder: nn.Module, pixels: Tensor, sizes: EfficientNetSizes) -> Tensor:  # [B, 3, R, R] in [-1, 1]
     """Encode images of any size, fp32 [B, FEATURES]."""
     return encoder(resized(pixels, sizes.image_size))
 
