@@ -174,7 +174,7 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     [
         ("--umm nonsense", "is one of bagel, harmon, janus, janusflow, open_uni, show_o"),
         ("--world nonsense", "is one of emoji, shapes"),
-        ("--world emoji --umm bagel", "no demo of 'bagel' in the world 'emoji'; --umm (UMM= of make) is one of show_o"),
+        ("--world emoji --umm bagel", "in the world 'emoji'; --umm (UMM= of make) is one of open_uni, show_o"),
         ("--scale 2", "must lie in (0, 1]"),
         ("--scale 0", "must lie in (0, 1]"),
         ("--seeds 0", "must lie in (0, 1]"),
