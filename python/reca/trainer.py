@@ -138,6 +138,8 @@ class Trainer:
         self.fused_backward = FusedBackward(self.optimizer) if recipe.optim.fused_backward else None
         self.autocast = autocast(recipe.train.precision, self.device)
 
+        self.folder.accept()
+        distributed.barrier()  # before it, no rank writes how the run ends
         self.skipped = SkippedSteps(self.run_dir, recipe.train, self.device)
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
@@ -157,8 +159,6 @@ class Trainer:
         self.alarms: list[str] = []  # that end the run
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
-        self.folder.accept()
-        distributed.barrier()  # before it, no rank writes how the run ends
 
     def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
         """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
