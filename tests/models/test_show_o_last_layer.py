@@ -1,4 +1,4 @@
-"""Show-o's last layer on a CPU: computing only what is read changes no number."""
+"""Show-o's last layer on a CPU: computing only what is read changes no number. And words in place of h_v."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch
 from reca.data.batch import Batch
 from reca.demo.pretrain.show_o import with_words
 from reca.models.show_o import Adapter, prompt
-from reca.models.show_o.last_layer import find_tail
 from reca.rng import CounterRNG
-from reca_kernels import IGNORE_INDEX, AttentionSpan
+from reca_kernels import IGNORE_INDEX
 from tests.models.test_show_o import TEXTS, config
 
 
@@ -36,18 +35,6 @@ def test_rows_that_are_not_read_change_no_number(net, task):
 
     for ours, whole in zip(run(read=read, read_rows=int(read.sum())), run(), strict=True):
         torch.testing.assert_close(ours, whole, rtol=2e-4, atol=2e-5)
-
-
-def test_a_tail_begins_with_the_first_span_that_is_read():
-    samples = [
-        (AttentionSpan(3), AttentionSpan(4, "full"), AttentionSpan(2)),
-        (AttentionSpan(2), AttentionSpan(4, "full")),
-        (AttentionSpan(5),),
-    ]
-    tail = find_tail(samples, torch.tensor([5, 8, 14]))  # nothing of the third: its last span attends all the same
-    assert tail.rows.tolist() == [*range(3, 9), *range(11, 15), *range(15, 20)]
-    assert tail.plan.query_sizes == (6, 4, 5) and tail.plan.key_sizes == (9, 6, 5)
-    assert tail.rows[tail.within].tolist() == [5, 8, 14]
 
 
 def test_words_stand_in_place_of_later_h_v_alone(net):

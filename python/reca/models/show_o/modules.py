@@ -5,11 +5,13 @@ A codec has `factor`, the size in pixels of what one code stands for; `entries`,
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
+from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
 from reca.models.base import in_fp32
 from reca.models.common.conv_blocks import Attention, Downsample, ResBlock, Upsample, group_norm
@@ -21,7 +23,6 @@ from reca.models.common.planned import PLANNED
 from reca.models.common.pooled_features import PooledProjector, projector
 from reca.models.common.text import Remembered, encode
 from reca.models.show_o.config import ClipSizes, MagvitSizes, PhiSizes, ShowOConfig
-from reca.models.show_o.last_layer import LastLayer, find_tail
 from reca.models.show_o.prompt import Layout, Vocabulary, image_rows, put_image
 from reca_kernels import template_concat
 
@@ -215,6 +216,19 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
         check_side(name, side, divisor)
 
 
+class LastLayer(PhiDecoderLayer):
+    """A layer whose MLP may run on the rows alone that are read, as no layer comes behind that attends to others."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, read: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Compute all rows, [B, L, H]; or, with their places among all, int64 [n], some in one line, [1, n, H]."""
+        if read is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normed, *args, **kwargs)
+        attended, normed, before = (x.flatten(0, 1).index_select(0, read) for x in (attended, normed, hidden_states))
+        return (self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed)) + before)[None]
+
+
 class Network(nn.Module):
     """Show-o's parts. `showo` and `mm_projector` have their published names; the others are frozen."""
 
@@ -283,13 +297,13 @@ class Network(nn.Module):
         prompt_requires_grad: a gradient reaches embeddings and projector. read: rows that the caller reads, `read_rows`
         in number; None: all.
         """
-        filled, places, tail = layout, None, None  # places of what comes out, among all B * L; None: all of them
+        filled, places, rows = layout, None, None  # places of what comes out, among all B * L; None: all of them
         if on_cpu(layout.src):
             places = layout.places()
             filled = layout if places is None else layout.packed(places)
             if read is not None:
                 wanted = torch.nonzero_static(read.flatten(), size=read_rows)[:, 0]
-                tail = find_tail(filled.runs, wanted if places is None else torch.searchsorted(places, wanted))
+                rows = wanted if places is None else torch.searchsorted(places, wanted)
                 places = wanted
         with torch.set_grad_enabled(prompt_requires_grad and torch.is_grad_enabled()):
             embeddings = self.embed(filled.src, h_v)
@@ -297,7 +311,7 @@ class Network(nn.Module):
             inputs_embeds=embeddings,
             position_ids=filled.position_ids,
             plan=filled.plan(),
-            tail=tail,
+            read=rows,
             use_cache=False,
         ).last_hidden_state
         if places is None:
