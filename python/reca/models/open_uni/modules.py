@@ -195,16 +195,16 @@ class Network(nn.Module):
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
         """Encode images by the codec, [B, C, h, w]."""
         with torch.autocast(pixels.device.type, enabled=False):
-            if isinstance(self.codec, PatchCodec | VectorCodebook):
-                return self.codec.encode(pixels.float())
-            return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
+            if isinstance(self.codec, AutoencoderDC):
+                return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
+            return self.codec.encode(pixels.float())
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
         """Decode latents to about [-1, 1], [B, 3, H, W]."""
-        if isinstance(self.codec, PatchCodec | VectorCodebook):
-            return self.codec.decode(latents)
-        return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
+        if isinstance(self.codec, AutoencoderDC):
+            return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
+        return self.codec.decode(latents)
 
     def condition(self, layout: Layout, h_v: Tensor | None) -> Tensor:
         """Make SANA's condition, [B, queries, caption_channels].
