@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,20 +46,21 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     recipe.model.seed = seed
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
-    splits = {name: split(seed) for name, split in load_world(world).splits.items()}
-    every_thing = first_images(splits[load_world(world).codec_split], min(scale, CODEC_SHARE[world]))
+    splits, codec_split = load_world(world).splits, load_world(world).codec_split
+    understood, captioned = splits["understood"](seed), splits["captioned"](seed)
+    every_thing = first_images(splits[codec_split](seed), min(scale, CODEC_SHARE[world]))
     if isinstance(model.codec, PatchCodebook):
         fit_codebook(model.codec, every_thing)
     else:
         model.codec.fit(unit(every_thing))
     understanding, generation = (scaled(steps, scale) for steps in STEPS[world])
 
-    images = first_images(splits["understood"], scale)
+    images = first_images(understood, scale)
     if model.config.understanding == "efficientnet":
         h_v, tower = _frozen_h_v(model, images, every_thing), []
     else:
         h_v, tower = partial(_trained_h_v, model, images), [model.mllm.model.vision_tower.encoder]
-    caption_loss = _caption_loss(model, splits["understood"], len(images), h_v, rng)
+    caption_loss = _caption_loss(model, understood, len(images), h_v, rng)
     layers = (*tower, model.mllm.model.language_model.layers)
     trained = [p for p in model.mllm.parameters() if p.requires_grad]
     optimize(trained, matrices(*layers), caption_loss, understanding, progress)
@@ -66,7 +68,7 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
 
     trained = [p for name, p in model.named_parameters() if not name.startswith(("mllm.", "codec."))]
     layers = (model.connector.layers, model.transformer.transformer_blocks)
-    generation_loss = _generation_loss(model, splits["captioned"], seed, rng, scale)
+    generation_loss = _generation_loss(model, captioned, seed, rng, scale)
     optimize(trained, matrices(*layers), generation_loss, generation, progress, done=understanding)
     model.export(folder)
     return model
@@ -186,16 +188,28 @@ FACTS_AT_ONCE = (
     'The language model can say any fact of a prompt at once ("second colour red"), from an image or from text. The '
     "queries in front of the generator need that; large language models can."
 )
-NO_GENERATION_SIDE = {
-    "RECA with h_v from the generation side": "which OpenUni has no way to read: its language model sees one tower only"
-}
-SETUPS = {
-    "shapes": DemoSetup(
-        recipe="open_uni_tiny",
-        steps=sum(STEPS["shapes"]),
-        pretrain=partial(pretrain, "shapes"),
+
+
+def _setup(world: str, **own: Any) -> DemoSetup:
+    """Make the setup of a world from what all of them share."""
+    return DemoSetup(
+        steps=sum(STEPS[world]),
+        pretrain=partial(pretrain, world),
         init_override="model.weights={folder}",
         sampling={"steps": 20, "guidance": 1.0},
+        omitted_arms={
+            "RECA with h_v from the generation side": (
+                "which OpenUni has no way to read: its language model sees one tower only"
+            )
+        },
+        **own,
+    )
+
+
+SETUPS = {
+    "shapes": _setup(
+        "shapes",
+        recipe="open_uni_tiny",
         description="An OpenUni of 0.6 million parameters",
         assumptions=(
             ALIGNED_H_V.format(parts="a vision tower and a language model"),
@@ -205,14 +219,10 @@ SETUPS = {
             "nothing else.",
             LINEAR_LATENTS,
         ),
-        omitted_arms=NO_GENERATION_SIDE,
     ),
-    "emoji": DemoSetup(
+    "emoji": _setup(
+        "emoji",
         recipe="open_uni_emoji_tiny",
-        steps=sum(STEPS["emoji"]),
-        pretrain=partial(pretrain, "emoji"),
-        init_override="model.weights={folder}",
-        sampling={"steps": 20, "guidance": 1.0},
         description="An OpenUni of 1.5 million parameters, with an EfficientNet-Lite0 in InternViT's place,",
         assumptions=(
             ALIGNED_H_V.format(parts="a projector behind EfficientNet and a language model")
@@ -223,7 +233,6 @@ SETUPS = {
             "is drawn that was not trained. With latents that are linear in colour (principal components of pieces) "
             "the generator combined colours and emoji by itself, and little was left for RECA to do.",
         ),
-        omitted_arms=NO_GENERATION_SIDE,
         random_encoder=("model.efficientnet_weights=null",),
     ),
 }
