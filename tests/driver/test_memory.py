@@ -5,14 +5,11 @@ On CPUs that is torch.profiler's record of every allocation and release of the C
 
 import contextlib
 import itertools
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from reca import half_weights, memory, objective, units
@@ -127,19 +124,12 @@ def test_peak_is_that_of_a_real_step(case):
 SHARDED = ["parallel.strategy=fsdp", *RECOMPUTED, "objective.reca.micro_batch=16", "objective.i2t.micro_batch=16"]
 
 
-def _rank(rank: int, folder: str) -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    peak = measured(load_recipe("show_o_tiny", SHARDED), 2)
-    Path(folder, str(rank)).write_text(str(peak))
-    dist.destroy_process_group()
-
-
-def test_peak_is_that_of_a_real_step_of_two_ranks(tmp_path):
-    predicted = memory.predict(load_recipe("show_o_tiny", SHARDED), 2, gpu=False).total
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    real = max(int((tmp_path / str(rank)).read_text()) for rank in range(2))
+def test_peak_is_that_of_a_real_step_of_two_ranks():
+    """With collectives that do nothing: with gloo the peak depends on when its threads let go of their copies."""
+    recipe = load_recipe("show_o_tiny", SHARDED)
+    predicted = memory.predict(recipe, 2, gpu=False).total
+    with memory._world(2, 2):
+        real = measured(recipe, 2)
     print(f"two ranks: predicted {predicted:,}, measured {real:,}, {predicted / real:.4f}")
     assert predicted == pytest.approx(real, rel=0.1)
 
