@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from reca import workers
+
 MOST_GPUS = 2**20
 
 
@@ -124,7 +126,6 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from reca.demo.experiment import demo
     from reca.demo.world import default_world, load_world
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
@@ -132,6 +133,9 @@ def demo(options: argparse.Namespace) -> None:
             f"--scale must lie in (0, 1] and --seeds be at least 1, got {options.scale:g} and {options.seeds}"
         )
     world = load_world(options.world) if options.world else default_world(options.umm)
+    workers.prepare("reca.demo.experiment")
+    from reca.demo.experiment import demo
+
     usual = Path("demo_out")
     if (world.name, options.umm) != ("emoji", "show_o"):
         usual = usual / world.name / options.umm

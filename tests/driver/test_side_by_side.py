@@ -64,6 +64,11 @@ def test_an_interruption_lets_jobs_save(tmp_path):
     wait_until(lambda: (tmp_path / "saved").exists())
 
 
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(found for child in children for found in descendants(child))]
+
+
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     """A run saves first; a process that waits for a job just ends."""
     code = f"""
@@ -75,9 +80,8 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2])
     wait_until(lambda: (tmp_path / "running").exists() and (tmp_path / "short").exists())
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    ended = [os.pidfd_open(int(pid)) for pid in children]
-    assert len(ended) >= 2
+    ended = [os.pidfd_open(pid) for pid in descendants(parent.pid)]
+    assert len(ended) >= 3  # the server and what it forked
     parent.kill()
     parent.wait()
     wait_until(lambda: len(select.select(ended, [], [], 0)[0]) == len(ended))
