@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from reca.models.common.on_cpu import on_cpu
 from reca.models.common.weight_files import read_tensors
@@ -37,26 +38,38 @@ class Conv(nn.Conv2d):
         super().__init__(width_in, width, kernel, stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.padded(x), self.weight, None, self.stride, groups=self.groups)
+
+    def padded(self, x: Tensor) -> Tensor:
         sides = []
         for length in (x.shape[3], x.shape[2]):
             missing = max((-(-length // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - length, 0)
             sides += [missing // 2, missing - missing // 2]
-        return super().forward(F.pad(x, sides) if any(sides) else x)
+        return F.pad(x, sides) if any(sides) else x
 
 
 class Norm(nn.BatchNorm2d):
-    """A batch norm that keeps its statistics, also in training."""
+    """A batch norm that keeps its statistics, and that the convolution before it carries (`normed`)."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-3)
-        super().train(False)
-
-    def train(self, mode: bool = True) -> "Norm":
-        return self
 
     def fit(self, x: Tensor) -> None:
         """Take the statistics of these activations."""
         self.running_mean, self.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+
+
+def normed(conv: Conv, norm: Norm, x: Tensor, fit: bool = False) -> Tensor:
+    """Convolve and normalise by one convolution. fit: the norm takes the statistics of what reaches it."""
+    if fit:
+        norm.fit(conv(x))
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return F.conv2d(conv.padded(x), weight, bias, conv.stride, groups=conv.groups)
 
 
 class Block(nn.Module):
@@ -69,10 +82,11 @@ class Block(nn.Module):
         self._project_conv, self._bn2 = Conv(inner, width, 1), Norm(width)
         self.expands, self.adds = expansion > 1, stride == 1 and width_in == width
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        y = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(y)))))
-        return x + y if self.adds else y
+    def forward(self, x: Tensor, fit: bool = False) -> Tensor:
+        y = F.relu6(normed(self._expand_conv, self._bn0, x, fit), inplace=True) if self.expands else x
+        y = F.relu6(normed(self._depthwise_conv, self._bn1, y, fit), inplace=True)
+        y = normed(self._project_conv, self._bn2, y, fit)
+        return y.add_(x) if self.adds else y
 
 
 class EfficientNetLite0(nn.Module):
@@ -94,30 +108,21 @@ class EfficientNetLite0(nn.Module):
         parts = pixels.split(IN_CACHE) if on_cpu(pixels) else (pixels,)
         return torch.cat([self._encode(part) for part in parts])
 
-    def _encode(self, pixels: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor, fit: bool = False) -> Tensor:
         with torch.autocast(pixels.device.type, enabled=False):
             x, found = (pixels.float() * 127.5 + 0.5) / 128, []
-            x = F.relu6(self._bn0(self._conv_stem(x.contiguous(memory_format=torch.channels_last))))
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = F.relu6(normed(self._conv_stem, self._bn0, x, fit), inplace=True)
             for number, block in enumerate(self._blocks):
-                x = block(x)
+                x = block(x, fit)
                 if number in READ_AT:
                     found.append(x.mean((2, 3)))
         return torch.cat(found, 1)
 
     @torch.no_grad()
-    def fit_norms(self, pixels: Tensor) -> None:
-        """Give every norm the statistics of what reaches it, as a network of random weights needs.
-
-        pixels: [B, 3, S, S] in [-1, 1].
-        """
-        hooks = [
-            module.register_forward_pre_hook(lambda norm, given: norm.fit(*given))
-            for module in self.modules()
-            if isinstance(module, Norm)
-        ]
-        self._encode(pixels)  # statistics are of all images
-        for hook in hooks:
-            hook.remove()
+    def fit_norms(self, pixels: Tensor) -> None:  # [B, 3, S, S] in [-1, 1]
+        """Give every norm the statistics of what reaches it over all images, as a network of random weights needs."""
+        self._encode(pixels, fit=True)
 
 
 def weights_file() -> Path:
