@@ -234,5 +234,6 @@ SETUPS = {
             "the generator combined colours and emoji by itself, and little was left for RECA to do.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
+        cached=True,
     ),
 }
