@@ -13,7 +13,7 @@ from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.pretrain.language import WORDS as FACT_WORDS
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
-from reca.emoji_world import WORDS, WORLD, artwork, judge, places
+from reca.emoji_world import WORDS, WORLD, artwork, judge, places, varied
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
 from reca.recipe_files import load_recipe
 from tests.emoji_world.artwork import needs_artwork
@@ -134,19 +134,26 @@ def test_pictures_of_understanding_differ_from_those_that_are_asked_for():
     assert not any(torch.equal(unseen.image(i), artwork.draw(unseen.scene(i).things[0])) for i in range(0, 192, 16))
 
 
-def test_places_have_their_pictures_of_the_same_pieces():
-    """Each pair at four places, all of which the judge knows, and no caption tells which."""
-    split, pieces = places.WORLD.splits["unlabeled"](1), places.WORLD.splits["pieces"](1)
-    assert (len(split), len(pieces)) == (4 * 192, 192)
-    for index in range(0, 192, 13):
-        pictures = [split.image(4 * index + k) for k in range(4)]
-        found = [places.WORLD.describe(picture) for picture in pictures]
-        assert found == ["{0.colour} {0.kind}".format(split.scene(4 * index).things[0])] * 4
-        cut = [F.unfold(picture[None].float(), 16, stride=16)[0].T for picture in pictures]
-        assert len({tuple(sorted(map(hash, map(tuple, of_one.tolist())))) for of_one in cut}) == 1
-        assert torch.equal(pieces.image(index), pictures[0]) and len({p.numpy().tobytes() for p in pictures}) == 4
-    source = open_source("reca.emoji_world.places:captioned?seed=1", "t2i")
-    assert len(source) == 4 * 120 and not {s.things[0] for s in map(source.split.scene, range(480))} & WORLD.held_out(1)
+@pytest.mark.parametrize(("world", "of_each", "fitted"), [(places.WORLD, 4, 1), (varied.WORLD, 10, 4)])
+def test_all_images_of_a_pair_show_it_and_are_made_of_the_fitted_pieces(world, of_each, fitted):
+    """The judge knows every image, and no caption tells which it is."""
+    split, pieces = world.splits["unlabeled"](1), world.splits["pieces"](1)
+    assert (len(split), len(pieces)) == (of_each * 192, fitted * 192)
+    for pair in range(0, 192, 13):
+        images = [split.image(of_each * pair + k) for k in range(of_each)]
+        thing = split.scene(of_each * pair).things[0]
+        assert [world.describe(image) for image in images] == [f"{thing.colour} {thing.kind}"] * of_each
+        assert len({image.numpy().tobytes() for image in images}) == of_each
+        known = _pieces([pieces.image(fitted * pair + k) for k in range(fitted)])
+        assert _pieces(images) == known
+    source = open_source(f"{world.package}:captioned?seed=1", "t2i")
+    assert len(source) == of_each * 120
+    assert not {s.things[0] for s in map(source.split.scene, range(len(source)))} & world.held_out(1)
+
+
+def _pieces(images):
+    cut = [F.unfold(image[None].float(), 16, stride=16)[0].T for image in images]
+    return {tuple(piece) for of_one in cut for piece in of_one.tolist()}
 
 
 def test_prompts_are_of_every_kind_and_pair():

@@ -52,11 +52,10 @@ Results = dict[int, dict[str, Outcome]]  # seed -> BEFORE or the name of an arm 
 
 def starts(setup: DemoSetup) -> list[Start]:
     """List the models that arms start from, in the order of the report's rows."""
-    made = [Start(BEFORE, "the pre-trained start of the others")]
+    made = [Start(BEFORE, "the pre-trained start of the others", setup.overrides)]
     if setup.random_encoder:
-        made.append(
-            Start(BEFORE_RANDOM, "pre-trained alike, but with an encoder of random weights", setup.random_encoder)
-        )
+        overrides = (*setup.overrides, *setup.random_encoder)
+        made.append(Start(BEFORE_RANDOM, "pre-trained alike, but with an encoder of random weights", overrides))
     return made
 
 

@@ -18,6 +18,7 @@ PACKAGES = {
     "shapes": "reca.toy_world",
     "jitter": "reca.toy_world.jitter",
     "emoji-places": "reca.emoji_world.places",
+    "emoji-varied": "reca.emoji_world.varied",
 }
 
 

@@ -38,10 +38,11 @@ BRIGHTNESS, SATURATION = 225, 200  # medians of coloured pixels: a dark green tu
 
 
 class View(NamedTuple):
-    """How large a thing is, and how far from the middle (right, down), as shares of the image."""
+    """How large a thing is and how far from the middle (right, down), as shares of the image, and on what colour."""
 
     size: float
     shift: tuple[float, float] = (0.0, 0.0)
+    ground: tuple[int, int, int] = GROUND
 
 
 MIDDLE = View(SIZE)

@@ -33,7 +33,7 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
 def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed: int) -> list[Task]:
     setting = world if asked.recipe is None else published
     recipe = asked.recipe or world.recipe(asked)
-    of_start = asked.of_arm.get(START, ())
+    of_start = (*setting.start_overrides(asked), *asked.of_arm.get(START, ()))
     given: dict[str, Any] = {
         "setting": asked.setting, "world": asked.world, "umm": asked.umm, "seed": seed, "recipe": recipe,
         "scale": asked.scale, "evaluations": asked.evaluations, "of_start": of_start,

@@ -14,6 +14,11 @@ def filled(asked: Asked, override: str, seed: int) -> str:
     return override
 
 
+def start_overrides(asked: Asked) -> tuple[str, ...]:
+    """Return nothing: a published model is not pre-trained here."""
+    return ()
+
+
 def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
     return (f"train.seed={seed}",)

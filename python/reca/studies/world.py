@@ -40,6 +40,11 @@ def init_override(asked: Asked | Task, start: Path) -> str:
     return _setup(asked).init_override.format(folder=start)
 
 
+def start_overrides(asked: Asked) -> tuple[str, ...]:
+    """Return overrides of pre-training and of all arms."""
+    return _setup(asked).overrides
+
+
 def cache_override(asked: Asked) -> list[str]:
     """Return the override by which arms share the features of a frozen encoder, if the model has one here."""
     return [f"data.cache={asked.out / 'features'}"] if _setup(asked).cached else []

@@ -44,6 +44,7 @@ class DemoSetup:
     generation_arm  name, description and overrides of the arm whose h_v comes from the generation side; None: no such
     omitted_arms    arms that other models have and this one cannot have, with the reason
     cached          keep the features of the frozen encoders on disk: the same few images come again and again
+    overrides       of the recipe, in pre-training and in all arms
     random_encoder  overrides by which the understanding encoder is random, for a second start; none: no such
     """
 
@@ -57,6 +58,7 @@ class DemoSetup:
     generation_arm: tuple[str, str, tuple[str, ...]] | None = None
     omitted_arms: dict[str, str] = field(default_factory=dict)
     cached: bool = False
+    overrides: tuple[str, ...] = ()
     random_encoder: tuple[str, ...] = ()
 
 

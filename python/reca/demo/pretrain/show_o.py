@@ -30,7 +30,7 @@ from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
 from reca_kernels import IGNORE_INDEX
 
-STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200}
+STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200, "emoji-varied": 2000}
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
@@ -171,4 +171,10 @@ SETUPS = SHAPES | {
 }
 SETUPS["emoji-places"] = replace(
     SETUPS["emoji"], steps=STEPS["emoji-places"], pretrain=partial(pretrain, "emoji-places")
+)
+SETUPS["emoji-varied"] = replace(
+    SETUPS["emoji"],
+    steps=STEPS["emoji-varied"],
+    pretrain=partial(pretrain, "emoji-varied"),
+    overrides=("model.patches.entries=6144",),
 )
