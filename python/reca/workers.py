@@ -4,19 +4,20 @@ import gc
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import active_children, get_all_start_methods, get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from reca import exits, library_logs
 
-FORK_SERVER = "forkserver" in get_all_start_methods()  # not on Windows
+FORK_SERVER = sys.platform == "linux"  # what a Mac's libraries import does not outlive a fork
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
