@@ -101,6 +101,8 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
             elif isinstance(found, Outcome):
                 results[int(seed)][name] = found
                 tqdm.write(f"seed {seed}: {name:<14} {_line(found.measured)}  ({found.seconds:.0f} s)")
+            elif isinstance(found, Failure) and found.error is not None:
+                tqdm.write(f"{job.name} FAILED, {found}; the others go on")
 
         found = side_by_side.run(jobs, side_by_side.cores(), ended, lambda: bar.update(_steps_done(out, seeds) - bar.n))
     for failure in found.values():

@@ -234,6 +234,5 @@ SETUPS = {
             "the generator combined colours and emoji by itself, and little was left for RECA to do.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
-        cached=True,
     ),
 }
