@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reca import toy_world
+from reca import side_by_side, toy_world
 from reca.cli import main
 from reca.data.pixels import read_image
 from reca.demo import before_after, experiment, measure, report
@@ -22,6 +22,7 @@ from reca.demo.world import load_world
 from reca.models.common.efficientnet import imagenet_weights
 from reca.models.common.weight_files import read_tensors
 from reca.recipe_files import load_recipe, save_recipe
+from reca.side_by_side import Failure
 from reca.toy_world.scenes import SIDE, all_pairs, held_out_pairs
 from tests.emoji_world.artwork import needs_artwork, needs_weights
 
@@ -167,6 +168,19 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     *_, said, page = out.splitlines()
     assert said.startswith("pairs that captions never showed, drawn right, %: RECA ")
     assert page == str(tmp_path / "comparison.html") and "Reconstructions" in (tmp_path / "comparison.html").read_text()
+
+
+def test_an_arm_that_fails_is_told_while_others_go_on(tmp_path, capsys, monkeypatch):
+    failed = Failure(ValueError("no such key"))
+
+    def run(jobs, slots, ended, wait):
+        ended(jobs[1], failed)
+        assert "0/RECA FAILED, ValueError: no such key" in capsys.readouterr().out
+        return {jobs[1].name: failed}
+
+    monkeypatch.setattr(side_by_side, "run", run)
+    with pytest.raises(ValueError, match="no such key"):
+        experiment.run("show_o", SHAPES, range(1), tmp_path, SCALE)
 
 
 @pytest.mark.parametrize(
