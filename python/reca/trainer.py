@@ -114,7 +114,7 @@ class Trainer:
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
             hang.remove_request(self.run_dir)
-        newest = checkpoint.latest_valid(self.run_dir, rename_damaged=True)
+        newest = checkpoint.latest_valid(self.run_dir)
         state = None if newest is None else checkpoint.read_state(newest)
         self.step = self.saved = 0 if state is None else state["step"]
         self.schedule_end = runs.schedule_end(recipe, state)
@@ -157,6 +157,9 @@ class Trainer:
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
         self.evaluations.resume(self.run_dir, self.step)
         self.alarms: list[str] = []  # that end the run
+        with distributed.fail_together():
+            if distributed.rank() == 0:
+                checkpoint.rename_damaged(self.run_dir, newest)
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
 

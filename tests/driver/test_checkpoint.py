@@ -72,6 +72,33 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(change, recipe, caplo
     assert checkpoint.latest(again.run_dir).name == "000006"
 
 
+@pytest.mark.parametrize("refused", ["optim.lr=0.5", "data.images=/nowhere", "train.train=[nothing]", "unreadable"])
+def test_a_start_that_is_refused_renames_no_damaged_checkpoint(refused, recipe, monkeypatch):
+    """Recipe, data and model refuse a start before it is accepted; a disk that fails, behind that."""
+    _, newest = damaged(DAMAGE["a bit of the weights"], recipe)
+    before = {path: path.read_bytes() for path in newest.parent.rglob("*") if path.is_file()}
+    overrides = [] if refused == "unreadable" else [refused]
+    with monkeypatch.context() as patch:
+        if refused == "unreadable":
+            patch.setattr(reading.HuggingFaceStorageReader, "read_data", fail_with(OSError(errno.EIO, "no disk")))
+        with pytest.raises((ValueError, RuntimeError, OSError)):
+            Trainer(recipe("checkpoint.every=3", *overrides), ToyAdapter())
+    assert {path: path.read_bytes() for path in newest.parent.rglob("*") if path.is_file()} == before
+    Trainer(recipe("checkpoint.every=3"), ToyAdapter())
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["000003", "000006.damaged"]
+
+
+def test_every_damaged_checkpoint_of_a_step_is_kept(recipe):
+    """What was damaged at one step, once more and a third time, is all there, each with its own contents."""
+    _, newest = damaged(lambda folder: (folder / "state.json").write_text("0"), recipe)
+    for time in "12":
+        Trainer(recipe("checkpoint.every=3", "train.steps=6"), ToyAdapter()).run()
+        (newest / "state.json").write_text(time)
+    Trainer(recipe("checkpoint.every=3", "train.steps=6"), ToyAdapter())
+    kept = {path.parent.name: path.read_text() for path in newest.parent.glob("*.damaged*/state.json")}
+    assert kept == {"000006.damaged": "0", "000006.damaged.2": "1", "000006.damaged.3": "2"}
+
+
 @pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
 def test_without_a_sound_checkpoint_the_folders_to_remove_are_named(change, recipe):
     trainer = run_toy(recipe("train.steps=2"))

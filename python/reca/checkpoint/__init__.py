@@ -15,7 +15,16 @@ safetensors, everything else is JSON.
 from reca.checkpoint.background import BackgroundWriter
 from reca.checkpoint.contents import changed_parameters, size, snapshot
 from reca.checkpoint.errors import CheckpointError
-from reca.checkpoint.listing import MARKER, find_damage, free_space, latest, latest_valid, list_complete, remove_partial
+from reca.checkpoint.listing import (
+    MARKER,
+    find_damage,
+    free_space,
+    latest,
+    latest_valid,
+    list_complete,
+    remove_partial,
+    rename_damaged,
+)
 from reca.checkpoint.reading import (
     check_fit,
     list_weights,
@@ -49,6 +58,7 @@ __all__ = [
     "read_state",
     "read_weight",
     "remove_partial",
+    "rename_damaged",
     "save",
     "size",
     "snapshot",

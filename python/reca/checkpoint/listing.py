@@ -32,11 +32,10 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(list_complete(run_dir)), None)
 
 
-def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
+def latest_valid(run_dir: Path) -> Path | None:
     """Find the latest checkpoint whose files match their checksums; None if the run has no checkpoint.
 
     A damaged one is logged as an error and the one before it is taken. Every rank gets the same answer.
-    rename_damaged: rename damaged ones to NUMBER.damaged, so that a continued run can write these steps again.
     Raises CheckpointError when all of them are damaged; it names what to remove.
     """
     faults: dict[Path, str] = {}
@@ -51,8 +50,6 @@ def latest_valid(run_dir: Path, rename_damaged: bool = False) -> Path | None:
             continue
         for damaged, reason in faults.items():
             log.error("checkpoint %s is DAMAGED (%s); going back to %s", damaged, reason, left[-1])
-            if rename_damaged:
-                _rename_as_damaged(damaged)
         return left[-1]
     if not faults:
         return None
@@ -102,15 +99,23 @@ def remove(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def rename_damaged(run_dir: Path, valid: Path | None) -> None:
+    """Rename checkpoints that `latest_valid` has passed over to NUMBER.damaged: a run that goes on makes them again.
+
+    Renames nothing over another folder: where there is a NUMBER.damaged, the name is NUMBER.damaged.2, and so on.
+    Only for the process that holds the run's lock. valid: what `latest_valid` has found.
+    """
+    for folder in list_complete(run_dir):
+        if valid is not None and int(folder.name) > int(valid.name):
+            aside = first = folder.with_name(f"{folder.name}.damaged")
+            number = 1
+            while os.path.lexists(aside):
+                number += 1
+                aside = first.with_name(f"{first.name}.{number}")
+            folder.rename(aside)
+            log.error("%s is now %s; remove it when nobody needs it", folder, aside)
+
+
 def free_space(run_dir: Path) -> int:
     """Count the bytes free where a run's checkpoints go, which may be linked to another disk."""
     return shutil.disk_usage(run_dir / "checkpoints").free
-
-
-def _rename_as_damaged(folder: Path) -> None:
-    if distributed.rank() == 0:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        log.error("%s is now %s; remove it when nobody needs it", folder, aside)
-    distributed.barrier()
