@@ -40,23 +40,18 @@ def check(
     """
     model = adapter
     if model is None:
-        _files_exist(recipe)
+        check_files(recipe)
         model, _ = build_meta(recipe)
     else:
         choose_trained(model, recipe)
-    for task in recipe.active_tasks():
-        if task not in model.tasks:
-            raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
+    templates = check_recipe(recipe, model)
     check_passes(recipe, ranks)
     if recipe.train.float8:
         float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:
         runs.check_parent(recipe, model)
-    if recipe.eval.every and recipe.eval.suite is not None:
-        TrainingSuite(recipe, Path(recipe.run_dir))
     sources = open_run_sources(recipe, tasks)
     _others_exist(recipe, sources)
-    templates = load_templates(recipe.data.templates, recipe.data.template_count)
     if adapter is None:
         _memory(recipe, model, ranks, node)
     _disk(recipe, model)
@@ -76,7 +71,20 @@ def _others_exist(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         log.warning("log.gap_every takes h_v from another image, and data.images has one: the gap is always 0")
 
 
-def _files_exist(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, model: Adapter) -> list[str]:
+    """Raise the errors that a recipe and its model tell without weights, samples and machine. Returns the templates.
+
+    Raises RecipeError, or DataError for the templates.
+    """
+    for task in recipe.active_tasks():
+        if task not in model.tasks:
+            raise RecipeError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
+    if recipe.eval.every and recipe.eval.suite is not None:
+        TrainingSuite(recipe, Path(recipe.run_dir))
+    return load_templates(recipe.data.templates, recipe.data.template_count)
+
+
+def check_files(recipe: Recipe) -> None:
     """Refuse a path that is written as one and is not there."""
     for name, value in runs.published_files(recipe).items():
         if value.startswith(("/", "./", "../", "~")) and not Path(value).exists():

@@ -15,9 +15,11 @@ from reca.cli import main
 from reca.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim.trained import freeze
+from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.side_by_side import Failure
 from reca.studies import judge, runner, work, world
+from reca.studies.check import check
 from reca.studies.plan import plan
 from reca.studies.study import Claim, StudyError, load_study, study_names
 from reca.studies.task import Asked
@@ -262,6 +264,49 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
     assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.RECIPE, exits.DATA)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ('SFT:train.frozen=["*nothing*"]', "arm SFT: train.frozen: no parameter matches '*nothing*'"),
+        ('SFT-RECA:train.train=["lora"]', "arm SFT-RECA: train.train names 'lora', which is no role"),
+        ("RECA:objective.srum.weight=1", "arm RECA: show_o has no srum loss"),
+        ("RECA:lora.rank=2 lora.targets=[nothing]", "arm RECA: lora.targets: no trained linear layer matches"),
+        (
+            "SFT:optim.fused_backward=true SFT:optim.max_grad_norm=null SFT:objective.t2i.micro_batch=1",
+            "arm SFT: optim.fused_backward=true needs one backward pass a step",
+        ),
+        ("SFT:train.activation_checkpointing=99", "arm SFT: train.activation_checkpointing=99 computes one in 99"),
+        ("SFT:data.template_count=1000", "arm SFT: data.template_count=1000, but there are 8 templates"),
+        ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite=nothing"),
+        ("SFT:model.image_size=33", "arm SFT: model.image_size is 33 pixels"),
+        ("RECA:model.patches.entries=99", "arm RECA: codec.codebook has the size (99, 48), and (145, 48) in the start"),
+        (
+            "before:model.patches.entries=99",
+            "arm before: codec.codebook has the size (99, 48), and (145, 48) in the start",
+        ),
+        ("--slurm SFT:train.frozen=[nothing]", "arm SFT: train.frozen: no parameter matches 'nothing'"),
+    ],
+)
+def test_a_recipe_that_an_arm_cannot_run_is_refused_before_anything_runs(
+    override, said, study, tmp_path, in_this_process, capsys
+):
+    out = tmp_path / "out"
+    assert main(["study", study, "--out", str(out), *SCALE, *override.split(" ")]) in (exits.RECIPE, exits.DATA)
+    assert said in capsys.readouterr().err
+    assert in_this_process == [] and list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("umm", UMMS)
+def test_the_arms_of_the_catalogue_can_run(umm, tmp_path):
+    check(plan(load_study("main"), Asked(umm, (0,), tmp_path))[0])
+
+
+def test_arms_that_go_on_from_files_that_are_not_there_are_refused(study, tmp_path):
+    asked = Asked("show_o", (0,), tmp_path, "show_o_tiny", of_arm={"SFT": (f"model.weights={tmp_path}/none",)})
+    with pytest.raises(RecipeError, match=r"arm SFT: model.weights=.*none does not exist"):
+        check(plan(load_study(study), asked)[0])
 
 
 def rate(hits, trials=100):

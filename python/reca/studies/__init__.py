@@ -4,6 +4,7 @@
     study.py     what such a file may hold
     task.py      what is asked of a study, and what one process does of it
     plan.py      a study's arms as tasks: recipe, overrides and folder of every arm and seed
+    check.py     the arms' recipes, before anything runs
     world.py     the embedded world: pre-training of the start, measuring
     published.py recipes with published weights, measured by `reca eval`
     work.py      what a process does for one task

@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
     """Run a study, or what is left of it; print its figures and the path of its page. Returns 1 if a task failed."""
     from reca.folders import ensure_writable
     from reca.studies import report, runner, slurm
+    from reca.studies.check import check
     from reca.studies.plan import plan
+    from reca.studies.work import done
 
     if options.name == LIST:
         for name in study_names():
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     out = report.folder(study, asked)
     if options.slurm:
         tasks, _ = plan(study, asked)
+        check([task for task in tasks if done(task) is None])
         print(f"submit with: {slurm.write(tasks, command, out, options.recipe is not None, study.name)}")
         return 0
     if options.report:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from reca import side_by_side
 from reca.side_by_side import Failure, Job
 from reca.studies import report
+from reca.studies.check import check
 from reca.studies.plan import plan
 from reca.studies.study import Study, StudyError
 from reca.studies.task import Asked, Task
@@ -24,10 +25,12 @@ def run(
     """Do what is left to do, and write study.html and study.json. Returns what the latter holds.
 
     A task that fails is named in the report; the others are done all the same.
+    Raises as `check`, before anything runs, for the recipe of an arm.
     """
     tasks, omitted = plan(study, asked)
     results: Results = {task.name: found for task in tasks if (found := done(task)) is not None}
     left = [task for task in tasks if task.name not in results]
+    check(left)
     if len(left) < len(tasks):
         say(f"{len(tasks) - len(left)} of {len(tasks)} tasks were done before")
     jobs = [Job(task.name, work, (task,), tuple(name for name in task.after if name not in results)) for task in left]
