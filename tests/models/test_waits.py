@@ -170,6 +170,18 @@ def test_ids_on_the_host_follow_a_batch():
     assert replace(batch.to("cpu"), sample_ids=torch.tensor([7, 8, 9])).host_ids.tolist() == [7, 8, 9]
 
 
+def test_a_batch_goes_through_pinned_memory(monkeypatch):
+    """From other memory CUDA copies when the GPU has done all it was given, whatever non_blocking says."""
+    seen = []
+    monkeypatch.setattr("reca.data.batch.on_device", lambda x, device: seen.append(x) or x.to(device))
+    ones = iter(torch.ones(n) for n in range(1, 20))
+    neighbour = Batch("reca", next(ones), ["a"], gen=[next(ones)])
+    features = {"codes": next(ones), "h_v": [next(ones), next(ones)]}
+    pixels = {name: [next(ones), next(ones)] for name in ("gen", "und", "target")}
+    Batch("reca", next(ones), ["a", "b"], features=features, neighbour=neighbour, **pixels).to(GPU)
+    assert sorted(map(len, seen)) == list(range(1, len(next(ones))))
+
+
 @pytest.mark.parametrize("impl", ["calls", "dense", "flex"])
 def test_no_plan_waits(impl, monkeypatch):
     """Index tensors and masks of a layout that is new, as ragged batches bring one every step.

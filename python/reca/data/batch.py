@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reca.data.tasks import TASKS
 from reca.rng import CounterRNG
+from reca_kernels.host import on_device
 
 
 def task_rng(seed: int, task: str, *path: int) -> CounterRNG:
@@ -53,13 +54,13 @@ class Batch:
         return len(self.text)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same samples on `device`. Copies from pinned memory do not block."""
+        """Return the same samples on `device`. No copy waits for what a GPU was given before (`on_device`)."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 if value.is_cuda:  # made on the decoder's stream, whose next batch must not get memory still in use
                     value.record_stream(torch.cuda.current_stream(value.device))
-                return value.to(device, non_blocking=True)
+                return on_device(value, device)
             return [move(item) for item in value] if isinstance(value, list) else value
 
         features = None if self.features is None else {key: move(value) for key, value in self.features.items()}
