@@ -322,13 +322,14 @@ class Trainer:
             norm = self.fused_backward.finish_step()
         else:
             norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
+        # Read here, where the norm has just been waited for. Behind the optimizer the host would wait for that too.
+        metrics = objective.means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
         if self.skipped.accepts(norm):
             self.optimizer.step()  # of the parameters that still have a gradient: none after a fused backward pass
             if self.ema:
                 self.ema.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-        metrics = objective.means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
         self.skipped.record(self.step, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
         self.step += 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from reca import checkpoint, exits
+from reca import checkpoint, exits, objective
 from reca.checkpoint import CheckpointError
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
@@ -86,6 +86,17 @@ def test_a_kind_of_weight_zero_is_never_computed(recipe):
     trainer = Trainer(recipe(), ToyAdapter())
     trainer.adapter.views = lambda task: pytest.fail("t2i was touched") if task == "t2i" else None
     assert trainer.tasks == ["reca"]
+
+
+def test_losses_are_read_before_the_optimizer_steps(recipe, monkeypatch):
+    """The gradient's norm has been waited for then; behind the optimizer the host would wait for that, too."""
+    done, means = [], objective.means
+    monkeypatch.setattr(objective, "means", lambda *given: done.append("losses") or means(*given))
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter())
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: done.append("optimizer") or step()
+    trainer.run()
+    assert done == ["losses", "optimizer"] * 2
 
 
 def test_resume_is_exact(recipe, tmp_path):
