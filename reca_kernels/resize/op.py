@@ -47,8 +47,9 @@ def resize(
         raise ValueError(f"{OP}: box {box} is empty or outside of the image of {height} x {width}")
     if (height, width, left, top, right, bottom) == (down, across, 0, 0, width, height):
         return image.contiguous()
-    columns = taps(width, left, right, across, filter, image.device)
-    rows = taps(height, top, bottom, down, filter, image.device)
+    where = image.device, native.launch(image).stream
+    columns = taps(width, left, right, across, filter, *where)
+    rows = taps(height, top, bottom, down, filter, *where)
     down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
     if image.device.type != "cpu" or not compiled():
         return reference.resize(image, columns, rows, down_first)

@@ -38,10 +38,14 @@ FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}  # by dista
 
 
 @lru_cache(maxsize=256)
-def taps(length: int, start: float, stop: float, outputs: int, name: str, device: torch.device) -> Taps:
+def taps(
+    length: int, start: float, stop: float, outputs: int, name: str, device: torch.device, stream: int = 0
+) -> Taps:
     """Compute the filter that makes `outputs` values of those between start and stop, of `length`.
 
     Where there are fewer outputs than inputs the filter is as much wider: antialiasing.
+    stream: the current one of a GPU, by its address. Each has weights of its own: what is dropped here may still be
+    read on another stream, while on its own one nothing is written over it before.
     """
     function, support = FILTERS[name]
     scale = float(np.float32(stop) - np.float32(start)) / outputs

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from reca_kernels import native
-from reca_kernels.resize import reference
+from reca_kernels.resize import op, reference
 from reca_kernels.resize.op import compiled, resize
 from reca_kernels.resize.taps import taps
 
@@ -88,6 +88,19 @@ def test_both_orders_of_the_definition():
     sides = taps(50, 3.5, 44, 17, "bicubic", CPU), taps(30, 0, 30, 61, "bicubic", CPU)
     for down_first in (False, True):
         assert torch.equal(reference.resize(flat, *sides, down_first), flat.new_full((3, 61, 17), 137))
+
+
+def test_a_stream_has_weights_of_its_own(monkeypatch):
+    """What is no longer kept for one stream could be written over while another one reads it."""
+    sides, wanted = (40, 0, 40, 7, "bilinear", CPU), []
+    assert taps(*sides, 1) is taps(*sides, 1) is not taps(*sides, 2)
+    monkeypatch.setattr(op, "taps", lambda *given: wanted.append(given[6:]) or taps(*given))
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    resize(image, (4, 5))
+    monkeypatch.setattr(native, "launch", lambda x: native.Launch(0, 7 * 2**40, 0))
+    monkeypatch.setattr(op, "compiled", lambda: False)  # of the CPU's kernel
+    resize(image, (4, 5))
+    assert wanted == [(0,), (0,), (7 * 2**40,), (7 * 2**40,)]
 
 
 def test_the_same_size_is_a_copy_of_nothing():
