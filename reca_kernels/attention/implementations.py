@@ -202,6 +202,11 @@ def _sample(
         sees = None
         if group.causal and before:
             sees = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        grouped = bool(q.shape[1] != k.shape[1])
+        if grouped and q.is_cuda and (sees is not None or q.dtype not in HALVES):
+            # Flash takes no mask and no fp32, and the kernel that does no groups: `math` would hold all scores.
+            keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
+            grouped = False
         out = F.scaled_dot_product_attention(
             queries,
             keys,
@@ -209,7 +214,7 @@ def _sample(
             attn_mask=sees,
             is_causal=group.causal and not before,
             scale=scale,
-            enable_gqa=bool(q.shape[1] != k.shape[1]),
+            enable_gqa=grouped,
         )
         for i, part in zip(own, out.split([pieces[i].length for i in own], dim=2), strict=True):
             outs[i] = part

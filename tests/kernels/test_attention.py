@@ -503,6 +503,29 @@ def test_arguments_that_do_not_fit():
             bad()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_key_heads_are_repeated_where_no_fused_kernel_groups_them(monkeypatch, dtype):
+    """On GPUs flash takes neither fp32 nor a mask, and torch's memory-efficient kernel no groups of heads."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    asked, inner = [], F.scaled_dot_product_attention
+
+    def sdpa(q, k, v, **options):
+        asked.append((k.shape[1], options["enable_gqa"], options["attn_mask"] is not None))
+        return inner(q, k, v, **options)
+
+    plan = attention_plan([[Span(4, cached=True), Span(6)], [Span(5, cached=True), Span(3, "full"), Span(2)]])
+    q, k, v = (torch.randn(n, heads, 8).to(dtype) for n, heads in ((11, 4), (20, 2), (20, 2)))
+    wanted = implementations.sdpa(q, k, v, plan, 0.5, False)
+    monkeypatch.setattr(implementations.F, "scaled_dot_product_attention", sdpa)
+    got = implementations.sdpa(*(x.as_subclass(OnGPU) for x in (q, k, v)), plan, 0.5, False)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted)
+    grouped = (2, True, False) if dtype == torch.bfloat16 else (4, False, False)
+    assert sorted(asked) == sorted([(4, False, True), (4, False, True), grouped])
+
+
 def test_plan_on_another_device():
     plan, qkv, _ = problem(LAYOUTS["bagel_target"], False)
     with pytest.raises(ValueError, match=r"the plan is for meta, but q is on cpu; use plan.to"):
