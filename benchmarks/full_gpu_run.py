@@ -105,13 +105,17 @@ CALLS = [
         Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
         Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
     ],
-    [_training("show_o", 190), _training("open_uni", 200), _training("harmon", 210)],
+    [_training("show_o", 220), _training("open_uni", 240), _training("janus", 140)],
     [
         # Moments in bf16: with fp32 ones the trained half of BAGEL alone takes 105 GB.
         _training("bagel", 260, "--form", "ours", "--set", "optim.moments=bf16"),
         _training("bagel", 320, size="quarter"),
     ],
-    [Step("data", 150, [PYTHON, "-m", "benchmarks.data", "--device", "cuda"])],
+    [
+        Step("data", 150, [PYTHON, "-m", "benchmarks.data", "--device", "cuda"]),
+        _training("harmon", 300),
+        _training("janusflow", 140),
+    ],
 ]
 STEPS = [step for call in CALLS for step in call]
 

@@ -30,7 +30,7 @@ from benchmarks.step import release
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
-from reca import check, half_weights, objective
+from reca import check, compiled_blocks, half_weights, objective
 from reca.data.batch import Batch
 from reca.host_memory import FreedMemory
 from reca.meta_model import build_meta
@@ -78,6 +78,8 @@ class Worker:
             self._train_step()
         launches = counter.launches
         if self.cuda:  # layers may be compiled, which the counter sees operator by operator
+            if compiled_blocks.wanted(recipe.train, self.trainer.device):
+                self._train_step()  # compiles, and times what the compiler chooses among
             launches, waits = _launches_and_waits(self._train_step)
         flops, useful = counter.flops, 0.0
         if self.form == "ours":
@@ -101,10 +103,11 @@ class Worker:
     def step(self) -> dict[str, Any]:
         """Make a step of the samples that were counted; others are loaded for it, to time that.
 
-        Returns seconds by part, those of the whole, and the peak of memory so far.
+        Returns seconds by part, those of the whole, and the peak of memory: of this step on a GPU, so far on a CPU.
         """
         if self.cuda:
             torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()  # the step that was counted ran operator by operator, uncompiled
         began = time.perf_counter()
         with timed_trainer(self.trainer, self.parts), self.parts.step():
             with self.parts.part("waiting"):

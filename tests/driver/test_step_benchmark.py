@@ -1,11 +1,13 @@
 """A whole step: both formulations are the same mathematics, and what is measured of them is reported as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.devices import Ceilings
-from benchmarks.step import __main__, release, report
+from benchmarks.step import __main__, release, report, worker
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts
 from benchmarks.step.recipes import MODELS, PICTURES, pictures, step_recipe
@@ -137,6 +139,41 @@ def test_operators_are_counted():
     with Counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
     assert counter.flops == 14 * 2 * 16 * 16 * 8
+
+
+class FakeWorker(Worker):
+    """A worker on a GPU that is not there, of which `done` is told."""
+
+    def __init__(self, form, recipe, trainer):
+        self.cuda, self.form, self.trainer, self.done = True, form, trainer, []
+        trainer.recipe, trainer.device, trainer.freed = recipe, torch.device("cuda"), SimpleNamespace(kept=False)
+        self.parts, self.precision = Parts(lambda: 0.0, lambda a, b: b - a), "bfloat16"
+
+    def _train_step(self):
+        self.done.append("step")
+
+    def _load(self):
+        return {}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_launches_are_counted_of_what_has_been_compiled(compiled, monkeypatch, tmp_path):
+    """The first step runs operator by operator under its counter, so the next one is the one that compiles."""
+    recipe = step_recipe("show_o", "tiny", tmp_path, {"train.compile": compiled})
+    adapter = SimpleNamespace(parameters=lambda: [])
+    made = FakeWorker("release", recipe, SimpleNamespace(adapter=adapter))
+    monkeypatch.setattr(worker, "_launches_and_waits", lambda step: made.done.append("counted") or (7, []))
+    assert made.count()["operators"] == 7
+    assert made.done == ["step"] * (1 + compiled) + ["counted"]
+
+
+def test_the_peak_on_a_gpu_is_that_of_the_step(monkeypatch, tmp_path):
+    made = FakeWorker("ours", step_recipe("show_o", "tiny", tmp_path), SimpleNamespace(loaders={}))
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: made.done.append(name))
+    monkeypatch.setattr(worker, "peak_memory", lambda device: made.done.append("read") or 1)
+    assert made.step()["peak"] == 1
+    assert made.done == ["synchronize", "reset_peak_memory_stats", "step", "synchronize", "read"]
 
 
 def row(form, seconds, **options):
