@@ -72,7 +72,8 @@ class Worker:
     def count(self) -> dict[str, Any]:
         """Make a step under a counter of operators. FLOPs of ours are those of `reca check`, of these very samples."""
         recipe = self.trainer.recipe
-        with Counter() as counter, counter.waits() as waits:
+        # What Dynamo meets under such a mode it never compiles again, so nothing compiled may be called here.
+        with torch.compiler.set_stance("force_eager"), Counter() as counter, counter.waits() as waits:
             self._train_step()
         if self.trainer.freed.kept:
             self._train_step()

@@ -1,10 +1,12 @@
 """A whole step: both formulations are the same mathematics, and what is measured of them is reported as it was."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from benchmarks.devices import Ceilings
 from benchmarks.step import __main__, release, report, worker
@@ -14,7 +16,7 @@ from benchmarks.step.recipes import MODELS, PICTURES, pictures, step_recipe
 from benchmarks.step.rows import PARTS, StepRow, all_results, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
-from reca import objective, runs
+from reca import compiled_blocks, objective, runs
 from reca.data.loader import open_loader
 from reca.lora import choose_trained
 from reca.meta_model import build_meta
@@ -165,6 +167,19 @@ def test_launches_are_counted_of_what_has_been_compiled(compiled, monkeypatch, t
     monkeypatch.setattr(worker, "_launches_and_waits", lambda step: made.done.append("counted") or (7, []))
     assert made.count()["operators"] == 7
     assert made.done == ["step"] * (1 + compiled) + ["counted"]
+
+
+def test_what_is_timed_is_compiled_though_it_was_counted(monkeypatch, tmp_path):
+    """Dynamo gives up functions for good that it meets under a mode such as the counter."""
+    monkeypatch.setattr(compiled_blocks, "compile_blocks", partial(compiled_blocks.compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    recomputed = {"train.activation_checkpointing": True}
+    made = worker.Worker("janus", "tiny", "ours", "cpu", tmp_path, {"train.compile": True} | recomputed)
+    assert made.count()["operators"] > 100
+    made.step()
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] > 3
 
 
 def test_the_peak_on_a_gpu_is_that_of_the_step(monkeypatch, tmp_path):
