@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.devices import Ceilings, Device
 from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row
+from reca import full_memory
 from reca_kernels import dispatch
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -153,7 +154,7 @@ def measure(case: Case, device: Device, ceilings: Ceilings, about: dict, rounds:
         try:
             trials += _trials(case, name, provider, device, sets, floor, exact)
         except Exception as error:
-            reasons[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+            reasons[name] = f"failed: {type(error).__name__}: {full_memory.first_line(error)}"
         device.free()
     exact = None
     device.free()
@@ -182,8 +183,10 @@ def _exact(case: Case, inputs: SimpleNamespace) -> tuple[Tensor, ...] | str:
     """Return what the formula gives in fp64, or why not: it may need more memory than there is."""
     try:
         return _results(case, case.formula, _wide(inputs, case.leaves))
-    except torch.OutOfMemoryError as error:
-        return f"no error: fp64 formula: {_first_line(error)}"
+    except full_memory.KINDS as error:
+        if not full_memory.is_memory_full(error):
+            raise
+        return f"no error: fp64 formula: {full_memory.first_line(error)}"
 
 
 def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
@@ -206,7 +209,7 @@ def _trials(case, name, provider, device, sets, floor, exact) -> list[_Trial]:
             replay = device.captured(provider.run, backward, sets, floor)
             made.append(_Trial(name, "graph", lambda: replay(provider.run, backward, inputs), peak, error))
         except RuntimeError as refused:
-            made[0].note = f"no graph: {_first_line(refused)}"
+            made[0].note = f"no graph: {full_memory.first_line(refused)}"
     return made
 
 
@@ -253,10 +256,6 @@ def _columns(case: Case, trials: list[_Trial], reason: str | None, ceilings: Cei
             if mode == case.whole:
                 columns |= {"peak_mb": round(trial.peak, 2), "relative_error": trial.error, "note": trial.note}
             yield mode, columns
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _digits(x: float) -> float:

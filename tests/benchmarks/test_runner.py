@@ -198,16 +198,36 @@ def test_wrong_results_show_and_nan_never_passes():
     assert errors["twice"] == 1.0 and math.isnan(errors["nan"]) and errors["own noise"] == ""
 
 
-def test_a_formula_without_memory_costs_the_errors_only():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 90 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`\nsecond line"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_a_formula_without_memory_costs_the_errors_only(error):
     def formula(x):
-        raise torch.OutOfMemoryError("tried to allocate 90 GiB")
+        raise error
 
     api = FakeCuda()
     made = case({"ours: cuda": provider(api, 1, 1)}, {BOTH: 10**9})
     made.formula = formula
     row = measure(made, Cuda(api, "cpu"), ROUND, ABOUT, rounds=2)[-1]
     assert (row.relative_error, row.ms_p50) == ("", 2.0)
-    assert row.note == "no error: fp64 formula: tried to allocate 90 GiB"
+    assert row.note == f"no error: fp64 formula: {(str(error) or 'MemoryError').splitlines()[0]}"
+
+
+def test_another_error_of_the_formula_is_not_hidden():
+    def formula(x):
+        raise RuntimeError("shapes differ")
+
+    made = case({"ours: cuda": provider(FakeCuda(), 1, 1)}, {BOTH: 10**9})
+    made.formula = formula
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure(made, Cuda(FakeCuda(), "cpu"), ROUND, ABOUT, rounds=2)
 
 
 def test_results_of_another_shape_fail():
