@@ -1,7 +1,7 @@
 """OpenUni's adapter beyond the golden data: sizes, files, batching, learning, sampling, kernels, bad input."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from reca.data.pixels import make_view
 from reca.data.tasks import Turn
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.open_uni import Adapter, Config, loss, prompt, weights
+from reca.models.open_uni import Adapter, Config, loss, modules, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes
 from reca.optim import freeze
 from reca.recipe_files import load_recipe
@@ -40,6 +40,19 @@ def config(**changes) -> Config:
 @pytest.fixture(scope="module")
 def model():
     return Adapter.load(config())
+
+
+def test_every_codec_has_the_size_and_channels_that_its_sizes_say():
+    """The recipe's choices are those of the table; what SANA is built for is what the codec makes of an image."""
+    key = next(field for field in fields(Config) if field.name == "codec")
+    assert tuple(modules.CODECS) == key.metadata["choices"]
+    for name in modules.CODECS:
+        made = config(codec=name)
+        sizes, codec = modules.codec_sizes(made), modules.codec(made)
+        latents = codec.encode(torch.zeros(1, 3, 8, 16))
+        latents = latents.latent if name == "dc_ae" else latents
+        assert latents.shape == (1, sizes.channels, 8 // sizes.size, 16 // sizes.size), name
+        assert modules.transformer(made).config.in_channels == sizes.channels, name
 
 
 def images(n: int, size: int) -> list[torch.Tensor]:

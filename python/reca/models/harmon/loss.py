@@ -194,5 +194,4 @@ def _grid(net: Network, batch: Batch, view: str, feature: str) -> tuple[int, int
     """Count the tokens (m, n) of a batch's images, from their pixels or, where these are cached, their latents."""
     if batch.features is not None:
         return tuple(batch.features[feature].shape[1:3])
-    factor = modules.factor(net.config)
-    return tuple(side // factor for side in getattr(batch, view)[0].shape[1:3])
+    return tuple(side // net.factor for side in getattr(batch, view)[0].shape[1:3])

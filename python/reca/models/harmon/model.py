@@ -44,8 +44,8 @@ class Harmon(Network, Adapter):
 
         Encoder and language model see what is visible of the image, the decoder all.
         """
-        factor, buffers = modules.factor(self.config), self.config.mar.buffers
-        given, generated = (size // factor for size in (self.understanding_size, self.config.image_size))
+        buffers = self.config.mar.buffers
+        given, generated = (size // self.factor for size in (self.understanding_size, self.config.image_size))
         return {"h_v": buffers + given**2, "buffers": buffers, "image": generated**2}
 
     @property
@@ -94,7 +94,7 @@ class Harmon(Network, Adapter):
     ) -> list[Tensor]:
         """Generate images by MAR (`sampling.sample_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
         check_pairs(prompts=prompts, seeds=seeds)
-        side, factor = self.config.image_size, modules.factor(self.config)
+        side, factor = self.config.image_size, self.factor
         height, width = height or side, width or side
         check_multiple(factor, height, width)
         warn_of_cut([prompt.whole_caption(self.tokenizer, text) for text in prompts], prompt.MAX_TEXT)

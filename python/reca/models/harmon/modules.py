@@ -39,6 +39,11 @@ def projector(width_in: int, width_out: int, hidden: int) -> nn.Sequential:
 class Kl16(AutoencoderKL):
     """KL-16 of latent diffusion: attention in the encoder's last level and in both middles."""
 
+    @property
+    def factor(self) -> int:
+        """Return the pixels per latent in height and width."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
         """Encode to the posterior's mean, [B, C, m, n]: no randomness."""
         return self.encode(pixels).latent_dist.mode()
@@ -71,23 +76,17 @@ def kl16(c: AutoencoderSizes) -> Kl16:
     )
 
 
-def factor(config: HarmonConfig) -> int:
-    """Return the size in pixels of one token."""
-    c = config.autoencoder
-    return config.mar.patch_size * (2 ** (len(c.multipliers) - 1) if config.codec == "kl16" else c.patch)
-
-
 def channels(config: HarmonConfig) -> int:
     """Count the channels of an image token."""
     return config.autoencoder.latent_channels * config.mar.patch_size**2
 
 
-def check_sizes(config: HarmonConfig) -> None:
-    """Raise ValueError for images that are not whole tokens."""
+def check_sizes(config: HarmonConfig, factor: int) -> None:
+    """Raise ValueError for images that are not whole tokens. factor: pixels of a token."""
     for key in ("image_size", "understanding_size"):
         size = getattr(config, key)
         if size is not None:
-            check_side(f"model.{key}", size, factor(config))
+            check_side(f"model.{key}", size, factor)
 
 
 # encoder and decoder
@@ -303,7 +302,6 @@ class Network(nn.Module):
     @in_fp32
     def __init__(self, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        check_sizes(config)
         self.config, self.tokenizer = config, tokenizer
         width, mar = config.language.hidden_size, config.mar.width
         self.llm = language_model(config.language)
@@ -311,11 +309,17 @@ class Network(nn.Module):
         self.proj_in = projector(mar, width, width)
         self.proj_out = projector(width, mar, width)
         self.codec = codec(config)
+        check_sizes(config, self.factor)
         self.conversation = Remembered(functools.partial(prompt.conversation, tokenizer))
 
     @property
     def device(self) -> torch.device:
         return self.mar.mask_token.device
+
+    @property
+    def factor(self) -> int:
+        """Return the size in pixels of one token."""
+        return self.config.mar.patch_size * self.codec.factor
 
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
         """Encode pixels to scaled latents of tokens, channels last, fp32 [B, m, n, C]."""

@@ -69,6 +69,16 @@ class AutoencoderSizes:
     decoder_layers: list[int] = count(lambda: [3] * 6, "blocks per decoder stage")
     scaling_factor: float = config_field(0.41407, "latents are multiplied by this", above=0)
 
+    @property
+    def size(self) -> int:
+        """Return the pixels per latent in height and width, as the sizes of the other codecs do."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of a latent, likewise."""
+        return self.latent_channels
+
 
 @dataclass
 class OpenUniConfig:

@@ -51,7 +51,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
     layout = prompt.layout(sample_prompts(net, batch, rng), hv_tokens, side, net.config.queries)
     rewards = None
     if batch.task == "srum":
-        size = net.config.image_size // modules.factor(net.config)
+        size = net.config.image_size // modules.codec_sizes(net.config).size
         rewards = torch.stack([token_rewards(said, size, size).view(1, size, size) for said in batch.text])
     return Prepared(*made, float(len(batch)), batch.host_ids, layout, rewards)
 

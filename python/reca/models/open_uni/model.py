@@ -42,7 +42,7 @@ class OpenUni(Network, Adapter):
         return weights.build_meta(cls, config)
 
     def sequence(self) -> dict[str, int]:
-        latents = (self.config.image_size // modules.factor(self.config)) ** 2
+        latents = (self.config.image_size // modules.codec_sizes(self.config).size) ** 2
         return {"h_v": modules.hv_tokens(self.config), "queries": self.config.queries, "image": latents}
 
     def views(self, task: str) -> Views:

@@ -1,5 +1,8 @@
 """The parts of OpenUni, all of them library classes at the configured sizes, and the network that they make."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -12,14 +15,14 @@ from reca.models.base import in_fp32
 from reca.models.common.efficientnet import EfficientNetLite0
 from reca.models.common.images import check_side, per_channel
 from reca.models.common.kv_cache import with_cache
-from reca.models.common.patch_codec import PatchCodec
+from reca.models.common.patch_codec import PatchCodec, PatchSizes
 from reca.models.common.planned import PLANNED
 from reca.models.common.pooled_features import PooledProjector, pooled
 from reca.models.common.qwen2 import qwen2_config
 from reca.models.common.siglip import siglip_encoder
 from reca.models.common.text import control
-from reca.models.common.vector_codebook import VectorCodebook
-from reca.models.open_uni.config import OpenUniConfig
+from reca.models.common.vector_codebook import VectorCodebook, VectorCodebookSizes
+from reca.models.open_uni.config import AutoencoderSizes, OpenUniConfig
 from reca.models.open_uni.prompt import CONTEXT, Layout
 from reca_kernels import AttentionSpan, attention_plan, template_concat
 
@@ -66,10 +69,10 @@ def connector(config: OpenUniConfig) -> SiglipEncoder:
 
 def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
     """Build SANA's diffusion transformer."""
-    sana, channels = config.sana, latent_channels(config)
+    sana, latents = config.sana, codec_sizes(config)
     return SanaTransformer2DModel(
-        in_channels=channels,
-        out_channels=channels,
+        in_channels=latents.channels,
+        out_channels=latents.channels,
         num_layers=sana.num_layers,
         num_attention_heads=sana.num_attention_heads,
         attention_head_dim=sana.attention_head_dim,
@@ -79,7 +82,7 @@ def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
         caption_channels=sana.caption_channels,
         mlp_ratio=sana.mlp_ratio,
         qk_norm=sana.qk_norm,
-        sample_size=config.image_size // factor(config),
+        sample_size=config.image_size // latents.size,
         patch_size=1,
         norm_elementwise_affine=False,
         norm_eps=1e-6,
@@ -87,18 +90,8 @@ def transformer(config: OpenUniConfig) -> SanaTransformer2DModel:
     )
 
 
-def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec | VectorCodebook:
-    """Build the image autoencoder of `config.codec`."""
-    if config.codec == "dc_ae":
-        return autoencoder(config)
-    if config.codec == "codebook":
-        return VectorCodebook(config.codebook)
-    return PatchCodec(config.patches.size, config.patches.channels)
-
-
-def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
+def dc_ae(sizes: AutoencoderSizes) -> AutoencoderDC:
     """Build DC-AE, a deterministic autoencoder."""
-    sizes = config.autoencoder
     multiscales = tuple((5,) if kind == "EfficientViTBlock" else () for kind in sizes.block_types)
     return AutoencoderDC(
         latent_channels=sizes.latent_channels,
@@ -119,20 +112,28 @@ def autoencoder(config: OpenUniConfig) -> AutoencoderDC:
     )
 
 
-def factor(config: OpenUniConfig) -> int:
-    """Return the pixels per latent in height and width."""
-    factors = {"patches": config.patches.size, "codebook": config.codebook.size}
-    return factors.get(config.codec, 2 ** (len(config.autoencoder.block_out_channels) - 1))
+# model.codec -> what builds the image autoencoder from its sizes, and their group of keys. Whatever it is, its sizes
+# have `size`, the pixels per latent in height and width, and `channels` of a latent: SANA is built before it.
+CODECS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "dc_ae": (dc_ae, "autoencoder"),
+    "patches": (lambda sizes: PatchCodec(sizes.size, sizes.channels), "patches"),
+    "codebook": (VectorCodebook, "codebook"),
+}
 
 
-def latent_channels(config: OpenUniConfig) -> int:
-    channels = {"patches": config.patches.channels, "codebook": config.codebook.channels}
-    return channels.get(config.codec, config.autoencoder.latent_channels)
+def codec(config: OpenUniConfig) -> AutoencoderDC | PatchCodec | VectorCodebook:
+    """Build the image autoencoder of `config.codec`."""
+    build, _ = CODECS[config.codec]
+    return build(codec_sizes(config))
+
+
+def codec_sizes(config: OpenUniConfig) -> AutoencoderSizes | PatchSizes | VectorCodebookSizes:
+    return getattr(config, CODECS[config.codec][1])
 
 
 def check_sizes(config: OpenUniConfig) -> None:
     """Raise ValueError for images that are not whole latents, or not whole tokens of h_v."""
-    check_side("model.image_size", config.image_size, factor(config))
+    check_side("model.image_size", config.image_size, codec_sizes(config).size)
     if config.understanding == "internvit":
         check_side(
             "model.understanding_size", config.understanding_size, config.vision.patch_size * IMAGE_TOKEN_SHUFFLE

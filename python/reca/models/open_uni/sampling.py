@@ -123,9 +123,9 @@ def sample(
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     height, width = height or net.config.image_size, width or net.config.image_size
-    factor = modules.factor(net.config)
-    check_multiple(factor, height, width)
-    shape = (modules.latent_channels(net.config), height // factor, width // factor)
+    latents = modules.codec_sizes(net.config)
+    check_multiple(latents.size, height, width)
+    shape = (latents.channels, height // latents.size, width // latents.size)
     one = torch.zeros(1, dtype=torch.int64, device=net.device)
     n = shape[0] * shape[1] * shape[2]
     start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
