@@ -71,6 +71,9 @@ def _training(model: str, seconds: int, *options: str, size: str = "real") -> St
 
 
 KERNEL_TESTS = ("tests/kernels", "tests/benchmarks")
+DRIVER_TESTS = ("tests/models", "tests/data", "tests/driver/test_memory.py")  # they need the driver's libraries
+# KiB of cuBLAS, which its own choice makes larger than all of a tiny model, whose peak of memory is compared.
+SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "128"}
 REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
 # Sanitizers start a process each, and tests of more than 2^31 elements want the memory for themselves.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
@@ -101,7 +104,7 @@ CALLS = [
     ],
     [
         Step("sanitizers", 400, _tests("tests/kernels", "-k", SANITIZED, processes=6)),
-        Step("test_models", 130, _tests("tests/models", "tests/data")),  # needs the driver's libraries
+        Step("test_models", 130, _tests(*DRIVER_TESTS, processes=4), SMALL_WORKSPACES),
         Step("dispatch", 25, [PYTHON, "-m", "benchmarks.dispatch"]),
         Step("docs", 25, [PYTHON, "-m", "benchmarks.docs"]),
     ],

@@ -21,6 +21,7 @@ from benchmarks.step.targets import TARGETS
 
 PATHS = os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS}
+OWN = Path(__file__).relative_to(full_gpu_run.ROOT).as_posix()
 
 
 def python(name, code, seconds=20.0):
@@ -144,6 +145,14 @@ def test_which_tests_run_where(gpu_tests):
     assert all(test.startswith("tests/kernels/") for test in sanitized)
     if importlib.util.find_spec("xdist"):
         assert "-n 8" in " ".join(steps["test"].command)
+
+
+def test_no_file_with_gpu_tests_is_left_out():
+    root = full_gpu_run.ROOT
+    files = [path.relative_to(root).as_posix() for path in root.glob("tests/**/test_*.py")]
+    marked = [name for name in files if "pytest.mark.gpu" in (root / name).read_text() and name != OWN]
+    run = [argument for step in STEPS for argument in step.command if argument.startswith("tests/")]
+    assert len(marked) > 9 and [name for name in marked if not name.startswith(tuple(run))] == []
 
 
 def test_without_xdist_the_tests_run_in_one_process(monkeypatch):

@@ -4,6 +4,7 @@ On CPUs that is torch.profiler's record of every allocation and release of the C
 """
 
 import contextlib
+import gc
 import itertools
 import re
 from pathlib import Path
@@ -137,9 +138,16 @@ def test_peak_is_that_of_a_real_step_of_two_ranks():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_peak_is_that_of_a_real_step_on_a_gpu(case):
-    """Untried: this project has had no GPU since it was written."""
+    """Untried: this project has had no GPU since it was written.
+
+    cuBLAS keeps a workspace, 32 MiB on Hopper and more than such a model: see the environment in full_gpu_run.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.addmm(*torch.ones(3, 16, 16, device="cuda", dtype=dtype))
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     recipe = load_recipe(*CASES[case])
     steps = RealSteps(recipe, model_of(recipe, "cuda"), "cuda")
     for mine in steps.batches.values():
@@ -149,7 +157,8 @@ def test_peak_is_that_of_a_real_step_on_a_gpu(case):
     torch.cuda.reset_peak_memory_stats()
     for draw in range(steps.draws):
         steps.step(draw)
-    assert memory.predict(recipe).total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+    real = torch.cuda.max_memory_allocated() - before
+    assert memory.predict(recipe).total == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.parametrize(
