@@ -37,6 +37,7 @@ from reca.meta_model import build_meta
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.on_cpu import as_gpu
+from reca.precision import training_kernels
 from reca.recompute import checkpoint_activations
 from reca.speed import peak_memory
 from reca.trainer import Trainer
@@ -126,7 +127,11 @@ class Worker:
 
     def _train_step(self) -> None:
         """Make the step. In the released form autocast casts weights in every micro-batch."""
-        with contextlib.nullcontext() if self.form == "ours" else mock.patch.object(half_weights, "CAST", ()):
+        cast_once = self.form == "ours"
+        with (
+            contextlib.nullcontext() if cast_once else mock.patch.object(half_weights, "CAST", ()),
+            training_kernels(self.trainer.recipe.train.precision, self.trainer.device),
+        ):
             self.trainer.train_step(self.batches)
 
     def _load(self) -> dict[str, list]:

@@ -50,6 +50,28 @@ def tf32_products(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def attention_without_plans() -> Iterator[None]:
+    """Keep torch's attention off cuDNN, which it prefers on Hopper and Blackwell.
+
+    cuDNN makes a plan for every new shape, 0.4 to 1 s each (modelscope/FunASR#3704), and shapes are new where images
+    differ in size or in how much of them is hidden.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextlib.contextmanager
+def training_kernels(precision: str, device: torch.device) -> Iterator[None]:
+    """Choose what a GPU multiplies and attends by in a training step. precision: of TrainConfig."""
+    with tf32_products(precision, device), attention_without_plans():
+        yield
+
+
 def fp32_products() -> contextlib.AbstractContextManager:
     """Return the context of products that choose among neighbours, such as codes, which TF32 would confuse."""
     return _matmul_precision("highest")

@@ -19,7 +19,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options import RecipeError
-from reca.precision import autocast, cast, tf32_products
+from reca.precision import autocast, cast, training_kernels
 from reca.recipe_files import as_dict
 
 
@@ -66,7 +66,7 @@ def cache_features(recipe: Recipe) -> list[str]:
 
         def encode(rows: list[Row], loader: Loader = loader) -> dict[str, Any]:
             batch: Batch = loader.batch_of(rows).to(device)
-            with context, tf32_products(recipe.train.precision, device):
+            with context, training_kernels(recipe.train.precision, device):
                 return adapter.encode(batch)
 
         assert loader.cache is not None

@@ -40,7 +40,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import load, parallelize
-from reca.precision import autocast, cast, tf32_products
+from reca.precision import autocast, cast, training_kernels
 from reca.precompute import features_identity
 from reca.profiling import ProfileWindow
 from reca.recipe_files import absolute_paths, as_dict, save_recipe
@@ -103,7 +103,7 @@ class Trainer:
             self.interruption.handle_signals(),
             out_of_memory.explained(lambda: self.recipe),
             deterministic(self.recipe.train.deterministic),
-            tf32_products(self.recipe.train.precision, self.device),
+            training_kernels(self.recipe.train.precision, self.device),
         ):
             yield
 

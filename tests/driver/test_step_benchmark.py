@@ -158,6 +158,21 @@ class FakeWorker(Worker):
         return {}
 
 
+@pytest.mark.parametrize("form", ["ours", "release"])
+def test_a_timed_step_multiplies_and_attends_as_a_run_does(form, tmp_path):
+    """In TF32 what stays fp32 in a run of bf16, and not by cuDNN's attention, as Trainer.run has it."""
+    found, recipe = [], step_recipe("show_o", "tiny", tmp_path, {"train.precision": "bf16"})
+
+    def train_step(batches):
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()))
+
+    made = FakeWorker(form, recipe, SimpleNamespace(train_step=train_step))
+    made.batches = {}
+    Worker._train_step(made)
+    assert found == [("high", False)]
+    assert (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()) == ("highest", True)
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_launches_are_counted_of_what_has_been_compiled(compiled, monkeypatch, tmp_path):
     """The first step runs operator by operator under its counter, so the next one is the one that compiles."""

@@ -15,6 +15,7 @@ from reca import checkpoint, exits, objective
 from reca.checkpoint import CheckpointError
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
+from reca.models.common.inference import eval_mode
 from reca.objective import backward
 from reca.optim import lr_at
 from reca.options import RecipeError
@@ -97,6 +98,20 @@ def test_losses_are_read_before_the_optimizer_steps(recipe, monkeypatch):
     trainer.optimizer.step = lambda: done.append("optimizer") or step()
     trainer.run()
     assert done == ["losses", "optimizer"] * 2
+
+
+def test_attention_makes_no_plans(recipe, monkeypatch):
+    """In steps and where images are drawn between them: cuDNN would make one for every new shape."""
+    enabled, found = torch.backends.cuda.cudnn_sdp_enabled, []
+    trainer = Trainer(recipe("train.steps=1", "log.prompts=[x]", "log.sample_every=1"), ToyAdapter())
+    step, generate = trainer.optimizer.step, trainer.adapter.generate
+    trainer.optimizer.step = lambda: found.append(enabled()) or step()
+    trainer.adapter.generate = lambda *a, **b: found.append(enabled()) or generate(*a, **b)
+    trainer.run()
+    assert found == [False, False] and enabled()
+    with eval_mode(trainer.adapter):
+        assert not enabled()
+    assert enabled()
 
 
 def test_resume_is_exact(recipe, tmp_path):

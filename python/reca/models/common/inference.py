@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from reca.models.common.text import encode
+from reca.precision import attention_without_plans
 
 log = logging.getLogger("reca")
 M = TypeVar("M", bound=Callable)
@@ -29,11 +30,12 @@ def options_of(function: Callable) -> Callable[[M], M]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside, whatever mode the model is in, and restore the mode."""
+    """Switch dropout off inside, and cuDNN's attention, whatever mode the model is in, and restore the mode."""
     training = model.training
     model.eval()
     try:
-        yield
+        with attention_without_plans():
+            yield
     finally:
         model.train(training)
 
