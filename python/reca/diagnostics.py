@@ -16,7 +16,7 @@ from reca.data.loader import Loader, open_loader
 from reca.log import due
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
-from reca.reconstructions import picture_batch, reconstruct
+from reca.reconstructions import image_batch, reconstruct
 from reca.validation import HELD_OUT
 
 FIXED_SAMPLES = 8  # whose loss measures drift
@@ -80,7 +80,7 @@ class Diagnostics:
         wanted = self.recipe.log.reconstructions
         if not wanted or self.source is None or "reconstruct" not in self.adapter.abilities:
             return None
-        return picture_batch(self.recipe, self.adapter, wanted, self.source)
+        return image_batch(self.recipe, self.adapter, wanted, self.source)
 
     def _with_neighbour(self, batch: Batch) -> Batch:
         """Return the batch with a neighbour where it needs one: h_v of another sample takes two samples."""

@@ -114,7 +114,7 @@ class Evaluations:
         assert self.suite is not None
         with self.autocast:
             scored = self.suite.run(self.adapter, step, self.device)
-        return {} if scored is None else training.values(scored.results) | spread(scored.pictures)
+        return {} if scored is None else training.values(scored.results) | spread(scored.images)
 
     def _drawn(self) -> dict[str, float]:
         prompts = self.recipe.log.prompts

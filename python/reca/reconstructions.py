@@ -1,6 +1,6 @@
 """Images beside what a model makes of them from its own h_v: what RECA trains, to look at.
 
-batch = picture_batch(recipe, adapter, 8)
+batch = image_batch(recipe, adapter, 8)
 before, after = reconstruct(base, batch), reconstruct(trained, batch)
 side_by_side(batch.gen, before, after).save("reconstructions.png")
 """
@@ -30,19 +30,19 @@ GRID = "reconstructions.png"  # in the folder of a run, a row for each image: it
 BEFORE = Path("samples") / "before"  # in that folder: what the model made before the first step
 
 
-def pictures(recipe: Recipe) -> Source:
+def images_to_show(recipe: Recipe) -> Source:
     """Open the images to show: those that the recipe holds out; where it holds out none, those that it trains on."""
     tasks = [] if recipe.eval.holdout else ["reca"]
     sources = open_run_sources(recipe, tasks)
     return sources[HELD_OUT] if recipe.eval.holdout else sources["reca"]
 
 
-def picture_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
+def image_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
     """Read `count` images, fewer where there are no more, with a template each: always the same ones.
 
     source: the images, where they have been opened already.
     """
-    source = pictures(recipe) if source is None else source
+    source = images_to_show(recipe) if source is None else source
     loader = open_loader(
         data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=min(count, len(source)),
         source=source,

@@ -1,4 +1,4 @@
-"""What a run ends in: its pictures, and what the model made of them before and after."""
+"""What a run ends in: its images, and what the model made of them before and after."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import reca
 from reca import checkpoint, cli
 from reca.diagnostics import Diagnostics
 from reca.recipe_files import load_recipe
-from reca.reconstructions import BEFORE, GRID, picture_batch, reconstruct, side_by_side
+from reca.reconstructions import BEFORE, GRID, image_batch, reconstruct, side_by_side
 from reca.trainer import Trainer
 from tests.driver.toy import write_images
 
@@ -27,7 +27,7 @@ def keys(tmp_path):
     return make
 
 
-def test_the_grid_has_pictures_before_and_after(keys, tmp_path, capsys):
+def test_the_grid_has_images_before_and_after(keys, tmp_path, capsys):
     recipe = keys()
     reca.train(recipe)
     first = {path.name: path.read_bytes() for path in (tmp_path / "run" / BEFORE).iterdir()}
@@ -42,7 +42,7 @@ def test_the_grid_has_pictures_before_and_after(keys, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / BEFORE).iterdir()} == first
     assert (tmp_path / "run" / GRID).read_bytes() != grid
     base, trained = reca.load("show_o_tiny"), reca.load(tmp_path / "run")
-    batch = picture_batch(recipe, base, 2)
+    batch = image_batch(recipe, base, 2)
     side_by_side(batch.gen, reconstruct(base, batch), reconstruct(trained, batch)).save(tmp_path / "wanted.png")
     with Image.open(tmp_path / "run" / GRID) as made, Image.open(tmp_path / "wanted.png") as wanted:
         assert made.size == wanted.size and made.tobytes() == wanted.tobytes()

@@ -140,16 +140,16 @@ def test_flops_of_a_transformer_by_hand():
     """Two for every weight and row, forward; attention 4 d for every pair of rows; the head on hidden rows alone."""
     recipe = load_recipe("show_o_tiny")
     adapter, fake = build_meta(recipe)
-    phi, pictures = adapter.showo.model, 4
-    work = check.flops(adapter, fake, pictures)
+    phi, images = adapter.showo.model, 4
+    work = check.flops(adapter, fake, images)
     rows = (
         sum(adapter.sequence().values()) + len(adapter.tokens(prompt.TEMPLATE.format(check.TEXT))) + 7
     )  # mmu soi eoi bos eos, soi eoi
     weights = sum(m.weight.numel() for m in phi.modules() if isinstance(m, nn.Linear))
     attention = 4 * rows**2 * recipe.model.phi.hidden_size * recipe.model.phi.num_hidden_layers
     projector = sum(m.weight.numel() for m in adapter.mm_projector.modules() if isinstance(m, nn.Linear))
-    batch = Batch("reca", torch.arange(pictures), [check.TEXT] * pictures)
-    head = adapter.prepare(batch, CounterRNG(0)).weight / pictures * adapter.showo.lm_head.weight.numel()
+    batch = Batch("reca", torch.arange(images), [check.TEXT] * images)
+    head = adapter.prepare(batch, CounterRNG(0)).weight / images * adapter.showo.lm_head.weight.numel()
     by_hand = 2 * (rows * weights + conditioner(adapter, "reca").tokens() * projector + head) + attention
     assert work.forward == pytest.approx(by_hand, rel=0.01)  # the rest: rotary angles
 
@@ -171,8 +171,8 @@ def test_memory_of_a_real_step(name):
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model)
     freeze(adapter, recipe.train.train, recipe.train.frozen)
     optimizer, view = make_optimizer(adapter, recipe.optim), adapter.views("reca").gen
-    pictures = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
-    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, pictures), CounterRNG(0)).sum.backward()
+    images = [torch.zeros(3, view.size, view.size, dtype=torch.uint8)] * 2
+    adapter(Batch("reca", torch.arange(2), [check.TEXT] * 2, images), CounterRNG(0)).sum.backward()
     optimizer.step()
     size = lambda tensors: sum(t.numel() * t.itemsize for t in tensors)  # noqa: E731
     assert need.weights == size(adapter.parameters()) + size(adapter.buffers())
@@ -334,8 +334,8 @@ def test_threads_that_decode_as_fast_as_a_gpu_computes(monkeypatch, seconds, wor
     assert f"{1e3 * images * seconds:.1f} ms of one core" in lines[2] and f"{1e3 * step:.1f} ms" in lines[3]
 
 
-def test_the_picture_that_is_decoded_is_like_a_photograph():
+def test_the_image_that_is_decoded_is_like_a_photograph():
     """Photos of 1024 px at quality 90 have 130 to 350 KB."""
-    data = check.decode_speed.picture()
-    assert 130e3 < len(data) < 350e3 and data == check.decode_speed.picture()
+    data = check.decode_speed.jpeg()
+    assert 130e3 < len(data) < 350e3 and data == check.decode_speed.jpeg()
     assert 0 < check.decode_speed.seconds(Views(View(64), View(32)), rounds=1) < 5

@@ -178,7 +178,7 @@ def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
-def test_pictures_are_named_after_their_prompts(capsys, tmp_path):
+def test_images_are_named_after_their_prompts(capsys, tmp_path):
     options = ["--sampling", "steps=1", "--seed", "4", "--out", str(tmp_path)]
     assert main(["generate", "show_o_tiny", "--prompt", "a red circle", "--prompt", "zebra!", *options]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000_seed4_a-red-circle.png", "001_seed5_zebra.png"]

@@ -203,7 +203,7 @@ def test_runs_go_on_bit_for_bit_with_as_many_ranks(runs):
 
 
 def test_ranks_that_share_the_weights_evaluate_together(runs):
-    """Three prompts and five held-out pictures on two ranks: both make as many passes, to the figures of one."""
+    """Three prompts and five held-out images on two ranks: both make as many passes, to the figures of one."""
     one, two = ([line for line in log(runs / f"evaluated_{n}") if "evaluation" in line] for n in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [0, 2]
     for a, b in zip(one, two, strict=True):

@@ -20,7 +20,7 @@ PROMPTS = "log.prompts=[a red square, a blue circle]"
 
 
 class Reconstructing(ToyAdapter):
-    """A toy that reconstructs, too: every picture as it is, but for a pixel."""
+    """A toy that reconstructs, too: every image as it is, but for a pixel."""
 
     abilities = frozenset({"generate", "reconstruct"})
 
@@ -66,7 +66,7 @@ def test_one_that_is_asked_for_later_begins_where_it_is(recipe):
 
 
 def test_it_changes_no_bit_of_the_training(tmp_path):
-    """Neither the suite of the world, nor held-out pictures of elsewhere, nor reconstructions; dropout is on."""
+    """Neither the suite of the world, nor held-out images of elsewhere, nor reconstructions; dropout is on."""
     keys = ["train.steps=2", "log.tensorboard=false", "data.workers=0", "train.threads=1", "log.every=1"]
     keys += ["objective.reca.batch_size=4", "objective.i2t.batch_size=2", "lora.rank=2", "lora.dropout=0.2"]
     more = ["eval.every=1", "eval.holdout=3", "eval.holdout_from=reca.toy_world:unlabeled?seed=5", "eval.suite=world"]
@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_ends_nothing(recipe, monkeypatch, caplog):
 # reconstructions
 
 
-def test_reconstructions_stand_beside_their_pictures(recipe):
+def test_reconstructions_stand_beside_their_images(recipe):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     r = recipe("log.sample_every=3", "log.tensorboard=true", "eval.holdout=5", "log.reconstructions=3")
     trainer = Trainer(r, Reconstructing())
@@ -170,11 +170,11 @@ def test_h_v_that_does_not_help_any_more():
     assert check(*never) == [[], [], []]  # a model that has not learned it yet
 
 
-def test_pictures_that_turn_flat_or_all_alike():
+def test_images_that_turn_flat_or_all_alike():
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator) for _ in range(4)]
     flat = [torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 80, 160, 240)]
-    found = [spread(pictures) for pictures in (noise, [noise[0]] * 4, flat, [flat[1]] * 4)]
+    found = [spread(images) for images in (noise, [noise[0]] * 4, flat, [flat[1]] * 4)]
     assert [one["samples/contrast"] > 70 for one in found] == [True, True, False, False]
     assert [one["samples/variety"] > 15 for one in found] == [True, False, True, False]
     assert "turn flat" in check(found[0], found[2])[1][0]

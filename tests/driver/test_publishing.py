@@ -47,8 +47,8 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     assert f"| {before * 100:.1f} % | {after * 100:.1f} % [" in text
     assert "after 2 steps" in text and "weight 1, 8 samples a step, 16 in all, of " in text
     assert "Understanding is bit-identical" in text and "open_uni.pth" in text
-    assert "![Images of step 2: a red (circle)](pictures/samples.png)" in text
-    assert (tmp_path / "out/pictures/samples.png").read_bytes() == (run / "samples/000002.png").read_bytes()
+    assert "![Images of step 2: a red (circle)](images/samples.png)" in text
+    assert (tmp_path / "out/images/samples.png").read_bytes() == (run / "samples/000002.png").read_bytes()
     assert found["library_name"] == "reca" and "license" not in found and "base_model" not in found
     assert found["pipeline_tag"] == "any-to-any" and {"reca", "open_uni", "arxiv:2509.07295"} <= set(found["tags"])
     (metric,) = found["model-index"][0]["results"][0]["metrics"]

@@ -31,8 +31,8 @@ def requests(tiny):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "red.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "red.png"
     Image.new("RGB", (40, 24), "red").save(path)
     return str(path)
 
@@ -43,9 +43,9 @@ def test_both_sides_draw_from_equal_seeds(requests, tiny):
     assert np.array_equal(before, after) and np.array_equal(before, drawn.permute(1, 2, 0).numpy())
 
 
-def test_edits_and_answers(requests, picture):
-    assert len(requests.edit(picture, "draw it blue", 0, STEP)) == 2
-    before, after = requests.answer(picture, "what is this?")
+def test_edits_and_answers(requests, image):
+    assert len(requests.edit(image, "draw it blue", 0, STEP)) == 2
+    before, after = requests.answer(image, "what is this?")
     assert before == after
 
 
@@ -66,7 +66,7 @@ def test_mistakes_are_said(requests, prompt, seed, words):
         requests.generate(prompt, seed)
 
 
-def test_bad_pictures_are_said_without_a_path_of_the_server(requests, tmp_path):
+def test_bad_images_are_said_without_a_path_of_the_server(requests, tmp_path):
     with pytest.raises(ValueError, match="choose a file"):
         requests.answer(None, "what?")
     (broken := tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
@@ -130,7 +130,7 @@ def address(requests):
         yield address
 
 
-def test_requests_over_http(address, requests, picture, tmp_path):
+def test_requests_over_http(address, requests, image, tmp_path):
     from gradio_client import Client, handle_file
 
     client = Client(address, verbose=False, analytics_enabled=False, download_files=str(tmp_path / "got"))
@@ -139,8 +139,8 @@ def test_requests_over_http(address, requests, picture, tmp_path):
     (small,) = requests.sides[0].model.generate(["a red circle"], [3], steps=2)
     shown = np.asarray(Image.open(drawn[0]))
     assert shown.shape == (260, 260, 3) and np.array_equal(shown[::13, ::13], small.permute(1, 2, 0).numpy())
-    assert len(client.predict(handle_file(picture), "what is this?", api_name="/answer")) == 2
-    (broken := tmp_path / "broken.png").write_bytes(b"no picture")
+    assert len(client.predict(handle_file(image), "what is this?", api_name="/answer")) == 2
+    (broken := tmp_path / "broken.png").write_bytes(b"no image")
     for given, words in (
         ((handle_file(str(broken)), "what?"), "no readable image"),
         ((None, "what?"), "choose a file"),

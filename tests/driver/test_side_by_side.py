@@ -36,7 +36,7 @@ def wait_until(condition):
 
 
 def fail():
-    raise ValueError("no such picture")
+    raise ValueError("no such image")
 
 
 def join(*parts):
@@ -125,7 +125,7 @@ def test_a_failure_stops_what_comes_after_it_and_nothing_else(tmp_path):
         Job("fine", report, (tmp_path, "fine")),
     ]
     found = side_by_side.run(jobs, ["7"])
-    assert str(found["broken"]) == "ValueError: no such picture"
+    assert str(found["broken"]) == "ValueError: no such image"
     assert str(found["never"]) == "broken did not end well" and str(found["nor this"]) == "never did not end well"
     assert isinstance(found["killed"], Failure) and "terminated abruptly" in str(found["killed"])
     assert found["fine"] == ("fine", "1", "7")  # by a new process, on the same GPU

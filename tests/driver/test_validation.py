@@ -1,4 +1,4 @@
-"""Held-out pictures: what is held out, and that their loss is a function of the weights alone."""
+"""Held-out images: what is held out, and that their loss is a function of the weights alone."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_what_cannot_be_held_out(recipe):
         recipe("eval.holdout=2", "data.images=null", "objective.reca.weight=0", "objective.t2i.weight=1")
 
 
-def test_other_pictures_change_nothing_of_the_training(recipe, tmp_path):
+def test_other_images_change_nothing_of_the_training(recipe, tmp_path):
     other = write_images(tmp_path / "other", 6)
     plain = run_toy(recipe(f"run_dir={tmp_path}/plain"))
     trainer = run_toy(recipe(f"run_dir={tmp_path}/held", "eval.holdout=4", f"eval.holdout_from={other}"))
@@ -66,7 +66,7 @@ def test_other_pictures_change_nothing_of_the_training(recipe, tmp_path):
     assert all(torch.equal(value, weights(trainer.adapter)[name]) for name, value in weights(plain.adapter).items())
 
 
-def test_a_run_whose_training_pictures_change_is_refused(recipe):
+def test_a_run_whose_training_images_change_is_refused(recipe):
     run_toy(recipe("train.steps=2"))
     with pytest.raises(RecipeError, match=r"eval.holdout 0 -> 4 has other contents \(24 samples, now 20\)"):
         Trainer(recipe("eval.holdout=4"), ToyAdapter())
@@ -90,8 +90,8 @@ def test_the_same_weights_give_the_same_bits(recipe):
     assert own.measure() != first
 
 
-def test_ranks_share_the_pictures(recipe, monkeypatch):
-    """Every rank makes as many passes, and each picture counts once."""
+def test_ranks_share_the_images(recipe, monkeypatch):
+    """Every rank makes as many passes, and each image counts once."""
     r, adapter = recipe("eval.holdout=7"), ToyAdapter(dtype=torch.float64)
     whole = held_out(r, adapter).measure()
     seen = []

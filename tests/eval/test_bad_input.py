@@ -124,7 +124,7 @@ def test_lines_that_are_no_records(row):
         ("wise_legacy", Item("1", "CULTURE", "p"), "Consistency: 1\nRealism: 1\nAesthetic Quality: 1",
          [None, {"consistency": 9.9, "realism": 1, "aesthetic_quality": 1}, {"consistency": math.nan}, [], 3]),
         ("imgedit", Item("1", "add", "p"), "A: 1", [None, 3, {}, "A: ²", ""]),
-        ("mme", Item("1", "color", "p", metadata={"picture": "a.png", "truth": "Yes"}), None, [None, 3, ["Yes"], {}]),
+        ("mme", Item("1", "color", "p", metadata={"image": "a.png", "truth": "Yes"}), None, [None, 3, ["Yes"], {}]),
         ("gedit", Item("1", "ps_human", "p", metadata={"intersection": True}),
          {"semantics": "[1, 2]", "quality": "[1, 2]"}, [None, 3, {}, {"semantics": [math.nan], "quality": [1]}, "x"]),
     ],
@@ -245,13 +245,13 @@ def test_every_judge_sees_images_of_any_mode_alike(tmp_path):
         wanted = 255 if name == "clear" else 156
         seen = np.asarray(_rgb(path)).astype(int)
         assert seen.shape == (4, 6, 3) and abs(seen - wanted).max() <= 3, name
-        shown = page._picture(path)
+        shown = page._image(path)
         assert shown and shown["small"], name
     assert abs(read_rgb(found["sixteen"]).astype(int) - 156).max() <= 1 and read_rgb(found["turned"]).shape == (4, 6, 3)
     assert data_url(found["cmyk"]).startswith("data:image/png;base64,iVBOR")
     assert data_url(found["turned"]).startswith("data:image/jpeg;base64,/9j/")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 60)
-    assert page._picture(tmp_path / "broken.png") is None and page._picture(tmp_path / "none.png") is None
+    assert page._image(tmp_path / "broken.png") is None and page._image(tmp_path / "none.png") is None
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (512, 300)])
@@ -272,10 +272,10 @@ def test_the_world_of_emoji_has_one_size(tmp_path):
 def test_a_judge_whose_library_fails_on_one_image(painter, monkeypatch):
     judged = WorldJudge.shows
 
-    def shows(self, picture, prompt):
-        if "00000" in str(picture):
+    def shows(self, image, prompt):
+        if "00000" in str(image):
             raise ValueError("Unable to infer channel dimension format\nmore")
-        return judged(self, picture, prompt)
+        return judged(self, image, prompt)
 
     monkeypatch.setattr(WorldJudge, "shows", shows)
     found = reca.evaluate("world", painter, limit=6)

@@ -61,7 +61,7 @@ def test_a_flip_is_shown_by_the_images_that_changed():
     ):
         row = {"item": "1", "tag": "t", "prompt": "p", "before": sum(before), "after": sum(after)}
         assert page._flip(row, [side(*after), side(*before)], "fraction")["reasons"] == reasons
-    assert page._flip(row, [side(1), {}], "fraction")["pictures"] == [None, None]
+    assert page._flip(row, [side(1), {}], "fraction")["images"] == [None, None]
 
 
 def test_the_page_needs_no_other_file(compared):
@@ -69,8 +69,8 @@ def test_the_page_needs_no_other_file(compared):
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
 
 
-def test_fewer_pictures(compared, painter):
-    assert cli.main(["compare", "base", str(painter), "--pictures", "3", "--out", str(painter / "few")]) == 0
+def test_fewer_pairs(compared, painter):
+    assert cli.main(["compare", "base", str(painter), "--pairs", "3", "--out", str(painter / "few")]) == 0
     page = (painter / "few" / "comparison.html").read_text()
     assert page.count('<button type="button" class="flip"') == 3 and ", 3 shown" in page
 
@@ -92,7 +92,7 @@ def test_an_evaluation_that_was_moved_keeps_its_images(compared, painter, tmp_pa
     assert "<img" in shown and "no image" not in shown
 
 
-def test_a_lost_picture_leaves_a_gap(compared, painter):
+def test_a_lost_image_leaves_a_gap(compared, painter):
     shutil.rmtree(painter / "eval/base/world/images")
     assert cli.main(["compare", "base", str(painter)]) == 0
     page = (painter / "comparison" / "comparison.html").read_text()
@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_page_that_was_there(compared, painter, monkeypatc
 
     before = (compared / "comparison.html").read_bytes()
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    assert cli.main(["compare", "base", str(painter), "--pictures", "1"]) == 4
+    assert cli.main(["compare", "base", str(painter), "--pairs", "1"]) == 4
     assert f"No space left on device: '{compared}/comparison.json'" in capsys.readouterr().err
     assert (compared / "comparison.html").read_bytes() == before
 
@@ -207,7 +207,7 @@ def test_answers_use_the_understanding_roles_alone(umm):
 
 @pytest.fixture(scope="module")
 def drawn(runs, tmp_path_factory):
-    """Four pictures by the base and by a run, and the page that has them."""
+    """Four images by the base and by a run, and the page that has them."""
     out = tmp_path_factory.mktemp("drawn")
     assert cli.main(["compare", "base", runs["first"], "--reconstructions", "4", "--out", str(out)]) == 0
     return out
@@ -241,7 +241,7 @@ def test_nothing_is_drawn_twice(drawn, runs, monkeypatch):
             draw(*others)
 
 
-def test_pictures_of_ones_own_and_two_models(runs, tmp_path):
+def test_images_of_ones_own_and_two_models(runs, tmp_path):
     write_images(tmp_path / "photos", 2)
     found = draw(runs["first"], runs["show_o"], tmp_path, 8, str(tmp_path / "photos"))
     assert found["pictures"] == "given" and [row["name"] for row in found["rows"]] == ["000.png", "001.png"]

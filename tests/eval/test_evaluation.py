@@ -290,7 +290,7 @@ def test_damaged_and_changed_images_are_judged_again(painter):
 
 
 def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):
-    def fails(self, picture, prompt):
+    def fails(self, image, prompt):
         raise judge.JudgeError("no answer within 60 s")
 
     monkeypatch.setattr(WorldJudge, "shows", fails)

@@ -80,14 +80,14 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image(tmp_path):
+    path = tmp_path / "image.png"
     Image.new("RGB", (8, 6), "red").save(path)
     return path
 
 
 def wise(tmp_path, count=6):
-    """Prompts of WISE with pictures for them."""
+    """Prompts of WISE with images for them."""
     rows = [{"prompt_id": i, "Prompt": f"prompt {i}", "Explanation": "e", "Category": "c"} for i in range(1, count + 1)]
     (tmp_path / "wise.json").write_text(json.dumps(rows))
     images = tmp_path / "images"
@@ -101,9 +101,9 @@ def wise(tmp_path, count=6):
 # ---- the endpoint ----
 
 
-def test_a_request(server, picture):
+def test_a_request(server, image):
     judge = EndpointJudge(server.url, price_in=1.0, price_out=10.0)
-    assert judge.reply("what?", [picture, Image.new("RGB", (2, 2))]) == "Score: 1"
+    assert judge.reply("what?", [image, Image.new("RGB", (2, 2))]) == "Score: 1"
     ((body, headers),) = server.seen
     first, second, text = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "what?"} and body["model"] == "tiny-vlm" and body["temperature"] == 0
@@ -113,23 +113,23 @@ def test_a_request(server, picture):
     assert judge.describe() == {"name": "endpoint:tiny-vlm", "version": "1", "dtype": None, "exact": False}
 
 
-def test_failures_are_tried_again(server, picture):
+def test_failures_are_tried_again(server, image):
     judge = EndpointJudge(server.url)
     server.plan = [(429, "slow down"), (503, "starting"), (200, "<html>")]
-    assert judge.reply("what?", [picture]) == "Score: 1"
+    assert judge.reply("what?", [image]) == "Score: 1"
     assert len(server.seen) == 4
     assert [round(wait) for wait in server.waits] == pytest.approx([7, 2, 4], rel=0.3)
 
 
-def test_what_no_try_mends_ends_it(server, picture, tmp_path):
+def test_what_no_try_mends_ends_it(server, image, tmp_path):
     judge = EndpointJudge(server.url, tries=3)
     server.plan = [(401, f"wrong key {SECRET}")]
     with pytest.raises(EvaluationError, match="HTTP 401: wrong key \\[key\\]; the key is read from RECA_JUDGE_KEY"):
-        judge.reply("what?", [picture])
+        judge.reply("what?", [image])
     assert len(server.seen) == 1
     server.plan = [(500, f"{SECRET} fault")] * 3
     with pytest.raises(JudgeError, match="failed 3 times; the last time: HTTP 500: \\[key\\] fault"):
-        judge.reply("what?", [picture])
+        judge.reply("what?", [image])
     for content, message in (
         ({"choices": []}, "no chat completion"),
         (
@@ -139,7 +139,7 @@ def test_what_no_try_mends_ends_it(server, picture, tmp_path):
     ):
         server.plan = [(200, content)]
         with pytest.raises(JudgeError, match=message):
-            judge.reply("what?", [picture])
+            judge.reply("what?", [image])
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_what_no_try_mends_ends_it(server, picture, tmp_path):
      {"choices": [{"message": {"content": "x"}}], "usage": 3}, {}, [1], "[" * 100_000,
      {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}],
 )  # fmt: skip
-def test_an_answer_of_another_form_fails_one_image(server, picture, content):
+def test_an_answer_of_another_form_fails_one_image(server, image, content):
     judge = EndpointJudge(server.url, tries=1)
     server.plan = [(200, content)]
     with pytest.raises(JudgeError):
-        judge.reply("what?", [picture])
+        judge.reply("what?", [image])
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_an_answer_of_another_form_fails_one_image(server, picture, content):
     [{"content": [{"token": "Yes", "logprob": 800.0}]}, {"content": [{"token": 3, "logprob": -1.0}]}, {"content": [3]},
      {"content": [{"token": "Yes", "logprob": None}]}, {"content": {"a": 1}}, {"content": [{"token": "a"}]}],
 )  # fmt: skip
-def test_logprobs_of_another_form_fail_one_image(server, picture, logprobs):
+def test_logprobs_of_another_form_fail_one_image(server, image, logprobs):
     server.logprobs = logprobs
     with pytest.raises(JudgeError, match="logprobs cannot be read"):
-        EndpointJudge(server.url).first_token_probability("q", [picture], ["Yes"])
+        EndpointJudge(server.url).first_token_probability("q", [image], ["Yes"])
 
 
 @pytest.mark.parametrize("found", [{}, {"data": 3}, {"data": ["x"]}, {"data": [{"id": None}]}])
@@ -173,11 +173,11 @@ def test_a_list_of_models_of_another_form(server, monkeypatch, found):
         EndpointJudge(server.url)
 
 
-def test_a_judge_that_does_not_answer_in_time(server, picture):
+def test_a_judge_that_does_not_answer_in_time(server, image):
     judge = EndpointJudge(server.url, timeout=0.2, tries=2)
     server.plan = [("hang", None)] * 2
     with pytest.raises(JudgeError, match="failed 2 times; the last time: no answer within 0.2 s"):
-        judge.reply("what?", [picture])
+        judge.reply("what?", [image])
 
 
 @pytest.mark.parametrize(
@@ -204,24 +204,24 @@ def test_several_models_and_no_server(server):
         EndpointJudge("http://127.0.0.1:9/v1", tries=2)
 
 
-def test_requests_per_minute(server, picture, monkeypatch):
+def test_requests_per_minute(server, image, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(endpoint.time, "monotonic", lambda: now[0])
     judge = EndpointJudge(server.url, requests_per_minute=30, model="m")
     for _ in range(3):
-        judge.reply("what?", [picture])
+        judge.reply("what?", [image])
     assert server.waits == [0, 2, 4]
 
 
-def test_first_tokens(server, picture):
+def test_first_tokens(server, image):
     chances = {"Yes": 0.5, "yes": 0.2, " y": 0.1, "No": 0.15}
     top = [{"token": token, "logprob": math.log(p)} for token, p in chances.items()]
     server.logprobs = {"content": [{"token": "Yes", "logprob": math.log(0.5), "top_logprobs": top}]}
     judge = EndpointJudge(server.url)
-    assert judge.first_token_probability("q", [picture], ["Yes", "yes", " yes", " Yes"]) == pytest.approx(0.8)
+    assert judge.first_token_probability("q", [image], ["Yes", "yes", " yes", " Yes"]) == pytest.approx(0.8)
     server.logprobs = None
     with pytest.raises(EvaluationError, match="gives no logprobs"):
-        judge.first_token_probability("q", [picture], ["Yes"])
+        judge.first_token_probability("q", [image], ["Yes"])
 
 
 def test_a_suite_judged_by_an_endpoint(server, tmp_path, caplog):
@@ -287,7 +287,7 @@ def tiny_tokenizer(words, **special):
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", **special)
 
 
-def test_a_local_model(tmp_path, picture):
+def test_a_local_model(tmp_path, image):
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
@@ -319,12 +319,12 @@ def test_a_local_model(tmp_path, picture):
         patch_size=14, vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1,
     ).save_pretrained(tmp_path / "vlm")  # fmt: skip
     judge = LocalVlmJudge(str(tmp_path / "vlm"), "cpu", dtype="float32", max_new_tokens=4)
-    reply = judge.reply("is this red ?", [picture])
-    assert isinstance(reply, str) and reply == judge.reply("is this red ?", [picture])
-    one = judge.first_token_probability("is this red ?", [picture], ["Yes"])
-    both = judge.first_token_probability("is this red ?", [picture], ["Yes", "Yes"])
+    reply = judge.reply("is this red ?", [image])
+    assert isinstance(reply, str) and reply == judge.reply("is this red ?", [image])
+    one = judge.first_token_probability("is this red ?", [image], ["Yes"])
+    both = judge.first_token_probability("is this red ?", [image], ["Yes", "Yes"])
     assert 0 < one < 1 and both == pytest.approx(2 * one)  # a token that comes twice counts twice
-    every = judge.first_token_probability("is this red ?", [picture], words[5:])
+    every = judge.first_token_probability("is this red ?", [image], words[5:])
     assert one < every < 1
     with pytest.raises(EvaluationError, match="the judge .*nowhere cannot be loaded"):
         LocalVlmJudge(str(tmp_path / "nowhere"), "cpu")
@@ -408,7 +408,7 @@ def test_colors_are_asked_of_the_objects_that_the_rule_looks_at(tmp_path):
     assert [box.get("color") for box in found] == [None, "color 0", None, "color 1"]  # 0.01 is not recorded
 
 
-def test_an_approximate_detector(tmp_path, clip, picture):
+def test_an_approximate_detector(tmp_path, clip, image):
     """OWLv2 of a tiny size: boxes inside of the image, and a label that says what the judge is."""
     from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
@@ -425,10 +425,10 @@ def test_an_approximate_detector(tmp_path, clip, picture):
     tokenizer = tiny_tokenizer(words, bos_token="<s>", eos_token="</s>", model_max_length=16)
     Owlv2Processor(processor, tokenizer).save_pretrained(tmp_path / "owl")
     judge = Owlv2Judge(str(tmp_path / "owl"), "cpu", clip=str(clip), threshold=0.1)
-    found = judge.detect(picture, {}, 0.3)
+    found = judge.detect(image, {}, 0.3)
     # As transformers itself finds them.
     names = list(CLASS_NAMES)
-    inputs = judge.processor(images=Image.open(picture), text=judge.texts(names), return_tensors="pt")
+    inputs = judge.processor(images=Image.open(image), text=judge.texts(names), return_tensors="pt")
     with torch.no_grad():
         outputs = judge.model(**inputs)
     (wanted,) = judge.processor.post_process_grounded_object_detection(outputs, threshold=0.1, target_sizes=[(6, 8)])
@@ -440,7 +440,7 @@ def test_an_approximate_detector(tmp_path, clip, picture):
     assert all(len(box["box"]) == 4 and 0 < box["score"] <= 1 for boxes in found.values() for box in boxes)
 
 
-def test_grounding_dino(tmp_path, clip, picture):
+def test_grounding_dino(tmp_path, clip, image):
     """A tiny one: a class's score is the mean over its own words, and boxes are those of transformers."""
     from transformers import (
         BertConfig,
@@ -470,13 +470,13 @@ def test_grounding_dino(tmp_path, clip, picture):
     size = {"shortest_edge": 64, "longest_edge": 96}
     GroundingDinoProcessor(GroundingDinoImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "dino")
     judge = GroundingDinoJudge(str(tmp_path / "dino"), "cpu", clip=str(clip), threshold=0.0)
-    inputs = judge.processor(images=Image.open(picture), text=judge.texts(CLASS_NAMES[9:12]), return_tensors="pt")
+    inputs = judge.processor(images=Image.open(image), text=judge.texts(CLASS_NAMES[9:12]), return_tensors="pt")
     assert judge.processor.tokenizer.decode(inputs["input_ids"][0]).startswith("[CLS] traffic light. fire hydrant.")
     chances = torch.arange(1.0, 11.0)[None]  # of [CLS] traffic light . fire hydrant . stop sign .
     assert judge.scores(chances, inputs["input_ids"]).tolist() == [[2.5, 5.5, 8.5]]
-    found = judge.find(np.asarray(Image.open(picture)))
+    found = judge.find(np.asarray(Image.open(image)))
     assert len(found) == 4 * 20 and {name for name, *_ in found} <= set(CLASS_NAMES)
-    first = judge.processor(images=Image.open(picture), text=judge.texts(CLASS_NAMES[:20]), return_tensors="pt")
+    first = judge.processor(images=Image.open(image), text=judge.texts(CLASS_NAMES[:20]), return_tensors="pt")
     with torch.no_grad():
         outputs = judge.model(**first)
     (wanted,) = judge.processor.post_process_grounded_object_detection(

@@ -129,8 +129,8 @@ def test_dpg(tmp_path):
     image.save(grid / "p1.png")
 
     class Judge:
-        def reply(self, text, pictures):
-            return "No." if pictures[0].getpixel((0, 0)) == (0, 0, 0) and "question 1" in text else "Yes."
+        def reply(self, text, images):
+            return "No." if images[0].getpixel((0, 0)) == (0, 0, 0) and "question 1" in text else "Yes."
 
     found = suite.find(grid, [item])
     answer = suite.ask(Judge(), item, found[item.id, 0])
@@ -151,7 +151,7 @@ def test_geneval2(tmp_path):
     asked = []
 
     class Judge:
-        def first_token_probability(self, text, pictures, accepted):
+        def first_token_probability(self, text, images, accepted):
             asked.append((text, accepted))
             return 0.5
 
@@ -247,8 +247,8 @@ def test_imgedit(tmp_path):
     assert item.source == source
 
     class Judge:
-        def reply(self, text, pictures):
-            assert (text, pictures) == ("Judge: make it blue", [source, tmp_path / "7.png"])
+        def reply(self, text, images):
+            assert (text, images) == ("Judge: make it blue", [source, tmp_path / "7.png"])
             return "A: 4\nB: 5\nC: 5"
 
     answer = suite.ask(Judge(), item, tmp_path / "7.png")
@@ -258,10 +258,10 @@ def test_imgedit(tmp_path):
 
 
 def test_gedit(tmp_path):
-    save(tmp_path / "pictures/a.png")
+    save(tmp_path / "images/a.png")
     rows = [
         {"key": f"k{n}", "task_type": "ps_human", "instruction": "smile", "instruction_language": language,
-         "Intersection_exist": True, "source": "pictures/a.png"}
+         "Intersection_exist": True, "source": "images/a.png"}
         for n, language in enumerate(("en", "cn"))
     ]  # fmt: skip
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -273,8 +273,8 @@ def test_gedit(tmp_path):
     Image.new("L", (9, 9)).save(result)
 
     class Judge:
-        def reply(self, text, pictures):
-            assert pictures[-1].size == (4, 4) and pictures[-1].mode == "RGB"
+        def reply(self, text, images):
+            assert images[-1].size == (4, 4) and images[-1].mode == "RGB"
             return '{"score": [8, 6]}' if "smile" in text else '{"score": [4]}'
 
     answer = suite.ask(Judge(), item, result)
@@ -339,7 +339,7 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
     assert len((painter / "eval/mme/answers.jsonl").read_text().splitlines()) == 4 and Painter.made == 4
     reca.evaluate("mme", painter, data=tmp_path / "mme")
     assert Painter.made == 4
-    half = reca.evaluate("mme", painter, data=tmp_path / "mme", limit=1)  # of pictures, with both questions
+    half = reca.evaluate("mme", painter, data=tmp_path / "mme", limit=1)  # of images, with both questions
     assert half["counts"]["items"] == 1 and half["overall"]["value"] == 200
 
     save(tmp_path / "pope/val2014/1.jpg")

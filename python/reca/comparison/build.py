@@ -57,13 +57,13 @@ def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]
     return suites, notes
 
 
-def write(found: dict[str, Any], out: Path, pictures: int = page.PICTURES) -> Path:
+def write(found: dict[str, Any], out: Path, pairs: int = page.PAIRS) -> Path:
     """Write comparison.html and comparison.json into a folder, and return the path of the page.
 
-    pictures: pairs of images in the page, of every suite, at most; gains and losses share them.
+    pairs: of images in the page, of every suite, at most; gains and losses share them.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", HALVES))
     path = out / PAGE
-    write_atomically(path, page.render(found, out, pictures).encode("utf-8", HALVES))
+    write_atomically(path, page.render(found, out, pairs).encode("utf-8", HALVES))
     return path

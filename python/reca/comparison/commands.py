@@ -9,7 +9,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("before", help="the folder of a run or of an evaluation; or base: what AFTER started from")
     sub.add_argument("after", help="the same; base: what BEFORE started from")
     sub.add_argument("--out", type=path, metavar="DIR", help="folder of the page; RUN/comparison by default")
-    sub.add_argument("--pictures", type=int, default=60, help="pairs of images in the page, of every suite")
+    sub.add_argument("--pairs", type=int, default=60, help="pairs of images in the page, of every suite")
     sub.add_argument(
         "--reconstructions",
         type=int,
@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> None:
     from reca.sampling_options import read_pairs
 
     sampling = read_pairs(options.sampling, "--sampling")
-    if options.pictures < 0:
-        raise ValueError(f"--pictures must be at least 0, got {options.pictures}")
+    if options.pairs < 0:
+        raise ValueError(f"--pairs must be at least 0, got {options.pairs}")
     if options.reconstructions is not None and options.reconstructions < 0:
         raise ValueError(f"--reconstructions must be at least 0, got {options.reconstructions}")
     named = options.before if options.after == "base" else options.after
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         found["reconstructions"] = triplets.draw(
             options.before, options.after, out, count, options.images, sampling=sampling
         )
-    page = build.write(found, out, options.pictures)
+    page = build.write(found, out, options.pairs)
     for suite in found["suites"]:
         change, unit = suite["against"]["overall"], suite["overall"]["unit"]
         print(

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its pictures, curves and tables, and no address of any other."""
+"""The page: one HTML file with its images, curves and tables, and no address of any other."""
 
 import io
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from reca.data.pixels import open_rgb
 from reca.eval import figures, report
 from reca.eval.errors import EvaluationError
 
-PICTURES = 60  # pairs in the page, of a suite
-SIDE = 512  # pixels of a picture's longer side in the page
-SMALL = 128  # pictures below are enlarged without smoothing
+PAIRS = 60  # pairs in the page, of a suite
+SIDE = 512  # pixels of an image's longer side in the page
+SMALL = 128  # images below are enlarged without smoothing
 WIDTH, HEIGHT = 320, 120  # of a curve
 
 
-def render(found: dict[str, Any], folder: Path, pictures: int = PICTURES) -> str:
-    """Write the page of a comparison. folder: of the pictures that it reconstructs."""
+def render(found: dict[str, Any], folder: Path, pairs: int = PAIRS) -> str:
+    """Write the page of a comparison. folder: of the images that it reconstructs."""
     return html.render(
         Path(__file__).with_name("page.html"),
         before=found["before"],
         after=found["after"],
-        suites=[_suite(suite, pictures) for suite in found["suites"]],
+        suites=[_suite(suite, pairs) for suite in found["suites"]],
         curves=[_chart(curve) for curve in found["curves"]],
         settings=[{k: _value(v) for k, v in row.items()} for row in found["settings"]],
         understanding=found["understanding"],
@@ -33,13 +33,13 @@ def render(found: dict[str, Any], folder: Path, pictures: int = PICTURES) -> str
     )
 
 
-def _suite(suite: dict[str, Any], pictures: int) -> dict[str, Any]:
+def _suite(suite: dict[str, Any], pairs: int) -> dict[str, Any]:
     against, unit = suite["against"], suite["overall"]["unit"]
     flips = against["flips"]
     gains = [row for row in flips if row["after"] > row["before"]]
     losses = [row for row in reversed(flips) if row["after"] < row["before"]]
-    half = max(pictures // 2, pictures - len(losses))
-    shown = gains[:half], losses[: pictures - min(len(gains), half)]
+    half = max(pairs // 2, pairs - len(losses))
+    shown = gains[:half], losses[: pairs - min(len(gains), half)]
     images = [_images(suite), _images(against, suite)]
     return {
         "name": suite["protocol"],
@@ -98,34 +98,32 @@ def _flip(row: dict[str, Any], images: Sequence[dict[str, dict[int, Shown]]], un
         "prompt": row["prompt"],
         "before": figures.score(row["before"], unit),
         "after": figures.score(row["after"], unit),
-        "pictures": [_picture(old.path), _picture(new.path)],
+        "images": [_image(old.path), _image(new.path)],
         "reasons": [old.reason, new.reason],
     }
 
 
 def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
-    """Read the pictures of reconstructions."""
+    """Read the images of reconstructions."""
     if found is None:
         return None
     names = ("input", "before", "after")
-    rows = [
-        {"name": row["name"], "pictures": [_picture(folder / row[name]) for name in names]} for row in found["rows"]
-    ]
+    rows = [{"name": row["name"], "images": [_image(folder / row[name]) for name in names]} for row in found["rows"]]
     return {"pictures": found["pictures"], "source": found["source"], "names": names, "rows": rows}
 
 
-def _picture(path: Path | None) -> dict[str, Any] | None:
-    """Read a picture into a data address; None where there is none to read."""
+def _image(path: Path | None) -> dict[str, Any] | None:
+    """Read an image into a data address; None where there is none to read."""
     if path is None:
         return None
     try:
-        picture = open_rgb(path.read_bytes())
+        image = open_rgb(path.read_bytes())
     except (OSError, BadSample):
         return None
-    picture.thumbnail((SIDE, SIDE))
+    image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    small = max(picture.size) <= SMALL
-    picture.save(buffer, "PNG" if small else "JPEG", quality=88)
+    small = max(image.size) <= SMALL
+    image.save(buffer, "PNG" if small else "JPEG", quality=88)
     kind = "png" if small else "jpeg"
     return {"source": html.data_url(buffer.getvalue(), kind), "small": small}
 

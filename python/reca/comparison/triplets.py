@@ -19,7 +19,7 @@ from reca.eval.generate import png
 from reca.eval.targets import Target
 from reca.meta_model import build_meta
 from reca.models import umm_package
-from reca.reconstructions import picture_batch, pictures, reconstruct
+from reca.reconstructions import image_batch, images_to_show, reconstruct
 from reca.sampling_options import check_sampling_options
 
 COUNT = 8  # images, where nothing else is said
@@ -108,7 +108,7 @@ def _draw(
     columns: dict[str, list[Tensor]] = {}
     for name, target in zip(("before", "after"), targets, strict=True):
         model = target.load(device)
-        batch = picture_batch(recipe, model, count, source)
+        batch = image_batch(recipe, model, count, source)
         columns.setdefault("input", batch.gen or [])
         columns[name] = reconstruct(model, batch, **sampling)
         del model  # one at a time is in memory
@@ -128,7 +128,7 @@ def _open(run: Side, images: str | None) -> Source:
     if images is not None:
         return open_source(images, "reca", recipe.data.image_root, recipe.data.columns)
     try:
-        return pictures(recipe)
+        return images_to_show(recipe)
     except (DataError, ValueError) as error:
         raise DataError(
             f"the images of {run.source} cannot be opened ({error}); name others by --images, or leave "

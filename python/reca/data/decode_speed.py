@@ -14,7 +14,7 @@ from reca.rng import CounterRNG
 SIDE, QUALITY = 1024, 90  # as most images of the released recipes' data are
 
 
-def picture(side: int = SIDE) -> bytes:
+def jpeg(side: int = SIDE) -> bytes:
     """Return a JPEG that costs as much as a photograph: noise whose amplitude falls with its frequency, like theirs."""
     noise = np.fft.rfft2(np.random.default_rng(0).standard_normal((3, side, side)))
     rows, columns = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)
@@ -28,7 +28,7 @@ def picture(side: int = SIDE) -> bytes:
 
 def seconds(views: Views, rounds: int = 5) -> float:
     """Measure the CPU time of an image, decoded and resized by Pillow and this package: a median of `rounds`."""
-    decoder, data, times = PillowDecoder(views, CounterRNG(0)), picture(), []
+    decoder, data, times = PillowDecoder(views, CounterRNG(0)), jpeg(), []
     for number in range(1 + rounds):
         started = time.thread_time()
         decoder(data, number)

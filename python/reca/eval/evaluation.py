@@ -13,7 +13,7 @@ from reca import distributed
 from reca.eval import records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.generate import generate_answers, generate_images, picture_hash, read_answers
+from reca.eval.generate import generate_answers, generate_images, image_hash, read_answers
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge
@@ -334,7 +334,7 @@ def _known(
     if not everything:
         raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
     judge = judge or everything[-1].judge
-    return valid(everything, {key: picture_hash(p) for key, p in found.items()}, judge), judge
+    return valid(everything, {key: image_hash(p) for key, p in found.items()}, judge), judge
 
 
 def open_settings(suite: str, data: str | Path | None, **others: Any) -> Settings:

@@ -40,7 +40,7 @@ def image_seed(suite: str, item: str, k: int, seed: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[: SEED_BITS // 8], "big")
 
 
-def picture_hash(path: Path) -> str:
+def image_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -82,13 +82,13 @@ def generate_images(
         with inference.together(model) if alike else contextlib.nullcontext():
             if suite.ability == "edit":
                 sources = [_source(item) for item, _ in chunk]
-                pictures = inference.edit(model, sources, prompts, seeds, **sampling)
+                drawn = inference.edit(model, sources, prompts, seeds, **sampling)
             else:
-                pictures = inference.generate(model, prompts, seeds, **sampling)
+                drawn = inference.generate(model, prompts, seeds, **sampling)
         with distributed.fail_together() if alike else contextlib.nullcontext():
-            for (item, k), picture in list(zip(chunk, pictures, strict=True))[: wanted - made]:
+            for (item, k), image in list(zip(chunk, drawn, strict=True))[: wanted - made]:
                 _write_companions(suite, item, images)
-                data = png(picture)
+                data = png(image)
                 write(images / suite.path(item, k), data, sync=False)
                 made, size = made + 1, size + len(data)
             check_room(images, (wanted - made) * size // max(made, 1))
@@ -108,9 +108,9 @@ def generate_answers(
     todo = [(item, 0) for item in items if (item.id, 0) not in known]
     with records.Appender(path) as file:
         for chunk in _chunks(todo, f"{suite.name}: answers"):
-            pictures = [_source(item) for item, _ in chunk]
+            images = [_source(item) for item, _ in chunk]
             questions = [item.prompt for item, _ in chunk]
-            replies = inference.answer(model, pictures, questions, max_new_tokens=max_new_tokens)
+            replies = inference.answer(model, images, questions, max_new_tokens=max_new_tokens)
             for (item, k), reply in zip(chunk, replies, strict=True):
                 file.append(json.dumps({"item": item.id, "k": k, "answer": reply}, ensure_ascii=False))
     return len(todo)
@@ -131,14 +131,14 @@ def _chunks(todo: list, title: str) -> Iterator[list]:
 
 def _source(item: Item) -> Tensor:
     if item.source is None or not item.source.is_file():
-        raise EvaluationError(f"item {item.id}: its picture {item.source} does not exist; check --data")
+        raise EvaluationError(f"item {item.id}: its image {item.source} does not exist; check --data")
     return read_image(item.source)
 
 
-def png(picture: Tensor) -> bytes:
+def png(image: Tensor) -> bytes:
     """Encode an image, uint8 [3, H, W]."""
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).cpu().numpy())).save(file, "PNG")
+    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(file, "PNG")
     return file.getvalue()
 
 

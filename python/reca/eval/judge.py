@@ -12,7 +12,7 @@ from reca.data.errors import BadSample, DataError
 from reca.data.pixels import read_image
 from reca.eval import records, scoring
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import picture_hash
+from reca.eval.generate import image_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
@@ -30,7 +30,7 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
     again next time. Raises EvaluationError when the judge fails on several images in a row.
     """
     by_id = {item.id: item for item in items}
-    hashes = {key: picture_hash(picture) for key, picture in found.items()}
+    hashes = {key: image_hash(image) for key, image in found.items()}
     mine = judge.describe()
     done = {r.key for r in valid(records.read(path), hashes, mine) if r.error is None}
     todo = [key for key in found if key not in done]
@@ -74,11 +74,11 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
     return len(todo)
 
 
-def _answer(judge: Judge, suite: Suite, item: Item, key: Key, picture: Path) -> object:
+def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> object:
     """Ask until the answer holds what the suite's rule reads."""
     reason = ""
     for _ in range(TRIES):
-        answer = judge.judge(suite, item, key[1], picture)
+        answer = judge.judge(suite, item, key[1], image)
         failed = scoring.score(suite, {key: answer}, [item]).failed if suite.judge_kind != "rule" else []
         if not failed:
             return answer

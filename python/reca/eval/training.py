@@ -29,7 +29,7 @@ class Scored(NamedTuple):
     """Results of a suite, on rank 0: as `reca.eval` says, and the images they are of."""
 
     results: dict[str, Any]
-    pictures: list[Tensor]
+    images: list[Tensor]
 
 
 class TrainingSuite:

@@ -26,7 +26,7 @@ from reca.reconstructions import GRID
 from reca.runs import is_run
 
 CARD = "README.md"
-PICTURES = "pictures"  # folder of the pictures, below the export
+IMAGES = "images"  # folder of the images, below the export
 MARK = "<!-- Written by reca export, which writes it anew each time. Without this line it is left as it is. -->"
 ARXIV = "2509.07295"
 WORDS = {"reca": "reconstruction (RECA)", "i2t": "image to text", "t2i": "text to image", "srum": "SRUM"}  # of tasks
@@ -34,7 +34,7 @@ HUB_TASKS = {"generate": "text-to-image", "edit": "image-to-image", "answer": "v
 
 
 def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder: Path, name: str) -> list[str]:
-    """Write README.md and its pictures into the folder of an export. Returns their names, relative to it.
+    """Write README.md and its images into the folder of an export. Returns their names, relative to it.
 
     source: the run, or the recipe, that `model` was loaded from. name: of the model, its title.
     A README.md that somebody else wrote, or that lost the line MARK, stays as it is.
@@ -42,11 +42,11 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     """
     card = folder / CARD
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / PICTURES).glob("*.png"))]
+        return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     run = Path(source) if is_run(source) else None
     compared = compare("base", str(run)) if run else {"suites": [], "understanding": None}
     scores, left_out = _scores(run, compared["suites"], weights_hash(model)) if run else ([], [])
-    pictures = _pictures(run, recipe, folder) if run else []
+    images = _images(run, recipe, folder) if run else []
     state = _state(run) if run else None
     base = base_model(recipe)
     values = {
@@ -60,7 +60,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         "ema": ema,
         "scores": [_row(score) for score in scores],
         "left_out": left_out,
-        "pictures": pictures,
+        "images": images,
         "training": _training(state, recipe) if state else {},
         "keys": _keys(recipe) if run else [],
         "understanding": (compared["understanding"] or {}).get("text"),
@@ -70,7 +70,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     write_atomically(
         card, f"---\n{header.to_yaml()}\n---\n{html.render(Path(__file__).with_name('card.md'), **values)}"
     )
-    return [CARD, *(picture["file"] for picture in pictures)]
+    return [CARD, *(image["file"] for image in images)]
 
 
 def base_model(recipe: Recipe) -> tuple[str, str] | None:
@@ -198,7 +198,7 @@ def _keys(recipe: Recipe) -> list[str]:
     ]
 
 
-def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
+def _images(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
     """Copy the newest images of a run beside the card. Returns file, title and text of each."""
     found = []
     newest = max((path for path in (run / "samples").glob("*.png") if path.stem.isdigit()), default=None)
@@ -208,9 +208,9 @@ def _pictures(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
         found.append((run / GRID, GRID, "Reconstructions", "each row: an image, and what the model made of it before "
                       "and after training"))  # fmt: skip
     for path, name, _, _ in found:
-        (folder / PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / PICTURES / name)
-    return [{"file": f"{PICTURES}/{name}", "title": title, "text": _plain(text)} for _, name, title, text in found]
+        (folder / IMAGES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / IMAGES / name)
+    return [{"file": f"{IMAGES}/{name}", "title": title, "text": _plain(text)} for _, name, title, text in found]
 
 
 def _plain(text: str) -> str:

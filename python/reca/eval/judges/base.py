@@ -8,7 +8,7 @@ from PIL import Image
 
 from reca.eval.suites import Item, Suite
 
-Picture = Path | Image.Image
+ImageOrFile = Path | Image.Image
 
 
 class JudgeError(RuntimeError):
@@ -35,29 +35,29 @@ class Judge:
         """Return what is written to every record, and what a record is looked up by."""
         return {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
 
-    def judge(self, suite: Suite, item: Item, k: int, picture: Path) -> Any:
+    def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         """Return the answer that the suite's rule reads. Raises JudgeError."""
-        return suite.ask(self, item, picture)
+        return suite.ask(self, item, image)
 
     def cost(self) -> str | None:
         """Say in a line what was spent; None for a judge that costs nothing but time."""
         return None
 
-    def shows(self, picture: Path, prompt: Any) -> dict[str, Any]:
+    def shows(self, image: Path, prompt: Any) -> dict[str, Any]:
         """Say whether the toy world's prompt is shown: {"correct", "seen"}."""
         raise NotImplementedError
 
-    def detect(self, picture: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
+    def detect(self, image: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
         """Detect objects: class -> [{"box": [x0, y0, x1, y1], "score", "color"}].
 
         colored: class -> number of its most certain objects whose colour is asked. threshold: scores that count.
         """
         raise NotImplementedError
 
-    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
-        """Answer a question about pictures, which come before it."""
+    def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
+        """Answer a question about images, which come before it."""
         raise NotImplementedError
 
-    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
+    def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
         """Add, over the accepted strings, the probabilities that the answer begins with the first token of one."""
         raise NotImplementedError

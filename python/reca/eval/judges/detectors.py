@@ -29,19 +29,19 @@ class DetectorJudge(Judge):
         """Return (class, box, score, mask or None) of every object in uint8 [H, W, 3]."""
         raise NotImplementedError
 
-    def detect(self, picture: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
-        pixels = mask2former.read_rgb(picture)
+    def detect(self, image: Path, colored: Mapping[str, int], threshold: float) -> dict[str, list[dict[str, Any]]]:
+        pixels = mask2former.read_rgb(image)
         found: dict[str, list[dict[str, Any]]] = {}
         masks: dict[str, list[np.ndarray | None]] = {}
         for name, box, score, mask in self.find(pixels):
             if score >= RECORDED_SCORE:
                 found.setdefault(name, []).append({"box": box, "score": score})
                 masks.setdefault(name, []).append(mask)
-        image = Image.fromarray(pixels)
+        whole = Image.fromarray(pixels)
         for name, count in colored.items():
             boxes = found.get(name, [])
             places = kept_places([box["score"] for box in boxes], threshold, Options().max_objects)[:count]
-            colors = self.colors(image, name, [boxes[i]["box"] for i in places], [masks[name][i] for i in places])
+            colors = self.colors(whole, name, [boxes[i]["box"] for i in places], [masks[name][i] for i in places])
             for place, color in zip(places, colors, strict=True):
                 boxes[place]["color"] = color
         return found

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from reca import html
 from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
-from reca.eval.judges.base import Judge, JudgeError, Picture
+from reca.eval.judges.base import ImageOrFile, Judge, JudgeError
 
 KEY = "RECA_JUDGE_KEY"
 AGAIN = (408, 409, 425, 429)  # and all from 500: the same request may go well later
@@ -29,7 +29,7 @@ MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "
 
 
 class EndpointJudge(Judge):
-    """Asks by chat completions, pictures first. The key comes from the environment; no file and no message has it."""
+    """Asks by chat completions, images first. The key comes from the environment; no file and no message has it."""
 
     kind = "vlm"
 
@@ -73,17 +73,17 @@ class EndpointJudge(Judge):
         self.model = model or self._only_model()
         self.name = f"endpoint:{self.model}"
 
-    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
-        choice = self._complete(text, pictures, max_tokens=self.max_tokens)
+    def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
+        choice = self._complete(text, images, max_tokens=self.max_tokens)
         message = choice.get("message")
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not content.strip():
             raise JudgeError(f"the judge's answer is empty (finish_reason {choice.get('finish_reason')!r})")
         return content
 
-    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
+    def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
         """See Judge. The first token of a string is taken to be the longest returned one that it begins with."""
-        choice = self._complete(text, pictures, max_tokens=1, logprobs=True, top_logprobs=20)
+        choice = self._complete(text, images, max_tokens=1, logprobs=True, top_logprobs=20)
         logprobs = choice.get("logprobs")
         content = logprobs.get("content") if isinstance(logprobs, dict) else None
         if not content:
@@ -124,9 +124,9 @@ class EndpointJudge(Judge):
             raise EvaluationError(f"{self.url} serves these models: {shown}; name one by --judge-option model=NAME")
         return names[0]
 
-    def _complete(self, text: str, pictures: Sequence[Picture], **options: Any) -> dict[str, Any]:
+    def _complete(self, text: str, images: Sequence[ImageOrFile], **options: Any) -> dict[str, Any]:
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
         ]
         content.append({"type": "text", "text": text})
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0} | options
@@ -205,14 +205,14 @@ def _retry_after(headers: Message, usual: float) -> float:
         return usual
 
 
-def data_url(picture: Picture) -> str:
-    """Encode a picture; a file of a common format as it is."""
-    if isinstance(picture, Path):
-        data = picture.read_bytes()
+def data_url(image: ImageOrFile) -> str:
+    """Encode an image; a file of a common format as it is."""
+    if isinstance(image, Path):
+        data = image.read_bytes()
         mime = next((name for magic, name in MIMES.items() if data.startswith(magic)), None)
         if mime is not None:
             return html.data_url(data, mime)
-        picture = open_rgb(data)  # a format that few servers read, such as TIFF
+        image = open_rgb(data)  # a format that few servers read, such as TIFF
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return html.data_url(file.getvalue(), "png")

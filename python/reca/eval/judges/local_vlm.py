@@ -9,11 +9,11 @@ from PIL import Image
 
 from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
-from reca.eval.judges.base import Judge, Picture
+from reca.eval.judges.base import ImageOrFile, Judge
 
 
 class LocalVlmJudge(Judge):
-    """Asks with the model's own chat template, pictures first."""
+    """Asks with the model's own chat template, images first."""
 
     kind = "vlm"
 
@@ -32,15 +32,15 @@ class LocalVlmJudge(Judge):
         self.device, self.dtype, self.max_new_tokens = device, dtype, max_new_tokens
         self.name = f"local:{source}"
 
-    def reply(self, text: str, pictures: Sequence[Picture]) -> str:
-        inputs = self._inputs(text, pictures)
+    def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
+        inputs = self._inputs(text, images)
         with torch.no_grad():
             tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)[0]
 
-    def first_token_probability(self, text: str, pictures: Sequence[Picture], accepted: Sequence[str]) -> float:
-        inputs = self._inputs(text, pictures)
+    def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
+        inputs = self._inputs(text, images)
         with torch.no_grad():
             logits = self.model(**inputs).logits[0, -1]
         probabilities = logits.float().softmax(-1)
@@ -48,8 +48,8 @@ class LocalVlmJudge(Judge):
         first = [tokenizer.encode(string, add_special_tokens=False)[0] for string in accepted]
         return float(sum(float(probabilities[token]) for token in first))
 
-    def _inputs(self, text: str, pictures: Sequence[Picture]) -> Any:
-        content: list[dict[str, Any]] = [{"type": "image", "image": _rgb(picture)} for picture in pictures]
+    def _inputs(self, text: str, images: Sequence[ImageOrFile]) -> Any:
+        content: list[dict[str, Any]] = [{"type": "image", "image": _rgb(image)} for image in images]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         inputs = self.processor.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -57,5 +57,5 @@ class LocalVlmJudge(Judge):
         return inputs.to(self.device, self.model.dtype)
 
 
-def _rgb(picture: Picture) -> Image.Image:
-    return open_rgb(picture.read_bytes()) if isinstance(picture, Path) else picture
+def _rgb(image: ImageOrFile) -> Image.Image:
+    return open_rgb(image.read_bytes()) if isinstance(image, Path) else image

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval import records
-from reca.eval.generate import picture_hash
+from reca.eval.generate import image_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.suites import Item, Suite
 
@@ -23,10 +23,10 @@ class RecordedJudge(Judge):
     def describe(self) -> dict[str, Any]:
         return dict(self.origin)
 
-    def judge(self, suite: Suite, item: Item, k: int, picture: Path) -> Any:
+    def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         record = self.records.get((item.id, k))
         if record is None:
             raise JudgeError(f"{self.path} has no answer about image {k} of item {item.id}")
-        if record.picture is not None and record.picture != picture_hash(picture):
-            raise JudgeError(f"{self.path} was recorded for another image {k} of item {item.id} than {picture}")
+        if record.picture is not None and record.picture != image_hash(image):
+            raise JudgeError(f"{self.path} was recorded for another image {k} of item {item.id} than {image}")
         return record.answer

@@ -13,12 +13,10 @@ class WorldJudge(Judge):
     exact = True
     name = "world"
 
-    def shows(self, picture: Path, prompt: Asked) -> dict[str, Any]:
-        image, world = read_image(picture), prompt.world
+    def shows(self, image: Path, prompt: Asked) -> dict[str, Any]:
+        pixels, world = read_image(image), prompt.world
         try:
-            return {"correct": world.shows(image, prompt.prompt), "seen": f"shows {world.describe(image)}"}
+            return {"correct": world.shows(pixels, prompt.prompt), "seen": f"shows {world.describe(pixels)}"}
         except RuntimeError as error:
-            size = f"{image.shape[2]} x {image.shape[1]}"
-            raise JudgeError(
-                f"{picture} has {size} pixels, and the {world.title} has images of another size"
-            ) from error
+            size = f"{pixels.shape[2]} x {pixels.shape[1]}"
+            raise JudgeError(f"{image} has {size} pixels, and the {world.title} has images of another size") from error

@@ -158,7 +158,7 @@ class Suite:
         example = Item("ITEM", "TAG", "PROMPT")
         return self.path(example, 0)
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Ask a judge about an image. Returns its answer, JSON-able, before any rule."""
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ class Question(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Marks of one picture: before and after those of questions with a wrong parent were set to 0."""
+    """Marks of one image: before and after those of questions with a wrong parent were set to 0."""
 
     answers: dict[int, float]
     score: float
@@ -64,7 +64,7 @@ def read_questions(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Question
 
 
 def score_cell(questions: Sequence[Question], replies: Mapping[int, str]) -> Cell:
-    """Score one picture. An answer is right if it is exactly "yes". Raises KeyError for a parent that is missing.
+    """Score one image. An answer is right if it is exactly "yes". Raises KeyError for a parent that is missing.
 
     Questions are walked in the order of the table, so a chain falls only where parents come before children.
     """
@@ -106,7 +106,7 @@ def score_images(
 
 
 class Dpg(Suite):
-    """Pictures lie as <item>.png, a grid of 2 x 2 (upstream), or as <item>_<k>.png (as the RECA release has them)."""
+    """Images lie as <item>.png, a grid of 2 x 2 (upstream), or as <item>_<k>.png (as the RECA release has them)."""
 
     name = "dpg"
     protocol = "DPG-Bench, one file per picture"
@@ -153,14 +153,14 @@ class Dpg(Suite):
     def layout(self) -> str:
         return "ITEM_K.png, or ITEM.png with a grid of 2 x 2"
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Ask every question of every cell."""
         from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
 
-        image = open_rgb(picture.read_bytes())
-        if min(image.size) < 2:
-            raise DataError(f"{picture} has {image.width} x {image.height} pixels, which are no grid of 2 x 2")
-        cells = _quarters(image) if picture.stem == item.id else [image]
+        grid = open_rgb(image.read_bytes())
+        if min(grid.size) < 2:
+            raise DataError(f"{image} has {grid.width} x {grid.height} pixels, which are no grid of 2 x 2")
+        cells = _quarters(grid) if image.stem == item.id else [grid]
         questions = item.metadata["questions"]
         texts = [f"{q.text} Answer in one word: yes or no." for q in questions]
         replies = [[judge.reply(text, [cell]) for text in texts] for cell in cells]

@@ -131,13 +131,13 @@ class GEdit(Suite):
     def companions(self, item: Item) -> dict[str, str | Path]:
         return {f"fullset/{item.tag}/{self.language}/{item.id}_SRCIMG.png": item.source} if item.source else {}
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Ask for semantics and quality. The result is shown in the size of its source."""
         from reca.data.pixels import open_rgb  # imports torch, which the names of suites do not need
 
         assert item.source is not None
         size = open_rgb(item.source.read_bytes()).size
-        edited = open_rgb(picture.read_bytes()).resize(size)
+        edited = open_rgb(image.read_bytes()).resize(size)
         semantics = judge.reply(_RULES + _SEMANTICS.replace("<instruction>", item.prompt), [item.source, edited])
         return {"semantics": semantics, "quality": judge.reply(_RULES + _QUALITY, [edited])}
 

@@ -12,7 +12,7 @@ from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
 
 
 class GenEval(Suite):
-    """Pictures lie as <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
+    """Images lie as <row>/samples/<k>.png, with the prompt's row as <row>/metadata.jsonl."""
 
     name = "geneval"
     protocol = "GenEval"
@@ -68,7 +68,7 @@ class GenEval(Suite):
                 found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
         return found
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Detect objects, and name the colours of those that the rule asks about."""
         colored: dict[str, int] = {}
         for wanted in item.metadata.get("include", ()):
@@ -77,7 +77,7 @@ class GenEval(Suite):
         threshold = (
             self.options.counting_threshold if item.metadata.get("tag") == "counting" else self.options.threshold
         )
-        return judge.detect(picture, colored, threshold)
+        return judge.detect(image, colored, threshold)
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         """Judge detections by GenEval's rules; a verdict of the public script is taken as it is."""

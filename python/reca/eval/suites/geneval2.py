@@ -78,7 +78,7 @@ def analyse(prompts: Sequence[tuple[int, Sequence[str], Sequence[float]]]) -> An
 
 
 class GenEval2(Suite):
-    """Pictures lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the script."""
+    """Images lie as <row>.png, or where image_paths.json beside them (prompt -> path) says, as in the script."""
 
     name = "geneval2"
     protocol = "GenEval 2, Soft-TIFA"
@@ -121,9 +121,9 @@ class GenEval2(Suite):
         places = {key: next((p for p in (images / path, path) if p.is_file()), None) for key, path in given}
         return {key: path for key, path in places.items() if path is not None}
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         return [
-            judge.first_token_probability(question + SUFFIX, [picture], accepted(question, answer))
+            judge.first_token_probability(question + SUFFIX, [image], accepted(question, answer))
             for question, answer in item.metadata["questions"]
         ]
 

@@ -42,7 +42,7 @@ class ImgEdit(Suite):
     unit = "points"
     data_help = (
         "Give the folder with Benchmark.tar of huggingface.co/datasets/sysuyy/ImgEdit unpacked: singleturn.json, "
-        "judge_prompt.json and the pictures; it names no licence, so it is not part of this package."
+        "judge_prompt.json and the images; it names no licence, so it is not part of this package."
     )
 
     def _json(self, *names: str) -> dict[str, Any]:
@@ -73,10 +73,10 @@ class ImgEdit(Suite):
     def path(self, item: Item, k: int) -> str:
         return f"{item.id}.png"
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         if not isinstance(question := self._questions.get(item.tag), str):
             raise EvaluationError(f"judge_prompt.json has no text for edits of type {item.tag}. {self.data_help}")
-        return judge.reply(question.replace("<edit_prompt>", item.prompt), [item.source, picture])
+        return judge.reply(question.replace("<edit_prompt>", item.prompt), [item.source, image])
 
     @functools.cached_property
     def _questions(self) -> dict[str, Any]:

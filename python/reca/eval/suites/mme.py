@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions about every picture, answered by the model itself and read by rule."""
+"""MME: two yes-or-no questions about every image, answered by the model itself and read by rule."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ class Answered(NamedTuple):
     """One question with the reply of the model."""
 
     category: str
-    question_id: str  # of the picture
+    question_id: str  # of the image
     truth: str
     reply: str
 
@@ -26,17 +26,17 @@ class Answered(NamedTuple):
 def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
     """Compute the perception and cognition scores as lmms-eval does; None for a group without rows.
 
-    Raises ValueError for a picture that has not two questions.
+    Raises ValueError for an image that has not two questions.
     """
-    pictures: dict[tuple[str, str], list[bool]] = {}
+    images: dict[tuple[str, str], list[bool]] = {}
     for row in rows:
         hit = mme_harness(row.reply) == row.truth.lower().strip().replace(".", "")
-        pictures.setdefault((row.category, row.question_id), []).append(hit)
+        images.setdefault((row.category, row.question_id), []).append(hit)
     categories: dict[str, list[float]] = {}
-    for (category, picture), right in pictures.items():
+    for (category, image), right in images.items():
         if len(right) != 2:
-            raise ValueError(f"picture {picture} of {category} has {len(right)} answers; MME has 2 questions for each")
-        categories.setdefault(category, []).append(picture_score(right))
+            raise ValueError(f"image {image} of {category} has {len(right)} answers; MME has 2 questions for each")
+        categories.setdefault(category, []).append(image_score(right))
     totals: dict[str, float | None] = {}
     for group, names in GROUPS.items():
         found = [mean(categories[name]) for name in names if name in categories]
@@ -44,7 +44,7 @@ def harness(rows: Sequence[Answered]) -> dict[str, float | None]:
     return totals
 
 
-def picture_score(right: Sequence[bool]) -> float:
+def image_score(right: Sequence[bool]) -> float:
     """Return 100 * the share of right answers, and 100 more if all are right: at most 200."""
     return 100 * sum(right) / len(right) + 100 * all(right)
 
@@ -69,7 +69,7 @@ def release(rows: Sequence[Answered]) -> dict[str, Any]:
 
 
 class Mme(Suite):
-    """The model answers; item ids are CATEGORY/PICTURE/QUESTION."""
+    """The model answers; item ids are CATEGORY/IMAGE/QUESTION."""
 
     name = "mme"
     protocol = "MME, rule of lmms-eval"
@@ -77,7 +77,7 @@ class Mme(Suite):
     judge_kind = "rule"
     unit = "points"
     data_help = (
-        "Give the folder of MME_Benchmark_release_version: a folder per task with pictures and a .txt file for each, "
+        "Give the folder of MME_Benchmark_release_version: a folder per task with images and a .txt file for each, "
         "whose two lines are QUESTION <tab> Yes or No (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)."
     )
 
@@ -87,54 +87,54 @@ class Mme(Suite):
             root = inside
         for task in PERCEPTION + COGNITION:
             for text in sorted((root / task).rglob("*.txt")):
-                picture = _picture_of(text)
-                if picture is None:
+                image = _image_of(text)
+                if image is None:
                     continue
                 lines = [line for line in files.read_lines(text, self.data_help) if line.strip()]
                 for number, line in enumerate(lines):
                     question, tab, truth = line.rpartition("\t")
                     if not tab:
                         raise EvaluationError(f"{text}, line {number + 1}: expected QUESTION <tab> ANSWER")
-                    meta = {"picture": picture.name, "truth": truth.strip()}
-                    items.append(Item(f"{task}/{picture.stem}/{number}", task, question.strip(), picture, meta))
+                    meta = {"image": image.name, "truth": truth.strip()}
+                    items.append(Item(f"{task}/{image.stem}/{number}", task, question.strip(), image, meta))
         if not items:
-            raise EvaluationError(f"{root} holds no pictures with questions of MME. {self.data_help}")
+            raise EvaluationError(f"{root} holds no images with questions of MME. {self.data_help}")
         return items
 
     def group(self, item: Item) -> str:
-        return item.id.rpartition("/")[0]  # the picture, with both questions
+        return item.id.rpartition("/")[0]  # the image, with both questions
 
     def path(self, item: Item, k: int) -> str:
         return "answers.jsonl"
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
-        pictures: dict[tuple[str, str], list[tuple[Item, str]]] = {}
+        images: dict[tuple[str, str], list[tuple[Item, str]]] = {}
         values, failed, rows = [], [], []
         for item in items:
             key = (item.id, 0)
             if key in answers and not isinstance(answers[key], str):
                 failed.append((key, f"the answer is no text: {answers[key]!r:.200}"))
             elif key in answers:
-                where = (item.tag, str(item.metadata["picture"]))
-                pictures.setdefault(where, []).append((item, answers[key]))
-        for (task, picture), asked in pictures.items():
+                where = (item.tag, str(item.metadata["image"]))
+                images.setdefault(where, []).append((item, answers[key]))
+        for (task, image), asked in images.items():
             if len(asked) != 2:
-                failed.append(((asked[0][0].id, 0), f"picture {picture} has {len(asked)} answers; MME needs 2"))
+                failed.append(((asked[0][0].id, 0), f"image {image} has {len(asked)} answers; MME needs 2"))
                 continue
             right = [mme_harness(reply) == item.metadata["truth"].lower() for item, reply in asked]
             wrong = [f"{i.prompt} -> {reply}" for (i, reply), ok in zip(asked, right, strict=True) if not ok]
-            values.append(Value(asked[0][0].id, 0, task, picture_score(right), "; ".join(wrong)))
-            rows += [Answered(task, picture, item.metadata["truth"], reply) for item, reply in asked]
+            values.append(Value(asked[0][0].id, 0, task, image_score(right), "; ".join(wrong)))
+            rows += [Answered(task, image, item.metadata["truth"], reply) for item, reply in asked]
         metrics: dict[str, Any] = dict(harness(rows))
         if {row.category for row in rows} == {*PERCEPTION, *COGNITION}:
             metrics["release"] = release([row._replace(reply=mme_release_reply(row.reply)) for row in rows])
         return Score(values, {tag: 1.0 for tag in {v.tag: None for v in values}}, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a folder of TASK.txt files: picture, question, truth, reply, separated by tabs."""
+        """Read a folder of TASK.txt files: image, question, truth, reply, separated by tabs."""
         if not path.is_dir():
             return None
-        known = {(item.tag, item.metadata["picture"], item.prompt): item.id for item in items}
+        known = {(item.tag, item.metadata["image"], item.prompt): item.id for item in items}
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
             for line in files.read_lines(file):
@@ -144,10 +144,10 @@ class Mme(Suite):
         return found
 
 
-def _picture_of(text: Path) -> Path | None:
-    """Find the picture that a text file belongs to: beside it, or in a folder `images` next to its own."""
+def _image_of(text: Path) -> Path | None:
+    """Find the image that a text file belongs to: beside it, or in a folder `images` next to its own."""
     for folder in (text.parent, text.parent.parent / "images"):
         for suffix in (".jpg", ".png", ".jpeg"):
-            if (picture := folder / (text.stem + suffix)).is_file():
-                return picture
+            if (image := folder / (text.stem + suffix)).is_file():
+                return image
     return None

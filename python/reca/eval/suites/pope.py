@@ -1,4 +1,4 @@
-"""POPE: does a picture hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
+"""POPE: does an image hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -19,7 +19,7 @@ CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", 
 
 
 class T2ICompBench(Suite):
-    """Pictures lie as <category>/samples/<prompt>_<6 digits>.png; the digits count all pictures of a category."""
+    """Images lie as <category>/samples/<prompt>_<6 digits>.png; the digits count all images of a category."""
 
     name = "t2i_compbench"
     protocol = "T2I-CompBench"
@@ -69,9 +69,9 @@ class T2ICompBench(Suite):
             found |= {(item.id, k): path for k, path in enumerate(paths)}
         return found
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         text = f'Does this picture show "{item.prompt}"? Answer in one word.'
-        return judge.first_token_probability(text, [picture], list(YES))
+        return judge.first_token_probability(text, [image], list(YES))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed = [], []
@@ -85,7 +85,7 @@ class T2ICompBench(Suite):
         return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read <category>/**/vqa_result.json files: [{"question_id": number of the picture, "answer": score}]."""
+        """Read <category>/**/vqa_result.json files: [{"question_id": number of the image, "answer": score}]."""
         if not path.is_dir():
             return None
         found: dict[Key, Any] = {}

@@ -30,7 +30,7 @@ Aesthetic Quality: MARK"""
 
 
 class Wise(Suite):
-    """WISE_Verified, the benchmark's default: one binary mark per picture. Pictures lie as <prompt_id>.png."""
+    """WISE_Verified, the benchmark's default: one binary mark per image. Images lie as <prompt_id>.png."""
 
     name = "wise"
     protocol = VERIFIED.name
@@ -62,9 +62,9 @@ class Wise(Suite):
     def path(self, item: Item, k: int) -> str:
         return f"{item.id}.png"
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
         text = self.question.format(prompt=item.prompt, explanation=item.metadata["explanation"])
-        return judge.reply(text, [picture])
+        return judge.reply(text, [image])
 
     def row(self, item: Item, answer: Any) -> dict[str, Any]:
         """Make the line of WISE's result file: answer is the judge's reply, or such a line."""

@@ -10,7 +10,7 @@ from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean, tag_mean
 
 
 class World(Suite):
-    """Pictures lie as in GenEval: <row>/samples/<k>.png."""
+    """Images lie as in GenEval: <row>/samples/<k>.png."""
 
     name = "world"
     protocol = "embedded world"
@@ -40,8 +40,8 @@ class World(Suite):
     def companions(self, item: Item) -> dict[str, str | Path]:
         return {f"{item.id}/metadata.jsonl": json.dumps({"tag": item.tag, "prompt": item.prompt})}
 
-    def ask(self, judge: Any, item: Item, picture: Path) -> Any:
-        return judge.shows(picture, Asked(self.world, item.metadata["prompt"]))
+    def ask(self, judge: Any, item: Item, image: Path) -> Any:
+        return judge.shows(image, Asked(self.world, item.metadata["prompt"]))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values: list[Value] = []
