@@ -14,7 +14,7 @@ def encoded(image, format="PNG", **options):
     return buffer.getvalue()
 
 
-def picture(color=(200, 30, 30), size=(8, 8), mode="RGB", format="PNG", **options):
+def image_bytes(color=(200, 30, 30), size=(8, 8), mode="RGB", format="PNG", **options):
     return encoded(Image.new(mode, size, color), format, **options)
 
 
@@ -53,7 +53,7 @@ def row(*turns, image="a.png"):
 
 def conversations(root, *rows):
     """A file of rows beside the images a.png and b.png. Its path."""
-    fill(root, {"a.png": picture(), "b.png": picture((1, 2, 3))})
+    fill(root, {"a.png": image_bytes(), "b.png": image_bytes((1, 2, 3))})
     path = root / "rows.json"
     path.write_text(json.dumps(list(rows)))
     return path

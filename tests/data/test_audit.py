@@ -15,7 +15,7 @@ from reca.data.contact_sheet import contact_sheet
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import conversations, fill, picture, row
+from tests.data.files import conversations, fill, image_bytes, row
 
 VIEWS = {"reca": Views(gen=View(20), und=View(12, "center_crop")), "t2i": Views(gen=View(20), und=None)}
 
@@ -24,8 +24,8 @@ VIEWS = {"reca": Views(gen=View(20), und=View(12, "center_crop")), "t2i": Views(
 def root(tmp_path):
     """Four images, two of one content, and one that is none, with captions."""
     files = {
-        "a.png": picture(size=(100, 300)), "b.png": picture(size=(600, 600)), "c.png": picture(size=(600, 600)),
-        "d.png": picture((1, 1, 1), (520, 512)), "e.png": b"junk",
+        "a.png": image_bytes(size=(100, 300)), "b.png": image_bytes(size=(600, 600)),
+        "c.png": image_bytes(size=(600, 600)), "d.png": image_bytes((1, 1, 1), (520, 512)), "e.png": b"junk",
         "a.txt": b"one", "b.txt": b"one two three", "c.txt": b"one", "d.txt": b"", "e.txt": b"x",
     }  # fmt: skip
     return fill(tmp_path / "photos", files)

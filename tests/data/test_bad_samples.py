@@ -16,7 +16,7 @@ from reca.data.loader import open_loader
 from reca.data.pixels import BadImage
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import conversations, fill, picture, row
+from tests.data.files import conversations, fill, image_bytes, row
 
 VIEWS = Views(gen=View(4), und=None)
 
@@ -39,7 +39,7 @@ def keys(path):
 @pytest.fixture
 def root(tmp_path):
     """Eight images, of which two are none."""
-    files = {f"{i}.png": picture((i, 0, 0)) for i in range(6)} | {"bad0.png": b"junk", "bad1.png": b"x"}
+    files = {f"{i}.png": image_bytes((i, 0, 0)) for i in range(6)} | {"bad0.png": b"junk", "bad1.png": b"x"}
     return fill(tmp_path / "photos", files)
 
 
@@ -88,7 +88,7 @@ def test_the_share_is_not_exceeded_where_it_is_reached(tmp_path):
             bad_samples.add(share, "junk")
 
 
-def test_the_share_is_of_pictures_and_not_of_rows_about_them(tmp_path):
+def test_the_share_is_of_images_and_not_of_rows_about_them(tmp_path):
     rows = [row("human", str(i), "gpt", "A", image=name) for i in range(50) for name in ("a.png", "b.png")]
     bad_samples = BadSamples(None, open_source(str(conversations(tmp_path, *rows)), "i2t"), 0.4)
     with pytest.raises(DataError, match="1 of 2 samples"):
@@ -108,7 +108,7 @@ def test_starts_write_each_bad_file_once(root, tmp_path):
 def test_repaired_and_removed_files_count_no_longer(root, tmp_path):
     path = tmp_path / "bad.jsonl"
     take(loader(root, bad_samples=path), 8)
-    (root / "bad0.png").write_bytes(picture())
+    (root / "bad0.png").write_bytes(image_bytes())
     assert loader(root, bad_samples=path).bad == 1
     (root / "bad1.png").unlink()
     assert loader(root, bad_samples=path).bad == 0
@@ -153,7 +153,12 @@ def test_the_first_bad_sample_is_said(root, tmp_path, caplog):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_captions_that_are_none_are_bad_samples(tmp_path, workers):
-    files = {f"{i}.png": picture() for i in range(4)} | {"0.txt": b"a", "1.txt": b"", "2.txt": b"\x92", "3.txt": b"b"}
+    files = {f"{i}.png": image_bytes() for i in range(4)} | {
+        "0.txt": b"a",
+        "1.txt": b"",
+        "2.txt": b"\x92",
+        "3.txt": b"b",
+    }
     stream = loader(fill(tmp_path, files), "t2i", config={"workers": workers})
     assert {text for batch in take(stream, 8) for text in batch.text} == {"a", "b"}
     assert {key: reason[:22] for key, reason in stream.bad_samples.bad.items()} == {
@@ -206,12 +211,12 @@ def cached(spec, folder):
 
 def test_features_belong_to_the_content(tmp_path, monkeypatch):
     root, cache = (
-        fill(tmp_path / "here", {"a/x.png": picture((3, 3, 3)), "b/x.png": picture((9, 9, 9))}),
+        fill(tmp_path / "here", {"a/x.png": image_bytes((3, 3, 3)), "b/x.png": image_bytes((9, 9, 9))}),
         tmp_path / "c",
     )
     assert sorted(cached(root, cache)) == [3, 3, 9, 9]
     stamp = os.stat(root / "a/x.png")
-    (root / "a/x.png").write_bytes(picture((5, 5, 5)))  # of the same size, and made to look as old
+    (root / "a/x.png").write_bytes(image_bytes((5, 5, 5)))  # of the same size, and made to look as old
     os.utime(root / "a/x.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert sorted(cached(root, cache)) == [5, 5, 9, 9]
     root.rename(tmp_path / "there")
@@ -221,12 +226,12 @@ def test_features_belong_to_the_content(tmp_path, monkeypatch):
 
 def test_names_that_are_no_text_are_cached(tmp_path):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(picture((7, 7, 7)))
+    (tmp_path / "photos" / os.fsdecode(b"caf\xe9.png")).write_bytes(image_bytes((7, 7, 7)))
     assert cached(tmp_path / "photos", tmp_path / "c") == [7] * 4
 
 
 def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch, caplog):
-    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+    fill(root, {"bad0.png": image_bytes(), "bad1.png": image_bytes((1, 1, 1))})
 
     def full(path, data):
         path.open("wb").write(data[:7])
@@ -241,9 +246,9 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(root, tmp_path, monkeypatch,
     assert str(tmp_path / "c") in warnings[0] and not [p for p in (tmp_path / "c").rglob("*") if p.is_file()]
 
 
-def test_a_cached_picture_in_a_batch_that_is_new_in_part_may_be_bad_by_now(root, tmp_path, monkeypatch):
+def test_a_cached_image_in_a_batch_that_is_new_in_part_may_be_bad_by_now(root, tmp_path, monkeypatch):
     """Its position is filled by a substitute, as any other's."""
-    fill(root, {"bad0.png": picture(), "bad1.png": picture((1, 1, 1))})
+    fill(root, {"bad0.png": image_bytes(), "bad1.png": image_bytes((1, 1, 1))})
     cache = {"cache": str(tmp_path / "c")}
     (first,) = take(loader(root, micro_batch=1, config=cache), 1)
     first.on_encoded({"mean": first.gen[0].float().mean()[None]})

@@ -7,7 +7,7 @@ import pytest
 
 from reca.data.errors import DataError
 from reca.data.sources import open_source
-from tests.data.files import conversations, fill, picture, row
+from tests.data.files import conversations, fill, image_bytes, row
 
 GOOD = row("human", "Q", "gpt", "A")
 
@@ -119,12 +119,12 @@ def test_names_of_other_chat_formats(tmp_path):
     assert [source[i][::2] for i in range(2)] == [("b.png", [("Q", "A")]), ("a.png", [("Q", "A")])]
 
 
-def test_names_of_pictures_start_from_the_root(tmp_path):
+def test_names_of_images_start_from_the_root(tmp_path):
     names = ["a.png", ["a.png"], "./a.png", "d/../a.png", str(tmp_path / "a.png")]
     source = opened(tmp_path, *(GOOD | {"image": name} for name in names))
     assert [source[i].key for i in range(len(source))] == ["a.png"] * 5
     source = opened(tmp_path, GOOD | {"image": str(tmp_path / "a.png")}, image_root="/")
-    assert source[0].key == str(tmp_path / "a.png")[1:] and source[0].image == picture()
+    assert source[0].key == str(tmp_path / "a.png")[1:] and source[0].image == image_bytes()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -156,7 +156,7 @@ def test_identity_is_of_rows_and_sizes_and_not_of_the_place(tmp_path):
     assert one == two
     assert opened(tmp_path / "there/x", row("human", "Q", "gpt", "B")).identity() != one
     path = conversations(tmp_path / "there/x", GOOD)
-    path.with_name("a.png").write_bytes(picture() + b"0")
+    path.with_name("a.png").write_bytes(image_bytes() + b"0")
     changed = open_source(str(path), "i2t").identity()
     path.with_name("a.png").unlink()
     assert len({one, changed, open_source(str(path), "i2t").identity()}) == 3

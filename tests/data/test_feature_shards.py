@@ -17,7 +17,7 @@ from reca.data.views import View, Views
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from tests.data.files import fill as files
-from tests.data.files import picture
+from tests.data.files import image_bytes
 
 ADDRESSES = [f"{n:064x}" for n in (5, 1 << 250, 7 << 200, (7 << 200) + 1)]  # the last two begin alike
 
@@ -94,8 +94,8 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(precompute, "umm_package", lambda name: SimpleNamespace(Adapter=Model))
-    pictures = {f"{n:02}.png": picture((n, 0, 0)) for n in range(11)}
-    root = files(tmp_path / "photos", pictures | {"again.png": picture((3, 0, 0)), "bad.png": b"x"})
+    images = {f"{n:02}.png": image_bytes((n, 0, 0)) for n in range(11)}
+    root = files(tmp_path / "photos", images | {"again.png": image_bytes((3, 0, 0)), "bad.png": b"x"})
     return load_recipe("show_o_tiny", [
         f"data.images={root}", f"data.cache={tmp_path / 'cache'}", "data.max_bad_fraction=0.5",
         "objective.i2t.weight=0", "objective.reca.micro_batch=4",
@@ -170,7 +170,7 @@ def test_a_meter_counts_what_threads_do(monkeypatch):
 
 
 def test_a_loader_tells_its_speed(tmp_path):
-    root = files(tmp_path, {f"{n}.png": picture((n, 0, 0)) for n in range(8)})
+    root = files(tmp_path, {f"{n}.png": image_bytes((n, 0, 0)) for n in range(8)})
     stream = open_loader(
         DataConfig(images=str(root), workers=2, decoder="pillow"), "reca", VIEWS, seed=0, micro_batch=4
     )

@@ -6,7 +6,7 @@ import pytest
 
 from reca.data.errors import BadSample, DataError
 from reca.data.sources import open_source
-from tests.data.files import fill, picture
+from tests.data.files import fill, image_bytes
 
 
 def keys(root, task="reca"):
@@ -20,13 +20,13 @@ def captions(root):
 
 
 def test_order_is_by_parts_of_the_path(tmp_path):
-    fill(tmp_path, {name: picture() for name in ("b.png", "a/z.png", "a-b/c.png", "a.png", "Z.jpg")})
+    fill(tmp_path, {name: image_bytes() for name in ("b.png", "a/z.png", "a-b/c.png", "a.png", "Z.jpg")})
     assert keys(tmp_path) == ["Z.jpg", "a/z.png", "a-b/c.png", "a.png", "b.png"]
 
 
-def test_hidden_files_and_copies_of_systems_are_no_pictures(tmp_path):
+def test_hidden_files_and_copies_of_systems_are_no_images(tmp_path):
     junk = ["._p.png", ".cache/p.png", "__MACOSX/p.png", "d/.ipynb_checkpoints/p.png", "d/@eaDir/p.png", ".DS_Store"]
-    fill(tmp_path, {"p.png": picture(), "d/q.png": picture()} | dict.fromkeys(junk, b"junk"))
+    fill(tmp_path, {"p.png": image_bytes(), "d/q.png": image_bytes()} | dict.fromkeys(junk, b"junk"))
     source = open_source(str(tmp_path), "reca")
     assert [source.key(i) for i in range(len(source))] == ["d/q.png", "p.png"]
     assert source.skipped.counts == {"hidden files and folders": 5}
@@ -34,12 +34,12 @@ def test_hidden_files_and_copies_of_systems_are_no_pictures(tmp_path):
 
 def test_a_root_may_lie_in_a_hidden_folder_and_be_named_like_a_tar(tmp_path):
     for name in (".data/photos", "my.target", "shard.tar"):
-        assert keys(fill(tmp_path / name, {"a.png": picture()})) == ["a.png"]
+        assert keys(fill(tmp_path / name, {"a.png": image_bytes()})) == ["a.png"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path):
-    other = fill(tmp_path / "other", {"x.png": picture(), "deep/y.png": picture()})
-    root = fill(tmp_path / "root", {"z.png": picture(), "real/w.png": picture()})
+    other = fill(tmp_path / "other", {"x.png": image_bytes(), "deep/y.png": image_bytes()})
+    root = fill(tmp_path / "root", {"z.png": image_bytes(), "real/w.png": image_bytes()})
     for name, target in (
         ("linked", other),
         ("again", other),
@@ -54,7 +54,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path):
 
 
 def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
-    root = fill(tmp_path, {"a.png": picture(), "b.heic": b"", "c.CR2": b"", "d.tar": b"", "notes.md": b""})
+    root = fill(tmp_path, {"a.png": image_bytes(), "b.heic": b"", "c.CR2": b"", "d.tar": b"", "notes.md": b""})
     os.symlink(root / "nowhere", root / "e.png")
     os.mkfifo(root / "f.jpg")
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_what_is_left_out_is_counted_and_said_once(tmp_path, caplog):
 
 
 def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
-    root, scandir = fill(tmp_path, {"a.png": picture(), "locked/b.png": picture()}), os.scandir
+    root, scandir = fill(tmp_path, {"a.png": image_bytes(), "locked/b.png": image_bytes()}), os.scandir
 
     def refuse(path):
         if str(path).endswith("locked"):
@@ -80,7 +80,7 @@ def test_folders_that_cannot_be_read_are_said(tmp_path, monkeypatch):
     )
 
 
-def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
     with pytest.raises(DataError, match=r"holds no images .*only 2 x \.tar: give its tars as FOLDER/\*\.tar"):
         open_source(str(fill(tmp_path, {"0.tar": b"", "1.tar": b""})), "reca")
 
@@ -88,7 +88,7 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.png", picture(), r"a\.png is a single file; give the folder that it is in"),
+        ("a.png", image_bytes(), r"a\.png is a single file; give the folder that it is in"),
         ("a.zip", b"PK\3\4" + bytes(30), r"a\.zip is a zip archive; unpack it first"),
         ("a.bin", b"PAR1" + bytes(30), r"a\.bin is a parquet file under another suffix; rename it to a\.parquet"),
         ("a.png", b"", r"a\.png is empty"),
@@ -120,7 +120,7 @@ def test_other_ways_to_name_several_files(tmp_path, spec):
     ],
 )
 def test_byte_order_marks_are_no_part_of_a_caption(tmp_path, data, text):
-    assert captions(fill(tmp_path, {"a.png": picture(), "a.txt": data})) == [text]
+    assert captions(fill(tmp_path, {"a.png": image_bytes(), "a.txt": data})) == [text]
 
 
 @pytest.mark.parametrize(
@@ -137,25 +137,25 @@ def test_byte_order_marks_are_no_part_of_a_caption(tmp_path, data, text):
 )
 def test_captions_that_are_none_are_bad_samples(tmp_path, data, reason):
     with pytest.raises(BadSample, match=reason):
-        captions(fill(tmp_path, {"a.png": picture(), "a.txt": data}))
+        captions(fill(tmp_path, {"a.png": image_bytes(), "a.txt": data}))
 
 
 def test_captions_are_found_whatever_the_case_of_their_suffix(tmp_path):
-    assert captions(fill(tmp_path, {"A.JPG": picture(), "A.TXT": b"x"})) == ["x"]
+    assert captions(fill(tmp_path, {"A.JPG": image_bytes(), "A.TXT": b"x"})) == ["x"]
 
 
 def test_captions_of_which_it_is_not_clear_whose_they_are(tmp_path):
-    fill(tmp_path / "two", {"a.png": picture(), "a.txt": b"x", "a.TXT": b"y"})
+    fill(tmp_path / "two", {"a.png": image_bytes(), "a.txt": b"x", "a.TXT": b"y"})
     with pytest.raises(DataError, match="a.TXT and a.txt are captions of one name"):
         open_source(str(tmp_path / "two"), "t2i")
-    fill(tmp_path / "one", {"a.png": picture(), "a.jpg": picture(), "a.txt": b"x"})
+    fill(tmp_path / "one", {"a.png": image_bytes(), "a.jpg": image_bytes(), "a.txt": b"x"})
     with pytest.raises(DataError, match="a.jpg and a.png have one caption, a.txt"):
         open_source(str(tmp_path / "one"), "t2i")
     assert keys(tmp_path / "one") == ["a.jpg", "a.png"]
 
 
 def test_no_name_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
-    monkeypatch.chdir(fill(tmp_path, {"a.png": picture()}))
+    monkeypatch.chdir(fill(tmp_path, {"a.png": image_bytes()}))
     for spec in ("", "  "):
         with pytest.raises(DataError, match="is no path; name the data, or null for none"):
             open_source(spec, "reca")
@@ -173,7 +173,7 @@ def test_a_folder_above_may_not_be_looked_into(tmp_path, monkeypatch, spec, task
         open_source(str(tmp_path / spec), task)
 
 
-def test_files_too_large_for_a_picture_are_not_read(tmp_path):
+def test_files_too_large_for_a_image_are_not_read(tmp_path):
     path = fill(tmp_path, {"a.png": b""}) / "a.png"
     os.truncate(path, 2**28 + 1)
     with pytest.raises(BadSample, match="the image has 268435457 bytes"):
@@ -181,15 +181,15 @@ def test_files_too_large_for_a_picture_are_not_read(tmp_path):
 
 
 def test_identity_is_of_names_and_sizes_and_not_of_the_place(tmp_path):
-    files = {"a.png": picture(), "b.png": picture(), "a.txt": b"one", "b.txt": b"two"}
+    files = {"a.png": image_bytes(), "b.png": image_bytes(), "a.txt": b"one", "b.txt": b"two"}
     one, two = (open_source(str(fill(tmp_path / name, files)), "t2i").identity() for name in ("here", "there"))
     assert one == two and len(one) == 64
-    for changed in ({"a.png": picture() + b"0"}, {"a.txt": b"three"}, {"c.png": picture(), "c.txt": b"c"}):
+    for changed in ({"a.png": image_bytes() + b"0"}, {"a.txt": b"three"}, {"c.png": image_bytes(), "c.txt": b"c"}):
         assert open_source(str(fill(tmp_path / "there", changed)), "t2i").identity() not in (one, two)
         two = open_source(str(tmp_path / "there"), "t2i").identity()
 
 
 def test_names_that_are_no_text_do_not_matter(tmp_path):
-    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(picture())
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(image_bytes())
     source = open_source(str(tmp_path), "reca")
-    assert source[0].image == picture() and len(source.identity()) == 64
+    assert source[0].image == image_bytes() and len(source.identity()) == 64

@@ -15,7 +15,7 @@ from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
 from reca.recipe_files import absolute_paths, load_recipe
-from tests.data.files import fill, picture, said
+from tests.data.files import fill, image_bytes, said
 
 datasets = pytest.importorskip("datasets")
 
@@ -29,7 +29,7 @@ def offline(monkeypatch, tmp_path):
 
 def rows(count=6, **columns):
     columns = {
-        "image": [{"bytes": picture((n, 0, 0)), "path": None} for n in range(count)],
+        "image": [{"bytes": image_bytes((n, 0, 0)), "path": None} for n in range(count)],
         "prompt": [f"prompt {n}" for n in range(count)],
         "llava": [f"image {n}" for n in range(count)],
     } | columns
@@ -45,7 +45,7 @@ def test_a_saved_folder(tmp_path):
     rows().save_to_disk(tmp_path / "saved")
     source = opened(tmp_path / "saved", "t2i", caption="llava")
     assert [source[i].text for i in range(len(source))] == [f"image {n}" for n in range(6)]
-    assert source[3].image == picture((3, 0, 0)) and source.key(3) == "row:3"
+    assert source[3].image == image_bytes((3, 0, 0)) and source.key(3) == "row:3"
     with pytest.raises(DataError, match="prompt and llava may hold the captions"):
         opened(tmp_path / "saved", "t2i")
     with pytest.raises(DataError, match=r"no such column; did you mean image\? Its columns are image \(image\)"):
@@ -74,7 +74,7 @@ def test_a_name_is_loaded_with_its_split(tmp_path):
     rows(4).to_parquet(folder / "train-00000-of-00001.parquet")
     rows(2).to_parquet(folder / "test-00000-of-00001.parquet")
     source = opened(f"hf:{folder}?split=train")
-    assert len(source) == 4 and source[2].image == picture((2, 0, 0)) and source.key(2) == "train:2"
+    assert len(source) == 4 and source[2].image == image_bytes((2, 0, 0)) and source.key(2) == "train:2"
     with pytest.raises(DataError, match=r"has the splits .*: name one, such as hf:.*\?split="):
         opened(f"hf:{folder}")
     with pytest.raises(DataError, match="cannot be loaded by datasets"):
@@ -109,7 +109,7 @@ def test_parquet_files_of_the_hub_are_read_where_they_lie(tmp_path, monkeypatch)
         Hub().pipe("/datasets/o/n/data/train-0.parquet", (tmp_path / "train-0.parquet").read_bytes())
         for text in ("hf://datasets/o/n/**/*.parquet", "hf://datasets/o/n"):
             source = opened(text)
-            assert len(source) == 4 and source[2].image == picture((2, 0, 0))
+            assert len(source) == 4 and source[2].image == image_bytes((2, 0, 0))
     finally:
         sys.modules["fsspec.registry"]._registry.pop("hf", None)
 
@@ -126,11 +126,11 @@ def test_rows_in_a_stream(tmp_path):
 
 
 def test_paths_and_rows_without_image(tmp_path):
-    fill(tmp_path / "photos", {"a.png": picture()})
+    fill(tmp_path / "photos", {"a.png": image_bytes()})
     names = {"image": [None, "a.png"]}
     datasets.Dataset.from_dict(names).save_to_disk(tmp_path / "saved")
     source = open_source(str(tmp_path / "saved"), "reca", str(tmp_path / "photos"))
-    assert source[1].image == picture()
+    assert source[1].image == image_bytes()
     with pytest.raises(LeftOut):
         source[0]
 

@@ -13,7 +13,7 @@ from reca.data.bad_samples import _count_keys
 from reca.data.errors import DataError
 from reca.data.json_stream import read_items
 from reca.data.sources import open_source
-from tests.data.files import conversations, picture, row, tar
+from tests.data.files import conversations, image_bytes, row, tar
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_to_costs_the_index_alone(tmp_path, capl
     path = conversations(tmp_path, *ROWS)
     assert len(open_source(str(path), "i2t")) == 3
     assert "cannot be kept in" in caplog.text and "Set RECA_CACHE" in caplog.text
-    assert len(open_source(str(tar(tmp_path / "a.tar", ("a.png", picture()))), "reca")) == 1
+    assert len(open_source(str(tar(tmp_path / "a.tar", ("a.png", image_bytes()))), "reca")) == 1
 
 
 def open_as(path, start, tally):
@@ -198,7 +198,11 @@ def test_ranks_that_start_together_make_one_index(tmp_path):
 
 def test_a_tar_is_scanned_once(tmp_path, monkeypatch):
     path = tar(
-        tmp_path / "a.tar", ("a.png", picture()), ("a.txt", b"x"), (".b.png", picture()), ("c.png", (b"2", "a.png"))
+        tmp_path / "a.tar",
+        ("a.png", image_bytes()),
+        ("a.txt", b"x"),
+        (".b.png", image_bytes()),
+        ("c.png", (b"2", "a.png")),
     )
     monkeypatch.setattr(index_files, "LARGE", 10**9)
     expected = open_source(str(path), "reca")
@@ -212,25 +216,25 @@ def test_a_tar_is_scanned_once(tmp_path, monkeypatch):
 
 
 def test_a_tar_that_is_another_is_scanned_again(tmp_path):
-    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    path = tar(tmp_path / "a.tar", ("a.png", image_bytes()))
     assert open_source(str(path), "reca").key(0) == "a.tar/a.png"
     stamp = os.stat(path)
-    tar(path, ("b.png", picture()))
+    tar(path, ("b.png", image_bytes()))
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert open_source(str(path), "reca").key(0) == "a.tar/b.png"
 
 
 @pytest.mark.parametrize("harm", [lambda data: data[:-5], lambda data: b"0" + data[1:], lambda data: b""])
 def test_a_damaged_tar_index_is_made_again(tmp_path, harm):
-    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    path = tar(tmp_path / "a.tar", ("a.png", image_bytes()))
     open_source(str(path), "reca")
     (index,) = (tmp_path / "cache" / "index").glob("*.tar")
     index.write_bytes(harm(index.read_bytes()))
-    assert open_source(str(path), "reca")[0].image == picture()
+    assert open_source(str(path), "reca")[0].image == image_bytes()
 
 
 def test_a_tar_that_is_not_whole_has_no_index(tmp_path):
-    path = tar(tmp_path / "a.tar", ("a.png", picture()))
+    path = tar(tmp_path / "a.tar", ("a.png", image_bytes()))
     os.truncate(path, 1024)
     for _ in range(2):
         with contextlib.suppress(DataError):

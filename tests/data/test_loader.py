@@ -15,13 +15,13 @@ from reca.data.loader import open_loader
 from reca.data.sampler import sample_index
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import picture
+from tests.data.files import image_bytes
 
 VIEWS = Views(gen=View(4), und=None)
 
 
 def png(value):
-    return picture((value % 256, value // 256, 0))
+    return image_bytes((value % 256, value // 256, 0))
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_nothing_readable_is_one_clear_error(folder):
         take(loader(folder), 1)
 
 
-def test_missing_empty_and_pictureless_folders(tmp_path):
+def test_missing_empty_and_imageless_folders(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         loader(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -147,7 +147,7 @@ def test_missing_empty_and_pictureless_folders(tmp_path):
         open_loader(DataConfig(), "reca", VIEWS, seed=0, micro_batch=1)
 
 
-def test_captions_stand_beside_pictures(folder):
+def test_captions_stand_beside_images(folder):
     with pytest.raises(DataError, match="have no caption"):
         loader(folder, "t2i")
     for path in folder.rglob("*.png"):

@@ -16,7 +16,7 @@ from reca.data.sources import open_sources
 from reca.data.views import View, Views
 from reca.options import RecipeError
 from reca.recipe_files import absolute_paths, explain, load_recipe, save_recipe
-from tests.data.files import fill, picture, tar
+from tests.data.files import fill, image_bytes, tar
 
 VIEWS = Views(gen=View(4), und=None)
 
@@ -24,8 +24,8 @@ VIEWS = Views(gen=View(4), und=None)
 @pytest.fixture
 def two(tmp_path):
     """A folder of 10 images with red levels from 0, a tar of 30 with red levels from 100."""
-    folder = fill(tmp_path / "photos", {f"{n:02}.png": picture((n, 0, 0)) for n in range(10)})
-    return folder, tar(tmp_path / "drawn.tar", *((f"{n:02}.png", picture((100 + n, 0, 0))) for n in range(30)))
+    folder = fill(tmp_path / "photos", {f"{n:02}.png": image_bytes((n, 0, 0)) for n in range(10)})
+    return folder, tar(tmp_path / "drawn.tar", *((f"{n:02}.png", image_bytes((100 + n, 0, 0))) for n in range(30)))
 
 
 def mix(two, *weights):

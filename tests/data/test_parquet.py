@@ -15,7 +15,7 @@ from reca.data.row_groups import RecentlyUsed
 from reca.data.sources import open_source
 from reca.data.views import View, Views
 from reca.recipe_files import absolute_paths, load_recipe
-from tests.data.files import fill, picture, said
+from tests.data.files import fill, image_bytes, said
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -38,7 +38,7 @@ def midjourney(path, first, count, rows=4):
         path,
         {
             "id": [str(n) for n in numbers],
-            "image": [{"bytes": picture((n, 0, 0)), "path": None} for n in numbers],
+            "image": [{"bytes": image_bytes((n, 0, 0)), "path": None} for n in numbers],
             "width": [8] * count,
             "prompt": [f"prompt {n}" for n in numbers],
             "llava": [f"an image of {n}" for n in numbers],
@@ -60,7 +60,7 @@ def test_the_midjourney_layout(tmp_path):
     for path in (tmp_path, tmp_path / "data" / "*.parquet", tmp_path / "data" / "train-0000{0..2}-of-00003.parquet"):
         source = opened(path)
         assert len(source) == 30
-        assert [source[i].image for i in (0, 9, 10, 29)] == [picture((n, 0, 0)) for n in (0, 9, 10, 29)]
+        assert [source[i].image for i in (0, 9, 10, 29)] == [image_bytes((n, 0, 0)) for n in (0, 9, 10, 29)]
     captions = opened(tmp_path, "t2i", caption="llava")
     assert captions[17].text == "an image of 17" and captions.key(17) == "train-00001-of-00003.parquet:7"
     with pytest.raises(DataError, match=r"prompt and llava may hold the captions; name one as data.columns.caption"):
@@ -70,28 +70,28 @@ def test_the_midjourney_layout(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "types", "chosen"),
     [
-        ({"anything": [{"bytes": picture(), "path": "x"}]}, {"anything": IMAGE}, {}),
-        ({"jpg": [picture()]}, None, {}),
-        ({"a": [picture()], "b": [b"x"]}, None, {"image": "a"}),
+        ({"anything": [{"bytes": image_bytes(), "path": "x"}]}, {"anything": IMAGE}, {}),
+        ({"jpg": [image_bytes()]}, None, {}),
+        ({"a": [image_bytes()], "b": [b"x"]}, None, {"image": "a"}),
         ({"image": ["a.png"]}, None, {}),
         ({"image": [{"bytes": None, "path": "a.png"}]}, {"image": IMAGE}, {}),
-        ({"images": [[{"bytes": picture(), "path": None}]]}, {"images": pa.list_(IMAGE)}, {}),
-        ({"image": [picture()]}, {"image": pa.large_binary()}, {}),
-        ({"image": [picture()]}, {"image": pa.binary(len(picture()))}, {}),
-        ({"image": [[{"bytes": picture(), "path": None}]]}, {"image": pa.list_(IMAGE, 1)}, {}),
-        ({"shot": [{"width": 8, "bytes": picture()}]}, None, {}),
+        ({"images": [[{"bytes": image_bytes(), "path": None}]]}, {"images": pa.list_(IMAGE)}, {}),
+        ({"image": [image_bytes()]}, {"image": pa.large_binary()}, {}),
+        ({"image": [image_bytes()]}, {"image": pa.binary(len(image_bytes()))}, {}),
+        ({"image": [[{"bytes": image_bytes(), "path": None}]]}, {"image": pa.list_(IMAGE, 1)}, {}),
+        ({"shot": [{"width": 8, "bytes": image_bytes()}]}, None, {}),
     ],
 )
 def test_where_an_image_may_be(tmp_path, columns, types, chosen):
-    fill(tmp_path, {"a.png": picture()})
+    fill(tmp_path, {"a.png": image_bytes()})
     source = opened(table(tmp_path / "t.parquet", columns, types), **chosen)
-    assert source[0].image == picture()
+    assert source[0].image == image_bytes()
 
 
 def test_names_in_cells_start_from_image_root(tmp_path):
-    fill(tmp_path / "photos", {"a.png": picture()})
+    fill(tmp_path / "photos", {"a.png": image_bytes()})
     source = opened(table(tmp_path / "t.parquet", {"image": ["a.png", "b.png"]}), image_root=str(tmp_path / "photos"))
-    assert source[0].image == picture()
+    assert source[0].image == image_bytes()
     with pytest.raises(FileNotFoundError):
         source[1]
 
@@ -107,7 +107,7 @@ def test_a_column_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"data.columns.caption=width: this column of .* holds other"):
         opened(path, "t2i", caption="width")
     with pytest.raises(DataError, match=r"no column of a known name holds the images; name one as data.columns.image"):
-        opened(table(tmp_path / "u.parquet", {"a": [1], "b": [picture()]}))
+        opened(table(tmp_path / "u.parquet", {"a": [1], "b": [image_bytes()]}))
 
 
 TALK = said("human", "<image>\nQ", "gpt", "A")
@@ -116,7 +116,7 @@ MESSAGES = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "
 
 @pytest.mark.parametrize("cell", [TALK, json.dumps(TALK), MESSAGES])
 def test_conversations(tmp_path, cell):
-    path = table(tmp_path / "t.parquet", {"image": [picture()], "conversations": [cell]})
+    path = table(tmp_path / "t.parquet", {"image": [image_bytes()], "conversations": [cell]})
     assert opened(path, "i2t")[0].text == [("Q", "A")]
     assert opened(tmp_path, "i2t")[0].text == [("Q", "A")]
 
@@ -125,7 +125,7 @@ def test_rows_that_are_no_samples(tmp_path):
     path = table(
         tmp_path / "t.parquet",
         {
-            "image": [None, {"bytes": picture(), "path": None}, {"bytes": picture(), "path": None}],
+            "image": [None, {"bytes": image_bytes(), "path": None}, {"bytes": image_bytes(), "path": None}],
             "conversations": ["[]", "junk", json.dumps(said("gpt", "A", "human", "Q"))],
             "caption": ["a", None, "  "],
         },
@@ -195,7 +195,7 @@ def test_bytes_that_are_damaged_are_bad_samples(tmp_path):
 
 
 def test_an_image_that_is_none_is_a_bad_sample_with_its_row(tmp_path):
-    images = [picture((n, 0, 0)) for n in range(6)] + [b"junk", None]
+    images = [image_bytes((n, 0, 0)) for n in range(6)] + [b"junk", None]
     found, stream = reds(table(tmp_path / "a.parquet", {"image": images}, {"image": pa.binary()}), 16)
     assert set(found) == set(range(6))
     assert stream.bad_samples.bad == {"a.parquet:6": stream.bad_samples.bad["a.parquet:6"]}  # no image is no fault
@@ -237,10 +237,10 @@ def test_the_splits_of_folders_are_not_mixed(tmp_path, name):
 
 
 def test_columns_of_one_name_and_cells_of_two_images(tmp_path):
-    cell = [{"bytes": picture(), "path": None}] * 2
+    cell = [{"bytes": image_bytes(), "path": None}] * 2
     with pytest.raises(BadSample, match="holds 2 images, and a sample has one"):
         opened(table(tmp_path / "a.parquet", {"images": [cell]}, {"images": pa.list_(IMAGE)}))[0]
-    images = pa.array([picture()])
+    images = pa.array([image_bytes()])
     pq.write_table(pa.Table.from_arrays([images, images], ["image", "image"]), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="b.parquet has 2 columns named 'image': rename one of them"):
         opened(tmp_path / "b.parquet")

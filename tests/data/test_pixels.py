@@ -12,7 +12,7 @@ from reca.rng import CounterRNG
 from tests.data.files import encoded
 
 
-def picture(width=40, height=24, mode="RGB"):
+def drawn(width=40, height=24, mode="RGB"):
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([x * 5 % 256, y * 9 % 256, (x + y) * 3 % 256], axis=-1).astype(np.uint8)
     return Image.fromarray(pixels).convert(mode)
@@ -32,7 +32,7 @@ def picture(width=40, height=24, mode="RGB"):
     ],
 )
 def test_every_mode_becomes_rgb(mode, format):
-    image = open_rgb(encoded(picture(mode=mode), format))
+    image = open_rgb(encoded(drawn(mode=mode), format))
     assert image.mode == "RGB" and image.size == (40, 24)
 
 
@@ -52,15 +52,15 @@ def test_sixteen_bits_keep_their_upper_eight():
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert open_rgb(encoded(picture(), "JPEG", exif=exif)).size == (24, 40)
+    assert open_rgb(encoded(drawn(), "JPEG", exif=exif)).size == (24, 40)
 
 
-JPEG = encoded(picture(200, 120), "JPEG", quality=92)
+JPEG = encoded(drawn(200, 120), "JPEG", quality=92)
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not an image", b"<html><body>404</body></html>", JPEG[: len(JPEG) // 2], encoded(picture())[:60]],
+    [b"", b"not an image", b"<html><body>404</body></html>", JPEG[: len(JPEG) // 2], encoded(drawn())[:60]],
     ids=["empty", "text", "html", "truncated jpeg", "truncated png"],
 )
 def test_broken_bytes_are_bad_images(data):
@@ -68,7 +68,7 @@ def test_broken_bytes_are_bad_images(data):
         open_rgb(data)
 
 
-def test_what_is_said_of_no_picture(tmp_path):
+def test_what_is_said_of_no_image(tmp_path):
     with pytest.raises(DataError, match="is no file"):
         read_image(tmp_path)
     with pytest.raises(DataError, match="none.png does not exist"):
@@ -80,14 +80,14 @@ def test_what_is_said_of_no_picture(tmp_path):
 
 @pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (40, 24), (24, 40)])
-def test_fits_give_the_asked_size_from_any_picture(fit, size):
-    view = make_view(picture(*size), View(16, fit=fit), crop=0.99)
+def test_fits_give_the_asked_size_from_any_image(fit, size):
+    view = make_view(drawn(*size), View(16, fit=fit), crop=0.99)
     assert view.shape == (3, 16, 16) and view.dtype == torch.uint8 and view.is_contiguous()
 
 
 def test_squash_is_pillows_bicubic():
-    expected = np.asarray(picture().resize((16, 16), Image.Resampling.BICUBIC))
-    assert np.array_equal(make_view(picture(), View(16)).permute(1, 2, 0).numpy(), expected)
+    expected = np.asarray(drawn().resize((16, 16), Image.Resampling.BICUBIC))
+    assert np.array_equal(make_view(drawn(), View(16)).permute(1, 2, 0).numpy(), expected)
 
 
 def test_stretch_filters_twice():
@@ -110,7 +110,7 @@ def test_center_crop_takes_the_middle_and_pad_keeps_everything():
 
 def test_random_crop_is_a_function_of_the_sample():
     decoder = PillowDecoder(Views(gen=View(16, fit="random_crop"), und=None), CounterRNG(3))
-    data = encoded(picture(90, 20))
+    data = encoded(drawn(90, 20))
     views = [decoder(data, i)[0] for i in range(6)]
     assert torch.equal(views[2], decoder(data, 2)[0])
     assert len({v.numpy().tobytes() for v in views}) > 3

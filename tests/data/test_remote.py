@@ -15,7 +15,7 @@ from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
-from tests.data.files import conversations, fill, picture, row, said, tar
+from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -36,8 +36,9 @@ def put(memory, root):
 
 
 FILES = {
-    "a.png": picture((1, 0, 0)), "a.txt": b"one", "more/b.JPG": picture((2, 0, 0), format="JPEG"), "more/b.txt": b"two",
-    ".c.png": picture(), "d.heic": b"x", "notes.md": b"", "e.tar": b"x",
+    "a.png": image_bytes((1, 0, 0)), "a.txt": b"one",
+    "more/b.JPG": image_bytes((2, 0, 0), format="JPEG"), "more/b.txt": b"two",
+    ".c.png": image_bytes(), "d.heic": b"x", "notes.md": b"", "e.tar": b"x",
 }  # fmt: skip
 
 
@@ -60,13 +61,13 @@ def test_a_folder_is_what_it_is_here(memory, tmp_path):
 
 def test_tars_are_what_they_are_here(memory, tmp_path):
     for n in range(3):
-        tar(tmp_path / f"{n}.tar", (f"{n}.png", picture((n, 0, 0))), (f"{n}.txt", b"text %d" % n))
+        tar(tmp_path / f"{n}.tar", (f"{n}.png", image_bytes((n, 0, 0))), (f"{n}.txt", b"text %d" % n))
     put(memory, tmp_path)
     here = open_source(f"{tmp_path}/{{0..2}}.tar", "t2i")
     for text in ("memory://data/{0..2}.tar", "memory://data/*.tar"):
         there = open_source(text, "t2i")
         assert [there[i] for i in range(3)] == [here[i] for i in range(3)] and there.identity() == here.identity()
-    assert open_source("memory://data/1.tar", "reca")[0].image == picture((1, 0, 0))
+    assert open_source("memory://data/1.tar", "reca")[0].image == image_bytes((1, 0, 0))
     with pytest.raises(DataError, match=r"1 of the range are missing: memory://data/3.tar"):
         open_source("memory://data/{0..3}.tar", "reca")
     with pytest.raises(DataError, match=r"no tar file matches 'memory://data/x\*.tar'"):
@@ -82,12 +83,12 @@ def test_tars_are_what_they_are_here(memory, tmp_path):
 def test_the_index_of_a_tar_is_one_of_its_version(memory, tmp_path, monkeypatch):
     monkeypatch.setenv("RECA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(index_files, "LARGE", 0)
-    put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", picture())).read_bytes()}))
+    put(memory, fill(tmp_path / "x", {"a.tar": tar(tmp_path / "one.tar", ("a.png", image_bytes())).read_bytes()}))
     scans, scan = [], tar_index.read_index
     monkeypatch.setattr(tar_index, "read_index", lambda *args: scans.append(1) or scan(*args))
     assert [open_source("memory://data/a.tar", "reca").key(0) for _ in range(2)] == ["a.tar/a.png"] * 2
     assert len(scans) == 1
-    memory.pipe("/data/a.tar", tar(tmp_path / "two.tar", ("b.png", picture())).read_bytes())
+    memory.pipe("/data/a.tar", tar(tmp_path / "two.tar", ("b.png", image_bytes())).read_bytes())
     assert open_source("memory://data/a.tar", "reca").key(0) == "a.tar/b.png" and len(scans) == 2
     monkeypatch.setattr(remote, "CHANGES", ())  # a server that tells no versions
     for _ in range(2):
@@ -111,11 +112,11 @@ def test_parquet_is_what_it_is_here(memory, tmp_path):
     memory.pipe(
         "/talk/t.parquet", table(tmp_path / "t.parquet", {"image": ["a.png"], "conversations": [talk]}).read_bytes()
     )
-    memory.pipe("/talk/a.png", picture())
+    memory.pipe("/talk/a.png", image_bytes())
     assert open_source("memory://talk", "i2t")[0].text == [("Q", "A")]
     addresses = table(tmp_path / "addresses.parquet", {"url": ["memory://talk/a.png", "memory://talk/b.png"]})
     source = open_source(str(addresses), "reca")
-    assert source[0].image == picture()
+    assert source[0].image == image_bytes()
     with pytest.raises(FileNotFoundError):
         source[1]
 
@@ -196,7 +197,7 @@ def test_addresses_that_cannot_be_read(memory):
 
 
 def test_a_request_that_fails_is_made_again(memory, monkeypatch):
-    memory.pipe("/data/a.png", picture())
+    memory.pipe("/data/a.png", image_bytes())
     source, calls, cat = open_source("memory://data", "reca"), [], type(memory).cat_file
 
     def flaky(self, *args, **options):
@@ -206,7 +207,7 @@ def test_a_request_that_fails_is_made_again(memory, monkeypatch):
         return cat(self, *args, **options)
 
     monkeypatch.setattr(type(memory), "cat_file", flaky)
-    assert source[0].image == picture() and len(calls) == 3
+    assert source[0].image == image_bytes() and len(calls) == 3
     monkeypatch.setattr(type(memory), "cat_file", lambda *args, **options: calls.append(1) or 1 / 0)
     with pytest.raises(OSError, match="a.png: ZeroDivisionError"):
         source[0]
@@ -263,7 +264,7 @@ def serve(tmp_path, monkeypatch):
 def test_tars_and_parquet_over_http(serve, tmp_path):
     address, handler = serve
     for n in range(2):
-        tar(tmp_path / "www" / f"{n}.tar", *((f"{i}.png", picture((10 * n + i, 0, 0))) for i in range(6)))
+        tar(tmp_path / "www" / f"{n}.tar", *((f"{i}.png", image_bytes((10 * n + i, 0, 0))) for i in range(6)))
     config = DataConfig(images=f"{address}/{{0..1}}.tar", decoder="pillow", workers=2)
     stream = open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=4)
     reds = [int(view[0, 0, 0]) for batch in itertools.islice(stream, 3) for view in batch.gen]
@@ -275,7 +276,7 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
         from tests.data.test_parquet import midjourney
 
         midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
-        assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == picture((7, 0, 0))
+        assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == image_bytes((7, 0, 0))
     assert len(open_source(f"{address}/*.tar", "reca")) == 12  # of a server that lists its files
     conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
     assert open_source(f"{address}/talk/rows.json", "i2t")[0].text == [("Q", "A")]

@@ -8,9 +8,9 @@ import pytest
 
 from reca.data.errors import BadSample, DataError
 from reca.data.sources import open_source
-from tests.data.files import picture, tar
+from tests.data.files import image_bytes, tar
 
-DARK, LIGHT = picture((1, 1, 1)), picture((250, 250, 250))
+DARK, LIGHT = image_bytes((1, 1, 1)), image_bytes((250, 250, 250))
 
 
 def opened(path, task="reca"):
@@ -55,7 +55,7 @@ def test_what_is_not_clear_is_an_error(tmp_path, names, words):
         opened(path)
 
 
-def test_pictures_with_dots_in_their_names_are_samples(tmp_path):
+def test_images_with_dots_in_their_names_are_samples(tmp_path):
     names = ["v1.5_a.jpg", "v1.5_b.jpg", "ok.jpg", "v1.6_a.jpg", "IMG.2020.01.02.jpg"]
     assert keys(tar(tmp_path / "s.tar", *((name, DARK) for name in names))) == [f"s.tar/{name}" for name in names]
     members = [("v1.5_a.jpg", DARK), ("v1.5_a.txt", b"one"), ("v1.5_b.txt", b"two"), ("v1.5_b.jpg", LIGHT)]
@@ -75,7 +75,7 @@ def test_parts_that_are_not_read_are_counted(tmp_path, caplog):
         opened(tar(tmp_path / "t.tar", ("b.heic", b"")))
 
 
-def test_hidden_members_and_folders_are_no_pictures(tmp_path):
+def test_hidden_members_and_folders_are_no_images(tmp_path):
     names = ["._a.jpg", "a.jpg", "__MACOSX/._a.jpg", ".git/b.jpg", "./c.jpg", "README"]
     source = opened(tar(tmp_path / "s.tar", *((name, DARK) for name in names), ("d.jpg", (tarfile.DIRTYPE, ""))))
     assert [source.key(i) for i in range(len(source))] == ["s.tar/a.jpg", "s.tar/c.jpg"]

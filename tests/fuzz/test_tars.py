@@ -51,7 +51,7 @@ def stem(name):
 
 @fewer(0.25)
 @given(members=MEMBERS, format=FORMATS, task=st.sampled_from(["reca", "t2i"]))
-def test_every_picture_is_a_sample_or_counted(path, members, format, task):
+def test_every_image_is_a_sample_or_counted(path, members, format, task):
     try:
         path.write_bytes(packed(members, format))
     except ValueError:  # a name that is too long for the format
@@ -66,14 +66,14 @@ def test_every_picture_is_a_sample_or_counted(path, members, format, task):
         except DataError as error:
             assert str(path) in str(error)
             return
-        pictures = [
+        images = [
             name
             for name, type, _ in members
             if type != tarfile.DIRTYPE and posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
         other = [name for name, type, _ in members if type != tarfile.DIRTYPE and name.endswith(".heic")]
         used = [source[i] for i in range(len(source))]
-        assert len(pictures) <= len(used) + source.skipped.total <= len(pictures) + len(other)
+        assert len(images) <= len(used) + source.skipped.total <= len(images) + len(other)
         for sample in used:
             name = sample.key.removeprefix("s.tar/")
             if name in files:  # links have the content of another

@@ -44,7 +44,7 @@ def write_folder(golden: Golden, folder: Path) -> Path:
 
 def config(golden: Golden, folder: Path) -> Config:
     c = golden.config
-    vae, look, picture = c["vae"], c["vit_transform"], c["vae_transform"]
+    vae, look, image = c["vae"], c["vit_transform"], c["vae_transform"]
 
     def sizes(cls, source: dict):
         return cls(**{f.name: source[f.name] for f in fields(cls)})
@@ -62,8 +62,8 @@ def config(golden: Golden, folder: Path) -> Config:
         ),
         latent_patch_size=c["latent_patch_size"],
         max_latent_size=c["max_latent_size"],
-        image_size=picture["max_image_size"],
-        image_min_size=picture["min_image_size"],
+        image_size=image["max_image_size"],
+        image_min_size=image["min_image_size"],
         understanding_size=look["max_image_size"],
         answer_size=look["max_image_size"],
         answer_min_size=look["min_image_size"],
@@ -79,10 +79,8 @@ def view(transform: dict, max_pixels: int | None = None) -> View:
 
 def seen(golden: Golden, model: Adapter, order: Sequence[int]) -> list[Tensor]:
     """SigLIP's rows of the raw images with these numbers."""
-    pictures = [Image.fromarray(golden.data[f"pre.image_u8.{i}"].numpy()) for i in order]
-    return model.encode_understanding(
-        [make_view(picture, view(golden.config["vit_transform"])) for picture in pictures]
-    )
+    images = [Image.fromarray(golden.data[f"pre.image_u8.{i}"].numpy()) for i in order]
+    return model.encode_understanding([make_view(image, view(golden.config["vit_transform"])) for image in images])
 
 
 class Recorded(CounterRNG):
@@ -113,7 +111,7 @@ def crop(image: Tensor, size: Sequence[int], patch: int) -> Tensor:
 
 
 def places(samples: Sequence[Sequence[prompt.Item]]) -> dict[tuple[str, str], list[int]]:
-    """Where the rows of our two passes (prefix, picture), per expert, stand in the release's packed sequence."""
+    """Where the rows of our two passes (prefix, image), per expert, stand in the release's packed sequence."""
     found, at = {(when, expert): [] for when in ("prefix", "picture") for expert in (UND, GEN)}, 0
     for items in samples:
         for item in items:
@@ -134,7 +132,7 @@ def places(samples: Sequence[Sequence[prompt.Item]]) -> dict[tuple[str, str], li
 
 
 def passes(samples: Sequence[Sequence[prompt.Item]]) -> dict[str, list[list[prompt.Item]]]:
-    """What the prefix pass reads of every sample, and what the pass of the noisy pictures does."""
+    """What the prefix pass reads of every sample, and what the pass of the noisy images does."""
     noisy = [[item for item in items if isinstance(item, prompt.NoisyImage)] for items in samples]
     return {
         "prefix": [[i for i in items if not isinstance(i, prompt.NoisyImage)] for items in samples],
@@ -211,8 +209,8 @@ class Record:
             hook.remove()
 
     def packed(self, name: str, packed: Packed) -> Tensor:
-        prefix, picture = self.seen[name]
-        rows = {("prefix", e): r for e, r in prefix.items()} | {("picture", e): r for e, r in picture.items()}
+        prefix, image = self.seen[name]
+        rows = {("prefix", e): r for e, r in prefix.items()} | {("picture", e): r for e, r in image.items()}
         return packed.join(rows)
 
 

@@ -94,26 +94,26 @@ class Recorded(CounterRNG):
 
 
 def branches(golden: Golden) -> int:
-    """Rows of the recorded sampling per picture: with guidance an unconditional one too."""
+    """Rows of the recorded sampling per image: with guidance an unconditional one too."""
     return 1 if golden.config["generation"]["cfg"] == 1 else 2
 
 
 class RecordedChance(SamplerNoise):
-    """The orders and noise of the recorded sampling, of the pictures alone: the unconditional half copies them."""
+    """The orders and noise of the recorded sampling, of the images alone: the unconditional half copies them."""
 
     def __init__(self, golden: Golden):
         self.data, self.branches = golden.data, branches(golden)
-        self.pictures = len(golden.data["gen.orders"]) // self.branches
+        self.images = len(golden.data["gen.orders"]) // self.branches
 
     def order(self, size: int) -> Tensor:
-        return self.data["gen.orders"][: self.pictures]
+        return self.data["gen.orders"][: self.images]
 
     def start(self, step: int, n: int, channels: int) -> Tensor:
-        return self.data[f"gen.{step}.noise_init"].view(self.pictures, n, channels)
+        return self.data[f"gen.{step}.noise_init"].view(self.images, n, channels)
 
     def noise(self, step: int, inner: int, n: int, channels: int) -> Tensor:
         steps = self.data[f"gen.{step}.noise_steps"]  # the first belongs to the largest t
-        return steps[len(steps) - 1 - inner].view(self.branches, self.pictures, n, channels)[0]
+        return steps[len(steps) - 1 - inner].view(self.branches, self.images, n, channels)[0]
 
 
 class Spy:

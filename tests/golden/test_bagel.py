@@ -70,12 +70,12 @@ def test_preprocessing(golden, model):
     c, data = golden.config, golden.data
     numbers = [int(name.rsplit(".", 1)[1]) for name in data if name.startswith("pre.image_u8.")]
     for i in numbers:
-        picture = Image.fromarray(data[f"pre.image_u8.{i}"].numpy())
+        image = Image.fromarray(data[f"pre.image_u8.{i}"].numpy())
         for name in ("vit", "vae"):
-            pixels = make_view(picture, view(c[f"{name}_transform"])) / 127.5 - 1
+            pixels = make_view(image, view(c[f"{name}_transform"])) / 127.5 - 1
             close(pixels, data[f"pre.{name}_tensor.{i}"], LEVELS / 127.5)
-        assert torch.equal(make_view(picture, model.views("reca").gen), make_view(picture, view(c["vae_transform"])))
-        assert torch.equal(make_view(picture, edit_views(model).und), make_view(picture, view(c["vit_transform"])))
+        assert torch.equal(make_view(image, model.views("reca").gen), make_view(image, view(c["vae_transform"])))
+        assert torch.equal(make_view(image, edit_views(model).und), make_view(image, view(c["vit_transform"])))
 
 
 def test_positions(golden):
@@ -287,7 +287,7 @@ def test_answer_loss_is_the_mixed_packs(golden, model):
 
 
 def sampled(golden, model, case, x, caches):
-    """Every Euler step of a case, and the decoded picture."""
+    """Every Euler step of a case, and the decoded image."""
     data, s = golden.data, golden.cases["values"][f"{case}.settings"]
     height, width = (side // model.token_side for side in s["image_hw"])
     steps = []
@@ -301,8 +301,8 @@ def sampled(golden, model, case, x, caches):
     close(v_steps, data[f"{case}.v_steps"])
     close(x_steps, data[f"{case}.x_steps"])
     with torch.no_grad():
-        picture = model.codec.decode(modules.unpatchify(out, height, width, model.config.latent_patch_size)[None])
-    close(picture, data[f"{case}.decoded"])
+        image = model.codec.decode(modules.unpatchify(out, height, width, model.config.latent_patch_size)[None])
+    close(image, data[f"{case}.decoded"])
 
 
 @pytest.mark.parametrize("case", ["t2i.nocfg", "t2i.cfg4"])

@@ -28,8 +28,8 @@ class OneSample:
             first = golden.data["joint_vq.logits"][:1]
             self.data["joint_vq.logits"] = first.new_empty(1 + len(rest), *first.shape[1:])
             self.data["joint_vq.logits"][:1], self.data["joint_vq.logits"][1:] = first, rest
-            picture = slice(self.config["max_text_len"] + 1, None)  # what counts
-            loss = F.cross_entropy(first[0, picture], self.data["t2i.labels"][0, picture])
+            image = slice(self.config["max_text_len"] + 1, None)  # what counts
+            loss = F.cross_entropy(first[0, image], self.data["t2i.labels"][0, image])
             self.data["joint_vq.loss_t2i"] = loss[None]
             self.cases["tensors"]["t2i.texts"]["value"] = golden.cases["tensors"]["t2i.texts"]["value"][:1]
         for case in (name for name in ("recon_clip", *show_o.RECON_VQ) if name.startswith(task)):

@@ -33,14 +33,14 @@ def buffers_last(golden, encoded):
 # pixels
 
 
-def test_pictures_to_reconstruct_and_to_understand(golden, model):
+def test_images_to_reconstruct_and_to_understand(golden, model):
     data = golden.data
-    picture = Image.fromarray(data["prep.image_u8"].numpy())
+    image = Image.fromarray(data["prep.image_u8"].numpy())
     model.config.image_size, kept = data["prep.recon_pixels"].shape[-1], model.config.image_size
     gen, und = model.views("reca").gen, model.views("i2t").und
     model.config.image_size = kept
-    assert torch.equal(make_view(picture, gen) / 255 * 2 - 1, data["prep.recon_pixels"])
-    assert torch.equal(make_view(picture, und) / 255 * 2 - 1, data["prep.i2t_pixels"])
+    assert torch.equal(make_view(image, gen) / 255 * 2 - 1, data["prep.recon_pixels"])
+    assert torch.equal(make_view(image, und) / 255 * 2 - 1, data["prep.i2t_pixels"])
 
 
 def test_autoencoder(golden, model):
@@ -110,7 +110,7 @@ def test_drawing_loss_and_every_stage_of_it(golden, model, monkeypatch, task):
     batch = Batch(task, torch.arange(len(given)), [""] * len(given), features=features)
     term = model(batch, Recorded(golden, task))
 
-    # Here padding stands behind a sequence, there between prompt and picture: real rows are compared, in order.
+    # Here padding stands behind a sequence, there between prompt and image: real rows are compared, in order.
     real = data[f"{task}.llm_attention_mask"].bool()
     lengths = real.sum(1)
     ((_, inputs, hidden),) = spy.seen["language"]
@@ -208,11 +208,11 @@ def test_generation(golden, model, monkeypatch):
     data, c = golden.data, golden.config["generation"]
     given = prompts(golden, "gen")
     spy = Spy(monkeypatch, model)
-    pictures = len(given) // branches(golden)
+    images = len(given) // branches(golden)
     latents = sampling.sample_latents(
         model,
-        given[:pictures],
-        given[pictures:],
+        given[:images],
+        given[images:],
         RecordedChance(golden),
         grid(golden),
         steps=c["num_iter"],
@@ -227,17 +227,17 @@ def test_generation(golden, model, monkeypatch):
         (encoded, seen, _, _), _, z = decode
         mask = torch.ones(len(given), tokens[0, ..., 0].numel()).scatter(1, seen, 0.0)
         assert torch.equal(mask, data[f"gen.{step}.mask_in"])
-        assert torch.equal(visible, seen[:pictures])
-        # Ours encodes the pictures once; the release does so for both branches, which hold the same tokens.
-        wanted = data[f"gen.{step}.tokens_in"][:pictures]
+        assert torch.equal(visible, seen[:images])
+        # Ours encodes the images once; the release does so for both branches, which hold the same tokens.
+        wanted = data[f"gen.{step}.tokens_in"][:images]
         close(tokens, wanted, GENERATION) if step else close(tokens + 1, wanted + 1)
         close(encoded, data[f"gen.{step}.x_enc_residual"], GENERATION)
         following = data[f"gen.{step + 1}.mask_in"] if step + 1 < c["num_iter"] else torch.zeros_like(mask)
         drawn = mask.bool() & ~following.bool()
         close(z[drawn], data[f"gen.{step}.z_rows"], GENERATION)
         sampled = data[f"gen.{step}.sampled"]
-        close(latents.flatten(1, 2)[drawn[:pictures]], sampled[: len(sampled) // branches(golden)], GENERATION)
-    close(latents, data["gen.final_latents"][:pictures], GENERATION)
+        close(latents.flatten(1, 2)[drawn[:images]], sampled[: len(sampled) // branches(golden)], GENERATION)
+    close(latents, data["gen.final_latents"][:images], GENERATION)
     close(model.pixels(latents), data["gen.pixels"], GENERATION)
 
 

@@ -51,15 +51,15 @@ def mean(term):
 def test_pixels_to_understand(golden, model, tolerances):
     view = model.views("i2t").und
     for number, wanted in enumerate(golden.data["und.resized"]):
-        picture = Image.fromarray(golden.data[f"und.image_{number}"].numpy())
-        found = make_view(picture, view)
+        image = Image.fromarray(golden.data[f"und.image_{number}"].numpy())
+        found = make_view(image, view)
         assert (found.int() - wanted.int()).abs().max() <= LEVELS, number
         tolerances.close("features_and_hidden", wanted / 127.5 - 1, golden.data["und.pixel_values"][number])
 
 
 def test_a_square_image_is_the_same_on_both_sides(golden, model):
-    picture = Image.fromarray(golden.data[f"und.image_{len(golden.data['und.resized']) - 1}"].numpy())
-    assert torch.equal(make_view(picture, model.views("reca").gen), golden.data["und.resized"][-1])
+    image = Image.fromarray(golden.data[f"und.image_{len(golden.data['und.resized']) - 1}"].numpy())
+    assert torch.equal(make_view(image, model.views("reca").gen), golden.data["und.resized"][-1])
     assert model.views("reca").und is None
     codes = model.gen_vision_model.encode(golden.data["und.pixel_values"][-1:])
     assert torch.equal(codes, golden.data["reca_same.codes"])

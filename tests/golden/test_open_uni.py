@@ -57,8 +57,8 @@ def features(golden, task):
 def test_crop_and_resize(golden, model):
     data = golden.data
     left, top, right, bottom = data["pre.crop_box"].tolist()
-    picture = Image.fromarray(data["pre.raw_rgb"].numpy()).crop((left, top, right, bottom))
-    view = make_view(picture, model.views("reca").gen)
+    image = Image.fromarray(data["pre.raw_rgb"].numpy()).crop((left, top, right, bottom))
+    view = make_view(image, model.views("reca").gen)
     close(view / 127.5 - 1, data["pre.pixel_values"])
 
 

@@ -50,8 +50,8 @@ def step(model, golden, batch, name):
 
 def test_crop_and_resize(golden, model):
     for i, (left, top, side) in enumerate(golden.data["data.crop_x0_y0_side"].tolist()):
-        picture = Image.fromarray(golden.data[f"data.image_{i}"].numpy()).crop((left, top, left + side, top + side))
-        close(make_view(picture, model.views("reca").gen) / 127.5 - 1, golden.data["batch.pixel_values"][i])
+        image = Image.fromarray(golden.data[f"data.image_{i}"].numpy()).crop((left, top, left + side, top + side))
+        close(make_view(image, model.views("reca").gen) / 127.5 - 1, golden.data["batch.pixel_values"][i])
 
 
 def test_ids(golden, model, batch):

@@ -98,7 +98,7 @@ def pixels_of(golden, case: str):
 
 
 def codes_of(golden, model, case: str):
-    """The pictures of a case, int64 [B, N], read from what is hidden of them and what is not. Cases differ in B."""
+    """The images of a case, int64 [B, N], read from what is hidden of them and what is not. Cases differ in B."""
     v, ids, labels = model.vocabulary, golden.data[f"{case}.masked_ids"], golden.data[f"{case}.mask_labels"]
     return torch.where(ids == v.mask, labels, ids) - v.offset
 

@@ -105,9 +105,9 @@ def images(sizes=SIZES, seed: int = 0) -> list[torch.Tensor]:
 
 def batch(model: Adapter, task: str, rows=(0, 1, 2, 3), sizes=SIZES) -> Batch:
     """Samples of different sizes, as the model's views make them."""
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(sizes)]
+    shown = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(sizes)]
     views = model.views(task)
-    gen, und = (view and [make_view(pictures[row], view) for row in rows] for view in (views.gen, views.und))
+    gen, und = (view and [make_view(shown[row], view) for row in rows] for view in (views.gen, views.und))
     return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 

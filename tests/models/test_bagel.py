@@ -106,9 +106,9 @@ def images(sizes, seed: int = 0) -> list[torch.Tensor]:
 
 def batch(model, task: str, rows=(0, 1, 2, 3)) -> Batch:
     """Samples of different sizes as the views make them."""
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(SIZES)]
+    shown = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images(SIZES)]
     views = model.views(task)
-    gen, und = (view and [make_view(pictures[row], view) for row in rows] for view in (views.gen, views.und))
+    gen, und = (view and [make_view(shown[row], view) for row in rows] for view in (views.gen, views.und))
     return Batch(task, torch.tensor(rows) + 7, [TEXTS[task][row] for row in rows], gen=gen, und=und)
 
 
@@ -534,10 +534,10 @@ def test_types(tmp_path):
             assert abs(float(term.sum.detach()) - wanted) < 0.02 * wanted, (d, autocast)
         for task in ("i2t", "t2i"):
             assert math.isfinite(float(model(batch(model, task), CounterRNG(0)).sum.detach()))
-        picture = images([(20, 20)])
+        image = images([(20, 20)])
         assert model.generate(["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
-        assert model.edit(picture, ["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
-        assert isinstance(model.answer(picture, ["what is this?"], 2)[0], str)
+        assert model.edit(image, ["a red square"], [0], steps=2)[0].shape == (3, 20, 20)
+        assert isinstance(model.answer(image, ["what is this?"], 2)[0], str)
 
 
 # sampling
@@ -547,7 +547,7 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return int((a.int() - b.int()).abs().max()) <= 1
 
 
-def test_sizes_of_pictures(plain):
+def test_sizes_of_images(plain):
     assert plain.generate(["a"], [0], steps=2, height=12, width=24)[0].shape == (3, 12, 24)
     with pytest.raises(ValueError, match="multiples of 4, got 13 x 20"):
         plain.generate(["a"], [0], height=13)
@@ -603,22 +603,22 @@ def test_bad_sampling_options(plain):
 @pytest.mark.parametrize("variant", ["pixels", "flux"])
 def test_editing_sees_image_and_instruction(variant):
     model = built(variant)
-    pictures = images([(20, 20), (12, 20), (30, 15)])
+    shown = images([(20, 20), (12, 20), (30, 15)])
     texts = ["make it red", "make it a blue circle", "a square"]
-    together = model.edit(pictures, texts, [0, 1, 2], steps=3)
+    together = model.edit(shown, texts, [0, 1, 2], steps=3)
     assert [p.shape for p in together] == [(3, 20, 20), (3, 12, 20), (3, 20, 8)]
     for i in range(3):
-        assert near(model.edit(pictures[i : i + 1], texts[i : i + 1], [i], steps=3)[0], together[i])
-    assert not near(model.edit([pictures[0].flip(2)], texts[:1], [0], steps=3)[0], together[0])
-    assert not near(model.edit(pictures[:1], texts[1:2], [0], steps=3)[0], together[0])
+        assert near(model.edit(shown[i : i + 1], texts[i : i + 1], [i], steps=3)[0], together[i])
+    assert not near(model.edit([shown[0].flip(2)], texts[:1], [0], steps=3)[0], together[0])
+    assert not near(model.edit(shown[:1], texts[1:2], [0], steps=3)[0], together[0])
 
 
 def test_answers_do_not_depend_on_the_batch(plain):
-    pictures = images([(20, 20), (12, 20), (30, 15)])
+    shown = images([(20, 20), (12, 20), (30, 15)])
     questions = ["what is this?", "describe the picture. what is it?", "this"]
-    together = plain.answer(pictures, questions, max_new_tokens=5)
-    assert together == [plain.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(pictures, questions, strict=True)]
-    assert plain.answer(pictures, questions, max_new_tokens=0) == ["", "", ""]
+    together = plain.answer(shown, questions, max_new_tokens=5)
+    assert together == [plain.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(shown, questions, strict=True)]
+    assert plain.answer(shown, questions, max_new_tokens=0) == ["", "", ""]
 
 
 @torch.no_grad()
@@ -664,8 +664,8 @@ def test_export_and_load(folder, tmp_path):
     again = Adapter.load(replace(config(weights=str(folder), **FLUX), words=[]))
     same(flux, again)
     assert again.tokenizer.get_vocab() == flux.tokenizer.get_vocab()
-    pictures = [model.generate(["a red square"], [0], steps=2)[0] for model in (again, flux)]
-    assert torch.equal(*pictures)
+    images = [model.generate(["a red square"], [0], steps=2)[0] for model in (again, flux)]
+    assert torch.equal(*images)
     flux.export(tmp_path)
     assert {t.dtype for t in load_file(tmp_path / "ema.safetensors").values()} == {torch.bfloat16}
     same(flux, Adapter.load(config(weights=str(tmp_path), **FLUX)), rounded=True)
@@ -776,10 +776,10 @@ def test_hazards(published):
 
 def test_a_blur_reaches_h_v_and_not_the_target():
     models = [Adapter.load(config(hv_blur=blur)) for blur in (1, 3)]
-    picture = Image.fromarray(images([(64, 64)])[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(images([(64, 64)])[0].permute(1, 2, 0).numpy())
     features = []
     for model in models:
-        gen, und = ([make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        gen, und = ([make_view(image, view)] for view in (model.views("reca").gen, model.views("reca").und))
         features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
     assert torch.equal(features[0]["moments"][0], features[1]["moments"][0])
     assert not torch.allclose(features[0]["h_v"][0], features[1]["h_v"][0], atol=1e-3)
@@ -794,6 +794,6 @@ def test_rows_of_patches_go_back_and_forth():
     assert torch.equal(modules.patchify(image[None], 2)[0], rows)
 
 
-def test_pictures_are_whole_tokens():
+def test_images_are_whole_tokens():
     with pytest.raises(ValueError, match="model.image_size is 21 pixels, which must be a multiple of 4"):
         Adapter.load(config(image_size=21))

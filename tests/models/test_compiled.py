@@ -18,7 +18,7 @@ from tests.models.test_tf32 import CASES as ENCODERS
 # more for a single sample, for inputs without a gradient, in BAGEL for a prompt of no rows, and in Show-o for the last
 # layer on a CPU; and of its encoders.
 GRAPHS = {"show_o": 18, "harmon": 8, "open_uni": 15, "bagel": 24, "janus": 15, "janusflow": 21}
-SQUARE = [(20, 20)] * 4  # of pictures
+SQUARE = [(20, 20)] * 4  # of images
 SIZES = [(0, 1, 2, 3), (1, 2, 3), (2,)]
 OTHERS = [(3, 1), (2, 0, 3), (1,), (0, 3, 2, 1)]
 

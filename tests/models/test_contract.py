@@ -335,13 +335,13 @@ def test_an_image_depends_on_its_prompt_and_seed_only(model):
     )
 
 
-def test_a_reconstruction_depends_on_its_own_picture_and_seed(model):
+def test_a_reconstruction_depends_on_its_own_image_and_seed(model):
     options, given = quick(model.name), batch(model, "reca", (0, 1, 0), [(20, 20)] * 2)
     given.text, seeds = [TEXTS["reca"][0]] * 3, [5, 5, 6]
     together = model.reconstruct(given, seeds, **options)
     alone = []
-    for row, (picture, seed) in enumerate(zip((0, 1, 0), seeds, strict=True)):
-        one = batch(model, "reca", (picture,), [(20, 20)] * 2)
+    for row, (image, seed) in enumerate(zip((0, 1, 0), seeds, strict=True)):
+        one = batch(model, "reca", (image,), [(20, 20)] * 2)
         one.text = given.text[:1]
         alone += model.reconstruct(one, [seed], **options)
         assert together[row].shape == given.gen[row].shape and together[row].dtype == torch.uint8
@@ -350,16 +350,16 @@ def test_a_reconstruction_depends_on_its_own_picture_and_seed(model):
 
 
 @pytest.mark.parametrize("name", ["show_o", "janus", "open_uni"])  # the others take longer to learn it
-def test_a_reconstruction_comes_near_its_picture_once_it_is_trained(name):
+def test_a_reconstruction_comes_near_its_image_once_it_is_trained(name):
     model = load(name)
     learnable(model, "reca")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     flat = [torch.full((3, 20, 20), level, dtype=torch.uint8) for level in (20, 235)]
     views, sizes = model.views("reca"), [(20, 20)] * 2
     given = batch(model, "reca", (0, 1), sizes)
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in flat]
-    given.gen = [make_view(picture, views.gen) for picture in pictures]
-    given.und = views.und and [make_view(picture, views.und) for picture in pictures]
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in flat]
+    given.gen = [make_view(one, views.gen) for one in images]
+    given.und = views.und and [make_view(one, views.und) for one in images]
     for seed in range(60):
         loss(model, given, seed).backward()
         optimizer.step()
@@ -380,34 +380,34 @@ def test_what_cannot_be_drawn(plain):
 
 
 def test_answers_do_not_depend_on_the_batch(model):
-    pictures, questions = images([(20, 20), (12, 20), (30, 15)]), ["what is this", "describe the picture", "this"]
-    together = model.answer(pictures, questions, max_new_tokens=5)
+    shown, questions = images([(20, 20), (12, 20), (30, 15)]), ["what is this", "describe the picture", "this"]
+    together = model.answer(shown, questions, max_new_tokens=5)
     assert all(isinstance(text, str) for text in together)
-    assert together == [model.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(pictures, questions, strict=True)]
-    assert model.answer(pictures, questions, max_new_tokens=0) == [""] * 3
+    assert together == [model.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(shown, questions, strict=True)]
+    assert model.answer(shown, questions, max_new_tokens=0) == [""] * 3
     with pytest.raises(ValueError, match="3 images, 1 questions; there must be as many of each"):
-        model.answer(pictures, questions[:1])
+        model.answer(shown, questions[:1])
 
 
 def test_editing_sees_image_and_instruction(model):
-    pictures, texts, seeds = (
+    shown, texts, seeds = (
         images([(20, 20), (12, 20), (30, 15)]),
         ["a red square", "a blue circle", "a square"],
         [0, 1, 2],
     )
     if "edit" not in model.abilities:
         with pytest.raises(NotImplementedError, match=f"{model.name} cannot edit images"):
-            model.edit(pictures, texts, seeds)
+            model.edit(shown, texts, seeds)
         return
-    together = model.edit(pictures, texts, seeds, steps=3)
+    together = model.edit(shown, texts, seeds, steps=3)
     assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in together)
-    alone = [model.edit([p], [text], [seed], steps=3)[0] for p, text, seed in zip(pictures, texts, seeds, strict=True)]
+    alone = [model.edit([p], [text], [seed], steps=3)[0] for p, text, seed in zip(shown, texts, seeds, strict=True)]
     assert all(near(one, other) for one, other in zip(alone, together, strict=True))
-    for picture, text, seed in (
-        (pictures[0].flip(2), texts[0], 0),
-        (pictures[0], texts[1], 0),
-        (pictures[0], texts[0], 1),
+    for other, text, seed in (
+        (shown[0].flip(2), texts[0], 0),
+        (shown[0], texts[1], 0),
+        (shown[0], texts[0], 1),
     ):
-        assert not torch.equal(model.edit([picture], [text], [seed], steps=3)[0], alone[0])
+        assert not torch.equal(model.edit([other], [text], [seed], steps=3)[0], alone[0])
     with pytest.raises(ValueError, match="3 images, 2 instructions, 1 seeds; there must be as many of each"):
-        model.edit(pictures, texts[:2], [0])
+        model.edit(shown, texts[:2], [0])

@@ -43,7 +43,7 @@ def model(request):
 
 
 def answers(model) -> dict[str, torch.Tensor]:
-    """Losses, weights, gradients and pictures."""
+    """Losses, weights, gradients and images."""
     found, random = {}, torch.Generator().manual_seed(0)
 
     def pixels(view):
@@ -59,11 +59,11 @@ def answers(model) -> dict[str, torch.Tensor]:
             model.zero_grad()
             (term.sum / term.weight).backward()
             found |= {f"{task} {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    picture = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8, generator=random)
+    image = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8, generator=random)
     found["drawn"] = model.generate(["a red circle"], [0], **quick(model.name, 3))[0]
     if "edit" in model.abilities:
-        found["edited"] = model.edit([picture], ["red"], [0], steps=3)[0]
-    model.answer([picture], ["what"], max_new_tokens=2)
+        found["edited"] = model.edit([image], ["red"], [0], steps=3)[0]
+    model.answer([image], ["what"], max_new_tokens=2)
     return found
 
 

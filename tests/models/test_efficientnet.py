@@ -35,8 +35,8 @@ def test_the_whole_network_names_what_it_was_trained_on():
     state, last = read_tensors(weights_file()), []
     net._blocks[-1].register_forward_hook(lambda block, given, found: last.append(found))
     named = {("purple", "umbrella"): 879, ("blue", "bucket"): 463, ("yellow", "bell"): 494, ("orange", "boot"): 514}
-    pictures = torch.stack([draw(Thing(*name), 0.8, ground=(230, 230, 230)) for name in named])
-    net(F.interpolate(pictures.float() / 127.5 - 1, [224, 224], mode="bicubic"))
+    images = torch.stack([draw(Thing(*name), 0.8, ground=(230, 230, 230)) for name in named])
+    net(F.interpolate(images.float() / 127.5 - 1, [224, 224], mode="bicubic"))
     x = F.conv2d(last[0], state["_conv_head.weight"])
     norms = [state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
     x = F.relu6(F.batch_norm(x, *norms, eps=1e-3)).mean((2, 3))

@@ -276,7 +276,7 @@ def recipe(photographs, run_dir, *overrides):
     return load_recipe("harmon_tiny", [*own, *overrides])
 
 
-def test_reca_learns_real_pictures_and_moves_what_it_may(photographs, tmp_path):
+def test_reca_learns_real_images_and_moves_what_it_may(photographs, tmp_path):
     r = recipe(photographs, tmp_path, "train.steps=50", "log.every=1")
     r.model.codec, r.model.autoencoder = "kl16", replace(KL16["autoencoder"], scale=1.0)
     trainer = Trainer(r, Adapter.load(r.model))
@@ -400,16 +400,16 @@ def latents_of(model, prompts, seeds, **options) -> torch.Tensor:
     """What `generate` decodes: pixels of an untrained head are black or white, which would hide differences."""
     kept, decode = [], model.pixels
     model.pixels = lambda latents: (kept.append(latents), decode(latents))[1]
-    pictures = model.generate(prompts, seeds, **SAMPLING | options)
+    images = model.generate(prompts, seeds, **SAMPLING | options)
     del model.pixels
     latents = torch.cat(kept)
     _, m, n, _ = latents.shape
-    assert len(pictures) == len(latents)
-    assert all(picture.dtype == torch.uint8 and picture.shape == (3, 4 * m, 4 * n) for picture in pictures)
+    assert len(images) == len(latents)
+    assert all(image.dtype == torch.uint8 and image.shape == (3, 4 * m, 4 * n) for image in images)
     return latents
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_only(model):
+def test_a_image_depends_on_its_prompt_and_seed_only(model):
     prompts, seeds = ["a red square", "a blue circle with care", "a red square"], [5, 5, 6]
     together = latents_of(model, prompts, seeds)
     alone = torch.cat([latents_of(model, [text], [seed]) for text, seed in zip(prompts, seeds, strict=True)])
@@ -458,12 +458,12 @@ def test_inference_is_without_dropout_in_training_mode_too():
 
 def test_answers_do_not_depend_on_the_batch(model):
     questions = ["what is this?", "describe the picture with care.", "what is a?"]
-    pictures = [images(1, 20)[0], images(1, 60, 1)[0][:, :20], images(1, 30, 2)[0]]
-    together = model.answer(pictures, questions, 6)
-    alone = [model.answer([p], [q], 6)[0] for p, q in zip(pictures, questions, strict=True)]
+    shown = [images(1, 20)[0], images(1, 60, 1)[0][:, :20], images(1, 30, 2)[0]]
+    together = model.answer(shown, questions, 6)
+    alone = [model.answer([p], [q], 6)[0] for p, q in zip(shown, questions, strict=True)]
     assert together == alone
-    assert model.answer(pictures * 17, questions * 17, 6) == alone * 17  # more of one length than a batch holds
-    assert model.answer(pictures[:1], questions[:1], 0) == [""]
+    assert model.answer(shown * 17, questions * 17, 6) == alone * 17  # more of one length than a batch holds
+    assert model.answer(shown[:1], questions[:1], 0) == [""]
 
 
 # the driver's questions

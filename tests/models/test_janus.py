@@ -184,7 +184,7 @@ def batch_of(model, task, rows=2):
 # pixels
 
 
-def test_a_thin_picture_keeps_a_side(published):
+def test_a_thin_image_keeps_a_side(published):
     view = View(16, fit="letterbox", min_size=6, fill=127)
     for size, inner in (((60, 9), (16, 6)), ((9, 60), (6, 16)), ((1, 500), (6, 16)), ((31, 30), (16, 15))):
         made = make_view(Image.new("RGB", size, (255, 0, 0)), view)
@@ -344,6 +344,6 @@ def test_the_first_code_is_learned_and_the_last_has_no_row():
     torch.testing.assert_close(term(last).detach(), wanted)
 
 
-def test_pictures_of_any_size_are_answered():
+def test_images_of_any_size_are_answered():
     model = shared("janus")
     assert len(model.answer(images([(20, 20), (3, 90), (200, 7)]), ["what"] * 3, max_new_tokens=2)) == 3

@@ -54,15 +54,15 @@ def test_it_is_the_product_of_the_decoders_probabilities(name, monkeypatch):
 
 @pytest.mark.parametrize("name", UMMS)
 def test_it_does_not_depend_on_the_rest(name):
-    model, pictures = shared(name), images(SIZES)
-    together = model.log_likelihood(pictures, QUESTIONS, ANSWERS)
-    assert together == model.train().log_likelihood(pictures, QUESTIONS, ANSWERS) and model.training
+    model, shown = shared(name), images(SIZES)
+    together = model.log_likelihood(shown, QUESTIONS, ANSWERS)
+    assert together == model.train().log_likelihood(shown, QUESTIONS, ANSWERS) and model.training
     model.eval()
-    reverse = model.log_likelihood(pictures[::-1], QUESTIONS[::-1], ANSWERS[::-1])
+    reverse = model.log_likelihood(shown[::-1], QUESTIONS[::-1], ANSWERS[::-1])
     assert together == reverse[::-1]
     assert model.log_likelihood([], [], []) == []
     with pytest.raises(ValueError, match="3 images, 3 questions, 1 answers; there must be as many of each"):
-        model.log_likelihood(pictures, QUESTIONS, ANSWERS[:1])
+        model.log_likelihood(shown, QUESTIONS, ANSWERS[:1])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "mixed"])

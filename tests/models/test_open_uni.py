@@ -146,7 +146,7 @@ def test_the_prompt_runs_without_a_graph(model):
 # sampling
 
 
-def test_sizes_of_pictures(model):
+def test_sizes_of_images(model):
     assert model.generate(["a"], [0], steps=1, height=32, width=64)[0].shape == (3, 32, 64)
     with pytest.raises(ValueError, match="multiples of 2, got 33 x 20"):
         model.generate(["a"], [0], steps=1, height=33)
@@ -223,10 +223,10 @@ def test_wrong_head_count_says_so():
 
 def test_a_blur_reaches_h_v_and_not_the_target():
     plain, blurred = (Adapter.load(config(hv_blur=blur)) for blur in (1, 4))
-    picture = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
     features = []
     for model in (plain, blurred):
-        gen, und = (view and [make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        gen, und = (view and [make_view(image, view)] for view in (model.views("reca").gen, model.views("reca").und))
         features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
     assert torch.equal(features[0]["latents"], features[1]["latents"])
     assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)

@@ -27,14 +27,14 @@ def test_a_random_codec_projects():
     torch.testing.assert_close(codec.decode(codec.encode(once)), once)
 
 
-def test_pictures_of_the_world_survive_sixteen_channels():
+def test_images_of_the_world_survive_sixteen_channels():
     split, x = pixels(600)
     codec = PatchCodec(4, 16)
     codec.fit(x)
     z = codec.encode(x)
     assert float(z.square().mean()) == pytest.approx(1, abs=0.05)
     drawn = ((codec.decode(z[:100]) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    assert sum(shows(picture, split.scene(i), True, True) for i, picture in enumerate(drawn)) >= 98
+    assert sum(shows(image, split.scene(i), True, True) for i, image in enumerate(drawn)) >= 98
 
 
 @pytest.mark.parametrize("channels", [0, 49])

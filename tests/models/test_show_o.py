@@ -439,10 +439,10 @@ def test_templates_and_conversations_without_room():
 
 def test_a_blur_reaches_h_v_and_not_the_target():
     plain, blurred = (Adapter.load(config(hv_blur=blur)) for blur in (1, 4))
-    picture = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
+    image = Image.fromarray(images(1, 64)[0].permute(1, 2, 0).numpy())
     features = []
     for model in (plain, blurred):
-        gen, und = (view and [make_view(picture, view)] for view in (model.views("reca").gen, model.views("reca").und))
+        gen, und = (view and [make_view(image, view)] for view in (model.views("reca").gen, model.views("reca").und))
         features.append(model.encode(Batch("reca", torch.tensor([0]), ["look"], gen=gen, und=und)))
     assert torch.equal(features[0]["codes"], features[1]["codes"])
     assert not torch.allclose(features[0]["h_v"], features[1]["h_v"], atol=1e-3)

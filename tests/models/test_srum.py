@@ -19,7 +19,7 @@ from reca.models.common.scored_flow import scored_flow_loss, token_rewards
 from reca.options import RecipeError
 from reca.rng import CounterRNG, RandomStream
 from reca_kernels.flow_matching.reference import noise_of, tokens
-from tests.data.files import fill, picture
+from tests.data.files import fill, image_bytes
 from tests.models.contract import batch, load
 
 
@@ -29,7 +29,7 @@ def scored(box, mark, caption="a red square", **more):
 
 def write(root, *rows):
     """A file of rows beside the images a.png and b.png, 40 x 20 pixels. Its path."""
-    fill(root, {"a.png": picture(size=(40, 20)), "b.png": picture((1, 2, 3), size=(40, 20))})
+    fill(root, {"a.png": image_bytes(size=(40, 20)), "b.png": image_bytes((1, 2, 3), size=(40, 20))})
     path = root / "scored.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -158,7 +158,7 @@ def test_frames_by_id_are_the_released_texts(text):
     assert learned == [*whole(f"{said}<|im_end|>"), *whole("b<|im_end|>")]
 
 
-def test_a_template_longer_than_the_sequence_keeps_picture_and_frame():
+def test_a_template_longer_than_the_sequence_keeps_image_and_frame():
     tokenizer = byte_tokenizer()
     short, long = (open_uni_prompt.with_image(tokenizer, "x" * n, 20) for n in (0, 500))
     assert short.slot == long.slot and long.ids[-3:] == short.ids[-3:]
@@ -168,7 +168,7 @@ def test_a_template_longer_than_the_sequence_keeps_picture_and_frame():
 @pytest.mark.parametrize("word", ["<IMG_CONTEXT>", "<|im_end|>", "<|vision_start|>", "<|soi|>", "<img>", "<unk>"])
 def test_every_model_takes_control_words_in_all_it_is_told(model, word):
     text, gen = f"a {word}", torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=gen)
+    image = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=gen)
     assert controls(model.tokenizer).isdisjoint(encode(model.tokenizer, text))
     for task in sorted(model.tasks):
         views = model.views(task)
@@ -178,9 +178,9 @@ def test_every_model_takes_control_words_in_all_it_is_told(model, word):
         term = model(batch, task_rng(0, task))
         assert bool(term.sum.isfinite()) and float(term.weight) == model.prepare(batch, task_rng(0, task)).weight > 0
     assert len(model.generate([text], [0], **quick(model.name, 2))) == 1
-    assert len(model.answer([picture], [text], max_new_tokens=2)) == 1
+    assert len(model.answer([image], [text], max_new_tokens=2)) == 1
     if "edit" in model.abilities:
-        assert len(model.edit([picture], [text], [0], steps=2)) == 1
+        assert len(model.edit([image], [text], [0], steps=2)) == 1
 
 
 def test_h_v_stands_where_the_plan_says():

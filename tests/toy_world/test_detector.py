@@ -1,4 +1,4 @@
-"""The judge of the demo must itself be judged: on drawn truth, and on pictures that are wrong in one way."""
+"""The judge of the demo must itself be judged: on drawn truth, and on images that are wrong in one way."""
 
 import random
 
@@ -62,27 +62,27 @@ def test_an_extra_object_is_too_many():
 
 def test_a_shifted_object_is_still_found():
     for down, right in ((1, 0), (0, -2), (-3, 3)):
-        picture = torch.roll(render(Scene((RED,))), (down, right), (1, 2))
-        assert [f.thing for f in detect(picture)] == [RED]
+        image = torch.roll(render(Scene((RED,))), (down, right), (1, 2))
+        assert [f.thing for f in detect(image)] == [RED]
 
 
 def test_a_two_coloured_object_is_none():
-    picture = render(Scene((RED,)))
+    image = render(Scene((RED,)))
     blue = torch.tensor(COLOURS["blue"]).mul(255).byte()[:, None, None]
-    picture[:, 8:12, 8:16] = blue
-    assert detect(picture) is None
+    image[:, 8:12, 8:16] = blue
+    assert detect(image) is None
 
 
-def test_noise_and_blank_pictures_show_nothing():
+def test_noise_and_blank_images_show_nothing():
     static = torch.randint(0, 256, (3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert not shows(static, Scene((RED,)), False, False)
     assert detect(torch.full((3, 20, 20), 20, dtype=torch.uint8)) == []
 
 
 def test_specks_are_not_objects():
-    picture = render(Scene((RED,)))
-    picture[:, 0, 0:3] = 255
-    assert shows(picture, Scene((RED,)), True, True)
+    image = render(Scene((RED,)))
+    image[:, 0, 0:3] = 255
+    assert shows(image, Scene((RED,)), True, True)
 
 
 def test_held_out_pairs_are_three_a_shape_and_even_in_colour():

@@ -38,7 +38,7 @@ def test_phrases_add_words_around_and_change_nothing_inside():
     assert {w for s in said for w in s.split()} <= set(WORDS)
 
 
-def test_captioned_pictures_hold_no_held_out_pair_and_unlabeled_ones_do():
+def test_captioned_images_hold_no_held_out_pair_and_unlabeled_ones_do():
     held = held_out_pairs(3)
     captioned, unlabeled = splits.captioned(3), splits.unlabeled(3)
     assert not any(t in held for i in range(300) for t in captioned.scene(i).things)
@@ -61,7 +61,7 @@ def test_jitter_moves_things_and_changes_nothing_that_is_said():
     assert source[5].image == moved.png(5) and source[6].image == moved.png(6) != still.png(6)
 
 
-def test_splits_do_not_share_pictures():
+def test_splits_do_not_share_images():
     a, b = splits.understood(0), splits.unseen(0)
     assert [a.scene(i) for i in range(50)] != [b.scene(i) for i in range(50)]
 

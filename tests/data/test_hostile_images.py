@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from reca.data import pixels
 from reca.data.pixels import BadImage, make_view, open_rgb
 from reca.data.views import View
-from tests.data.files import encoded, picture
+from tests.data.files import encoded, image_bytes
 
 
 def grey(data):
@@ -117,7 +117,7 @@ def test_pixels_without_a_fixed_white_are_refused(values):
 
 @pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad", "bound"])
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (8000, 2)])
-def test_thin_pictures_make_no_large_ones(fit, size, monkeypatch):
+def test_thin_images_make_no_large_ones(fit, size, monkeypatch):
     """A square of the long side has 900 million pixels."""
     made, centred, resize = [], pixels._centred, pixels._resize
 
@@ -137,7 +137,7 @@ def test_thin_pictures_make_no_large_ones(fit, size, monkeypatch):
 
 @pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (3000, 300), (200, 3000)])
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
-def test_thin_pictures_are_what_the_square_would_give(fit, size, monkeypatch):
+def test_thin_images_are_what_the_square_would_give(fit, size, monkeypatch):
     """Resizing before the square is made changes the levels by rounding; at pad's edges, by what the filter mixes."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image, view = Image.fromarray(noise), View(64, fit)
@@ -160,7 +160,7 @@ def test_decompression_bombs_are_bad_images(monkeypatch):
             open_rgb(header(width, height))
     monkeypatch.setattr(pixels, "MAX_PIXELS_WEBP", 63)
     with pytest.raises(BadImage, match="8 x 8 pixels; at most 32768 on a side and 63 in all"):
-        open_rgb(picture(format="WEBP"))
+        open_rgb(image_bytes(format="WEBP"))
 
 
 def test_large_photos_are_decoded_at_half_the_size(monkeypatch):
@@ -179,13 +179,13 @@ def test_large_photos_are_decoded_at_half_the_size(monkeypatch):
         open_rgb(file)
     for mode, format in (("CMYK", "JPEG"), ("RGB", "PNG")):  # whose decoders hold more, or know no half
         with pytest.raises(BadImage, match="9599 in all"):
-            open_rgb(picture(0, (120, 80), mode, format))
+            open_rgb(image_bytes(0, (120, 80), mode, format))
 
 
 def test_a_photo_of_100_megapixels():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert open_rgb(picture(77, (11648, 8736), "L", "JPEG")).size == (5824, 4368)
+        assert open_rgb(image_bytes(77, (11648, 8736), "L", "JPEG")).size == (5824, 4368)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_a_photo_of_100_megapixels():
         (b"\x89PNG\r\n\x1a\n", "no image in a format that is read"),
     ],
 )
-def test_what_stands_in_the_place_of_a_picture(data, words):
+def test_what_stands_in_the_place_of_a_image(data, words):
     with pytest.raises(BadImage, match=words):
         open_rgb(data)
 
 
-def test_large_pictures_are_converted_in_strips(monkeypatch):
+def test_large_images_are_converted_in_strips(monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (70, 50, 4), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), "PNG")
     whole = np.asarray(open_rgb(data))
@@ -216,23 +216,23 @@ def test_large_pictures_are_converted_in_strips(monkeypatch):
 @pytest.mark.parametrize("format", ["PPM", "ICO", "TGA", "PCX", "SGI", "DDS", "JPEG2000", "EPS", "PDF", "ICNS", "QOI"])
 def test_only_listed_formats_are_opened(format):
     with pytest.raises(BadImage, match="no image in a format that is read"):
-        open_rgb(picture(size=(16, 16), format=format))
+        open_rgb(image_bytes(size=(16, 16), format=format))
 
 
 # ---- metadata ----
 
 
-def test_large_text_costs_no_picture():
+def test_large_text_costs_no_image():
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * 2_000_000, zip=True)
-    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+    assert open_rgb(image_bytes(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
     info = PngImagePlugin.PngInfo()
     for number in range(70):
         info.add_text(f"page {number}", "x" * 999_999, zip=True)
-    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+    assert open_rgb(image_bytes(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
     info = PngImagePlugin.PngInfo()
     info.add_itxt("workflow", "x" * 2_000_000, zip=True)
-    assert open_rgb(picture(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
+    assert open_rgb(image_bytes(pnginfo=info)).getpixel((0, 0)) == (200, 30, 30)
 
 
 @pytest.mark.parametrize(
@@ -254,16 +254,16 @@ def test_large_text_costs_no_picture():
     ],
     ids=lambda data: data[4:8].decode(),
 )
-def test_broken_chunks_cost_no_picture(broken):
-    assert open_rgb(with_chunk(picture(), broken)).getpixel((7, 7)) == (200, 30, 30)
+def test_broken_chunks_cost_no_image(broken):
+    assert open_rgb(with_chunk(image_bytes(), broken)).getpixel((7, 7)) == (200, 30, 30)
 
 
 def test_orientation_and_transparency_outlive_broken_chunks():
     exif = Image.Exif()
     exif[0x0112] = 6
     bad = chunk(b"tEXt", b"k\0junk", crc=7)
-    assert open_rgb(with_chunk(picture(size=(40, 24), exif=exif), bad)).size == (24, 40)
-    clear = picture((255, 0, 0), mode="RGB", transparency=(255, 0, 0))
+    assert open_rgb(with_chunk(image_bytes(size=(40, 24), exif=exif), bad)).size == (24, 40)
+    clear = image_bytes((255, 0, 0), mode="RGB", transparency=(255, 0, 0))
     assert open_rgb(with_chunk(clear, bad)).getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -282,8 +282,8 @@ def test_orientation_and_transparency_outlive_broken_chunks():
         (0xFE, b"comment\xff"),
     ],
 )
-def test_broken_segments_cost_no_picture(marker, data):
-    assert open_rgb(with_segment(picture(format="JPEG", quality=100), marker, data)).size == (8, 8)
+def test_broken_segments_cost_no_image(marker, data):
+    assert open_rgb(with_segment(image_bytes(format="JPEG", quality=100), marker, data)).size == (8, 8)
 
 
 def test_garbled_orientation_is_upright():
@@ -291,4 +291,4 @@ def test_garbled_orientation_is_upright():
         exif = Image.Exif()
         exif[0x0112] = value
         for format in ("JPEG", "PNG", "WEBP"):
-            assert open_rgb(picture(size=(40, 24), format=format, exif=exif)).size == (40, 24)
+            assert open_rgb(image_bytes(size=(40, 24), format=format, exif=exif)).size == (40, 24)

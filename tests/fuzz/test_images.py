@@ -67,7 +67,7 @@ def with_sums(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_sound_pictures_are_read(name):
+def test_sound_images_are_read(name):
     if name.split()[1] in ("I", "F") and name.startswith("TIFF"):
         with pytest.raises(BadImage, match="no fixed white"):
             open_rgb(READ[name])
@@ -82,7 +82,7 @@ def test_sound_pictures_are_read(name):
     repair=st.booleans(),
     fit=st.sampled_from(FITS),
 )
-def test_damaged_pictures_are_views_or_bad_images(name, changes, repair, fit):
+def test_damaged_images_are_views_or_bad_images(name, changes, repair, fit):
     data = mutate(SEEDS[name], changes)
     if repair and data.startswith(PNG):
         data = with_sums(data)
