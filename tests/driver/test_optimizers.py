@@ -1,10 +1,12 @@
 """AdamW with small moments, moments on the host and steps in the backward pass."""
 
+import gc
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reca import checkpoint
 from reca.config import OptimConfig
@@ -147,6 +149,24 @@ def test_pieces_and_the_host_change_no_bit(config, monkeypatch):
     pieces, optimizer = steps(**config)
     assert optimizer.offload == config.get("offload", False)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), pieces.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_moments_on_the_host_are_pinned_where_they_lie(name, monkeypatch):
+    """Beside a GPU, and as long as they are there."""
+    pinned = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(adamw, "pin_memory", lambda address, size: pinned.update({address: size}))
+    monkeypatch.setattr(adamw, "unpin_memory", lambda address: pinned.pop(address))
+    model, optimizer = steps(2, name=name, offload=True)
+    state = [t for p in model.parameters() for name, t in optimizer.state[p].items() if name != "step"]
+    assert pinned == {t.data_ptr(): t.numel() * t.itemsize for t in state} and len(state) >= 2 * len(SHAPES)
+    del state, model, optimizer
+    gc.collect()
+    assert not pinned
+    with FakeTensorMode():  # as `reca check` predicts a run
+        _, optimizer = steps(0, offload=True)
+    assert not pinned and len(optimizer.state) == len(SHAPES)
 
 
 @pytest.mark.parametrize("config", [{}, *ALL])

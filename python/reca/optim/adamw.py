@@ -4,18 +4,21 @@ Every step is torch's fused AdamW on fp32 tensors: what is stored in another typ
 piece at a time. So fp32 moments give the bits of torch.optim.AdamW(fused=True), on the host or not.
 """
 
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 from torch.distributed.tensor import DTensor
 
 from reca.config import OptimConfig
 from reca.models.common.deferred_weights import local_part, own_rows
 from reca.optim import moments
 from reca.rng import CounterRNG
+from reca_kernels.memory import has_values
 
 PIECE = 1 << 24  # elements that are in fp32 at a time
 ALIGNED = 64  # rows: pieces are cut where vectors end, since a CPU rounds the elements after its last vector otherwise
@@ -62,9 +65,12 @@ class AdamW(torch.optim.Optimizer):
         if not self.offload:
             return tensor
         tensor = tensor.to("cpu")
-        if torch.cuda.is_available():
-            local = local_part(tensor)
-            local.set_(local.pin_memory().untyped_storage(), 0, local.shape, local.stride())
+        local = local_part(tensor)
+        memory = local.untyped_storage()
+        if torch.cuda.is_available() and memory.nbytes() and has_values(local):  # a predicted run has no memory
+            # Where it lies: pinned memory that torch allocates comes in powers of two, up to twice as much.
+            pin_memory(memory.data_ptr(), memory.nbytes())
+            weakref.finalize(memory, unpin_memory, memory.data_ptr()).atexit = False
         return tensor
 
     def _fill_with_zero_codes(self, codes: Tensor, signed: bool) -> None:
