@@ -68,4 +68,5 @@ def extended(kind: Callable[..., Any], made: Any, **more: Any) -> Any:
 
 def mean_squares(pred: Tensor, target: Tensor) -> Tensor:
     """Return squared errors in fp32."""
-    return F.mse_loss(pred.float(), target.float(), reduction="none")
+    pred = pred.float()  # fp64 in a run of fp64; before torch 2.13 both have to be of one type for the gradient
+    return F.mse_loss(pred, target.to(pred.dtype), reduction="none")
