@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import docs
-from benchmarks.data import pictures
+from benchmarks.data import photos
 from benchmarks.data.loaders import Way, ways
 from benchmarks.data.rows import FOLDER, PAGE, Row, write
 from benchmarks.devices import Cpu, Cuda
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
 def measure(side: int, images: int, rounds: int, device: str, about: dict) -> list[Row]:
     """Return the rows of every way from files of one size."""
     with tempfile.TemporaryDirectory() as folder:
-        files = pictures.write(Path(folder), side, images)
+        files = photos.write(Path(folder), side, images)
         found = ways(Path(folder), files, GEN, UND, device)
         able = {name: way for name, way in found.items() if isinstance(way, Way)}
         wanted, off = _views(able["Pillow"]), {}

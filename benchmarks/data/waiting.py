@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks import docs
-from benchmarks.data import pictures
+from benchmarks.data import photos
 from benchmarks.data.rows import PAGE
 from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
 from benchmarks.devices import Cpu
@@ -109,7 +109,7 @@ def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> t
     step: seconds of the sleep; None = as short as `reca check` allows.
     """
     model = Sleeper(0.0)
-    files = [pictures.jpeg(number, jpeg) for number in range(2 * IMAGES)]
+    files = [photos.jpeg(number, jpeg) for number in range(2 * IMAGES)]
     decode = decoding(model.views("reca"), files)
     step = step or check.SPARE * IMAGES * decode / workers
     model.seconds = step * PASS / IMAGES

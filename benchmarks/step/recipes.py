@@ -30,7 +30,7 @@ MODELS = tuple(NAMES)
 MODEL_OF = {recipe: model for model, recipes in NAMES.items() for recipe in recipes}
 # Keys of a published recipe that name files; null makes the part at random.
 FILES = ("weights", "codec_weights", "clip_weights", "tokenizer", "mllm", "dit")
-PICTURES, SIDE = 8, 1024  # JPEG files that stand for the data
+IMAGES, SIDE = 8, 1024  # JPEG files that stand for the data
 
 # What the toy recipes do otherwise than the published ones.
 TINY = {
@@ -127,7 +127,7 @@ BATCHES = {
 
 
 def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None) -> Recipe:
-    """Return the recipe of a RECA step. folder: for the run and its pictures. changed: further keys, as overrides."""
+    """Return the recipe of a RECA step. folder: for the run and its images. changed: further keys, as overrides."""
     tiny, published = NAMES[model]
     images, micro_batch = BATCHES[size][model]
     keys = {
@@ -143,7 +143,7 @@ def step_recipe(model: str, size: str, folder: Path, changed: dict | None = None
     if size == "tiny":
         return load_recipe(tiny, keys | {"data.workers": 0} | TINY[model] | (changed or {}))
     keys |= {f"model.{name}": None for name in FILES if hasattr(load_recipe(published).model, name)}
-    keys |= {"data.images": str(pictures(folder)), "model.words": words(model)}
+    keys |= {"data.images": str(image_files(folder)), "model.words": words(model)}
     if size == "narrow":
         keys |= NARROW[model] | {"train.precision": "fp32", "data.workers": 0, "data.decoder": "pillow"}
     elif size == "quarter":
@@ -156,14 +156,14 @@ def words(model: str) -> list[str]:
     return [f"word{i}" for i in range(PHI_TOKENS - 6)] if model == "show_o" else ["a"]
 
 
-def pictures(folder: Path) -> Path:
+def image_files(folder: Path) -> Path:
     """Write smooth random JPEG files, once, and return their folder."""
-    out = folder / "pictures"
+    out = folder / "images"
     if not out.exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder))
         numbers = np.random.default_rng(0)
-        for i in range(PICTURES):
+        for i in range(IMAGES):
             coarse = Image.fromarray(numbers.integers(0, 256, (48, 48, 3), dtype=np.uint8))
             coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(made / f"{i}.jpg", quality=90)
         made.rename(out)

@@ -8,7 +8,7 @@ from benchmarks import docs
 from benchmarks.data import rows, waiting, waiting_rows
 from benchmarks.data.__main__ import measure, show
 from benchmarks.data.loaders import Way, ways
-from benchmarks.data.pictures import jpeg, write
+from benchmarks.data.photos import jpeg, write
 from benchmarks.devices import Cpu
 from benchmarks.runner import facts
 

@@ -64,7 +64,7 @@ def test_the_experiment_runs_to_its_report(world, umm, tmp_path, monkeypatch):
     setup = demo_setup(umm, world)
     quick = {name: min(value, 10) for name, value in setup.sampling.items() if name.endswith("steps")}
     faster = replace(setup, sampling=setup.sampling | quick)
-    if world.name == "emoji":  # a codebook and pictures of this size would take a minute
+    if world.name == "emoji":  # a codebook and images of this size would take a minute
         small = load_recipe(setup.recipe, ["model.patches.entries=64", "model.efficientnet.image_size=32"])
         save_recipe(small, tmp_path / "small.yaml")
         faster = replace(faster, recipe=str(tmp_path / "small.yaml"))
@@ -199,7 +199,7 @@ def test_what_cannot_be_run_is_said(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
-def test_the_picture_shows_what_was_drawn_for_held_out_prompts():
+def test_the_image_shows_what_was_drawn_for_held_out_prompts():
     rng = torch.Generator().manual_seed(0)
     prompts = [prompt.text for prompt in SHAPES.prompts(0)]
 

@@ -12,7 +12,7 @@ from benchmarks.devices import Ceilings
 from benchmarks.step import __main__, release, report, worker
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts
-from benchmarks.step.recipes import MODELS, PICTURES, pictures, step_recipe
+from benchmarks.step.recipes import IMAGES, MODELS, image_files, step_recipe
 from benchmarks.step.rows import PARTS, StepRow, all_results, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
@@ -75,7 +75,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("model", MODELS)
 def test_narrow_has_the_sequences_of_the_published_model(model, tmp_path):
     narrow, real = (step_recipe(model, size, tmp_path) for size in ("narrow", "real"))
-    assert len(list(pictures(tmp_path).glob("*.jpg"))) == PICTURES
+    assert len(list(image_files(tmp_path).glob("*.jpg"))) == IMAGES
     assert (narrow.train.precision, real.train.precision) == ("fp32", "bf16")
     assert build_meta(narrow)[0].sequence() == PUBLISHED[model]
     for recipe in (narrow, real):  # nothing is to be downloaded, and one task is trained

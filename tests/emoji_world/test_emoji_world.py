@@ -1,4 +1,4 @@
-"""The emoji world: its pictures, who judges them, and that held-out pairs are never named."""
+"""The emoji world: its images, who judges them, and that held-out pairs are never named."""
 
 import random
 
@@ -23,52 +23,52 @@ HUE_NAMES = list(artwork.HUES)
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return torch.stack([artwork.draw(thing) for thing in artwork.THINGS])
 
 
-def shows(picture, thing, colours=True):
-    return judge.shows(picture, Prompt("colour", "seen", "", Scene((thing,)), colours, False))
+def shows(image, thing, colours=True):
+    return judge.shows(image, Prompt("colour", "seen", "", Scene((thing,)), colours, False))
 
 
-def test_true_pictures_are_recognised_by_the_nearest_and_by_the_hue(pictures):
-    assert [judge.nearest(picture)[0] for picture in pictures] == list(artwork.THINGS)
-    assert [judge.main_colour(picture) for picture in pictures] == [thing.colour for thing in artwork.THINGS]
+def test_true_images_are_recognised_by_the_nearest_and_by_the_hue(images):
+    assert [judge.nearest(image)[0] for image in images] == list(artwork.THINGS)
+    assert [judge.main_colour(image) for image in images] == [thing.colour for thing in artwork.THINGS]
 
 
-def test_the_nearest_picture_is_that_of_the_least_squares(pictures):
+def test_the_nearest_image_is_that_of_the_least_squares(images):
     generator = torch.Generator().manual_seed(0)
-    for number, picture in enumerate(pictures[::7]):
-        noise = torch.randint(-60, 61, picture.shape, generator=generator)
-        given = (picture + noise * (number % 4) // 3).clamp(0, 255).to(torch.uint8)
-        distances = (pictures.double() - given).square().mean((1, 2, 3)) / 255**2
+    for number, image in enumerate(images[::7]):
+        noise = torch.randint(-60, 61, image.shape, generator=generator)
+        given = (image + noise * (number % 4) // 3).clamp(0, 255).to(torch.uint8)
+        distances = (images.double() - given).square().mean((1, 2, 3)) / 255**2
         thing, distance = judge.nearest(given)
         assert thing == artwork.THINGS[int(distances.argmin())]
         assert distance == pytest.approx(float(distances.min()), rel=1e-4, abs=1e-9)
 
 
-def test_pictures_are_recognised_after_the_codec(pictures):
+def test_images_are_recognised_after_the_codec(images):
     sizes = load_recipe("show_o_emoji_tiny").model.patches
     codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))
-    fit_codebook(codec, pictures, rounds=0)  # the patches that are far apart; rounds of k-means come nearer still
-    decoded = codec.decode(codec.encode(pictures.float() / 127.5 - 1))
+    fit_codebook(codec, images, rounds=0)  # the patches that are far apart; rounds of k-means come nearer still
+    decoded = codec.decode(codec.encode(images.float() / 127.5 - 1))
     decoded = ((decoded + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    hits = [shows(picture, thing) for picture, thing in zip(decoded, artwork.THINGS, strict=True)]
+    hits = [shows(image, thing) for image, thing in zip(decoded, artwork.THINGS, strict=True)]
     assert sum(hits) >= 0.99 * len(hits)
 
 
-def test_another_colour_or_kind_is_not_what_was_asked(pictures):
-    for picture, thing in zip(pictures, artwork.THINGS, strict=True):
+def test_another_colour_or_kind_is_not_what_was_asked(images):
+    for image, thing in zip(images, artwork.THINGS, strict=True):
         next_colour = HUE_NAMES[(HUE_NAMES.index(thing.colour) + 1) % 8]
-        assert not shows(picture, Thing(next_colour, thing.kind))
-        assert shows(picture, Thing(next_colour, thing.kind), colours=False)
-    assert not shows(pictures[0], Thing("red", "heart"), colours=False)
+        assert not shows(image, Thing(next_colour, thing.kind))
+        assert shows(image, Thing(next_colour, thing.kind), colours=False)
+    assert not shows(images[0], Thing("red", "heart"), colours=False)
 
 
-def test_the_hue_is_looked_at_beside_the_nearest_picture(pictures, monkeypatch):
-    """A picture of two colours is of none, also where the nearest true picture says otherwise."""
+def test_the_hue_is_looked_at_beside_the_nearest_image(images, monkeypatch):
+    """A image of two colours is of none, also where the nearest true image says otherwise."""
     thing = Thing("red", "heart")
-    red, green = (pictures[artwork.THINGS.index(Thing(colour, "heart"))] for colour in ("red", "green"))
+    red, green = (images[artwork.THINGS.index(Thing(colour, "heart"))] for colour in ("red", "green"))
     half = red.clone()
     half[:, ::2] = green[:, ::2]
     assert judge.main_colour(half) is None
@@ -76,24 +76,24 @@ def test_the_hue_is_looked_at_beside_the_nearest_picture(pictures, monkeypatch):
     assert shows(red, thing) and not shows(half, thing, colours=False) and not shows(green, thing)
 
 
-def test_blank_and_random_pictures_show_nothing():
+def test_blank_and_random_images_show_nothing():
     blank = torch.full((3, artwork.SIDE, artwork.SIDE), 20, dtype=torch.uint8)
     static = torch.randint(0, 256, blank.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert judge.main_colour(blank) is None
-    assert [judge.describe(picture) for picture in (blank, static)] == ["no emoji"] * 2
+    assert [judge.describe(image) for image in (blank, static)] == ["no emoji"] * 2
 
 
-def test_pieces_of_other_things_are_noticed(pictures):
-    """With half of their pieces from another kind, one picture in twenty passes at most."""
-    rng, pieces = random.Random(0), F.unfold(pictures.float(), 16, stride=16)
+def test_pieces_of_other_things_are_noticed(images):
+    """With half of their pieces from another kind, one image in twenty passes at most."""
+    rng, pieces = random.Random(0), F.unfold(images.float(), 16, stride=16)
     passed = 0
     for number, thing in enumerate(artwork.THINGS):
         mixed = pieces[number].clone()
         filled = [c for c in range(16) if pieces[number, :, c].std() > 20]
         for place in rng.sample(filled, len(filled) // 2):
             mixed[:, place] = pieces[(number + 8 * rng.randint(1, 23)) % len(pieces), :, place]
-        picture = F.fold(mixed[None], (64, 64), 16, stride=16)[0].to(torch.uint8)
-        passed += shows(picture, thing)
+        image = F.fold(mixed[None], (64, 64), 16, stride=16)[0].to(torch.uint8)
+        passed += shows(image, thing)
     assert passed <= 0.05 * len(artwork.THINGS)
 
 
@@ -126,7 +126,7 @@ def test_post_training_sees_every_thing_once_without_words():
     assert source[0].text is None and source[0].image is source[0].image  # drawn once
 
 
-def test_pictures_of_understanding_differ_from_those_that_are_asked_for():
+def test_images_of_understanding_differ_from_those_that_are_asked_for():
     understood, unseen = WORLD.splits["understood"](0), WORLD.splits["unseen"](0)
     one = [understood.image(i) for i in range(3)]
     assert torch.equal(one[0], artwork.draw(understood.scene(0).things[0]))

@@ -1,4 +1,4 @@
-"""Picture of the demo: what the models draw for held-out prompts, one model a row."""
+"""Image of the demo: what the models draw for held-out prompts, one model a row."""
 
 from collections.abc import Mapping
 

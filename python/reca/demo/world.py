@@ -47,7 +47,7 @@ class World:
     prompts          seed -> what a model is asked to draw
     categories       of prompts; "overall" is the mean over them
     caption_details  of the arms of SFT beside the sparse one
-    shown            which of the held-out prompts the picture beside the report shows, by their place
+    shown            which of the held-out prompts the image beside the report shows, by their place
     shows            whether an image shows what a prompt asks for
     describe         what an image shows, in words
     introduction     what a model learned in pre-training, in sentences of the report that begin after its name
@@ -80,7 +80,7 @@ class World:
 
 
 class Asked(NamedTuple):
-    """A prompt, and the world whose judge says whether a picture shows it."""
+    """A prompt, and the world whose judge says whether an image shows it."""
 
     world: World
     prompt: Prompt

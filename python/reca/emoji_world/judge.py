@@ -1,4 +1,4 @@
-"""The judge of the emoji world: the nearest true picture, and a separate look at hues."""
+"""The judge of the emoji world: the nearest true image, and a separate look at hues."""
 
 from functools import lru_cache
 
@@ -11,26 +11,26 @@ from reca.demo.scene import Thing
 from reca.demo.world import Prompt
 from reca.emoji_world.artwork import HUES, MIDDLE, THINGS, View, draw
 
-LIMIT = 0.006  # mean squared distance to the nearest true picture, of pixels in [0, 1], beyond which nothing is seen
+LIMIT = 0.006  # mean squared distance to the nearest true image, of pixels in [0, 1], beyond which nothing is seen
 SATURATED, BRIGHT = 100, 60  # of 255: pixels that have a hue
 MIN_PURITY = 0.6  # share of such pixels that have the hue of the colour
 
 
 @lru_cache(maxsize=2)
-def _true_pictures(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views, 3 * SIDE * SIDE]
+def _true_images(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views, 3 * SIDE * SIDE]
     return torch.stack([draw(thing, *view) for thing in THINGS for view in views]).flatten(1) / 255
 
 
 @lru_cache(maxsize=2)
 def _squares(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views]
-    return _true_pictures(views).square().sum(1)
+    return _true_images(views).square().sum(1)
 
 
 def nearest(image: Tensor, views: tuple[View, ...] = (MIDDLE,)) -> tuple[Thing, float]:  # uint8 [3, SIDE, SIDE]
-    """Find the thing that has the nearest true picture, and the mean squared distance to that. views: of a thing."""
-    pixels, pictures = image.flatten() / 255, _true_pictures(views)
-    best = int((_squares(views) - 2 * (pictures @ pixels)).argmin())  # reads the pictures once; differences, thrice
-    return THINGS[best // len(views)], float((pictures[best] - pixels).square().mean())
+    """Find the thing that has the nearest true image, and the mean squared distance to that. views: of a thing."""
+    pixels, images = image.flatten() / 255, _true_images(views)
+    best = int((_squares(views) - 2 * (images @ pixels)).argmin())  # reads the images once; differences, thrice
+    return THINGS[best // len(views)], float((images[best] - pixels).square().mean())
 
 
 def main_colour(image: Tensor) -> str | None:  # uint8 [3, H, W]

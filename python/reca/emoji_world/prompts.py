@@ -7,7 +7,7 @@ from reca.emoji_world.artwork import KINDS, THINGS
 from reca.emoji_world.splits import held_out
 
 CATEGORIES = ("single", "colour")
-SINGLE, SEEN, HELD_OUT = 2, 1, 2  # pictures of every prompt
+SINGLE, SEEN, HELD_OUT = 2, 1, 2  # images of every prompt
 
 
 def prompts(seed: int) -> list[Prompt]:

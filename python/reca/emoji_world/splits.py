@@ -17,8 +17,8 @@ def held_out(seed: int) -> frozenset[Thing]:
     return draw_held_out(seed, tuple(HUES), KINDS)
 
 
-class Pictures(Split):
-    """Pictures of things: every one in `views`, and `varied` more that differ in place, size and ground, in a row."""
+class Images(Split):
+    """Images of things: every one in `views`, and `varied` more that differ in place, size and ground, in a row."""
 
     def __init__(
         self, name: str, seed: int, things: tuple[Thing, ...], views: tuple[View, ...] = (MIDDLE,), varied: int = 0
@@ -43,25 +43,25 @@ class Pictures(Split):
 @lru_cache(maxsize=4)
 def captioned(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that pre-training learns to draw from captions: without held-out pairs."""
-    return Pictures("captioned", seed, _seen(seed), views)
+    return Images("captioned", seed, _seen(seed), views)
 
 
 @lru_cache(maxsize=4)
 def understood(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
     """Make the split that the understanding side learns to name: without held-out pairs, either."""
-    return Pictures("understood", seed, _seen(seed), views, VARIED)
+    return Images("understood", seed, _seen(seed), views, VARIED)
 
 
 @lru_cache(maxsize=4)
 def unlabeled(seed: int, views: tuple[View, ...] = (MIDDLE,)) -> Split:
-    """Make the split of post-training: with every pair. RECA gets pictures alone; SFT gets captions too."""
-    return Pictures("unlabeled", seed, THINGS, views)
+    """Make the split of post-training: with every pair. RECA gets images alone; SFT gets captions too."""
+    return Images("unlabeled", seed, THINGS, views)
 
 
 @lru_cache(maxsize=4)
 def unseen(seed: int) -> Split:
     """Make the split that no training sees, for measuring understanding: every pair, moved, on another ground."""
-    return Pictures("unseen", seed, THINGS, (), 1)
+    return Images("unseen", seed, THINGS, (), 1)
 
 
 def _seen(seed: int) -> tuple[Thing, ...]:

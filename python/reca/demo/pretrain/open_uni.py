@@ -226,7 +226,7 @@ SETUPS = {
         description="An OpenUni of 1.5 million parameters, with an EfficientNet-Lite0 in InternViT's place,",
         assumptions=(
             ALIGNED_H_V.format(parts="a projector behind EfficientNet and a language model")
-            + " In this world it learns on pictures of the pairs that captions name.",
+            + " In this world it learns on images of the pairs that captions name.",
             FACTS_AT_ONCE,
             "Images are 64 pixels wide. A latent is 16 random numbers that stand for a piece of 16 pixels, one of "
             "2048; this stands in for DC-AE. What two latents have in common says nothing of their pieces, so nothing "

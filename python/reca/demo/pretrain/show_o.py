@@ -161,7 +161,7 @@ SETUPS = SHAPES | {
         sampling=SAMPLING,
         description="A Show-o of 0.9 million parameters, with an EfficientNet-Lite0 in CLIP's place,",
         assumptions=(
-            ALIGNED.format(how=", on pictures of the pairs that captions name"),
+            ALIGNED.format(how=", on images of the pairs that captions name"),
             "Images are 64 pixels wide and their tokens come from a codebook of 2048 pieces of 16 pixels, which stands "
             "in for MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
             "the learning rate that was picked by what RECA drew on another seed; SFT had no search of its own.",
