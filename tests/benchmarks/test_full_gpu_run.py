@@ -16,7 +16,6 @@ from benchmarks import full_gpu_run, sdp_kernels
 from benchmarks.__main__ import OPS
 from benchmarks.devices import Cpu
 from benchmarks.full_gpu_run import STEPS, Step
-from benchmarks.step.recipes import MODELS
 from benchmarks.step.targets import TARGETS
 
 PATHS = os.pathsep.join([str(full_gpu_run.ROOT), str(full_gpu_run.ROOT / "python")])
@@ -91,6 +90,8 @@ def test_what_ignores_the_interrupt_is_killed(tmp_path):
 
 def test_calls_fit_into_what_is_lent_and_cover_every_op():
     """Ten minutes and eight files a command: logs, results with their plot, of steps and loaders, dispatch tables."""
+    from benchmarks.step.recipes import MODELS  # which needs the driver's packages
+
     for call in full_gpu_run.CALLS:
         names = [step.name for step in call]
         csvs = sum(any(name.startswith(kind) for name in names) for kind in ("step_", "data", "dispatch"))
