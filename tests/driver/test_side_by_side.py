@@ -139,6 +139,18 @@ def test_jobs_that_can_never_start_are_refused(kind, others):
         side_by_side.run([Job("a", fail, **{kind: others}), Job("b", fail, after=("a",))], [None])
 
 
+def test_imports_before_a_fork_do_not_ask_for_gpus():
+    """CUDA, once asked, does not work in a process that is forked."""
+    code = """
+        import torch
+        def refuse(*_, **__): raise AssertionError("CUDA was asked for at import")
+        for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_capability"):
+            setattr(torch.cuda, name, refuse)
+        import reca.quiet_imports, reca.demo.experiment, reca.studies.work
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], check=True)
+
+
 def test_slots(monkeypatch):
     assert side_by_side.cores() == [None] * len(os.sched_getaffinity(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-7")
