@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reca import workers
-
 MOST_GPUS = 2**20
 
 
@@ -126,6 +124,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
+    from reca import workers
     from reca.demo.world import default_world, load_world
 
     if not 0 < options.scale <= 1 or options.seeds < 1:
