@@ -38,14 +38,14 @@ class Conv(nn.Conv2d):
         super().__init__(width_in, width, kernel, stride, groups=groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(self.padded(x), self.weight, None, self.stride, groups=self.groups)
+        return self.convolve(x, self.weight, None)
 
-    def padded(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sides = []
         for length in (x.shape[3], x.shape[2]):
             missing = max((-(-length // self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - length, 0)
             sides += [missing // 2, missing - missing // 2]
-        return F.pad(x, sides) if any(sides) else x
+        return F.conv2d(F.pad(x, sides) if any(sides) else x, weight, bias, self.stride, groups=self.groups)
 
 
 class Norm(nn.BatchNorm2d):
@@ -69,7 +69,7 @@ def normed(conv: Conv, norm: Norm, x: Tensor, fit: bool = False) -> Tensor:
     weight, bias = fuse_conv_bn_weights(
         conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    return F.conv2d(conv.padded(x), weight, bias, conv.stride, groups=conv.groups)
+    return conv.convolve(x, weight, bias)
 
 
 class Block(nn.Module):
