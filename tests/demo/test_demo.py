@@ -170,7 +170,7 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     assert page == str(tmp_path / "comparison.html") and "Reconstructions" in (tmp_path / "comparison.html").read_text()
 
 
-def test_an_arm_that_fails_is_told_while_others_go_on(tmp_path, capsys, monkeypatch):
+def test_an_arm_that_fails_is_reported_while_others_go_on(tmp_path, capsys, monkeypatch):
     failed = Failure(ValueError("no such key"))
 
     def run(jobs, slots, ended, wait):

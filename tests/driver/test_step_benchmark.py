@@ -144,7 +144,7 @@ def test_operators_are_counted():
 
 
 class FakeWorker(Worker):
-    """A worker on a GPU that is not there, of which `done` is told."""
+    """A worker on a GPU that is not there, which records its calls in `done`."""
 
     def __init__(self, form, recipe, trainer):
         self.cuda, self.form, self.trainer, self.done = True, form, trainer, []

@@ -37,7 +37,7 @@ WORLD = World(
     describe=judge.describe,
     introduction=(
         "learned to draw 24 emoji in eight colours from captions in which 72 of the 192 pairs of colour and emoji "
-        "never occur. Its understanding side was not told their names, either: it reads images through an encoder "
+        "never occur. Its understanding side never saw their names, either: it reads images through an encoder "
         "that was trained on ImageNet and is frozen."
     ),
     assumptions=(
