@@ -29,6 +29,9 @@ from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
 from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, read, write
 
 ROOT = Path(__file__).parents[2]
+# A rate is the median of so many, some ten seconds of one thread: about as long as a step, since the rate of a virtual
+# machine swings by a fifth within seconds.
+PRODUCTS = 40
 DTYPES = dict(tiny=torch.float32, narrow=torch.float32, quarter=torch.bfloat16, real=torch.bfloat16)
 
 
@@ -181,7 +184,7 @@ def measure(
 def _take_turns(
     processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, device: Device, dtype: torch.dtype
 ) -> list[Ceilings]:
-    """Let forms alternate, every other round in reverse. Returns the rates of the machine before each round."""
+    """Let forms alternate, every other round in reverse. Returns the machine's rates before and after rounds."""
 
     def ask(process: Process, command: str) -> None:
         if (answer := process.ask(command)) is not None:
@@ -191,10 +194,10 @@ def _take_turns(
     for process in processes:
         ask(process, "count")
     for number in range(rounds):
-        rates.append(ceilings(device, [dtype], rounds=3))
+        rates.append(ceilings(device, [dtype], rounds=PRODUCTS))
         for process in processes if number % 2 == 0 else reversed(processes):
             ask(process, "step")
-    return rates
+    return [*rates, ceilings(device, [dtype], rounds=PRODUCTS)]
 
 
 def _row(
@@ -223,8 +226,8 @@ def _row(
         value = statistics.median(step["parts"][name] for step in steps)
         setattr(row, name.replace(" ", "_"), _digits(value))
     row.peak_gib = round(max(step["peak"] for step in steps) / 2**30, 3)
-    row.gemm = _digits(1e12 * statistics.median(one.gemm[row.dtype] for one in rates))
-    row.copy = _digits(1e9 * statistics.median(one.copy for one in rates))
+    row.gemm = _digits(1e12 * statistics.mean(one.gemm[row.dtype] for one in rates))
+    row.copy = _digits(1e9 * statistics.mean(one.copy for one in rates))
     return row
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.plot import pyplot
-from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read, with_best_ceilings
+from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Pat
 
 def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
     for path in sorted(folder.glob("*.csv")):
-        if rows := [row for row in with_best_ceilings(read(path)) if row.measured]:
+        if rows := [row for row in read(path) if row.measured]:
             yield path, rows
 
 

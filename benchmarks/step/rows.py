@@ -1,8 +1,7 @@
 """The rows of a measured step, and the files that hold them: results/step/DEVICE.csv."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks import rows
 from benchmarks.rows import RESULTS
@@ -21,7 +20,7 @@ class StepRow(rows.Made):
     """One form of one model at one size. Seconds are of a whole step; rates are of a second.
 
     flops         what this form computes, with what it recomputes; useful_flops: of ours without recomputation
-    gemm, copy    rate of a matrix product, and of a copy read plus written, before this step under the same clock
+    gemm, copy    rates of a matrix product, and of a copy read plus written, around these steps by the same clock
     operators     that compute, in a step; bytes: what all of them but products read and write
     host_waits    for which forward and backward passes make the host wait, on a GPU
     """
@@ -99,25 +98,6 @@ def merged(path: Path, made: list[StepRow]) -> list[StepRow]:
     return sorted([*kept, *made], key=lambda row: (row.size, row.model, row.form))
 
 
-def with_best_ceilings(made: list[StepRow]) -> list[StepRow]:
-    """Give every row the best ceilings that were measured on its device with its threads and dtype.
-
-    Other processes slow a ceiling down, and nothing makes one faster than the machine: a step above its own was seen.
-    """
-    best: dict[tuple[Any, ...], tuple[float, float]] = {}
-    for row in made:
-        if row.measured:
-            gemm, copy = best.get(_machine(row), (0.0, 0.0))
-            best[_machine(row)] = max(gemm, row.gemm), max(copy, row.copy)
-    return [
-        replace(row, gemm=best[_machine(row)][0], copy=best[_machine(row)][1]) if row.measured else row for row in made
-    ]
-
-
-def _machine(row: StepRow) -> tuple[Any, ...]:
-    return row.device, row.driver, row.threads, row.dtype, row.clock
-
-
 def all_results(folder: Path = FOLDER) -> list[list[StepRow]]:
-    """Return the rows of every file with its best ceilings, the CPU's first."""
-    return [with_best_ceilings(found) for found in map(read, rows.files(folder)) if found]
+    """Return the rows of every file, the CPU's first."""
+    return [found for found in map(read, rows.files(folder)) if found]

@@ -13,7 +13,7 @@ from benchmarks.step import __main__, release, report, worker
 from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts
 from benchmarks.step.recipes import IMAGES, MODELS, image_files, step_recipe
-from benchmarks.step.rows import PARTS, StepRow, all_results, merged, read, write
+from benchmarks.step.rows import PARTS, StepRow, merged, read, write
 from benchmarks.step.targets import verdicts
 from benchmarks.step.worker import Worker
 from reca import compiled_blocks, objective, runs
@@ -227,13 +227,6 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_a_slowed_ceiling_makes_no_step_look_good(tmp_path):
-    write(tmp_path / "cpu.csv", [row("ours", 8.0, gemm=5e11), row("release", 12.0), StepRow("bagel", "narrow", "b")])
-    ours, released, missing = all_results(tmp_path)[0]
-    assert (ours.product_share, ours.gemm, released.gemm) == (1.0, 1e12, 1e12) and not missing.measured
-    assert read(tmp_path / "cpu.csv")[0].gemm == 5e11
-
-
 @pytest.fixture
 def started(monkeypatch):
     """Put processes that measure nothing in place of the real ones; the released form fails. Returns whose began."""
@@ -266,6 +259,15 @@ def test_a_form_that_fails_leaves_a_row_that_says_why(started, capsys, tmp_path)
     ours, released = read(tmp_path / "cpu.csv")
     assert (ours.seconds_p50, ours.steps, ours.flops, ours.gemm) == (2.0, 2, 2e9, 1e11)
     assert released.note == "MemoryError: no room" and "not measured: MemoryError" in capsys.readouterr().out
+
+
+def test_rates_are_measured_before_every_round_and_after_the_last(started, monkeypatch, tmp_path):
+    found = iter([Ceilings(10.0, {"float32": 0.1}), Ceilings(20.0, {"float32": 0.4}), Ceilings(60.0, {"float32": 0.1})])
+    monkeypatch.setattr(__main__, "ceilings", lambda *_, **__: next(found))
+    __main__.main(["--model", "bagel", "--form", "ours", "--out", str(tmp_path), "--rounds", "2"])
+    (row,) = read(tmp_path / "cpu.csv")
+    assert (row.gemm, row.copy) == (2e11, 3e10) and next(found, None) is None
+    assert row.product_share == 2e9 / 2.0 / 2e11
 
 
 def test_resume_measures_what_the_file_lacks_of_this_commit(started, monkeypatch, tmp_path):
