@@ -35,6 +35,8 @@ def initialize(timeout_minutes: int) -> torch.device:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
     if dist.is_initialized() and gloo_group() is None:
         _gloo_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
+        on_host = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+        _host_groups[dist.group.WORLD] = on_host
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -77,13 +79,18 @@ def set_timeout(minutes: int, device: torch.device) -> None:
     dist.barrier()  # no collective that began under the old limit is left
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    groups = [dist.group.WORLD, *(group for mesh in _meshes.values() for group in mesh.get_all_groups())]
+    groups = [
+        dist.group.WORLD,
+        *_host_groups.values(),
+        *(group for mesh in _meshes.values() for group in mesh.get_all_groups()),
+    ]
     for group in groups:
         distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-# By the training group that it belongs to.
+# By the training group that it belongs to. _host_groups: for what the training thread has to know at once, over gloo.
 _gloo_groups: dict[Any, dist.ProcessGroup] = {}
+_host_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def gloo_group() -> dist.ProcessGroup | None:
@@ -98,6 +105,7 @@ def shut_down() -> None:
     _meshes.clear()
     if dist.is_initialized():
         _gloo_groups.clear()
+        _host_groups.clear()
         dist.destroy_process_group()
 
 
@@ -175,8 +183,10 @@ def max_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
     return found.tolist()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Tell whether the flag is up on any rank; every rank gets the same answer."""
+def any_rank(flag: bool) -> bool:
+    """Tell whether the flag is up on any rank; every rank gets the same answer. Does not wait for the device."""
     if not dist.is_initialized():
         return flag
-    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)))
+    raised = torch.tensor(float(flag))
+    dist.all_reduce(raised, group=_host_groups.get(dist.group.WORLD))
+    return bool(raised)

@@ -110,9 +110,12 @@ def _totals(batches: dict[str, list[Batch]], dtype: torch.dtype) -> dict[str, Te
 
 
 def means(sums: dict[str, Tensor], tasks: Iterable[str]) -> dict[str, float]:
-    """Divide (sum, weight) pairs, fp32 [2] by name, into metrics: a task's loss and weight, or the mean of another."""
+    """Add up this rank's (sum, weight) pairs with those of others, and divide: a task's loss and weight, or a mean.
+
+    sums: fp32 [2] by name, the same names on every rank. They take one exchange and one transfer.
+    """
     names = list(sums)
-    table = torch.stack([sums[name].double() for name in names]).tolist()  # one transfer for all of them
+    table = distributed.sum_over_ranks(torch.stack([sums[name].double() for name in names])).tolist()
     metrics: dict[str, float] = {}
     for name, (total, weight) in zip(names, table, strict=True):
         mean = total / weight if weight else 0.0

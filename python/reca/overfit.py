@@ -174,7 +174,7 @@ def _learn(trainer: Trainer, steps: int, target: float) -> DryRun:
             found.losses.append(metrics["loss"])
             for task in trainer.tasks:
                 found.tasks.setdefault(task, []).append(metrics[f"{task}/loss"])
-            if distributed.any_rank(trainer.interruption.requested, trainer.device):
+            if distributed.any_rank(trainer.interruption.requested):
                 raise KeyboardInterrupt
     except NonFiniteError:
         found.non_finite = True
@@ -235,7 +235,7 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
                 squares[roles[name]] += local_part(parameter.grad).double().square().sum()
     trainer.optimizer.zero_grad(set_to_none=True)
     norms = distributed.sum_over_ranks(torch.stack(list(squares.values()))).sqrt().tolist()
-    means = objective.means({task: distributed.sum_over_ranks(value) for task, value in sums.items()}, trainer.tasks)
+    means = objective.means(sums, trainer.tasks)
     return dict(zip(squares, norms, strict=True)), {task: means[f"{task}/loss"] for task in trainer.tasks}
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from reca import distributed, exits
 from reca.config import TrainConfig
 from reca.data.batch import Batch
@@ -37,8 +35,8 @@ class SkippedSteps:
     in_a_row  non-finite steps since the last finite one
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, device: torch.device):
-        self.run_dir, self.config, self.device = run_dir, config, device
+    def __init__(self, run_dir: Path, config: TrainConfig):
+        self.run_dir, self.config = run_dir, config
         self.norms: deque[float] = deque(maxlen=config.spike_window)
         self.total, self.in_a_row = 0, 0
         self.reason = ""  # why the last step was skipped; empty when it was not
@@ -51,7 +49,7 @@ class SkippedSteps:
         elif self.config.skip_spikes is not None:
             limit, above = self._limit(), self._z(norm)
             # Ranks add up the norm in the same order as a rule, but where they do not, one answer has to hold.
-            if distributed.any_rank(norm > limit, self.device):
+            if distributed.any_rank(norm > limit):
                 self.reason = f"gradient norm {norm:.4g} is {above:.1f} standard deviations above the mean"
             self.norms.append(min(norm, limit))
         return not self.reason

@@ -140,7 +140,7 @@ class Trainer:
 
         self.folder.accept()
         distributed.barrier()  # before it, no rank writes how the run ends
-        self.skipped = SkippedSteps(self.run_dir, recipe.train, self.device)
+        self.skipped = SkippedSteps(self.run_dir, recipe.train)
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             self.skipped.load_state(state["skipped"])
@@ -266,7 +266,7 @@ class Trainer:
         """
         self._record(self.writer.collect())
         last = self.step == self.recipe.train.steps
-        stop = distributed.any_rank(self.interruption.requested, self.device)
+        stop = distributed.any_rank(self.interruption.requested)
         if self._checkpoint_due(ends=stop or bool(self.alarms)):
             if last or stop or self.alarms:
                 self._save_last()
@@ -323,7 +323,7 @@ class Trainer:
         else:
             norm = gradient_norm(self.adapter, self.recipe.optim.max_grad_norm)
         # Read here, where the norm has just been waited for. Behind the optimizer the host would wait for that too.
-        metrics = objective.means({name: distributed.sum_over_ranks(value) for name, value in sums.items()}, self.tasks)
+        metrics = objective.means(sums, self.tasks)
         if self.skipped.accepts(norm):
             self.optimizer.step()  # of the parameters that still have a gradient: none after a fused backward pass
             if self.ema:

@@ -14,11 +14,9 @@ from reca.skipped_steps import SkippedSteps
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
 
-CPU = torch.device("cpu")
-
 
 def steps(tmp_path, z=6.0, window=200) -> SkippedSteps:
-    return SkippedSteps(tmp_path, TrainConfig(skip_spikes=z, spike_window=window), CPU)
+    return SkippedSteps(tmp_path, TrainConfig(skip_spikes=z, spike_window=window))
 
 
 def usual(count: int, seed: int = 0) -> list[float]:
@@ -45,7 +43,7 @@ def test_nothing_is_a_spike_before_half_of_the_window(tmp_path):
 
 
 def test_off_by_default(tmp_path):
-    judge = SkippedSteps(tmp_path, TrainConfig(), CPU)
+    judge = SkippedSteps(tmp_path, TrainConfig())
     assert all(judge.accepts(norm) for norm in [*usual(300), 1e30]) and not judge.norms
 
 
@@ -72,7 +70,7 @@ def test_norms_that_do_not_vary(tmp_path):
 def test_one_rank_decides_for_all(tmp_path, monkeypatch):
     judge = steps(tmp_path)
     assert all(map(judge.accepts, usual(200)))
-    monkeypatch.setattr(distributed, "any_rank", lambda flag, device: True)
+    monkeypatch.setattr(distributed, "any_rank", lambda flag: True)
     assert not judge.accepts(1.0)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from reca import checkpoint, exits, objective
+from reca import checkpoint, distributed, exits, objective
 from reca.checkpoint import CheckpointError
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
@@ -98,6 +98,14 @@ def test_losses_are_read_before_the_optimizer_steps(recipe, monkeypatch):
     trainer.optimizer.step = lambda: done.append("optimizer") or step()
     trainer.run()
     assert done == ["losses", "optimizer"] * 2
+
+
+def test_what_ranks_tell_each_other_of_a_step_is_one_exchange(monkeypatch):
+    exchanged = []
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda table: exchanged.append(table) or 2 * table)
+    sums = {"reca": torch.tensor([3.0, 4.0]), "reca/loss@a": torch.zeros(2), "reca/error": torch.tensor([1.0, 2.0])}
+    assert objective.means(sums, ["reca"]) == {"reca/loss": 0.75, "reca/weight": 8.0, "reca/error": 0.5}
+    assert [table.shape for table in exchanged] == [(3, 2)]
 
 
 def test_attention_makes_no_plans(recipe, monkeypatch):
