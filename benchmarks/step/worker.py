@@ -31,7 +31,8 @@ from benchmarks.step.counting import Counter
 from benchmarks.step.parts import Parts, instrument, timed_trainer
 from benchmarks.step.recipes import step_recipe
 from reca import check, compiled_blocks, half_weights, objective
-from reca.data.batch import Batch
+from reca.config import Recipe
+from reca.data.batch import Batch, task_rng
 from reca.host_memory import FreedMemory
 from reca.meta_model import build_meta
 from reca.models import umm_package
@@ -71,7 +72,10 @@ class Worker:
         self.precision = {"fp32": "float32", "bf16": "bfloat16"}[recipe.train.precision]
 
     def count(self) -> dict[str, Any]:
-        """Make a step under a counter of operators. FLOPs of ours are those of `reca check`, of these very samples."""
+        """Make a step under a counter of operators.
+
+        FLOPs of ours on a GPU are those of `reca check`, of these very samples: not all kernels there say theirs.
+        """
         recipe = self.trainer.recipe
         # What Dynamo meets under such a mode it never compiles again, so nothing compiled may be called here.
         with torch.compiler.set_stance("force_eager"), Counter() as counter, counter.waits() as waits:
@@ -87,10 +91,14 @@ class Worker:
         if self.form == "ours":
             meta, fake = build_meta(recipe)
             with as_gpu() if self.cuda else contextlib.nullcontext():
-                useful = flops = _flops(meta, self.batches["reca"], fake)
+                useful = checked = _flops(recipe, meta, self.batches["reca"], fake)
                 if recipe.train.activation_checkpointing:
                     checkpoint_activations(meta, recipe.train)
-                    flops = _flops(meta, self.batches["reca"], fake)
+                    checked = _flops(recipe, meta, self.batches["reca"], fake)
+            if self.cuda:
+                flops = checked
+            else:  # which leaves out what a GPU would compute and nobody reads
+                useful = flops - (checked - useful)
         return {
             "images": recipe.objective.reca.batch_size,
             "flops": flops,
@@ -138,9 +146,10 @@ class Worker:
         return self.trainer.next_batches(self.streams)
 
 
-def _flops(meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:
-    """Count the FLOPs of a step of ours."""
-    return sum(len(batch) * sum(check.batch_flops(meta, check.without_memory(batch, fake))) for batch in batches)
+def _flops(recipe: Recipe, meta: Adapter, batches: list[Batch], fake: FakeTensorMode) -> float:
+    """Count the FLOPs of a step of ours, with the masks that the step draws."""
+    rng = task_rng(recipe.train.seed, "reca")
+    return sum(len(batch) * sum(check.batch_flops(meta, check.without_memory(batch, fake), rng)) for batch in batches)
 
 
 def _event() -> Any:

@@ -67,7 +67,7 @@ def flops(adapter: Adapter, fake: FakeTensorMode, images: int) -> Flops:
 
     with fake:
         gen, und = blank(views.gen), blank(views.und)
-    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und))
+    return batch_flops(adapter, Batch("reca", torch.arange(images), [TEXT] * images, gen, und), CounterRNG(0))
 
 
 def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
@@ -84,17 +84,18 @@ def without_memory(batch: Batch, fake: FakeTensorMode) -> Batch:
     return Batch(batch.task, batch.host_ids, batch.text, gen, und, features)
 
 
-def batch_flops(adapter: Adapter, batch: Batch) -> Flops:
+def batch_flops(adapter: Adapter, batch: Batch, rng: CounterRNG) -> Flops:
     """Count FLOPs of a sample on a GPU by running a batch's loss on tensors without memory.
 
     Only ids, masks and random numbers are real. Features that the batch has are not encoded.
+    rng: of the task in its run, as masks are drawn by it, and how many tokens they hide decides the work of a head.
     """
     counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTIONS)
     with dispatch.use("reference"), as_gpu(), sdpa_kernel(SDPBackend.MATH), counter:
         made = adapter.encode(batch) if batch.features is None else batch.features
         features = {key: _indices(value) for key, value in made.items()}
         encoded = counter.get_total_flops()
-        loss = adapter(replace(batch, features=features), CounterRNG(0)).sum
+        loss = adapter(replace(batch, features=features), rng).sum
         forward = counter.get_total_flops()
         loss.backward()
         backward = counter.get_total_flops()

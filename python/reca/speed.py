@@ -15,7 +15,7 @@ import torch
 
 from reca import check, distributed
 from reca.config import Recipe
-from reca.data.batch import Batch
+from reca.data.batch import Batch, task_rng
 from reca.meta_model import build_meta
 from reca.peaks import known_peak
 
@@ -56,7 +56,8 @@ def step_flops(recipe: Recipe, batches: Mapping[str, Sequence[Batch]]) -> float:
     adapter, fake = build_meta(recipe)
     total = 0.0
     for task, micro_batches in batches.items():
-        work = check.batch_flops(adapter, check.without_memory(micro_batches[0], fake))
+        first, rng = check.without_memory(micro_batches[0], fake), task_rng(recipe.train.seed, task)
+        work = check.batch_flops(adapter, first, rng)
         total += sum(work) * getattr(recipe.objective, task).batch_size
     return total
 

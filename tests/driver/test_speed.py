@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from reca import check, speed
+from reca.data.batch import task_rng
 from reca.meta_model import build_meta
 from reca.peaks import known_peak
 from reca.recipe_files import load_recipe
@@ -82,6 +83,19 @@ def test_a_step_counts_every_task_with_all_its_samples(tmp_path):
     assert both == pytest.approx(reca + i2t) and min(reca, i2t) > 0.02 * both
     adapter, fake = build_meta(recipe)
     assert reca == pytest.approx(6 * sum(check.flops(adapter, fake, 3)), rel=0.1)  # texts are of other lengths
+
+
+def test_a_head_is_counted_on_the_tokens_that_the_step_hides(tmp_path):
+    keys = ["objective.i2t.weight=0", "objective.reca.batch_size=4", "objective.reca.micro_batch=4"]
+    recipe, batches = first_batches(tmp_path, "show_o_tiny", *keys)
+    adapter, _ = build_meta(recipe)
+    flops, rows = [], []
+    for seed in (0, 1):
+        recipe.train.seed = seed
+        flops.append(speed.step_flops(recipe, batches))
+        rows.append(adapter.prepare(batches["reca"][0], task_rng(seed, "reca")).weight)
+    assert rows[0] != rows[1]
+    assert flops[1] - flops[0] == 6 * (rows[1] - rows[0]) * adapter.showo.lm_head.weight.numel()
 
 
 def test_what_is_frozen_and_what_is_cached_costs_less(tmp_path):
