@@ -62,7 +62,7 @@ class Requests:
         _check_text(prompt, seed)
         options = [read_sampling(sampling, side.model.generate) for side in self.sides]
         return [
-            _picture(inference.generate(side.model, [prompt], [seed], **given)[0])
+            _as_image(inference.generate(side.model, [prompt], [seed], **given)[0])
             for side, given in self._asked(prompt, options)
         ]
 
@@ -71,7 +71,7 @@ class Requests:
         options = [read_sampling(sampling, side.model.edit) for side in self.sides]
         image = read_upload(path)
         return [
-            _picture(inference.edit(side.model, [image], [instruction], [seed], **given)[0])
+            _as_image(inference.edit(side.model, [image], [instruction], [seed], **given)[0])
             for side, given in self._asked(instruction, options)
         ]
 
@@ -117,7 +117,7 @@ def _check_text(text: str, seed: Any) -> None:
     check_pairs(seeds=[seed])
 
 
-def _picture(image: Tensor) -> Image.Image:
+def _as_image(image: Tensor) -> Image.Image:
     return make_grid([image])
 
 
@@ -163,7 +163,7 @@ def make_page(requests: Requests, title: str) -> Any:
     def upload() -> Any:
         return gradio.File(label="Image", type="filepath", file_count="single")
 
-    def pictures() -> list:
+    def images() -> list:
         # No button to share: it would send an image to the Hugging Face hub.
         given = {"format": "png", "interactive": False, "buttons": ["download", "fullscreen"], "min_width": SMALLEST}
         return [gradio.Image(label=one, alt_text=f"by {one}", **given) for one in labels]
@@ -172,8 +172,8 @@ def make_page(requests: Requests, title: str) -> Any:
         return [gradio.Textbox(label=one, interactive=False, min_width=SMALLEST) for one in labels]
 
     tabs: dict[str, tuple[Callable, list[Callable], Callable]] = {
-        "generate": (_enlarged(requests.generate), [lambda: text("Prompt"), seed, sampling], pictures),
-        "edit": (_enlarged(requests.edit), [upload, lambda: text("Instruction"), seed, sampling], pictures),
+        "generate": (_enlarged(requests.generate), [lambda: text("Prompt"), seed, sampling], images),
+        "edit": (_enlarged(requests.edit), [upload, lambda: text("Instruction"), seed, sampling], images),
         "answer": (requests.answer, [upload, lambda: text("Question")], answers),
     }
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:

@@ -1,4 +1,4 @@
-"""Resizing of 8-bit images, with antialiasing and with Pillow's bits: the views that encoders get of a picture."""
+"""Resizing of 8-bit images, with antialiasing and with Pillow's bits: the views that encoders get of an image."""
 
 import torch
 from torch import Tensor

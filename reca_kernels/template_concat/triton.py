@@ -1,4 +1,4 @@
-"""Gather, add and concatenate rows, and their gradients, in Triton. docs/kernels/template_concat.md has the pictures.
+"""Gather, add and concatenate rows, and their gradients, in Triton. docs/kernels/template_concat.md has the drawings.
 
 One program writes one tile of columns of one row. Triton makes the accesses 16 bytes wide where the addresses, the row
 strides and the width are multiples of 16, and narrow otherwise.
