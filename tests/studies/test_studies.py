@@ -12,6 +12,8 @@ import torch
 
 from reca import exits, side_by_side
 from reca.cli import main
+from reca.demo.measure import measure
+from reca.demo.world import load_world
 from reca.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim.trained import freeze
@@ -256,6 +258,8 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
         (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
+        (["main", "--draws", "0"], "--draws must be at least 1"),
+        (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is of the embedded world"),
         (["blur", "--umm", "bagel"], "the study blur is of show_o"),
         (["main", "--world", "sea"], "there is no world 'sea'"),
         (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' in the world 'emoji'"),
@@ -264,6 +268,30 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
 def test_what_cannot_be_run_is_said(arguments, said, tmp_path, capsys):
     assert main(["study", *arguments, "--out", str(tmp_path)]) in (exits.USAGE, exits.RECIPE, exits.DATA)
     assert said in capsys.readouterr().err
+
+
+class Blank:
+    """Draws nothing and knows nothing. seeds: of what it was asked for."""
+
+    def eval(self):
+        self.seeds = []
+
+    def generate(self, prompts, seeds):
+        self.seeds += seeds
+        return [torch.zeros(3, 20, 20, dtype=torch.uint8) for _ in prompts]
+
+    def answer(self, images, questions, max_new_tokens):
+        return [""] * len(images)
+
+
+def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
+    once, more, shapes = Blank(), Blank(), load_world("shapes")
+    first = measure(once, shapes, 0, {}, every=10)
+    found = measure(more, shapes, 0, {}, every=10, draws=3)
+    assert found.rates["seen"] == (0, 3 * first.rates["seen"].trials) and first.rates["seen"].trials > 0
+    assert found.rates["understanding"] == first.rates["understanding"]
+    assert more.seeds[: len(once.seeds)] == once.seeds and len(set(more.seeds)) == 3 * len(once.seeds)
+    assert [text for text, _, _ in found.samples] == [text for text, _, _ in first.samples]
 
 
 @pytest.mark.parametrize(

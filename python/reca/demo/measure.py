@@ -36,7 +36,11 @@ class Rate(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One model's results. rates: by "category pairs" and, pooled, by seen, held-out, understanding."""
+    """One model's results.
+
+    rates    by "category pairs" and, pooled, by seen, held-out, understanding
+    samples  the first image of every prompt
+    """
 
     rates: dict[str, Rate]
     overall: float  # mean over the categories
@@ -48,13 +52,16 @@ def spacing(scale: float) -> int:
     return min(max(1, round(1 / scale)), SPARSEST)
 
 
-def measure(model: Adapter, world: World, seed: int, sampling: dict[str, Any], every: int = 1) -> Measured:
+def measure(
+    model: Adapter, world: World, seed: int, sampling: dict[str, Any], every: int = 1, draws: int = 1
+) -> Measured:
     """Generate every prompt, judge the images, and ask about images that no training saw.
 
-    every: n takes every n-th prompt and image only, for a quick look.
+    every: n takes every n-th prompt and image only, for a quick look. draws: images of every prompt.
     """
     model.eval()
-    asked = world.prompts(seed)[::every]
+    once = world.prompts(seed)[::every]
+    asked = once * draws
     images = model.generate([p.text for p in asked], [10_000 + i for i in range(len(asked))], **sampling)
     verdicts = [world.shows(image, p) for p, image in zip(asked, images, strict=True)]
 
@@ -78,7 +85,8 @@ def measure(model: Adapter, world: World, seed: int, sampling: dict[str, Any], e
         count(f"understanding {_pairs(split.scene(i), held_out)}", hit)
     rates = {name: Rate(*pair) for name, pair in counts.items()}
     overall = sum(rates[f"{c}, all"].share for c in world.categories) / len(world.categories)
-    return Measured(rates, overall, [(p.text, x, hit) for p, x, hit in zip(asked, images, verdicts, strict=True)])
+    samples = [(p.text, x, hit) for p, x, hit in zip(asked, images, verdicts, strict=True)]
+    return Measured(rates, overall, samples[: len(once)])
 
 
 def _pairs(scene: Scene, held_out: Container[Thing]) -> str:

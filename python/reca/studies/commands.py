@@ -36,6 +36,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
     sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
     sub.add_argument("--limit", type=int, help="items of a suite; all")
+    sub.add_argument("--draws", type=int, default=1, help="images of every prompt in an embedded world; 1")
     sub.add_argument("--jobs", type=int, help="arms at once: as many as there are GPUs, or else cores")
     sub.add_argument(
         "--scale",
@@ -96,6 +97,10 @@ def _asked(options: argparse.Namespace) -> Any:
         raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
     if not options.recipe and (options.suite or options.sampling or options.limit):
         raise StudyError("--suite, --sampling and --limit are for --recipe: the world has its own judge")
+    if options.recipe and options.draws != 1:
+        raise StudyError("--draws is of the embedded world; at real size give --sampling or the options of a suite")
+    if options.draws < 1:
+        raise StudyError(f"--draws must be at least 1, got {options.draws}")
     if options.recipe and options.scale != 1:
         raise StudyError("--scale is of the embedded world; at real size give train.steps=N")
     common, of_arm = [], dict[str, tuple[str, ...]]()
@@ -123,7 +128,7 @@ def _asked(options: argparse.Namespace) -> Any:
 
 
 def _evaluations(options: argparse.Namespace) -> Any:
-    """Read what is measured at real size."""
+    """Read what is measured."""
     from reca.studies.task import Evaluations
 
     common = {
@@ -138,7 +143,7 @@ def _evaluations(options: argparse.Namespace) -> Any:
             if suite not in options.suite or not equals:
                 raise StudyError(f"--{name} {text!r} must be SUITE=..., of a suite that --suite names")
             found.setdefault(suite, {})[name] = value
-    return Evaluations(tuple(options.suite), found)
+    return Evaluations(tuple(options.suite), found, options.draws)
 
 
 def _slots(options: argparse.Namespace) -> Sequence[str | None]:

@@ -8,14 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What is measured at real size.
+    """What is measured.
 
-    suites   of `reca eval`
+    suites   of `reca eval`, at real size
     options  of its own for each suite, as `reca.evaluate` takes them, and those of all under ""
+    draws    images of every prompt in an embedded world
     """
 
     suites: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    draws: int = 1
 
     def of(self, suite: str) -> dict[str, Any]:
         """Return the options of a suite."""

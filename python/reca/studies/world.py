@@ -126,7 +126,7 @@ VARIANTS: dict[str, Callable[[Task], None]] = {"red_is_blue": _red_is_blue}
 def measured(model: Adapter, task: Task) -> dict[str, Any]:
     """Measure a model: {name: {"value" in percent, "hits", "trials"}}, and write images.png beside the run."""
     world = load_world(task.world)
-    found = measure(model, world, task.seed, _setup(task).sampling, spacing(task.scale))
+    found = measure(model, world, task.seed, _setup(task).sampling, spacing(task.scale), task.evaluations.draws)
     task.folder.mkdir(parents=True, exist_ok=True)
     _write_images(found, world.held_out(task.seed), task.folder)
     named = {name: f"{name}, all" if name in world.categories else name for name in MEASURES}
