@@ -25,7 +25,7 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
     sub.add_argument("--world", default="shapes", help="which embedded world; shapes")
     sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
-    sub.add_argument("--seeds", type=_seeds, default=(0,), help="a number of seeds from 0 on, or a list: 0,1,5; 0")
+    sub.add_argument("--seeds", type=_seeds, default=(0,), help="how many from 0 on, or a list: 0,1,5 or 5,; seed 0")
     sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
     sub.add_argument("--suite", action="append", default=[], help="with --recipe: measured by; may be given again")
     for name, metavar, text in (
@@ -160,9 +160,10 @@ def _slots(options: argparse.Namespace) -> Sequence[str | None]:
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        seeds = tuple(int(part) for part in text.split(",")) if "," in text else tuple(range(int(text)))
+        listed = text.removesuffix(",").split(",")
+        seeds = tuple(map(int, listed)) if "," in text else tuple(range(int(text)))
     except ValueError:
         seeds = ()
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or different ones as 0,1,5")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seeds, or different ones as 0,1,5 or 5,")
     return seeds
