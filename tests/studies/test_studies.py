@@ -113,6 +113,17 @@ def test_two_arms_run_once_and_make_a_page(study, tmp_path, in_this_process, mon
     assert done == {"start": True, "RECA": True, "SFT": False, "SFT-RECA": False, "before": True}
 
 
+def test_an_arm_may_be_longer_than_the_others(tmp_path):
+    def steps(**given):
+        asked = Asked("show_o", (0,), tmp_path, **given)
+        tasks = {task.arm: task for task in plan(load_study("seen"), asked)[0]}
+        return [work.steps(tasks[name]) for name in ("RECA", "half-rate", "slower")]
+
+    assert steps() == [200, 200, 400] and steps(scale=0.1) == [20, 20, 40]
+    assert steps(common=("train.steps=300",)) == [300, 300, 600]
+    assert steps(of_arm={"slower": ("train.steps=7",)}) == [200, 200, 7]
+
+
 def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
     command = ["study", study, "SFT:data.captions=nowhere/*.tar", "--out", str(tmp_path / "out"), *SCALE]
     assert main(command) == 1
@@ -230,6 +241,7 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
         ("question: a\npaper: []\narms: {a: {}}", "about is missing"),
         ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
         ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
+        ("question: a\narms: {a: {about: b, longer: 0.5}}", "longer=0.5 of a must be a whole number, at least 1"),
         ("question: a\narms: {a b: {about: b}}", "letters, digits"),
         ("question: a\narms: {start: {about: b}}", "an arm cannot have the name 'start'"),
         ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),

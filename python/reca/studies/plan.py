@@ -54,9 +54,19 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
                      variant=variant, after=starts, **given)
             )  # fmt: skip
 
-    def add(name: str, keys: tuple[str, ...], after: tuple[str, ...], variant: str | None, parent: str | None) -> None:
+    def add(
+        name: str,
+        keys: tuple[str, ...],
+        after: tuple[str, ...],
+        variant: str | None = None,
+        parent: str | None = None,
+        longer: int = 1,
+    ) -> None:
         kind = BEFORE if name == BEFORE else "arm"
-        own = (*setting.overrides(asked, recipe, seed), *of_start, *asked.common, *keys, *asked.of_arm.get(name, ()))
+        own = (*setting.overrides(asked, recipe, seed), *of_start, *asked.common, *keys)
+        if longer > 1:
+            own = (*own, f"train.steps={longer * load_recipe(recipe, own).train.steps}")
+        own = (*own, *asked.of_arm.get(name, ()))
         starts_at: list[str] = []
         if begin is not None:
             start = begin if variant is None else _variant(begin, variant)
@@ -78,8 +88,9 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     folders: dict[str, Path] = {}
     for name, (arm, keys) in arms.items():
         after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/{START}-{arm.start}",) if arm.start else starts
-        add(name, tuple(setting.filled(asked, key, seed) for key in keys), after, arm.start, arm.after)
-    add(BEFORE, (), starts, None, None)
+        filled = tuple(setting.filled(asked, key, seed) for key in keys)
+        add(name, filled, after, arm.start, arm.after, arm.longer)
+    add(BEFORE, (), starts)
     return tasks
 
 

@@ -41,6 +41,7 @@ class Arm:
     published  the same at real size
     after      the arm whose result it goes on from; null: the start of the study
     start      variant of the embedded world's start, see world.VARIANTS
+    longer     times as many steps as the others make
     """
 
     name: str
@@ -50,6 +51,7 @@ class Arm:
     published: Any = ()
     after: str | None = None
     start: str | None = None
+    longer: int = 1
 
     def keys(self, asked: Asked) -> tuple[str, ...] | None:
         """Return the overrides of a model; None if the model has no such arm."""
@@ -162,6 +164,8 @@ def _check(study: Study, path: Path) -> None:
             raise StudyError(f"{path}: an arm cannot have the name {arm.name!r}, which every study has")
         if not arm.name.replace("-", "").replace("_", "").isalnum():
             raise StudyError(f"{path}: the name of the arm {arm.name!r} must be letters, digits, - and _")
+        if type(arm.longer) is not int or arm.longer < 1:
+            raise StudyError(f"{path}: longer={arm.longer!r} of {arm.name} must be a whole number, at least 1")
         if arm.after is not None and arm.after not in names[:place]:
             raise StudyError(f"{path}: {arm.name} goes on from {arm.after}, which must be an arm before it")
     for claim in study.claims:

@@ -32,7 +32,7 @@ from reca.models.open_uni.loss import flow_loss, sample_prompts
 from reca.rng import CounterRNG
 from reca_kernels import IGNORE_INDEX, attention_plan, masked_linear_cross_entropy, template_concat
 
-STEPS = {"shapes": (350, 600), "emoji": (350, 900)}  # of understanding, of generation
+STEPS = {"shapes": (350, 600), "emoji": (350, 1300)}  # of understanding, of generation
 CODEC_SHARE = {"shapes": 0.25, "emoji": 1.0}  # of the images that the world's codec is fitted to
 CAPTION_BATCH, GENERATION_BATCH = 32, 64  # images in a step of each
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
