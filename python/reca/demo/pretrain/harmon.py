@@ -26,7 +26,7 @@ from reca.rng import CounterRNG, RandomStream
 from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
-UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 600  # those of generation go on with captioning
+UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 1000  # those of generation go on with captioning
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 OFFSET = 3.0  # of the diffusion head's input
@@ -174,7 +174,7 @@ SETUPS = {
         pretrain=pretrain,
         init_override="train.init_from={folder}",
         # Clipped at 8 standard deviations: the first of few diffusion steps multiply the head's errors by thousands.
-        sampling={"steps": 6, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
+        sampling={"steps": 12, "guidance": 1.0, "diffusion_steps": 100, "clip_sample_range": 64.0, "batch": 300},
         description="A Harmon of 0.4 million parameters",
         assumptions=(
             "h_v is aligned with the text space: pre-training pulls h_v's buffer tokens to the embeddings of the "
