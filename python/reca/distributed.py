@@ -35,8 +35,8 @@ def initialize(timeout_minutes: int) -> torch.device:
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
     if dist.is_initialized() and gloo_group() is None:
         _gloo_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
-        on_host = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
-        _host_groups[dist.group.WORLD] = on_host
+        if device.type == "cuda":
+            _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -88,7 +88,7 @@ def set_timeout(minutes: int, device: torch.device) -> None:
         distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-# By the training group that it belongs to. _host_groups: for what the training thread has to know at once, over gloo.
+# By the training group that they belong to. _host_groups: where that is NCCL's, what the training thread asks by gloo.
 _gloo_groups: dict[Any, dist.ProcessGroup] = {}
 _host_groups: dict[Any, dist.ProcessGroup] = {}
 

@@ -49,8 +49,8 @@ WORLD = World(
         "shows.",
         "The codebook of image pieces and the scale of the encoder's features are fitted to images of all pairs, "
         "without their names.",
-        "Prompts without a colour lose, as h_v always has one. Text-to-image replay at a tenth of the weight, with captions "
-        "half of which name no colour, kept them with Show-o: reca study limits --world emoji.",
+        "Prompts without a colour lose, as h_v always has one. With Show-o they were kept by text-to-image replay at a "
+        "tenth of the weight, half of whose captions name no colour: reca study limits --world emoji.",
     ),
     credits=(
         "Emoji designed by OpenMoji, the open-source emoji and icon project, with their hues turned; licence CC BY-SA "
