@@ -235,7 +235,7 @@ SETUPS = {
         assumptions=(
             ALIGNED_H_V.format(parts="a projector behind EfficientNet and a language model")
             + " In this world it learns on images of the pairs that captions name.",
-            FACTS_AT_ONCE,
+            FACTS_AT_ONCE + " Noise on the states that its replies are read from keeps words apart for the queries.",
             "Images are 64 pixels wide. A latent is 16 random numbers that stand for a piece of 16 pixels, one of "
             "2048; this stands in for DC-AE. What two latents have in common says nothing of their pieces, so nothing "
             "is drawn that was not trained. With latents that are linear in colour (principal components of pieces) "
