@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.plot import pyplot
+from benchmarks.rows import files
 from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
@@ -158,14 +159,9 @@ def _number(x: float) -> str:
 
 def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Path]:
     """Write a plot of every result file: seconds an image by part, stacked. None are written without matplotlib."""
-    written = [plot(rows, out / f"step_{path.stem}.png") for path, rows in _files(folder)]
+    measured = {path.stem: [row for row in read(path) if row.measured] for path in files(folder)}
+    written = [plot(rows, out / f"step_{device}.png") for device, rows in measured.items() if rows]
     return [path for path in written if path]
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, list[StepRow]]]:
-    for path in sorted(folder.glob("*.csv")):
-        if rows := [row for row in read(path) if row.measured]:
-            yield path, rows
 
 
 def plot(rows: list[StepRow], out: Path) -> Path | None:
