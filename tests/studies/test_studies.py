@@ -124,6 +124,17 @@ def test_an_arm_may_be_longer_than_the_others(tmp_path):
     assert steps(of_arm={"slower": ("train.steps=7",)}) == [200, 200, 7]
 
 
+@pytest.mark.parametrize("umm, world_name, usual", [("show_o", "shapes", 1e-3), ("open_uni", "emoji", 2e-3)])
+def test_an_arm_may_have_another_rate_than_the_others(umm, world_name, usual, tmp_path):
+    def rates(**given):
+        asked = Asked(umm, (0,), tmp_path, world=world_name, **given)
+        tasks = {task.arm: task for task in plan(load_study("seen"), asked)[0]}
+        return [load_recipe(tasks[name].recipe, tasks[name].overrides).optim.lr for name in ("RECA", "half-rate")]
+
+    assert rates() == [usual, usual / 2] and rates(common=("optim.lr=0.3",)) == [0.3, 0.15]
+    assert rates(of_arm={"half-rate": ("optim.lr=7",)}) == [usual, 7]
+
+
 def test_an_arm_that_fails_is_named_and_stops_no_other(study, tmp_path, in_this_process, capsys):
     command = ["study", study, "SFT:data.captions=nowhere/*.tar", "--out", str(tmp_path / "out"), *SCALE]
     assert main(command) == 1
@@ -186,11 +197,12 @@ def test_every_study_can_be_planned(name, tmp_path):
     assert study.paper and study.arms and study.claims
     planned = {}
     for umm in UMMS:
+        asked = Asked(umm, (3,), tmp_path, world=study.worlds[0] if study.worlds else "shapes")
         if not study.umms or umm in study.umms:
-            planned[umm] = plan(study, Asked(umm, (3,), tmp_path))[0]
+            planned[umm] = plan(study, asked)[0]
         else:
             with pytest.raises(StudyError, match="has not what it varies"):
-                plan(study, Asked(umm, (3,), tmp_path))
+                plan(study, asked)
     assert "show_o" in planned
     for tasks in planned.values():
         assert {name for task in tasks for name in task.after} <= {task.name for task in tasks}
@@ -242,6 +254,9 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
         ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
         ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
         ("question: a\narms: {a: {about: b, longer: 0.5}}", "longer=0.5 of a must be a whole number, at least 1"),
+        ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be a number above 0"),
+        ("question: a\narms: {a: {about: b, rate: half}}", "rate='half' of a must be a number above 0"),
+        ("question: a\narms: {a: {about: b, rate: .nan}}", "rate=nan of a must be a number above 0"),
         ("question: a\narms: {a b: {about: b}}", "letters, digits"),
         ("question: a\narms: {start: {about: b}}", "an arm cannot have the name 'start'"),
         ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),
@@ -271,11 +286,12 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
         (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
         (["main", "--task", "7/RECA"], "no task 7/RECA; there are start, RECA, before of seed 0, as 0/start"),
-        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "start, RECA, before of seeds 3 to 5, as 3/start"),
+        (["main", "--seeds", "3,5,", "--task", "4/RECA"], "start, RECA, before of seeds 3, 5, as 3/start"),
         (["main", "--seeds", "5,", "--task", "4/RECA"], "start, RECA, before of seed 5, as 5/start"),
         (["main", "--draws", "0"], "--draws must be at least 1"),
         (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is of the embedded world"),
         (["blur", "--umm", "bagel"], "the study blur is of show_o"),
+        (["limits"], "the study limits is not of the world 'shapes': --world emoji|emoji-places|emoji-varied"),
         (["main", "--world", "sea"], "there is no world 'sea'"),
         (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' in the world 'emoji'"),
     ],
@@ -419,12 +435,15 @@ def test_a_failed_task_is_said_in_one_line():
     assert runner.line({"failed": "ValueError: no"}) == "FAILED, ValueError: no"
 
 
-@pytest.mark.parametrize("recipe", [*(f"{umm}_tiny" for umm in UMMS), *PUBLISHED])
+@pytest.mark.parametrize("recipe", [*(f"{umm}_tiny" for umm in UMMS), "show_o_emoji_tiny", *PUBLISHED])
 def test_whatever_an_arm_freezes_would_be_trained_without_it(recipe, tmp_path):
     """A pattern of frozen parameters alone changes nothing, so that the arm would be RECA under another name."""
     umm = load_recipe(recipe).umm
-    asked = Asked(umm, (0,), tmp_path, recipe if recipe in PUBLISHED else None)
+    world = "emoji" if "emoji" in recipe else "shapes"
+    asked = Asked(umm, (0,), tmp_path, recipe if recipe in PUBLISHED else None, world)
     studies = [study for study in map(load_study, study_names()) if not study.umms or umm in study.umms]
+    if asked.recipe is None:
+        studies = [study for study in studies if not study.worlds or world in study.worlds]
     arms = [keys for study in studies for _, keys in study.of(asked)[0].values()]
     frozen = {tuple(key for key in keys if key.startswith("train.")) for keys in arms if "train.frozen" in str(keys)}
     assert frozen

@@ -54,18 +54,14 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
                      variant=variant, after=starts, **given)
             )  # fmt: skip
 
-    def add(
-        name: str,
-        keys: tuple[str, ...],
-        after: tuple[str, ...],
-        variant: str | None = None,
-        parent: str | None = None,
-        longer: int = 1,
-    ) -> None:
-        kind = BEFORE if name == BEFORE else "arm"
+    def add(name: str, arm: Arm, keys: tuple[str, ...], after: tuple[str, ...]) -> None:
+        kind, variant, parent = BEFORE if name == BEFORE else "arm", arm.start, arm.after
         own = (*setting.overrides(asked, recipe, seed), *of_start, *asked.common, *keys)
-        if longer > 1:
-            own = (*own, f"train.steps={longer * load_recipe(recipe, own).train.steps}")
+        usual = load_recipe(recipe, own)
+        if arm.longer > 1:
+            own = (*own, f"train.steps={arm.longer * usual.train.steps}")
+        if arm.rate != 1:
+            own = (*own, f"optim.lr={arm.rate * usual.optim.lr!r}")
         own = (*own, *asked.of_arm.get(name, ()))
         starts_at: list[str] = []
         if begin is not None:
@@ -89,8 +85,8 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     for name, (arm, keys) in arms.items():
         after = (f"{seed}/{arm.after}",) if arm.after else (f"{seed}/{START}-{arm.start}",) if arm.start else starts
         filled = tuple(setting.filled(asked, key, seed) for key in keys)
-        add(name, filled, after, arm.start, arm.after, arm.longer)
-    add(BEFORE, (), starts)
+        add(name, arm, filled, after)
+    add(BEFORE, Arm(BEFORE, "not trained"), (), starts)
     return tasks
 
 

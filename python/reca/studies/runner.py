@@ -75,7 +75,7 @@ def run_one(study: Study, asked: Asked, name: str) -> dict[str, Any]:
     tasks, _ = plan(study, asked)
     by_name = {task.name: task for task in tasks}
     if name not in by_name:
-        seeds = f"seeds {asked.seeds[0]} to {asked.seeds[-1]}" if len(asked.seeds) > 1 else f"seed {asked.seeds[0]}"
+        seeds = f"seed{'s' * (len(asked.seeds) > 1)} {', '.join(map(str, asked.seeds))}"
         arms = dict.fromkeys(task.arm for task in tasks)
         raise StudyError(f"the study has no task {name}; there are {', '.join(arms)} of {seeds}, as {tasks[0].name}")
     task = by_name[name]

@@ -1,5 +1,6 @@
 """A study as data: what is asked, what the paper says, the arms, and the claims that its figures are held against."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -42,6 +43,7 @@ class Arm:
     after      the arm whose result it goes on from; null: the start of the study
     start      variant of the embedded world's start, see world.VARIANTS
     longer     times as many steps as the others make
+    rate       times their learning rate
     """
 
     name: str
@@ -52,6 +54,7 @@ class Arm:
     after: str | None = None
     start: str | None = None
     longer: int = 1
+    rate: float = 1.0
 
     def keys(self, asked: Asked) -> tuple[str, ...] | None:
         """Return the overrides of a model; None if the model has no such arm."""
@@ -84,7 +87,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """A study. umms: the models it can be run with; none named: all. open: what nobody has shown yet."""
+    """A study.
+
+    umms, worlds  the models and embedded worlds it can be run with; none named: all
+    open          what nobody has shown yet
+    """
 
     name: str
     question: str
@@ -92,17 +99,22 @@ class Study:
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
     umms: tuple[str, ...] = ()
+    worlds: tuple[str, ...] = ()
     world: str | None = None
     open: tuple[str, ...] = field(default=())
 
     def of(self, asked: Asked) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
         """Return the arms of a model with their overrides, and why it has not the others.
 
-        Raises StudyError for a model that the study is not for.
+        Raises StudyError for a model or a world that the study is not for.
         """
         umm = asked.umm
         if self.umms and umm not in self.umms:
             raise StudyError(f"the study {self.name} is of {', '.join(self.umms)}: {umm} has not what it varies")
+        if self.worlds and asked.setting == "world" and asked.world not in self.worlds:
+            raise StudyError(
+                f"the study {self.name} is not of the world {asked.world!r}: --world {'|'.join(self.worlds)}"
+            )
         have: dict[str, tuple[Arm, tuple[str, ...]]] = {}
         omitted: dict[str, str] = {}
         for arm in self.arms:
@@ -166,6 +178,8 @@ def _check(study: Study, path: Path) -> None:
             raise StudyError(f"{path}: the name of the arm {arm.name!r} must be letters, digits, - and _")
         if type(arm.longer) is not int or arm.longer < 1:
             raise StudyError(f"{path}: longer={arm.longer!r} of {arm.name} must be a whole number, at least 1")
+        if type(arm.rate) not in (int, float) or not 0 < arm.rate < math.inf:
+            raise StudyError(f"{path}: rate={arm.rate!r} of {arm.name} must be a number above 0")
         if arm.after is not None and arm.after not in names[:place]:
             raise StudyError(f"{path}: {arm.name} goes on from {arm.after}, which must be an arm before it")
     for claim in study.claims:
