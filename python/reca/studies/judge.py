@@ -9,7 +9,8 @@ from reca.demo.measure import Rate
 from reca.eval.statistics import t_quantile
 from reca.studies.study import Claim
 
-Measure = Mapping[str, Any]  # {"value", and where they are known "hits" and "trials", or "interval"}
+# {"value", and where they are known "hits" and "trials", or "interval"; "percent": true of a share that is not counted}
+Measure = Mapping[str, Any]
 FEW = {1: 12.706, 2: 4.303}  # Student's 97.5 % quantile where the approximation is not near
 NOT_MEASURED = "not measured"
 
@@ -28,7 +29,10 @@ class Interval(NamedTuple):
 def mean(measures: Sequence[Measure]) -> Interval:
     """Compute the mean over seeds. Where they do not differ, or are one, the interval is that over their prompts."""
     values = [m["value"] for m in measures]
-    return _over_seeds(values) if _differ(values) else Interval(statistics.mean(values), *_own(_pooled(measures)))
+    if not _differ(values):
+        return Interval(statistics.mean(values), *_own(_pooled(measures)))
+    found = _over_seeds(values)
+    return _within(found, 0.0, 100.0) if _are_shares(measures) else found
 
 
 def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
@@ -42,7 +46,8 @@ def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Inter
         return None
     gaps = [arm[s]["value"] - than[s]["value"] for s in seeds]
     if _differ(gaps):
-        return _over_seeds(gaps)
+        found = _over_seeds(gaps)
+        return _within(found, -100.0, 100.0) if _are_shares([*arm.values(), *than.values()]) else found
     a, b = (_pooled([side[s] for s in seeds]) for side in (arm, than))
     gap, (a_low, a_high), (b_low, b_high) = statistics.mean(gaps), _own(a), _own(b)
     if a_low is None or a_high is None or b_low is None or b_high is None:
@@ -83,6 +88,16 @@ def overall(verdicts: Sequence[str]) -> str:
 def _differ(values: Sequence[float]) -> bool:
     """Say whether seeds give different values. If none does, as with 0 % on each, their spread says nothing."""
     return max(values) - min(values) > 1e-9
+
+
+def _are_shares(measures: Sequence[Measure]) -> bool:
+    return all(m.get("trials") or m.get("percent") for m in measures)
+
+
+def _within(found: Interval, least: float, most: float) -> Interval:
+    """Cut an interval to the values that there are, which Student's reaches beyond where few seeds differ much."""
+    assert found.low is not None and found.high is not None
+    return Interval(found.value, max(least, found.low), min(most, found.high))
 
 
 def _pooled(measures: Sequence[Measure]) -> Measure:

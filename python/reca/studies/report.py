@@ -1,6 +1,7 @@
 """A study's results as JSON, as one HTML page, and as text."""
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,9 +115,9 @@ def cell(interval: dict[str, Any] | None) -> str:
     if interval is None:
         return ""
     low, high = interval["interval"]
-    value = interval["value"]
-    number = f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
-    return number if low is None else f"{number} [{low:.1f}, {high:.1f}]"
+    digits = _digits(interval["value"])
+    number = f"{interval['value']:.{digits}f}"
+    return number if low is None else f"{number} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def change(claim: dict[str, Any]) -> str:
@@ -124,8 +125,14 @@ def change(claim: dict[str, Any]) -> str:
     if claim["difference"] is None:
         return ""
     low, high = claim["interval"]
-    value = f"{claim['difference']:+.3g}"
-    return f"{value} (no interval)" if low is None else f"{value} [{low:+.1f}, {high:+.1f}]"
+    digits = _digits(claim["difference"])
+    value = f"{claim['difference']:+.{digits}f}"
+    return f"{value} (no interval)" if low is None else f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _digits(value: float) -> int:
+    """Return the decimals that show three digits of a value below 1, such as a loss, and one of a larger one."""
+    return 1 if abs(value) >= 1 or value == 0 else 2 - math.floor(math.log10(abs(value)))
 
 
 def text(found: dict[str, Any]) -> str:

@@ -143,7 +143,8 @@ def _overall(found: Measured, categories: Sequence[str]) -> dict[str, Any]:
     bounds = [rate.wilson() for rate in rates]
     below = math.hypot(*(rate.share - low for rate, (low, _) in zip(rates, bounds, strict=True))) / len(rates)
     above = math.hypot(*(high - rate.share for rate, (_, high) in zip(rates, bounds, strict=True))) / len(rates)
-    return {"value": 100 * found.overall, "interval": [100 * (found.overall - below), 100 * (found.overall + above)]}
+    interval = [100 * (found.overall - below), 100 * (found.overall + above)]
+    return {"value": 100 * found.overall, "interval": interval, "percent": True}
 
 
 def _write_images(found: Measured, things: Collection[Thing], folder: Path) -> None:
