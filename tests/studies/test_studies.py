@@ -419,6 +419,13 @@ def test_an_interval_has_the_digits_of_its_value(value, low, high, written):
     assert report.cell({"value": value, "interval": [low, high]}) == written
 
 
+def test_a_difference_is_written_with_its_sign():
+    gap = {"difference": -0.725, "interval": [-3.217, 1.741]}
+    assert report.change(gap) == "-0.7 [-3.2, +1.7]"
+    assert report.change({"difference": -0.29, "interval": [None, None]}) == "-0.290 (no interval)"
+    assert report.change({"difference": None}) == ""
+
+
 @pytest.mark.parametrize(
     "expect, interval, said",
     [

@@ -112,27 +112,24 @@ def _measures(found: dict[str, Any]) -> list[str]:
 
 def cell(interval: dict[str, Any] | None) -> str:
     """Write a mean with its interval."""
-    if interval is None:
-        return ""
-    low, high = interval["interval"]
-    digits = _digits(interval["value"])
-    number = f"{interval['value']:.{digits}f}"
-    return number if low is None else f"{number} [{low:.{digits}f}, {high:.{digits}f}]"
+    return "" if interval is None else _written(interval["value"], interval["interval"], "", "")
 
 
 def change(claim: dict[str, Any]) -> str:
     """Write a difference with its interval."""
     if claim["difference"] is None:
         return ""
-    low, high = claim["interval"]
-    digits = _digits(claim["difference"])
-    value = f"{claim['difference']:+.{digits}f}"
-    return f"{value} (no interval)" if low is None else f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return _written(claim["difference"], claim["interval"], "+", " (no interval)")
 
 
-def _digits(value: float) -> int:
-    """Return the decimals that show three digits of a value below 1, such as a loss, and one of a larger one."""
-    return 1 if abs(value) >= 1 or value == 0 else 2 - math.floor(math.log10(abs(value)))
+def _written(value: float, interval: Sequence[float | None], sign: str, without: str) -> str:
+    """Write with one decimal, or with three digits where all of it lies below 1, as a loss may. without: an interval."""
+    low, high = interval
+    largest = max(abs(number) for number in (value, low, high) if number is not None)
+    digits = 1 if value == 0 or largest >= 1 else 2 - math.floor(math.log10(largest))
+    if low is None or high is None:
+        return f"{value:{sign}.{digits}f}{without}"
+    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
 def text(found: dict[str, Any]) -> str:
