@@ -123,7 +123,10 @@ def change(claim: dict[str, Any]) -> str:
 
 
 def _written(value: float, interval: Sequence[float | None], sign: str, without: str) -> str:
-    """Write with one decimal, or with three digits where all of it lies below 1, as a loss may. without: an interval."""
+    """Write with one decimal, or with three digits where all of it lies below 1, as a loss may.
+
+    without: what is said where there is no interval.
+    """
     low, high = interval
     largest = max(abs(number) for number in (value, low, high) if number is not None)
     digits = 1 if value == 0 or largest >= 1 else 2 - math.floor(math.log10(largest))
