@@ -58,21 +58,49 @@ void fill(float value, DType dtype, void* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) write(&value, dtype, static_cast<char*>(to) + i * size_of(dtype), 1);
 }
 
-// Past the caches: a long output would only throw out what is still needed, and each line would first be read.
-void stream(const void* from, void* to, int64_t bytes) {
+// Writes past the caches: a long output would only throw out what is still needed, and each line would first be read.
 #if defined(__AVX512F__)
-  char* t = static_cast<char*>(to);
-  const char* f = static_cast<const char*>(from);
-  const int64_t head = -reinterpret_cast<int64_t>(t) & 63;
-  if (head < bytes) {
-    std::memcpy(t, f, head);
-    int64_t i = head;
-    for (; i + 64 <= bytes; i += 64) _mm512_stream_si512((__m512i*)(t + i), _mm512_loadu_si512(f + i));
-    std::memcpy(t + i, f + i, bytes - i);
-    return;
-  }
+using Line = __m512i;
+Line line(const char* from) { return _mm512_loadu_si512(from); }
+void stream(char* to, Line x) { _mm512_stream_si512(reinterpret_cast<Line*>(to), x); }
+#elif defined(__AVX2__)
+using Line = __m256i;
+Line line(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const Line*>(from)); }
+void stream(char* to, Line x) { _mm256_stream_si256(reinterpret_cast<Line*>(to), x); }
+#elif defined(__SSE2__)
+using Line = __m128i;
+Line line(const char* from) { return _mm_loadu_si128(reinterpret_cast<const Line*>(from)); }
+void stream(char* to, Line x) { _mm_stream_si128(reinterpret_cast<Line*>(to), x); }
+#else
+struct Line {
+  char bytes[64];
+};
+Line line(const char* from) {
+  Line x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+void stream(char* to, Line x) { std::memcpy(to, &x, sizeof x); }
 #endif
-  std::memcpy(to, from, bytes);
+
+// The bytes before the first address that such a write may have.
+int64_t unaligned(const char* to, int64_t bytes) {
+  const int64_t head = -reinterpret_cast<int64_t>(to) & (sizeof(Line) - 1);
+  return head < bytes ? head : bytes;
+}
+
+void stream(const char* from, char* to, int64_t bytes) {
+  int64_t i = unaligned(to, bytes);
+  std::memcpy(to, from, i);
+  for (; i + int64_t(sizeof(Line)) <= bytes; i += sizeof(Line)) stream(to + i, line(from + i));
+  std::memcpy(to + i, from + i, bytes - i);
+}
+
+void stream_zeros(char* to, int64_t bytes) {
+  int64_t i = unaligned(to, bytes);
+  std::memset(to, 0, i);
+  for (; i + int64_t(sizeof(Line)) <= bytes; i += sizeof(Line)) stream(to + i, Line{});
+  std::memset(to + i, 0, bytes - i);
 }
 
 }  // namespace
@@ -91,7 +119,7 @@ void template_concat_forward(const Sources& sources, int64_t length, int64_t wid
     }
     if (missing) return fill(NAN, out_dtype, to, width);
     if (used == 0) {
-      std::memset(to, 0, width * size_of(out_dtype));
+      stream_zeros(to, width * size_of(out_dtype));
       return;
     }
     if (used == 1 && only->dtype == out_dtype) {
@@ -138,7 +166,7 @@ void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launc
     char* const to = static_cast<char*>(g.gradient) + (k * g.width + begin) * size_of(g.dtype);
     const auto part = [&](int64_t i) { return address(g.grad, g.grad_dtype, places[i] * g.grad_stride + begin); };
     if (first == last) {
-      std::memset(to, 0, columns * size_of(g.dtype));
+      stream_zeros(to, columns * size_of(g.dtype));
     } else if (last - first == 1 && g.dtype == g.grad_dtype) {
       stream(part(first), to, columns * size_of(g.dtype));
     } else {
