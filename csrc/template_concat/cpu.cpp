@@ -158,22 +158,30 @@ void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launc
     if (row >= 0 && row < g.count) places[ends[row]++] = t;
   }
 
+  const auto first_of = [&](int64_t k) { return k == 0 ? 0 : ends[k - 1]; };
+  const bool copies = g.dtype == g.grad_dtype;
+  char* const gradient = static_cast<char*>(g.gradient);
+  const int64_t row_bytes = g.width * size_of(g.dtype);
+  if (copies) {  // rows read by one position, in the order of the positions, so that these are read side by side
+    parallel_for(g.length, on.threads, [&](int64_t t) {
+      const int64_t k = row_at(g.index, t);
+      if (k < 0 || k >= g.count || ends[k] - first_of(k) != 1) return;
+      stream(address(g.grad, g.grad_dtype, t * g.grad_stride), gradient + k * row_bytes, row_bytes);
+    });
+  }
   const int64_t blocks = (g.width + block - 1) / block;
   parallel_for(g.count * blocks, on.threads, [&](int64_t item) {
     const int64_t k = item / blocks, begin = item % blocks * block;
     const int64_t columns = g.width - begin < block ? g.width - begin : block;
-    const int64_t first = k == 0 ? 0 : ends[k - 1], last = ends[k];
-    char* const to = static_cast<char*>(g.gradient) + (k * g.width + begin) * size_of(g.dtype);
-    const auto part = [&](int64_t i) { return address(g.grad, g.grad_dtype, places[i] * g.grad_stride + begin); };
-    if (first == last) {
-      stream_zeros(to, columns * size_of(g.dtype));
-    } else if (last - first == 1 && g.dtype == g.grad_dtype) {
-      stream(part(first), to, columns * size_of(g.dtype));
-    } else {
-      float sums[block];
-      for (int64_t i = first; i < last; ++i) read(g.grad_dtype, part(i), sums, columns, i > first);
-      write(sums, g.dtype, to, columns);
+    const int64_t first = first_of(k), last = ends[k];
+    if (copies && last - first == 1) return;
+    char* const to = gradient + k * row_bytes + begin * size_of(g.dtype);
+    if (first == last) return stream_zeros(to, columns * size_of(g.dtype));
+    float sums[block];
+    for (int64_t i = first; i < last; ++i) {
+      read(g.grad_dtype, address(g.grad, g.grad_dtype, places[i] * g.grad_stride + begin), sums, columns, i > first);
     }
+    write(sums, g.dtype, to, columns);
   });
 }
 
