@@ -28,6 +28,7 @@ LAYOUTS = {
     "batch in eights": (torch.Size((3, 4, 10, 12)), 1),
     "one image over several chunks": (torch.Size((1, 16, 24, 40)), 1),
     "packed": ([(16, 8, 6), (16, 4, 10), (16, 12, 12), (16, 2, 2)], 2),
+    "patches over several chunks": ([(12, 24, 40), (12, 30, 2)], 2),
     "batch in tokens": (torch.Size((2, 4, 6, 6)), 3),
     "one image holds nothing": ([(16, 2, 4), (16, 0, 4), (16, 2, 2)], 2),
 }
