@@ -11,6 +11,19 @@ def emulator(tmp_path_factory: pytest.TempPathFactory):
     return emulated.build(tmp_path_factory.mktemp("emulator"))
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest):
+    """Let the CPU kernels run with one instruction set, which this processor may not have."""
+    if native.module is None:
+        pytest.skip(str(native.missing))
+    best, order = native.module.current_isa(), ["baseline", "avx2", "avx512"]
+    if order.index(request.param) > order.index(best):
+        pytest.skip(f"this processor has no {request.param}")
+    native.module.set_isa(request.param)
+    yield request.param
+    native.module.set_isa(best)
+
+
 @pytest.fixture(autouse=True)
 def emulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = getattr(request.node, "callspec", None)

@@ -95,6 +95,11 @@ def test_same_bits_on_every_backend(layout, backend, device):
         assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_instruction_set(isa, layout):
+    test_same_bits_on_every_backend(layout, "cpu", "cpu")
+
+
 @EVERYWHERE
 def test_patch_order_is_row_column_channel(backend, device):
     x0 = [torch.arange(2 * 4 * 4.0, device=device).view(2, 4, 4)]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from reca_kernels import native
 from reca_kernels.resize import op, reference
-from reca_kernels.resize.op import compiled, resize
+from reca_kernels.resize.op import resize
 from reca_kernels.resize.taps import taps
 
 CPU = torch.device("cpu")
@@ -34,19 +34,6 @@ def problem(seed):
 
 def pillow(pixels, size, name, box):
     return torch.from_numpy(np.array(Image.fromarray(pixels).resize(size, RESAMPLE[name], box=box))).permute(2, 0, 1)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    if not compiled():
-        pytest.skip("the native module is not there, or was built before the op")
-    before = native.module.current_isa()
-    try:
-        native.module.set_isa(request.param)
-    except Exception as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.module.set_isa(before)
 
 
 @needs_order

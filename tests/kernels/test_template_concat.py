@@ -252,6 +252,14 @@ def test_threads_do_not_change_a_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("width", [37, 1100])
+def test_every_instruction_set(isa, width):
+    """Rows begin at any multiple of their elements, hence within a vector; nobody, one or several read them."""
+    for dtype in DTYPES:
+        test_against_fp64("cpu", "cpu", width, dtype, torch.int32)
+    test_every_bit_is_copied("cpu", "cpu", torch.bfloat16)
+
+
 @KERNELS
 def test_second_derivative_says_what_to_do(backend, device):
     leaves, src, indices = problem(device=device)
