@@ -413,6 +413,7 @@ def test_an_interval_over_seeds_holds_no_share_that_there_is_none_of():
         (0.386, 0.37, 0.41, "0.386 [0.370, 0.410]"),
         (0.0, 0.0, 0.3, "0.0 [0.0, 0.3]"),
         (0.5, None, None, "0.500"),
+        (float("nan"), None, None, "nan"),
     ],
 )
 def test_an_interval_has_the_digits_of_its_value(value, low, high, written):

@@ -129,7 +129,7 @@ def _written(value: float, interval: Sequence[float | None], sign: str, without:
     """
     low, high = interval
     largest = max(abs(number) for number in (value, low, high) if number is not None)
-    digits = 1 if value == 0 or largest >= 1 else 2 - math.floor(math.log10(largest))
+    digits = 2 - math.floor(math.log10(largest)) if value and largest < 1 else 1
     if low is None or high is None:
         return f"{value:{sign}.{digits}f}{without}"
     return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
