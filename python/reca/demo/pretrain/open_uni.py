@@ -49,9 +49,9 @@ def pretrain(world: str, recipe: Recipe, seed: int, folder: Path, scale: float, 
     recipe.model.seed = seed
     model = Adapter.load(recipe.model).train()
     torch.nn.init.normal_(model.mllm.get_input_embeddings().weight, std=0.5)
-    splits, codec_split = load_world(world).splits, load_world(world).codec_split
-    understood, captioned = splits["understood"](seed), splits["captioned"](seed)
-    every_thing = first_images(splits[codec_split](seed), min(scale, CODEC_SHARE[world]))
+    of_world = load_world(world)
+    understood, captioned = of_world.splits["understood"](seed), of_world.splits["captioned"](seed)
+    every_thing = first_images(of_world.splits[of_world.codec_split](seed), min(scale, CODEC_SHARE[world]))
     if isinstance(model.codec, PatchCodebook):
         fit_codebook(model.codec, every_thing)
     else:
