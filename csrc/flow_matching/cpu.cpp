@@ -26,8 +26,10 @@ static void gather_patches(const FlowMatching& args, const Image& im, int64_t be
   const int64_t p = args.patch, token = p * p * args.channels, columns = im.width / p, end = begin + n;
   for (int64_t number = begin / token; number * token < end;) {
     const int64_t start = number * token, from = begin > start ? begin - start : 0;
-    const int64_t to = end - start < token ? end - start : token, left = columns - number % columns;
-    const int64_t whole = (end - start) / token, count = from > 0 || whole == 0 ? 1 : whole < left ? whole : left;
+    const int64_t to = end - start < token ? end - start : token;
+    // Patches that lie side by side and are wanted whole, or one of which a part is.
+    const int64_t whole = from > 0 ? 0 : (end - start) / token, left = columns - number % columns;
+    const int64_t count = whole == 0 ? 1 : whole < left ? whole : left;
     const T* const corner = static_cast<const T*>(im.x0) + number / columns * p * im.width + number % columns * p;
     for (int64_t inner = from; inner < to; ++inner) {
       const int64_t pixel = inner / args.channels, channel = inner % args.channels;

@@ -118,10 +118,7 @@ void template_concat_forward(const Sources& sources, int64_t length, int64_t wid
       if (row >= 0) only = &sources.of[s], ++used;
     }
     if (missing) return fill(NAN, out_dtype, to, width);
-    if (used == 0) {
-      stream_zeros(to, width * size_of(out_dtype));
-      return;
-    }
+    if (used == 0) return stream_zeros(to, width * size_of(out_dtype));
     if (used == 1 && only->dtype == out_dtype) {
       stream(address(only->rows, out_dtype, row_at(only->index, t) * only->row_stride), to,
              width * size_of(out_dtype));

@@ -29,10 +29,9 @@ class Interval(NamedTuple):
 def mean(measures: Sequence[Measure]) -> Interval:
     """Compute the mean over seeds. Where they do not differ, or are one, the interval is that over their prompts."""
     values = [m["value"] for m in measures]
-    if not _differ(values):
-        return Interval(statistics.mean(values), *_own(_pooled(measures)))
-    found = _over_seeds(values)
-    return _within(found, 0.0, 100.0) if _are_shares(measures) else found
+    if _differ(values):
+        return _over_seeds(values, *_bounds(measures, 0.0))
+    return Interval(statistics.mean(values), *_own(_pooled(measures)))
 
 
 def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Interval | None:
@@ -46,8 +45,7 @@ def difference(arm: Mapping[int, Measure], than: Mapping[int, Measure]) -> Inter
         return None
     gaps = [arm[s]["value"] - than[s]["value"] for s in seeds]
     if _differ(gaps):
-        found = _over_seeds(gaps)
-        return _within(found, -100.0, 100.0) if _are_shares([*arm.values(), *than.values()]) else found
+        return _over_seeds(gaps, *_bounds([*arm.values(), *than.values()], -100.0))
     a, b = (_pooled([side[s] for s in seeds]) for side in (arm, than))
     gap, (a_low, a_high), (b_low, b_high) = statistics.mean(gaps), _own(a), _own(b)
     if a_low is None or a_high is None or b_low is None or b_high is None:
@@ -90,14 +88,10 @@ def _differ(values: Sequence[float]) -> bool:
     return max(values) - min(values) > 1e-9
 
 
-def _are_shares(measures: Sequence[Measure]) -> bool:
-    return all(m.get("trials") or m.get("percent") for m in measures)
-
-
-def _within(found: Interval, least: float, most: float) -> Interval:
-    """Cut an interval to the values that there are, which Student's reaches beyond where few seeds differ much."""
-    assert found.low is not None and found.high is not None
-    return Interval(found.value, max(least, found.low), min(most, found.high))
+def _bounds(measures: Sequence[Measure], least: float) -> tuple[float, float]:
+    """Return what values made of these can be: of shares in percent from `least` to 100, of others anything."""
+    shares = all(m.get("trials") or m.get("percent") for m in measures)
+    return (least, 100.0) if shares else (-math.inf, math.inf)
 
 
 def _pooled(measures: Sequence[Measure]) -> Measure:
@@ -110,11 +104,12 @@ def _pooled(measures: Sequence[Measure]) -> Measure:
     return {"value": value, "hits": sum(m["hits"] for m in measures), "trials": sum(m["trials"] for m in measures)}
 
 
-def _over_seeds(values: Sequence[float]) -> Interval:
+def _over_seeds(values: Sequence[float], least: float, most: float) -> Interval:
+    """Compute Student's interval, cut to the values that there are: where few seeds differ much it reaches beyond."""
     middle = statistics.mean(values)
     freedom = len(values) - 1
     reach = FEW.get(freedom, t_quantile(freedom)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(middle, middle - reach, middle + reach)
+    return Interval(middle, max(least, middle - reach), min(most, middle + reach))
 
 
 def _own(measure: Measure) -> tuple[float | None, float | None]:

@@ -57,11 +57,9 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     def add(name: str, arm: Arm, keys: tuple[str, ...], after: tuple[str, ...]) -> None:
         kind, variant, parent = BEFORE if name == BEFORE else "arm", arm.start, arm.after
         own = (*setting.overrides(asked, recipe, seed), *of_start, *asked.common, *keys)
-        usual = load_recipe(recipe, own)
-        if arm.longer > 1:
-            own = (*own, f"train.steps={arm.longer * usual.train.steps}")
-        if arm.rate != 1:
-            own = (*own, f"optim.lr={arm.rate * usual.optim.lr!r}")
+        if (arm.longer, arm.rate) != (1, 1):
+            usual = load_recipe(recipe, own)
+            own = (*own, f"train.steps={arm.longer * usual.train.steps}", f"optim.lr={arm.rate * usual.optim.lr!r}")
         own = (*own, *asked.of_arm.get(name, ()))
         starts_at: list[str] = []
         if begin is not None:
