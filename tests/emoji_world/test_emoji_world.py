@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from reca.data.errors import DataError
 from reca.data.sources import open_source
 from reca.demo.captions import caption
+from reca.demo.pretrain import demo_setup
 from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.pretrain.language import WORDS as FACT_WORDS
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
-from reca.emoji_world import WORDS, WORLD, artwork, judge, places, varied
+from reca.emoji_world import WORDS, WORLD, artwork, judge, places, shared, shared_few, varied
 from reca.models.common.patch_codebook import PatchCodebook, PatchSizes
 from reca.recipe_files import load_recipe
 from tests.emoji_world.artwork import needs_artwork
@@ -154,6 +155,48 @@ def test_all_images_of_a_pair_show_it_and_are_made_of_the_fitted_pieces(world, o
 def _pieces(images):
     cut = [F.unfold(image[None].float(), 16, stride=16)[0].T for image in images]
     return {tuple(piece) for of_one in cut for piece in of_one.tolist()}
+
+
+@pytest.mark.parametrize(("world", "untold"), [(shared.WORLD, 3), (shared_few.WORLD, 6)])
+def test_images_of_shared_codes_have_half_the_pixels(world, untold):
+    told = 24 * (8 - untold)
+    for split, count in (("captioned", told), ("understood", 3 * told), ("unlabeled", 192), ("unseen", 192)):
+        source = open_source(f"{world.package}:{split}?seed=1", "t2i")
+        assert len(source) == count
+        for image in (source.split.image(i) for i in range(0, count, 7)):
+            assert torch.equal(image, image[:, ::2, ::2].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    held = world.held_out(1)
+    assert {kind: sum(t.kind == kind for t in held) for kind in artwork.KINDS} == dict.fromkeys(artwork.KINDS, untold)
+    assert {colour: sum(t.colour == colour for t in held) for colour in HUE_NAMES} == dict.fromkeys(
+        HUE_NAMES, 3 * untold
+    )
+    assert not {s.things[0] for name in ("captioned", "understood") for s in _scenes(world.splits[name](1))} & held
+    asked = [sum(p.pairs == name for p in world.prompts(1)) for name in ("", "seen", "held-out")]
+    assert asked == [48, told, 2 * 24 * untold]
+    unlabeled = world.splits["unlabeled"](1)
+    assert all(world.describe(unlabeled.image(i)) == caption(unlabeled.scene(i))[2:] for i in range(0, 192, 7))
+
+
+def test_codes_are_shared_by_emoji():
+    """Most codes of a held-out pair are in images of seen pairs, and the judge still knows what the codes show."""
+    split, held = shared.WORLD.splits["unlabeled"](1), shared.WORLD.held_out(1)
+    images = torch.stack([split.image(i) for i in range(len(split))])
+    overrides = demo_setup("show_o", shared.WORLD).overrides
+    sizes = load_recipe("show_o_emoji_tiny", overrides).model.patches
+    codec = PatchCodebook(PatchSizes(sizes.size, sizes.entries))
+    fit_codebook(codec, images)
+    codes = codec.encode(images.float() / 127.5 - 1)
+    decoded = ((codec.decode(codes) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    recognised = sum(shared.WORLD.describe(x) == caption(s)[2:] for x, s in zip(decoded, _scenes(split), strict=True))
+    assert recognised >= 0.95 * len(split)
+    ground, named = codes.flatten().mode().values, [s.things[0] not in held for s in _scenes(split)]
+    known = set(codes[torch.tensor(named)].flatten().tolist())
+    others = [code for code in codes[~torch.tensor(named)].flatten().tolist() if code != ground]
+    assert sum(code in known for code in others) >= 0.8 * len(others)
+
+
+def _scenes(split):
+    return [split.scene(i) for i in range(len(split))]
 
 
 def test_prompts_are_of_every_kind_and_pair():

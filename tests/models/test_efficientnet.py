@@ -28,14 +28,14 @@ def small(*more, umm="show_o"):
 def test_the_whole_network_names_what_it_was_trained_on():
     """The published head behind these blocks finds classes of ImageNet in emoji of their own colours."""
     from reca.demo.scene import Thing
-    from reca.emoji_world.artwork import draw
+    from reca.emoji_world.artwork import View, draw
 
     net = EfficientNetLite0()
     net.load_state_dict(imagenet_weights())
     state, last = read_tensors(weights_file()), []
     net._blocks[-1].register_forward_hook(lambda block, given, found: last.append(found))
     named = {("purple", "umbrella"): 879, ("blue", "bucket"): 463, ("yellow", "bell"): 494, ("orange", "boot"): 514}
-    images = torch.stack([draw(Thing(*name), 0.8, ground=(230, 230, 230)) for name in named])
+    images = torch.stack([draw(Thing(*name), View(0.8, ground=(230, 230, 230))) for name in named])
     net(F.interpolate(images.float() / 127.5 - 1, [224, 224], mode="bicubic"))
     x = F.conv2d(last[0], state["_conv_head.weight"])
     norms = [state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]

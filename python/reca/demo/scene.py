@@ -23,6 +23,9 @@ class Scene:
 @lru_cache(maxsize=64)
 def draw_held_out(seed: int, colours: Sequence[str], kinds: Sequence[str], per_kind: int = 3) -> frozenset[Thing]:
     """Draw the things that captions never show: `per_kind` colours of every kind, colours used evenly."""
+    if 2 * per_kind > len(colours):  # few shuffles have so many different ones in every chunk
+        others = draw_held_out(seed, colours, kinds, len(colours) - per_kind)
+        return frozenset(Thing(c, k) for k in kinds for c in colours) - others
     rng = random.Random(seed)
     times, rest = divmod(per_kind * len(kinds), len(colours))
     while True:

@@ -17,6 +17,8 @@ PACKAGES = {
     "emoji": "reca.emoji_world",
     "shapes": "reca.toy_world",
     "jitter": "reca.toy_world.jitter",
+    "emoji-shared": "reca.emoji_world.shared",
+    "emoji-shared-few": "reca.emoji_world.shared_few",
     "emoji-places": "reca.emoji_world.places",
     "emoji-varied": "reca.emoji_world.varied",
 }

@@ -15,6 +15,29 @@ __all__ = ["TEMPLATES", "WORDS", "WORLD", "captioned", "understood", "unlabeled"
 
 WORDS = vocabulary((*HUES, *KINDS))
 
+
+def introduction(untold: int) -> str:
+    """Tell what a model learned. untold: colours of every kind that captions never name."""
+    return (
+        f"learned to draw {len(KINDS)} emoji in eight colours from captions in which {untold * len(KINDS)} of the "
+        f"{len(THINGS)} pairs of colour and emoji never occur. Its understanding side never saw their names, either: "
+        "it reads images through an encoder that was trained on ImageNet and is frozen."
+    )
+
+
+ASSUMPTIONS = (
+    "This world was chosen with the answer in view: its codec replaced that of a first world, whose image codes "
+    "were pieces of four pixels that emoji share, and in which sparse SFT was ahead of RECA. Here a code is a "
+    "piece of 16 pixels, and two in three pieces of a held-out pair are codes that were never drawn.",
+    "There is one image of every pair. RECA is trained on the images that are asked for afterwards, and is "
+    "measured by whether text finds them: it calibrates the model, and does not make it draw what no image "
+    "shows.",
+    "The codebook of image pieces and the scale of the encoder's features are fitted to images of all pairs, "
+    "without their names.",
+    "Prompts without a colour lose, as h_v always has one. With Show-o they were kept by text-to-image replay at a "
+    "tenth of the weight, half of whose captions name no colour: reca study limits --world emoji.",
+)
+
 WORLD = World(
     name="emoji",
     title="emoji world",
@@ -35,23 +58,8 @@ WORLD = World(
     shown=slice(1, None, 7),
     shows=judge.shows,
     describe=judge.describe,
-    introduction=(
-        "learned to draw 24 emoji in eight colours from captions in which 72 of the 192 pairs of colour and emoji "
-        "never occur. Its understanding side never saw their names, either: it reads images through an encoder "
-        "that was trained on ImageNet and is frozen."
-    ),
-    assumptions=(
-        "This world was chosen with the answer in view: its codec replaced that of a first world, whose image codes "
-        "were pieces of four pixels that emoji share, and in which sparse SFT was ahead of RECA. Here a code is a "
-        "piece of 16 pixels, and two in three pieces of a held-out pair are codes that were never drawn.",
-        "There is one image of every pair. RECA is trained on the images that are asked for afterwards, and is "
-        "measured by whether text finds them: it calibrates the model, and does not make it draw what no image "
-        "shows.",
-        "The codebook of image pieces and the scale of the encoder's features are fitted to images of all pairs, "
-        "without their names.",
-        "Prompts without a colour lose, as h_v always has one. With Show-o they were kept by text-to-image replay at a "
-        "tenth of the weight, half of whose captions name no colour: reca study limits --world emoji.",
-    ),
+    introduction=introduction(splits.UNTOLD),
+    assumptions=ASSUMPTIONS,
     credits=(
         "Emoji designed by OpenMoji, the open-source emoji and icon project, with their hues turned; licence CC BY-SA "
         "4.0, which holds for the images of this report as well.",

@@ -38,11 +38,15 @@ BRIGHTNESS, SATURATION = 225, 200  # medians of coloured pixels: a dark green tu
 
 
 class View(NamedTuple):
-    """How large a thing is and how far from the middle (right, down), as shares of the image, and on what colour."""
+    """How large a thing is and how far from the middle (right, down), as shares of the image, and on what colour.
+
+    grain: side of the squares of one colour that stand for a pixel. With 2 the image is one of half the resolution.
+    """
 
     size: float
     shift: tuple[float, float] = (0.0, 0.0)
     ground: tuple[int, int, int] = GROUND
+    grain: int = 1
 
 
 MIDDLE = View(SIZE)
@@ -90,19 +94,16 @@ def emoji(thing: Thing) -> Image.Image:
     return turned
 
 
-def draw(
-    thing: Thing,
-    size: float = SIZE,
-    shift: tuple[float, float] = (0.0, 0.0),
-    ground: tuple[int, int, int] = GROUND,
-) -> Tensor:
-    """Draw an emoji on its ground, uint8 [3, SIDE, SIDE]. size and shift (right, down) are shares of the image."""
+def draw(thing: Thing, view: View = MIDDLE) -> Tensor:
+    """Draw an emoji on its ground, uint8 [3, SIDE, SIDE]."""
     image, side = emoji(thing), SHARPER * SIDE
-    scale = size * side / max(image.size)
+    scale = view.size * side / max(image.size)
     width, height = (max(1, round(scale * length)) for length in image.size)
-    sheet = Image.new("RGB", (side, side), ground)
-    right, down = ((side - length) // 2 + round(side * by) for length, by in zip((width, height), shift, strict=True))
+    sheet = Image.new("RGB", (side, side), view.ground)
+    right, down = (
+        (side - length) // 2 + round(side * by) for length, by in zip((width, height), view.shift, strict=True)
+    )
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     sheet.paste(resized, (right, down), resized)
-    pixels = np.array(sheet.resize((SIDE, SIDE), Image.Resampling.BOX))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    pixels = np.array(sheet.resize((SIDE // view.grain,) * 2, Image.Resampling.BOX))
+    return torch.from_numpy(pixels.repeat(view.grain, 0).repeat(view.grain, 1)).permute(2, 0, 1).contiguous()

@@ -18,7 +18,7 @@ MIN_PURITY = 0.6  # share of such pixels that have the hue of the colour
 
 @lru_cache(maxsize=2)
 def _true_images(views: tuple[View, ...]) -> Tensor:  # fp32 [n * views, 3 * SIDE * SIDE]
-    return torch.stack([draw(thing, *view) for thing in THINGS for view in views]).flatten(1) / 255
+    return torch.stack([draw(thing, view) for thing in THINGS for view in views]).flatten(1) / 255
 
 
 @lru_cache(maxsize=2)

@@ -5,6 +5,7 @@ move by whole pieces of 16 pixels, and the codebook needs no more of them than a
 """
 
 from reca.demo.source import source_of
+from reca.emoji_world import ASSUMPTIONS
 from reca.emoji_world.artwork import View
 from reca.emoji_world.views import with_views
 
@@ -17,7 +18,11 @@ WORLD = with_views(
     "reca.emoji_world.places",
     PLACES,
     pieces=PLACES[:1],
-    assumption="There are four images of every pair, which differ in the place alone, and the pieces that they are "
-    "made of are the same.",
+    assumptions=(
+        ASSUMPTIONS[0],
+        "There are four images of every pair, which differ in the place alone, and the pieces that they are "
+        "made of are the same.",
+        *ASSUMPTIONS[2:],
+    ),
 )
 captioned, understood, unlabeled, unseen, pieces = (source_of(WORLD, name) for name in WORLD.splits)

@@ -4,15 +4,15 @@ from reca.demo.captions import caption
 from reca.demo.scene import Scene, Thing
 from reca.demo.world import Prompt
 from reca.emoji_world.artwork import KINDS, THINGS
-from reca.emoji_world.splits import held_out
+from reca.emoji_world.splits import UNTOLD, held_out
 
 CATEGORIES = ("single", "colour")
 SINGLE, SEEN, HELD_OUT = 2, 1, 2  # images of every prompt
 
 
-def prompts(seed: int) -> list[Prompt]:
-    """List every kind without a colour, and every pair of colour and kind."""
-    held = held_out(seed)
+def prompts(seed: int, untold: int = UNTOLD) -> list[Prompt]:
+    """List every kind without a colour, and every pair of colour and kind. untold: colours of a kind held out."""
+    held = held_out(seed, untold)
     made = [
         Prompt("single", "", f"a {kind}", Scene((Thing("red", kind),)), False, False)
         for kind in KINDS

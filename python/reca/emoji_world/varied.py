@@ -4,6 +4,7 @@ No caption tells which, so a prompt has ten right images. The codebook has the p
 """
 
 from reca.demo.source import source_of
+from reca.emoji_world import ASSUMPTIONS
 from reca.emoji_world.artwork import GROUND, MIDDLE
 from reca.emoji_world.places import PLACES
 from reca.emoji_world.views import with_views
@@ -17,7 +18,11 @@ WORLD = with_views(
     "reca.emoji_world.varied",
     VIEWS,
     pieces=tuple(view for view in VIEWS if view.shift in (MIDDLE.shift, PLACES[0].shift)),
-    assumption="There are ten images of every pair: small at four places or large, on two grounds. Those of the same "
-    "size and ground are made of the same pieces.",
+    assumptions=(
+        ASSUMPTIONS[0],
+        "There are ten images of every pair: small at four places or large, on two grounds. Those of the same "
+        "size and ground are made of the same pieces.",
+        *ASSUMPTIONS[2:],
+    ),
 )
 captioned, understood, unlabeled, unseen, pieces = (source_of(WORLD, name) for name in WORLD.splits)

@@ -1,4 +1,4 @@
-"""Worlds of emoji in which a pair has several images, of which captions tell nothing."""
+"""Worlds of emoji whose images or captions are others than in the emoji world."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,15 +7,22 @@ from reca import emoji_world
 from reca.demo.world import World
 from reca.emoji_world import judge, splits
 from reca.emoji_world.artwork import View
+from reca.emoji_world.prompts import prompts
 
 
 def with_views(
-    name: str, title: str, package: str, views: tuple[View, ...], pieces: tuple[View, ...], assumption: str
+    name: str,
+    title: str,
+    package: str,
+    views: tuple[View, ...],
+    pieces: tuple[View, ...],
+    assumptions: tuple[str, ...],
+    untold: int = splits.UNTOLD,
 ) -> World:
     """Make a world where every pair is in all of these views.
 
-    pieces: those that an image tokenizer is fitted to. assumption: what is said of the images in place of the emoji
-    world's own.
+    pieces: those that an image tokenizer is fitted to. assumptions: what is said of the world in place of the emoji
+    world's. untold: colours of every kind that captions never name.
     """
     return replace(
         emoji_world.WORLD,
@@ -23,15 +30,18 @@ def with_views(
         title=title,
         package=package,
         umms=("show_o",),
+        held_out=partial(splits.held_out, untold=untold),
+        prompts=partial(prompts, untold=untold),
         splits={
-            "captioned": partial(splits.captioned, views=views),
-            "understood": partial(splits.understood, views=views),
+            "captioned": partial(splits.captioned, views=views, untold=untold),
+            "understood": partial(splits.understood, views=views, untold=untold),
             "unlabeled": partial(splits.unlabeled, views=views),
-            "unseen": splits.unseen,
+            "unseen": partial(splits.unseen, grain=views[0].grain),
             "pieces": partial(splits.unlabeled, views=pieces),
         },
         codec_split="pieces",
         shows=partial(judge.shows, views=views),
         describe=partial(judge.describe, views=views),
-        assumptions=(emoji_world.WORLD.assumptions[0], assumption, *emoji_world.WORLD.assumptions[2:]),
+        introduction=emoji_world.introduction(untold),
+        assumptions=assumptions,
     )

@@ -66,8 +66,9 @@ def save_as_run(model: Adapter, recipe: Recipe, folder: Path, steps: int) -> Non
 
 
 def first_images(split: Split, scale: float) -> Tensor:
-    """Stack the first images of a split, all of them at scale 1: uint8 [n, 3, H, W]."""
-    return torch.stack([split.image(i) for i in range(scaled(len(split), scale, least=64))])
+    """Stack the first images of a split, at least 64 if it has so many, all of them at scale 1: uint8 [n, 3, H, W]."""
+    count = min(len(split), scaled(len(split), scale, least=64))
+    return torch.stack([split.image(i) for i in range(count)])
 
 
 def unit(pixels: Tensor) -> Tensor:  # uint8

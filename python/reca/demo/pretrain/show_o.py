@@ -30,7 +30,8 @@ from reca.models.show_o.loss import cross_entropy, i2t_samples, t2i_samples
 from reca.models.show_o.masking import sample_mask
 from reca_kernels import IGNORE_INDEX
 
-STEPS = {"shapes": 800, "jitter": 800, "emoji": 500, "emoji-places": 1200, "emoji-varied": 2000}
+STEPS = {"shapes": 800, "jitter": 800}
+STEPS |= {"emoji": 500, "emoji-shared": 500, "emoji-shared-few": 500, "emoji-places": 1200, "emoji-varied": 2000}
 GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
 COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
@@ -151,30 +152,37 @@ SHAPES = {
     )
     for world in ("shapes", "jitter")
 }
-SETUPS = SHAPES | {
-    "emoji": DemoSetup(
+
+
+def _of_emoji(world: str, *overrides: str, codebook: str = "2048 pieces of 16 pixels") -> DemoSetup:
+    return DemoSetup(
         recipe="show_o_emoji_tiny",
-        steps=STEPS["emoji"],
-        pretrain=partial(pretrain, "emoji"),
+        steps=STEPS[world],
+        pretrain=partial(pretrain, world),
         init_override="model.weights={folder}",
         cached=True,
         sampling=SAMPLING,
         description="A Show-o of 0.9 million parameters, with an EfficientNet-Lite0 in CLIP's place,",
         assumptions=(
             ALIGNED.format(how=", on images of the pairs that captions name"),
-            "Images are 64 pixels wide and their tokens come from a codebook of 2048 pieces of 16 pixels, which stands "
-            "in for MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
+            f"Images are 64 pixels wide and their tokens come from a codebook of {codebook}, which stands in for "
+            "MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
             "the learning rate that was picked by what RECA drew on another seed; SFT had no search of its own.",
         ),
         random_encoder=("model.efficientnet_weights=null",),
-    ),
+        overrides=overrides,
+    )
+
+
+def _of_shared_codes(world: str) -> DemoSetup:
+    overrides = "model.patches.size=8", "model.patches.entries=1024"
+    return _of_emoji(world, *overrides, codebook="1024 pieces of eight pixels")
+
+
+SETUPS = SHAPES | {
+    "emoji": _of_emoji("emoji"),
+    "emoji-shared": _of_shared_codes("emoji-shared"),
+    "emoji-shared-few": _of_shared_codes("emoji-shared-few"),
+    "emoji-places": _of_emoji("emoji-places"),
+    "emoji-varied": _of_emoji("emoji-varied", "model.patches.entries=6144", codebook="6144 pieces of 16 pixels"),
 }
-SETUPS["emoji-places"] = replace(
-    SETUPS["emoji"], steps=STEPS["emoji-places"], pretrain=partial(pretrain, "emoji-places")
-)
-SETUPS["emoji-varied"] = replace(
-    SETUPS["emoji"],
-    steps=STEPS["emoji-varied"],
-    pretrain=partial(pretrain, "emoji-varied"),
-    overrides=("model.patches.entries=6144",),
-)
