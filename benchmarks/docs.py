@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.data import rows as data
 from benchmarks.data import waiting_rows as waiting
-from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, all_results, complete
+from benchmarks.rows import BACKWARD, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, all_results, complete, digits
 from benchmarks.step import report as step
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def _table(rows: list[Row]) -> str:
             "by": f"**{row.provider}**" if row.provider.startswith(OURS) else row.provider,
             "forward, ms": _ms(part[FORWARD]),
             "backward, ms": _ms(part[BACKWARD]),
-            "complete, ms": f"{_number(row.ms_p50)} [{_number(row.ms_p20)}, {_number(row.ms_p80)}]",
+            "complete, ms": f"{digits(row.ms_p50)} [{digits(row.ms_p20)}, {digits(row.ms_p80)}]",
             "to ours": f"{row.ms_p50 / base:.2f} x" if base else "",
             "GB/s": _share(row.gb_per_s, row.percent_copy),
             "TFLOP/s": _share(row.tflop_per_s, row.percent_gemm),
@@ -137,16 +137,11 @@ def _part(rows: list[Row], row: Row, mode: str) -> Row | None:
 
 
 def _ms(row: Row | None) -> str:
-    return "" if row is None else _number(row.ms_p50)
-
-
-def _number(x: float) -> str:
-    """Three digits, never with an exponent."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    return "" if row is None else digits(row.ms_p50)
 
 
 def _share(rate: float | str, percent: float | str) -> str:
-    return "" if rate == "" else f"{_number(rate)} ({percent:.0f} %)"
+    return "" if rate == "" else f"{digits(rate)} ({percent:.0f} %)"
 
 
 def _error(row: Row) -> str:
@@ -205,7 +200,7 @@ def _summary(rows: list[Row]) -> Iterator[str]:
         cells = [
             case[0],
             f"{case[1]}, {short(case[2])}" + (", graph" if case[3] == "graph" else ""),
-            _number(best.ms_p50),
+            digits(best.ms_p50),
             _times(upstream, best),
             _times(min(eager, key=lambda row: row.ms_p50, default=None), best),
             _times(fast, best),

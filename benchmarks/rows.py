@@ -82,6 +82,11 @@ def _number(text: str) -> str | int | float:
     return int(text) if text.isdigit() else float(text)
 
 
+def digits(x: float) -> str:
+    """Write a number with three digits, never with an exponent."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

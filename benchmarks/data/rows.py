@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.rows import OURS, RESULTS
+from benchmarks.rows import OURS, RESULTS, digits
 
 FOLDER = RESULTS / "data"
 PAGE = Path(__file__).parents[2] / "docs" / "data_speed.md"
@@ -77,7 +77,7 @@ def _line(row: Row, measured: list[Row]) -> str:
         f"{row.jpeg} px",
         f"**{row.by}**" if row.by.startswith(OURS) else row.by,
         f"{row.images_per_s:.0f}",
-        f"{row.ms_p50:.3g} [{row.ms_p20:.3g}, {row.ms_p80:.3g}]",
+        f"{digits(row.ms_p50)} [{digits(row.ms_p20)}, {digits(row.ms_p80)}]",
         f"{row.ms_p50 / best:.2f} x",
         _levels(row.largest_off),
         _percent(row.off_by_more),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.rows import RESULTS
+from benchmarks.rows import RESULTS, digits
 
 FOLDER, TARGET = RESULTS / "waiting", 0.02
 
@@ -37,7 +37,7 @@ def section(folder: Path = FOLDER) -> str:
         "| JPEG | data.workers | decoding, ms an image and core | a step, ms | steps | waiting for images | at most |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {row.jpeg} px | {row.workers} | {row.decode_ms:.3g} | {row.step_ms:.3g} | {row.steps} | "
+            f"| {row.jpeg} px | {row.workers} | {digits(row.decode_ms)} | {digits(row.step_ms)} | {row.steps} | "
             f"**{100 * row.waited:.1f} %** | {100 * TARGET:.0f} % |"
             for row in found
         ),

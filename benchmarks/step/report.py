@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.plot import pyplot
-from benchmarks.rows import files
+from benchmarks.rows import digits, files
 from benchmarks.step.rows import FOLDER, PARTS, StepRow, all_results, read
 from benchmarks.step.targets import TARGETS, Verdict, target_of, verdicts
 
@@ -30,8 +30,8 @@ def table(rows: list[StepRow]) -> str:
             continue
         lines.append(
             f"  {row.form:<8} {row.seconds_p50:8.4g} s [{row.seconds_p20:.4g}, {row.seconds_p80:.4g}]  "
-            f"{row.images_per_s:.3g} images/s  peak {row.peak_gib:.2f} GiB  {row.flops / 1e12:.4g} TFLOP at "
-            f"{_percent(row.product_share)} of {row.gemm / 1e12:.4g} TFLOP/s  roofline {row.roofline_s:.3g} s  "
+            f"{digits(row.images_per_s)} images/s  peak {row.peak_gib:.2f} GiB  {row.flops / 1e12:.4g} TFLOP at "
+            f"{_percent(row.product_share)} of {row.gemm / 1e12:.4g} TFLOP/s  roofline {digits(row.roofline_s)} s  "
             f"{row.operators} operators  {row.host_waits} host waits"
         )
         shares = (f"{name} {_percent(row.part(name) / row.seconds_p50)}" for name in PARTS if row.part(name))
@@ -75,10 +75,10 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
     for row in rows:
         if row.measured:
             yield (
-                f"| {row.model} | {_form(row)} | {row.images} | {_number(row.seconds_p50)} "
-                f"[{_number(row.seconds_p20)}, {_number(row.seconds_p80)}] | {_number(row.images_per_s)} | "
-                f"{_number(row.flops / 1e12)} | {_percent(row.product_share)} | "
-                f"{_percent(row.mfu) if row.useful_flops != '' else ''} | {_number(row.roofline_s)} | "
+                f"| {row.model} | {_form(row)} | {row.images} | {digits(row.seconds_p50)} "
+                f"[{digits(row.seconds_p20)}, {digits(row.seconds_p80)}] | {digits(row.images_per_s)} | "
+                f"{digits(row.flops / 1e12)} | {_percent(row.product_share)} | "
+                f"{_percent(row.mfu) if row.useful_flops != '' else ''} | {digits(row.roofline_s)} | "
                 f"{row.peak_gib:.2f} | {row.operators} | {row.host_waits} |"
             )
     yield ""
@@ -152,11 +152,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %"
 
 
-def _number(x: float) -> str:
-    """Three digits, never with an exponent."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
-
-
 def plots(folder: Path = FOLDER, out: Path = PAGE.parent / "images") -> list[Path]:
     """Write a plot of every result file: seconds an image by part, stacked. None are written without matplotlib."""
     measured = {path.stem: [row for row in read(path) if row.measured] for path in files(folder)}
@@ -178,7 +173,7 @@ def plot(rows: list[StepRow], out: Path) -> Path | None:
             axis.barh(place, width, left=left, color=color, label=name if place == 0 else None)
             left += width
         axis.plot([row.roofline_s / row.images] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axis.text(left, place, f"  {left:.3g} s", va="center", fontsize=8)
+        axis.text(left, place, f"  {digits(left)} s", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [f"{row.model}, {row.size}, {row.form}" for row in reversed(rows)], fontsize=8)
     axis.set_xlabel(f"seconds an image ({rows[0].clock}); black: the roofline")
     axis.margins(x=0.08)
