@@ -12,7 +12,7 @@ import torch
 from reca.data.config import DataConfig
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
-from reca.data.sampler import sample_index
+from reca.data.order import Shuffled
 from reca.data.sources import open_source
 from reca.data.views import View, Views
 from tests.data.files import image_bytes
@@ -59,7 +59,7 @@ def take(loader, n):
 
 def test_an_epoch_is_every_sample_once_and_epochs_differ():
     for size in (1, 7, 100):
-        epochs = [[sample_index(3, size, e * size + i) for i in range(size)] for e in range(3)]
+        epochs = [[Shuffled(size, 3).index(e * size + i) for i in range(size)] for e in range(3)]
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert size < 7 or epochs[0] != epochs[1]
 

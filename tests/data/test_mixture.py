@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from reca.data import order
 from reca.data.config import DataConfig
 from reca.data.loader import open_loader
 from reca.data.mixture import Mixture
@@ -199,3 +200,14 @@ def test_lists_in_recipes(two, tmp_path, monkeypatch):
 def test_lists_that_are_wrong(text, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe("show_o_512", [f"data.images={text}"])
+
+
+def test_every_source_of_a_mixture_keeps_its_order(monkeypatch):
+    """Twelve permutations are made once each, not anew for every sample that another source stands before."""
+    made = []
+    real = order._permutation
+    monkeypatch.setattr(order, "_permutation", lambda rng, size: made.append(size) or real(rng, size))
+    mixed = order.Mixed([order.Shuffled(100, seed) for seed in range(12)], [100] * 12, [1.0] * 12, 0)
+    for position in range(600):
+        mixed.index(position)
+    assert made.count(100) == 12

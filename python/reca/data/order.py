@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from reca.data.sample import Source
-from reca.data.sampler import sample_index, substitute_index
 from reca.rng import CounterRNG
 
 WINDOW = 2**27  # bytes of blocks that are shuffled together
@@ -52,16 +51,22 @@ def make_order(source: Source, seed: int, shuffle: bool = True) -> Order:
 
 
 class Shuffled:
-    """Every epoch is a permutation of all samples."""
+    """Every epoch is a permutation of all samples. A substitute is the same slot of another permutation."""
 
     def __init__(self, size: int, seed: int):
         self.size, self.seed = size, seed
+        self._order = functools.lru_cache(maxsize=4)(self._order_of)  # its own: others would push it out
 
     def index(self, position: int) -> int:
-        return sample_index(self.seed, self.size, position)
+        epoch, slot = divmod(position, self.size)
+        return int(self._order(self.seed, epoch)[slot])
 
     def substitute(self, position: int, attempt: int) -> int:
-        return substitute_index(self.seed, self.size, position, attempt)
+        epoch, slot = divmod(position, self.size)
+        return int(self._order(CounterRNG(self.seed, 1 + attempt).seed, epoch)[slot])
+
+    def _order_of(self, seed: int, epoch: int) -> np.ndarray:
+        return _permutation(CounterRNG(seed, epoch), self.size).astype(np.int32)
 
 
 class Stored(Shuffled):
@@ -83,6 +88,7 @@ class Windows:
         self.bytes = np.array([block.bytes for block in blocks])
         self.first = np.cumsum(self.samples) - self.samples
         self.size = int(self.samples.sum())
+        self._far = Shuffled(self.size, seed)
         self._windows = functools.lru_cache(maxsize=4)(self._windows_of)
         self._samples = functools.lru_cache(maxsize=16)(self._samples_of)
 
@@ -91,7 +97,7 @@ class Windows:
 
     def substitute(self, position: int, attempt: int) -> int:
         if attempt > NEAR:
-            return substitute_index(self.seed, self.size, position, attempt)
+            return self._far.substitute(position, attempt)
         return self._at(position, attempt)
 
     def _at(self, position: int, attempt: int) -> int:
