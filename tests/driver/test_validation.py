@@ -1,12 +1,13 @@
 """Held-out images: what is held out, and that their loss is a function of the weights alone."""
 
+import numpy as np
 import pytest
 import torch
 
 from reca import objective
 from reca.data.errors import DataError
-from reca.data.held_out import hold_out
-from reca.data.mixture import Mixture
+from reca.data.held_out import hold_out, take
+from reca.data.mixture import Mixture, Subset
 from reca.data.order import make_order
 from reca.data.sources import open_source
 from reca.models import UMMS
@@ -47,6 +48,49 @@ def test_a_mixture_gives_from_each_of_its_sources(tmp_path):
     assert sorted(map(order.index, range(8))) == list(range(8))  # each of them once
     named = set().union(*map(keys, aside.source.parts))  # both folders have the same names: neither trains on one
     assert not any(keys(part) & named for part in rest["reca"].parts)
+
+
+def test_a_small_source_of_a_mixture_keeps_half(tmp_path):
+    """What it cannot give, the others do; each stays one that can be drawn from."""
+    one, two = (open_source(str(write_images(tmp_path / name, count)), "reca") for name, count in (("a", 60), ("b", 9)))
+    two = Subset(two, np.arange(5, 9))  # other names than the held-out ones of the first may have
+    rest, aside = hold_out({"reca": Mixture([one, two], [1.0, 1.0], ["a", "b"])}, 16, 0)
+    assert len(aside) == 16 and [len(part) for part in aside.source.parts] == [14, 2]
+    order = make_order(rest["reca"], 0)
+    assert len({order.index(place) for place in range(2048)}) == len(rest["reca"])
+
+
+def test_a_source_that_would_be_emptied_is_named(tmp_path):
+    """Samples of the held-out images are left out of every task, and may be all that one of its sources has."""
+    one, two = (open_source(str(write_images(tmp_path / name, 20)), "reca") for name in "ab")
+    aside = hold_out({"reca": one}, 2, 0)[1]
+    same = Subset(two, np.array([i for i in range(20) if two.key(i) in keys(aside)]))
+    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample of b of t2i; lower it"):
+        hold_out({"reca": one, "t2i": Mixture([two, same], [1.0, 1.0], ["a", "b"])}, 2, 0)
+    with pytest.raises(DataError, match=r"eval.holdout=2 leaves no sample of t2i; lower it"):
+        hold_out({"reca": one, "t2i": same}, 2, 0)
+
+
+def test_images_of_a_mixture_that_are_named_for_it_are_drawn_once(tmp_path):
+    one, two = (open_source(str(write_images(tmp_path / name, count)), "reca") for name, count in (("a", 9), ("b", 2)))
+    for count in (6, 11):
+        given = take(Mixture([one, two], [1.0, 3.0], ["a", "b"]), count, 0)
+        order = make_order(given, 0, shuffle=False)
+        assert sorted(map(order.index, range(count))) == list(range(len(given))) == list(range(count))
+
+
+@pytest.mark.parametrize("data", ["inside", "named"])
+def test_a_held_out_image_that_cannot_be_read_is_one_of_all_images(recipe, tmp_path, data):
+    images = write_images(tmp_path / "many", 120)
+    keys = [f"data.images={images}", "eval.holdout=20"]
+    keys += ["eval.holdout_from=" + str(images)] if data == "named" else []
+    r = recipe(*keys)
+    aside = open_run_sources(r, ["reca"])[HELD_OUT]
+    (images / aside.key(3)).write_bytes(b"no image")
+    assert len(HeldOut(r, ToyAdapter(), aside, torch.device("cpu"), EAGER).batches) > 0
+    (images / aside.key(4)).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"2 of 120 samples are unreadable, more than data.max_bad_fraction=0.01"):
+        HeldOut(r, ToyAdapter(), open_run_sources(r, ["reca"])[HELD_OUT], torch.device("cpu"), EAGER)
 
 
 def test_what_cannot_be_held_out(recipe):

@@ -1,6 +1,6 @@
 """Held-out images: no task trains on them, and which they are depends on a seed alone."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,26 +26,36 @@ def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict
             f"eval.holdout={count} sets more than half of the {len(whole)} images of data.images aside; lower it, or "
             "name other images by eval.holdout_from"
         )
-    rest, aside, keys = _split(whole, count, seed)
-    aside = Subset(aside, np.arange(len(aside)))  # no mixture: it would draw some images twice, and others never
-    others = {task: _without(source, keys) for task, source in sources.items() if task != "reca"}
-    if empty := [task for task, source in others.items() if not len(source)]:
+    rest, aside, keys = _split(whole, count, seed, 0.5)
+    if len(aside) < count:
+        raise DataError(
+            f"eval.holdout={count} sets more than half of the images of a source of data.images aside; lower it, or "
+            "name other images by eval.holdout_from"
+        )
+    left = {task: rest if task == "reca" else _without(source, keys) for task, source in sources.items()}
+    if empty := [name for task in sources for name in _emptied(task, sources[task], left[task])]:
         raise DataError(f"eval.holdout={count} leaves no sample of {', '.join(empty)}; lower it")
-    return {task: rest if task == "reca" else others[task] for task in sources}, aside
+    return left, _as_one(aside, whole)
 
 
 def take(source: Source, count: int, seed: int) -> Source:
     """Return `count` images of a source, those that `hold_out` would set aside; all where there are no more."""
-    return source if count >= len(source) else _split(source, count, seed)[1]
+    chosen = source if count >= len(source) else _split(source, count, seed, 1.0)[1]
+    return _as_one(chosen, source)
 
 
-def _split(source: Source, count: int, seed: int) -> tuple[Source, Source, set[str]]:
-    """Return what is left, what is set aside, and the keys of the latter."""
+def _as_one(images: Source, whole: Source) -> Source:
+    """Return images of a source as a part of it. A mixture would draw some of them twice, and others never."""
+    return Subset(images, np.arange(len(images)), len(whole))
+
+
+def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, Source, set[str]]:
+    """Return what is left, what is set aside, and the keys of the latter. most: share of a source of a mixture."""
     if isinstance(source, Mixture):
-        total = sum(source.weights)
+        shares = _shares(count, source.weights, [int(most * len(part)) for part in source.parts])
         parts = [
-            _split(part, min(len(part), max(1, round(count * weight / total))), CounterRNG(seed, number).seed)
-            for number, (part, weight) in enumerate(zip(source.parts, source.weights, strict=True))
+            _split(part, share, CounterRNG(seed, number).seed, most)
+            for number, (part, share) in enumerate(zip(source.parts, shares, strict=True))
         ]
         rest, aside, named = zip(*parts, strict=True)
         keys = set().union(*named)
@@ -56,6 +66,27 @@ def _split(source: Source, count: int, seed: int) -> tuple[Source, Source, set[s
     chosen = np.sort(np.fromiter(map(order.index, range(count)), np.int64, count))
     kept = np.setdiff1d(np.arange(len(source)), chosen, assume_unique=True)
     return Subset(source, kept), Subset(source, chosen), {source.key(int(i)) for i in chosen}
+
+
+def _shares(count: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """Divide a number by weights, and what is more than a part can give among the others."""
+    shares = [0] * len(most)
+    for _ in range(min(count, sum(most))):
+        open_ = [number for number, share in enumerate(shares) if share < most[number]]
+        shares[min(open_, key=lambda number: (shares[number] + 1) / weights[number])] += 1
+    return shares
+
+
+def _emptied(task: str, before: Source, after: Source) -> list[str]:
+    """Name what has no sample any more: the task, or sources of its mixture."""
+    if not isinstance(before, Mixture):
+        return [task] if not len(after) else []
+    assert isinstance(after, Mixture)
+    return [
+        f"{name} of {task}"
+        for name, had, has in zip(before.labels, before.parts, after.parts, strict=True)
+        if len(had) and not len(has)
+    ]
 
 
 def _without(source: Source, keys: Iterable[str]) -> Source:

@@ -65,10 +65,13 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 class Subset:
-    """Some samples of a source, in its order, under their keys. indices: ascending."""
+    """Some samples of a source, in its order, under their keys. indices: ascending.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
+    images: how many the share of unreadable ones is of; None: those of the subset.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, images: int | None = None):
+        self.source, self.indices, self.images = source, indices, images
         blocks = getattr(source, "blocks", None)
         if blocks is not None:
             edges = np.cumsum([0, *(block.samples for block in blocks)])
