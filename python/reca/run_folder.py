@@ -148,7 +148,8 @@ def _lock(run_dir: Path) -> int:
             with contextlib.suppress(OSError):  # a full disk
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
+            with contextlib.suppress(OSError):  # where the file system has no locks, there is none to release
+                fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
     if distributed.rank() > 0:
         handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR)
         folder_lock.acquire(handle, distributed.rank(), 1)

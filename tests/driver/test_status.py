@@ -129,10 +129,9 @@ def test_without_locks_a_run_is_alive_while_its_process_is(tmp_path, monkeypatch
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("fcntl.lockf", lambda *_: None)
+    monkeypatch.setattr("fcntl.lockf", none)
     RunFolder(tmp_path, 1).record_checkpoint(None)
     folder_lock.holders.clear()
-    monkeypatch.setattr("fcntl.lockf", none)
     assert is_locked(tmp_path) is None and Status.read(tmp_path).state == "running"
     monkeypatch.setattr("socket.gethostname", lambda: "another machine")  # whose processes cannot be seen
     assert Status.read(tmp_path).state == "running"

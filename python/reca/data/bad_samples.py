@@ -54,8 +54,9 @@ class BadSamples:
                 first = "; ".join(f"{key} ({reason})" for key, reason in list(self.bad.items())[:3])
                 raise DataError(
                     f"{len(self.bad)} of {size} samples are unreadable, more than data.max_bad_fraction="
-                    f"{self.max_fraction}: {first}. All are in {self.path or 'the log'}; repair or remove them, or "
-                    "raise data.max_bad_fraction"
+                    f"{self.max_fraction}: {first}. All are in {self.path or 'the log'}. Raise "
+                    "data.max_bad_fraction to go on without them, or repair or remove them and begin a new run: one "
+                    "that has begun goes on with the same data only"
                 )
 
     def mark_good(self, index: int) -> None:
