@@ -104,6 +104,7 @@ def test_the_time_limit_requeues_until_the_run_is_finished(cluster):
         (None, status("failed", 0, 3), 3, False),  # a recipe error
         (status("interrupted", 40, 75), status("failed", 60, 5), 5, False),  # NaN, however far it came
         (status("interrupted", 40, 75), status("failed", 60, 6), 6, False),  # a full disk
+        (status("interrupted", 40, 75), status("failed", 60, 8), 8, False),  # stopped by an alarm, which saves first
         (status("interrupted", 40, 75), status("failed", 60, 75), 0, True),  # killed without a word: a node is gone
         (status("interrupted", 40, 75), status("failed", 60, 1), 0, True),  # NCCL or a GPU broke
         (status("interrupted", 40, 75), status("failed", 40, 1), 1, False),  # again at the same step: a bug
