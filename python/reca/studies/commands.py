@@ -23,11 +23,18 @@ def add(sub: argparse.ArgumentParser, path) -> None:
         "overrides", nargs="*", metavar="[ARM:]key=value", help="recipe keys to change, in all arms or in one"
     )
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
-    sub.add_argument("--world", default="shapes", help="which embedded world; shapes")
+    sub.add_argument("--world", default="shapes", help="which embedded world (default: shapes)")
     sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
-    sub.add_argument("--seeds", type=_seeds, default=(0,), help="how many from 0 on, or a list: 0,1,5 or 5,; seed 0")
+    sub.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=(0,),
+        help="number of seeds, counted from 0, or a list such as 0,1,5, where '5,' is seed 5 alone (default: seed 0)",
+    )
     sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
-    sub.add_argument("--suite", action="append", default=[], help="with --recipe: measured by; may be given again")
+    sub.add_argument(
+        "--suite", action="append", default=[], help="with --recipe: a suite to measure by; may be repeated"
+    )
     for name, metavar, text in (
         ("--data", "SUITE=PATH", "a suite's files, where they are not shipped"),
         ("--judge", "SUITE=NAME[:ARGUMENT]", "who judges a suite; see reca eval"),
@@ -35,8 +42,8 @@ def add(sub: argparse.ArgumentParser, path) -> None:
         sub.add_argument(name, action="append", default=[], metavar=metavar, help=text)
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
     sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
-    sub.add_argument("--limit", type=int, help="items of a suite; all")
-    sub.add_argument("--draws", type=int, default=1, help="images of every prompt in an embedded world; 1")
+    sub.add_argument("--limit", type=int, help="number of items of a suite (default: all)")
+    sub.add_argument("--draws", type=int, default=1, help="images of every prompt in an embedded world (default: 1)")
     sub.add_argument("--jobs", type=int, help="arms at once: as many as there are GPUs, or else cores")
     sub.add_argument(
         "--scale",

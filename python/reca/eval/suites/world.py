@@ -17,7 +17,7 @@ class World(Suite):
     judge_kind = "world"
 
     def __init__(self, data: Path | None = None, world: str = "shapes", seed: int = 0):
-        """world: shapes or emoji. seed: of the world, which pairs of colour and kind captions never show."""
+        """world: its name. seed: of the world, which decides the pairs of colour and kind that captions never show."""
         super().__init__(data)
         self.world, self.seed = load_world(world), seed
         self.protocol = self.world.title
