@@ -65,11 +65,13 @@ def backward(
         if not batch.counted:
             # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
             # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
-            scale = 0.0
+            scale: float | Tensor = 0.0
         elif objective.mean == "batch":
-            scale = distributed.world_size() / weight.clamp(min=TINY)
+            scale = torch.where(weight > 0, distributed.world_size() / weight.clamp(min=TINY), 0.0)
+        elif batch.prepared.weight == 0:
+            scale = 0.0
         else:
-            scale = distributed.world_size() * len(batch) / (samples * max(batch.prepared.weight, TINY))
+            scale = distributed.world_size() * len(batch) / (samples * batch.prepared.weight)
         (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
             sums[task] += torch.stack((term.sum.detach(), term.weight))

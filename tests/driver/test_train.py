@@ -1,10 +1,12 @@
 """The loop over a toy adapter: what a step is, what is saved, what happens when things break."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from reca import checkpoint, distributed, exits, objective
 from reca.checkpoint import CheckpointError
 from reca.data.errors import DataError
 from reca.data.loader import open_loader
+from reca.models.base import LossTerm
 from reca.models.common.inference import eval_mode
 from reca.objective import backward
 from reca.optim import lr_at
@@ -81,6 +84,27 @@ def test_gradient_is_that_of_the_pooled_mean(recipe, images):
     for (name, p), q in zip(adapter.named_parameters(), expected.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("mean", ["batch", "micro_batch"])
+@pytest.mark.parametrize("ranks", [1, 4, 8])
+def test_a_task_without_labels_adds_nothing(mean, ranks, recipe, monkeypatch):
+    """In fp32, whose largest number is less than four times the inverse of its smallest."""
+    r = recipe(f"objective.mean={mean}", "objective.t2i={weight: 4, batch_size: 2, micro_batch: 2}")
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    adapter, found = ToyAdapter(), []
+    prepare, loss = adapter.prepare, adapter.loss
+    labelled = {"reca": 1.0, "t2i": 0.0}
+    adapter.prepare = lambda batch, rng: replace(p := prepare(batch, rng), weight=p.weight * labelled[batch.task])
+    adapter.loss = lambda p, *rest: LossTerm(*(x * labelled[p.task] for x in loss(p, *rest)[:2]))
+    batches = {
+        task: [next(iter(open_loader(r.data, task, adapter.views(task), seed=0, micro_batch=2)))] for task in labelled
+    }
+    for tasks in (["reca"], ["reca", "t2i"]):
+        adapter.zero_grad()
+        backward(adapter, {task: batches[task] for task in tasks}, r.objective, 0, contextlib.nullcontext())
+        found.append([p.grad for p in adapter.layers.parameters()])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
 
 
 def test_a_kind_of_weight_zero_is_never_computed(recipe):
