@@ -5,13 +5,18 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import checkpoint
+from reca import checkpoint, distributed
+from reca.checkpoint import contents
 from reca.config import OptimConfig
 from reca.optim import adamw, make_optimizer, moments, state_bytes
 from reca.options import RecipeError
+from reca.parallelize import shard
+from reca.recipe_files import load_recipe
 from reca.skipped_steps import NonFiniteError
 from reca.trainer import Trainer
 from tests.driver.toy import ToyAdapter, run_toy, weights
@@ -190,6 +195,131 @@ def test_resume_is_exact(config, recipe, tmp_path):
     assert all(torch.equal(v, weights(resumed.adapter)[n]) for n, v in weights(whole.adapter).items())
     for parameter, again in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
         assert all(torch.equal(again[name], tensor) for name, tensor in parameter.items())
+
+
+class Partly(ToyAdapter):
+    """With a trained layer that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.LayerNorm((64, 64))  # which starts without random numbers
+
+
+def assert_same_run(ours, theirs):
+    assert all(torch.equal(v, weights(theirs.adapter)[n]) for n, v in weights(ours.adapter).items())
+    for state, other in zip(ours.optimizer.state.values(), theirs.optimizer.state.values(), strict=True):
+        assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+@pytest.mark.parametrize("config", [{}, *ALL])
+def test_resume_is_exact_where_a_parameter_never_gets_a_gradient(config, recipe, tmp_path):
+    given, done = [f"optim.{key}={str(value).lower()}" for key, value in config.items()], {}
+    for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        done[folder] = Trainer(recipe(f"run_dir={tmp_path / folder}", f"train.steps={steps}", *given), Partly())
+        done[folder].run()
+    assert_same_run(done["whole"], done["parts"])
+    taken = [state["step"].item() for state in done["parts"].optimizer.state.values()]
+    assert sorted(taken) == [0, 0, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("bagel_tiny", ["train.train=[und_lm,gen_lm,gen_head]", "objective.i2t.weight=0"]),
+        ("janus_tiny", ["objective.reca.weight=0", "objective.i2t={weight: 1, batch_size: 2, micro_batch: 2}"]),
+    ],
+)
+def test_a_model_resumes_exactly_without_some_gradients(name, given, tmp_path):
+    given = [*given, "objective.reca.batch_size=2", "data.limit=32", "log.tensorboard=false", "log.reconstructions=0"]
+    done = {}
+    for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        done[folder] = Trainer(load_recipe(name, [f"run_dir={tmp_path / folder}", f"train.steps={steps}", *given]))
+        done[folder].run()
+    assert_same_run(done["whole"], done["parts"])
+    assert {state["step"].item() for state in done["parts"].optimizer.state.values()} == {0, 2}
+
+
+def test_a_checkpoint_may_lack_states_of_parameters_without_a_gradient(recipe, monkeypatch, tmp_path):
+    """As older ones do."""
+    find = contents.tensors
+    for folder, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        done = Trainer(recipe(f"run_dir={tmp_path / folder}", f"train.steps={steps}"), Partly())
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                contents, "tensors", lambda state: {n: t for n, t in find(state).items() if "unused" not in n}
+            )
+            done.run()
+        if folder == "whole":
+            whole = done
+    assert_same_run(whole, done)
+
+
+def test_a_checkpoint_that_lacks_part_of_a_state_is_refused(recipe, monkeypatch):
+    find = contents.tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "tensors", lambda state: {n: t for n, t in find(state).items() if "avg_sq" not in n})
+        run_toy(recipe("train.steps=1"))
+    with pytest.raises(Exception, match="Missing key"):
+        run_toy(recipe("train.steps=2"))
+
+
+@pytest.fixture(params=["whole", "sharded"])
+def toy(request):
+    """Makes toys, under FSDP2 or not."""
+    if request.param == "whole":
+        yield ToyAdapter
+        return
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+
+    def sharded():
+        adapter = ToyAdapter()
+        shard(adapter, 1, torch.device("cpu"), "fp32")
+        return adapter
+
+    yield sharded
+    distributed.shut_down()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_state_is_what_torch_makes(fused, toy, monkeypatch):
+    make = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, **named: make(*given, **(named | {"fused": fused})))
+    done = []
+    for cleared in (False, True):
+        model = toy()
+        optimizer = make_optimizer(model, OptimConfig())
+        if cleared:
+            optimizer.state.clear()
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        done.append((list(model.parameters()), list(optimizer.state.values())))
+    (parameters, states), (wanted, made) = done
+    assert all(torch.equal(a, b) for a, b in zip(parameters, wanted, strict=True))
+    for state, other in zip(states, made, strict=True):
+        assert list(state) == list(other)
+        for name, tensor in state.items():
+            assert torch.equal(tensor, other[name]) and type(tensor) is type(other[name])
+            assert tensor.dtype == other[name].dtype and tensor.stride() == other[name].stride()
+
+
+@pytest.mark.parametrize("config", [{}, *ALL])
+def test_reading_and_writing_a_state_counts_no_step(config):
+    model = ToyAdapter()
+    optimizer = make_optimizer(model, OptimConfig(**config))
+    state = get_optimizer_state_dict(model, optimizer, options=contents.FLAT)
+    set_optimizer_state_dict(model, optimizer, state, options=contents.FLAT)
+    assert [s["step"].item() for s in optimizer.state.values()] == [0] * len(list(model.parameters()))
+
+
+def test_the_map_of_codes_is_no_fake_one_after_a_prediction():
+    """As `reca check` makes one, and training in the same process then."""
+    moments._map.cache_clear()
+    with FakeTensorMode():
+        moments.quantize(torch.ones(1, 64), True)
+    codes, _ = moments.quantize(torch.ones(1, 64), True)
+    assert not isinstance(codes, FakeTensor) and codes.unique().tolist() == [255]
 
 
 def test_rounding_depends_on_the_seed(recipe, tmp_path):

@@ -32,9 +32,26 @@ def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torc
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     common: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "apex":
-        return _apex_adam()(groups, adam_w_mode=True, **common)
+        return _begun(_apex_adam()(groups, adam_w_mode=True, **common), config)
     fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, fused=fused, **common)
+    return _begun(torch.optim.AdamW(groups, fused=fused, **common), config)
+
+
+def _begun(optimizer: torch.optim.Optimizer, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make the state of every parameter, as it is before the first step.
+
+    torch and apex make it at a parameter's first gradient. Some parameters get none, and checkpoints hold all states.
+    apex counts steps by group.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = moments.storage(parameter.shape, parameter.dtype, config)
+            state = {name: torch.zeros_like(parameter, dtype=kept) for name in moments.MOMENTS}
+            if config.name != "apex":
+                place = parameter.device if group["fused"] else "cpu"
+                state = {"step": torch.zeros((), dtype=torch.float32, device=place), **state}
+            optimizer.state[parameter] = state
+    return optimizer
 
 
 def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:

@@ -7,7 +7,6 @@ stand for depend on how FSDP2 shards the rows. A second moment above 0 is never 
 divide by it.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from reca.config import OptimConfig
 from reca_kernels import Philox, philox_uniform
+from reca_kernels.host import outside_of_modes
 
 BLOCK = 256  # elements of a row with a scale of their own
 FEWEST = 4096  # elements of a parameter that is worth 8 bits
@@ -100,7 +100,7 @@ def _quantized(shape: Sequence[int]) -> bool:
     return rows * row >= FEWEST and row >= SHORTEST
 
 
-@functools.cache
+@outside_of_modes
 def _map(signed: bool, device: torch.device) -> Tensor:
     """Build the dynamic map, fp32 [256], sorted: some bits are an exponent of ten, and the rest a linear fraction."""
     values = [0.0, 1.0]
