@@ -82,7 +82,13 @@ def _layers(adapter: Adapter) -> list[Any]:
     for name, layer in adapter.named_modules():
         if type(layer) in CAST and not layer.weight.requires_grad and roles.get(f"{name}.weight") == "und_lm":
             found.append(layer)
-    return list(dict.fromkeys(found))
+    read = {  # by DoRA, for the norms of rows
+        layer
+        for module in adapter.modules()
+        if getattr(module, "lora_magnitude_vector", ())
+        for layer in module.modules()
+    }
+    return [layer for layer in dict.fromkeys(found) if layer not in read]
 
 
 def _copy(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:

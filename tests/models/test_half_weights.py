@@ -8,12 +8,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reca import distributed, half_weights, objective
+from reca import distributed, half_weights, lora, objective
 from reca.compiled_blocks import compile_blocks
 from reca.config import ObjectiveConfig, TrainConfig
 from reca.models import UMMS
 from reca.parallelize import shard
 from reca.precision import autocast
+from reca.recipe_files import load_recipe
 from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from tests.models.contract import batch, load
@@ -60,6 +61,20 @@ def test_gradients_are_those_of_autocast(umm):
     assert all(p is before[name] for name, p in model.named_parameters())
     print(f"{umm}: {plain.count} casts of weights and gradients, {plain.bytes} bytes; {held.count}, {held.bytes}")
     assert held.count < plain.count / 2 and held.bytes < plain.bytes / 2
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_with_lora_are_those_of_autocast(dora):
+    """DoRA reads the weights of its layers for the norms of their rows, in fp32."""
+    model, context = load("show_o"), autocast("bf16", torch.device("cpu"))
+    lora.choose_trained(model, load_recipe("show_o_tiny", ["lora.rank=4", f"lora.dora={str(dora).lower()}"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # which is zero at first
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 8)
+    wanted, found = (step(model, context, holding) for holding in (False, True))
+    assert found.keys() == wanted.keys()
+    assert not [name for name, gradient in wanted.items() if not torch.equal(found[name], gradient)]
 
 
 class Alive(TorchDispatchMode):
