@@ -17,6 +17,8 @@ from reca import exits
 from reca.errors import PeerFailed
 from reca.options import RecipeError
 
+HOURS = 24  # that one rank may need longer for work of its own than another, such as images or a judge's answers
+
 
 def initialize(timeout_minutes: int) -> torch.device:
     """Join the process group that torchrun prepared, if any, and return the device of this rank.
@@ -71,8 +73,8 @@ def mesh(device: torch.device, replicas: int, size: int) -> DeviceMesh:
 def set_timeout(minutes: int, device: torch.device) -> None:
     """Set how long a training collective may take from here on. All ranks must call it.
 
-    The first step waits for compilation, for NCCL and for cold files; a later one that takes as long hangs. Groups that
-    others have made, such as that of checkpoints, keep their own.
+    The first step waits for compilation, for NCCL and for cold files; a later one that takes as long hangs. Other
+    groups, such as those of checkpoints and of `waiting_group`, keep their own.
     """
     if not dist.is_initialized():
         return
@@ -91,6 +93,7 @@ def set_timeout(minutes: int, device: torch.device) -> None:
 # By the training group that they belong to. _host_groups: where that is NCCL's, what the training thread asks by gloo.
 _gloo_groups: dict[Any, dist.ProcessGroup] = {}
 _host_groups: dict[Any, dist.ProcessGroup] = {}
+_waiting_groups: dict[Any, dist.ProcessGroup] = {}
 
 
 def gloo_group() -> dist.ProcessGroup | None:
@@ -101,11 +104,24 @@ def gloo_group() -> dist.ProcessGroup | None:
     return _gloo_groups.get(dist.group.WORLD) if dist.is_initialized() else None
 
 
+def waiting_group() -> dist.ProcessGroup | None:
+    """Return the group in which ranks wait up to HOURS for what one of them does alone: all ranks, over gloo.
+
+    All ranks must call it, as the first call makes the group. None without processes.
+    """
+    if not dist.is_initialized():
+        return None
+    if dist.group.WORLD not in _waiting_groups:
+        _waiting_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(hours=HOURS))
+    return _waiting_groups[dist.group.WORLD]
+
+
 def shut_down() -> None:
     _meshes.clear()
     if dist.is_initialized():
         _gloo_groups.clear()
         _host_groups.clear()
+        _waiting_groups.clear()
         dist.destroy_process_group()
 
 

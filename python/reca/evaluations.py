@@ -112,11 +112,11 @@ class Evaluations:
 
     def _scored(self, step: int) -> dict[str, float]:
         assert self.suite is not None
-        with self.autocast:
-            scored = self.suite.run(self.adapter, step, self.device)
+        scored = self.suite.run(self.adapter, step, self.device, self.autocast)
         return {} if scored is None else training.values(scored.results) | spread(scored.images)
 
     def _drawn(self) -> dict[str, float]:
         prompts = self.recipe.log.prompts
         with self.autocast:
-            return spread(inference.generate(self.adapter, prompts, range(len(prompts))))
+            images = inference.generate(self.adapter, prompts, range(len(prompts)))
+        return spread(images)

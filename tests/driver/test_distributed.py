@@ -1,5 +1,6 @@
 """Ranks over gloo: in fp64 the same steps however they are split, and checkpoints that survive a change of ranks."""
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from reca import checkpoint, distributed
+from reca.eval.errors import EvaluationError
+from reca.eval.training import TrainingSuite
 from reca.models import UMMS, umm_package
 from reca.options import RecipeError
 from reca.recipe_files import as_dict, load_recipe
@@ -257,28 +260,55 @@ def test_torchrun_starts_the_command(tmp_path):
     assert "1 step done" in done.stdout and len(metrics(tmp_path / "run")) == 1
 
 
-def test_collectives_may_take_less_time_after_the_first_step(monkeypatch):
-    """In groups of training. Others, such as that of checkpoints, keep their limit."""
+@pytest.fixture
+def alone(monkeypatch):
+    """The device of a process group of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     monkeypatch.setattr(os, "environ", os.environ | one | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    device = distributed.initialize(30)
-    try:
-        shards, other = distributed.mesh(device, 1, 1).get_group("shard"), dist.new_group()
+    yield distributed.initialize(30)
+    distributed.shut_down()
 
-        def minutes() -> list[float]:
-            groups = (dist.group.WORLD, shards, other)
-            return [group._get_backend(device).options._timeout.total_seconds() / 60 for group in groups]
 
-        assert minutes()[0] == 30 and distributed.mesh(device, 1, 1).get_group("shard") is shards
-        before = minutes()[2]
-        distributed.set_timeout(5, device)
-        assert minutes() == [5, 5, before]
-    finally:
-        distributed.shut_down()
-    distributed.set_timeout(5, device)  # without a group, nothing
+def minutes(device: torch.device, group: dist.ProcessGroup | None = None) -> float:
+    """How long a collective of a group may take."""
+    backend = (group or dist.group.WORLD)._get_backend(device)
+    return backend.options._timeout.total_seconds() / 60
+
+
+def test_collectives_may_take_less_time_after_the_first_step(alone):
+    """In groups of training. Others, such as that of checkpoints, keep their limit."""
+    shards, other = distributed.mesh(alone, 1, 1).get_group("shard"), dist.new_group()
+    assert minutes(alone) == 30 and distributed.mesh(alone, 1, 1).get_group("shard") is shards
+    before = minutes(alone, other)
+    distributed.set_timeout(5, alone)
+    assert [minutes(alone, group) for group in (None, shards, other)] == [5, 5, before]
+    distributed.shut_down()
+    distributed.set_timeout(5, alone)  # without a group, nothing
+
+
+def test_ranks_wait_for_a_judge_longer_than_for_a_step(alone, tmp_path, monkeypatch):
+    keys = ["eval.every=1", "eval.suite=world", "eval.prompts=2"]
+    suite = TrainingSuite(load_recipe(write_recipe(tmp_path, tmp_path), keys), tmp_path / "run")
+    gather, waited = dist.all_gather_object, []
+
+    def judge(*_):
+        monkeypatch.setattr(dist, "all_gather_object", gathered)
+        raise ValueError("the judge is slow and fails")
+
+    def gathered(values, value, group=None):
+        waited.append(minutes(alone, group))
+        return gather(values, value, group)
+
+    monkeypatch.setattr("reca.eval.training.judge_and_score", judge)
+    for step in range(2):
+        distributed.set_timeout(5, alone)
+        with pytest.raises(EvaluationError, match="slow and fails"):
+            suite.run(ToyAdapter(), step, alone, contextlib.nullcontext())
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert waited == [60 * distributed.HOURS] * 2
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "11", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}

@@ -10,7 +10,9 @@ from PIL import Image
 from reca import exits
 from reca.alarms import Alarms, spread
 from reca.eval.config import EvalConfig
+from reca.eval.judges.world import WorldJudge
 from reca.options import RecipeError
+from reca.precision import _matmul_precision
 from reca.recipe_files import load_recipe
 from reca.status import Status
 from reca.trainer import CollapseError, Trainer
@@ -121,6 +123,32 @@ def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):
     assert all("world/score" not in line and "holdout/loss" in line for line in lines(trainer.run_dir))
 
 
+def test_a_judge_computes_as_in_an_evaluation_of_its_own(recipe, monkeypatch):
+    """The model draws under the run's autocast and the kernels of training; the judge is under neither."""
+
+    def state() -> tuple[bool, str]:
+        return torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()
+
+    def generate(self, prompts, seeds, **sampling):
+        found["model"] = state()
+        return ToyAdapter.generate(self, prompts, seeds)
+
+    def shows(self, image, prompt):
+        found["judge"] = state()
+        return {"correct": True, "seen": ""}
+
+    def kernels(*_):
+        return _matmul_precision("high")  # as on a GPU
+
+    found: dict[str, tuple[bool, str]] = {}
+    monkeypatch.setattr("reca.trainer.training_kernels", kernels)
+    monkeypatch.setattr(WorldJudge, "shows", shows)
+    adapter = type("Drawing", (ToyAdapter,), {"generate": generate})()
+    keys = ["train.precision=bf16", "train.steps=1", "eval.every=1", "eval.suite=world", "eval.prompts=2"]
+    Trainer(recipe(*keys), adapter).run()
+    assert found == {"model": (True, "high"), "judge": (False, "highest")}
+
+
 def test_a_disk_that_is_full_ends_nothing(recipe, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -165,7 +193,7 @@ def test_a_held_out_loss_above_that_of_the_base():
 def test_h_v_that_does_not_help_any_more():
     falling = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.1, 0.4, 0.11, 0.09)]
     assert [len(new) for new in check(*falling)] == [0, 0, 0, 1]
-    assert "draws an average image" in check(*falling)[3][0]
+    assert "no longer uses h_v and generates an average image" in check(*falling)[3][0]
     never = [{"holdout/loss": 1.0, "holdout/gap": x} for x in (0.001, 0.004, -0.01)]
     assert check(*never) == [[], [], []]  # a model that has not learned it yet
 

@@ -11,7 +11,9 @@ import reca
 from reca import cli, inference
 from reca.eval import evaluation, files, generate, judge, records, report, targets
 from reca.eval.errors import EvaluationError
+from reca.eval.judges.base import Judge
 from reca.eval.judges.world import WorldJudge
+from reca.eval.suites.geneval import GenEval
 from reca.models import UMMS
 from tests.eval.world import Painter
 
@@ -257,6 +259,27 @@ def test_missing_images_and_another_layout(painter, tmp_path):
         reca.evaluate("world", painter, images=images, out=tmp_path / "third", limit=LIMIT)
     with pytest.raises(EvaluationError, match="--images .*nowhere is no folder"):
         reca.evaluate("world", painter, images=tmp_path / "nowhere")
+
+
+def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
+    """Whatever an evaluation before, of fewer prompts and more images of each, left in the folder."""
+
+    class Blind(Judge):
+        name = "blind"
+
+        def detect(self, image, colored, threshold):
+            return {}
+
+    monkeypatch.setattr(evaluation, "open_judge", lambda *_: Blind())
+    reca.evaluate("geneval", painter, limit=3, images_per_item=2, steps=["generate"])
+    found = reca.evaluate("geneval", painter, limit=5, judge="owlv2:x", images_per_item=1)
+    wanted = [item.id for item in evaluation.open_settings("geneval", None, limit=5).items()]
+    assert [row["item"] for row in found["items"]] == wanted and found["counts"]["images"] == 5
+    images, given = painter / "eval/geneval/images", {"judge": "owlv2:x", "partial": True}
+    monkeypatch.setattr(GenEval, "images_per_item", 1)
+    assert reca.evaluate("geneval", painter, limit=5, judge="owlv2:x")["counts"]["images"] == 5
+    found = reca.evaluate("geneval", painter, images=images, out=tmp_path / "out", **given)
+    assert [row["item"] for row in found["items"]] == sorted(path.name for path in images.iterdir())
 
 
 def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_path):

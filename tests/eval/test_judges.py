@@ -183,7 +183,7 @@ def test_a_judge_that_does_not_answer_in_time(server, image):
 @pytest.mark.parametrize(
     ("url", "options", "message"),
     [
-        ("localhost:8000", {}, "expected an address such as http://localhost:8000/v1"),
+        ("localhost:8000", {}, "expected a URL such as http://localhost:8000/v1"),
         ("http://me:word@host/v1", {}, "without a key in it"),
         ("http://host/v1?key=x", {}, "the key is read from RECA_JUDGE_KEY"),
         ("http://host/v1", {"model": "m", "workers": 0}, "judge option workers=0: expected more than 0"),

@@ -93,6 +93,18 @@ def test_only_prompts_that_both_have_are_compared():
     assert statistics.difference(after, before).overall.value == 0.5
 
 
+def test_a_mean_over_tags_is_one_over_those_that_both_have():
+    after = [(tag, f"{tag}{i}", 0.9) for tag in MEANS for i in range(4)]
+    before = [("a", f"a{i}", 0.8) for i in range(4)]
+    mean, total = {tag: 1 / len(MEANS) for tag in MEANS}, dict.fromkeys(MEANS, 1.0)
+    for weights in (mean, total):
+        assert statistics.estimate(before, weights).overall.value == pytest.approx(0.8)
+        assert statistics.difference(after, before, weights).overall.value == pytest.approx(0.1)
+    two = [*before, ("b", "b0", 0.6)]
+    assert statistics.estimate(two, mean).overall.value == pytest.approx(0.7)
+    assert statistics.estimate(two, total).overall.value == pytest.approx(1.4)  # of a sum, such as MME's
+
+
 def test_power():
     before, after = simulate(GENEVAL, 4, np.random.default_rng(2))
     weights = {tag: 1 / 6 for tag in MEANS}

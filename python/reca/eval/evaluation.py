@@ -28,7 +28,6 @@ from reca.sampling_options import check_sampling_options, defaults
 
 log = logging.getLogger("reca")
 STEPS = ("generate", "judge", "score", "report")
-HOURS = 24  # that one rank may need longer for its images than another
 RULE = {"name": "rule", "version": "1", "dtype": None, "exact": True}
 SHOWN = 3  # missing images that a message names
 
@@ -122,7 +121,7 @@ def _generate_on_all_ranks(
     A process group that was there before stays.
     """
     joined = distributed.is_joined()
-    place = distributed.initialize(60 * HOURS) if device is None else torch.device(device)
+    place = distributed.initialize(60 * distributed.HOURS) if device is None else torch.device(device)
     with distributed.fail_together():
         for side in sides:
             _generate(settings, side, place)
@@ -224,9 +223,12 @@ def judge_and_score(
     if not {"judge", "score"} & set(made) or (side.recipe is None and done.is_file()):
         return report.read(done)
     place = images or folder / "images"
-    items = settings.items(place)
-    found, generation = _find(settings, items, place, given), {} if images else read_generation(folder)
-    missing = _missing(settings, items, place, found, given)
+    foreign = images is not None or side.recipe is None
+    items = settings.items(place if foreign else None)
+    generated = "generate" in made and not foreign and given is None
+    count = settings.count if generated else settings.images_per_item
+    found, generation = _find(settings, items, place, count, given), {} if images else read_generation(folder)
+    missing = _missing(settings, items, place, count, found, given)
     path = folder / "records.jsonl"
     if given is not None:
         known, judge = _imported(settings, items, given)
@@ -257,8 +259,10 @@ def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | Non
     return open_judge(settings.judge, settings.judge_options, settings.suite, items, device)
 
 
-def _find(settings: Settings, items: Sequence[Item], place: Path, given: Path | None) -> dict[Key, Path]:
-    """Find the images; only as many of an item as were asked for."""
+def _find(
+    settings: Settings, items: Sequence[Item], place: Path, most: int | None, given: Path | None
+) -> dict[Key, Path]:
+    """Find the images. most: of an item; None takes all that are there."""
     if settings.suite.ability == "answer":
         return {}
     found = settings.suite.find(place, items) if place.is_dir() else {}
@@ -266,22 +270,28 @@ def _find(settings: Settings, items: Sequence[Item], place: Path, given: Path | 
         raise EvaluationError(
             f"{place} holds no images of {settings.suite.name}; expected them as {settings.suite.layout()}"
         )
-    most = settings.images_per_item
     return {key: path for key, path in found.items() if most is None or key[1] < most}
 
 
 def _missing(
-    settings: Settings, items: Sequence[Item], place: Path, found: Mapping[Key, Path], given: Path | None
+    settings: Settings,
+    items: Sequence[Item],
+    place: Path,
+    count: int | None,
+    found: Mapping[Key, Path],
+    given: Path | None,
 ) -> int:
-    """Count the items without an image. Raises EvaluationError for any, unless a part is enough."""
+    """Count the images that are missing. Raises EvaluationError for any, unless a part is enough.
+
+    count: of every item; None takes the most that one has.
+    """
     if settings.suite.ability == "answer":
         answered = read_answers(place.parent / "answers.jsonl")
         missing = [item.id for item in items if given is None and (item.id, 0) not in answered]
     elif given is not None:
         missing = []
     else:
-        most = max((k for _, k in found), default=0) + 1
-        wanted = settings.images_per_item or most
+        wanted = count or max((k for _, k in found), default=0) + 1
         missing = [f"{i.id} ({k})" for i in items for k in range(wanted) if (i.id, k) not in found]
     if missing and not settings.partial:
         raise EvaluationError(

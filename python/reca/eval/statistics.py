@@ -89,9 +89,14 @@ def t_quantile(freedom: float) -> float:
 def _weights(
     groups: Mapping[str, Mapping[str, Sequence[float]]], given: Mapping[str, float] | None
 ) -> dict[str, float]:
-    """Return the weight of every tag in the overall value; by its number of prompts where none is given."""
+    """Return the weight of every tag in the overall value; by its number of prompts where none is given.
+
+    Weights of a mean, whose sum is 1, are those of a mean over the tags that are there. Those of a sum stay as given.
+    """
     if given is not None:
-        return {tag: given.get(tag, 0.0) for tag in groups}
+        found = {tag: given.get(tag, 0.0) for tag in groups}
+        there = math.fsum(found.values()) if math.isclose(math.fsum(given.values()), 1) else 1.0
+        return {tag: _ratio(weight, there) for tag, weight in found.items()}
     total = sum(len(items) for items in groups.values())
     return {tag: len(items) / total for tag, items in groups.items()}
 

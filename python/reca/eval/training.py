@@ -1,5 +1,6 @@
 """The suite of eval.suite on a model in training: the same steps, in RUN/eval/training/SUITE/STEP."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from reca.eval.targets import Target, write_generation
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.options import RecipeError
+from reca.precision import fp32_products
 from reca.sampling_options import read_pairs
 
 FOLDER = Path("eval") / "training"
@@ -59,9 +61,12 @@ class TrainingSuite:
         except ValueError as error:
             raise RecipeError(f"eval.suite={config.suite}: {error}") from error
 
-    def run(self, adapter: Adapter, step: int, device: torch.device) -> Scored | None:
+    def run(
+        self, adapter: Adapter, step: int, device: torch.device, autocast: contextlib.AbstractContextManager
+    ) -> Scored | None:
         """Evaluate the model as it is after `step`. All ranks call it; rank 0 alone judges, and has the results.
 
+        autocast: of the model, which the judge is not under: it computes as in `reca eval`.
         None on other ranks. Where images, judge or disk fail, it raises on all ranks.
         """
         side = self._side(step)
@@ -70,12 +75,12 @@ class TrainingSuite:
                 shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
                 (side.folder / "images").mkdir(parents=True)
                 write_generation(side.folder, self._made(side, step))
-        with eval_mode(adapter):
+        with eval_mode(adapter), autocast:
             generate_images(
                 adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,
                 sampling_of(self.settings, side), self.settings.seed, alike=True,
             )  # fmt: skip
-        with distributed.fail_together():
+        with distributed.fail_together(distributed.waiting_group()), fp32_products():
             return self._score(side, device) if distributed.rank() == 0 else None
 
     def _side(self, step: int) -> Target:
