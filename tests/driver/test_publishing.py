@@ -69,6 +69,23 @@ def test_results_of_other_weights_are_left_out(run, tmp_path):
     assert "model-index" not in metadata(tmp_path / "out")
 
 
+def test_a_judge_is_named_without_its_place():
+    keys = ["eval.every=10", "eval.suite=wise", "eval.judge=endpoint:http://gpu17.corp:8000/v1"]
+    keys += ["eval.judge_options=[model=/home/me/models/Qwen3-VL]", "eval.seed=3"]
+    shown = [key for key in card._keys(load_recipe("show_o_tiny", keys)) if key.startswith("eval.")]
+    assert shown == ["eval.every=10", "eval.seed=3", "eval.suite=wise"]
+    score = {"protocol": "WISE", "overall": {"value": 0.5, "interval": [0.4, 0.6], "unit": "fraction"}}
+    score |= {"counts": {"items": 3}, "images_per_item": 1, "against": None}
+    for name, said in (
+        ("local:/home/me/models/Qwen3-VL", "local:Qwen3-VL"),
+        ("endpoint:models/Qwen3-VL/", "endpoint:Qwen3-VL"),
+        ("owlv2:/home/me/owlv2+clip-vit-large-patch14", "owlv2:owlv2+clip-vit-large-patch14"),
+        ("world", "world"),
+    ):
+        row = card._row(score | {"judge": {"name": name, "exact": None}})
+        assert row["measured"] == f"3 prompts x 1, judge {said}"
+
+
 def test_a_card_that_somebody_wrote_stays(tmp_path):
     export = ["export", "show_o_tiny", "--out", str(tmp_path), "--card"]
     assert cli.main(export) == 0

@@ -145,7 +145,7 @@ def _row(score: Mapping[str, Any]) -> dict[str, str]:
         "after": f"{figures.score(after['value'], unit)} {figures.bounds(after['interval'], unit)}",
         "before": "",
         "change": "",
-        "measured": f"{score['counts']['items']} prompts x {score['images_per_item']}, judge {judge.get('name')}"
+        "measured": f"{score['counts']['items']} prompts x {score['images_per_item']}, judge {_without_place(judge)}"
         + (" (approximate)" if judge.get("exact") is False else ""),
     }
     if against:
@@ -154,6 +154,12 @@ def _row(score: Mapping[str, Any]) -> dict[str, str]:
         interval = figures.bounds(change["difference_interval"], unit, sign=True)
         row["change"] = f"{figures.difference(change['difference'], unit)} {interval}"
     return row
+
+
+def _without_place(judge: Mapping[str, Any]) -> str:
+    """Name a judge, KIND or KIND:MODEL, by the last part of where its model is."""
+    kind, colon, model = str(judge.get("name")).partition(":")
+    return f"{kind}{colon}{Path(model).name}"
 
 
 def _state(run: Path) -> dict[str, Any]:
@@ -186,11 +192,11 @@ def _training(state: dict[str, Any], recipe: Recipe) -> dict[str, str]:
 
 
 def _keys(recipe: Recipe) -> list[str]:
-    """List the recipe keys that are not the default, without those of paths, data and tasks that were not trained."""
+    """List the recipe keys that are not the default, without those of paths, data, judges and tasks not trained."""
     usual = Recipe(umm=recipe.umm, model=type(recipe.model)())
     values = {key: getattr(config, f.name) for config, f, key in walk(usual)}
     idle = [f"objective.{task}." for task in WORDS if task not in recipe.active_tasks()]
-    hidden = ("run_dir", "data.", "log.", "checkpoint.", "model.words", *idle)
+    hidden = ("run_dir", "data.", "log.", "checkpoint.", "eval.judge", "model.words", *idle)
     return [
         f"{key}={getattr(config, f.name)}"
         for config, f, key in walk(recipe)

@@ -58,7 +58,7 @@ def check(repository: str) -> None:
 
 
 def push(folder: Path, names: Sequence[str], repository: str, public: bool = False, update: bool = False) -> str:
-    """Upload files of a folder, and check that the hub has them. Returns the repository's address.
+    """Upload files of a folder, and check that the hub has them. Returns the repository's URL.
 
     names: of the files, relative to the folder. public: of a repository that is made now; others stay as they are.
     update: commit on top of a repository that has other files, or the same ones with other contents.
