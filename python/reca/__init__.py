@@ -2,7 +2,7 @@
 
     import reca
 
-    reca.train("show_o_512", ["data.images=/data/images"])
+    reca.train("show_o_512", ["data.images=/data/images", "data.conversations=/data/llava.json"])
     model = reca.load("runs/show_o_512")
     images = model.generate(["a yellow broccoli"], seeds=[0])
     results = reca.evaluate("world", "runs/show_o_tiny", against="base")

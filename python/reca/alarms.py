@@ -38,7 +38,7 @@ def spread(images: Sequence[Tensor]) -> dict[str, float]:
 class Alarms:
     """Looks at the evaluations of a run, one after another, by the names of log.jsonl.
 
-    active: what is wrong after the last one, a sentence by the name of its alarm.
+    active: what is wrong after the last one, a message by the name of its alarm.
     """
 
     def __init__(self, config: EvalConfig):
@@ -83,7 +83,7 @@ class Alarms:
             return ""
         return (
             f"another image's h_v raises the held-out loss by {now:.4g} only, where it was {most:.4g} before "
-            f"(eval.alarm_gap={self.config.alarm_gap:g}). The model has stopped to look at h_v and draws an average "
+            f"(eval.alarm_gap={self.config.alarm_gap:g}). The model no longer uses h_v and generates an average "
             "image: lower optim.lr, train fewer roles (train.train), or give i2t or t2i a weight beside reca"
         )
 

@@ -19,7 +19,7 @@ from reca.trainer import Trainer
 
 
 class TrainedRun(NamedTuple):
-    """A run that has made all its steps."""
+    """Describe a run that has made all its steps."""
 
     folder: Path  # what `load` takes
     steps: int  # made in all
@@ -49,6 +49,7 @@ def load(
     Raises:
         RecipeError: The recipe cannot be read as written. It is a ValueError.
         ValueError: Files are missing, or do not fit the recipe.
+        CheckpointError: The run has no complete checkpoint, or has kept no average for ema=True.
     """
     recipe = recipe_of(source, overrides)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,9 +78,21 @@ def train(
         overrides: Recipe keys to change: ["train.steps=100"] or {"train.steps": 100}.
         model: An adapter to train in place of the one that the recipe loads.
 
+    Returns:
+        The folder of the run, the steps that it has made, and whether this call made any of them.
+
     Raises:
-        RecipeError: The recipe cannot be run as written, or the run folder holds a run of another one.
-        DataError: Data or disk.
+        RecipeError: The recipe cannot be run as written, the run folder holds a run of another one, or memory is full.
+            It is a ValueError.
+        DataError: The data or the disk cannot be used. It is a ValueError.
+        ValueError: Weights are missing, do not fit the recipe, or hold NaN or infinity.
+        TypeError: Overrides came with a Recipe that was loaded before.
+        CheckpointError: The checkpoints of the run folder, or of train.init_from, are damaged or do not fit.
+        RunInUse: Another process uses the run folder.
+        NonFiniteError: Loss or gradient was not finite in train.max_skips steps in a row.
+        CollapseError: An alarm has ended the run (eval.stop_on_alarm); its last step is saved.
+        NotSavedError: The last checkpoint could not be written.
+        PeerFailed: Another rank has failed, and prints the reason.
         SystemExit: With code 75: a signal came, what was made is saved, and the same call continues.
     """
     if not isinstance(recipe, Recipe):

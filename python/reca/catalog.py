@@ -136,7 +136,7 @@ def facts_of(repository: str, file: str = "") -> Facts:
     return WEIGHTS.get(f"{repository}/{file}", Facts(licence=whole.licence, gated=whole.gated))
 
 
-# How the hub names terms: its own short name, or "other" with a name and an address.
+# How the hub names terms: its own short name, or "other" with a name and a URL.
 _HUB_LICENCES = {
     "Apache-2.0": {"license": "apache-2.0"},
     "MIT": {"license": "mit"},

@@ -116,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         "stays as it is",
     )
     train.add_argument(
-        "--overfit-to", type=float, default=0.5, metavar="SHARE", help="of the first loss, which the dry run must reach"
+        "--overfit-to",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of the first loss that the dry run must reach (default: %(default)s)",
     )
 
     status = command("status", commands.status, "Print the status of a run.")
@@ -127,9 +131,12 @@ def _parser() -> argparse.ArgumentParser:
         "check", commands.check, "Report parameters, FLOPs and memory of a recipe, without loading weights."
     )
     takes_recipe(check)
-    check.add_argument("--gpus", type=int, default=1, help="GPUs of the run")
+    check.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: %(default)s)")
     check.add_argument(
-        "--node", type=int, default=8, help="GPUs per node; by default these share one copy of the weights"
+        "--node",
+        type=int,
+        default=8,
+        help="GPUs per node; under fsdp they share one copy of the weights by default (default: %(default)s)",
     )
     check.add_argument(
         "--card", type=_bytes, metavar="80GiB", help="memory of a GPU: say what fits, and how many it takes; minutes"
@@ -144,15 +151,15 @@ def _parser() -> argparse.ArgumentParser:
     edit = command("edit", inference_commands.edit, "Edit an image by an instruction.")
     takes_recipe(edit, or_run=True)
     takes_ema(edit)
-    edit.add_argument("--image", type=_path, required=True)
-    edit.add_argument("--instruction", required=True)
+    edit.add_argument("--image", type=_path, required=True, help="file of the image to edit")
+    edit.add_argument("--instruction", required=True, help="what to change in it")
     _takes_sampling(edit)
 
     answer = command("answer", inference_commands.answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
     takes_ema(answer)
-    answer.add_argument("--image", type=_path, required=True)
-    answer.add_argument("--question", required=True)
+    answer.add_argument("--image", type=_path, required=True, help="file of the image to ask about")
+    answer.add_argument("--question", required=True, help="the question about it")
 
     best = command(
         "best-of",
@@ -163,8 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     best.add_argument("prompts", type=_path, help="text file of prompts, one a line")
     best.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     takes_ema(best)
-    best.add_argument("--candidates", type=int, default=4, help="images per prompt")
-    best.add_argument("--question", help="what the prompt is scored as the answer to; 'Describe this image.'")
+    best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
+    best.add_argument("--question", help="what the prompt is scored as the answer to (default: 'Describe this image.')")
     _takes_sampling(best, folder_required=True)
 
     export = command(
@@ -194,20 +201,27 @@ def _parser() -> argparse.ArgumentParser:
     takes_recipe(serve, or_run=True)
     takes_ema(serve)
     serve.add_argument("--against", metavar="RUN|base", help="show beside it: base, a run or a recipe")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine alone")
-    serve.add_argument("--port", type=int, default=7860)
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+    )
+    serve.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
 
     demo = command(
         "demo", commands.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
-    demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)}")
-    demo.add_argument("--world", help="where: emoji or shapes; by default emoji, if the model has a demo there")
-    demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0")
+    demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)} (default: %(default)s)")
+    demo.add_argument("--world", help="where: emoji or shapes (default: emoji, if the model has a demo there)")
+    demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: %(default)s)")
     demo.add_argument(
-        "--out", type=_path, help="folder of the report; demo_out, for another than the usual demo demo_out/WORLD/UMM"
+        "--out",
+        type=_path,
+        help="folder of the report (default: demo_out; of another than the usual demo demo_out/WORLD/UMM)",
     )
     demo.add_argument(
-        "--scale", type=float, default=1.0, help="fraction of steps and prompts; below 1 only to see that it runs"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="fraction of steps and prompts; below 1 only to see that it runs (default: %(default)s)",
     )
 
     from reca.studies import commands as study_commands
@@ -225,12 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
-        sub.add_argument("--to", type=_path, help="folder to put them in; by default the cache of the hub")
+        sub.add_argument("--to", type=_path, help="folder to put them in (default: the cache of the hub)")
         sub.add_argument("--dry-run", action="store_true", help="print the list only")
         sub.set_defaults(run=run)
     suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
     suite.add_argument("name", help=", ".join(SUITES))
-    suite.add_argument("--to", type=_path, help="folder to put them in; ./benchmarks by default")
+    suite.add_argument("--to", type=_path, help="folder to put them in (default: ./benchmarks)")
     suite.add_argument("--dry-run", action="store_true", help="print the list only")
     suite.set_defaults(run=commands.get_suite)
 
@@ -263,11 +277,13 @@ def _add_data(subparsers) -> None:
         sub.set_defaults(run=run)
         sub.add_argument("spec", type=_path_text, help="what data.images takes, or a recipe whose data it is")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.columns.caption")
-        sub.add_argument("--task", choices=TASKS, help="what the data is for; reca, or all of a recipe")
+        sub.add_argument("--task", choices=TASKS, help="what the data is for (default: reca, or all of a recipe)")
         if name == "view":
-            sub.add_argument("--recipe", help="recipe whose model's views are shown; show_o_512")
-            sub.add_argument("--count", type=int, default=48, help="samples to show")
-            sub.add_argument("--out", type=_path, default=Path("data_view"), help="folder of the pages")
+            sub.add_argument("--recipe", help="recipe whose model's views are shown (default: show_o_512)")
+            sub.add_argument("--count", type=int, default=48, help="samples to show (default: %(default)s)")
+            sub.add_argument(
+                "--out", type=_path, default=Path("data_view"), help="folder of the pages (default: %(default)s)"
+            )
 
 
 def _path_text(text: str) -> str:
@@ -295,12 +311,15 @@ def _path(text: str) -> Path:
 
 
 def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False) -> None:
-    sub.add_argument("--seed", type=int, default=0, help="seed of the first image; the next ones count up")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; the next ones count up (default: %(default)s)"
+    )
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
     )
     folder = {"required": True} if folder_required else {"default": Path(".")}
-    sub.add_argument("--out", type=_path, help="folder for the PNG files", **folder)
+    text = "folder for the PNG files" + ("" if folder_required else " (default: the working directory)")
+    sub.add_argument("--out", type=_path, help=text, **folder)
 
 
 if __name__ == "__main__":

@@ -148,12 +148,12 @@ class TrainConfig:
     )
     float8: bool = config_field(
         False,
-        "multiply in 8 bits in the blocks' linear layers, by torchao; needs precision=bf16 and an Ada or Hopper GPU",
+        "compute the blocks' linear layers in FP8, by torchao; needs precision=bf16 and an Ada, Hopper or newer GPU",
     )
     activation_checkpointing: bool | int | Literal["selective"] = config_field(
         False,
         "compute the transformer blocks a second time in the backward pass, to keep none of their activations; a "
-        "number N: every N-th block; selective: all, but keep the outputs of their matrix products and attention",
+        "number N: every N-th block; selective: all, but keep the outputs of their matmuls and attention",
         least=2,
     )
     cast_once: bool = config_field(

@@ -1,7 +1,7 @@
-"""Products of the transformer blocks in 8 bits on GPUs that have them, by torchao.
+"""FP8 matrix multiplication in the linear layers of the transformer blocks, on GPUs that have it, by torchao.
 
 Inputs, weights and output gradients are rounded to e4m3 (3 bits of mantissa), with one scale a row, for the forward
-product and for the gradient of the input. The gradient of the weight is computed in bf16: it is what AdamW sums up, and
+matmul and for the gradient of the input. The gradient of the weight is computed in bf16: it is what AdamW sums up, and
 its inner dimension, the rows of a batch, need not be a multiple of 16. Weights and gradients are kept as they were.
 """
 
@@ -18,7 +18,7 @@ CAPABILITY = (8, 9)
 
 
 def check_usable(device: torch.device) -> None:
-    """Raise RecipeError where `train.float8` cannot run: without torchao, or without a GPU that has 8-bit products."""
+    """Raise RecipeError where `train.float8` cannot run: without torchao, or without a GPU that has FP8 matmuls."""
     if importlib.util.find_spec("torchao") is None:
         raise RecipeError(
             "train.float8=true needs torchao, which is not installed: pip install 'reca[float8]', or set it to false"
@@ -36,7 +36,7 @@ def check_usable(device: torch.device) -> None:
 
 
 def convert(adapter: Adapter, emulate: bool = False) -> int:
-    """Make the linear layers inside the blocks multiply in 8 bits. Returns how many.
+    """Make the linear layers inside the blocks multiply in FP8. Returns how many.
 
     Layers that have a size which is no multiple of 16 stay as they are. emulate: round, but multiply without 8-bit
     hardware. Raises RecipeError where no layer qualifies.

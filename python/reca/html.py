@@ -22,7 +22,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def data_url(data: bytes, kind: str) -> str:
-    """Write the bytes of an image file as the address of an image. kind: png, jpeg and so on."""
+    """Write the bytes of an image file as a data URL. kind: png, jpeg and so on."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 

@@ -146,7 +146,8 @@ def run_step(
                 batch.prepared = batch.prepared.to("cpu")
             allocations.hold((passes[task] - 1) * sum(x.numel() for x in (*(mine[0].gen or ()), *(mine[0].und or ()))))
         optimizer = make_optimizer(adapter, recipe.optim, recipe.train.seed)
-        _label_moments(allocations, optimizer, recipe)
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+        allocations.label(states, "host" if recipe.optim.offload else "moments")  # on the host: no part of the peak
         own = isinstance(optimizer, AdamW)
         pieces = PIECES * 4 * min(PIECE, max(p.numel() for p in trained)) if own else 0
         if recipe.optim.fused_backward:
@@ -175,21 +176,14 @@ def run_step(
         gradient_norm(adapter, recipe.optim.max_grad_norm)
         if not own:  # that one works on the values' addresses, piece by piece
             optimizer.step()
-        _label_moments(allocations, optimizer, recipe)
         moments = allocations.now.get("moments", 0)
         at_step = allocations.at_peak
-        at_step[OTHER] = at_step[OTHER] + pieces if own else max(0, at_step[OTHER] - moments)
+        at_step[OTHER] += pieces
     peaks = [
         Memory(at["weights"], at.get("gradients", 0), moments, at.get("ema", 0), at[OTHER])
         for at in (at_passes, at_step)
     ]
     return max(peaks, key=lambda memory: memory.total)
-
-
-def _label_moments(allocations: Allocations, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
-    """Count the optimizer's state: as the host's where it is offloaded, which is no part of a GPU's peak."""
-    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    allocations.label(states, "host" if recipe.optim.offload else "moments")
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -16,7 +16,7 @@ _FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are p
 def make_absolute(text: str, kind: str) -> str:
     """Make a relative path absolute. kind: of the key, as in reca/options.py.
 
-    Importable specs, addresses and names of the hub stay as they are.
+    Importable specs, URLs and names of the hub stay as they are.
     """
     if _is_no_path(text, kind):
         return text

@@ -80,7 +80,7 @@ def as_dict(recipe: Recipe) -> dict:
 def absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with paths that mean the same in every working folder: relative ones made absolute.
 
-    Importable specs, addresses and names of the hub stay as they are.
+    Importable specs, URLs and names of the hub stay as they are.
     """
     recipe = copy.deepcopy(recipe)
     for config, f, _ in walk(recipe):

@@ -253,7 +253,7 @@ def check_address(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def served(page: Any, host: str, port: int) -> Iterator[str]:
-    """Serve the page inside of the context. Gives its address."""
+    """Serve the page inside of the context. Gives its URL."""
     gradio = import_gradio()
     theme = gradio.themes.Default(**FONTS)
     page.launch(

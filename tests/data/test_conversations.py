@@ -47,7 +47,7 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
         (GOOD | {"image": ["a.png", 1][1:]}, "have an image whose name is no text"),
         (GOOD | {"image": "a\0.png"}, "have an image whose name is no text"),
         (GOOD | {"image": "\ud800.png"}, "have an image whose name is no text"),
-        (GOOD | {"image": "s3://bucket/a.png"}, "have an image at an address"),
+        (GOOD | {"image": "s3://bucket/a.png"}, "have an image at a URL"),
         (GOOD | {"image": "/etc/a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "../a.png"}, "have an image outside data.image_root"),
         (GOOD | {"image": "."}, "have an image outside data.image_root"),

@@ -1,4 +1,4 @@
-"""8-bit products, emulated as no CPU has them: which layers, how far from the exact ones, and what is refused."""
+"""FP8 matmuls, emulated as no CPU has them: which layers, how far from the exact ones, and what is refused."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its images, curves and tables, and no address of any other."""
+"""The page: one HTML file with its images, curves and tables, and no URL of any other."""
 
 import io
 from collections.abc import Sequence
@@ -113,7 +113,7 @@ def _reconstructions(found: dict[str, Any] | None, folder: Path) -> dict[str, An
 
 
 def _image(path: Path | None) -> dict[str, Any] | None:
-    """Read an image into a data address; None where there is none to read."""
+    """Read an image into a data URL; None where there is none to read."""
     if path is None:
         return None
     try:

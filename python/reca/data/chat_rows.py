@@ -45,7 +45,7 @@ def image_name(item: Any, root: str) -> str:
     if not isinstance(image, str) or "\0" in image or not encodable(image):
         raise BadRow("have an image whose name is no text")
     if "://" in image:
-        raise BadRow("have an image at an address (write its name, and the address before it as data.image_root)")
+        raise BadRow("have an image at a URL (write its name, and the URL before it as data.image_root)")
     name, inside = os.path.normpath(os.path.join(root, image)), os.path.join(root, "")
     if not name.startswith(inside) or name == inside:
         raise BadRow("have an image outside data.image_root")

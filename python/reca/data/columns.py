@@ -26,7 +26,7 @@ class ColumnsConfig:
     """Keys that name the columns of a table."""
 
     image: Optional[str] = config_field(
-        None, "column of a table that holds the images, or their paths or addresses; null finds it where it is clear"
+        None, "column of a table that holds the images, or their paths or URLs; null finds it where it is clear"
     )
     caption: Optional[str] = config_field(None, "column of the captions; null finds it where it is clear")
     conversations: Optional[str] = config_field(None, "column of the conversations; null: conversations or messages")
@@ -91,7 +91,7 @@ def _list(forms: Mapping[str, str]) -> str:
 def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sample:
     """Make a sample of the cells of one row. root: folder that paths in cells start from.
 
-    image: bytes, a path or address, or {"bytes": ..., "path": ...} as Hugging Face writes it.
+    image: bytes, a path or URL, or {"bytes": ..., "path": ...} as Hugging Face writes it.
     Raises LeftOut for a row without an image, BadSample for what is no image, caption or conversation, and OSError.
     """
     data = image_bytes(image, root)

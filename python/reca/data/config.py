@@ -38,7 +38,8 @@ class DataConfig:
     )
     image_root: Optional[str] = config_field(
         None,
-        "folder that image names in a file of conversations or of scored images, or in a table, start from",
+        "folder that image names in a file of conversations or of scored images, or in a table, start from; null: the "
+        "folder of that file, of hf:NAME the working directory",
         path=LOCAL,
     )
     columns: ColumnsConfig = config_field(ColumnsConfig, "columns of tables")
@@ -70,5 +71,8 @@ class DataConfig:
         0.01, "largest fraction of unreadable samples, over all ranks, before the run stops"
     )
     cache: Optional[str] = config_field(
-        None, "folder in which features of the frozen encoders are cached, one file per image", path=LOCAL
+        None,
+        "folder in which features of the frozen encoders are cached: in shards by `reca cache`, one file per image in "
+        "training; null caches none",
+        path=LOCAL,
     )

@@ -35,7 +35,7 @@ class Conversations:
     in front becomes the beginning of the first question. One `<image>` may stand in the first question, and is removed.
     Rows of any other form are left out and counted by reason when the file is opened.
 
-    File and images may lie at addresses. Such a file is read once, as a stream, whatever its size; the index of it is
+    File and images may lie at URLs. Such a file is read once, as a stream, whatever its size; the index of it is
     kept where the server tells versions apart. Sizes of images there are not asked for: it would take a request each.
     """
 
@@ -142,7 +142,7 @@ class Conversations:
         return self.rows.name(index)
 
     def size(self, index: int) -> int:
-        """Bytes of the image; 0 where it lies at an address."""
+        """Bytes of the image; 0 where it lies at a URL."""
         return 0 if isinstance(self.root, RemotePath) else total_size([self.root / self.rows.name(index)])
 
     def identity(self) -> str:
@@ -164,5 +164,5 @@ class Conversations:
 
 
 def _absolute(root: AnyPath) -> str:
-    """Return where image names start, for `image_name`. At an address names are taken from the root alone."""
+    """Return where image names start, for `image_name`. At a URL names are taken from the root alone."""
     return "/address" if isinstance(root, RemotePath) else os.path.abspath(root)

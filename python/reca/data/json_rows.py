@@ -1,4 +1,4 @@
-"""The rows of a JSON list, or of lines of JSON, in a file here or at an address."""
+"""The rows of a JSON list, or of lines of JSON, in a file here or at a URL."""
 
 import json
 from collections.abc import Iterator

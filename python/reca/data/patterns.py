@@ -38,7 +38,7 @@ def _all_there(spec: str, kind: str, paths: Sequence[AnyPath], missing: list[str
         if remote.lists_by_links(spec) and glob.has_magic(spec):
             hint = (
                 ": a web server lists its files only as a page of links, and this one has none there. Write a range, "
-                f"such as {{000..099}}.{kind}, or a single address"
+                f"such as {{000..099}}.{kind}, or a single URL"
             )
         elif "," in spec or "::" in spec or spec.startswith("pipe:"):
             hint = (

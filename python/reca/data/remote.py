@@ -1,4 +1,4 @@
-"""Files at s3://, gs://, http(s):// and other addresses that fsspec reads."""
+"""Files at s3://, gs://, http(s):// and other URLs that fsspec reads."""
 
 import contextlib
 import glob
@@ -22,7 +22,7 @@ CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", 
 
 
 class RemotePath:
-    """The part of pathlib.Path that sources use, of a file at an address."""
+    """The part of pathlib.Path that sources use, of a file at a URL."""
 
     def __init__(self, fs: Any, path: str):
         self.fs, self.path = fs, path
@@ -121,24 +121,24 @@ def is_address(text: str) -> bool:
 
 
 def lists_by_links(text: str) -> bool:
-    """Return whether an address is on a server that lists its files, if at all, as a page of links."""
+    """Return whether a URL is of a server that lists its files, if at all, as a page of links."""
     return text.startswith(("http://", "https://"))
 
 
 def to_path(text: str) -> AnyPath:
-    """Return the path of a file here or at an address. Raises DataError as `remote_path`."""
+    """Return the path of a file here or at a URL. Raises DataError as `remote_path`."""
     return remote_path(text) if is_address(text) else Path(text)
 
 
 def remote_path(text: str) -> RemotePath:
-    """Return the path of a file at an address. Raises DataError where fsspec cannot read such addresses."""
+    """Return the path of a file at a URL. Raises DataError where fsspec cannot read such URLs."""
     try:
         import fsspec
 
         return RemotePath(*fsspec.core.url_to_fs(text))
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
-    except Exception as error:  # of an address that is not understood, or of credentials
+    except Exception as error:  # of a URL that is not understood, or of credentials
         raise DataError(f"{text} cannot be opened: {type(error).__name__}: {error}") from error
 
 
@@ -152,7 +152,7 @@ def read_range(path: AnyPath, offset: int, size: int) -> bytes:
 
 
 class _Ranges(io.RawIOBase):
-    """A file at an address as a stream. Each piece is a request of its own, made again where the network fails."""
+    """A file at a URL as a stream. Each piece is a request of its own, made again where the network fails."""
 
     def __init__(self, path: RemotePath):
         self.path, self.place, self.size = path, 0, path.stat().st_size
@@ -189,7 +189,7 @@ def open_stream(path: AnyPath) -> BinaryIO:
 
 
 def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
-    """Return the files that addresses or patterns of them name, and the names of which there is none."""
+    """Return the files that URLs or patterns of them name, and the names of which there is none."""
     paths = [remote_path(name) for name in names]
 
     def found(pair: tuple[str, RemotePath]) -> list[RemotePath]:

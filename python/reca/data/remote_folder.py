@@ -1,4 +1,4 @@
-"""Images below a folder at an address, such as s3://bucket/photos."""
+"""Images below a folder at a URL, such as s3://bucket/photos."""
 
 import posixpath
 from collections import defaultdict
@@ -12,7 +12,7 @@ from reca.data.skipped import Skipped
 
 
 class RemoteFolder(ImageFolder):
-    """A folder at an address. It is listed once, when it is opened."""
+    """A folder at a URL. It is listed once, when it is opened."""
 
     def __init__(self, root: RemotePath, task: str):
         self.root = root

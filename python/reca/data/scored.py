@@ -82,7 +82,7 @@ class ScoredImages:
         return f"{row.image}#{row.number}"  # several rows may have one image
 
     def size(self, index: int) -> int:
-        """Bytes of the row's images; 0 where they lie at an address."""
+        """Bytes of the row's images; 0 where they lie at a URL."""
         if isinstance(self.root, RemotePath):
             return 0
         row = self.rows[index]

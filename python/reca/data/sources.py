@@ -107,7 +107,7 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
 
 
 def _open_address(text: str, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:
-    """Open tars, parquet files, conversations or a folder at an address."""
+    """Open tars, parquet files, conversations or a folder at a URL."""
     name = text.rpartition("/")[2]
     if PARQUET.search(name):
         return Parquet(expand(text, "parquet"), task, columns, image_root)

@@ -26,7 +26,7 @@ class Spec(NamedTuple):
 
 
 def parse_spec(text: str) -> Spec | None:
-    """Return the parts of an importable spec; None for any other text, such as a path or an address."""
+    """Return the parts of an importable spec; None for any other text, such as a path or a URL."""
     match = _SPEC.fullmatch(text)
     return match and Spec(*match.groups())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class View:
-    """Recipe of one uint8 [3, H, W] tensor from a decoded RGB image. Normalisation happens later, on the device.
+    """Say how a decoded RGB image becomes one uint8 [3, H, W] tensor. Normalisation happens later, on the device.
 
     fit:
       squash       resize to size x size, aspect ratio not kept
@@ -31,7 +31,7 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """The views that one task needs; None: that view is not needed."""
+    """Hold the views that one task needs; None: that view is not needed."""
 
     gen: View | None
     und: View | None

@@ -18,15 +18,21 @@ def add(sub: argparse.ArgumentParser, path) -> None:
         "--judge", metavar="NAME[:ARGUMENT]", help="who judges; without it, the suites that need one list them"
     )
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
-    sub.add_argument("--steps", default="generate,judge,score,report", help="which of generate,judge,score,report")
+    sub.add_argument(
+        "--steps",
+        default="generate,judge,score,report",
+        help="which of generate, judge, score and report to make (default: all)",
+    )
     sub.add_argument("--images", type=path, metavar="DIR", help="images made elsewhere, in the benchmark's own layout")
     sub.add_argument("--records", type=path, metavar="FILE", help="records or a result file made elsewhere")
     sub.add_argument("--data", type=path, metavar="PATH", help="the benchmark's files, where they are not shipped")
-    sub.add_argument("--out", type=path, metavar="DIR", help="folder of the evaluation; RUN/eval/SUITE")
-    sub.add_argument("--images-per-item", type=int, help="images per prompt; as the benchmark has it")
-    sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite; all")
+    sub.add_argument("--out", type=path, metavar="DIR", help="folder of the evaluation (default: RUN/eval/SUITE)")
+    sub.add_argument("--images-per-item", type=int, help="images per prompt (default: as the benchmark has it)")
+    sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite (default: all)")
     sub.add_argument("--partial", action="store_true", help="score what is there, though images are missing")
-    sub.add_argument("--seed", type=int, default=0, help="of all images; each has its own made from it")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed that the seed of every image is made from (default: %(default)s)"
+    )
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"
     )

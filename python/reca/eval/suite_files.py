@@ -112,7 +112,7 @@ def _json(source: SuiteFiles, url: str, key: str) -> Any:
 
 
 def _read(source: SuiteFiles, url: str) -> bytes:
-    """Fetch an address. Raises DataError after the last try, and at once for what no try will mend."""
+    """Fetch a URL. Raises DataError after the last try, and at once for what no try will mend."""
     for number in range(TRIES):
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:

@@ -35,7 +35,7 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a loss needs of its batch beside features. `Adapter.prepare` makes it on the host, before the step.
+    """Hold what a loss needs of its batch beside features. `Adapter.prepare` makes it on the host, before the step.
 
     A model's own has its layout, labels and masks, too.
 
@@ -76,7 +76,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 class LossTerm(NamedTuple):
-    """A loss as a sum and the weight it is to be divided by, so that means can be taken over a whole update."""
+    """Hold a loss as a sum and the weight it is to be divided by, so that means can be taken over a whole update."""
 
     sum: Tensor  # fp32 [], carries the graph
     weight: Tensor  # fp32 [], no gradient
@@ -104,7 +104,7 @@ def in_fp32(function: Callable) -> Callable:
 
 
 class Adapter(nn.Module):
-    """One UMM. Data flows image -> views -> encode -> prompt -> model -> loss."""
+    """Adapt one UMM to the driver. Data flows image -> views -> encode -> prompt -> model -> loss."""
 
     name: ClassVar[str]
     tasks: ClassVar[frozenset[str]]  # which of TASKS it can train on

@@ -56,7 +56,7 @@ class EndpointJudge(Judge):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
             raise ValueError(
-                f"--judge endpoint: expected an address such as http://localhost:8000/v1, without a key in it; the key "
+                f"--judge endpoint: expected a URL such as http://localhost:8000/v1, without a key in it; the key "
                 f"is read from {KEY}"
             )
         positive = {"timeout": timeout, "tries": tries, "workers": workers, "max_tokens": max_tokens}
