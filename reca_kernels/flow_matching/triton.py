@@ -67,7 +67,7 @@ def _elements(images, table, seed, ids, stream, explicit, EXPLICIT: tl.constexpr
     x0 += number.to(tl.int64) * elements
     offset += number.to(tl.int64) * elements
     image += number
-    if EIGHTS:  # every image begins on 16 bytes and has a multiple of eight; Triton 3.6 forgets tl.multiple_of here
+    if EIGHTS:  # these three are multiples of eight, and addresses of 16; Triton 3.6 forgets tl.multiple_of here
         x0, elements, offset = x0 // 8 * 8, elements // 8 * 8, offset // 8 * 8
     i = tl.arange(0, BLOCK)
     here = i < tl.minimum(elements - begin, BLOCK).to(tl.int32)
@@ -172,6 +172,7 @@ def _launches(
 ) -> Iterator[_Launch]:
     """Yield as many runs at a time as a launch takes."""
     found = image_runs(images)
+    bytes_each, base = images[0].element_size(), images[0].data_ptr()
     channels = images[0].shape[0]
     sizes = [channels * height * width for _, _, height, width in found]
     beginnings = [t.data_ptr() for t in (*tensors, explicit) if t is not None]
@@ -179,13 +180,14 @@ def _launches(
         "EXPLICIT": explicit is not None,
         "PATCH": patch,
         "CHANNELS": channels if patch > 1 else 1,
-        "EIGHTS": all(n % 8 == 0 for n in sizes) and all(a % 16 == 0 for a in (*beginnings, *(r[0] for r in found))),
+        "EIGHTS": all(n % 8 == 0 for n in sizes)
+        and all(a % 16 == 0 for a in (*beginnings, base))
+        and all((r[0] - base) % (8 * bytes_each) == 0 for r in found),
         "BIG": max(sizes) >= 2**31,
         "RUNS": 1 if len(found) == 1 else RUNS,
         "BLOCK": BLOCK,
         "num_warps": 8,
     }
-    bytes_each, base = images[0].element_size(), images[0].data_ptr()
     offset = image = 0
     for begin in range(0, len(found), RUNS):
         table: list[int] = []

@@ -292,7 +292,7 @@ def forward(
                 base, lead, logits.stride(0), labels, losses, stats, classes, ignore_index, smoothing, z_loss,
                 softcap or 0.0, SMOOTH=smoothing != 0, **switches(logits, options),
             )  # fmt: skip
-        loss, scale = reduce(losses, labels, options)
+    loss, scale = reduce(losses, labels, options)
     return loss, stats, scale
 
 
@@ -301,10 +301,11 @@ def reduce(losses: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tupl
     if options.reduction == "none":
         return losses, torch.ones((), dtype=torch.float32, device=losses.device)
     loss, scale = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))
-    reduce_kernel[1,](
-        losses, labels, loss, scale, len(losses), options.ignore_index, MEAN=options.reduction == "mean", BLOCK=2048,
-        **LAUNCH,
-    )  # fmt: skip
+    with torch.cuda.device_of(losses):
+        reduce_kernel[1,](
+            losses, labels, loss, scale, len(losses), options.ignore_index, MEAN=options.reduction == "mean",
+            BLOCK=2048, **LAUNCH,
+        )  # fmt: skip
     return loss, scale
 
 

@@ -82,7 +82,8 @@ def normals(seed, sample, stream, block):
 def fill_kernel(seed, ids, stream, out, tasks, n, DISTRIBUTION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     task = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = task < tasks
-    blocks = (n + 3) // 4
+    # Integers below 2^31 come in 32 bits, in which four times tasks, or n + 3, can wrap.
+    blocks = n // 4 + (0 if EVEN else 1)
     sample, block = task // blocks, task % blocks
     w0, w1, w2, w3 = words(tl.load(seed), tl.load(ids + sample, mask=here, other=0), stream, block)
     if DISTRIBUTION == 0:
@@ -95,10 +96,11 @@ def fill_kernel(seed, ids, stream, out, tasks, n, DISTRIBUTION: tl.constexpr, EV
         x = interleave(x0, x1, x2, x3)
     element = tl.program_id(0).to(tl.int64) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
     if EVEN:  # n is a multiple of 4: the samples' blocks lie side by side
-        tl.store(out + element, x, mask=element < tasks * 4)
+        tl.store(out + element, x, mask=element // 4 < tasks)
     else:
-        inner = element % (blocks * 4)
-        tl.store(out + element // (blocks * 4) * n + inner, x, mask=(element < tasks * 4) & (inner < n))
+        row = element // 4 // blocks
+        inner = element - row * blocks * 4
+        tl.store(out + row * n + inner, x, mask=(element // 4 < tasks) & (inner < n))
 
 
 def draw(noise: Philox, distribution: str, out: Tensor) -> None:

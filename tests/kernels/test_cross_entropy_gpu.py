@@ -171,11 +171,17 @@ def test_inductor(backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @BACKENDS
 def test_runs_on_the_tensors_device(backend):
+    """Not on the current one."""
     leaves, labels = problem(device="cuda:1")
     logits = logits_of(leaves)
     loss = masked_cross_entropy(logits, labels, backend=backend)
     close(loss.detach(), reference.masked_cross_entropy(logits.detach(), labels), 1e-5)
-    assert torch.autograd.grad(loss, logits)[0].any() and torch.cuda.current_device() == 0
+    assert torch.autograd.grad(loss, logits)[0].any()
+    hidden, weight, bias = leaves
+    loss = masked_linear_cross_entropy(hidden, weight, labels, bias, backend=backend)
+    close(loss.detach(), reference.masked_cross_entropy((hidden @ weight.T + bias).detach(), labels), 1e-3)
+    assert all(gradient.any() for gradient in torch.autograd.grad(loss, leaves))
+    assert torch.cuda.current_device() == 0
 
 
 SANITIZED = """

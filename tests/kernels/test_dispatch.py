@@ -1,5 +1,6 @@
 """Which backend runs, and what is said when one cannot."""
 
+import ast
 import importlib
 import inspect
 import os
@@ -140,6 +141,23 @@ def test_kernels_do_not_import_the_driver():
         run("import sys, reca_kernels; print([m for m in sys.modules if m == 'reca' or m.startswith('reca.')])")
         == "[]\n"
     )
+
+
+def launches_in(tree, on_device=False):
+    """Per launch of a Triton kernel, kernel[grid](...): its line, and whether it runs on a tensor's device."""
+    if isinstance(tree, ast.With):
+        on_device |= any(ast.unparse(item.context_expr).startswith("torch.cuda.device_of(") for item in tree.items)
+    if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Subscript):
+        yield tree.lineno, on_device
+    for child in ast.iter_child_nodes(tree):
+        yield from launches_in(child, on_device)
+
+
+@pytest.mark.parametrize("op", [op for op in dispatch.OPS if dispatch.has_backend(op, "triton")])
+def test_every_triton_kernel_runs_on_the_device_of_its_tensors(op):
+    """Triton launches on the current device, which another one's tensors leave as it is."""
+    launches = list(launches_in(ast.parse((dispatch.PACKAGE / op / dispatch.FILES["triton"]).read_text())))
+    assert launches and not [line for line, on_device in launches if not on_device]
 
 
 def test_use_forces_a_backend_for_a_while(monkeypatch):

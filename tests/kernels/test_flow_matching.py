@@ -258,6 +258,19 @@ def test_memory_that_is_not_aligned(backend, device):
     torch.testing.assert_close(got, flow_matching_loss(x0 * 2, x0, t, noise, backend=backend), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@KERNELS
+def test_images_anywhere_in_one_buffer(dtype, backend, device):
+    """From one to the next is a multiple of 16 bytes and of eight elements, of one of these, or of none."""
+    buffer = torch.arange(40, device=device, dtype=dtype)
+    t, noise = torch.zeros(2, device=device), torch.zeros(2, 8, device=device)
+    for start in range(16):
+        x0 = [buffer[at : at + 8].view(2, 2, 2) for at in (0, 8 + start)]
+        got = flow_matching_add_noise(x0, t, noise, patch=2, backend=backend)
+        want = torch.cat([reference.tokens(image, 2).flatten() for image in x0])
+        assert torch.equal(got.flatten(), want.to(got.dtype)), start
+
+
 def test_second_backward_and_double_backward():
     x0, t, noise, _ = case("batch")
     pred = torch.randn(x0.shape).requires_grad_()

@@ -6,7 +6,7 @@ import torch
 from reca_kernels import Philox, native, philox_normal, philox_uniform
 from reca_kernels.philox import reference
 from tests.kernels import cubin
-from tests.kernels.backends import targets
+from tests.kernels.backends import INTERPRETED, targets
 
 needs_native = pytest.mark.skipif(native.module is None, reason=f"no native module: {native.missing}")
 ONES = 0xFFFFFFFF
@@ -153,6 +153,18 @@ def test_no_samples_and_no_elements(backend, device):
     nobody = torch.empty(0, dtype=torch.int64, device=device)
     assert philox_normal(address(device, sample_ids=nobody), 5, backend=backend).shape == (0, 5)
     assert philox_normal(address(device), 0, backend=backend).shape == (4, 0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize(("samples", "n"), [(1, 2**31 - 4), (1, 2**31 - 1), (2**11, 2**20), (3, 2**30 + 5)])
+def test_the_first_of_so_many_that_32_bits_wrap(samples, n):
+    """The first program alone, of numbers that would take 8 GB and more."""
+    from reca_kernels.philox import triton as philox
+
+    tasks, out = samples * ((n + 3) // 4), torch.zeros(4 * philox.BLOCK)
+    compiled = {"DISTRIBUTION": philox.DISTRIBUTIONS["normal"], "EVEN": n % 4 == 0, "BLOCK": philox.BLOCK}
+    philox.fill_kernel[1,](*address(), out, tasks, n, **compiled)
+    assert torch.equal(bits(out[None]), bits(philox_normal(address(), len(out), backend="reference")[:1]))
 
 
 def launches():
