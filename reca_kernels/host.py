@@ -24,6 +24,15 @@ def on_device(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+@torch.compiler.assume_constant_result
+def indexed(device: torch.device | str) -> torch.device:
+    """Return the device of tensors made there, which can be compared and kept: "cuda" becomes the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
 @contextmanager
 def no_modes() -> Iterator[None]:
     """Make tensors that are kept: no later call finds a fake one, one of inference mode or of a transform."""

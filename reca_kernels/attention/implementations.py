@@ -407,7 +407,7 @@ def unusable(
         dtype: Of the tensors.
         head_dim: Channels per head.
         deterministic: The gradient must have the same bits in every run.
-        torch_deterministic: torch.use_deterministic_algorithms is on.
+        torch_deterministic: torch.use_deterministic_algorithms is on without warn_only.
     """
     if name in (*MODULES, "varlen", "cudnn"):
         if device.type != "cuda":
@@ -429,7 +429,7 @@ def unusable(
                 return reason
     torchs = ("varlen", "cudnn", "sdpa", "dense")
     if deterministic and not torch_deterministic and device.type == "cuda" and name in torchs:
-        return "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
+        return "its gradient is deterministic only under torch.use_deterministic_algorithms(True) without warn_only"
     if name == "flex" and device.type != "cuda":
         return f"it has no backward on {device.type}"
     return None

@@ -52,7 +52,8 @@ def attention(
     impl           "auto", "fa4", "fa3", "fa2", "varlen", "cudnn", "sdpa", "flex" or "dense" (see implementations.py);
                    default: the environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where
                    it cannot run.
-    deterministic  the gradient has the same bits in every run; default: torch.are_deterministic_algorithms_enabled()
+    deterministic  the gradient has the same bits in every run. Where no impl has such a one it raises RuntimeError.
+                   Default: whether torch.use_deterministic_algorithms is on without warn_only.
 
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
     do not fit the plan or each other.
@@ -68,7 +69,7 @@ def attention(
     if prefix is not None:
         k, v = _after(prefix, k, v, plan)
     _check(q, k, v, plan)
-    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    deterministic = _torch_is_deterministic() if deterministic is None else deterministic
     forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
     name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
     if not any(plan.groups):  # no row sees anything
@@ -138,7 +139,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
             )
         if x.ndim == 3 and x.shape[0] != sum(sizes):
             raise ValueError(f"{OP}: the plan has {sum(sizes)} {name} rows, but the tensors have {x.shape[0]}")
-    if plan.device.type != q.device.type:
+    if plan.device.type != q.device.type or plan.device.index not in (None, q.device.index):
         raise ValueError(f"{OP}: the plan is for {plan.device}, but q is on {q.device}; use plan.to(q.device) once")
 
 
@@ -159,9 +160,15 @@ def _computed(groups: tuple[QueryGroup, ...]) -> int:
     return pairs
 
 
+@torch.compiler.assume_constant_result  # torch's guards trace again when it changes
+def _torch_is_deterministic() -> bool:
+    """Return whether torch runs deterministic algorithms only; with warn_only it runs others, too, and says so."""
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool, forced: str) -> str:
-    return choose(device, dtype, head_dim, deterministic, forced, torch.are_deterministic_algorithms_enabled())
+    return choose(device, dtype, head_dim, deterministic, forced, _torch_is_deterministic())
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,16 +188,22 @@ def choose(
         head_dim: Channels per head.
         deterministic: The gradient must have the same bits in every run.
         forced: An impl by name, or "auto".
-        torch_deterministic: torch.use_deterministic_algorithms is on.
+        torch_deterministic: torch.use_deterministic_algorithms is on without warn_only.
 
     Raises:
         ValueError: For an unknown name.
-        RuntimeError: Where a forced impl cannot run.
+        RuntimeError: Where a forced impl cannot run, or none of auto's has a deterministic gradient.
     """
     asked = (device, dtype, head_dim, deterministic, torch_deterministic)
     if forced == "auto":
-        able = (name for name in order(device) if not unusable(name, *asked))
-        return next(able, "sdpa")
+        reasons = {}
+        for name in order(device):
+            if not (reason := unusable(name, *asked)):
+                return name
+            reasons[name] = reason
+        # sdpa runs everywhere, but for a deterministic gradient.
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise RuntimeError(f"{OP}: deterministic=True, and nothing here has such a gradient ({why})")
     if forced not in IMPLS:
         raise ValueError(f"{OP}: unknown impl {forced!r}; expected auto, {', '.join(IMPLS)}")
     if reason := unusable(forced, *asked):

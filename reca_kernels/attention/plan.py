@@ -1,6 +1,6 @@
 """Plan the attention of a batch on the host: which rows attend to which keys, as a few calls of FlashAttention.
 
-A dense mask is never made. Every row of the four models attends to whole spans of other rows and, of its own span, to
+A dense mask is never made. Every row of the six models attends to whole spans of other rows and, of its own span, to
 everything or to the rows up to itself. So the rows of a sample fall into query groups with the same keys. A full group
 is attention without a mask. A causal group is aligned bottom-right: its last row attends to its last key. The groups of
 all samples make a few variable-length calls. Every row is in exactly one of them, so no results are merged.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reca_kernels.host import in_mode, no_modes, on_device
+from reca_kernels.host import in_mode, indexed, no_modes, on_device
 
 MODES = ("causal", "full", "noise", "pad")
 
@@ -41,7 +41,7 @@ class AttentionSpan(NamedTuple):
 
 
 class QueryGroup(NamedTuple):
-    """Rows of one sample that attend to the same keys, both counted in the sample.
+    """Describe rows of one sample that attend to the same keys, both counted in the sample.
 
     causal: the last row attends to all keys, the row before it to all but the last, and so on.
     """
@@ -52,14 +52,14 @@ class QueryGroup(NamedTuple):
 
 
 class QueryPiece(NamedTuple):
-    """The next rows of a sample, and the number of their group; -1: padding."""
+    """Count the next rows of a sample, and name their group; -1: padding."""
 
     length: int
     group: int
 
 
 class Call(NamedTuple):
-    """One variable-length attention call over groups of several samples.
+    """Describe one variable-length attention call over groups of several samples.
 
     rows     number of its query rows
     keys     int64 [sum of keys]: which of the unpadded key rows it reads; None: all of them, in order
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """All calls of a plan.
+    """Hold all calls of a plan.
 
     order     int64: the query row at each place of the calls, one call after another; None: all rows, in order
     unpadded  int64: key rows without padding; None: there is no padding
@@ -89,7 +89,7 @@ class Calls(NamedTuple):
 
 
 class AttentionPlan:
-    """What the rows of B samples attend to, and where the index tensors live. Made by `attention_plan`.
+    """Hold what the rows of B samples attend to, with index tensors on a device. `attention_plan` makes it.
 
     samples       per sample its spans; rows are counted through them, samples one after another or one per line
     query_sizes   per sample its query rows: those of spans that are not cached, padding included
@@ -142,12 +142,12 @@ def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.
 
     Args:
         samples: Per sample its spans, in order.
-        device: Where q, k and v will be.
+        device: Where q, k and v will be; "cuda" is the current device.
 
     Raises:
         ValueError: For a span that contradicts itself.
     """
-    return _plan(tuple(tuple(sample) for sample in samples), torch.device(device))
+    return _plan(tuple(tuple(sample) for sample in samples), indexed(device))
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels.diffusion_loss import reference
-from reca_kernels.host import on_device, outside_of_modes
+from reca_kernels.host import indexed, on_device, outside_of_modes
 
 OP = "diffusion_schedule"
 
@@ -25,7 +25,7 @@ def diffusion_schedule(
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the schedule
 def _constant(steps: int, keep: int | None, device: torch.device) -> Tensor:
-    schedule: Tensor = _schedule(steps, keep, device)
+    schedule: Tensor = _schedule(steps, keep, indexed(device))
     return schedule
 
 

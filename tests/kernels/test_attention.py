@@ -1,4 +1,4 @@
-"""attention against its definition in fp64, on the layouts of the four models and on random ones; plans; every impl."""
+"""attention against its definition in fp64, on the layouts of the models and on random ones; plans; every impl."""
 
 import random
 import sys
@@ -13,6 +13,7 @@ from reca_kernels import AttentionSpan as Span
 from reca_kernels import attention, attention_plan, backend_report
 from reca_kernels.attention import flash_functions, implementations, op, reference
 from reca_kernels.attention import order as orders
+from reca_kernels.attention import plan as plans
 from reca_kernels.attention.implementations import IMPLS
 from reca_kernels.attention.op import choose, dense_is_faster
 from reca_kernels.attention.plan import MODES, query_groups, total
@@ -532,6 +533,22 @@ def test_plan_on_another_device():
         attention(*qkv, plan.to("meta"))
 
 
+def test_a_plan_is_of_one_gpu(monkeypatch):
+    """Without an index it is the current one. Plans are kept, so each GPU has its own."""
+    monkeypatch.setattr(plans, "_make_calls", lambda plan: None)
+    made = []
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        made.append(attention_plan([(Span(5), Span(2, "full"))], device="cuda"))
+    assert [plan.device for plan in made] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert made[1] is attention_plan(made[0].samples, device="cuda:1") is made[0].to("cuda")
+    x = types.SimpleNamespace(ndim=3, shape=(7, 2, 8), dtype=torch.float32, device=torch.device("cuda", 1))
+    op._check(x, x, x, made[1])
+    with pytest.raises(ValueError, match="the plan is for cuda:0, but q is on cuda:1; use plan.to"):
+        op._check(x, x, x, made[0])
+    assert attention_plan(made[0].samples, device="cpu:0") is attention_plan(made[0].samples)
+
+
 def test_forced_impl_never_falls_back(monkeypatch):
     plan, qkv, _ = problem(LAYOUTS["bagel_target"], False)
     with pytest.raises(
@@ -558,8 +575,25 @@ def test_choice_on_a_gpu(monkeypatch):
     assert choose(device, half, 80, False) == "varlen"
     assert choose(device, half, 84, False) == "sdpa"
     reason = implementations.unusable("varlen", device, half, 80, True)
-    assert reason == "its gradient is deterministic only under torch.use_deterministic_algorithms(True)"
+    assert "deterministic only under torch.use_deterministic_algorithms(True) without warn_only" in reason
     assert choose(device, half, 80, True, torch_deterministic=True) == "varlen"
+    with pytest.raises(RuntimeError, match="deterministic=True, and nothing here .*; varlen: .*; sdpa: its gradient"):
+        choose(device, half, 80, True)
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_a_torch_that_only_warns_guarantees_nothing(monkeypatch, warn_only):
+    """Its kernels keep their gradients then: nothing is asked by default, and what is asked is not torch's."""
+    plan, qkv, _ = problem(LAYOUTS["bagel_target"], False)
+    asked = []
+    monkeypatch.setattr(op, "choose", lambda *arguments: asked.append(arguments[3::2]) or "sdpa")
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        for deterministic in (None, True, False):
+            attention(*qkv, plan, deterministic=deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [(not warn_only, not warn_only), (True, not warn_only), (False, not warn_only)]
 
 
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (4, 2)])

@@ -7,6 +7,7 @@ import torch
 
 from reca_kernels import Philox, diffusion_add_noise, diffusion_loss, diffusion_schedule, native, space_timesteps
 from reca_kernels.diffusion_loss import reference
+from reca_kernels.diffusion_loss import schedule as schedules
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
@@ -312,6 +313,14 @@ def test_double_backward_speaks_our_words():
     (gradient,) = torch.autograd.grad(diffusion_loss(out, x0, t, noise, SCHEDULE, rows=rows), out, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+def test_a_schedule_is_of_one_gpu(monkeypatch):
+    """It is kept by its device, so without an index that is the current one."""
+    monkeypatch.setattr(schedules, "_schedule", lambda steps, keep, device: device)
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert diffusion_schedule(device="cuda") == torch.device("cuda", current)
 
 
 def test_mistakes_are_named():
