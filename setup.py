@@ -3,7 +3,8 @@
 RECA_NATIVE      auto (default): pure Python when a C++ compiler, CMake or pybind11 is missing; ON: that is an error;
                  OFF: pure Python. A build that starts and fails is always an error.
 RECA_CUDA        auto (default): CUDA kernels when nvcc is found; ON; OFF
-RECA_CUDA_ARCHS  default "80;90;100": machine code for each, and PTX for the last
+RECA_CUDA_ARCHS  numbers such as 80, 90a or 100f: machine code for each, and PTX for the last; default "80;90;100",
+                 without those that nvcc does not know
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_CMAKE = (3, 26)  # as in CMakeLists.txt
+CUDA_ARCHS = "80;90;100"  # as in CMakeLists.txt
 
 
 class MissingTool(Exception):
@@ -64,6 +66,26 @@ def find_compiler() -> str:
     raise MissingTool(f"no C++ compiler, looked for {', '.join(names)}")
 
 
+def cuda_archs() -> str:
+    """RECA_CUDA_ARCHS; by default what the nvcc that CMake will find can compile for."""
+    if asked := os.environ.get("RECA_CUDA_ARCHS"):
+        if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", asked):
+            raise SystemExit(
+                f"RECA_CUDA_ARCHS must be numbers with ; between them, such as {CUDA_ARCHS} or 90a, got {asked!r}; "
+                "write the compute capability that nvidia-smi --query-gpu=compute_cap shows for native or all"
+            )
+        return asked
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
+    if nvcc is None:
+        return CUDA_ARCHS
+    text = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\w+)", text)
+    archs = CUDA_ARCHS.split(";")
+    if unknown := [arch for arch in archs if arch not in known]:
+        print(f"reca_kernels: {nvcc} cannot compile for {', '.join(unknown)}: left out of RECA_CUDA_ARCHS")
+    return ";".join(arch for arch in archs if arch in known)
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         native = os.environ.get("RECA_NATIVE", "auto").lower()
@@ -96,7 +118,7 @@ class CMakeBuild(build_ext):
             f"-DRECA_MODULE_FILE={target.name}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DRECA_CUDA={os.environ.get('RECA_CUDA', 'auto')}",
-            f"-DRECA_CUDA_ARCHS={os.environ.get('RECA_CUDA_ARCHS', '80;90;100')}",
+            f"-DRECA_CUDA_ARCHS={cuda_archs()}",
         ]
         if ninja := find_program("ninja", Path(sys.executable).parent):
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

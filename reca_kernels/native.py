@@ -5,6 +5,7 @@ Launch: where it works. The caller keeps the tensors alive until it returns.
 """
 
 import importlib
+import re
 from types import ModuleType
 from typing import NamedTuple
 
@@ -53,13 +54,16 @@ def address(tensor: Tensor | None) -> int:
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:
-    """Return whether the module holds machine code, or PTX, for a device of this compute capability."""
-    archs = module.cuda_archs.split() if module else []
-    for arch in archs:
-        number = int(arch.removesuffix("-real"))
-        major, minor = divmod(number, 10)
-        if major == capability[0] and minor <= capability[1]:
+    """Return whether the module holds machine code, or PTX, for a device of this compute capability.
+
+    Code for 90a runs on 9.0 only, and code for 100f on 10.x only; PTX of these does not reach further.
+    """
+    built = module.cuda_archs if module else ""
+    for number, only, real in re.findall(r"(\d+)([af]?)(-real)?", built):
+        major, minor = divmod(int(number), 10)
+        same_major = major == capability[0] and minor <= capability[1]
+        if (major, minor) == capability or (same_major and only != "a"):
             return True
-        if not arch.endswith("-real") and (major, minor) <= capability:
+        if not (only or real) and (major, minor) <= capability:  # PTX
             return True
     return False

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,6 +94,54 @@ def test_a_cmake_that_is_too_old_is_no_cmake(tmp_path):
     assert "is version 3.25, older than 3.26; pip install cmake" in done.stdout, done.stderr
     oldest = re.search(r"cmake_minimum_required\(VERSION (\d+)\.(\d+)", (ROOT / "CMakeLists.txt").read_text())
     assert f"OLDEST_CMAKE = ({oldest[1]}, {oldest[2]})" in (ROOT / "setup.py").read_text()
+
+
+def cuda_archs(**environment):
+    """What setup.py compiles for, below what it prints; its stderr where it refuses."""
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.cuda_archs())"
+    kept = {name: value for name, value in os.environ.items() if name not in ("RECA_CUDA_ARCHS", "CUDACXX")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else done.stderr
+
+
+@needs_setuptools
+@pytest.mark.parametrize("by", ["PATH", "CUDACXX"])
+def test_archs_that_nvcc_does_not_know_are_left_out(tmp_path, by):
+    """Toolkits before 12.8 do not know 100. What was asked for stays."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_75 && echo compute_80 && echo compute_90\n")
+    nvcc.chmod(0o755)
+    found = {by: str(tmp_path if by == "PATH" else nvcc)}
+    said = f"reca_kernels: {nvcc} cannot compile for 100: left out of RECA_CUDA_ARCHS"
+    assert cuda_archs(**found) == [said, "80;90"]
+    assert cuda_archs(**found, RECA_CUDA_ARCHS="90a;100") == ["90a;100"]
+    assert cuda_archs(PATH="") == ["80;90;100"]
+    assert 'set(RECA_CUDA_ARCHS "80;90;100"' in (ROOT / "CMakeLists.txt").read_text()
+
+
+@needs_setuptools
+@pytest.mark.parametrize("archs", ["native", "all", "all-major", "90-real", "80,90", "9.0"])
+def test_archs_are_numbers(archs):
+    said = f"RECA_CUDA_ARCHS must be numbers with ; between them, such as 80;90;100 or 90a, got {archs!r}"
+    assert said in cuda_archs(RECA_CUDA_ARCHS=archs)
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        ("80-real 90-real 100", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 5)]),
+        ("80-real 90-real", [(8, 6), (9, 0)], [(10, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+        ("90a", [(9, 0)], [(9, 1), (10, 0), (8, 0)]),
+        ("90a-real 100f", [(9, 0), (10, 0), (10, 3)], [(8, 0), (11, 0), (12, 0)]),
+        ("103f", [(10, 3)], [(10, 0), (12, 0)]),
+        ("", [], [(8, 0)]),
+    ],
+)
+def test_which_gpus_a_build_runs_on(monkeypatch, archs, runs, does_not):
+    monkeypatch.setattr(native, "module", SimpleNamespace(cuda_archs=archs))
+    assert [c for c in runs + does_not if native.cuda_runs_on(c)] == runs
 
 
 @needs_setuptools
