@@ -159,6 +159,8 @@ class Cuda:
 
         def replay(forward: Forward, backward: Backward, inputs: Iterator, kept=(results, kept)) -> Times:
             events = self._events()
+            first.replay()  # not timed, as in `time`
+            second.replay()
             events[0].record()
             first.replay()
             events[1].record()
@@ -207,22 +209,28 @@ Device = Cpu | Cuda
 
 
 def ceilings(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 9, share: int = 1) -> Ceilings:
-    """Measure them on random data; buffers have 1/share of the device's usual size."""
+    """Measure them on random data, and give the memory back; buffers have 1/share of the device's usual size."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
 
     def median_ms(call: Callable[[], Any]) -> float:
         times = []
         for _ in range(3 + rounds):
             times.append(device.time(lambda _: call(), lambda _, __: None, itertools.repeat(None))[0])
-        device.free()
         return statistics.median(times[3:])
 
-    n = device.copy_bytes // share // 4
-    source = torch.randn(n, generator=generator, device=device.torch_device)
-    target = torch.empty_like(source)
-    copy = 2 * 4 * n / median_ms(lambda: target.copy_(source)) / 1e6
-    gemm, side = {}, device.gemm_side // share
-    for dtype in dtypes:
-        a, b = (torch.randn(side, side, generator=generator, device=device.torch_device).to(dtype) for _ in range(2))
-        gemm[str(dtype).removeprefix("torch.")] = 2 * side**3 / median_ms(lambda a=a, b=b: a @ b) / 1e9
-    return Ceilings(copy, gemm)
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device.torch_device)
+
+    def copied() -> float:
+        source = random(device.copy_bytes // share // 4)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
+
+    def multiplied(dtype: torch.dtype) -> float:
+        side = device.gemm_side // share
+        a, b = (random(side, side).to(dtype) for _ in range(2))
+        return 2 * side**3 / median_ms(lambda: a @ b) / 1e9
+
+    found = Ceilings(copied(), {str(dtype).removeprefix("torch."): multiplied(dtype) for dtype in dtypes})
+    device.free()
+    return found

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
 from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
 from benchmarks.step.rows import FOLDER, FORMS, PARTS, StepRow, merged, read, write
+from reca.full_memory import KINDS, is_memory_full
 
 ROOT = Path(__file__).parents[2]
 # A rate is the median of so many, some ten seconds of one thread: about as long as a step, since the rate of a virtual
@@ -87,17 +89,22 @@ def main(arguments: list[str]) -> int:
         type=lambda name: MODEL_OF.get(name, name),
         default=MODELS,
         choices=MODELS,
-        help="or the recipe of one; default: all",
+        help="models, or recipes of them (default: all)",
     )
     parser.add_argument("--size", default="narrow", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="default: ours and release")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each form that are timed, after a first one")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--form", nargs="+", default=FORMS[:2], choices=FORMS, help="(default: ours and release)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="steps of each form that are timed, after a first one (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--apart", action="store_true", help="one form after the other, where both do not fit")
     parser.add_argument("--resume", action="store_true", help="only what the file lacks of this commit and machine")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of the recipe")
-    parser.add_argument("--out", type=Path, help=f"folder of the result file; default {FOLDER.relative_to(ROOT)}")
+    parser.add_argument("--out", type=Path, help=f"folder of the result file (default: {FOLDER.relative_to(ROOT)})")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.threads < 1:
@@ -154,6 +161,7 @@ def _measured(path: Path, model: str, options: argparse.Namespace, about: dict) 
         for row in read(path)
         if (row.model, row.size) == (model, options.size)
         and row.measured
+        and not row.note
         and row.steps >= options.rounds
         and all(getattr(row, name) == value for name, value in where.items())
     ]
@@ -183,7 +191,7 @@ def measure(
 
 def _take_turns(
     processes: list[Process], answers: dict[str, dict[str, list]], rounds: int, device: Device, dtype: torch.dtype
-) -> list[Ceilings]:
+) -> list[Ceilings | None]:
     """Let forms alternate, every other round in reverse. Returns the machine's rates before and after rounds."""
 
     def ask(process: Process, command: str) -> None:
@@ -194,10 +202,21 @@ def _take_turns(
     for process in processes:
         ask(process, "count")
     for number in range(rounds):
-        rates.append(ceilings(device, [dtype], rounds=PRODUCTS))
+        rates.append(_rates(device, dtype))
         for process in processes if number % 2 == 0 else reversed(processes):
             ask(process, "step")
-    return [*rates, ceilings(device, [dtype], rounds=PRODUCTS)]
+    return [*rates, _rates(device, dtype)]
+
+
+def _rates(device: Device, dtype: torch.dtype) -> Ceilings | None:
+    """Measure the machine's rates; None where the forms leave too little memory for it."""
+    try:
+        return ceilings(device, [dtype], rounds=PRODUCTS)
+    except KINDS as error:
+        if not is_memory_full(error):
+            raise
+    device.free()  # out here, where nothing holds what was made
+    return None
 
 
 def _row(
@@ -207,10 +226,10 @@ def _row(
     found: dict[str, list],
     useful: float | str,
     reason: str,
-    rates: list[Ceilings],
+    rates: list[Ceilings | None],
     about: dict,
 ) -> StepRow:
-    """Make a row of what a process has answered: medians of its steps."""
+    """Make a row of what a process has answered: medians of its steps. Rates that no measurement gave are NaN."""
     row = StepRow(model, size, form, note=reason, clock="wall" if about["driver"] else "CPU time", **about)
     if not (steps := found["step"]):
         return row
@@ -226,8 +245,11 @@ def _row(
         value = statistics.median(step["parts"][name] for step in steps)
         setattr(row, name.replace(" ", "_"), _digits(value))
     row.peak_gib = round(max(step["peak"] for step in steps) / 2**30, 3)
-    row.gemm = _digits(1e12 * statistics.mean(one.gemm[row.dtype] for one in rates))
-    row.copy = _digits(1e9 * statistics.mean(one.copy for one in rates))
+    known = [one for one in rates if one is not None]
+    if len(known) < len(rates):
+        row.note = row.note or f"no memory for {len(rates) - len(known)} of {len(rates)} measurements of the rates"
+    row.gemm = _digits(1e12 * statistics.mean([one.gemm[row.dtype] for one in known] or [math.nan]))
+    row.copy = _digits(1e9 * statistics.mean([one.copy for one in known] or [math.nan]))
     return row
 
 

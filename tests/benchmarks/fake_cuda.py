@@ -5,17 +5,22 @@ from types import SimpleNamespace
 
 
 class FakeCuda:
-    """`work(ms)` is what a kernel would be. While a graph is captured it takes no time but becomes the graph's."""
+    """`work(ms)` is what a kernel would be. While a graph is captured it takes no time but becomes the graph's.
 
-    def __init__(self, l2=1 << 20):
-        self.clock, self.capturing, self.sync_mode, self.l2 = 0.0, None, 0, l2
+    latency: milliseconds that the host takes for a launch, during which a device without work waits.
+    """
+
+    def __init__(self, l2=1 << 20, latency=0.0):
+        self.clock, self.host, self.capturing, self.sync_mode, self.l2 = 0.0, 0.0, None, 0, l2
+        self.latency = latency
         self.allocated = self.peak = 0
 
     def work(self, ms):
         if self.capturing is not None:
             self.capturing.ms += ms
         else:
-            self.clock += ms
+            self.host += self.latency
+            self.clock = max(self.clock, self.host) + ms
 
     def wait(self):
         """What .item() does."""
@@ -39,7 +44,7 @@ class FakeCuda:
         return SimpleNamespace(L2_cache_size=self.l2)
 
     def synchronize(self):
-        pass
+        self.host = max(self.host, self.clock)
 
     def empty_cache(self):
         pass
@@ -62,7 +67,7 @@ class FakeCuda:
     def Event(self, enable_timing):
         assert enable_timing
         event = SimpleNamespace(at=None)
-        event.record = lambda: setattr(event, "at", self.clock)
+        event.record = lambda: setattr(event, "at", max(self.clock, self.host))
         event.elapsed_time = lambda other: other.at - event.at
         return event
 

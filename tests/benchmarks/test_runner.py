@@ -3,6 +3,7 @@
 import itertools
 import math
 import subprocess
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_graphs_hold_enough_calls_and_are_divided_by_them():
     assert replay(None, None, None) == pytest.approx((0.25, 0.5)) and len(calls) == before  # replayed, not called
     # After three warm-ups 0.3 ms / 0.09 ms + 1 calls, over all sets in turn.
     assert calls == [*"aaa", *"abca"]
+
+
+def test_no_timing_holds_the_latency_of_a_launch():
+    """The device has work while the host launches what is timed."""
+    api = FakeCuda(latency=0.2)
+    device = Cuda(api, "cpu")
+    forward, backward = lambda x: api.work(0.5), lambda x, r: api.work(1.0)
+    assert device.time(forward, backward, iter("ab")) == pytest.approx((0.5, 1.0))
+    api.synchronize()
+    replay = device.captured(forward, backward, ["a"], floor_ms=1.0)
+    assert replay(None, None, None) == pytest.approx((0.5, 1.0))
 
 
 def test_a_provider_that_waits_is_not_captured():
@@ -290,6 +302,25 @@ def test_ceilings_of_this_machine():
     found = ceilings(Cpu(), (torch.float32, torch.bfloat16), rounds=1, share=16)
     assert 0.1 < found.copy < 10_000 and found.gemm.keys() == {"float32", "bfloat16"}
     assert all(1e-5 < rate < 1000 for rate in found.gemm.values())
+
+
+def test_ceilings_give_their_memory_back(monkeypatch):
+    """What another process measures afterwards has all of the device."""
+    device, made, left = Cpu(), [], []
+
+    def recorded(make):
+        def call(*arguments, **options):
+            x = make(*arguments, **options)
+            made.append(weakref.ref(x))
+            return x
+
+        return call
+
+    for name in ("randn", "empty_like"):
+        monkeypatch.setattr(torch, name, recorded(getattr(torch, name)))
+    monkeypatch.setattr(device, "free", lambda: left.append(sum(x() is not None for x in made)))
+    ceilings(device, (torch.float32,), rounds=1, share=64)
+    assert len(made) == 4 and left[-1] == 0
 
 
 def test_tables_name_the_fastest_of_ours_as_one():

@@ -1,5 +1,6 @@
 """A whole step: both formulations are the same mathematics, and what is measured of them is reported as it was."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -268,6 +269,23 @@ def test_rates_are_measured_before_every_round_and_after_the_last(started, monke
     (row,) = read(tmp_path / "cpu.csv")
     assert (row.gemm, row.copy) == (2e11, 3e10) and next(found, None) is None
     assert row.product_share == 2e9 / 2.0 / 2e11
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_rates_without_memory_cost_no_row(started, monkeypatch, capsys, tmp_path, there):
+    found = iter([Ceilings(10.0, {"float32": 0.1})] * there)
+
+    def ceilings(*_, **__):
+        if (one := next(found, None)) is None:
+            raise torch.OutOfMemoryError if there else RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+        return one
+
+    monkeypatch.setattr(__main__, "ceilings", ceilings)
+    assert __main__.main(["--model", "bagel", "--form", "ours", "--out", str(tmp_path), "--rounds", "2"]) == 1
+    (row,) = read(tmp_path / "cpu.csv")
+    assert row.seconds_p50 == 2.0 and (row.gemm == 1e11 if there else math.isnan(row.gemm))
+    assert row.note == f"no memory for {3 - there} of 3 measurements of the rates"
+    assert row.note in capsys.readouterr().out and row.note in report.section(tmp_path)
 
 
 def test_resume_measures_what_the_file_lacks_of_this_commit(started, monkeypatch, tmp_path):
