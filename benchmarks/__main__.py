@@ -26,9 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"among {', '.join(OPS)}; default all")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, help="folder of the result files; default benchmarks/results")
+    parser.add_argument("--ops", nargs="+", default=OPS, metavar="OP", help=f"among {', '.join(OPS)} (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--out", type=Path, help="folder of the result files (default: benchmarks/results)")
     parser.add_argument(
         "--resume", action="store_true", help="leave out cases that the file holds of this command and commit"
     )

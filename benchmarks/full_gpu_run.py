@@ -5,9 +5,9 @@ training steps of the models, and prints short tables last: everything beside it
 of time does not stop the others; the exit status is 1 then. Needs no network. What a step prints goes to
 FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
 
-A machine may be lent for commands of ten minutes that hand back eight files: --call 1 to 8 are steps that fit into one
-each. The first tests are those of one op with every kernel waited for: a kernel that reads what is not its own spoils
-all later tests of its process, and the first failure is named wrongly otherwise.
+--call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. The first tests
+are those of one op with every kernel waited for: a kernel that reads what is not its own spoils all later tests of its
+process, and the first failure is named wrongly otherwise.
 """
 
 import argparse
@@ -187,22 +187,22 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks.full_gpu_run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"among {', '.join(names)}; default all")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"among {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--call", type=int, metavar="N", help=f"the steps of one of {len(CALLS)} commands of ten minutes"
+        "--call", type=int, metavar="N", help=f"run one of {len(CALLS)} groups of steps, of about ten minutes each"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu_run"),
         metavar="FOLDER",
-        help="gets logs, result files, plots and the dispatch table",
+        help="folder of logs, result files, plots and the dispatch table (default: $OUT, else build/gpu_run)",
     )
     options = parser.parse_args(arguments)
     if unknown := set(options.steps) - set(names):
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; known are {', '.join(names)}")
     if options.call is not None and (options.steps or not 1 <= options.call <= len(CALLS)):
-        parser.error(f"--call takes 1 to {len(CALLS)} and no names of steps beside it")
+        parser.error(f"--call takes 1 to {len(CALLS)}, and no names of steps beside it")
     chosen = (
         CALLS[options.call - 1] if options.call else [s for s in STEPS if not options.steps or s.name in options.steps]
     )

@@ -77,7 +77,7 @@ def passes(code: str) -> list[Passes]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__)
-    parser.add_argument("--arch", default="90a", help="compute capability; default 90a")
+    parser.add_argument("--arch", default="90a", help="compute capability (default: %(default)s)")
     arch = parser.parse_args(arguments).arch
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, "made.o")

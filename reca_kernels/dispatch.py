@@ -60,7 +60,7 @@ class Rule(NamedTuple):
 
 
 def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[Entry]]:
-    """(op, device type) -> its entries: dtype, rules, and the command, date, device and versions that made them."""
+    """Read (op, device type) -> entries: dtype, rules, and the command, date, device and versions that made them."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in json.loads(path.read_text())["entries"]:
         found.setdefault((entry["op"], entry["device"]), []).append(entry)
@@ -68,7 +68,7 @@ def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[Entry]]:
 
 
 def _rules(entries: list[Entry], device: str) -> tuple[Rule, ...]:
-    """Measured rules, then the default order for dtypes, sizes and backends that no measurement covers."""
+    """List measured rules, then the default order for dtypes, sizes and backends that no measurement covers."""
     measured = [
         Rule(rule["backend"], (getattr(torch, entry["dtype"]),), rule["min_numel"], rule["max_numel"])
         for entry in entries
@@ -169,7 +169,7 @@ def _warn_slow(op: str, device: str) -> None:
 
 
 def unusable(op: str, backend: str, device: str, index: int | None = None) -> str | None:
-    """Why `backend` cannot run `op` on that kind of device; None when it can."""
+    """Say why `backend` cannot run `op` on that kind of device; None when it can."""
     if backend == "reference":
         return None
     if not has_backend(op, backend):
@@ -207,7 +207,7 @@ def load(backend: str, op: str) -> Any:
 
 
 def backend_report() -> str:
-    """Versions, devices, and per op the backends that can run it, or why they cannot."""
+    """Report versions, devices, and for every op which backend runs it and why others cannot."""
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     if native.module:
         lines.append(f"native module: {native.module.current_isa()} kernels, CUDA {native.module.cuda_archs or 'no'}")

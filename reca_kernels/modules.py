@@ -26,7 +26,7 @@ class _Loss(nn.Module):
 
 
 class MaskedCrossEntropy(_Loss):
-    """Compute `masked_cross_entropy` in place of `torch.nn.CrossEntropyLoss`.
+    """Compute `masked_cross_entropy` in place of `torch.nn.CrossEntropyLoss`. Calls raise what it raises.
 
     Args:
         ignore_index: The label of rows that carry none.
@@ -35,7 +35,7 @@ class MaskedCrossEntropy(_Loss):
         softcap: Logits are softcap tanh(logits / softcap), unless None.
         reduction: "mean" over the rows that carry a label, "sum" or "none".
         inplace: The backward pass writes the gradient over the logits.
-        backend: Which one runs; None: chosen by device, dtype and size.
+        backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class MaskedCrossEntropy(_Loss):
 
 
 class MaskedLinearCrossEntropy(_Loss):
-    """Compute `masked_linear_cross_entropy`. The head's weight comes with the call, as in Liger's fused loss.
+    """Compute `masked_linear_cross_entropy`. Calls raise what it raises.
+
+    The head's weight comes with the call, as in Liger's fused loss.
 
     Args:
         ignore_index: The label of rows that carry none.
@@ -77,7 +79,7 @@ class MaskedLinearCrossEntropy(_Loss):
         softcap: Logits are softcap tanh(logits / softcap), unless None.
         reduction: "mean" over the rows that carry a label, "sum" or "none".
         chunk_rows: Rows of logits that exist at a time; None: 512 on CPUs, what 1/32 of the memory holds on GPUs.
-        backend: Which one runs; None: chosen by device, dtype and size.
+        backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
     def __init__(
@@ -115,10 +117,12 @@ class MaskedLinearCrossEntropy(_Loss):
 class FlowMatchingLoss(_Loss):
     """Add noise and compute `flow_matching_loss`, with one patch size for both.
 
+    Calls raise what `flow_matching_add_noise` and `flow_matching_loss` raise.
+
     Args:
         patch: Side of a patch, in latent pixels.
         reduction: "mean" over all elements, "sum", or "sample": every image's mean.
-        backend: Which one runs; None: chosen by device, dtype and size.
+        backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
     def __init__(self, patch: int = 1, reduction: str = "mean", backend: str | None = None) -> None:
@@ -150,11 +154,13 @@ class FlowMatchingLoss(_Loss):
 class DiffusionLoss(_Loss):
     """Add noise and compute `diffusion_loss`, with one schedule for both.
 
+    Calls raise what `diffusion_add_noise` and `diffusion_loss` raise, and ValueError for an unknown `kind`.
+
     Args:
-        steps: Of the diffusion process.
-        kind: Of the schedule: "cosine".
+        steps: The number of steps of the diffusion process.
+        kind: The kind of schedule; "cosine" is the only one.
         reduction: "mean" over rows, "sum" or "none".
-        backend: Which one runs; None: chosen by device, dtype and size.
+        backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
     def __init__(

@@ -35,10 +35,10 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--images", type=int, default=32, help="files of each size; default 32")
-    parser.add_argument("--rounds", type=int, default=9, help="how often each loader reads them; default 9")
+    parser.add_argument("--images", type=int, default=32, help="files of each size (default: 32)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each loader reads them (default: 9)")
     parser.add_argument(
-        "--out", type=Path, help=f"folder of the result file; default {FOLDER}, and the page is written"
+        "--out", type=Path, help=f"folder of the result file (default: {FOLDER}, and the page is written)"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

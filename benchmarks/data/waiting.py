@@ -139,8 +139,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.data.waiting", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=60, help=f"that count, behind {FIRST} that do not; default 60")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="decoding threads; default 1 and 2")
+    parser.add_argument("--steps", type=int, default=60, help=f"that count, behind {FIRST} that do not (default: 60)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="decoding threads (default: 1 and 2)")
     parser.add_argument("--out", type=Path, help="folder of the result file; else that of the page, which is written")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

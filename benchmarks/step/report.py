@@ -36,6 +36,8 @@ def table(rows: list[StepRow]) -> str:
         )
         shares = (f"{name} {_percent(row.part(name) / row.seconds_p50)}" for name in PARTS if row.part(name))
         lines.append(f"           {', '.join(shares)}")
+        if row.note:
+            lines.append(f"           {row.note}")
     for ours, release in pairs(rows):
         lines += [f"  {release.form}: {_verdict(verdict)}" for verdict in verdicts(ours, release)]
     return "\n".join(lines)
@@ -68,7 +70,7 @@ def _of_size(rows: list[StepRow]) -> Iterator[str]:
     )
     yield ""
     yield (
-        "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the product rate | MFU | roofline, s | "
+        "| model | form | images | s a step [p20, p80] | images/s | TFLOP | of the matmul peak | MFU | roofline, s | "
         "peak, GiB | operators | host waits |"
     )
     yield "|---" * 12 + "|"
@@ -132,7 +134,7 @@ def _owed(measured: list[StepRow]) -> Iterator[str]:
     done = {("cuda" if ours.driver else "cpu", ours.size, ours.model) for ours, _ in pairs(measured)}
     yield "### Owed: targets that nothing was measured against"
     yield ""
-    yield "| model | size | release / ours, at least | of the product rate, at least | memory, at most | predicted |"
+    yield "| model | size | release / ours, at least | of the matmul peak, at least | memory, at most | predicted |"
     yield "|---" * 6 + "|"
     for (kind, size), models in TARGETS.items():
         for model, target in models.items():

@@ -6,7 +6,9 @@ from benchmarks.step.rows import StepRow
 
 
 class Target(NamedTuple):
-    """ratio: seconds of the released form over ours, at least. product: share of the rate of a product, at least: of
+    """Hold what a step of a model is to reach.
+
+    ratio: seconds of the released form over ours, at least. product: share of the measured matmul peak, at least: of
     the FLOPs that are computed on a CPU, of the useful ones (MFU) on a GPU. memory: peak over the release's, at most.
     predicted: what was said before of the ratio, and on which grounds.
     """
@@ -26,10 +28,10 @@ TARGETS = {
         "harmon": Target(1.25, 0.95, None, "1.18 with AdamW and 1.12 without, measured against the released code"),
     },
     ("cuda", "real"): {
-        "show_o": Target(2.0, 0.55, 0.6, "42 ms of products, head 1.6 and 50 ms of eager elementwise work a pass of 2"),
-        "open_uni": Target(1.5, 0.55, 0.6, "172 ms of products and 64 of elementwise work in SANA a pass of 42"),
-        "bagel": Target(2.0, 0.55, 0.6, "710 ms of products and 123 of elementwise work a pass of 2"),
-        "harmon": Target(1.5, 0.45, 0.6, "1892 ms of products and 937 of elementwise work a pass of 48"),
+        "show_o": Target(2.0, 0.55, 0.6, "42 ms of matmuls, head 1.6 and 50 ms of eager elementwise work a pass of 2"),
+        "open_uni": Target(1.5, 0.55, 0.6, "172 ms of matmuls and 64 of elementwise work in SANA a pass of 42"),
+        "bagel": Target(2.0, 0.55, 0.6, "710 ms of matmuls and 123 of elementwise work a pass of 2"),
+        "harmon": Target(1.5, 0.45, 0.6, "1892 ms of matmuls and 937 of elementwise work a pass of 48"),
     },
     # The released form of a whole BAGEL has gradients and moments of both experts, more than one card holds.
     ("cuda", "quarter"): {"bagel": Target(2.0, 0.55, 0.6, "as the whole model")},
@@ -52,7 +54,7 @@ def target_of(row: StepRow) -> Target | None:
 
 
 def share(row: StepRow) -> float:
-    """Return the share of a product's rate that the target is about."""
+    """Return the share of the matmul peak that the target is about."""
     return row.mfu if row.driver else row.product_share
 
 
@@ -61,7 +63,7 @@ def verdicts(ours: StepRow, release: StepRow) -> list[Verdict]:
     target = target_of(ours)
     if target is None:
         return []
-    name = "MFU" if ours.driver else "share of the product rate"
+    name = "MFU" if ours.driver else "share of the matmul peak"
     most = share(ours) * ours.seconds_p50 / ours.roofline_s
     found = [Verdict(name, target.product, share(ours), share(ours) >= target.product, f"roofline {most:.2f}")]
     ratio, counted = release.seconds_p50 / ours.seconds_p50, release.flops / ours.flops

@@ -28,9 +28,16 @@ def diffusion_add_noise(
 ) -> Tensor:  # [M, C]
     """Compute x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
 
-    Row m uses x0[rows[m]], so that nothing is repeated in memory.
-    noise: where to draw eps (one sample id per row, C elements each), or explicit noise [M, C]. Not differentiable.
-    Raises ValueError for shapes that do not fit, or indices out of range (on CPUs, and with RECA_CHECK=1).
+    Row m uses x0[rows[m]], so that nothing is repeated in memory. `noise` is the address of eps (one sample id per row,
+    C elements each), or explicit noise [M, C]. The result has no gradient.
+
+    Raises:
+        ValueError: Shapes do not fit, x0 requires a gradient, an index is out of range (looked for on CPUs, and with
+            RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is unknown.
+        TypeError: x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
+            quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
+            torch.jit.trace traces the call.
     """
     if not (raw := plain(x0, t, schedule, rows, *_tensors(noise))):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, **_named(noise))
@@ -62,8 +69,17 @@ def diffusion_loss(
     predicted noise without a gradient. Step 0 is scored by the likelihood of bins of width 2/255.
 
     reduction    "mean" over rows (0 without rows), "sum", or "none": [M]
-    Derivatives  by out only, the first only; the gradient is written in the pass that computes the loss.
-    Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels.md
+    Derivatives  The op has the first derivative by out; its gradient is written in the pass that computes the loss.
+                 backend="reference" has all derivatives by out.
+    Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels/diffusion_loss.md
+
+    Raises:
+        ValueError: Shapes or the reduction do not fit, x0 requires a gradient, an index is out of range (looked for on
+            CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is unknown.
+        TypeError: out or x0 are not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
+            quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
+            torch.jit.trace traces the call. A kernel's gradient is differentiated again.
     """
     if not (raw := plain(out, x0, t, schedule, rows, *_tensors(noise))):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, out=out, **_named(noise))

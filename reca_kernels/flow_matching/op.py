@@ -33,8 +33,16 @@ def flow_matching_add_noise(
     patch     with p = 1 and a batch, the result is shaped like x0. Otherwise it is tokens [T, p p C]: the images one
               after another, patches row by row, inside a patch (row, column, channel). Element i of an image in this
               order is element i of its noise.
-    Not differentiable. Raises ValueError for shapes that do not fit.
     Source    Liu et al. 2022, arXiv 2209.03003
+
+    The result has no gradient.
+
+    Raises:
+        ValueError: Shapes do not fit, x0 requires a gradient, the address of the noise is not as `Philox` says, or the
+            backend is unknown.
+        TypeError: x0 is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call.
     """
     if not (raw := plain(t, *_tensors(x0, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
@@ -67,8 +75,15 @@ def flow_matching_loss(
     t          the levels given to flow_matching_add_noise. The target does not depend on them.
     weight     multiplies every image's error; NaN and infinity in an image of weight 0 reach nothing
     reduction  "mean" over all elements, "sum", or "sample": [B], every image's mean
-    Derivatives by pred only, and the first only. The gradient is written in the pass that computes the loss.
-    Raises ValueError for shapes that do not fit or an x0 that requires a gradient.
+    Derivatives The op has the first derivative by pred; its gradient is written in the pass that computes the loss.
+               backend="reference" has all derivatives by pred.
+
+    Raises:
+        ValueError: Shapes or the reduction do not fit, x0 requires a gradient, the address of the noise is not as
+            `Philox` says, or the backend is unknown.
+        TypeError: pred or x0 are not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call. A kernel's gradient is differentiated again.
     """
     if not (raw := plain(pred, t, *_tensors(x0, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise), pred=pred)

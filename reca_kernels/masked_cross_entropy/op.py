@@ -37,12 +37,20 @@ def masked_cross_entropy(
 
     Shapes       logits [N, V], any distance between rows; fp32, bf16, fp16 (fp64 on the reference). labels [N].
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
-    inplace      the backward pass writes the gradient over the logits, which nothing else may need by then. They must
+    inplace      The backward pass writes the gradient over the logits, which nothing else may need by then. They must
                  be the result of another operation. Under torch.compile this is left to the compiler.
-    Autocast     any dtype is taken as it is; the arithmetic is fp32.
-    Bad labels   a label outside [0, V) raises ValueError on CPUs, and on GPUs with RECA_CHECK=1. Without the check
-                 that row's loss is NaN and its gradient 0.
-    Derivatives  first only; a second derivative raises RuntimeError, except with backend="reference".
+    Autocast     Any dtype is taken as it is; the arithmetic is fp32.
+    Bad labels   A label outside [0, V) is looked for on CPUs, and on GPUs with RECA_CHECK=1. Without the check that
+                 row's loss is NaN and its gradient 0.
+    Derivatives  The op has first derivatives; backend="reference" has all.
+
+    Raises:
+        ValueError: A shape, an option or a label does not fit, tensors are on several devices, inplace=True would
+            overwrite a parameter or rows that overlap, or the backend is unknown.
+        TypeError: Logits are not of a float dtype or labels not int32 or int64, or a tensor is sparse, nested,
+            quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call. A kernel's gradient is differentiated again, or inplace=True has overwritten the logits before.
     """
     if not (raw := plain(logits, labels)):
         checks.dispatchable(OP, logits=logits, labels=labels)

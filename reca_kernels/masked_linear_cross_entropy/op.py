@@ -37,23 +37,31 @@ def masked_linear_cross_entropy(
 ) -> Tensor:  # fp32 [] or [N]
     """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
-    Rows that carry no label are left out of every product. The full logits matrix is never kept: at most chunk_rows
+    Rows that carry no label are left out of every matmul. The full logits matrix is never kept: at most chunk_rows
     rows of it exist at a time, by default 512 on CPUs and as many as 1/32 of the memory holds on GPUs. With reduction
     "mean" or "sum" the forward pass computes the gradients too and keeps them instead of the logits; with "none" the
     backward pass computes the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
     Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
-    Dtypes       products run in the dtype of hidden, under autocast in its dtype; in fp32 where that is fp16 on a CPU.
+    Dtypes       Matmuls run in the dtype of hidden, under autocast in its dtype; in fp32 where that is fp16 on a CPU.
                  The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
                  loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the
                  loss scale.
-    max_labelled upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per call to
-                 count them, and a captured CUDA graph multiplies all N rows. A larger bound costs the products of as
-                 many more rows. A bound that is too small raises ValueError on CPUs and with RECA_CHECK=1; else the
-                 rows too many have loss NaN and gradient 0.
+    max_labelled This is an upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per
+                 call to count them, and a captured CUDA graph multiplies all N rows. A larger bound costs the matmuls
+                 of as many more rows. A bound that is too small is found on CPUs and with RECA_CHECK=1; else the rows
+                 too many have loss NaN and gradient 0.
 
-    Loss, labels, derivatives: see `masked_cross_entropy`.
+    Loss, labels and derivatives are those of `masked_cross_entropy`.
+
+    Raises:
+        ValueError: A shape, an option or a label does not fit, more rows carry a label than max_labelled, tensors are
+            on several devices, or the backend is unknown.
+        TypeError: hidden, weight or bias are not of a float dtype or labels not int32 or int64, or a tensor is sparse,
+            nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call. A kernel's gradient is differentiated again, or the graph was traced for other gradients.
     """
     if not (raw := plain(hidden, weight, labels, bias)):
         checks.dispatchable(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)

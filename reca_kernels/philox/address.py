@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class Philox(NamedTuple):
-    """The address of a batch's noise.
+    """Address the noise of a batch.
 
-    seed        int64 [] on the device, so that a captured CUDA graph can be replayed with another seed
-    sample_ids  int64 [B], contiguous: global sample ids, any of the 2^64
-    stream      which of a sample's independent streams, 0..255
+    Attributes:
+        seed: An int64 tensor [] on the device, so that a captured CUDA graph can be replayed with another seed.
+        sample_ids: An int64 tensor [B] of global sample ids, any of the 2^64.
+        stream: The number of one of a sample's independent streams, 0 to 255.
     """
 
     seed: Tensor

@@ -14,12 +14,43 @@ OP = "philox"
 
 
 def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
-    """Draw numbers in [0, 1), fp32 [B, n]. Element i of a sample is word i of its stream, its upper 24 bits."""
+    """Draw uniform numbers in [0, 1), fp32 [B, n].
+
+    Element i of a sample is the upper 24 bits of word i of its stream. The words are those of Philox-4x32-10 (Salmon,
+    Moraes, Dror and Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+
+    Args:
+        noise: The address of the batch's noise.
+        n: Numbers per sample.
+        backend: The backend that runs. None: chosen by device and size.
+
+    Raises:
+        ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
+        TypeError: A tensor of the address is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call.
+    """
     return _draw(noise, n, "uniform", backend)
 
 
 def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
-    """Draw standard normal numbers, fp32 [B, n], by Box-Muller: tails to 6.7, the same bits on every backend."""
+    """Draw standard normal numbers, fp32 [B, n].
+
+    Box-Muller makes two numbers of two words of the stream. Tails reach 6.7, and every backend has the same bits. The
+    words are those of Philox-4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers: as easy as 1, 2, 3, SC
+    2011).
+
+    Args:
+        noise: The address of the batch's noise.
+        n: Numbers per sample.
+        backend: The backend that runs. None: chosen by device and size.
+
+    Raises:
+        ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
+        TypeError: A tensor of the address is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call.
+    """
     return _draw(noise, n, "normal", backend)
 
 

@@ -30,7 +30,7 @@ SQRT_HALF_BITS = 0x3F3504F3
 
 
 def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four uint32 words (held in int64) per counter. Counter and key words are int64 tensors in [0, 2^32)."""
+    """Compute four uint32 words (held in int64) per counter. Counter and key words are int64 tensors in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -41,7 +41,7 @@ def philox_4x32_10(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> t
 
 
 def philox_bits(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor:
-    """int64 [B, n] holding uint32 words."""
+    """Draw uint32 words, held in int64 [B, n]."""
     blocks = torch.arange((n + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids[:, None]
     zero = torch.zeros_like(blocks + ids)
@@ -51,7 +51,7 @@ def philox_bits(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """uint32 words -> fp32 in [0, 1), 24 bits."""
+    """Convert uint32 words to fp32 in [0, 1), of 24 bits."""
     return (bits >> 8).float() * 2.0**-24
 
 
@@ -60,7 +60,7 @@ def philox_uniform(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Ten
 
 
 def philox_normal(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor:
-    """Box-Muller on word pairs (0, 1) and (2, 3): radius from the first, angle from the second."""
+    """Apply Box-Muller to word pairs (0, 1) and (2, 3): radius from the first, angle from the second."""
     bits = philox_bits(seed, sample_ids, stream, (n + 3) // 4 * 4).unflatten(1, (-1, 2))
     u = bits[..., 0].float() * 2.0**-32 + 2.0**-33  # (0, 1]
     radius = torch.sqrt((log(u) * -2.0).double()).float()  # torch's fp32 root is not always the nearest number; this is
@@ -69,7 +69,7 @@ def philox_normal(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tens
 
 
 def log(u: Tensor) -> Tensor:
-    """Natural logarithm of fp32 numbers in (0, 1], in single multiplications and additions."""
+    """Compute the natural logarithm of fp32 numbers in (0, 1], in single multiplications and additions."""
     bits = u.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0  # u = (1 + f) 2^exponent, 1 + f in [sqrt(1/2), sqrt(2))
@@ -81,7 +81,7 @@ def log(u: Tensor) -> Tensor:
 
 
 def sincos_turns(k: Tensor) -> tuple[Tensor, Tensor]:
-    """sin and cos of k / 2^24 turns, k int64 in [0, 2^24): the quadrant comes off exactly."""
+    """Compute sin and cos of k / 2^24 turns, k int64 in [0, 2^24): the quadrant comes off exactly."""
     quadrant = (k + (1 << 21)) >> 22
     x = (k - (quadrant << 22)).float() * 2.0**-24 * (2.0 * torch.pi)
     z = x * x

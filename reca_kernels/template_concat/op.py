@@ -33,9 +33,16 @@ def template_concat(
 
     Shapes       src [T] gives [T, D], src [B, L] gives [B, L, D]. Sources may differ in dtype: fp32, bf16, fp16.
     Returns      out_dtype, default: the dtype of the table. Autocast changes nothing, as with an embedding.
-    Bad index    a row that a source does not have raises ValueError on CPUs, and on GPUs with RECA_CHECK=1; unchecked,
-                 the kernels make that position NaN, and its gradient goes nowhere.
-    Derivatives  of table, visual and rows, those that require them; first only, except with backend="reference".
+    Bad index    A row that a source does not have is looked for on CPUs, and on GPUs with RECA_CHECK=1. Unchecked, the
+                 kernels make that position NaN, and its gradient goes nowhere.
+    Derivatives  The op has first derivatives by table, visual and rows; backend="reference" has all.
+
+    Raises:
+        ValueError: Shapes do not fit, an index names no row, tensors are on several devices, or the backend is unknown.
+        TypeError: table, visual or rows are not of a float dtype, an index is not int32 or int64, or a tensor is
+            sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
+            call. A kernel's gradient is differentiated again.
     """
     rows = (table, visual, *(r for r, _ in adds))
     indices = (src, *(i for _, i in adds))

@@ -31,7 +31,7 @@ Segment = TextSegment | VisualSegment
 
 @dataclass(frozen=True)
 class ConcatPlan:
-    """Layout of B samples: packed one after another, [T], or one per row, [B, L].
+    """Hold the layout of B samples: packed one after another, [T], or one per row, [B, L].
 
     src           int32 [T] or [B, L]: >= 0 is a row of the embedding table, < 0 is visual row -1 - src
     position_ids  int64, same shape: 0, 1, 2, … inside each sample; 0 in padding
@@ -64,7 +64,9 @@ def concat_plan(
     layout   "packed": one sequence [T]; "left" or "right": [B, L], padded on that side
     length   T or L; default: the total, or the longest sample. Padding embeds `pad_id`.
 
-    Raises ValueError when a sample (packed: all samples) is longer than `length`.
+    Raises:
+        ValueError: A sample (packed: all samples) is longer than `length`, token ids and labels do not fit each other,
+            or the layout is unknown.
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
