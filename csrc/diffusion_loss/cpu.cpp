@@ -87,7 +87,9 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
         const auto mean = means(x, e, predicted);
         const vfloat log_variance = (v + 1.0f) * range + log_posterior;
         const vfloat distance = mean.truth - mean.model;
-        const vfloat precision = exp(-log_variance), shrink = posterior * precision;
+        // simd.h's exp ends at 88. NaN stays NaN.
+        const vfloat precision = log_variance < -88.0f ? splat(INFINITY) : exp(-log_variance);
+        const vfloat shrink = posterior * precision;
         const vfloat scaled = distance * distance * precision;
         bound += 0.5f * (log_variance - log_posterior - 1.0f + shrink + scaled);
         store(d_row + channels + c, (1.0f - shrink - scaled) * (0.5f * range * share * bits));

@@ -30,7 +30,7 @@ static RECA_HD float first_step(float x0, float mean, float log_variance, float*
   } else {
     p = above - below, dp = high_slope * -0.5 * high + low_slope * 0.5 * low;
   }
-  const bool clamped = !(p > 1e-12);
+  const bool clamped = p <= 1e-12;  // NaN is not
   *derivative = clamped ? 0.0f : float(-dp / p * bits);
   return float(-std::log(clamped ? 1e-12 : p) * bits);
 }

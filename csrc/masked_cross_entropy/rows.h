@@ -83,14 +83,14 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
       total *= std::exp(double(row_max) - double(top));
       row_max = top;
     }
-    if (row_max == -inf) continue;  // so far there is nothing else: e^(z - row_max) is 0
+    const float base = row_max == -inf ? 0.0f : row_max;  // -inf adds 0 and NaN stays NaN, whatever they stand among
     // Joined in fp64, part by part: beside the 1 of a certain label, what the others have is below the last digit of fp32.
     for (int64_t from = 0; from < n; from += part) {
       const int64_t to = n - from < part ? n - from : part;
       vfloat exps[4] = {};
       const auto add = [&](int64_t i, vfloat(&z)[4], int) {
         if constexpr (!CAP) prefetch(p + block + from + i, 4 * W * sizeof(T));
-        for (int k = 0; k < 4; ++k) exps[k] += exp(z[k] - row_max);
+        for (int k = 0; k < 4; ++k) exps[k] += exp(z[k] - base);
       };
       if constexpr (CAP) {
         for_each_four(softcapped + from, to, add);
@@ -121,7 +121,7 @@ static void row_backward(const CrossEntropy& args, const T* row, int64_t label, 
   const float level = scale * args.label_smoothing / float(classes);
   // One subtraction per logit: what the sum of both loses in rounding goes into the slope.
   const float lse = stats.row_max + stats.log_sum_exp;
-  const double lost = std::fabs(lse) < inf ? double(stats.row_max) + double(stats.log_sum_exp) - double(lse) : 0.0;
+  const double lost = std::fabs(lse) < inf ? (double(stats.row_max) - double(lse)) + double(stats.log_sum_exp) : 0.0;
   float slope = scale * (1 + by_z_loss) * float(std::exp(-lost));
   if (slope != slope) slope = std::numeric_limits<float>::quiet_NaN();  // for store_pair
 

@@ -1,5 +1,6 @@
 """MAR's diffusion loss: noise prediction plus a variational bound with a learned range of variances, one pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def diffusion_add_noise(
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, **_named(noise))
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
     out_dtype = out_dtype or x0.dtype
-    backend = _backend(x0, x0, backend)
+    backend = _backend(x0, [x0.dtype, out_dtype], x0, backend)
     with torch.no_grad():
         if backend == "reference":
             if has_values(t, rows):
@@ -89,7 +90,7 @@ def diffusion_loss(
     checks.floating(OP, out=out)
     if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
         raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
-    backend = _backend(out, x0, backend)
+    backend = _backend(out, [x0.dtype], x0, backend)
     if backend == "reference":
         if has_values(t, rows):
             _check_indices(x0, t, schedule, rows)
@@ -103,8 +104,9 @@ def diffusion_loss(
     return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
 
 
-def _backend(tensor: Tensor, x0: Tensor, backend: str | None) -> str:
-    dtype = torch.float64 if x0.dtype == torch.float64 else tensor.dtype  # fp64 anywhere is for the reference
+def _backend(tensor: Tensor, dtypes: Sequence[torch.dtype], x0: Tensor, backend: str | None) -> str:
+    # fp64 anywhere is for the reference.
+    dtype = next((dtype for dtype in dtypes if dtype not in dispatch.FLOATS), tensor.dtype)
     chosen = dispatch.choose(OP, tensor, backend, dtype=dtype)
     width = x0.shape[1]
     if chosen != "reference" and width > WIDEST:

@@ -65,9 +65,9 @@ def _first_step(x0, mean, log_variance):
     """
     inverse = tl.exp(-0.5 * log_variance)
     centered = x0 - mean
-    # Beyond 1e4 nothing changes any more, and cubes stay finite.
-    h = tl.minimum(tl.maximum(inverse * (centered + 1 / 255), -1e4), 1e4)
-    l = tl.minimum(tl.maximum(inverse * (centered - 1 / 255), -1e4), 1e4)  # noqa: E741
+    # Beyond 1e4 nothing changes any more, and cubes stay finite. NaN stays NaN.
+    h = tl.clamp(inverse * (centered + 1 / 255), -1e4, 1e4, propagate_nan=tl.PropagateNan.ALL)
+    l = tl.clamp(inverse * (centered - 1 / 255), -1e4, 1e4, propagate_nan=tl.PropagateNan.ALL)  # noqa: E741
     one_sided = tl.abs(x0) > 0.999  # bins at the ends of the range are open: l is -infinity, or h is infinity
     mirror = tl.where(one_sided, x0 > 0, h + l > 0)  # probabilities of a bin and of its mirror image are the same
     h, l = tl.where(mirror, -l, h), tl.where(mirror, -h, l)  # noqa: E741
@@ -81,9 +81,9 @@ def _first_step(x0, mean, log_variance):
     log_p = tl.minimum(a, 0.0) - tl.log(1 + tl.exp(-tl.abs(a))) + tl.log(part) - tl.log(1 + tail)
     by_h = h * (1 + 3 * 0.044715 * h * h) * (1 + tail) / (1 + tl.exp(tl.minimum(a, 80.0)))
     by_l = l * (1 + 3 * 0.044715 * l * l) * (tail + shrunk) / (1 + tail)
-    kept = log_p > -27.631021115928547  # ln 1e-12
+    clamped = log_p <= -27.631021115928547  # ln 1e-12
     slope = 0.5 * 1.5957691216057308 * (by_h - by_l) / part
-    return tl.where(kept, -log_p, 27.631021115928547), tl.where(kept, slope, 0.0)
+    return tl.where(clamped, 27.631021115928547, -log_p), tl.where(clamped, 0.0, slope)
 
 
 @triton.jit(do_not_specialize=["stream"])

@@ -49,7 +49,8 @@ def flow_matching_add_noise(
     images = _images(x0, patch)
     t, noise = _level(t, images), _noise(noise, images)
     out_dtype = out_dtype or images[0].dtype
-    backend = dispatch.choose(OP, images[0], backend)
+    dtype = images[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # others are for the reference
+    backend = dispatch.choose(OP, images[0], backend, dtype=dtype)
     with torch.no_grad():
         if backend == "reference":
             flat = reference.add_noise(images, t, noise, patch, out_dtype)

@@ -232,6 +232,46 @@ def test_given_noise_and_memory_that_is_not_aligned(dtype, backend, device):
     torch.testing.assert_close(results[0][2].float(), mixed, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [4, 16])
+@EVERYWHERE
+def test_a_variance_of_nothing_costs_infinity(backend, device, channels):
+    """A bound that is too large for fp32 is infinity, never a small or negative loss that would be trained towards."""
+    for step, log_variance in ((5, -3000.0), (500, -1e6)):
+        out, x0, t, noise, _ = case(channels, rows=3, samples=3, device=device)
+        out[:, channels:] = log_variance
+        out, t = out.requires_grad_(), torch.full_like(t, step)
+        loss = diffusion_loss(out, x0, t, noise, SCHEDULE.to(device), reduction="none", backend=backend)
+        (grad,) = torch.autograd.grad(loss.sum(), out)
+        assert torch.equal(loss.cpu(), torch.full((3,), torch.inf))
+        assert not (grad[:, channels:] > 0).any() and not grad[:, channels:].isfinite().any()
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+@EVERYWHERE
+def test_nan_in_a_variance_is_seen_at_every_step(backend, device, channels):
+    out, x0, t, noise, _ = case(channels, rows=3, samples=3, device=device)
+    t = torch.tensor([0, 5, 999], device=device)
+    out[:, channels:] = torch.nan
+    out.requires_grad_()
+    loss = diffusion_loss(out, x0, t, noise, SCHEDULE.to(device), reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), out)
+    assert loss.isnan().all() and grad[:, channels:].isnan().all()
+
+
+def test_extremes_with_every_instruction_set(isa):
+    for channels in (4, 16):
+        test_a_variance_of_nothing_costs_infinity("cpu", "cpu", channels)
+        test_nan_in_a_variance_is_seen_at_every_step("cpu", "cpu", channels)
+
+
+def test_noised_data_in_fp64_come_from_the_reference():
+    _, x0, t, noise, rows = case()
+    got = diffusion_add_noise(x0, t, noise, SCHEDULE, rows=rows, out_dtype=torch.float64)
+    assert torch.equal(
+        got, diffusion_add_noise(x0, t, noise, SCHEDULE, rows=rows, out_dtype=torch.float64, backend="reference")
+    )
+
+
 def test_fp64_data_goes_to_the_reference():
     out, x0, t, noise, rows = case()
     exact = diffusion_loss(out.double(), x0.double(), t, noise, SCHEDULE, rows=rows)

@@ -238,6 +238,8 @@ def test_fp64_levels_and_noise(backend, device):
 
 def test_fp64_data_goes_to_the_reference():
     x0, t, noise, _ = case("batch")
+    mixed = flow_matching_add_noise(x0, t, noise, out_dtype=torch.float64)
+    assert torch.equal(mixed, flow_matching_add_noise(x0, t, noise, out_dtype=torch.float64, backend="reference"))
     pred = torch.randn(x0.shape)
     exact = flow_matching_loss(pred.double(), x0.double(), t, noise)
     close(flow_matching_loss(pred, x0.double(), t, noise), exact, 1e-6)

@@ -50,6 +50,34 @@ def test_widths(backend, device, classes):
     close_to_exact(logits_of(leaves), labels, backend, label_smoothing=0.1)
 
 
+# The last lane of a vector, that of a block, a whole block, and one among logits that are masked.
+@pytest.mark.parametrize(("classes", "nan", "masked"), [
+    (64, [63], []), (2048, [2047], []), (9000, range(4096), []), (9000, range(8192), []), (5000, [100], range(4000)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERYWHERE
+def test_nan_is_never_left_out(backend, device, dtype, classes, nan, masked):
+    x = torch.randn(2, classes, generator=torch.Generator().manual_seed(0))
+    x[0, list(masked)] = -torch.inf
+    x[0, list(nan)] = torch.nan
+    x = x.to(device, dtype).requires_grad_()
+    labels = torch.tensor([classes - 2, 3], device=device)
+    loss = masked_cross_entropy(x, labels, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert loss.isnan().tolist() == [True, False]
+    assert grad[0, list(nan)].isnan().all() and grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e12, 1e15, 1e17])
+@EVERYWHERE
+def test_gradients_of_equal_logits_however_large(backend, device, size):
+    x = torch.full((1, 15), size, device=device, requires_grad=True)
+    loss = masked_cross_entropy(x, torch.tensor([3], device=device), backend=backend)
+    want = torch.full((1, 15), 1 / 15)
+    want[0, 3] -= 1
+    close(torch.autograd.grad(loss, x)[0], want.to(device), 1e-5)
+
+
 @EVERYWHERE
 def test_a_common_offset_costs_no_digits(backend, device):
     """Logits around 1e4: log sum exp minus the label's logit, formed from the sum, would lose four digits."""
