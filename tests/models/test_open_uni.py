@@ -1,5 +1,6 @@
 """OpenUni's adapter beyond the golden data: sizes, files, batching, learning, sampling, kernels, bad input."""
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
@@ -13,6 +14,7 @@ from reca.config import ObjectiveConfig
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
 from reca.data.tasks import Turn
+from reca.models.common.images import fit_to_view
 from reca.models.common.qwen2 import Qwen2Sizes
 from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, loss, modules, prompt, weights
@@ -266,6 +268,52 @@ def published(tmp_path_factory):
     torch.save(trained, folder / "open_uni.pth")
     parts = {"mllm": str(folder / "mllm"), "dit": str(folder / "dit"), "codec_weights": str(folder / "vae")}
     return model, folder, replace(given, weights=str(folder / "open_uni.pth"), **parts)
+
+
+def test_internvl3_in_the_type_of_its_files(published, tmp_path):
+    """Its files are in bf16, the trained parts are fp32: all of it runs outside of training's autocast, too."""
+    model, folder, given = published
+    shutil.copytree(folder / "mllm", tmp_path / "mllm")
+    half = {name: tensor.bfloat16() for name, tensor in model.mllm.state_dict().items()}
+    save_file(half, tmp_path / "mllm" / "model.safetensors")
+    mixed = Adapter.load(replace(given, mllm=str(tmp_path / "mllm")))
+    assert (mixed.mllm.dtype, mixed.meta_queries.dtype) == (torch.bfloat16, torch.float32)
+    image = torch.randint(0, 256, (3, 24, 20), dtype=torch.uint8)
+    batch = Batch("reca", torch.tensor([3]), ["a"], [fit_to_view(image, mixed.views("reca").gen)])
+    drawn = [
+        *mixed.generate(["a"], [0], steps=2),
+        *mixed.edit([image], ["a"], [0], steps=2),
+        *mixed.reconstruct(batch, [0], steps=2),
+    ]
+    assert [tuple(x.shape) for x in drawn] == [(3, 16, 16)] * 3
+    with torch.autocast("cpu", torch.bfloat16):  # as an evaluation in training draws
+        assert torch.equal(mixed.generate(["a"], [0], steps=2)[0], drawn[0])
+    assert len(mixed.answer([image], ["a"], 2)) == 1
+    term = mixed(batch, CounterRNG(0))
+    (term.sum / term.weight).backward()
+    assert mixed.meta_queries.grad.dtype == torch.float32 and mixed.meta_queries.grad.abs().sum() > 0
+    whole = model(batch, CounterRNG(0))
+    assert (term.sum / term.weight).item() == pytest.approx((whole.sum / whole.weight).item(), rel=0.02)
+
+
+def test_internvl3_as_transformers_writes_it(published, tmp_path):
+    model, folder, given = published
+    shutil.copytree(folder / "mllm", tmp_path / "mllm")
+    (tmp_path / "mllm" / "model.safetensors").unlink()
+    model.mllm.save_pretrained(tmp_path / "mllm")
+    again = Adapter.load(replace(given, mllm=str(tmp_path / "mllm")))
+    for name, tensor in model.mllm.state_dict().items():
+        assert torch.equal(again.mllm.state_dict()[name], tensor), name
+
+
+def test_a_smaller_image_for_understanding(published):
+    """The published table of positions stays as it is, and is interpolated."""
+    model, _, given = published
+    small = Adapter.load(replace(given, understanding_size=16))
+    table = "mllm.model.vision_tower.embeddings.position_embeddings"
+    assert torch.equal(small.state_dict()[table], model.state_dict()[table])
+    h_v = small.encode_understanding(torch.rand(2, 3, 16, 16) * 2 - 1)
+    assert tuple(h_v.shape) == (2, small.sequence()["h_v"], given.language.hidden_size) and h_v.shape[1] == 4
 
 
 def test_the_four_published_parts(published):

@@ -17,6 +17,7 @@ class VisionSizes:
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4096, "width of its MLP")
     patch_size: int = count(14, "pixels of a patch in height and width")
+    image_size: int = pixels(448, "pixels in height and width that its position table is of; others are interpolated")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 

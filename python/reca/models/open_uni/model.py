@@ -76,18 +76,21 @@ class OpenUni(Network, Adapter):
 
     @options_of(sampling.generate)
     def generate(self, prompts: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
-        return sampling.generate(self, prompts, seeds, **options)
+        with self.inference_autocast():
+            return sampling.generate(self, prompts, seeds, **options)
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 20) -> list[Tensor]:
         """Draw images again by DPM-Solver++ (`sampling.sample`). Seeds lie in [0, 2**56)."""
         check_pairs(images=batch.text, seeds=seeds)
-        prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
-        return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)
+        with self.inference_autocast():
+            prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
+            return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)
 
     @options_of(sampling.edit)
     def edit(self, images: list[Tensor], instructions: list[str], seeds: list[int], **options: Any) -> list[Tensor]:
-        return sampling.edit(self, images, instructions, seeds, **options)
+        with self.inference_autocast():
+            return sampling.edit(self, images, instructions, seeds, **options)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         return sampling.answer(self, images, questions, max_new_tokens)

@@ -1,5 +1,6 @@
 """The parts of OpenUni, all of them library classes at the configured sizes, and the network that they make."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
                 intermediate_size=vision.intermediate_size,
                 patch_size=vision.patch_size,
                 layer_norm_eps=vision.layer_norm_eps,
-                image_size=config.understanding_size,
+                image_size=vision.image_size,
                 attention_bias=True,
                 use_qk_norm=False,
                 use_mean_pooling=True,  # no final norm
@@ -224,13 +225,23 @@ class Network(nn.Module):
                 plan=prefill,
                 **with_cache(model, cache),
             )
+        queries, kind = self.meta_queries.expand(len(layout.src), -1, -1), self.device.type
+        if not torch.is_autocast_enabled(kind):  # InternVL3 has the type of its files
+            queries = queries.to(self.mllm.dtype)
         hidden = model(
-            inputs_embeds=self.meta_queries.expand(len(layout.src), -1, -1),
+            inputs_embeds=queries,
             position_ids=layout.positions[:, n:],
             plan=behind,
             **with_cache(model, cache),
         ).last_hidden_state
+        if not torch.is_autocast_enabled(kind):
+            hidden = hidden.to(self.meta_queries.dtype)
         return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
+
+    def inference_autocast(self) -> contextlib.AbstractContextManager:
+        """Multiply in InternVL3's type where it is not that of the trained parts, as training with bf16 does."""
+        mixed = self.mllm.dtype != self.meta_queries.dtype
+        return torch.autocast(self.device.type, self.mllm.dtype) if mixed else contextlib.nullcontext()
 
     def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:
         """Embed prompts, [B, L, H], from token ids and h_v."""

@@ -60,6 +60,8 @@ _MLLM = [
     (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
     (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
     (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^vision_tower\.", "model.vision_tower."),  # as transformers writes it
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
 ]  # fmt: skip
