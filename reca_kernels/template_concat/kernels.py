@@ -24,9 +24,10 @@ class Kernels(Protocol):
         grad: Tensor,  # [T, D]
         index: Tensor,  # [T]
         negated: bool,
-        rows: Tensor,  # [K, D], only its shape and dtype count
+        count: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Return the gradient of rows [K, D], in their dtype.
+        """Return the gradient of `count` rows, [count, D], in their dtype.
 
         It adds in fp32 in a fixed order: that of t on CPUs, that of row_gradients.py on GPUs.
         """

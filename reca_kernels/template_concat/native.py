@@ -30,16 +30,16 @@ def backward(
     grad: Tensor,  # [T, D]
     index: Tensor,  # [T]
     negated: bool,
-    rows: Tensor,  # [K, D], only its shape and dtype count
-) -> Tensor:  # [K, D]
-    length, width = grad.shape
-    count, device = rows.shape[0], grad.device
-    if length == 0 or rows.numel() == 0:
-        return torch.zeros(rows.shape, dtype=rows.dtype, device=device)
-    out = torch.empty(rows.shape, dtype=rows.dtype, device=device)
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [count, D]
+    (length, width), device = grad.shape, grad.device
+    if 0 in (length, width, count):
+        return torch.zeros(count, width, dtype=dtype, device=device)
+    out = torch.empty(count, width, dtype=dtype, device=device)
     gradient = (
         native.DTYPES[grad.dtype], grad.data_ptr(), grad.stride(0), length, width, _index(index, negated), count,
-        native.DTYPES[rows.dtype], out.data_ptr(),
+        native.DTYPES[dtype], out.data_ptr(),
     )  # fmt: skip
     module, launch = native.kernels(), native.launch(out)
     if launch.on_host:

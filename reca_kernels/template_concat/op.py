@@ -114,12 +114,12 @@ def _forward(rows: Sequence[Tensor], indices: Sequence[Tensor], out_dtype: torch
 
 
 @kernel_op(
-    f"{OP}_backward(Tensor grad, Tensor index, bool negated, Tensor rows, str backend) -> Tensor",
-    lambda grad, index, negated, rows, backend: rows.new_empty(rows.shape),
+    f"{OP}_backward(Tensor grad, Tensor index, bool negated, SymInt count, ScalarType dtype, str backend) -> Tensor",
+    lambda grad, index, negated, count, dtype, backend: grad.new_empty((count, grad.shape[1]), dtype=dtype),
 )
-def _gradient(grad: Tensor, index: Tensor, negated: bool, rows: Tensor, backend: str) -> Tensor:
+def _gradient(grad: Tensor, index: Tensor, negated: bool, count: int, dtype: torch.dtype, backend: str) -> Tensor:
     kernels: Kernels = dispatch.load(backend, OP)
-    return kernels.backward(_dense(grad), index, negated, rows)
+    return kernels.backward(_dense(grad), index, negated, count, dtype)
 
 
 # ---- the gradient ----
@@ -127,17 +127,16 @@ def _gradient(grad: Tensor, index: Tensor, negated: bool, rows: Tensor, backend:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, indices, _, ctx.backend = inputs
-    ctx.needs = [r.requires_grad for r in rows]
-    ctx.save_for_backward(*rows, *indices)
+    ctx.sources = [(r.shape[0], r.dtype, r.requires_grad) for r in rows]
+    ctx.save_for_backward(*indices)  # the gradient reads no rows
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
-    saved = ctx.saved_tensors  # read once: a checkpoint recomputes what it unpacks
-    rows, indices = saved[: len(ctx.needs)], saved[len(ctx.needs) :]
-    raw = plain(grad, *rows)
+    indices = ctx.saved_tensors  # read once: a checkpoint recomputes what it unpacks
+    raw = plain(grad)
     gradients = [
-        _gradient(raw, grad, *index, r, ctx.backend) if need else None
-        for need, r, index in zip(ctx.needs, rows, _sources(indices), strict=True)
+        _gradient(raw, grad, *index, count, dtype, ctx.backend) if need else None
+        for (count, dtype, need), index in zip(ctx.sources, _sources(indices), strict=True)
     ]
     return (gradients,)
 

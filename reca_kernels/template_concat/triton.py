@@ -207,13 +207,13 @@ def backward(
     grad: Tensor,  # [T, D]
     index: Tensor,  # [T]
     negated: bool,
-    rows: Tensor,  # [K, D], only its shape and dtype count
-) -> Tensor:  # [K, D]
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:  # [count, D]
     length, width = grad.shape
-    count = rows.shape[0]
-    if length == 0 or rows.numel() == 0:
-        return torch.zeros(rows.shape, dtype=rows.dtype, device=grad.device)
-    gradient = torch.empty(rows.shape, dtype=rows.dtype, device=grad.device)
+    if 0 in (length, width, count):
+        return torch.zeros(count, width, dtype=dtype, device=grad.device)
+    gradient = torch.empty(count, width, dtype=dtype, device=grad.device)
     tiles, block, warps = _tiles(width)
     reads = grad, grad.stride(0)
     with torch.cuda.device_of(grad):

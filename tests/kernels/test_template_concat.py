@@ -1,5 +1,6 @@
 """template_concat against its definition and fp64; edge cases; system behaviour; what Triton compiled; concat_plan."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -88,6 +89,21 @@ def test_dtypes_may_differ(backend, device, width):
     got, true = (torch.autograd.grad(y, (table, half, position), like(x)) for y in (x, want))
     assert [g.dtype for g in got] == [torch.float32, torch.bfloat16, torch.float32]
     torch.testing.assert_close(got, true, rtol=8e-3, atol=3e-2)  # a row used twice: the reference rounds in between
+
+
+@EVERYWHERE
+def test_the_gradient_keeps_and_reads_no_rows(backend, device):
+    """What it is of may change before it, and nothing as large as the rows waits for it."""
+    source = torch.randn(5, 8, device=device, requires_grad=True)
+    table, visual = torch.randn(10, 8, device=device), source * 2
+    src = torch.tensor([3, -1, -5, 3], device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        out = template_concat(table, visual, src, backend=backend)
+    visual.add_(1)
+    (grad,) = torch.autograd.grad(out.sum(), source)
+    assert grad.tolist() == [[2.0] * 8, [0.0] * 8, [0.0] * 8, [0.0] * 8, [2.0] * 8]
+    assert all(math.prod(shape) <= len(src) for shape in kept)
 
 
 @EVERYWHERE
@@ -309,8 +325,8 @@ def wide_launches():
         sources = [(table, src, False), (visual, src, True), (table, src, False)]
         op.forward(sources[:2], dtype)
         op.forward(sources, dtype)
-    op.backward(grad, src, False, table)
-    op.backward(grad, src, True, visual)
+    op.backward(grad, src, False, len(table), table.dtype)
+    op.backward(grad, src, True, len(visual), visual.dtype)
 
 
 def narrow_launches():
@@ -319,8 +335,8 @@ def narrow_launches():
     src = torch.zeros(128, dtype=torch.int64)
     table, visual, grad = (torch.empty(rows, 37, dtype=torch.float16) for rows in (16, 64, 128))
     op.forward([(table, src, False), (visual, src, True), (table.float(), src, False)], torch.float16)
-    op.backward(grad, src, False, table)
-    op.backward(grad, src, True, visual.float())
+    op.backward(grad, src, False, len(table), table.dtype)
+    op.backward(grad, src, True, len(visual), torch.float32)
 
 
 def test_triton_kernels_move_16_bytes_at_a_time_without_spills():
