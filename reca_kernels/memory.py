@@ -60,6 +60,15 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def learns(x: Tensor | None) -> bool:
+    """Return whether a gradient of x may be asked for; a tensor that vmap has batched does not say so itself."""
+    if x is None:
+        return False
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, differentiated: bool = False) -> None:
     """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
 

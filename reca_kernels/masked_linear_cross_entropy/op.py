@@ -15,7 +15,7 @@ from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy import linear_chunks, reference
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels
-from reca_kernels.memory import graph_is_kept, has_values, plain
+from reca_kernels.memory import graph_is_kept, has_values, learns, plain
 
 OP = "masked_linear_cross_entropy"
 
@@ -94,7 +94,7 @@ def masked_linear_cross_entropy(
         dtype = torch.float32
     # With reduction "none" the gradients are made in the backward pass.
     made = torch.is_grad_enabled() and reduction != "none"
-    needs = [made and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    needs = [made and learns(x) for x in (hidden, weight, bias)]
     settings = chunk_rows, max_labelled, dtype, needs, backend
     return _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)[0]
 

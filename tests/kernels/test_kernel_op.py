@@ -136,6 +136,23 @@ def test_gradients_of_a_batch_under_vmap(how):
     assert torch.equal(gradient, torch.stack(want))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_of_a_batch_of_linear_losses_under_vmap(reduction, trained):
+    hidden, weight = inputs(0, (3, 4, 8), (9, 8))
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
+
+    def loss(h):
+        options = {"ignore_index": -1, "reduction": reduction, "backend": "cpu"}
+        return masked_linear_cross_entropy(h, leaves[1], labels(4), **options).sum()
+
+    asked = leaves[: 1 + trained]
+    found = torch.autograd.grad(torch.func.vmap(loss)(hidden).sum(), asked)
+    want = torch.autograd.grad(sum(map(loss, hidden.unbind())), asked)
+    for got, exact in zip(found, want, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
 def test_a_derivative_of_torch_func_inside_a_graph_is_refused():
     def loss(z):
         return masked_cross_entropy(z, labels(4), ignore_index=-1, backend="cpu")
