@@ -84,9 +84,9 @@ def test_two_evaluations(compared, painter):
 def test_an_evaluation_that_was_moved_keeps_its_images(compared, painter, tmp_path):
     for name in ("before", "after"):
         (painter / ("eval/base/world" if name == "before" else "eval/world")).rename(tmp_path / name)
-    results = tmp_path / "after/results.json"
-    prompt = json.loads(results.read_text())["items"][0]["prompt"]
-    results.write_text(results.read_text().replace(prompt, r"\ud83d"))  # half of an emoji
+        results = tmp_path / name / "results.json"
+        prompt = json.loads(results.read_text())["items"][0]["prompt"]
+        results.write_text(results.read_text().replace(prompt, r"\ud83d"))  # half of an emoji
     assert cli.main(["compare", str(tmp_path / "before"), str(tmp_path / "after"), "--out", str(tmp_path / "out")]) == 0
     shown = (tmp_path / "out/comparison.html").read_text()
     assert "<img" in shown and "no image" not in shown

@@ -110,7 +110,9 @@ def test_a_request(server, image):
     assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for part in (first, second))
     assert headers["Authorization"] == f"Bearer {SECRET}"
     assert judge.cost() == "judge tiny-vlm: 1 requests, 100 tokens in, 5 out, $0.00"
-    assert judge.describe() == {"name": "endpoint:tiny-vlm", "version": "1", "dtype": None, "exact": False}
+    options = {"url": server.url, "max_tokens": judge.max_tokens}
+    told = {"name": "endpoint:tiny-vlm", "version": "1", "dtype": None, "exact": False, "options": options}
+    assert judge.describe() == told
 
 
 def test_failures_are_tried_again(server, image):

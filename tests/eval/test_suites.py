@@ -219,6 +219,27 @@ def test_t2i_compbench(tmp_path):
     assert suite.score(answers, items).metrics["categories"]["color"] == pytest.approx(0.11 / 3)
 
 
+def test_t2i_compbench_reads_the_file_that_counts(tmp_path):
+    suite = open_suite("t2i_compbench")
+    items = [item for item in suite.items() if item.tag in ("color", "complex")]
+
+    def add(folder, answer):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "vqa_result.json").write_text(json.dumps([{"question_id": 0, "answer": answer}]))
+
+    for part in ("blip", "clip", "obj_detection"):
+        add(f"complex/annotation_{part}", 0.1)
+    with pytest.raises(EvaluationError, match="complex holds annotation_blip.*expected one in annotation_3_in_1"):
+        suite.import_answers(tmp_path, items)
+    add("complex/annotation_3_in_1", 0.9)
+    add("color/annotation_blip", 0.5)
+    add("color/annotation1_blip/VQA/result", 0.2)  # of a noun phrase
+    assert suite.import_answers(tmp_path, items) == {("complex/0000", 0): 0.9, ("color/0000", 0): 0.5}
+    add("color/annotation_clip", 0.3)
+    with pytest.raises(EvaluationError, match="color holds annotation_blip.*annotation_clip.*; expected one. Leave"):
+        suite.import_answers(tmp_path, items)
+
+
 def test_wise_protocols_are_two_suites(tmp_path):
     rows = [{"prompt_id": n, "Prompt": "p", "Explanation": "e", "Category": "c"} for n in (1, 560)]
     (tmp_path / "w.json").write_text(json.dumps(rows))
@@ -245,6 +266,9 @@ def test_imgedit(tmp_path):
     suite = open_suite("imgedit", tmp_path)
     (item,) = suite.items()
     assert item.source == source
+    (tmp_path / "judge_prompt.json").write_text(json.dumps({"adjust": "Judge again: <edit_prompt>"}))
+    (other,) = suite.items()
+    assert other.given == item.given and other.judged != item.judged  # judged again, not edited again
 
     class Judge:
         def reply(self, text, images):

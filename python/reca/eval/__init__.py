@@ -8,15 +8,19 @@
 One folder holds an evaluation. `--out` names it; by default it is RUN/eval/SUITE, for a recipe evals/RECIPE/SUITE, and
 for `--against base` RUN/eval/base/SUITE:
 
-    generation.json   what made the images: model, weights_sha256, sampling, seed, images_per_item
+    generation.json   what made the images: model, sampling, seed, and a digest of every item's prompt and source
     images/           the images in the benchmark's own folder layout, which its own scripts read too
-    answers.jsonl     in place of images/ where the model answers questions: {"item", "k", "answer"}
-    records.jsonl     one line per image: {"item", "k", "picture", "judge", "answer"} or "error" in place of "answer"
+    answers.jsonl     in place of images/ where the model answers questions: {"item", "k", "digest", "answer"}
+    records.jsonl     one line per image: {"item", "k", "picture", "digest", "judge", "answer"} or "error" in place of
+                      "answer"
     results.json      below
     report.txt        the same as text
 
-A record's `picture` is the SHA-256 of the image file, `judge` is {"name", "version", "dtype", "exact"}, and `answer` is
-what the judge said, before any rule. A record counts while its image and its judge are these; others are judged again.
+A record's `picture` is the SHA-256 of the image file. `digest` is of the item: its tag, prompt, source and metadata.
+`judge` is {"name", "version", "dtype", "exact"}, and "options" where others decide its answers. `answer` is what the
+judge said, before any rule. A record counts while its image, its item and its judge are these; others are judged again.
+Images and answers of other prompts or sources are refused. A digest that an earlier release did not write contradicts
+nothing.
 
 results.json:
 

@@ -13,14 +13,22 @@ from reca import distributed
 from reca.eval import records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.generate import generate_answers, generate_images, image_hash, read_answers
+from reca.eval.generate import generate_answers, generate_images, read_answers
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite, open_suite
-from reca.eval.suites.base import check_items
-from reca.eval.targets import Target, describe, opponent, read_generation, target, write_generation
+from reca.eval.suites.base import check_items, image_hash
+from reca.eval.targets import (
+    Target,
+    check_prompts,
+    describe,
+    opponent,
+    read_generation,
+    target,
+    write_generation,
+)
 from reca.folders import ensure_writable
 from reca.models import UMMS, umm_package
 from reca.options import RecipeError
@@ -183,6 +191,7 @@ def sampling_of(settings: Settings, side: Target) -> dict[str, Any]:
 def _generate(settings: Settings, side: Target, device: torch.device) -> None:
     """Make the images, or answers, that a side lacks. Its model is loaded only if there are any."""
     suite, items, folder = settings.suite, settings.items(), side.folder
+    check_prompts(folder, items)
     sampling, before = sampling_of(settings, side), read_generation(folder)
     made: dict[str, Any] = {
         "suite": suite.name, "protocol": suite.protocol, "sampling": json.loads(json.dumps(sampling)),
@@ -195,7 +204,7 @@ def _generate(settings: Settings, side: Target, device: torch.device) -> None:
     made["model"] = describe(model, side)
     with distributed.fail_together():
         if distributed.rank() == 0:
-            write_generation(folder, made)
+            write_generation(folder, made, items)
     if suite.ability == "answer":
         generate_answers(model, suite, items, folder / "answers.jsonl", **sampling)
         return
@@ -206,7 +215,7 @@ def _generate(settings: Settings, side: Target, device: torch.device) -> None:
 
 def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
     if settings.suite.ability == "answer":
-        known = read_answers(folder / "answers.jsonl")
+        known = read_answers(folder / "answers.jsonl", items)
         return all((item.id, 0) in known for item in items)
     paths = (settings.suite.path(item, k) for item in items for k in range(settings.count))
     return all((folder / "images" / path).is_file() for path in paths)
@@ -225,23 +234,26 @@ def judge_and_score(
     place = images or folder / "images"
     foreign = images is not None or side.recipe is None
     items = settings.items(place if foreign else None)
+    if images is None:
+        check_prompts(folder, items)
     generated = "generate" in made and not foreign and given is None
     count = settings.count if generated else settings.images_per_item
     found, generation = _find(settings, items, place, count, given), {} if images else read_generation(folder)
     missing = _missing(settings, items, place, count, found, given)
     path = folder / "records.jsonl"
     if given is not None:
-        known, judge = _imported(settings, items, given)
+        known, judge = _imported(settings, items, found, given)
     elif settings.suite.judge_kind == "rule":
-        answers = read_answers(folder / "answers.jsonl")
-        known = [Record(item.id, 0, None, RULE, answers[item.id, 0]) for item in items if (item.id, 0) in answers]
+        answers = read_answers(folder / "answers.jsonl", items)
+        asked = [(item, (item.id, 0)) for item in items if (item.id, 0) in answers]
+        known = [Record(*key, None, RULE, answers[key], digest=item.judged) for item, key in asked]
         judge = RULE
         write(path, "".join(record.line() + "\n" for record in known))
     else:
         opened = _open(settings, items, device)
         if "judge" in made and opened is not None:
             judge_images(opened, settings.suite, items, found, path)
-        known, judge = _known(path, found, opened.describe() if opened else None)
+        known, judge = _known(path, items, found, opened.describe() if opened else None)
     if "score" not in made:
         return None
     wanted = {item.id for item in items}
@@ -286,7 +298,7 @@ def _missing(
     count: of every item; None takes the most that one has.
     """
     if settings.suite.ability == "answer":
-        answered = read_answers(place.parent / "answers.jsonl")
+        answered = read_answers(place.parent / "answers.jsonl", items)
         missing = [item.id for item in items if given is None and (item.id, 0) not in answered]
     elif given is not None:
         missing = []
@@ -331,20 +343,26 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
-def _imported(settings: Settings, items: Sequence[Item], path: Path) -> tuple[list[Record], Mapping[str, Any]]:
+def _imported(
+    settings: Settings, items: Sequence[Item], found: Mapping[Key, Path], path: Path
+) -> tuple[list[Record], Mapping[str, Any]]:
+    """Read the records of others. Those of another image than the one that is there do not count."""
     known = list(records.import_answers(path, settings.suite, items).values())
-    return known, known[-1].judge
+    judge = known[-1].judge
+    pictured = {record.key: record.picture for record in known if record.picture is not None}
+    others = {key for key, picture in pictured.items() if key in found and image_hash(found[key]) != picture}
+    return [record for record in known if record.key not in others], judge
 
 
 def _known(
-    path: Path, found: Mapping[Key, Path], judge: Mapping[str, Any] | None
+    path: Path, items: Sequence[Item], found: Mapping[Key, Path], judge: Mapping[str, Any] | None
 ) -> tuple[list[Record], Mapping[str, Any]]:
     """Read the records of these images, by the named judge or by the one that was asked last."""
     everything = records.read(path)
     if not everything:
         raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
     judge = judge or everything[-1].judge
-    return valid(everything, {key: image_hash(p) for key, p in found.items()}, judge), judge
+    return valid(everything, items, {key: image_hash(p) for key, p in found.items()}, judge), judge
 
 
 def open_settings(suite: str, data: str | Path | None, **others: Any) -> Settings:

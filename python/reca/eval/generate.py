@@ -25,7 +25,8 @@ from reca.data.pixels import read_image
 from reca.eval import records
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.suites import Item, Suite
+from reca.eval.suites import Item, Key, Suite
+from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 
 log = logging.getLogger("reca")
@@ -38,10 +39,6 @@ def image_seed(suite: str, item: str, k: int, seed: int = 0) -> int:
     """Hash (suite, item, k) into a seed. seed: another one gives another set of images."""
     text = json.dumps([seed, suite, item, k]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[: SEED_BITS // 8], "big")
-
-
-def image_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -104,7 +101,7 @@ def generate_answers(
     """
     if distributed.rank() != 0:
         return 0
-    known = read_answers(path)
+    known = read_answers(path, items)
     todo = [(item, 0) for item in items if (item.id, 0) not in known]
     with records.Appender(path) as file:
         for chunk in _chunks(todo, f"{suite.name}: answers"):
@@ -112,13 +109,19 @@ def generate_answers(
             questions = [item.prompt for item, _ in chunk]
             replies = inference.answer(model, images, questions, max_new_tokens=max_new_tokens)
             for (item, k), reply in zip(chunk, replies, strict=True):
-                file.append(json.dumps({"item": item.id, "k": k, "answer": reply}, ensure_ascii=False))
+                row = {"item": item.id, "k": k, "digest": item.given, "answer": reply}
+                file.append(json.dumps(row, ensure_ascii=False))
     return len(todo)
 
 
-def read_answers(path: Path) -> dict[tuple[str, int], str]:
-    """Read the answers of a model."""
-    return {record.key: record.answer for record in records.read(path) if record.error is None}
+def read_answers(path: Path, items: Sequence[Item]) -> dict[Key, str]:
+    """Read the answers of a model to these items, as they are asked now."""
+    given = {item.id: item.given for item in items}
+    return {
+        record.key: record.answer
+        for record in records.read(path)
+        if record.error is None and record.item in given and agree(record.digest, given[record.item])
+    }
 
 
 def _chunks(todo: list, title: str) -> Iterator[list]:

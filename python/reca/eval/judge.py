@@ -1,4 +1,4 @@
-"""Step 2: ask a judge about every image that has no record of this image and this judge yet."""
+"""Step 2: ask a judge about every image that has no record of this image, this item and this judge yet."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from reca.data.errors import BadSample, DataError
 from reca.data.pixels import read_image
 from reca.eval import records, scoring
 from reca.eval.errors import EvaluationError
-from reca.eval.generate import image_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.records import Record
 from reca.eval.suites import Item, Key, Suite
+from reca.eval.suites.base import agree, image_hash
 from reca.full_memory import first_line, is_memory_full
 
 log = logging.getLogger("reca")
@@ -32,25 +32,27 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
     by_id = {item.id: item for item in items}
     hashes = {key: image_hash(image) for key, image in found.items()}
     mine = judge.describe()
-    done = {r.key for r in valid(records.read(path), hashes, mine) if r.error is None}
+    done = {r.key for r in valid(records.read(path), items, hashes, mine) if r.error is None}
     todo = [key for key in found if key not in done]
     if not todo:
         return 0
     failures, last = 0, ""
 
     def ask(key: Key) -> Record:
+        item = by_id[key[0]]
+        unsaid = Record(*key, hashes[key], mine, digest=item.judged)
         try:
             read_image(found[key])  # one that is damaged fails here, whatever the judge reads it with
-            return Record(*key, hashes[key], mine, _answer(judge, suite, by_id[key[0]], key, found[key]))
+            return unsaid._replace(answer=_answer(judge, suite, item, key, found[key]))
         except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is no image
-            return Record(*key, hashes[key], mine, error=str(error))
+            return unsaid._replace(error=str(error))
         except (EvaluationError, OSError):  # other images would fail alike
             raise
         except Exception as error:  # whatever a judge's library raises
             reason = first_line(error)
             if not is_memory_full(error):
                 log.debug("%s failed on %s", judge.name, found[key], exc_info=True)
-                return Record(*key, hashes[key], mine, error=f"{type(error).__name__}: {reason}")
+                return unsaid._replace(error=f"{type(error).__name__}: {reason}")
             raise inference.MemoryFull(
                 f"memory is full while {judge.name} looks at {found[key]} ({reason}). All records are kept: give it a "
                 "device to itself (--steps judge,score,report goes on in a process of its own)"
@@ -106,12 +108,17 @@ def _in_threads(ask, todo: Sequence[Key], workers: int) -> Iterator[Record]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def valid(found: Sequence[Record], hashes: Mapping[Key, str], judge: Mapping[str, object] | None) -> list[Record]:
-    """Keep the newest record of every image that is of this image, and of this judge if one is named."""
+def valid(
+    found: Sequence[Record], items: Sequence[Item], hashes: Mapping[Key, str], judge: Mapping[str, object]
+) -> list[Record]:
+    """Keep the newest record of every image that is of this image, of its item as it is now, and of this judge."""
+    digests = {item.id: item.judged for item in items}
     newest = {
         record.key: record
         for record in found
         if (record.picture is None or hashes.get(record.key) == record.picture)
-        and (judge is None or dict(record.judge) == dict(judge))
+        and record.item in digests
+        and agree(record.digest, digests[record.item])
+        and dict(record.judge) == dict(judge)
     }
     return list(newest.values())

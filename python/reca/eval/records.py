@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from reca.eval.errors import EvaluationError
 from reca.eval.files import HALVES
 from reca.eval.suites import Item, Key, Suite
+from reca.eval.suites.base import agree
 
 log = logging.getLogger("reca")
 
 
 class Record(NamedTuple):
-    """picture: SHA-256 of the image. judge: see Judge.describe. error: in place of answer."""
+    """picture: SHA-256 of the image. judge: see Judge.describe. error: in place of answer. digest: Item.judged."""
 
     item: str
     k: int
@@ -24,6 +25,7 @@ class Record(NamedTuple):
     judge: Mapping[str, Any]
     answer: Any = None
     error: str | None = None
+    digest: str | None = None
 
     @property
     def key(self) -> Key:
@@ -31,7 +33,8 @@ class Record(NamedTuple):
 
     def line(self) -> str:
         said = {"answer": self.answer} if self.error is None else {"error": self.error}
-        head = {"item": self.item, "k": self.k, "picture": self.picture, "judge": dict(self.judge)}
+        head = {"item": self.item, "k": self.k, "picture": self.picture, "digest": self.digest}
+        head |= {"judge": dict(self.judge)}
         return json.dumps(head | said, ensure_ascii=False)
 
 
@@ -46,10 +49,11 @@ def parse(line: str) -> Record | None:
             row.get("judge") or {},
             row.get("answer"),
             row.get("error"),
+            row.get("digest"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    texts = all(text is None or isinstance(text, str) for text in (found.picture, found.error))
+    texts = all(text is None or isinstance(text, str) for text in (found.picture, found.error, found.digest))
     said = "answer" in row or found.error is not None
     return found if said and texts and isinstance(found.judge, Mapping) and found.k >= 0 else None
 
@@ -106,9 +110,9 @@ class Appender:
 
 
 def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key, Record]:
-    """Read records, or a result file of the benchmark's own scripts, as records.
+    """Read records of the judge that was asked last, or a result file of the benchmark's own scripts as records.
 
-    Raises EvaluationError for a file that is neither, or holds nothing of these items.
+    Raises EvaluationError for a file that is neither, or holds nothing of these items as they are now.
     """
     if not path.exists():
         raise EvaluationError(
@@ -123,11 +127,17 @@ def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key,
     if foreign:
         judge = {"name": f"imported:{path.name}", "version": None, "dtype": None, "exact": None}
         return {key: Record(*key, None, judge, answer) for key, answer in foreign.items()}
-    known = {item.id for item in items}
-    own = {r.key: r for r in (read(path) if path.is_file() else []) if r.error is None and r.item in known}
+    known = {item.id: item.judged for item in items}
+    named = [r for r in (read(path) if path.is_file() else []) if r.error is None and r.item in known]
+    own = [record for record in named if agree(record.digest, known[record.item])]
+    if named and not own:
+        raise EvaluationError(
+            f"{path} holds answers about other prompts, sources or questions than {suite.name} has now under the same "
+            "ids; give the options and files of the suite that it was recorded with, or judge again"
+        )
     if not own:
         raise EvaluationError(
             f"{path} holds no answers about the items of {suite.name}: it is neither a records.jsonl of this suite nor "
             "a result file that its own scripts write"
         )
-    return own
+    return {record.key: record for record in own if record.judge == own[-1].judge}

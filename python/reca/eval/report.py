@@ -76,12 +76,19 @@ def results(
 def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Add to results what they are against others: `against` and `power`.
 
-    Raises EvaluationError for results of another suite, or without a common prompt.
+    Raises EvaluationError for results of another suite, of other prompts under the same ids, or without a common one.
     """
     if (after["suite"], after["protocol"]) != (before["suite"], before["protocol"]):
         raise EvaluationError(
             f"{before['protocol']} ({folder}) and {after['protocol']} are different suites; their scores cannot be "
             "compared"
+        )
+    prompts = {row["item"]: row["prompt"] for row in before["items"]}
+    others = [row["item"] for row in after["items"] if prompts.get(row["item"], row["prompt"]) != row["prompt"]]
+    if others:
+        raise EvaluationError(
+            f"{folder} has other prompts than this evaluation under {len(others)} ids, such as {others[0]}; their "
+            "scores cannot be compared: evaluate both with the same options and files of the suite"
         )
     sides, unit = [_rows_of_results(side) for side in (after, before)], after["overall"]["unit"]
     try:

@@ -10,9 +10,12 @@ import torch
 
 from reca import checkpoint
 from reca.config import Recipe
+from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.generate import weights_hash
+from reca.eval.suites import Item
+from reca.eval.suites.base import agree
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights
 from reca.recipe_files import as_dict
@@ -111,19 +114,40 @@ def read_generation(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write_generation(folder: Path, made: Mapping[str, Any]) -> None:
-    """Write what makes the images of an evaluation.
+def check_prompts(folder: Path, items: Sequence[Item]) -> None:
+    """Raise EvaluationError where a folder holds images, or answers, of other prompts or sources under these ids.
+
+    Folders that name no digests, of earlier releases, are held against the prompts in their results.
+    """
+    before, results = read_generation(folder), folder / "results.json"
+    if "items" in before:
+        others = [item.id for item in items if not agree(before["items"].get(item.id), item.given)]
+    elif before and results.is_file():
+        prompts = {row["item"]: row["prompt"] for row in report.read(results)["items"]}
+        others = [item.id for item in items if prompts.get(item.id, item.prompt) != item.prompt]
+    else:
+        others = []
+    if others:
+        raise _made_otherwise(folder, f"the prompts or sources of {len(others)} items, such as {others[0]}, differ")
+
+
+def write_generation(folder: Path, made: Mapping[str, Any], items: Sequence[Item]) -> None:
+    """Write what makes the images of an evaluation, with digests of all items so far.
 
     Raises EvaluationError where the folder holds images of other weights or other settings.
     """
     before = read_generation(folder)
-    compared = ("suite", "sampling", "seed", "fingerprint")
+    compared = ("suite", "protocol", "sampling", "seed", "fingerprint")
     changed = [key for key in compared if before and before.get(key) != made[key]]
     if before and not changed and before["model"]["weights_sha256"] != made["model"]["weights_sha256"]:
         changed = ["weights"]
     if changed:
-        raise EvaluationError(
-            f"{folder} holds images that were made otherwise ({', '.join(changed)} differ); give another --out, or "
-            "delete that folder"
-        )
-    write(folder / GENERATION, json.dumps(made, indent=1))
+        raise _made_otherwise(folder, f"{', '.join(changed)} differ")
+    digests = before.get("items", {}) | {item.id: item.given for item in items}
+    write(folder / GENERATION, json.dumps({**made, "items": digests}, indent=1))
+
+
+def _made_otherwise(folder: Path, reason: str) -> EvaluationError:
+    return EvaluationError(
+        f"{folder} holds images that were made otherwise ({reason}); give another --out, or delete that folder"
+    )

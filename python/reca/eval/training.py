@@ -74,7 +74,7 @@ class TrainingSuite:
             if distributed.rank() == 0:
                 shutil.rmtree(side.folder, ignore_errors=True)  # of a step that is made again
                 (side.folder / "images").mkdir(parents=True)
-                write_generation(side.folder, self._made(side, step))
+                write_generation(side.folder, self._made(side, step), self.settings.items())
         with eval_mode(adapter), autocast:
             generate_images(
                 adapter, self.settings.suite, self.settings.items(), side.folder / "images", self.settings.count,

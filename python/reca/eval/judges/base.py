@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -22,6 +23,7 @@ class Judge:
         kind     whom it can serve, see Suite.judge_kind
         exact    whether it is the judge that the published numbers were made with
         workers  images that it is asked about at once
+        options  what decides its answers besides its name, version and dtype
     """
 
     kind: ClassVar[str]
@@ -30,10 +32,12 @@ class Judge:
     name: str
     version: str = "1"
     dtype: str | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def describe(self) -> dict[str, Any]:
         """Return what is written to every record, and what a record is looked up by."""
-        return {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
+        told = {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
+        return told | ({"options": dict(self.options)} if self.options else {})
 
     def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         """Return the answer that the suite's rule reads. Raises JudgeError."""

@@ -85,7 +85,7 @@ class _OpenVocabularyJudge(DetectorJudge):
             self.model = AutoModelForZeroShotObjectDetection.from_pretrained(source).to(device).eval()
         except (OSError, ValueError) as error:
             raise EvaluationError(f"the judge {source} cannot be loaded: {error}") from error
-        self.device, self.threshold = device, threshold
+        self.device, self.threshold, self.options = device, threshold, {"threshold": threshold}
         self.colors = load_clip(clip, device)
         self.name = f"{type(self).__name__.removesuffix('Judge').lower()}:{source}+{Path(clip).name}"
 

@@ -65,7 +65,7 @@ class EndpointJudge(Judge):
             raise ValueError(f"judge option {wrong[0]}={positive[wrong[0]]}: expected more than 0")
         self.key = os.environ.get(KEY, "")
         self.url, self.tries, self.workers, self.max_tokens = url.rstrip("/"), int(tries), int(workers), max_tokens
-        self.timeout = timeout
+        self.timeout, self.options = timeout, {"url": self.url, "max_tokens": max_tokens}
         self.pause = 60 / requests_per_minute if requests_per_minute else 0.0
         self.prices, self.dtype = (price_in, price_out), dtype
         self.lock, self.next_start = threading.Lock(), 0.0

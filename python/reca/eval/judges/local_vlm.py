@@ -30,6 +30,7 @@ class LocalVlmJudge(Judge):
             raise EvaluationError(f"the judge {source} cannot be loaded: {error}") from error
         self.model = model.to(device).eval()
         self.device, self.dtype, self.max_new_tokens = device, dtype, max_new_tokens
+        self.options = {"max_new_tokens": max_new_tokens}
         self.name = f"local:{source}"
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:

@@ -5,20 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval import records
-from reca.eval.generate import image_hash
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.suites import Item, Suite
+from reca.eval.suites.base import image_hash
 
 
 class RecordedJudge(Judge):
-    """Its name, version, dtype and exactness are those in the file."""
+    """Its description is that of the judge in the file."""
 
     kind = "any"
 
     def __init__(self, path: Path, suite: Suite, items: Sequence[Item]):
         self.path, self.records = path, records.import_answers(path, suite, items)
-        first = next(iter(self.records.values())).judge
-        self.origin = {key: first.get(key) for key in ("name", "version", "dtype", "exact")}
+        self.origin = next(iter(self.records.values())).judge
 
     def describe(self) -> dict[str, Any]:
         return dict(self.origin)

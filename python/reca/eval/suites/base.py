@@ -1,5 +1,7 @@
 """What a benchmark answers. One file per benchmark; copying one is the recipe for a new one."""
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,31 @@ class Item:
     prompt: str
     source: Path | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def given(self) -> str | None:
+        """Hash what the model is given: the prompt, and the source's bytes. None where the source is not there."""
+        if self.source is None:
+            return _digest([self.prompt])
+        return _digest([self.prompt, image_hash(self.source)]) if self.source.is_file() else None
+
+    @functools.cached_property
+    def judged(self) -> str | None:
+        """Hash what an image is judged by: what the model is given, the tag and the metadata. None as for `given`."""
+        return self.given and _digest([self.given, self.tag, self.metadata])
+
+
+def agree(digest: str | None, other: str | None) -> bool:
+    """Tell whether two digests can be of the same; one that is not known contradicts none."""
+    return digest is None or other is None or digest == other
+
+
+def image_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 class Value(NamedTuple):

@@ -1,6 +1,5 @@
 """ImgEdit: 737 single edits of nine types, each given three marks by a VLM (PKU-YuanGroup/ImgEdit, Benchmark/Basic)."""
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,8 @@ class ImgEdit(Suite):
         "judge_prompt.json and the images; it names no licence, so it is not part of this package."
     )
 
-    def _json(self, *names: str) -> dict[str, Any]:
+    def _json(self, *names: str) -> dict[str, Any] | None:
+        """Read the first of these files that is there; None where none is."""
         root = self.data_path()
         for name in names:
             for path in [root / name, *sorted(root.rglob(name))]:
@@ -54,16 +54,20 @@ class ImgEdit(Suite):
                     if not isinstance(found, dict):
                         raise EvaluationError(f"{path} holds no JSON object. {self.data_help}")
                     return found
-        raise EvaluationError(f"{root} holds no {' or '.join(names)}. {self.data_help}")
+        return None
 
     def items(self) -> list[Item]:
         rows, root = self._json("singleturn.json", "basic_edit.json"), self.data_path()
+        if rows is None:
+            raise EvaluationError(f"{root} holds no singleturn.json or basic_edit.json. {self.data_help}")
+        questions = self._json("judge_prompt.json", "prompts.json") or {}  # which only a judge needs
         roots = [root, *(p for p in sorted(root.rglob("singleturn")) if p.is_dir())]
         items = []
         for key, row in rows.items():
             try:
                 source = next((r / row["id"] for r in roots if (r / row["id"]).is_file()), root / row["id"])
-                items.append(Item(key, row["edit_type"], row["prompt"], source))
+                meta = {"question": questions.get(row["edit_type"])}
+                items.append(Item(key, row["edit_type"], row["prompt"], source, meta))
             except (KeyError, TypeError) as error:
                 raise EvaluationError(
                     f"{root}: item {key!r} is none of ImgEdit: {error!r}. {self.data_help}"
@@ -74,14 +78,12 @@ class ImgEdit(Suite):
         return f"{item.id}.png"
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
-        if not isinstance(question := self._questions.get(item.tag), str):
-            raise EvaluationError(f"judge_prompt.json has no text for edits of type {item.tag}. {self.data_help}")
+        if not isinstance(question := item.metadata["question"], str):
+            raise EvaluationError(
+                f"{self.data_path()} holds no judge_prompt.json or prompts.json with a text for edits of type "
+                f"{item.tag}. {self.data_help}"
+            )
         return judge.reply(question.replace("<edit_prompt>", item.prompt), [item.source, image])
-
-    @functools.cached_property
-    def _questions(self) -> dict[str, Any]:
-        """Return what the judge is asked, by type of edit."""
-        return self._json("judge_prompt.json", "prompts.json")
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         values, failed = [], []

@@ -15,6 +15,7 @@ from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
 from reca.eval.suites.geneval2 import YES
 
+COMBINED = "annotation_3_in_1"  # the folder of "complex" that counts; those beside it are what it averages
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
 
 
@@ -85,7 +86,7 @@ class T2ICompBench(Suite):
         return Score(values, {tag: 1 / len(tags) for tag in tags} or None, {"categories": tags}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read <category>/**/vqa_result.json files: [{"question_id": number of the image, "answer": score}]."""
+        """Read a <category>/**/vqa_result.json of each: [{"question_id": number of the image, "answer": score}]."""
         if not path.is_dir():
             return None
         found: dict[Key, Any] = {}
@@ -93,8 +94,24 @@ class T2ICompBench(Suite):
             numbers = {
                 self._number(i, k): (i.id, k) for i in items if i.tag == category for k in range(self.images_per_item)
             }
-            for file in sorted((path / category).rglob("vqa_result.json")):
-                for row in json.loads(file.read_text(encoding="utf-8")):
-                    if (key := numbers.get(int(row["question_id"]))) is not None:
-                        found[key] = float(row["answer"])
+            if (file := _result(path / category)) is None:
+                continue
+            for row in json.loads(file.read_text(encoding="utf-8")):
+                if (key := numbers.get(int(row["question_id"]))) is not None:
+                    found[key] = float(row["answer"])
         return found or None
+
+
+def _result(folder: Path) -> Path | None:
+    """Find the result file of a category that counts; None where there is none.
+
+    Those in VQA/result are of single noun phrases.
+    Raises EvaluationError where it cannot be told.
+    """
+    there = [file for file in sorted(folder.rglob("vqa_result.json")) if file.parent.name != "result"]
+    wanted = [file for file in there if file.parent.name == COMBINED] if folder.name == "complex" else there
+    if there and len(wanted) != 1:
+        found = ", ".join(str(file.relative_to(folder)) for file in there)
+        expected = f"one in {COMBINED}, which 3_in_1.py writes" if folder.name == "complex" else "one"
+        raise EvaluationError(f"{folder} holds {found}; expected {expected}. Leave only the one that counts")
+    return wanted[0] if there else None
