@@ -1,0 +1,229 @@
+"""What of an earlier evaluation is used again: what was made for the same prompt, source, question and judge."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import reca
+from reca.eval import evaluation, generate, records
+from reca.eval.errors import EvaluationError
+from reca.eval.evaluation import judge_and_score, open_settings
+from reca.eval.judges import detectors
+from reca.eval.judges.base import Judge
+from reca.eval.judges.detectors import Owlv2Judge
+from reca.eval.judges.endpoint import EndpointJudge
+from reca.eval.judges.local_vlm import LocalVlmJudge
+from reca.eval.records import Record
+from reca.eval.suites import Item, open_suite
+from reca.eval.targets import Target, read_generation
+from tests.eval.world import Painter
+
+
+class Reader(Judge):
+    """Gives one point where the question has the word red."""
+
+    name = "reader"
+
+    def __init__(self):
+        self.asked = 0
+
+    def reply(self, text, images):
+        self.asked += 1
+        return f"Score: {int('red' in text)}"
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    judge = Reader()
+    monkeypatch.setattr(evaluation, "open_judge", lambda *_: judge)
+    return judge
+
+
+def write_wise(path, explanations, prompt="p"):
+    rows = [
+        {"prompt_id": n, "Category": "CULTURE", "Prompt": prompt, "Explanation": explanation}
+        for n, explanation in enumerate(explanations, 1)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def without_digests(folder):
+    """Make a folder what releases without digests wrote."""
+    path = folder / "generation.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "items"}))
+    path = folder / "records.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "digest"}) + "\n" for row in rows))
+
+
+# ---- images ----
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_images_of_other_prompts_are_refused(painter, old):
+    """Also in a folder without digests, whose results name the prompts."""
+    first = reca.evaluate("world", painter, limit=42)
+    if old:
+        without_digests(painter / "eval/world")
+    for other in ("world?seed=1", "world?world=emoji"):
+        for steps in (("generate", "judge", "score"), ("score",)):
+            with pytest.raises(EvaluationError, match=r"made otherwise \(the prompts .* of \d+ items, such as 000\d\d"):
+                reca.evaluate(other, painter, limit=42, steps=steps)
+    assert Painter.made == 42 and reca.evaluate("world", painter, limit=42) == first
+    for limit, count, made in ((50, 1, 50), (50, 2, 100)):  # more of the same
+        found = reca.evaluate("world", painter, limit=limit, images_per_item=count)
+        assert found["counts"]["images"] == made and Painter.made >= made
+    assert len(read_generation(painter / "eval/world")["items"]) >= 50
+
+
+def test_another_protocol_is_refused(painter):
+    reca.evaluate("world", painter, limit=5)
+    path = painter / "eval/world/generation.json"
+    path.write_text(path.read_text().replace('"toy world"', '"older world"'))
+    with pytest.raises(EvaluationError, match=r"made otherwise \(protocol differ\)"):
+        reca.evaluate("world", painter, limit=5)
+
+
+def test_evaluations_of_other_prompts_are_not_compared(painter):
+    other = painter / "other"
+    reca.evaluate("world?seed=1", painter, limit=42, out=other)
+    with pytest.raises(EvaluationError, match=r"other has other prompts .* under \d+ ids, such as 000\d\d"):
+        reca.evaluate("world", painter, limit=42, against=other)
+
+
+def test_a_digest_is_of_all_that_decides(tmp_path):
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "moved.png")
+    item = Item("1", "t", "p", tmp_path / "a.png", {"x": 1, "y": [2]})
+    same = Item("2", "t", "p", tmp_path / "moved.png", {"y": [2], "x": 1})
+    assert (item.given, item.judged) == (same.given, same.judged)
+    asked = [Item("1", "u", "p", item.source, item.metadata), Item("1", "t", "p", item.source, {"x": 2})]
+    given = [Item("1", "t", "q", item.source, item.metadata), Item("1", "t", "p", tmp_path / "b.png", item.metadata)]
+    assert {other.given for other in asked} == {item.given} and item.given not in {other.given for other in given}
+    assert len({other.judged for other in (item, *asked, *given)}) == 5
+    lost = Item("1", "t", "p", tmp_path / "none.png")
+    assert lost.given is None and lost.judged is None
+
+
+# ---- answers ----
+
+
+def test_answers_to_other_questions_are_not_read(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    replies = iter(["first", "second"])
+    monkeypatch.setattr(generate.inference, "answer", lambda model, images, *_, **__: [next(replies)] * len(images))
+    suite, path = open_suite("pope"), tmp_path / "answers.jsonl"
+    one, other = (Item("1", "t", text, tmp_path / "a.png") for text in ("is it red?", "is it blue?"))
+    assert generate.generate_answers(torch.nn.Module(), suite, [one], path) == 1
+    assert generate.read_answers(path, [one]) == {("1", 0): "first"} and generate.read_answers(path, [other]) == {}
+    assert generate.generate_answers(torch.nn.Module(), suite, [other], path) == 1
+    assert generate.read_answers(path, [other]) == {("1", 0): "second"}
+
+
+# ---- verdicts ----
+
+
+def test_an_edited_question_is_asked_anew(painter, reader, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in (1, 2):
+        Image.new("RGB", (8, 8)).save(images / f"{n}.png")
+    given = {"images": images, "judge": "endpoint:x", "out": tmp_path / "out"}
+
+    def score(*explanations, **others):
+        data = write_wise(tmp_path / "wise.json", explanations)
+        return reca.evaluate("wise", painter, data=data, **given | others)["overall"]["value"], reader.asked
+
+    kept = tmp_path / "kept.jsonl"
+    assert score("red", "red") == (1, 2)
+    shutil.copy(tmp_path / "out/records.jsonl", kept)
+    assert score("red", "blue") == (0.5, 3)
+    assert score("red", "red") == (1, 3)  # a record stays
+    with pytest.raises(EvaluationError, match=r"has no record of 1 images of wise: 2 \(0\)"):
+        score("red", "blue", records=kept)
+    with pytest.raises(EvaluationError, match="holds answers about other prompts, sources or questions than wise has"):
+        score("green", "blue", records=kept)
+
+
+def test_records_of_earlier_releases_count(painter):
+    first = reca.evaluate("world", painter, limit=5)
+    without_digests(painter / "eval/world")
+    before = (painter / "eval/world/records.jsonl").read_text()
+    assert reca.evaluate("world", painter, limit=5) == first
+    assert (painter / "eval/world/records.jsonl").read_text() == before
+
+
+# ---- judges ----
+
+
+def opened(monkeypatch, kind, **options):
+    """Open a judge whose weights are stood in for."""
+    if kind is EndpointJudge:
+        return kind("http://127.0.0.1:1/v1" if "url" not in options else options.pop("url"), model="q", **options)
+    import transformers
+
+    class Loaded:
+        from_pretrained = classmethod(lambda cls, *_, **__: torch.nn.Identity())
+
+    for name in ("AutoProcessor", "AutoModelForZeroShotObjectDetection", "AutoModelForImageTextToText"):
+        monkeypatch.setattr(transformers, name, Loaded)
+    monkeypatch.setattr(detectors, "load_clip", lambda *_: None)
+    return kind("x/y", "cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "told"),
+    [
+        (Owlv2Judge, {"threshold": 0.5}, True),
+        (LocalVlmJudge, {"max_new_tokens": 4}, True),
+        (LocalVlmJudge, {"dtype": "float32"}, True),
+        (EndpointJudge, {"max_tokens": 4}, True),
+        (EndpointJudge, {"url": "http://127.0.0.1:2/v1"}, True),
+        (EndpointJudge, {"workers": 2, "timeout": 3.0, "tries": 2, "price_in": 1.0}, False),
+    ],
+)
+def test_a_judge_tells_what_decides_its_answers(monkeypatch, kind, options, told):
+    usual, other = opened(monkeypatch, kind).describe(), opened(monkeypatch, kind, **options).describe()
+    assert (usual != other) == told and json.loads(json.dumps(other)) == other
+
+
+# ---- recorded answers ----
+
+
+def judged_by(judge, items, pictures=None):
+    lines = [Record(i.id, 0, (pictures or {}).get(i.id), {"name": judge}, {}, digest=i.judged).line() for i in items]
+    return "".join(line + "\n" for line in lines)
+
+
+def test_records_of_two_judges_are_not_mixed(tmp_path):
+    suite, path = open_suite("geneval"), tmp_path / "records.jsonl"
+    items = suite.items()[:4]
+    path.write_text(judged_by("a", items) + judged_by("b", items[:2]))
+    found = records.import_answers(path, suite, items)
+    assert {key[0] for key in found} == {item.id for item in items[:2]}
+    assert {record.judge["name"] for record in found.values()} == {"b"}
+    settings = open_settings("geneval", None, limit=4, steps=["score"])
+    side = Target("x", None, False, tmp_path / "out")
+    path.write_text(judged_by("a", settings.items()) + judged_by("b", settings.items()[:2]))
+    with pytest.raises(EvaluationError, match="no record of 2 images of geneval"):
+        judge_and_score(settings, side, None, path, "cpu")
+    path.write_text(judged_by("b", settings.items()[:2]) + judged_by("a", settings.items()))
+    assert judge_and_score(settings, side, None, path, "cpu")["judge"] == {"name": "a"}
+
+
+def test_records_of_other_images_do_not_count(painter):
+    reca.evaluate("world", painter, limit=5)
+    folder = painter / "eval/world"
+    kept = folder.parent / "kept.jsonl"
+    shutil.copy(folder / "records.jsonl", kept)
+    given = {"limit": 5, "images": folder / "images", "records": kept, "out": painter / "out", "steps": ["score"]}
+    assert reca.evaluate("world", painter, **given)["counts"]["images"] == 5
+    first, *_, last = sorted(folder.rglob("*.png"))
+    shutil.copy(last, first)
+    with pytest.raises(EvaluationError, match="no record of 1 images of world"):
+        reca.evaluate("world", painter, **given)
