@@ -24,6 +24,7 @@ from reca import distributed, inference, jsonl
 from reca.data.text import decode_text
 from reca.folders import ensure_writable, write_atomically
 from reca.models.base import Adapter
+from reca.models.common.likelihood import LogLikelihood
 
 QUESTION = "Describe this image."
 TOGETHER = 16  # images that are drawn before their prompts are recorded
@@ -139,13 +140,21 @@ def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, 
 def _choose(
     model: Adapter, numbers: Sequence[int], prompts: Sequence[str], choice: Choice, out: Path
 ) -> Iterable[dict[str, Any]]:
-    """Draw, score and write the images of a few prompts. Yields the record of each when it is on disk."""
+    """Draw, score and write the images of a few prompts. Yields the record of each when it is on disk.
+
+    Raises ValueError for a question behind which no prompt is read.
+    """
     texts = [prompts[number] for number in numbers for _ in range(choice.count)]
     seeds = [seed for number in numbers for seed in choice.seeds(number)]
     images = inference.generate(model, texts, seeds, **choice.sampling)
     scores = model.log_likelihood(images, [choice.question] * len(texts), texts)
     for place, number in enumerate(numbers):
         mine = slice(place * choice.count, (place + 1) * choice.count)
+        if not all(score.tokens for score in scores[mine]):
+            raise ValueError(
+                f"--question {choice.question!r:.200} fills all that the model reads, so that no token of the prompt "
+                f"{prompts[number]!r:.100} is scored behind it; give a shorter question"
+            )
         sums = [score.sum for score in scores[mine]]
         kept = max(range(choice.count), key=lambda k: sums[k] if math.isfinite(sums[k]) else -math.inf)
         name = f"{number:06d}.png"
@@ -172,7 +181,7 @@ def _records(out: Path) -> list[dict[str, Any]]:
 
 def report(records: Sequence[dict[str, Any]], out: Path) -> list[str]:
     """Say what was kept and what it scores, in nats per token, beside the mean of all that was drawn."""
-    per_token = [[score / record["tokens"] for score in record["log_likelihood"]] for record in records]
+    per_token = [[LogLikelihood(s, record["tokens"]).mean for s in record["log_likelihood"]] for record in records]
     kept = [scores[record["kept"]] for scores, record in zip(per_token, records, strict=True)]
     drawn = [score for scores in per_token for score in scores]
     return [

@@ -3,6 +3,7 @@
 import abc
 import importlib
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_the_likelihood_of_choices(module, model):
     assert model.calls == [5]
     with pytest.raises(ValueError, match="leave that metric out"):
         ours.loglikelihood([SimpleNamespace(args=("", "dog"))])
+
+
+def test_an_answer_that_is_not_read_is_no_choice(module, model):
+    """Behind a question that is too long: its loss is the greatest, and no greedy answer is asked for it."""
+    ours = module.Reca("runs/x")
+    ours.task_dict = {"task": {"test": [5]}}
+    model.log_likelihood = lambda images, questions, answers: [LogLikelihood(-math.inf, 0)]
+    found = ours.loglikelihood([request("x", given, 0) for given in ("a cat", "")])
+    assert [result.text for result in found] == [(math.inf, False)] * 2 and model.calls == []
 
 
 def test_lmms_eval_finds_it(module):

@@ -21,7 +21,7 @@ from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 from tests.golden import janus as golden_janus
 from tests.golden.conftest import DATA, Golden
-from tests.models.contract import batch, images, shared
+from tests.models.contract import batch, images, load, shared
 
 
 def byte_tokenizer(special: dict[str, int]) -> PreTrainedTokenizerFast:
@@ -246,6 +246,41 @@ def test_long_texts_are_cut_to_the_context(published, task):
         assert prepared.layout.src.shape[1] == 170 and prepared.weight > 0
     finally:
         published.config = before
+
+
+@pytest.mark.parametrize("umm", ["janus", "janusflow"])
+@pytest.mark.parametrize(("task", "least", "system"), [("reca", 43, 4), ("t2i", 31, 0), ("i2t", 19, 4)])
+def test_a_context_without_room_for_a_text_is_refused(umm, task, least, system):
+    """Frame, h_v and image are never cut, and no sequence is longer than the context, whatever its length.
+
+    least: rows with one token of the text. system: those of a system prompt of two words.
+    """
+    model = load(umm)
+    least += umm == "janusflow" and task != "i2t"  # the time has a row
+    sample, config = batch(model, task, (0,)), model.config
+    sample.text = [[Turn("", "a " * 90)] if task == "i2t" else "a " * 90]
+    v = model.vocabulary
+    parts = [[v.bos, *v.user, *model.tokens(":")], [*v.assistant, *model.tokens(":")], model.tokens("a")]
+    parts += [] if task == "t2i" else [[v.eoi, *model.tokens("\n")]]
+    for extra in range(3):
+        model.config = replace(config, max_length=least + extra)
+        row = model.prepare(sample, CounterRNG(0)).layout.src[0].tolist()
+        assert len(row) == least + extra
+        assert all(any(row[i : i + len(part)] == part for i in range(len(row))) for part in parts)
+    for length in range(1, least):
+        model.config = replace(config, max_length=length)
+        with pytest.raises(ValueError, match=rf"model.max_length leaves .* raise it by {least - length} or more"):
+            model.prepare(sample, CounterRNG(0))
+    model.config = replace(config, max_length=least - 1, system_prompt="see this", reca_system_prompt="see this")
+    with pytest.raises(ValueError, match=f"raise it by {1 + system} or more"):
+        model.prepare(sample, CounterRNG(0))
+    asked = {
+        "reca": lambda: model.reconstruct(sample, [0]),
+        "t2i": lambda: model.generate(["a"], [0]),
+        "i2t": lambda: model.answer(images([(20, 20)]), ["a"], 1),
+    }
+    with pytest.raises(ValueError, match="model.max_length leaves"):
+        asked[task]()
 
 
 @pytest.mark.parametrize(("task", "key"), [("reca", "reca_drop"), ("t2i", "caption_drop")])

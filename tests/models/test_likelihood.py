@@ -1,12 +1,13 @@
 """log p(answer | image) against the softmax of a decoder that goes token by token, in fp64."""
 
 import importlib
+import math
 
 import pytest
 import torch
 
 from reca.models import UMMS, umm_package
-from reca.models.common import greedy, planned
+from reca.models.common import greedy, likelihood, planned
 from reca.recipe_files import load_recipe
 from tests.models.contract import images, load, shared
 
@@ -63,6 +64,18 @@ def test_it_does_not_depend_on_the_rest(name):
     assert model.log_likelihood([], [], []) == []
     with pytest.raises(ValueError, match="3 images, 3 questions, 1 answers; there must be as many of each"):
         model.log_likelihood(shown, QUESTIONS, ANSWERS[:1])
+
+
+@pytest.mark.parametrize("name", ["show_o", "harmon", "janus", "janusflow"])  # the others cut no question
+def test_an_answer_that_is_not_read_is_the_least_likely(name, caplog):
+    """And not a certain one: a sum over nothing. The question that leaves no room is named once."""
+    model, long = shared(name), f"{name} {'red ' * 3000}"
+    likelihood._warn_of_unread.cache_clear()
+    for _ in range(2):
+        short, *cut = model.log_likelihood(images([SIZES[0]] * 3), ["this", long, long], ANSWERS)
+        assert short.tokens == 4 and math.isfinite(short.sum)
+        assert cut == [(-math.inf, 0)] * 2 and {one.mean for one in cut} == {-math.inf}
+    assert caplog.text.count(f"the question '{name} red red") == 1 and "shorten the question" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "mixed"])

@@ -80,8 +80,9 @@ class Reca(lmms):
     def loglikelihood(self, requests: list) -> list[GenerationResult]:
         """Return the loss of each given answer, -log p per token, and whether greedy decoding gives that answer.
 
-        The loss, since lmms-eval takes the choice with the least number for the model's. Release 0.7.3 turns a bare
-        pair into a string, of any model, and then fails on it; what is wrapped passes as it is.
+        The loss, since lmms-eval takes the choice with the least number for the model's. It is inf for an answer of
+        which the model reads nothing, behind a question that is too long. Release 0.7.3 turns a bare pair into a
+        string, of any model, and then fails on it; what is wrapped passes as it is.
         """
         found, replies = [], dict[Any, tuple[str, int]]()
         for request in tqdm(requests, disable=self.rank != 0, desc="reca"):
@@ -99,7 +100,7 @@ class Reca(lmms):
             if length < likely.tokens:
                 reply, length = self._answer([asked], likely.tokens)[0], likely.tokens
                 replies = {key: (reply, length)}  # the choices of a document come one after another
-            found.append(GenerationResult((-likely.mean, reply == given)))
+            found.append(GenerationResult((-likely.mean, likely.tokens > 0 and reply == given)))
         return found
 
     def generate_until_multi_round(self, requests: list) -> list[str]:

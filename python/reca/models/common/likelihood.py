@@ -1,5 +1,8 @@
 """How likely a model finds an answer about an image."""
 
+import functools
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,16 +15,21 @@ from reca.models.common.images import fit_to_view
 from reca.models.common.inference import check_pairs, eval_mode
 from reca.rng import CounterRNG
 
+log = logging.getLogger("reca")
+
 
 class LogLikelihood(NamedTuple):
-    """log p(answer | image, question), summed over `tokens` tokens: the answer's and the one that ends it."""
+    """log p(answer | image, question), summed over `tokens` tokens: the answer's and the one that ends it.
+
+    An answer behind a question that is too long, of which the model reads no token, has none and -inf.
+    """
 
     sum: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        return self.sum / self.tokens
+        return self.sum / self.tokens if self.tokens else -math.inf
 
 
 @torch.no_grad()
@@ -43,4 +51,18 @@ def log_likelihood(
             sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=[pixels])
             found.append(model(sample.to(device), CounterRNG(0)))
     sums = torch.stack([term.sum for term in found]).tolist() if found else []  # one wait for all of them
-    return [LogLikelihood(-total, round(float(term.weight))) for total, term in zip(sums, found, strict=True)]
+    tokens = [round(float(term.weight)) for term in found]
+    for question, read in zip(questions, tokens, strict=True):
+        if not read:
+            _warn_of_unread(type(model).__name__, question)
+    return [LogLikelihood(-total if n else -math.inf, n) for total, n in zip(sums, tokens, strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)  # once for all the answers to a question
+def _warn_of_unread(model: str, question: str) -> None:
+    log.warning(
+        "the question %r fills all that %s reads, so that no token of its answers is read and none can be told from "
+        "another: their log-likelihood is -inf; shorten the question, or raise the model's length of texts",
+        question if len(question) <= 160 else f"{question[:160]} …",
+        model,
+    )

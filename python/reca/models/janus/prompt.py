@@ -110,28 +110,37 @@ def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> L
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Ask for the image of a caption, and begin it. most: tokens of the whole prompt."""
-    frame = [*reply(tokens, v), v.boi]
-    asked = [v.bos, *v.user, *message(tokens, text)]
-    return [*(asked if most is None else asked[: most - len(frame)]), *frame]
+    """Ask for the image of a caption, and begin it.
+
+    most: tokens of the whole prompt; the caption is cut. Raises ValueError when none of it would be left.
+    """
+    before, asked, frame = [v.bos, *v.user], message(tokens, text), [*reply(tokens, v), v.boi]
+    if most is not None:
+        asked = asked[: _room(most, len(before) + len(frame), len(tokens(":")) + 1)]
+    return [*before, *asked, *frame]
 
 
 def with_image(
     tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
 ) -> list[Segment]:
-    """Give an image and a text, and begin the reply. most: tokens of the whole prompt; the text is cut."""
+    """Give an image and a text, and begin the reply.
+
+    most: tokens of the whole prompt; the text is cut. Raises ValueError when none of it would be left.
+    """
     before = [v.bos, *(tokens(f"{system}\n\n") if system else []), *v.user, *tokens(": "), v.boi]
-    said = [v.eoi, *tokens(f"\n{text}".rstrip() + "\n\n")]
-    frame = reply(tokens, v)
+    said, frame = tokens(f"\n{text}".rstrip() + "\n\n"), reply(tokens, v)
     if most is not None:
-        said = said[: max(1, most - len(before) - hv_tokens - len(frame))]
-    return [TextSegment(before), VisualSegment(hv_tokens), TextSegment([*said, *frame])]
+        said = said[: _room(most, len(before) + hv_tokens + 1 + len(frame), len(tokens("\n")) + 1)]
+    return [TextSegment(before), VisualSegment(hv_tokens), TextSegment([v.eoi, *said, *frame])]
 
 
 def conversation(
     tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
 ) -> list[Segment]:
-    """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned."""
+    """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned.
+
+    Raises ValueError when `most` leaves nothing of an answer to a question without words.
+    """
     before, image, asked = with_image(tokens, turns[0].question, v, hv_tokens, system)
     assert isinstance(asked, TextSegment) and isinstance(before, TextSegment)
     ids: list[int] = []
@@ -141,8 +150,19 @@ def conversation(
         # An answer is tokenised together with the colon before it.
         said = [*tokens(f": {turn.answer.strip()}".rstrip())[len(tokens(":")) :], v.eos]
         ids, labels = ids + heard + said, labels + [IGNORE_INDEX] * len(heard) + said
-    left = most - len(before.ids) - hv_tokens
+    seen, wordless = len(before.ids) + hv_tokens, [v.eoi, *tokens("\n\n"), *reply(tokens, v)]
+    left = len(wordless) + _room(most, seen + len(wordless), 1)
     return [before, image, TextSegment(ids[:left], labels[:left])]
+
+
+def _room(most: int, frame: int, least: int) -> int:
+    """Count the tokens of a text beside `frame` other ones. Raises ValueError for fewer than `least`."""
+    if most - frame < least:
+        raise ValueError(
+            f"model.max_length leaves {most} tokens for a prompt, whose frame (h_v, system prompt, who speaks) takes "
+            f"{frame} and whose text needs {least} or more; raise it by {frame + least - most} or more"
+        )
+    return most - frame
 
 
 def message(tokens: Tokens, text: str) -> list[int]:

@@ -48,8 +48,8 @@ def generate(
     """Generate images code by code (`sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
     check_pairs(prompts=prompts, seeds=seeds)
     most, images = net.config.max_length - net.image_tokens + 1, []
-    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
     ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
+    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
     for i in range(0, len(prompts), batch):
         noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
         codes = sample_codes(net, ids[i : i + batch], noise, guidance=guidance, temperature=temperature)

@@ -63,14 +63,14 @@ def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], 
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Ask for the image of a caption. most: tokens of the whole prompt."""
-    return janus.caption(tokens, text, v, most and most + 1)[:-1]
+    """Ask for the image of a caption. most: as in Janus-Pro."""
+    return janus.caption(tokens, text, v, None if most is None else most + 1)[:-1]
 
 
 def with_image(
     tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
 ) -> list[Segment]:
-    """Give an image and a text, and begin the reply. most: tokens of the whole prompt; the text is cut."""
+    """Give an image and a text, and begin the reply. most: as in Janus-Pro."""
     return _begun(janus.with_image(tokens, text, v, hv_tokens, system, most))
 
 

@@ -21,8 +21,8 @@ def generate(
 ) -> list[Tensor]:
     """Generate images by Euler's method (`denoise`), `batch` at a time. Seeds lie in [0, 2**56)."""
     check_pairs(prompts=prompts, seeds=seeds)
-    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], longest_prompt(net))
     given, images = [t2i_prompt(net, text) for text in prompts], []
+    warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], longest_prompt(net))
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
         images += draw(net, given[part], None, seeds[part], steps=steps, guidance=guidance)

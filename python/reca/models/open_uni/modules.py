@@ -225,23 +225,24 @@ class Network(nn.Module):
                 plan=prefill,
                 **with_cache(model, cache),
             )
-        queries, kind = self.meta_queries.expand(len(layout.src), -1, -1), self.device.type
-        if not torch.is_autocast_enabled(kind):  # InternVL3 has the type of its files
-            queries = queries.to(self.mllm.dtype)
+        rows, cast = self.meta_queries.expand(len(layout.src), -1, -1), torch.is_autocast_enabled(self.device.type)
         hidden = model(
-            inputs_embeds=queries,
+            inputs_embeds=rows if cast else rows.to(self.text_dtype()),
             position_ids=layout.positions[:, n:],
             plan=behind,
             **with_cache(model, cache),
         ).last_hidden_state
-        if not torch.is_autocast_enabled(kind):
-            hidden = hidden.to(self.meta_queries.dtype)
+        hidden = hidden if cast else hidden.to(rows.dtype)
         return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
+
+    def text_dtype(self) -> torch.dtype:
+        """Return the type of InternVL3, which is that of its files."""
+        return self.mllm.get_input_embeddings().weight.dtype
 
     def inference_autocast(self) -> contextlib.AbstractContextManager:
         """Multiply in InternVL3's type where it is not that of the trained parts, as training with bf16 does."""
-        mixed = self.mllm.dtype != self.meta_queries.dtype
-        return torch.autocast(self.device.type, self.mllm.dtype) if mixed else contextlib.nullcontext()
+        mixed = self.text_dtype() != self.meta_queries.dtype
+        return torch.autocast(self.device.type, self.text_dtype()) if mixed else contextlib.nullcontext()
 
     def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:
         """Embed prompts, [B, L, H], from token ids and h_v."""
