@@ -9,7 +9,6 @@ It writes benchmarks/results/waiting/cpu.csv, and a table of docs/data_speed.md 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from benchmarks.data.rows import PAGE
 from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
 from benchmarks.devices import Cpu
 from benchmarks.runner import facts
-from reca import check
+from reca import check, jsonl
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.pixels import PillowDecoder
@@ -120,7 +119,7 @@ def measure(jpeg: int, workers: int, steps: int, step: float | None = None) -> t
             (folder / "images" / f"{number:03}.jpg").write_bytes(file)
         made = recipe(folder, workers, steps)
         Trainer(made, model, progress=lambda step: None).run()
-        lines = [json.loads(line) for line in (Path(made.run_dir) / "log.jsonl").read_text().splitlines()]
+        lines = jsonl.read(Path(made.run_dir) / "log.jsonl")
     timed = [line for line in lines if "data_wait_s" in line][FIRST:]
     return decode, step, sum(line["data_wait_s"] for line in timed) / sum(line["step_s"] for line in timed)
 

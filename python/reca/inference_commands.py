@@ -43,10 +43,11 @@ def answer(options: argparse.Namespace) -> None:
 
 def best_of(options: argparse.Namespace) -> None:
     """Run under torchrun, every rank takes a share of the prompts."""
-    from reca import best_of, checkpoint, distributed
+    from reca import best_of, distributed
     from reca.api import is_run, recipe_of
+    from reca.data.sample import digest
+    from reca.eval.targets import Target
     from reca.models.common.inference import warn_of_unknown_words
-    from reca.recipe_files import as_dict
 
     if options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1, got {options.candidates}")
@@ -56,11 +57,13 @@ def best_of(options: argparse.Namespace) -> None:
     adapter = _adapter(options, "generate")
     choice.sampling = _sampling(options, adapter.generate, ends, [*prompts, choice.question])
     _adapter(options, "answer")
-    step = None
-    if is_run(options.recipe):
-        newest = checkpoint.latest(Path(options.recipe))
-        step = newest and newest.name
-    choice.model = {"umm": recipe.umm, "model": as_dict(recipe)["model"], "step": step, "ema": options.ema}
+    source = Target(str(options.recipe), recipe, is_run(options.recipe), options.out, options.ema)
+    choice.model = {
+        "umm": recipe.umm,
+        "step": source.step(),
+        "ema": options.ema,
+        "weights": digest([source.fingerprint()]),
+    }
 
     def load():
         model = _model(options)

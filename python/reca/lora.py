@@ -141,6 +141,11 @@ def published_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def weight_beside(name: str) -> str:
+    """Return the published name of the weight that a tensor of LoRA belongs to."""
+    return f"{name.partition('.lora_')[0]}.weight"
+
+
 def fits(name: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> bool:
     """Tell whether a tensor belongs to the LoRA of one of a model's weights. others: its shapes by published name."""
     layer, _, rest = name.partition(".lora_")
@@ -235,7 +240,7 @@ def _roles(adapter: Adapter, roles: Callable[[], dict[str, str]]) -> dict[str, s
     """Map every parameter to its role: one of LoRA to that of the weight beside it."""
     known = {published_name(name): role for name, role in roles().items()}
     return {
-        name: known[f"{name.partition('.lora_')[0]}.weight" if is_lora(name) else published_name(name)]
+        name: known[weight_beside(name) if is_lora(name) else published_name(name)]
         for name, _ in adapter.named_parameters()
     }
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +10,53 @@ import torch
 from tqdm import tqdm
 
 from reca import distributed, preflight, units
-from reca.config import Recipe
+from reca.config import LoraConfig, Recipe
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, LeftOut
 from reca.data.feature_shards import fill
 from reca.data.loader import Loader, Row, open_loader
 from reca.data.read_ahead import read_ahead
+from reca.lora import published_name
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import DeferredWeights, deferring
 from reca.options import RecipeError
 from reca.precision import autocast, cast, training_kernels
 from reca.recipe_files import as_dict
+from reca.runs import check_parent, load_parent, parent_digest
 
 
-def features_identity(recipe: Recipe) -> list[Any]:
-    """Return what, beside images and views, the features of a recipe's frozen encoders depend on."""
-    return [recipe.umm, recipe.train.precision, as_dict(recipe)["model"]]
+def features_identity(recipe: Recipe, adapter: Adapter, parent: str | None) -> list[Any]:
+    """Return what, beside images and views, the features of a recipe's frozen encoders depend on.
+
+    parent: digest of the checkpoint that the run began from. It counts where `encode` reads a parameter of it.
+    """
+    found = [recipe.umm, recipe.train.precision, as_dict(recipe)["model"]]
+    return [*found, parent] if adapter.inherited and _encoders(adapter) & adapter.inherited else found
+
+
+def _encoders(adapter: Adapter) -> set[str]:
+    """List the parameters that `encode` reads, by published name."""
+    roles, read = adapter.roles(), adapter.encoder_roles
+    return {published_name(name) for name, role in roles.items() if read is None or role in read}
 
 
 def load_encoders(recipe: Recipe, device: torch.device) -> Adapter:
-    """Load a recipe's model with the weights that `encode` reads alone, where the model says which; others are meta.
+    """Load what a run of this recipe starts from, with the weights that `encode` reads alone; others are meta.
 
-    Every rank must call it.
+    A model that does not say which those are is loaded whole.
+    Every rank must call it. Raises as `check_parent` for train.init_from.
     """
     kind = umm_package(recipe.umm).Adapter
     if kind.encoder_roles is None:
-        return kind.load(recipe.model, device)
-    with deferring():
-        adapter = kind.load(recipe.model, torch.device("cpu"))
-    wanted = {name for name, role in adapter.roles().items() if role in kind.encoder_roles}
-    DeferredWeights(adapter).fill_only(adapter, device, wanted)
+        adapter = kind.load(recipe.model, device)
+    else:
+        with deferring():
+            adapter = kind.load(recipe.model, torch.device("cpu"))
+        DeferredWeights(adapter).fill_only(adapter, device, _encoders(adapter))
+    plain = replace(recipe, lora=LoraConfig())
+    check_parent(plain, adapter)
+    load_parent(adapter, plain)
     return adapter
 
 
@@ -54,6 +71,7 @@ def cache_features(recipe: Recipe) -> list[str]:
     device = distributed.initialize(recipe.parallel.timeout_minutes)
     with distributed.fail_together(), preflight.memory_errors():
         adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
+        identity = features_identity(recipe, adapter, parent_digest(recipe))
     context = autocast(recipe.train.precision, device)
     lines = []
     for task in recipe.active_tasks():
@@ -61,7 +79,7 @@ def cache_features(recipe: Recipe) -> list[str]:
         with distributed.fail_together():
             loader = open_loader(
                 recipe.data, task, adapter.views(task), seed=recipe.train.seed, micro_batch=config.micro_batch,
-                bad_samples=Path(recipe.data.cache) / f"bad_{task}.jsonl", identity=features_identity(recipe),
+                bad_samples=Path(recipe.data.cache) / f"bad_{task}.jsonl", identity=identity,
             )  # fmt: skip
 
         def encode(rows: list[Row], loader: Loader = loader) -> dict[str, Any]:

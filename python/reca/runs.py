@@ -61,9 +61,14 @@ def fingerprint(
         if state is not None and state["recipe"]["train"]["init_from"] == recipe.train.init_from:
             found["train.init_from"] = state["fingerprint"].get("train.init_from")
         else:
-            folder = checkpoint.latest(Path(recipe.train.init_from))
-            found["train.init_from"] = folder and _digest((folder / checkpoint.MARKER).read_bytes())
+            found["train.init_from"] = parent_digest(recipe)
     return found
+
+
+def parent_digest(recipe: Recipe) -> str | None:
+    """Identify the checkpoint that `train.init_from` names by its content; None where there is none."""
+    folder = recipe.train.init_from and checkpoint.latest(Path(recipe.train.init_from))
+    return _digest((folder / checkpoint.MARKER).read_bytes()) if folder else None
 
 
 def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -152,6 +152,8 @@ class Trainer:
         if self.ema and newest is not None and state is not None and self.ema.continues(state):
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
+        parent = self.fingerprint.get("train.init_from") if distributed.rank() == 0 else None
+        self.features = features_identity(recipe, self.adapter, distributed.all_gather(parent)[0])
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
         self.evaluations = Evaluations(recipe, self.adapter, self.sources, self.device, self.autocast)
@@ -396,5 +398,5 @@ class Trainer:
             world=distributed.world_size(),
             bad_samples=self.run_dir / f"bad_{task}.jsonl",
             prepare=self.adapter.prepare,
-            identity=features_identity(self.recipe),
+            identity=self.features,
         )

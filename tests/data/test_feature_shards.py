@@ -75,6 +75,7 @@ class Model(torch.nn.Module):
     """Its feature of an image is the red level."""
 
     encoder_roles = None
+    inherited = frozenset()
     tasks = ("reca",)
 
     @classmethod
@@ -109,7 +110,7 @@ def test_all_features_are_made_once_and_training_uses_them(recipe):
     (line,) = precompute.cache_features(recipe)
     assert Model.seen == [] and "reca: 0 images encoded" in line and ", 12 were there, 1 bad" in line
     stream = open_loader(
-        recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity=precompute.features_identity(recipe)
+        recipe.data, "reca", VIEWS, seed=0, micro_batch=4, identity=precompute.features_identity(recipe, Model(), None)
     )
     batches = list(itertools.islice(stream, 3))
     stream.close()

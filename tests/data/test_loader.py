@@ -46,6 +46,7 @@ def loader(images, task="reca", micro_batch=4, start=0, rank=0, world=1, seed=0,
         rank=rank,
         world=world,
         bad_samples=bad_samples,
+        identity="a model",
     )
 
 
@@ -271,9 +272,10 @@ def test_caches_of_other_models_are_not_read(folder, tmp_path):
     (batch,) = take(opened({"weights": "a"}), 1)
     batch.on_encoded(features(batch))
     assert take(opened({"weights": "a"}), 1)[0].features and take(opened({"weights": "b"}), 1)[0].features is None
+    assert opened(None).cache is None
 
 
 def test_random_crops_cannot_be_cached(folder, tmp_path):
     data = DataConfig(images=str(folder), cache=str(tmp_path))
     with pytest.raises(DataError, match=r"crops at random.*data\.cache=null"):
-        open_loader(data, "reca", Views(gen=View(4, "random_crop"), und=None), seed=0, micro_batch=4)
+        open_loader(data, "reca", Views(gen=View(4, "random_crop"), und=None), seed=0, micro_batch=4, identity="")

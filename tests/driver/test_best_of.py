@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import math
 
 import pytest
 import torch
 from PIL import Image
 
 import reca
-from reca import best_of, distributed, jsonl
+from reca import best_of, checkpoint, distributed, inference_commands, jsonl
 from reca.cli import main
 from reca.data.sources import open_source
 from reca.models.common.likelihood import LogLikelihood
+from reca.recipe_files import load_recipe, save_recipe
 
 PROMPTS = ["a red square", "a blue circle", "a green ring", "a red square", "a white cross"]
 
@@ -119,6 +121,16 @@ def test_a_score_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
     assert record["kept"] == 1
 
 
+def test_a_question_that_leaves_no_room_for_the_prompt_is_named(tmp_path, monkeypatch):
+    """Nothing of it is kept, as every image would be as good."""
+    monkeypatch.setattr(Model, "log_likelihood", lambda *_: [LogLikelihood(-math.inf, 0)] * 3)
+    with pytest.raises(ValueError, match="--question 'Describe this image.' fills all .* 'a red square' is scored"):
+        best_of.choose(Model, PROMPTS[:1], best_of.Choice(3), tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    old = {"tokens": 0, "log_likelihood": [-0.0, -0.0], "kept": 0}  # such records were kept once
+    assert "of a token -inf" in best_of.report([old], tmp_path)[0]
+
+
 def test_other_settings_and_prompts_are_refused(tmp_path):
     best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
     with pytest.raises(
@@ -141,6 +153,30 @@ def test_prompts_that_cannot_be_read(tmp_path, content, message):
         (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         best_of.read_prompts(tmp_path / "prompts.txt")
+
+
+def test_images_of_two_runs_do_not_mix(tmp_path, monkeypatch, capsys):
+    """Both have made as many steps by the same recipe, but for their seeds."""
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    for name, weights in (("a", "of a"), ("b", "of b")):
+        folder = tmp_path / name / "checkpoints/000007"
+        folder.mkdir(parents=True)
+        (folder / checkpoint.MARKER).write_text(weights)
+        save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path / "run")}), tmp_path / name / "recipe.yaml")
+    monkeypatch.setattr(inference_commands, "_model", lambda options: Model())
+    monkeypatch.setattr(Model, "tokenizer", None, raising=False)
+    monkeypatch.setattr("reca.models.common.inference.warn_of_unknown_words", lambda *_: None)
+    monkeypatch.setattr("reca.inference.generate", lambda model, texts, seeds, **_: model.generate(texts, seeds))
+
+    def run(name):
+        return main(["best-of", str(tmp_path / name), str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")])
+
+    assert run("a") == 0
+    before = contents(tmp_path / "out")
+    assert run("b") == 3 and contents(tmp_path / "out") == before
+    assert "made with other settings: model was {'umm': 'show_o', 'step': 7, " in capsys.readouterr().err
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert run("moved") == 0 and contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("umm", ["show_o", "harmon", "open_uni", "bagel"])

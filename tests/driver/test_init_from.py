@@ -61,6 +61,7 @@ def test_the_run_before_may_change_once_the_next_has_begun(fate, start, tmp_path
     assert equal(weights(second.adapter), weights(loaded))
     resumed = run_toy(start("second", "first", *SECOND, "train.steps=4"))
     assert resumed.step == 4 and equal(weights(resumed.adapter), first, "layers.1")
+    assert resumed.features == second.features and second.features[-1] is not None  # it goes on with its cache
 
 
 def test_a_chain_of_three(start, tmp_path, published):

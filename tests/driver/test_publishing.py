@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants
 
 import reca
 from reca import catalog, cli
+from reca.comparison.sides import find_sides
 from reca.publishing import card, push
 from reca.recipe_files import load_recipe
 from tests.driver.hub_server import TOKEN, Hub, Repository, point_to, serve
@@ -67,6 +68,26 @@ def test_results_of_other_weights_are_left_out(run, tmp_path):
     text = (tmp_path / "out/README.md").read_text()
     assert "No evaluation of these weights was made" in text and "are left out: " in text
     assert "model-index" not in metadata(tmp_path / "out")
+
+
+def test_a_score_is_of_the_weights_beside_it(run, tmp_path):
+    """Whatever other evaluation of the same suite lies in the run, as that of its EMA."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    own = json.loads((copy / "eval/world/results.json").read_text())
+    for name in ("a", "world_ema"):
+        other = own | {
+            "overall": own["overall"] | {"value": 0.25},
+            "model": own["model"] | {"weights_sha256": "0" * 64},
+        }
+        (copy / "eval" / name).mkdir()
+        (copy / "eval" / name / "results.json").write_text(json.dumps(other))
+    sides = find_sides("base", str(copy))
+    (score,), left_out = card._scores(*sides, own["model"]["weights_sha256"])
+    assert score["overall"] == own["overall"] and score["against"]["overall"] == own["against"]["overall"]
+    assert left_out == [own["protocol"]]
+    (score,), _ = card._scores(*sides, "0" * 64)
+    assert score["overall"]["value"] == 0.25
 
 
 def test_a_judge_is_named_without_its_place():

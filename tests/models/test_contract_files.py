@@ -13,15 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reca import checkpoint
 from reca.cli import main
 from reca.data.batch import Batch, task_rng
 from reca.data.tasks import Scored, ScoredBox, Turn
+from reca.demo.pretrain.optimize import save_as_run
 from reca.models import UMMS, umm_package
 from reca.models.base import ROLES
 from reca.models.common import exporting
 from reca.models.common.exporting import export_to
-from reca.precompute import load_encoders
-from reca.recipe_files import load_recipe
+from reca.precompute import features_identity, load_encoders
+from reca.recipe_files import load_recipe, save_recipe
 from tests.models.contract import quick
 
 TEXTS = {
@@ -162,6 +164,39 @@ def test_encoders_alone_make_the_same_features(model, tmp_path, weights):
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert all(torch.equal(a, b) for a, b in zip(found[name], value, strict=True)), (task, name)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_features_are_those_of_the_run_that_training_starts_from(model, tmp_path, rank):
+    """Where that run holds other encoders, as of pre-training, `reca cache` takes them and no other cache."""
+    recipe = load_recipe(f"{model.name}_tiny", {"lora.rank": rank})
+    start = umm_package(model.name).Adapter.load(recipe.model)
+    for parameter in start.parameters():
+        parameter.detach().mul_(1.25)
+    before = load_recipe(f"{model.name}_tiny", {"run_dir": str(tmp_path / "whole")})
+    save_as_run(start, before, tmp_path / "whole", 1)
+    own = load_recipe(f"{model.name}_tiny", {"train.init_from": str(tmp_path / "whole"), "lora.rank": rank})
+    alone = load_encoders(own, torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in alone.parameters())
+    for name, parameter in alone.named_parameters():
+        assert parameter.is_meta or torch.equal(parameter, start.get_parameter(name)), name
+    identities = [features_identity(own, alone, parent) for parent in ("one", "two")]
+    published = load_encoders(recipe, torch.device("cpu"))
+    assert features_identity(recipe, published, None) not in identities and identities[0] != identities[1]
+
+    trained = start.trainable_roles - start.encoder_roles
+    start.requires_grad_(False)
+    for name, role in start.roles().items():
+        start.get_parameter(name).requires_grad_(role in trained)
+    (tmp_path / "part").mkdir()
+    save_recipe(before, tmp_path / "part/recipe.yaml")
+    optimizer = torch.optim.SGD([p for p in start.parameters() if p.requires_grad], lr=0.0)
+    checkpoint.save(tmp_path / "part", {"step": 1}, start, optimizer, checkpoint.Keep(1))
+    own.train.init_from = str(tmp_path / "part")
+    alone = load_encoders(own, torch.device("cpu"))
+    for name, parameter in alone.named_parameters():
+        assert parameter.is_meta or torch.equal(parameter, published.get_parameter(name)), name
+    assert features_identity(own, alone, "one") == features_identity(recipe, published, None)
 
 
 def pixels_of(model, task):

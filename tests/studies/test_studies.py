@@ -12,6 +12,7 @@ import torch
 
 from reca import exits, side_by_side
 from reca.cli import main
+from reca.demo import experiment
 from reca.demo.measure import measure
 from reca.demo.world import load_world
 from reca.meta_model import build_meta
@@ -20,11 +21,11 @@ from reca.optim.trained import freeze
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
 from reca.side_by_side import Failure
-from reca.studies import judge, report, runner, work, world
+from reca.studies import judge, published, report, runner, work, world
 from reca.studies.check import check
 from reca.studies.plan import plan
 from reca.studies.study import Claim, StudyError, load_study, study_names
-from reca.studies.task import Asked
+from reca.studies.task import Asked, Evaluations, Task
 
 SCALE = ["--scale", "0.004"]
 PUBLISHED = ("show_o_512", "harmon_1_5b", "open_uni_l_512", "bagel_7b", "janus_pro_1b", "janusflow_1_3b")
@@ -166,6 +167,38 @@ def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, 
         measure = arm["results"]["0"]["measures"]["world"]
         assert 0 <= measure["value"] <= 100 and len(measure["interval"]) == 2
     assert [claim["verdict"] for claim in found["claims"]] == ["agrees", "open"]
+
+
+def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monkeypatch):
+    """So that one study can be measured again, and by two worlds at once."""
+    folders = []
+
+    def evaluate(suite, source, keys, *, out, **options):
+        folders.append(out)
+        return {"overall": {"value": 0.5, "interval": [0, 1], "unit": "fraction"}, "tags": {}}
+
+    monkeypatch.setattr(published.api, "evaluate", evaluate)
+    suites = ("world", "world?world=emoji")
+
+    def measured(**common):
+        asked = Evaluations(suites, {"": common, "world": {"judge": "world"}})
+        return published.measured(
+            Task("0/a", "arm", "published", "shapes", "show_o", 0, "show_o_tiny", (), tmp_path, tmp_path, 1.0, asked)
+        )
+
+    assert tuple(measured(sampling={})) == suites
+    assert tuple(measured(sampling={"steps": 3})) == suites
+    measured(sampling={})
+    assert len(set(folders)) == 4 and folders[4:] == folders[:2]
+    assert all(folder.parent == tmp_path / "eval" and folder.name.startswith("world-") for folder in folders)
+
+
+def test_a_torn_line_of_a_log_ends_no_arm(tmp_path):
+    """A disk that is full for a moment tears one, and the run goes on."""
+    lines = ['{"step": 1, "loss": 4.0}', '{"step": 2, "lo', '{"step": 3, "loss": 2.0, "reca/loss": 1.0}']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    assert work._curve(tmp_path) == [(1, 4.0), (3, 1.0)]
+    assert experiment._curve(tmp_path) == [(1, 4.0), (3, 2.0)]
 
 
 def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monkeypatch, capsys):

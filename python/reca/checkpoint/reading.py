@@ -80,6 +80,7 @@ def read_state(folder: Path) -> dict:
 def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Returns their names.
 
+    Those that have no memory here are not read.
     ema: of those that it trained, load the average in place of the last values.
     Raises CheckpointError if that run has no valid checkpoint, no average, or parameters that this model lacks.
     """
@@ -88,10 +89,10 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     with distributed.fail_together():
         names = check_fit(folder, adapter)
-    own = named_parameters(adapter)
-    _read(folder / "weights", {name: own[name].detach() for name in names})
+    own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
+    _read(folder / "weights", own)
     if ema:
-        load_ema(folder, {name: own[name].detach() for name in names}, all_of_them=False)
+        load_ema(folder, own, all_of_them=False)
     return names
 
 
@@ -118,7 +119,8 @@ def check_fit(folder: Path, adapter: Adapter, mergeable: bool = False) -> frozen
 def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[str]:
     """Load the parameters that a run with LoRA has changed into a model that has none, or another, by merging.
 
-    config: of that run's LoRA. Returns the names of parameters that are not as published now.
+    config: of that run's LoRA. Returns the names of parameters that are not as published now. Those that have no memory
+    here stay as they are.
     Raises CheckpointError as `load_weights`.
     """
     folder = latest_valid(run_dir)
@@ -126,9 +128,10 @@ def load_lora(run_dir: Path, adapter: Adapter, config: LoraConfig) -> frozenset[
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     with distributed.fail_together():
         names, shapes = check_fit(folder, adapter, mergeable=True), _saved(folder / "weights")
-    own, plain = named_parameters(adapter), {name for name in names if not lora.is_lora(name)}
-    _read(folder / "weights", {name: own[name].detach() for name in plain})
-    matrices = {name: torch.empty(shapes[name]) for name in names - plain}
+    own = {name: p.detach() for name, p in named_parameters(adapter).items() if not p.is_meta}
+    plain = {name for name in names if not lora.is_lora(name)}
+    _read(folder / "weights", {name: own[name] for name in plain & own.keys()})
+    matrices = {name: torch.empty(shapes[name]) for name in names - plain if lora.weight_beside(name) in own}
     _read(folder / "weights", matrices)
     return frozenset(plain | lora.merge_tensors(adapter, matrices, config))
 

@@ -1,12 +1,13 @@
 """The comparison as JSON, and both of its files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reca.comparison import page
 from reca.comparison.curves import loss_curves, setting_differences
-from reca.comparison.sides import RESULTS, Side, find_sides
+from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
 from reca.eval import report
 from reca.eval.errors import EvaluationError
@@ -40,21 +41,43 @@ def compare(before: str, after: str) -> dict[str, Any]:
 
 
 def _suites(before: Side, after: Side) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compare the suites that both sides have results of; say which only one has."""
-    found = []
-    for side in (before, after):
-        results = {folder: report.read(folder / RESULTS) for folder in side.evaluations}
-        found.append({result["suite"]: (result, folder) for folder, result in results.items()})
-    suites = [report.compare(result, *found[0][name]) for name, (result, _) in found[1].items() if name in found[0]]
+    """Compare the suites that both sides have results of; say which only one has, and which folders are left out."""
+    results = [side.results() for side in (before, after)]
+    chosen = [one_of_each(side) for side in results]
+    suites = [
+        report.compare(results[1][folder], results[0][chosen[0][key]], chosen[0][key])
+        for key, folder in chosen[1].items()
+        if key in chosen[0]
+    ]
     notes = [
-        f"{name} was evaluated for {side.source} alone; reca eval {name} for the other model adds it here"
-        for mine, other, side in ((found[0], found[1], before), (found[1], found[0], after))
-        for name in mine
-        if name not in other
+        f"{key[0]} was evaluated for {side.source} alone; reca eval {key[0]} for the other model adds it here"
+        for mine, other, side in ((chosen[0], chosen[1], before), (chosen[1], chosen[0], after))
+        for key in mine
+        if key not in other
     ]
     if not suites and not notes:
         notes.append("neither model was evaluated; reca eval SUITE RUN --against base adds scores and images here")
+    notes += [
+        f"{folder} is left out, for {mine[suite_of(result)]} holds {result['suite']}, too; name it in place of its run "
+        "to compare it"
+        for found, mine in zip(results, chosen, strict=True)
+        for folder, result in found.items()
+        if folder != mine[suite_of(result)]
+    ]
     return suites, notes
+
+
+def suite_of(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what two results must share to be compared: the suite, and its protocol."""
+    return result["suite"], result["protocol"]
+
+
+def one_of_each(results: Mapping[Path, Mapping[str, Any]]) -> dict[tuple[str, str], Path]:
+    """Choose one folder for every suite: the one that is named after it, and else the first."""
+    found: dict[tuple[str, str], Path] = {}
+    for folder in sorted(results, key=lambda folder: folder.name != results[folder]["suite"]):
+        found.setdefault(suite_of(results[folder]), folder)
+    return found
 
 
 def write(found: dict[str, Any], out: Path, pairs: int = page.PAIRS) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from reca import checkpoint
 from reca.config import Recipe
+from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.targets import BASE
 from reca.runs import is_run, recipe_of
@@ -32,6 +33,10 @@ class Side:
     @property
     def run_dir(self) -> Path | None:
         return Path(self.source) if self.kind == "run" else None
+
+    def results(self) -> dict[Path, dict[str, Any]]:
+        """Read the results of all evaluations. Raises EvaluationError for damaged ones."""
+        return {folder: report.read(folder / RESULTS) for folder in self.evaluations}
 
     def describe(self) -> dict[str, Any]:
         return {"source": self.source, "kind": self.kind, "step": self.weights and int(self.weights.name)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reca.comparison.sides import Side, find_sides
+from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
 from reca.data.sources import open_source
@@ -69,14 +70,16 @@ def draw(
     assert run.recipe is not None
     place = out / FOLDER
     targets = [Target(side.source, side.recipe, side.kind == "run", place) for side in sides]
+    source = _open(run, images)
     data = [images, run.recipe.data.images, run.recipe.eval.holdout, run.recipe.eval.holdout_from, run.recipe.eval.seed]
-    made_from = [[target.fingerprint() for target in targets], data, count, dict(sampling or {})]
+    shown = [*data, len(source), source.identity()]
+    made_from = [[target.fingerprint() for target in targets], shown, count, dict(sampling or {})]
     wanted = json.loads(json.dumps(made_from, default=str))
     made = _made(place, wanted)
     if made is None:
         shutil.rmtree(place, ignore_errors=True)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        made = _draw(targets, run, images, count, place, device, sampling or {})
+        made = _draw(targets, run.recipe, source, images, count, place, device, sampling or {})
         write(place / MADE, json.dumps({"of": wanted, "made": made}, indent=1))
     return made
 
@@ -93,16 +96,14 @@ def _made(place: Path, wanted: Any) -> dict[str, Any] | None:
 
 def _draw(
     targets: list[Target],
-    run: Side,
+    recipe: Recipe,
+    source: Source,
     images: str | None,
     count: int,
     place: Path,
     device: torch.device | str,
     sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
-    recipe = run.recipe
-    assert recipe is not None
-    source = _open(run, images)
     if not len(source):
         raise DataError(f"{images or 'data.images'} holds no image to reconstruct")
     columns: dict[str, list[Tensor]] = {}

@@ -59,13 +59,13 @@ def open_loader(
     batch_size: samples of one step on all ranks; null = one full micro-batch on each.
     max_tokens: of a batch, by what `prepare` counts; the rank's share of a step is split by it, and not by micro_batch.
     neighbours: every batch comes with its `neighbour`.
-    identity: what, beside the images, the features in data.cache depend on.
+    identity: what, beside the images, the features in data.cache depend on; None: that cache is not used.
     prepare: called with every batch and its random numbers; its result becomes `Batch.prepared`.
     source: the samples, where they have been opened already.
     """
     source = source or open_sources(config, [task], seed)[task]
     cache = None
-    if config.cache:
+    if config.cache and identity is not None:
         cache = FeatureCache(Path(config.cache), views, [task, identity])
     samples = batch_size or micro_batch * world
     shares = split_batch(samples, micro_batch if max_tokens is None else -(-samples // world), world)[rank]

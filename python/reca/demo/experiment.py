@@ -3,7 +3,6 @@
 The experiment is the same for every model; reca.demo.pretrain holds what is not.
 """
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from reca import side_by_side
+from reca import jsonl, side_by_side
 from reca.demo import before_after, compare_page, report
 from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.measure import Measured, measure, spacing
@@ -166,9 +165,7 @@ def post_train(case: Case, arm: Arm, start: Start) -> Outcome:
 
     trainer = Trainer(recipe, progress=progress)
     trainer.run()
-    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
-    curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    return Outcome(_measure(trainer.adapter, case), curve, time.perf_counter() - started)
+    return Outcome(_measure(trainer.adapter, case), _curve(run_dir), time.perf_counter() - started)
 
 
 def compare(case: Case, before: Outcome, after: Outcome) -> Path:
@@ -178,6 +175,11 @@ def compare(case: Case, before: Outcome, after: Outcome) -> Path:
         f"world?world={world.name}&seed={case.seed}", before, after, case.folder("RECA"), case.out,
         unseen=world.spec("unseen", case.seed), sampling=case.setup.sampling, every=spacing(case.scale),
     )  # fmt: skip
+
+
+def _curve(run_dir: Path) -> list[tuple[int, float]]:
+    """Read the loss of a run."""
+    return [(line["step"], line["loss"]) for line in jsonl.read(run_dir / "log.jsonl") if "loss" in line]
 
 
 def _init_override(case: Case, start: Start) -> str:

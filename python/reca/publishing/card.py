@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from reca import catalog, checkpoint, html
-from reca.comparison.build import compare
+from reca.comparison.build import one_of_each, suite_of
+from reca.comparison.sides import Side, find_sides
+from reca.comparison.weights import understanding
 from reca.config import Recipe
 from reca.data.sources import DATA_KEYS
 from reca.eval import figures, report
@@ -44,8 +46,8 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         return [CARD, *sorted(path.relative_to(folder).as_posix() for path in (folder / IMAGES).glob("*.png"))]
     run = Path(source) if is_run(source) else None
-    compared = compare("base", str(run)) if run else {"suites": [], "understanding": None}
-    scores, left_out = _scores(run, compared["suites"], weights_hash(model)) if run else ([], [])
+    sides = find_sides("base", str(run)) if run else None
+    scores, left_out = _scores(*sides, weights_hash(model)) if sides else ([], [])
     images = _images(run, recipe, folder) if run else []
     state = _state(run) if run else None
     base = base_model(recipe)
@@ -63,7 +65,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
         "images": images,
         "training": _training(state, recipe) if state else {},
         "keys": _keys(recipe) if run else [],
-        "understanding": (compared["understanding"] or {}).get("text"),
+        "understanding": ((sides and understanding(*sides)) or {}).get("text"),
         "loading": umm_package(recipe.umm).weights.loading(recipe.model),
     }
     header = _metadata(name, recipe, base, scores)
@@ -119,22 +121,22 @@ def _metadata(name: str, recipe: Recipe, base: tuple[str, str] | None, scores: l
     )
 
 
-def _scores(run: Path, suites: list[dict[str, Any]], weights: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the run's results that are of these weights, and name the suites whose results are not.
+def _scores(base: Side, run: Side, weights: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the run's results that are of these weights, one of every suite, and name the protocols of all others.
 
-    suites: those that the base model was evaluated on, too, with the change against it.
+    A score has the change against the base model where that was evaluated on the same suite.
     """
-    compared = {suite["suite"]: suite for suite in suites}
-    found, left_out = [], []
-    for path in sorted((run / "eval").glob("*/results.json")):
-        if path.parent.name == "base":
-            continue
-        score = report.read(path)
-        if (score["model"] or {}).get("weights_sha256") == weights:
-            found.append(compared.get(score["suite"], score | {"against": None}))
-        else:
-            left_out.append(score["protocol"])
-    return found, left_out
+    results, before = run.results(), base.results()
+    same = {
+        folder: score for folder, score in results.items() if (score["model"] or {}).get("weights_sha256") == weights
+    }
+    chosen, against = one_of_each(same), one_of_each(before)
+    found = []
+    for suite, folder in sorted(chosen.items()):
+        old = against.get(suite)
+        found.append(report.compare(same[folder], before[old], old) if old else same[folder] | {"against": None})
+    left_out = [score["protocol"] for folder, score in results.items() if chosen.get(suite_of(score)) != folder]
+    return found, sorted(set(left_out))
 
 
 def _row(score: Mapping[str, Any]) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """A study's arms as tasks: what is trained, what that starts from, and where it lies."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 from reca.recipe_files import as_dict, load_recipe
 from reca.studies import published, world
 from reca.studies.study import BEFORE, START, Arm, Study, StudyError
-from reca.studies.task import Asked, Task
+from reca.studies.task import Asked, Task, digest
 
 
 def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
@@ -42,7 +40,7 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
     starts: tuple[str, ...] = ()
     begin: Path | None = None
     if asked.recipe is None:
-        begin = asked.out / "starts" / f"{asked.world}-{asked.umm}-seed{seed}-{_digest(recipe, asked.scale, *of_start)}"
+        begin = asked.out / "starts" / f"{asked.world}-{asked.umm}-seed{seed}-{digest(recipe, asked.scale, *of_start)}"
         variants = sorted({arm.start for arm, _ in arms.values() if arm.start})
         names = {None: f"{seed}/{START}"} | {variant: f"{seed}/{START}-{variant}" for variant in variants}
         tasks.append(Task(names[None], START, overrides=(), folder=begin, result=begin / "start.json", **given))
@@ -70,9 +68,9 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
             starts_at.append(f"train.init_from={folders[parent]}")
         load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
         decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, variant, parent and folders[parent].name]
-        folder = asked.out / "arms" / f"{recipe}-seed{seed}-{_digest(decides)}"
+        folder = asked.out / "arms" / f"{recipe}-seed{seed}-{digest(decides)}"
         twins = tuple(task.name for task in tasks if task.folder == folder)  # it would be run twice at once
-        result = folder / f"measured-{_digest(asdict(asked.evaluations))}.json"
+        result = folder / f"measured-{digest(asdict(asked.evaluations))}.json"
         tasks.append(
             Task(f"{seed}/{name}", kind, overrides=(*own, *starts_at), folder=folder, result=result,
                  after=(*after, *twins), **given)
@@ -90,7 +88,3 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
 
 def _variant(start: Path, variant: str) -> Path:
     return start.with_name(f"{start.name}-{variant}")
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,5 +1,6 @@
 """Studies at real size: recipes with published weights, measured by `reca eval`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from reca import api
 from reca.eval.judges import check_judge
 from reca.eval.suites import open_suite
 from reca.studies.study import BEFORE
-from reca.studies.task import Asked, Evaluations, Task
+from reca.studies.task import Asked, Evaluations, Task, digest
 
 
 def filled(asked: Asked, override: str, seed: int) -> str:
@@ -42,16 +43,19 @@ def measured(task: Task) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for suite in task.evaluations.suites:
         source, keys = (task.recipe, task.overrides) if task.kind == BEFORE else (task.folder, ())
-        name = suite.partition("?")[0]
-        found = api.evaluate(
-            suite, source, keys, out=task.folder / "eval" / name, seed=task.seed, **task.evaluations.of(suite)
-        )
+        options = task.evaluations.of(suite)
+        found = api.evaluate(suite, source, keys, out=_folder(task, suite, options), seed=task.seed, **options)
         if found is None:
             continue
         scale = 100.0 if found["overall"]["unit"] == "fraction" else 1.0
-        made[name] = _measure(found["overall"], scale)
-        made |= {f"{name}/{tag}": _measure(row, scale) for tag, row in found["tags"].items()}
+        made[suite] = _measure(found["overall"], scale)
+        made |= {f"{suite}/{tag}": _measure(row, scale) for tag, row in found["tags"].items()}
     return made
+
+
+def _folder(task: Task, suite: str, options: Mapping[str, Any]) -> Path:
+    """Name the folder of an evaluation by all that it is asked, as one folder takes no images of other settings."""
+    return task.folder / "eval" / f"{suite.partition('?')[0]}-{digest(suite, options)}"
 
 
 def _measure(row: dict[str, Any], scale: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """What a study is asked to do, and its tasks: what one process does."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,3 +87,8 @@ class Task:
     @property
     def arm(self) -> str:
         return self.name.partition("/")[2]
+
+
+def digest(*parts: Any) -> str:
+    """Hash what decides a result, for the name of its folder."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reca import jsonl
 from reca.folders import write_atomically
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, load_trained, recipe_of
@@ -86,7 +87,7 @@ def _measure_run(task: Task) -> dict[str, Any]:
 
 def _curve(run_dir: Path) -> list[tuple[int, float]]:
     """Read the loss that an arm minimises."""
-    lines = map(json.loads, (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = jsonl.read(run_dir / "log.jsonl")
     return [(line["step"], line.get("reca/loss", line["loss"])) for line in lines if "loss" in line]
 
 

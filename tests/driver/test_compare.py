@@ -1,0 +1,77 @@
+"""`reca compare` and the folders that it reads: which evaluation of a run it takes."""
+
+import functools
+import json
+
+from reca import checkpoint
+from reca.comparison import triplets
+from reca.comparison.build import compare
+from reca.eval.report import FORMAT
+from reca.recipe_files import load_recipe, save_recipe
+from tests.driver.toy import write_images
+
+
+def evaluation(folder, value, suite="geneval", protocol="GenEval"):
+    """Write results of two prompts, with the images' values."""
+    items = [
+        {"item": str(n), "tag": "t", "prompt": f"p{n}", "value": value,
+         "images": [{"k": 0, "path": None, "value": value, "reason": ""}]}
+        for n in range(2)
+    ]  # fmt: skip
+    interval = {"value": value, "interval": [value, value]}
+    found = {
+        "format": FORMAT, "suite": suite, "protocol": protocol, "model": None, "sampling": None, "images_per_item": 1,
+        "counts": {"items": 2, "images": 2}, "judge": {"name": "rule"}, "overall": {**interval, "unit": "fraction"},
+        "weights": {"t": 1.0}, "tags": {"t": interval}, "items": items, "against": None, "power": None,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+def test_images_that_have_changed_are_drawn_anew(tmp_path, monkeypatch):
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    write_images(photos, 2)
+    keys = {"run_dir": str(run), "data.images": str(photos)}
+    run.mkdir()
+    save_recipe(load_recipe("show_o_tiny", keys), run / "recipe.yaml")
+    (run / "checkpoints/000001").mkdir(parents=True)
+    (run / "checkpoints/000001" / checkpoint.MARKER).write_text("of the weights")
+    drawn = []
+
+    def stub(targets, recipe, source, images, count, *_):
+        drawn.append([source.key(i) for i in range(len(source))])
+        return {"rows": []}
+
+    monkeypatch.setattr(triplets, "_draw", stub)
+    for images in (str(photos), None):
+        draw = functools.partial(triplets.draw, "base", str(run), tmp_path / f"out {images is None}", images=images)
+        drawn.clear()
+        draw()
+        draw()
+        assert len(drawn) == 1
+        (photos / "000.png").write_bytes((photos / "000.png").read_bytes() + b"other")
+        draw()
+        draw()
+        assert len(drawn) == 2
+        write_images(photos, 3 if images else 4)
+        draw()
+        assert len(drawn) == 3 and len(drawn[2]) == (3 if images else 4)
+
+
+def test_the_evaluation_that_is_named_after_its_suite_is_compared(tmp_path):
+    save_recipe(load_recipe("show_o_tiny", {"run_dir": str(tmp_path)}), tmp_path / "recipe.yaml")
+    evaluation(tmp_path / "eval/base/geneval", 0.5)
+    for name, value in (("a", 0.0), ("geneval", 1.0), ("geneval_ema", 0.0)):
+        evaluation(tmp_path / "eval" / name, value)
+    evaluation(tmp_path / "eval/other", 0.0, protocol="GenEval of other prompts")
+    found = compare("base", str(tmp_path))
+    (suite,) = found["suites"]
+    assert suite["overall"]["value"] == 1.0 and suite["against"]["overall"]["value"] == 0.5
+    alone, *left_out = found["notes"]
+    assert "geneval was evaluated for" in alone
+    assert [note.split(" is left out")[0] for note in left_out] == [
+        str(tmp_path / "eval" / name) for name in ("a", "geneval_ema")
+    ]
+    (tmp_path / "eval/geneval/results.json").unlink()
+    (suite,) = compare("base", str(tmp_path))["suites"]
+    assert suite["overall"]["value"] == 0.0
