@@ -115,7 +115,7 @@ def test_batches_have_a_target_where_a_sample_has_one(tmp_path, monkeypatch):
     assert next(iter(open_loader(alone, "srum", views, seed=0, micro_batch=2))).target is None
     # Features that were kept with a target do not stand for a batch of others that were kept without.
     config.cache = str(tmp_path / "cache")
-    loader = open_loader(config, "srum", views, seed=0, micro_batch=2)
+    loader = open_loader(config, "srum", views, seed=0, micro_batch=2, identity=[])
     own, both = {"x": torch.zeros(1)}, {"x": torch.zeros(1), "target": torch.zeros(1)}
     kept = iter([both, own, both, both])
     monkeypatch.setattr(FeatureCache, "get", lambda self, address: next(kept))
