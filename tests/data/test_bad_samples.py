@@ -25,7 +25,7 @@ def loader(root, task="reca", micro_batch=2, **options):
     config = {"workers": 0, "max_bad_fraction": 0.5, "decoder": "pillow"} | options.pop("config", {})
     spec = {"reca": "images", "t2i": "captions"}[task]
     data = DataConfig(**{spec: str(root)} | config)
-    return open_loader(data, task, VIEWS, seed=0, micro_batch=micro_batch, **options)
+    return open_loader(data, task, VIEWS, seed=0, micro_batch=micro_batch, identity=[], **options)
 
 
 def take(stream, n):
