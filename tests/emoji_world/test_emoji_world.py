@@ -159,8 +159,8 @@ def _pieces(images):
 
 @pytest.mark.parametrize(("world", "untold"), [(shared.WORLD, 3), (shared_few.WORLD, 6)])
 def test_images_of_shared_codes_have_half_the_pixels(world, untold):
-    told = 24 * (8 - untold)
-    for split, count in (("captioned", told), ("understood", 3 * told), ("unlabeled", 192), ("unseen", 192)):
+    named = 24 * (8 - untold)
+    for split, count in (("captioned", named), ("understood", 3 * named), ("unlabeled", 192), ("unseen", 192)):
         source = open_source(f"{world.package}:{split}?seed=1", "t2i")
         assert len(source) == count
         for image in (source.split.image(i) for i in range(0, count, 7)):
@@ -172,7 +172,7 @@ def test_images_of_shared_codes_have_half_the_pixels(world, untold):
     )
     assert not {s.things[0] for name in ("captioned", "understood") for s in _scenes(world.splits[name](1))} & held
     asked = [sum(p.pairs == name for p in world.prompts(1)) for name in ("", "seen", "held-out")]
-    assert asked == [48, told, 2 * 24 * untold]
+    assert asked == [48, named, 2 * 24 * untold]
     unlabeled = world.splits["unlabeled"](1)
     assert all(world.describe(unlabeled.image(i)) == caption(unlabeled.scene(i))[2:] for i in range(0, 192, 7))
 

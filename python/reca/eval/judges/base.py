@@ -36,8 +36,8 @@ class Judge:
 
     def describe(self) -> dict[str, Any]:
         """Return what is written to every record, and what a record is looked up by."""
-        told = {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
-        return told | ({"options": dict(self.options)} if self.options else {})
+        description = {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}
+        return description | ({"options": dict(self.options)} if self.options else {})
 
     def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         """Return the answer that the suite's rule reads. Raises JudgeError."""
