@@ -21,16 +21,11 @@ def hold_out(sources: Mapping[str, Source], count: int, seed: int) -> tuple[dict
     left to train on.
     """
     whole = sources["reca"]
-    if len(whole) < 2 * count:
-        raise DataError(
-            f"eval.holdout={count} sets more than half of the {len(whole)} images of data.images aside; lower it, or "
-            "name other images by eval.holdout_from"
-        )
     rest, aside, keys = _split(whole, count, seed, 0.5)
     if len(aside) < count:
         raise DataError(
-            f"eval.holdout={count} sets more than half of the images of a source of data.images aside; lower it, or "
-            "name other images by eval.holdout_from"
+            f"eval.holdout={count} is more than half of the images of data.images, or of each of its sources: at most "
+            f"{len(aside)} can be set aside; lower it, or name other images by eval.holdout_from"
         )
     left = {task: rest if task == "reca" else _without(source, keys) for task, source in sources.items()}
     if empty := [name for task in sources for name in _emptied(task, sources[task], left[task])]:
@@ -50,7 +45,7 @@ def _as_one(images: Source, whole: Source) -> Source:
 
 
 def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, Source, set[str]]:
-    """Return what is left, what is set aside, and the keys of the latter. most: share of a source of a mixture."""
+    """Return what is left, what is set aside, and the keys of the latter. most: largest share of a source."""
     if isinstance(source, Mixture):
         shares = _shares(count, source.weights, [int(most * len(part)) for part in source.parts])
         parts = [
@@ -62,7 +57,7 @@ def _split(source: Source, count: int, seed: int, most: float) -> tuple[Source, 
         left = [_without(part, keys) for part in rest]  # two of its sources may hold the same images
         mixed = (Mixture(part, source.weights, source.labels) for part in (left, aside))
         return next(mixed), next(mixed), keys
-    order = make_order(source, seed)
+    order, count = make_order(source, seed), min(count, int(most * len(source)))
     chosen = np.sort(np.fromiter(map(order.index, range(count)), np.int64, count))
     kept = np.setdiff1d(np.arange(len(source)), chosen, assume_unique=True)
     return Subset(source, kept), Subset(source, chosen), {source.key(int(i)) for i in chosen}
