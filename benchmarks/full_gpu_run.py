@@ -3,7 +3,8 @@
 Builds, runs the GPU tests and the benchmarks of every op, regenerates the dispatch table and the documents, times whole
 training steps of the models, and prints short tables last: everything beside its target. A step that fails or runs out
 of time does not stop the others; the exit status is 1 then. Needs no network. What a step prints goes to
-FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown.
+FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every
+step, so a call that is cut off loses the step that it was in.
 
 --call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. The first tests
 are those of one op with every kernel waited for: a kernel that reads what is not its own spoils all later tests of its
@@ -66,7 +67,8 @@ def _benchmark(op: str, seconds: int) -> Step:
 
 def _training(model: str, seconds: int, *options: str, size: str = "real") -> Step:
     """Time whole training steps, one form after the other: both need most of the memory."""
-    command = [PYTHON, "-m", "benchmarks.step", "--device", "cuda", "--apart", "--size", size, "--model", model]
+    command = [PYTHON, "-m", "benchmarks.step", "--device", "cuda", "--apart", "--verbose"]
+    command += ["--size", size, "--model", model]
     return Step(f"step_{model}" + ("" if size == "real" else f"_{size}"), seconds, [*command, *options])
 
 
@@ -111,7 +113,7 @@ CALLS = [
     [
         _training("show_o", 220),
         # In passes of 42 images ours is predicted to take 115 GiB, and the released form keeps all rows of the prompt.
-        _training("open_uni", 240, "--set", "objective.reca.micro_batch=28"),
+        _training("open_uni", 230, "--set", "objective.reca.micro_batch=28"),
         _training("janus", 140),
     ],
     [
@@ -131,19 +133,32 @@ STEPS = [step for call in CALLS for step in call]
 def run(steps: list[Step], out: Path) -> list[Done]:
     """Run them one after another, each within its own time; what it prints goes to out/NAME.log."""
     out.mkdir(parents=True, exist_ok=True)
-    done = []
+    done, start = [], time.time()
     for step in steps:
         print(f"==== {step.name}: {' '.join(step.command)}", flush=True)
         began, log = time.monotonic(), out / f"{step.name}.log"
         rc = _run(step, log)
         done.append(Done(step.name, rc, time.monotonic() - began))
+        _copy_results(out, start)
         print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
         print(f"==== {step.name}: rc {rc} after {done[-1].seconds:.0f} s, {log}", flush=True)
     return done
 
 
+def _copy_results(out: Path, since: float) -> None:
+    """Copy result files, and of those that other machines write, too, what is newer than `since`."""
+    for path in [*(p for p in RESULTS.iterdir() if p.is_file() and p.stem != "cpu"), TABLE]:
+        shutil.copy(path, out)
+    if ORDER_TABLE.stat().st_mtime >= since:
+        shutil.copy(ORDER_TABLE, out / "attention_order.json")
+    for name, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
+        for path in folder.glob("*.csv"):
+            if path.stat().st_mtime >= since:
+                shutil.copy(path, out / f"{name}_{path.name}")
+
+
 def _run(step: Step, log: Path) -> int:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
     with log.open("w") as output:
         try:
@@ -208,16 +223,7 @@ def main(arguments: list[str]) -> int:
     )
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may not end in time")
-    began = time.time()
     done = run(chosen, options.out)
-    for path in [*(p for p in RESULTS.iterdir() if p.is_file() and p.stem != "cpu"), TABLE]:
-        shutil.copy(path, options.out)
-    if ORDER_TABLE.stat().st_mtime >= began:
-        shutil.copy(ORDER_TABLE, options.out / "attention_order.json")
-    for name, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
-        for path in folder.glob("*.csv"):
-            if path.stat().st_mtime >= began:
-                shutil.copy(path, options.out / f"{name}_{path.name}")
     print(summary())
     print(verdicts.table("cuda"))
     print(table(done))

@@ -43,7 +43,7 @@ class Process:
     def __init__(self, form: str, options: argparse.Namespace, model: str, folder: Path) -> None:
         self.form, self.failed = form, ""
         arguments = [model, options.size, form, options.device, str(folder), json.dumps(options.changes)]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+        path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
         threads = {} if options.device == "cuda" else {"OMP_NUM_THREADS": str(options.threads)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.step.worker", *arguments],

@@ -1,6 +1,7 @@
 """A whole step: both formulations are the same mathematics, and what is measured of them is reported as it was."""
 
 import math
+import os
 from functools import partial
 from types import SimpleNamespace
 
@@ -226,6 +227,15 @@ def test_rows_are_read_as_written_and_replace_their_like(tmp_path):
     assert "| bagel | release | **1.50** | 1.50 | 1.00 | 0.50 |" in text and "| bagel | narrow, cpu |" not in text
     assert "| harmon | narrow, cpu | 1.25 | 95 % |" in text and "| bagel | real, cuda | 2 | 55 % | 0.6 |" in text
     assert report.plot([ours, released], tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_worker_finds_what_the_environment_names(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(__main__.subprocess, "Popen", lambda command, env, **_: given.update(env))
+    monkeypatch.setenv("PYTHONPATH", "/packages")
+    options = SimpleNamespace(size="tiny", device="cuda", changes={}, verbose=False)
+    __main__.Process("ours", options, "bagel", tmp_path)
+    assert given["PYTHONPATH"].split(os.pathsep) == [str(__main__.ROOT), str(__main__.ROOT / "python"), "/packages"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Their numbers are tested in test_masked_cross_entropy.py and test_masked_linear_cross_entropy.py, on GPUs too.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -206,7 +207,8 @@ torch.cuda.synchronize()
 @BACKENDS
 def test_sanitizer(backend, tool, monkeypatch):
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that every tensor ends where its memory does
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'python'}")
+    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c"]
     done = subprocess.run([*command, f"BACKEND = {backend!r}\n{SANITIZED}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
