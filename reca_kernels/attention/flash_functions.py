@@ -76,10 +76,12 @@ def flash_problem(impl: str, capability: tuple[int, int], head_dim: int, determi
 
 
 def _unfit(impl: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
-    """Why a package has no kernels for such tensors, from what its interface.py asserts."""
+    """Why a package has no kernels for such tensors, from what its interface.py and flash_api.cpp assert."""
     major = capability[0]
     if impl == "fa3" and major != 9:
         return f"runs on compute capability 9.x only, the device has {major}.{capability[1]}"
+    if impl == "fa3" and deterministic and head_dim > 192:
+        return f"has no deterministic gradient of head dimensions above 192, got {head_dim}"
     if impl == "fa4":
         if major not in (9, 10, 11, 12):
             return f"has a backward on compute capability 9.x to 12.x, the device has {major}.{capability[1]}"

@@ -427,7 +427,9 @@ def unusable(
             reason = flash_problem(name, torch.cuda.get_device_capability(device), head_dim, deterministic)
             if reason is not None:
                 return reason
-    torchs = ("varlen", "cudnn", "sdpa", "dense")
+    if deterministic and name == "cudnn":
+        return "torch has no deterministic gradient by cuDNN"
+    torchs = ("varlen", "sdpa", "dense")
     if deterministic and not torch_deterministic and device.type == "cuda" and name in torchs:
         return "its gradient is deterministic only under torch.use_deterministic_algorithms(True) without warn_only"
     if name == "flex" and device.type != "cuda":

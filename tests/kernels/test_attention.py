@@ -577,6 +577,9 @@ def test_choice_on_a_gpu(monkeypatch):
     reason = implementations.unusable("varlen", device, half, 80, True)
     assert "deterministic only under torch.use_deterministic_algorithms(True) without warn_only" in reason
     assert choose(device, half, 80, True, torch_deterministic=True) == "varlen"
+    assert choose(device, half, 80, False, "cudnn") == "cudnn"
+    with pytest.raises(RuntimeError, match="'cudnn' was asked for, but torch has no deterministic gradient by cuDNN"):
+        choose(device, half, 80, True, "cudnn", torch_deterministic=True)
     with pytest.raises(RuntimeError, match="deterministic=True, and nothing here .*; varlen: .*; sdpa: its gradient"):
         choose(device, half, 80, True)
 

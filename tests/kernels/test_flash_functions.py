@@ -160,6 +160,15 @@ def test_what_flash_attention_4_has_kernels_for(install, capability, head_dim, s
     assert chosen(head_dim, same) == ("fa4" if fits else "fa2")
 
 
+@pytest.mark.parametrize(
+    "head_dim,same,fits", [(192, True, True), (200, True, False), (256, True, False), (256, False, True)]
+)
+def test_what_flash_attention_3_has_kernels_for(install, head_dim, same, fits):
+    install(FA3 | FA2)  # its backward pass raises "Deterministic backward not supported for hdim 256"
+    assert (implementations.unusable("fa3", GPU, torch.bfloat16, head_dim, same) is None) == fits
+    assert chosen(head_dim, same) == ("fa3" if fits else "fa2")
+
+
 def test_functions_that_hide_their_parameters_are_taken(install):
     install({"flash_attn/__init__.py": "def flash_attn_varlen_func(*a, **b): return a[0] * 7"})
     assert chosen() == "fa2" and taken() == 7
