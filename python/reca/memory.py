@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -145,7 +146,10 @@ def run_step(
             for batch in mine:
                 batch.prepared = batch.prepared.to("cpu")
             allocations.hold((passes[task] - 1) * sum(x.numel() for x in (*(mine[0].gen or ()), *(mine[0].und or ()))))
-        optimizer = make_optimizer(adapter, recipe.optim, recipe.train.seed)
+        config = recipe.optim
+        if config.name == "apex":  # holds what AdamW holds, and works on a GPU alone
+            config = replace(config, name="adamw")
+        optimizer = make_optimizer(adapter, config, recipe.train.seed)
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         allocations.label(states, "host" if recipe.optim.offload else "moments")  # on the host: no part of the peak
         own = isinstance(optimizer, AdamW)
@@ -165,7 +169,7 @@ def run_step(
             for work in _steps(batches, passes, gpus):
                 objective.backward(adapter, work, recipe.objective, recipe.train.seed, context)
                 if not several:
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
         at_passes = allocations.at_peak
         if not recipe.optim.fused_backward:
             for parameter in trained:

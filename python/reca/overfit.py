@@ -233,7 +233,7 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
             squares.setdefault(roles[name], torch.zeros((), device=trainer.device, dtype=torch.float64))
             if parameter.grad is not None:
                 squares[roles[name]] += local_part(parameter.grad).double().square().sum()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.zero_grad()
     norms = distributed.sum_over_ranks(torch.stack(list(squares.values()))).sqrt().tolist()
     means = objective.means(sums, trainer.tasks)
     return dict(zip(squares, norms, strict=True)), {task: means[f"{task}/loss"] for task in trainer.tasks}

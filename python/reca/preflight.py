@@ -18,7 +18,7 @@ from reca.host_memory import total as host_memory
 from reca.lora import choose_trained
 from reca.meta_model import build_meta
 from reca.models.base import Adapter
-from reca.optim import check_passes
+from reca.optim import check_apex, check_passes
 from reca.options import RecipeError
 from reca.validation import open_run_sources
 
@@ -46,6 +46,7 @@ def check(
         choose_trained(model, recipe)
     templates = check_recipe(recipe, model)
     check_passes(recipe, ranks)
+    check_apex(model, recipe.optim, ranks)
     if recipe.train.float8:
         float8.check_usable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if begins:

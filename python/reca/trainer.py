@@ -330,7 +330,7 @@ class Trainer:
             self.optimizer.step()  # of the parameters that still have a gradient: none after a fused backward pass
             if self.ema:
                 self.ema.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
         self.skipped.record(self.step, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from reca import checkpoint, distributed
+from reca import checkpoint, distributed, memory
 from reca.checkpoint import contents
 from reca.config import OptimConfig
-from reca.optim import adamw, make_optimizer, moments, state_bytes
+from reca.optim import adamw, check_apex, make_optimizer, moments, state_bytes
 from reca.options import RecipeError
 from reca.parallelize import shard
 from reca.recipe_files import load_recipe
@@ -406,6 +408,71 @@ def test_losses_that_stay_nan_end_the_run(recipe):
 def test_what_does_not_go_together_is_refused(overrides, message, recipe):
     with pytest.raises(RecipeError, match=message):
         recipe(*overrides)
+
+
+@pytest.fixture
+def apex(monkeypatch):
+    """NVIDIA apex as its FusedAdam is called: zero_grad takes nothing, and steps are counted by group."""
+
+    class FusedAdam(torch.optim.Optimizer):
+        def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True):
+            super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps})
+            assert adam_w_mode and not isinstance(self.param_groups[0]["params"][0], FakeTensor)
+
+        def zero_grad(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["step"] = group.get("step", 0) + 1
+                (beta1, beta2), decay = group["betas"], group["weight_decay"]
+                options = dict(beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=decay, eps=group["eps"])
+                for p in (p for p in group["params"] if p.grad is not None):
+                    state = [[self.state[p][name]] for name in ("exp_avg", "exp_avg_sq")]
+                    count = [torch.tensor(float(group["step"]))]
+                    torch._fused_adamw_([p], [p.grad], *state, [], count, amsgrad=False, maximize=False, **options)
+
+    optimizers = ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdam
+    for module in (ModuleType("amp_C"), ModuleType("apex"), optimizers):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_apex_makes_the_steps_of_adamw_and_is_continued(apex, recipe, tmp_path):
+    wanted = weights(run_toy(recipe(f"run_dir={tmp_path}/adamw")).adapter)
+    run_toy(recipe("optim.name=apex", "train.steps=3", f"run_dir={tmp_path}/apex"))
+    continued = run_toy(recipe("optim.name=apex", f"run_dir={tmp_path}/apex"))
+    assert type(continued.optimizer).__name__ == "FusedAdam" and continued.optimizer.param_groups[0]["step"] == 6
+    for name, weight in weights(continued.adapter).items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-6, atol=1e-7)
+
+
+def test_apex_is_predicted_without_apex_and_a_gpu(apex):
+    """It would be made in a process that sees no GPU, over tensors without memory."""
+    small = ["objective.reca.batch_size=2", "objective.i2t.batch_size=2"]
+    adamw, fused = (memory.predict(load_recipe("show_o_tiny", [*small, f"optim.name={n}"])) for n in ("adamw", "apex"))
+    assert fused == adamw
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "message"),
+    [
+        (torch.float32, 2, "with 2 processes the parameters are DTensors: set optim.name=adamw"),
+        (torch.bfloat16, 1, "kept in 16 bits .*: set model.dtype=fp32, or optim.name=adamw"),
+    ],
+)
+def test_apex_is_refused_for_what_it_would_train_wrongly(apex, dtype, ranks, message):
+    with pytest.raises(RecipeError, match=message):
+        check_apex(Parameters(dtype), OptimConfig(name="apex"), ranks)
+
+
+def test_apex_that_is_not_here_is_refused_before_the_weights_are_read(monkeypatch, recipe):
+    monkeypatch.setattr("reca.trainer.choose_trained", lambda *_: pytest.fail("the model is there already"))
+    with pytest.raises(ValueError, match="NVIDIA apex built with its CUDA extensions .*, and they cannot be imported"):
+        Trainer(recipe("optim.name=apex"), ToyAdapter())
 
 
 @pytest.mark.parametrize("more", [["objective.reca.micro_batch=2"], ["objective.t2i={weight: 1, batch_size: 2}"]])

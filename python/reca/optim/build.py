@@ -10,6 +10,7 @@ from reca.models.base import Adapter
 from reca.optim import moments
 from reca.optim.adamw import AdamW
 from reca.optim.gradients import HALVES
+from reca.options import RecipeError
 
 
 def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
@@ -35,6 +36,23 @@ def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torc
         return _begun(_apex_adam()(groups, adam_w_mode=True, **common), config)
     fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
     return _begun(torch.optim.AdamW(groups, fused=fused, **common), config)
+
+
+def check_apex(adapter: Adapter, config: OptimConfig, ranks: int) -> None:
+    """Raise RecipeError or ValueError where optim.name=apex cannot train a model: on this machine, or on any."""
+    if config.name != "apex":
+        return
+    _apex_adam()
+    if ranks > 1:
+        raise RecipeError(
+            f"optim.name=apex takes whole tensors, and with {ranks} processes the parameters are DTensors: set "
+            "optim.name=adamw, which is fused, too"
+        )
+    if any(p.requires_grad and p.dtype in HALVES for p in adapter.parameters()):
+        raise RecipeError(
+            "optim.name=apex rounds every step of weights that are kept in 16 bits to nearest, which loses small ones: "
+            "set model.dtype=fp32, or optim.name=adamw, which rounds them stochastically"
+        )
 
 
 def _begun(optimizer: torch.optim.Optimizer, config: OptimConfig) -> torch.optim.Optimizer:
@@ -70,7 +88,7 @@ def _apex_adam() -> type:
         from apex.optimizers import FusedAdam
     except ImportError as error:
         raise ValueError(
-            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), which is not "
-            "installed; PyPI's package named apex is something else. Use optim.name=adamw"
+            "optim.name=apex needs NVIDIA apex built with its CUDA extensions (github.com/NVIDIA/apex), and they "
+            f"cannot be imported ({error}); PyPI's package named apex is something else. Use optim.name=adamw"
         ) from error
     return FusedAdam
