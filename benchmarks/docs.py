@@ -170,9 +170,10 @@ def summary(folder: Path = RESULTS) -> str:
     """Return one line per case of every op and device: our fastest backend, and what others need relative to it."""
     parts = []
     for device in ("cpu", "cuda"):
-        found = all_results(device, folder)
+        whole = map(complete, all_results(device, folder))
+        shown = ([r for r in rows if r.op not in LEFT_OUT and not r.shape.startswith(BY_SIZE)] for rows in whole)
+        found = [rows for rows in shown if rows]
         for rows in found:
-            rows = [row for row in complete(rows) if row.op not in LEFT_OUT and not row.shape.startswith(BY_SIZE)]
             row = rows[0]
             where = f"{_threads(row)} of an {row.device}" if device == "cpu" else f"one {row.device}"
             how = f" (`{row.command}`)" if len({row.command for row in rows}) == 1 else ""

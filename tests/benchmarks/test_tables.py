@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -231,6 +232,12 @@ def test_the_summary_takes_our_fastest_and_the_best_eager(tmp_path):
     text = docs.filled(page(tmp_path, MARKS.replace("flow_matching", "kernels"), "README.md"), tmp_path)
     assert "| flow_matching | bagel, bf16 | 1 | 5.0 x | 3.0 x | 1.5 x | 0.50 |" in text
     assert "one NVIDIA Fake 80GB, torch 2.11 (`python -m benchmarks`)" in text
+
+
+@pytest.mark.parametrize("shown", [{"op": "row_gradients"}, {"shape": "size 16"}, {"ms_p50": "", "note": "failed"}])
+def test_a_device_without_a_row_for_the_summary_is_not_in_it(tmp_path, shown):
+    write(tmp_path / "nvidia_fake_80gb.csv", [replace(timed("ours: cuda", 1.0, 16), **shown)])
+    assert docs.summary(tmp_path) == docs.NO_GPU + "\n"
 
 
 def test_a_page_without_a_place_for_figures_is_an_error(tmp_path):
