@@ -6,9 +6,10 @@ of time does not stop the others; the exit status is 1 then. Needs no network. W
 FOLDER/STEP.log (default $OUT, else build/gpu_run); its last lines are shown. Result files are copied there after every
 step, so a call that is cut off loses the step that it was in.
 
---call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. The first tests
-are those of one op with every kernel waited for: a kernel that reads what is not its own spoils all later tests of its
-process, and the first failure is named wrongly otherwise.
+--call N runs one of 8 groups of steps, each sized for about ten minutes, for GPUs with a time limit. On a machine that
+has no CUDA kernels of ours yet, it builds them first. The first tests are those of one op with every kernel waited for:
+a kernel that reads what is not its own spoils all later tests of its process, and the first failure is named wrongly
+otherwise.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from benchmarks.data.rows import FOLDER as DATA_RESULTS
 from benchmarks.docs import summary
 from benchmarks.rows import RESULTS
 from benchmarks.step.rows import FOLDER as STEP_RESULTS
+from reca_kernels import native
 from reca_kernels.attention.order import TABLE as ORDER_TABLE
 from reca_kernels.dispatch import TABLE
 
@@ -79,9 +81,10 @@ SMALL_WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE
 REPORT = "import subprocess, reca_kernels; subprocess.run('nvidia-smi'); print(reca_kernels.backend_report())"
 # Sanitizers start a process each, and tests of more than 2^31 elements want the memory for themselves.
 LARGE, SANITIZED = "more_than_2_31", "sanitizer"
+BUILD = Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"])
 CALLS = [
     [
-        Step("build", 180, [PYTHON, "setup.py", "build_ext", "--inplace"]),
+        BUILD,
         Step("report", 30, [PYTHON, "-c", REPORT]),
         Step(
             "first",
@@ -146,15 +149,13 @@ def run(steps: list[Step], out: Path) -> list[Done]:
 
 
 def _copy_results(out: Path, since: float) -> None:
-    """Copy result files, and of those that other machines write, too, what is newer than `since`."""
-    for path in [*(p for p in RESULTS.iterdir() if p.is_file() and p.stem != "cpu"), TABLE]:
-        shutil.copy(path, out)
-    if ORDER_TABLE.stat().st_mtime >= since:
-        shutil.copy(ORDER_TABLE, out / "attention_order.json")
-    for name, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
-        for path in folder.glob("*.csv"):
-            if path.stat().st_mtime >= since:
-                shutil.copy(path, out / f"{name}_{path.name}")
+    """Copy the result files, plots and dispatch tables that are newer than `since`."""
+    found = {path: path.name for path in (*RESULTS.glob("*.*"), TABLE)} | {ORDER_TABLE: "attention_order.json"}
+    for kind, folder in (("step", STEP_RESULTS), ("data", DATA_RESULTS)):
+        found |= {path: f"{kind}_{path.name}" for path in folder.glob("*.csv")}
+    for path, name in found.items():
+        if path.stat().st_mtime >= since:
+            shutil.copy(path, out / name)
 
 
 def _run(step: Step, log: Path) -> int:
@@ -218,9 +219,11 @@ def main(arguments: list[str]) -> int:
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; known are {', '.join(names)}")
     if options.call is not None and (options.steps or not 1 <= options.call <= len(CALLS)):
         parser.error(f"--call takes 1 to {len(CALLS)}, and no names of steps beside it")
-    chosen = (
-        CALLS[options.call - 1] if options.call else [s for s in STEPS if not options.steps or s.name in options.steps]
-    )
+    chosen = [s for s in STEPS if not options.steps or s.name in options.steps]
+    if options.call:
+        chosen = CALLS[options.call - 1]
+        if BUILD not in chosen and not (native.module and native.module.cuda_archs):
+            chosen = [BUILD, *chosen]
     if not importlib.util.find_spec("xdist"):
         print("pytest-xdist is not installed: the tests run in one process and may not end in time")
     done = run(chosen, options.out)
