@@ -125,6 +125,24 @@ def test_rows_in_a_stream(tmp_path):
     assert answers == {f"A {n}" for n in range(5)} and list(stream.bad_samples.bad) == ["row:5"]
 
 
+def test_cells_are_what_is_stored_whatever_the_format(tmp_path):
+    set_ = rows().select_columns(["image", "prompt"])
+    for name in ("torch", "numpy", "pandas", "arrow"):
+        set_.with_format(name).save_to_disk(tmp_path / name)
+        sample = opened(tmp_path / name, "t2i")[3]
+        assert (sample.image, sample.text) == (image_bytes((3, 0, 0)), "prompt 3")
+
+
+def test_lists_of_one_image(tmp_path):
+    cells = [[{"bytes": image_bytes((n, 0, 0)), "path": None}] for n in range(4)]
+    features = datasets.Features({"images": datasets.Sequence(datasets.Image())})
+    set_ = datasets.Dataset.from_dict({"images": cells}, features=features)
+    set_.save_to_disk(tmp_path / "saved")
+    set_.to_parquet(tmp_path / "t.parquet")
+    for path in ("saved", "t.parquet"):
+        assert opened(tmp_path / path)[2].image == image_bytes((2, 0, 0))
+
+
 def test_paths_and_rows_without_image(tmp_path):
     fill(tmp_path / "photos", {"a.png": image_bytes()})
     names = {"image": [None, "a.png"]}

@@ -30,17 +30,13 @@ class HuggingFace:
     """
 
     def __init__(self, dataset: Any, task: str, columns: ColumnsConfig, where: str, root: Path):
-        datasets = _datasets()
         self.task, self.root, self.split = task, root, str(dataset.split or "row")
         self.files = [file["filename"] for file in dataset.cache_files]
         forms = {field.name: form_of(field.type) for field in dataset.features.arrow_schema}
         self.columns = choose(forms, task, columns, where)
         names = [name for name in self.columns if name is not None]
-        dataset = dataset.select_columns(names)
-        for name in names:  # bytes as they are: the views are made by this package
-            if isinstance(dataset.features[name], datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
-        self.rows = dataset
+        # Cells as they are stored, in whatever format the data set was saved: the views are made by this package.
+        self.rows = dataset.select_columns(names).with_format("arrow")
         if not len(self.rows):
             raise DataError(f"{where} holds no rows")
 
@@ -48,7 +44,7 @@ class HuggingFace:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.rows[index]
+        (row,) = self.rows[index].to_pylist()
         text = None if self.columns.text is None else row[self.columns.text]
         return make_sample(self.key(index), row[self.columns.image], text, self.task, self.root)
 
