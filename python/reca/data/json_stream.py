@@ -93,6 +93,11 @@ class _Buffer:
                 raise ValueError(f"an item of more than {LONGEST} characters, at character {self.before + self.place}")
             self.more()
 
+    def end(self) -> None:
+        """Raise ValueError unless nothing but blanks is left."""
+        if self.peek():
+            raise ValueError(f"Extra data, at character {self.before + self.place}")
+
     def fail(self, expected: str) -> ValueError:
         return ValueError(f"Expecting {expected}, at character {self.before + self.place}")
 
@@ -101,6 +106,7 @@ def _list(text: TextIO) -> Iterator[Any]:
     buffer = _Buffer(text)
     if buffer.peek() != "[":
         value = buffer.item()
+        buffer.end()
         raise TypeError(f"a JSON {type(value).__name__}")
     buffer.place += 1
     if buffer.peek() == "]":
@@ -114,5 +120,4 @@ def _list(text: TextIO) -> Iterator[Any]:
             buffer.place += 1
             if after == "]":
                 break
-    if buffer.peek():
-        raise ValueError(f"Extra data, at character {buffer.before + buffer.place}")
+    buffer.end()
