@@ -217,7 +217,7 @@ def test_a_request_that_fails_is_made_again(memory, monkeypatch):
 class Server(http.server.SimpleHTTPRequestHandler):
     """Serves files and, as object stores do, parts of them."""
 
-    ranges = True
+    ranges, accepts = True, "bytes"
 
     def log_message(self, *_):
         pass
@@ -242,7 +242,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
         out.write(source.read(self.__dict__.pop("left", -1)))
 
     def end_headers(self):
-        self.send_header("Accept-Ranges", "bytes" if self.ranges else "none")
+        if self.accepts:
+            self.send_header("Accept-Ranges", self.accepts)
         super().end_headers()
 
 
@@ -283,6 +284,19 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
     handler.list_directory = lambda self, path: self.send_error(404)
     with pytest.raises(DataError, match=r"no tar file matches .*page of links, and this one has none there. Write a r"):
         open_source(f"{address}/*.tar", "reca")
-    handler.ranges = False
+    handler.ranges, handler.accepts = False, "none"
     with pytest.raises(DataError, match=r"0.tar"):
         open_source(f"{address}/0.tar", "reca")
+    handler.accepts = None  # Python's own server says nothing
+    with pytest.raises(OSError, match=r"0.tar: the server does not send parts of files"):
+        open_source(f"{address}/0.tar", "reca")[0]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
+    address, handler = serve
+    fill(tmp_path / "www", {"a.png": image_bytes(), "b c/d#1.png": image_bytes((1, 2, 3)), "b c/d#1.txt": b"one"})
+    handler.ranges, handler.accepts = ranges, None
+    source = open_source(address, "reca")
+    assert [source[i].image for i in range(len(source))] == [image_bytes(), image_bytes((1, 2, 3))]
+    assert source.size(0) == 0 and open_source(f"{address}/b%20c", "t2i")[0].text == "one"

@@ -82,7 +82,10 @@ class RemotePath:
         return file
 
     def read_range(self, offset: int, size: int) -> bytes:
-        return self._ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
+        data = self._ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
+        if offset and len(data) > size:
+            raise OSError(f"{self}: {NO_RANGES}")
+        return data[:size]
 
     def read_bytes(self) -> bytes:
         return self._ask(self.fs.cat_file, self.path)

@@ -12,7 +12,7 @@ from reca.data.skipped import Skipped
 
 
 class RemoteFolder(ImageFolder):
-    """A folder at a URL. It is listed once, when it is opened."""
+    """A folder at a URL. It is listed once, when it is opened. Sizes that the server does not list count as 0."""
 
     def __init__(self, root: RemotePath, task: str):
         self.root = root
@@ -23,7 +23,7 @@ class RemoteFolder(ImageFolder):
         if not found:
             raise DataError(f"data folder {root} does not exist, or is empty")
         start = root.path.rstrip("/") + "/"
-        self.sizes = {name.removeprefix(start): info.get("size") or 0 for name, info in found.items()}
+        self.sizes = {name.removeprefix(start): info.get("size") for name, info in found.items()}
         files, skipped = defaultdict(list), Skipped()
         for name in self.sizes:
             suffix = posixpath.splitext(name)[1].lower()
@@ -34,7 +34,11 @@ class RemoteFolder(ImageFolder):
         super().__init__(root, task, files, skipped)
 
     def read(self, name: str, limit: int, what: str) -> bytes:
-        return read_range(self.root / name, 0, checked_size(self.sizes[name], limit, what))
+        if (size := self.sizes[name]) is not None:
+            return read_range(self.root / name, 0, checked_size(size, limit, what))
+        data = read_range(self.root / name, 0, limit + 1)
+        checked_size(len(data), limit, what)
+        return data
 
     def total_size(self, names: Sequence[str]) -> int:
-        return sum(self.sizes[name] for name in names)
+        return sum(self.sizes[name] or 0 for name in names)
