@@ -96,6 +96,12 @@ def test_names_in_cells_start_from_image_root(tmp_path):
         source[1]
 
 
+def test_an_address_in_a_cell_that_is_none_is_a_bad_sample(tmp_path):
+    source = opened(table(tmp_path / "t.parquet", {"url": ["htp://host/a.png"]}))
+    with pytest.raises(BadSample, match="htp://host/a.png cannot be opened: ValueError: Protocol not known: htp"):
+        source[0]
+
+
 def test_a_column_that_is_not_there(tmp_path):
     path = midjourney(tmp_path / "t.parquet", 0, 1)
     with pytest.raises(

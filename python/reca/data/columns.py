@@ -118,7 +118,10 @@ def image_bytes(cell: Any, root: AnyPath) -> bytes:
         return cell
     if not isinstance(cell, str) or "\0" in cell:
         raise BadSample("the image column holds neither bytes nor a path")
-    path = to_path(cell) if is_address(cell) else root / cell
+    try:
+        path = to_path(cell) if is_address(cell) else root / cell
+    except DataError as error:
+        raise BadSample(str(error)) from error
     data = read_range(path, 0, MAX_IMAGE_BYTES + 1) if isinstance(path, Path) else path.read_bytes()
     checked_size(len(data), MAX_IMAGE_BYTES, "image")
     return data
