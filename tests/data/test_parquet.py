@@ -127,6 +127,15 @@ def test_conversations(tmp_path, cell):
     assert opened(tmp_path, "i2t")[0].text == [("Q", "A")]
 
 
+@pytest.mark.parametrize("task", ["reca", "i2t"])
+def test_a_folder_is_listed_alike_for_every_task(tmp_path, task):
+    table(tmp_path / "real" / "T.PARQUET", {"image": [image_bytes()], "conversations": [TALK]})
+    fill(tmp_path / "folder", {"._T.parquet": b"junk", ".cache/T.parquet": b"junk"})
+    (tmp_path / "folder" / "linked").symlink_to(tmp_path / "real")
+    source = opened(tmp_path / "folder", task)
+    assert len(source) == 1 and source[0].image == image_bytes()
+
+
 def test_rows_that_are_no_samples(tmp_path):
     path = table(
         tmp_path / "t.parquet",

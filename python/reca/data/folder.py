@@ -88,7 +88,7 @@ class Folder(ImageFolder):
         if not root.is_dir():
             raise DataError(_no_folder(root))
         self.root, skipped = root, Skipped()
-        super().__init__(root, task, _walk(root, skipped), skipped)
+        super().__init__(root, task, list_files(root, skipped), skipped)
 
     def read(self, name: str, limit: int, what: str) -> bytes:
         with (self.root / name).open("rb") as file:
@@ -131,7 +131,7 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _walk(root: Path, skipped: Skipped) -> dict[str, list[str]]:
+def list_files(root: Path, skipped: Skipped) -> dict[str, list[str]]:
     """Map suffix -> paths relative to `root`, of all files below it. Each folder is read once.
 
     Links are followed after all real folders, so that a folder goes by its own name and not by a link's.

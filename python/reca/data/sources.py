@@ -11,7 +11,7 @@ from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
 from reca.data.conversations import Conversations
 from reca.data.errors import DataError
-from reca.data.folder import Folder, NoImages
+from reca.data.folder import Folder, NoImages, list_files
 from reca.data.mixture import Mixture, limit
 from reca.data.parquet import Parquet, one_split
 from reca.data.patterns import expand
@@ -19,7 +19,7 @@ from reca.data.remote import RemotePath, is_address, remote_path, to_path
 from reca.data.remote_folder import RemoteFolder
 from reca.data.sample import Source
 from reca.data.scored import ScoredImages
-from reca.data.skipped import log_once
+from reca.data.skipped import Skipped, log_once
 from reca.data.spec import call_source, parse_spec
 from reca.data.tars import Tars
 
@@ -93,7 +93,7 @@ def _open_folder(path: Path, task: str, image_root: str | None, columns: Columns
     if hf.is_saved(path):
         return hf.open_saved(path, task, columns, image_root)
     if task == "i2t":
-        tables = sorted(path.rglob("*.parquet"))
+        tables = [path / name for name in list_files(path, Skipped()).get(".parquet", ())]
         if not tables:
             return Conversations(path, image_root)  # which says what is wrong
     else:
@@ -119,7 +119,8 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
     try:
         if task != "i2t":
             return RemoteFolder(root, task)
-        tables = [RemotePath(root.fs, path) for path in root.fs.glob(f"{root.path.rstrip('/')}/**/*.parquet")]
+        found = root._ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
+        tables = [RemotePath(root.fs, path) for path in found]
     except NoImages as error:
         tables = [root / str(path) for path in error.files.get(".parquet", ())]
         if not tables:
