@@ -188,6 +188,14 @@ def test_every_epoch_holds_every_row_and_windows_few_groups(tmp_path, monkeypatc
     assert set(first) & set(groups[24:]) == set()  # a window that is done does not come again in its epoch
 
 
+def test_row_groups_of_a_column_whose_name_has_a_dot_have_a_size(tmp_path):
+    """Without one a window held all groups, and every group that was read stayed in memory."""
+    images = [image_bytes((n, 0, 0)) for n in range(8)]
+    plain = opened(table(tmp_path / "a.parquet", {"jpg": images}))
+    dotted = opened(table(tmp_path / "b.parquet", {"image.jpg": images, "image": ["x"] * 8}), image="image.jpg")
+    assert dotted.blocks == plain.blocks and dotted[5].image == images[5]
+
+
 def test_a_row_group_is_read_once_while_it_is_used(tmp_path, monkeypatch):
     midjourney(tmp_path / "a.parquet", 0, 40)
     loads, load = [], parquet.Parquet._load

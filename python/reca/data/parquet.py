@@ -78,7 +78,7 @@ class Parquet:
         leaves = [
             leaf
             for leaf in range(metadata.num_columns)
-            if metadata.schema.column(leaf).path.split(".")[0] in (columns.image, columns.text)
+            if f"{metadata.schema.column(leaf).path}.".startswith(tuple(f"{name}." for name in columns if name))
         ]
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
