@@ -292,6 +292,39 @@ def test_tars_and_parquet_over_http(serve, tmp_path):
         open_source(f"{address}/0.tar", "reca")[0]
 
 
+def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
+    """Headers of a tar, and footer and row groups of a table: of requests for a part every other one fails."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    address, handler = serve
+    monkeypatch.setattr(remote, "BLOCK", 1000)
+    members = [(f"{n}.png", image_bytes((n, 0, 0))) for n in range(12)]
+    tar(tmp_path / "www" / "a.tar", *members)
+    midjourney(tmp_path / "www" / "b.parquet", 0, 12)
+    asked, send_head = [], handler.send_head
+
+    def flaky(self):
+        asked.append("Range" in self.headers)
+        return self.send_error(503) if asked[-1] and sum(asked) % 2 else send_head(self)
+
+    handler.send_head = flaky
+    for name in ("a.tar", "b.parquet"):
+        source = open_source(f"{address}/{name}", "reca")
+        assert [source[n].image for n in range(12)] == [data for _, data in members]
+    assert sum(asked) > 40
+    monkeypatch.setattr(
+        handler, "send_head", lambda self: self.send_error(503) if "Range" in self.headers else send_head(self)
+    )
+    with pytest.raises(DataError, match=r"a.tar cannot be read: .*a.tar: ClientResponseError: 503"):
+        open_source(f"{address}/a.tar", "reca")
+    with pytest.raises(DataError, match=r"b.parquet: ClientResponseError: 503"):
+        open_source(f"{address}/b.parquet", "reca")
+    source.tables.kept.clear()
+    with pytest.raises(BadSample, match=r"row group 0 cannot be read: .*b.parquet: ClientResponseError: 503"):
+        source[0]
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
     address, handler = serve

@@ -75,11 +75,10 @@ class RemotePath:
         return [str(found.get("size")), *tags] if tags else None
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        with _as_oserror(self):
-            file = self.fs.open(self.path, mode, block_size=BLOCK)
+        file = self._ask(self.fs.open, self.path, mode, block_size=BLOCK)
         if not file.seekable():
             raise OSError(f"{self}: {NO_RANGES}")
-        return file
+        return cast(BinaryIO, _File(self, file))
 
     def read_range(self, offset: int, size: int) -> bytes:
         data = self._ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
@@ -152,6 +151,38 @@ def read_range(path: AnyPath, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+class _File(io.RawIOBase):
+    """An open file at a URL. A read is made again where the network fails."""
+
+    def __init__(self, path: RemotePath, file: BinaryIO):
+        self.path, self.file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.path._ask(self._read, self.tell(), len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, place: int, size: int) -> bytes:
+        self.file.seek(place)
+        return self.file.read(size)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 class _Ranges(io.RawIOBase):

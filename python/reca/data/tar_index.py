@@ -100,12 +100,16 @@ def _headers(path: AnyPath) -> Iterator[tarfile.TarInfo]:
 def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the file is closed by its owner)
+    except OSError:
+        raise
     except Exception as error:  # tarfile raises many kinds for bytes that are no tar
         raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
     place, last = 0, "its beginning"
     while True:
         try:
             info = tar.next()
+        except OSError:
+            raise
         except Exception as error:
             raise DataError(_damage(path, size, place, last, str(error))) from error
         if info is None:
