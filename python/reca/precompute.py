@@ -64,6 +64,7 @@ def cache_features(recipe: Recipe) -> list[str]:
     """Make the features of every image of every active task, this rank its share. Returns lines that say what was done.
 
     What is in the cache is left as it is, so the same command goes on where one was stopped, on any number of ranks.
+    The counts in a line are of all ranks.
     Raises RecipeError without data.cache, and DataError and OSError of data and disk.
     """
     if recipe.data.cache is None:
@@ -93,9 +94,11 @@ def cache_features(recipe: Recipe) -> list[str]:
             done = fill(iter(reader), config.micro_batch, encode, folder)
         loader.close()
         took = time.perf_counter() - started
+        counts = distributed.all_gather((done.images, done.bytes, reader.cached))
+        images, size, cached = map(sum, zip(*counts, strict=True))
         lines.append(
-            f"{task}: {done.images} images encoded ({units.size(done.bytes)}, {done.images / took:.1f} images/s), "
-            f"{reader.cached} were there, {loader.bad} bad; in {folder}"
+            f"{task}: {images} images encoded ({units.size(size)}, {images / took:.1f} images/s), "
+            f"{cached} were there, {loader.bad} bad; in {folder}"
         )
     return lines
 

@@ -141,6 +141,12 @@ def test_a_command_that_was_stopped_goes_on_and_ranks_share(recipe, monkeypatch)
     assert len(before) == 8 and sorted(found) == sorted(set(range(11)) - before)
 
 
+def test_counts_are_of_all_ranks(recipe, monkeypatch):
+    monkeypatch.setattr("reca.distributed.all_gather", lambda value, group=None: [value] * 3)
+    assert precompute.cache_features(recipe)[0].startswith("reca: 33 images encoded (132 bytes")
+    assert ", 36 were there" in precompute.cache_features(recipe)[0]
+
+
 def test_no_folder_is_an_error(recipe, capsys):
     recipe.data.cache = None
     with pytest.raises(RecipeError, match="data.cache is null: give the folder of the features"):
