@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,17 @@ def test_a_cmake_that_is_too_old_is_no_cmake(tmp_path):
     assert "is version 3.25, older than 3.26; pip install cmake" in done.stdout, done.stderr
     oldest = re.search(r"cmake_minimum_required\(VERSION (\d+)\.(\d+)", (ROOT / "CMakeLists.txt").read_text())
     assert f"OLDEST_CMAKE = ({oldest[1]}, {oldest[2]})" in (ROOT / "setup.py").read_text()
+
+
+@needs_setuptools
+def test_a_source_distribution_can_be_built(tmp_path):
+    """`python -m build` makes the wheel of one, and CMake finds its sources there."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml"} <= packed
 
 
 def cuda_archs(**environment):
