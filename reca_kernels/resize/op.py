@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
+from reca_kernels.host import in_mode
+from reca_kernels.memory import has_values
 from reca_kernels.resize import reference
 from reca_kernels.resize.taps import FILTERS, taps
 
@@ -51,12 +53,12 @@ def resize(
     columns = taps(width, left, right, across, filter, *where)
     rows = taps(height, top, bottom, down, filter, *where)
     down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
-    if image.device.type != "cpu" or not compiled():
-        return reference.resize(image, columns, rows, down_first)
+    if not (image.is_cpu and has_values(image) and compiled()):
+        return reference.resize(image, *in_mode((columns, rows)), down_first)
     interleaved = image.stride(0) == 1 and image.stride(2) == 3
     if not interleaved and image.stride(2) != 1:
         image = image.contiguous()
-    out = torch.empty(3, down, across, dtype=torch.uint8)
+    out = torch.empty(3, down, across, dtype=torch.uint8, device=image.device)
     sides = [(*map(native.address, side), *side.weights.shape) for side in (columns, rows)]
     plane, row, _ = image.stride()
     native.kernels().resize_rgb(

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reca_kernels.host import no_modes
+
 PRECISION = 22  # bits of a weight behind the point: 32 less 8 of the value and 2 for sums beyond 1
 
 
@@ -60,4 +62,5 @@ def taps(
     total = values.cumsum(1)[:, -1:]  # one after the other, as Pillow adds
     values = np.divide(values, total, out=values, where=total != 0) * (1 << PRECISION)
     weights = np.trunc(values + np.where(values < 0, -0.5, 0.5))
-    return Taps(*(torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, count, weights)))
+    with no_modes():
+        return Taps(*(torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, count, weights)))

@@ -7,6 +7,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reca_kernels import native
 from reca_kernels.resize import op, reference
@@ -88,6 +89,23 @@ def test_a_stream_has_weights_of_its_own(monkeypatch):
     monkeypatch.setattr(op, "compiled", lambda: False)  # of the CPU's kernel
     resize(image, (4, 5))
     assert wanted == [(0,), (0,), (7 * 2**40,), (7 * 2**40,)]
+
+
+@pytest.mark.parametrize("mode", ["default device", "fake", "vmap"])
+def test_under_modes(mode):
+    """Memory that was not the host's was written to, and fake weights were kept."""
+    taps.cache_clear()
+    image = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
+    if mode == "default device":
+        with torch.device("meta"):
+            got = resize(image, (2, 3))
+    elif mode == "fake":
+        with FakeTensorMode() as fake:
+            assert resize(fake.from_tensor(image), (2, 3)).shape == (3, 2, 3)
+        got = resize(image, (2, 3))
+    else:
+        got = torch.func.vmap(lambda x: resize(x, (2, 3)))(image[None])[0]
+    assert torch.equal(got, resize(image.clone(), (2, 3)))
 
 
 def test_the_same_size_is_a_copy_of_nothing():
