@@ -66,6 +66,13 @@ def floating(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be fp32, bf16 or fp16, got {tensor.dtype}")
 
 
+def constant(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor that requires a gradient, where the op gives none: it would be lost in silence."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{op}: {name} requires a gradient, which this op does not give; detach it")
+
+
 def integer(op: str, **tensors: Tensor) -> None:
     """Raise TypeError for a tensor that is not int32 or int64."""
     for name, tensor in tensors.items():

@@ -38,16 +38,17 @@ def flow_matching_add_noise(
     The result has no gradient.
 
     Raises:
-        ValueError: Shapes do not fit, x0 requires a gradient, the address of the noise is not as `Philox` says, or the
-            backend is unknown.
+        ValueError: Shapes do not fit, x0, t or noise requires a gradient, the address of the noise is not as `Philox`
+            says, or the backend is unknown.
         TypeError: x0 is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call.
     """
     if not (raw := plain(t, *_tensors(x0, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
-    images = _images(x0, patch)
-    t, noise = _level(t, images), _noise(noise, images)
+    images, shape = _images(x0, patch), _shape(x0, patch)
+    checks.constant(OP, t=t)
+    t, noise = _level(t, images), _noise(noise, images, shape)
     out_dtype = out_dtype or images[0].dtype
     dtype = images[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # others are for the reference
     backend = dispatch.choose(OP, images[0], backend, dtype=dtype)
@@ -56,7 +57,7 @@ def flow_matching_add_noise(
             flat = reference.add_noise(images, t, noise, patch, out_dtype)
         else:
             flat = _noisy(raw, images, t.float(), *flattened(noise), patch, out_dtype, backend)
-    return flat.view(_shape(x0, patch))
+    return flat.view(shape)
 
 
 def flow_matching_loss(
@@ -80,8 +81,8 @@ def flow_matching_loss(
                backend="reference" has all derivatives by pred.
 
     Raises:
-        ValueError: Shapes or the reduction do not fit, x0 requires a gradient, the address of the noise is not as
-            `Philox` says, or the backend is unknown.
+        ValueError: Shapes or the reduction do not fit, x0 or noise requires a gradient, the address of the noise is not
+            as `Philox` says, or the backend is unknown.
         TypeError: pred or x0 are not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again.
@@ -93,8 +94,8 @@ def flow_matching_loss(
         raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
     checks.floating(OP, pred=pred)
     _level(t, images)
-    noise = _noise(noise, images)
     expected = _shape(x0, patch)
+    noise = _noise(noise, images, expected)
     if tuple(pred.shape) != expected:
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
     if weight is not None and tuple(weight.shape) != (len(images),):
@@ -151,8 +152,8 @@ def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{OP}: all images of x0 must have the same channels, dtype and device")
     checks.floating(OP, x0=images[0])
-    if any(image.requires_grad for image in several):
-        raise ValueError(f"{OP}: x0 requires a gradient, which this op does not give; detach it")
+    for image in several:
+        checks.constant(OP, x0=image)
     if batch:
         return list(images)
     if patch == 1:
@@ -167,11 +168,11 @@ def _level(t: Tensor, images: list[Tensor]) -> Tensor:
     return t if t.dtype == torch.float64 else t.float().contiguous()
 
 
-def _noise(noise: Philox | Tensor, images: list[Tensor]) -> Philox | Tensor:
+def _noise(noise: Philox | Tensor, images: list[Tensor], shape: tuple[int, ...]) -> Philox | Tensor:
     if isinstance(noise, Tensor):
-        total = sum(image.numel() for image in images)
-        if noise.numel() != total:
-            raise ValueError(f"{OP}: noise has {noise.numel()} elements, x0 has {total}")
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"{OP}: noise must be {list(shape)}, shaped like the result, got {list(noise.shape)}")
+        checks.constant(OP, noise=noise)
         double = torch.float64 in (noise.dtype, images[0].dtype)
         return (noise.to(images[0].dtype) if double else noise).contiguous()
     noise = checked(OP, noise)

@@ -360,13 +360,21 @@ def test_mistakes_are_named():
     _bad("multiples of patch=2", patch=2)
     _bad("must be mean, sum or sample", reduction="none")
     _bad("one per image", noise=Philox(torch.tensor(0), torch.arange(2), 1))
-    _bad("noise has 4 elements", noise=torch.zeros(4))
-    _bad("requires a gradient", x0=torch.zeros(3, 5, 7, 9, requires_grad=True))
+    _bad(r"noise must be \[3, 5, 7, 9\], shaped like the result, got \[4\]", noise=torch.zeros(4))
+    _bad("shaped like the result", noise=torch.zeros(3, 7, 9, 5))  # as many elements, in another order
+    _bad("x0 requires a gradient", x0=torch.zeros(3, 5, 7, 9, requires_grad=True))
+    _bad("noise requires a gradient", noise=torch.zeros(3, 5, 7, 9, requires_grad=True))
     _bad("holds no image", x0=[])
     _bad("one per image", weight=torch.ones(2))
     _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
     _bad("all tensors must be on one device, got x0 on cpu, t on meta", t=torch.zeros(3, device="meta"))
     _bad("seed must be an int64 tensor", noise=Philox(3, torch.arange(3), 1))
+
+
+def test_the_noisy_input_has_no_gradient_to_lose():
+    x0, t, noise, patch = case("batch")
+    with pytest.raises(ValueError, match="t requires a gradient"):
+        flow_matching_add_noise(x0, t.requires_grad_(), noise, patch=patch)
 
 
 @EVERYWHERE
