@@ -89,8 +89,8 @@ def diffusion_loss(
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
     checks.floating(OP, out=out)
-    if tuple(out.shape) != (len(t), 2 * x0.shape[1]):
-        raise ValueError(f"{OP}: out must be [M, 2 C] = [{len(t)}, {2 * x0.shape[1]}], got {list(out.shape)}")
+    if tuple(out.shape) != (t.shape[0], 2 * x0.shape[1]):
+        raise ValueError(f"{OP}: out must be [M, 2 C] = [{t.shape[0]}, {2 * x0.shape[1]}], got {list(out.shape)}")
     backend = _backend(out, [x0.dtype], x0, backend)
     if backend == "reference":
         if has_values(t, rows):
@@ -102,7 +102,7 @@ def diffusion_loss(
         losses, _ = _losses(raw, out, x0, t, *flattened(noise), schedule, rows, learns, uneven, backend)
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(len(t), 1)
+    return losses.sum() if reduction == "sum" else losses.sum() / max(t.shape[0], 1)
 
 
 def _backend(tensor: Tensor, dtypes: Sequence[torch.dtype], x0: Tensor, backend: str | None) -> str:
@@ -127,8 +127,8 @@ def _named(noise: Philox | Tensor) -> dict[str, Tensor]:
 
 def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None) -> None:
     if rows is not None:
-        checks.index_inside(OP, "rows", rows, 0, len(x0))
-    checks.index_inside(OP, "t", t, 0, len(schedule))
+        checks.index_inside(OP, "rows", rows, 0, x0.shape[0])
+    checks.index_inside(OP, "t", t, 0, schedule.shape[0])
 
 
 def _checked(
@@ -139,21 +139,21 @@ def _checked(
     if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
         raise ValueError(f"{OP}: x0 must be [N, C > 0] and t [M], got {list(x0.shape)} and {list(t.shape)}")
     checks.constant(OP, x0=x0, noise=noise if isinstance(noise, Tensor) else None)
-    if rows is None and len(t) != len(x0):
-        raise ValueError(f"{OP}: without rows, t must be [N] = [{len(x0)}], got [{len(t)}]")
+    if rows is None and t.shape[0] != x0.shape[0]:
+        raise ValueError(f"{OP}: without rows, t must be [N] = [{x0.shape[0]}], got [{t.shape[0]}]")
     if rows is not None:
         checks.integer(OP, rows=rows)
         if rows.shape != t.shape:
-            raise ValueError(f"{OP}: rows must be [M] = [{len(t)}] like t, got {list(rows.shape)}")
+            raise ValueError(f"{OP}: rows must be [M] = [{t.shape[0]}] like t, got {list(rows.shape)}")
         rows = rows.long().contiguous()
     if schedule.ndim != 2 or schedule.shape[1] != len(reference.COLUMNS):
         raise ValueError(f"{OP}: schedule must be [steps, 8] from diffusion_schedule, got {list(schedule.shape)}")
     if isinstance(noise, Tensor):
-        name, ids, expected = "noise", noise, [len(t), x0.shape[1]]
+        name, ids, expected = "noise", noise, [t.shape[0], x0.shape[1]]
         noise = (noise.to(x0.dtype) if torch.float64 in (noise.dtype, x0.dtype) else noise).contiguous()
     else:
         noise = checked(OP, noise)
-        name, ids, expected = "noise.sample_ids", noise.sample_ids, [len(t)]
+        name, ids, expected = "noise.sample_ids", noise.sample_ids, [t.shape[0]]
     if list(ids.shape) != expected:
         raise ValueError(f"{OP}: {name} must be {expected}, got {list(ids.shape)}")
     return t.long().contiguous(), noise, rows

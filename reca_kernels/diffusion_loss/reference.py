@@ -40,7 +40,7 @@ def tables(beta: Tensor) -> Tensor:
     return torch.stack((*signal, c1, c2, log_posterior, beta.log()), dim=1)
 
 
-def noise_of(x0: Tensor, count: int, noise: Tensor | Address) -> Tensor:
+def noise_of(x0: Tensor, noise: Tensor | Address) -> Tensor:
     """eps [M, C]."""
     return noise if isinstance(noise, Tensor) else philox_normal(*noise, x0.shape[1])
 
@@ -49,14 +49,14 @@ def add_noise(x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, row
     """x_t [M, C]."""
     x0 = _wide(x0 if rows is None else x0[rows])
     step = table.to(x0)[t]
-    return step[:, 0:1] * x0 + step[:, 1:2] * noise_of(x0, len(t), noise)
+    return step[:, 0:1] * x0 + step[:, 1:2] * noise_of(x0, noise)
 
 
 def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, rows: Tensor | None) -> Tensor:
     """Per row, [M]: mean squared error of the noise plus the variational bound in bits, its mean detached."""
     out = _wide(out)
     x0 = (x0 if rows is None else x0[rows]).to(out.dtype)
-    eps = noise_of(x0, len(t), noise).to(out.dtype)
+    eps = noise_of(x0, noise).to(out.dtype)
     predicted, variance = out.chunk(2, dim=1)
     sqrt_abar, sqrt_1m, recip, recip_m1, c1, c2, log_posterior, log_beta = table.to(out)[t][:, :, None].unbind(1)
     x_t = sqrt_abar * x0 + sqrt_1m * eps

@@ -135,8 +135,8 @@ def _flops(
 
 
 @kernel_op(
-    f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, int? chunk_rows, "
-    "int? max_labelled, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{OP}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? row_grad, {SCHEMA}, SymInt? chunk_rows, "
+    "SymInt? max_labelled, ScalarType dtype, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     flops=_flops,
 )

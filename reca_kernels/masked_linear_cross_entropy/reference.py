@@ -23,7 +23,7 @@ def masked_linear_cross_entropy(
     """See `reca_kernels.masked_linear_cross_entropy`. Keeps the logits of `max_labelled` rows, or of all."""
     all_unlabelled = unlabelled = labels == ignore_index
     rows = None
-    if max_labelled is not None and max_labelled < len(labels):
+    if max_labelled is not None and max_labelled < labels.shape[0]:
         rows = all_unlabelled.argsort(stable=True)[:max_labelled]  # rows that carry a label come first
         hidden, labels, unlabelled = hidden[rows], labels[rows], all_unlabelled[rows]
     # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach the weight.

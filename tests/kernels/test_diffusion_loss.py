@@ -85,7 +85,7 @@ def test_a_sampler_keeps_at_most_all_steps(keep):
 def test_bound_is_the_kl_divergence_of_two_normals():
     out, x0, t, noise, rows = case()
     t = t.clamp(min=1)
-    eps = reference.noise_of(x0, len(t), noise).double()
+    eps = reference.noise_of(x0, noise).double()
     got = reference.losses(out.double(), x0.double(), t, eps, reference.schedule(1000), rows)
     columns = reference.schedule(1000)[t][:, :, None].unbind(1)
     sqrt_abar, sqrt_1m, recip, recip_m1, c1, c2, log_posterior, log_beta = columns
@@ -167,7 +167,7 @@ def test_variance_does_not_pull_the_noise_prediction(backend, device):
     out.requires_grad_()
     schedule = diffusion_schedule(device=device)
     diffusion_loss(out, x0, t, noise, schedule, rows=rows, reduction="sum", backend=backend).backward()
-    eps = reference.noise_of(x0, len(t), noise)
+    eps = reference.noise_of(x0, noise)
     torch.testing.assert_close(out.grad[:, :16], 2 * (out[:, :16].detach() - eps) / 16, rtol=1e-5, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_prepare_and_rows(backend, device):
     out, x0, t, noise, rows = case(device=device)
     schedule = diffusion_schedule(device=device)
     x_t = diffusion_add_noise(x0, t, noise, schedule, rows=rows, backend=backend)
-    eps = reference.noise_of(x0, len(t), noise)
+    eps = reference.noise_of(x0, noise)
     expected = schedule[t, 0:1] * x0[rows] + schedule[t, 1:2] * eps
     torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
     arguments = {"reduction": "none", "backend": backend}
@@ -205,7 +205,7 @@ def test_same_bits_on_every_backend(channels, backend, device):
     out.requires_grad_()
     diffusion_loss(out, *there[:3], schedule, rows=there[3], reduction="sum", backend=backend).backward()
     share = torch.tensor(1 / channels)
-    error = out.detach().cpu()[:, :channels] - reference.noise_of(x0, len(t), noise)
+    error = out.detach().cpu()[:, :channels] - reference.noise_of(x0, noise)
     assert torch.equal(out.grad.cpu()[:, :channels], error * (2 * share))
 
 
@@ -215,7 +215,7 @@ def test_given_noise_and_memory_that_is_not_aligned(dtype, backend, device):
     """Everything begins one element after a 16-byte boundary; noise is given in 16 bits too."""
     out, x0, t, noise, rows = case(device=device)
     schedule = diffusion_schedule(device=device)
-    eps = reference.noise_of(x0, len(t), noise).to(dtype)
+    eps = reference.noise_of(x0, noise).to(dtype)
     shift = lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)  # noqa: E731
     assert shift(out).data_ptr() % 16 == 4
     results = []
@@ -276,7 +276,7 @@ def test_fp64_data_goes_to_the_reference():
     out, x0, t, noise, rows = case()
     exact = diffusion_loss(out.double(), x0.double(), t, noise, SCHEDULE, rows=rows)
     assert relative(diffusion_loss(out, x0.double(), t, noise, SCHEDULE, rows=rows), exact) < 1e-5
-    eps = reference.noise_of(x0, len(t), noise)
+    eps = reference.noise_of(x0, noise)
     got = diffusion_loss(out, x0, t, eps.double(), SCHEDULE, rows=rows)
     assert torch.equal(got, diffusion_loss(out, x0, t, eps, SCHEDULE, rows=rows))
 

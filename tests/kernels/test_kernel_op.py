@@ -55,6 +55,12 @@ OPS = {
         lambda h, w, y: masked_linear_cross_entropy(h, w, y, ignore_index=-1, reduction="none", backend="cpu").sum(),
         lambda n: (inputs(n, (n, 8), (9, 8)), [labels(n)]),
     ),
+    "linear-bound": (
+        lambda h, w, y: masked_linear_cross_entropy(
+            h, w, y, ignore_index=-1, reduction="none", max_labelled=h.shape[0] - 1, backend="cpu"
+        ).sum(),
+        lambda n: (inputs(n, (n, 8), (9, 8)), [labels(n)]),
+    ),
     "flow": (flow, lambda n: (inputs(n, (n, 3, 4, 4)), [*inputs(n, (n, 3, 4, 4), (n,)), torch.arange(n)])),
     "diffusion": (
         diffusion,
@@ -121,6 +127,37 @@ def test_an_exported_program_can_be_trained(op, strict):
     traced = tuple(x.clone().requires_grad_() for x in learning)
     program = torch.export.export(Module(), (*traced, *others), strict=strict).module()
     assert_equal(differentiated(program, learning, others), differentiated(function, learning, others))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("op", ["cross-entropy", "linear", "linear-bound", "diffusion", "concat"], indirect=True)
+def test_an_exported_program_takes_other_sizes(op, strict):
+    """A batch whose len() was asked for was a constant of the program, and so was max_labelled."""
+    function, arguments = op
+    (learning, others), (more, other) = arguments(4), arguments(12)
+
+    class Module(torch.nn.Module):
+        def forward(self, *x):
+            return function(*x)
+
+    traced = [*(x.clone().requires_grad_() for x in learning), *others]
+    sizes = [(a.shape, b.shape) for a, b in zip(traced, [*more, *other], strict=True)]
+    differs = [{0: torch.export.Dim.DYNAMIC} if a != b else None for a, b in sizes]
+    program = torch.export.export(Module(), tuple(traced), dynamic_shapes=(tuple(differs),), strict=strict).module()
+    assert_equal(differentiated(program, more, other), differentiated(function, more, other))
+
+
+def test_one_graph_for_any_bound():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss = lambda h, w, y, most: masked_linear_cross_entropy(h, w, y, ignore_index=-1, max_labelled=most)  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for most in (8, 9, 11):
+        h, w = inputs(0, (9, 8), (9, 8))
+        assert_equal(
+            differentiated(compiled, [h, w], [labels(9), most]), differentiated(loss, [h, w], [labels(9), most])
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("how", ["eager", "aot_eager"])
