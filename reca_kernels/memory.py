@@ -69,6 +69,11 @@ def learns(x: Tensor | None) -> bool:
     return x.requires_grad
 
 
+def transformed() -> bool:
+    """Return whether a transform of torch.func runs outside of a graph: it takes no plain autograd.Function."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, differentiated: bool = False) -> None:
     """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
 

@@ -34,6 +34,7 @@ from reca_kernels.attention.flash_functions import (
 from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, Call, QueryGroup, QueryPiece
 from reca_kernels.attention.reference import allowed
 from reca_kernels.host import on_device, outside_of_modes
+from reca_kernels.memory import transformed
 
 HALVES = (torch.bfloat16, torch.float16)
 SHORT = 256  # rows of a sample whose dense mask is kept
@@ -57,7 +58,9 @@ class _Take(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else _Take.apply(x, index)
+    if index is None:
+        return x
+    return x.index_select(0, index) if transformed() else _Take.apply(x, index)
 
 
 class _Spread(torch.autograd.Function):
@@ -258,7 +261,9 @@ class _Mask(NamedTuple):
 def _padded(x: Tensor, lines: int, length: int, places: Tensor | None) -> Tensor:
     """[B, H, L, d]. Rows are spread by one index: to pad sample by sample takes longer than small attention itself."""
     if x.ndim == 3:
-        x = x if places is None else _Spread.apply(x, places, lines * length)
+        if places is not None:
+            spread = _put if transformed() else _Spread.apply
+            x = spread(x, places, lines * length)
         x = x.unflatten(0, (lines, length))
     return x.transpose(1, 2)
 
