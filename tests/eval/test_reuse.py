@@ -216,6 +216,24 @@ def test_records_of_two_judges_are_not_mixed(tmp_path):
     assert judge_and_score(settings, side, None, path, "cpu")["judge"] == {"name": "a"}
 
 
+def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
+    """Files of other judges have the same name: that of the script's default, in another folder."""
+    data, images = write_wise(tmp_path / "w.json", ["e", "e"]), tmp_path / "images"
+    images.mkdir()
+    for n in (1, 2):
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(images / f"{n}.png")
+
+    def value(scores):
+        path = tmp_path / "scores.jsonl"
+        path.write_text("".join(json.dumps({"prompt_id": n, "score": s}) + "\n" for n, s in scores.items()))
+        given = {"data": data, "images": images, "judge": f"recorded:{path}", "out": tmp_path / "out"}
+        return reca.evaluate("wise", "show_o_tiny", **given)["overall"]["value"]
+
+    assert [value({1: 1, 2: 1}), value({1: 0, 2: 1}), value({1: 0, 2: 1})] == [1, 0.5, 0.5]
+    assert len(records.read(tmp_path / "out/records.jsonl")) == 3  # what it says as before is not said again
+    assert value({2: 1}) == 1  # of image 1 it says nothing any more
+
+
 def test_records_of_other_images_do_not_count(painter):
     reca.evaluate("world", painter, limit=5)
     folder = painter / "eval/world"

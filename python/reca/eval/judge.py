@@ -32,7 +32,8 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
     by_id = {item.id: item for item in items}
     hashes = {key: image_hash(image) for key, image in found.items()}
     mine = judge.describe()
-    done = {r.key for r in valid(records.read(path), items, hashes, mine) if r.error is None}
+    known = valid(records.read(path), items, hashes, mine)
+    done = {r.key for r in known if r.error is None and judge.repeats(r.key, r.answer)}
     todo = [key for key in found if key not in done]
     if not todo:
         return 0

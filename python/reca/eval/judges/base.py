@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from reca.eval.suites import Item, Suite
+from reca.eval.suites import Item, Key, Suite
 
 ImageOrFile = Path | Image.Image
 
@@ -42,6 +42,10 @@ class Judge:
     def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         """Return the answer that the suite's rule reads. Raises JudgeError."""
         return suite.ask(self, item, image)
+
+    def repeats(self, key: Key, answer: Any) -> bool:
+        """Tell whether it still gives an answer that was recorded of it; only a file that was replaced does not."""
+        return True
 
     def cost(self) -> str | None:
         """Say in a line what was spent; None for a judge that costs nothing but time."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from reca.eval import records
 from reca.eval.judges.base import Judge, JudgeError
-from reca.eval.suites import Item, Suite
+from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import image_hash
 
 
@@ -21,6 +21,9 @@ class RecordedJudge(Judge):
 
     def describe(self) -> dict[str, Any]:
         return dict(self.origin)
+
+    def repeats(self, key: Key, answer: Any) -> bool:
+        return key in self.records and self.records[key].answer == answer
 
     def judge(self, suite: Suite, item: Item, k: int, image: Path) -> Any:
         record = self.records.get((item.id, k))
