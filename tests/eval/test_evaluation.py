@@ -330,6 +330,18 @@ def test_a_judge_without_memory_ends_the_step_with_a_sentence(painter, monkeypat
         reca.evaluate("world", painter, limit=5)
 
 
+def test_a_layout_of_one_image_for_every_item_takes_no_more(painter, tmp_path):
+    """They would be drawn over one another, and then be missing."""
+    data = tmp_path / "wise.json"
+    data.write_text(json.dumps([{"prompt_id": 1, "Prompt": "p", "Explanation": "e", "Category": "c"}]))
+    given = {"data": data, "judge": "local:none", "steps": ["generate"]}
+    with pytest.raises(EvaluationError, match="--images-per-item 2: wise has one image of every item"):
+        reca.evaluate("wise", painter, images_per_item=2, **given)
+    assert Painter.made == 0
+    reca.evaluate("wise", painter, images_per_item=1, **given)
+    assert Painter.made == 1
+
+
 def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch):
     reca.evaluate("world", painter, limit=5)
     for change in ({"seed": 1}, {"sampling": {"steps": 3}}):

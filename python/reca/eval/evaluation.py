@@ -165,6 +165,9 @@ def check(settings: Settings, sides: Sequence[Target], images: Path | None, reco
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
     items = settings.items(images)
+    if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
+        what = "answer" if suite.ability == "answer" else "image"
+        raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} of every item")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
 
