@@ -256,6 +256,20 @@ def test_nonsense_is_asked_again_and_then_told(server, tmp_path):
     assert reca.evaluate(**arguments)["counts"]["failed"] == 0
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_an_image_that_is_refused_fails_alone(server, tmp_path, status):
+    """Hosted judges refuse single images by their contents, each time they are asked."""
+    arguments = wise(tmp_path) | {"judge": f"endpoint:{server.url}", "judge_options": {"workers": 1}}
+    server.plan = [(200, None), (status, "content_filter")]
+    found = reca.evaluate(**arguments)
+    assert (found["counts"]["images"], found["counts"]["failed"], len(server.seen)) == (5, 1, 6)
+    assert f"refused the request with HTTP {status}: content_filter" in found["failed"][0]["error"]
+    server.plan = [(status, "no such parameter")] * 9
+    (tmp_path / "out/records.jsonl").unlink()
+    with pytest.raises(EvaluationError, match="failed on 5 images in a row; of the last it said: .*no such parameter"):
+        reca.evaluate(**arguments)
+
+
 # ---- recorded answers ----
 
 

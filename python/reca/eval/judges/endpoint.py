@@ -23,6 +23,7 @@ from reca.eval.judges.base import ImageOrFile, Judge, JudgeError
 
 KEY = "RECA_JUDGE_KEY"
 AGAIN = (408, 409, 425, 429)  # and all from 500: the same request may go well later
+OF_ONE = (400, 413, 422)  # what is wrong may be this image or prompt, such as one that a filter of contents refuses
 LONGEST_WAIT = 60.0  # seconds between two tries
 SHOWN = 300  # characters of a server's words in a message
 MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
@@ -144,7 +145,10 @@ class EndpointJudge(Judge):
         return choice
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send until it goes well. Raises JudgeError after the last try, EvaluationError for what no try will mend."""
+        """Send until it goes well.
+
+        Raises JudgeError after the last try and where this request is refused, EvaluationError where all will be.
+        """
         reason = ""
         for number in range(self.tries):
             self._wait_for_turn()
@@ -158,7 +162,8 @@ class EndpointJudge(Judge):
                 said = refusal.read(SHOWN * 10).decode(errors="replace")
                 if refusal.code not in AGAIN and refusal.code < 500:
                     hint = f"; the key is read from {KEY}" if refusal.code in (401, 403) else ""
-                    raise EvaluationError(
+                    kind = JudgeError if method == "POST" and refusal.code in OF_ONE else EvaluationError
+                    raise kind(
                         f"{self.url} refused the request with HTTP {refusal.code}: {self._short(said)}{hint}"
                     ) from None
                 reason, wait = f"HTTP {refusal.code}: {said}", _retry_after(refusal.headers, wait)
