@@ -279,6 +279,9 @@ def test_imgedit(tmp_path):
     assert suite.score({("7", 0): answer}, [item]).metrics == {"types": {"adjust": 4.67}, "overall": 4.67}
     (tmp_path / "result.json").write_text(json.dumps({"7": answer, "8": {"error": "x"}}))
     assert suite.import_answers(tmp_path / "result.json", [item]) == {("7", 0): answer}
+    lines = tmp_path / "result.jsonl"  # of the release: made again after a stop, and half-written at the end
+    lines.write_text("".join(json.dumps({"key": "7", "result": r}) + "\n" for r in ("x", answer)) + '{"k')
+    assert suite.import_answers(lines, [item]) == {("7", 0): answer}
 
 
 def test_gedit(tmp_path):

@@ -103,13 +103,21 @@ class ImgEdit(Suite):
         return Score(values, None, {"types": scores.types, "overall": scores.overall}, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read result.json (key -> reply), or the release's result.jsonl."""
-        text = files.read_text(path)
+        """Read result.json (key -> reply), or the release's result.jsonl, whose lines have a key and its result."""
         keys = {item.id for item in items}
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError):
+        if path.suffix == ".jsonl":
+            lines = [row for row in map(_parsed, files.read_lines(path)) if isinstance(row, dict)]
+            rows = {str(row["key"]): row["result"] for row in lines if row.keys() >= {"key", "result"}}
+        else:
+            rows = _parsed(files.read_text(path))
+        if not isinstance(rows, dict):
             return None
-        if not isinstance(rows, dict) or not rows.keys() & keys:
-            return None
-        return {(key, 0): reply for key, reply in rows.items() if key in keys}
+        return {(key, 0): reply for key, reply in rows.items() if key in keys} or None
+
+
+def _parsed(text: str) -> Any:
+    """Parse JSON; None for what is none, such as a half-written line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
