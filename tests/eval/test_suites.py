@@ -381,6 +381,19 @@ def test_mme_and_pope_by_the_models_own_answers(tmp_path, painter, monkeypatch):
         reca.evaluate("pope", painter, data=tmp_path / "pope", out=tmp_path / "again")
 
 
+@pytest.mark.parametrize("behind", ["", " Answer the question using a single word or phrase."])
+def test_mme_reads_the_files_of_its_script_and_of_the_release(tmp_path, behind):
+    save(tmp_path / "mme/color/0.jpg")
+    (tmp_path / "mme/color/0.txt").write_text("Is it red?\tYes\nIs it red? Or blue?\tNo\n")
+    suite = open_suite("mme", tmp_path / "mme")
+    (tmp_path / "theirs").mkdir()
+    rows = [("Is it red? Or blue?", "No", "no"), ("Is it red?", "Yes", "yes\tit is"), ("Is it green?", "Yes", "yes")]
+    lines = [f"0.jpg\t{question}{behind}\t{truth}\t{reply}\n" for question, truth, reply in rows]
+    (tmp_path / "theirs/color.txt").write_text("".join(lines) + "0.jpg\tIs it")
+    found = suite.import_answers(tmp_path / "theirs", suite.items())
+    assert found == {("color/0/1", 0): "no", ("color/0/0", 0): "yes\tit is"}
+
+
 def test_the_rule_of_pope():
     assert [read_answer(reply) for reply in ("No, none", "There is not. Yes", "yes", "Know", "no")] == [
         "no", "no", "yes", "yes", "no",

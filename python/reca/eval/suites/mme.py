@@ -131,16 +131,22 @@ class Mme(Suite):
         return Score(values, {tag: 1.0 for tag in {v.tag: None for v in values}}, metrics, failed)
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
-        """Read a folder of TASK.txt files: image, question, truth, reply, separated by tabs."""
+        """Read a folder of TASK.txt files: image, question, truth, reply, separated by tabs.
+
+        The release writes a question with the request for a single word that it puts behind it.
+        """
         if not path.is_dir():
             return None
-        known = {(item.tag, item.metadata["image"], item.prompt): item.id for item in items}
+        known: dict[tuple[str, str], list[Item]] = {}
+        for item in items:
+            known.setdefault((item.tag, item.metadata["image"]), []).append(item)
         found: dict[Key, Any] = {}
         for file in sorted(path.glob("*.txt")):
             for line in files.read_lines(file):
                 cells = line.split("\t")
-                if len(cells) >= 4 and (key := known.get((file.stem, cells[0], cells[1]))):
-                    found[key, 0] = "\t".join(cells[3:])
+                image = known.get((file.stem, cells[0]), ()) if len(cells) >= 4 else ()
+                if asked := [item for item in image if cells[1].startswith(item.prompt)]:
+                    found[max(asked, key=lambda item: len(item.prompt)).id, 0] = "\t".join(cells[3:])
         return found
 
 
