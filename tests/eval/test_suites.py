@@ -219,6 +219,30 @@ def test_t2i_compbench(tmp_path):
     assert suite.score(answers, items).metrics["categories"]["color"] == pytest.approx(0.11 / 3)
 
 
+@pytest.mark.parametrize("by_place", [True, False])
+@pytest.mark.parametrize("numbering", ["ours", "one after another"])
+def test_t2i_compbench_reads_answers_about_other_numbers_of_images(tmp_path, numbering, by_place):
+    (tmp_path / "color_val.txt").write_text("a red bench\na blue cow\na green cat\n")
+    suite = open_suite("t2i_compbench", tmp_path)
+    items = suite.items()
+    images = []
+    for n, item in enumerate(items):
+        for k in range(4):
+            number = 10 * n + k if numbering == "ours" else 4 * n + k
+            images.append((save(tmp_path / f"theirs/color/samples/{item.prompt}_{number:06d}.png"), (item.id, k)))
+    digits = [int(image.stem[-6:]) for image, _ in images]
+    rows = [{"question_id": n if by_place else digits[n], "answer": n} for n in range(len(images))]
+    (tmp_path / "theirs/color/annotation_blip").mkdir()
+    (tmp_path / "theirs/color/annotation_blip/vqa_result.json").write_text(json.dumps(rows))
+    found = suite.import_answers(tmp_path / "theirs", items)
+    assert found == {key: n for n, (_, key) in enumerate(images)}
+    assert suite.import_answers(tmp_path / "theirs", items[1:]) == {key: n for key, n in found.items() if n >= 4}
+    if numbering == "ours" and not by_place:  # a lost image moves no other
+        images[0][0].unlink()
+        found = suite.import_answers(tmp_path / "theirs", items)
+        assert [n for key, n in found.items() if key[0] != items[0].id] == list(range(4, 12))
+
+
 def test_t2i_compbench_reads_the_file_that_counts(tmp_path):
     suite = open_suite("t2i_compbench")
     items = [item for item in suite.items() if item.tag in ("color", "complex")]

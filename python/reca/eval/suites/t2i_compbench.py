@@ -16,6 +16,7 @@ from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_m
 from reca.eval.suites.geneval2 import YES
 
 COMBINED = "annotation_3_in_1"  # the folder of "complex" that counts; those beside it are what it averages
+IMAGES = f"*_{'[0-9]' * 6}.png"
 CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
 
 
@@ -58,7 +59,7 @@ class T2ICompBench(Suite):
         """Find images by their prompt; digits order the images of a prompt, and tell items of one prompt apart."""
         by_name: dict[tuple[str, str], list[Path]] = {}
         for category in {item.tag for item in items}:
-            for path in sorted((images / category / "samples").glob(f"*_{'[0-9]' * 6}.png")):
+            for path in sorted((images / category / "samples").glob(IMAGES)):
                 by_name.setdefault((category, path.stem[:-7]), []).append(path)
         names = [(item.tag, item.prompt.replace("/", " ")) for item in items]
         times, found = Counter(names), dict[Key, Path]()
@@ -66,7 +67,7 @@ class T2ICompBench(Suite):
             paths = by_name.get(name, [])
             if times[name] > 1:
                 own = range(self._number(item, 0), self._number(item, self.images_per_item))
-                paths = [path for path in paths if int(path.stem[-6:]) in own]
+                paths = [path for path in paths if _digits(path) in own]
             found |= {(item.id, k): path for k, path in enumerate(paths)}
         return found
 
@@ -91,15 +92,31 @@ class T2ICompBench(Suite):
             return None
         found: dict[Key, Any] = {}
         for category in CATEGORIES:
-            numbers = {
-                self._number(i, k): (i.id, k) for i in items if i.tag == category for k in range(self.images_per_item)
-            }
             if (file := _result(path / category)) is None:
                 continue
-            for row in json.loads(file.read_text(encoding="utf-8")):
-                if (key := numbers.get(int(row["question_id"]))) is not None:
-                    found[key] = float(row["answer"])
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            answers = {int(row["question_id"]): float(row["answer"]) for row in rows}
+            numbers = self._numbers(path, category, [item for item in items if item.tag == category], set(answers))
+            found |= {numbers[number]: answer for number, answer in answers.items() if number in numbers}
         return found or None
+
+    def _numbers(self, path: Path, category: str, items: Sequence[Item], asked: set[int]) -> dict[int, Key]:
+        """Tell which image a question_id is of, by the images beside the results; without any, by ten of every item.
+
+        UniDet writes the digits of an image's name. BLIP and CLIP write its place among all images, which is another
+        number where not every item has ten.
+        """
+        images = sorted((path / category / "samples").glob(IMAGES), key=_digits)
+        if not images:
+            return {self._number(item, k): (item.id, k) for item in items for k in range(self.images_per_item)}
+        keys = {image: key for key, image in self.find(path, items).items()}
+        by_place = asked == set(range(len(images)))
+        numbers = enumerate(images) if by_place else ((_digits(image), image) for image in images)
+        return {number: keys[image] for number, image in numbers if image in keys}
+
+
+def _digits(image: Path) -> int:
+    return int(image.stem[-6:])
 
 
 def _result(folder: Path) -> Path | None:
