@@ -102,7 +102,7 @@ def _asked(options: argparse.Namespace) -> Any:
         raise StudyError(f"--scale must lie in (0, 1], got {options.scale:g}")
     if options.recipe and not options.suite:
         raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
-    if not options.recipe and (options.suite or options.sampling or options.limit):
+    if not options.recipe and (options.suite or options.sampling or options.limit is not None):
         raise StudyError("--suite, --sampling and --limit are for --recipe: the world has its own judge")
     if options.recipe and options.draws != 1:
         raise StudyError("--draws is of the embedded world; at real size give --sampling or the options of a suite")
@@ -120,7 +120,7 @@ def _asked(options: argparse.Namespace) -> Any:
             common.append(text)
     evaluations = _evaluations(options)
     if options.recipe:
-        published.check(evaluations)
+        published.check(options.recipe, evaluations)
     return Asked(
         umm=load_recipe(options.recipe).umm if options.recipe else options.umm,
         seeds=options.seeds,

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from reca import api
-from reca.eval.judges import check_judge
-from reca.eval.suites import open_suite
+from reca.eval.evaluation import check as check_evaluation
+from reca.eval.evaluation import open_settings
+from reca.eval.targets import target
 from reca.studies.study import BEFORE
 from reca.studies.task import Asked, Evaluations, Task, digest
 
@@ -25,14 +26,11 @@ def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
     return (f"train.seed={seed}",)
 
 
-def check(evaluations: Evaluations) -> None:
-    """Find what is wrong with suites, their data and judges before anything is trained. Raises EvaluationError."""
+def check(recipe: str, evaluations: Evaluations) -> None:
+    """Find what an evaluation will find wrong, before anything is trained. Raises EvaluationError or RecipeError."""
     for name in evaluations.suites:
-        options = evaluations.of(name)
-        suite = open_suite(name, Path(options["data"]) if "data" in options else None)
-        suite.items()
-        if suite.judge_kind != "rule":
-            check_judge(options.get("judge"), options.get("judge_options", {}), suite)
+        settings = open_settings(**{"suite": name, "data": None} | evaluations.of(name))
+        check_evaluation(settings, [target(recipe, (), settings.suite.name, None)], None, None)
 
 
 def measured(task: Task) -> dict[str, Any]:
