@@ -14,11 +14,16 @@ log = logging.getLogger("reca")
 
 
 class JsonLines:
-    """Appends to a file, every line at once. Lines that cannot be written are counted; the first is logged."""
+    """Appends to a file, every line at once. Lines that cannot be written are counted; the first is logged.
+
+    A line that was left incomplete, here or before, is ended first.
+    """
 
     def __init__(self, path: Path):
-        self.path, self.lost, self.torn = path, 0, False
-        self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.path, self.lost = path, 0
+        self.handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(self.handle).st_size
+        self.torn = size > 0 and os.pread(self.handle, 1, size - 1) != b"\n"
 
     def write(self, value: dict[str, Any]) -> None:
         line = b"\n" * self.torn + json.dumps(value).encode() + b"\n"

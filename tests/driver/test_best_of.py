@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_an_interrupted_command_goes_on(tmp_path, last):
     gone = Model()
     best_of.choose(lambda: gone, [*PROMPTS, "a ring"], choice, tmp_path / "cut")
     assert gone.drawn == [3, 4, 5]
+
+
+def test_a_record_that_a_full_disk_tore_takes_no_other_with_it(tmp_path, monkeypatch):
+    def write(handle, data, whole=os.write):
+        return whole(handle, data[:20] if b'"number": 1' in data else data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="free space: the same command goes on"):
+        best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
+    monkeypatch.undo()
+    records = best_of.choose(Model, PROMPTS, best_of.Choice(2), tmp_path)
+    assert [record["prompt"] for record in records] == PROMPTS
 
 
 def test_ranks_share_the_prompts(tmp_path, monkeypatch):
