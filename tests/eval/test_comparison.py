@@ -22,7 +22,7 @@ from reca.data.sources import open_source
 from reca.eval import targets
 from reca.eval.errors import EvaluationError
 from reca.models import UMMS, umm_package
-from reca.recipe_files import load_recipe
+from reca.recipe_files import load_recipe, save_recipe
 from tests.driver.toy import write_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -170,8 +170,24 @@ def test_equal_bits_are_no_change(runs, tmp_path):
     assert checkpoint.latest(tmp_path / "copy") is not None
 
 
-def test_models_that_are_different_ones(runs):
+def test_models_that_are_different_ones(runs, tmp_path):
+    """Also those of one kind that training began with other weights: no checkpoint holds what it did not change."""
     assert compare(runs["first"], runs["show_o"])["understanding"] is None
+    for key, value in (("seed", "7"), ("weights", str(tmp_path / "other.pth"))):
+        other = tmp_path / key
+        shutil.copytree(runs["first"], other)
+        recipe = load_recipe(other / "recipe.yaml", {f"model.{key}": value})
+        save_recipe(recipe, other / "recipe.yaml")
+        assert compare(runs["first"], str(other))["understanding"] is None
+        assert compare("base", str(other))["understanding"]["identical"]
+
+
+def test_a_run_without_a_checkpoint_has_no_understanding_to_compare(runs, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(f"{runs['first']}/recipe.yaml", tmp_path / name)
+    assert compare("base", str(tmp_path / "a"))["understanding"] is None
+    assert compare(str(tmp_path / "a"), str(tmp_path / "b"))["understanding"] is None
 
 
 @pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])

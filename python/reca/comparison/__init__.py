@@ -12,7 +12,8 @@ comparison.json:
     suites          results.json of `after` (see reca.eval) with `against` filled in, one for every suite that both have
     curves          [{"name", "before": [[step, value]], "after": [[step, value]]}] of losses; [] without a run
     settings        [{"key", "before", "after"}] of recipe keys that differ; [] unless both are runs
-    understanding   {"identical", "tensors", "text"}; null where a side is no run
+    understanding   {"identical", "tensors", "text"}; null where a side has no weights, or the two were not loaded from
+                    the same files with the same model.* keys
     reconstructions {"pictures": "held-out", "training" or "given", "source", "rows": [{"name", "input", "before",
                     "after"}]} with paths below the folder of this file; `source` names the images that were given;
                     null where none were drawn

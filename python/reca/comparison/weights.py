@@ -7,9 +7,11 @@ import torch
 
 from reca import checkpoint
 from reca.comparison.sides import Side
-from reca.config import LoraConfig
+from reca.config import LoraConfig, Recipe
 from reca.lora import is_lora
 from reca.meta_model import build_meta
+from reca.recipe_files import as_dict
+from reca.runs import published_fingerprints
 
 SHOWN = 40  # names of changed tensors in the comparison
 
@@ -18,13 +20,14 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
     """Say whether understanding is bit-identical in both, or which of its tensors are not.
 
     Compares the tensors of checkpoints; what no checkpoint holds is as published. Returns None for sides without
-    weights, or of different models.
+    weights, or of models that were loaded from different files or with different settings.
     """
-    recipe = after.recipe or before.recipe
-    if before.recipe is None or after.recipe is None or recipe is None or before.recipe.umm != after.recipe.umm:
+    if before.recipe is None or after.recipe is None or _published(before.recipe) != _published(after.recipe):
+        return None
+    if any(side.kind == "run" and side.weights is None for side in (before, after)):
         return None
     changed = sorted(_changed(before, after))
-    adapter, _ = build_meta(replace(recipe, lora=LoraConfig()))
+    adapter, _ = build_meta(replace(after.recipe, lora=LoraConfig()))
     role_of = adapter.roles()
     touched = [name for name in changed if role_of.get(_owner(name), "") in adapter.understanding_roles]
     if not changed:
@@ -40,6 +43,11 @@ def understanding(before: Side, after: Side) -> dict[str, Any] | None:
             "example by reca eval mme or pope."
         )
     return {"identical": not touched, "changed": len(changed), "tensors": touched[:SHOWN], "text": text}
+
+
+def _published(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """Return what a model is before any checkpoint: its settings, with contents of files in place of their paths."""
+    return recipe.umm, as_dict(recipe)["model"] | published_fingerprints(recipe)
 
 
 def _owner(name: str) -> str:
