@@ -182,12 +182,14 @@ def test_models_that_are_different_ones(runs, tmp_path):
         assert compare("base", str(other))["understanding"]["identical"]
 
 
-def test_a_run_without_a_checkpoint_has_no_understanding_to_compare(runs, tmp_path):
+def test_a_run_without_a_checkpoint_has_nothing_to_compare_but_its_settings(runs, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         shutil.copy(f"{runs['first']}/recipe.yaml", tmp_path / name)
     assert compare("base", str(tmp_path / "a"))["understanding"] is None
     assert compare(str(tmp_path / "a"), str(tmp_path / "b"))["understanding"] is None
+    for sides in ((tmp_path / "a", runs["first"]), (runs["first"], tmp_path / "a")):
+        assert cli.main(["compare", *map(str, sides), "--out", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("umm", [umm for umm in UMMS if umm != "toy"])

@@ -34,7 +34,7 @@ def usual_count(before: str, after: str) -> int:
     sides = find_sides(before, after)
     if any(side.recipe is None for side in sides):
         return 0
-    if sides[1].kind == "run" and sides[1].weights is None:
+    if any(side.kind == "run" and side.weights is None for side in sides):
         return 0
     if torch.cuda.is_available():
         return COUNT
