@@ -261,8 +261,10 @@ def test_nothing_is_drawn_twice(drawn, runs, monkeypatch):
 
 def test_images_of_ones_own_and_two_models(runs, tmp_path):
     write_images(tmp_path / "photos", 2)
+    write_images(tmp_path / triplets.FOLDER, 1)  # of somebody else, in a folder that is called alike
     found = draw(runs["first"], runs["show_o"], tmp_path, 8, str(tmp_path / "photos"))
     assert found["pictures"] == "given" and [row["name"] for row in found["rows"]] == ["000.png", "001.png"]
+    assert (tmp_path / triplets.FOLDER / "000.png").is_file()
     with pytest.raises(DataError, match="nowhere"):
         draw("base", runs["first"], tmp_path, 4, str(tmp_path / "nowhere"))
 
