@@ -257,8 +257,9 @@ def served(page: Any, host: str, port: int) -> Iterator[str]:
     gradio = import_gradio()
     theme = gradio.themes.Default(**FONTS)
     page.launch(
-        server_name=host, server_port=port, share=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True,
-        quiet=True, ssr_mode=False, mcp_server=False, enable_monitoring=False, footer_links=[], theme=theme,
+        server_name=f"[{host}]" if ":" in host else host,  # as gradio reads an address of IPv6
+        server_port=port, share=False, max_file_size=MAX_UPLOAD, prevent_thread_lock=True, quiet=True,
+        ssr_mode=False, mcp_server=False, enable_monitoring=False, footer_links=[], theme=theme,
     )  # fmt: skip
     try:
         yield page.local_url

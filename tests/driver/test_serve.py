@@ -123,6 +123,16 @@ def test_a_port_in_use_is_said():
             check_address("127.0.0.1", one.getsockname()[1])
 
 
+def test_an_address_of_ipv6(requests):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    try:
+        check_address("::1", port := free_port())
+    except ValueError:
+        pytest.skip("this machine has no IPv6")
+    with served(make_page(requests, "reca: tiny"), "::1", port) as address:
+        assert address == f"http://[::1]:{port}/" and urllib.request.urlopen(address).status == 200
+
+
 @pytest.fixture(scope="module")
 def address(requests):
     pytest.importorskip("gradio", reason="gradio is not installed")
