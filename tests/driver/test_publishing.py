@@ -90,6 +90,20 @@ def test_a_score_is_of_the_weights_beside_it(run, tmp_path):
     assert score["overall"]["value"] == 0.25
 
 
+def test_a_change_that_is_not_of_training_alone(run, tmp_path):
+    """The base was drawn with other sampling options than the run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = copy / "eval/base/world/results.json"
+    found = json.loads(path.read_text())
+    found["sampling"]["steps"] = 2
+    path.write_text(json.dumps(found))
+    weights = json.loads((run / "eval/world/results.json").read_text())["model"]["weights_sha256"]
+    for source, said in ((run, False), (copy, True)):
+        (score,), _ = card._scores(*find_sides("base", str(source)), weights)
+        assert card._row(score)["change"].endswith("], with other sampling") == said
+
+
 def test_a_judge_is_named_without_its_place():
     keys = ["eval.every=10", "eval.suite=wise", "eval.judge=endpoint:http://gpu17.corp:8000/v1"]
     keys += ["eval.judge_options=[model=/home/me/models/Qwen3-VL]", "eval.seed=3"]

@@ -155,6 +155,8 @@ def _row(score: Mapping[str, Any]) -> dict[str, str]:
         row["before"] = figures.score(change["value"], unit)
         interval = figures.bounds(change["difference_interval"], unit, sign=True)
         row["change"] = f"{figures.difference(change['difference'], unit)} {interval}"
+        if not against["identical_settings"]:
+            row["change"] += f", with other {', '.join(against['differs'])}"
     return row
 
 
