@@ -104,6 +104,13 @@ def test_a_change_that_is_not_of_training_alone(run, tmp_path):
         assert card._row(score)["change"].endswith("], with other sampling") == said
 
 
+def test_keys_of_a_card_can_be_given_again():
+    recipe = load_recipe("show_o_tiny", ["optim.max_grad_norm=null"])
+    keys = card._keys(recipe)
+    assert {"optim.max_grad_norm=null", "train.train=[shared_lm, embed]", 'model.system_prompt=""'} <= set(keys)
+    assert load_recipe("show_o_tiny", keys) == recipe
+
+
 def test_a_judge_is_named_without_its_place():
     keys = ["eval.every=10", "eval.suite=wise", "eval.judge=endpoint:http://gpu17.corp:8000/v1"]
     keys += ["eval.judge_options=[model=/home/me/models/Qwen3-VL]", "eval.seed=3"]

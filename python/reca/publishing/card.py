@@ -26,6 +26,7 @@ from reca.models.common.hub import hub_name
 from reca.recipe_files import walk
 from reca.reconstructions import GRID
 from reca.runs import is_run
+from reca.values import override_text
 
 CARD = "README.md"
 IMAGES = "images"  # folder of the images, below the export
@@ -202,7 +203,7 @@ def _keys(recipe: Recipe) -> list[str]:
     idle = [f"objective.{task}." for task in WORDS if task not in recipe.active_tasks()]
     hidden = ("run_dir", "data.", "log.", "checkpoint.", "eval.judge", "model.words", *idle)
     return [
-        f"{key}={getattr(config, f.name)}"
+        f"{key}={override_text(getattr(config, f.name))}"
         for config, f, key in walk(recipe)
         if not f.metadata.get("path") and not key.startswith(hidden) and getattr(config, f.name) != values.get(key)
     ]
