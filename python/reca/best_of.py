@@ -112,14 +112,16 @@ def open_folder(out: Path, choice: Choice, prompts: Sequence[str]) -> dict[int, 
 def choose(load: Callable[[], Adapter], prompts: Sequence[str], choice: Choice, out: Path) -> list[dict[str, Any]]:
     """Draw, score and keep images of this rank's share of the prompts that are not done.
 
-    load: makes the model, where there is something to do.
+    load: makes the model, where there is something to do; called on every rank or on none.
     An image depends on its prompt and seed alone, so neither ranks nor interruptions change what is kept.
     Returns the records of all prompts. Raises OSError when the disk does not take them.
     """
     done = open_folder(out, choice, prompts)
     missing = [number for number in range(len(prompts)) if number not in done]
     own = missing[distributed.rank() :: distributed.world_size()]
-    several, model = max(1, TOGETHER // choice.count), load() if own else None
+    several = max(1, TOGETHER // choice.count)
+    with distributed.fail_together():
+        model = load() if missing else None  # on every rank: they read a checkpoint together
     record = jsonl.JsonLines(out / PART.format(distributed.rank()))
     with tqdm(total=len(own), unit="prompt", disable=None if distributed.rank() == 0 else True) as bar:
         for start in range(0, len(own), several):

@@ -127,6 +127,19 @@ def test_ranks_share_the_prompts(tmp_path, monkeypatch):
     assert rest.drawn == [2, 3, 6, 7] and contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_load_the_model_or_none(tmp_path, monkeypatch, rank):
+    """The checkpoint of a run is read by all of them together, and there may be fewer prompts than ranks."""
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(best_of, "merge", lambda out: None)
+    (tmp_path / "best_of.json").write_text(json.dumps(best_of.Choice(2).settings()))
+    (tmp_path / best_of.SCORES).touch()
+    models = []
+    best_of.choose(lambda: models.append(Model()) or models[-1], PROMPTS[:1], best_of.Choice(2), tmp_path)
+    assert [len(model.drawn) for model in models] == [0 if rank else 2]
+
+
 def test_a_score_that_is_no_number_is_not_kept(tmp_path, monkeypatch):
     scores = [float("nan"), -3.0, float("nan")]
     monkeypatch.setattr(Model, "log_likelihood", lambda *_: [LogLikelihood(score, 2) for score in scores])
