@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from reca import distributed, exits, objective
 from reca.config import LogConfig, Recipe
@@ -23,6 +24,7 @@ from reca.folder_lock import is_locked
 from reca.folders import ensure_writable
 from reca.models.base import Adapter
 from reca.models.common.deferred_weights import local_part
+from reca.optim import gradient_norm
 from reca.skipped_steps import NonFiniteError
 from reca.trainer import Trainer
 
@@ -227,16 +229,14 @@ def _gradients(trainer: Trainer, batches: Mapping[str, list[Batch]]) -> tuple[di
     recipe, adapter = trainer.recipe, trainer.adapter
     adapter.train()
     sums = objective.backward(adapter, dict(batches), recipe.objective, recipe.train.seed, trainer.autocast)
-    roles, squares = adapter.roles(), dict[str, torch.Tensor]()
+    roles, trained = adapter.roles(), dict[str, list[nn.Parameter]]()
     for name, parameter in adapter.named_parameters():
         if parameter.requires_grad:
-            squares.setdefault(roles[name], torch.zeros((), device=trainer.device, dtype=torch.float64))
-            if parameter.grad is not None:
-                squares[roles[name]] += local_part(parameter.grad).double().square().sum()
+            trained.setdefault(roles[name], []).append(parameter)
+    norms = {role: gradient_norm(nn.ParameterList(parameters), None) for role, parameters in trained.items()}
     trainer.optimizer.zero_grad()
-    norms = distributed.sum_over_ranks(torch.stack(list(squares.values()))).sqrt().tolist()
     means = objective.means(sums, trainer.tasks)
-    return dict(zip(squares, norms, strict=True)), {task: means[f"{task}/loss"] for task in trainer.tasks}
+    return norms, {task: means[f"{task}/loss"] for task in trainer.tasks}
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from reca import cli, exits
 from reca.models import UMMS
 from reca.overfit import overfit
 from reca.recipe_files import load_recipe
+from tests.driver.forks import exit_codes, fork_ranks
 from tests.driver.toy import ToyAdapter, run_toy
 
 SMALL = [f"objective.{task}.{key}=2" for task in ("reca", "i2t", "t2i") for key in ("batch_size", "micro_batch")]
@@ -109,6 +111,19 @@ def test_what_cannot_be_trained_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least 2 steps"):
         overfit(load_recipe("show_o_tiny", keys), 1)
+
+
+@pytest.mark.parametrize("keys", [["parallel.strategy=ddp"], ["parallel.strategy=fsdp"], ["parallel.shard=2"]])
+def test_the_gradients_of_ranks_are_those_of_one(recipe, keys):
+    expected = overfit(recipe(), 2, 0.9, ToyAdapter()).gradients
+    ranks = 4 if keys == ["parallel.shard=2"] else 2
+
+    def work(_: int) -> None:
+        torch.set_num_threads(1)  # a forked process lacks the other threads of OpenMP, and would wait for them
+        found = overfit(recipe(*keys, "parallel.timeout_minutes=1"), 2, 0.9, ToyAdapter())
+        assert found.gradients == pytest.approx(expected, rel=1e-5), found
+
+    assert exit_codes(fork_ranks(ranks, work)) == [0] * ranks
 
 
 def test_a_fused_backward_pass_has_no_gradients_to_show(recipe):
