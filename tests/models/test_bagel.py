@@ -694,6 +694,18 @@ def test_shards_files_and_overlays(folder, tmp_path):
     assert torch.equal(over.vae2llm.weight, flux.vae2llm.weight)
 
 
+def test_an_index_beside_the_file_that_it_lists(folder, tmp_path):
+    """BAGEL's hub repository has one of the names in ema.safetensors, and in ae.safetensors."""
+    copy(folder, tmp_path)
+    index = {name: file for file in ("ema.safetensors", "ae.safetensors") for name in load_file(folder / file)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    same(built("flux"), Adapter.load(config(weights=str(tmp_path), **FLUX)))
+    elsewhere = dict.fromkeys(index, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": elsewhere}))
+    with pytest.raises(ValueError, match=r"ema.safetensors and model.safetensors.index.json; name the file"):
+        Adapter.load(config(weights=str(tmp_path), **FLUX))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -20,7 +20,14 @@ from reca.models.common.kl_codec import KlCodec
 from reca.models.common.ldm_autoencoder import to_diffusers, to_ldm
 from reca.models.common.text import read_tokenizer
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.common.weight_files import assign_state_dict, init_on_meta, init_random, read_tensors
+from reca.models.common.weight_files import (
+    INDEX,
+    assign_state_dict,
+    init_on_meta,
+    init_random,
+    read_tensors,
+    weight_map,
+)
 
 T = TypeVar("T", bound=Network)
 
@@ -33,7 +40,7 @@ TRAINED = frozenset({"gen_lm", "gen_head"})  # roles that RECA trains
 PUBLISHED = "ema.safetensors"
 # what BAGEL publishes, what the release's trainer saves, what RECA publishes
 SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
-WEIGHTS = (*SINGLE, *(f"{name}.index.json" for name in SINGLE))
+INDICES = tuple(f"{name}{INDEX}" for name in SINGLE)
 CODEC = "ae.safetensors"
 _WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
 # recipe key -> what there is to download
@@ -134,12 +141,18 @@ def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokeni
 
 
 def read(source: Path) -> dict[str, Tensor]:
-    """Read a weight file, or the one that a folder holds. Raises ValueError for none and for several."""
+    """Read a weight file, or the one that a folder holds. Raises ValueError for none and for several.
+
+    An index that lists the tensors of such a file is no other one: BAGEL publishes one beside ema.safetensors.
+    """
     if source.is_file():
         return read_tensors(source)
-    found = [name for name in WEIGHTS if (source / name).is_file()]
+    found = [name for name in SINGLE if (source / name).is_file()]
+    indices = [name for name in INDICES if (source / name).is_file()]
+    found += [name for name in indices if not set(found) & set(weight_map(source / name).values())]
     if len(found) != 1:
-        what = f"{' and '.join(found)}; name the file that is meant" if found else f"none of {', '.join(WEIGHTS)}"
+        known = ", ".join((*SINGLE, *INDICES))
+        what = f"{' and '.join(found)}; name the file that is meant" if found else f"none of {known}"
         raise ValueError(f"{source} holds {what}")
     return read_tensors(source / found[0])
 

@@ -234,13 +234,19 @@ def _folder(folder: Path) -> dict[str, Tensor]:
     return _joined([numbered[number] for number in sorted(numbered)])
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """Read in which file an index says that each tensor is. Raises ValueError for what is no index."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
+        raise ValueError(f"{_named(index)} is no index of shards: it has no weight_map of names; {AGAIN}")
+    return where
+
+
 def _index(path: Path) -> dict[str, Tensor]:
     """Read the tensors of the shards that an index names."""
     if not path.is_file():
         raise ValueError(f"weight file {path} does not exist")
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
-        raise ValueError(f"{_named(path)} is no index of shards: it has no weight_map of names; {AGAIN}")
+    where = weight_map(path)
     shards = sorted(set(where.values()), key=_by_number)
     if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
         raise ValueError(f"{_named(path)} names a shard outside its folder ({outside[0]}); {AGAIN}")
