@@ -118,9 +118,15 @@ def get_suite(options: argparse.Namespace) -> None:
 
 
 def serve(options: argparse.Namespace) -> None:
+    from reca import exits
+    from reca.errors import print_once
     from reca.serve import serve
 
-    serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
+    try:
+        serve(options.recipe, options.overrides, options.against, options.host, options.port, options.ema)
+    except KeyboardInterrupt:
+        print_once("reca: stopped")
+        exits.end_now(exits.STOPPED)  # a request may still be drawn
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -42,6 +42,11 @@ def exit_process(code: int) -> None:
     "terminate called without an active exception"), which torchrun reports as a failed run.
     """
     if "RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_now(code)
+
+
+def end_now(code: int) -> None:
+    """End the process here: torch aborts where a thread still computes while the interpreter shuts down."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

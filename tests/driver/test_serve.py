@@ -2,7 +2,12 @@
 
 import builtins
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 
@@ -131,6 +136,23 @@ def test_an_address_of_ipv6(requests):
         pytest.skip("this machine has no IPv6")
     with served(make_page(requests, "reca: tiny"), "::1", port) as address:
         assert address == f"http://[::1]:{port}/" and urllib.request.urlopen(address).status == 200
+
+
+def test_a_server_is_stopped_while_it_draws():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+
+    command = [sys.executable, "-m", "reca", "serve", "open_uni_tiny", "--port", str(free_port())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        address = re.search(r"http://\S+/", server.stdout.readline())[0]
+        job = Client(address, verbose=False, analytics_enabled=False).submit(
+            "a", 0, "steps=1000000", api_name="/generate"
+        )
+        while job.status().code.name != "PROCESSING":
+            time.sleep(0.1)
+        time.sleep(1)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130 and server.stderr.read().endswith("reca: stopped\n")
 
 
 @pytest.fixture(scope="module")
