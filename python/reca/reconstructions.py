@@ -6,6 +6,7 @@ side_by_side(batch.gen, before, after).save("reconstructions.png")
 """
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from reca import inference
 from reca.config import Recipe
 from reca.data.batch import Batch
+from reca.data.errors import BadSample, DataError
 from reca.data.loader import open_loader
 from reca.data.pixels import read_image
 from reca.data.sample import Source
@@ -25,6 +27,8 @@ from reca.image_grid import make_grid
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
 from reca.validation import HELD_OUT, data_of, open_run_sources, seed
+
+log = logging.getLogger("reca")
 
 GRID = "reconstructions.png"  # in the folder of a run, a row for each image: it, before training, after it
 BEFORE = Path("samples") / "before"  # in that folder: what the model made before the first step
@@ -40,16 +44,30 @@ def images_to_show(recipe: Recipe) -> Source:
 def image_batch(recipe: Recipe, adapter: Adapter, count: int, source: Source | None = None) -> Batch:
     """Read `count` images, fewer where there are no more, with a template each: always the same ones.
 
-    source: the images, where they have been opened already.
+    source: the images, where they have been opened already. One that cannot be read is left out. Raises DataError
+    where none can.
     """
-    source = images_to_show(recipe) if source is None else source
+    return named_images(recipe, adapter, count, images_to_show(recipe) if source is None else source)[1]
+
+
+def named_images(recipe: Recipe, adapter: Adapter, count: int, source: Source) -> tuple[list[str], Batch]:
+    """Read images as `image_batch` does, and return the key of each beside them."""
     loader = open_loader(
-        data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=min(count, len(source)),
-        source=source,
-    )  # fmt: skip
-    batch = next(iter(loader))
+        data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=1, source=source
+    )
+    rows, reason = [], "there is none"
+    for index in map(loader.order.index, range(len(source))):
+        if len(rows) == count:
+            break
+        try:
+            rows.append(loader.row_of(index))
+        except BadSample as error:
+            reason = f"{source.key(index)}: {error}"
+            log.warning("no reconstruction of %s", reason)
     loader.close()
-    return batch
+    if not rows:
+        raise DataError(f"no image to reconstruct can be read; the last: {reason}")
+    return [row.sample.key for row in rows], loader.batch_of(rows)
 
 
 @torch.no_grad()

@@ -269,6 +269,18 @@ def test_images_of_ones_own_and_two_models(runs, tmp_path):
         draw("base", runs["first"], tmp_path, 4, str(tmp_path / "nowhere"))
 
 
+def test_an_image_that_cannot_be_read_is_left_out(runs, tmp_path):
+    """Its row would show another image under its name."""
+    photos = write_images(tmp_path / "photos", 3)
+    (photos / "001.png").write_bytes(b"no image")
+    found = draw("base", runs["first"], tmp_path / "out", 2, str(photos))
+    assert [row["name"] for row in found["rows"]] == ["000.png", "002.png"]
+    for name in ("000.png", "002.png"):
+        (photos / name).unlink()
+    with pytest.raises(DataError, match="no image to reconstruct can be read; the last: 001.png: no image in"):
+        draw("base", runs["first"], tmp_path / "out", 2, str(photos))
+
+
 def test_what_cannot_be_reconstructed(runs, compared, painter, tmp_path, monkeypatch):
     with pytest.raises(EvaluationError, match="no weights to draw with"):
         draw("base", str(painter), tmp_path)

@@ -19,7 +19,7 @@ from reca.eval.generate import png
 from reca.eval.targets import Target
 from reca.meta_model import build_meta
 from reca.models import umm_package
-from reca.reconstructions import image_batch, images_to_show, reconstruct
+from reca.reconstructions import images_to_show, named_images, reconstruct
 from reca.sampling_options import check_sampling_options
 
 COUNT = 8  # images, where nothing else is said
@@ -103,21 +103,19 @@ def _draw(
     device: torch.device | str,
     sampling: Mapping[str, Any],
 ) -> dict[str, Any]:
-    if not len(source):
-        raise DataError(f"{images or 'data.images'} holds no image to reconstruct")
     columns: dict[str, list[Tensor]] = {}
     for name, target in zip(("before", "after"), targets, strict=True):
         model = target.load(device)
-        batch = image_batch(recipe, model, count, source)
+        names, batch = named_images(recipe, model, count, source)
         columns.setdefault("input", batch.gen or [])
         columns[name] = reconstruct(model, batch, **sampling)
         del model  # one at a time is in memory
     rows = []
-    for number in range(len(columns["input"])):
+    for number, key in enumerate(names):
         row = {name: f"{FOLDER}/{number:03d}_{name}.png" for name in columns}
         for name, column in columns.items():
             write(place.parent / row[name], png(column[number]))
-        rows.append({"name": "/".join(source.key(number).split("/")[-2:]), **row})
+        rows.append({"name": "/".join(key.split("/")[-2:]), **row})
     kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
     return {"pictures": kind, "source": images, "rows": rows}
 
