@@ -68,6 +68,15 @@ def test_the_command_exits_1_where_something_is_bad(root, capsys):
     assert main(["data", "check", str(root), "data.colums.image=a"]) == 3
 
 
+@pytest.mark.parametrize("limit", ["null", 2])
+def test_what_sources_of_a_mixture_left_out_is_printed(root, tmp_path, capsys, limit):
+    other = fill(tmp_path / "other", {"f.png": image_bytes((7, 7, 7)), "g.heic": b"", "._f.png": b""})
+    mixed = f"data.images=[{{source: {root}}}, {{source: {other}}}]"
+    assert main(["data", "check", "show_o_tiny", mixed, "--task", "reca", f"data.limit={limit}"]) in (0, 1)
+    out = capsys.readouterr().out
+    assert "1 images in formats that are not read (the first: g.heic)" in out and "1 hidden files and folders" in out
+
+
 def images(page):
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]*)", page)]
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from reca.data.order import Block, make_order
 from reca.data.sample import Sample, Source, digest
+from reca.data.skipped import Skipped
 
 GLOB = re.compile(r"[*?\[{]")  # in parts of a path that name many files
 
@@ -21,6 +22,10 @@ class Mixture:
         self.parts, self.weights = list(parts), list(weights)
         self.labels = labels(names or [str(number) for number in range(len(self.parts))])
         self.first = np.cumsum([0, *map(len, self.parts)])
+        self.skipped = Skipped()  # by any of them
+        for part in self.parts:
+            if found := getattr(part, "skipped", None):
+                self.skipped.merge(found.counts, found.first)
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -72,6 +77,7 @@ class Subset:
 
     def __init__(self, source: Source, indices: np.ndarray, images: int | None = None):
         self.source, self.indices, self.images = source, indices, images
+        self.skipped = getattr(source, "skipped", None)
         blocks = getattr(source, "blocks", None)
         if blocks is not None:
             edges = np.cumsum([0, *(block.samples for block in blocks)])
