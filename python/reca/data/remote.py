@@ -54,42 +54,42 @@ class RemotePath:
         return RemotePath(self.fs, posixpath.splitext(self.path)[0] + suffix)
 
     def exists(self) -> bool:
-        return self._ask(self.fs.exists, self.path)
+        return self.ask(self.fs.exists, self.path)
 
     def is_file(self) -> bool:
-        return self._ask(self.fs.isfile, self.path)
+        return self.ask(self.fs.isfile, self.path)
 
     def is_dir(self) -> bool:
-        return self._ask(self.fs.isdir, self.path)
+        return self.ask(self.fs.isdir, self.path)
 
     def stat(self) -> SimpleNamespace:
-        size = self._ask(self.fs.info, self.path).get("size")
+        size = self.ask(self.fs.info, self.path).get("size")
         if size is None:
             raise OSError(f"{self}: the server does not tell its size")
         return SimpleNamespace(st_size=size)
 
     def version(self) -> list[str] | None:
         """Return what tells this version of the file from others; None where the server tells nothing."""
-        found = self._ask(self.fs.info, self.path)
+        found = self.ask(self.fs.info, self.path)
         tags = [f"{name}={found[name]}" for name in CHANGES if found.get(name)]
         return [str(found.get("size")), *tags] if tags else None
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        file = self._ask(self.fs.open, self.path, mode, block_size=BLOCK)
+        file = self.ask(self.fs.open, self.path, mode, block_size=BLOCK)
         if not file.seekable():
             raise OSError(f"{self}: {NO_RANGES}")
         return cast(BinaryIO, _File(self, file))
 
     def read_range(self, offset: int, size: int) -> bytes:
-        data = self._ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
+        data = self.ask(self.fs.cat_file, self.path, start=offset, end=offset + size)
         if offset and len(data) > size:
             raise OSError(f"{self}: {NO_RANGES}")
         return data[:size]
 
     def read_bytes(self) -> bytes:
-        return self._ask(self.fs.cat_file, self.path)
+        return self.ask(self.fs.cat_file, self.path)
 
-    def _ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
+    def ask(self, function: Any, *arguments: Any, **options: Any) -> Any:
         """Call a function of the file system, again where the network fails."""
         for attempt in range(ATTEMPTS):
             try:
@@ -172,7 +172,7 @@ class _File(io.RawIOBase):
         return self.file.tell()
 
     def readinto(self, buffer: Any) -> int:
-        data = self.path._ask(self._read, self.tell(), len(buffer))
+        data = self.path.ask(self._read, self.tell(), len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -231,7 +231,7 @@ def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
         if not glob.has_magic(name):
             return [path] if path.exists() else []
         try:
-            return [RemotePath(path.fs, match) for match in sorted(path._ask(path.fs.glob, path.path))]
+            return [RemotePath(path.fs, match) for match in sorted(path.ask(path.fs.glob, path.path))]
         except OSError:
             if not lists_by_links(name):
                 raise

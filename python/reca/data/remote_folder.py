@@ -17,7 +17,7 @@ class RemoteFolder(ImageFolder):
     def __init__(self, root: RemotePath, task: str):
         self.root = root
         try:
-            found = root._ask(root.fs.find, root.path, detail=True)
+            found = root.ask(root.fs.find, root.path, detail=True)
         except OSError as error:
             raise DataError(f"data folder {root} cannot be listed: {error}") from error
         if not found:

@@ -119,7 +119,7 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
     try:
         if task != "i2t":
             return RemoteFolder(root, task)
-        found = root._ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
+        found = root.ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
         tables = [RemotePath(root.fs, path) for path in found]
     except NoImages as error:
         tables = [root / str(path) for path in error.files.get(".parquet", ())]
