@@ -41,7 +41,8 @@ def write(tasks: Sequence[Task], command: Sequence[str], out: Path, gpus: bool, 
     write_atomically(out / "task.sbatch", script)
     lines = [
         "#!/bin/bash",
-        "# Submits what is left of the study: each array waits for the one before it.",
+        "# Submits what is left of the study: each array waits for the one before it. A task that needs one which has",
+        "# failed says so and ends; the others and the report are made all the same.",
         "set -eu",
         "before=",
     ]
@@ -49,7 +50,7 @@ def write(tasks: Sequence[Task], command: Sequence[str], out: Path, gpus: bool, 
         listed = here / f"tasks{number}.txt"
         write_atomically(listed, "".join(f"{one}\n" for one in names))
         lines.append(
-            f"before=$(sbatch --parsable ${{before:+--dependency=afterok:$before}} --array=0-{len(names) - 1} "
+            f"before=$(sbatch --parsable ${{before:+--dependency=afterany:$before}} --array=0-{len(names) - 1} "
             f"{shlex.quote(str(here / 'task.sbatch'))} {shlex.quote(str(listed))})"
         )
     report = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(command)} --report"
