@@ -261,6 +261,16 @@ def test_missing_images_and_another_layout(painter, tmp_path):
         reca.evaluate("world", painter, images=tmp_path / "nowhere")
 
 
+def test_a_lost_image_loses_no_other(painter):
+    given = {"limit": 3, "images_per_item": 4, "steps": ["score"]}
+    reca.evaluate("world", painter, **given | {"steps": ["generate", "judge", "score"]})
+    sorted((painter / "eval/world/images").rglob("*.png"))[0].unlink()
+    with pytest.raises(EvaluationError, match=r"1 images of world are missing: 00000 \(0\). Generate them"):
+        reca.evaluate("world", painter, **given)
+    counts = reca.evaluate("world", painter, partial=True, **given)["counts"]
+    assert (counts["images"], counts["missing"]) == (11, 1)
+
+
 def test_what_is_generated_is_what_is_judged(painter, tmp_path, monkeypatch):
     """Whatever an evaluation before, of fewer prompts and more images of each, left in the folder."""
 

@@ -166,19 +166,9 @@ class Suite:
         return {}
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        """Find the images of a folder in the benchmark's layout, whoever made it.
-
-        By default those that `path` names, for k from 0 until one is missing.
-        """
-        found: dict[Key, Path] = {}
-        for item in items:
-            k = 0
-            while (path := images / self.path(item, k)).is_file():
-                found[item.id, k] = path
-                k += 1
-                if self.path(item, k) == self.path(item, 0):
-                    break
-        return found
+        """Find the images of a folder in the benchmark's layout, whoever made it. By default, one of every item."""
+        paths = {(item.id, 0): images / self.path(item, 0) for item in items}
+        return {key: path for key, path in paths.items() if path.is_file()}
 
     def layout(self) -> str:
         """Describe the layout, for messages."""
@@ -196,6 +186,19 @@ class Suite:
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
         """Read a result file of the benchmark's own scripts; None where the file is none of them."""
         return None
+
+
+def find_samples(images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+    """Find what GenEval's script finds: folders of digits, and in them names that begin with digits and .png."""
+    wanted = {int(item.id): item.id for item in items}
+    found: dict[Key, Path] = {}
+    for folder in images.iterdir():
+        if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
+            continue
+        samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
+        for path in sorted(p for p in samples if p.is_file()):
+            found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
+    return found
 
 
 def check_items(suite: Suite, items: Sequence[Item]) -> None:

@@ -146,9 +146,10 @@ class Dpg(Suite):
         return f"{item.id}_{k}.png"
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        found = super().find(images, items)
-        grids = {(item.id, 0): images / f"{item.id}.png" for item in items}
-        return found or {key: path for key, path in grids.items() if path.is_file()}
+        files, known = {path.stem: path for path in sorted(images.glob("*.png"))}, {item.id: item for item in items}
+        parts = [stem.rpartition("_") for stem in files if stem not in known]
+        cells = {(item, int(k)): files[f"{item}_{k}"] for item, _, k in parts if item in known and k.isdecimal()}
+        return cells or {(item, 0): files[item] for item in known if item in files}
 
     def layout(self) -> str:
         return "ITEM_K.png, or ITEM.png with a grid of 2 x 2"

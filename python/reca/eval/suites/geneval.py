@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
-from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, tag_means
+from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, find_samples, tag_means
 from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
 
 
@@ -57,16 +57,7 @@ class GenEval(Suite):
         return {f"{item.id}/metadata.jsonl": json.dumps(item.metadata)}
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        """Find what the public script finds: folders of digits, and in them names that begin with digits and .png."""
-        wanted = {int(item.id): item.id for item in items}
-        found: dict[Key, Path] = {}
-        for folder in images.iterdir():
-            if not (folder.is_dir() and folder.name.isdecimal() and int(folder.name) in wanted):
-                continue
-            samples = (p for p in (folder / "samples").glob("*.png*") if p.name.split(".png")[0].isdecimal())
-            for path in sorted(p for p in samples if p.is_file()):
-                found.setdefault((wanted[int(folder.name)], int(path.name.split(".png")[0])), path)
-        return found
+        return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         """Detect objects, and name the colours of those that the rule asks about."""

@@ -56,7 +56,11 @@ class T2ICompBench(Suite):
         return "CATEGORY/samples/PROMPT_000000.png"
 
     def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
-        """Find images by their prompt; digits order the images of a prompt, and tell items of one prompt apart."""
+        """Find images by their prompt.
+
+        Digits that are an item's own tell which of its images it is, and items of one prompt apart. Others, of folders
+        with another number of images, order the images of a prompt.
+        """
         by_name: dict[tuple[str, str], list[Path]] = {}
         for category in {item.tag for item in items}:
             for path in sorted((images / category / "samples").glob(IMAGES)):
@@ -64,11 +68,12 @@ class T2ICompBench(Suite):
         names = [(item.tag, item.prompt.replace("/", " ")) for item in items]
         times, found = Counter(names), dict[Key, Path]()
         for item, name in zip(items, names, strict=True):
-            paths = by_name.get(name, [])
-            if times[name] > 1:
-                own = range(self._number(item, 0), self._number(item, self.images_per_item))
-                paths = [path for path in paths if _digits(path) in own]
-            found |= {(item.id, k): path for k, path in enumerate(paths)}
+            paths, first = by_name.get(name, []), self._number(item, 0)
+            own = [path for path in paths if 0 <= _digits(path) - first < self.images_per_item]
+            if times[name] > 1 or len(own) == len(paths):
+                found |= {(item.id, _digits(path) - first): path for path in own}
+            else:
+                found |= {(item.id, k): path for k, path in enumerate(paths)}
         return found
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.demo.world import Asked, load_world
-from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean, tag_means
+from reca.eval.suites.base import Item, Key, Score, Suite, Value, find_samples, mean, tag_means
 
 
 class World(Suite):
@@ -39,6 +39,9 @@ class World(Suite):
 
     def companions(self, item: Item) -> dict[str, str | Path]:
         return {f"{item.id}/metadata.jsonl": json.dumps({"tag": item.tag, "prompt": item.prompt})}
+
+    def find(self, images: Path, items: Sequence[Item]) -> dict[Key, Path]:
+        return find_samples(images, items)
 
     def ask(self, judge: Any, item: Item, image: Path) -> Any:
         return judge.shows(image, Asked(self.world, item.metadata["prompt"]))
