@@ -97,6 +97,16 @@ def test_a_cmake_that_is_too_old_is_no_cmake(tmp_path):
     assert f"OLDEST_CMAKE = ({oldest[1]}, {oldest[2]})" in (ROOT / "setup.py").read_text()
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*/cpu.cpp")), ids=lambda source: source.parent.name)
+def test_clang_takes_the_kernels(tmp_path, source):
+    """It is macOS's compiler, and setup.py takes it where there is no other; it knows not all builtins of GCC."""
+    isa = ["-DRECA_ISA=baseline", "-DRECA_ISA_baseline"]
+    command = ["clang++", "-std=c++17", f"-I{ROOT / 'csrc'}", *isa, "-c", str(source), "-o", str(tmp_path / "cpu.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_setuptools
 def test_a_source_distribution_can_be_built(tmp_path):
     """`python -m build` makes the wheel of one, and CMake finds its sources there."""

@@ -100,10 +100,12 @@ static inline vuint lanes() {
 
 // x0 y0 x1 y1 …, from the lower or the upper halves of x and y.
 template <bool upper>
+struct Zipped {
+  static constexpr int of(int i) { return (upper ? W / 2 : 0) + i / 2 + (i % 2) * W; }
+};
+template <bool upper>
 static inline vfloat zip(vfloat x, vfloat y) {
-  vint order;
-  for (int i = 0; i < W; ++i) order[i] = (upper ? W / 2 : 0) + i / 2 + (i % 2) * W;
-  return __builtin_shuffle(x, y, order);
+  return shuffle<Zipped<upper>>(x, y);
 }
 
 // Lane i's four values to out[4 i ... 4 i + 3].

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -53,11 +54,28 @@ static inline vfloat max(vfloat a, vfloat b) {
 #endif
 }
 
+// Lane i of the result is lane Order::of(i) of x, from W on of y.
+template <typename Order, size_t... i>
+static inline vfloat shuffle(vfloat x, vfloat y, std::index_sequence<i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, y, Order::of(i)...);
+#else  // which has that, too, from GCC 12 on
+  return __builtin_shuffle(x, y, vint{Order::of(i)...});
+#endif
+}
+template <typename Order>
+static inline vfloat shuffle(vfloat x, vfloat y) {
+  return shuffle<Order>(x, y, std::make_index_sequence<W>());
+}
+
+template <int half>
+struct Partner {
+  static constexpr int of(int i) { return i ^ half; }
+};
+
 template <int half>
 static inline float fold(vfloat x) {
-  vint partner;
-  for (int i = 0; i < W; ++i) partner[i] = i ^ half;
-  x += __builtin_shuffle(x, partner);
+  x += shuffle<Partner<half>>(x, x);
   if constexpr (half > 1) return fold<half / 2>(x);
   return x[0];
 }
@@ -76,9 +94,7 @@ static inline double sum(vdouble x) {
 
 template <int half>
 static inline float fold_largest(vfloat x) {
-  vint partner;
-  for (int i = 0; i < W; ++i) partner[i] = i ^ half;
-  x = max(x, __builtin_shuffle(x, partner));
+  x = max(x, shuffle<Partner<half>>(x, x));
   if constexpr (half > 1) return fold_largest<half / 2>(x);
   return x[0];
 }
