@@ -20,6 +20,7 @@ from reca.models.common.tiny_tokenizer import word_tokenizer
 from reca.models.open_uni import Adapter, Config, loss, modules, prompt, weights
 from reca.models.open_uni.config import AutoencoderSizes, ConnectorSizes, SanaSizes
 from reca.optim import freeze
+from reca.precision import KeepDouble
 from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
 
@@ -136,6 +137,7 @@ def test_captions_are_dropped_for_some_samples_and_templates_never(model):
 
 def test_the_prompt_runs_without_a_graph(model):
     """Only the queries' pass may keep activations of the language model."""
+    freeze(model, None)
     graphs = []
     hook = model.mllm.model.language_model.register_forward_hook(
         lambda *_, out=None: graphs.append(_[-1].last_hidden_state.requires_grad)
@@ -143,6 +145,27 @@ def test_the_prompt_runs_without_a_graph(model):
     model(batch(model, "reca"), CounterRNG(0))
     hook.remove()
     assert graphs == [False, True]
+
+
+@pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
+def test_a_language_model_that_is_trained_gets_all_of_its_gradient(task):
+    """That of the prompt's rows too, and token embeddings: against differences of the loss in fp64."""
+    model = Adapter.load(config()).double()
+    freeze(model, ["und_lm", "embed", "bridge", "gen_head"])
+    generator = torch.Generator().manual_seed(0)
+    with KeepDouble():
+        given = batch(model, task)
+        given = replace(given, features=model.encode(given))
+        model(given, CounterRNG(0)).sum.backward()
+        for part in ("mllm.model.language_model.layers.", "mllm.model.language_model.embed_tokens."):
+            parameters = [p for name, p in model.named_parameters() if name.startswith(part)]
+            ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+            slope, sums = sum((p.grad * way).sum() for p, way in zip(parameters, ways, strict=True)), []
+            for step in (1e-6, -2e-6):
+                for p, way in zip(parameters, ways, strict=True):
+                    p.data += step * way
+                sums.append(model(given, CounterRNG(0)).sum.item())
+            assert slope.item() == pytest.approx((sums[0] - sums[1]) / 2e-6, rel=1e-2), part
 
 
 # sampling

@@ -211,14 +211,14 @@ class Network(nn.Module):
     def condition(self, layout: Layout, h_v: Tensor | None) -> Tensor:
         """Make SANA's condition, [B, queries, caption_channels].
 
-        The queries come last under a causal mask, so no prompt row depends on a trained parameter: the prompt runs
-        once without a graph, keeping its K/V, and only the query rows have one. This is exact.
+        The queries come last under a causal mask, so no prompt row depends on a parameter that RECA trains: the prompt
+        runs once without a graph, keeping its K/V, and only the query rows have one. This is exact.
         """
         n, queries = layout.src.shape[1], AttentionSpan(self.config.queries)
         prefill = attention_plan(layout.spans(), device=self.device)
         behind = attention_plan([(*spans, queries) for spans in layout.spans(cached=True)], device=self.device)
         cache, model = DynamicCache(config=self.mllm.config.text_config), self.mllm.model.language_model
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.prompt_requires_grad()):
             model(
                 inputs_embeds=self.embed(layout.src, h_v),
                 position_ids=layout.positions[:, :n],
@@ -248,5 +248,9 @@ class Network(nn.Module):
         """Embed prompts, [B, L, H], from token ids and h_v."""
         table = self.mllm.get_input_embeddings().weight
         visual = table.new_empty(0, table.shape[1]) if h_v is None else h_v.to(table.dtype).flatten(0, -2)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.prompt_requires_grad()):
             return template_concat(table, visual, src)
+
+    def prompt_requires_grad(self) -> bool:
+        """Return whether prompts have a graph: where the language model is trained, which RECA freezes."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.mllm.model.language_model.parameters())
