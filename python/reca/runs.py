@@ -186,7 +186,7 @@ def load_trained(run_dir: Path, recipe: Recipe, device: torch.device | str = "cp
     if recipe.lora.rank:
         # Only training computes in bf16 throughout, which weights in bf16 ask for.
         lora.choose_trained(adapter, replace(recipe, lora=replace(recipe.lora, base_dtype=None)))
-    checkpoint.load_weights(run_dir, adapter, ema)
+    adapter.inherited = checkpoint.load_weights(run_dir, adapter, ema)
     check_finite(adapter)
     return adapter.eval()
 

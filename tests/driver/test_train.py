@@ -299,6 +299,7 @@ def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
     )
     loaded = load_trained(trainer.run_dir, trainer.recipe)
     assert all(torch.equal(v, weights(loaded)[n]) for n, v in weights(trainer.adapter).items())
+    assert loaded.inherited == {n for n, p in trainer.adapter.named_parameters() if p.requires_grad}
 
 
 def test_a_run_starts_from_what_another_has_trained(recipe, tmp_path, monkeypatch):

@@ -349,6 +349,25 @@ def test_the_four_published_parts(published):
     assert not any(p.is_meta for p in [*again.parameters(), *again.buffers()])
 
 
+def test_a_language_model_that_was_trained_is_exported(published, tmp_path):
+    """InternVL3 is published apart, so its file has nothing of what a run has changed."""
+    _, _, given = published
+    model = Adapter.load(given)
+    model.export(tmp_path / "as_published")
+    assert not any(name.startswith("lmm.") for name in torch.load(tmp_path / "as_published" / "open_uni.pth"))
+    roles = model.roles()
+    model.inherited = frozenset(name for name, role in roles.items() if role in ("und_lm", "embed"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += float(name in model.inherited)
+    model.export(tmp_path)
+    names = torch.load(tmp_path / "open_uni.pth").keys()
+    assert {"lmm.language_model.lm_head.weight", "lmm.language_model.model.embed_tokens.weight"} <= names
+    again = Adapter.load(replace(given, weights=str(tmp_path))).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
 @pytest.mark.parametrize(
     "part", ["mllm/model", "dit/transformer/diffusion_pytorch_model", "vae/diffusion_pytorch_model"]
 )

@@ -100,7 +100,7 @@ class OpenUni(Network, Adapter):
 
         InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
         """
-        return weights.export(self, folder)
+        return weights.export(self, folder, self.inherited)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}

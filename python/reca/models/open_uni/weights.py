@@ -5,6 +5,7 @@ InternVL3, SANA and DC-AE are published by themselves; OpenUni's own file holds 
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,11 @@ N = TypeVar("N", bound=Network)
 FILE, FROZEN = "open_uni.pth", "frozen.safetensors"
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 REQUIRED = ("meta_queries", "connector.", "projector.")
+MLLM = "lmm."  # in front of InternVL3's original names in OpenUni's file
+_LANGUAGE = (  # parts of the language model: names here, and in OpenUni's file
+    ("mllm.model.language_model.", "lmm.language_model.model."),
+    ("mllm.lm_head.", "lmm.language_model.lm_head."),
+)
 # of a repository in diffusers' layout that is one part alone
 _DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
 # recipe key -> what there is to download; weights and overlay are one file each
@@ -99,13 +105,16 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         net = cls(config, load_tokenizer(config))
     assert config.mllm and config.weights, "`absent` would name them"
     folder = fetch(config.mllm, DOWNLOADS["mllm"], "model.mllm")
-    assign_state_dict(net.mllm, mllm_native(_tensors(folder)), str(folder))
+    mllm = mllm_native(_tensors(folder))
     net.transformer = _diffusers_part(SanaTransformer2DModel, config.dit, "dit", "transformer")
     net.codec = _diffusers_part(AutoencoderDC, config.codec_weights, "codec_weights", "vae")
     sources = [fetch(s, key=f"model.{key}") for key in ("weights", "overlay") if (s := getattr(config, key))]
     state, report = overlay(sources)
     for line in report:
         log.info("OpenUni: %s", line)
+    changed = mllm_native({name: tensor for name, tensor in state.items() if name.startswith(MLLM)})
+    kept = next(iter(mllm.values())).dtype
+    assign_state_dict(net.mllm, mllm | {name: tensor.to(kept) for name, tensor in changed.items()}, str(folder))
     assign_published(net, state, config.weights)
     return net.to(device)
 
@@ -130,13 +139,15 @@ def assign_published(net: Network, state: dict[str, Tensor], source: str) -> Non
             assign_state_dict(getattr(net, part), own, f"{source} ({part})", torch.float32)
 
 
-def export(net: Network, folder: Path) -> list[str]:
+def export(net: Network, folder: Path, changed: Iterable[str] = ()) -> list[str]:
     """Write what is trained as the .pth that OpenUni's inference code loads. Returns the names of the files.
 
     InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
+    changed: parameters that training has changed; with one of InternVL3's, the .pth holds its language model, too.
     """
     with export_to(folder) as out:
-        out.pickled(FILE, published_parts(net))
+        language = net.config.mllm is not None and any(name.startswith("mllm.") for name in changed)
+        out.pickled(FILE, published_parts(net) | (published_language(net) if language else {}))
         if net.config.mllm is None:
             out.tensors(FROZEN, {n: t for n, t in net.state_dict().items() if not n.startswith(TRAINED)})
         return out.done()
@@ -153,6 +164,12 @@ def loading(config: OpenUniConfig) -> str:
 def published_parts(net: Network) -> dict[str, Tensor]:
     """Return the tensors that OpenUni's own file holds, under their published names."""
     return {name: tensor for name, tensor in net.state_dict().items() if name.startswith(TRAINED)}
+
+
+def published_language(net: Network) -> dict[str, Tensor]:
+    """Return InternVL3's language model under its names in OpenUni's file."""
+    state = net.state_dict().items()
+    return {name.replace(own, public): t for own, public in _LANGUAGE for name, t in state if name.startswith(own)}
 
 
 def frozen_beside(weights: str | None) -> Path | None:
@@ -178,7 +195,7 @@ def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
 
 def mllm_native(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename InternVL3 from its original names to transformers' names, which may be its names already."""
-    state = {name.removeprefix("lmm."): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(MLLM): tensor for name, tensor in state.items()}
     if any(name.startswith("model.") for name in state):
         return state
     native = {}
@@ -197,17 +214,17 @@ def mllm_native(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_parts(path: Path) -> dict[str, Tensor]:
-    """Read a published OpenUni file: any subset of connector.*, projector.*, meta_queries, transformer.*.
+    """Read a published OpenUni file: any subset of connector.*, projector.*, meta_queries, transformer.*, lmm.*.
 
-    Raises ValueError when it holds anything else that is not a frozen part.
+    Raises ValueError when it holds anything else but vae.*, which is left out.
     """
     state = read_tensors(path / FILE if (path / FILE).is_file() else path)
-    unknown = sorted(n for n in state if not n.startswith((*TRAINED, "lmm.", "vae.")))
+    unknown = sorted(n for n in state if not n.startswith((*TRAINED, MLLM, "vae.")))
     if unknown:
         raise ValueError(
             f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}"
         )
-    return {name: tensor for name, tensor in state.items() if name.startswith(TRAINED)}
+    return {name: tensor for name, tensor in state.items() if name.startswith((*TRAINED, MLLM))}
 
 
 def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
@@ -216,7 +233,7 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     report = []
     for path in paths:
         part = read_parts(path)
-        counts = {prefix.rstrip("."): sum(n.startswith(prefix) for n in part) for prefix in TRAINED}
+        counts = {prefix.rstrip("."): sum(n.startswith(prefix) for n in part) for prefix in (*TRAINED, MLLM)}
         report.append(
             f"{path.name}: " + ", ".join(f"{count} tensors of {name}" for name, count in counts.items() if count)
         )
