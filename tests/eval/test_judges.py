@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -268,6 +270,26 @@ def test_an_image_that_is_refused_fails_alone(server, tmp_path, status):
     (tmp_path / "out/records.jsonl").unlink()
     with pytest.raises(EvaluationError, match="failed on 5 images in a row; of the last it said: .*no such parameter"):
         reca.evaluate(**arguments)
+
+
+def test_an_interruption_waits_for_no_answer(tmp_path):
+    """One that does not come takes ten minutes with all its tries."""
+    code = """if True:
+        import time
+        from reca.eval.judge import _in_threads
+        from reca.eval.records import Record
+
+        def ask(key):
+            if key[1] == 2:
+                raise KeyboardInterrupt
+            time.sleep(60 * key[1])
+            return Record(*key, None, {})
+
+        for record in _in_threads(ask, [("a", 0), ("b", 1), ("c", 2)], 2):
+            print(record.item)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert ended.stdout == "a\n" and "KeyboardInterrupt" in ended.stderr
 
 
 # ---- recorded answers ----

@@ -1,8 +1,9 @@
 """Step 2: ask a judge about every image that has no record of this image, this item and this judge yet."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -89,24 +90,35 @@ def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> ob
     raise JudgeError(reason)
 
 
-def _in_threads(ask, todo: Sequence[Key], workers: int) -> Iterator[Record]:
-    """Yield records as they come, from this many threads. An interruption starts no new ones."""
+def _in_threads(ask: Callable[[Key], Record], todo: Sequence[Key], workers: int) -> Iterator[Record]:
+    """Yield records as they come, from this many threads. An interruption starts no new ones, and waits for none."""
     if workers <= 1:
         yield from map(ask, todo)
         return
-    rest, running = iter(todo), set[Future[Record]]()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        while True:
-            while len(running) < workers and (key := next(rest, None)) is not None:
-                running.add(pool.submit(ask, key))
-            if not running:
+    rest, stop = iter(todo), threading.Event()
+    ended = queue.SimpleQueue[Record | BaseException]()
+
+    def work() -> None:
+        for key in rest:
+            if stop.is_set():
                 return
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in sorted(ended, key=lambda one: one.exception() is not None):  # what went well is kept
-                yield future.result()
+            try:
+                ended.put(ask(key))
+            except BaseException as error:
+                ended.put(error)
+
+    for _ in range(min(workers, len(todo))):
+        threading.Thread(target=work, daemon=True).start()  # the process ends without an answer that is late
+    try:
+        for _ in todo:
+            found = ended.get()
+            if isinstance(found, BaseException):
+                others = [ended.get() for _ in range(ended.qsize())]
+                yield from (one for one in others if isinstance(one, Record))  # what went well is kept
+                raise found
+            yield found
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stop.set()
 
 
 def valid(
