@@ -432,6 +432,12 @@ def test_seeds_without_spread_are_not_certain():
     assert judge.difference(none, none) == pytest.approx((0.0, -1.264, 1.264), abs=1e-3)
     assert judge.difference(all_of_them, none) == pytest.approx((100.0, 98.212, 100.0), abs=1e-3)
     assert judge.mean([{"value": 3.0}, {"value": 3.0}]) == (3.0, None, None)
+    # Suites count no hits. A model whose understanding is frozen gives the same answers on every seed.
+    same, other = {"value": 60.0, "interval": [57, 64]}, {"value": 60.0, "interval": [None, None]}
+    assert judge.mean([same, same]) == (60, 57, 64) and judge.mean([same, other]) == (60, None, None)
+    assert (
+        judge.difference({0: same}, {0: same}) == judge.difference({0: same, 1: same}, {0: same, 1: same}) == (0, -5, 5)
+    )
 
 
 def test_an_interval_over_seeds_holds_no_share_that_there_is_none_of():

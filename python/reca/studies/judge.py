@@ -95,12 +95,14 @@ def _bounds(measures: Sequence[Measure], least: float) -> tuple[float, float]:
 
 
 def _pooled(measures: Sequence[Measure]) -> Measure:
-    """Take the prompts of all seeds together, where they are counted."""
+    """Take the prompts of all seeds together, where they are counted. Others count as those of one seed."""
     if len(measures) == 1:
         return measures[0]
     value = statistics.mean(m["value"] for m in measures)
     if not all(m.get("trials") for m in measures):
-        return {"value": value}
+        lows, highs = zip(*map(_own, measures), strict=True)
+        known = None not in lows + highs
+        return {"value": value, "interval": [statistics.mean(lows), statistics.mean(highs)] if known else None}
     return {"value": value, "hits": sum(m["hits"] for m in measures), "trials": sum(m["trials"] for m in measures)}
 
 
