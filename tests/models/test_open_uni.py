@@ -177,6 +177,17 @@ def test_sizes_of_images(model):
         model.generate(["a"], [0], steps=1, height=33)
 
 
+@pytest.mark.parametrize("codec", modules.CODECS)
+def test_the_codec_is_fp32_in_both_directions(codec):
+    """Whatever autocast says: drawing runs in it where InternVL3 is bf16."""
+    model = Adapter.load(config(codec=codec))
+    latents = model.latents(torch.stack(images(2, 16)).float() / 127.5 - 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.latents(torch.stack(images(2, 16)).float() / 127.5 - 1), latents)
+        inside = model.pixels(latents)
+    assert torch.equal(inside, model.pixels(latents)) and inside.dtype == torch.float32
+
+
 # files
 
 

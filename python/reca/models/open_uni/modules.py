@@ -203,10 +203,11 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
-        """Decode latents to about [-1, 1], [B, 3, H, W]."""
-        if isinstance(self.codec, AutoencoderDC):
-            return self.codec.decode(latents / self.codec.config.scaling_factor, return_dict=False)[0]
-        return self.codec.decode(latents)
+        """Decode latents to about [-1, 1], fp32 [B, 3, H, W]."""
+        with torch.autocast(latents.device.type, enabled=False):
+            if isinstance(self.codec, AutoencoderDC):
+                return self.codec.decode(latents.float() / self.codec.config.scaling_factor, return_dict=False)[0]
+            return self.codec.decode(latents.float())
 
     def condition(self, layout: Layout, h_v: Tensor | None) -> Tensor:
         """Make SANA's condition, [B, queries, caption_channels].
