@@ -342,7 +342,8 @@ def test_answering(golden, model):
     number = re.search(r"image (\d+)", golden.cases["tensors"]["vqa.tokens"]["meaning"])[1]
     h_v = seen(golden, model, [int(number)])
     _, cache = model.prefill(prompt.Prompt([[prompt.VitImage(*h_v[0].shape[:2]), model.text(words(text))]], h_v))
-    tokens, logits = sampling.greedy(model, cache, len(data["vqa.tokens"]))
+    logits: list[torch.Tensor] = []
+    tokens = sampling.greedy(model, cache, len(data["vqa.tokens"]), logits.append)
     assert data["vqa.tokens"][0] == model.vocabulary.bos
     assert tokens[0, : len(data["vqa.tokens"]) - 1].tolist() == data["vqa.tokens"][1:].tolist()
     close(torch.cat(logits), data["vqa.logits"][: len(logits)])

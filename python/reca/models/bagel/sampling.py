@@ -255,22 +255,26 @@ def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tok
         [VitImage(*one.shape[:2]), net.text(text)] for one, text in zip(h_v, questions, strict=True)
     ]
     _, cache = net.prefill(Prompt(items, h_v))
-    tokens, _ = greedy(net, cache, max_new_tokens)
+    tokens = greedy(net, cache, max_new_tokens)
     return decode_replies(net.tokenizer, tokens, net.vocabulary.eos)
 
 
-def greedy(net: Network, cache: KVCache, max_new_tokens: int) -> tuple[Tensor, list[Tensor]]:
-    """Decode the likeliest reply; stop when every sample has met eos.
-
-    Returns tokens, int64 [B, n], n <= max_new_tokens, and the logits [B, V] of each step.
-    """
-    head, logits = net.language_model.lm_head, []
+def greedy(
+    net: Network,
+    cache: KVCache,
+    max_new_tokens: int,
+    on_step=None,  # called with the logits [B, V] of each step
+) -> Tensor:  # int64 [B, n], n <= max_new_tokens
+    """Decode the likeliest reply; stop when every sample has met eos."""
+    head = net.language_model.lm_head
 
     def next_logits(last: Tensor | None) -> Tensor:
         nonlocal cache
         tokens = [net.vocabulary.bos] * len(cache) if last is None else last.tolist()
         hidden, cache = net.prefill(Prompt([[Text([token])] for token in tokens]), cache)
-        logits.append(head(hidden.to(head.weight.dtype)))
-        return logits[-1]
+        logits = head(hidden.to(head.weight.dtype))
+        if on_step:
+            on_step(logits)
+        return logits
 
-    return greedy_tokens(next_logits, len(cache), max_new_tokens, net.vocabulary.eos), logits
+    return greedy_tokens(next_logits, len(cache), max_new_tokens, net.vocabulary.eos)
