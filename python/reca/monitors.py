@@ -22,6 +22,11 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
             "understanding and generation share trained weights but objective.i2t.weight is 0: understanding may be "
             "forgotten. Give conversations and weight 1, as the paper does for Show-o and Harmon"
         )
+    if idle := sorted(roles & (adapter.encoder_roles or frozenset())):
+        found.append(
+            f"train.train names {' and '.join(idle)}, but what makes features of pixels runs without a gradient here: "
+            "it will not change"
+        )
     there = set(adapter.roles().values())
     decoupled = "gen_lm" in there or ("gen_head" in roles and "shared_lm" not in there)
     if decoupled and roles & {"und_lm", "und_encoder"}:

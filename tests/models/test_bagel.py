@@ -795,12 +795,9 @@ def test_hazards(published):
     assert built().config_warnings() == []
     assert ["copy" in text for text in built("vae").config_warnings()] == [True]
     published.config.understanding_size = 512
-    published.requires_grad_(False)
     assert "h_v is made at 512 pixels" in published.config_warnings()[0]
     published.config.understanding_size = 224
     assert published.config_warnings() == []
-    published.requires_grad_(True)
-    assert "SigLIP runs without a gradient" in published.config_warnings()[0]
 
 
 def test_a_blur_reaches_h_v_and_not_the_target():

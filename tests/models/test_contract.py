@@ -18,6 +18,9 @@ from reca.data.pixels import make_view
 from reca.data.tasks import TASKS, Turn
 from reca.models import UMMS
 from reca.models.base import ROLES
+from reca.monitors import config_warnings
+from reca.optim import freeze
+from reca.recipe_files import load_recipe
 from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch, native
@@ -203,6 +206,22 @@ def test_gradients_reach_what_is_trained_and_nothing_else(model, task):
     assert all(gradient.isfinite().all() for gradient in reached.values())
     if task == "reca":
         assert any(bool(gradient.any()) for gradient in reached.values())
+
+
+@pytest.mark.parametrize("name", UMMS)
+def test_an_encoder_cannot_be_trained_and_that_is_said(name):
+    model = load(name)
+    roles, recipe = model.roles(), load_recipe(f"{name}_tiny")
+    for role in sorted(model.encoder_roles & set(roles.values())):
+        trained = freeze(model, [*model.trainable_roles, role])
+        for task in sorted(model.tasks & {"reca", "i2t"}):
+            term = model(batch(model, task), CounterRNG(0))
+            if term.sum.requires_grad:
+                term.sum.backward()
+        assert all(p.grad is None for n, p in model.named_parameters() if roles[n] == role)
+        said = [text for text in config_warnings(recipe, model, trained) if "will not change" in text]
+        assert len(said) == 1 and f"names {role}, " in said[0]
+    assert not any("will not change" in text for text in config_warnings(recipe, model, freeze(model, None)))
 
 
 def test_autocast_stays_near(model):

@@ -125,6 +125,4 @@ class Bagel(modules.Network, Adapter):
                 f"h_v is made at {c.understanding_size} pixels; the bottleneck is tightest at the smallest size that "
                 f"the model was taught to understand, {smallest} (GenEval 82.4 in the paper, at 512 it is 79.2)"
             )
-        if any(p.requires_grad for p in self.vit_model.parameters()):
-            found.append("train.train names und_encoder, but SigLIP runs without a gradient here: it will not change")
         return found
