@@ -79,6 +79,12 @@ def test_little_or_no_data():
     assert statistics.estimate(many, top=1.0).overall == pytest.approx((1, 1 - 0.0596, 1), abs=1e-4)
     assert statistics.difference(many, many, top=1.0).overall == pytest.approx((0, -0.0596, 0.0596), abs=1e-4)
     assert statistics.power(many, many) == []
+    # No difference of shares is larger than 1, though the interval of a single prompt is wider than all there are.
+    few = [("a", "1", 1.0), ("a", "2", 0.0), ("b", "3", 1.0)], [("a", "1", 0.0), ("a", "2", 0.0), ("b", "3", 0.0)]
+    assert statistics.difference(*few).overall.high > 1
+    cut = statistics.difference(*few, top=1.0)
+    assert {cut.overall.high, cut.tags["a"].high, cut.tags["b"].high} == {1} and cut.tags["b"].value == 1
+    assert statistics.difference(*few[::-1], top=1.0).overall.low == -1
     mixed = statistics.estimate([*same, *(("b", str(i), float(i % 2)) for i in range(20))])
     assert mixed.tags["a"].value == 1 and mixed.tags["a"].low < 0.9
     with pytest.raises(ValueError, match="nothing to compute an interval of"):

@@ -124,14 +124,18 @@ def estimate(
     weights: of the tags, see `Score`. top: the largest value there can be, from 0 on; None if there is none.
     Raises ValueError where there are no values.
     """
-    found = _estimate([clusters(values)], weights, resamples, seed, top)
+    return _clipped(_estimate([clusters(values)], weights, resamples, seed, top), 0.0, top)
+
+
+def _clipped(found: Estimate, least: float, top: float | None) -> Estimate:
+    """Cut intervals to the values that there are: those of a few prompts reach beyond."""
     if top is None:
         return found
-    return Estimate(_clipped(found.overall, top), {tag: _clipped(i, top) for tag, i in found.tags.items()})
 
+    def cut(interval: Interval) -> Interval:
+        return Interval(interval.value, max(interval.low, least), min(interval.high, top))
 
-def _clipped(interval: Interval, top: float) -> Interval:
-    return Interval(interval.value, max(interval.low, 0.0), min(interval.high, top))
+    return Estimate(cut(found.overall), {tag: cut(interval) for tag, interval in found.tags.items()})
 
 
 def difference(
@@ -147,7 +151,8 @@ def difference(
     top: see `estimate`; None also for two models that are the same one, which differ by exactly 0.
     Raises ValueError where they share none.
     """
-    return _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed, top)
+    found = _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed, top)
+    return _clipped(found, -top if top else 0.0, top)
 
 
 def shared(a: Mapping[str, dict], b: Mapping[str, dict]) -> list[dict[str, dict[str, list[float]]]]:
