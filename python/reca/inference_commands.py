@@ -70,7 +70,7 @@ def best_of(options: argparse.Namespace) -> None:
         warn_of_unknown_words(model.tokenizer, [*prompts, choice.question])
         return model
 
-    distributed.initialize(recipe.parallel.timeout_minutes)
+    distributed.initialize(60 * distributed.HOURS)  # each rank draws its share alone
     records = best_of.choose(load, prompts, choice, options.out)
     if distributed.is_main_process():
         print(*best_of.report(records, options.out), sep="\n")

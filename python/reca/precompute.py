@@ -69,7 +69,7 @@ def cache_features(recipe: Recipe) -> list[str]:
     """
     if recipe.data.cache is None:
         raise RecipeError("data.cache is null: give the folder of the features, as in data.cache=/fast/disk/features")
-    device = distributed.initialize(recipe.parallel.timeout_minutes)
+    device = distributed.initialize(60 * distributed.HOURS)  # ranks have unequal shares where some are there
     with distributed.fail_together(), preflight.memory_errors():
         adapter = cast(load_encoders(recipe, device).train(), recipe.train.precision)
         identity = features_identity(recipe, adapter, parent_digest(recipe))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reca import precompute
+from reca import distributed, precompute
 from reca.cli import main
 from reca.data import feature_shards
 from reca.data.config import DataConfig
@@ -145,6 +145,14 @@ def test_counts_are_of_all_ranks(recipe, monkeypatch):
     monkeypatch.setattr("reca.distributed.all_gather", lambda value, group=None: [value] * 3)
     assert precompute.cache_features(recipe)[0].startswith("reca: 33 images encoded (132 bytes")
     assert ", 36 were there" in precompute.cache_features(recipe)[0]
+
+
+def test_ranks_wait_for_one_that_has_more_left(recipe, monkeypatch):
+    """Where a part is in the cache already, shares are unequal, by hours of many images."""
+    given = []
+    monkeypatch.setattr("reca.distributed.initialize", lambda minutes: given.append(minutes) or torch.device("cpu"))
+    precompute.cache_features(recipe)
+    assert given == [60 * distributed.HOURS]
 
 
 def test_no_folder_is_an_error(recipe, capsys):

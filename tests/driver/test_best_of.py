@@ -224,7 +224,10 @@ def test_the_command_and_training_on_what_it_kept(tmp_path, umm, capsys, monkeyp
         "steps=2",
         *fast,
     ]
+    given, initialize = [], distributed.initialize
+    monkeypatch.setattr(distributed, "initialize", lambda minutes: given.append(minutes) or initialize(minutes))
     assert main([*command, "--question", "what is this"]) == 0
+    assert given == [60 * distributed.HOURS]  # ranks draw alone
     assert "2 images of 4 kept in kept" in capsys.readouterr().out
     records, model = jsonl.read(tmp_path / "kept" / "scores.jsonl"), reca.load(f"{umm}_tiny")
     for record in records:
