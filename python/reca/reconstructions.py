@@ -20,7 +20,7 @@ from reca import inference
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.errors import BadSample, DataError
-from reca.data.loader import open_loader
+from reca.data.loader import Row, open_loader
 from reca.data.pixels import read_image
 from reca.data.sample import Source
 from reca.image_grid import make_grid
@@ -55,7 +55,8 @@ def named_images(recipe: Recipe, adapter: Adapter, count: int, source: Source) -
     loader = open_loader(
         data_of(recipe), "reca", adapter.views("reca"), seed=seed(recipe), micro_batch=1, source=source
     )
-    rows, reason = [], "there is none"
+    rows: list[Row] = []
+    reason = "there is none"
     for index in map(loader.order.index, range(len(source))):
         if len(rows) == count:
             break

@@ -54,7 +54,7 @@ def resize(
     rows = taps(height, top, bottom, down, filter, *where)
     down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
     if not (image.is_cpu and has_values(image) and compiled()):
-        return reference.resize(image, *in_mode((columns, rows)), down_first)
+        return reference.resize(image, in_mode(columns), in_mode(rows), down_first)
     interleaved = image.stride(0) == 1 and image.stride(2) == 3
     if not interleaved and image.stride(2) != 1:
         image = image.contiguous()
