@@ -3,7 +3,6 @@
 import builtins
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -144,15 +143,19 @@ def test_a_server_is_stopped_while_it_draws():
 
     command = [sys.executable, "-m", "reca", "serve", "open_uni_tiny", "--port", str(free_port())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        address = re.search(r"http://\S+/", server.stdout.readline())[0]
-        job = Client(address, verbose=False, analytics_enabled=False).submit(
-            "a", 0, "steps=1000000", api_name="/generate"
-        )
-        while job.status().code.name != "PROCESSING":
-            time.sleep(0.1)
-        time.sleep(1)
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130 and server.stderr.read().endswith("reca: stopped\n")
+        try:
+            address = re.search(r"http://\S+/", server.stdout.readline())[0]
+            job = Client(address, verbose=False, analytics_enabled=False).submit(
+                "a", 0, "steps=1000000", api_name="/generate"
+            )
+            while job.status().code.name != "PROCESSING":
+                assert not job.done()
+                time.sleep(0.1)
+            time.sleep(1)
+            server.terminate()  # a shell's background jobs ignore SIGINT
+            assert server.wait(60) == 130 and server.stderr.read().endswith("reca: stopped\n")
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="module")
