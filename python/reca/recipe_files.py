@@ -127,8 +127,7 @@ def _given(overrides: Sequence[str] | Mapping[str, Any]) -> list[tuple[str, str]
         if isinstance(value, Mapping):
             pairs += [(f"{key}.{name}", text) for name, text in _given(value)]
         else:
-            value = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-            pairs.append((key, override_text(value)))
+            pairs.append((key, override_text(list(value) if isinstance(value, tuple) else value)))
     return pairs
 
 

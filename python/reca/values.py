@@ -28,6 +28,7 @@ _DOUBLE_QUOTED = r'"(?:[^"\\]|\\.)*"'
 _SINGLE_QUOTED = r"'(?:[^']|'')*'"
 _QUOTED = re.compile(f"{_DOUBLE_QUOTED}|{_SINGLE_QUOTED}", re.DOTALL)
 _ITEM = re.compile(rf"\s*(?:({_DOUBLE_QUOTED}|{_SINGLE_QUOTED})\s*(?=,|\Z)|([^,]*))(,|\Z)", re.DOTALL)
+_NESTED = re.compile(r"[\[,]\s*(\{[^{}]*:|\[)")  # an item of a list that is {key: value} or a list
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 
 
@@ -107,7 +108,9 @@ def read_override(key: str, text: str, wanted: Any) -> Any:
     if get_origin(wanted) is list and inside[0] == "[" and inside[-1] == "]" and len(inside) > 1:
         return _items(key, inside)
     if wanted is Sources:
-        return read_yaml(text, f"{key} in the command line") if inside[0] + inside[-1] == "[]" else _scalar(key, text)
+        if inside[0] + inside[-1] != "[]":
+            return _scalar(key, text)
+        return read_yaml(text, f"{key} in the command line") if _NESTED.search(inside) else _items(key, inside)
     if hasattr(wanted, "__dataclass_fields__") and inside[0] == "{":
         return read_yaml(text, f"{key} in the command line")
     return _scalar(key, text if wanted is str else inside)
@@ -146,7 +149,8 @@ def guess(text: str, key: str) -> Any:
 def override_text(value: Any) -> str:
     """Write a value as it stands behind the = of an override."""
     if isinstance(value, list):
-        return f"[{', '.join(_text(item, in_list=True) for item in value)}]"
+        groups = any(isinstance(item, dict) for item in value)  # which YAML reads: it wants quotes around other texts
+        return f"[{', '.join(_quoted(item) if groups else _text(item, in_list=True) for item in value)}]"
     return _text(value)
 
 
@@ -340,16 +344,15 @@ def _text(value: Any, in_list: bool = False) -> str:
         return f"{{{', '.join(f'{name}: {_quoted(item)}' for name, item in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, str):
-        return repr(value)
+    value = str(value)  # a number, of numpy too, or a path
     bare = value.isprintable() and value == value.strip(BLANK) and value not in ("", *NULLS) and value[0] not in "\"'"
-    if bare and not (in_list and "," in value):
+    if bare and not (in_list and ("," in value or value[0] in "[{")):
         return value
     return _quoted(value)
 
 
 def _quoted(value: Any) -> str:
-    if not isinstance(value, str):
+    if value is None or isinstance(value, bool | int | float | dict):
         return _text(value)
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
-    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in value) + '"'
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in str(value)) + '"'

@@ -162,6 +162,18 @@ def test_every_order_covers_its_blocks(tmp_path):
 # ---- recipes ----
 
 
+@pytest.mark.parametrize(
+    "text", ["a-{000..009}.tar", "{000..009}.tar", "*.tar", "a: b", "a #b", "/a b/[x]", "s3://a/b", "&a", "it's"]
+)
+def test_texts_in_a_list_of_sources_are_taken_as_they_are(text):
+    def sources(overrides):
+        return [item["source"] for item in load_recipe("show_o_tiny", overrides).data.images]
+
+    assert sources([f"data.images=[a.tar, {text}]"]) == sources({"data.images": ["a.tar", text]}) == ["a.tar", text]
+    assert sources({"data.images": [text, "a, b", "[ab]"]}) == [text, "a, b", "[ab]"]
+    assert sources({"data.images": [text, {"source": text, "weight": 2}]}) == [text, text]
+
+
 def test_lists_in_recipes(two, tmp_path, monkeypatch):
     path = tmp_path / "r.yaml"
     path.write_text(

@@ -1,7 +1,9 @@
 """Values of recipes: what a text means is decided by the type of its key, never by how the text looks."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from reca.options import RecipeError
@@ -54,6 +56,23 @@ def test_a_sentence_takes_the_text_as_it_is(text):
 @pytest.mark.parametrize("text", [t for t in WORDS[:-1] if "," not in t and t == t.strip() and "\n" not in t])
 def test_an_item_of_a_list_takes_the_text_as_it_is(text):
     assert show_o(f"log.prompts=[a cat, {text}]").log.prompts == ["a cat", text]
+
+
+def test_numbers_of_numpy_and_paths_are_values_of_overrides():
+    given = {
+        "optim.lr": np.float64(1e-7),
+        "optim.betas": [np.float32(0.5), np.float64(0.25)],
+        "train.steps": np.int64(3),
+        "train.deterministic": np.bool_(True),
+        "run_dir": Path("a"),
+        "data.images": [Path("a.tar"), {"source": Path("b"), "weight": np.float32(2)}],
+        "data.captions": [Path("a.tar")],
+    }
+    recipe = load_recipe("show_o_tiny", given)
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.train.steps) == (1e-7, [0.5, 0.25], 3)
+    assert recipe.train.deterministic is True and recipe.run_dir == "a"
+    assert recipe.data.images == [{"source": "a.tar", "weight": 1.0}, {"source": "b", "weight": 2.0}]
+    assert recipe.data.captions == [{"source": "a.tar", "weight": 1.0}]
 
 
 @pytest.mark.parametrize(
