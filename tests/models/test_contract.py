@@ -396,6 +396,23 @@ def test_what_cannot_be_drawn(plain):
         plain.generate(["a"], [0], **wrong)
     with pytest.raises(ValueError, match="seed -1 lies outside"):
         plain.generate(["a"], [-1])
+    with pytest.raises(TypeError, match=r"prompts='a red circle' must be a list; write prompts=\['a red circle'\]"):
+        plain.generate("a red circle", range(12))
+    with pytest.raises(TypeError, match=r"seeds=0 must be a list; write seeds=\[0\]"):
+        plain.generate(["a red circle"], 0)
+
+
+def test_what_is_no_image(plain):
+    """A PIL image, floats, and channels behind height and width."""
+    of_pil, wrong = Image.new("RGB", (20, 20)), [torch.zeros(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8)]
+    for image, got in zip(
+        [of_pil, *wrong], ["Image", r"torch.float32 \[3, 20, 20\]", r"torch.uint8 \[20, 20, 3\]"], strict=True
+    ):
+        with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; .*read_image"):
+            plain.answer([image], ["what is this"])
+        if "edit" in plain.abilities:
+            with pytest.raises(TypeError, match=rf"must be a uint8 tensor \[3, H, W\], got {got}; "):
+                plain.edit([image], ["a red square"], [0], steps=3)
 
 
 def test_answers_do_not_depend_on_the_batch(model):

@@ -41,7 +41,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_pairs(**lists: Sequence) -> None:
-    """Raise ValueError unless all lists are of one length, or when a seed lies outside [0, 2**56)."""
+    """Raise ValueError unless all lists are of one length, or when a seed lies outside [0, 2**56).
+
+    Raises TypeError for a single text or number, whose characters would else pass for prompts.
+    """
+    for name, values in lists.items():
+        if isinstance(values, str | int):
+            raise TypeError(f"{name}={values!r} must be a list; write {name}=[{values!r}]")
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
         raise ValueError(f"{counts}; there must be as many of each")
