@@ -201,10 +201,12 @@ class _Layer:
             return RecipeError(
                 f"{format_value(key)} in {self.source}: {lists[0]} has no keys below it; write all of its value"
             )
-        last = key.rsplit(".", 1)[-1]
-        near = get_close_matches(key[:200], [*known, *groups], 1)
-        near = near or [full for full in known if full.rsplit(".", 1)[-1] == last][:1]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        last, given = key.rsplit(".", 1)[-1], key[:200]
+        names = [*known, *(group for group in groups if not key.startswith(f"{group}."))]
+        namesakes = [full for full in known if full.rsplit(".", 1)[-1] == last]
+        near = get_close_matches(given, names, 1, 0.9) or get_close_matches(given, namesakes, 4, 0)
+        near = near or get_close_matches(given, names, 1)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         return RecipeError(
             f"unknown key {format_value(key)} in {self.source}{hint} (reca train RECIPE --explain lists all keys)"
         )
