@@ -41,7 +41,7 @@ def fit_to_view(image: Tensor, view: View) -> Tensor:  # uint8 [3, H, W]
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(
-            f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) makes one of a file"
+            f"an image must be a uint8 tensor [3, H, W], got {got}; reca.data.pixels.read_image(PATH) makes one"
         )
     return make_view(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())), view)
 
