@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "recipe", type=_path_text, help="recipe name or .yaml file" + (", or the folder of a run" if or_run else "")
         )
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+        sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
 
     def takes_ema(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or the folder of a run")
     best.add_argument("prompts", type=_path, help="text file of prompts, one a line")
-    best.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    best.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
     takes_ema(best)
     best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
     best.add_argument("--question", help="what the prompt is scored as the answer to (default: 'Describe this image.')")
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
     weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
-    weights.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
+    weights.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
@@ -276,7 +276,9 @@ def _add_data(subparsers) -> None:
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("spec", type=_path_text, help="what data.images takes, or a recipe whose data it is")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys, such as data.columns.caption")
+        sub.add_argument(
+            "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys, such as data.columns.caption"
+        )
         sub.add_argument("--task", choices=TASKS, help="what the data is for (default: reca, or all of a recipe)")
         if name == "view":
             sub.add_argument("--recipe", help="recipe whose model's views are shown (default: show_o_512)")

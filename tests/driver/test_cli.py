@@ -41,10 +41,11 @@ def test_help_status_and_usage_errors_need_no_torch(arguments):
     assert done.stdout.splitlines()[-1] == "loaded", done.stderr
 
 
-def test_usage_error_is_exit_2():
+def test_usage_error_is_exit_2(capsys):
+    """What it names as missing is what the command needs: overrides may be left out."""
     with pytest.raises(SystemExit) as stop:
         main(["train"])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith("are required: recipe\n")
 
 
 def test_without_a_command_the_commands_are_listed(capsys):

@@ -20,7 +20,11 @@ def add(sub: argparse.ArgumentParser, path) -> None:
     """Add the options of `reca study`. path: the type of arguments that are paths."""
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
     sub.add_argument(
-        "overrides", nargs="*", metavar="[ARM:]key=value", help="recipe keys to change, in all arms or in one"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="[ARM:]key=value",
+        help="recipe keys to change, in all arms or in one",
     )
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
     sub.add_argument("--world", default="shapes", help="which embedded world (default: shapes)")
