@@ -143,7 +143,7 @@ def open_sides(
 def _label(one: Target) -> str:
     if one.trained:
         return f"{one.source}, step {one.step()}{', EMA' if one.ema else ''}"
-    return f"{one.source}, before training" if (Path(one.source) / "recipe.yaml").is_file() else one.source
+    return one.source
 
 
 def make_page(requests: Requests, title: str) -> Any:
