@@ -156,8 +156,11 @@ def evaluate(
         EvaluationError: Images, records, a judge or the disk. It is a ValueError, and what was made is kept.
         RecipeError: The recipe cannot be read, or its model lacks the ability.
     """
+    from reca.eval.errors import EvaluationError
     from reca.eval.evaluation import evaluate, open_settings
 
+    if isinstance(steps, str):
+        raise EvaluationError(f"steps={steps!r} must be a list; write steps=[{steps!r}]")
     settings = open_settings(
         suite, data, steps=tuple(steps), judge=judge, judge_options=judge_options or {},
         images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,

@@ -43,9 +43,9 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
     for name, value in given.items():
         if name not in known:
             near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             usual = ", ".join(f"{p.name}={_format(p.default)}" for p in known.values())
-            raise ValueError(f"there is no {what} {name!r}{hint}. Options and their defaults: {usual}")
+            raise ValueError(f"there is no {what} {name!r}{hint} Options and their defaults: {usual}")
         wanted = known[name].annotation
         if not _fits(value, wanted):
             usual = _format(known[name].default)

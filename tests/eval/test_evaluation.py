@@ -377,6 +377,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         ({"judge": "endpoint:http://x"}, "--judge endpoint cannot serve world; it takes one of world"),
         ({"judge": "world", "judge_options": {"speed": 2}}, "there is no judge option 'speed'"),
         ({"steps": ["generate", "judgement"]}, "--steps judgement: there are the steps generate, judge, score, report"),
+        ({"steps": "generate"}, "steps='generate' must be a list; write steps=['generate']"),
         ({"images_per_item": 0}, "--images-per-item must be at least 1, got 0"),
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
         ({"steps": ["score"]}, "holds no images of world|holds no records; add the step judge"),
