@@ -1,20 +1,13 @@
-"""Data at addresses: fsspec's memory, and a server on this machine. Nothing leaves it."""
+"""Data at addresses, in fsspec's memory."""
 
-import http.server
-import itertools
 import json
-import re
-import threading
 
 import pytest
 
 from reca.data import conversations as conversations_module
 from reca.data import index_files, remote, tar_index
-from reca.data.config import DataConfig
 from reca.data.errors import BadSample, DataError
-from reca.data.loader import open_loader
 from reca.data.sources import open_source
-from reca.data.views import View, Views
 from tests.data.files import conversations, fill, image_bytes, row, said, tar
 
 fsspec = pytest.importorskip("fsspec")
@@ -212,124 +205,3 @@ def test_a_request_that_fails_is_made_again(memory, monkeypatch):
     with pytest.raises(OSError, match="a.png: ZeroDivisionError"):
         source[0]
     assert len(calls) == 6
-
-
-class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves files and, as object stores do, parts of them."""
-
-    ranges, accepts = True, "bytes"
-
-    def log_message(self, *_):
-        pass
-
-    def send_head(self):
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted or not self.ranges:
-            return super().send_head()
-        with open(self.translate_path(self.path), "rb") as file:
-            data = file.read()
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-        self.send_header("Content-Length", str(end + 1 - start))
-        self.end_headers()
-        file = open(self.translate_path(self.path), "rb")  # noqa: SIM115 (its caller closes it)
-        file.seek(start)
-        self.left = end + 1 - start
-        return file
-
-    def copyfile(self, source, out):
-        out.write(source.read(self.__dict__.pop("left", -1)))
-
-    def end_headers(self):
-        if self.accepts:
-            self.send_header("Accept-Ranges", self.accepts)
-        super().end_headers()
-
-
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
-    handler = type("Handler", (Server,), {})
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(tmp_path / "www"))
-    )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    thread.join()
-
-
-def test_tars_and_parquet_over_http(serve, tmp_path):
-    address, handler = serve
-    for n in range(2):
-        tar(tmp_path / "www" / f"{n}.tar", *((f"{i}.png", image_bytes((10 * n + i, 0, 0))) for i in range(6)))
-    config = DataConfig(images=f"{address}/{{0..1}}.tar", decoder="pillow", workers=2)
-    stream = open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=4)
-    reds = [int(view[0, 0, 0]) for batch in itertools.islice(stream, 3) for view in batch.gen]
-    stream.close()
-    assert sorted(reds) == [*range(6), *range(10, 16)]
-    with pytest.raises(DataError, match=r"1 of the range are missing: http://127.0.0.1:\d+/2.tar"):
-        open_source(f"{address}/{{0..2}}.tar", "reca")
-    if pytest.importorskip("pyarrow"):
-        from tests.data.test_parquet import midjourney
-
-        midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
-        assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == image_bytes((7, 0, 0))
-    assert len(open_source(f"{address}/*.tar", "reca")) == 12  # of a server that lists its files
-    conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
-    assert open_source(f"{address}/talk/rows.json", "i2t")[0].text == [("Q", "A")]
-    handler.list_directory = lambda self, path: self.send_error(404)
-    with pytest.raises(DataError, match=r"no tar file matches .*page of links, and this one has none there. Write a r"):
-        open_source(f"{address}/*.tar", "reca")
-    handler.ranges, handler.accepts = False, "none"
-    with pytest.raises(DataError, match=r"0.tar"):
-        open_source(f"{address}/0.tar", "reca")
-    handler.accepts = None  # Python's own server says nothing
-    with pytest.raises(OSError, match=r"0.tar: the server does not send parts of files"):
-        open_source(f"{address}/0.tar", "reca")[0]
-
-
-def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
-    """Headers of a tar, and footer and row groups of a table: of requests for a part every other one fails."""
-    pytest.importorskip("pyarrow")
-    from tests.data.test_parquet import midjourney
-
-    address, handler = serve
-    monkeypatch.setattr(remote, "BLOCK", 1000)
-    members = [(f"{n}.png", image_bytes((n, 0, 0))) for n in range(12)]
-    tar(tmp_path / "www" / "a.tar", *members)
-    midjourney(tmp_path / "www" / "b.parquet", 0, 12)
-    asked, send_head = [], handler.send_head
-
-    def flaky(self):
-        asked.append("Range" in self.headers)
-        return self.send_error(503) if asked[-1] and sum(asked) % 2 else send_head(self)
-
-    handler.send_head = flaky
-    for name in ("a.tar", "b.parquet"):
-        source = open_source(f"{address}/{name}", "reca")
-        assert [source[n].image for n in range(12)] == [data for _, data in members]
-    assert sum(asked) > 40
-    monkeypatch.setattr(
-        handler, "send_head", lambda self: self.send_error(503) if "Range" in self.headers else send_head(self)
-    )
-    with pytest.raises(DataError, match=r"a.tar cannot be read: .*a.tar: ClientResponseError: 503"):
-        open_source(f"{address}/a.tar", "reca")
-    with pytest.raises(DataError, match=r"b.parquet: ClientResponseError: 503"):
-        open_source(f"{address}/b.parquet", "reca")
-    source.tables.kept.clear()
-    with pytest.raises(BadSample, match=r"row group 0 cannot be read: .*b.parquet: ClientResponseError: 503"):
-        source[0]
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
-    address, handler = serve
-    fill(tmp_path / "www", {"a.png": image_bytes(), "b c/d#1.png": image_bytes((1, 2, 3)), "b c/d#1.txt": b"one"})
-    handler.ranges, handler.accepts = ranges, None
-    source = open_source(address, "reca")
-    assert [source[i].image for i in range(len(source))] == [image_bytes(), image_bytes((1, 2, 3))]
-    assert source.size(0) == 0 and open_source(f"{address}/b%20c", "t2i")[0].text == "one"

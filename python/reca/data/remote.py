@@ -50,17 +50,18 @@ class RemotePath:
     def parent(self) -> "RemotePath":
         return RemotePath(self.fs, posixpath.dirname(self.path))
 
-    def with_suffix(self, suffix: str) -> "RemotePath":
-        return RemotePath(self.fs, posixpath.splitext(self.path)[0] + suffix)
-
     def exists(self) -> bool:
-        return self.ask(self.fs.exists, self.path)
+        return self._type() is not None
 
     def is_file(self) -> bool:
-        return self.ask(self.fs.isfile, self.path)
+        return self._type() == "file"
 
-    def is_dir(self) -> bool:
-        return self.ask(self.fs.isdir, self.path)
+    def _type(self) -> str | None:
+        """Return "file" or "directory"; None where there is none. fsspec's `exists` and `isfile` hide other errors."""
+        try:
+            return self.ask(self.fs.info, self.path)["type"]
+        except FileNotFoundError:
+            return None
 
     def stat(self) -> SimpleNamespace:
         size = self.ask(self.fs.info, self.path).get("size")
@@ -115,7 +116,8 @@ def _as_oserror(path: RemotePath) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+        kind = PermissionError if getattr(error, "status", None) in (401, 403) else OSError
+        raise kind(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def is_address(text: str) -> bool:
@@ -137,6 +139,10 @@ def remote_path(text: str) -> RemotePath:
     try:
         import fsspec
 
+        if lists_by_links(text):
+            from reca.data.web import WebFiles
+
+            return RemotePath(WebFiles(), text)
         return RemotePath(*fsspec.core.url_to_fs(text))
     except ImportError as error:
         raise DataError(f"{text} needs a package that is not installed: {error}: pip install 'reca[remote]'") from None
@@ -232,7 +238,7 @@ def find(names: list[str]) -> tuple[list[RemotePath], list[str]]:
             return [path] if path.exists() else []
         try:
             return [RemotePath(path.fs, match) for match in sorted(path.ask(path.fs.glob, path.path))]
-        except OSError:
+        except PermissionError:
             if not lists_by_links(name):
                 raise
             return []

@@ -85,7 +85,7 @@ def open_source(text: str, task: str, image_root: str | None = None, columns: Co
             return Conversations(path, image_root)
         return Tars(expand(text), task) if TAR.search(path.name) else Folder(path, task)
     except OSError as error:  # of a folder above it that may not be looked into, say
-        raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{error.filename or text} cannot be read: {error.strerror or error}") from error
 
 
 def _open_folder(path: Path, task: str, image_root: str | None, columns: ColumnsConfig) -> Source:

@@ -1,0 +1,200 @@
+"""Data at a web server, which runs on this machine. Nothing leaves it."""
+
+import errno
+import http.server
+import itertools
+import re
+import threading
+from contextlib import nullcontext
+
+import pytest
+
+from reca.data import remote
+from reca.data.config import DataConfig
+from reca.data.errors import BadSample, DataError
+from reca.data.loader import open_loader
+from reca.data.sources import open_source
+from reca.data.views import View, Views
+from tests.data.files import conversations, fill, image_bytes, row, tar
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("fsspec")
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files and, as object stores do, parts of them."""
+
+    ranges, accepts = True, "bytes"
+
+    def log_message(self, *_):
+        pass
+
+    def send_head(self):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted or not self.ranges:
+            return super().send_head()
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+        self.send_header("Content-Length", str(end + 1 - start))
+        self.end_headers()
+        file = open(self.translate_path(self.path), "rb")  # noqa: SIM115 (its caller closes it)
+        file.seek(start)
+        self.left = end + 1 - start
+        return file
+
+    def copyfile(self, source, out):
+        out.write(source.read(self.__dict__.pop("left", -1)))
+
+    def end_headers(self):
+        if self.accepts:
+            self.send_header("Accept-Ranges", self.accepts)
+        super().end_headers()
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    handler = type("Handler", (Server,), {})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: handler(*args, directory=str(tmp_path / "www"))
+    )
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+
+
+def test_tars_and_parquet_over_http(serve, tmp_path):
+    address, handler = serve
+    for n in range(2):
+        tar(tmp_path / "www" / f"{n}.tar", *((f"{i}.png", image_bytes((10 * n + i, 0, 0))) for i in range(6)))
+    config = DataConfig(images=f"{address}/{{0..1}}.tar", decoder="pillow", workers=2)
+    stream = open_loader(config, "reca", Views(View(4), None), seed=0, micro_batch=4)
+    reds = [int(view[0, 0, 0]) for batch in itertools.islice(stream, 3) for view in batch.gen]
+    stream.close()
+    assert sorted(reds) == [*range(6), *range(10, 16)]
+    with pytest.raises(DataError, match=r"1 of the range are missing: http://127.0.0.1:\d+/2.tar"):
+        open_source(f"{address}/{{0..2}}.tar", "reca")
+    if pytest.importorskip("pyarrow"):
+        from tests.data.test_parquet import midjourney
+
+        midjourney(tmp_path / "www" / "train-0.parquet", 0, 10)
+        assert open_source(f"{address}/train-{{0..0}}.parquet", "reca")[7].image == image_bytes((7, 0, 0))
+    assert len(open_source(f"{address}/*.tar", "reca")) == 12  # of a server that lists its files
+    conversations(tmp_path / "www" / "talk", row("human", "Q", "gpt", "A"))
+    assert open_source(f"{address}/talk/rows.json", "i2t")[0].text == [("Q", "A")]
+    handler.list_directory = lambda self, path: self.send_error(404)
+    with pytest.raises(DataError, match=r"no tar file matches .*page of links, and this one has none there. Write a r"):
+        open_source(f"{address}/*.tar", "reca")
+    handler.ranges, handler.accepts = False, "none"
+    with pytest.raises(DataError, match=r"0.tar"):
+        open_source(f"{address}/0.tar", "reca")
+    handler.accepts = None  # Python's own server says nothing
+    with pytest.raises(OSError, match=r"0.tar: the server does not send parts of files"):
+        open_source(f"{address}/0.tar", "reca")[0]
+
+
+def test_files_whose_requests_fail_are_read_on(serve, tmp_path, monkeypatch):
+    """Headers of a tar, and footer and row groups of a table: of requests for a part every other one fails."""
+    pytest.importorskip("pyarrow")
+    from tests.data.test_parquet import midjourney
+
+    address, handler = serve
+    monkeypatch.setattr(remote, "BLOCK", 1000)
+    members = [(f"{n}.png", image_bytes((n, 0, 0))) for n in range(12)]
+    tar(tmp_path / "www" / "a.tar", *members)
+    midjourney(tmp_path / "www" / "b.parquet", 0, 12)
+    asked, send_head = [], handler.send_head
+
+    def flaky(self):
+        asked.append("Range" in self.headers)
+        return self.send_error(503) if asked[-1] and sum(asked) % 2 else send_head(self)
+
+    handler.send_head = flaky
+    for name in ("a.tar", "b.parquet"):
+        source = open_source(f"{address}/{name}", "reca")
+        assert [source[n].image for n in range(12)] == [data for _, data in members]
+    assert sum(asked) > 40
+    monkeypatch.setattr(
+        handler, "send_head", lambda self: self.send_error(503) if "Range" in self.headers else send_head(self)
+    )
+    with pytest.raises(DataError, match=r"a.tar cannot be read: .*a.tar: ClientResponseError: 503"):
+        open_source(f"{address}/a.tar", "reca")
+    with pytest.raises(DataError, match=r"b.parquet: ClientResponseError: 503"):
+        open_source(f"{address}/b.parquet", "reca")
+    source.tables.kept.clear()
+    with pytest.raises(BadSample, match=r"row group 0 cannot be read: .*b.parquet: ClientResponseError: 503"):
+        source[0]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
+    address, handler = serve
+    fill(tmp_path / "www", {"a.png": image_bytes(), "b c/d#1.png": image_bytes((1, 2, 3)), "b c/d#1.txt": b"one"})
+    handler.ranges, handler.accepts = ranges, None
+    source = open_source(address, "reca")
+    assert [source[i].image for i in range(len(source))] == [image_bytes(), image_bytes((1, 2, 3))]
+    assert source.size(0) == 0 and open_source(f"{address}/b%20c", "t2i")[0].text == "one"
+
+
+WHAT = [
+    ("rows.json", "i2t"),
+    ("a.tar", "reca"),
+    ("{0..1}.tar", "reca"),
+    ("*.tar", "reca"),
+    ("", "reca"),
+    ("s.json", "srum"),
+]
+
+
+@pytest.mark.parametrize(("name", "task"), WHAT)
+def test_a_server_that_fails_has_not_said_that_a_file_is_missing(serve, name, task):
+    address, handler = serve
+    for status, attempts in ((503, 3), (429, 3), (403, 1)):
+        asked = []
+        handler.send_head = lambda self, status=status, asked=asked: asked.append(self.path) or self.send_error(status)
+        linked = status == 403 and "*" in name
+        with pytest.raises(DataError, match="page of links" if linked else f"cannot be (read|listed): .*{status}"):
+            open_source(f"{address}/{name}", task)
+        assert max(map(asked.count, asked)) == attempts * (1 if name in ("", "*.tar") else 2)  # HEAD and GET
+    handler.send_head = lambda self: self.send_error(404)
+    with pytest.raises(DataError, match="does not exist|no tar file matches"):
+        open_source(f"{address}/{name}", task)
+    with pytest.raises(DataError, match=r"cannot be (read|listed): .*Connect"):
+        open_source(f"http://127.0.0.1:9/{name}", task)
+
+
+def test_a_request_that_asks_whether_a_file_is_there_is_made_again(serve, tmp_path):
+    address, handler = serve
+    conversations(tmp_path / "www", row("human", "Q", "gpt", "A"))
+    asked, send_head = [], handler.send_head
+
+    def flaky(self):
+        asked.append(self.path)
+        return self.send_error(503) if len(asked) < 5 else send_head(self)
+
+    handler.send_head = flaky
+    assert open_source(f"{address}/rows.json", "i2t")[0].text == [("Q", "A")]
+
+
+def test_a_folder_below_a_folder_is_not_lost_with_its_connection(serve, tmp_path, monkeypatch):
+    from fsspec.implementations.http import HTTPFileSystem
+
+    address, _ = serve
+    fill(tmp_path / "www", {"a.png": image_bytes(), "more/b.png": image_bytes((1, 2, 3))})
+    asked, listed = [], HTTPFileSystem._ls_real
+
+    async def reset(self, url, **options):
+        asked.append(url)
+        if "more" in url and asked.count(url) < least:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+        return await listed(self, url, **options)
+
+    monkeypatch.setattr(HTTPFileSystem, "_ls_real", reset)
+    for least in (3, 9):
+        with pytest.raises(DataError, match="cannot be listed: .*reset by peer") if least > 3 else nullcontext():
+            assert len(open_source(address, "reca")) == 2
