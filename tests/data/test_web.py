@@ -3,6 +3,7 @@
 import errno
 import http.server
 import itertools
+import json
 import re
 import threading
 from contextlib import nullcontext
@@ -139,6 +140,31 @@ def test_a_folder_over_http_whose_list_has_no_sizes(serve, tmp_path, ranges):
     source = open_source(address, "reca")
     assert [source[i].image for i in range(len(source))] == [image_bytes(), image_bytes((1, 2, 3))]
     assert source.size(0) == 0 and open_source(f"{address}/b%20c", "t2i")[0].text == "one"
+
+
+NAMES = ["a#1.png", "b?x=1.png", "c d.png", "e%20f.png", "g%h.png", "\u00fc.png", "i/j&k;l.png", "m+n'.png", "o[1].png"]
+
+
+def test_any_name_may_lie_below_an_address(serve, tmp_path):
+    """Names in data are names, not parts of URLs: of rows, of a table, and of what a server lists."""
+    address, _ = serve
+    images = {name: image_bytes((number, 0, 0)) for number, name in enumerate(NAMES)}
+    root = fill(tmp_path / "www", images)
+    (root / "rows.json").write_text(json.dumps([row("human", "Q", "gpt", "A", image=name) for name in NAMES]))
+    for image_root in (None, address, str(root)):
+        source = open_source(f"{address}/rows.json", "i2t", image_root)
+        assert [source[n].image for n in range(len(NAMES))] == list(images.values())
+        assert [source.key(n) for n in range(len(NAMES))] == NAMES
+    folder = open_source(address, "reca")
+    assert {folder[n].image for n in range(len(folder))} == set(images.values())
+    with pytest.raises(DataError, match=r"9 of 9 images have no caption; http://127.0.0.1:\d+/%C3%BC.txt is missing"):
+        open_source(address, "t2i")
+    if pytest.importorskip("pyarrow"):
+        from tests.data.test_parquet import table
+
+        table(root / "names.parquet", {"image": NAMES})
+        source = open_source(f"{address}/names.parquet", "reca")
+        assert [source[n].image for n in range(len(NAMES))] == list(images.values())
 
 
 WHAT = [

@@ -188,7 +188,7 @@ def captions_of(root: AnyPath, images: Sequence[str], texts: Sequence[str]) -> l
         captions[_stem(name)] = name
     bare = [name for name in images if _stem(name) not in captions]
     if bare:
-        missing = root / f"{_stem(bare[0])}.txt"
+        missing = f"{str(root).rstrip('/')}/{_stem(bare[0])}.txt"
         raise DataError(f"{len(bare)} of {len(images)} images have no caption; {missing} is missing")
     owners: dict[str, str] = {}
     for name in images:

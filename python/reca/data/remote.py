@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote
 
 from reca.data.errors import DataError
 
@@ -40,6 +41,11 @@ class RemotePath:
         return str(self) < str(other)
 
     def __truediv__(self, name: str) -> "RemotePath":
+        """Return the file of that name, in which no character is part of a URL's syntax."""
+        return self.listed(quote(name) if lists_by_links(self.path) else name)
+
+    def listed(self, name: str) -> "RemotePath":
+        """Return the file that the file system lists by that name, which of a web server is part of a URL."""
         return RemotePath(self.fs, posixpath.join(self.path, name))
 
     @property

@@ -35,8 +35,8 @@ class RemoteFolder(ImageFolder):
 
     def read(self, name: str, limit: int, what: str) -> bytes:
         if (size := self.sizes[name]) is not None:
-            return read_range(self.root / name, 0, checked_size(size, limit, what))
-        data = read_range(self.root / name, 0, limit + 1)
+            return read_range(self.root.listed(name), 0, checked_size(size, limit, what))
+        data = read_range(self.root.listed(name), 0, limit + 1)
         checked_size(len(data), limit, what)
         return data
 

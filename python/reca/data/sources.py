@@ -122,7 +122,7 @@ def _open_address(text: str, task: str, image_root: str | None, columns: Columns
         found = root.ask(root.fs.glob, f"{root.path.rstrip('/')}/**/*.parquet")
         tables = [RemotePath(root.fs, path) for path in found]
     except NoImages as error:
-        tables = [root / str(path) for path in error.files.get(".parquet", ())]
+        tables = [root.listed(path) for path in error.files.get(".parquet", ())]
         if not tables:
             raise
     if not tables:
