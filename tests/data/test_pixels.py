@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from reca.data.errors import DataError
-from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image
+from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image, shown_size
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 from tests.data.files import encoded
@@ -53,6 +53,24 @@ def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert open_rgb(encoded(drawn(), "JPEG", exif=exif)).size == (24, 40)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("value", [*range(10), 65535])
+def test_the_size_that_is_shown_is_that_of_the_decoded_image(format, value):
+    """Pillow turns a TIFF itself; an orientation beyond 8 is none."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    data = encoded(drawn(), format, exif=exif)
+    assert shown_size(data) == open_rgb(data).size == ((24, 40) if value in (5, 6, 7, 8) else (40, 24))
+
+
+def test_the_size_that_is_shown_needs_no_metadata():
+    large = PngImagePlugin.PngInfo()
+    large.add_text("workflow", "x" * 2_000_000, zip=True)
+    assert shown_size(encoded(drawn(), pnginfo=large)) == (40, 24)
+    with pytest.raises(BadImage, match="the file is empty"):
+        shown_size(b"")
 
 
 JPEG = encoded(drawn(200, 120), "JPEG", quality=92)

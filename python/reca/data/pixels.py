@@ -5,9 +5,9 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+T = TypeVar("T")
 
 
 # Between Pillow's limit and MAX_PIXELS_JPEG.
@@ -55,17 +57,34 @@ def open_rgb(data: bytes) -> Image.Image:
 
     A JPEG of more than MAX_PIXELS has half its width and height.
     """
+    return _with_or_without_metadata(_open_rgb, data)
+
+
+def shown_size(data: bytes) -> tuple[int, int]:
+    """Read width and height of an image as it is shown, upright. Raises BadImage."""
+    return _with_or_without_metadata(_shown_size, data)
+
+
+def _with_or_without_metadata(read: Callable[[bytes], T], data: bytes) -> T:
     try:
-        return _open_rgb(data)
+        return read(data)
     except BadImage:
         bare = without_metadata(data)
         if bare is None or len(bare) == len(data):
             raise
         try:
-            return _open_rgb(bare)
+            return read(bare)
         except BadImage:
             pass
         raise
+
+
+def _shown_size(data: bytes) -> tuple[int, int]:
+    with opened(data) as file:
+        if file.format == "TIFF":
+            file.load()  # turns it upright; its size may be turned before that
+        width, height = file.size
+        return (height, width) if orientation(file) in SIDEWAYS else (width, height)
 
 
 def _open_rgb(data: bytes) -> Image.Image:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from reca.data.chat_rows import BadRow, image_name
 from reca.data.errors import BadSample, DataError
 from reca.data.json_rows import Form, load_rows
-from reca.data.pixels import opened, orientation
+from reca.data.pixels import shown_size
 from reca.data.remote import AnyPath, RemotePath, read_range, to_path
 from reca.data.sample import MAX_IMAGE_BYTES, Sample, checked_size, digest
 from reca.data.skipped import Skipped
@@ -67,7 +67,7 @@ class ScoredImages:
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
         image = self._read(row.image)
-        width, height = _shown_size(image)
+        width, height = shown_size(image)
         boxes = tuple(_fractions(box, score, width, height) for box, score in row.boxes)
         target = None if row.target is None else self._read(row.target)
         return Sample(self.key(index), image, Scored(row.caption, boxes, row.background, target))
@@ -135,13 +135,6 @@ def _edges(box: dict[str, Any]) -> tuple[float, float, float, float]:
     if left >= right or top >= bottom:
         raise BadRow("have a box whose right is not beyond its left, or whose bottom not below its top")
     return left, top, right, bottom
-
-
-def _shown_size(image: bytes) -> tuple[int, int]:
-    """Return width and height of an image as it is shown. Raises BadSample."""
-    with opened(image) as file:
-        width, height = file.size
-        return (height, width) if orientation(file) >= 5 else (width, height)
 
 
 def _fractions(box: tuple[float, float, float, float], score: float, width: int, height: int) -> ScoredBox:
