@@ -120,6 +120,37 @@ def test_what_is_for_a_batch(library):
             decoder(file, 0)
 
 
+def test_damaged_files_and_several_in_one_are_pillows_to_judge(library):
+    """DALI reads them, or as much as there is: a file is good or bad alike with either decoder."""
+    decoder = dali.DaliDecoder(Views(View(16), None), CounterRNG(0), device="cpu")
+    for options in ({}, {"progressive": True}):
+        whole = jpeg(0, **options)
+        scan = whole.index(b"\xff\xda")
+        middle = (scan + len(whole)) // 2
+        damaged = (
+            whole[:middle] + jpeg(1),  # two in one cell, the first cut off
+            whole[:middle] + b"\xff\xc0" + whole[middle + 2 :],
+            whole[:middle] + b"\xff\x01" + whole[middle + 2 :],
+            whole + jpeg(1),
+            whole + b"junk\xff\xd9",
+        )
+        for file in damaged:
+            assert not decoder.takes(file)
+            try:
+                want = decoder.pillow(file, 0)[0]
+            except BadImage:
+                with pytest.raises(BadImage):
+                    decoder(file, 0)
+            else:
+                assert torch.equal(decoder(file, 0)[0], want)
+        for file in (
+            whole + b"\0",
+            whole[:-2] + b"\xff\xff\xd9",
+            whole[:scan] + b"\xff\xfe\0\x04\xff\xd8" + whole[scan:],
+        ):
+            assert decoder.takes(file)
+
+
 # ---- in the loader ----
 
 

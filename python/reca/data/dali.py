@@ -8,6 +8,7 @@ whether an image is bad is Pillow's to say.
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reca.data.metadata import JPEG
 from reca.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -29,6 +31,9 @@ from reca.data.views import Views
 from reca.rng import CounterRNG
 
 log = logging.getLogger("reca")
+
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of JPEG; in a scan other bytes than these follow 0xFF
+END, SCAN, TABLES, PROGRESSIVE = 0xD9, 0xDA, 0xC4, 0xC2
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -64,8 +69,8 @@ class DaliDecoder:
         self.pillow, self.failed = PillowDecoder(views, rng), False
 
     def takes(self, data: bytes) -> bool:
-        """Return whether these bytes are for `batch`: a whole, upright JPEG of RGB or grey pixels."""
-        return _whole(data) and _plain_jpeg(data)
+        """Return whether these bytes are for `batch`: an upright JPEG of RGB or grey pixels, whole."""
+        return _one_image(data) and _plain_jpeg(data)
 
     def __call__(self, data: bytes, sample_id: int) -> Pair:
         """Decode one file into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
@@ -134,9 +139,21 @@ class DaliDecoder:
             return bad
 
 
-def _whole(data: bytes) -> bool:
-    """Return whether a JPEG has its end: a download that broke off has none, and would fail a batch."""
-    return data.rstrip(b"\0").endswith(b"\xff\xd9")
+def _one_image(data: bytes) -> bool:
+    """Return whether a JPEG is one image from its first byte to its last, up to zeros behind it.
+
+    Decoders differ in what they make of a download that broke off, of damage inside a scan, and of a second image.
+    """
+    place, scanned, progressive = len(JPEG), False, False
+    while match := MARKER.search(data, place):
+        place, kind = match.end(), data[match.end() - 1]
+        if kind == END:
+            return not data[place:].strip(b"\0")
+        if scanned and not (progressive and kind in (TABLES, SCAN)):
+            return False
+        scanned, progressive = scanned or kind == SCAN, progressive or kind == PROGRESSIVE
+        place += int.from_bytes(data[place : place + 2], "big")
+    return False
 
 
 def _plain_jpeg(data: bytes) -> bool:
