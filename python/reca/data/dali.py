@@ -66,11 +66,12 @@ class DaliDecoder:
         self.stream = torch.cuda.Stream(self.index) if self.device == "gpu" else None
         self.context = dynamic.EvalContext(num_threads=threads, device_id=self.index, cuda_stream=self.stream)
         self.lock = threading.Lock()  # a context is of one thread at a time, and so is the memory of one batch
-        self.pillow, self.failed = PillowDecoder(views, rng), False
+        self.pillow = PillowDecoder(views, rng)
+        self.refused: set[int] = set()  # hashes of the files that DALI failed at
 
     def takes(self, data: bytes) -> bool:
-        """Return whether these bytes are for `batch`: an upright JPEG of RGB or grey pixels, whole."""
-        return _one_image(data) and _plain_jpeg(data)
+        """Return whether these bytes are for `batch`: a whole, upright JPEG, RGB or grey, that has not failed."""
+        return _one_image(data) and _plain_jpeg(data) and hash(data) not in self.refused
 
     def __call__(self, data: bytes, sample_id: int) -> Pair:
         """Decode one file into (gen, und), uint8 [3, H, W] each. Raises BadImage."""
@@ -129,10 +130,10 @@ class DaliDecoder:
             return [torch.from_dlpack(image).permute(2, 0, 1) for image in images.tensors]
 
     def _by_pillow(self, file: bytes, sample_id: int, error: Exception) -> Pair | BadImage:
-        if not self.failed:
-            self.failed = True
+        if not self.refused:
             reason = " ".join(str(error).split())[:200]
             log.warning("what DALI cannot decode goes through Pillow; the first: %s", reason)
+        self.refused.add(hash(file))
         try:
             return self.pillow(file, sample_id)
         except BadImage as bad:
