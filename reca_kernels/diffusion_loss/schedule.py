@@ -32,7 +32,10 @@ def _constant(steps: int, keep: int | None, device: torch.device) -> Tensor:
 @outside_of_modes
 def _schedule(steps: int, keep: int | None, device: torch.device) -> Tensor:
     kept = None if keep is None else space_timesteps(steps, keep)
-    return on_device(reference.schedule(steps, kept).float(), device)
+    table = on_device(reference.schedule(steps, kept).float(), device)
+    # What mark_static does, which cannot while a graph is traced: under dynamic=True a constant's sizes are no symbols.
+    table._dynamo_static_indices = {0, 1}  # type: ignore[attr-defined]
+    return table
 
 
 def space_timesteps(steps: int, keep: int) -> Tensor:

@@ -325,6 +325,17 @@ def test_compiled_graph_is_whole_and_equal():
 
 
 @needs_native
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_graph_holds_the_schedule(dynamic):
+    schedules._schedule.cache_clear()  # it may be made while the graph is traced
+    step = lambda x0, t, eps: diffusion_add_noise(x0, t, eps, diffusion_schedule(30))  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 7):
+        arguments = torch.randn(rows, 8), torch.arange(rows), torch.randn(rows, 8)
+        assert torch.equal(compiled(*arguments), step(*arguments))
+
+
+@needs_native
 def test_opcheck():
     out, x0, t, noise, rows = case(rows=20)
     out.requires_grad_()
