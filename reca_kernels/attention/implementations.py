@@ -33,7 +33,7 @@ from reca_kernels.attention.flash_functions import (
 )
 from reca_kernels.attention.plan import AttentionPlan, AttentionSpan, Call, QueryGroup, QueryPiece
 from reca_kernels.attention.reference import allowed
-from reca_kernels.host import on_device, outside_of_modes
+from reca_kernels.host import no_modes, on_device, outside_of_modes
 from reca_kernels.memory import transformed
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -340,7 +340,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    return _blocks_of(plan)
+    with no_modes():  # kept, as outside_of_modes does
+        return _blocks_of(plan)
 
 
 @functools.lru_cache(maxsize=8)

@@ -34,6 +34,7 @@ from reca_kernels import (
     philox_normal,
     template_concat,
 )
+from reca_kernels.attention import implementations
 
 pytestmark = [
     pytest.mark.skipif(native.module is None, reason=str(native.missing)),
@@ -383,3 +384,8 @@ def test_tensors_that_are_kept_are_real():
         leaf = q.clone().requires_grad_()
         attention(leaf, leaf, leaf, plan, impl="dense").sum().backward()
     assert_close(attention(q, q, q, plan, impl="dense"), out)
+    with torch.inference_mode(), torch.device("meta"):
+        implementations._blocks(plan)
+    queries, keys, blocks = implementations._blocks(plan)
+    for kept in (queries, keys, blocks.kv_num_blocks):
+        assert kept.is_cpu and not kept.is_inference()
