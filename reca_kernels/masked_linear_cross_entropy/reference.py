@@ -42,4 +42,4 @@ def masked_linear_cross_entropy(
         return loss
     if reduction == "none":
         return torch.where(all_unlabelled, 0, loss.new_tensor(torch.nan)).index_copy(0, rows, loss)
-    return loss + torch.where((~all_unlabelled).sum() > max_labelled, torch.nan, 0)
+    return loss + torch.where((~all_unlabelled).sum() > max_labelled, torch.nan, torch.zeros_like(loss))
