@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
+from reca_kernels.memory import learns
 
 REDUCTIONS = ("mean", "sum", "none")
 # Torch does the same by operations of 3 microseconds each.
@@ -69,7 +70,7 @@ def floating(op: str, **tensors: Tensor | None) -> None:
 def constant(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError for a tensor that requires a gradient, where the op gives none: it would be lost in silence."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if learns(tensor):
             raise ValueError(f"{op}: {name} requires a gradient, which this op does not give; detach it")
 
 
@@ -81,10 +82,14 @@ def integer(op: str, **tensors: Tensor) -> None:
 
 
 def cross_entropy(
-    op: str, rows: int, labels: Tensor, label_smoothing: float, softcap: float | None, reduction: str
+    op: str, rows: int, labels: Tensor, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str
 ) -> None:
     """Check what both forms of cross-entropy take. Raise TypeError or ValueError."""
     integer(op, labels=labels)
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": 0.0 if softcap is None else softcap}
+    for name, value in numbers.items():
+        if value is None or isinstance(value, Tensor):  # a tensor's gradient would be lost in silence
+            raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if labels.ndim != 1 or labels.shape[0] != rows:
         raise ValueError(f"{op}: labels must be [N] = [{rows}], one per row, got {list(labels.shape)}")
     if not 0 <= label_smoothing < 1:

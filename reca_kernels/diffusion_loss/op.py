@@ -33,7 +33,7 @@ def diffusion_add_noise(
     C elements each), or explicit noise [M, C]. The result has no gradient.
 
     Raises:
-        ValueError: Shapes do not fit, x0 or noise requires a gradient, an index is out of range (looked for on CPUs,
+        ValueError: Shapes do not fit, x0, noise or the schedule requires a gradient, an index is out of range (looked for on CPUs,
             and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is unknown.
         TypeError: x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
             quantized or a DTensor.
@@ -75,7 +75,7 @@ def diffusion_loss(
     Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels/diffusion_loss.md
 
     Raises:
-        ValueError: Shapes or the reduction do not fit, x0 or noise requires a gradient, an index is out of range
+        ValueError: Shapes or the reduction do not fit, x0, noise or the schedule requires a gradient, an index is out of range
             (looked for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the
             backend is unknown.
         TypeError: out or x0 are not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
@@ -138,7 +138,7 @@ def _checked(
     checks.integer(OP, t=t)
     if x0.ndim != 2 or x0.shape[1] == 0 or t.ndim != 1:
         raise ValueError(f"{OP}: x0 must be [N, C > 0] and t [M], got {list(x0.shape)} and {list(t.shape)}")
-    checks.constant(OP, x0=x0, noise=noise if isinstance(noise, Tensor) else None)
+    checks.constant(OP, x0=x0, schedule=schedule, noise=noise if isinstance(noise, Tensor) else None)
     if rows is None and t.shape[0] != x0.shape[0]:
         raise ValueError(f"{OP}: without rows, t must be [N] = [{x0.shape[0]}], got [{t.shape[0]}]")
     if rows is not None:

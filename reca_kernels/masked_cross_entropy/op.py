@@ -47,8 +47,8 @@ def masked_cross_entropy(
     Raises:
         ValueError: A shape, an option or a label does not fit, tensors are on several devices, inplace=True would
             overwrite a parameter or rows that overlap, or the backend is unknown.
-        TypeError: Logits are not of a float dtype or labels not int32 or int64, or a tensor is sparse, nested,
-            quantized or a DTensor.
+        TypeError: Logits are not of a float dtype or labels not int32 or int64, label_smoothing, z_loss or softcap is a
+            tensor, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again, or inplace=True has overwritten the logits before.
     """
@@ -57,7 +57,7 @@ def masked_cross_entropy(
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits must be [N, V] with V > 0, got {list(logits.shape)}; flatten the batch first")
     checks.floating(OP, logits=logits)
-    checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, softcap, reduction)
+    checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if inplace:

@@ -58,8 +58,8 @@ def masked_linear_cross_entropy(
     Raises:
         ValueError: A shape, an option or a label does not fit, more rows carry a label than max_labelled, tensors are
             on several devices, or the backend is unknown.
-        TypeError: hidden, weight or bias are not of a float dtype or labels not int32 or int64, or a tensor is sparse,
-            nested, quantized or a DTensor.
+        TypeError: hidden, weight or bias are not of a float dtype or labels not int32 or int64, label_smoothing, z_loss
+            or softcap is a tensor, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again, or the graph was traced for other gradients.
     """
@@ -79,7 +79,7 @@ def masked_linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{OP}: chunk_rows must be at least 1 or None, got {chunk_rows}")
     checks.floating(OP, hidden=hidden, weight=weight, bias=bias)
-    checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, softcap, reduction)
+    checks.cross_entropy(OP, hidden.shape[0], labels, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, hidden, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     if backend == "reference":

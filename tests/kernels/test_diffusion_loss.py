@@ -387,6 +387,7 @@ def test_mistakes_are_named():
         ("schedule must be", {"schedule": SCHEDULE[:, :7]}),
         ("noise.sample_ids must be", {"noise": noise._replace(sample_ids=torch.arange(3))}),
         ("x0 requires a gradient", {"x0": x0.clone().requires_grad_()}),
+        ("schedule requires a gradient", {"schedule": SCHEDULE.clone().requires_grad_()}),
         ("noise requires a gradient", {"noise": torch.zeros(len(t), x0.shape[1], requires_grad=True)}),
         ("seed must be an int64 tensor", {"noise": noise._replace(seed=3)}),
         ("must be on one device, got x0 on cpu, t on cpu, schedule on meta", {"schedule": SCHEDULE.to("meta")}),
@@ -394,6 +395,13 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             diffusion_loss(**(good | change))
+
+
+def test_a_batched_tensor_loses_no_gradient_in_silence():
+    out, x0, t, noise, _ = case()
+    both = torch.stack((x0, x0)).requires_grad_()
+    with pytest.raises(ValueError, match="x0 requires a gradient"):
+        torch.vmap(lambda x: diffusion_loss(out, x, t, noise, SCHEDULE, rows=t % 3))(both)
 
 
 @EVERYWHERE

@@ -286,11 +286,14 @@ def test_unchecked_label_out_of_range_poisons_its_row(backend, device, monkeypat
 
 def test_shapes_and_dtypes_that_do_not_fit():
     leaves, labels = problem()
-    logits = logits_of(leaves)
+    logits, one = logits_of(leaves), torch.nn.Parameter(torch.ones(()))
     for bad, error, words in (
         (lambda: masked_cross_entropy(logits[None], labels), ValueError, "flatten the batch first"),
         (lambda: masked_cross_entropy(logits, labels[:-1]), ValueError, "one per row"),
         (lambda: masked_cross_entropy(logits, labels.float()), TypeError, "must be int32 or int64"),
+        (lambda: masked_cross_entropy(logits, labels, softcap=one), TypeError, "softcap must be a number, got Parameter"),
+        (lambda: masked_cross_entropy(logits, labels, z_loss=one), TypeError, "z_loss must be a number, got Parameter"),
+        (lambda: masked_cross_entropy(logits, labels, z_loss=None), TypeError, "z_loss must be a number, got NoneType"),
         (lambda: masked_cross_entropy(logits.long(), labels), TypeError, "must be fp32, bf16 or fp16"),
         (lambda: masked_cross_entropy(logits, labels, label_smoothing=1.0), ValueError, r"in \[0, 1\)"),
         (lambda: masked_cross_entropy(logits, labels, softcap=0.0), ValueError, "above 0 or None"),

@@ -165,6 +165,7 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1][:0], labels), ValueError, "FSDP or ZeRO-3"),
         (lambda: masked_linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2][1:]), ValueError, "bias must be"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, chunk_rows=0), ValueError, "at least 1"),
+        (lambda: masked_linear_cross_entropy(*leaves[:2], labels, softcap=leaves[2][0]), TypeError, "must be a number"),
         (lambda: masked_linear_cross_entropy(*leaves[:2], labels, max_labelled=-1), ValueError, "at least 0 or None"),
     ):
         with pytest.raises(error, match=words):
@@ -332,3 +333,13 @@ def test_the_definition_multiplies_no_more_rows_than_max_labelled(reduction, mos
         results.append((loss, x.grad, w.grad))
     torch.testing.assert_close(results[1], results[0])
     assert counter.get_total_flops() == 2 * min(most, 8) * 6 * 7
+
+
+def test_the_definition_is_fp32_whatever_the_default_dtype():
+    leaves, labels = problem()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = masked_linear_cross_entropy(*leaves[:2], labels, max_labelled=4, backend="reference")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
