@@ -16,7 +16,7 @@ _index_outside = getattr(native.module, "index_outside", None)
 _all_finite = getattr(native.module, "all_finite", None)
 
 
-def dispatchable(op: str, **tensors: Tensor | None) -> None:
+def dispatchable(op: str, **tensors: Tensor) -> None:
     """Check what is not plain memory: the dispatcher may know how to run an op on it.
 
     Raises:
@@ -27,8 +27,6 @@ def dispatchable(op: str, **tensors: Tensor | None) -> None:
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         raise RuntimeError(f"{op}: torch.jit.trace would keep sizes and choices as constants; use torch.export")
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         reject_dtensor(op, name, tensor)
@@ -51,13 +49,16 @@ def reject_dtensor(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def one_device(op: str, **tensors: Tensor | None) -> None:
+def one_device(op: str, **tensors: Tensor) -> None:
     """Raise ValueError for tensors on several devices."""
-    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(present.values())) > 1:
-        raise ValueError(
-            f"{op}: all tensors must be on one device, got {', '.join(f'{n} on {d}' for n, d in present.items())}"
-        )
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {places}")
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Return the optional tensors that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:

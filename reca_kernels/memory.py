@@ -25,27 +25,28 @@ _DEVICES = _bits("CPU") ^ _bits("CUDA")
 _keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def plain(*tensors: Tensor, optional: Tensor | None = None) -> bool:
     """Return whether a kernel may be called on the addresses of these tensors, with nothing in between.
 
     Not under torch.compile, a dispatch or function mode, a transform of torch.func, torch.jit.trace or forward mode
     AD. Not for a subclass, a fake, meta, sparse, quantized or nested tensor, a negated view, or a zero tensor. Not for
     tensors on several devices, or for what is no tensor.
     """
+    if optional is not None:
+        tensors = (*tensors, optional)
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or has_torch_function(tensors):
         return False
     keys = _keys_of_thread().raw_repr()
     try:
         for tensor in tensors:
-            if tensor is not None:
-                keys |= _keys_of(tensor).raw_repr()
+            keys |= _keys_of(tensor).raw_repr()
     except TypeError:
         return False
     if keys & _MORE:
         return False
     if not keys & _CUDA:
         return True
-    return keys & _DEVICES == _CUDA and len({tensor.get_device() for tensor in tensors if tensor is not None}) == 1
+    return keys & _DEVICES == _CUDA and len({tensor.get_device() for tensor in tensors}) == 1
 
 
 def has_values(*tensors: Tensor | None) -> bool:

@@ -58,6 +58,8 @@ def attention(
     Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
     do not fit the plan or each other.
     """
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"{OP}: plan must be what attention_plan returns, got {type(plan).__name__}")
     if not (raw := plain(q, k, v)):
         checks.dispatchable(OP, q=q, k=k, v=v)
         if not torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from reca_kernels.diffusion_loss import reference
 from reca_kernels.diffusion_loss.kernels import Kernels
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import has_values, plain
-from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
+from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "diffusion_loss"
 WIDEST = 128  # channels a kernel's buffers hold
@@ -33,15 +33,16 @@ def diffusion_add_noise(
     C elements each), or explicit noise [M, C]. The result has no gradient.
 
     Raises:
-        ValueError: Shapes do not fit, x0, noise or the schedule requires a gradient, an index is out of range (looked for on CPUs,
-            and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is unknown.
+        ValueError: Shapes do not fit, x0, noise or the schedule requires a gradient, an index is out of range (looked
+            for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is
+            unknown.
         TypeError: x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
             quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
             torch.jit.trace traces the call.
     """
-    if not (raw := plain(x0, t, schedule, rows, *_tensors(noise))):
-        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, **_named(noise))
+    if not (raw := plain(x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
+        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), **named(noise))
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
     out_dtype = out_dtype or x0.dtype
     backend = _backend(x0, [x0.dtype, out_dtype], x0, backend)
@@ -75,16 +76,16 @@ def diffusion_loss(
     Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels/diffusion_loss.md
 
     Raises:
-        ValueError: Shapes or the reduction do not fit, x0, noise or the schedule requires a gradient, an index is out of range
-            (looked for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the
-            backend is unknown.
+        ValueError: Shapes or the reduction do not fit, x0, noise or the schedule requires a gradient, an index is out
+            of range (looked for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or
+            the backend is unknown.
         TypeError: out or x0 are not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
             quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
             torch.jit.trace traces the call. A kernel's gradient is differentiated again.
     """
-    if not (raw := plain(out, x0, t, schedule, rows, *_tensors(noise))):
-        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, rows=rows, out=out, **_named(noise))
+    if not (raw := plain(out, x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
+        checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), out=out, **named(noise))
     t, noise, rows = _checked(x0, t, noise, schedule, rows)
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{OP}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}")
@@ -115,14 +116,6 @@ def _backend(tensor: Tensor, dtypes: Sequence[torch.dtype], x0: Tensor, backend:
             raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {width}; use 'reference'")
         return "reference"
     return chosen
-
-
-def _tensors(noise: Philox | Tensor) -> tuple[Tensor, ...]:
-    return (noise,) if isinstance(noise, Tensor) else noise[:2]
-
-
-def _named(noise: Philox | Tensor) -> dict[str, Tensor]:
-    return {"noise": noise} if isinstance(noise, Tensor) else addressed(noise)
 
 
 def _check_indices(x0: Tensor, t: Tensor, schedule: Tensor, rows: Tensor | None) -> None:

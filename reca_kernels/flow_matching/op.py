@@ -11,7 +11,7 @@ from reca_kernels.flow_matching import reference
 from reca_kernels.flow_matching.kernels import Kernels
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
-from reca_kernels.philox.address import NOISE_SCHEMA, Philox, addressed, checked, flattened, unflattened
+from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "flow_matching"
 
@@ -44,7 +44,7 @@ def flow_matching_add_noise(
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call.
     """
-    if not (raw := plain(t, *_tensors(x0, noise))):
+    if not (raw := plain(t, *_images_of(x0), *tensors_of(OP, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
     images, shape = _images(x0, patch), _shape(x0, patch)
     checks.constant(OP, t=t)
@@ -87,8 +87,8 @@ def flow_matching_loss(
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again.
     """
-    if not (raw := plain(pred, t, *_tensors(x0, noise))):
-        checks.dispatchable(OP, **_named(x0, t, noise), pred=pred)
+    if not (raw := plain(pred, t, *_images_of(x0), *tensors_of(OP, noise), optional=weight)):
+        checks.dispatchable(OP, **_named(x0, t, noise), pred=pred, **checks.given(weight=weight))
     images = _images(x0, patch)
     if reduction not in ("mean", "sum", "sample"):
         raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
@@ -122,15 +122,14 @@ def flow_matching_loss(
     return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), counts, strict=True)])  # no copy from the host
 
 
-def _tensors(x0: Tensor | Sequence[Tensor], noise: Philox | Tensor) -> tuple[Tensor, ...]:
-    images = x0 if isinstance(x0, list | tuple) else (x0,)
-    return (*images, noise) if isinstance(noise, Tensor) else (*images, noise.seed, noise.sample_ids)
+def _images_of(x0: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return x0 if isinstance(x0, list | tuple) else (x0,)
 
 
 def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> dict[str, Tensor]:
     listed = isinstance(x0, list | tuple)
     images = {f"x0[{i}]": image for i, image in enumerate(x0)} if listed else {"x0": x0}
-    return {**images, "t": t, **({"noise": noise} if isinstance(noise, Tensor) else addressed(noise))}
+    return {**images, "t": t, **named(noise)}
 
 
 def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:

