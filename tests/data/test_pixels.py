@@ -126,6 +126,18 @@ def test_center_crop_takes_the_middle_and_pad_keeps_everything():
     assert padded[:, 1, 15].tolist() == [127] * 3 and padded[:, 15, 15].tolist() == [0, 0, 255]
 
 
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (100, 67), (67, 100), (50, 37), (99, 98), (31, 31)])
+@pytest.mark.parametrize("side", [33, 56])
+def test_center_crop_is_that_of_clips_processor(size, side):
+    """Up to rounding between the two passes: a long side that is one pixel longer moves half of the image."""
+    transforms = pytest.importorskip("transformers.image_transforms")
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 166, (*size[::-1], 3), dtype=np.uint8))
+    shape = transforms.get_resize_output_image_size(np.asarray(image), side, default_to_square=False)
+    whole = np.asarray(image.resize(shape[::-1], Image.Resampling.BICUBIC))
+    want = transforms.center_crop(whole, (side, side)).transpose(2, 0, 1).astype(int)
+    assert np.abs(make_view(image, View(side, fit="center_crop")).numpy() - want).max() <= 1
+
+
 def test_random_crop_is_a_function_of_the_sample():
     decoder = PillowDecoder(Views(gen=View(16, fit="random_crop"), und=None), CounterRNG(3))
     data = encoded(drawn(90, 20))

@@ -239,8 +239,7 @@ def geometry(
         left, top = (int(crop * (side - short + 1)) for side in (width, height))
         return (left, top, left + short, top + short), (view.size, view.size)
     if view.fit == "center_crop":  # resize the short side, then cut whole pixels from the middle
-        scale = view.size / short
-        w, h = (max(view.size, round(side * scale)) for side in (width, height))
+        w, h = (int(view.size * side / short) for side in (width, height))  # rounded down, as CLIP's processor does
         left, top = (w - view.size) // 2, (h - view.size) // 2
         box = (left / w * width, top / h * height, (left + view.size) / w * width, (top + view.size) / h * height)
         return box, (view.size, view.size)
