@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from types import SimpleNamespace
 
@@ -53,6 +54,13 @@ def test_captions_and_conversations_are_counted(root, tmp_path):
     found = audit(source, about=True)
     assert sorted(found.turns) == [1, 2] and sorted(found.answers) == [1, 1, 2] and not found.duplicates
     assert "conversations: turns 1 to 2, median 1.5; words of an answer 1 to 2" in report(found, source.skipped)
+
+
+def test_a_target_that_is_none_is_a_bad_sample(root, tmp_path):
+    row = {"caption": "one", "boxes": [], "image": "a.png"}
+    (tmp_path / "scored.json").write_text(json.dumps([row, row | {"target": "b.png"}, row | {"target": "e.png"}]))
+    found = audit(open_source(str(tmp_path / "scored.json"), "srum", str(root)))
+    assert list(found.bad) == ["a.png#3"] and found.samples == 3
 
 
 def test_the_command_exits_1_where_something_is_bad(root, capsys):

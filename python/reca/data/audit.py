@@ -85,6 +85,8 @@ def inspect_sample(source: Source, index: int) -> Inspection:
     try:
         sample = source[index]
         image = open_rgb(sample.image)
+        if isinstance(sample.text, Scored) and sample.text.target is not None:
+            open_rgb(sample.text.target)
     except LeftOut as error:
         return Inspection(key, left_out=str(error))
     except BadSample as error:
