@@ -10,7 +10,7 @@ import pytest
 
 from reca.data.columns import ColumnsConfig
 from reca.data.config import DataConfig
-from reca.data.errors import DataError, LeftOut
+from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.sources import open_source
 from reca.data.views import View, Views
@@ -151,6 +151,21 @@ def test_paths_and_rows_without_image(tmp_path):
     assert source[1].image == image_bytes()
     with pytest.raises(LeftOut):
         source[0]
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_text_that_is_not_utf8_costs_its_row(tmp_path, column):
+    pa = pytest.importorskip("pyarrow")
+    fill(tmp_path, {"ok": image_bytes()})
+    odd = pa.array([b"ok", b"\xff\xfe"], pa.binary()).view(pa.string())
+    table = pa.table({"image": ["ok", "ok"], "caption": ["one", "two"]} | {column: odd})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "0.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for path in ("0.parquet", "saved"):
+        source = open_source(str(tmp_path / path), "t2i", str(tmp_path))
+        assert source[0].image == image_bytes()
+        with pytest.raises(BadSample, match=f"the column {column} is not UTF-8"):
+            source[1]
 
 
 def test_folders_that_are_not_whole_and_no_datasets(tmp_path, monkeypatch):

@@ -103,6 +103,14 @@ def make_sample(key: str, image: Any, text: Any, task: str, root: AnyPath) -> Sa
     return Sample(key, data, conversation(text) if task == "i2t" else None)
 
 
+def cell_of(column: Any, row: int, name: str) -> Any:
+    """Return a cell of an Arrow column as Python has it. Raises BadSample for text that is not UTF-8."""
+    try:
+        return column[row].as_py()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"the column {name} is not UTF-8") from error
+
+
 def image_bytes(cell: Any, root: AnyPath) -> bytes:
     """Return the bytes of an image cell. Raises LeftOut, BadSample and OSError as `make_sample`."""
     if isinstance(cell, Mapping):

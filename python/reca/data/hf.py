@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from reca.data.columns import ColumnsConfig, choose, make_sample
+from reca.data.columns import ColumnsConfig, cell_of, choose, make_sample
 from reca.data.errors import DataError
 from reca.data.folder import total_size
 from reca.data.parquet import form_of
@@ -44,9 +44,9 @@ class HuggingFace:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        (row,) = self.rows[index].to_pylist()
-        text = None if self.columns.text is None else row[self.columns.text]
-        return make_sample(self.key(index), row[self.columns.image], text, self.task, self.root)
+        row = self.rows[index]
+        image, text = (name and cell_of(row.column(name), 0, name) for name in self.columns)
+        return make_sample(self.key(index), image, text, self.task, self.root)
 
     def key(self, index: int) -> str:
         return f"{self.split}:{index}"

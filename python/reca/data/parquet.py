@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reca import units
-from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, ColumnsConfig, choose, make_sample
+from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, ColumnsConfig, cell_of, choose, make_sample
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.patterns import relative_names, some
@@ -103,11 +103,7 @@ class Parquet:
     def __getitem__(self, index: int) -> Sample:
         number, row = self._place(index)
         group, table = self.groups[number], self.tables(number)
-        image = table.column(self.columns.image)[row].as_py()
-        try:
-            text = None if self.columns.text is None else table.column(self.columns.text)[row].as_py()
-        except UnicodeDecodeError as error:
-            raise BadSample(f"the column {self.columns.text} is not UTF-8") from error
+        image, text = (name and cell_of(table.column(name), row, name) for name in self.columns)
         root = self.root or self.paths[group.file].parent
         return make_sample(self.key(index), image, text, self.task, root)
 
