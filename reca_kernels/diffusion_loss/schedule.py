@@ -20,7 +20,9 @@ def diffusion_schedule(
     """
     if kind != "cosine":
         raise ValueError(f"{OP}: schedule must be 'cosine', got {kind!r}")
-    return _constant(steps, keep, torch.device(device))
+    schedule: Tensor = _constant(steps, keep, torch.device(device))
+    # Of a constant itself Dynamo cannot say whether it requires a gradient.
+    return schedule.detach() if torch.compiler.is_compiling() else schedule
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the schedule
