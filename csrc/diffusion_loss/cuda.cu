@@ -33,20 +33,36 @@ __device__ __forceinline__ Place place_of(const Work& work) {
   return {row, channel, row < work.args.count && channel < work.args.channels};
 }
 
+// The row of x0, the line of the table and whether it is that of step 0. Where there is no such row or step, the line is
+// one of NaN.
+struct Origin {
+  int64_t row;
+  const float* line;
+  bool first;
+};
+
+constexpr float none = __builtin_nanf("");
+alignas(16) __device__ const float no_line[diffusion_columns] = {none, none, none, none, none, none, none, none};
+
+__device__ __forceinline__ Origin origin_of(const Work& work, const Place& place) {
+  const int64_t row = work.args.rows ? work.args.rows[place.row] : place.row, t = work.args.t[place.row];
+  const bool known = uint64_t(row) < uint64_t(work.args.samples) && uint64_t(t) < uint64_t(work.args.steps);
+  return {known ? row : 0, known ? work.args.table + t * diffusion_columns : no_line, t == 0};
+}
+
 // The step's line of the table.
 struct Step {
   float sqrt_abar, sqrt_1m_abar, sqrt_recip, sqrt_recip_m1, c1, c2, log_posterior, log_beta;
 };
 
 template <bool wide>
-__device__ __forceinline__ Step step_of(const Work& work, int64_t row, int64_t t) {
-  const float* const from = work.args.table + t * diffusion_columns;
+__device__ __forceinline__ Step step_of(const float* line) {
   float v[8];
   if constexpr (wide) {
-    load(from, v);
+    load(line, v);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = from[i];
+    for (int i = 0; i < 8; ++i) v[i] = line[i];
   }
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
 }
@@ -93,8 +109,8 @@ __device__ __forceinline__ void write_some(DType type, void* to, int64_t begin, 
 }
 
 template <typename X, int n>
-__device__ __forceinline__ void read_x0(const Work& work, const Place& place, float (&x)[n]) {
-  const int64_t channels = work.args.channels, row = work.args.rows ? work.args.rows[place.row] : place.row;
+__device__ __forceinline__ void read_x0(const Work& work, const Place& place, int64_t row, float (&x)[n]) {
+  const int64_t channels = work.args.channels;
   read_some<X>(work.args.x0_dtype, work.args.x0, row * channels + place.channel, (row + 1) * channels, x);
 }
 
@@ -104,9 +120,10 @@ __device__ __forceinline__ void add_noise(const Work& work, void* x_t) {
   constexpr bool wide = !std::is_void_v<X>;
   const Place place = place_of<n>(work);
   if (!place.there) return;
-  const Step step = step_of<wide>(work, place.row, work.args.t[place.row]);
+  const Origin origin = origin_of(work, place);
+  const Step step = step_of<wide>(origin.line);
   float x[n], eps[n];
-  read_x0<X>(work, place, x);
+  read_x0<X>(work, place, origin.row, x);
   noise_of<n, wide>(work, place, eps);
 #pragma unroll
   for (int k = 0; k < n; ++k) x[k] = add(mul(step.sqrt_abar, x[k]), mul(step.sqrt_1m_abar, eps[k]));
@@ -130,12 +147,12 @@ __device__ __forceinline__ void loss(const Work& work, const void* out, void* gr
   float squares = 0, bound = 0;
   if (place.there) {
     const int64_t begin = place.row * 2 * channels + place.channel, half = place.row * 2 * channels + channels;
-    const int64_t t = work.args.t[place.row];
+    const Origin origin = origin_of(work, place);
     float predicted[n], variance[n], x[n], eps[n];
     read_some<P>(work.dtype, out, begin, half, predicted);
     read_some<P>(work.dtype, out, begin + channels, half + channels, variance);
-    read_x0<X>(work, place, x);
-    const Step step = step_of<wide>(work, place.row, t);
+    read_x0<X>(work, place, origin.row, x);
+    const Step step = step_of<wide>(origin.line);
     noise_of<n, wide>(work, place, eps);
     const float range = 0.5f * (step.log_beta - step.log_posterior), posterior = expf(step.log_posterior);
     const float share = 1.0f / float(channels);
@@ -153,16 +170,16 @@ __device__ __forceinline__ void loss(const Work& work, const void* out, void* gr
       const float here = 0.5f * (log_variance - step.log_posterior - 1.0f + shrink + scaled);
       if (wide || place.channel + k < channels) {
         squares += error * error;
-        if (t != 0) bound += here;
+        if (!origin.first) bound += here;
       }
       predicted[k] = error * (2 * share);
-      if (t != 0) {
+      if (!origin.first) {
         variance[k] = (1.0f - shrink - scaled) * (0.5f * range * share * bits);
       } else {
         variance[k] = log_variance;
       }
     }
-    if (t == 0) {
+    if (origin.first) {
 #pragma unroll 1
       for (int k = 0; k < n; ++k) {  // not unrolled: fp64 functions are long
         float derivative;

@@ -16,7 +16,7 @@ struct Diffusion {
   const int64_t* rows;  // [count]: which of x0's rows; null: row m
   const int64_t* t;     // [count]
   const float* table;   // [steps, 8]
-  int64_t count, channels;
+  int64_t count, channels, samples, steps;
   NoiseAddress noise;           // one sample id per row
   const float* explicit_noise;  // [count, channels]; null: drawn from the address
 };

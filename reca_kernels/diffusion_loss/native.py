@@ -49,6 +49,8 @@ def _arguments(
         table.data_ptr(),
         len(t),
         x0.shape[1],
+        x0.shape[0],
+        table.shape[0],
         address(noise),
         native.address(numbers),
     )

@@ -30,7 +30,8 @@ def diffusion_add_noise(
     """Compute x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
 
     Row m uses x0[rows[m]], so that nothing is repeated in memory. `noise` is the address of eps (one sample id per row,
-    C elements each), or explicit noise [M, C]. The result has no gradient.
+    C elements each), or explicit noise [M, C]. The result has no gradient. Where an index is out of range and nobody
+    looks, the kernels make the row NaN.
 
     Raises:
         ValueError: Shapes do not fit, x0, noise or the schedule requires a gradient, an index is out of range (looked
@@ -71,6 +72,8 @@ def diffusion_loss(
     predicted noise without a gradient. Step 0 is scored by the likelihood of bins of width 2/255.
 
     reduction    "mean" over rows (0 without rows), "sum", or "none": [M]
+    Bad index    A row of x0 or a step that is not there is looked for on CPUs, and on GPUs with RECA_CHECK=1.
+                 Unchecked, the kernels make the row's loss NaN.
     Derivatives  The op has the first derivative by out; its gradient is written in the pass that computes the loss.
                  backend="reference" has all derivatives by out.
     Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels/diffusion_loss.md

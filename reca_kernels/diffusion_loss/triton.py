@@ -18,9 +18,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS: tl.constexpr, EXPLICIT: tl.constexpr,
-          ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Load the numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there."""
+def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, samples, steps, CHANNELS: tl.constexpr,
+          EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Load the numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there.
+
+    Where x0 has no such row or the table no such step, it is step 0, and x0 is NaN.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, C)[None, :]
     exists = row < count
@@ -29,7 +32,10 @@ def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS: tl.c
     source = row
     if rows is not None:
         source = tl.load(rows + row, mask=exists, other=0)
-    clean = tl.load(x0 + source[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
+    known = (source >= 0) & (source < samples) & (step >= 0) & (step < steps)
+    step = tl.where(known, step, 0)
+    there = here & known[:, None]
+    clean = tl.load(x0 + source[:, None] * CHANNELS + channel, mask=there, other=float("nan")).to(tl.float32)
     if EXPLICIT:
         noise = tl.load(explicit + row[:, None] * CHANNELS + channel, mask=here, other=0.0).to(tl.float32)
     else:
@@ -42,11 +48,11 @@ def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS: tl.c
     return row, step, exists, here, clean, noise
 
 
-@triton.jit(do_not_specialize=["stream"])
-def add_noise_kernel(x0, rows, t, table, seed, ids, stream, explicit, x_t, count, CHANNELS: tl.constexpr,
-                   EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["stream", "samples", "steps"])
+def add_noise_kernel(x0, rows, t, table, seed, ids, stream, explicit, x_t, count, samples, steps,
+                     CHANNELS: tl.constexpr, EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     row, step, exists, here, clean, noise = _rows(
-        x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS, EXPLICIT, ROWS, C
+        x0, rows, t, table, seed, ids, stream, explicit, count, samples, steps, CHANNELS, EXPLICIT, ROWS, C
     )
     sqrt_abar = tl.load(table + step * 8, mask=exists, other=0.0)[:, None]
     sqrt_1m_abar = tl.load(table + step * 8 + 1, mask=exists, other=0.0)[:, None]
@@ -86,11 +92,11 @@ def _first_step(x0, mean, log_variance):
     return tl.where(clamped, 27.631021115928547, -log_p), tl.where(clamped, 0.0, slope)
 
 
-@triton.jit(do_not_specialize=["stream"])
-def loss_kernel(x0, rows, t, table, seed, ids, stream, explicit, out, gradient, losses, count, CHANNELS: tl.constexpr,
-                EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["stream", "samples", "steps"])
+def loss_kernel(x0, rows, t, table, seed, ids, stream, explicit, out, gradient, losses, count, samples, steps,
+                CHANNELS: tl.constexpr, EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
     row, step, exists, here, clean, noise = _rows(
-        x0, rows, t, table, seed, ids, stream, explicit, count, CHANNELS, EXPLICIT, ROWS, C
+        x0, rows, t, table, seed, ids, stream, explicit, count, samples, steps, CHANNELS, EXPLICIT, ROWS, C
     )
     place = row[:, None] * (2 * CHANNELS) + tl.arange(0, C)[None, :]
     predicted = tl.load(out + place, mask=here, other=0.0).to(tl.float32)
@@ -134,9 +140,10 @@ def loss_kernel(x0, rows, t, table, seed, ids, stream, explicit, out, gradient, 
 
 def add_noise(x0: Tensor, t: Tensor, noise: Philox | Tensor, table: Tensor, rows: Tensor | None, out: Tensor) -> None:
     programs, address, compiled = _launch(x0, noise, len(t))
+    sizes = len(t), x0.shape[0], table.shape[0]
     if programs:
         with torch.cuda.device_of(out):
-            add_noise_kernel[programs,](x0, rows, t, table, *address, out, len(t), **compiled)
+            add_noise_kernel[programs,](x0, rows, t, table, *address, out, *sizes, **compiled)
 
 
 def losses(
@@ -150,9 +157,10 @@ def losses(
 ) -> Tensor:  # fp32 [M]
     losses = torch.empty(len(t), dtype=torch.float32, device=out.device)
     programs, address, compiled = _launch(x0, noise, len(t))
+    sizes = len(t), x0.shape[0], table.shape[0]
     if programs:
         with torch.cuda.device_of(out):
-            loss_kernel[programs,](x0, rows, t, table, *address, out, gradient, losses, len(t), **compiled)
+            loss_kernel[programs,](x0, rows, t, table, *address, out, gradient, losses, *sizes, **compiled)
     return losses
 
 

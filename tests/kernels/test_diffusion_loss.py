@@ -397,6 +397,22 @@ def test_mistakes_are_named():
             diffusion_loss(**(good | change))
 
 
+@pytest.mark.parametrize(("backend", "device"), targets("diffusion_loss", reference=False, skip=("cpu",)))
+@pytest.mark.parametrize("channels", [8, 5])
+def test_unchecked_indices_out_of_range_poison_their_rows(channels, backend, device, monkeypatch):
+    """Whatever lies beyond x0 and the schedule: nothing there is read."""
+    monkeypatch.setattr("reca_kernels.checks.index_inside", lambda *_: None)
+    schedule = diffusion_schedule(20, device=device)
+    t = torch.tensor([0, 20, 3, -1, 1 << 40, 0, 0, 7], device=device)
+    rows = torch.tensor([2, 0, 0, 1, 1, 3, -1, 2], device=device)
+    x0, eps = torch.randn(3, channels, device=device), torch.randn(8, channels, device=device)
+    out = torch.randn(8, 2 * channels, device=device)
+    bad = [False, True, False, True, True, True, True, False]
+    x_t = diffusion_add_noise(x0, t, eps, schedule, rows=rows, backend=backend)
+    losses = diffusion_loss(out, x0, t, eps, schedule, rows=rows, reduction="none", backend=backend)
+    assert x_t.isnan().all(1).tolist() == x_t.isnan().any(1).tolist() == losses.isnan().tolist() == bad
+
+
 def test_a_batched_tensor_loses_no_gradient_in_silence():
     out, x0, t, noise, _ = case()
     both = torch.stack((x0, x0)).requires_grad_()
