@@ -66,7 +66,7 @@ class Status:
             found = json.loads(path.read_text())
             found.setdefault("alarm", None)  # versions before wrote none
             return cls(**{f.name: found[f.name] for f in fields(cls)})
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{run_dir} is no folder of a run: it has no {FILE}") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(

@@ -90,6 +90,8 @@ def test_reca_status(recipe, capsys, tmp_path):
     run_toy(recipe("train.steps=1"))
     assert main(["status", recipe().run_dir]) == 0
     assert "state       finished" in capsys.readouterr().out
+    assert main(["status", f"{recipe().run_dir}/status.json"]) == 3
+    assert "status.json is no folder of a run" in capsys.readouterr().err
     (tmp_path / "run/status.json").write_text("{")
     assert main(["status", recipe().run_dir]) == 3
     assert "status.json cannot be read" in capsys.readouterr().err
