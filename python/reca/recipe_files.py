@@ -38,6 +38,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         RecipeError: An unknown recipe, key or value.
     """
     path = Path(expand_home(str(name)))
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{format_value(str(name))} is the folder of a run; its recipe is {path / 'recipe.yaml'}")
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
     try:

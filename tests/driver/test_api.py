@@ -10,7 +10,7 @@ import torch
 import reca
 from reca import api, cli
 from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.recipe_files import load_recipe, save_recipe
 from tests.driver.toy import ToyAdapter, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]
@@ -76,6 +76,13 @@ def test_sources_that_are_none(tmp_path):
         reca.load(tmp_path)
     with pytest.raises(RecipeError, match="'show_oo' is no folder of a run"):
         reca.load("show_oo")
+
+
+def test_the_folder_of_a_run_is_no_recipe(tmp_path):
+    save_recipe(load_recipe("show_o_tiny"), tmp_path / "recipe.yaml")
+    for name in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(RecipeError, match=f"is the folder of a run; its recipe is {tmp_path}/recipe.yaml"):
+            reca.train(name, ["train.steps=1"])
 
 
 def test_a_random_model_is_said_to_be_one(caplog):
