@@ -1,6 +1,8 @@
 """What GPUs reach at most."""
 
-# Dense bf16 with fp32 accumulation, in TFLOP/s, by a part of the device's name; the first that fits counts. From
+import re
+
+# Dense bf16 with fp32 accumulation, in TFLOP/s, by words of the device's name; the first that fits counts. From
 # NVIDIA's data sheets and white papers (architectures Ampere, Ada, Hopper, Blackwell), which state twice as much where
 # they count 2:4 sparsity.
 PEAK_TFLOPS = (
@@ -12,6 +14,7 @@ PEAK_TFLOPS = (
     ("H100 NVL", 835.5),
     ("H100 PCIe", 756.4),
     ("H100", 989.4),
+    ("H800 PCIe", 756.4),
     ("H800", 989.4),
     ("H20", 148.0),
     ("A100", 311.8),
@@ -28,6 +31,11 @@ PEAK_TFLOPS = (
 )
 
 
+OTHER_CARD = re.compile(r"\b(Laptop|Ti|D|SUPER)\b")  # words that make another card of one of the same number
+
+
 def known_peak(name: str) -> float | None:
     """Look up the peak of a device by its name, in FLOP/s."""
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS if part.lower() in name.lower()), None)
+    if OTHER_CARD.search(name):
+        return None
+    return next((peak * 1e12 for words, peak in PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)

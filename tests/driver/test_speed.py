@@ -36,6 +36,11 @@ CPU = torch.device("cpu")
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA RTX 6000 Ada Generation", 364.2),
         ("NVIDIA TITAN V", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H800 PCIe", 756.4),
     ],
 )
 def test_peaks_of_cards_as_cuda_names_them(name, tflops):
