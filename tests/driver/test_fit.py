@@ -127,6 +127,16 @@ def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
     assert "chooses anew" in caplog.text and "train.fit 24GiB -> 64GiB" in caplog.text
 
 
+@pytest.mark.parametrize("change", ["lora.rank=4", "parallel.reduce_every_pass=true"])
+def test_what_changes_memory_is_chosen_for_anew(change, peaks, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "reca")
+    (tmp_path / "run").mkdir()
+    keys = [f"run_dir={tmp_path / 'run'}", "train.fit=24GiB"]
+    for given in (keys, [*keys, change]):
+        fit.fit_run(recipe_of(*given), 2, 2, lambda function, *a: function(*a))
+    assert f"chooses anew, for since it chose {change.partition('=')[0]}" in caplog.text
+
+
 def test_a_loss_over_micro_batches_keeps_them(peaks, tmp_path):
     (tmp_path / "run").mkdir()
     keys = [f"run_dir={tmp_path / 'run'}", "objective.mean=micro_batch", "train.fit_allow=[micro_batch]"]
