@@ -34,6 +34,12 @@ def config_warnings(recipe: Recipe, adapter: Adapter, roles: Iterable[str]) -> l
             "understanding parameters are trained although they are separate from generation; the paper freezes them "
             "(train.train=null)"
         )
+    trained = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
+    if recipe.optim.weight_decay and not any(adapter.decays(name, parameter) for name, parameter in trained):
+        found.append(
+            f"optim.weight_decay={recipe.optim.weight_decay:g} has no effect: {adapter.name} decays none of what is "
+            "trained, as its release does not"
+        )
     return found
 
 

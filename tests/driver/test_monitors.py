@@ -40,3 +40,11 @@ def test_drift_and_gap():
 def test_hazards_of_a_recipe(recipe, roles, i2t, words):
     found = monitors.config_warnings(recipe(f"objective.i2t.weight={i2t}"), ToyAdapter(), roles)
     assert (words is None) == (found == []) and (words is None or words in found[0])
+
+
+def test_weight_decay_of_nothing_is_said(recipe):
+    model, asked = ToyAdapter(), recipe("optim.weight_decay=0.1", "train.train=[gen_head]")
+    assert monitors.config_warnings(asked, model, ["gen_head"]) == []
+    model.decays = lambda *_: False
+    assert "weight_decay=0.1 has no effect" in monitors.config_warnings(asked, model, ["gen_head"])[0]
+    assert monitors.config_warnings(recipe("optim.weight_decay=0"), model, ["gen_head"]) == []
