@@ -11,6 +11,7 @@ LOCAL = "local"  # a file or folder
 GLOB = "glob"  # a file, a folder, a pattern of tar files, or an importable spec (reca/data/spec.py)
 SPEC = "spec"  # a file, or an importable spec
 HUB = "hub"  # a file or folder that is there, or else a name of the Hugging Face hub
+JUDGE = "judge"  # NAME, or NAME:ARGUMENT where the argument is as of HUB
 
 
 class RecipeError(ValueError):
@@ -33,7 +34,7 @@ def config_field(
 
     choices: all values there are, of the key or of each item of its list. least, most: the smallest and the largest
     that a number, or each number of a list, may be; above, below: the same, themselves left out. fewest: the items
-    that a list has at least. path: LOCAL, GLOB, SPEC or HUB for a text that names files.
+    that a list has at least. path: LOCAL, GLOB, SPEC, HUB or JUDGE for a text that names files.
     """
     metadata: dict[str, Any] = {"doc": doc, "choices": choices, "fewest": fewest, "path": path}
     metadata |= {"least": least, "above": above, "most": most, "below": below}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.data.spec import parse_spec
-from reca.options import GLOB, HUB, SPEC, RecipeError, format_value
+from reca.options import GLOB, HUB, JUDGE, SPEC, RecipeError, format_value
 
 _FILES = re.compile(r"\.(tar|parquet|pq)", re.IGNORECASE)  # in names that are patterns
 
@@ -18,6 +18,9 @@ def make_absolute(text: str, kind: str) -> str:
 
     Importable specs, URLs and names of the hub stay as they are.
     """
+    if kind == JUDGE:
+        name, colon, argument = text.partition(":")
+        return f"{name}{colon}{make_absolute(argument, HUB)}" if argument else text
     if _is_no_path(text, kind):
         return text
     here = glob.escape(os.getcwd()) if kind == GLOB and _FILES.search(Path(text).name) else os.getcwd()

@@ -392,6 +392,10 @@ def test_located_recipes_mean_the_same_elsewhere(monkeypatch, tmp_path):
     )
     assert (recipe.model.weights, recipe.model.codec_weights) == (f"{here}/model", "owner/name")
     assert as_dict(absolute_paths(recipe)) == as_dict(recipe)
+    judges = {"mask2former:model": f"mask2former:{here}/model", "owlv2:google/owlv2": "owlv2:google/owlv2",
+              "endpoint:http://localhost:8000/v1": "endpoint:http://localhost:8000/v1", "model": "model"}  # fmt: skip
+    for given, wanted in judges.items():
+        assert absolute_paths(show_o(f"eval.judge={given}")).eval.judge == wanted
 
 
 def test_recipes_that_cannot_be_read(tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, LOCAL, RecipeError, config_field
+from reca.options import GLOB, JUDGE, LOCAL, RecipeError, config_field
 
 
 @dataclass
@@ -35,7 +35,7 @@ class EvalConfig:
     )
     suite_data: Optional[str] = config_field(None, "the suite's files, where they are not shipped", path=LOCAL)
     judge: Optional[str] = config_field(
-        None, "who judges the suite's images, as --judge of `reca eval`, such as mask2former:FILE"
+        None, "who judges the suite's images, as --judge of `reca eval`, such as mask2former:FILE", path=JUDGE
     )
     judge_options: list[str] = config_field(list, "options of the judge, key=value")
     prompts: int = config_field(50, "prompts of the suite, spread evenly over it", least=1)
