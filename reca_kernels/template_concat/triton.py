@@ -48,7 +48,7 @@ def forward_kernel(
         used = (row >= 0) & (row < count)
         added = tl.load(rows + row * stride + columns, mask=columns < tl.where(used, width, 0), other=0)
         x = tl.where(used, x + added.to(tl.float32), x)
-    x = tl.where(there, x, float("nan"))
+    x = tl.where(there, x, tl.cast(float("nan"), x.dtype))  # cast: Triton's interpreter up to 3.8 has no bf16 constant
     tl.store(out + t * width + columns, x.to(out.dtype.element_ty), mask=columns < width)
 
 

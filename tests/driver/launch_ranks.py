@@ -1,8 +1,9 @@
 """Train recipes on several numbers of gloo ranks: launch_ranks.py FOLDER JOBS, where JOBS is JSON.
 
 JOBS: a list of [name, ranks, recipe, [key=value ...]], done in this order; toy.yaml is a recipe of the toy adapter.
-FOLDER/name becomes the run's folder, and rank 0 writes its final weights to final.pt. A job on one rank runs in this
-process, without a process group, and the ranks of others are forks of it, so that everything is imported and warm once.
+FOLDER/name becomes the run's folder, and rank 0 writes its final weights to final.pt. Ranks are forks of this process,
+so that everything is imported once; a job on one rank has no process group. This process itself computes no gradient,
+after which torch for CUDA lets no fork compute one.
 """
 
 import json
@@ -48,10 +49,6 @@ def main() -> int:
     codes = []
     for ranks, group in groupby(jobs, key=lambda job: job[1]):
         own = list(group)
-        if ranks == 1:
-            for name, _, recipe, overrides in own:
-                train(folder / name, recipe, overrides)
-            continue
         codes += exit_codes(fork_ranks(ranks, lambda _, own=own: work(folder, own)))
     return int(any(codes))
 

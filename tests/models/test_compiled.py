@@ -65,11 +65,11 @@ def test_encoders_are_compiled_for_any_batch(umm):
         for name, feature in model.encode(sample).items():
             assert all(torch.equal(a, b) for a, b in zip(feature, features[name], strict=True)), name
         graphs.append(counters["stats"]["unique_graphs"])
-    kinds = len({type(encoder) for encoder in model.encoders()})
-    # transformers hangs hooks into InternViT's attention, which asks for hidden states by their number.
-    parts = kinds if umm != "open_uni" else 4
+    # Hooks that transformers hangs into InternViT's attention break its graph up to torch 2.13 ("ContextVar.get").
+    broken = dict(counters["graph_break"])
+    assert not broken or umm == "open_uni", broken
+    parts = 4 if broken else len({type(encoder) for encoder in model.encoders()})
     assert graphs[0] == parts and parts < graphs[1] == graphs[2] <= 2 * parts
-    assert bool(counters["graph_break"]) == (umm == "open_uni"), dict(counters["graph_break"])
 
 
 def test_no_graph_is_made_without_a_gradient():

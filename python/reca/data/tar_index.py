@@ -105,9 +105,10 @@ def _walk(path: AnyPath, file, size: int) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # tarfile raises many kinds for bytes that are no tar
         raise DataError(f"{path} is not an uncompressed tar: {_what(file, error)}") from error
     place, last = 0, "its beginning"
+    infos = iter(tar)  # not tar.next(), which in Python 3.10 fails behind no member at all
     while True:
         try:
-            info = tar.next()
+            info = next(infos, None)
         except OSError:
             raise
         except Exception as error:
