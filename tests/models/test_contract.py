@@ -388,7 +388,11 @@ def test_a_reconstruction_comes_near_its_image_once_it_is_trained(name):
 
 
 def test_what_cannot_be_drawn(plain):
-    assert plain.generate([], []) == []
+    assert plain.generate([], []) == plain.answer([], []) == []
+    shown = torch.zeros(2, 3, 20, 20, dtype=torch.uint8)
+    assert len(plain.answer(shown, ["what is this"] * 2, 2)) == 2
+    if "edit" in plain.abilities:
+        assert plain.edit([], [], []) == [] and len(plain.edit(shown, ["a", "b"], [0, 1], steps=2)) == 2
     with pytest.raises(ValueError, match="1 prompts, 2 seeds; there must be as many of each"):
         plain.generate(["a"], [1, 2])
     wrong = {"temperature": -1.0} if plain.name in WITHOUT_STEPS else {"steps": 0}

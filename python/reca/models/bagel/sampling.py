@@ -248,6 +248,8 @@ def pixels(net: Network, tokens: Tensor, sizes: list[tuple[int, int]]) -> list[T
 def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int) -> list[str]:
     """Answer a batch of questions, greedy."""
     check_pairs(images=images, questions=questions)
+    if len(images) == 0:  # a list, or a tensor of them
+        return []
     view = task_views(net, "i2t").und
     assert view is not None
     h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])

@@ -54,6 +54,8 @@ def edit(
 ) -> list[Tensor]:
     """Edit images. Both branches of the guidance see the image; the one without the instruction is told to keep it."""
     check_pairs(images=images, instructions=instructions, seeds=seeds)
+    if len(images) == 0:  # a list, or a tensor of them
+        return []
     cond = [prompt.with_image(net.tokenizer, text) for text in instructions]
     uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(instructions)
     view = View(net.config.image_size)

@@ -101,6 +101,8 @@ class ShowO(Network, Adapter):
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         check_pairs(images=images, questions=questions)
+        if len(images) == 0:  # a list, or a tensor of them
+            return []
         source = conditioner(self, "i2t")
         und = to_unit([fit_to_view(image, source.view()) for image in images]).to(self.device)
         with torch.no_grad():
