@@ -89,9 +89,9 @@ class Requests:
             yield side, given
 
 
-def read_sampling(text: str, method: Callable) -> dict[str, Any]:
+def read_sampling(text: str | None, method: Callable) -> dict[str, Any]:
     """Read key=value options, with blanks, commas or lines between them, as options of `method`. Raises ValueError."""
-    parts = re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text.strip() else ()
+    parts = re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text and text.strip() else ()
     return check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
 
 
@@ -107,8 +107,8 @@ def read_upload(path: str | None) -> Tensor:
         raise ValueError(str(error).replace(str(path), Path(path).name)) from error
 
 
-def _check_text(text: str, seed: Any) -> None:
-    if not text.strip():
+def _check_text(text: str | None, seed: Any) -> None:
+    if not text or not text.strip():
         raise ValueError("the text is empty; write what to draw, to change or to answer")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the text has {len(text)} characters; at most {MAX_TEXT} are read")

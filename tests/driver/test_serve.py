@@ -55,7 +55,7 @@ def test_edits_and_answers(requests, image):
 
 def test_sampling_options_are_read_and_checked(tiny):
     assert read_sampling(" steps=3,\nheight=32  width=32 ", tiny.generate) == {"steps": 3, "height": 32, "width": 32}
-    assert read_sampling("  ", tiny.generate) == {}
+    assert read_sampling("  ", tiny.generate) == read_sampling(None, tiny.generate) == {}
     for text, words in (("stepz=3", "did you mean steps"), ("steps=0", "at least 1"), ("steps", "has no '='")):
         with pytest.raises(ValueError, match=words):
             read_sampling(text, tiny.generate)
@@ -63,7 +63,13 @@ def test_sampling_options_are_read_and_checked(tiny):
 
 @pytest.mark.parametrize(
     ("prompt", "seed", "words"),
-    [("  ", 0, "is empty"), ("a" * (MAX_TEXT + 1), 0, "at most"), ("a", -1, "lies outside"), ("a", None, "no whole")],
+    [
+        ("  ", 0, "is empty"),
+        (None, 0, "is empty"),
+        ("a" * (MAX_TEXT + 1), 0, "at most"),
+        ("a", -1, "lies outside"),
+        ("a", None, "no whole"),
+    ],
 )
 def test_mistakes_are_said(requests, prompt, seed, words):
     with pytest.raises(ValueError, match=words):
@@ -179,6 +185,7 @@ def test_requests_over_http(address, requests, image, tmp_path):
     for given, words in (
         ((handle_file(str(broken)), "what?"), "no readable image"),
         ((None, "what?"), "choose a file"),
+        ((handle_file(image), None), "the text is empty"),
     ):
         with pytest.raises(Exception, match=words):
             client.predict(*given, api_name="/answer")
