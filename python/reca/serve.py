@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import html
 import logging
 import os
 import re
@@ -177,7 +178,7 @@ def make_page(requests: Requests, title: str) -> Any:
         "answer": (requests.answer, [upload, lambda: text("Question")], answers),
     }
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gradio.Markdown(f"# {title}")
+        gradio.Markdown(f"# {html.escape(title)}")
         for ability, (function, inputs, outputs) in tabs.items():
             if ability not in requests.abilities:
                 continue
@@ -214,7 +215,8 @@ def _with_messages(function: Callable, message: Callable[..., Exception]) -> Cal
         try:
             results = function(*given)
         except (ValueError, OSError, inference.MemoryFull) as error:
-            raise message(str(error), print_exception=False) from error
+            told = html.escape(str(error), quote=False)  # gradio shows messages as HTML
+            raise message(told, print_exception=False) from error
         except Exception as error:
             log.exception("a request of the page failed")
             raise message("this failed; the cause stands in the log of the server", print_exception=False) from error

@@ -167,7 +167,7 @@ def test_a_server_is_stopped_while_it_draws():
 @pytest.fixture(scope="module")
 def address(requests):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    with served(make_page(requests, "reca: tiny"), "127.0.0.1", free_port()) as address:
+    with served(make_page(requests, "reca: <tiny>"), "127.0.0.1", free_port()) as address:
         yield address
 
 
@@ -211,7 +211,7 @@ def test_uploads_are_bounded(address):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH")
 def test_the_page_in_a_browser(address, tmp_path):
-    """A prompt, a click, and two images of a size that can be seen."""
+    """A prompt, a click, and two images of a size that can be seen; a mistake, and a message that holds all of it."""
     browser = Browser(tmp_path / "browser")
     try:
         browser.call("Page.navigate", url=address)
@@ -227,5 +227,10 @@ def test_the_page_in_a_browser(address, tmp_path):
         images = "[...document.querySelectorAll('img')].filter(x => x.naturalWidth).map(x => [x.alt, x.width >= 200])"
         browser.wait_for(f"({images}).length == 2")
         assert browser.value(images) == [["by base", True], ["by trained", True]]
+        assert browser.value("document.querySelector('h1').textContent.trim()") == "reca: <tiny>"
+        browser.click("[placeholder^='key=value']")
+        browser.write("<b>=3")
+        browser.click("button.primary")
+        browser.wait_for("document.body.textContent.includes(\"there is no sampling option '<b>'\")", 30)
     finally:
         browser.close()
