@@ -13,6 +13,7 @@ from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
 from reca.options import RecipeError
+from reca.paths import expand_home
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, is_run, load_trained, recipe_of
 from reca.trainer import Trainer
@@ -51,16 +52,17 @@ def load(
         ValueError: Files are missing, or do not fit the recipe.
         CheckpointError: The run has no complete checkpoint, or has kept no average for ema=True.
     """
+    source = expand_home(str(source))
     recipe = recipe_of(source, overrides)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if is_run(source):
         return load_trained(Path(source), recipe, device, ema)
     if ema:
         raise RecipeError(
-            f"{str(source)!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
+            f"{source!r} is no folder of a run, and only a run has an EMA: leave out --ema (in Python ema=True)"
         )
     warn_of_untrained(source)
-    warn_of_random_weights(str(source), recipe.model)
+    warn_of_random_weights(source, recipe.model)
     adapter = umm_package(recipe.umm).Adapter.load(recipe.model, device).eval()
     check_finite(adapter)
     return adapter
@@ -161,12 +163,22 @@ def evaluate(
 
     if isinstance(steps, str):
         raise EvaluationError(f"steps={steps!r} must be a list; write steps=[{steps!r}]")
-    settings = open_settings(
-        suite, data, steps=tuple(steps), judge=judge, judge_options=judge_options or {},
-        images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,
-    )  # fmt: skip
 
     def path(given: str | Path | None) -> Path | None:
-        return None if given is None else Path(given)
+        return None if given is None else Path(expand_home(str(given)))
 
-    return evaluate(settings, source, overrides, against, path(images), path(records), path(out), device, ema)
+    settings = open_settings(
+        suite, path(data), steps=tuple(steps), judge=judge, judge_options=judge_options or {},
+        images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,
+    )  # fmt: skip
+    return evaluate(
+        settings,
+        expand_home(str(source)),
+        overrides,
+        path(against),
+        path(images),
+        path(records),
+        path(out),
+        device,
+        ema,
+    )

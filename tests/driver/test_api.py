@@ -1,5 +1,6 @@
 """`import reca`: load and train, as the command line does."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_what_reca_offers():
         reca.lode  # noqa: B018
 
 
-def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog):
+def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
     folder = tmp_path / "run"
     given = {"run_dir": folder, "train": {"steps": 1, "threads": 1}, "data.workers": 0, "objective.i2t.weight": 0}
     given |= {"objective.reca.batch_size": 4, "log.tensorboard": False}
@@ -45,6 +46,10 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog):
     assert image.shape == (3, 20, 20) and torch.equal(
         image, reca.load(str(folder)).generate(["a red square"], [0], steps=2)[0]
     )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert torch.equal(reca.load("~/run").showo.lm_head.weight, model.showo.lm_head.weight)
+    found = reca.evaluate("world", "~/run", limit=1, sampling={"steps": 1}, out="~/found")
+    assert found == json.loads((tmp_path / "found/results.json").read_text())
     with pytest.raises(RecipeError, match=rf"is a part of the run '{folder}': give that folder"):
         reca.load(folder / "checkpoints" / "000002")
     assert "is the recipe of a run" not in caplog.text
