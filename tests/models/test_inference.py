@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,15 @@ from reca.models.common.tiny_tokenizer import word_tokenizer
 
 def test_lists_of_one_length_and_seeds_with_an_address():
     check_pairs(prompts=["a", "b"], seeds=[0, 2**56 - 1])
+    check_pairs(prompts=np.array(["a", "b"]), seeds=np.arange(2))
+    check_pairs(prompts=("a", "b"), seeds=torch.arange(2))
+    for wrong in (None, b"a", 1):
+        for name in ("prompts", "instructions", "questions"):
+            with pytest.raises(TypeError, match=rf"{name} must be texts, and one is {wrong!r}"):
+                check_pairs(**{name: ["a", wrong]})
+    for wrong in (1.5, "1", None):
+        with pytest.raises(TypeError, match=rf"seeds must be whole numbers, and one is {wrong!r}"):
+            check_pairs(prompts=["a"], seeds=[wrong])
     with pytest.raises(ValueError, match="1 images, 2 instructions, 1 seeds; there must be as many of each"):
         check_pairs(images=[0], instructions=["a", "b"], seeds=[0])
     for seed in (-1, 2**56):

@@ -16,6 +16,7 @@ from reca.precision import attention_without_plans
 log = logging.getLogger("reca")
 M = TypeVar("M", bound=Callable)
 
+TEXTS = frozenset({"prompts", "instructions", "questions", "answers"})
 SEEDS = 2**56  # above it, the address of a sample's noise would not fit
 
 
@@ -43,11 +44,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def check_pairs(**lists: Sequence) -> None:
     """Raise ValueError unless all lists are of one length, or when a seed lies outside [0, 2**56).
 
-    Raises TypeError for a single text or number, whose characters would else pass for prompts.
+    Raises TypeError for a single text or number, whose characters would else pass for prompts, for an item that is no
+    text, which would be drawn as its repr, and for a seed that is no whole number, which would be cut to one.
     """
     for name, values in lists.items():
         if isinstance(values, str | int):
             raise TypeError(f"{name}={values!r} must be a list; write {name}=[{values!r}]")
+    for name in TEXTS.intersection(lists):
+        for value in lists[name]:
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be texts, and one is {value!r}")
+    for seed in lists.get("seeds", ()):
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seeds must be whole numbers, and one is {seed!r}")
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
         raise ValueError(f"{counts}; there must be as many of each")
