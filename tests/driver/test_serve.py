@@ -89,11 +89,12 @@ def test_bad_images_are_said_without_a_path_of_the_server(requests, tmp_path):
         requests.answer(str(large), "what?")
 
 
-def test_a_run_beside_its_base(tmp_path):
+def test_a_run_beside_its_base(tmp_path, caplog):
     small = ["objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]
     run = str(tmp_path / "run")
     assert main(["train", "show_o_tiny", "train.steps=1", "optim.lr=0.1", *small, f"run_dir={run}"]) == 0
     sides = open_sides(run, [], "base", False, "cpu")
+    assert f"base of {run} names no weights" in caplog.text
     assert [side.label for side in sides] == [f"{run}, before training", f"{run}, step 1"]
     before, after = (dict(side.model.named_parameters()) for side in sides)
     assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -45,7 +45,8 @@ class Target:
         assert self.recipe is not None
         if self.trained:
             return load_trained(Path(self.source), self.recipe, device, self.ema)
-        warn_of_random_weights(self.source, self.recipe.model)
+        name = f"base of {self.source}" if is_run(self.source) else self.source
+        warn_of_random_weights(name, self.recipe.model)
         return load_start(self.recipe, device)
 
     def step(self) -> int | None:
