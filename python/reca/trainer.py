@@ -213,7 +213,6 @@ class Trainer:
         with (
             self._report() as report,
             contextlib.ExitStack() as loaders,
-            ProfileWindow(recipe.log.profile, self.step, self.run_dir) as profiler,
             hang.HangWatch(self.run_dir, min(recipe.log.hang_seconds, 30 * step_timeout)) as watch,
         ):
             for loader in self.loaders.values():
@@ -224,27 +223,28 @@ class Trainer:
             if not self.evaluations.begun:
                 self._evaluate(report, watch)
             first = self.step
-            while self.step < recipe.train.steps:
-                watch.enter(self.step + 1, "loading of batches")
-                started = time.perf_counter()
-                batches = self.next_batches(streams)
-                data_wait = time.perf_counter() - started
-                watch.enter(self.step + 1, "training")
-                report.count_flops(batches)
-                started = time.perf_counter()
-                metrics = self.train_step(batches)
-                self.freed.after_step(self.step)
-                seconds = data_wait + time.perf_counter() - started
-                if self.step == first + 1:
-                    distributed.set_timeout(step_timeout, self.device)
-                watch.enter(self.step, "measuring and sampling")
-                metrics |= self.diagnostics.measure(self.step, batches)
-                report.step(self.step, metrics, seconds, data_wait)
-                report.sample(self.step, self.diagnostics)
-                self._evaluate(report, watch)
-                profiler.step()
-                watch.enter(self.step, "saving")
-                self._save_or_stop()
+            with ProfileWindow(recipe.log.profile, self.step, self.run_dir) as profiler:
+                while self.step < recipe.train.steps:
+                    watch.enter(self.step + 1, "loading of batches")
+                    started = time.perf_counter()
+                    batches = self.next_batches(streams)
+                    data_wait = time.perf_counter() - started
+                    watch.enter(self.step + 1, "training")
+                    report.count_flops(batches)
+                    started = time.perf_counter()
+                    metrics = self.train_step(batches)
+                    self.freed.after_step(self.step)
+                    seconds = data_wait + time.perf_counter() - started
+                    if self.step == first + 1:
+                        distributed.set_timeout(step_timeout, self.device)
+                    watch.enter(self.step, "measuring and sampling")
+                    metrics |= self.diagnostics.measure(self.step, batches)
+                    report.step(self.step, metrics, seconds, data_wait)
+                    report.sample(self.step, self.diagnostics)
+                    self._evaluate(report, watch)
+                    profiler.step()
+                    watch.enter(self.step, "saving")
+                    self._save_or_stop()
             watch.enter(self.step, "drawing reconstructions")
             report.after_training(self.step, self.diagnostics)
 

@@ -376,3 +376,14 @@ def test_the_profile_is_of_the_updates_it_names(recipe, start, recorded):
     else:
         names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
         assert sorted(name for name in names if name.startswith("step ")) == [f"step {n}" for n in recorded]
+
+
+def test_a_profile_holds_nothing_from_before_and_after_the_steps(recipe, monkeypatch):
+    def named(self, *_):
+        with torch.profiler.record_function("beside the steps"):
+            return None
+
+    for name in ("before_training", "after_training"):
+        monkeypatch.setattr(f"reca.reporting.RunReport.{name}", named)
+    trainer = run(recipe("log.profile=1:9", "train.steps=2"))
+    assert "beside the steps" not in (trainer.run_dir / "trace_rank0.json").read_text()
