@@ -231,6 +231,7 @@ def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
     """List the micro-batches of a task that split its batch otherwise. They ascend.
 
     With objective.mean=micro_batch another size is another loss, which must be allowed. max_tokens stays as it is.
+    optim.fused_backward takes one pass a step.
     """
     config = getattr(recipe.objective, task)
     if config.max_tokens is not None or (
@@ -238,7 +239,8 @@ def _sizes(recipe: Recipe, task: str, gpus: int) -> list[int]:
     ):
         return [config.micro_batch]
     most = -(-config.batch_size // gpus)
-    return sorted({-(-most // passes) for passes in range(1, most + 1)})
+    most_passes = 1 if recipe.optim.fused_backward else most
+    return sorted({-(-most // passes) for passes in range(1, most_passes + 1)})
 
 
 def _may_change_micro_batch(recipe: Recipe) -> bool:
@@ -278,6 +280,8 @@ def _refusal(recipe: Recipe, gpus: int, node: int, card: int, need: int, keys: d
     for task in recipe.active_tasks():
         if (most := getattr(recipe.objective, task).max_tokens) is not None:
             helps.append(f"a smaller objective.{task}.max_tokens than {most}")
+    if recipe.optim.fused_backward:
+        helps.append("optim.fused_backward=false, with which a step may have several smaller passes")
     if asked_by(recipe) == "train.micro_batch":
         helps.insert(0, "train.fit=auto, which may choose recomputation, sharding and optim.offload, too")
     return (

@@ -104,7 +104,7 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         size = min(config.micro_batch, -(-config.batch_size // gpus))
         if config.max_tokens is not None:
             halves[f"objective.{task}.max_tokens"] = max(config.max_tokens // 2, 1)
-        elif size > 1:
+        elif size > 1 and not recipe.optim.fused_backward:  # which takes one pass a step
             halves[f"objective.{task}.micro_batch"] = size // 2
     if halves:
         yield halves

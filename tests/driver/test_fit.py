@@ -85,6 +85,17 @@ def test_a_recipe_that_says_how_it_is_sharded_is_followed(peaks):
     assert chosen(64, gpus=4)["parallel.shard"] == 1
 
 
+def test_a_fused_backward_pass_stays_the_only_one(peaks):
+    """16 samples in one pass, with recomputation and moments on the host, and not 8 twice, which is refused."""
+    fused = ["optim.fused_backward=true", "optim.max_grad_norm=null"]
+    keys = chosen(24, *fused)
+    assert (keys[MICRO], keys["optim.offload"], keys["train.activation_checkpointing"]) == (16, True, True)
+    with pytest.raises(fit.DoesNotFit, match=r"micro_batch=16\. .* optim\.fused_backward=false"):
+        chosen(20, *fused)
+    assert not any(MICRO in keys for keys in out_of_memory.changes(recipe_of(*fused), 1, 1))
+    assert any(MICRO in keys for keys in out_of_memory.changes(recipe_of(), 1, 1))
+
+
 def test_refusal_names_the_least_and_what_would_help(peaks):
     with pytest.raises(fit.DoesNotFit, match=r"(?s)2 cards of 3.00 GiB cannot hold.*GiB with its reserve.*more GPUs"):
         chosen(3, gpus=2)
