@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 MEMINFO, CGROUPS, OWN_CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -11,8 +12,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def total() -> int:
-    """Count the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Count the bytes of memory of this machine, or of the container or batch job that this process is in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for _, limit in _cgroup_limits())])
 
 
 def available() -> int:
@@ -54,17 +56,22 @@ class FreedMemory:
 
 
 def _cgroup_rests() -> list[int]:
-    """List what is left of the limits of this process's cgroups (version 2): its own, and those around it."""
+    """List what is left of the limits of this process's cgroups."""
     rests = [1 << 62]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
+    for group, limit in _cgroup_limits():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            rests.append(max(0, limit - used + int(stat["inactive_file"])))
+    return rests
+
+
+def _cgroup_limits() -> Iterator[tuple[Path, int]]:
+    """Yield this process's cgroups (version 2) that have a limit, its own and those around it, and the limits."""
+    with contextlib.suppress(OSError, StopIteration):
         own = next(line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
         folder = CGROUPS / own.strip("/")
         for group in (folder, *folder.parents):
-            if not group.is_relative_to(CGROUPS):
-                break
-            with contextlib.suppress(OSError, ValueError, KeyError):  # "max"; the root has no limit
-                limit = int((group / "memory.max").read_text())
-                used = int((group / "memory.current").read_text())
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                rests.append(max(0, limit - used + int(stat["inactive_file"])))
-    return rests
+            if group.is_relative_to(CGROUPS):
+                with contextlib.suppress(OSError, ValueError):  # "max"; the root has no limit
+                    yield group, int((group / "memory.max").read_text())

@@ -234,21 +234,22 @@ def test_a_copy_that_fails_is_done_without(recipe, monkeypatch, caplog):
     assert "CUDA error: out of memory" in caplog.text
 
 
-def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 64 kB\n")
     (tmp_path / "own").write_text("1:cpu:/\n0::/job/step\n")
     job, step = tmp_path / "groups/job", tmp_path / "groups/job/step"
     step.mkdir(parents=True)
     for name, at in (("MEMINFO", "meminfo"), ("OWN_CGROUP", "own"), ("CGROUPS", "groups")):
         monkeypatch.setattr(host_memory, name, tmp_path / at)
-    assert host_memory.available() == 64 << 10
+    machine = host_memory.total()
+    assert host_memory.available() == 64 << 10 and machine > 1 << 20
     for folder, limit in ((job, "50000"), (step, "max")):
         (folder / "memory.max").write_text(limit)
         (folder / "memory.current").write_text("30000")
         (folder / "memory.stat").write_text("anon 20000\ninactive_file 10000\n")
-    assert host_memory.available() == 30000
+    assert host_memory.available() == 30000 and host_memory.total() == 50000
     (tmp_path / "own").unlink()
-    assert host_memory.available() == 64 << 10
+    assert host_memory.available() == 64 << 10 and host_memory.total() == machine
 
 
 def test_a_rank_has_its_share_of_what_all_ranks_hold(monkeypatch):
