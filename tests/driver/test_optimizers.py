@@ -90,6 +90,12 @@ def test_steps_are_those_of_adamw_in_fp64(config, tolerance, exact):
     assert moved_apart(steps(**config)[0], exact) < tolerance
 
 
+@pytest.mark.parametrize("config", [{"moments": "bf16"}, {"name": "adamw_8bit"}])
+def test_moments_that_are_rounded_go_with_parameters_in_fp64(config, exact):
+    model, _ = steps(dtype=torch.float64, **config)
+    assert all(p.dtype == torch.float64 for p in model.parameters()) and moved_apart(model, exact) < 0.03
+
+
 @pytest.mark.parametrize("config", [{}, {"moments": "bf16"}])
 def test_parameters_in_bf16_are_rounded_stochastically(config, exact):
     """Rounded to the nearest, steps of 1e-5 would be lost on weights of 1."""

@@ -121,7 +121,7 @@ class AdamW(torch.optim.Optimizer):
         for name in ("parameter", "gradient", *moments.MOMENTS):
             here = on_device[name]
             if here.dtype == torch.uint8:
-                work[name] = moments.dequantize(here, on_device[f"{name}_scale"], signed=name == "exp_avg")
+                work[name] = moments.dequantize(here, on_device[f"{name}_scale"], signed=name == "exp_avg").to(wide)
             else:
                 work[name] = here.to(wide).contiguous()
         torch._fused_adamw_(
@@ -145,7 +145,7 @@ class AdamW(torch.optim.Optimizer):
             if result is kept or result.data_ptr() == kept.data_ptr():
                 continue
             if kept.dtype == torch.uint8:
-                codes, scale = moments.quantize(result, signed=name == "exp_avg")
+                codes, scale = moments.quantize(result.float(), signed=name == "exp_avg")
                 scales = f"{name}_scale"
                 if skip is not None:  # what codes stand for need not have them again
                     codes = torch.where(skip > 0, on_device[name], codes)
@@ -153,7 +153,7 @@ class AdamW(torch.optim.Optimizer):
                 stored[scales].copy_(scale, non_blocking=True)
                 result = codes
             elif kept.dtype == torch.bfloat16:
-                result = moments.round_to_bf16(result, seed, first, STREAMS[name])
+                result = moments.round_to_bf16(result.float(), seed, first, STREAMS[name])
             kept.copy_(result, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
