@@ -1,6 +1,7 @@
 """Sampling options of the command line, checked against the signature of the adapter's method that takes them."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -8,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 from reca.values import guess
 
-COUNTS = ("steps", "batch", "height", "width", "diffusion_steps")  # options that must be at least 1
+COUNTS = ("steps", "batch", "height", "width", "diffusion_steps", "max_new_tokens")  # options that must be at least 1
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
 
 
@@ -63,7 +64,7 @@ def _fits(value: Any, wanted: Any) -> bool:
         kinds = get_args(wanted)
         return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     return isinstance(value, wanted) and (wanted is NoneType or not isinstance(value, bool))
 
 

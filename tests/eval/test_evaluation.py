@@ -371,7 +371,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         ({"suite": "world?side=3"}, "only the embedded worlds have options, written world?world=emoji&seed=1"),
         ({"suite": "world?world=moon"}, "the worlds are emoji, shapes"),
         (
-            {"suite": "geneval_long", "judge": "mask2former:x"},
+            {"suite": "geneval_long", "judge": "owlv2:x"},
             "geneval_long needs the benchmark's files: --data PATH. Give Benchmark/geneval/",
         ),
         ({"judge": "endpoint:http://x"}, "--judge endpoint cannot serve world; it takes one of world"),

@@ -16,7 +16,7 @@ from PIL import Image
 import reca
 from reca.eval.errors import EvaluationError
 from reca.eval.judges import endpoint
-from reca.eval.judges.base import JudgeError
+from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.judges.endpoint import EndpointJudge
 
 SECRET = "sk-very-secret"
@@ -185,18 +185,28 @@ def test_a_judge_that_does_not_answer_in_time(server, image):
 
 
 @pytest.mark.parametrize(
-    ("url", "options", "message"),
+    ("judge", "options", "message"),
     [
-        ("localhost:8000", {}, "expected a URL such as http://localhost:8000/v1"),
-        ("http://me:word@host/v1", {}, "without a key in it"),
-        ("http://host/v1?key=x", {}, "the key is read from RECA_JUDGE_KEY"),
-        ("http://host/v1", {"model": "m", "workers": 0}, "judge option workers=0: expected more than 0"),
+        ("endpoint:localhost:8000", {}, "expected a URL such as http://localhost:8000/v1"),
+        ("endpoint:http://me:word@host/v1", {}, "without a key in it"),
+        ("endpoint:http://host/v1?key=x", {}, "the key is read from RECA_JUDGE_KEY"),
+        ("endpoint:http://host/v1", {"workers": 0}, "judge option workers=0: expected 1 to 1000"),
+        ("endpoint:http://host/v1", {"timeout": -1}, "judge option timeout=-1: expected 0.001 to 86400"),
+        ("endpoint:http://host/v1", {"timeout": math.inf}, "judge option timeout=inf: expected a number"),
+        ("endpoint:http://host/v1", {"price_in": math.nan}, "judge option price_in=nan: expected a number"),
+        ("local:x", {"max_new_tokens": 0}, "judge option max_new_tokens=0: expected at least 1"),
+        ("local:x", {"dtype": "int8"}, "judge option dtype=int8: expected bfloat16, float16 or float32"),
+        ("recorded:none.jsonl", {}, "none.jsonl does not exist; expected records.jsonl"),
+        ("mask2former:none.pth", {}, "none.pth does not exist. Give OpenMMLab's mask2former"),
+        ("owlv2:x", {"threshold": 7}, "judge option threshold=7: expected 0 to 1"),
     ],
 )
-def test_wrong_options(url, options, message):
+def test_what_no_judge_can_be_made_with_is_told_before_anything_is_drawn(painter, judge, options, message):
+    suite = "geneval" if judge.startswith(("owlv2", "mask2former")) else "t2i_compbench"
     with pytest.raises(ValueError, match=message) as caught:
-        EndpointJudge(url, **options)
+        reca.evaluate(suite, painter, judge=judge, judge_options=options, limit=1)
     assert "word" not in str(caught.value) and "key=x" not in str(caught.value)
+    assert not list(painter.rglob("*.png"))
 
 
 def test_several_models_and_no_server(server):
@@ -366,8 +376,6 @@ def test_a_local_model(tmp_path, image):
     assert one < every < 1
     with pytest.raises(EvaluationError, match="the judge .*nowhere cannot be loaded"):
         LocalVlmJudge(str(tmp_path / "nowhere"), "cpu")
-    with pytest.raises(ValueError, match="judge option dtype=int8"):
-        LocalVlmJudge(str(tmp_path / "vlm"), "cpu", dtype="int8")
 
 
 @pytest.fixture
@@ -527,9 +535,7 @@ def test_a_model_that_published_numbers_come_from_is_exact(monkeypatch):
     from reca.eval import judges
     from reca.eval.suites import open_suite
 
-    class Named:
-        exact = False
-
+    class Named(Judge):
         def __init__(self, source, device):
             self.source = source
 

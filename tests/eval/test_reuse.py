@@ -133,7 +133,7 @@ def test_an_edited_question_is_asked_anew(painter, reader, tmp_path):
     images.mkdir()
     for n in (1, 2):
         Image.new("RGB", (8, 8)).save(images / f"{n}.png")
-    given = {"images": images, "judge": "endpoint:x", "out": tmp_path / "out"}
+    given = {"images": images, "judge": "endpoint:http://x/v1", "out": tmp_path / "out"}
 
     def score(*explanations, **others):
         data = write_wise(tmp_path / "wise.json", explanations)

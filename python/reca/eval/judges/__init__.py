@@ -1,7 +1,8 @@
 """Judges by name. None is ever called unless it is named, but those that come with this package and cost nothing."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ JUDGES: dict[str, tuple[str, str, str, str]] = {
     "local": ("local_vlm", "LocalVlmJudge", "MODEL", "a vision language model in transformers"),
     "recorded": ("recorded", "RecordedJudge", "FILE", "answers that were recorded before"),
 }
+# of options, wherever a judge has them: name -> the least and the largest value
+LIMITS = {
+    "timeout": (0.001, 86400), "tries": (1, 1000), "workers": (1, 1000), "requests_per_minute": (0.001, 1e6),
+    "max_tokens": (1, 1e6), "price_in": (0, 1e6), "price_out": (0, 1e6), "threshold": (0, 1),
+}  # fmt: skip
 KINDS = {
     "detector": ("mask2former", "grounding_dino", "owlv2"),
     "vlm": ("endpoint", "local"),
@@ -35,7 +41,8 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     """Return (name, argument, options) of the judge NAME or NAME:ARGUMENT for a suite, without loading anything.
 
     options: keyword arguments of its class.
-    Raises EvaluationError for a suite that needs a judge to be named, ValueError for one that cannot serve it.
+    Raises EvaluationError for a suite that needs a judge to be named, and for a file that is not there; ValueError for
+    a judge that cannot serve it, and for an argument or options that make no sense.
     """
     if spec is None and suite.judge_kind == "world":
         spec = "world"
@@ -47,7 +54,14 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):
         raise ValueError(f"--judge {spec}: expected {name}{':' + wanted if wanted else ''}")
-    return name, argument, check_sampling_options(_class(name), options, "judge option")
+    judge = _class(name)
+    given = check_sampling_options(judge, options, "judge option")
+    for option, value in given.items():
+        least, most = LIMITS.get(option, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            raise ValueError(f"judge option {option}={value}: expected {least:g} to {most:g}")
+    judge.check(argument, **given)
+    return name, argument, given
 
 
 def open_judge(
@@ -65,7 +79,7 @@ def open_judge(
     return judge(argument, **given) if argument else judge(**given)
 
 
-def _class(name: str) -> Callable[..., Judge]:
+def _class(name: str) -> Any:
     module, kind, *_ = JUDGES[name]
     return getattr(import_module(f"reca.eval.judges.{module}"), kind)
 

@@ -34,6 +34,10 @@ class Judge:
     dtype: str | None = None
     options: Mapping[str, Any] = MappingProxyType({})
 
+    @classmethod
+    def check(cls, argument: str, **options: Any) -> None:
+        """Raise EvaluationError or ValueError for what it cannot be opened with, as far as that is known unopened."""
+
     def describe(self) -> dict[str, Any]:
         """Return what is written to every record, and what a record is looked up by."""
         description = {"name": self.name, "version": self.version, "dtype": self.dtype, "exact": self.exact}

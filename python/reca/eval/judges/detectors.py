@@ -63,6 +63,11 @@ class Mask2FormerJudge(DetectorJudge):
         self.colors = load_clip(clip, device)
         self.name = f"mask2former:{path.name}+{Path(clip).name}"
 
+    @classmethod
+    def check(cls, argument: str, **options: Any) -> None:
+        if not Path(argument).expanduser().is_file():
+            raise EvaluationError(f"{argument} does not exist. {mask2former.CHECKPOINT_HELP}")
+
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:
         found = self.detector(pixels)
         return [

@@ -52,18 +52,8 @@ class EndpointJudge(Judge):
 
         url: up to /v1. model: its name there; None takes the only one. timeout: seconds of a request. workers: requests
         at once. price_in, price_out: dollars per million tokens. dtype: that of the model there, for the record.
-        Raises ValueError for options that make no sense, EvaluationError when the endpoint does not answer.
+        Raises EvaluationError when the endpoint does not answer.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ValueError(
-                f"--judge endpoint: expected a URL such as http://localhost:8000/v1, without a key in it; the key "
-                f"is read from {KEY}"
-            )
-        positive = {"timeout": timeout, "tries": tries, "workers": workers, "max_tokens": max_tokens}
-        positive |= {} if requests_per_minute is None else {"requests_per_minute": requests_per_minute}
-        if wrong := [name for name, value in positive.items() if not value > 0]:
-            raise ValueError(f"judge option {wrong[0]}={positive[wrong[0]]}: expected more than 0")
         self.key = os.environ.get(KEY, "")
         self.url, self.tries, self.workers, self.max_tokens = url.rstrip("/"), int(tries), int(workers), max_tokens
         self.timeout, self.options = timeout, {"url": self.url, "max_tokens": max_tokens}
@@ -73,6 +63,15 @@ class EndpointJudge(Judge):
         self.requests, self.tokens = 0, [0, 0]
         self.model = model or self._only_model()
         self.name = f"endpoint:{self.model}"
+
+    @classmethod
+    def check(cls, argument: str, **options: Any) -> None:
+        parts = urlsplit(argument)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"--judge endpoint: expected a URL such as http://localhost:8000/v1, without a key in it; the key "
+                f"is read from {KEY}"
+            )
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
         choice = self._complete(text, images, max_tokens=self.max_tokens)

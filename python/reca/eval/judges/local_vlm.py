@@ -21,8 +21,6 @@ class LocalVlmJudge(Judge):
         """source: a hub id or a folder. dtype: bfloat16, float16 or float32."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"judge option dtype={dtype}: expected bfloat16, float16 or float32")
         try:
             self.processor = AutoProcessor.from_pretrained(source)
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype))
@@ -32,6 +30,11 @@ class LocalVlmJudge(Judge):
         self.device, self.dtype, self.max_new_tokens = device, dtype, max_new_tokens
         self.options = {"max_new_tokens": max_new_tokens}
         self.name = f"local:{source}"
+
+    @classmethod
+    def check(cls, argument: str, **options: Any) -> None:
+        if (dtype := options.get("dtype", "bfloat16")) not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"judge option dtype={dtype}: expected bfloat16, float16 or float32")
 
     def reply(self, text: str, images: Sequence[ImageOrFile]) -> str:
         inputs = self._inputs(text, images)

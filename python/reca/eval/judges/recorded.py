@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval import records
+from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import image_hash
@@ -18,6 +19,11 @@ class RecordedJudge(Judge):
     def __init__(self, path: Path, suite: Suite, items: Sequence[Item]):
         self.path, self.records = path, records.import_answers(path, suite, items)
         self.origin = next(iter(self.records.values())).judge
+
+    @classmethod
+    def check(cls, argument: str, **options: Any) -> None:
+        if not Path(argument).expanduser().exists():
+            raise EvaluationError(f"{argument} does not exist; expected records.jsonl or a benchmark's result file")
 
     def describe(self) -> dict[str, Any]:
         return dict(self.origin)
