@@ -125,6 +125,22 @@ def test_failures_are_tried_again(server, image):
     assert [round(wait) for wait in server.waits] == pytest.approx([7, 2, 4], rel=0.3)
 
 
+def test_a_model_that_takes_no_max_tokens_and_no_temperature(server, image, caplog):
+    """As OpenAI's since o1: the parameter is refused by name, every time."""
+    judge = EndpointJudge(server.url, tries=1)
+    limit = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    value = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+    server.plan = [(400, {"error": {"message": message}}) for message in (limit, value)]
+    assert [judge.reply("what?", [image]) for _ in range(2)] == ["Score: 1"] * 2
+    assert ["max_tokens" in body for body, _ in server.seen] == [True, False, False, False]
+    assert ["temperature" in body for body, _ in server.seen] == [True, True, False, False]
+    assert server.seen[-1][0]["max_completion_tokens"] == judge.max_tokens
+    assert caplog.text.count("tiny-vlm takes no temperature of 0") == 1
+    server.plan = [(400, {"error": {"message": limit}})]
+    with pytest.raises(JudgeError, match="HTTP 400"):
+        judge.reply("what?", [image])
+
+
 def test_what_no_try_mends_ends_it(server, image, tmp_path):
     judge = EndpointJudge(server.url, tries=3)
     server.plan = [(401, f"wrong key {SECRET}")]

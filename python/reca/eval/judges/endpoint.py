@@ -3,14 +3,16 @@
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,14 @@ from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import ImageOrFile, Judge, JudgeError
 
+log = logging.getLogger("reca")
+
 KEY = "RECA_JUDGE_KEY"
 AGAIN = (408, 409, 425, 429)  # and all from 500: the same request may go well later
 OF_ONE = (400, 413, 422)  # what is wrong may be this image or prompt, such as one that a filter of contents refuses
+# Parameters that some models refuse, such as OpenAI's since o1, and what is sent in place of each; None: nothing.
+IN_PLACE = {"max_tokens": "max_completion_tokens", "temperature": None}
+REFUSED = re.compile(r"'(max_tokens|temperature)' (is not supported|does not support)")
 LONGEST_WAIT = 60.0  # seconds between two tries
 SHOWN = 300  # characters of a server's words in a message
 MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "gif"}
@@ -61,6 +68,7 @@ class EndpointJudge(Judge):
         self.prices, self.dtype = (price_in, price_out), dtype
         self.lock, self.next_start = threading.Lock(), 0.0
         self.requests, self.tokens = 0, [0, 0]
+        self.refused: set[str] = set()  # parameters of IN_PLACE
         self.model = model or self._only_model()
         self.name = f"endpoint:{self.model}"
 
@@ -152,13 +160,17 @@ class EndpointJudge(Judge):
         for number in range(self.tries):
             self._wait_for_turn()
             wait = min(2.0**number, LONGEST_WAIT)
+            refused = set(self.refused)
             try:
-                found = json.loads(self._send(method, path, body))
+                found = json.loads(self._send(method, path, body and _without(refused, body)))
                 if isinstance(found, dict):
                     return found
                 reason = f"no JSON object: {found}"
             except urllib.error.HTTPError as refusal:
                 said = refusal.read(SHOWN * 10).decode(errors="replace")
+                if (about := REFUSED.search(said)) and about[1] not in refused:
+                    self._note_refusal(about[1])
+                    return self._request(method, path, body)
                 if refusal.code not in AGAIN and refusal.code < 500:
                     hint = f"; the key is read from {KEY}" if refusal.code in (401, 403) else ""
                     kind = JudgeError if method == "POST" and refusal.code in OF_ONE else EvaluationError
@@ -186,6 +198,12 @@ class EndpointJudge(Judge):
         with urllib.request.urlopen(request, timeout=self.timeout) as answer:
             return answer.read()
 
+    def _note_refusal(self, name: str) -> None:
+        with self.lock:
+            if name == "temperature" and name not in self.refused:
+                log.warning("%s takes no temperature of 0: its answers are sampled, and not the same twice", self.model)
+            self.refused.add(name)
+
     def _wait_for_turn(self) -> None:
         """Keep to the limit of requests per minute."""
         if not self.pause:
@@ -199,6 +217,12 @@ class EndpointJudge(Judge):
         """Cut a server's words, in which the key may stand."""
         clean = text.replace(self.key, "[key]") if self.key else text
         return " ".join(clean.split())[:SHOWN]
+
+
+def _without(refused: Collection[str], body: dict[str, Any]) -> dict[str, Any]:
+    """Put into a request what is sent in place of parameters that the model refuses."""
+    names = {name: IN_PLACE[name] if name in refused else name for name in body}
+    return {new: body[name] for name, new in names.items() if new is not None}
 
 
 def _retry_after(headers: Message, usual: float) -> float:
