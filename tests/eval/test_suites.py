@@ -142,6 +142,16 @@ def test_dpg(tmp_path):
     save(tmp_path / "files/p1_1.png")
     save(tmp_path / "files/p1_3.png")  # of which p1_2.png was lost
     assert list(suite.find(tmp_path / "files", [item])) == [("p1", 0), ("p1", 1), ("p1", 3)]
+    # The file of the public script beside its figures, by two processes, of which one was stopped.
+    cells = ["(0, 0, 4, 4)", "(4, 0, 8, 4)"]
+    lines = [f"out, a/p1.png, {cell}, question {n}?, {'no' if n == 2 else 'yes'}" for n in (1, 2) for cell in cells]
+    lines += ["out, a/p2.png, (0, 0, 4, 4), question 1?, yes", "out, a"]
+    (tmp_path / "r_detail.txt").write_text("\n".join(lines))
+    imported = suite.import_answers(tmp_path / "r_detail.txt", [item])
+    assert imported == {("p1", 0): [{"1": "yes", "2": "no"}] * 2}
+    assert suite.score(imported, [item]).values[0].value == 50
+    (tmp_path / "r_detail.txt").write_text("x/p1_3.png, None, question 1?, yes, it is\n")
+    assert suite.import_answers(tmp_path / "r_detail.txt", [item]) == {("p1", 3): [{"1": "yes, it is"}]}
     other = dataclasses.replace(item, id="p1_1")
     save(grid / "p1_1.png")  # the grid of an item, not a picture of another
     assert list(suite.find(grid, [item, other])) == [("p1", 0), ("p1_1", 0)]
@@ -164,6 +174,10 @@ def test_geneval2(tmp_path):
     assert asked[1] == ("How many cats? Answer in one word.", ["two", "Two", " two", " Two", "2", " 2"])
     score = suite.score({(item.id, 0): answer}, [item])
     assert score.metrics["soft_tifa_gm"] == pytest.approx(50) and score.metrics["per_skill"]["verb"] is None
+    (tmp_path / "score_lists.json").write_text(json.dumps([[1.0, 0.5, 0.25], [1]]))
+    assert suite.import_answers(tmp_path / "score_lists.json", [item]) == {(item.id, 0): [1.0, 0.5, 0.25]}
+    (tmp_path / "records.jsonl").write_text('{"item": "00000", "k": 0, "answer": [0.5]}\n' * 2)
+    assert suite.import_answers(tmp_path / "records.jsonl", [item]) is None
     save(tmp_path / "images/any.png")
     (tmp_path / "images/image_paths.json").write_text(json.dumps({"two cats": "any.png"}))
     assert list(suite.find(tmp_path / "images", [item])) == [(item.id, 0)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 
+DETAIL = re.compile(r"(.+?), (None|\([\d, ]+\)), (.+)")  # a line of the script's: image, cell, question and answer
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 
@@ -169,6 +171,21 @@ class Dpg(Suite):
             {str(q.id): reply.strip().strip(".").lower() for q, reply in zip(questions, cell, strict=True)}
             for cell in replies
         ]
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read the lines IMAGE, CELL, QUESTION, ANSWER of the file that ends in _detail.txt of the public script."""
+        known, cells = {item.id: item for item in items}, dict[Key, dict[str, dict[str, str]]]()
+        for line in files.read_lines(path):
+            if (parts := DETAIL.fullmatch(line)) is None:
+                continue
+            stem = Path(parts[1].replace("\\", "/")).name.split(".")[0]
+            name, _, k = (stem, "", "0") if stem in known else stem.rpartition("_")
+            if name in known and k.isdecimal():
+                answers = cells.setdefault((name, int(k)), {}).setdefault(parts[2], {})
+                for question in known[name].metadata["questions"]:
+                    if parts[3].startswith(f"{question.text}, "):
+                        answers[str(question.id)] = parts[3].removeprefix(f"{question.text}, ")
+        return {key: list(found.values()) for key, found in cells.items()} or None
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         tables = {item.id: item.metadata["questions"] for item in items}

@@ -152,6 +152,17 @@ class GenEval2(Suite):
             }
         return Score(values, None, metrics, failed)
 
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read the scores that evaluation.py writes: a list for every prompt, in the order of the data."""
+        text = files.read_text(path)
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            return None
+        return {(item.id, 0): rows[int(item.id)] for item in items if int(item.id) < len(rows)} or None
+
 
 def totals(
     items: Sequence[Mapping[str, Any]], first_token: Callable[[str], int], vocabulary: Sequence[str]
