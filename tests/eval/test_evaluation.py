@@ -308,19 +308,40 @@ def test_images_that_were_not_judged_are_not_left_out_in_silence(painter, tmp_pa
     assert reca.evaluate("world", painter, limit=LIMIT)["overall"] == first["overall"]  # goes on, nothing is lost
 
 
-def test_damaged_and_changed_images_are_judged_again(painter):
+def test_changed_images_are_judged_again(painter):
     reca.evaluate("world", painter, limit=LIMIT)
     folder = painter / "eval/world"
-    first, second, *_ = sorted(folder.rglob("*.png"))
-    content = first.read_bytes()
-    first.write_bytes(b"\x89PNG half")
-    shutil.copy(sorted(folder.rglob("*.png"))[-1], second)
-    found = reca.evaluate("world", painter, limit=LIMIT)
-    assert found["counts"]["failed"] == 1 and "is no readable image" in found["failed"][0]["error"]
-    assert "1 images failed" in (folder / "report.txt").read_text()
-    assert len(lines(folder / "records.jsonl")) == LIMIT + 2
-    first.write_bytes(content)
-    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["failed"] == 0
+    shutil.copy(sorted(folder.rglob("*.png"))[-1], sorted(folder.rglob("*.png"))[1])
+    assert reca.evaluate("world", painter, limit=LIMIT)["counts"]["images"] == LIMIT
+    assert len(lines(folder / "records.jsonl")) == LIMIT + 1
+
+
+def test_images_that_cannot_be_read_are_drawn_again_or_refused(painter, tmp_path, caplog, monkeypatch):
+    wanted = reca.evaluate("world", painter, limit=LIMIT)
+    images = painter / "eval/world/images"
+    paths = sorted(images.rglob("*.png"))
+    contents = [path.read_bytes() for path in paths]
+    broken = [
+        contents[0][: len(contents[0]) // 2],
+        b"",
+        b"\0" * 900,
+        b"\xff\xd8\xff\xe0 JPEG",
+        b"version https://git-lfs",
+        b"x" * 9,
+    ]
+    for workers in (1, 3):
+        monkeypatch.setattr(WorldJudge, "workers", workers)
+        for path, content in zip(paths, broken, strict=False):
+            path.write_bytes(content)
+        out = tmp_path / f"out{workers}"
+        with pytest.raises(EvaluationError, match="6 of 42 images cannot be read: .*png is no readable image: .*Repl"):
+            reca.evaluate("world", painter, images=images, out=out, limit=LIMIT)
+        counts = reca.evaluate("world", painter, images=images, out=out, limit=LIMIT, partial=True)["counts"]
+        assert (counts["images"], counts["missing"], counts["failed"]) == (LIMIT - 6, 6, 0)
+        assert "6 of 42 images cannot be read" in caplog.text and len(lines(out / "records.jsonl")) == LIMIT - 6
+        made = Painter.made
+        assert reca.evaluate("world", painter, limit=LIMIT) == wanted and Painter.made == made + 6
+        assert [path.read_bytes() for path in paths] == contents
 
 
 def test_a_judge_that_keeps_failing_ends_the_step(painter, monkeypatch):

@@ -13,7 +13,7 @@ from reca import distributed
 from reca.eval import records, report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.generate import generate_answers, generate_images, read_answers
+from reca.eval.generate import generate_answers, generate_images, is_drawn, read_answers
 from reca.eval.judge import judge_images, valid
 from reca.eval.judges import check_judge, open_judge
 from reca.eval.judges.base import Judge
@@ -221,7 +221,7 @@ def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
         known = read_answers(folder / "answers.jsonl", items)
         return all((item.id, 0) in known for item in items)
     paths = (settings.suite.path(item, k) for item in items for k in range(settings.count))
-    return all((folder / "images" / path).is_file() for path in paths)
+    return all(is_drawn(folder / "images" / path) for path in paths)
 
 
 def judge_and_score(
@@ -255,7 +255,7 @@ def judge_and_score(
     else:
         opened = _open(settings, items, device)
         if "judge" in made and opened is not None:
-            judge_images(opened, settings.suite, items, found, path)
+            judge_images(opened, settings.suite, items, found, path, settings.partial)
         known, judge = _known(path, items, found, opened.describe() if opened else None)
     if "score" not in made:
         return None

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from reca.models.base import Adapter
 log = logging.getLogger("reca")
 CHUNK = 32  # images that are generated before they are written
 SEED_BITS = 56
+END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 ROOM = 1.1  # free space asked for, over what the remaining images will take
 
 
@@ -69,7 +71,7 @@ def generate_images(
     """
     everything = [(item, k) for item in items for k in range(images_per_item)]
     mine = everything[distributed.rank() :: distributed.world_size()]
-    todo = [(item, k) for item, k in mine if not (images / suite.path(item, k)).is_file()]
+    todo = [(item, k) for item, k in mine if not is_drawn(images / suite.path(item, k))]
     wanted, made, size = len(todo), 0, 0
     if alike:
         todo += everything[:1] * (max(distributed.all_gather(wanted)) - wanted)
@@ -136,6 +138,16 @@ def _source(item: Item) -> Tensor:
     if item.source is None or not item.source.is_file():
         raise EvaluationError(f"item {item.id}: its image {item.source} does not exist; check --data")
     return read_image(item.source)
+
+
+def is_drawn(path: Path) -> bool:
+    """Tell whether an image is there to the end of its PNG. A machine that lost its power leaves less, or zeros."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(END), os.SEEK_END)
+            return file.read() == END
+    except OSError:  # also of a file that is shorter
+        return False
 
 
 def png(image: Tensor) -> bytes:

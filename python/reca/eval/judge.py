@@ -22,13 +22,17 @@ from reca.full_memory import first_line, is_memory_full
 log = logging.getLogger("reca")
 MOST_FAILURES = 5  # in a row, after which the judge is taken to be broken
 TRIES = 2  # of an answer without a mark
+SHOWN = 3  # images that a message names
 
 
-def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mapping[Key, Path], path: Path) -> int:
+def judge_images(
+    judge: Judge, suite: Suite, items: Sequence[Item], found: Mapping[Key, Path], path: Path, partial: bool = False
+) -> int:
     """Append a record for every image that has none. path: of records.jsonl.
 
-    Returns the number of new records. An image that the judge fails on gets a record with the error, and is asked about
-    again next time. Raises EvaluationError when the judge fails on several images in a row.
+    Returns the number of images that it was asked about. One that the judge fails on gets a record with the error, and
+    is asked about again next time. Raises EvaluationError when the judge fails on several images in a row, and in the
+    end for images that cannot be read, unless a part is enough.
     """
     by_id = {item.id: item for item in items}
     hashes = {key: image_hash(image) for key, image in found.items()}
@@ -39,12 +43,17 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
     if not todo:
         return 0
     failures, last = 0, ""
+    unreadable: list[str] = []
 
-    def ask(key: Key) -> Record:
+    def ask(key: Key) -> Record | None:
         item = by_id[key[0]]
         unsaid = Record(*key, hashes[key], mine, digest=item.judged)
         try:
-            read_image(found[key])  # one that is damaged fails here, whatever the judge reads it with
+            read_image(found[key])
+        except DataError as error:
+            unreadable.append(str(error))
+            return None
+        try:
             return unsaid._replace(answer=_answer(judge, suite, item, key, found[key]))
         except (JudgeError, DataError, BadSample) as error:  # the latter two: a file that is no image
             return unsaid._replace(error=str(error))
@@ -65,8 +74,10 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
         tqdm(total=len(todo), desc=f"{suite.name}: judge", unit="", disable=None) as bar,
     ):
         for record in _in_threads(ask, todo, judge.workers):
-            file.append(record.line())
             bar.update()
+            if record is None:
+                continue
+            file.append(record.line())
             failures, last = (0, "") if record.error is None else (failures + 1, record.error)
             if failures >= max(MOST_FAILURES, 2 * judge.workers):
                 raise EvaluationError(
@@ -75,6 +86,14 @@ def judge_images(judge: Judge, suite: Suite, items: Sequence[Item], found: Mappi
                 )
     if cost := judge.cost():
         log.info("%s", cost)
+    if unreadable:
+        message = f"{len(unreadable)} of {len(found)} images cannot be read: {'; '.join(unreadable[:SHOWN])}"
+        if not partial:
+            raise EvaluationError(
+                f"{message}. Replace them (what was generated here is drawn again once it is deleted), or give "
+                "--partial to score the others"
+            )
+        log.warning("%s; they count as missing", message)
     return len(todo)
 
 
@@ -90,13 +109,13 @@ def _answer(judge: Judge, suite: Suite, item: Item, key: Key, image: Path) -> ob
     raise JudgeError(reason)
 
 
-def _in_threads(ask: Callable[[Key], Record], todo: Sequence[Key], workers: int) -> Iterator[Record]:
+def _in_threads(ask: Callable[[Key], Record | None], todo: Sequence[Key], workers: int) -> Iterator[Record | None]:
     """Yield records as they come, from this many threads. An interruption starts no new ones, and waits for none."""
     if workers <= 1:
         yield from map(ask, todo)
         return
     rest, stop = iter(todo), threading.Event()
-    ended = queue.SimpleQueue[Record | BaseException]()
+    ended = queue.SimpleQueue[Record | BaseException | None]()
 
     def work() -> None:
         for key in rest:
