@@ -13,6 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import reca
+from reca.data.errors import DataError
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import SUITES, open_suite
 from reca.eval.suites.pope import measures, read_answer
@@ -133,7 +134,18 @@ def test_dpg(tmp_path):
         def reply(self, text, images):
             return "No." if images[0].getpixel((0, 0)) == (0, 0, 0) and "question 1" in text else "Yes."
 
+    class Chatty:
+        said = ""
+
+        def reply(self, text, images):
+            return self.said
+
     found = suite.find(grid, [item])
+    for Chatty.said in ("**Yes**", "Yes, there is.", "```\nyes\n```", '"Yes"', "YES!", "__yes__", "yes\u3002"):
+        assert suite.ask(Chatty(), item, found[item.id, 0])[0] == {"1": "yes", "2": "yes"}, Chatty.said
+    for Chatty.said in ("I'm sorry, I can't help with that.", "", "Nothing", "yesterday"):
+        with pytest.raises(DataError, match="reply to 'question 1.' is neither yes nor no"):
+            suite.ask(Chatty(), item, found[item.id, 0])
     answer = suite.ask(Judge(), item, found[item.id, 0])
     assert [cell["1"] for cell in answer] == ["yes", "no", "yes", "yes"]
     score = suite.score({(item.id, 0): answer}, [item])

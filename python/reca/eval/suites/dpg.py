@@ -168,8 +168,7 @@ class Dpg(Suite):
         texts = [f"{q.text} Answer in one word: yes or no." for q in questions]
         replies = [[judge.reply(text, [cell]) for text in texts] for cell in cells]
         return [
-            {str(q.id): reply.strip().strip(".").lower() for q, reply in zip(questions, cell, strict=True)}
-            for cell in replies
+            {str(q.id): _yes_or_no(reply, q.text) for q, reply in zip(questions, cell, strict=True)} for cell in replies
         ]
 
     def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
@@ -203,6 +202,13 @@ class Dpg(Suite):
         if values:
             metrics["final"] = scores.final
         return Score(values, None, metrics, [(names[name], why) for name, why in scores.failed.items()])
+
+
+def _yes_or_no(reply: str, question: str) -> str:
+    """Read a reply by its first word, whatever signs stand around it. Raises DataError for another, as of a refusal."""
+    if (word := re.match(r"[\W_]*(yes|no)(?![^\W_])", reply, re.IGNORECASE)) is None:
+        raise DataError(f"the judge's reply to {question!r} is neither yes nor no: {reply[:200]!r}")
+    return word[1].lower()
 
 
 def _quarters(grid: Image.Image) -> list[Image.Image]:
