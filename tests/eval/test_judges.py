@@ -18,6 +18,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.judges import endpoint
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.judges.endpoint import EndpointJudge
+from reca.eval.suites import open_suite
 
 SECRET = "sk-very-secret"
 
@@ -415,6 +416,19 @@ def clip(tmp_path):
     return tmp_path / "clip"
 
 
+def test_models_below_the_home_folder(tmp_path, clip, monkeypatch):
+    from reca.eval import judges
+    from reca.eval.judges import colors
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d.pth").touch()
+    for spec, suite in (("local:~/m", "wise"), ("owlv2:~/m", "geneval"), ("mask2former:~/d.pth", "geneval")):
+        assert judges.check_judge(spec, {}, open_suite(suite))[1] == spec.partition(":")[2].replace("~", str(tmp_path))
+    assert colors.load_clip("~/clip", "cpu")
+    with pytest.raises(EvaluationError, match=r"CLIP, ~/none, cannot be loaded: .*--judge-option clip=FOLDER"):
+        colors.load_clip("~/none", "cpu")
+
+
 def test_genevals_own_judge(tmp_path, clip, monkeypatch):
     """From a checkpoint file to records and a score; the tiny detector of the golden data stands in for swin-s."""
     from reca.eval.judges import mask2former
@@ -549,7 +563,6 @@ def test_grounding_dino(tmp_path, clip, image):
 
 def test_a_model_that_published_numbers_come_from_is_exact(monkeypatch):
     from reca.eval import judges
-    from reca.eval.suites import open_suite
 
     class Named(Judge):
         def __init__(self, source, device):

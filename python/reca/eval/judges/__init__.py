@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -54,7 +55,7 @@ def check_judge(spec: str | None, options: Mapping[str, Any], suite: Suite) -> t
     wanted = JUDGES[name][2]
     if bool(argument) != bool(wanted):
         raise ValueError(f"--judge {spec}: expected {name}{':' + wanted if wanted else ''}")
-    judge = _class(name)
+    judge, argument = _class(name), os.path.expanduser(argument)
     given = check_sampling_options(judge, options, "judge option")
     for option, value in given.items():
         least, most = LIMITS.get(option, (-math.inf, math.inf))
@@ -71,7 +72,7 @@ def open_judge(
     name, argument, given = check_judge(spec, options, suite)
     judge = _class(name)
     if name == "recorded":
-        return judge(Path(argument).expanduser(), suite, items)
+        return judge(Path(argument), suite, items)
     if "device" in inspect.signature(judge).parameters:
         opened = judge(argument, device, **given)
         opened.exact = opened.exact or (name == "local" and Path(argument).name in suite.exact_models)

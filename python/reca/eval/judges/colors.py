@@ -3,6 +3,7 @@
 Source: djghosh13/geneval, evaluate_images.py (ImageCrops, color_classification), and clip_benchmark 1.6.2.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reca.eval.errors import EvaluationError
 from reca.eval.suites.geneval_rules import COLORS
 
 BACKGROUND = "#999"
@@ -92,11 +94,20 @@ class ColorClassifier:
 
 
 def load_clip(source: str, device: torch.device | str) -> ColorClassifier:
-    """Load CLIP ViT-L/14 (OpenAI's weights, which use QuickGELU) from the hub or a folder, in float32."""
+    """Load CLIP ViT-L/14 (OpenAI's weights, which use QuickGELU) from the hub or a folder, in float32.
+
+    Raises EvaluationError.
+    """
     from transformers import CLIPModel, CLIPTokenizerFast
 
-    model = CLIPModel.from_pretrained(source, torch_dtype=torch.float32).to(device).eval()
-    tokenizer = CLIPTokenizerFast.from_pretrained(source)
+    place = os.path.expanduser(source)
+    try:
+        model = CLIPModel.from_pretrained(place, torch_dtype=torch.float32).to(device).eval()
+        tokenizer = CLIPTokenizerFast.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"the judge's CLIP, {source}, cannot be loaded: {error}. Give its folder: --judge-option clip=FOLDER"
+        ) from error
 
     def embed_texts(lines: list[str]) -> Tensor:
         tokens = tokenizer(lines, padding=True, truncation=True, return_tensors="pt").to(device)

@@ -57,7 +57,7 @@ class Mask2FormerJudge(DetectorJudge):
     version = "mmdet 2.28.2 in transformers, 1"
 
     def __init__(self, source: str, device: torch.device | str, *, clip: str = CLIP):
-        path = Path(source).expanduser()
+        path = Path(source)
         model = mask2former.build(mask2former.load_checkpoint(path), mask2former.configuration())
         self.detector = mask2former.Detector(model, device)
         self.colors = load_clip(clip, device)
@@ -65,7 +65,7 @@ class Mask2FormerJudge(DetectorJudge):
 
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
-        if not Path(argument).expanduser().is_file():
+        if not Path(argument).is_file():
             raise EvaluationError(f"{argument} does not exist. {mask2former.CHECKPOINT_HELP}")
 
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:

@@ -22,7 +22,7 @@ class RecordedJudge(Judge):
 
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
-        if not Path(argument).expanduser().exists():
+        if not Path(argument).exists():
             raise EvaluationError(f"{argument} does not exist; expected records.jsonl or a benchmark's result file")
 
     def describe(self) -> dict[str, Any]:
