@@ -126,6 +126,15 @@ def test_failures_are_tried_again(server, image):
     assert [round(wait) for wait in server.waits] == pytest.approx([7, 2, 4], rel=0.3)
 
 
+def test_what_a_model_thinks_is_no_part_of_its_answer(server, image):
+    judge = EndpointJudge(server.url)
+    for server.reply in ("<think>Maybe\nScore: 1</think>\n\nScore: 0", "hm, Score: 1\n</think>Score: 0\n", "Score: 0"):
+        assert judge.reply("what?", [image]).strip() == "Score: 0"
+    server.reply = "<think>Score: 1</think>\n"
+    with pytest.raises(JudgeError, match="the judge's answer is empty"):
+        judge.reply("what?", [image])
+
+
 def test_a_model_that_takes_no_max_tokens_and_no_temperature(server, image, caplog):
     """As OpenAI's since o1: the parameter is refused by name, every time."""
     judge = EndpointJudge(server.url, tries=1)

@@ -12,6 +12,11 @@ from reca.eval.suites import Item, Key, Suite
 ImageOrFile = Path | Image.Image
 
 
+def without_thoughts(text: str) -> str:
+    """Leave out what a model thinks before it answers, which some servers give as a part of the answer."""
+    return text.rpartition("</think>")[2]
+
+
 class JudgeError(RuntimeError):
     """The judge could not answer about one image; others may go well."""
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from reca import html
 from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
-from reca.eval.judges.base import ImageOrFile, Judge, JudgeError
+from reca.eval.judges.base import ImageOrFile, Judge, JudgeError, without_thoughts
 
 log = logging.getLogger("reca")
 
@@ -85,9 +85,9 @@ class EndpointJudge(Judge):
         choice = self._complete(text, images, max_tokens=self.max_tokens)
         message = choice.get("message")
         content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str) or not (answer := without_thoughts(content)).strip():
             raise JudgeError(f"the judge's answer is empty (finish_reason {choice.get('finish_reason')!r})")
-        return content
+        return answer
 
     def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
         """See Judge. The first token of a string is taken to be the longest returned one that it begins with."""

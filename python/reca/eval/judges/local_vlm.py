@@ -9,7 +9,7 @@ from PIL import Image
 
 from reca.data.pixels import open_rgb
 from reca.eval.errors import EvaluationError
-from reca.eval.judges.base import ImageOrFile, Judge
+from reca.eval.judges.base import ImageOrFile, Judge, without_thoughts
 
 
 class LocalVlmJudge(Judge):
@@ -41,7 +41,7 @@ class LocalVlmJudge(Judge):
         with torch.no_grad():
             tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(new, skip_special_tokens=True)[0]
+        return without_thoughts(self.processor.batch_decode(new, skip_special_tokens=True)[0])
 
     def first_token_probability(self, text: str, images: Sequence[ImageOrFile], accepted: Sequence[str]) -> float:
         inputs = self._inputs(text, images)
