@@ -85,6 +85,22 @@ def test_geneval_writes_and_reads_its_layout(geneval, painter):
     assert len(suite.find(images, items)) == 8
 
 
+def test_a_part_of_genevals_images_is_no_whole(tmp_path):
+    """A generation that was stopped has images of the first tags alone, which are the easy ones."""
+    suite, results, images = open_suite("geneval"), tmp_path / "results.jsonl", tmp_path / "images"
+    shown = suite.items()[:3]
+    for item in shown:
+        save(images / suite.path(item, 0))
+        (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
+    rows = [{"filename": f"x/{item.id}/samples/0000.png", "correct": True, "metadata": json.dumps(item.metadata)}
+            for item in shown]  # fmt: skip
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"images": images, "judge": f"recorded:{results}", "out": tmp_path / "out"}
+    with pytest.raises(EvaluationError, match=r"550 images of geneval are missing: 00003 \(0\)"):
+        reca.evaluate("geneval", "show_o_tiny", **given)
+    assert reca.evaluate("geneval", "show_o_tiny", **given, partial=True)["counts"]["missing"] == 550
+
+
 def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
     lines = [
         {"filename": f"x/images/{i:05d}/samples/{k:04d}.png", "tag": ROWS[i]["tag"], "prompt": ROWS[i]["prompt"],
