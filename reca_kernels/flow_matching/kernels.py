@@ -8,11 +8,11 @@ from reca_kernels.philox.address import Philox
 
 
 class Kernels(Protocol):
-    """Images are contiguous, [C, H, W], of one dtype; explicit noise is contiguous, in the order of the prediction."""
+    """Batches are contiguous, [n, C, H, W], of one dtype; explicit noise is contiguous, in the prediction's order."""
 
     def add_noise(
         self,
-        images: list[Tensor],
+        batches: list[Tensor],
         t: Tensor,  # fp32 [B]
         noise: Philox | Tensor,
         patch: int,
@@ -23,7 +23,7 @@ class Kernels(Protocol):
     def losses(
         self,
         pred: Tensor,
-        images: list[Tensor],
+        batches: list[Tensor],
         noise: Philox | Tensor,
         patch: int,
         gradient: Tensor | None,  # like pred

@@ -9,25 +9,26 @@ from reca_kernels.philox.address import Philox
 from reca_kernels.philox.native import address, explicit
 
 
-def add_noise(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
+def add_noise(batches: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
     numbers = explicit(noise)
     native.kernels().flow_matching_add_noise(
-        _arguments(images, t, noise, numbers, patch),
-        image_runs(images),
+        _arguments(batches, t, noise, numbers, patch),
+        image_runs(batches),
         native.DTYPES[out.dtype],
         out.data_ptr(),
         native.launch(out),
     )
 
 
-def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
+def losses(pred: Tensor, batches: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
     module = native.kernels()
-    sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
-    partial = torch.empty(pred.numel() // module.flow_tile + len(images), dtype=torch.float64, device=pred.device)
+    count = sum(batch.shape[0] for batch in batches)
+    sums = torch.empty(count, dtype=torch.float32, device=pred.device)
+    partial = torch.empty(pred.numel() // module.flow_tile + count, dtype=torch.float64, device=pred.device)
     numbers = explicit(noise)
     module.flow_matching_loss(
-        _arguments(images, None, noise, numbers, patch),
-        image_runs(images),
+        _arguments(batches, None, noise, numbers, patch),
+        image_runs(batches),
         native.DTYPES[pred.dtype],
         pred.data_ptr(),
         native.address(gradient),
@@ -39,13 +40,13 @@ def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: in
 
 
 def _arguments(
-    images: list[Tensor], t: Tensor | None, noise: Philox | Tensor, numbers: Tensor | None, patch: int
+    batches: list[Tensor], t: Tensor | None, noise: Philox | Tensor, numbers: Tensor | None, patch: int
 ) -> tuple[object, ...]:
     """Return a FlowMatching (csrc/flow_matching/op.h)."""
-    elements = sum(image.numel() for image in images)
+    elements = sum(batch.numel() for batch in batches)
     return (
-        native.DTYPES[images[0].dtype],
-        images[0].shape[0],
+        native.DTYPES[batches[0].dtype],
+        batches[0].shape[1],
         patch,
         native.address(t),
         address(noise),

@@ -1,5 +1,6 @@
 """Flow matching: the noisy input, and the loss against the velocity, with noise that is drawn again, never stored."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,17 +47,17 @@ def flow_matching_add_noise(
     """
     if not (raw := plain(t, *_images_of(x0), *tensors_of(OP, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
-    images, shape = _images(x0, patch), _shape(x0, patch)
+    batches, shape = _batches(x0, patch), _shape(x0, patch)
     checks.constant(OP, t=t)
-    t, noise = _level(t, images), _noise(noise, images, shape)
-    out_dtype = out_dtype or images[0].dtype
-    dtype = images[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # others are for the reference
-    backend = dispatch.choose(OP, images[0], backend, dtype=dtype)
+    t, noise = _level(t, batches), _noise(noise, batches, shape)
+    out_dtype = out_dtype or batches[0].dtype
+    dtype = batches[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # others are for the reference
+    backend = dispatch.choose(OP, batches[0], backend, dtype=dtype)
     with torch.no_grad():
         if backend == "reference":
-            flat = reference.add_noise(images, t, noise, patch, out_dtype)
+            flat = reference.add_noise(_apart(batches), t, noise, patch, out_dtype)
         else:
-            flat = _noisy(raw, images, t.float(), *flattened(noise), patch, out_dtype, backend)
+            flat = _noisy(raw, batches, t.float(), *flattened(noise), patch, out_dtype, backend)
     return flat.view(shape)
 
 
@@ -89,37 +90,37 @@ def flow_matching_loss(
     """
     if not (raw := plain(pred, t, *_images_of(x0), *tensors_of(OP, noise), optional=weight)):
         checks.dispatchable(OP, **_named(x0, t, noise), pred=pred, **checks.given(weight=weight))
-    images = _images(x0, patch)
+    batches = _batches(x0, patch)
     if reduction not in ("mean", "sum", "sample"):
         raise ValueError(f"{OP}: reduction must be mean, sum or sample, got {reduction!r}")
     checks.floating(OP, pred=pred)
-    _level(t, images)
+    _level(t, batches)
     expected = _shape(x0, patch)
-    noise = _noise(noise, images, expected)
+    noise = _noise(noise, batches, expected)
     if tuple(pred.shape) != expected:
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
-    if weight is not None and tuple(weight.shape) != (len(images),):
-        raise ValueError(f"{OP}: weight must be [{len(images)}], one per image, got {list(weight.shape)}")
+    if weight is not None and tuple(weight.shape) != (_count(batches),):
+        raise ValueError(f"{OP}: weight must be [{_count(batches)}], one per image, got {list(weight.shape)}")
     # fp64 anywhere is for the reference.
-    dtype = torch.float64 if images[0].dtype == torch.float64 else pred.dtype
+    dtype = torch.float64 if batches[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
     if backend == "reference":
         masked = None if weight is None else weight == 0
-        sums = reference.losses(pred.reshape(-1), images, noise, patch, masked)
+        sums = reference.losses(pred.reshape(-1), _apart(batches), noise, patch, masked)
     else:
         learns = not raw or (pred.requires_grad and torch.is_grad_enabled())
         uneven = weight is not None or reduction == "sample"
-        sums, _ = _losses(raw, pred, images, *flattened(noise), patch, learns, uneven, backend)
+        sums, _ = _losses(raw, pred, batches, *flattened(noise), patch, learns, uneven, backend)
     if weight is not None:
         sums = torch.where((weight != 0) | sums.isfinite(), sums, 0) * weight.to(sums.dtype)
     if reduction == "sum":
         return sums.sum()
-    counts = [image.numel() for image in images]
     if reduction == "mean":
-        return sums.sum() / max(sum(counts), 1)
-    if all(n == counts[0] for n in counts):
-        return sums / max(counts[0], 1)
-    return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), counts, strict=True)])  # no copy from the host
+        return sums.sum() / max(pred.numel(), 1)
+    sizes = _sizes(batches)
+    if all(n == sizes[0] for n in sizes):
+        return sums / max(sizes[0], 1)
+    return torch.stack([s / max(n, 1) for s, n in zip(sums.unbind(), sizes, strict=True)])  # no copy from the host
 
 
 def _images_of(x0: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
@@ -132,52 +133,61 @@ def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> 
     return {**images, "t": t, **named(noise)}
 
 
-def _images(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
-    batch = isinstance(x0, Tensor)
-    images: Sequence[Tensor] = ()
-    if not isinstance(x0, Tensor):
-        images = x0
-    elif x0.ndim == 4:
-        images = x0.contiguous().unbind()
-    if (isinstance(x0, Tensor) and x0.ndim != 4) or any(image.ndim != 3 for image in images):
+def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
+    """Return contiguous batches [n, C, H, W]: x0 as one, so that a graph takes any number, or each of its images."""
+    batch, images = isinstance(x0, Tensor), _images_of(x0)
+    if any(image.ndim != (4 if batch else 3) for image in images):
         raise ValueError(f"{OP}: x0 must be [B, C, H, W] or a list of [C, H, W]")
-    if not images:
+    if not images or (batch and images[0].shape[0] == 0):
         raise ValueError(f"{OP}: x0 holds no image")
-    several = images[:1] if batch else images
-    if patch < 1 or any(side % patch for image in several for side in image.shape[1:]):
-        sizes = sorted({tuple(map(int, image.shape[1:])) for image in images})
+    if patch < 1 or any(side % patch for image in images for side in image.shape[-2:]):
+        sizes = sorted({tuple(map(int, image.shape[-2:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
-    kinds = [(image.shape[0], image.dtype, image.device) for image in several]
+    kinds = [(image.shape[-3], image.dtype, image.device) for image in images]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(f"{OP}: all images of x0 must have the same channels, dtype and device")
     checks.floating(OP, x0=images[0])
-    for image in several:
+    for image in images:
         checks.constant(OP, x0=image)
     if batch:
-        return list(images)
+        return [images[0].contiguous()]
     if patch == 1:
         # Tokens of one latent: backends keep the order in memory, and take the channels from the shape.
         images = [image.movedim(0, -1).contiguous().view(image.shape) for image in images]
-    return [image.contiguous() for image in images]
+    return [image.contiguous()[None] for image in images]
 
 
-def _level(t: Tensor, images: list[Tensor]) -> Tensor:
-    if tuple(t.shape) != (len(images),):
-        raise ValueError(f"{OP}: t must be [{len(images)}], one level per image, got {list(t.shape)}")
+def _apart(batches: Sequence[Tensor]) -> list[Tensor]:
+    return [image for batch in batches for image in batch.unbind()]
+
+
+def _count(batches: Sequence[Tensor]) -> int:
+    """Return the number of images."""
+    return sum(batch.shape[0] for batch in batches)
+
+
+def _sizes(batches: Sequence[Tensor]) -> list[int]:
+    """Return the elements of an image, by batch."""
+    return [math.prod(batch.shape[1:]) for batch in batches]
+
+
+def _level(t: Tensor, batches: list[Tensor]) -> Tensor:
+    if tuple(t.shape) != (_count(batches),):
+        raise ValueError(f"{OP}: t must be [{_count(batches)}], one level per image, got {list(t.shape)}")
     return t if t.dtype == torch.float64 else t.float().contiguous()
 
 
-def _noise(noise: Philox | Tensor, images: list[Tensor], shape: tuple[int, ...]) -> Philox | Tensor:
+def _noise(noise: Philox | Tensor, batches: list[Tensor], shape: tuple[int, ...]) -> Philox | Tensor:
     if isinstance(noise, Tensor):
         if tuple(noise.shape) != shape:
             raise ValueError(f"{OP}: noise must be {list(shape)}, shaped like the result, got {list(noise.shape)}")
         checks.constant(OP, noise=noise)
-        double = torch.float64 in (noise.dtype, images[0].dtype)
-        return (noise.to(images[0].dtype) if double else noise).contiguous()
+        double = torch.float64 in (noise.dtype, batches[0].dtype)
+        return (noise.to(batches[0].dtype) if double else noise).contiguous()
     noise = checked(OP, noise)
-    if tuple(noise.sample_ids.shape) != (len(images),):
+    if tuple(noise.sample_ids.shape) != (_count(batches),):
         raise ValueError(
-            f"{OP}: noise.sample_ids must be [{len(images)}], one per image, got {list(noise.sample_ids.shape)}"
+            f"{OP}: noise.sample_ids must be [{_count(batches)}], one per image, got {list(noise.sample_ids.shape)}"
         )
     return noise
 
@@ -185,8 +195,8 @@ def _noise(noise: Philox | Tensor, images: list[Tensor], shape: tuple[int, ...])
 def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
     if isinstance(x0, Tensor) and patch == 1:
         return tuple(x0.shape)
-    images = x0.unbind() if isinstance(x0, Tensor) else x0
-    width = patch * patch * images[0].shape[0]
+    images = _images_of(x0)
+    width = patch * patch * images[0].shape[-3]
     return sum(image.numel() for image in images) // width, width
 
 
@@ -194,14 +204,14 @@ def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
 
 
 @kernel_op(
-    f"flow_matching_add_noise(Tensor[] images, Tensor t, {NOISE_SCHEMA}, int patch, ScalarType dtype, str backend)"
+    f"flow_matching_add_noise(Tensor[] batches, Tensor t, {NOISE_SCHEMA}, int patch, ScalarType dtype, str backend)"
     " -> Tensor",
-    lambda images, t, seed, ids, stream, explicit, patch, dtype, backend: t.new_empty(
-        sum(image.numel() for image in images), dtype=dtype
+    lambda batches, t, seed, ids, stream, explicit, patch, dtype, backend: t.new_empty(
+        sum(batch.numel() for batch in batches), dtype=dtype
     ),
 )
 def _noisy(
-    images: list[Tensor],
+    batches: list[Tensor],
     t: Tensor,
     seed: Tensor | None,
     ids: Tensor | None,
@@ -213,27 +223,27 @@ def _noisy(
 ) -> Tensor:
     """Return x_t, flat."""
     kernels: Kernels = dispatch.load(backend, OP)
-    out = torch.empty(sum(image.numel() for image in images), dtype=dtype, device=t.device)
+    out = torch.empty(sum(batch.numel() for batch in batches), dtype=dtype, device=t.device)
     noise = unflattened(seed, ids, stream, explicit)
-    kernels.add_noise(images, t, noise, patch, out)
+    kernels.add_noise(batches, t, noise, patch, out)
     return out
 
 
-def _losses_fake(pred: Tensor, images: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor | None]:
+def _losses_fake(pred: Tensor, batches: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor | None]:
     learns = rest[-3]
-    losses = pred.new_empty(len(images), dtype=torch.float32)
+    losses = pred.new_empty(_count(batches), dtype=torch.float32)
     dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
     return losses, _empty_like(pred, dtype) if learns else None
 
 
 @kernel_op(
-    f"flow_matching_loss(Tensor pred, Tensor[] images, {NOISE_SCHEMA}, int patch, bool learns, bool uneven, "
+    f"flow_matching_loss(Tensor pred, Tensor[] batches, {NOISE_SCHEMA}, int patch, bool learns, bool uneven, "
     "str backend) -> (Tensor, Tensor)",
     _losses_fake,
 )
 def _losses(
     pred: Tensor,
-    images: list[Tensor],
+    batches: list[Tensor],
     seed: Tensor | None,
     ids: Tensor | None,
     stream: int,
@@ -252,7 +262,7 @@ def _losses(
     gradient = torch.empty_like(pred) if learns else None
     noise = unflattened(seed, ids, stream, explicit)
     kernels: Kernels = dispatch.load(backend, OP)
-    return kernels.losses(pred, images, noise, patch, gradient), gradient
+    return kernels.losses(pred, batches, noise, patch, gradient), gradient
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -263,44 +273,47 @@ def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    pred, images, seed, ids, ctx.stream, explicit, ctx.patch, _, ctx.uneven, ctx.backend = inputs
+    pred, batches, seed, ids, ctx.stream, explicit, ctx.patch, _, ctx.uneven, ctx.backend = inputs
     ctx.gradient = output[1]
     ctx.mark_non_differentiable(ctx.gradient)
-    ctx.save_for_backward(pred, seed, ids, explicit, *images)
+    ctx.save_for_backward(pred, seed, ids, explicit, *batches)
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
-    pred, seed, ids, explicit, *images = ctx.saved_tensors
-    lengths = [image.numel() for image in images]
+    pred, seed, ids, explicit, *batches = ctx.saved_tensors
     raw = plain(grad, pred)
     gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
     if gradient is None:
-        arguments = (pred, images, seed, ids, ctx.stream, explicit, ctx.patch, True, ctx.uneven, ctx.backend)
+        arguments = (pred, batches, seed, ids, ctx.stream, explicit, ctx.patch, True, ctx.uneven, ctx.backend)
         _, gradient = _losses(raw, *arguments)
-    gradient = _scale_(gradient, grad, lengths, ctx.uneven) if raw else _scaled(gradient, grad, lengths)
+    gradient = _scale_(gradient, grad, batches, ctx.uneven) if raw else _scaled(gradient, grad, batches)
     return (gradient.to(pred.dtype),)
 
 
 _losses.register_autograd(_backward, setup_context=_setup_context, of=["pred"])
 
 
-def _scale_(gradient: Tensor, grad: Tensor, lengths: Sequence[int], uneven: bool) -> Tensor:
+def _scale_(gradient: Tensor, grad: Tensor, batches: Sequence[Tensor], uneven: bool) -> Tensor:
     """Multiply gradient in place by its image's number in grad [B]; 0 makes 0 of NaN and infinity too."""
     zero = uneven and (grad.is_cuda or not grad.all())  # a CPU can look, and then has less to do
-    if all(n == lengths[0] for n in lengths):
-        lines = gradient.view(len(lengths), -1).mul_(grad[:, None])
+    sizes = _sizes(batches)
+    if all(n == sizes[0] for n in sizes):
+        lines = gradient.view(len(grad), sizes[0]).mul_(grad[:, None])
         if zero:
             lines.masked_fill_((grad == 0)[:, None], 0)
         return gradient
-    for part, g in zip(gradient.view(-1).split(list(lengths)), grad.unbind(), strict=True):
+    for part, g in zip(gradient.view(-1).split(sizes), grad.unbind(), strict=True):
         part.mul_(g)
         if zero:
             part.masked_fill_(g == 0, 0)
     return gradient
 
 
-def _scaled(gradient: Tensor, grad: Tensor, lengths: Sequence[int]) -> Tensor:
+def _scaled(gradient: Tensor, grad: Tensor, batches: Sequence[Tensor]) -> Tensor:
     """Do the same into new memory, by single operations of torch."""
-    parts = zip(gradient.reshape(-1).split(list(lengths)), grad.unbind(), strict=True)
-    return torch.cat([torch.where(g == 0, 0, part * g) for part, g in parts]).view(gradient.shape)
+    parts = gradient.reshape(-1).split([batch.numel() for batch in batches])
+    grads = grad[:, None].split([batch.shape[0] for batch in batches])
+    lines = [part.view(g.shape[0], n) for part, g, n in zip(parts, grads, _sizes(batches), strict=True)]
+    scaled = [torch.where(g == 0, 0, line * g).view(-1) for line, g in zip(lines, grads, strict=True)]
+    return torch.cat(scaled).view(gradient.shape)

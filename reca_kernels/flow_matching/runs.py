@@ -13,15 +13,15 @@ class ImageRun(NamedTuple):
     width: int
 
 
-def image_runs(images: Sequence[Tensor]) -> list[ImageRun]:
-    """Return the runs of contiguous images [C, H, W] of one dtype, in order. A batch is one run."""
+def image_runs(batches: Sequence[Tensor]) -> list[ImageRun]:
+    """Return the runs of contiguous batches [n, C, H, W] of one dtype, in order."""
     found: list[ImageRun] = []
-    start = images[0].data_ptr()
-    shape, bytes_each, count = images[0].shape, images[0].nbytes, 0
-    for image in images:
-        address = image.data_ptr()
-        if address != start + count * bytes_each or image.shape != shape:
+    start, end, count = batches[0].data_ptr(), batches[0].data_ptr(), 0
+    shape = batches[0].shape[1:]
+    for batch in batches:
+        address = batch.data_ptr()
+        if address != end or batch.shape[1:] != shape:
             found.append(ImageRun(start, count, *shape[1:]))
-            start, shape, bytes_each, count = address, image.shape, image.nbytes, 0
-        count += 1
+            start, shape, count = address, batch.shape[1:], 0
+        end, count = address + batch.nbytes, count + batch.shape[0]
     return [*found, ImageRun(start, count, *shape[1:])]

@@ -134,25 +134,26 @@ def total_kernel(table, start, partial, losses, RUNS: tl.constexpr, BLOCK: tl.co
 # ---- launchers ----
 
 
-def add_noise(images: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
+def add_noise(batches: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: int, out: Tensor) -> None:
     seed, ids, stream, explicit = flattened(noise)
     with torch.cuda.device_of(out):
-        for table, programs, _, _, compiled in _launches(images, explicit, patch, (out,)):
+        for table, programs, _, _, compiled in _launches(batches, explicit, patch, (out,)):
             if programs:
-                add_noise_kernel[programs,](images[0], table, seed, ids, stream, explicit, t, out, **compiled, **FUSE)
+                add_noise_kernel[programs,](batches[0], table, seed, ids, stream, explicit, t, out, **compiled, **FUSE)
 
 
-def losses(pred: Tensor, images: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
+def losses(pred: Tensor, batches: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
     seed, ids, stream, explicit = flattened(noise)
-    sums = torch.empty(len(images), dtype=torch.float32, device=pred.device)
-    partial = torch.empty(pred.numel() // BLOCK + len(images), dtype=torch.float32, device=pred.device)
+    count = sum(batch.shape[0] for batch in batches)
+    sums = torch.empty(count, dtype=torch.float32, device=pred.device)
+    partial = torch.empty(pred.numel() // BLOCK + count, dtype=torch.float32, device=pred.device)
     done = 0
     with torch.cuda.device_of(pred):
-        for table, programs, start, count, compiled in _launches(images, explicit, patch, (pred, gradient)):
+        for table, programs, start, count, compiled in _launches(batches, explicit, patch, (pred, gradient)):
             here = partial[done:]
             if programs:
                 loss_kernel[programs,](
-                    images[0], table, seed, ids, stream, explicit, pred, gradient, here, **compiled, **FUSE
+                    batches[0], table, seed, ids, stream, explicit, pred, gradient, here, **compiled, **FUSE
                 )
             total_kernel[count,](table, start, here, sums, RUNS=compiled["RUNS"], BLOCK=1024)
             done += programs
@@ -168,12 +169,12 @@ class _Launch(NamedTuple):
 
 
 def _launches(
-    images: list[Tensor], explicit: Tensor | None, patch: int, tensors: tuple[Tensor | None, ...]
+    batches: list[Tensor], explicit: Tensor | None, patch: int, tensors: tuple[Tensor | None, ...]
 ) -> Iterator[_Launch]:
     """Yield as many runs at a time as a launch takes."""
-    found = image_runs(images)
-    bytes_each, base = images[0].element_size(), images[0].data_ptr()
-    channels = images[0].shape[0]
+    found = image_runs(batches)
+    bytes_each, base = batches[0].element_size(), batches[0].data_ptr()
+    channels = batches[0].shape[1]
     sizes = [channels * height * width for _, _, height, width in found]
     beginnings = [t.data_ptr() for t in (*tensors, explicit) if t is not None]
     compiled = {

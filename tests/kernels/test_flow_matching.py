@@ -317,10 +317,10 @@ def test_compiled_graph_is_whole_and_equal(layout):
 @needs_native
 def test_opcheck():
     x0, t, noise, _ = case("batch")
-    images = list(x0.unbind())
+    batches = [x0]
     pred = torch.randn(x0.shape, requires_grad=True)
-    torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, images, *noise, None, 1, True, False, "cpu"))
-    torch.library.opcheck(torch.ops.reca.flow_matching_add_noise, (images, t, *noise, None, 1, torch.float32, "cpu"))
+    torch.library.opcheck(torch.ops.reca.flow_matching_loss, (pred, batches, *noise, None, 1, True, False, "cpu"))
+    torch.library.opcheck(torch.ops.reca.flow_matching_add_noise, (batches, t, *noise, None, 1, torch.float32, "cpu"))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
@@ -514,12 +514,12 @@ def launches():
     from reca_kernels.flow_matching import triton as op
 
     noise = Philox(torch.tensor(5), torch.arange(2), 3)
-    batch = list(torch.empty(2, 16, 8, 8, dtype=torch.bfloat16).unbind())
-    packed = [torch.empty(16, 2 * n, 8, dtype=torch.bfloat16) for n in (3, 5)]
-    for images, patch in ((batch, 1), (packed, 2)):
+    batch = [torch.empty(2, 16, 8, 8, dtype=torch.bfloat16)]
+    packed = [torch.empty(1, 16, 2 * n, 8, dtype=torch.bfloat16) for n in (3, 5)]
+    for batches, patch in ((batch, 1), (packed, 2)):
         out = torch.empty(2048, dtype=torch.bfloat16)
-        op.add_noise(images, torch.rand(2), noise, patch, out)
-        op.losses(out, images, noise, patch, torch.empty_like(out))
+        op.add_noise(batches, torch.rand(2), noise, patch, out)
+        op.losses(out, batches, noise, patch, torch.empty_like(out))
 
 
 def test_compiled_for_every_gpu():

@@ -130,7 +130,9 @@ def test_an_exported_program_can_be_trained(op, strict):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("op", ["cross-entropy", "linear", "linear-bound", "diffusion", "concat"], indirect=True)
+@pytest.mark.parametrize(
+    "op", ["cross-entropy", "linear", "linear-bound", "flow", "diffusion", "concat"], indirect=True
+)
 def test_an_exported_program_takes_other_sizes(op, strict):
     """A batch whose len() was asked for was a constant of the program, and so was max_labelled."""
     function, arguments = op
