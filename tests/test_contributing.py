@@ -79,6 +79,8 @@ compiled = torch.compile(row_rms, backend="aot_eager", fullgraph=True)
 wanted = torch.autograd.grad(row_rms(x, backend="reference").sum(), x)[0]
 for run in (row_rms, compiled):
     torch.testing.assert_close(torch.autograd.grad(run(x).sum(), x)[0], wanted)
+torch.set_default_dtype(torch.bfloat16)
+assert row_rms(x).dtype == torch.float32
 try:
     row_rms(x, backend="cuda")
 except RuntimeError as error:

@@ -29,7 +29,7 @@ def _fake(x: Tensor, backend: str) -> Tensor:
 
 @kernel_op(f"{OP}(Tensor x, str backend) -> Tensor", _fake)
 def _forward(x: Tensor, backend: str) -> Tensor:
-    out = torch.empty(x.shape[0], device=x.device)
+    out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     kernels: Kernels = dispatch.load(backend, OP)
     kernels.forward(x, out)
     return out
