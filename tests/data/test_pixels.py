@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from reca.data import pixels
 from reca.data.errors import DataError
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image, shown_size
 from reca.data.views import View, Views
@@ -164,3 +165,10 @@ def test_blur_removes_detail_and_keeps_size():
 )
 def test_bound_sizes(size, view, expected):
     assert bound_size(*size, view) == expected
+
+
+def test_views_are_made_under_any_default_device():
+    pixels._resizes_as_pillow.cache_clear()
+    image = torch.zeros(3, 40, 30, dtype=torch.uint8)
+    with torch.device("meta"):
+        assert make_view(image, View(16)).shape == (3, 16, 16)

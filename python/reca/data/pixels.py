@@ -290,7 +290,8 @@ def _resizes_as_pillow() -> bool:
     """
     if not compiled():
         return False
-    noise = torch.randint(0, 256, (3, 61, 47), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3, 61, 47), generator=random, dtype=torch.uint8, device="cpu")
     cases = [
         (size, name, box)
         for size in ((30, 40), (47, 20), (20, 61), (94, 30), (100, 130))
