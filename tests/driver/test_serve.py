@@ -95,7 +95,7 @@ def test_a_run_beside_its_base(tmp_path, caplog):
     assert main(["train", "show_o_tiny", "train.steps=1", "optim.lr=0.1", *small, f"run_dir={run}"]) == 0
     sides = open_sides(run, [], "base", False, "cpu")
     assert f"base of {run} names no weights" in caplog.text
-    assert [side.label for side in sides] == [f"{run}, before training", f"{run}, step 1"]
+    assert [side.label for side in sides] == [f"base of {run}", f"{run}, step 1"]
     before, after = (dict(side.model.named_parameters()) for side in sides)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert Requests(sides).abilities == {"generate", "answer"}

@@ -67,7 +67,7 @@ def test_before_and_after(painter, capsys):
     assert len(flips) == sum(row["value"] == 0 for row in before["items"])
     assert all((row["before"], row["after"]) == (0, 1) for row in flips)
     assert found["against"]["identical_settings"] and found["against"]["model"]["trained"] is False
-    assert f"against: {painter}, before training (" in shown
+    assert f"against: base of {painter} (" in shown
     assert (
         f"prompts: {len(flips)} gained, 0 lost of 42 that both have" in shown
         and "power to find a change of 1.0, 2.0, 5.0 points" in shown

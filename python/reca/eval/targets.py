@@ -29,7 +29,7 @@ GENERATION = "generation.json"
 class Target:
     """One side of an evaluation.
 
-    source   as the user named it; of a run's base, with "before training" behind the run's folder
+    source   as the user named it; of what a run was trained from, "base of" the run
     recipe   of the model; None for a folder of an evaluation that was made before
     trained  whether a run's checkpoint is laid over the published weights
     folder   of the evaluation
@@ -45,8 +45,7 @@ class Target:
         assert self.recipe is not None
         if self.trained:
             return load_trained(Path(self.source), self.recipe, device, self.ema)
-        name = f"base of {self.source}" if is_run(self.source) else self.source
-        warn_of_random_weights(name, self.recipe.model)
+        warn_of_random_weights(self.source, self.recipe.model)
         return load_start(self.recipe, device)
 
     def step(self) -> int | None:
@@ -78,7 +77,7 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
     if str(name) == BASE:
         if not mine.trained:
             raise EvaluationError(f"--against base needs a run; {mine.source} is the base model itself")
-        return Target(f"{mine.source}, before training", mine.recipe, False, Path(mine.source) / "eval" / BASE / suite)
+        return Target(f"base of {mine.source}", mine.recipe, False, Path(mine.source) / "eval" / BASE / suite)
     folder = Path(name)
     if any((folder / file).is_file() for file in (GENERATION, "records.jsonl", "results.json")):
         return Target(str(name), None, False, folder)
