@@ -1,5 +1,6 @@
 """examples/slurm/train.sbatch, on stand-ins of srun and scontrol."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,12 +20,15 @@ from reca.status import FIELDS
 SCRIPT = Path(__file__).parents[1] / "examples/slurm/train.sbatch"
 
 # Records its arguments and waits for `signals` signals; then leaves the status of a run, and ends as torchrun does.
+# srun passes SIGUSR1 on, and on SIGTERM kills its tasks at once. SIGUSR2 is SLURM's own SIGTERM to the tasks.
 SRUN = """#!{python} -S
-import json, pathlib, signal, sys
+import json, os, pathlib, signal, sys
 here, came = pathlib.Path({here!r}), []
 todo = json.loads((here / "todo.json").read_text())
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, _: came.append(signal.Signals(number).name))
+for number, name in ((signal.SIGUSR1, "SIGUSR1"), (signal.SIGUSR2, "SIGTERM")):
+    signal.signal(number, lambda number, _, name=name: came.append(name))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(137))
+(here / "srun.pid").write_text(str(os.getpid()))
 (here / "started").write_text("\\n".join(sys.argv[1:]))
 while len(came) < todo["signals"]:
     signal.pause()
@@ -85,6 +89,10 @@ def job(cluster: Path, ends_as: dict | None, signals: tuple = (), before: dict |
         while not (cluster / "started").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(number)
+        if number == signal.SIGTERM:
+            time.sleep(0.2)  # SLURM signals the script and the tasks at once: the script may be the first
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int((cluster / "srun.pid").read_text()), signal.SIGUSR2)
     output, _ = process.communicate(timeout=30)
     assert f"{run}: state " in output
     return process.returncode, (cluster / "requeued").exists()
