@@ -36,7 +36,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

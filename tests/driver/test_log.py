@@ -95,6 +95,21 @@ def test_tensorboard_has_the_images_under_their_prompts(recipe):
     assert {p.name for p in (trainer.run_dir / "samples").iterdir()} == {"000003.png", "000006.png"}
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_tensorboard_shows_steps_that_are_made_again_once(tmp_path, done):
+    """Also those of a run that was killed before its first checkpoint, with the evaluation before its first step."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, loss in ((0, 1.0), (done and done + 1, 2.0)):
+        board = trackers.TensorBoard(tmp_path, done if loss == 2 else 0)
+        for step in range(first, 5):
+            board.scalars(step, {"loss": loss})
+        board.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [0, 1, 2, 3, 4]
+    assert [e.value for e in events.Scalars("loss")] == ([2.0] * 5 if done == 0 else [1.0] * 3 + [2.0] * 2)
+
+
 def wandb_records(folder: Path) -> list:
     """What a run of the real package has written without a network."""
     from wandb.proto import wandb_internal_pb2
