@@ -18,6 +18,8 @@ from reca.trackers import Trackers
 
 log = logging.getLogger("reca")
 
+LINES_OF_STEPS = ("log.jsonl", "spikes_*.jsonl", "non_finite_*.jsonl")  # cut back where steps are made again
+
 
 class RunLog:
     """Log of a run on rank 0; on other ranks it keeps warnings in a file of their own.
@@ -33,7 +35,8 @@ class RunLog:
         if not self.main_process:
             self.stack.enter_context(RankFile(run_dir))
             return
-        truncate_after(run_dir / "log.jsonl", done)
+        for path in (path for name in LINES_OF_STEPS for path in run_dir.glob(name)):
+            truncate_after(path, done)
         self.lines = JsonLines(run_dir / "log.jsonl")
         self.stack.callback(self.lines.close)
         self.trackers = Trackers(run_dir, done, recipe.log.tensorboard, recipe.log.wandb, as_dict(recipe))

@@ -57,7 +57,7 @@ class SkippedSteps:
     def record(self, step: int, norm: float, batches: dict[str, list[Batch]], losses: dict[str, float]) -> None:
         """Count the step that `accepts` has judged, and write down the samples of one that was skipped.
 
-        step: counted from 0. losses: by task.
+        step: counted from 1, as in log.jsonl. losses: by task.
         Raises NonFiniteError after more than train.max_skips non-finite steps in a row.
         """
         finite = math.isfinite(norm)

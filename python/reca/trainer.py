@@ -333,7 +333,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
         metrics["loss"] = sum(self._task(task).weight * metrics[f"{task}/loss"] for task in self.tasks)
-        self.skipped.record(self.step, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
+        self.skipped.record(self.step + 1, norm, batches, {task: metrics[f"{task}/loss"] for task in self.tasks})
         self.step += 1
         metrics |= {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped.total)}
         metrics |= {f"{task}/bad_samples": float(loader.bad) for task, loader in self.loaders.items()}

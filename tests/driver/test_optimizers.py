@@ -388,7 +388,7 @@ def test_a_gradient_that_is_not_finite_stops_its_backward_pass(config, recipe):
     taken = {names[p]: state["step"].item() for p, state in trainer.optimizer.state.items()}
     assert taken == dict.fromkeys(first, 2.0) | dict.fromkeys(second, 3.0)
     lines = (trainer.run_dir / "non_finite_0.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1]
+    assert [json.loads(line)["step"] for line in lines] == [2]
 
 
 def test_losses_that_stay_nan_end_the_run(recipe):

@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from reca import checkpoint, distributed
+from reca import checkpoint, distributed, jsonl
 from reca.config import TrainConfig
 from reca.skipped_steps import SkippedSteps
 from reca.trainer import Trainer
@@ -92,11 +92,12 @@ def test_a_spike_is_skipped_counted_and_written_down(recipe, tmp_path, caplog):
     trainer = spiking(recipe, {6, 9}, "train.steps=12")
     folder = trainer.run_dir
     dump = [json.loads(line) for line in (folder / "spikes_0.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in dump] == [6, 9] and len(set(dump[0]["sample_ids"]["reca"])) == 8
+    assert [line["step"] for line in dump] == [7, 10] and len(set(dump[0]["sample_ids"]["reca"])) == 8
     assert dump[0]["grad_norm"] > 100 and not (folder / "non_finite_0.jsonl").exists()
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [0] * 6 + [1] * 3 + [2] * 3
-    assert "step 6 skipped: gradient norm" in caplog.text and "standard deviations above" in caplog.text
+    assert [line["step"] for line in lines if line["grad_norm"] > 100] == [7, 10]
+    assert "step 7 skipped: gradient norm" in caplog.text and "standard deviations above" in caplog.text
     # The same steps with their usual gradients are other weights: two updates are missing.
     plain = run_toy(recipe(f"run_dir={tmp_path}/plain", "train.steps=12"))
     assert not all(torch.equal(v, weights(trainer.adapter)[n]) for n, v in weights(plain.adapter).items())
@@ -109,3 +110,16 @@ def test_a_run_that_goes_on_skips_the_same(recipe, tmp_path):
     assert all(torch.equal(v, weights(parts.adapter)[n]) for n, v in weights(whole.adapter).items())
     ends = [checkpoint.read_state(checkpoint.latest(t.run_dir))["skipped"] for t in (whole, parts)]
     assert ends[0] == ends[1] and ends[0]["total"] == 2 and len(ends[0]["norms"]) == 8
+
+
+def test_steps_that_are_made_again_are_listed_once(recipe, tmp_path):
+    """Two of four ranks have skipped steps behind the checkpoint, and the run goes on alone."""
+    spiking(recipe, {6}, "train.steps=8")
+    for rank in (0, 3):
+        with (tmp_path / f"run/spikes_{rank}.jsonl").open("a") as file:
+            file.write('{"step": 10}\n')
+    trainer = spiking(recipe, {6, 9}, "train.steps=12")
+    dumps = {path.name: jsonl.read(path) for path in trainer.run_dir.glob("spikes_*.jsonl")}
+    assert {name: [line["step"] for line in lines] for name, lines in dumps.items()} == {
+        "spikes_0.jsonl": [7, 10], "spikes_3.jsonl": [],
+    }  # fmt: skip
