@@ -371,10 +371,11 @@ class Trainer:
         if self.save() is None:
             kept = self.folder.status
             there = f"the newest is of step {kept.step}" if kept.checkpoint else "there is none before it"
-            raise NotSavedError(
-                f"step {self.step} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
-                "Free space there: the same command makes the steps since then again"
-            )
+            with distributed.fail_together(distributed.gloo_group()):  # raises its own error where a rank is gone
+                raise NotSavedError(
+                    f"step {self.step} is done, but its checkpoint could NOT be written to {self.run_dir}; {there}. "
+                    "Free space there: the same command makes the steps since then again"
+                )
 
     def _task(self, task: str) -> TaskConfig:
         return getattr(self.recipe.objective, task)

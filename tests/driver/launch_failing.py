@@ -119,6 +119,18 @@ def killed_beside(name: str) -> None:
     trainer(name, "train.steps=6").run()
 
 
+def killed_at_the_end(name: str) -> None:
+    """Rank 1 alone is killed while both write the last checkpoint."""
+
+    def killed(partial, *_):
+        if distributed.rank() == 1 and partial.name.startswith("000004"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return checksums(partial)
+
+    checksums, writing._checksums = writing._checksums, killed
+    trainer(name).run()
+
+
 def no_data(name: str) -> None:
     trainer(name, "data.images=/nowhere")
 
@@ -238,6 +250,7 @@ CASES = (
     killed_beside,
     full_once,
     full_at_the_end,
+    killed_at_the_end,
     no_data,
     damaged,
     interrupted,

@@ -30,6 +30,7 @@ def outcomes(tmp_path_factory):
         ("killed_beside", [-9, -9], "failed", 75, ["000002"]),
         ("full_once", [0, 0], "finished", 0, ["000004"]),
         ("full_at_the_end", [6, 6], "failed", 6, ["000002"]),
+        ("killed_at_the_end", [1, -9], "failed", 1, ["000002"]),
         ("no_data", [4, 4], "failed", 4, []),
         ("damaged", [0, 0], "finished", 0, ["000002", "000004"]),
         ("interrupted", [75, 75], "interrupted", 75, ["000002", "000003"]),
