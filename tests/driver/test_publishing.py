@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 import reca
 from reca import catalog, cli
 from reca.comparison.sides import find_sides
+from reca.eval.targets import describe, target
 from reca.publishing import card, push
 from reca.recipe_files import load_recipe
 from tests.driver.hub_server import TOKEN, Hub, Repository, point_to, serve
@@ -55,6 +56,21 @@ def test_the_card_of_a_run(run, tmp_path, capsys):
     (metric,) = found["model-index"][0]["results"][0]["metrics"]
     assert metric["value"] == pytest.approx(100 * after) and len(metric["args"]["interval_95"]) == 2
     assert str(run) not in text and "toy_world" not in text  # nothing of the machine, no name of data
+
+
+def test_the_run_goes_on_while_it_is_exported(run, tmp_path):
+    """What is said of weights is said of the checkpoint that they are of."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    model = reca.load(copy)
+    shutil.copytree(copy / "checkpoints/000002", copy / "checkpoints/000005")
+    state = copy / "checkpoints/000005/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 5, "samples": {"reca": 40}}))
+    shutil.copyfile(copy / "samples/000001.png", copy / "samples/000005.png")
+    card.write(copy, reca.api.recipe_of(copy), model, False, tmp_path, "name")
+    text = (tmp_path / "README.md").read_text()
+    assert "after 2 steps" in text and "16 in all" in text and "Images of step 2" in text
+    assert describe(model, target(copy, (), "world", None))["step"] == 2
 
 
 def test_results_of_other_weights_are_left_out(run, tmp_path):

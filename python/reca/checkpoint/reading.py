@@ -80,7 +80,7 @@ def read_state(folder: Path) -> dict:
 def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozenset[str]:
     """Load the parameters that another run has changed, whatever this run trains. Returns their names.
 
-    Those that have no memory here are not read.
+    The model keeps the checkpoint's counters: that run may go on. Parameters that have no memory here are not read.
     ema: of those that it trained, load the average in place of the last values.
     Raises CheckpointError if that run has no valid checkpoint, no average, or parameters that this model lacks.
     """
@@ -88,7 +88,7 @@ def load_weights(run_dir: Path, adapter: Adapter, ema: bool = False) -> frozense
     if folder is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint; did the run save one?")
     with distributed.fail_together():
-        names = check_fit(folder, adapter)
+        names, adapter.state = check_fit(folder, adapter), read_state(folder)
     own = {name: p.detach() for name, p in named_parameters(adapter).items() if name in names and not p.is_meta}
     _read(folder / "weights", own)
     if ema:

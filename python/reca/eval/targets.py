@@ -87,7 +87,8 @@ def opponent(name: str | Path, mine: Target, overrides: Sequence[str] | Mapping[
 def describe(model: Adapter, side: Target) -> dict[str, Any]:
     """Describe a loaded model for the results."""
     assert side.recipe is not None
-    return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": side.step(),
+    step = model.state["step"] if side.trained else None  # and not side.step(): the run may go on
+    return {"source": side.source, "umm": side.recipe.umm, "trained": side.trained, "step": step,
             "dtype": _dtype(model), "weights_sha256": weights_hash(model)}  # fmt: skip
 
 

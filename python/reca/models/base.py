@@ -119,6 +119,7 @@ class Adapter(nn.Module):
     reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch
     has_whole_replicas: bool = False  # FSDP2 has given every rank all parameters
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
+    state: Any = None  # the counters of the checkpoint that its weights are of; None: of none
     lora: Any = None  # the LoraConfig of what it has of LoRA (lora.py); None: nothing
 
     @classmethod

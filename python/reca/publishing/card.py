@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from reca import catalog, checkpoint, html
+from reca import catalog, html
 from reca.comparison.build import one_of_each, suite_of
 from reca.comparison.sides import Side, find_sides
 from reca.comparison.weights import understanding
@@ -49,8 +49,8 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     run = Path(source) if is_run(source) else None
     sides = find_sides("base", str(run)) if run else None
     scores, left_out = _scores(*sides, weights_hash(model)) if sides else ([], [])
-    images = _images(run, recipe, folder) if run else []
-    state = _state(run) if run else None
+    state = model.state if run else None
+    images = _images(run, state["step"], recipe, folder) if run else []
     base = base_model(recipe)
     values = {
         "mark": MARK,
@@ -167,15 +167,8 @@ def _without_place(judge: Mapping[str, Any]) -> str:
     return f"{kind}{colon}{Path(model).name}"
 
 
-def _state(run: Path) -> dict[str, Any]:
-    newest = checkpoint.latest(run)
-    if newest is None:
-        raise checkpoint.CheckpointError(f"{run} has no complete checkpoint; did the run save one?")
-    return checkpoint.read_state(newest)
-
-
 def _training(state: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Say in words what was done. state: of the newest checkpoint, which has the counts."""
+    """Say in words what was done. state: of the checkpoint, which has the counts."""
     optim = recipe.optim
     found = {"steps": str(state["step"])}
     for task in recipe.active_tasks():
@@ -209,10 +202,11 @@ def _keys(recipe: Recipe) -> list[str]:
     ]
 
 
-def _images(run: Path, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
-    """Copy the newest images of a run beside the card. Returns file, title and text of each."""
+def _images(run: Path, step: int, recipe: Recipe, folder: Path) -> list[dict[str, str]]:
+    """Copy the newest images of a run up to a step beside the card. Returns file, title and text of each."""
     found = []
-    newest = max((path for path in (run / "samples").glob("*.png") if path.stem.isdigit()), default=None)
+    drawn = (path for path in (run / "samples").glob("*.png") if path.stem.isdigit() and int(path.stem) <= step)
+    newest = max(drawn, key=lambda path: int(path.stem), default=None)
     if newest is not None:
         found.append((newest, "samples.png", f"Images of step {int(newest.stem)}", "; ".join(recipe.log.prompts)))
     if (run / GRID).is_file():
