@@ -122,6 +122,7 @@ def runs(tmp_path_factory) -> Path:
     command = [sys.executable, str(ROOT / "tests/driver/launch_ranks.py"), str(folder), json.dumps(jobs(toy, folder))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    (folder / "stderr").write_text(done.stderr)
     return folder
 
 
@@ -193,6 +194,11 @@ def test_activation_checkpointing_on_ranks_of_unequal_micro_batches(runs):
 def test_h_v_of_another_sample_does_not_depend_on_the_ranks(runs):
     """The control, 3 samples on 4 ranks: each h_v comes from a sample of another rank, and one rank computes a copy."""
     same(final(runs / "other_1"), final(runs / "other_4"), atol=2e-6)
+
+
+def test_no_block_returns_a_view(runs):
+    """An in-place operation on one would lose the hook by which FSDP2 gathers the block, of which torch warns."""
+    assert "returned a view" not in (runs / "stderr").read_text()
 
 
 def test_runs_go_on_with_another_number_of_ranks(runs):

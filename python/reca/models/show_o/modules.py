@@ -225,8 +225,10 @@ class LastLayer(PhiDecoderLayer):
             return super().forward(hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
         attended, _ = self.self_attn(normed, *args, **kwargs)
-        attended, normed, before = (x.flatten(0, 1).index_select(0, read) for x in (attended, normed, hidden_states))
-        return (self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed)) + before)[None]
+        attended, normed, before = (
+            x.flatten(0, 1).index_select(0, read)[None] for x in (attended, normed, hidden_states)
+        )
+        return self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed)) + before
 
 
 class Network(nn.Module):
