@@ -35,10 +35,10 @@ def initialize(timeout_minutes: int) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         gpu = device if device.type == "cuda" else None  # NCCL connects now, and knows whose GPU is whose
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=gpu)
-    if dist.is_initialized() and gloo_group() is None:
-        _gloo_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
+    if dist.is_initialized():
+        _gloo("threads", timeout)
         if device.type == "cuda":
-            _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
+            _gloo("host", timeout)
     if dist.is_initialized() and "LOCAL_WORLD_SIZE" not in os.environ:
         hosts = all_gather(socket.gethostname())
         os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank()]))
@@ -83,17 +83,23 @@ def set_timeout(minutes: int, device: torch.device) -> None:
         torch.cuda.synchronize(device)
     groups = [
         dist.group.WORLD,
-        *_host_groups.values(),
+        *(group for (_, use), group in _groups.items() if use == "host"),
         *(group for mesh in _meshes.values() for group in mesh.get_all_groups()),
     ]
     for group in groups:
         distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-# By the training group that they belong to. _host_groups: where that is NCCL's, what the training thread asks by gloo.
-_gloo_groups: dict[Any, dist.ProcessGroup] = {}
-_host_groups: dict[Any, dist.ProcessGroup] = {}
-_waiting_groups: dict[Any, dist.ProcessGroup] = {}
+# By the training group they belong to, and use. "host": where that is NCCL's, what the training thread asks by gloo.
+_groups: dict[tuple[Any, str], dist.ProcessGroup] = {}
+
+
+def _gloo(use: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Return the gloo group of all ranks for one use. The first call makes it: all ranks must call it together."""
+    key = dist.group.WORLD, use
+    if key not in _groups:
+        _groups[key] = dist.new_group(backend="gloo", timeout=timeout)
+    return _groups[key]
 
 
 def gloo_group() -> dist.ProcessGroup | None:
@@ -101,7 +107,7 @@ def gloo_group() -> dist.ProcessGroup | None:
 
     None without processes. Collectives of two threads in one group can wait for each other for ever.
     """
-    return _gloo_groups.get(dist.group.WORLD) if dist.is_initialized() else None
+    return _groups.get((dist.group.WORLD, "threads")) if dist.is_initialized() else None
 
 
 def waiting_group() -> dist.ProcessGroup | None:
@@ -109,19 +115,13 @@ def waiting_group() -> dist.ProcessGroup | None:
 
     All ranks must call it, as the first call makes the group. None without processes.
     """
-    if not dist.is_initialized():
-        return None
-    if dist.group.WORLD not in _waiting_groups:
-        _waiting_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timedelta(hours=HOURS))
-    return _waiting_groups[dist.group.WORLD]
+    return _gloo("waiting", timedelta(hours=HOURS)) if dist.is_initialized() else None
 
 
 def shut_down() -> None:
     _meshes.clear()
     if dist.is_initialized():
-        _gloo_groups.clear()
-        _host_groups.clear()
-        _waiting_groups.clear()
+        _groups.clear()
         dist.destroy_process_group()
 
 
@@ -204,5 +204,5 @@ def any_rank(flag: bool) -> bool:
     if not dist.is_initialized():
         return flag
     raised = torch.tensor(float(flag))
-    dist.all_reduce(raised, group=_host_groups.get(dist.group.WORLD))
+    dist.all_reduce(raised, group=_groups.get((dist.group.WORLD, "host")))
     return bool(raised)
