@@ -217,3 +217,23 @@ def test_the_image_shows_what_was_drawn_for_held_out_prompts():
             x, y = 92 + 108 * column, 40 + 108 * row
             found = sheet[:, y : y + 100 : 5, x : x + 100 : 5]
             assert torch.equal(found, outcomes[name].measured.samples[place][1]), (prompt, name)
+
+
+def drawn(world, held_out=(0, 0, 0)):
+    """What a run's results are like. held_out: hits of 288 of before, RECA and SFT."""
+    names = ["seen", "understanding", *(f"{name}, all" for name in world.categories)]
+    rest = dict.fromkeys(names, measure.Rate(40, 48))
+    samples = [(prompt.text, torch.zeros(3, SIDE, SIDE, dtype=torch.uint8), True) for prompt in world.prompts(0)]
+    return {
+        name: Outcome(measure.Measured(rest | {"held-out": measure.Rate(hits, 288)}, 0.5, samples), [], 0.0)
+        for name, hits in zip(("before", "RECA", "SFT"), held_out, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("reca", "sft", "said"),
+    [(143, 66, "+26.7 points, intervals apart"), (66, 143, "-26.7 points, intervals apart"), (66, 70, "OVERLAPPING")],
+)
+def test_intervals_are_apart_whoever_is_ahead(reca, sft, said):
+    (sentence,) = report.verdicts({2: drawn(SHAPES, (0, reca, sft))})
+    assert said in sentence

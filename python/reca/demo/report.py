@@ -42,7 +42,8 @@ def verdicts(results: Results) -> list[str]:
     for seed, outcomes in results.items():
         reca, sft, before = (outcomes[name].measured for name in ("RECA", "SFT", BEFORE))
         gap = 100 * (reca.rates["held-out"].share - sft.rates["held-out"].share)
-        apart = reca.rates["held-out"].wilson()[0] > sft.rates["held-out"].wilson()[1]
+        lows, highs = zip(*(side.rates["held-out"].wilson() for side in (reca, sft)), strict=True)
+        apart = max(lows) > min(highs)
         change = 100 * (reca.overall - before.overall)
         kept = 100 * (reca.rates["understanding"].share - before.rates["understanding"].share)
         seen = 100 * (reca.rates["seen"].share - before.rates["seen"].share)
