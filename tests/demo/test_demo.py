@@ -1,5 +1,6 @@
 """The whole experiment at a minuscule budget, for every UMM: it runs, and its report says what the run showed."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -237,3 +238,16 @@ def drawn(world, held_out=(0, 0, 0)):
 def test_intervals_are_apart_whoever_is_ahead(reca, sft, said):
     (sentence,) = report.verdicts({2: drawn(SHAPES, (0, reca, sft))})
     assert said in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("jitter", ["reca.toy_world.jitter:unlabeled?seed=0&caption_detail=sparse", "'steps': 20"]),
+        ("emoji-shared", ["reca.emoji_world.shared:understood?seed=0", "'size': 8, 'entries': 1024"]),
+    ],
+)
+def test_the_report_has_the_settings_that_arms_ran_with(name, settings, tmp_path):
+    world = load_world(name)
+    page = html.unescape(report.write({0: drawn(world)}, "show_o", world, tmp_path, scale=0.1).read_text())
+    assert all(text in page for text in (*settings, "all for 20 steps")) and "reca.toy_world:u" not in page

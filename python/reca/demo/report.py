@@ -14,7 +14,7 @@ from reca import html
 from reca.demo.arms import BEFORE, Outcome, Results, rows
 from reca.demo.before_after import NAME, before_after
 from reca.demo.measure import Rate
-from reca.demo.pretrain import demo_setup, scaled
+from reca.demo.pretrain import demo_setup, run_overrides
 from reca.demo.world import World
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
@@ -67,7 +67,7 @@ def summary(results: Results) -> str:
 def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.0) -> Path:
     """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
     setup, first = demo_setup(umm, world), next(iter(results))
-    recipe = load_recipe(setup.recipe)
+    recipe = load_recipe(setup.recipe, [*setup.overrides, *run_overrides(setup.recipe, world, first, scale)])
     names = _names(results)
     measured = results[first][names[0]].measured.rates
     details = [
@@ -90,7 +90,7 @@ def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.
         held_out=sorted(f"{pair.colour} {pair.kind}" for pair in world.held_out(first)),
         images={name: _images(results[first][name]) for name in names},
         curves={name: _curve(results[first][name].curve) for name in names},
-        steps=scaled(recipe.train.steps, scale),
+        steps=recipe.train.steps,
         settings=as_dict(recipe),
         seconds={name: f"{results[first][name].seconds:.0f}" for name in names},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",

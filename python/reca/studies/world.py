@@ -52,9 +52,7 @@ def cache_override(asked: Asked) -> list[str]:
 
 def overrides(asked: Asked, name: str, seed: int) -> tuple[str, ...]:
     """Return what every arm of a recipe is run with."""
-    world = load_world(asked.world)
-    captions = world.spec("unlabeled", seed, "sparse")
-    return *run_overrides(name, world, seed, asked.scale), f"data.captions={captions}"
+    return run_overrides(name, load_world(asked.world), seed, asked.scale)
 
 
 def _setup(asked: Asked | Task) -> DemoSetup:

@@ -80,6 +80,7 @@ def run_overrides(recipe: str, world: World, seed: int, scale: float) -> tuple[s
         "train.threads=1",
         f"data.images={world.spec('unlabeled', seed)}",
         f"data.conversations={world.spec('understood', seed)}",
+        f"data.captions={world.spec('unlabeled', seed, 'sparse')}",
         "data.workers=0",
     )
 
