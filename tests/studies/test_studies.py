@@ -19,7 +19,7 @@ from reca.meta_model import build_meta
 from reca.models import UMMS, umm_package
 from reca.optim.trained import freeze
 from reca.options import RecipeError
-from reca.recipe_files import load_recipe
+from reca.recipe_files import load_recipe, save_recipe
 from reca.side_by_side import Failure
 from reca.studies import judge, published, report, runner, work, world
 from reca.studies.check import check
@@ -167,6 +167,15 @@ def test_at_real_size_arms_are_recipes_and_measures_are_suites(study, tmp_path, 
         measure = arm["results"]["0"]["measures"]["world"]
         assert 0 <= measure["value"] <= 100 and len(measure["interval"]) == 2
     assert [claim["verdict"] for claim in found["claims"]] == ["agrees", "open"]
+
+
+def test_all_that_a_recipe_file_gives_lies_in_the_folder_of_studies(study, tmp_path):
+    """An absolute path once led the runs to beside the file."""
+    save_recipe(load_recipe("show_o_tiny"), tmp_path / "mine.yaml")
+    asked = Asked("show_o", (0,), tmp_path / "out", recipe=str(tmp_path / "mine.yaml"))
+    folders = {task.folder.parent for task in plan(load_study(study), asked)[0]}
+    assert folders == {tmp_path / "out/arms"}
+    assert report.folder(load_study(study), asked) == tmp_path / "out/does_it_run-mine"
 
 
 def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monkeypatch):

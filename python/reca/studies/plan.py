@@ -8,7 +8,7 @@ from typing import Any
 from reca.recipe_files import as_dict, load_recipe
 from reca.studies import published, world
 from reca.studies.study import BEFORE, START, Arm, Study, StudyError
-from reca.studies.task import Asked, Task, digest
+from reca.studies.task import Asked, Task, digest, short
 
 
 def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
@@ -68,7 +68,7 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
             starts_at.append(f"train.init_from={folders[parent]}")
         load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
         decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, variant, parent and folders[parent].name]
-        folder = asked.out / "arms" / f"{recipe}-seed{seed}-{digest(decides)}"
+        folder = asked.out / "arms" / f"{short(recipe)}-seed{seed}-{digest(decides)}"
         twins = tuple(task.name for task in tasks if task.folder == folder)  # it would be run twice at once
         result = folder / f"measured-{digest(asdict(asked.evaluations))}.json"
         tasks.append(

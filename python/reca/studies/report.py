@@ -14,14 +14,14 @@ from reca import html
 from reca.folders import write_atomically
 from reca.studies import judge
 from reca.studies.study import BEFORE, START, Study
-from reca.studies.task import Asked, Task
+from reca.studies.task import Asked, Task, short
 
 WIDTH, HEIGHT = 220, 70  # of a loss curve
 ENLARGED = 3  # times the embedded world's images
 
 
 def folder(study: Study, asked: Asked) -> Path:
-    return asked.out / f"{study.name}-{asked.recipe or asked.umm}{'' if asked.recipe else '-' + asked.world}"
+    return asked.out / f"{study.name}-{short(asked.recipe) if asked.recipe else f'{asked.umm}-{asked.world}'}"
 
 
 def summarize(

@@ -89,6 +89,11 @@ class Task:
         return self.name.partition("/")[2]
 
 
+def short(recipe: str) -> str:
+    """Name a recipe in the names of folders: its name, or that of its file without the path."""
+    return Path(recipe).stem
+
+
 def digest(*parts: Any) -> str:
     """Hash what decides a result, for the name of its folder."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
