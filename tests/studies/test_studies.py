@@ -234,6 +234,13 @@ def test_slurm_submits_each_task_once_after_those_it_needs(study, tmp_path, monk
     assert "goes on from 0/start, which is not done" in capsys.readouterr().err
 
 
+def test_no_option_is_abbreviated(capsys):
+    """SLURM's job of the report was a study's command with --slu, and so wrote scripts in place of the report."""
+    with pytest.raises(SystemExit):
+        main(["study", "main", "--slu"])
+    assert "unrecognized arguments: --slu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", study_names())
 def test_every_study_can_be_planned(name, tmp_path):
     study = load_study(name)

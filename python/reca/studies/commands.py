@@ -18,6 +18,7 @@ LIST = "list"
 
 def add(sub: argparse.ArgumentParser, path) -> None:
     """Add the options of `reca study`. path: the type of arguments that are paths."""
+    sub.allow_abbrev = False  # SLURM's scripts have the words of this command but for --slurm and --report
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
     sub.add_argument(
         "overrides",
