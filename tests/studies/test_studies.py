@@ -303,10 +303,18 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
         ("question: a\npaper: []\narms: {a: {}}", "about is missing"),
         ("question: a\narms: {a: {about: b, steps: 3}}", "unknown key steps"),
         ("question: a\narms: {a: {about: b, after: c}}", "must be an arm before it"),
-        ("question: a\narms: {a: {about: b, longer: 0.5}}", "longer=0.5 of a must be a whole number, at least 1"),
-        ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be a number above 0"),
-        ("question: a\narms: {a: {about: b, rate: half}}", "rate='half' of a must be a number above 0"),
-        ("question: a\narms: {a: {about: b, rate: .nan}}", "rate=nan of a must be a number above 0"),
+        ("question: a\narms: {a: {about: b, longer: 0.5}}", "arms.a: expected a whole number"),
+        ("question: a\narms: {a: {about: b, longer: 0}}", "longer=0 of a must be at least 1"),
+        ("question: a\narms: {a: {about: b, rate: 0}}", "rate=0 of a must be above 0"),
+        ("question: a\narms: {a: {about: b, rate: half}}", "arms.a: expected a number"),
+        ("question: a\narms: {a: {about: b, rate: .nan}}", "arms.a: expected a finite number"),
+        ("question: a\narms: {a: {about: b}, c: {about: d}, a: {about: e}}", "key 'a' stands twice"),
+        ("question: a\narms: {a: {about: b, overrides: train.steps=3}}", "arms.a: expected a list"),
+        ("question: a\narms: {a: {about: b, world: {bagel: train.steps=3}}}", "world.bagel='train.steps=3'"),
+        (
+            "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: before, margin: two}]",
+            "margin='two'",
+        ),
         ("question: a\narms: {a b: {about: b}}", "letters, digits"),
         ("question: a\narms: {start: {about: b}}", "an arm cannot have the name 'start'"),
         ("question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: z}]", "speaks of z"),
@@ -314,6 +322,7 @@ def test_a_swapped_encoder_takes_red_for_blue(umm):
             "question: a\narms: {a: {about: b}}\nclaims: [{says: x, measure: y, arm: a, than: a, expect: more}]",
             "expect",
         ),
+        ("question: a\narms: {a: {about: b}}\nclaims: {says: x}", "claims must be a list"),
         ("question: [", "is not YAML"),
     ],
 )
@@ -322,6 +331,16 @@ def test_a_study_that_is_none_is_refused(text, said, tmp_path):
     path.write_text(text)
     with pytest.raises(StudyError, match=re.escape(said)):
         load_study(str(path))
+
+
+def test_names_of_arms_are_texts_however_they_look(tmp_path):
+    """YAML takes 64 for a number and no for false."""
+    path = tmp_path / "a.yaml"
+    claim = "{says: x, measure: y, arm: 64, than: no, margin: 1}"
+    path.write_text(f"question: a\narms: {{64: {{about: b}}, no: {{about: c, after: 64}}}}\nclaims: [{claim}]\npaper:")
+    study = load_study(str(path))
+    assert [(arm.name, arm.after) for arm in study.arms] == [("64", None), ("no", "64")]
+    assert study.claims == (Claim("x", "y", "64", "no", margin=1.0),)
 
 
 @pytest.mark.parametrize(

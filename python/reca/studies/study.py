@@ -1,21 +1,24 @@
 """A study as data: what is asked, what the paper says, the arms, and the claims that its figures are held against."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any
-
-import yaml
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from reca import exits
+from reca.options import RecipeError
 from reca.studies.task import Asked
+from reca.values import Scalar, convert, read_yaml
 
 CATALOG = Path(__file__).parent / "catalog"
 BEFORE = "before"  # the arm that is not trained
 START = "start"  # the embedded world's pre-training; `start:key=value` holds for it and for every arm
 SETTINGS = ("world", "published")
 EXPECTED = ("higher", "lower", "equal", "not_lower", "not_higher")
+Texts = tuple[str, ...]
 
 
 class StudyError(ValueError):
@@ -48,9 +51,9 @@ class Arm:
 
     name: str
     about: str
-    overrides: tuple[str, ...] = ()
-    world: Any = ()
-    published: Any = ()
+    overrides: Texts = ()
+    world: Texts | Mapping[str, Texts | None] | None = ()
+    published: Texts | Mapping[str, Texts | None] | None = ()
     after: str | None = None
     start: str | None = None
     longer: int = 1
@@ -74,7 +77,7 @@ class Claim:
     """
 
     says: str
-    measure: Any
+    measure: str | Mapping[str, str]
     arm: str
     than: str
     expect: str = "higher"
@@ -98,10 +101,10 @@ class Study:
     paper: tuple[Said, ...]
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...]
-    umms: tuple[str, ...] = ()
-    worlds: tuple[str, ...] = ()
+    umms: Texts = ()
+    worlds: Texts = ()
     world: str | None = None
-    open: tuple[str, ...] = field(default=())
+    open: Texts = ()
 
     def of(self, asked: Asked) -> tuple[dict[str, tuple[Arm, tuple[str, ...]]], dict[str, str]]:
         """Return the arms of a model with their overrides, and why it has not the others.
@@ -137,36 +140,54 @@ def load_study(name: str) -> Study:
     """Read a study by name, or from a .yaml file. Raises StudyError for one that is not there or not as expected."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CATALOG / f"{name}.yaml"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _read(read_yaml(path.read_bytes(), str(path)), path)
     except OSError as error:
         raise StudyError(f"no study {name!r}: give a .yaml file, or one of {', '.join(study_names())}") from error
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    except RecipeError as error:
+        raise StudyError(str(error)) from error
+
+
+def _read(raw: Any, path: Path) -> Study:
     if not isinstance(raw, dict):
         raise StudyError(f"{path} holds no keys; a study has {', '.join(f.name for f in fields(Study))}")
-    made = {"name": path.stem, **raw}
-    for key, kind in (("paper", Said), ("claims", Claim)):
-        made[key] = tuple(_make(kind, entry, f"{path}: {key}") for entry in made.get(key) or ())
-    arms = made.get("arms")
+    arms = raw.get("arms")
     if not isinstance(arms, dict) or not arms:
-        raise StudyError(f"{path}: arms must map names to what they change, got {arms!r}")
-    made["arms"] = tuple(_make(Arm, {"name": key, **(entry or {})}, f"{path}: arms") for key, entry in arms.items())
-    study = _make(Study, made, str(path))
+        raise StudyError(f"{path}: arms must map names to what they change")
+    parts: dict[str, tuple[Any, ...]] = {
+        "arms": tuple(_make(Arm, entry, f"{path}: arms.{name}", name=name) for name, entry in arms.items())
+    }
+    for key, kind in (("paper", Said), ("claims", Claim)):
+        entries = [] if raw.get(key) in (None, Scalar("")) else raw[key]
+        if not isinstance(entries, list):
+            raise StudyError(f"{path}: {key} must be a list")
+        parts[key] = tuple(_make(kind, entry, f"{path}: {key}[{i}]") for i, entry in enumerate(entries))
+    rest = {key: entry for key, entry in raw.items() if key not in parts}
+    study = _make(Study, {"name": Scalar(path.stem)} | rest, str(path), **parts)
     _check(study, path)
     return study
 
 
-def _make(kind: type, entry: Any, where: str) -> Any:
-    """Make a dataclass of a mapping, whose lists become tuples."""
+def _make(kind: type, entry: Any, where: str, **made: Any) -> Any:
+    """Make a dataclass of a mapping. made: values of fields that are not in it."""
     if not isinstance(entry, dict):
-        raise StudyError(f"{where}: expected a mapping, got {entry!r}")
-    known = {f.name: f for f in fields(kind)}
+        raise StudyError(f"{where}: expected a mapping")
+    known = {f.name: f for f in fields(kind) if f.name not in made}
     if unknown := [key for key in entry if key not in known]:
-        raise StudyError(f"{where}: unknown key {', '.join(map(str, unknown))}; there are {', '.join(known)}")
-    needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if entry.get(name) is None]:
+        raise StudyError(f"{where}: unknown key {', '.join(unknown)}; there are {', '.join(known)}")
+    if missing := [f.name for f in known.values() if f.default is MISSING and f.name not in entry]:
         raise StudyError(f"{where}: {', '.join(missing)} is missing")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    return kind(**made | {key: _value(raw, known[key].type, key, where) for key, raw in entry.items()})
+
+
+def _value(raw: Any, wanted: Any, key: str, where: str) -> Any:
+    """Convert a part of a study to what its field declares: a text, a number, texts, or one of these for each name."""
+    kinds = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    by_name = [kind for kind in kinds if get_origin(kind) is Mapping]
+    if by_name and isinstance(raw, dict):
+        return {name: _value(part, get_args(by_name[0])[1], f"{key}.{name}", where) for name, part in raw.items()}
+    listed = [list[str] if kind == Texts else kind for kind in kinds if kind not in by_name]
+    value = convert(raw, reduce(or_, listed), key, where)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check(study: Study, path: Path) -> None:
@@ -176,10 +197,10 @@ def _check(study: Study, path: Path) -> None:
             raise StudyError(f"{path}: an arm cannot have the name {arm.name!r}, which every study has")
         if not arm.name.replace("-", "").replace("_", "").isalnum():
             raise StudyError(f"{path}: the name of the arm {arm.name!r} must be letters, digits, - and _")
-        if type(arm.longer) is not int or arm.longer < 1:
-            raise StudyError(f"{path}: longer={arm.longer!r} of {arm.name} must be a whole number, at least 1")
-        if type(arm.rate) not in (int, float) or not 0 < arm.rate < math.inf:
-            raise StudyError(f"{path}: rate={arm.rate!r} of {arm.name} must be a number above 0")
+        if arm.longer < 1:
+            raise StudyError(f"{path}: longer={arm.longer} of {arm.name} must be at least 1")
+        if arm.rate <= 0:
+            raise StudyError(f"{path}: rate={arm.rate:g} of {arm.name} must be above 0")
         if arm.after is not None and arm.after not in names[:place]:
             raise StudyError(f"{path}: {arm.name} goes on from {arm.after}, which must be an arm before it")
     for claim in study.claims:
