@@ -343,6 +343,24 @@ def test_names_of_arms_are_texts_however_they_look(tmp_path):
     assert study.claims == (Claim("x", "y", "64", "no", margin=1.0),)
 
 
+def test_an_arm_takes_a_group_of_keys_in_braces(tmp_path):
+    path = tmp_path / "a.yaml"
+    keys = 'overrides: ["model.patches={size: 4, entries: 99}"], world: ["data.captions={unlabeled}&size=9"]'
+    path.write_text(f"question: a\narms: {{a: {{about: b, {keys}}}}}")
+    (task,) = (t for t in plan(load_study(str(path)), Asked("show_o", (3,), tmp_path))[0] if t.arm == "a")
+    recipe = load_recipe(task.recipe, task.overrides)
+    assert recipe.model.patches.entries == 99
+    assert recipe.data.captions == "reca.toy_world:unlabeled?seed=3&size=9"
+
+
+@pytest.mark.parametrize(("start", "recipe"), [("blue_is_red", None), ("red_is_blue", "show_o_tiny")])
+def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"question: a\narms: {{a: {{about: b, start: {start}}}}}")
+    with pytest.raises(StudyError, match=f"start={start} of a: there is red_is_blue, in embedded worlds alone"):
+        plan(load_study(str(path)), Asked("show_o", (0,), tmp_path, recipe=recipe))
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

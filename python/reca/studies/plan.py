@@ -16,12 +16,16 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
 
     A task's folder is named by what decides its result, so that studies share arms, and a changed study does not go on
     with the run of another one.
-    Raises StudyError for overrides of an arm that is not there, RecipeError for keys that do not exist.
+    Raises StudyError for overrides of an arm, or a start, that is not there, RecipeError for keys that do not exist.
     """
     arms, omitted = study.of(asked)
     known = (*arms, BEFORE, *([START] if asked.recipe is None else []))
     if unknown := [name for name in asked.of_arm if name not in known]:
         raise StudyError(f"{unknown[0]!r} is no arm of {study.name} with {asked.umm}; there are {', '.join(arms)}")
+    for name, (arm, _) in arms.items():
+        if arm.start and (asked.recipe or arm.start not in world.VARIANTS):
+            there = ", ".join(world.VARIANTS)
+            raise StudyError(f"start={arm.start} of {name}: there is {there}, in embedded worlds alone")
     tasks: list[Task] = []
     for seed in asked.seeds:
         tasks += _of_seed(arms, asked, seed)

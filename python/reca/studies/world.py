@@ -32,7 +32,9 @@ def recipe(asked: Asked) -> str:
 def filled(asked: Asked, override: str, seed: int) -> str:
     """Put the world's data in place of {unlabeled}, {captioned} and {understood}."""
     world = load_world(asked.world)
-    return override.format(**{name: world.spec(name, seed) for name in ("captioned", "understood", "unlabeled")})
+    for name in ("captioned", "understood", "unlabeled"):  # other braces are those of a group of keys
+        override = override.replace(f"{{{name}}}", world.spec(name, seed))
+    return override
 
 
 def init_override(asked: Asked | Task, start: Path) -> str:
