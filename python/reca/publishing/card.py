@@ -50,7 +50,7 @@ def write(source: str | Path, recipe: Recipe, model: Adapter, ema: bool, folder:
     sides = find_sides("base", str(run)) if run else None
     scores, left_out = _scores(*sides, weights_hash(model)) if sides else ([], [])
     state = model.state if run else None
-    images = _images(run, state["step"], recipe, folder) if run else []
+    images = _images(run, state["step"], recipe, folder) if run and state else []
     base = base_model(recipe)
     values = {
         "mark": MARK,
