@@ -151,7 +151,9 @@ def _read(path: Path):
 def _write(images: list, options: argparse.Namespace, seeds: list[int], texts: list[str]) -> None:
     from reca.image_grid import make_grid
 
-    for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True)):
+    # Behind those of calls before: of another model, or with other options, an image of this name is another.
+    taken = [int(found[1]) for path in options.out.iterdir() if (found := re.match(r"(\d+)_seed", path.name))]
+    for i, (image, seed, text) in enumerate(zip(images, seeds, texts, strict=True), max(taken, default=-1) + 1):
         words = re.sub(r"\W+", "-", text).strip("-")[:40]
         path = options.out / f"{i:03d}_seed{seed}_{words}.png"
         try:

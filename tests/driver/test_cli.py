@@ -182,7 +182,11 @@ def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
 def test_images_are_named_after_their_prompts(capsys, tmp_path):
     options = ["--sampling", "steps=1", "--seed", "4", "--out", str(tmp_path)]
     assert main(["generate", "show_o_tiny", "--prompt", "a red circle", "--prompt", "zebra!", *options]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000_seed4_a-red-circle.png", "001_seed5_zebra.png"]
+    names = ["000_seed4_a-red-circle.png", "001_seed5_zebra.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    # Another model, or a prompt that begins as this one, would have the same name.
+    assert main(["generate", "show_o_tiny", "--prompt", "a red circle", *options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "002_seed4_a-red-circle.png"]
 
 
 def test_a_run_dir_that_is_a_file_is_exit_3(capsys):
