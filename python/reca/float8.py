@@ -10,6 +10,7 @@ import importlib.util
 import torch
 from torch import nn
 
+from reca.lora import is_lora
 from reca.models.base import Adapter
 from reca.options import RecipeError
 
@@ -38,8 +39,8 @@ def check_usable(device: torch.device) -> None:
 def convert(adapter: Adapter, emulate: bool = False) -> int:
     """Make the linear layers inside the blocks multiply in FP8. Returns how many.
 
-    Layers that have a size which is no multiple of 16 stay as they are. emulate: round, but multiply without 8-bit
-    hardware. Raises RecipeError where no layer qualifies.
+    Layers that have a size which is no multiple of 16 stay as they are, and so do LoRA's, of any rank. emulate: round,
+    but multiply without 8-bit hardware. Raises RecipeError where no layer qualifies.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -47,7 +48,7 @@ def convert(adapter: Adapter, emulate: bool = False) -> int:
     object.__setattr__(config, "emulate", emulate)  # frozen, and the recipe has no argument for it
     converted = 0
     for block in adapter.blocks():
-        names = {name for name, layer in block.named_modules() if _fits(layer)}
+        names = {name for name, layer in block.named_modules() if _fits(layer) and not is_lora(f".{name}")}
         convert_to_float8_training(block, module_filter_fn=lambda _, name, names=names: name in names, config=config)
         for name in names:
             block.get_submodule(name).register_forward_pre_hook(_contiguous)

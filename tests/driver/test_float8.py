@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from reca import float8
+from reca import float8, lora
 from reca.data.batch import Batch, task_rng
 from reca.models import umm_package
 from reca.options import RecipeError
@@ -55,6 +55,18 @@ def test_only_layers_of_blocks_whose_sizes_fit(monkeypatch):
     monkeypatch.setattr(float8, "MULTIPLE", 1000)
     with pytest.raises(RecipeError, match="no linear layer in the blocks of show_o whose sizes are multiples of 1000"):
         float8.convert(umm_package("show_o").Adapter.load(recipe.model), emulate=True)
+
+
+@needs_torchao
+@pytest.mark.parametrize("rank", [8, 16])
+def test_the_matrices_of_lora_stay_as_they_are_at_any_rank(rank):
+    pytest.importorskip("peft")
+    recipe = load_recipe("show_o_tiny", [f"lora.rank={rank}"])
+    adapter = umm_package("show_o").Adapter.load(recipe.model)
+    wanted = float8.convert(umm_package("show_o").Adapter.load(recipe.model), emulate=True)
+    lora.choose_trained(adapter, recipe)
+    assert float8.convert(adapter, emulate=True) == wanted
+    assert not any(".lora_" in name for name, layer in adapter.named_modules() if "Float8" in type(layer).__name__)
 
 
 def test_what_is_refused(monkeypatch):
