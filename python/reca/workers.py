@@ -51,7 +51,7 @@ class Workers:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is not None and not issubclass(kind, KeyboardInterrupt):  # which a terminal sends to all processes
+        if kind is not None:
             for process in active_children():
                 process.terminate()  # a run saves first
         for pool in self.pools.values():
@@ -87,6 +87,7 @@ def quiet() -> None:
 
 def _begin(gpu: str | None, environment: dict[str, str]) -> None:
     """Set up a process of a slot. environment: of the parent now; a forked process has that of its server's start."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends them
     threading.Thread(target=_end_with_parent, args=(parent_process(),), daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)

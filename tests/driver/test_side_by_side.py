@@ -88,6 +88,28 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_ctrl_c_ends_all_processes_without_a_word(tmp_path):
+    """A terminal sends it to all of them. One that waited for a job told where, in twenty lines."""
+    code = f"""
+        from pathlib import Path
+        from reca.side_by_side import Job, run
+        from tests.driver.test_side_by_side import report, save_on_signal
+        folder = Path({str(tmp_path)!r})
+        try:
+            run([Job("run", save_on_signal, (folder,)), Job("short", report, (folder, "short"))], [None, None])
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2], start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_until(lambda: (tmp_path / "running").exists() and (tmp_path / "short").exists())
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=60)[0] == "stopped\n"
+    assert (tmp_path / "saved").exists()
+
+
 def test_jobs_run_side_by_side_and_after_those_they_need(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
