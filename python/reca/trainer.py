@@ -276,7 +276,8 @@ class Trainer:
                 self.save(self.recipe.checkpoint.async_save)
         if stop and not last:
             if distributed.rank() == 0:
-                log.warning("interrupted at step %d; the same command continues the run", self.step)
+                again = "" if self.progress else "; the same command continues the run"  # the demo begins anew
+                log.warning("interrupted at step %d%s", self.step, again)
             raise SystemExit(exits.INTERRUPTED)
         if self.alarms and not last:
             more = f" And {len(self.alarms) - 1} more, in {self.run_dir}/status.json." if len(self.alarms) > 1 else ""

@@ -43,6 +43,16 @@ def test_signals_end_a_run_behind_the_update(recipe, number):
     assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_run_of_another_command_does_not_say_what_that_will_do(recipe, embedded, caplog):
+    """The demo's runs said that the same command continues them, which begins anew."""
+    trainer = Trainer(recipe("train.steps=2"), ToyAdapter(), (lambda step: None) if embedded else None)
+    trainer.interruption.requested = True
+    assert interrupted(trainer) == 1
+    assert "interrupted at step 1" in caplog.text
+    assert ("the same command continues" in caplog.text) != embedded
+
+
 def test_two_kinds_of_signals_are_one_interruption(recipe):
     """A batch system sends SIGUSR1, and SIGTERM when its patience ends: the step is still ended."""
 
