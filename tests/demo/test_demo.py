@@ -184,6 +184,15 @@ def test_an_arm_that_fails_is_reported_while_others_go_on(tmp_path, capsys, monk
         experiment.run("show_o", SHAPES, range(1), tmp_path, SCALE)
 
 
+def test_pages_of_an_earlier_call_do_not_stand_beside_the_runs_of_one_that_failed(tmp_path, monkeypatch):
+    for name in ("report.html", "before_after.png", "comparison.html"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(experiment, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        experiment.demo("show_o", SHAPES, 1, tmp_path, SCALE)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

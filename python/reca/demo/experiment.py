@@ -55,6 +55,8 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
 
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
     """
+    for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs go, too
+        (out / page).unlink(missing_ok=True)
     results = run(umm, world, range(seeds), out, scale)
     print(report.table(results))
     path = report.write(results, umm, world, out, scale)

@@ -19,6 +19,7 @@ from reca.demo.world import World
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
 
+PAGE = "report.html"
 COLUMNS = ("seen", "held-out")
 
 
@@ -97,7 +98,7 @@ def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.
         command=f"reca demo --world {world.name} --umm {umm} --seeds {len(results)}"
         + (f" --scale {scale:g}" if scale != 1 else ""),
     )
-    path = out / "report.html"
+    path = out / PAGE
     path.write_text(page, encoding="utf-8")
     before_after(results[first], world, first).save(out / NAME, optimize=True)
     return path
