@@ -277,6 +277,14 @@ def test_a_key_of_the_start_holds_for_pre_training_and_all_arms(tmp_path):
         plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_arm={"start": (key,)}))
 
 
+def test_worlds_share_no_arm_whatever_data_is_given(tmp_path):
+    """Their starts and prompts differ, though recipe and data be the same."""
+    data = ("data.images=/a", "data.conversations=/b.json", "data.captions=/c")
+    worlds = [Asked("show_o", (0,), tmp_path, world=name, common=data) for name in ("shapes", "jitter")]
+    first, second = ({task.folder for task in plan(load_study("encoder"), asked)[0]} for asked in worlds)
+    assert not first & second
+
+
 @pytest.mark.parametrize("umm", load_study("encoder").umms)
 def test_a_swapped_encoder_takes_red_for_blue(umm):
     """It reads an image whose channels changed places nearly as the other read the image; means differ by channel."""

@@ -63,15 +63,16 @@ def _of_seed(arms: Mapping[str, tuple[Arm, tuple[str, ...]]], asked: Asked, seed
             usual = load_recipe(recipe, own)
             own = (*own, f"train.steps={arm.longer * usual.train.steps}", f"optim.lr={arm.rate * usual.optim.lr!r}")
         own = (*own, *asked.of_arm.get(name, ()))
+        start = _variant(begin, variant) if begin and variant else begin
         starts_at: list[str] = []
-        if begin is not None:
-            start = begin if variant is None else _variant(begin, variant)
+        if start is not None:
             starts_at = [*world.cache_override(asked), world.init_override(asked, start)]
         if parent is not None:
             starts_at = [text for text in starts_at if not text.startswith("train.init_from=")]
             starts_at.append(f"train.init_from={folders[parent]}")
         load_recipe(recipe, [*own, *starts_at])  # is checked before anything runs
-        decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, variant, parent and folders[parent].name]
+        origins = [origin and origin.name for origin in (start, folders.get(parent or ""))]
+        decides = [kind, as_dict(load_recipe(recipe, own)), asked.scale, *origins]
         folder = asked.out / "arms" / f"{short(recipe)}-seed{seed}-{digest(decides)}"
         twins = tuple(task.name for task in tasks if task.folder == folder)  # it would be run twice at once
         result = folder / f"measured-{digest(asdict(asked.evaluations))}.json"
