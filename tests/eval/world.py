@@ -15,7 +15,7 @@ class Painter(torch.nn.Module):
     """misses: share of images that are left empty, drawn from the image's seed."""
 
     abilities = frozenset({"generate"})
-    made = 0
+    made, state = 0, {"step": 2}
 
     def __init__(self, misses: float = 0.0):
         super().__init__()
