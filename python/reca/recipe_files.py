@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -37,9 +38,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     Raises:
         RecipeError: An unknown recipe, key or value.
     """
-    path = Path(expand_home(str(name)))
-    if (path / "recipe.yaml").is_file():
-        raise RecipeError(f"{format_value(str(name))} is the folder of a run; its recipe is {path / 'recipe.yaml'}")
+    path = folder = Path(expand_home(str(name)))
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name}.yaml"
     try:
@@ -47,6 +46,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise
+        if os.path.isfile(of_run := folder / "recipe.yaml"):
+            raise RecipeError(f"{format_value(str(name))} is the folder of a run; its recipe is {of_run}") from error
         raise UnknownRecipe(
             f"no recipe {format_value(str(name))}: give a .yaml file, or one of {', '.join(recipe_names())}"
         ) from error

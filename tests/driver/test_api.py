@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -83,8 +84,12 @@ def test_sources_that_are_none(tmp_path):
         reca.load("show_oo")
 
 
-def test_the_folder_of_a_run_is_no_recipe(tmp_path):
+def test_the_folder_of_a_run_is_no_recipe(tmp_path, monkeypatch):
     save_recipe(load_recipe("show_o_tiny"), tmp_path / "recipe.yaml")
+    (tmp_path / "bagel_tiny").mkdir()
+    shutil.copy(tmp_path / "recipe.yaml", tmp_path / "bagel_tiny")
+    monkeypatch.chdir(tmp_path)  # as where a run has the name of its recipe, and the command is given beside it
+    assert load_recipe("bagel_tiny").umm == "bagel"
     for name in (tmp_path, f"{tmp_path}/"):
         with pytest.raises(RecipeError, match=f"is the folder of a run; its recipe is {tmp_path}/recipe.yaml"):
             reca.train(name, ["train.steps=1"])
