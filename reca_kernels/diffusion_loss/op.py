@@ -238,7 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     out, x0, t, seed, ids, explicit, table, rows = ctx.saved_tensors
-    raw = plain(grad, out)
+    raw = plain(grad, out, x0, t, table, *((seed, ids) if explicit is None else (explicit,)), optional=rows)
     gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
     if gradient is None:
         noise = (seed, ids, ctx.stream, explicit)

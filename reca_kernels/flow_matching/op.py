@@ -282,7 +282,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     pred, seed, ids, explicit, *batches = ctx.saved_tensors
-    raw = plain(grad, pred)
+    raw = plain(grad, pred, *batches, *((seed, ids) if explicit is None else (explicit,)))
     gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
     if gradient is None:
         arguments = (pred, batches, seed, ids, ctx.stream, explicit, ctx.patch, True, ctx.uneven, ctx.backend)

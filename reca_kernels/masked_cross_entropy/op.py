@@ -170,7 +170,7 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
         raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
     logits, labels, stats, scale = ctx.saved_tensors
     arguments = (grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
-    if not plain(grad, logits):
+    if not plain(grad, logits, labels):
         return (_gradient(False, *arguments),)
     gradient = _gradient(True, *arguments, logits.detach() if ctx.inplace else _in_step(logits))
     if ctx.inplace:

@@ -218,7 +218,8 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]
     hidden, weight, bias, labels, *gradients = ctx.saved_tensors
     if ctx.settings[4] == "none":
         arguments = (hidden, weight, bias, labels, grad.contiguous(), *ctx.settings, ctx.needs, ctx.backend)
-        _, *gradients = _loss_and_gradients(plain(grad), *arguments)
+        raw = plain(grad, hidden, weight, labels, optional=bias)
+        _, *gradients = _loss_and_gradients(raw, *arguments)
         return tuple(g if need else None for g, need in zip(gradients, ctx.needs, strict=True))
     parts = zip((hidden, weight, bias), gradients, ctx.needs, strict=True)
     return tuple(_scaled(g, grad, x.dtype, ctx.backend) if need else None for x, g, need in parts)

@@ -133,7 +133,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
     indices = ctx.saved_tensors  # read once: a checkpoint recomputes what it unpacks
-    raw = plain(grad)
+    raw = plain(grad, *indices)
     gradients = [
         _gradient(raw, grad, *index, count, dtype, ctx.backend) if need else None
         for (count, dtype, need), index in zip(ctx.sources, _sources(indices), strict=True)

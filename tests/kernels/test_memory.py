@@ -237,6 +237,17 @@ def test_negated_views(case):
         assert_close(case.run((-case.x)._neg_view()), case.out)
 
 
+def test_negated_views_beside_it(differentiable, monkeypatch):
+    """Of every other tensor: the second backward pass makes again what the first gave away, from what was saved."""
+    for name in ("WEIGHT", "VISUAL", "X0", "LEVEL", "CLEAN", "TABLE", "KEYS", "ROWS", "LABELS", "SRC", "STEPS"):
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), name, (-globals()[name])._neg_view())
+            leaf, out = differentiated(differentiable)
+            for _ in range(2):
+                gradient = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]
+                assert_close(gradient, differentiable.gradient, msg=name)
+
+
 def test_zero_tensors(case):
     zero = torch._efficientzerotensor(case.x.shape, dtype=case.x.dtype)
     assert_close(case.run(zero), case.run(torch.zeros_like(case.x)))
