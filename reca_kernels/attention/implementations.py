@@ -340,11 +340,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    with no_modes():  # kept, as outside_of_modes does
-        return _blocks_of(plan)
+    return _blocks_of(plan)
 
 
 @functools.lru_cache(maxsize=8)
+@no_modes()
 def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
     """Return the query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
     from torch.nn.attention.flex_attention import create_block_mask

@@ -238,10 +238,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     out, x0, t, seed, ids, explicit, table, rows = ctx.saved_tensors
-    raw = plain(grad, out, x0, t, table, *((seed, ids) if explicit is None else (explicit,)), optional=rows)
+    noise = seed, ids, ctx.stream, explicit
+    raw = plain(grad, out, x0, t, table, *tensors_of(OP, unflattened(*noise)), optional=rows)
     gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
     if gradient is None:
-        noise = (seed, ids, ctx.stream, explicit)
         _, gradient = _losses(raw, out, x0, t, *noise, table, rows, True, ctx.uneven, ctx.backend)
     if not raw:
         gradient = torch.where((grad == 0)[:, None], 0, gradient * grad[:, None])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from reca_kernels import native
-from reca_kernels.flow_matching.runs import image_runs
+from reca_kernels.flow_matching.runs import image_count, image_runs
 from reca_kernels.philox.address import Philox
 from reca_kernels.philox.native import address, explicit
 
@@ -22,7 +22,7 @@ def add_noise(batches: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: i
 
 def losses(pred: Tensor, batches: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
     module = native.kernels()
-    count = sum(batch.shape[0] for batch in batches)
+    count = image_count(batches)
     sums = torch.empty(count, dtype=torch.float32, device=pred.device)
     partial = torch.empty(pred.numel() // module.flow_tile + count, dtype=torch.float64, device=pred.device)
     numbers = explicit(noise)

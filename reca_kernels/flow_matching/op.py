@@ -10,6 +10,7 @@ from torch import Tensor
 from reca_kernels import checks, dispatch
 from reca_kernels.flow_matching import reference
 from reca_kernels.flow_matching.kernels import Kernels
+from reca_kernels.flow_matching.runs import image_count
 from reca_kernels.kernel_op import kernel_op
 from reca_kernels.memory import plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
@@ -99,8 +100,8 @@ def flow_matching_loss(
     noise = _noise(noise, batches, expected)
     if tuple(pred.shape) != expected:
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
-    if weight is not None and tuple(weight.shape) != (_count(batches),):
-        raise ValueError(f"{OP}: weight must be [{_count(batches)}], one per image, got {list(weight.shape)}")
+    if weight is not None and tuple(weight.shape) != (image_count(batches),):
+        raise ValueError(f"{OP}: weight must be [{image_count(batches)}], one per image, got {list(weight.shape)}")
     # fp64 anywhere is for the reference.
     dtype = torch.float64 if batches[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
@@ -161,19 +162,14 @@ def _apart(batches: Sequence[Tensor]) -> list[Tensor]:
     return [image for batch in batches for image in batch.unbind()]
 
 
-def _count(batches: Sequence[Tensor]) -> int:
-    """Return the number of images."""
-    return sum(batch.shape[0] for batch in batches)
-
-
 def _sizes(batches: Sequence[Tensor]) -> list[int]:
     """Return the elements of an image, by batch."""
     return [math.prod(batch.shape[1:]) for batch in batches]
 
 
 def _level(t: Tensor, batches: list[Tensor]) -> Tensor:
-    if tuple(t.shape) != (_count(batches),):
-        raise ValueError(f"{OP}: t must be [{_count(batches)}], one level per image, got {list(t.shape)}")
+    if tuple(t.shape) != (image_count(batches),):
+        raise ValueError(f"{OP}: t must be [{image_count(batches)}], one level per image, got {list(t.shape)}")
     return t if t.dtype == torch.float64 else t.float().contiguous()
 
 
@@ -185,10 +181,9 @@ def _noise(noise: Philox | Tensor, batches: list[Tensor], shape: tuple[int, ...]
         double = torch.float64 in (noise.dtype, batches[0].dtype)
         return (noise.to(batches[0].dtype) if double else noise).contiguous()
     noise = checked(OP, noise)
-    if tuple(noise.sample_ids.shape) != (_count(batches),):
-        raise ValueError(
-            f"{OP}: noise.sample_ids must be [{_count(batches)}], one per image, got {list(noise.sample_ids.shape)}"
-        )
+    count = image_count(batches)
+    if tuple(noise.sample_ids.shape) != (count,):
+        raise ValueError(f"{OP}: noise.sample_ids must be [{count}], one per image, got {list(noise.sample_ids.shape)}")
     return noise
 
 
@@ -231,7 +226,7 @@ def _noisy(
 
 def _losses_fake(pred: Tensor, batches: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor | None]:
     learns = rest[-3]
-    losses = pred.new_empty(_count(batches), dtype=torch.float32)
+    losses = pred.new_empty(image_count(batches), dtype=torch.float32)
     dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
     return losses, _empty_like(pred, dtype) if learns else None
 
@@ -282,11 +277,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
     pred, seed, ids, explicit, *batches = ctx.saved_tensors
-    raw = plain(grad, pred, *batches, *((seed, ids) if explicit is None else (explicit,)))
+    noise = seed, ids, ctx.stream, explicit
+    raw = plain(grad, pred, *batches, *tensors_of(OP, unflattened(*noise)))
     gradient, ctx.gradient = ctx.gradient, None if raw else ctx.gradient
     if gradient is None:
-        arguments = (pred, batches, seed, ids, ctx.stream, explicit, ctx.patch, True, ctx.uneven, ctx.backend)
-        _, gradient = _losses(raw, *arguments)
+        _, gradient = _losses(raw, pred, batches, *noise, ctx.patch, True, ctx.uneven, ctx.backend)
     gradient = _scale_(gradient, grad, batches, ctx.uneven) if raw else _scaled(gradient, grad, batches)
     return (gradient.to(pred.dtype),)
 

@@ -13,6 +13,11 @@ class ImageRun(NamedTuple):
     width: int
 
 
+def image_count(batches: Sequence[Tensor]) -> int:
+    """Return the number of images of batches [n, C, H, W]."""
+    return sum(batch.shape[0] for batch in batches)
+
+
 def image_runs(batches: Sequence[Tensor]) -> list[ImageRun]:
     """Return the runs of contiguous batches [n, C, H, W] of one dtype, in order."""
     found: list[ImageRun] = []

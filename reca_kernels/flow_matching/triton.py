@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca_kernels.flow_matching.runs import image_runs
+from reca_kernels.flow_matching.runs import image_count, image_runs
 from reca_kernels.philox.address import Philox, flattened
 from reca_kernels.philox.triton import FUSE, normals
 
@@ -144,9 +144,9 @@ def add_noise(batches: list[Tensor], t: Tensor, noise: Philox | Tensor, patch: i
 
 def losses(pred: Tensor, batches: list[Tensor], noise: Philox | Tensor, patch: int, gradient: Tensor | None) -> Tensor:
     seed, ids, stream, explicit = flattened(noise)
-    count = sum(batch.shape[0] for batch in batches)
-    sums = torch.empty(count, dtype=torch.float32, device=pred.device)
-    partial = torch.empty(pred.numel() // BLOCK + count, dtype=torch.float32, device=pred.device)
+    images = image_count(batches)
+    sums = torch.empty(images, dtype=torch.float32, device=pred.device)
+    partial = torch.empty(pred.numel() // BLOCK + images, dtype=torch.float32, device=pred.device)
     done = 0
     with torch.cuda.device_of(pred):
         for table, programs, start, count, compiled in _launches(batches, explicit, patch, (pred, gradient)):
