@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "recipe", type=_path_text, help="recipe name or .yaml file" + (", or the folder of a run" if or_run else "")
         )
-        sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
+        _takes_overrides(sub)
 
     def takes_ema(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or the folder of a run")
     best.add_argument("prompts", type=_path, help="text file of prompts, one a line")
-    best.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
+    _takes_overrides(best)
     takes_ema(best)
     best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
     best.add_argument("--question", help="what the prompt is scored as the answer to (default: 'Describe this image.')")
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     from reca.eval import commands as eval_commands
 
     evaluation = command("eval", eval_commands.run, "Evaluate a model on a benchmark, and compare it with another.")
-    eval_commands.add(evaluation, _path_text)
+    eval_commands.add(evaluation, _path_text, _takes_overrides)
     takes_ema(evaluation)
 
     comparison = command(
@@ -229,13 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     study = command(
         "study", study_commands.run, "Run a study of the paper: its arms side by side, against what the paper found."
     )
-    study_commands.add(study, _path)
+    study_commands.add(study, _path, _takes_overrides)
 
     get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
     what = get.add_subparsers(required=True, metavar="WHAT")
     weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
     weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
-    weights.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
+    _takes_overrides(weights)
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
@@ -276,9 +276,7 @@ def _add_data(subparsers) -> None:
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         sub.add_argument("spec", type=_path_text, help="what data.images takes, or a recipe whose data it is")
-        sub.add_argument(
-            "overrides", nargs="*", default=[], metavar="key=value", help="recipe keys, such as data.columns.caption"
-        )
+        _takes_overrides(sub, "recipe keys, such as data.columns.caption")
         sub.add_argument("--task", choices=TASKS, help="what the data is for (default: reca, or all of a recipe)")
         if name == "view":
             sub.add_argument("--recipe", help="recipe whose model's views are shown (default: show_o_512)")
@@ -310,6 +308,13 @@ def _bytes(text: str) -> int:
 
 def _path(text: str) -> Path:
     return Path(_path_text(text))
+
+
+def _takes_overrides(
+    sub: argparse.ArgumentParser, words: str = "recipe keys to change", metavar: str = "key=value"
+) -> None:
+    # Without a default, Python before 3.13 counts them among the arguments that are required.
+    sub.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=words)
 
 
 def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False) -> None:

@@ -6,11 +6,11 @@ from reca.eval.suites import SUITES
 from reca.sampling_options import read_pairs
 
 
-def add(sub: argparse.ArgumentParser, path) -> None:
-    """Add the options of `reca eval`. path: the type of arguments that are paths."""
+def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
+    """Add the options of `reca eval`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
     sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1 is another world of another seed")
     sub.add_argument("recipe", type=path, help="the folder of a run, or a recipe name or .yaml file")
-    sub.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="recipe keys to change")
+    takes_overrides(sub)
     sub.add_argument(
         "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation's folder"
     )

@@ -16,17 +16,11 @@ from reca.studies.study import StudyError, load_study, study_names
 LIST = "list"
 
 
-def add(sub: argparse.ArgumentParser, path) -> None:
-    """Add the options of `reca study`. path: the type of arguments that are paths."""
+def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
+    """Add the options of `reca study`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
     sub.allow_abbrev = False  # SLURM's scripts have the words of this command but for --slurm and --report
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
-    sub.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="[ARM:]key=value",
-        help="recipe keys to change, in all arms or in one",
-    )
+    takes_overrides(sub, "recipe keys to change, in all arms or in one", "[ARM:]key=value")
     sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
     sub.add_argument("--world", default="shapes", help="which embedded world (default: shapes)")
     sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
