@@ -92,7 +92,8 @@ class Requests:
 
 def read_sampling(text: str | None, method: Callable) -> dict[str, Any]:
     """Read key=value options, with blanks, commas or lines between them, as options of `method`. Raises ValueError."""
-    parts = re.split(r"[\s,;]+(?=\w+\s*=)", text.strip()) if text and text.strip() else ()
+    text = (text or "").strip()
+    parts = re.split(r"[\s,;]+(?=\w+\s*=)", text) if text else ()
     return check_sampling_options(method, read_pairs((part.strip(" ,;") for part in parts), "sampling option"))
 
 
@@ -138,13 +139,12 @@ def open_sides(
         abilities.append(umm_package(one.recipe.umm).Adapter.abilities)
     if not OFFERED.intersection(*abilities):
         raise RecipeError(f"{source} and {against} share no ability; name another model as --against")
-    return [Side(_label(one), one.load(device)) for one in targets]
+    return [_side(one, one.load(device)) for one in targets]
 
 
-def _label(one: Target) -> str:
-    if one.trained:
-        return f"{one.source}, step {one.step()}{', EMA' if one.ema else ''}"
-    return one.source
+def _side(one: Target, model: Adapter) -> Side:
+    more = f", step {model.state['step']}{', EMA' if one.ema else ''}" if one.trained else ""
+    return Side(f"{one.source}{more}", model)
 
 
 def make_page(requests: Requests, title: str) -> Any:
@@ -215,8 +215,8 @@ def _with_messages(function: Callable, message: Callable[..., Exception]) -> Cal
         try:
             results = function(*given)
         except (ValueError, OSError, inference.MemoryFull) as error:
-            told = html.escape(str(error), quote=False)  # gradio shows messages as HTML
-            raise message(told, print_exception=False) from error
+            escaped = html.escape(str(error), quote=False)  # gradio shows messages as HTML
+            raise message(escaped, print_exception=False) from error
         except Exception as error:
             log.exception("a request of the page failed")
             raise message("this failed; the cause stands in the log of the server", print_exception=False) from error
