@@ -171,14 +171,5 @@ def evaluate(
         suite, path(data), steps=tuple(steps), judge=judge, judge_options=judge_options or {},
         images_per_item=images_per_item, limit=limit, sampling=sampling or {}, seed=seed, partial=partial,
     )  # fmt: skip
-    return evaluate(
-        settings,
-        expand_home(str(source)),
-        overrides,
-        path(against),
-        path(images),
-        path(records),
-        path(out),
-        device,
-        ema,
-    )
+    source = expand_home(str(source))
+    return evaluate(settings, source, overrides, path(against), path(images), path(records), path(out), device, ema)

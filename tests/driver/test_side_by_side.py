@@ -89,7 +89,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def test_ctrl_c_ends_all_processes_without_a_word(tmp_path):
-    """A terminal sends it to all of them. One that waited for a job told where, in twenty lines."""
+    """A terminal sends it to all of them. One that waited for a job printed a traceback."""
     code = f"""
         from pathlib import Path
         from reca.side_by_side import Job, run

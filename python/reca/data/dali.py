@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reca.data.metadata import JPEG
+from reca.data.metadata import JPEG, JPEG_SCAN
 from reca.data.pixels import (
     MAX_PIXELS,
     BadImage,
@@ -33,7 +33,7 @@ from reca.rng import CounterRNG
 log = logging.getLogger("reca")
 
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of JPEG; in a scan other bytes than these follow 0xFF
-END, SCAN, TABLES, PROGRESSIVE = 0xD9, 0xDA, 0xC4, 0xC2
+END, TABLES, PROGRESSIVE = 0xD9, 0xC4, 0xC2
 
 Pair = tuple[Tensor | None, Tensor | None]
 
@@ -150,9 +150,9 @@ def _one_image(data: bytes) -> bool:
         place, kind = match.end(), data[match.end() - 1]
         if kind == END:
             return not data[place:].strip(b"\0")
-        if scanned and not (progressive and kind in (TABLES, SCAN)):
+        if scanned and not (progressive and kind in (TABLES, JPEG_SCAN)):
             return False
-        scanned, progressive = scanned or kind == SCAN, progressive or kind == PROGRESSIVE
+        scanned, progressive = scanned or kind == JPEG_SCAN, progressive or kind == PROGRESSIVE
         place += int.from_bytes(data[place : place + 2], "big")
     return False
 

@@ -1,4 +1,4 @@
-"""Files of web servers by fsspec, with errors told apart that it takes for files that are not there."""
+"""Files of web servers by fsspec, with the errors that it takes for files that are not there."""
 
 from typing import Any
 

@@ -65,8 +65,7 @@ class Mask2FormerJudge(DetectorJudge):
 
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
-        if not Path(argument).is_file():
-            raise EvaluationError(f"{argument} does not exist. {mask2former.CHECKPOINT_HELP}")
+        mask2former.check_checkpoint(Path(argument))
 
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:
         found = self.detector(pixels)

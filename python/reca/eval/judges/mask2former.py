@@ -313,12 +313,17 @@ def build(state: Mapping[str, Tensor], config: Any) -> Any:
     return model.eval()
 
 
+def check_checkpoint(path: Path) -> None:
+    """Raise EvaluationError where no file is there."""
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist. {CHECKPOINT_HELP}")
+
+
 def load_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read mmdet's checkpoint file (.pth or .safetensors). Raises EvaluationError."""
     from reca.files import damage
 
-    if not path.is_file():
-        raise EvaluationError(f"{path} does not exist. {CHECKPOINT_HELP}")
+    check_checkpoint(path)
     if cause := damage(path):
         raise EvaluationError(f"{path} {cause}. {CHECKPOINT_HELP}")
     try:
