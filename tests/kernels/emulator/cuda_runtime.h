@@ -178,14 +178,20 @@ T exchange(unsigned mask, T value, int from) {
 
 inline float square_root(float x) { return std::sqrt(x); }
 
+#ifdef __aarch64__
+using Half = __fp16;  // C++ has _Float16 there from GCC 13 on
+#else
+using Half = _Float16;
+#endif
+
 inline float widen_f16(uint16_t bits) {
-  _Float16 half;
+  Half half;
   std::memcpy(&half, &bits, sizeof half);
   return float(half);
 }
 
 inline uint16_t narrow_f16(float x) {
-  const _Float16 half = _Float16(x);
+  const Half half = Half(x);
   uint16_t bits;
   std::memcpy(&bits, &half, sizeof bits);
   return bits;
