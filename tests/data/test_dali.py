@@ -52,7 +52,7 @@ def rotated(number):
     return jpeg(number, exif=exif)
 
 
-FITS = ["squash", "stretch", "center_crop", "random_crop", "pad", "letterbox", "bound"]
+FITS = ["squash", "stretch", "center_crop", "clip_crop", "random_crop", "pad", "letterbox", "bound"]
 
 
 @pytest.mark.parametrize("fit", FITS)

@@ -115,7 +115,7 @@ def test_pixels_without_a_fixed_white_are_refused(values):
 # ---- thin and huge ----
 
 
-@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad", "bound"])
+@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "clip_crop", "random_crop", "pad", "bound"])
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000), (8000, 2)])
 def test_thin_images_make_no_large_ones(fit, size, monkeypatch):
     """A square of the long side has 900 million pixels."""

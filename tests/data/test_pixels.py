@@ -97,7 +97,7 @@ def test_what_is_said_of_no_image(tmp_path):
         read_image(tmp_path / "text.png")
 
 
-@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "random_crop", "pad"])
+@pytest.mark.parametrize("fit", ["squash", "stretch", "center_crop", "clip_crop", "random_crop", "pad"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (40, 24), (24, 40)])
 def test_fits_give_the_asked_size_from_any_image(fit, size):
     view = make_view(drawn(*size), View(16, fit=fit), crop=0.99)
@@ -127,15 +127,34 @@ def test_center_crop_takes_the_middle_and_pad_keeps_everything():
     assert padded[:, 1, 15].tolist() == [127] * 3 and padded[:, 15, 15].tolist() == [0, 0, 255]
 
 
-@pytest.mark.parametrize("size", [(64, 48), (48, 64), (100, 67), (67, 100), (50, 37), (99, 98), (31, 31)])
+SIZES = [(64, 48), (48, 64), (100, 67), (67, 100), (50, 37), (99, 98), (31, 31), *((33, 33 + n) for n in range(1, 9))]
+
+
+def grey_noise(size):
+    return Image.fromarray(np.random.default_rng(0).integers(90, 166, (*size[::-1], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("side", [33, 56])
-def test_center_crop_is_that_of_clips_processor(size, side):
+def test_clip_crop_is_that_of_clips_processor(size, side):
     """Up to rounding between the two passes: a long side that is one pixel longer moves half of the image."""
     transforms = pytest.importorskip("transformers.image_transforms")
-    image = Image.fromarray(np.random.default_rng(0).integers(90, 166, (*size[::-1], 3), dtype=np.uint8))
+    image = grey_noise(size)
     shape = transforms.get_resize_output_image_size(np.asarray(image), side, default_to_square=False)
     whole = np.asarray(image.resize(shape[::-1], Image.Resampling.BICUBIC))
     want = transforms.center_crop(whole, (side, side)).transpose(2, 0, 1).astype(int)
+    assert np.abs(make_view(image, View(side, fit="clip_crop")).numpy() - want).max() <= 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [33, 56])
+def test_center_crop_is_that_of_torchvision(size, side):
+    """Resize(side) and CenterCrop(side), as torchvision 0.28 computes them, up to rounding as above."""
+    image, short = grey_noise(size), min(size)
+    shape = [int(side * length / short) for length in size]
+    left, top = (int(round((length - side) / 2.0)) for length in shape)
+    whole = np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
+    want = whole[top : top + side, left : left + side].transpose(2, 0, 1).astype(int)
     assert np.abs(make_view(image, View(side, fit="center_crop")).numpy() - want).max() <= 1
 
 

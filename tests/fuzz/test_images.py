@@ -22,7 +22,7 @@ OPTIONS = {
     "TIFF": ({}, {"compression": "tiff_lzw"}),
     "WEBP": ({}, {"lossless": True}),
 }
-FITS = ("squash", "stretch", "center_crop", "random_crop", "pad", "bound")
+FITS = ("squash", "stretch", "center_crop", "clip_crop", "random_crop", "pad", "bound")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -449,6 +449,14 @@ def test_a_blur_reaches_h_v_and_not_the_target():
     assert blurred.views("t2i").und is None and plain.views("reca").und is None
 
 
+@pytest.mark.parametrize("variant", ["clip", "vq"])
+def test_crops_are_those_of_the_released_trainer(variant):
+    """It crops by torchvision, but what CLIP sees of a conversation by CLIP's processor."""
+    model = Adapter.load(config(**VARIANTS[variant]))
+    assert model.views("t2i").gen.fit == "center_crop"
+    assert model.views("i2t").und.fit == {"clip": "clip_crop", "vq": "center_crop"}[variant]
+
+
 # ---- activations ----
 
 

@@ -238,13 +238,14 @@ def geometry(
     if view.fit == "random_crop":
         left, top = (int(crop * (side - short + 1)) for side in (width, height))
         return (left, top, left + short, top + short), (view.size, view.size)
-    if view.fit == "center_crop":  # resize the short side, then cut whole pixels from the middle
-        w, h = (int(view.size * side / short) for side in (width, height))  # rounded down, as CLIP's processor does
-        left, top = (w - view.size) // 2, (h - view.size) // 2
+    if view.fit in ("center_crop", "clip_crop"):  # resize the short side, then cut whole pixels from the middle
+        w, h = (int(view.size * side / short) for side in (width, height))  # rounded down in either
+        whole_pixels = round if view.fit == "center_crop" else int
+        left, top = (whole_pixels((side - view.size) / 2) for side in (w, h))
         box = (left / w * width, top / h * height, (left + view.size) / w * width, (top + view.size) / h * height)
         return box, (view.size, view.size)
-    raise ValueError(f"unknown fit {view.fit!r}; expected squash, stretch, center_crop, random_crop, pad, "
-                     "letterbox or bound")  # fmt: skip
+    raise ValueError(f"unknown fit {view.fit!r}; expected squash, stretch, center_crop, clip_crop, random_crop, "
+                     "pad, letterbox or bound")  # fmt: skip
 
 
 def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Tensor:

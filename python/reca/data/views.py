@@ -10,7 +10,8 @@ class View:
     fit:
       squash       resize to size x size, aspect ratio not kept
       stretch      resize to a square of the long side, then to size x size (two filters, as Harmon's data code does)
-      center_crop  resize the short side to `size`, cut the middle size x size
+      center_crop  resize the short side to `size`, cut the middle size x size where torchvision's CenterCrop does
+      clip_crop    the same, cut where CLIP's processor does: half a pixel off the middle is rounded down
       random_crop  cut a random square of the short side's length, resize to `size`
       pad          centre on a square of the long side filled with `fill`, resize to `size`
       letterbox    resize the long side to `size` and the short one alike, rounded down but at least `min_size`, then

@@ -105,7 +105,7 @@ class ClipConditioner(FeatureConditioner):
     """CLIP's patch features before its last layer."""
 
     def view(self) -> View:
-        return View(self.config.clip.image_size, fit="center_crop")
+        return View(self.config.clip.image_size, fit="clip_crop")
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.encode_understanding(clip_normalised(pixels))
