@@ -152,10 +152,20 @@ def test_center_crop_is_that_of_torchvision(size, side):
     """Resize(side) and CenterCrop(side), as torchvision 0.28 computes them, up to rounding as above."""
     image, short = grey_noise(size), min(size)
     shape = [int(side * length / short) for length in size]
-    left, top = (int(round((length - side) / 2.0)) for length in shape)
+    left, top = (round((length - side) / 2.0) for length in shape)
     whole = np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
     want = whole[top : top + side, left : left + side].transpose(2, 0, 1).astype(int)
     assert np.abs(make_view(image, View(side, fit="center_crop")).numpy() - want).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (33, 40)])
+@pytest.mark.parametrize("side", [16, 33, 56])
+def test_a_random_crop_is_cut_before_it_is_resized(size, side):
+    """What lies beside the crop does not reach its border."""
+    image, short = drawn(*size), min(size)
+    left, top = (int(0.7 * (length - short + 1)) for length in size)
+    cut = image.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
+    assert torch.equal(make_view(image, View(side, fit="random_crop"), crop=0.7), pixels.pixels_of(cut))
 
 
 def test_random_crop_is_a_function_of_the_sample():

@@ -220,24 +220,16 @@ def bound_size(width: int, height: int, view: View) -> tuple[int, int]:
     return w, h
 
 
-def geometry(
-    width: int, height: int, view: View, crop: float
-) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    """Compute the source box (left, top, right, bottom) and the target (width, height) of a view.
-
-    crop: in [0, 1), where along the longer side a random crop lies.
-    """
+def geometry(width: int, height: int, view: View) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+    """Compute the source box (left, top, right, bottom) and the target (width, height) of a view."""
     whole, short = (0, 0, width, height), min(width, height)
-    if view.fit in ("squash", "stretch", "pad"):
+    if view.fit in ("squash", "stretch", "pad", "random_crop"):
         return whole, (view.size, view.size)
     if view.fit == "letterbox":  # what stands on the square; Janus' own rounding
         across, down = (max(int(side / max(width, height) * view.size), view.min_size, 1) for side in (width, height))
         return whole, (across, down)
     if view.fit == "bound":
         return whole, bound_size(width, height, view)
-    if view.fit == "random_crop":
-        left, top = (int(crop * (side - short + 1)) for side in (width, height))
-        return (left, top, left + short, top + short), (view.size, view.size)
     if view.fit in ("center_crop", "clip_crop"):  # resize the short side, then cut whole pixels from the middle
         w, h = (int(view.size * side / short) for side in (width, height))  # rounded down in either
         whole_pixels = round if view.fit == "center_crop" else int
@@ -249,11 +241,16 @@ def geometry(
 
 
 def make_view(image: Image.Image | Tensor, view: View, crop: float = 0.5) -> Tensor:
-    """Crop and resize an image to a view: uint8 [3, H, W], where the image is. A tensor is uint8 [3, H, W], too."""
+    """Crop and resize an image to a view: uint8 [3, H, W], where the image is. A tensor is uint8 [3, H, W], too.
+
+    crop: in [0, 1), where along the longer side a random crop lies.
+    """
     pixels = pixels_of(image) if isinstance(image, Image.Image) else image
-    if view.fit in ("pad", "stretch"):
+    if view.fit == "random_crop":
+        pixels = _square(pixels, crop)
+    elif view.fit in ("pad", "stretch"):
         pixels = (_pad if view.fit == "pad" else _stretch)(pixels, view)
-    box, size = geometry(pixels.shape[2], pixels.shape[1], view, crop)
+    box, size = geometry(pixels.shape[2], pixels.shape[1], view)
     pixels = _resize(pixels, size, view.resample, box)
     if view.fit == "letterbox":
         pixels, size = _centred(pixels, max(size), view.fill), (max(size), max(size))
@@ -303,6 +300,13 @@ def _resizes_as_pillow() -> bool:
         torch.equal(resize(noise, size[::-1], filter=name, box=box), pixels_of(_by_pillow(noise, size, name, box)))
         for size, name, box in cases
     )
+
+
+def _square(pixels: Tensor, crop: float) -> Tensor:
+    """Cut a square of the short side, so that nothing beside it reaches its border when it is resized."""
+    short = min(pixels.shape[1:])
+    top, left = (int(crop * (side - short + 1)) for side in pixels.shape[1:])
+    return pixels[:, top : top + short, left : left + short]
 
 
 def _too_large(side: int, width: int, height: int) -> bool:
