@@ -1,16 +1,22 @@
 """From bytes to views: every task of file, every fit. test_dali.py has the other decoder."""
 
+import hashlib
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
 from reca.data import pixels
+from reca.data.cache import VERSION
 from reca.data.errors import DataError
 from reca.data.pixels import BadImage, PillowDecoder, bound_size, make_view, open_rgb, read_image, shown_size
 from reca.data.views import View, Views
 from reca.rng import CounterRNG
 from tests.data.files import encoded
+
+FITS = ["squash", "stretch", "center_crop", "clip_crop", "random_crop", "pad", "letterbox", "bound"]
 
 
 def drawn(width=40, height=24, mode="RGB"):
@@ -166,6 +172,18 @@ def test_a_random_crop_is_cut_before_it_is_resized(size, side):
     left, top = (int(0.7 * (length - short + 1)) for length in size)
     cut = image.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BICUBIC)
     assert torch.equal(make_view(image, View(side, fit="random_crop"), crop=0.7), pixels.pixels_of(cut))
+
+
+def test_pixels_are_those_of_the_version_of_cached_features():
+    """Whoever changes the pixels of a view raises VERSION: features that a cache holds are of the pixels before."""
+    if not pixels._resizes_as_pillow():
+        pytest.skip("an older Pillow, or no compiled module: other bits")
+    made = hashlib.sha256()
+    for size, mode in itertools.product([(67, 100), (36, 33), (33, 40), (30, 30)], ["RGB", "LA"]):
+        image = open_rgb(encoded(drawn(*size, mode)))
+        for fit, blur in itertools.product(FITS, [1, 4]):
+            made.update(make_view(image, View(33, fit, min_size=16, stride=16, blur=blur)).numpy().tobytes())
+    assert (VERSION, made.hexdigest()[:16]) == (2, "06b1bf747b5fa933")
 
 
 def test_random_crop_is_a_function_of_the_sample():

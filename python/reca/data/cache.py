@@ -22,6 +22,7 @@ from reca.folders import ensure_writable, write_atomically
 log = logging.getLogger("reca")
 
 KEPT_BYTES = 2**25  # of features that stay in memory
+VERSION = 2  # of all features; raise it when the same views or encoders make others of an image
 
 
 def content(image: bytes) -> str:
@@ -47,7 +48,7 @@ class FeatureCache:
                     f"data.cache keeps one set of features per image, but the {name} view crops at random: the model "
                     "would see one crop for ever. Set data.cache=null"
                 )
-        text = json.dumps([identity, repr(views)], sort_keys=True, default=str)
+        text = json.dumps([VERSION, identity, repr(views)], sort_keys=True, default=str)
         self.folder, self.full = folder / hashlib.sha256(text.encode()).hexdigest()[:16], False
         ensure_writable(self.folder, "data.cache")
         self.shards = FeatureShards(self.folder)
