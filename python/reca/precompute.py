@@ -104,14 +104,17 @@ def cache_features(recipe: Recipe) -> list[str]:
 
 
 class _Reader:
-    """The rows of this rank whose features are missing, read ahead by threads. cached: counts the others."""
+    """The rows of this rank whose features are missing, read ahead by threads. cached: counts the others.
+
+    A rank's rows follow each other, so that ranks read different row groups.
+    """
 
     def __init__(self, loader: Loader):
         self.loader, self.cached = loader, 0
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         rank, world, size = distributed.rank(), distributed.world_size(), len(self.loader.source)
-        indices = range(rank, size, world)
+        indices = range(size * rank // world, size * (rank + 1) // world)
         with tqdm(total=len(indices), unit="image", disable=None if rank == 0 else True) as bar:
             for row in read_ahead(self._read, indices, self.loader.config.workers):
                 yield from self._take(row, bar)

@@ -13,6 +13,7 @@ from reca.data.config import DataConfig
 from reca.data.feature_shards import FeatureShards, ShardWriter, fill
 from reca.data.loader import open_loader
 from reca.data.meter import Meter
+from reca.data.parquet import Parquet
 from reca.data.views import View, Views
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe
@@ -139,6 +140,19 @@ def test_a_command_that_was_stopped_goes_on_and_ranks_share(recipe, monkeypatch)
         precompute.cache_features(recipe)
         found += Model.seen
     assert len(before) == 8 and sorted(found) == sorted(set(range(11)) - before)
+
+
+def test_ranks_read_different_row_groups(recipe, tmp_path, monkeypatch):
+    rows = [{"image": {"bytes": image_bytes((n, 0, 0)), "path": None}} for n in range(16)]
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    recipe.data.images, load, read = str(tmp_path / "a.parquet"), Parquet._load, []
+    monkeypatch.setattr(Parquet, "_load", lambda self, number: read.append(number) or load(self, number))
+    for rank in range(3):
+        monkeypatch.setattr("reca.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("reca.distributed.world_size", lambda: 3)
+        precompute.cache_features(recipe)
+    assert sorted(set(read)) == list(range(8)) and len(read) <= 8 + 2  # two shares end inside of a group
 
 
 def test_counts_are_of_all_ranks(recipe, monkeypatch):
