@@ -12,6 +12,10 @@ from tests.data.files import conversations, fill, image_bytes, row
 GOOD = row("human", "Q", "gpt", "A")
 
 
+def said(text):
+    return {"type": "text", "text": text}
+
+
 def opened(tmp_path, *rows, image_root=None):
     return open_source(str(conversations(tmp_path, *rows)), "i2t", image_root and str(image_root))
 
@@ -27,6 +31,8 @@ def opened(tmp_path, *rows, image_root=None):
         (("system", "Be task.", "human", "<image>", "human", "Q", "gpt", "A"), [("Be task.\nQ", "A")]),
         (("human", "<image>", "gpt", "A caption."), [("", "A caption.")]),
         (("human", "Q", "gpt", "A", "human", "R"), [("Q", "A")]),
+        (("user", [{"type": "image", "index": 0, "text": None}, said("Q")], "assistant", [said("A")]), [("Q", "A")]),
+        (("user", [said("Q\n"), {"type": "image"}], "assistant", [said("A"), said("B")]), [("Q", "AB")]),
     ],
 )
 def test_turns_are_paired_by_role(tmp_path, turns, expected):
@@ -61,6 +67,9 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
         ),
         (row("human", "Q", "gpt", None), "have a turn whose value is no text"),
         (row("human", "Q", "gpt", 3), "have a turn whose value is no text"),
+        (row("human", ["Q"], "gpt", "A"), "have a turn whose value is no text"),
+        (row("human", [{"type": "video"}, said("Q")], "gpt", "A"), "have a turn whose value is no text"),
+        (row("human", [{"type": "image"}] * 2, "gpt", "A"), "have more than one <image> for one image"),
         (row("human", "Q", None, "A"), "have a turn that is neither from human nor from gpt"),
         (row("human", "Q", "tool", "A"), "have a turn that is neither from human nor from gpt"),
         (row("human", "Q", "gpt", "\ud83d"), "have a turn with halves of characters or NUL"),

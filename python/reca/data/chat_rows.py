@@ -76,7 +76,7 @@ def _said(item: dict) -> list[tuple[str, str]]:
         raise BadRow("have no conversation")
     said = []
     for turn in turns:
-        text = _value(turn, "value", "content") if isinstance(turn, dict) else None
+        text = _text(_value(turn, "value", "content")) if isinstance(turn, dict) else None
         if not isinstance(text, str):
             raise BadRow("have a turn whose value is no text")
         role = _value(turn, "from", "role")
@@ -87,6 +87,14 @@ def _said(item: dict) -> list[tuple[str, str]]:
             raise BadRow("have a turn with halves of characters or NUL")
         said.append((role, text))
     return said
+
+
+def _text(content: Any) -> Any:
+    """Join the parts of a turn as chat templates of transformers do, an image as IMAGE. Other contents stay."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [IMAGE if part.get("type") == "image" else part.get("text") for part in content]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _pairs(texts: Sequence[str], opening: str) -> tuple[Turn, ...]:
