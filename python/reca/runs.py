@@ -302,4 +302,8 @@ def _content(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _counts(before: Any, now: Any) -> str:
-    return f" ({before[0]} samples, now {now[0]})" if isinstance(before, list) and isinstance(now, list) else ""
+    if not (isinstance(before, list) and isinstance(now, list)):
+        return ""
+    if before[0] == now[0]:
+        return f" ({now[0]} samples as before, but others: a file that is renamed, replaced or repaired is another)"
+    return f" ({before[0]} samples, now {now[0]})"

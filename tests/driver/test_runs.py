@@ -256,6 +256,9 @@ def test_data_may_move_and_not_change(recipe, images, tmp_path):
     assert all(torch.equal(value, weights(resumed.adapter)[name]) for name, value in weights(whole.adapter).items())
 
     run_toy(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}", "train.steps=2"))
+    (moved / "003.png").write_bytes(b"x" + (moved / "003.png").read_bytes())
+    with pytest.raises(RecipeError, match=r"\(24 samples as before, but others: a file .* repaired is another\)"):
+        Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
     (moved / "003.png").unlink()
     with pytest.raises(RecipeError, match=r"data.images='.*' has other contents \(24 samples, now 23\)"):
         Trainer(recipe(f"run_dir={tmp_path}/again", f"data.images={moved}"), ToyAdapter())
