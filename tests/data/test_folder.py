@@ -175,6 +175,24 @@ def test_a_folder_above_may_not_be_looked_into(tmp_path, monkeypatch, spec, task
         open_source(str(tmp_path / spec), task)
 
 
+@pytest.mark.parametrize("task", ["reca", "i2t"])
+def test_a_folder_that_may_not_be_looked_into_is_named_itself(tmp_path, monkeypatch, task):
+    stat = os.stat
+
+    def refuse(path, **options):
+        if str(path) != str(tmp_path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    def refuse_list(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "scandir", refuse_list)
+    with pytest.raises(DataError, match=f"{tmp_path} cannot be read: Permission denied"):
+        open_source(str(tmp_path), task)
+
+
 def test_files_too_large_for_a_image_are_not_read(tmp_path):
     path = fill(tmp_path, {"a.png": b""}) / "a.png"
     os.truncate(path, 2**28 + 1)

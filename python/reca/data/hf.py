@@ -61,10 +61,9 @@ class HuggingFace:
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` has written the folder."""
-    return (folder / "dataset_dict.json").is_file() or (
-        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    )
+    """Return whether `save_to_disk` has written the folder; False where that cannot be seen."""
+    one, *both = (os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json", "dataset_info.json"))
+    return one or all(both)
 
 
 def open_saved(folder: Path, task: str, columns: ColumnsConfig, image_root: str | None) -> HuggingFace:
