@@ -4,13 +4,29 @@ A launcher of the module takes tensors as addresses, structs as tuples of their 
 Launch: where it works. The caller keeps the tensors alive until it returns.
 """
 
+import hashlib
 import importlib
 import re
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _sources() -> str:
+    """Compute the SHA-256 of the sources beside the package, as CMakeLists.txt does. Return "" where none are."""
+    found = [path for kind in ("*.cpp", "*.cu", "*.h", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
+    if not found or not (ROOT / "CMakeLists.txt").is_file():
+        return ""
+    paths = [ROOT / "CMakeLists.txt", *sorted(found, key=Path.as_posix)]
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256(digests.encode()).hexdigest()
+
 
 module: ModuleType | None
 try:
@@ -18,6 +34,13 @@ try:
 except ImportError as error:
     module = None
     missing = f"the native module did not load ({error}); install a C++ compiler and reinstall with RECA_NATIVE=ON"
+if module and (expected := _sources()) and getattr(module, "sources", "") != expected:
+    missing = (
+        f"{module.__file__} was built from other sources than those in {ROOT / 'csrc'}; "
+        f"build it again: pip install -e {ROOT}"
+    )
+    module = None
+    warnings.warn(f"{missing}. Until then CPUs run the slow PyTorch reference", RuntimeWarning, stacklevel=2)
 
 # csrc/common/types.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,5 +1,6 @@
 """The native module as it was built, and setup.py where tools are missing."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -33,6 +34,24 @@ def test_no_symbol_of_torch():
 def test_links_nothing_of_torch():
     libraries = subprocess.run(["ldd", native.module.__file__], capture_output=True, text=True, check=True).stdout
     assert not re.findall(r"lib(?:torch|c10|cuda)\w*", libraries)
+
+
+def test_a_module_of_other_sources_is_refused(monkeypatch):
+    """As after an update of the sources without a build: arguments may have changed, or faults been mended."""
+    name = "reca_kernels._native"
+    built = importlib.import_module(name) if importlib.util.find_spec(name) else None
+    spec = importlib.util.spec_from_file_location("reca_kernels.other_native", native.__file__)
+    other = importlib.util.module_from_spec(spec)
+    stale = SimpleNamespace(sources="0", __file__="_native.so")
+    monkeypatch.setitem(sys.modules, name, stale)
+    with pytest.warns(RuntimeWarning, match="was built from other sources than those in .*pip install -e "):
+        spec.loader.exec_module(other)
+    assert other.module is None and "pip install -e" in other.missing
+    if built:
+        assert built.sources == native._sources(), "CMake and Python do not compute the same"
+        assert native.module is built
+    monkeypatch.setattr(other, "ROOT", Path("/nowhere"))
+    assert other._sources() == "", "an installed package has no sources beside it"
 
 
 def test_setup_imports_the_standard_library_and_setuptools_only():

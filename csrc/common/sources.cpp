@@ -1,0 +1,7 @@
+#include "common/sources.h"
+
+namespace reca {
+
+const char* sources() { return RECA_SOURCES; }
+
+}  // namespace reca
