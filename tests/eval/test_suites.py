@@ -101,6 +101,29 @@ def test_a_part_of_genevals_images_is_no_whole(tmp_path):
     assert reca.evaluate("geneval", "show_o_tiny", **given, partial=True)["counts"]["missing"] == 550
 
 
+def test_long_prompts_beside_a_part_of_the_images_are_no_whole(tmp_path):
+    """Nothing that is shipped tells the prompts that are missing, so a part needs the list."""
+    rows = [{**item.metadata, "prompt": f"At length, {item.prompt}."} for item in open_suite("geneval").items()]
+    suite, data, images = open_suite("geneval_long"), tmp_path / "long.jsonl", tmp_path / "images"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = open_suite("geneval_long", data).items()
+    lines = [{"filename": f"x/{item.id}/samples/0000.png", "correct": True, "metadata": json.dumps(item.metadata)}
+             for item in items]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"images": images, "judge": f"recorded:{tmp_path / 'results.jsonl'}", "out": tmp_path / "out"}
+    for item in items[:3]:
+        save(images / suite.path(item, 0))
+        (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
+    with pytest.raises(EvaluationError, match="geneval_long needs the benchmark's files: --data PATH"):
+        reca.evaluate("geneval_long", "show_o_tiny", **given)
+    with pytest.raises(EvaluationError, match=r"550 images of geneval_long are missing: 00003 \(0\)"):
+        reca.evaluate("geneval_long", "show_o_tiny", **given, data=data)
+    for item in items[3:]:
+        (images / item.id).mkdir()
+        (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
+    assert suite.items_of_images(images) == items
+
+
 def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):
     lines = [
         {"filename": f"x/images/{i:05d}/samples/{k:04d}.png", "tag": ROWS[i]["tag"], "prompt": ROWS[i]["prompt"],

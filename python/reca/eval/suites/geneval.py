@@ -129,3 +129,8 @@ class GenEvalLong(GenEval):
     )
     file = "evaluation_metadata_long.jsonl"
     shipped = None
+
+    def items_of_images(self, images: Path) -> list[Item]:
+        """Read the rows that lie beside the images; none of a part, which lacks the other prompts."""
+        found = super().items_of_images(images)
+        return found if len(found) == len(GenEval().items()) else []
