@@ -488,6 +488,35 @@ def test_mme_reads_the_files_of_its_script_and_of_the_release(tmp_path, behind):
     assert found == {("color/0/1", 0): "no", ("color/0/0", 0): "yes\tit is"}
 
 
+@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "text")])
+def test_pope_reads_the_answers_of_its_script_and_of_llavas(names, tmp_path):
+    asked = ["Is there a cup?", "Is there a cup on it?", "Is there a cup?"]
+    for category in ("random", "popular"):
+        rows = [{"question_id": n, "image": f"{n}.jpg", "text": text, "label": "yes"} for n, text in enumerate(asked)]
+        (tmp_path / f"coco_pope_{category}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite, theirs = open_suite("pope", tmp_path), tmp_path / "theirs/random.jsonl"
+    theirs.parent.mkdir()
+    lines = [json.dumps(dict(zip(names, (f"{text}\nAnswer in a word.", reply), strict=True))) + "\n"
+             for text, reply in zip(asked, ("No.", "yes\u2028no", ""), strict=True)]  # fmt: skip
+    theirs.write_text("".join([lines[0], lines[1][:20] + "\n", lines[2]]))
+    found = {("random/0", 0): "No.", ("random/2", 0): ""}
+    for path in (theirs, theirs.parent):
+        assert suite.import_answers(path, suite.items()) == found
+    assert suite.import_answers(theirs, suite.items()[2:]) == {("random/2", 0): ""}
+    assert suite.import_answers(tmp_path / "coco_pope_random.json", suite.items()) is None  # questions, no answers
+    for wrong, line in ((lines[1:], 1), ([*lines, lines[0]], 4)):
+        theirs.write_text("".join(wrong))
+        with pytest.raises(EvaluationError, match=f"random.jsonl, line {line}, answers 'Is there a cup"):
+            suite.import_answers(theirs, suite.items())
+    theirs.write_text("".join(lines))
+    given = {"records": theirs.parent, "out": tmp_path / "out", "steps": ["score"]}
+    scored = reca.evaluate("pope", "show_o_tiny", data=tmp_path, **given, partial=True)
+    assert scored["metrics"]["random"]["accuracy"] == pytest.approx(2 / 3) and scored["counts"]["missing"] == 3
+    (theirs.parent / "other_random.jsonl").touch()
+    with pytest.raises(EvaluationError, match="theirs holds other_random.jsonl, random.jsonl; leave only the one"):
+        suite.import_answers(theirs.parent, suite.items())
+
+
 def test_the_rule_of_pope():
     assert [read_answer(reply) for reply in ("No, none", "There is not. Yes", "yes", "Know", "no")] == [
         "no", "no", "yes", "yes", "no",

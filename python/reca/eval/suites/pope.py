@@ -1,11 +1,13 @@
 """POPE: does an image hold an object, yes or no, answered by the model itself (RUCAIBox/POPE, rule of LLaVA)."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reca.eval.errors import EvaluationError
+from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -73,3 +75,32 @@ class Pope(Suite):
         if len(groups) == len(CATEGORIES):
             metrics["mean_f1"] = sum(figures["f1"] for figures in metrics.values()) / len(groups)
         return Score(values, {tag: 1 / len(groups) for tag in groups} or None, metrics, [])
+
+    def import_answers(self, path: Path, items: Sequence[Item]) -> dict[Key, Any] | None:
+        """Read a file per category, which has its name, with the answers in the order of its questions.
+
+        Lines have question and answer for POPE's script, prompt and text for LLaVA's; both pair by order.
+        Raises EvaluationError for an answer to another question, and for two files of a category.
+        """
+        wanted, found = {item.id for item in items}, dict[Key, Any]()
+        given = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+        for category in CATEGORIES:
+            questions = [item for item in self.items() if item.tag == category]
+            named = [file for file in given if category in file.name]
+            if len(named) > 1:
+                names = ", ".join(file.name for file in named)
+                raise EvaluationError(f"{path} holds {names}; leave only the one that counts")
+            for number, line in enumerate(files.read_lines(named[0]) if named else ()):
+                try:
+                    row = json.loads(line)
+                    asked, reply = (row["question"], row["answer"]) if "answer" in row else (row["prompt"], row["text"])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue  # such as a half-written line
+                if number >= len(questions) or not str(asked).startswith(questions[number].prompt):
+                    raise EvaluationError(
+                        f"{named[0]}, line {number + 1}, answers {str(asked)[:80]!r}, which is not question "
+                        f"{number + 1} of {category}; expected the answers in the order of its questions"
+                    )
+                if questions[number].id in wanted:
+                    found[questions[number].id, 0] = reply
+        return found or None
