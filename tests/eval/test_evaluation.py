@@ -403,6 +403,8 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
         ({"sampling": {"stepz": 1}}, "there is no sampling option 'stepz'; did you mean steps?"),
         ({"steps": ["score"]}, "holds no images of world|holds no records; add the step judge"),
         ({"steps": ["report"]}, "results.json does not exist; add the step score"),
+        ({"records": "none.jsonl", "against": "base"}, "none.jsonl does not exist; expected records.jsonl"),
+        ({"records": "run/recipe.yaml", "against": "base"}, "recipe.yaml holds no answers about the items of world"),
         ({"suite": "imgedit", "judge": "local:x"}, "imgedit needs a model that can edit: show_o cannot"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from reca import distributed
-from reca.eval import records, report
+from reca.eval import records as recorded
+from reca.eval import report
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
 from reca.eval.generate import generate_answers, generate_images, is_drawn, read_answers
@@ -165,6 +166,8 @@ def check(settings: Settings, sides: Sequence[Target], images: Path | None, reco
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
     items = settings.items(images)
+    if records is not None:
+        recorded.import_answers(records, suite, items)
     if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
         what = "answer" if suite.ability == "answer" else "image"
         raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} of every item")
@@ -350,7 +353,7 @@ def _imported(
     settings: Settings, items: Sequence[Item], found: Mapping[Key, Path], path: Path
 ) -> tuple[list[Record], Mapping[str, Any]]:
     """Read the records of others. Those of another image than the one that is there do not count."""
-    known = list(records.import_answers(path, settings.suite, items).values())
+    known = list(recorded.import_answers(path, settings.suite, items).values())
     judge = known[-1].judge
     pictured = {record.key: record.picture for record in known if record.picture is not None}
     others = {key for key, picture in pictured.items() if key in found and image_hash(found[key]) != picture}
@@ -361,7 +364,7 @@ def _known(
     path: Path, items: Sequence[Item], found: Mapping[Key, Path], judge: Mapping[str, Any] | None
 ) -> tuple[list[Record], Mapping[str, Any]]:
     """Read the records of these images, by the named judge or by the one that was asked last."""
-    everything = records.read(path)
+    everything = recorded.read(path)
     if not everything:
         raise EvaluationError(f"{path} holds no records; add the step judge, or give --records FILE")
     judge = judge or everything[-1].judge

@@ -109,15 +109,18 @@ class Appender:
         self.close()
 
 
+def check_there(path: Path) -> None:
+    """Raise EvaluationError where no file or folder of answers is."""
+    if not path.exists():
+        raise EvaluationError(f"{path} does not exist; expected records.jsonl or a benchmark's result file")
+
+
 def import_answers(path: Path, suite: Suite, items: Sequence[Item]) -> dict[Key, Record]:
     """Read records of the judge that was asked last, or a result file of the benchmark's own scripts as records.
 
     Raises EvaluationError for a file that is neither, or holds nothing of these items as they are now.
     """
-    if not path.exists():
-        raise EvaluationError(
-            f"{path} does not exist; expected records.jsonl or a result file of {suite.name}'s scripts"
-        )
+    check_there(path)
     try:
         foreign = suite.import_answers(path, items)
     except EvaluationError:

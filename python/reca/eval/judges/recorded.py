@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from reca.eval import records
-from reca.eval.errors import EvaluationError
 from reca.eval.judges.base import Judge, JudgeError
 from reca.eval.suites import Item, Key, Suite
 from reca.eval.suites.base import image_hash
@@ -22,8 +21,7 @@ class RecordedJudge(Judge):
 
     @classmethod
     def check(cls, argument: str, **options: Any) -> None:
-        if not Path(argument).exists():
-            raise EvaluationError(f"{argument} does not exist; expected records.jsonl or a benchmark's result file")
+        records.check_there(Path(argument))
 
     def describe(self) -> dict[str, Any]:
         return dict(self.origin)
