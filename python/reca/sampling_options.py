@@ -1,4 +1,4 @@
-"""Sampling options of the command line, checked against the signature of the adapter's method that takes them."""
+"""Options of a sampler or a judge, given as key=value, checked against the signature of what takes them."""
 
 import inspect
 import math
@@ -9,7 +9,11 @@ from typing import Any, get_args, get_origin
 
 from reca.values import guess
 
-COUNTS = ("steps", "batch", "height", "width", "diffusion_steps", "max_new_tokens")  # options that must be at least 1
+# wherever an option of the name is: the least and the largest value
+LIMITS = dict.fromkeys(("steps", "batch", "height", "width", "diffusion_steps", "max_new_tokens"), (1, math.inf)) | {
+    "timeout": (0.001, 86400), "tries": (1, 1000), "workers": (1, 1000), "requests_per_minute": (0.001, 1e6),
+    "max_tokens": (1, 1e6), "price_in": (0, 1e6), "price_out": (0, 1e6), "threshold": (0, 1),
+}  # fmt: skip
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a word", NoneType: "null"}
 
 
@@ -34,10 +38,10 @@ def defaults(method: Callable) -> dict[str, Any]:
 
 
 def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str = "sampling option") -> dict[str, Any]:
-    """Return `given` as keyword arguments of an adapter's generate or edit, which takes its keyword-only parameters.
+    """Return `given` as keyword arguments of a method or class, which takes its keyword-only parameters.
 
     what: the word for an option, in messages.
-    Raises ValueError for a name that is none of them, a value of another type, or a count below 1.
+    Raises ValueError for a name that is none of them, and a value of another type or outside of LIMITS.
     """
     known = {p.name: p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY}
     checked = {}
@@ -51,8 +55,10 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
         if not _fits(value, wanted):
             usual = _format(known[name].default)
             raise ValueError(f"{what} {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
-        if name in COUNTS and value is not None and value < 1:
-            raise ValueError(f"{what} {name}={value}: expected at least 1")
+        least, most = LIMITS.get(name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{what} {name}={value}: expected {within}")
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked
 
