@@ -49,6 +49,19 @@ def test_coverage_of_95_percent_intervals(monkeypatch, sizes, images):
     assert np.all((inside / RUNS >= 0.93) & (inside / RUNS <= 0.97)), inside / RUNS
 
 
+def test_students_quantile():
+    known = {1: 12.7062, 2: 4.30265, 2.5: 3.57465, 3: 3.18245, 5: 2.57058, 30: 2.04227, math.inf: 1.95996}
+    assert {f: statistics.t_quantile(f) for f in known} == pytest.approx(known, rel=2e-4)
+
+
+def test_two_prompts_of_graded_scores_have_intervals_as_wide_as_two_values_ask():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(RUNS):
+        found = statistics.estimate([("a", str(i), value) for i, value in enumerate(rng.normal(0.5, 0.1, 2))])
+        inside += found.overall.low <= 0.5 <= found.overall.high
+    assert inside / RUNS == pytest.approx(0.95, abs=0.03)
+
+
 def test_prompts_are_paired_and_images_of_a_prompt_stay_together():
     """A prompt that is easy is easy for both: pairing removes what prompts differ by."""
     before, after = simulate({"a": 60, "e": 60}, 8, np.random.default_rng(1))
