@@ -180,8 +180,22 @@ def test_an_arm_that_fails_is_reported_while_others_go_on(tmp_path, capsys, monk
         return {jobs[1].name: failed}
 
     monkeypatch.setattr(side_by_side, "run", run)
-    with pytest.raises(ValueError, match="no such key"):
-        experiment.run("show_o", SHAPES, range(1), tmp_path, SCALE)
+    assert experiment.run("show_o", SHAPES, range(1), tmp_path, SCALE) == ({}, {"0/RECA": failed})
+
+
+@pytest.mark.parametrize("missing", ["before", "RECA", "SFT"])
+def test_what_finished_is_reported_beside_an_arm_that_failed(missing, tmp_path, capsys, monkeypatch):
+    one = drawn(SHAPES)
+    results = {0: {name: made for name, made in one.items() if name != missing}, 1: one}
+    failed = {f"0/{missing}": Failure(ValueError("no such key")), "comparison": Failure(None, f"0/{missing}")}
+    for seeds in ((0,), (0, 1)):
+        monkeypatch.setattr(experiment, "run", lambda *_, s=seeds: ({seed: results[seed] for seed in s}, failed))
+        command = ["demo", "--umm", "show_o", "--world", "shapes", "--seeds", str(len(seeds)), "--out", str(tmp_path)]
+        assert main(command) == 3
+        said, page = capsys.readouterr(), (tmp_path / "report.html").read_text()
+        assert "no such key" in said.err and f"0/{missing} FAILED, ValueError: no such key" in said.out
+        assert f"<li>0/{missing}: ValueError: no such key</li>" in page and page.count("<h3>") == 2
+        assert (f"\n{missing} " in said.out) == (len(seeds) == 2) and (tmp_path / "before_after.png").is_file()
 
 
 def test_pages_of_an_earlier_call_do_not_stand_beside_the_runs_of_one_that_failed(tmp_path, monkeypatch):

@@ -19,26 +19,29 @@ LEFT, TOP = 92, 40  # margins for the names of rows and columns
 def before_after(outcomes: Mapping[str, Outcome], world: World, seed: int) -> Image.Image:
     """Draw some of the held-out combinations of one object: columns are prompts, rows are models.
 
-    The prompts are chosen by their place (`World.shown`), whatever the models made of them.
+    The prompts are chosen by their place (`World.shown`), whatever the models made of them. A model that failed has no
+    row.
     """
+    rows = [name for name in ROWS if name in outcomes]
+    samples = next(iter(outcomes.values())).measured.samples
     held_out = {caption(Scene((pair,))) for pair in world.held_out(seed)}
     places: dict[str, int] = {}  # of a prompt's last image, among all that were measured
-    for place, (prompt, _, _) in enumerate(outcomes[BEFORE].measured.samples):
+    for place, (prompt, _, _) in enumerate(samples):
         if prompt in held_out:
             places[prompt] = place
     columns = list(places.items())[world.shown]
-    width = outcomes[BEFORE].measured.samples[0][1].shape[2]
+    width = samples[0][1].shape[2]
     side = width * -(-LEAST // width)
-    sheet = Image.new("RGB", (LEFT + len(columns) * (side + GAP), TOP + len(ROWS) * (side + GAP)), "white")
+    sheet = Image.new("RGB", (LEFT + len(columns) * (side + GAP), TOP + len(rows) * (side + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, (prompt, place) in enumerate(columns):
         x = LEFT + column * (side + GAP)
         for number, line in enumerate(reversed(_lines(prompt))):
             draw.text((x + side / 2, TOP - 6 - 15 * number), line, fill="black", font=font, anchor="mb")
-        for row, name in enumerate(ROWS):
+        for row, name in enumerate(rows):
             image = make_grid([outcomes[name].measured.samples[place][1]])
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, TOP + row * (side + GAP)))
-    for row, name in enumerate(ROWS):
+    for row, name in enumerate(rows):
         draw.text((LEFT - 10, TOP + row * (side + GAP) + side / 2), name, fill="black", font=font, anchor="rm")
     return sheet
 

@@ -54,25 +54,32 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     what RECA changed of the first seed, prompt by prompt.
 
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
+
+    What failed is named in the report of the others. Then raises the error of the first.
     """
     for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs go, too
         (out / page).unlink(missing_ok=True)
-    results = run(umm, world, range(seeds), out, scale)
-    print(report.table(results))
-    path = report.write(results, umm, world, out, scale)
-    print(f"\nreport of all arms: {path.resolve()}")
-    print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
-    print(report.summary(results))
+    results, failures = run(umm, world, range(seeds), out, scale)
+    if results:
+        print(report.table(results))
+        path = report.write(results, umm, world, out, scale, failures)
+        print(f"\nreport of all arms: {path.resolve()}")
+        print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
+        print(report.summary(results))
+    for name, failure in failures.items():
+        print(f"{name} FAILED, {failure}")
+    for failure in failures.values():
+        if failure.error is not None:
+            raise failure.error
     print(path.with_name(compare_page.NAME).resolve())
     return results
 
 
-def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> Results:
+def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> tuple[Results, dict[str, Failure]]:
     """Run all arms of all seeds, in processes of one thread each, as many at once as there are cores.
 
-    The comparison of the first seed's RECA with its start is written beside them.
-
-    Raises the error of the first job that fails, when the others are done.
+    The comparison of the first seed's RECA with its start is written beside them. A job that fails ends none but those
+    that need it. Returns what was measured, of seeds with anything, and what failed, by the job's name.
     """
     setup = demo_setup(umm, world)
     beginnings, trained = starts(setup), arms(world, setup)
@@ -106,14 +113,13 @@ def run(umm: str, world: World, seeds: range, out: Path, scale: float = 1.0) -> 
                 tqdm.write(f"{job.name} FAILED, {found}; the others go on")
 
         found = side_by_side.run(jobs, side_by_side.cores(), ended, lambda: bar.update(_steps_done(out, seeds) - bar.n))
-    for failure in found.values():
-        if isinstance(failure, Failure) and failure.error is not None:
-            raise failure.error
     for (seed, name), curve in curves.items():
-        measured = results[seed][name]
-        measured.curve, measured.seconds = curve.points, curve.seconds + measured.seconds
+        if (measured := results[seed].get(name)) is not None:
+            measured.curve, measured.seconds = curve.points, curve.seconds + measured.seconds
     order = [row.name for row in rows(world, setup)]
-    return {seed: {name: found[name] for name in order if name in found} for seed, found in results.items()}
+    ordered = {seed: {name: made[name] for name in order if name in made} for seed, made in results.items()}
+    failures = {name: failure for name, failure in found.items() if isinstance(failure, Failure)}
+    return {seed: made for seed, made in ordered.items() if made}, failures
 
 
 @dataclass

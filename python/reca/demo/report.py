@@ -4,6 +4,7 @@ import base64
 import io
 import platform
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from reca.demo.pretrain import demo_setup, run_overrides
 from reca.demo.world import World
 from reca.image_grid import make_grid
 from reca.recipe_files import as_dict, load_recipe
+from reca.side_by_side import Failure
 
 PAGE = "report.html"
 COLUMNS = ("seen", "held-out")
@@ -27,10 +29,9 @@ def table(results: Results) -> str:
     """Tabulate success rates in percent, one model a row: with 95 % intervals for one seed, else mean ± deviation."""
     rows: list[tuple[str, ...]] = [("", *COLUMNS, "overall", "understanding")]
     for name in _names(results):
-        cells = [_cell([results[s][name].measured.rates[r] for s in results]) for r in COLUMNS]
-        overall = _spread([100 * results[s][name].measured.overall for s in results])
-        kept = _cell([results[s][name].measured.rates["understanding"] for s in results])
-        rows.append((name, *cells, overall, kept))
+        overall = _spread([100 * made[name].measured.overall for made in results.values() if name in made])
+        cells = [_rates(results, name, rate) for rate in (*COLUMNS, "understanding")]
+        rows.append((name, *cells[:-1], overall, cells[-1]))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     seeds = ", ".join(map(str, results))
@@ -38,9 +39,11 @@ def table(results: Results) -> str:
 
 
 def verdicts(results: Results) -> list[str]:
-    """Compare RECA with SFT and with the model before, one sentence a seed."""
+    """Compare RECA with SFT and with the model before, one sentence a seed that has all three."""
     sentences = []
     for seed, outcomes in results.items():
+        if not outcomes.keys() >= {"RECA", "SFT", BEFORE}:
+            continue
         reca, sft, before = (outcomes[name].measured for name in ("RECA", "SFT", BEFORE))
         gap = 100 * (reca.rates["held-out"].share - sft.rates["held-out"].share)
         lows, highs = zip(*(side.rates["held-out"].wilson() for side in (reca, sft)), strict=True)
@@ -57,20 +60,27 @@ def verdicts(results: Results) -> list[str]:
 
 def summary(results: Results) -> str:
     """Say in one line what RECA changed."""
-    cells = {
-        name: [_cell([results[s][arm].measured.rates["held-out"] for s in results]) for arm in (BEFORE, name)]
-        for name in ("RECA", "SFT")
-    }
+    cells = {name: [_rates(results, arm, "held-out") for arm in (BEFORE, name)] for name in ("RECA", "SFT")}
     ways = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in cells.items())
     return f"pairs that captions never showed, drawn right, %: {ways}"
 
 
-def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.0) -> Path:
-    """Write the report as one self-contained file, and before_after.png beside it. Return the report's path."""
+def write(
+    results: Results,
+    umm: str,
+    world: World,
+    out: Path,
+    scale: float = 1.0,
+    failures: Mapping[str, Failure] | None = None,
+) -> Path:
+    """Write the report as one self-contained file, and before_after.png beside it. Return the report's path.
+
+    failures: what is missing in it, and why, by the name of the job.
+    """
     setup, first = demo_setup(umm, world), next(iter(results))
     recipe = load_recipe(setup.recipe, [*setup.overrides, *run_overrides(setup.recipe, world, first, scale)])
     names = _names(results)
-    measured = results[first][names[0]].measured.rates
+    measured = next(iter(results[first].values())).measured.rates
     details = [
         *(f"{c}, all" for c in world.categories),
         *(f"{c} {p}" for c in (*world.categories, "understanding") for p in COLUMNS if f"{c} {p}" in measured),
@@ -78,22 +88,21 @@ def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.
     page = html.render(
         Path(__file__).with_name("report.html"),
         seeds=list(results),
+        failures=failures,
         scale=scale,
         setup=setup,
         world=world,
         arms={row.name: row.description for row in rows(world, setup)},
         names=names,
         table=table(results),
-        details={
-            detail: [_cell([results[s][name].measured.rates[detail] for s in results]) for name in names]
-            for detail in details
-        },
+        details={detail: [_rates(results, name, detail) for name in names] for detail in details},
         held_out=sorted(f"{pair.colour} {pair.kind}" for pair in world.held_out(first)),
-        images={name: _images(results[first][name]) for name in names},
-        curves={name: _curve(results[first][name].curve) for name in names},
+        shown=list(results[first]),
+        images={name: _images(outcome) for name, outcome in results[first].items()},
+        curves={name: _curve(outcome.curve) for name, outcome in results[first].items()},
         steps=recipe.train.steps,
         settings=as_dict(recipe),
-        seconds={name: f"{results[first][name].seconds:.0f}" for name in names},
+        seconds={name: f"{outcome.seconds:.0f}" for name, outcome in results[first].items()},
         machine=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}",
         command=f"reca demo --world {world.name} --umm {umm} --seeds {len(results)}"
         + (f" --scale {scale:g}" if scale != 1 else ""),
@@ -105,10 +114,19 @@ def write(results: Results, umm: str, world: World, out: Path, scale: float = 1.
 
 
 def _names(results: Results) -> list[str]:
-    return list(next(iter(results.values())))
+    """List what any seed has, in the order of the seed that has most."""
+    most = sorted(results.values(), key=len, reverse=True)
+    return list(dict.fromkeys(name for made in most for name in made))
+
+
+def _rates(results: Results, name: str, rate: str) -> str:
+    """Write a rate of an arm over the seeds that have it."""
+    return _cell([made[name].measured.rates[rate] for made in results.values() if name in made])
 
 
 def _cell(rates: list[Rate]) -> str:
+    if not rates:
+        return "-"
     if len(rates) > 1:
         return _spread([100 * rate.share for rate in rates])
     low, high = rates[0].wilson()
