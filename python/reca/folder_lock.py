@@ -3,11 +3,13 @@
 POSIX record locks work across the machines of a shared file system, and never against the process itself.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,19 @@ def acquire(handle: int, start: int, length: int) -> bool:
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file, for what only one process may do at a time; wait while another one has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        waits = False
+        while not acquire(handle, 0, 0):
+            if not waits:
+                log.warning("%s is in the hands of another process: waiting for it to end", what)
+            waits = True
+        yield
+    finally:
+        os.close(handle)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -200,6 +201,30 @@ def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monk
     measured(sampling={})
     assert len(set(folders)) == 4 and folders[4:] == folders[:2]
     assert all(folder.parent == tmp_path / "eval" and folder.name.startswith("world-") for folder in folders)
+
+
+def test_what_another_process_does_is_waited_for(study, tmp_path, monkeypatch):
+    """Two studies share their start and their arms, and each may be begun while the other one runs."""
+    (task, *_), _ = plan(load_study(study), Asked("show_o", (0,), tmp_path))
+    other = """if True:
+        import sys, time
+        from pathlib import Path
+        from reca.folder_lock import alone
+        lock, result = map(Path, sys.argv[1:])
+        with alone(lock, "it"):
+            print("begun", flush=True)
+            time.sleep(3)  # longer than a killed process is waited for
+            result.parent.mkdir()
+            result.write_text('{"measures": {}, "curve": [], "seconds": 5}')
+    """
+    lock = task.folder.with_name(f".{task.folder.name}.lock")
+    monkeypatch.setattr(world, "make_start", lambda *_: 1 / 0)
+    with subprocess.Popen([sys.executable, "-c", other, lock, task.result], stdout=subprocess.PIPE, text=True) as doing:
+        assert doing.stdout.readline() == "begun\n"
+        assert work.work(task)["seconds"] == 5
+    task.result.unlink()
+    with pytest.raises(ZeroDivisionError):  # it is done here, where no process does it
+        work.work(task)
 
 
 def test_a_torn_line_of_a_log_ends_no_arm(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reca import jsonl
+from reca import folder_lock, jsonl
 from reca.folders import write_atomically
 from reca.recipe_files import load_recipe
 from reca.runs import finished_steps, load_trained, recipe_of
@@ -20,9 +20,15 @@ LAST = 0.1  # share of a run's losses that `loss` is the mean of
 
 
 def work(task: Task) -> dict[str, Any]:
-    """Do a task, or return what it gave when it was done before. An interrupted run goes on where it was."""
-    if (found := done(task)) is not None:
-        return found
+    """Do a task, or return what it gave when it was done before. An interrupted run goes on where it was.
+
+    Studies share their arms: where another process does a task of the same folder, this one waits until it has ended.
+    """
+    with folder_lock.alone(task.folder.with_name(f".{task.folder.name}.lock"), task.name):
+        return done(task) or _work(task)
+
+
+def _work(task: Task) -> dict[str, Any]:
     started = time.perf_counter()
     task.folder.mkdir(parents=True, exist_ok=True)
     if task.kind == START:
