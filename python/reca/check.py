@@ -23,6 +23,7 @@ from reca.models.base import ROLES, Adapter
 from reca.models.common.on_cpu import as_gpu
 from reca.parallelize import replicas_fit, shard_size
 from reca.peaks import known_peak
+from reca.recipe_files import by_key
 from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
 from reca_kernels import dispatch
@@ -159,6 +160,9 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
     peak = memory.predict(recipe, gpus, node, room)
     lines += [_line(name, n, units.BYTES) for name, n in (*peak._asdict().items(), ("all", peak.total))]
     lines += [_line("with a reserve", memory.needed(peak.total), units.BYTES) + f" for {memory.NOT_COUNTED}"]
+    values = by_key(recipe)
+    if drawing := [key for key in ("eval.every", "log.sample_every", "log.reconstructions") if values[key]]:
+        lines.append(f"  not predicted: what is drawn or evaluated between steps ({', '.join(drawing)})")
     lines += [_line("host memory", host_memory(adapter, recipe, gpus, node, room), units.BYTES) + " a machine, loading"]
     if moments := host_moments(adapter, recipe, gpus, node, room):
         lines += [_line("moments on the host", moments, units.BYTES) + " a machine, in the whole run"]

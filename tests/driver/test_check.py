@@ -299,6 +299,9 @@ def test_command(capsys):
     assert main(["check", "show_o_tiny"]) == 0
     out = capsys.readouterr().out
     assert "335,520" in out and "image tokens" in out and "MFLOP" in out and "MiB" in out
+    assert "not predicted: what is drawn or evaluated between steps (log.reconstructions)" in out
+    assert main(["check", "show_o_tiny", "eval.every=9", "log.reconstructions=0"]) == 0
+    assert "between steps (eval.every)" in capsys.readouterr().out
 
 
 def test_bagel_at_full_size_takes_little_memory():
