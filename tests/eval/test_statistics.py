@@ -62,6 +62,20 @@ def test_two_prompts_of_graded_scores_have_intervals_as_wide_as_two_values_ask()
     assert inside / RUNS == pytest.approx(0.95, abs=0.03)
 
 
+def test_a_tag_without_a_miss_is_no_surer_beside_tags_that_vary():
+    """Most of its images are right, so often all of a few are: that says little of its other prompts."""
+    rng, inside, means = np.random.default_rng(0), dict.fromkeys("ab", 0), {"a": 0.85, "b": 0.6}
+    for _ in range(RUNS):
+        hits = [(tag, str(i), float(rng.random() < mean)) for tag, mean in means.items() for i in range(10)]
+        found = statistics.estimate(hits, top=1.0, resamples=500)
+        for tag, mean in means.items():
+            inside[tag] += found.tags[tag].low <= mean <= found.tags[tag].high
+    assert all(count / RUNS > 0.92 for count in inside.values()), inside
+    alone = [("a", str(i), 1 / 3) for i in range(10)]  # whose variance is 3e-33 by rounding
+    for others in ([], [("b", str(i), float(i % 3 == 0)) for i in range(9)]):
+        assert statistics.estimate(alone + others, top=1.0).tags["a"].low < 0.1
+
+
 def test_prompts_are_paired_and_images_of_a_prompt_stay_together():
     """A prompt that is easy is easy for both: pairing removes what prompts differ by."""
     before, after = simulate({"a": 60, "e": 60}, 8, np.random.default_rng(1))

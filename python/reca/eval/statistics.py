@@ -7,8 +7,8 @@ Two corrections make 95 % intervals hold what they promise where tags are small.
 which makes the variance of the mean right (Rao and Wu, 1988). A tag whose few prompts happen to agree would get an
 interval of no width; two more prompts, of half a prompt's weight each, stand one standard deviation of all tags above
 and below the tag's mean. Deviations are scaled by Student's t over the normal quantile, with Satterthwaite's degrees of
-freedom. Where nothing varies at all, in n prompts without a miss (or without a hit, or a difference), the interval
-reaches as far as Clopper and Pearson's for 0 of n.
+freedom. Where nothing varies, in a tag's or in all n prompts without a miss (or without a hit, or a difference), the
+interval reaches as far as Clopper and Pearson's for 0 of n.
 """
 
 import functools
@@ -183,7 +183,10 @@ def _estimate(
         own = _mean(group[0]) - (_mean(group[1]) if len(group) > 1 else 0.0)
         deviations = _redrawn(group, pooled, _draws(len(group[0].sums), resamples, seed, number)) - own
         known = freedoms[tag] if len(groups) == 1 or freedoms[tag] > 1 else total_freedom
-        tags[tag] = _interval(own, deviations, known) if pooled or not top else _unvaried(own, freedoms[tag] + 1, top)
+        if top and not spreads[tag]:
+            tags[tag] = _unvaried(own, freedoms[tag] + 1, top)
+        else:
+            tags[tag] = _interval(own, deviations, known)
         value += weights[tag] * own
         total += weights[tag] * deviations
     if not pooled and top:
@@ -206,7 +209,7 @@ def _spread(groups: Sequence[Clusters]) -> float:
     """Compute the variance between the prompts of a tag, of their mean or their mean difference."""
     means = [group.sums / group.counts for group in groups]
     deltas = means[0] - means[1] if len(means) > 1 else means[0]
-    return float(deltas.var(ddof=1)) if len(deltas) > 1 else 0.0
+    return float(deltas.var(ddof=1)) if np.ptp(deltas) else 0.0  # equal ones have a variance by rounding
 
 
 def _ratio(a: float, b: float) -> float:
