@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
         sub.add_argument(
-            "recipe", type=_path_text, help="recipe name or .yaml file" + (", or the folder of a run" if or_run else "")
+            "recipe", type=_path_text, help="recipe name or .yaml file" + (", or a run folder" if or_run else "")
         )
         _takes_overrides(sub)
 
@@ -99,11 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--ema",
             action="store_true",
-            help="use the moving average of the weights that a run has kept (ema.half_life). Not the default: an "
-            "average lags, and with the release's decay of 0.9999 it is 90 %% the starting weights after 1000 steps",
+            help="use the run's moving average of the weights (ema.half_life). Off by default, because it lags: "
+            "with the release's decay of 0.9999 it still consists of 90 %% starting weights after 1000 steps",
         )
 
-    train = command("train", commands.train, "Train a recipe, or continue its run.")
+    train = command("train", commands.train, "Train a recipe, or resume its run.")
     takes_recipe(train)
     train.add_argument(
         "--explain", action="store_true", help="print every key with its value and documentation, and exit"
@@ -112,78 +112,82 @@ def _parser() -> argparse.ArgumentParser:
         "--overfit",
         type=int,
         metavar="N",
-        help="dry run: N steps on one batch, which must learn it; says what is wrong where it does not. The run folder "
-        "stays as it is",
+        help="dry run: overfit one batch in N steps, or report why that fails. The run folder is not changed",
     )
     train.add_argument(
         "--overfit-to",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="share of the first loss that the dry run must reach (default: %(default)s)",
+        help="fraction of the initial loss that the dry run must reach (default: %(default)s)",
     )
 
     status = command("status", commands.status, "Print the status of a run.")
-    status.add_argument("folder", type=_path, help="the folder of a run")
-    status.add_argument("--field", choices=FIELDS, help="print this value alone, for scripts; the exit code is 0 then")
+    status.add_argument("folder", type=_path, help="run folder")
+    status.add_argument("--field", choices=FIELDS, help="print only this value, for scripts; the exit code is then 0")
 
     check = command(
         "check", commands.check, "Report parameters, FLOPs and memory of a recipe, without loading weights."
     )
     takes_recipe(check)
-    check.add_argument("--gpus", type=int, default=1, help="GPUs of the run (default: %(default)s)")
+    check.add_argument("--gpus", type=int, default=1, help="number of GPUs (default: %(default)s)")
     check.add_argument(
         "--node",
         type=int,
         default=8,
-        help="GPUs per node; under fsdp they share one copy of the weights by default (default: %(default)s)",
+        help="GPUs per node; with fsdp they share one copy of the weights by default (default: %(default)s)",
     )
     check.add_argument(
-        "--card", type=_bytes, metavar="80GiB", help="memory of a GPU: say what fits, and how many it takes; minutes"
+        "--card",
+        type=_bytes,
+        metavar="80GiB",
+        help="memory of a GPU: also report what fits and how many GPUs are needed; takes minutes",
     )
 
     generate = command("generate", inference_commands.generate, "Generate images from text.")
     takes_recipe(generate, or_run=True)
     takes_ema(generate)
-    generate.add_argument("--prompt", action="append", required=True, help="text of an image; may be given again")
+    generate.add_argument("--prompt", action="append", required=True, help="text prompt; may be repeated")
     _takes_sampling(generate)
 
-    edit = command("edit", inference_commands.edit, "Edit an image by an instruction.")
+    edit = command("edit", inference_commands.edit, "Edit an image following an instruction.")
     takes_recipe(edit, or_run=True)
     takes_ema(edit)
-    edit.add_argument("--image", type=_path, required=True, help="file of the image to edit")
-    edit.add_argument("--instruction", required=True, help="what to change in it")
+    edit.add_argument("--image", type=_path, required=True, help="image file to edit")
+    edit.add_argument("--instruction", required=True, help="what to change in the image")
     _takes_sampling(edit)
 
     answer = command("answer", inference_commands.answer, "Answer a question about an image.")
     takes_recipe(answer, or_run=True)
     takes_ema(answer)
-    answer.add_argument("--image", type=_path, required=True, help="file of the image to ask about")
-    answer.add_argument("--question", required=True, help="the question about it")
+    answer.add_argument("--image", type=_path, required=True, help="image file to ask about")
+    answer.add_argument("--question", required=True, help="question about the image")
 
     best = command(
         "best-of",
         inference_commands.best_of,
-        "Generate several images per prompt and keep the one that the model itself finds to fit best.",
+        "Generate several images per prompt and keep the one that the model itself scores highest.",
     )
-    best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or the folder of a run")
-    best.add_argument("prompts", type=_path, help="text file of prompts, one a line")
+    best.add_argument("recipe", type=_path_text, help="recipe name or .yaml file, or a run folder")
+    best.add_argument("prompts", type=_path, help="text file with one prompt per line")
     _takes_overrides(best)
     takes_ema(best)
     best.add_argument("--candidates", type=int, default=4, help="images per prompt (default: %(default)s)")
-    best.add_argument("--question", help="what the prompt is scored as the answer to (default: 'Describe this image.')")
+    best.add_argument(
+        "--question", help="question to which the prompt is scored as the answer (default: 'Describe this image.')"
+    )
     _takes_sampling(best, folder_required=True)
 
     export = command(
-        "export", inference_commands.export, "Export weights in the format that the public inference code reads."
+        "export", inference_commands.export, "Export weights in the format of the model's public inference code."
     )
     takes_recipe(export, or_run=True)
     takes_ema(export)
-    export.add_argument("--out", type=_path, required=True, help="folder to write")
-    export.add_argument("--card", action="store_true", help="write a model card, README.md, beside the weights")
-    export.add_argument("--push", metavar="OWNER/NAME", help="upload it, with a card, to the Hugging Face hub")
+    export.add_argument("--out", type=_path, required=True, help="output folder")
+    export.add_argument("--card", action="store_true", help="write a model card (README.md) next to the weights")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the export, with a card, to the Hugging Face Hub")
     export.add_argument("--public", action="store_true", help="make the repository public; a new one is private")
-    export.add_argument("--update", action="store_true", help="upload on top of files that the repository has")
+    export.add_argument("--update", action="store_true", help="upload to a repository that already contains files")
 
     from reca.comparison import commands as compare_commands
     from reca.eval import commands as eval_commands
@@ -197,60 +201,62 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare_commands.add(comparison, _path)
 
-    serve = command("serve", commands.serve, "Serve a page to draw, edit and answer with a model, beside another one.")
+    serve = command(
+        "serve", commands.serve, "Serve a web UI to generate, edit and answer, with two models side by side."
+    )
     takes_recipe(serve, or_run=True)
     takes_ema(serve)
-    serve.add_argument("--against", metavar="RUN|base", help="show beside it: base, a run or a recipe")
+    serve.add_argument("--against", metavar="RUN|base", help="second model: base, a run or a recipe")
     serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine alone)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
     )
-    serve.add_argument("--port", type=int, default=7860, help="port to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
 
     demo = command(
         "demo", commands.demo, "Run the demo on a CPU: pre-train a tiny model, post-train it in several ways, compare."
     )
-    demo.add_argument("--umm", default="show_o", help=f"which model: {', '.join(UMMS)} (default: %(default)s)")
-    demo.add_argument("--world", help="where: emoji or shapes (default: emoji, if the model has a demo there)")
+    demo.add_argument("--umm", default="show_o", help=f"model: {', '.join(UMMS)} (default: %(default)s)")
+    demo.add_argument("--world", help="toy dataset: emoji or shapes (default: emoji, if the model has a demo on it)")
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds, from 0 (default: %(default)s)")
     demo.add_argument(
         "--out",
         type=_path,
-        help="folder of the report (default: demo_out; of another than the usual demo demo_out/WORLD/UMM)",
+        help="output folder (default: demo_out for show_o on emoji, otherwise demo_out/WORLD/UMM)",
     )
     demo.add_argument(
         "--scale",
         type=float,
         default=1.0,
-        help="fraction of steps and prompts; below 1 only to see that it runs (default: %(default)s)",
+        help="fraction of steps and prompts; below 1 only for a quick test (default: %(default)s)",
     )
 
     from reca.studies import commands as study_commands
 
     study = command(
-        "study", study_commands.run, "Run a study of the paper: its arms side by side, against what the paper found."
+        "study", study_commands.run, "Run an experiment of the paper: train its variants and compare with the paper."
     )
     study_commands.add(study, _path, _takes_overrides)
 
     get = subparsers.add_parser("get", help="Get published weights, datasets, or the files of an evaluation suite.")
     what = get.add_subparsers(required=True, metavar="WHAT")
-    weights = what.add_parser("weights", help="the files that a recipe, or a model, is made of")
+    weights = what.add_parser("weights", help="the published files that a recipe, or all recipes of a model, need")
     weights.add_argument("name", type=_path_text, help="a recipe, a model (all its recipes), or a hub id: owner/name")
     _takes_overrides(weights)
     data = what.add_parser("data", help="a dataset that the releases train on")
     data.add_argument("name", help=f"{', '.join(DATASETS)}, or a hub id: owner/name")
     for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
-        sub.add_argument("--to", type=_path, help="folder to put them in (default: the cache of the hub)")
-        sub.add_argument("--dry-run", action="store_true", help="print the list only")
+        sub.add_argument("--to", type=_path, help="destination folder (default: the Hugging Face cache)")
+        sub.add_argument("--dry-run", action="store_true", help="only print the list")
         sub.set_defaults(run=run)
     suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
     suite.add_argument("name", help=", ".join(SUITES))
-    suite.add_argument("--to", type=_path, help="folder to put them in (default: ./benchmarks)")
-    suite.add_argument("--dry-run", action="store_true", help="print the list only")
+    suite.add_argument("--to", type=_path, help="destination folder (default: ./benchmarks)")
+    suite.add_argument("--dry-run", action="store_true", help="only print the list")
     suite.set_defaults(run=commands.get_suite)
 
     _add_data(subparsers)
-    takes_recipe(command("cache", commands.cache, "Make the features of all images ahead of training, in data.cache."))
-    command("doctor", commands.doctor, "Report what this machine has and which kernels will run.")
+    takes_recipe(command("cache", commands.cache, "Compute the features of all images before training, in data.cache."))
+    command("doctor", commands.doctor, "Report this machine's hardware and software and which kernels will run.")
     # No prefix: all that follows, --help too, belongs to the benchmarks.
     bench = command(
         "bench", commands.bench, "Time the kernels, as `python -m benchmarks`.", prefix_chars="\0", add_help=False
@@ -263,26 +269,28 @@ def _add_data(subparsers) -> None:
     """Add `reca data check` and `reca data view`."""
     from reca.data.tasks import TASKS
 
-    data = subparsers.add_parser("data", help="Look at training data.", description="Look at training data.")
+    data = subparsers.add_parser("data", help="Inspect training data.", description="Inspect training data.")
     inside = data.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         (
             "check",
             commands.data_check,
-            "Read every sample: counts, bad ones, sizes, duplicates, texts. Exits 1 if any is bad.",
+            "Read every sample: report counts, bad samples, sizes, duplicates, texts. Exits with 1 if any is bad.",
         ),
         ("view", commands.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
     ):
         sub = inside.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument("spec", type=_path_text, help="what data.images takes, or a recipe whose data it is")
+        sub.add_argument("spec", type=_path_text, help="data in any form of data.images, or a recipe")
         _takes_overrides(sub, "recipe keys, such as data.columns.caption")
-        sub.add_argument("--task", choices=TASKS, help="what the data is for (default: reca, or all of a recipe)")
+        sub.add_argument(
+            "--task", choices=TASKS, help="task of the data (default: reca, or all active tasks of a recipe)"
+        )
         if name == "view":
-            sub.add_argument("--recipe", help="recipe whose model's views are shown (default: show_o_512)")
+            sub.add_argument("--recipe", help="recipe whose views are shown (default: show_o_512)")
             sub.add_argument("--count", type=int, default=48, help="samples to show (default: %(default)s)")
             sub.add_argument(
-                "--out", type=_path, default=Path("data_view"), help="folder of the pages (default: %(default)s)"
+                "--out", type=_path, default=Path("data_view"), help="output folder (default: %(default)s)"
             )
 
 
@@ -311,7 +319,7 @@ def _path(text: str) -> Path:
 
 
 def _takes_overrides(
-    sub: argparse.ArgumentParser, words: str = "recipe keys to change", metavar: str = "key=value"
+    sub: argparse.ArgumentParser, words: str = "recipe keys to override", metavar: str = "key=value"
 ) -> None:
     # Without a default, Python before 3.13 counts them among the arguments that are required.
     sub.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=words)
@@ -319,7 +327,10 @@ def _takes_overrides(
 
 def _takes_sampling(sub: argparse.ArgumentParser, folder_required: bool = False) -> None:
     sub.add_argument(
-        "--seed", type=int, default=0, help="seed of the first image; the next ones count up (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first image, incremented for each further one (default: %(default)s)",
     )
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"

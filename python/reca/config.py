@@ -31,8 +31,8 @@ class TaskConfig:
     )
     max_tokens: Optional[int] = config_field(
         None,
-        "largest number of tokens in one forward pass on one rank, in place of micro_batch: as many samples as fit, in "
-        "their order, padding counts, and a longer sample is a pass by itself; null = micro_batch",
+        "largest number of tokens in one forward pass on one rank, instead of micro_batch: as many samples as fit, in "
+        "order, including padding; a longer sample is a micro-batch by itself; null = use micro_batch",
         least=1,
     )
 
@@ -43,15 +43,15 @@ class ObjectiveConfig:
     i2t: TaskConfig = config_field(TaskConfig, "image to text; 1 where understanding and generation share weights")
     t2i: TaskConfig = config_field(TaskConfig, "caption to image: supervised fine-tuning (SFT)")
     srum: TaskConfig = config_field(
-        TaskConfig, "caption to image, towards regions that score well and away from others (SRUM, arXiv 2510.12784)"
+        TaskConfig, "caption to image, weighted by scores of image regions (SRUM, arXiv 2510.12784)"
     )
     condition: str = config_field(
         "own", "whose h_v conditions the reconstruction: own, or other (control)", ("own", "other")
     )
     mean: str = config_field(
         "batch",
-        "what a loss is averaged over: the whole batch, or each micro-batch by itself (as the releases do), weighted "
-        "by its fraction of the batch's samples",
+        "averaging of the loss: over the whole batch, or over each micro-batch separately (as the releases do), "
+        "weighted by its fraction of the batch's samples",
         ("batch", "micro_batch"),
     )
 
@@ -72,25 +72,25 @@ class ObjectiveConfig:
 class OptimConfig:
     name: str = config_field(
         "adamw",
-        "adamw; adamw_8bit, whose moments have 8 bits and a scale per block; or apex for NVIDIA apex's FusedAdam",
+        "adamw; adamw_8bit, with blockwise-quantized 8-bit moments; or apex for NVIDIA apex's FusedAdam",
         ("adamw", "adamw_8bit", "apex"),
     )
     moments: str = config_field(
         "fp32", "type of AdamW's moments between steps; bf16 rounds them stochastically", ("fp32", "bf16")
     )
     offload: bool = config_field(
-        False, "keep the moments in host memory and pass them through the GPU in pieces; changes no bit of the result"
+        False, "keep the moments in host memory and stream them through the GPU; the result is bit-identical"
     )
     fused_backward: bool = config_field(
         False,
         "update each parameter in the backward pass as soon as its gradient is complete, and free the gradient; needs "
-        "one micro-batch a step and max_grad_norm=null",
+        "one micro-batch per step and max_grad_norm=null",
     )
     lr: float = config_field(1e-5, "peak learning rate", least=0)
     betas: list[float] = config_field(lambda: [0.9, 0.95], "AdamW betas", least=0, below=1)
     eps: float = config_field(1e-8, "AdamW epsilon", above=0)
     weight_decay: float = config_field(
-        0.0, "decoupled weight decay, on the parameters the adapter's decays() names", least=0
+        0.0, "decoupled weight decay, on the parameters that the adapter's decays() selects", least=0
     )
     max_grad_norm: Optional[float] = config_field(1.0, "global gradient norm to clip to; null does not clip", above=0)
     schedule: str = config_field("constant", "learning rate schedule after warm-up", ("constant", "cosine", "linear"))
@@ -131,19 +131,18 @@ class TrainConfig:
     seed: int = config_field(0, "seed of all random numbers of the run", least=0)
     init_from: Optional[str] = config_field(
         None,
-        "folder of another run of the same model, whose trained weights this run starts from (SFT then RECA, for "
-        "example)",
+        "run folder of the same model, whose trained weights this run starts from (for example SFT, then RECA)",
         path=LOCAL,
     )
     train: Optional[list[str]] = config_field(
-        None, "parameter roles to train; null = what the paper trains for this UMM"
+        None, "parameter roles to train; null = the model's default, the paper's choice where there is one"
     )
     frozen: list[str] = config_field(
         list, "name patterns of parameters that stay frozen although their role is trained"
     )
     precision: str = config_field(
         "fp32",
-        "compute dtype of the forward pass; weights and accumulators stay fp32. fp64, for tests, is the type of all",
+        "compute dtype of the forward pass; weights and accumulators stay fp32. fp64 (for tests) applies to all",
         ("fp32", "bf16", "fp64"),
     )
     float8: bool = config_field(
@@ -152,34 +151,34 @@ class TrainConfig:
     )
     activation_checkpointing: bool | int | Literal["selective"] = config_field(
         False,
-        "compute the transformer blocks a second time in the backward pass, to keep none of their activations; a "
-        "number N: every N-th block; selective: all, but keep the outputs of their matmuls and attention",
+        "recompute the activations of transformer blocks in the backward pass; a number N: of every N-th block; "
+        "selective: of all blocks, but keep the outputs of matmuls and attention",
         least=2,
     )
     cast_once: bool = config_field(
         True,
-        "precision=bf16: cast the blocks' weights once a step and keep the copies, 2 bytes a weight, for all its "
-        "micro-batches; false: a block at a time in every pass, slower, and with less memory where blocks are computed "
-        "a second time; changes no bit of the result",
+        "precision=bf16: cast the blocks' weights once per step and keep the copies, 2 bytes per weight, for all its "
+        "micro-batches; false: cast each block whenever it runs, slower, but with less memory if activation "
+        "checkpointing is on; the result is bit-identical",
     )
     fit: Optional[str] = config_field(
         None,
-        "memory of a card, such as 80GiB, or auto for the GPU's own: choose micro_batch, activation_checkpointing, "
-        "cast_once, parallel.shard and optim.offload so that the predicted peak fits; null keeps the recipe's",
+        "GPU memory, such as 80GiB, or auto for that of the GPU: choose micro_batch, activation_checkpointing, "
+        "cast_once, parallel.shard and optim.offload so that the predicted peak fits; null keeps the recipe's values",
     )
     fit_allow: list[str] = config_field(
         list,
-        "what train.fit may change although results change with it: moments (bf16 or 8 bits), micro_batch (where "
+        "settings that train.fit may change although they alter the result: moments (bf16 or 8 bits), micro_batch (if "
         "objective.mean=micro_batch averages over it)",
     )
     micro_batch: Optional[str] = config_field(
         None,
-        "auto: as many samples in one pass as fit the GPU's memory by prediction, in place of the objective's "
-        "micro_batch, also where objective.mean=micro_batch averages over it; null keeps the recipe's",
+        "auto: the largest micro-batches predicted to fit the GPU's memory, instead of the objective's micro_batch, "
+        "also if objective.mean=micro_batch averages over them; null keeps the recipe's",
         (None, "auto"),
     )
     compile: Optional[bool] = config_field(
-        None, "torch.compile the transformer blocks; null: on GPUs with Triton, unless train.deterministic"
+        None, "torch.compile the transformer blocks and encoders; null: on GPUs with Triton, unless train.deterministic"
     )
     max_skips: int = config_field(
         3, "consecutive steps with a non-finite loss or gradient before the run stops", least=0
@@ -187,17 +186,17 @@ class TrainConfig:
     skip_spikes: Optional[float] = config_field(
         None,
         "skip a step whose gradient norm lies more than this many standard deviations above the mean of the last "
-        "train.spike_window steps; 6 is a beginning, null skips none",
+        "train.spike_window steps; 6 is a good first value, null skips none",
         above=0,
     )
     spike_window: int = config_field(
         200,
-        "gradient norms that train.skip_spikes compares with, as soon as half of them are there",
+        "number of previous gradient norms for train.skip_spikes, which is active once half of them are recorded",
         least=4,
         most=10**4,
     )
     deterministic: bool = config_field(
-        False, "the same bits in every run on the same machine: only deterministic algorithms, which may be slower"
+        False, "bit-identical runs on the same machine: only deterministic algorithms, which may be slower"
     )
     threads: Optional[int] = config_field(None, "CPU threads; null keeps torch's default", least=1, most=2**12)
 
@@ -221,20 +220,20 @@ class TrainConfig:
 @dataclass
 class LoraConfig:
     rank: int = config_field(
-        0, "rank of LoRA's matrices (Hu et al., arXiv 2106.09685); 0 trains the weights themselves", least=0, most=2**14
+        0, "rank of LoRA's matrices (Hu et al., arXiv 2106.09685); 0 trains without LoRA", least=0, most=2**14
     )
     alpha: Optional[float] = config_field(
         None, "LoRA's update is multiplied by alpha / rank; null = rank, a factor of 1", above=0
     )
     dropout: float = config_field(0.0, "dropout of the input of LoRA's matrices in training", least=0, below=1)
-    dora: bool = config_field(False, "train the norms of the rows apart from their directions (DoRA, arXiv 2402.09353)")
+    dora: bool = config_field(False, "train norms and directions of the rows separately (DoRA, arXiv 2402.09353)")
     targets: list[str] = config_field(
         lambda: ["*"],
-        "name patterns of linear layers that get LoRA, of those in blocks whose weights would be trained without it",
+        "name patterns of linear layers that get LoRA, among those in blocks that would be trained without LoRA",
         fewest=1,
     )
     base_dtype: Optional[str] = config_field(
-        None, "type in which the weights that LoRA is added to are kept; null = as without LoRA", (None, "bf16")
+        None, "dtype of the frozen base weights of LoRA layers; null = as without LoRA", (None, "bf16")
     )
 
 
@@ -242,25 +241,27 @@ class LoraConfig:
 class ParallelConfig:
     strategy: str = config_field(
         "auto",
-        "ddp: every GPU holds all weights; fsdp: GPUs share them (FSDP2); auto: ddp where weights, gradients and "
+        "ddp: replicate the weights on every GPU; fsdp: shard them (FSDP2); auto: ddp if weights, gradients and "
         "moments take at most half of a GPU's memory",
         ("auto", "fsdp", "ddp"),
     )
     shard: Optional[int] = config_field(
         None,
-        "ranks that share one copy of the weights under fsdp; null = those of one node, or all where nodes differ in "
-        "size. Fewer than there are ranks: replicas of shards (HSDP)",
+        "ranks that share one copy of the weights with fsdp; null = those of one node, or all if nodes differ in "
+        "size. Fewer than all ranks: HSDP, replicas of shards",
         least=1,
         most=2**20,
     )
     reduce_every_pass: bool = config_field(
         False,
-        "add up gradients over ranks after every micro-batch, for more traffic: each keeps its part alone, and not the "
-        "whole until the last one of the step",
+        "reduce-scatter gradients after every micro-batch, so that ranks keep only their shard, instead of unsharded "
+        "gradients until the last micro-batch of the step; needs more communication",
     )
-    timeout_minutes: int = config_field(30, "how long the first collectives may take", least=1, most=60 * 24 * 365)
+    timeout_minutes: int = config_field(
+        30, "timeout of collectives until the first step ends", least=1, most=60 * 24 * 365
+    )
     step_timeout_minutes: int = config_field(
-        10, "how long a collective may take once a step has been made", least=1, most=60 * 24 * 365
+        10, "timeout of collectives after the first step", least=1, most=60 * 24 * 365
     )
 
     def check(self, prefix: str) -> None:
@@ -276,11 +277,11 @@ class CheckpointConfig:
     every: int = config_field(500, "steps between checkpoints; 0 saves only at the end and on SIGTERM", least=0)
     keep: int = config_field(2, "number of latest checkpoints to keep; 0 keeps all", least=0)
     keep_every: int = config_field(
-        0, "keep also every checkpoint whose step is a multiple of this, for ever; 0 keeps none beyond keep", least=0
+        0, "also keep every checkpoint whose step is a multiple of this, permanently; 0 keeps none beyond keep", least=0
     )
     async_save: bool = config_field(
         True,
-        "write checkpoints while training goes on, from a copy in host memory; the last one of a run is waited for",
+        "write checkpoints while training continues, from a copy in host memory; the last one of a run is waited for",
     )
 
     def check(self, prefix: str) -> None:
@@ -295,8 +296,8 @@ class CheckpointConfig:
 class EMAConfig:
     half_life: float = config_field(
         0.0,
-        "steps after which a step counts half in the fp32 average of the trained parameters (EMA), which is kept "
-        "beside them and used on request (--ema); 0 keeps none",
+        "half-life in steps of the fp32 exponential moving average (EMA) of the trained parameters, which is used only "
+        "on request (--ema); 0 keeps none",
         least=0,
         most=MAX_STEPS,
     )
@@ -308,18 +309,17 @@ class LogConfig:
     tensorboard: bool = config_field(True, "write TensorBoard files, if tensorboard is installed")
     wandb: Optional[str] = config_field(
         None,
-        "project of Weights & Biases to which the log goes, too, if wandb is installed (WANDB_MODE=offline needs no "
-        "network); null = none",
+        "Weights & Biases project to log to, if wandb is installed (WANDB_MODE=offline needs no network); null = none",
     )
     peak_flops: Optional[float] = config_field(
         None,
-        "FLOP/s of one GPU that MFU is a share of; null = its dense bf16 peak, or where that is not known the speed of "
+        "peak FLOP/s of one GPU for MFU; null = its dense bf16 peak, or if that is unknown the measured speed of "
         "a large matrix product. On a CPU there is no MFU without it",
         above=0,
     )
     hang_seconds: float = config_field(
         300.0,
-        "when a part of a step takes longer on any rank, all of them write their stacks and collectives into "
+        "if a part of a step takes longer on any rank, all ranks write their stacks and collectives to "
         "run_dir/hang; at most half of parallel.step_timeout_minutes. 0 = never",
         least=0,
         most=60 * 60 * 24 * 365,
@@ -327,24 +327,24 @@ class LogConfig:
     prompts: list[str] = config_field(list, "prompts whose images are saved as a grid PNG during training")
     reconstructions: int = config_field(
         4,
-        "images that are saved beside what the model makes of their h_v, before the first step and after the last "
-        "(run_dir/reconstructions.png) and wherever log.sample_every draws: held-out ones (eval.holdout), else of "
+        "number of images saved next to their reconstructions from h_v, before the first step and after the last "
+        "(run_dir/reconstructions.png) and every log.sample_every steps: held-out ones (eval.holdout), else of "
         "data.images; 0 = none",
         least=0,
         most=256,
     )
     sample_every: int = config_field(
-        0, "steps between grids of images, of log.prompts and log.reconstructions; 0 generates none", least=0
+        0, "steps between image grids of log.prompts and log.reconstructions; 0 generates none", least=0
     )
-    gap_every: int = config_field(0, "steps between measurements of the condition gap; 0 measures none", least=0)
-    drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 measures none", least=0)
+    gap_every: int = config_field(0, "steps between measurements of the gap (other h_v minus own); 0 = never", least=0)
+    drift_every: int = config_field(0, "steps between losses on a fixed captioned batch; 0 = never", least=0)
     memory_snapshot: bool = config_field(
         False,
-        "remember who allocates GPU memory, for the snapshot that an out-of-memory error leaves in run_dir; without it "
-        "the snapshot shows what is allocated, not by whom",
+        "record the Python stack of every GPU allocation, for the snapshot that an out-of-memory error leaves in "
+        "run_dir; without it the snapshot has no stacks",
     )
     profile: Optional[str] = config_field(
-        None, "first:last step to record with torch.profiler, numbered as in log.jsonl, e.g. 10:13"
+        None, "first:last step to record with torch.profiler, numbered as in log.jsonl, such as 10:13"
     )
 
     def check(self, prefix: str) -> None:
@@ -356,7 +356,7 @@ class LogConfig:
 
 @dataclass
 class Recipe:
-    umm: str = config_field("show_o", f"the model: {', '.join(UMMS)}, or an importable package.module of your own")
+    umm: str = config_field("show_o", f"the model: {', '.join(UMMS)}, or your own importable package.module")
     model: Any = config_field(None, "keys of that model, see models/<umm>/config.py")
     data: DataConfig = config_field(DataConfig, "")
     objective: ObjectiveConfig = config_field(ObjectiveConfig, "")
@@ -368,7 +368,7 @@ class Recipe:
     checkpoint: CheckpointConfig = config_field(CheckpointConfig, "")
     log: LogConfig = config_field(LogConfig, "")
     eval: EvalConfig = config_field(EvalConfig, "")
-    run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing one is continued", path=LOCAL)
+    run_dir: str = config_field("runs/reca", "folder of checkpoints and logs; an existing run is resumed", path=LOCAL)
 
     def active_tasks(self) -> list[str]:
         """List the tasks whose loss has a weight, in the order in which a step runs them."""

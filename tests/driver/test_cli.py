@@ -51,7 +51,7 @@ def test_usage_error_is_exit_2(capsys):
 def test_without_a_command_the_commands_are_listed(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
-    assert stop.value.code == 2 and "Train a recipe, or continue its run." in capsys.readouterr().err
+    assert stop.value.code == 2 and "Train a recipe, or resume its run." in capsys.readouterr().err
 
 
 TINY = ["train.steps=1", "objective.reca.batch_size=2", "objective.reca.micro_batch=2", "objective.i2t.weight=0"]

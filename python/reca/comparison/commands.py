@@ -6,17 +6,19 @@ from pathlib import Path
 
 def add(sub: argparse.ArgumentParser, path) -> None:
     """Add the options of `reca compare`. path: the type of arguments that are paths."""
-    sub.add_argument("before", help="the folder of a run or of an evaluation; or base: what AFTER started from")
-    sub.add_argument("after", help="the same; base: what BEFORE started from")
-    sub.add_argument("--out", type=path, metavar="DIR", help="folder of the page (default: RUN/comparison)")
-    sub.add_argument("--pairs", type=int, default=60, help="pairs of images of every suite (default: %(default)s)")
+    sub.add_argument("before", help="run folder or evaluation folder; or base: the model that AFTER started from")
+    sub.add_argument("after", help="the same; base: the model that BEFORE started from")
+    sub.add_argument("--out", type=path, metavar="DIR", help="output folder (default: RUN/comparison)")
+    sub.add_argument("--pairs", type=int, default=60, help="image pairs to show per suite (default: %(default)s)")
     sub.add_argument(
         "--reconstructions",
         type=int,
-        help="images that both models reconstruct (default: 8, or 0 for large models without a GPU)",
+        help="number of images that both models reconstruct (default: 8, or 0 for large models without a GPU)",
     )
     sub.add_argument(
-        "--images", metavar="SPEC", help="what they reconstruct, as data.images (default: what the run holds out)"
+        "--images",
+        metavar="SPEC",
+        help="images to reconstruct, in any form of data.images (default: the run's held-out or training images)",
     )
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the reconstructions"

@@ -13,9 +13,9 @@ class DataConfig:
     images: Optional[Sources] = config_field(
         None,
         "images to reconstruct: a folder of images or of parquet files; .tar (webdataset) or .parquet files, as a glob "
-        "or as a {000..009} range of which every number is there; hf:NAME?split=train of Hugging Face datasets, or a "
-        "folder of its save_to_disk; or package.module:FUNCTION?key=value of a function "
-        "that makes a source. Several of them as [{source: A, weight: 2}, {source: B}]: weight is the share of samples",
+        "or as a complete {000..009} range; hf:NAME?split=train for Hugging Face datasets, or a folder written by "
+        "save_to_disk; or package.module:FUNCTION?key=value for a function "
+        "that returns a source. Mixtures as [{source: A, weight: 2}, {source: B}]: weight is the share of samples",
         path=GLOB,
     )
     conversations: Optional[Sources] = config_field(
@@ -26,40 +26,40 @@ class DataConfig:
     )
     captions: Optional[Sources] = config_field(
         None,
-        "captioned images (t2i): a folder or tars with a .txt beside every image, parquet files, hf:NAME, or "
+        "captioned images (t2i): a folder or tars with a .txt next to every image, parquet files, hf:NAME, or "
         "package.module:FUNCTION",
         path=GLOB,
     )
     scored: Optional[Sources] = config_field(
         None,
-        "images of the model's own with scores of their regions (srum): a .json or .jsonl, see docs/self_training.md, "
+        "generated images with scores of their regions (srum): a .json or .jsonl, see docs/self_training.md, "
         "or package.module:FUNCTION",
         path=GLOB,
     )
     image_root: Optional[str] = config_field(
         None,
-        "folder that image names in a file of conversations or of scored images, or in a table, start from; null: the "
-        "folder of that file, of hf:NAME the working directory",
+        "root folder of the image names in conversation files, scored images or tables; null: the "
+        "folder of that file, for hf:NAME the working directory",
         path=LOCAL,
     )
     columns: ColumnsConfig = config_field(ColumnsConfig, "columns of tables")
     limit: Optional[int] = config_field(
         None,
-        "use only so many samples of each task: the first of the shuffled order, so which they are depends on "
+        "use only this many samples of each task, the first of the shuffled order, which depends on "
         "train.seed; null uses all",
         least=1,
     )
-    shuffle: bool = config_field(True, "false: samples come in the order in which they are stored")
+    shuffle: bool = config_field(True, "shuffle the samples; false: stored order")
     templates: Optional[str] = config_field(
         None,
-        "text file of template sentences, one a line, or package.module:LIST; null: the 360 of this package",
+        "text file of template sentences, one per line, or package.module:LIST; null: the package's 360 templates",
         path=SPEC,
     )
     template_count: Optional[int] = config_field(
         None, "use this many of the templates, evenly spread; null uses all", least=1
     )
     decoder: str = config_field(
-        "auto", "auto (dali if installed and a GPU is there), pillow or dali", ("auto", "pillow", "dali")
+        "auto", "auto (dali if it is installed and a GPU is available), pillow or dali", ("auto", "pillow", "dali")
     )
     workers: int = config_field(
         2, "threads that read and decode ahead; 0 decodes in the main thread", least=0, most=2**12
@@ -72,7 +72,7 @@ class DataConfig:
     )
     cache: Optional[str] = config_field(
         None,
-        "folder in which features of the frozen encoders are cached: in shards by `reca cache`, one file per image in "
+        "folder for cached features of the frozen encoders: in shards by `reca cache`, one file per image during "
         "training; null caches none",
         path=LOCAL,
     )

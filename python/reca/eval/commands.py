@@ -8,30 +8,30 @@ from reca.sampling_options import read_pairs
 
 def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     """Add the options of `reca eval`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
-    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1 is another world of another seed")
-    sub.add_argument("recipe", type=path, help="the folder of a run, or a recipe name or .yaml file")
+    sub.add_argument("suite", help=f"{', '.join(SUITES)}; world?world=emoji&seed=1: the toy dataset emoji, seed 1")
+    sub.add_argument("recipe", type=path, help="run folder, or recipe name or .yaml file")
     takes_overrides(sub)
     sub.add_argument(
-        "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation's folder"
+        "--against", metavar="RUN|base", help="compare with: base, a run, a recipe, or an evaluation folder"
     )
     sub.add_argument(
-        "--judge", metavar="NAME[:ARGUMENT]", help="who judges; without it, the suites that need one list them"
+        "--judge", metavar="NAME[:ARGUMENT]", help="judge of the images; if a suite needs one, the error lists them"
     )
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of the judge")
     sub.add_argument(
         "--steps",
         default="generate,judge,score,report",
-        help="which of generate, judge, score and report to make (default: all)",
+        help="steps to run, of generate, judge, score and report (default: all)",
     )
-    sub.add_argument("--images", type=path, metavar="DIR", help="images made elsewhere, in the benchmark's own layout")
-    sub.add_argument("--records", type=path, metavar="FILE", help="records or a result file made elsewhere")
-    sub.add_argument("--data", type=path, metavar="PATH", help="the benchmark's files, where they are not shipped")
-    sub.add_argument("--out", type=path, metavar="DIR", help="folder of the evaluation (default: RUN/eval/SUITE)")
-    sub.add_argument("--images-per-item", type=int, help="images per prompt (default: as the benchmark has it)")
+    sub.add_argument("--images", type=path, metavar="DIR", help="existing images, in the benchmark's own layout")
+    sub.add_argument("--records", type=path, metavar="FILE", help="existing records or a result file")
+    sub.add_argument("--data", type=path, metavar="PATH", help="files of a benchmark that are not shipped")
+    sub.add_argument("--out", type=path, metavar="DIR", help="output folder (default: RUN/eval/SUITE)")
+    sub.add_argument("--images-per-item", type=int, help="images per prompt (default: that of the benchmark)")
     sub.add_argument("--limit", type=int, help="number of items, spread evenly over the suite (default: all)")
-    sub.add_argument("--partial", action="store_true", help="score what is there, though images are missing")
+    sub.add_argument("--partial", action="store_true", help="score the available images although some are missing")
     sub.add_argument(
-        "--seed", type=int, default=0, help="seed that the seed of every image is made from (default: %(default)s)"
+        "--seed", type=int, default=0, help="base seed, from which every image's seed is derived (default: %(default)s)"
     )
     sub.add_argument(
         "--sampling", action="append", default=[], metavar="key=value", help="sampling options of the model"

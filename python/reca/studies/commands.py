@@ -20,39 +20,39 @@ def add(sub: argparse.ArgumentParser, path, takes_overrides) -> None:
     """Add the options of `reca study`. path: the type of arguments that are paths. takes_overrides: adds overrides."""
     sub.allow_abbrev = False  # SLURM's scripts have the words of this command but for --slurm and --report
     sub.add_argument("name", help=f"{', '.join(study_names())}, or a .yaml file like theirs; list describes them")
-    takes_overrides(sub, "recipe keys to change, in all arms or in one", "[ARM:]key=value")
-    sub.add_argument("--umm", default="show_o", choices=UMMS, help="which model, in an embedded world")
-    sub.add_argument("--world", default="shapes", help="which embedded world (default: shapes)")
-    sub.add_argument("--recipe", help="run it at real size: a recipe with published weights, data as overrides")
+    takes_overrides(sub, "recipe keys to override, in all variants or in one", "[VARIANT:]key=value")
+    sub.add_argument("--umm", default="show_o", choices=UMMS, help="model for a toy dataset (default: show_o)")
+    sub.add_argument("--world", default="shapes", help="toy dataset (default: shapes)")
+    sub.add_argument("--recipe", help="run at real size: a recipe with published weights, data as overrides")
     sub.add_argument(
         "--seeds",
         type=_seeds,
         default=(0,),
         help="number of seeds, counted from 0, or a list such as 0,1,5, where '5,' is seed 5 alone (default: seed 0)",
     )
-    sub.add_argument("--out", type=path, default=Path("studies"), help="folder of all studies, which share their arms")
     sub.add_argument(
-        "--suite", action="append", default=[], help="with --recipe: a suite to measure by; may be repeated"
+        "--out", type=path, default=Path("studies"), help="folder of all studies, which share common variants"
     )
+    sub.add_argument("--suite", action="append", default=[], help="with --recipe: evaluation suite; may be repeated")
     for name, metavar, text in (
-        ("--data", "SUITE=PATH", "a suite's files, where they are not shipped"),
-        ("--judge", "SUITE=NAME[:ARGUMENT]", "who judges a suite; see reca eval"),
+        ("--data", "SUITE=PATH", "files of a suite that are not shipped"),
+        ("--judge", "SUITE=NAME[:ARGUMENT]", "judge of a suite; see reca eval"),
     ):
         sub.add_argument(name, action="append", default=[], metavar=metavar, help=text)
     sub.add_argument("--judge-option", action="append", default=[], metavar="key=value", help="option of all judges")
     sub.add_argument("--sampling", action="append", default=[], metavar="key=value", help="sampling options")
     sub.add_argument("--limit", type=int, help="number of items of a suite (default: all)")
-    sub.add_argument("--draws", type=int, default=1, help="images of every prompt in an embedded world (default: 1)")
-    sub.add_argument("--jobs", type=int, help="arms at once: as many as there are GPUs, or else cores")
+    sub.add_argument("--draws", type=int, default=1, help="images per prompt of a toy dataset (default: 1)")
+    sub.add_argument("--jobs", type=int, help="variants to run in parallel (default: number of GPUs, or else cores)")
     sub.add_argument(
         "--scale",
         type=float,
         default=1.0,
-        help="fraction of the world's steps and prompts; below 1 to see it run",
+        help="fraction of a toy dataset's steps and prompts; below 1 only for a quick test (default: 1.0)",
     )
-    sub.add_argument("--slurm", action="store_true", help="run nothing: write scripts that submit it as arrays")
-    sub.add_argument("--task", metavar="SEED/ARM", help="run this one alone, as those scripts do")
-    sub.add_argument("--report", action="store_true", help="run nothing: write the page of what is there")
+    sub.add_argument("--slurm", action="store_true", help="run nothing: write scripts that submit job arrays")
+    sub.add_argument("--task", metavar="SEED/VARIANT", help="run only this variant, as those scripts do")
+    sub.add_argument("--report", action="store_true", help="run nothing: write the report of existing results")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ class Asked:
 class Task:
     """What one process does: train, if there are steps to make, and measure; or pre-train a start of the world.
 
-    name     unique in the study: SEED/ARM, or SEED/start
+    name     unique in the study: SEED/VARIANT, or SEED/start
     kind     start, before or arm
     recipe, overrides  of the run
     folder   of the run; of a start, the folder of the pre-trained model
