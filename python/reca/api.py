@@ -20,11 +20,11 @@ from reca.trainer import Trainer
 
 
 class TrainedRun(NamedTuple):
-    """Describe a run that has made all its steps."""
+    """Describe a finished run."""
 
     folder: Path  # what `load` takes
-    steps: int  # made in all
-    new_steps: bool  # whether any of them was made by this call
+    steps: int  # total number of steps
+    new_steps: bool  # whether this call made any of them
 
 
 def load(
@@ -36,21 +36,21 @@ def load(
     """Load a model, ready for inference.
 
     Args:
-        source: Name or path of a recipe, whose published files are loaded; or the folder of a run, whose newest
-            checkpoint is laid over them. An export is loaded by the recipe it was made of, with
+        source: Name or path of a recipe, whose published files are loaded; or a run folder, whose newest
+            checkpoint is applied on top of them. To load an export, name its recipe and override
             {"model.weights": FOLDER}.
-        overrides: Recipe keys to change: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
-        device: Where the weights are put. None: on a GPU, if there is one.
-        ema: Load the exponential moving average that a run has kept (ema.half_life) in place of its last weights.
-            Never the default: an average lags behind, in a short run by much.
+        overrides: Recipe keys to override: ["model.dtype=bf16"] or {"model.dtype": "bf16"}.
+        device: Device of the weights. None: a GPU, if there is one.
+        ema: Load the run's exponential moving average (ema.half_life) instead of its last weights. Off by default,
+            because an average lags, most of all in a short run.
 
     Returns:
-        The model's `Adapter`. It generates, edits and answers as far as its `abilities` go.
+        The model's `Adapter`. Its `abilities` say whether it generates, edits and answers.
 
     Raises:
         RecipeError: The recipe cannot be read as written. It is a ValueError.
-        ValueError: Files are missing, or do not fit the recipe.
-        CheckpointError: The run has no complete checkpoint, or has kept no average for ema=True.
+        ValueError: Files are missing, or do not match the recipe.
+        CheckpointError: The run has no complete checkpoint, or no average for ema=True.
     """
     source = expand_home(str(source))
     recipe = recipe_of(source, overrides)
@@ -71,31 +71,31 @@ def load(
 def train(
     recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[str, Any] = (), model: Adapter | None = None
 ) -> TrainedRun:
-    """Train a recipe, or continue its run, until it has made `train.steps` steps.
+    """Train a recipe, or resume its run, up to `train.steps` steps.
 
     Under torchrun every rank makes this call.
 
     Args:
         recipe: Name or path of a recipe, or one that `load_recipe` returned.
-        overrides: Recipe keys to change: ["train.steps=100"] or {"train.steps": 100}.
-        model: An adapter to train in place of the one that the recipe loads.
+        overrides: Recipe keys to override: ["train.steps=100"] or {"train.steps": 100}.
+        model: An adapter to train instead of the one that the recipe loads.
 
     Returns:
-        The folder of the run, the steps that it has made, and whether this call made any of them.
+        The run folder, its number of steps, and whether this call made any of them.
 
     Raises:
-        RecipeError: The recipe cannot be run as written, the run folder holds a run of another one, or memory is full.
+        RecipeError: The recipe cannot be run as written, the run folder belongs to another recipe, or memory is full.
             It is a ValueError.
         DataError: The data or the disk cannot be used. It is a ValueError.
-        ValueError: Weights are missing, do not fit the recipe, or hold NaN or infinity.
-        TypeError: Overrides came with a Recipe that was loaded before.
-        CheckpointError: The checkpoints of the run folder, or of train.init_from, are damaged or do not fit.
+        ValueError: Weights are missing, do not match the recipe, or contain NaN or infinity.
+        TypeError: Overrides were given together with a Recipe object.
+        CheckpointError: The checkpoints of the run folder, or of train.init_from, are damaged or do not match.
         RunInUse: Another process uses the run folder.
         NonFiniteError: Loss or gradient was not finite in train.max_skips steps in a row.
         CollapseError: An alarm has ended the run (eval.stop_on_alarm); its last step is saved.
         NotSavedError: The last checkpoint could not be written.
         PeerFailed: Another rank has failed, and prints the reason.
-        SystemExit: With code 75: a signal came, what was made is saved, and the same call continues.
+        SystemExit: With code 75: a signal arrived and a checkpoint was saved; the same call resumes.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
@@ -129,33 +129,33 @@ def evaluate(
     device: torch.device | str | None = None,
     ema: bool = False,
 ) -> dict[str, Any] | None:
-    """Evaluate a model on a benchmark, as `reca eval` does. `reca.eval` says what it writes.
+    """Evaluate a model on a benchmark, as `reca eval` does. `reca.eval` describes the files.
 
     Args:
-        suite: Its name, such as "world" or "geneval".
-        source: The folder of a run, or a recipe.
-        overrides: Recipe keys to change.
+        suite: Name, such as "world" or "geneval".
+        source: A run folder, or a recipe.
+        overrides: Recipe keys to override.
         against: "base" (what the run started from), a run, a recipe, or the folder of an evaluation.
-        judge: NAME or NAME:ARGUMENT. None is ever called that is not named, but the toy world's.
+        judge: NAME or NAME:ARGUMENT. Only the named judge is called; the toy datasets use their own.
         judge_options: Options of the judge.
         steps: Which of generate, judge, score and report to make.
-        images: A folder of images made elsewhere, in the benchmark's layout, in place of the step generate.
-        records: Records, or a result file of the benchmark's own scripts, in place of the step judge.
+        images: A folder of images made elsewhere, in the benchmark's layout, instead of the step generate.
+        records: Records, or a result file of the benchmark's own scripts, instead of the step judge.
         data: The benchmark's files, where they are not shipped.
         out: The folder of the evaluation. None: RUN/eval/SUITE.
-        images_per_item: Images per prompt. None: as the benchmark has it.
+        images_per_item: Images per prompt. None: that of the benchmark.
         limit: Number of items, spread evenly over the suite.
         sampling: Options of the model's sampler.
-        seed: Of all images; each has its own made from it.
-        partial: Score what is there, though images are missing.
+        seed: Base seed, from which every image's seed is derived.
+        partial: Score the available images although some are missing.
         device: Where the model and a local judge run. None: on a GPU, if there is one.
-        ema: Evaluate the moving average that a run has kept.
+        ema: Evaluate the run's moving average of the weights (ema.half_life).
 
     Returns:
-        What results.json holds; None if no step made it, and on other ranks than 0.
+        The contents of results.json. None if no step wrote it, and on ranks other than 0.
 
     Raises:
-        EvaluationError: Images, records, a judge or the disk. It is a ValueError, and what was made is kept.
+        EvaluationError: Images, records, a judge or the disk failed. It is a ValueError; finished outputs are kept.
         RecipeError: The recipe cannot be read, or its model lacks the ability.
     """
     from reca.eval.errors import EvaluationError

@@ -389,7 +389,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
     ("given", "message"),
     [
         ({"suite": "geneva"}, "there is no suite 'geneva'; there are world, geneval, "),
-        ({"suite": "world?side=3"}, "only the embedded worlds have options, written world?world=emoji&seed=1"),
+        ({"suite": "world?side=3"}, "only the toy datasets have options, written world?world=emoji&seed=1"),
         ({"suite": "world?world=moon"}, "the worlds are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},

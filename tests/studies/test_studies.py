@@ -298,7 +298,7 @@ def test_a_key_of_the_start_holds_for_pre_training_and_all_arms(tmp_path):
         made = load_recipe(task.recipe, task.of_start if task.kind == "start" else task.overrides)
         assert made.model.patches.entries == 99, task.name
         assert usual[task.name].of_start == ()
-    with pytest.raises(StudyError, match="'start' is no arm"):
+    with pytest.raises(StudyError, match="'start' is no variant"):
         plan(load_study("main"), Asked(**asked, recipe="show_o_512", of_arm={"start": (key,)}))
 
 
@@ -390,7 +390,7 @@ def test_an_arm_takes_a_group_of_keys_in_braces(tmp_path):
 def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(f"question: a\narms: {{a: {{about: b, start: {start}}}}}")
-    with pytest.raises(StudyError, match=f"start={start} of a: there is red_is_blue, in embedded worlds alone"):
+    with pytest.raises(StudyError, match=f"start={start} of a: only red_is_blue exists, and only on toy datasets"):
         plan(load_study(str(path)), Asked("show_o", (0,), tmp_path, recipe=recipe))
 
 
@@ -407,16 +407,16 @@ def test_a_start_that_is_not_there_is_refused(start, recipe, tmp_path):
         (["main", "--recipe", "show_o_512", "--suite", "world", "--sampling", "stepz=1"], "no sampling option 'stepz'"),
         (["main", "--limit", "0"], "are for --recipe"),
         (["main", "--scale", "3"], "--scale must lie in (0, 1]"),
-        (["main", "RECO:optim.lr=1"], "'RECO' is no arm of main with show_o; there are RECA"),
+        (["main", "RECO:optim.lr=1"], "'RECO' is no variant of main with show_o; there are RECA"),
         (["main", "--jobs", "0"], "--jobs must be at least 1"),
         (["main", "--task", "7/RECA"], "no task 7/RECA; there are start, RECA, before of seed 0, as 0/start"),
         (["main", "--seeds", "3,5,", "--task", "4/RECA"], "start, RECA, before of seeds 3, 5, as 3/start"),
         (["main", "--seeds", "5,", "--task", "4/RECA"], "start, RECA, before of seed 5, as 5/start"),
         (["main", "--draws", "0"], "--draws must be at least 1"),
-        (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is of the embedded world"),
+        (["main", "--recipe", "x", "--suite", "geneval", "--draws", "2"], "--draws is for toy datasets"),
         (["blur", "--umm", "bagel"], "the study blur is of show_o"),
         (["limits"], "the study limits is not of the world 'shapes': --world emoji|emoji-places|emoji-varied"),
-        (["main", "--world", "sea"], "there is no world 'sea'"),
+        (["main", "--world", "sea"], "there is no toy dataset 'sea'"),
         (["main", "--world", "emoji", "--umm", "bagel"], "there is no demo of 'bagel' in the world 'emoji'"),
     ],
 )

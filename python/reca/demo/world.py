@@ -91,7 +91,7 @@ class Asked(NamedTuple):
 def load_world(name: str) -> World:
     """Return a world by its name. Raises RecipeError for one that does not exist."""
     if name not in PACKAGES:
-        raise RecipeError(f"there is no world {name!r}; --world (WORLD= of make) is one of {', '.join(PACKAGES)}")
+        raise RecipeError(f"there is no toy dataset {name!r}; --world (WORLD= of make) is one of {', '.join(PACKAGES)}")
     return import_module(PACKAGES[name]).WORLD
 
 

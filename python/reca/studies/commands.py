@@ -100,15 +100,17 @@ def _asked(options: argparse.Namespace) -> Any:
     if not 0 < options.scale <= 1:
         raise StudyError(f"--scale must lie in (0, 1], got {options.scale:g}")
     if options.recipe and not options.suite:
-        raise StudyError("--recipe needs --suite: what the arms are measured by, such as geneval")
+        raise StudyError("--recipe needs --suite: the evaluation suite of the variants, such as geneval")
     if not options.recipe and (options.suite or options.sampling or options.limit is not None):
-        raise StudyError("--suite, --sampling and --limit are for --recipe: the world has its own judge")
+        raise StudyError(
+            "--suite, --sampling and --limit are for --recipe: a toy dataset has its own prompts and judge"
+        )
     if options.recipe and options.draws != 1:
-        raise StudyError("--draws is of the embedded world; at real size give --sampling or the options of a suite")
+        raise StudyError("--draws is for toy datasets; with --recipe use --sampling or the options of a suite")
     if options.draws < 1:
         raise StudyError(f"--draws must be at least 1, got {options.draws}")
     if options.recipe and options.scale != 1:
-        raise StudyError("--scale is of the embedded world; at real size give train.steps=N")
+        raise StudyError("--scale is for toy datasets; with --recipe use train.steps=N")
     common, of_arm = [], dict[str, tuple[str, ...]]()
     for text in options.overrides:
         key, equals, _ = text.partition("=")

@@ -21,11 +21,11 @@ def plan(study: Study, asked: Asked) -> tuple[list[Task], dict[str, str]]:
     arms, omitted = study.of(asked)
     known = (*arms, BEFORE, *([START] if asked.recipe is None else []))
     if unknown := [name for name in asked.of_arm if name not in known]:
-        raise StudyError(f"{unknown[0]!r} is no arm of {study.name} with {asked.umm}; there are {', '.join(arms)}")
+        raise StudyError(f"{unknown[0]!r} is no variant of {study.name} with {asked.umm}; there are {', '.join(arms)}")
     for name, (arm, _) in arms.items():
         if arm.start and (asked.recipe or arm.start not in world.VARIANTS):
             there = ", ".join(world.VARIANTS)
-            raise StudyError(f"start={arm.start} of {name}: there is {there}, in embedded worlds alone")
+            raise StudyError(f"start={arm.start} of {name}: only {there} exists, and only on toy datasets")
     tasks: list[Task] = []
     for seed in asked.seeds:
         tasks += _of_seed(arms, asked, seed)

@@ -16,7 +16,7 @@ from reca.sampling_options import check_sampling_options
 
 # name -> (module, class, what follows the colon, what it is)
 JUDGES: dict[str, tuple[str, str, str, str]] = {
-    "world": ("world", "WorldJudge", "", "the toy world's own detector"),
+    "world": ("world", "WorldJudge", "", "the toy datasets' own detector"),
     "mask2former": ("detectors", "Mask2FormerJudge", "FILE", "GenEval's own detector and colour classifier"),
     "grounding_dino": ("detectors", "GroundingDinoJudge", "MODEL", "an approximate detector for GenEval"),
     "owlv2": ("detectors", "Owlv2Judge", "MODEL", "an approximate detector for GenEval"),

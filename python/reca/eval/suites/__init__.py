@@ -27,7 +27,7 @@ SUITES: dict[str, type[Suite]] = {
 
 
 def open_suite(name: str, data: Path | None = None) -> Suite:
-    """Open a suite by its name; "world?world=emoji&seed=1" is another world of another seed. Raises ValueError."""
+    """Open a suite by its name; "world?world=emoji&seed=1" is the toy dataset emoji of seed 1. Raises ValueError."""
     base, _, query = name.partition("?")
     if base not in SUITES:
         raise ValueError(f"there is no suite {base!r}; there are {', '.join(SUITES)}")
@@ -41,6 +41,6 @@ def open_suite(name: str, data: Path | None = None) -> Suite:
     except ValueError:
         pass
     raise ValueError(
-        f"suite {name!r}: only the embedded worlds have options, written world?world=emoji&seed=1; the worlds are "
+        f"suite {name!r}: only the toy datasets have options, written world?world=emoji&seed=1; they are "
         f"{', '.join(PACKAGES)}"
     )

@@ -118,7 +118,7 @@ class OpenUniConfig:
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
         "dc_ae",
-        "autoencoder: dc_ae, or what stands in for it in embedded worlds: patches (linear), or codebook (a random "
+        "autoencoder: dc_ae, or its substitute for toy datasets: patches (linear), or codebook (a random "
         "vector for each of many patches)",
         ("dc_ae", "patches", "codebook"),
     )
