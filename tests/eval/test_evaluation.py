@@ -390,7 +390,7 @@ def test_images_of_other_weights_or_settings_are_not_mixed(painter, monkeypatch)
     [
         ({"suite": "geneva"}, "there is no suite 'geneva'; there are world, geneval, "),
         ({"suite": "world?side=3"}, "only the toy datasets have options, written world?world=emoji&seed=1"),
-        ({"suite": "world?world=moon"}, "the worlds are emoji, shapes"),
+        ({"suite": "world?world=moon"}, "they are emoji, shapes"),
         (
             {"suite": "geneval_long", "judge": "owlv2:x"},
             "geneval_long needs the benchmark's files: --data PATH. Give Benchmark/geneval/",
