@@ -8,6 +8,8 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ log = logging.getLogger("reca")
 FILE = ".lock"
 HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)  # what locking fails with where another process has the lock
 TIMEOUT = 2.0  # seconds in which a process that was killed lets go of its lock
+LEASE = 120.0  # seconds in which a server lets go of the locks of a machine that is gone: NFSv4 has a lease of 90
 
 # Who in this process holds a lock file, by what `key` answers. A process has no lock against itself, and loses the one
 # it has as soon as it closes the lock file, however often that is open: it must not be opened where it is held.
@@ -49,8 +52,11 @@ def is_locked(run_dir: Path) -> bool | None:
 
 
 def acquire(handle: int, start: int, length: int) -> bool:
-    """Lock some bytes; False when another process has them."""
-    end = time.monotonic() + TIMEOUT
+    """Lock some bytes; False when another process has them.
+
+    Waits LEASE seconds where the owner of the file is no process of this machine: it may be gone with its machine.
+    """
+    began, told = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
@@ -59,9 +65,44 @@ def acquire(handle: int, start: int, length: int) -> bool:
             if error.errno not in HELD_BY_OTHERS:
                 log.warning("the run folder cannot be locked (%s): start no second process on it", error.strerror)
                 return True
-            if time.monotonic() > end:
+            waited = time.monotonic() - began
+            if waited > (TIMEOUT if _is_alive_here(owner(handle)) else LEASE):
                 return False
+            if waited > TIMEOUT and not told:
+                told = True
+                log.warning(
+                    "the run folder is in use by %s: waiting up to %.0f s, in which a file system lets go of the locks "
+                    "of a machine that is gone", owner(handle) or "another process", LEASE,
+                )  # fmt: skip
             time.sleep(0.05)
+
+
+def write_owner(handle: int) -> None:
+    """Write into a lock file who has it."""
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def owner(handle: int) -> str:
+    """Read who has a lock file, or had it; empty where nobody has written that."""
+    return os.pread(handle, 200, 0).decode(errors="replace").strip()
+
+
+def _is_alive_here(owner: str) -> bool:
+    found = re.fullmatch(r"process (\d+) on (.*)", owner)
+    return found is not None and found[2] == socket.gethostname() and is_alive(int(found[1]))
+
+
+def is_alive(process: int) -> bool:
+    """Tell whether this machine has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -75,6 +116,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
             if not waits:
                 log.warning("%s is in the hands of another process: waiting for it to end", what)
             waits = True
+        write_owner(handle)
         yield
     finally:
         os.close(handle)

@@ -139,15 +139,12 @@ def _lock(run_dir: Path) -> int:
         if distributed.rank() == 0:
             handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
             if not folder_lock.acquire(handle, 0, 0):
-                owner = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                owner = folder_lock.owner(handle) or "another process"
                 os.close(handle)
                 raise RunInUse(
-                    f"{run_dir} is in use by {owner or 'another process'}. Wait for it, stop it, or give another "
-                    "run_dir"
+                    f"{run_dir} is in use by {owner}. Wait for it, stop it, or give another run_dir"
                 )
-            with contextlib.suppress(OSError):  # a full disk
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            folder_lock.write_owner(handle)
             with contextlib.suppress(OSError):  # where the file system has no locks, there is none to release
                 fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
     if distributed.rank() > 0:

@@ -4,13 +4,12 @@
 """
 
 import json
-import os
 import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from reca import exits
-from reca.folder_lock import is_locked
+from reca.folder_lock import is_alive, is_locked
 
 FILE = "status.json"
 
@@ -86,10 +85,4 @@ def _is_running(run_dir: Path, status: Status) -> bool:
     in_use = is_locked(run_dir)
     if in_use is not None or status.host != socket.gethostname():
         return in_use is not False
-    try:
-        os.kill(status.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        pass
-    return True
+    return is_alive(status.pid)

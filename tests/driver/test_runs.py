@@ -17,7 +17,7 @@ from reca.data.errors import DataError
 from reca.folder_lock import is_locked
 from reca.options import RecipeError
 from reca.out_of_memory import Knob
-from reca.run_folder import RunInUse
+from reca.run_folder import RunFolder, RunInUse
 from reca.skipped_steps import NonFiniteError
 from reca.status import Status
 from reca.trainer import Trainer
@@ -144,6 +144,24 @@ def test_a_start_waits_for_a_process_that_is_just_ending(recipe, holder):
     killer = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -KILL {holder.pid}"])
     run_toy(recipe("train.steps=1"))
     killer.wait()
+
+
+def test_locks_of_a_machine_that_is_gone_are_waited_for(tmp_path, holder, monkeypatch, caplog):
+    """A file server keeps them for a while. Here a process has them until it is killed, and another machine's name."""
+    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
+    (tmp_path / "run/.lock").write_text("process 7 on node3\n")
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {holder.pid}"])
+    RunFolder(tmp_path / "run", 10).close()
+    killer.wait()
+    assert [record.message for record in caplog.records if "in use by process 7 on node3: waiting" in record.message]
+
+
+def test_a_live_process_of_another_machine_is_waited_for_in_vain(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr("reca.folder_lock.TIMEOUT", 0.1)
+    monkeypatch.setattr("reca.folder_lock.LEASE", 0.5)
+    (tmp_path / "run/.lock").write_text("process 7 on node3\n")
+    with pytest.raises(RunInUse, match="in use by process 7 on node3"):
+        RunFolder(tmp_path / "run", 10)
 
 
 def test_a_full_disk_does_not_hide_the_status(recipe, monkeypatch):
