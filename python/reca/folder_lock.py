@@ -82,6 +82,7 @@ def write_owner(handle: int) -> None:
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.fsync(handle)  # other machines compare it
 
 
 def owner(handle: int) -> str:

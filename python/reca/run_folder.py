@@ -20,6 +20,9 @@ from reca.status import Status
 log = logging.getLogger("reca")
 
 
+SEEN_AFTER = 70.0  # seconds: NFS may keep for 60 that a folder is not there (acdirmax)
+
+
 class RunInUse(RuntimeError):
     """Another process uses this run folder."""
 
@@ -141,16 +144,38 @@ def _lock(run_dir: Path) -> int:
             if not folder_lock.acquire(handle, 0, 0):
                 owner = folder_lock.owner(handle) or "another process"
                 os.close(handle)
-                raise RunInUse(
-                    f"{run_dir} is in use by {owner}. Wait for it, stop it, or give another run_dir"
-                )
+                raise RunInUse(f"{run_dir} is in use by {owner}. Wait for it, stop it, or give another run_dir")
             folder_lock.write_owner(handle)
             with contextlib.suppress(OSError):  # where the file system has no locks, there is none to release
                 fcntl.lockf(handle, fcntl.LOCK_UN, 0, 1)
-    if distributed.rank() > 0:
-        handle = os.open(run_dir / folder_lock.FILE, os.O_RDWR)
-        folder_lock.acquire(handle, distributed.rank(), 1)
+    with distributed.fail_together():
+        if distributed.rank() > 0:
+            handle = _open_of_rank_0(run_dir / folder_lock.FILE)
+            folder_lock.acquire(handle, distributed.rank(), 1)
+    owners = distributed.all_gather(folder_lock.owner(handle))
+    with distributed.fail_together():
+        if owners[0] != owners[distributed.rank()]:
+            raise OSError(_not_shared(run_dir))
     return handle
+
+
+def _open_of_rank_0(path: Path) -> int:
+    """Open the lock file that rank 0 has made. A network file system may show it to other machines some time later."""
+    end = time.monotonic() + SEEN_AFTER
+    while True:
+        try:
+            return os.open(path, os.O_RDWR)
+        except FileNotFoundError as error:
+            if time.monotonic() > end:
+                raise OSError(_not_shared(path.parent)) from error
+            time.sleep(0.5)
+
+
+def _not_shared(run_dir: Path) -> str:
+    return (
+        f"rank {distributed.rank()} on {socket.gethostname()} has another folder {run_dir} than rank 0: run_dir "
+        "must be on a file system that all machines share, under the same path"
+    )
 
 
 def _write(path: Path, text: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from reca.finite_weights import check_finite
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.options import RecipeError
-from reca.recipe_files import UnknownRecipe, as_dict, load_recipe
+from reca.recipe_files import UnknownRecipe, as_dict, by_key, load_recipe, walk
 from reca.run_folder import RunFolder
 from reca.status import Status
 
@@ -40,6 +41,7 @@ COMPARED_BY_CONTENT = (
     "train.init_from",
 )
 HELD_OUT_KEYS = ("eval.holdout", "eval.holdout_from", "eval.seed")  # they decide what is left to train on
+OF_A_MACHINE = {"train.threads", "data.workers"}  # keys that may differ between the ranks of a run
 PIECES, PIECE = 16, 1 << 16  # of a weight file, and the bytes of each, that identify it
 
 
@@ -99,6 +101,23 @@ def reject_changed(recipe: Recipe, run_dir: Path, state: Mapping[str, Any], now:
         raise RecipeError(
             f"{run_dir} holds a run of another recipe ({'; '.join(changes)}). Use another run_dir, or undo the change"
         )
+
+
+def reject_other_ranks(recipe: Recipe) -> None:
+    """Refuse a rank that was given other keys than rank 0. Paths may differ, and what a machine has of its own.
+
+    All ranks must call it. Raises RecipeError, and PeerFailed on ranks that agree.
+    """
+    paths = {key for _, f, key in walk(recipe) if f.metadata.get("path")}
+    own = {key: value for key, value in by_key(recipe).items() if key not in paths | OF_A_MACHINE}
+    first = distributed.all_gather(own)[0]
+    with distributed.fail_together():
+        if differing := sorted(key for key in first | own if first.get(key) != own.get(key)):
+            changes = ", ".join(f"{key} {first.get(key)!r} -> {own.get(key)!r}" for key in differing)
+            raise RecipeError(
+                f"rank {distributed.rank()} on {socket.gethostname()} was given another recipe than rank 0 "
+                f"({changes}): start every machine with the same command"
+            )
 
 
 def finished_steps(recipe: Recipe) -> int | None:

@@ -108,6 +108,7 @@ class Trainer:
             yield
 
     def _set_up(self, adapter: Adapter | None) -> None:
+        runs.reject_other_ranks(self.recipe)
         self.folder.record_checkpoint(checkpoint.latest(self.run_dir))
         self.recipe = recipe = fit.fit_on_ranks(self.recipe, adapter is None, self.folder.write_accepted)
         out_of_memory.record_history(recipe)

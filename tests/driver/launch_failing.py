@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from reca import checkpoint, distributed, exits
+from reca import checkpoint, distributed, exits, run_folder
 from reca.checkpoint import reading, writing
 from reca.models import umm_package
 from reca.recipe_files import load_recipe
@@ -214,6 +214,25 @@ def one_breaks(name: str) -> None:
     job.run()
 
 
+def another_recipe(name: str) -> None:
+    """One machine was started with another command. Else its copy of the weights would become another one."""
+    trainer(name, f"optim.lr={0.1 * (1 + int(os.environ['RANK']))}", f"data.images={FOLDER / 'images'}/").run()
+
+
+def another_folder(name: str) -> None:
+    """run_dir is on a disk of each machine, where the second has had a run of its own."""
+    (FOLDER / name).mkdir(exist_ok=True)
+    run_folder.SEEN_AFTER = 0.0
+    trainer(name if os.environ["RANK"] == "0" else "beside").run()
+
+
+def no_folder(name: str) -> None:
+    """The same, where it has had none."""
+    (FOLDER / name).mkdir(exist_ok=True)
+    run_folder.SEEN_AFTER = 0.0
+    trainer(name if os.environ["RANK"] == "0" else "nowhere").run()
+
+
 def full_in_evaluation(name: str, *overrides: str) -> None:
     """Rank 1 is out of memory within a block, while both evaluate."""
     images = FOLDER / "images"
@@ -259,6 +278,9 @@ CASES = (
     one_cannot_read,
     gone_while_read,
     one_breaks,
+    another_recipe,
+    another_folder,
+    no_folder,
     full_in_evaluation,
     full_in_evaluation_of_shards,
 )
@@ -286,7 +308,10 @@ if __name__ == "__main__":
     found = {}
     for case in CASES:
         codes = run(case)
-        status = Status.read(FOLDER / case.__name__)
+        try:
+            status = Status.read(FOLDER / case.__name__)
+        except ValueError:
+            status = Status("none")
         complete = [path.name for path in checkpoint.list_complete(FOLDER / case.__name__)]
         found[case.__name__] = [codes, status.state, status.exit_code, status.reason, complete]
     print(json.dumps(found))

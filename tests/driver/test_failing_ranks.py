@@ -39,6 +39,9 @@ def outcomes(tmp_path_factory):
         ("one_cannot_read", [4, 4], "failed", 4, ["000002", "000004"]),
         ("gone_while_read", [3, 3], "failed", 3, ["000002", "000004"]),
         ("one_breaks", [1, 4], "failed", 4, ["000002"]),
+        ("another_recipe", [3, 3], "failed", 3, []),
+        ("another_folder", [4, 4], "none", None, []),
+        ("no_folder", [4, 4], "none", None, []),
         ("full_in_evaluation", [0, 0], "finished", 0, ["000002", "000004"]),
         ("full_in_evaluation_of_shards", [1, 3], "failed", 3, ["000002"]),
     ],
@@ -49,4 +52,6 @@ def test_both_ranks_end_as_one_run(outcomes, case, codes, state, exit_code, chec
 
 
 def test_the_rank_that_failed_is_in_the_status(outcomes):
+    told = outcomes["another_recipe"][3]
+    assert "rank 1 on" in told and "another recipe than rank 0 (optim.lr 0.1 -> 0.2)" in told
     assert outcomes["one_breaks"][3] == "rank 1: [Errno 28] No space left on device"
