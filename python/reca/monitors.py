@@ -3,7 +3,9 @@
 alarms.py looks at its evaluations. No threshold here has been calibrated at scale.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from reca.config import Recipe
 from reca.models.base import Adapter
@@ -51,6 +53,13 @@ class Monitor:
         self.smooth: dict[str, float] = {}
         self.first: dict[str, float] = {}
         self.active: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, JSON-able: a run that goes on compares with its own first steps."""
+        return copy.deepcopy(vars(self) | {"active": sorted(self.active)})
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state, active=set(state["active"]))
 
     def check(self, step: int, metrics: dict[str, float], tasks: Iterable[str]) -> list[str]:
         conditions = {}

@@ -4,10 +4,11 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from reca import checkpoint, float8, full_memory, runs, units
+from reca import checkpoint, distributed, float8, full_memory, runs, units
 from reca.config import Recipe
 from reca.data.errors import DataError
 from reca.data.sample import Source
@@ -23,6 +24,30 @@ from reca.options import RecipeError
 from reca.validation import open_run_sources
 
 log = logging.getLogger("reca")
+
+
+def check_on_ranks(
+    recipe: Recipe, tasks: Sequence[str], adapter: Adapter | None, state: Mapping[str, Any] | None
+) -> tuple[dict[str, Source], dict[str, Any]]:
+    """Check everything that needs no weights, on rank 0 first.
+
+    state: of the checkpoint to go on from. Returns the sources of samples by task, and what the run is made from, by
+    content; the latter is empty on other ranks than 0.
+    Raises what `check` does, and RecipeError where the run in the folder is of another recipe.
+    """
+    sources: dict[str, Source] = {}
+    fingerprint: dict[str, Any] = {}
+    with distributed.fail_together():
+        if distributed.rank() == 0:
+            ranks, node = distributed.world_size(), distributed.local_world_size()
+            sources, templates = check(recipe, tasks, ranks, node, adapter, begins=state is None)
+            fingerprint = runs.fingerprint(recipe, sources, templates, state)
+            if state is not None:
+                runs.reject_changed(recipe, Path(recipe.run_dir), state, fingerprint)
+    with distributed.fail_together():
+        if distributed.rank() > 0:
+            sources = open_run_sources(recipe, tasks)
+    return sources, fingerprint
 
 
 def check(

@@ -14,9 +14,10 @@ class ProfileWindow:
     A context manager around the steps; `step` ends each of them. Every rank writes run_dir/trace_rank<rank>.json.
     """
 
-    def __init__(self, window: str | None, done: int, run_dir: Path):
-        """window: first:last step, or None. done: steps made before."""
+    def __init__(self, window: str | None, done: int, steps: int, run_dir: Path):
+        """window: first:last step, or None. done: steps made before. steps: of the run, with whose last it ends."""
         first, last = map(int, (window or "0:0").split(":"))
+        last = min(last, steps) if first <= steps else 0
         self.profiler: torch.profiler.profile | None = None
         if last > done:
             wait = max(0, first - 1 - done)

@@ -39,13 +39,14 @@ class RunReport:
         record: RunLog,
         progress: Callable[[int], None] | None,
         countable: bool,
+        monitor: monitors.Monitor,
     ):
         self.recipe, self.adapter, self.loaders, self.device = recipe, adapter, loaders, device
         self.record, self.progress, self.countable = record, progress, countable
         self.tasks = recipe.active_tasks()
         images = sum(getattr(recipe.objective, task).batch_size for task in self.tasks)
         self.speed = speed.Speed(images, recipe.train.steps)
-        self.monitor = monitors.Monitor()
+        self.monitor = monitor
         self.first_warnings = monitors.config_warnings(recipe, adapter, roles)
         if warning := micro_batches.size_warning(recipe.objective, self.tasks, distributed.world_size()):
             self.first_warnings.append(warning)

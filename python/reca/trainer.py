@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,6 +37,7 @@ from reca.log import RunLog, due
 from reca.lora import choose_trained
 from reca.models import umm_package
 from reca.models.base import Adapter
+from reca.monitors import Monitor
 from reca.optim import FusedBackward, gradient_norm, lr_at, make_optimizer, set_lr
 from reca.parallelize import load, parallelize
 from reca.precision import autocast, cast, training_kernels
@@ -47,7 +47,6 @@ from reca.recipe_files import absolute_paths, as_dict, save_recipe
 from reca.reporting import RunReport
 from reca.run_folder import RunFolder
 from reca.skipped_steps import SkippedSteps
-from reca.validation import open_run_sources
 
 log = logging.getLogger("reca")
 
@@ -120,7 +119,8 @@ class Trainer:
         self.step = self.saved = 0 if state is None else state["step"]
         self.schedule_end = runs.schedule_end(recipe, state)
         self.folder.record_checkpoint(newest)
-        self.sources = self._check(adapter, state)
+        drift = [task for task in drift_tasks(recipe, self.model_tasks) if task not in self.tasks]
+        self.sources, self.fingerprint = preflight.check_on_ranks(recipe, [*self.tasks, *drift], adapter, state)
 
         self.own_model = adapter is None
         self.adapter, deferred = (adapter, False) if adapter else load(recipe, self.device)
@@ -141,10 +141,12 @@ class Trainer:
 
         self.folder.accept()
         distributed.barrier()  # before it, no rank writes how the run ends
-        self.skipped = SkippedSteps(self.run_dir, recipe.train)
+        self.skipped, self.monitor = SkippedSteps(self.run_dir, recipe.train), Monitor()
         if newest is not None and state is not None:
             checkpoint.load(newest, self.adapter, self.optimizer)
             self.skipped.load_state(state["skipped"])
+            if "monitor" in state:  # versions before kept none
+                self.monitor.load_state(state["monitor"])
             if distributed.rank() == 0:
                 log.info("continuing %s at step %d", self.run_dir, self.step)
                 for difference in runs.resume_warnings(recipe, state, distributed.world_size()):
@@ -153,7 +155,7 @@ class Trainer:
         if self.ema and newest is not None and state is not None and self.ema.continues(state):
             checkpoint.load_ema(newest, self.ema.averages)
             self.ema.updates = state["ema"]["updates"]
-        parent = self.fingerprint.get("train.init_from") if distributed.rank() == 0 else None
+        parent = self.fingerprint.get("train.init_from")  # on rank 0
         self.features = features_identity(recipe, self.adapter, distributed.all_gather(parent)[0])
         self.loaders = {task: self._loader(task) for task in self.tasks}
         self.diagnostics = Diagnostics(recipe, self.adapter, self.sources, self.loaders, self.device, self.autocast)
@@ -165,29 +167,6 @@ class Trainer:
                 checkpoint.rename_damaged(self.run_dir, newest)
         self.interruption.deferred = True  # from here on a signal waits for the end of a step, on every rank
         distributed.barrier()
-
-    def _check(self, adapter: Adapter | None, state: dict[str, Any] | None) -> dict[str, Any]:
-        """Check everything that needs no weights, on rank 0 first. Returns the sources of samples by task."""
-        recipe = self.recipe
-        sources: dict[str, Any] = {}
-        tasks = [*self.tasks, *(task for task in drift_tasks(recipe, self.model_tasks) if task not in self.tasks)]
-        with distributed.fail_together():
-            if distributed.rank() == 0:
-                sources, templates = preflight.check(
-                    recipe,
-                    tasks,
-                    distributed.world_size(),
-                    distributed.local_world_size(),
-                    adapter,
-                    begins=state is None,
-                )
-                self.fingerprint = runs.fingerprint(recipe, sources, templates, state)
-                if state is not None:
-                    runs.reject_changed(recipe, self.run_dir, state, self.fingerprint)
-        with distributed.fail_together():
-            if distributed.rank() > 0:
-                sources = open_run_sources(recipe, tasks)
-        return sources
 
     def run(self) -> Path:
         """Train to `train.steps`.
@@ -213,39 +192,40 @@ class Trainer:
         streams = {task: loader.steps() for task, loader in self.loaders.items()}
         with (
             self._report() as report,
-            contextlib.ExitStack() as loaders,
+            contextlib.ExitStack() as running,
             hang.HangWatch(self.run_dir, min(recipe.log.hang_seconds, 30 * step_timeout)) as watch,
         ):
             for loader in self.loaders.values():
-                loaders.callback(loader.close)
+                running.callback(loader.close)
             report.begin(self.step)
             watch.enter(self.step, "drawing reconstructions")
             report.before_training(self.step, self.diagnostics)
             if not self.evaluations.begun:
                 self._evaluate(report, watch)
             first = self.step
-            with ProfileWindow(recipe.log.profile, self.step, self.run_dir) as profiler:
-                while self.step < recipe.train.steps:
-                    watch.enter(self.step + 1, "loading of batches")
-                    started = time.perf_counter()
-                    batches = self.next_batches(streams)
-                    data_wait = time.perf_counter() - started
-                    watch.enter(self.step + 1, "training")
-                    report.count_flops(batches)
-                    started = time.perf_counter()
-                    metrics = self.train_step(batches)
-                    self.freed.after_step(self.step)
-                    seconds = data_wait + time.perf_counter() - started
-                    if self.step == first + 1:
-                        distributed.set_timeout(step_timeout, self.device)
-                    watch.enter(self.step, "measuring and sampling")
-                    metrics |= self.diagnostics.measure(self.step, batches)
-                    report.step(self.step, metrics, seconds, data_wait)
-                    report.sample(self.step, self.diagnostics)
-                    self._evaluate(report, watch)
-                    profiler.step()
-                    watch.enter(self.step, "saving")
-                    self._save_or_stop()
+            window = ProfileWindow(recipe.log.profile, self.step, recipe.train.steps, self.run_dir)
+            profiler = running.enter_context(window)
+            while self.step < recipe.train.steps:
+                watch.enter(self.step + 1, "loading of batches")
+                started = time.perf_counter()
+                batches = self.next_batches(streams)
+                data_wait = time.perf_counter() - started
+                watch.enter(self.step + 1, "training")
+                report.count_flops(batches)
+                started = time.perf_counter()
+                metrics = self.train_step(batches)
+                self.freed.after_step(self.step)
+                seconds = data_wait + time.perf_counter() - started
+                if self.step == first + 1:
+                    distributed.set_timeout(step_timeout, self.device)
+                watch.enter(self.step, "measuring and sampling")
+                metrics |= self.diagnostics.measure(self.step, batches)
+                report.step(self.step, metrics, seconds, data_wait)
+                report.sample(self.step, self.diagnostics)
+                self._evaluate(report, watch)
+                profiler.step()
+                watch.enter(self.step, "saving")
+                self._save_or_stop()
             watch.enter(self.step, "drawing reconstructions")
             report.after_training(self.step, self.diagnostics)
 
@@ -294,9 +274,8 @@ class Trainer:
 
     def _report(self) -> RunReport:
         record = RunLog(self.recipe, self.run_dir, self.step, shown=self.progress is None)
-        return RunReport(
-            self.recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress, self.own_model
-        )
+        given = self.recipe, self.adapter, self.roles, self.loaders, self.device, record, self.progress
+        return RunReport(*given, self.own_model, self.monitor)
 
     def next_batches(self, streams: Mapping[str, Iterator[list[Batch]]]) -> dict[str, list[Batch]]:
         """Take the micro-batches of a step from every task's stream: as many on every rank, as FSDP2 asks for."""
@@ -353,9 +332,10 @@ class Trainer:
             "ranks": distributed.world_size(),
             "inherited": sorted(self.adapter.inherited),
             "skipped": self.skipped.state(),
+            "monitor": self.monitor.state(),
             "ema": self.ema and self.ema.state(),
             "recipe": as_dict(self.recipe),
-            "fingerprint": self.fingerprint if distributed.rank() == 0 else None,
+            "fingerprint": self.fingerprint,
         }
         averages = self.ema.averages if self.ema else None
         taken = checkpoint.snapshot(state, self.adapter, self.optimizer, averages)

@@ -1,7 +1,7 @@
 import pytest
 
 from reca import monitors
-from tests.driver.toy import ToyAdapter
+from tests.driver.toy import ToyAdapter, run_toy
 
 
 def warnings(watch, metrics, steps=1, tasks=("reca",)):
@@ -26,6 +26,26 @@ def test_drift_and_gap():
     assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
     found = warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.0, "reca/gap": 0.5})
     assert ["text-to-image" in found[0], "leans on h_v" in found[1]] == [True, True]
+
+
+def test_a_run_that_goes_on_compares_with_its_own_first_steps(recipe, monkeypatch):
+    """The loss falls, the run is stopped, and goes on: neither a new baseline, nor the same warning again."""
+    monkeypatch.setattr(monitors, "BASELINE_STEPS", 3)
+    said, check = [], monitors.Monitor.check
+
+    def fallen(self, step, metrics, tasks):
+        found = check(self, step, metrics | {"reca/loss": 5.0 if step <= 3 else 0.01, "t2i/drift": 1.0 + step}, tasks)
+        said.extend((step, text.split()[1]) for text in found)
+        return found
+
+    monkeypatch.setattr(monitors.Monitor, "check", fallen)
+    keys = ["train.steps=60", "optim.schedule=constant"]
+    run_toy(recipe(*keys, "run_dir=" + recipe().run_dir + "_whole"))
+    whole = said[:]
+    said.clear()
+    for steps in (4, 60):
+        run_toy(recipe(*keys, f"train.steps={steps}"))
+    assert said == whole and [step for step, _ in said] == [2, 27]
 
 
 @pytest.mark.parametrize(
