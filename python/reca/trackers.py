@@ -71,17 +71,23 @@ class WandB:
             config=dict(recipe),
             settings=wandb.Settings(console="off"),
         )
-        # A run that goes on from a checkpoint makes some steps again: W&B's own counter would refuse them.
+        # A run that goes on from a checkpoint makes some steps again, and W&B's history cannot be cut back: what was
+        # sent of them stays. Offline, W&B has no summary of the run before.
+        self.sent = self.run.summary.get("step", -1)
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **values})
+        self._log(step, values)
 
     def images(self, step: int, group: str, images: Sequence[Tensor], captions: Sequence[str]) -> None:
         pairs = zip(images, captions, strict=True)
         shown = [self.wandb.Image(make_grid([image]), caption=caption) for image, caption in pairs]
-        self.run.log({"step": step, group: shown})
+        self._log(step, {group: shown})
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step > self.sent:
+            self.run.log({"step": step, **values})
 
     def close(self) -> None:
         self.run.finish()

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -148,6 +149,35 @@ def test_weights_and_biases_without_a_network(recipe, monkeypatch):
             if "samples/captions" in values:
                 captions.append(json.loads(values["samples/captions"]))
     assert steps == [1, 2, 3, 4] and captions == [["a red square", 'a cat: "x"/y']] * 2
+
+
+class Service:
+    """Weights & Biases, which keeps the history and the last values of a run, and cannot cut them back."""
+
+    def __init__(self):
+        self.history, self.summary = [], {}
+
+    def init(self, **settings):
+        assert settings["resume"] == "allow"
+        return self
+
+    def log(self, values):
+        self.history.append(values)
+        self.summary |= values
+
+    def Settings(self, **_): ...
+    def define_metric(self, *_, **__): ...
+    def finish(self): ...
+
+
+def test_weights_and_biases_has_every_step_once(recipe, monkeypatch):
+    """A run is killed at step 5, and goes on from the checkpoint of step 2."""
+    monkeypatch.setitem(sys.modules, "wandb", service := Service())
+    trainer = run_toy(recipe("log.wandb=project", "train.steps=5", "checkpoint.every=2", "checkpoint.keep=0"))
+    for step in (4, 5):
+        shutil.rmtree(trainer.run_dir / f"checkpoints/{step:06d}")
+    run_toy(recipe("log.wandb=project", "train.steps=7"))
+    assert [values["step"] for values in service.history if "loss" in values] == [1, 2, 3, 4, 5, 6, 7]
 
 
 class Broken:
