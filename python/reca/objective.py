@@ -40,6 +40,7 @@ def backward(
     batches: the micro-batches of one step on this rank, by task. Every rank has as many.
     labels: of the sources of tasks whose loss is wanted by source, too: as TASK/loss@LABEL, where the model tells it.
     Returns fp32 [2] tensors (sum, weight) by task, over the samples that this rank counts; fp64 where the weights are.
+    Over all ranks, sum / weight of a task is its L_k; of a source the mean over its labels, whatever objective.mean.
     A task without any label in the whole step adds nothing.
     """
     rng = {task: task_rng(seed, task) for task in batches}
@@ -62,6 +63,7 @@ def backward(
             term = adapter(batch, rng[task], condition)
         _check_reach(adapter, task, term)
         weight, samples = totals[task]
+        share: float | Tensor = 1.0  # of the sum in what is logged: the task's loss is what is optimised
         if not batch.counted:
             # Its rank, too, sends a gradient of zero back through the whole model, since FSDP2 communicates there. A
             # NaN on the way cannot come from here alone: the rank that counts these very samples has the same one.
@@ -72,9 +74,10 @@ def backward(
             scale = 0.0
         else:
             scale = distributed.world_size() * len(batch) / (samples * batch.prepared.weight)
+            share = scale * weight / distributed.world_size()
         (getattr(objective, task).weight * scale * term.sum).backward()
         if batch.counted:
-            sums[task] += torch.stack((term.sum.detach(), term.weight))
+            sums[task] += torch.stack((share * term.sum.detach(), term.weight))
             if task in by_source and batch.sources is not None and term.samples is not None:
                 sources = on_device(torch.tensor(batch.sources), term.samples.device)
                 by_source[task].index_add_(0, sources, term.samples.to(by_source[task].dtype))

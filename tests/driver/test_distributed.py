@@ -181,7 +181,8 @@ def test_the_release_of_show_o_on_eight_ranks(runs):
     one, eight = runs / "released_1", runs / "released_8"
     (a,), (b,) = metrics(one), metrics(eight)
     for name in ("reca", "i2t"):
-        assert b[f"{name}/weight"] == a[f"{name}/weight"] and b[f"{name}/loss"] == pytest.approx(a[f"{name}/loss"])
+        assert b[f"{name}/weight"] == a[f"{name}/weight"]
+        assert b[f"{name}/loss"] == pytest.approx(a[f"{name}/loss"], rel=0.01)  # of means that depend on the split
     said = [line["warning"] for line in log(eight) if "warning" in line]
     assert any("reca 2 or 1 instead of 2; i2t 2 or 1 instead of 2" in text for text in said)
     assert not any("instead of" in line.get("warning", "") for line in log(one))

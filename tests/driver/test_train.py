@@ -62,16 +62,22 @@ def test_accumulation_does_not_change_the_update(recipe, micro_batch, tmp_path):
         torch.testing.assert_close(weights(other.adapter)[name], value, rtol=0, atol=1e-6, msg=name)
 
 
-def test_gradient_is_that_of_the_pooled_mean(recipe, images):
-    """Two tasks: sum over tasks of lambda * (all sums / all weights), whatever the micro-batches hold."""
-    r = recipe("objective.t2i.weight=0.5", "objective.t2i.batch_size=4", "objective.t2i.micro_batch=1")
+@pytest.mark.parametrize("mean", ["batch", "micro_batch"])
+def test_gradient_and_loss_are_of_the_mean_that_is_asked_for(mean, recipe, images):
+    """Two tasks: sum over tasks of lambda * (all sums / all weights), or of the micro-batches' own means."""
+    r = recipe(
+        f"objective.mean={mean}",
+        "objective.t2i.weight=0.5",
+        "objective.t2i.batch_size=4",
+        "objective.t2i.micro_batch=1",
+    )
     adapter = ToyAdapter(dtype=torch.float64)
     batches = {}
     for task, size, count in (("reca", 2, 4), ("t2i", 1, 4)):
         stream = iter(open_loader(r.data, task, adapter.views(task), seed=0, micro_batch=size))
         batches[task] = [next(stream) for _ in range(count)]
     autocast = torch.autocast("cpu", enabled=False)
-    backward(adapter, batches, r.objective, 0, autocast)
+    told = objective.means(backward(adapter, batches, r.objective, 0, autocast), batches)
 
     from reca.data.batch import task_rng
 
@@ -79,7 +85,12 @@ def test_gradient_is_that_of_the_pooled_mean(recipe, images):
     total = 0
     for task, weight in (("reca", 1.0), ("t2i", 0.5)):
         terms = [expected(b, task_rng(0, task)) for b in batches[task]]
-        total = total + weight * sum(t.sum for t in terms) / sum(t.weight for t in terms)
+        if mean == "batch":
+            loss = sum(t.sum for t in terms) / sum(t.weight for t in terms)
+        else:
+            loss = sum(t.sum / t.weight for t in terms) / len(terms)
+        assert told[f"{task}/loss"] == pytest.approx(float(loss), rel=1e-6)
+        total = total + weight * loss
     total.backward()
     for (name, p), q in zip(adapter.named_parameters(), expected.parameters(), strict=True):
         if q.grad is not None:
