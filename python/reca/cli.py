@@ -4,9 +4,11 @@ import argparse
 import io
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 from reca import __version__, commands, exits, inference_commands, library_logs
@@ -72,7 +74,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if more:
         options.overrides += more
+    for text in getattr(options, "overrides", []):
+        _reject_option(options, text)
     return options
+
+
+def _reject_option(options: argparse.Namespace, override: str) -> None:
+    """End with advice where an override is an option of the command: `seed=1` for `--seed 1`."""
+    name, equals, value = override.partition("=")
+    if not equals or "." in name:
+        return
+    from reca.config import Recipe
+
+    if name in (f.name for f in fields(Recipe)):
+        return
+    own = options.parser.format_help().split()
+    ways = []
+    if (option := f"--{name.replace('_', '-')}") in own:
+        ways.append(f"{option} {shlex.quote(value)}")
+    if "--sampling" in own:
+        ways.append(f"--sampling {shlex.quote(override)} for an option of the model's sampler")
+    if ways:
+        options.parser.error(f"{override} is no recipe key: write {', or '.join(ways)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run, help: str, **options) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=help, description=help, **options)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     def takes_recipe(sub: argparse.ArgumentParser, or_run: bool = False) -> None:
@@ -247,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub, run in ((weights, commands.get_weights), (data, commands.get_data)):
         sub.add_argument("--to", type=_path, help="destination folder (default: the Hugging Face cache)")
         sub.add_argument("--dry-run", action="store_true", help="only print the list")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
     suite = what.add_parser("suite", help="the files of an evaluation suite, from its repository on GitHub")
     suite.add_argument("name", help=", ".join(SUITES))
     suite.add_argument("--to", type=_path, help="destination folder (default: ./benchmarks)")
@@ -280,7 +303,7 @@ def _add_data(subparsers) -> None:
         ("view", commands.data_view, "Write an HTML page of samples as a model gets them: both views, and texts."),
     ):
         sub = inside.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         sub.add_argument("spec", type=_path_text, help="data in any form of data.images, or a recipe")
         _takes_overrides(sub, "recipe keys, such as data.columns.caption")
         sub.add_argument(

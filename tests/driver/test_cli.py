@@ -179,6 +179,21 @@ def test_mistakes_of_generate_are_exit_3_and_one_sentence(more, words, capsys):
     assert words in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "override", "words"),
+    [
+        ("generate", "steps=3", "steps=3 is no recipe key: write --sampling steps=3 for an option of the model"),
+        ("generate", "seed=3", "seed=3 is no recipe key: write --seed 3, or --sampling seed=3"),
+        ("train", "overfit=3", "overfit=3 is no recipe key: write --overfit 3"),
+    ],
+)
+def test_an_option_written_as_an_override(command, override, words, capsys):
+    more = ["--prompt", "a red circle"] if command == "generate" else []
+    with pytest.raises(SystemExit) as stop:
+        main([command, "show_o_tiny", override, *more])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_images_are_named_after_their_prompts(capsys, tmp_path):
     options = ["--sampling", "steps=1", "--seed", "4", "--out", str(tmp_path)]
     assert main(["generate", "show_o_tiny", "--prompt", "a red circle", "--prompt", "zebra!", *options]) == 0
