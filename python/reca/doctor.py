@@ -11,6 +11,7 @@ import torch
 
 import reca_kernels
 from reca import units
+from reca.optim import apex_adam
 from reca_kernels.attention import op as attention
 
 
@@ -60,11 +61,10 @@ def _version(name: str, advice: str) -> str:
 
 
 def _apex() -> str:
-    if importlib.util.find_spec("amp_C"):
-        return "NVIDIA apex with CUDA extensions"
     if importlib.util.find_spec("apex") is None:
         return "not installed (optional; build NVIDIA's from source, never the package of that name on PyPI)"
-    return (
-        "an `apex` without CUDA extensions is installed: either PyPI's unrelated package of that name (pip uninstall "
-        "apex) or NVIDIA's built without --cuda_ext. It is not used"
-    )
+    try:
+        apex_adam()
+    except ValueError as error:
+        return f"cannot be used: {error}"
+    return "NVIDIA apex with CUDA extensions"

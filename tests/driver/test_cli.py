@@ -28,6 +28,20 @@ def test_doctor_names_backends_and_the_right_apex(capsys):
     assert "masked_cross_entropy" in out and "apex" in out and "iB free" in out
 
 
+def test_doctor_imports_apex(capsys, tmp_path, monkeypatch):
+    """Extensions that were built for another torch are found, and cannot be imported. Training says the same."""
+    (tmp_path / "apex/optimizers").mkdir(parents=True)
+    (tmp_path / "apex/__init__.py").touch()
+    (tmp_path / "apex/optimizers/__init__.py").write_text("class FusedAdam: ...")
+    (tmp_path / "amp_C.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["doctor"]) == 0
+    assert "cannot be imported (undefined symbol: _ZN3c10)" in capsys.readouterr().out
+    (tmp_path / "amp_C.py").write_text("")
+    assert main(["doctor"]) == 0
+    assert "NVIDIA apex with CUDA extensions" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], [], ["status", "."], ["study", "--help"], ["train"], ["nothing"]]
 )

@@ -1,6 +1,6 @@
 """Trained parameters, the optimizer over them, its learning rate, and the norm of their gradients."""
 
-from reca.optim.build import check_apex, make_optimizer
+from reca.optim.build import apex_adam, check_apex, make_optimizer
 from reca.optim.fused_backward import FusedBackward, check_passes
 from reca.optim.gradients import gradient_norm
 from reca.optim.moments import state_bytes
@@ -9,6 +9,7 @@ from reca.optim.trained import freeze
 
 __all__ = [
     "FusedBackward",
+    "apex_adam",
     "check_apex",
     "check_passes",
     "freeze",

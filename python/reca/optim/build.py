@@ -33,7 +33,7 @@ def make_optimizer(adapter: Adapter, config: OptimConfig, seed: int = 0) -> torc
     groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     common: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "apex":
-        return _begun(_apex_adam()(groups, adam_w_mode=True, **common), config)
+        return _begun(apex_adam()(groups, adam_w_mode=True, **common), config)
     fused = all(p.is_cuda or p.device.type == "cpu" for group in groups for p in group["params"])
     return _begun(torch.optim.AdamW(groups, fused=fused, **common), config)
 
@@ -42,7 +42,7 @@ def check_apex(adapter: Adapter, config: OptimConfig, ranks: int) -> None:
     """Raise RecipeError or ValueError where optim.name=apex cannot train a model: on this machine, or on any."""
     if config.name != "apex":
         return
-    _apex_adam()
+    apex_adam()
     if ranks > 1:
         raise RecipeError(
             f"optim.name=apex takes whole tensors, and with {ranks} processes the parameters are DTensors: set "
@@ -81,8 +81,11 @@ def _needs_own(config: OptimConfig, parameters: list[nn.Parameter]) -> bool:
     return any(p.dtype in HALVES or moments.storage(p.shape, p.dtype, config) != p.dtype for p in parameters)
 
 
-def _apex_adam() -> type:
-    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart."""
+def apex_adam() -> type:
+    """Import NVIDIA apex's FusedAdam. PyPI's `apex` is an unrelated package: `amp_C` tells them apart.
+
+    Raises ValueError where they cannot be imported.
+    """
     try:
         import amp_C  # noqa: F401
         from apex.optimizers import FusedAdam
