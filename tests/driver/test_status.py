@@ -218,6 +218,16 @@ def contents(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": 3}'])
+def test_a_status_that_is_none_is_written_anew(text, recipe):
+    run = run_toy(recipe("train.steps=1")).run_dir
+    (run / "status.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot be read .* the next start writes it anew"):
+        Status.read(run)
+    run_toy(recipe("train.steps=2"))
+    assert Status.read(run).state == "finished"
+
+
 def test_what_is_chosen_is_written_when_the_start_is_accepted(tmp_path):
     folder = RunFolder(tmp_path, 1)
     folder.write_accepted(tmp_path / "fit.json", b"chosen")
