@@ -4,6 +4,7 @@ Each takes the parsed arguments, and returns the exit code where that is not 0.
 """
 
 import argparse
+import contextlib
 import os
 import runpy
 import shlex
@@ -15,9 +16,8 @@ MOST_GPUS = 2**20
 
 
 def train(options: argparse.Namespace) -> None:
-    from reca import api, distributed, units
+    from reca import api, distributed
     from reca.recipe_files import explain, load_recipe
-    from reca.reconstructions import GRID
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.explain:
@@ -30,15 +30,24 @@ def train(options: argparse.Namespace) -> None:
     run = api.train(recipe)
     if not distributed.is_main_process():
         return
+    with contextlib.suppress(OSError):  # the run is finished, wherever its output goes
+        _tell(recipe, run)
+
+
+def _tell(recipe: Any, run: Any) -> None:
+    from reca import units
+    from reca.reconstructions import GRID
+
     draw = f"Draw with: reca generate {shlex.quote(recipe.run_dir)} --prompt 'a yellow broccoli'"
     if run.new_steps:
-        print(f"{units.counted(run.steps, 'step')} done. {draw}")
+        print(f"{units.counted(run.steps, 'step')} done. {draw}", flush=True)
         if (grid := run.folder / GRID).is_file():
-            print(f"Images, and what the model made of them before and after: {grid}")
+            print(f"Images, and what the model made of them before and after: {grid}", flush=True)
     else:
         print(
             f"{recipe.run_dir} has {units.counted(run.steps, 'step')} already and train.steps={recipe.train.steps}: "
-            f"nothing to do. Give a larger train.steps, or another run_dir. {draw}"
+            f"nothing to do. Give a larger train.steps, or another run_dir. {draw}",
+            flush=True,
         )
 
 

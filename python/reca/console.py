@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,7 +16,10 @@ log = logging.getLogger("reca")
 
 
 class Console:
-    """A bar that moves with every step, or a line at every line of log.jsonl."""
+    """A bar that moves with every step, or a line at every line of log.jsonl.
+
+    What cannot be printed is lost: stderr may be a file on a full disk, or a pipe that nobody reads any longer.
+    """
 
     def __init__(self, name: str, steps: int, done: int):
         self.steps, self.end_printed = steps, False
@@ -28,14 +31,17 @@ class Console:
 
     def write(self, text: str) -> None:
         """Print a line."""
-        if self.bar is not None:
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if self.bar is not None:
+                tqdm.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def step(self, loss: float, images_per_s: float) -> None:
         """Move the bar."""
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        with suppress(OSError):
             self.bar.set_postfix_str(f"loss {loss:.4f}, {images_per_s:.1f} images/s", refresh=False)
             self.bar.update()
 
@@ -50,7 +56,8 @@ class Console:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
         self.stack.close()
 
 

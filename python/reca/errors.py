@@ -30,7 +30,8 @@ def print_once(sentence: str) -> None:
     """
     with _ignore_sigterm():
         if _is_first(sentence):
-            print(sentence, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the exit code says it, too
+                print(sentence, file=sys.stderr, flush=True)
             _report_to_torchrun(sentence)
 
 

@@ -1,5 +1,6 @@
 """Exit codes: of the command, of `reca status`, and in status.json. docs/failure.md says what to do on each."""
 
+import contextlib
 import os
 import sys
 
@@ -47,6 +48,7 @@ def exit_process(code: int) -> None:
 
 def end_now(code: int) -> None:
     """End the process here: torch aborts where a thread still computes while the interpreter shuts down."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
     os._exit(code)

@@ -1,3 +1,5 @@
+import contextlib
+import json
 import subprocess
 import sys
 
@@ -165,6 +167,20 @@ def test_a_run_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
     assert main(["generate", "../second", *drawn]) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["train", "show_o_tiny", *TINY, "run_dir=second", "train.init_from=first"]) == 0  # goes on
+
+
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["data.images=/nowhere"], 4)])
+def test_output_on_a_full_disk_ends_nothing(more, code, monkeypatch, tmp_path):
+    """As where a batch job's output is beside its runs. The exit code stays that of the run."""
+    run = tmp_path / "run"
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115  # it cannot be closed
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full)
+        patch.setattr(sys, "stdout", full)
+        assert main(["train", "show_o_tiny", *TINY, "log.every=1", f"run_dir={run}", *more]) == code
+    assert json.loads((run / "status.json").read_text())["exit_code"] == code
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
