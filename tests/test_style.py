@@ -133,7 +133,7 @@ FOUNDATION = {
     f"reca.{name}"
     for name in (
         *("catalog", "exits", "files", "folders", "micro_batches"),
-        *("options", "precision", "rng", "units", "values"),
+        *("options", "precision", "rng", "sampling_options", "units", "values"),
     )
 }
 

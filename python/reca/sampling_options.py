@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -55,12 +56,17 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
         if not _fits(value, wanted):
             usual = _format(known[name].default)
             raise ValueError(f"{what} {name}={_format(value)}: expected {_describe(wanted)}, such as {usual}")
-        least, most = LIMITS.get(name, (-math.inf, math.inf))
-        if isinstance(value, int | float) and not least <= value <= most:
-            within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
-            raise ValueError(f"{what} {name}={value}: expected {within}")
+        check_limits({name: value}, what)
         checked[name] = tuple(value) if isinstance(value, list) else value
     return checked
+
+
+def check_limits(given: Mapping[str, Any], what: str = "sampling option") -> None:
+    """Raise ValueError for a named value that is outside of LIMITS. what: the word for an option, in messages."""
+    for name, (least, most) in LIMITS.items():
+        if isinstance(value := given.get(name), Real) and not least <= value <= most:
+            within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            raise ValueError(f"{what} {name}={value}: expected {within}")
 
 
 def _fits(value: Any, wanted: Any) -> bool:

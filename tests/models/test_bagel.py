@@ -619,7 +619,6 @@ def test_answers_do_not_depend_on_the_batch(plain):
     questions = ["what is this?", "describe the picture. what is it?", "this"]
     together = plain.answer(shown, questions, max_new_tokens=5)
     assert together == [plain.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(shown, questions, strict=True)]
-    assert plain.answer(shown, questions, max_new_tokens=0) == ["", "", ""]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ A model outside of reca.models can be held to it: put its name and tiny recipe i
 """
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -23,6 +24,7 @@ from reca.optim import freeze
 from reca.recipe_files import load_recipe
 from reca.recompute import checkpoint_activations
 from reca.rng import CounterRNG
+from reca.sampling_options import LIMITS, defaults
 from reca_kernels import dispatch, native
 from tests.models.contract import (
     CASE_TASKS,
@@ -406,6 +408,21 @@ def test_what_cannot_be_drawn(plain):
         plain.generate(["a red circle"], 0)
 
 
+def test_counts_are_at_least_one(plain):
+    """From Python, too: a negative `batch` would make no image and no error."""
+    asked = {name: set(defaults(getattr(plain, name))) & set(LIMITS) for name in plain.abilities & {"generate", "edit"}}
+    for name, counts in asked.items():
+        lists = ([images()[0]], ["a"], [0]) if name == "edit" else (["a"], [0])
+        for count, wrong in itertools.product(counts, (0, -1)):
+            with pytest.raises(ValueError, match=f"{count}={wrong}: expected at least 1"):
+                getattr(plain, name)(*lists, **{count: wrong})
+    for wrong in ({"max_new_tokens": 0}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match="max_new_tokens=.*: expected at least 1"):
+            plain.answer([images()[0]], ["a"], **wrong)
+    with pytest.raises(ValueError, match="0 images, 1 questions"):
+        plain.answer([], ["a"])
+
+
 def test_what_is_no_image(plain):
     """A PIL image, floats, and channels behind height and width."""
     of_pil, wrong = Image.new("RGB", (20, 20)), [torch.zeros(3, 20, 20), torch.zeros(20, 20, 3, dtype=torch.uint8)]
@@ -424,7 +441,6 @@ def test_answers_do_not_depend_on_the_batch(model):
     together = model.answer(shown, questions, max_new_tokens=5)
     assert all(isinstance(text, str) for text in together)
     assert together == [model.answer([p], [q], max_new_tokens=5)[0] for p, q in zip(shown, questions, strict=True)]
-    assert model.answer(shown, questions, max_new_tokens=0) == [""] * 3
     with pytest.raises(ValueError, match="3 images, 1 questions; there must be as many of each"):
         model.answer(shown, questions[:1])
 

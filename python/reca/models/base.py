@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing_extensions import Self
 from reca.data.batch import Batch
 from reca.data.views import Views
 from reca.models.common import deferred_weights, likelihood
+from reca.models.common.inference import check_pairs
 from reca.rng import CounterRNG
+from reca.sampling_options import check_limits
 from reca_kernels.host import on_device
 
 P = TypeVar("P", bound="Prepared")
@@ -103,6 +106,23 @@ def in_fp32(function: Callable) -> Callable:
     return wrapped
 
 
+def _checked(method: Callable) -> Callable:
+    """Check what generate, edit, answer or reconstruct is asked before it is called. Of no samples it makes nothing."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        given = signature.bind(*args, **options).arguments | options
+        lists = {
+            name: given[name] for name in ("prompts", "images", "instructions", "questions", "seeds") if name in given
+        }
+        check_pairs(**lists)
+        check_limits(given)
+        return method(*args, **options) if all(map(len, lists.values())) else []
+
+    return call
+
+
 class Adapter(nn.Module):
     """Adapt one UMM to the driver. Data flows image -> views -> encode -> prompt -> model -> loss."""
 
@@ -121,6 +141,12 @@ class Adapter(nn.Module):
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
     state: Any = None  # the counters of the checkpoint that its weights are of; None: of none
     lora: Any = None  # the LoraConfig of what it has of LoRA (lora.py); None: nothing
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("generate", "reconstruct", "edit", "answer"):
+            if name in vars(cls):
+                setattr(cls, name, _checked(vars(cls)[name]))
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":

@@ -38,7 +38,6 @@ def generate(
     batch: int = 8,
 ) -> list[Tensor]:
     """Generate uint8 [3, height, width] per prompt, `batch` at a time; see `denoise`."""
-    check_pairs(prompts=prompts, seeds=seeds)
     side, largest = net.token_side, net.config.image_size
     height, width = height or largest, width or largest
     check_multiple(side, height, width)
@@ -90,7 +89,6 @@ def edit(
 
     The model gets the image as latents and as h_v, the latter made of the fitted image as the release does.
     """
-    check_pairs(images=images, instructions=instructions, seeds=seeds)
     edited, view = [], edit_views(net).gen
     assert view is not None
     for i in range(0, len(images), batch):
@@ -247,9 +245,6 @@ def pixels(net: Network, tokens: Tensor, sizes: list[tuple[int, int]]) -> list[T
 @torch.no_grad()
 def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int) -> list[str]:
     """Answer a batch of questions, greedy."""
-    check_pairs(images=images, questions=questions)
-    if len(images) == 0:  # a list, or a tensor of them
-        return []
     view = task_views(net, "i2t").und
     assert view is not None
     h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])

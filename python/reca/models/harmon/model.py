@@ -93,7 +93,6 @@ class Harmon(Network, Adapter):
         batch: int = 32,
     ) -> list[Tensor]:
         """Generate images by MAR (`sampling.sample_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
-        check_pairs(prompts=prompts, seeds=seeds)
         side, factor = self.config.image_size, self.factor
         height, width = height or side, width or side
         check_multiple(factor, height, width)
@@ -149,7 +148,6 @@ class Harmon(Network, Adapter):
             return list(to_uint8(self.pixels(latents)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        check_pairs(images=images, questions=questions)
         view = self.views("i2t").und
         assert view is not None
         with eval_mode(self):

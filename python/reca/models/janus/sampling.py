@@ -46,7 +46,6 @@ def generate(
     batch: int = 16,
 ) -> list[Tensor]:
     """Generate images code by code (`sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
-    check_pairs(prompts=prompts, seeds=seeds)
     most, images = net.config.max_length - net.image_tokens + 1, []
     ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
     warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
@@ -128,7 +127,6 @@ def answer(
     ask: Callable[..., list[prompt.Segment]] = prompt.with_image,
 ) -> list[str]:
     """Answer questions about images, greedy, `batch` at a time. ask: makes the prompt of one."""
-    check_pairs(images=images, questions=questions)
     v, view, replies = net.vocabulary, net.views("i2t").und, []
     asked = [
         ask(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length) for text in questions

@@ -9,7 +9,7 @@ from reca.models.base import in_fp32
 from reca.models.common.chat import Prompt
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, check_pairs, warn_of_cut
+from reca.models.common.inference import check_multiple, warn_of_cut
 from reca.models.common.planned import greedy
 from reca.models.common.text import control
 from reca.models.open_uni import modules, prompt
@@ -31,7 +31,6 @@ def generate(
     batch: int = 16,
 ) -> list[Tensor]:
     """Generate images by DPM-Solver++ (`sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
-    check_pairs(prompts=prompts, seeds=seeds)
     warn_of_cut([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
     size, images = {"height": height, "width": width}, []
     for i in range(0, len(prompts), batch):
@@ -53,9 +52,6 @@ def edit(
     width: int | None = None,
 ) -> list[Tensor]:
     """Edit images. Both branches of the guidance see the image; the one without the instruction is told to keep it."""
-    check_pairs(images=images, instructions=instructions, seeds=seeds)
-    if len(images) == 0:  # a list, or a tensor of them
-        return []
     cond = [prompt.with_image(net.tokenizer, text) for text in instructions]
     uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(instructions)
     view = View(net.config.image_size)
@@ -68,7 +64,6 @@ def answer(
     net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
 ) -> list[str]:
     """Answer questions about images, greedy, `batch` at a time."""
-    check_pairs(images=images, questions=questions)
     prompts, replies = [prompt.question(net.tokenizer, text) for text in questions], []
     eos, view = control(net.tokenizer, prompt.END), View(modules.understanding_size(net.config))
     for i in range(0, len(images), batch):
@@ -122,8 +117,6 @@ def sample(
 
     Raises ValueError when height or width is no multiple of a latent's pixels: 32 with the published autoencoder.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: at least one step is needed")
     height, width = height or net.config.image_size, width or net.config.image_size
     latents = modules.codec_sizes(net.config)
     check_multiple(latents.size, height, width)

@@ -79,7 +79,6 @@ class ShowO(Network, Adapter):
         batch: int = 64,
     ) -> list[Tensor]:
         """Generate images by MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
-        check_pairs(prompts=prompts, seeds=seeds)
         images, ids = [], [self.tokens(text) for text in prompts]
         warn_of_cut(ids, self.config.max_prompt_tokens - 2)  # bos and eos stand there too
         for i in range(0, len(prompts), batch):
@@ -100,9 +99,6 @@ class ShowO(Network, Adapter):
         return list(to_uint8(self.codec.decode(codes)))
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
-        check_pairs(images=images, questions=questions)
-        if len(images) == 0:  # a list, or a tensor of them
-            return []
         source = conditioner(self, "i2t")
         und = to_unit([fit_to_view(image, source.view()) for image in images]).to(self.device)
         with torch.no_grad():

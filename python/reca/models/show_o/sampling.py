@@ -68,8 +68,6 @@ def fill_codes(
     guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty: it is
     multiplied by what is left of the way at every step, so it vanishes at the last.
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: at least one step is needed")
     v, n, branches = net.vocabulary, net.image_tokens, 2 if guidance else 1
     layout = prompt.layout(samples, v).to(net.device)
     codes = torch.full((len(samples) // branches, n), v.codes, device=net.device)  # one past the codebook is the mask
