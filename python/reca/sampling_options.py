@@ -64,7 +64,7 @@ def check_sampling_options(method: Callable, given: Mapping[str, Any], what: str
 def check_limits(given: Mapping[str, Any], what: str = "sampling option") -> None:
     """Raise ValueError for a named value that is outside of LIMITS. what: the word for an option, in messages."""
     for name, (least, most) in LIMITS.items():
-        if isinstance(value := given.get(name), Real) and not least <= value <= most:
+        if isinstance(value := given.get(name), Real) and not least <= float(value) <= most:
             within = f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
             raise ValueError(f"{what} {name}={value}: expected {within}")
 
