@@ -62,10 +62,10 @@ def graph_is_kept() -> bool:
 
 
 def learns(x: Tensor | None) -> bool:
-    """Return whether a gradient of x may be asked for; a tensor that vmap has batched does not say so itself."""
-    if x is None:
+    """Return whether a gradient of x may be asked for; what a transform has wrapped may not say so itself."""
+    if x is None or not torch.is_grad_enabled():
         return False
-    while not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+    while not (x.requires_grad or torch.compiler.is_compiling()) and torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x.requires_grad
 
@@ -75,24 +75,25 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, differentiated: bool = False) -> None:
+def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False) -> None:
     """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
 
     Args:
         op: The name in the message.
         tensors: What the op is called with.
         lists: The op takes lists of tensors, which vmap cannot batch.
-        differentiated: One of the tensors requires a gradient.
     """
     if torch.compiler.is_compiling():
         return
     transforms = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
     kind = torch._C._functorch.TransformType
+    floats = [x for x in tensors if isinstance(x, Tensor) and x.is_floating_point()]  # others have no derivatives
     name = None
-    if transforms & {kind.Grad, kind.Jvp}:
-        name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
-    elif forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+    forward = kind.Jvp in transforms or forward_ad._current_level >= 0
+    if (kind.Grad in transforms and any(map(learns, floats))) or (forward and any(map(_may_have_tangent, floats))):
         name = "forward mode AD"
+        if transforms & {kind.Grad, kind.Jvp}:
+            name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
     elif lists and kind.Vmap in transforms:
         raise RuntimeError(f"{op} takes lists of tensors, which vmap cannot batch. Use backend='reference' there")
     if name:
@@ -102,5 +103,13 @@ def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False, d
         )
 
 
-def _has_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+def _may_have_tangent(x: Tensor) -> bool:
+    """Return whether x has a tangent; torch tells it only of what is plain or wrapped once, by the innermost jvp."""
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(x):
+        innermost = functorch.peek_interpreter_stack()
+        told = innermost is not None and innermost.key() == functorch.TransformType.Jvp
+        told = told and functorch.maybe_get_level(x) == innermost.level()
+        if not told or functorch.is_functorch_wrapped_tensor(functorch.get_unwrapped(x)):
+            return True
+    return forward_ad.unpack_dual(x).tangent is not None

@@ -10,7 +10,7 @@ from reca_kernels.kernel_op import kernel_op
 from reca_kernels.masked_cross_entropy import reference
 from reca_kernels.masked_cross_entropy.kernels import Kernels
 from reca_kernels.masked_cross_entropy.options import SCHEMA, CrossEntropyOptions
-from reca_kernels.memory import has_values, plain
+from reca_kernels.memory import has_values, learns, plain
 
 OP = "masked_cross_entropy"
 
@@ -60,7 +60,7 @@ def masked_cross_entropy(
     checks.cross_entropy(OP, logits.shape[0], labels, label_smoothing, z_loss, softcap, reduction)
     backend = dispatch.choose(OP, logits, backend)
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
-    if inplace:
+    if inplace and learns(logits):
         _check_inplace(logits)
     if backend == "reference":
         if has_values(labels):

@@ -93,8 +93,7 @@ def masked_linear_cross_entropy(
         # Torch's fp16 products are slow there, and gradients over logits would end at 2^-24, before any loss scale.
         dtype = torch.float32
     # With reduction "none" the gradients are made in the backward pass.
-    made = torch.is_grad_enabled() and reduction != "none"
-    needs = [made and learns(x) for x in (hidden, weight, bias)]
+    needs = [reduction != "none" and learns(x) for x in (hidden, weight, bias)]
     settings = chunk_rows, max_labelled, dtype, needs, backend
     return _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)[0]
 

@@ -219,6 +219,48 @@ def test_a_level_of_forward_mode_without_tangents(case):
         assert_close(case.run(case.x), case.out)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_transforms_that_differentiate_something_else(case, backend):
+    """What is multiplied with a constant result has a derivative: the sum of that result."""
+    one, total = torch.tensor(1.0), case.out.sum()
+    scaled = lambda a: a * case.op(case.x, backend).sum()  # noqa: E731
+    if not case.name.startswith("attention"):  # torch's has no forward mode AD on CPUs
+        assert_close(torch.func.jvp(scaled, (one,), (one,))[1], total, rtol=1e-4, atol=1e-5)
+    assert_close(torch.func.grad(scaled)(one), total, rtol=1e-4, atol=1e-5)
+
+
+def test_a_derivative_of_an_outer_transform_is_not_lost(differentiable):
+    if differentiable.name.startswith("attention"):
+        pytest.skip("torch's own operations")
+
+    def outer(a):
+        x = a * differentiable.x
+        return torch.func.grad(lambda b: b * differentiable.run(x).sum())(torch.tensor(1.0))
+
+    for derivative in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="has no derivative for "):
+            derivative(outer)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_gradient_is_lost_where_none_is_recorded(mode, backend):
+    eps, four = X0.flip(0), CLEAN.flip(0)
+    ops = (
+        lambda x0, t, noise, *_: flow_matching_add_noise(x0, t, noise, backend=backend),
+        lambda x0, t, noise, *_: flow_matching_add_noise(list(x0), t, noise.view(32, 3), backend=backend),
+        lambda x0, t, noise, *_: flow_matching_loss(x0, x0, t, noise, backend=backend),
+        lambda *x: diffusion_add_noise(x[3], STEPS, x[4], x[5], backend=backend),
+        lambda *x: diffusion_loss(torch.cat((x[4], x[4]), 1), x[3], STEPS, x[4], x[5], backend=backend),
+        lambda *x: masked_cross_entropy(x[4], LABELS, inplace=True, backend=backend),
+    )
+    constant = [X0, LEVEL, eps, CLEAN, four, TABLE]
+    learning = [x.clone().requires_grad_() for x in constant]
+    with mode():
+        for op in ops:
+            assert_close(op(*learning), op(*constant))
+
+
 def test_batched_upstream_gradients(differentiable):
     leaf, out = differentiated(differentiable)
     (gradients,) = torch.autograd.grad(out, leaf, torch.ones(3, *out.shape), is_grads_batched=True)
