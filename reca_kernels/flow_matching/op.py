@@ -29,7 +29,7 @@ def flow_matching_add_noise(
 ) -> Tensor:
     """Compute x_t = (1 - t) x0 + t eps with eps standard normal; t = 1 is noise.
 
-    x0        a batch, or a list of images of different sizes; fp32, bf16, fp16
+    x0        a batch, which may be empty, or a list of images of different sizes; fp32, bf16, fp16
     t         noise level per image, in [0, 1]
     noise     where to draw eps (reca_kernels.Philox, one sample id per image), or explicit noise shaped like the result
     patch     with p = 1 and a batch, the result is shaped like x0. Otherwise it is tokens [T, p p C]: the images one
@@ -78,7 +78,7 @@ def flow_matching_loss(
     pred       shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype
     t          the levels given to flow_matching_add_noise. The target does not depend on them.
     weight     multiplies every image's error; NaN and infinity in an image of weight 0 reach nothing
-    reduction  "mean" over all elements, "sum", or "sample": [B], every image's mean
+    reduction  "mean" over all elements (0 without images), "sum", or "sample": [B], every image's mean
     Derivatives The op has the first derivative by pred; its gradient is written in the pass that computes the loss.
                backend="reference" has all derivatives by pred.
 
@@ -139,8 +139,10 @@ def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     batch, images = isinstance(x0, Tensor), _images_of(x0)
     if any(image.ndim != (4 if batch else 3) for image in images):
         raise ValueError(f"{OP}: x0 must be [B, C, H, W] or a list of [C, H, W]")
-    if not images or (batch and images[0].shape[0] == 0):
-        raise ValueError(f"{OP}: x0 holds no image")
+    if not images:
+        raise ValueError(
+            f"{OP}: x0 is a list of no images, which says no channels and no dtype; an empty batch is [0, C, H, W]"
+        )
     if patch < 1 or any(side % patch for image in images for side in image.shape[-2:]):
         sizes = sorted({tuple(map(int, image.shape[-2:])) for image in images})
         raise ValueError(f"{OP}: heights and widths {sizes} must be multiples of patch={patch}; crop or pad x0")
@@ -191,8 +193,8 @@ def _shape(x0: Tensor | Sequence[Tensor], patch: int) -> tuple[int, ...]:
     if isinstance(x0, Tensor) and patch == 1:
         return tuple(x0.shape)
     images = _images_of(x0)
-    width = patch * patch * images[0].shape[-3]
-    return sum(image.numel() for image in images) // width, width
+    pixels = sum(math.prod((*image.shape[:-3], *image.shape[-2:])) for image in images)
+    return pixels // (patch * patch), patch * patch * images[0].shape[-3]
 
 
 # ---- kernel ops ----

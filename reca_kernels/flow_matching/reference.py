@@ -31,7 +31,7 @@ def add_noise(images: Sequence[Tensor], t: Tensor, noise: Tensor | Address, patc
     for image, level, eps in zip(images, t, noise_of(images, noise), strict=True):
         x0 = _wide(tokens(image, patch))
         parts.append((1 - level) * x0 + level * eps)
-    return torch.cat(parts).to(dtype)
+    return torch.cat((t[:0], *parts)).to(dtype)
 
 
 def losses(
@@ -43,9 +43,9 @@ def losses(
         error = _wide(pred[start : start + image.numel()]) - (eps - _wide(tokens(image, patch)))
         if masked is not None:
             error = torch.where(masked[b] & ~error.isfinite(), 0, error)
-        sums.append(error.square().sum())
+        sums.append(error.square().sum()[None])
         start += image.numel()
-    return torch.stack(sums)
+    return torch.cat((_wide(pred[:0]), *sums))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ def losses(pred: Tensor, batches: list[Tensor], noise: Philox | Tensor, patch: i
                 loss_kernel[programs,](
                     batches[0], table, seed, ids, stream, explicit, pred, gradient, here, **compiled, **FUSE
                 )
-            total_kernel[count,](table, start, here, sums, RUNS=compiled["RUNS"], BLOCK=1024)
+            if count:
+                total_kernel[count,](table, start, here, sums, RUNS=compiled["RUNS"], BLOCK=1024)
             done += programs
     return sums
 

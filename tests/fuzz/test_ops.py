@@ -284,10 +284,11 @@ def test_philox(data):
 @given(st.data())
 def test_flow_matching(data):
     draw = data.draw
-    patch, channels, dtype = draw(st.sampled_from([1, 2, 3])), draw(st.integers(1, 5)), draw(st.sampled_from(DTYPES))
+    patch, channels, dtype = draw(st.sampled_from([1, 2, 3])), draw(st.integers(0, 5)), draw(st.sampled_from(DTYPES))
     sizes = [(patch * draw(st.integers(0, 3)), patch * draw(st.integers(0, 3))) for _ in range(draw(st.integers(1, 3)))]
     if draw(st.booleans()):
-        x0 = placed(draw, values(draw, len(sizes), channels, *sizes[0], dtype=dtype))
+        size, sizes = sizes[0], sizes[: draw(st.integers(0, 3))]
+        x0 = placed(draw, values(draw, len(sizes), channels, *size, dtype=dtype))
     else:
         x0 = [placed(draw, values(draw, channels, *size, dtype=dtype)) for size in sizes]
     t = placed(draw, values(draw, len(sizes)).sigmoid())

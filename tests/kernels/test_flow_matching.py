@@ -248,6 +248,27 @@ def test_fp64_data_goes_to_the_reference():
             flow_matching_loss(pred, x0.double(), t, noise, backend="cpu")
 
 
+@EVERYWHERE
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sample"])
+@pytest.mark.parametrize(("shape", "patch", "expected"), [
+    ((0, 3, 4, 4), 1, (0, 3, 4, 4)),
+    ((0, 3, 4, 4), 2, (0, 12)),
+    ((2, 3, 0, 4), 2, (0, 12)),
+    ((2, 0, 4, 4), 2, (8, 0)),
+])  # fmt: skip
+def test_no_images_and_no_elements(shape, patch, expected, reduction, backend, device):
+    x0, t = torch.zeros(shape, device=device), torch.zeros(shape[0], device=device)
+    noise = Philox(torch.tensor(1, device=device), torch.arange(shape[0], device=device), 0)
+    x_t = flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)
+    assert x_t.shape == expected
+    pred = x_t.requires_grad_()
+    options = {"patch": patch, "reduction": reduction, "backend": backend}
+    loss = flow_matching_loss(pred, x0, t, noise, weight=torch.ones_like(t), **options)
+    assert loss.shape == (t.shape if reduction == "sample" else ()) and not loss.any()
+    loss.sum().backward()
+    assert pred.grad.shape == expected
+
+
 @KERNELS
 def test_memory_that_is_not_aligned(backend, device):
     """x0, pred and t begin four bytes after a 16-byte boundary, with sizes for which vectors would do otherwise."""
@@ -364,7 +385,7 @@ def test_mistakes_are_named():
     _bad("shaped like the result", noise=torch.zeros(3, 7, 9, 5))  # as many elements, in another order
     _bad("x0 requires a gradient", x0=torch.zeros(3, 5, 7, 9, requires_grad=True))
     _bad("noise requires a gradient", noise=torch.zeros(3, 5, 7, 9, requires_grad=True))
-    _bad("holds no image", x0=[])
+    _bad("list of no images", x0=[])
     _bad("one per image", weight=torch.ones(2))
     _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
     _bad("all tensors must be on one device, got x0 on cpu, t on meta", t=torch.zeros(3, device="meta"))
