@@ -340,15 +340,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    return _blocks_of(plan)
+    # A mode's own are not kept: what the block mask reads is not among its tensors, and would stay real.
+    return _make_blocks(plan) if torch._C._len_torch_dispatch_stack() else _blocks_of(plan)
 
 
-@functools.lru_cache(maxsize=8)
-@no_modes()
-def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Return the query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+@outside_of_modes
+def _flex_rows(plan: AttentionPlan) -> tuple[Any, ...]:
+    """Return the query rows that are no padding, key rows likewise (None: all), and the columns of both."""
     spans = [(number, span) for number, sample in enumerate(plan.samples) for span in sample]
     table = torch.tensor(
         [
@@ -367,8 +365,20 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
     )
     table = table.view(-1, 7).repeat_interleave(torch.tensor([span.length for _, span in spans], dtype=torch.int64), 0)
     solid, asked = table[:, 5] == 0, table[:, 6] == 0
-    (span_k, sample_k, _, noise_k, early_k), place_k = _columns(table, solid, plan.device)
-    (span_q, sample_q, whole_q, _, _), place_q = _columns(table, solid & asked, plan.device)
+    queries, keys = (
+        None if bool(chosen.all()) else on_device(chosen.nonzero()[:, 0], plan.device)
+        for chosen in (solid[asked], solid)
+    )
+    return queries, keys, _columns(table, solid & asked, plan.device), _columns(table, solid, plan.device)
+
+
+def _make_blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
+    """Return the query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    queries, keys, (rows_q, place_q), (rows_k, place_k) = _flex_rows(plan)
+    span_q, sample_q, whole_q, _, _ = rows_q
+    span_k, sample_k, _, noise_k, early_k = rows_k
 
     def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = (whole_q[i] > 0) | (place_k[j] <= place_q[i])
@@ -376,11 +386,10 @@ def _blocks_of(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
         return (sample_k[j] == sample_q[i]) & torch.where(span_k[j] == span_q[i], own, other)
 
     blocks = create_block_mask(sees, None, None, len(place_q), len(place_k), device=plan.device)
-    queries, keys = (
-        None if bool(chosen.all()) else on_device(chosen.nonzero()[:, 0], plan.device)
-        for chosen in (solid[asked], solid)
-    )
     return queries, keys, blocks
+
+
+_blocks_of = functools.lru_cache(maxsize=8)(no_modes()(_make_blocks))
 
 
 def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:

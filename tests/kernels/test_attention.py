@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from reca_kernels import AttentionSpan as Span
@@ -256,6 +257,16 @@ def test_flex_forward(name):
         pytest.skip("nobody sees anything; see test_nobody_sees_anything")
     qkv = [x.detach() for x in qkv]  # it has no backward on CPUs
     same([run("flex", plan, qkv)], [reference.attention(*qkv, plan)])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_flex_in_a_graph(mode):
+    plan, qkv, _ = problem(LAYOUTS["show_o_reca_clip"], padded=False)
+    qkv = [x.detach() for x in qkv]
+    graph = make_fx(lambda *qkv: run("flex", plan, qkv), tracing_mode=mode)(*map(torch.zeros_like, qkv))
+    same([graph(*qkv)], [reference.attention(*qkv, plan)])
+    same([run("flex", plan, qkv)], [reference.attention(*qkv, plan)])  # nothing of the graph was kept
 
 
 @pytest.mark.parametrize("heads,kv_heads,d", [(1, 1, 64), (4, 4, 80), (6, 2, 128)])
