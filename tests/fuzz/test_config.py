@@ -77,7 +77,8 @@ def sound(recipe) -> None:
     """Every value is of its declared type, and every number finite."""
     for group, f, key in walk(recipe):
         value = getattr(group, f.name)
-        for item in value if isinstance(value, list) else [value]:
+        items = value if isinstance(value, list) else [value]
+        for item in [x for part in items for x in (part.values() if isinstance(part, dict) else [part])]:
             assert item is None or type(item) in (str, int, float, bool), key
             assert not isinstance(item, float) or math.isfinite(item), key
 
