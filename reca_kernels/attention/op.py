@@ -41,7 +41,7 @@ def attention(
 
     The result is exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and
     give no gradient. NaN and infinity in rows that no other row attends to (noise and padding) reach no other row; on
-    GPUs the gradient of noise that holds them reaches what the noise attends to.
+    GPUs and under torch.compile the gradient of noise that holds them reaches what the noise attends to.
 
     Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose spans
                    say where its padding is. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
@@ -76,8 +76,8 @@ def attention(
     name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
     if not any(plan.groups):  # no row sees anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
-    if forced == "auto" and q.is_cpu and dense_is_faster(plan, *map(int, q.shape[-2:])):
-        name = "dense"
+    if forced == "auto" and q.is_cpu and not torch.compiler.is_compiling():  # a graph would break at the mask
+        name = "dense" if dense_is_faster(plan, *map(int, q.shape[-2:])) else name
     if raw:
         _RAN.add((q.device.type, name, q.dtype, int(q.shape[-1])))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -86,7 +86,7 @@ def attention(
         return IMPLS[name](q, k, v, plan, scale, deterministic)
 
     # The groups of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
-    if has_hidden(plan) and (name == "dense" or (q.is_cpu and not torch.compiler.is_compiling())):
+    if (name == "dense" or (q.is_cpu and not torch.compiler.is_compiling())) and has_hidden(plan):
         return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
 

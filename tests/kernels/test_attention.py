@@ -759,6 +759,16 @@ def test_compiles_into_one_graph(impl):
         same(with_gradients(compiled(*qkv, plan), qkv, upstream), with_gradients(step(*qkv, plan), qkv, upstream), 0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["show_o_t2i", "bagel_reca"])
+def test_what_is_chosen_compiles_into_one_graph(name):
+    """On a CPU the mask of a small batch would break the graph, and torch warned of caches that it ignores."""
+    torch._dynamo.reset()
+    plan, qkv, upstream = problem(LAYOUTS[name], False)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)(*qkv, plan)
+    same(with_gradients(compiled, qkv, upstream), with_gradients(attention(*qkv, plan), qkv, upstream))
+
+
 def test_checkpointing_recomputes_the_same():
     plan, qkv, upstream = problem(LAYOUTS["show_o_reca_vq"], True)
     again = checkpoint(attention, *qkv, plan, use_reentrant=False)
