@@ -145,7 +145,7 @@ def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.
         device: Where q, k and v will be; "cuda" is the current device.
 
     Raises:
-        ValueError: For a span that contradicts itself.
+        ValueError: For a span that is none, or that contradicts itself.
     """
     return _plan(tuple(tuple(sample) for sample in samples), indexed(device))
 
@@ -187,6 +187,8 @@ def _planned(sample: tuple[AttentionSpan, ...]) -> _Sample:
 def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
     for i, span in enumerate(sample):
         where = f"span {i}: "
+        if not isinstance(span, AttentionSpan):
+            return f"{where}must be an AttentionSpan, got {span!r}; a plan takes a list of spans per sample"
         if span.mode not in MODES:
             return f"{where}mode must be one of {', '.join(MODES)}, got {span.mode!r}"
         if span.length < 0:

@@ -67,6 +67,7 @@ def concat_plan(
     Raises:
         ValueError: A sample (packed: all samples) is longer than `length`, token ids and labels do not fit each other,
             or the layout is unknown.
+        TypeError: A segment is none of the two.
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
@@ -81,6 +82,11 @@ def concat_plan(
                 label.append(_ignored(segment.n))
                 visual_rows += segment.n
                 continue
+            if not isinstance(segment, TextSegment):
+                raise TypeError(
+                    f"sample {number}: a segment must be a TextSegment or a VisualSegment, got {segment!r}; a plan "
+                    "takes a list of segments per sample"
+                )
             ids = _numbers(segment.ids)
             if ids.ndim != 1 or (ids < 0).any():
                 raise ValueError(

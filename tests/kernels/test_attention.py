@@ -484,6 +484,7 @@ def test_plan_refuses():
         ([Span(2, "casual")], "sample 1, span 0: mode must be one of causal, full, noise, pad, got 'casual'"),
         ([Span(2), Span(-1)], "sample 1, span 1: length must be 0 or more, got -1"),
         ([Span(2, "noise", visible_to_earlier=True)], "a noise span is seen by no other span"),
+        (Span(9), "sample 1, span 0: must be an AttentionSpan, got 9; a plan takes a list of spans per sample"),
         ([Span(2), Span(1, cached=True)], "span 1: cached spans are a prefix and must come first"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -470,5 +470,9 @@ def test_plan_refuses():
         concat_plan([[TextSegment([1, 2], [1])]])
     with pytest.raises(ValueError, match="numbers >= 0"):
         concat_plan([[TextSegment([-3])]])
+    with pytest.raises(
+        TypeError, match=r"sample 0: a segment must be .*, got \[1, 2\]; a plan takes a list of segments"
+    ):
+        concat_plan([TextSegment([1, 2])])
     with pytest.raises(ValueError, match="'packed', 'left' or 'right'"):
         concat_plan(SAMPLES, layout="center")
