@@ -1,5 +1,6 @@
 """Load, train and evaluate from Python. The command line calls the same functions."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from reca.finite_weights import check_finite
 from reca.models import umm_package
 from reca.models.base import Adapter
 from reca.models.common.inference import warn_of_random_weights, warn_of_untrained
-from reca.options import RecipeError
+from reca.options import RecipeError, format_value
 from reca.paths import expand_home
-from reca.recipe_files import load_recipe
+from reca.recipe_files import by_key, load_recipe
 from reca.runs import finished_steps, is_run, load_trained, recipe_of
 from reca.trainer import Trainer
 
@@ -78,14 +79,15 @@ def train(
     Args:
         recipe: Name or path of a recipe, or one that `load_recipe` returned.
         overrides: Recipe keys to override: ["train.steps=100"] or {"train.steps": 100}.
-        model: An adapter to train instead of the one that the recipe loads.
+        model: An adapter to train instead of the one that the recipe loads. The run can be loaded if the model is of
+            the recipe's `umm`.
 
     Returns:
         The run folder, its number of steps, and whether this call made any of them.
 
     Raises:
-        RecipeError: The recipe cannot be run as written, the run folder belongs to another recipe, or memory is full.
-            It is a ValueError.
+        RecipeError: The recipe cannot be run as written, the run folder belongs to another recipe, `model` was
+            loaded with other keys, or memory is full. It is a ValueError.
         DataError: The data or the disk cannot be used. It is a ValueError.
         ValueError: Weights are missing, do not match the recipe, or contain NaN or infinity.
         TypeError: Overrides were given together with a Recipe object.
@@ -101,11 +103,27 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
+    if model is not None and isinstance(model, umm_package(recipe.umm).Adapter):
+        _check_keys(recipe, getattr(model, "config", recipe.model))
     made = finished_steps(fit.recorded(recipe))
     if made is None:
         Trainer(recipe, model).run()
     distributed.shut_down()
     return TrainedRun(Path(recipe.run_dir), recipe.train.steps if made is None else made, made is None)
+
+
+def _check_keys(recipe: Recipe, config: Any) -> None:
+    """Refuse a model of other keys: its run names the recipe's, so that another model would be loaded from it."""
+    given = copy.copy(recipe)
+    given.model = config
+    own, wanted = by_key(given), by_key(recipe)
+    changed = [key for key in wanted if own[key] != wanted[key]]
+    if changed:
+        told = "; ".join(f"{key} {format_value(own[key])}, not {format_value(wanted[key])}" for key in changed)
+        raise RecipeError(
+            f"the model was loaded with other keys than the recipe's ({told}), and its run would be loaded with the "
+            "recipe's; give both the same overrides"
+        )
 
 
 def evaluate(

@@ -65,6 +65,18 @@ def test_a_model_of_ones_own_is_trained(tmp_path):
     assert not torch.equal(model.layers[0].weight, before)
 
 
+def test_a_model_of_other_keys_is_not_trained(tmp_path):
+    """Its run would be loaded with the recipe's keys: as another model, or with other frozen weights."""
+    small = {"model": {"phi": {"num_hidden_layers": 1}, "seed": 3}}
+    model = reca.load("show_o_tiny", small)
+    given = {"run_dir": tmp_path / "run", "train": {"steps": 1}, "data.workers": 0, "log.tensorboard": False}
+    with pytest.raises(RecipeError, match=r"\(model.phi.num_hidden_layers 1, not 3; model.seed 3, not 0\)"):
+        reca.train("show_o_tiny", given, model=model)
+    assert not (tmp_path / "run").exists()
+    assert reca.train("show_o_tiny", given | small, model=model).steps == 1
+    assert torch.equal(reca.load(tmp_path / "run").showo.lm_head.weight, model.showo.lm_head.weight)
+
+
 def test_overrides_have_two_forms():
     given = {"optim": {"lr": 3e-4, "betas": (0.8, 0.9)}, "train.init_from": None, "log.prompts": ["a, b", "null"]}
     texts = ["optim.lr=3e-4", "optim.betas=[0.8, 0.9]", "train.init_from=null", 'log.prompts=["a, b", "null"]']
