@@ -98,6 +98,8 @@ class Trainer:
     def around(self) -> Iterator[None]:
         """Set up what holds for the whole run, and record how it ends."""
         with (
+            torch.inference_mode(False),  # a notebook may have switched gradients off
+            torch.enable_grad(),
             self.folder,
             self.interruption.handle_signals(),
             out_of_memory.explained(lambda: self.recipe),

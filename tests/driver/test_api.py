@@ -65,6 +65,14 @@ def test_a_model_of_ones_own_is_trained(tmp_path):
     assert not torch.equal(model.layers[0].weight, before)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_a_caller_that_has_switched_gradients_off_can_train(tmp_path, off):
+    recipe, model = write_recipe(tmp_path, write_images(tmp_path / "images")), ToyAdapter()
+    with off():
+        assert reca.train(recipe, ["train.steps=1"], model=model).steps == 1
+        assert not torch.is_grad_enabled()
+
+
 def test_a_model_of_other_keys_is_not_trained(tmp_path):
     """Its run would be loaded with the recipe's keys: as another model, or with other frozen weights."""
     small = {"model": {"phi": {"num_hidden_layers": 1}, "seed": 3}}
