@@ -1,6 +1,7 @@
 """What holds for every model: losses, gradients, learning, drawing, answers. `pytest -k bagel` runs one of them.
 
-A model outside of reca.models can be held to it: put its name and tiny recipe into tests/models/contract.py.
+A model outside of reca.models is held to it from inside: link its folder into reca/models and its NAME_tiny.yaml into
+reca/recipes, and give tests/models/contract.py its lines.
 """
 
 import functools
