@@ -1,4 +1,4 @@
-"""Which settings of a recipe fit a card, and the smallest number of cards that it takes."""
+"""Which settings of a recipe fit a GPU's memory, and the smallest number of GPUs that it takes."""
 
 import sys
 from typing import NamedTuple
@@ -8,21 +8,21 @@ from reca.config import FIT_CHANGES, Recipe
 from reca.memory import Memory
 from reca.recipe_files import load_recipe
 
-COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of cards that are tried
-NODE = 8  # of them in a machine
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # numbers of GPUs that are tried
+NODE = 8  # GPUs per node
 CARDS = ("80GiB", "141GiB")
 
 
 class Smallest(NamedTuple):
-    """The fewest cards that a recipe fits on."""
+    """The fewest GPUs that a recipe fits on."""
 
     gpus: int
     needed: int  # bytes of each, with the reserve
-    keys: dict  # settings, beside the recipe's
+    keys: dict  # settings in addition to the recipe's
 
 
-def as_it_is(predict: fit.Predictions, node: int, card: int) -> Smallest | None:
-    """Find the fewest cards that hold a recipe as it is written."""
+def unchanged(predict: fit.Predictions, node: int, card: int) -> Smallest | None:
+    """Find the fewest GPUs that a recipe fits on unchanged."""
     for gpus in COUNTS:
         if memory.needed(predict.at_least({}, gpus, node, card)) > card:
             continue
@@ -33,7 +33,7 @@ def as_it_is(predict: fit.Predictions, node: int, card: int) -> Smallest | None:
 
 
 def fitted(recipe: Recipe, predict: fit.Predictions, node: int, card: int) -> Smallest | None:
-    """Find the fewest cards for which train.fit finds settings."""
+    """Find the fewest GPUs for which train.fit finds settings."""
     for gpus in COUNTS:
         try:
             choice = fit.choose(recipe, gpus, node, card, predict)
@@ -45,23 +45,24 @@ def fitted(recipe: Recipe, predict: fit.Predictions, node: int, card: int) -> Sm
 
 
 def describe(recipe: Recipe, peak: Memory, gpus: int, node: int, card: int) -> list[str]:
-    """Say whether a recipe fits as it is, what train.fit would choose, and how few cards it takes either way."""
+    """Report whether a recipe fits unchanged, what train.fit would choose, and the fewest GPUs either way."""
     need, predict = memory.needed(peak.total), fit.Predictions(recipe)
-    lines = [f"  as it is on {gpus:<10}{units.size(need):>18} {'fits' if need <= card else 'does not fit'}"]
+    on = units.counted(gpus, "GPU")
+    lines = [f"  {f'unchanged, {on}':<24}{units.size(need)} {'fits' if need <= card else 'does not fit'}"]
     try:
         choice = fit.choose(recipe, gpus, node, card, predict)
         chosen = units.size(memory.needed(choice.memory.total))
-        lines.append(f"  train.fit on {gpus:<9}{chosen:>18} {fit.describe(choice.keys)}")
+        lines.append(f"  {f'train.fit, {on}':<24}{chosen} {fit.describe(choice.keys)}")
     except fit.DoesNotFit as error:
         lines.append(f"  {error}")
-    fewest = {"as it is": as_it_is(predict, node, card), "train.fit": fitted(recipe, predict, node, card)}
+    fewest = {"unchanged": unchanged(predict, node, card), "train.fit": fitted(recipe, predict, node, card)}
     for name, found in fewest.items():
-        lines.append(f"  fewest, {name:<14}{describe_smallest(found)}")
+        lines.append(f"  {f'fewest GPUs, {name}':<24}{describe_smallest(found)}")
     return lines
 
 
 def describe_smallest(found: Smallest | None) -> str:
-    """Write a number of cards, with what each needs and what has to be set."""
+    """Write a number of GPUs, with the memory that each needs and the settings."""
     if found is None:
         return f"more than {COUNTS[-1]}"
     keys = f": {fit.describe(found.keys)}" if found.keys else ""
@@ -74,7 +75,7 @@ def row(name: str) -> str:
     predict = fit.Predictions(recipe)
     for text in CARDS:
         card = units.parse_size(text)
-        cells.append(describe_smallest(as_it_is(predict, NODE, card)))
+        cells.append(describe_smallest(unchanged(predict, NODE, card)))
         found = fitted(recipe, predict, NODE, card)
         if found is None or found.gpus > 1:
             allowed = fitted(fit.with_keys(recipe, {"train.fit_allow": list(FIT_CHANGES)}), predict, NODE, card)

@@ -168,7 +168,7 @@ def report(recipe: Recipe, gpus: int = 1, node: int = 8, card: int | None = None
         lines += [_line("moments on the host", moments, units.BYTES) + " a machine, in the whole run"]
     lines += _decoding(recipe, adapter, sum(work))
     if card is not None:
-        lines += ["", f"cards of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
+        lines += ["", f"GPUs of {units.size(card)}", *cards.describe(recipe, peak, gpus, node, card)]
     return "\n".join(lines)
 
 

@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="GPUs per node; with fsdp they share one copy of the weights by default (default: %(default)s)",
     )
     check.add_argument(
-        "--card",
+        "--gpu-memory",
         type=_bytes,
         metavar="80GiB",
         help="memory of a GPU: also report what fits and how many GPUs are needed; takes minutes",

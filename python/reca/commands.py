@@ -82,7 +82,7 @@ def check(options: argparse.Namespace) -> None:
 
     if max(options.gpus, options.node) > MOST_GPUS:
         raise ValueError(f"--gpus and --node must be at most {MOST_GPUS}, got {options.gpus} and {options.node}")
-    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.card))
+    print(report(load_recipe(options.recipe, options.overrides), options.gpus, options.node, options.gpu_memory))
 
 
 def cache(options: argparse.Namespace) -> None:

@@ -252,7 +252,7 @@ class ParallelConfig:
         least=1,
         most=2**20,
     )
-    reduce_every_pass: bool = config_field(
+    reduce_every_micro_batch: bool = config_field(
         False,
         "reduce-scatter gradients after every micro-batch, so that ranks keep only their shard, instead of unsharded "
         "gradients until the last micro-batch of the step; needs more communication",

@@ -39,7 +39,8 @@ PASS, GATHER, CAST, OFFLOAD = 1024, 1024, 512, 8192
 RECOMPUTED = (False, "selective", True)  # tried values of train.activation_checkpointing, beside the recipe's own
 SELECTIVE = 1.05  # work of a step with selective recomputation
 DEPENDS_ON = (  # keys that a choice depends on
-    "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy", "parallel.reduce_every_pass",
+    "umm", "model.*", "objective.*", "lora.*", "parallel.shard", "parallel.strategy",
+    "parallel.reduce_every_micro_batch",
     "ema.half_life", "optim.name", "optim.moments", "optim.offload", "optim.fused_backward", "train.train",
     "train.frozen", "train.precision", CAST_ONCE, "train.fit", "train.fit_allow", "train.micro_batch", CHECKPOINTING,
 )  # fmt: skip

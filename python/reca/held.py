@@ -44,7 +44,7 @@ def held(adapter: Adapter, recipe: Recipe, gpus: int, node: int, card: int = 0) 
         if task not in adapter.tasks:
             raise ValueError(f"{recipe.umm} has no {task} loss: set objective.{task}.weight=0")
     several = sum(accumulation_steps(getattr(recipe.objective, task), gpus) for task in recipe.active_tasks()) > 1
-    whole = gpus > 1 and several and not recipe.parallel.reduce_every_pass
+    whole = gpus > 1 and several and not recipe.parallel.reduce_every_micro_batch
     shard = shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card)) if gpus > 1 else 1
     half = recipe.train.precision == "bf16"
     cast = gpus == 1 and half and recipe.train.cast_once

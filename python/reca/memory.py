@@ -109,7 +109,7 @@ def peak_of(
         batches = {task: _batches(adapter, recipe, task, gpus, fake) for task in tasks}
         checkpoint_activations(adapter, recipe.train)
         if gpus > 1:
-            adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
+            adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
             size = shards or shard_size(recipe.parallel, gpus, min(node, gpus), replicas_fit(adapter, card))
             distributed.mesh(torch.device("cpu"), gpus // size, size)  # kept, and made of numbers
             with fake:

@@ -117,5 +117,5 @@ def changes(recipe: Recipe, gpus: int, node: int) -> Iterator[dict[str, Any]]:
         yield {fit.CAST_ONCE: False}
     if gpus > 1 and recipe.parallel.shard is None and recipe.parallel.strategy != "fsdp":
         yield {"parallel.strategy": "fsdp"}
-    if gpus > 1 and not recipe.parallel.reduce_every_pass:
-        yield {"parallel.reduce_every_pass": True}
+    if gpus > 1 and not recipe.parallel.reduce_every_micro_batch:
+        yield {"parallel.reduce_every_micro_batch": True}

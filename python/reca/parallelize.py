@@ -43,7 +43,7 @@ def parallelize(adapter: Adapter, recipe: Recipe, device: torch.device, deferred
         ranks, node = distributed.world_size(), _least(distributed.local_world_size(), device)
         fits = _least(replicas_fit(adapter, memory_per_rank(device)), device)
         shard(adapter, shard_size(recipe.parallel, ranks, node, bool(fits)), device, recipe.train.precision)
-        adapter.reduces_every_pass = recipe.parallel.reduce_every_pass
+        adapter.reduces_every_micro_batch = recipe.parallel.reduce_every_micro_batch
     if weights is not None:
         weights.fill(adapter, device)
 
@@ -124,4 +124,4 @@ def _least(value: int, device: torch.device) -> int:
 def set_gradient_sync(adapter: Adapter, last: bool) -> None:
     """Set whether the next backward pass reduces gradients: the last of a step does, the others if they are told to."""
     if isinstance(adapter, FSDPModule):
-        adapter.set_requires_gradient_sync(last or adapter.reduces_every_pass)
+        adapter.set_requires_gradient_sync(last or adapter.reduces_every_micro_batch)

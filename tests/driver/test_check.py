@@ -203,7 +203,7 @@ def test_memory_when_sharded():
         "show_o_tiny", ["objective.i2t.weight=0", "objective.reca.batch_size=6", "objective.reca.micro_batch=1"]
     )
     assert held(adapter, twice, 3, 8).gradients == whole
-    twice.parallel.reduce_every_pass = True
+    twice.parallel.reduce_every_micro_batch = True
     assert held(adapter, twice, 3, 8).gradients == trained
     replicas = load_recipe(
         "show_o_tiny",

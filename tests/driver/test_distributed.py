@@ -62,7 +62,7 @@ def split(name: str) -> tuple[int, list[str]]:
     """The ranks of a split, and its recipe keys."""
     ranks, strategy, shard, micro_batch = SPLITS[name]
     keys = [f"parallel.strategy={strategy}", f"objective.reca.micro_batch={micro_batch}"]
-    keys.append(f"parallel.reduce_every_pass={str(name == 'hsdp_4').lower()}")
+    keys.append(f"parallel.reduce_every_micro_batch={str(name == 'hsdp_4').lower()}")
     if name == "hsdp_4":  # 3 or 2 samples a rank, of which 2 fit into a pass: some ranks compute a copy
         keys.append("objective.reca.max_tokens=110")
     return ranks, [*keys, f"parallel.shard={shard}"] if shard else keys

@@ -138,7 +138,7 @@ def test_a_run_keeps_what_was_chosen(peaks, tmp_path, caplog):
     assert "chooses anew" in caplog.text and "train.fit 24GiB -> 64GiB" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["lora.rank=4", "parallel.reduce_every_pass=true"])
+@pytest.mark.parametrize("change", ["lora.rank=4", "parallel.reduce_every_micro_batch=true"])
 def test_what_changes_memory_is_chosen_for_anew(change, peaks, tmp_path, caplog):
     caplog.set_level(logging.INFO, "reca")
     (tmp_path / "run").mkdir()

@@ -136,7 +136,7 @@ class Adapter(nn.Module):
     )  # roles with a part in answers; if training changes none of them, answers stay bit-identical
     condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
     tokenizer: Any = None  # that of transformers, in models that have one
-    reduces_every_pass: bool = False  # gradients are added up over ranks after every micro-batch
+    reduces_every_micro_batch: bool = False  # gradients are added up over ranks after every micro-batch
     has_whole_replicas: bool = False  # FSDP2 has given every rank all parameters
     inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
     state: Any = None  # the counters of the checkpoint that its weights are of; None: of none
