@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", '-DRECA_CUDA_ARCHS="emulated"')
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w")
+FLAGS += ('-DRECA_CUDA_ARCHS="emulated"', '-DRECA_SOURCES="emulated"')
 # A GPU refuses an access of 8 or 16 bytes that is not aligned to as many; here it ends the process (SIGILL).
 FLAGS += ("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 
@@ -41,7 +42,7 @@ def build(folder: Path) -> ModuleType:
     """The native module, built in `folder`, whose launchers work on any device but the host."""
     includes = [Path(__file__).parent / "emulator", ROOT / "csrc", _pybind11()]
     flags = [*FLAGS, *(f"-I{path}" for path in (*includes, sysconfig.get_paths()["include"])), "-x", "c++"]
-    bindings = [ROOT / "csrc/module.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
+    bindings = [ROOT / "csrc/module.cpp", ROOT / "csrc/common/sources.cpp", *sorted((ROOT / "csrc").glob("*/bind.cpp"))]
     together = folder / "bindings.cpp"  # pybind11 is compiled once
     together.write_text("".join(f'#include "{path}"\n' for path in bindings))
     sources = [together, *sorted((ROOT / "csrc").glob("*/cuda.cu"))]
