@@ -152,6 +152,14 @@ def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) 
         raise ValueError(f"{op}: {name} must be {bounds}, the number of rows that are there; got {value}")
 
 
+def levels_inside(op: str, t: Tensor) -> None:
+    """Raise ValueError for a noise level outside [0, 1], such as a timestep of 1000. NaN is none, and stays."""
+    if _wanted(t) and bool((outside := (t < 0) | (t > 1)).any()):
+        raise ValueError(
+            f"{op}: t must be in [0, 1], where 1 is noise; got {float(t[outside][0]):g}. Divide timesteps by their number"
+        )
+
+
 def all_finite(x: Tensor) -> bool:
     """Return whether x, on the CPU, holds no NaN and no infinity; False also where its sum is too large."""
     if _all_finite is not None and x.dtype in native.DTYPES and x.is_contiguous():

@@ -12,7 +12,7 @@ from reca_kernels.flow_matching import reference
 from reca_kernels.flow_matching.kernels import Kernels
 from reca_kernels.flow_matching.runs import image_count
 from reca_kernels.kernel_op import kernel_op
-from reca_kernels.memory import plain
+from reca_kernels.memory import has_values, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "flow_matching"
@@ -41,8 +41,8 @@ def flow_matching_add_noise(
 
     Raises:
         ValueError: Shapes do not fit, x0, t or noise requires a gradient, the address of the noise is not as `Philox`
-            says, or the backend is unknown.
-        TypeError: x0 is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+            says, a level lies outside [0, 1] (on CPUs; on GPUs with RECA_CHECK=1), or the backend is unknown.
+        TypeError: x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call.
     """
@@ -56,6 +56,8 @@ def flow_matching_add_noise(
     backend = dispatch.choose(OP, batches[0], backend, dtype=dtype)
     with torch.no_grad():
         if backend == "reference":
+            if has_values(t):
+                checks.levels_inside(OP, t)
             flat = reference.add_noise(_apart(batches), t, noise, patch, out_dtype)
         else:
             flat = _noisy(raw, batches, t.float(), *flattened(noise), patch, out_dtype, backend)
@@ -85,7 +87,7 @@ def flow_matching_loss(
     Raises:
         ValueError: Shapes or the reduction do not fit, x0 or noise requires a gradient, the address of the noise is not
             as `Philox` says, or the backend is unknown.
-        TypeError: pred or x0 are not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
+        TypeError: pred, x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
         RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
             call. A kernel's gradient is differentiated again.
     """
@@ -170,6 +172,7 @@ def _sizes(batches: Sequence[Tensor]) -> list[int]:
 
 
 def _level(t: Tensor, batches: list[Tensor]) -> Tensor:
+    checks.floating(OP, t=t)
     if tuple(t.shape) != (image_count(batches),):
         raise ValueError(f"{OP}: t must be [{image_count(batches)}], one level per image, got {list(t.shape)}")
     return t if t.dtype == torch.float64 else t.float().contiguous()
@@ -219,6 +222,7 @@ def _noisy(
     backend: str,
 ) -> Tensor:
     """Return x_t, flat."""
+    checks.levels_inside(OP, t)
     kernels: Kernels = dispatch.load(backend, OP)
     out = torch.empty(sum(batch.numel() for batch in batches), dtype=dtype, device=t.device)
     noise = unflattened(seed, ids, stream, explicit)

@@ -392,6 +392,21 @@ def test_mistakes_are_named():
     _bad("seed must be an int64 tensor", noise=Philox(3, torch.arange(3), 1))
 
 
+@EVERYWHERE
+def test_levels_lie_between_image_and_noise(backend, device, monkeypatch):
+    """A timestep of 1000, which other libraries take, would be silent nonsense. NaN stays."""
+    monkeypatch.setenv("RECA_CHECK", "1")
+    x0, _, noise, patch = case("batch", device=device)
+    add_noise = lambda t: flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)  # noqa: E731
+    for wrong in (1.001, -0.001, 999.0, float("inf")):
+        with pytest.raises(ValueError, match=rf"t must be in \[0, 1\], where 1 is noise; got {wrong:g}\. Divide"):
+            add_noise(torch.tensor([0.0, wrong, 1.0], device=device))
+    nan = add_noise(torch.tensor([0.0, float("nan"), 1.0], device=device)).isnan()
+    assert nan[1].all() and not nan[[0, 2]].any()
+    with pytest.raises(TypeError, match="t must be fp32, bf16 or fp16, got torch.int64"):
+        add_noise(torch.tensor([0, 1, 1], device=device))
+
+
 def test_the_noisy_input_has_no_gradient_to_lose():
     x0, t, noise, patch = case("batch")
     with pytest.raises(ValueError, match="t requires a gradient"):
