@@ -155,9 +155,8 @@ def index_inside(op: str, name: str, index: Tensor, low: int | None, high: int) 
 def levels_inside(op: str, t: Tensor) -> None:
     """Raise ValueError for a noise level outside [0, 1], such as a timestep of 1000. NaN is none, and stays."""
     if _wanted(t) and bool((outside := (t < 0) | (t > 1)).any()):
-        raise ValueError(
-            f"{op}: t must be in [0, 1], where 1 is noise; got {float(t[outside][0]):g}. Divide timesteps by their number"
-        )
+        value = float(t[outside][0])
+        raise ValueError(f"{op}: t must be in [0, 1] (1 is noise), got {value:g}; divide timesteps by their number")
 
 
 def all_finite(x: Tensor) -> bool:

@@ -67,7 +67,7 @@ def concat_plan(
     Raises:
         ValueError: A sample (packed: all samples) is longer than `length`, token ids and labels do not fit each other,
             or the layout is unknown.
-        TypeError: A segment is none of the two.
+        TypeError: A segment is none of the two, or its ids or labels are no whole numbers.
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
@@ -78,6 +78,8 @@ def concat_plan(
         src, label = [_NO_ROWS], [_NO_ROWS]
         for segment in sample:
             if isinstance(segment, VisualSegment):
+                if segment.n < 0:
+                    raise ValueError(f"sample {number}: a visual segment must have n >= 0 rows, got {segment.n}")
                 src.append(np.arange(-1 - visual_rows, -1 - visual_rows - segment.n, -1))
                 label.append(_ignored(segment.n))
                 visual_rows += segment.n
@@ -88,9 +90,9 @@ def concat_plan(
                     "takes a list of segments per sample"
                 )
             ids = _numbers(segment.ids)
-            if ids.ndim != 1 or (ids < 0).any():
+            if ids.ndim != 1 or (ids < 0).any() or (ids >= 2**31).any():
                 raise ValueError(
-                    f"sample {number}: token ids must be a 1-D sequence of numbers >= 0, got {segment.ids}"
+                    f"sample {number}: token ids must be a 1-D sequence of numbers in [0, 2^31), got {segment.ids}"
                 )
             src.append(ids)
             label.append(_ignored(len(ids)) if segment.labels is None else _numbers(segment.labels))
@@ -136,7 +138,10 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 
 def _numbers(values: Sequence[int] | Tensor) -> np.ndarray:
-    return (values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)).astype(np.int64)
+    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"token ids and labels must be whole numbers, got {values}")
+    return array.astype(np.int64)
 
 
 @lru_cache(maxsize=256)

@@ -399,7 +399,7 @@ def test_levels_lie_between_image_and_noise(backend, device, monkeypatch):
     x0, _, noise, patch = case("batch", device=device)
     add_noise = lambda t: flow_matching_add_noise(x0, t, noise, patch=patch, backend=backend)  # noqa: E731
     for wrong in (1.001, -0.001, 999.0, float("inf")):
-        with pytest.raises(ValueError, match=rf"t must be in \[0, 1\], where 1 is noise; got {wrong:g}\. Divide"):
+        with pytest.raises(ValueError, match=rf"t must be in \[0, 1\] \(1 is noise\), got {wrong:g}; divide"):
             add_noise(torch.tensor([0.0, wrong, 1.0], device=device))
     nan = add_noise(torch.tensor([0.0, float("nan"), 1.0], device=device)).isnan()
     assert nan[1].all() and not nan[[0, 2]].any()

@@ -468,7 +468,13 @@ def test_plan_refuses():
         concat_plan(SAMPLES, length=8)
     with pytest.raises(ValueError, match="give one label per id"):
         concat_plan([[TextSegment([1, 2], [1])]])
-    with pytest.raises(ValueError, match="numbers >= 0"):
+    for wrong, error in (([1.5, 2], TypeError), ([True], TypeError), (["a"], TypeError), ([2**31], ValueError)):
+        with pytest.raises(error, match="whole numbers|numbers in"):
+            concat_plan([[TextSegment(wrong)]])
+    assert len(concat_plan([[TextSegment([])]]).src) == 0
+    with pytest.raises(ValueError, match="n >= 0 rows, got -3"):
+        concat_plan([[VisualSegment(-3)]])
+    with pytest.raises(ValueError, match="numbers in"):
         concat_plan([[TextSegment([-3])]])
     with pytest.raises(
         TypeError, match=r"sample 0: a segment must be .*, got \[1, 2\]; a plan takes a list of segments"
