@@ -97,9 +97,9 @@ def test_it_changes_no_bit_of_the_training(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["eval.suite=geneval"], "eval.suite=geneval: geneval needs a judge"),
-        (["eval.suite=nothing"], "eval.suite=nothing: there is no suite 'nothing'"),
-        (["eval.suite=mme", "eval.suite_data=."], "eval.suite=mme: mme does not draw prompts"),
+        (["eval.suite=geneval"], "eval.suite='geneval': geneval needs a judge"),
+        (["eval.suite=nothing"], "eval.suite='nothing': there is no suite 'nothing'"),
+        (["eval.suite=mme", "eval.suite_data=."], "eval.suite='mme': mme does not draw prompts"),
         (["eval.suite=world", "eval.sampling=[stepps=3]"], "did you mean steps"),
     ],
 )
@@ -109,8 +109,8 @@ def test_a_suite_that_cannot_be_used_is_refused_before_the_run(recipe, keys, sai
 
 
 def test_a_suite_needs_steps_between(recipe):
-    with pytest.raises(RecipeError, match=r"eval.suite=world needs eval.every"):
-        recipe("eval.suite=world")
+    with pytest.raises(RecipeError, match=r"eval.suite='world\\t' needs eval.every"):
+        recipe("eval.suite=world\t")
 
 
 def test_a_judge_that_fails_ends_nothing(recipe, monkeypatch, caplog):

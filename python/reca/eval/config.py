@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.options import GLOB, JUDGE, LOCAL, RecipeError, config_field
+from reca.options import GLOB, JUDGE, LOCAL, RecipeError, config_field, format_value
 
 
 @dataclass
@@ -68,5 +68,6 @@ class EvalConfig:
         for key in ("suite", "stop_on_alarm"):
             if getattr(self, key) and not self.every:
                 raise RecipeError(
-                    f"{prefix}{key}={getattr(self, key)} needs {prefix}every, the steps between evaluations; it is 0"
+                    f"{prefix}{key}={format_value(getattr(self, key))} needs {prefix}every, the steps between "
+                    "evaluations; it is 0"
                 )

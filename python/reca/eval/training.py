@@ -20,7 +20,7 @@ from reca.eval.generate import generate_images
 from reca.eval.targets import Target, write_generation
 from reca.models.base import Adapter
 from reca.models.common.inference import eval_mode
-from reca.options import RecipeError
+from reca.options import RecipeError, format_value
 from reca.precision import fp32_products
 from reca.sampling_options import read_pairs
 
@@ -59,7 +59,7 @@ class TrainingSuite:
                 raise RecipeError(f"{self.name} does not draw prompts; `reca eval {self.name} RUN` evaluates a run")
             check(self.settings, [self._side(0)], None, None)
         except ValueError as error:
-            raise RecipeError(f"eval.suite={config.suite}: {error}") from error
+            raise RecipeError(f"eval.suite={format_value(config.suite)}: {error}") from error
 
     def run(
         self, adapter: Adapter, step: int, device: torch.device, autocast: contextlib.AbstractContextManager
