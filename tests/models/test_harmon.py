@@ -463,7 +463,6 @@ def test_answers_do_not_depend_on_the_batch(model):
     alone = [model.answer([p], [q], 6)[0] for p, q in zip(shown, questions, strict=True)]
     assert together == alone
     assert model.answer(shown * 17, questions * 17, 6) == alone * 17  # more of one length than a batch holds
-    assert model.answer(shown[:1], questions[:1], 0) == [""]
 
 
 # the driver's questions
