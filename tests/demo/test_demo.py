@@ -167,7 +167,7 @@ def test_processes_and_the_command_line(tmp_path, capsys, monkeypatch):
     assert "images that show what was asked, % (seeds 0)" in out and "seed 0: held-out RECA - SFT" in out
     assert (tmp_path / "report.html").exists()
     *_, said, page = out.splitlines()
-    assert said.startswith("pairs that captions never showed, drawn right, %: RECA ")
+    assert said.startswith("correct images for pairs that no caption shows, %: RECA ")
     assert page == str(tmp_path / "comparison.html") and "Reconstructions" in (tmp_path / "comparison.html").read_text()
 
 

@@ -63,8 +63,8 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     if results:
         print(report.table(results))
         path = report.write(results, umm, world, out, scale, failures)
-        print(f"\nreport of all arms: {path.resolve()}")
-        print(f"what they draw: {path.with_name(before_after.NAME).resolve()}")
+        print(f"\nreport of all variants: {path.resolve()}")
+        print(f"images before and after: {path.with_name(before_after.NAME).resolve()}")
         print(report.summary(results))
     for name, failure in failures.items():
         print(f"{name} FAILED, {failure}")

@@ -62,7 +62,7 @@ def summary(results: Results) -> str:
     """Say in one line what RECA changed."""
     cells = {name: [_rates(results, arm, "held-out") for arm in (BEFORE, name)] for name in ("RECA", "SFT")}
     ways = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in cells.items())
-    return f"pairs that captions never showed, drawn right, %: {ways}"
+    return f"correct images for pairs that no caption shows, %: {ways}"
 
 
 def write(

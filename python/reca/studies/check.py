@@ -68,5 +68,5 @@ def _same_sizes(model: nn.Module, start: nn.Module) -> None:
         if own.get(name) != given.get(name):
             raise RecipeError(
                 f"{name} has the size {own.get(name)}, and {given.get(name)} in the start that the arm goes on from: "
-                f"give the model.* key as {START}:model.KEY=VALUE, which changes the start and all arms"
+                f"give the model.* key as {START}:model.KEY=VALUE, which changes pre-training and all variants"
             )
