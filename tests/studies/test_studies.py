@@ -462,7 +462,7 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
         ),
         ("SFT:train.activation_checkpointing=99", "arm SFT: train.activation_checkpointing=99 computes one in 99"),
         ("SFT:data.template_count=1000", "arm SFT: data.template_count=1000, but there are 8 templates"),
-        ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite=nothing"),
+        ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite='nothing'"),
         ("SFT:model.image_size=33", "arm SFT: model.image_size is 33 pixels"),
         ("RECA:model.patches.entries=99", "arm RECA: codec.codebook has the size (99, 48), and (145, 48) in the start"),
         (
