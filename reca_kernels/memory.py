@@ -108,8 +108,8 @@ def _may_have_tangent(x: Tensor) -> bool:
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(x):
         innermost = functorch.peek_interpreter_stack()
-        told = innermost is not None and innermost.key() == functorch.TransformType.Jvp
-        told = told and functorch.maybe_get_level(x) == innermost.level()
-        if not told or functorch.is_functorch_wrapped_tensor(functorch.get_unwrapped(x)):
+        known = innermost is not None and innermost.key() == functorch.TransformType.Jvp
+        known = known and functorch.maybe_get_level(x) == innermost.level()
+        if not known or functorch.is_functorch_wrapped_tensor(functorch.get_unwrapped(x)):
             return True
     return forward_ad.unpack_dual(x).tangent is not None

@@ -119,9 +119,9 @@ def _check_keys(recipe: Recipe, config: Any) -> None:
     own, wanted = by_key(given), by_key(recipe)
     changed = [key for key in wanted if own[key] != wanted[key]]
     if changed:
-        told = "; ".join(f"{key} {format_value(own[key])}, not {format_value(wanted[key])}" for key in changed)
+        changes = "; ".join(f"{key} {format_value(own[key])}, not {format_value(wanted[key])}" for key in changed)
         raise RecipeError(
-            f"the model was loaded with other keys than the recipe's ({told}), and its run would be loaded with the "
+            f"the model was loaded with other keys than the recipe's ({changes}), and its run would be loaded with the "
             "recipe's; give both the same overrides"
         )
 

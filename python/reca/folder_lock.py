@@ -56,7 +56,7 @@ def acquire(handle: int, start: int, length: int) -> bool:
 
     Waits LEASE seconds where the owner of the file is no process of this machine: it may be gone with its machine.
     """
-    began, told = time.monotonic(), False
+    began, warned = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
@@ -68,8 +68,8 @@ def acquire(handle: int, start: int, length: int) -> bool:
             waited = time.monotonic() - began
             if waited > (TIMEOUT if _is_alive_here(owner(handle)) else LEASE):
                 return False
-            if waited > TIMEOUT and not told:
-                told = True
+            if waited > TIMEOUT and not warned:
+                warned = True
                 log.warning(
                     "the run folder is in use by %s: waiting up to %.0f s, in which a file system lets go of the locks "
                     "of a machine that is gone", owner(handle) or "another process", LEASE,
