@@ -19,7 +19,6 @@ from reca.status import Status
 
 log = logging.getLogger("reca")
 
-
 SEEN_AFTER = 70.0  # seconds: NFS may keep for 60 that a folder is not there (acdirmax)
 
 

@@ -116,6 +116,8 @@ def _checked(method: Callable) -> Callable:
         lists = {
             name: given[name] for name in ("prompts", "images", "instructions", "questions", "seeds") if name in given
         }
+        if isinstance(batch := given.get("batch"), Batch):  # to reconstruct; in others it is a number
+            lists["images"] = batch.text
         check_pairs(**lists)
         check_limits(given)
         return method(*args, **options) if all(map(len, lists.values())) else []

@@ -14,7 +14,7 @@ from reca.models.bagel.transformer import KVCache
 from reca.models.bagel.views import edit_views, task_views
 from reca.models.common.greedy import decode_replies, greedy_tokens
 from reca.models.common.images import fit_to_view, to_uint8
-from reca.models.common.inference import check_multiple, check_pairs
+from reca.models.common.inference import check_multiple
 from reca.rng import CounterRNG, RandomStream
 
 RENORMS = ("global", "channel", "text_channel")
@@ -59,7 +59,6 @@ def reconstruct(
     net: Network, batch: Batch, h_v: Sequence[Tensor], seeds: list[int], *, steps: int = 50, shift: float = 3.0
 ) -> list[Tensor]:
     """Draw images again, uint8 [3, H, W] of their own sizes; see `denoise`."""
-    check_pairs(images=batch.text, seeds=seeds)
     items, sizes = loss.with_images(net, batch, [[net.text(text)] for text in batch.text]), loss.image_sizes(net, batch)
     _, full = net.prefill(loss.given_images(net, items, h_v))
     tokens = denoise(

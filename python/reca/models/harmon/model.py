@@ -12,7 +12,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_multiple, check_pairs, eval_mode, warn_of_cut
+from reca.models.common.inference import check_multiple, eval_mode, warn_of_cut
 from reca.models.harmon import modules, prompt, sampling, weights
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.loss import Prepared, compute_loss, prepare
@@ -129,7 +129,6 @@ class Harmon(Network, Adapter):
         clip_sample_range: float | None = None,
     ) -> list[Tensor]:
         """Draw images again by MAR (`sampling.sample_latents`). Seeds lie in [0, 2**56)."""
-        check_pairs(images=batch.text, seeds=seeds)
         with eval_mode(self):
             features = self.encode(batch)
             latents = sampling.sample_latents(

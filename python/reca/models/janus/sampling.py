@@ -9,7 +9,7 @@ from torch import Tensor
 from reca.data.batch import Batch
 from reca.models.common.greedy import decode_replies
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.inference import warn_of_cut
 from reca.models.common.planned import Continuation, greedy
 from reca.models.janus import prompt
 from reca.models.janus.loss import reca_prompt
@@ -59,7 +59,6 @@ def generate(
 @torch.no_grad()
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
     """Draw images again code by code (`continue_codes`). Seeds lie in [0, 2**56)."""
-    check_pairs(images=batch.text, seeds=seeds)
     noise, prompts = SamplerNoise(torch.tensor(seeds, device=net.device)), [reca_prompt(net, t) for t in batch.text]
     codes = continue_codes(net, prompts, noise, h_v, guidance=1, temperature=temperature)
     return list(to_uint8(net.gen_vision_model.decode(codes), floor=True))

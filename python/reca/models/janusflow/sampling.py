@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from reca.data.batch import Batch
 from reca.models.common.images import to_uint8
-from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.inference import warn_of_cut
 from reca.models.common.kv_cache import with_cache
 from reca.models.janusflow import prompt
 from reca.models.janusflow.loss import longest_prompt, reca_prompt, t2i_prompt
@@ -30,7 +30,6 @@ def generate(
 
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, steps: int = 30) -> list[Tensor]:
     """Draw images again by Euler's method (`denoise`), without guidance. Seeds lie in [0, 2**56)."""
-    check_pairs(images=batch.text, seeds=seeds)
     return draw(net, [reca_prompt(net, text) for text in batch.text], h_v, seeds, steps=steps, guidance=1.0)
 
 

@@ -12,7 +12,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import to_unit
-from reca.models.common.inference import check_pairs, options_of
+from reca.models.common.inference import options_of
 from reca.models.open_uni import modules, sampling, weights
 from reca.models.open_uni.config import OpenUniConfig
 from reca.models.open_uni.loss import Prepared, compute_loss, prepare, reca_prompts
@@ -82,7 +82,6 @@ class OpenUni(Network, Adapter):
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 20) -> list[Tensor]:
         """Draw images again by DPM-Solver++ (`sampling.sample`). Seeds lie in [0, 2**56)."""
-        check_pairs(images=batch.text, seeds=seeds)
         with self.inference_autocast():
             prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
             return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)

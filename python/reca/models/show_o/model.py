@@ -10,7 +10,7 @@ from reca.data.batch import Batch
 from reca.data.views import View, Views
 from reca.models.base import Adapter, LossTerm
 from reca.models.common.images import fit_to_view, to_uint8, to_unit
-from reca.models.common.inference import check_pairs, warn_of_cut
+from reca.models.common.inference import warn_of_cut
 from reca.models.common.patch_codebook import PatchCodebook
 from reca.models.show_o import sampling, weights
 from reca.models.show_o.conditioner import conditioner
@@ -92,7 +92,6 @@ class ShowO(Network, Adapter):
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, temperature: float = 1.0) -> list[Tensor]:
         """Draw images again by MaskGIT (`sampling.fill_codes`). Seeds lie in [0, 2**56)."""
-        check_pairs(images=batch.text, seeds=seeds)
         noise = sampling.SamplerNoise(torch.tensor(seeds, device=self.device))
         samples, h_v = reca_samples(self, batch.text), self.encode(batch)["h_v"]
         codes = sampling.fill_codes(self, samples, noise, h_v, steps=steps, guidance=0, temperature=temperature)
