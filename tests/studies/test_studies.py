@@ -464,10 +464,13 @@ def test_every_prompt_is_drawn_as_often_as_asked_and_shown_once():
         ("SFT:data.template_count=1000", "arm SFT: data.template_count=1000, but there are 8 templates"),
         ("SFT:eval.every=1 SFT:eval.suite=nothing", "arm SFT: eval.suite='nothing'"),
         ("SFT:model.image_size=33", "arm SFT: model.image_size is 33 pixels"),
-        ("RECA:model.patches.entries=99", "arm RECA: codec.codebook has the size (99, 48), and (145, 48) in the start"),
+        (
+            "RECA:model.patches.entries=99",
+            "arm RECA: codec.codebook has the size (99, 48), and (145, 48) in the pre-trained model",
+        ),
         (
             "before:model.patches.entries=99",
-            "arm before: codec.codebook has the size (99, 48), and (145, 48) in the start",
+            "arm before: codec.codebook has the size (99, 48), and (145, 48) in the pre-trained model",
         ),
         ("--slurm SFT:train.frozen=[nothing]", "arm SFT: train.frozen: no parameter matches 'nothing'"),
     ],

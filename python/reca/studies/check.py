@@ -67,6 +67,7 @@ def _same_sizes(model: nn.Module, start: nn.Module) -> None:
     for name in own | given:
         if own.get(name) != given.get(name):
             raise RecipeError(
-                f"{name} has the size {own.get(name)}, and {given.get(name)} in the start that the arm goes on from: "
-                f"give the model.* key as {START}:model.KEY=VALUE, which changes pre-training and all variants"
+                f"{name} has the size {own.get(name)}, and {given.get(name)} in the pre-trained model that the variant "
+                f"starts from: give the model.* key as {START}:model.KEY=VALUE, which changes pre-training and all "
+                "variants"
             )

@@ -55,9 +55,7 @@ class HarmonConfig:
     words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
     language: Qwen2Sizes = config_field(Qwen2Sizes, "")
     mar: MarSizes = config_field(MarSizes, "")
-    codec: str = config_field(
-        "kl16", "kl16, or patches (linear; stands in for it in the embedded world)", ("kl16", "patches")
-    )
+    codec: str = config_field("kl16", "kl16, or patches (linear; its substitute for toy datasets)", ("kl16", "patches"))
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "")
     image_size: int = pixels(512, "size in pixels of an image, generated or asked about")
     understanding_size: Optional[int] = pixels(
