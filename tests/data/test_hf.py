@@ -8,8 +8,7 @@ from typing import ClassVar
 import huggingface_hub
 import pytest
 
-from reca.data.columns import ColumnsConfig
-from reca.data.config import DataConfig
+from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.sources import open_source

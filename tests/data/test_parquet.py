@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from reca.data import order, parquet
-from reca.data.columns import ColumnsConfig
-from reca.data.config import DataConfig
+from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.loader import open_loader
 from reca.data.row_groups import RecentlyUsed

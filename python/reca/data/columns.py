@@ -2,34 +2,22 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from reca.data.chat_rows import BadRow, turns
+from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError, LeftOut
 from reca.data.remote import AnyPath, is_address, read_range, to_path
 from reca.data.sample import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, Sample, checked_size, decode_caption
 from reca.data.skipped import Skipped
-from reca.options import config_field
 
 IMAGE, BYTES, TEXT, LIST, OTHER = "image", "bytes", "text", "list", "other"  # forms of a column
 # The names that are looked for where no key names a column.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "webp", "image_bytes", "image_path", "path", "file_name", "url")
 CAPTION_NAMES = ("caption", "text", "txt", "prompt", "llava")
 CONVERSATION_NAMES = ("conversations", "messages")
-
-
-@dataclass
-class ColumnsConfig:
-    """Keys that name the columns of a table."""
-
-    image: Optional[str] = config_field(
-        None, "column of a table that holds the images, or their paths or URLs; null finds it where it is clear"
-    )
-    caption: Optional[str] = config_field(None, "column of the captions; null finds it where it is clear")
-    conversations: Optional[str] = config_field(None, "column of the conversations; null: conversations or messages")
 
 
 class Columns(NamedTuple):

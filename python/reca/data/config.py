@@ -3,9 +3,19 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from reca.data.columns import ColumnsConfig
 from reca.options import GLOB, LOCAL, SPEC, config_field, share
 from reca.values import Sources
+
+
+@dataclass
+class ColumnsConfig:
+    """Keys that name the columns of a table."""
+
+    image: Optional[str] = config_field(
+        None, "column of a table that holds the images, or their paths or URLs; null finds it where it is clear"
+    )
+    caption: Optional[str] = config_field(None, "column of the captions; null finds it where it is clear")
+    conversations: Optional[str] = config_field(None, "column of the conversations; null: conversations or messages")
 
 
 @dataclass

@@ -6,7 +6,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from reca.data.columns import ColumnsConfig, cell_of, choose, make_sample
+from reca.data.columns import cell_of, choose, make_sample
+from reca.data.config import ColumnsConfig
 from reca.data.errors import DataError
 from reca.data.folder import total_size
 from reca.data.parquet import form_of

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reca import units
-from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, ColumnsConfig, cell_of, choose, make_sample
+from reca.data.columns import BYTES, IMAGE, LIST, OTHER, TEXT, cell_of, choose, make_sample
+from reca.data.config import ColumnsConfig
 from reca.data.errors import BadSample, DataError
 from reca.data.order import WINDOW, Block
 from reca.data.patterns import relative_names, some

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from reca.data import hf
 from reca.data.batch import task_rng
-from reca.data.columns import ColumnsConfig
-from reca.data.config import DataConfig
+from reca.data.config import ColumnsConfig, DataConfig
 from reca.data.conversations import Conversations
 from reca.data.errors import DataError
 from reca.data.folder import Folder, NoImages, list_files
