@@ -97,10 +97,11 @@ def test_tensorboard_has_the_images_under_their_prompts(recipe):
 
 
 @pytest.mark.parametrize("done", [0, 2])
-def test_tensorboard_shows_steps_that_are_made_again_once(tmp_path, done):
+def test_tensorboard_shows_steps_that_are_made_again_once(tmp_path, monkeypatch, done):
     """Also those of a run that was killed before its first checkpoint, with the evaluation before its first step."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, loss in ((0, 1.0), (done and done + 1, 2.0)):
+        monkeypatch.setattr("time.time", lambda start=loss: 1e9 + start)  # files are read in the order of their seconds
         board = trackers.TensorBoard(tmp_path, done if loss == 2 else 0)
         for step in range(first, 5):
             board.scalars(step, {"loss": loss})
