@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 
-from reca.eval.suites import dpg, gedit, geneval2, imgedit, marks, mme, wise_rules
+from reca.eval.suites import Item, dpg, gedit, geneval2, imgedit, marks, mme, wise_rules
 
 RECORDED = {
     "dpg_file": "dpg.json",
@@ -60,16 +61,35 @@ def test_dpg(dpg_file):
 # ---- GenEval 2 ----
 
 
+class Logits:
+    """A judge with the recorded logits of every question, in their order."""
+
+    def __init__(self, cases):
+        self.logits = iter([logits for item in cases["items"] for logits in item["logits"]])
+        self.vocabulary, self.first = cases["vocabulary"], cases["first_token_of"]
+
+    def first_token_probability(self, text, images, accepted):
+        probabilities = torch.tensor(next(self.logits), dtype=torch.float64).softmax(0)
+        return sum(float(probabilities[self.vocabulary.index(self.first[string])]) for string in accepted)
+
+
 def test_geneval2(geneval2_file):
-    cases = read(geneval2_file)
-    vocabulary, first = cases["vocabulary"], cases["first_token_of"]
+    cases, suite = read(geneval2_file), geneval2.GenEval2()
     for word, digits in cases["number_words"].items():
         assert geneval2.DIGITS.get(word, "other") == digits
-    ours = geneval2.totals(cases["items"], lambda text: vocabulary.index(first[text]), vocabulary)
-    for name, figures in ours.items():
-        same(figures, cases["expect"][name])
-    scores = ours["soft_tifa_am"]["score_lists"]
-    rows = [(item["atom_count"], item["skills"], s) for item, s in zip(cases["items"], scores, strict=True)]
+    items = [
+        Item(str(number), "", "", metadata=row | {"questions": row["vqa_list"]})
+        for number, row in enumerate(cases["items"])
+    ]
+    judge = Logits(cases)
+    answers = {(item.id, 0): suite.ask(judge, item, None) for item in items}
+    arithmetic, geometric = cases["expect"]["soft_tifa_am"], cases["expect"]["soft_tifa_gm"]
+    same(list(answers.values()), arithmetic["score_lists"])
+    score = suite.score(answers, items)
+    same([value.value / 100 for value in score.values], geometric["per_prompt"])
+    same(score.metrics["soft_tifa_am"], arithmetic["total"])
+    same(score.metrics["soft_tifa_gm"], geometric["total"])
+    rows = [(row["atom_count"], row["skills"], s) for row, s in zip(cases["items"], answers.values(), strict=True)]
     analysis = geneval2.analyse(rows)
     wanted = cases["expect"]["analysis"]
     same({k: v for k, v in analysis.per_skill.items() if v is not None}, wanted["per_skill"])

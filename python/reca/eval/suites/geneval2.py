@@ -5,7 +5,7 @@ Source: facebookresearch/GenEval2, evaluation.py and soft_tifa_analysis.py. Its 
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,18 +28,6 @@ def accepted(question: str, answer: str) -> list[str]:
     digits = DIGITS.get(answer, "other")
     big = answer.capitalize()
     return [answer, big, f" {answer}", f" {big}", digits, f" {digits}"]
-
-
-def probability(accepted_tokens: Sequence[int], probabilities: Sequence[float]) -> float:
-    """Add the probabilities of the first tokens of all accepted strings; one that comes twice counts twice."""
-    return sum(probabilities[token] for token in accepted_tokens)
-
-
-def softmax(logits: Sequence[float]) -> list[float]:
-    largest = max(logits)
-    powers = [math.exp(value - largest) for value in logits]
-    total = sum(powers)
-    return [power / total for power in powers]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -162,35 +150,3 @@ class GenEval2(Suite):
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             return None
         return {(item.id, 0): rows[int(item.id)] for item in items if int(item.id) < len(rows)} or None
-
-
-def totals(
-    items: Sequence[Mapping[str, Any]], first_token: Callable[[str], int], vocabulary: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Compute the four methods of evaluation.py from the logits of every question.
-
-    items: vqa_list, logits per question and logits_whole_prompt. first_token: index of a string's first token.
-    """
-    methods: dict[str, dict[str, Any]] = {}
-    for name in ("soft_tifa_am", "soft_tifa_gm", "tifa", "vqascore"):
-        lists, per_prompt = [], []
-        for item in items:
-            if name == "vqascore":
-                tokens = [first_token(text) for text in YES]
-                scores = [probability(tokens, softmax(item["logits_whole_prompt"]))]
-            else:
-                scores = [
-                    _hard(q, a, logits, vocabulary)
-                    if name == "tifa"
-                    else probability([first_token(text) for text in accepted(q, a)], softmax(logits))
-                    for (q, a), logits in zip(item["vqa_list"], item["logits"], strict=True)
-                ]
-            lists.append(scores)
-            per_prompt.append(geometric_mean(scores) if name == "soft_tifa_gm" else mean(scores))
-        methods[name] = {"score_lists": lists, "per_prompt": per_prompt, "total": 100 * mean(per_prompt)}
-    return methods
-
-
-def _hard(question: str, answer: str, logits: Sequence[float], vocabulary: Sequence[str]) -> int:
-    """Return 1 if the lower-cased most likely token is an accepted string."""
-    return int(vocabulary[max(range(len(logits)), key=logits.__getitem__)].lower() in accepted(question, answer))
