@@ -112,24 +112,20 @@ def test_geneval2_without_data_and_with_foreign_data():
 def test_wise_marks(wise_file):
     cases = read(wise_file)
     for case in cases["parse_three_marks"]:
-        found = marks.wise_legacy_upstream(case["reply"])
+        found = marks.wise_legacy(case["reply"])
         assert found == case["upstream_legacy"], case
         assert (len(found) == 3) == case["upstream_accepted"], case
-        assert marks.wise_legacy_release(case["reply"]) == case["release"], case
     for case in cases["parse_binary"]:
         assert marks.wise_verified(case["reply"]) == case["verified"].get("score"), case
 
 
 def wise_rows(case, names):
-    for file in case["files"]:
-        for row in file:
-            if isinstance(row, list):
-                yield dict(zip(("prompt_id", *names), row, strict=True))
-                continue
-            try:
-                yield json.loads(row)
-            except ValueError:
-                yield row
+    """The lines that have a prompt_id; texts stand for lines as they are, some of which are no JSON."""
+    for row in (row for file in case["files"] for row in file):
+        if isinstance(row, list):
+            yield dict(zip(("prompt_id", *names), row, strict=True))
+        elif row.startswith("{") and "prompt_id" in (parsed := json.loads(row)):
+            yield parsed
 
 
 @pytest.mark.parametrize("kind", ["legacy", "verified"])
@@ -140,30 +136,16 @@ def test_wise_averages(wise_file, kind):
             wanted = case["expect"]["upstream_legacy"]
         else:
             names, protocol, value, wanted = ["score"], wise_rules.VERIFIED, wise_rules.verified_value, case["expect"]
-        ours = wise_rules.average(wise_rows(case, names), protocol, value, case["category"])
-        assert bool(ours.missing) == wanted["aborted"], case["name"]
-        assert ours.skipped == wanted["skipped_lines"], case["name"]
-        if not wanted["aborted"]:
-            found = {n: {"average": f"{ours.means[n]:.2f}", "n": ours.counts[n]} for n in wanted["categories"]}
-            assert found == wanted["categories"], case["name"]
-            assert (ours.overall is None and wanted["overall"] is None) or f"{ours.overall:.2f}" == wanted["overall"]
-        same({n: ours.means[n] for n in case["expect"].get("exact_means", {})}, case["expect"].get("exact_means", {}))
-
-
-def test_wise_of_the_release(wise_file):
-    def subcategory(number):
-        return "Horizontal time" if number in wise_rules.LEGACY.ids["TIME"] else "elsewhere"
-
-    for case in read(wise_file)["aggregate_legacy"]:
-        wanted = case["expect"].get("release")
-        if wanted is None:
-            continue
-        files = [[dict(zip(("prompt_id", *marks.WISE_MARKS), row, strict=True)) for row in f] for f in case["files"]]
-        if "error" in wanted:
-            with pytest.raises(TypeError):
-                wise_rules.release_text(files, subcategory)
+        means, overall = wise_rules.average(wise_rows(case, names), protocol, value)
+        if wanted["aborted"]:
+            assert overall is None, case["name"]
         else:
-            assert wise_rules.release_text(files, subcategory) == wanted["results_txt"], case["name"]
+            assert {name: f"{mean:.2f}" for name, mean in means.items()} == {
+                name: figures["average"] for name, figures in wanted["categories"].items()
+            }, case["name"]
+            assert (overall and f"{overall:.2f}") == wanted["overall"], case["name"]
+        exact = case["expect"].get("exact_means", {})
+        same({name: means[name] for name in exact}, exact)
 
 
 # ---- ImgEdit ----

@@ -9,32 +9,21 @@ from typing import Any
 
 WISE_MARKS = ("consistency", "realism", "aesthetic_quality")
 _WISE_NAMES = {"consistency": "Consistency", "realism": "Realism", "aesthetic_quality": "Aesthetic Quality"}
-NOT_FOUND = 9.9  # the release's mark for one that is not in the reply
 
 
-def wise_legacy(reply: str, colons: str = ":") -> dict[str, float]:
-    """Read the three marks 0 to 2 of WISE's first protocol; those that are found. The last occurrence counts."""
+def wise_legacy(reply: str) -> dict[str, float]:
+    """Read the three marks 0 to 2 of WISE's first protocol; those that are found. The last occurrence counts.
+
+    Without names, three lines of a single mark are taken in order.
+    """
     found: dict[str, float] = {}
     for key, name in _WISE_NAMES.items():
-        pattern = rf"\*{{0,2}}{name}\*{{0,2}}\s*[{colons}]?\s*(\d)"
-        if marks := re.findall(pattern, reply, re.IGNORECASE):
+        if marks := re.findall(rf"\*{{0,2}}{name}\*{{0,2}}\s*:?\s*(\d)", reply, re.IGNORECASE):
             found[key] = float(marks[-1])
+    lines = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1", "2")]
+    if not found and len(lines) >= 3:
+        found = dict(zip(WISE_MARKS, map(float, lines), strict=False))
     return found
-
-
-def wise_legacy_upstream(reply: str) -> dict[str, float]:
-    """Read marks as WISE's own script: without names, three lines of a single mark are taken in order."""
-    found = wise_legacy(reply)
-    if not found:
-        lines = [line.strip() for line in reply.splitlines() if line.strip() in ("0", "1", "2")]
-        if len(lines) >= 3:
-            found = dict(zip(WISE_MARKS, map(float, lines), strict=False))
-    return found
-
-
-def wise_legacy_release(reply: str) -> dict[str, float]:
-    """Read marks as the RECA release does: with the full-width colon too, and 9.9 for what is not found."""
-    return dict.fromkeys(WISE_MARKS, NOT_FOUND) | wise_legacy(reply, ":\uff1a")
 
 
 def wise_score(marks: dict[str, float]) -> float:

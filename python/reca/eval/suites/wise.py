@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value
-from reca.eval.suites.marks import WISE_MARKS, wise_legacy_upstream, wise_verified
+from reca.eval.suites.marks import WISE_MARKS, wise_legacy, wise_verified
 from reca.eval.suites.wise_rules import LEGACY, VERIFIED, Protocol, average, legacy_value, verified_value
 
 _VERIFIED_QUESTION = """\
@@ -87,8 +87,8 @@ class Wise(Suite):
                     failed.append((key, f"the judge's reply holds no mark: {str(answers[key])[:200]!r}"))
                 else:
                     values.append(Value(*key, item.tag, value))
-        averages = average(rows, self.rules, self.value_of)
-        metrics: dict[str, Any] = {"categories": averages.means, "overall": averages.overall}
+        means, overall = average(rows, self.rules, self.value_of)
+        metrics: dict[str, Any] = {"categories": means, "overall": overall}
         present = {value.tag for value in values}
         complete = present == set(self.rules.weights)
         return Score(values, dict(self.rules.weights) if complete else None, metrics, failed)
@@ -123,7 +123,7 @@ class WiseLegacy(Wise):
     def row(self, item: Item, answer: Any) -> dict[str, Any]:
         if isinstance(answer, Mapping):
             return {**answer, "prompt_id": int(item.id)}
-        return {"prompt_id": int(item.id), **wise_legacy_upstream(str(answer))}
+        return {"prompt_id": int(item.id), **wise_legacy(str(answer))}
 
     def value_of(self, row: Mapping[str, Any]) -> float | None:
         """Return the WiScore; None also where a mark lies outside of 0 to 2, such as the release's 9.9 for none."""
