@@ -12,7 +12,7 @@ from reca.eval.errors import EvaluationError
 from reca.eval.judges import mask2former
 from reca.eval.judges.base import Judge
 from reca.eval.judges.colors import CLIP, ColorClassifier, load_clip
-from reca.eval.suites.geneval_rules import CLASS_NAMES, Options, kept_places
+from reca.eval.suites.geneval_rules import CLASS_NAMES, kept_places
 
 RECORDED_SCORE = 0.05  # weaker detections count under no threshold in use, and are not recorded
 DTYPE = "float32"
@@ -40,7 +40,7 @@ class DetectorJudge(Judge):
         whole = Image.fromarray(pixels)
         for name, count in colored.items():
             boxes = found.get(name, [])
-            places = kept_places([box["score"] for box in boxes], threshold, Options().max_objects)[:count]
+            places = kept_places([box["score"] for box in boxes], threshold)[:count]
             colors = self.colors(whole, name, [boxes[i]["box"] for i in places], [masks[name][i] for i in places])
             for place, color in zip(places, colors, strict=True):
                 boxes[place]["color"] = color

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import files
 from reca.eval.suites.base import PROMPTS, Item, Key, Score, Suite, Value, find_samples, tag_means
-from reca.eval.suites.geneval_rules import TAGS, Options, judge, summarize
+from reca.eval.suites.geneval_rules import TAGS, judge, summarize, threshold_of
 
 
 class GenEval(Suite):
@@ -22,7 +22,6 @@ class GenEval(Suite):
     data_help = "Give prompts/evaluation_metadata.jsonl of github.com/djghosh13/geneval (MIT)."
     file = "evaluation_metadata.jsonl"
     shipped: ClassVar[Path | None] = PROMPTS / "geneval" / file
-    options = Options()
 
     def items(self) -> list[Item]:
         path = self.data_path()
@@ -67,10 +66,7 @@ class GenEval(Suite):
         for wanted in item.metadata.get("include", ()):
             if "color" in wanted:
                 colored[wanted["class"]] = max(colored.get(wanted["class"], 0), wanted["count"])
-        threshold = (
-            self.options.counting_threshold if item.metadata.get("tag") == "counting" else self.options.threshold
-        )
-        return judge.detect(image, colored, threshold)
+        return judge.detect(image, colored, threshold_of(item.metadata))
 
     def score(self, answers: Mapping[Key, Any], items: Sequence[Item]) -> Score:
         """Judge detections by GenEval's rules; a verdict of the public script is taken as it is."""
@@ -81,7 +77,7 @@ class GenEval(Suite):
                 if "correct" in answer:
                     correct, reason = bool(answer["correct"]), str(answer.get("reason", ""))
                 else:
-                    verdict = judge(answer, item.metadata, self.options)
+                    verdict = judge(answer, item.metadata)
                     correct, reason = verdict.correct, "\n".join(r.line for r in verdict.reasons)
                 values.append(Value(*key, item.tag, float(correct), reason))
                 rows.append((item.tag, json.dumps(item.metadata), correct))

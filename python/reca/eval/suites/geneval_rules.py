@@ -5,7 +5,6 @@ Source: djghosh13/geneval, evaluation/evaluate_images.py and summary_scores.py. 
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +24,11 @@ CLASS_NAMES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """Thresholds of the public script, with its defaults."""
-
-    threshold: float = 0.3  # scores above it count
-    counting_threshold: float = 0.9  # … for the tag "counting"
-    max_objects: int = 16  # of a class
-    max_overlap: float = 1.0  # IoU from which the weaker of two boxes is dropped; 1 keeps all
-    position_threshold: float = 0.1  # of the objects' sizes: how far apart they must be to stand in a relation
+# Thresholds of the public script.
+THRESHOLD = 0.3  # scores above it count
+COUNTING_THRESHOLD = 0.9  # ... for the tag "counting"
+MAX_OBJECTS = 16  # of a class
+POSITION_THRESHOLD = 0.1  # of the objects' sizes: how far apart they must be to stand in a relation
 
 
 class Box(NamedTuple):
@@ -57,21 +52,24 @@ class Verdict(NamedTuple):
     kept: dict[str, list[list[float]]]  # class -> x0, y0, x1, y1, score of the boxes that count
 
 
-def judge(
-    detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any], options: Options
-) -> Verdict:
+def threshold_of(metadata: Mapping[str, Any]) -> float:
+    """Return the score above which objects count for a prompt."""
+    return COUNTING_THRESHOLD if metadata.get("tag") == "counting" else THRESHOLD
+
+
+def judge(detections: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> Verdict:
     """Judge an image by GenEval's rules.
 
     detections: per class, in the detector's order, {"box": [x0, y0, x1, y1], "score": s, "color": name}.
     metadata: of the prompt, with `tag`, `include` and `exclude`.
     """
-    threshold = options.counting_threshold if metadata.get("tag") == "counting" else options.threshold
-    kept = {name: _kept(boxes, threshold, options) for name, boxes in detections.items()}
+    threshold = threshold_of(metadata)
+    kept = {name: _kept(boxes, threshold) for name, boxes in detections.items()}
     kept = {name: boxes for name, boxes in kept.items() if boxes}
     reasons: list[Reason] = []
     matched_groups: list[list[Box] | None] = []
     for wanted in metadata.get("include", []):
-        group, found_wrong = _include(wanted, kept, matched_groups, options)
+        group, found_wrong = _include(wanted, kept, matched_groups)
         reasons += found_wrong
         matched_groups.append(None if found_wrong else group)
     for wanted in metadata.get("exclude", []):
@@ -83,40 +81,23 @@ def judge(
     return Verdict(not reasons, reasons, details)
 
 
-def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float, options: Options) -> list[Box]:
-    """Sort by score, of equal ones the later first; drop weak ones, cut, then drop overlapping ones."""
+def _kept(boxes: Sequence[Mapping[str, Any]], threshold: float) -> list[Box]:
     scores = np.array([box["score"] for box in boxes], dtype=np.float32)
-    strong = kept_places(scores, threshold, options.max_objects)
-    found = [Box(np.asarray(boxes[i]["box"], dtype=np.float32), scores[i], boxes[i].get("color")) for i in strong]
-    if options.max_overlap == 1:
-        return found
-    kept: list[Box] = []
-    for box in found:
-        if all(iou(box.corners, other.corners) < options.max_overlap for other in kept):
-            kept.append(box)
-    return kept
+    return [
+        Box(np.asarray(boxes[i]["box"], dtype=np.float32), scores[i], boxes[i].get("color"))
+        for i in kept_places(scores, threshold)
+    ]
 
 
-def kept_places(scores: Any, threshold: float, max_objects: int) -> list[int]:
-    """Return the places of scores above the threshold, the best first, of equal ones the later first."""
+def kept_places(scores: Any, threshold: float) -> list[int]:
+    """Return the places of the best MAX_OBJECTS scores above the threshold, of equal ones the later first."""
     found = np.asarray(scores, dtype=np.float32)
     order = np.argsort(found, kind="stable")[::-1]
-    return [int(i) for i in order if found[i] > np.float32(threshold)][:max_objects]
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Compute intersection over union, counting pixels: a box of one corner has a pixel."""
-
-    def area(corners: Any) -> Any:
-        return max(corners[2] - corners[0] + 1, 0) * max(corners[3] - corners[1] + 1, 0)
-
-    inside = area([*np.maximum(a[:2], b[:2]), *np.minimum(a[2:], b[2:])])
-    union = area(a) + area(b) - inside
-    return float(inside / union) if union else 0.0
+    return [int(i) for i in order if found[i] > np.float32(threshold)][:MAX_OBJECTS]
 
 
 def _include(
-    wanted: Mapping[str, Any], kept: Mapping[str, list[Box]], groups: Sequence[list[Box] | None], options: Options
+    wanted: Mapping[str, Any], kept: Mapping[str, list[Box]], groups: Sequence[list[Box] | None]
 ) -> tuple[list[Box], list[Reason]]:
     """Check one entry of `include`. groups: boxes of the entries before it, None for one that failed."""
     name, count = wanted["class"], wanted["count"]
@@ -138,19 +119,19 @@ def _include(
             return found, [Reason("no_target", f"no target for {name} to be {relation}")]
         for box in found:
             for target in targets:
-                shown = relations(box.corners, target.corners, options.position_threshold)
+                shown = relations(box.corners, target.corners)
                 if relation not in shown:
                     line = f"expected {name} {relation} target, found {' and '.join(sorted(shown))} target"
                     return found, [Reason("position", line)]
     return found, []
 
 
-def relations(a: np.ndarray, b: np.ndarray, threshold: float) -> set[str]:
+def relations(a: np.ndarray, b: np.ndarray) -> set[str]:
     """Say where box a stands as seen from box b: up to two of left of, right of, above, below."""
     a, b = a.reshape(2, 2), b.reshape(2, 2)
     offset = a.mean(axis=0) - b.mean(axis=0)
     sizes = np.abs(np.diff(a, axis=0))[0] + np.abs(np.diff(b, axis=0))[0]
-    revised = np.maximum(np.abs(offset) - np.float32(threshold) * sizes, 0) * np.sign(offset)
+    revised = np.maximum(np.abs(offset) - np.float32(POSITION_THRESHOLD) * sizes, 0) * np.sign(offset)
     if np.all(np.abs(revised) < 1e-3):
         return set()
     x, y = revised / np.linalg.norm(offset)
@@ -164,20 +145,11 @@ class Summary(NamedTuple):
     images: float  # share of images that are right
     prompts: float  # share of prompts with an image that is right; prompts of equal metadata are one
     tags: dict[str, tuple[int, int]]  # tag -> images that are right, images; in order of first appearance
-    prompt_count: int
 
     @property
     def overall(self) -> float:
         """Return the plain mean over the tags."""
         return sum(hits / count for hits, count in self.tags.values()) / len(self.tags)
-
-    def release_text(self) -> str:
-        """Write geneval_results.txt as the RECA release does.
-
-        Its columns are the tags in order of first appearance, whatever its heading says.
-        """
-        cells = [hits / count for hits, count in self.tags.values()] + [self.overall]
-        return "SO   TO   CT   CL   POS  ATTR ALL\n" + " ".join(f"{cell:.2f}" for cell in cells) + "\n"
 
 
 def summarize(rows: Iterable[tuple[str, str, bool]]) -> Summary:
@@ -195,5 +167,4 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> Summary:
         sum(hits for hits, _ in tags.values()) / count,
         sum(prompts.values()) / len(prompts),
         {tag: (hits, total) for tag, (hits, total) in tags.items()},
-        len(prompts),
     )
