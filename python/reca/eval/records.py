@@ -99,14 +99,11 @@ class Appender:
                 "command again, which goes on from there"
             )
 
-    def close(self) -> None:
-        os.close(self.handle)
-
     def __enter__(self) -> "Appender":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
+        os.close(self.handle)
 
 
 def check_there(path: Path) -> None:

@@ -82,10 +82,9 @@ def test_crops(color_file):
     for case in cases["crops"]:
         image = Image.open(folder / case["image"])
         mask = np.asarray(Image.open(folder / case["mask"]).convert("L")) > 0 if case["mask"] else None
-        options = case["options"]
-        ours = colors.crop(
-            image, case["box"], mask, options.get("bgcolor", colors.BACKGROUND), bool(options.get("crop", 1))
-        )
+        if case["options"]:  # of a background or a crop that GenEval does not ask for
+            continue
+        ours = colors.crop(image, case["box"], mask)
         wanted = Image.open(folder / case["crop"]).convert("RGB")
         assert list(ours.size) == case["crop_size"], case["name"]
         assert np.array_equal(np.asarray(ours), np.asarray(wanted)), case["name"]

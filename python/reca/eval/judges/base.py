@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -25,13 +25,11 @@ class Judge:
     """Says what it sees on an image. Its kind is which of `shows`, `detect`, and `reply` with its kin it has.
 
     Class attributes:
-        kind     whom it can serve, see Suite.judge_kind
         exact    whether it is the judge that the published numbers were made with
         workers  images that it is asked about at once
         options  what decides its answers besides its name, version and dtype
     """
 
-    kind: ClassVar[str]
     exact: bool = False
     workers: int = 1
     name: str

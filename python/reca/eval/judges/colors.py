@@ -23,18 +23,13 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 LOGIT_SCALE = 100.0
 
 
-def crop(
-    image: Image.Image, box: Sequence[float], mask: np.ndarray | None, background: str = BACKGROUND, cut: bool = True
-) -> Image.Image:
-    """Paint what lies outside the mask and cut out the box; outside of the image is black.
-
-    mask: bool [H, W], or None. background: a colour, or "original" to leave the image as it is.
-    """
+def crop(image: Image.Image, box: Sequence[float], mask: np.ndarray | None) -> Image.Image:
+    """Paint what lies outside the mask, bool [H, W], and cut out the box; outside of the image is black."""
     image = image.convert("RGB")
-    if mask is not None and background != "original":
-        empty = Image.new("RGB", image.size, background)
+    if mask is not None:
+        empty = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, empty, Image.fromarray(mask.astype(np.uint8) * 255, "L"))
-    return image.crop(tuple(round(float(side)) for side in box)) if cut else image  # type: ignore[arg-type]
+    return image.crop(tuple(round(float(side)) for side in box))  # type: ignore[arg-type]
 
 
 def texts(class_name: str) -> list[str]:
@@ -68,9 +63,7 @@ def clip_pixels(image: Image.Image) -> Tensor:
     image = image.resize(size, Image.Resampling.BICUBIC).convert("RGB")
     left, top = round((size[0] - SIDE) / 2), round((size[1] - SIDE) / 2)
     pixels = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255
-    return (torch.from_numpy(pixels).permute(2, 0, 1) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    return ((torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
 
 
 class ColorClassifier:

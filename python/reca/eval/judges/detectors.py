@@ -15,14 +15,12 @@ from reca.eval.judges.colors import CLIP, ColorClassifier, load_clip
 from reca.eval.suites.geneval_rules import CLASS_NAMES, kept_places
 
 RECORDED_SCORE = 0.05  # weaker detections count under no threshold in use, and are not recorded
-DTYPE = "float32"
 
 
 class DetectorJudge(Judge):
     """Finds objects of GenEval's 80 classes, and names the colours of those whose colour is asked."""
 
-    kind = "detector"
-    dtype = DTYPE
+    dtype = "float32"
     colors: ColorClassifier
 
     def find(self, pixels: np.ndarray) -> list[tuple[str, list[float], float, np.ndarray | None]]:

@@ -39,8 +39,6 @@ MIMES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"GIF8": "
 class EndpointJudge(Judge):
     """Asks by chat completions, images first. The key comes from the environment; no file and no message has it."""
 
-    kind = "vlm"
-
     def __init__(
         self,
         url: str,

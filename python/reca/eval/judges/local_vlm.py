@@ -15,8 +15,6 @@ from reca.eval.judges.base import ImageOrFile, Judge, without_thoughts
 class LocalVlmJudge(Judge):
     """Asks with the model's own chat template, images first."""
 
-    kind = "vlm"
-
     def __init__(self, source: str, device: torch.device | str, *, dtype: str = "bfloat16", max_new_tokens: int = 1024):
         """source: a hub id or a folder. dtype: bfloat16, float16 or float32."""
         from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -13,8 +13,6 @@ from reca.eval.suites.base import image_hash
 class RecordedJudge(Judge):
     """Its description is that of the judge in the file."""
 
-    kind = "any"
-
     def __init__(self, path: Path, suite: Suite, items: Sequence[Item]):
         self.path, self.records = path, records.import_answers(path, suite, items)
         self.origin = next(iter(self.records.values())).judge

@@ -9,7 +9,6 @@ from reca.eval.judges.base import Judge, JudgeError
 
 
 class WorldJudge(Judge):
-    kind = "world"
     exact = True
     name = "world"
 

@@ -79,11 +79,9 @@ def score_cell(questions: Sequence[Question], replies: Mapping[int, str]) -> Cel
 
 
 def score_images(
-    questions: Mapping[str, Sequence[Question]],
-    images: Iterable[tuple[str, str, Sequence[Mapping[int, str]]]],
-    repeats: int = 1,
+    questions: Mapping[str, Sequence[Question]], images: Iterable[tuple[str, str, Sequence[Mapping[int, str]]]]
 ) -> DpgScores:
-    """Score images. images: (file, item, replies per cell). repeats: how often the release counts a cell.
+    """Score images. images: (file, item, replies per cell).
 
     An image that cannot be scored is dropped from everything. Categories take the last cell alone.
     """
@@ -94,7 +92,7 @@ def score_images(
     for file, item, replies in images:
         try:
             asked = questions[item]
-            cells = [score_cell(asked, reply) for reply in replies] * repeats
+            cells = [score_cell(asked, reply) for reply in replies]
         except KeyError as error:
             failed[file] = f"{error} is missing: an item of the table, a question or the parent of one"
             continue

@@ -10,13 +10,10 @@ from reca.eval.suites import files
 from reca.eval.suites.base import Item, Key, Score, Suite, Value, mean
 from reca.eval.suites.marks import imgedit as read_marks
 
-EDIT_TYPES = "add adjust extract replace remove background style compose action".split()
-
 
 class ImgEditScores(NamedTuple):
     """Figures of the public scripts: means of rounded means, each rounded to two digits."""
 
-    items: dict[str, float]
     types: dict[str, float]
     overall: float | None  # of the release and of the UGE suite: over all items, also those without a type
 
@@ -28,7 +25,7 @@ def aggregate(marks: Mapping[str, float], edit_types: Mapping[str, str | None]) 
         if edit_types.get(key):
             types.setdefault(str(edit_types[key]), []).append(value)
     means = {name: round(mean(values), 2) for name, values in types.items()}
-    return ImgEditScores(dict(marks), means, round(mean(list(marks.values())), 2) if marks else None)
+    return ImgEditScores(means, round(mean(list(marks.values())), 2) if marks else None)
 
 
 class ImgEdit(Suite):
