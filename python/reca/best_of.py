@@ -8,7 +8,6 @@ The score is log p(prompt | image) under the model's own understanding, as in SU
     OUT/best_of.json              what the images were made with
 """
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 from reca import distributed, inference, jsonl
+from reca.data.pixels import encode_png
 from reca.data.text import decode_text
 from reca.folders import ensure_writable, write_atomically
 from reca.models.base import Adapter
@@ -160,7 +158,7 @@ def _choose(
         sums = [score.sum for score in scores[mine]]
         kept = max(range(choice.count), key=lambda k: sums[k] if math.isfinite(sums[k]) else -math.inf)
         name = f"{number:06d}.png"
-        write_atomically(out / name, _png(images[mine][kept]), sync=False)
+        write_atomically(out / name, encode_png(images[mine][kept]), sync=False)
         write_atomically((out / name).with_suffix(".txt"), prompts[number] + "\n", sync=False)
         yield {
             "number": number, "image": name, "prompt": prompts[number], "kept": kept, "seeds": seeds[mine],
@@ -191,9 +189,3 @@ def report(records: Sequence[dict[str, Any]], out: Path) -> list[str]:
         f"{sum(kept) / len(kept):.3f}, of all drawn {sum(drawn) / len(drawn):.3f}",
         f"Train on them with: data.captions={out} objective.t2i.weight=1 objective.reca.weight=0",
     ]
-
-
-def _png(image: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG")
-    return buffer.getvalue()

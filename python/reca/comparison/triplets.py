@@ -11,11 +11,11 @@ from torch import Tensor
 from reca.comparison.sides import Side, find_sides
 from reca.config import Recipe
 from reca.data.errors import DataError
+from reca.data.pixels import encode_png
 from reca.data.sample import Source
 from reca.data.sources import open_source
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
-from reca.eval.generate import png
 from reca.eval.targets import Target
 from reca.meta_model import build_meta
 from reca.models import umm_package
@@ -114,7 +114,7 @@ def _draw(
     for number, key in enumerate(names):
         row = {name: f"{FOLDER}/{number:03d}_{name}.png" for name in columns}
         for name, column in columns.items():
-            write(place.parent / row[name], png(column[number]))
+            write(place.parent / row[name], encode_png(column[number]))
         rows.append({"name": "/".join(key.split("/")[-2:]), **row})
     kind = "given" if images else "held-out" if recipe.eval.holdout else "training"
     return {"pictures": kind, "source": images, "rows": rows}

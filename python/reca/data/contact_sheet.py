@@ -2,13 +2,12 @@
 
 import base64
 import html
-import io
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from reca.data.loader import Loader
+from reca.data.pixels import encode_png
 from reca.data.tasks import Scored
 
 STYLE = """
@@ -56,9 +55,7 @@ def _figure(position: int, key: str, batch: Any) -> str:
 
 
 def _image(name: str, pixels: Tensor) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.cpu().permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return f'<img alt="{name} view" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="{name} view" src="data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}">'
 
 
 def _text(text: str) -> str:

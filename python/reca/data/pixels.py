@@ -265,6 +265,13 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def encode_png(pixels: Tensor) -> bytes:
+    """Encode an image, uint8 [3, H, W], as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
 Box = tuple[float, float, float, float]
 
 

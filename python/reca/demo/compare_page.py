@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from reca.comparison import build, triplets
+from reca.data.pixels import encode_png
 from reca.demo.arms import Outcome
 from reca.eval.evaluation import Settings, evaluate
 from reca.eval.suites import Suite, open_suite
@@ -51,4 +51,4 @@ def _write_images(images: Sequence[Tensor], suite: Suite, every: int, folder: Pa
     for item, image in zip(suite.items()[::every], images, strict=True):
         path = folder / suite.path(item, 0)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        path.write_bytes(encode_png(image))

@@ -1,10 +1,7 @@
 """What the splits of a world's images have in common."""
 
-import io
 import random
 from typing import TYPE_CHECKING
-
-from PIL import Image
 
 from reca.demo.scene import Scene
 
@@ -34,6 +31,6 @@ class Split:
 
     def png(self, index: int) -> bytes:
         """Write an image as the bytes of a PNG file."""
-        buffer = io.BytesIO()
-        Image.fromarray(self.image(index).permute(1, 2, 0).numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
+        from reca.data.pixels import encode_png  # imports torch
+
+        return encode_png(self.image(index))

@@ -6,7 +6,6 @@ models draw from equal noise. Files appear as a whole; a run that was stopped go
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
@@ -15,14 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from reca import distributed, inference, units
-from reca.data.pixels import read_image
+from reca.data.pixels import encode_png, read_image
 from reca.eval import records
 from reca.eval.errors import EvaluationError
 from reca.eval.files import write
@@ -87,7 +84,7 @@ def generate_images(
         with distributed.fail_together() if alike else contextlib.nullcontext():
             for (item, k), image in list(zip(chunk, drawn, strict=True))[: wanted - made]:
                 _write_companions(suite, item, images)
-                data = png(image)
+                data = encode_png(image)
                 write(images / suite.path(item, k), data, sync=False)
                 made, size = made + 1, size + len(data)
             check_room(images, (wanted - made) * size // max(made, 1))
@@ -148,13 +145,6 @@ def is_drawn(path: Path) -> bool:
             return file.read() == END
     except OSError:  # also of a file that is shorter
         return False
-
-
-def png(image: Tensor) -> bytes:
-    """Encode an image, uint8 [3, H, W]."""
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(file, "PNG")
-    return file.getvalue()
 
 
 def _write_companions(suite: Suite, item: Item, images: Path) -> None:
