@@ -16,6 +16,7 @@ import reca
 from reca.data.errors import DataError
 from reca.eval.errors import EvaluationError
 from reca.eval.suites import SUITES, open_suite
+from reca.eval.suites.geneval import GenEval
 from reca.eval.suites.pope import measures, read_answer
 from tests.eval.world import Painter
 
@@ -80,7 +81,7 @@ def test_geneval_writes_and_reads_its_layout(geneval, painter):
     (images / "00001/samples/0003.png").rename(images / "00001/samples/0003.png.bak")
     save(images / "notes/samples/0000.png")
     save(images / "00001/samples/grid.png")
-    items = open_suite("geneval").items_of_images(images)
+    items = open_suite("geneval").items_of_images(images, partial=True)
     assert [item.metadata for item in items] == ROWS and items == suite.items()
     assert len(suite.find(images, items)) == 8
 
@@ -114,7 +115,7 @@ def test_long_prompts_beside_a_part_of_the_images_are_no_whole(tmp_path):
     for item in items[:3]:
         save(images / suite.path(item, 0))
         (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
-    with pytest.raises(EvaluationError, match="geneval_long needs the benchmark's files: --data PATH"):
+    with pytest.raises(EvaluationError, match=r"rows of 3 prompts that are not the 553 of geneval_long.* as --data"):
         reca.evaluate("geneval_long", "show_o_tiny", **given)
     with pytest.raises(EvaluationError, match=r"550 images of geneval_long are missing: 00003 \(0\)"):
         reca.evaluate("geneval_long", "show_o_tiny", **given, data=data)
@@ -122,6 +123,23 @@ def test_long_prompts_beside_a_part_of_the_images_are_no_whole(tmp_path):
         (images / item.id).mkdir()
         (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
     assert suite.items_of_images(images) == items
+
+
+def test_a_part_of_prompts_of_ones_own_is_no_whole(geneval, tmp_path):
+    """Only their list tells how many there are; ids that follow each other say nothing of those after the last."""
+    images, results = tmp_path / "images", tmp_path / "results.jsonl"
+    geneval.write_text("".join(json.dumps(row) + "\n" for row in reversed(ROWS)))
+    item, rest = open_suite("geneval", geneval).items()
+    save(images / GenEval().path(item, 0))
+    (images / item.id / "metadata.jsonl").write_text(json.dumps(item.metadata))
+    row = {"filename": f"x/{item.id}/samples/0000.png", "correct": True, "metadata": json.dumps(item.metadata)}
+    results.write_text(json.dumps(row) + "\n")
+    given = {"images": images, "judge": f"recorded:{results}", "out": tmp_path / "out"}
+    with pytest.raises(EvaluationError, match=r"rows of 1 prompts that are not the 553 of geneval.* as --data"):
+        reca.evaluate("geneval", "show_o_tiny", **given)
+    with pytest.raises(EvaluationError, match=rf"1 images of geneval are missing: {rest.id}"):
+        reca.evaluate("geneval", "show_o_tiny", **given, data=geneval)
+    assert reca.evaluate("geneval", "show_o_tiny", **given, partial=True)["counts"]["images"] == 1
 
 
 def test_geneval_scores_the_public_scripts_results(geneval, tmp_path):

@@ -71,7 +71,7 @@ class Settings:
         """List the items, evenly thinned to `limit` groups; those that the images describe where no data is given."""
         suite, found = self.suite, []
         if images is not None and images.is_dir() and suite.data is None and suite.data_help is not None:
-            found = suite.items_of_images(images)
+            found = suite.items_of_images(images, self.partial)
         found = found or suite.items()
         check_items(suite, found)
         groups: dict[str, list[Item]] = {}

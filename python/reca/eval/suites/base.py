@@ -149,8 +149,11 @@ class Suite:
         """Name what an item cannot be scored without: by default itself."""
         return item.id
 
-    def items_of_images(self, images: Path) -> list[Item]:
-        """List the items that a folder of images describes by itself; none, where the layout does not."""
+    def items_of_images(self, images: Path, partial: bool = False) -> list[Item]:
+        """List the items that a folder of images describes by itself; none, where the layout does not.
+
+        Raises EvaluationError where they may be a part of the list that was generated, unless a part is enough.
+        """
         return []
 
     def sampling(self, umm: str) -> dict[str, Any]:

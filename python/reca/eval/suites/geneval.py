@@ -31,16 +31,29 @@ class GenEval(Suite):
         lines = files.read_lines(path, self.data_help)
         return [self._item(number, line, path) for number, line in enumerate(lines) if line.strip()]
 
-    def items_of_images(self, images: Path) -> list[Item]:
-        """Read the rows that lie beside the images; none where all are of the list that is shipped, which is whole."""
+    def items_of_images(self, images: Path, partial: bool = False) -> list[Item]:
+        """Read the rows that lie beside the images; none where all are of the list that is shipped, which is whole.
+
+        Other prompts are whole where their ids and tags are those of the list. How many prompts of the user's own
+        there are is known from their list alone: a generation that was stopped has images of the first ones.
+        """
         folders = sorted((p for p in images.iterdir() if p.is_dir() and p.name.isdecimal()), key=lambda p: int(p.name))
         found = [
             self._item(int(folder.name), files.read_text(path, self.data_help), path)
             for folder in folders
             if (path := folder / "metadata.jsonl").is_file()
         ]
-        known = {item.id: item for item in self.items()} if self.shipped else {}
-        return [] if all(known.get(item.id) == item for item in found) else found
+        known = {item.id: item for item in GenEval().items()}
+        if self.shipped and all(known.get(item.id) == item for item in found):
+            return []
+        whole = {item.id: item.tag for item in found} == {name: item.tag for name, item in known.items()}
+        if found and not whole and not partial:
+            raise EvaluationError(
+                f"{images} holds the rows of {len(found)} prompts that are not the {len(known)} of {self.name}, and "
+                "nothing tells how many more there are. Give the file of all prompts as --data, or --partial to score "
+                "those that are there"
+            )
+        return found
 
     def _item(self, number: int, line: str, path: Path) -> Item:
         try:
@@ -125,8 +138,3 @@ class GenEvalLong(GenEval):
     )
     file = "evaluation_metadata_long.jsonl"
     shipped = None
-
-    def items_of_images(self, images: Path) -> list[Item]:
-        """Read the rows that lie beside the images; none of a part, which lacks the other prompts."""
-        found = super().items_of_images(images)
-        return found if len(found) == len(GenEval().items()) else []
