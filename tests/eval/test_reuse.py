@@ -10,7 +10,7 @@ from PIL import Image
 import reca
 from reca.eval import evaluation, generate, records
 from reca.eval.errors import EvaluationError
-from reca.eval.evaluation import judge_and_score, open_settings
+from reca.eval.evaluation import check, judge_and_score, open_settings
 from reca.eval.judges import detectors
 from reca.eval.judges.base import Judge
 from reca.eval.judges.detectors import Owlv2Judge
@@ -211,9 +211,10 @@ def test_records_of_two_judges_are_not_mixed(tmp_path):
     side = Target("x", None, False, tmp_path / "out")
     path.write_text(judged_by("a", settings.items()) + judged_by("b", settings.items()[:2]))
     with pytest.raises(EvaluationError, match="no record of 2 images of geneval"):
-        judge_and_score(settings, side, None, path, "cpu")
+        judge_and_score(settings, side, None, check(settings, [side], None, path), "cpu")
     path.write_text(judged_by("b", settings.items()[:2]) + judged_by("a", settings.items()))
-    assert judge_and_score(settings, side, None, path, "cpu")["judge"] == {"name": "a"}
+    given = check(settings, [side], None, path)
+    assert judge_and_score(settings, side, None, given, "cpu")["judge"] == {"name": "a"}
 
 
 def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
@@ -223,15 +224,37 @@ def test_a_result_file_that_was_replaced_is_read_again(tmp_path):
     for n in (1, 2):
         Image.new("RGB", (8, 8), (n, 0, 0)).save(images / f"{n}.png")
 
-    def value(scores):
+    def value(scores, **options):
         path = tmp_path / "scores.jsonl"
         path.write_text("".join(json.dumps({"prompt_id": n, "score": s}) + "\n" for n, s in scores.items()))
         given = {"data": data, "images": images, "judge": f"recorded:{path}", "out": tmp_path / "out"}
-        return reca.evaluate("wise", "show_o_tiny", **given)["overall"]["value"]
+        return reca.evaluate("wise", "show_o_tiny", **given, **options)["overall"]["value"]
 
     assert [value({1: 1, 2: 1}), value({1: 0, 2: 1}), value({1: 0, 2: 1})] == [1, 0.5, 0.5]
     assert len(records.read(tmp_path / "out/records.jsonl")) == 3  # what it says as before is not said again
-    assert value({2: 1}) == 1  # of image 1 it says nothing any more
+    with pytest.raises(EvaluationError, match=r"no answer about 1 of the 2 images of wise: 1 \(0\). Give --partial"):
+        value({2: 1})  # of image 1 it says nothing any more
+    assert value({2: 1}, partial=True) == 1
+
+
+def test_a_file_to_judge_by_is_read_before_anything_is_drawn(painter, tmp_path, monkeypatch):
+    reca.evaluate("world", painter, limit=5)
+    lines = (painter / "eval/world/records.jsonl").read_text().splitlines()
+    kept, read = tmp_path / "kept.jsonl", []
+    parse = records.import_answers
+    monkeypatch.setattr(records, "import_answers", lambda *given: read.append(1) or parse(*given))
+    given = {"limit": 5, "judge": f"recorded:{kept}", "out": tmp_path / "out"}
+    for content, message in ((lines[:3], "no answer about 2 of the 5 images of world"), (["{}"], "holds no answers")):
+        kept.write_text("".join(line + "\n" for line in content))
+        Painter.made = 0
+        with pytest.raises(EvaluationError, match=message):
+            reca.evaluate("world", painter, **given)
+        assert Painter.made == 0
+    kept.write_text("".join(line + "\n" for line in lines))
+    assert reca.evaluate("world", painter, **given)["counts"]["failed"] == 0 and Painter.made == 5
+    read.clear()
+    reca.evaluate("world", painter, limit=5, records=kept, out=tmp_path / "other")
+    assert len(read) == 1
 
 
 def test_records_of_other_images_do_not_count(painter):

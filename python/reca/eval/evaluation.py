@@ -101,7 +101,7 @@ def evaluate(
     for side in sides:
         if side.recipe is not None:
             ensure_writable(side.folder, "--out")
-    check(settings, sides, images, records)
+    given = check(settings, sides, images, records)
     if "generate" in settings.steps:
         wanted = [s for s in sides if s.recipe is not None and (s is not mine or not (images or records))]
         device = _generate_on_all_ranks(settings, wanted, device)
@@ -109,7 +109,7 @@ def evaluate(
         return None
     places = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = [
-        judge_and_score(settings, side, images if side is mine else None, records if side is mine else None, places)
+        judge_and_score(settings, side, images if side is mine else None, given if side is mine else None, places)
         for side in sides
     ]
     if found[0] is None:
@@ -146,8 +146,10 @@ def save(settings: Settings, folder: Path, found: Mapping[str, Any]) -> None:
         write(folder / "report.txt", report.text(found) + "\n")
 
 
-def check(settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None) -> None:
-    """Find what is wrong before anything is loaded."""
+def check(
+    settings: Settings, sides: Sequence[Target], images: Path | None, records: Path | None
+) -> recorded.Imported | None:
+    """Find what is wrong before anything is loaded. Returns what `records` holds."""
     suite = settings.suite
     if images is not None and not images.is_dir():
         raise EvaluationError(f"--images {images} is no folder; expected images as {suite.layout()}")
@@ -166,13 +168,33 @@ def check(settings: Settings, sides: Sequence[Target], images: Path | None, reco
     if suite.judge_kind != "rule" and records is None and (settings.judge or "judge" in settings.steps):
         check_judge(settings.judge, settings.judge_options, suite)
     items = settings.items(images)
-    if records is not None:
-        recorded.import_answers(records, suite, items)
+    given = None if records is None else recorded.Imported(records, recorded.import_answers(records, suite, items))
     if settings.count > 1 and suite.path(items[0], 0) == suite.path(items[0], 1):
         what = "answer" if suite.ability == "answer" else "image"
         raise EvaluationError(f"--images-per-item {settings.count}: {suite.name} has one {what} of every item")
     if suite.ability != "generate" and not records and {"generate", "judge"} & set(settings.steps):
         check_sources(suite, items)
+    name, _, path = (settings.judge or "").partition(":")
+    if name == "recorded" and suite.judge_kind != "rule" and given is None and "judge" in settings.steps:
+        check_recorded(settings, items, images, Path(path).expanduser())
+    return given
+
+
+def check_recorded(settings: Settings, items: Sequence[Item], images: Path | None, path: Path) -> None:
+    """Raise EvaluationError where a file to judge by lacks an answer about an image, there or to be generated."""
+    known = recorded.import_answers(path, settings.suite, items)
+    if images is not None:
+        wanted = list(_find(settings, items, images, settings.images_per_item, None))
+    elif "generate" in settings.steps:
+        wanted = [(item.id, k) for item in items for k in range(settings.count)]
+    else:
+        return
+    missing = [f"{item} ({k})" for item, k in wanted if (item, k) not in known]
+    if missing and not settings.partial:
+        raise EvaluationError(
+            f"--judge recorded:{path} has no answer about {len(missing)} of the {len(wanted)} images of "
+            f"{settings.suite.name}: {_some(missing)}. Give --partial to score the others"
+        )
 
 
 def check_sources(suite: Suite, items: Sequence[Item]) -> None:
@@ -228,9 +250,9 @@ def _complete(settings: Settings, items: Sequence[Item], folder: Path) -> bool:
 
 
 def judge_and_score(
-    settings: Settings, side: Target, images: Path | None, given: Path | None, device: Any
+    settings: Settings, side: Target, images: Path | None, given: recorded.Imported | None, device: Any
 ) -> dict[str, Any] | None:
-    """Judge and score one side; None if neither is asked for and nothing is there."""
+    """Judge and score one side; None if neither is asked for and nothing is there. given: records of others."""
     if not {"judge", "score", "report"} & set(settings.steps):
         return None
     folder, made = side.folder, settings.steps
@@ -248,7 +270,7 @@ def judge_and_score(
     missing = _missing(settings, items, place, count, found, given)
     path = folder / "records.jsonl"
     if given is not None:
-        known, judge = _imported(settings, items, found, given)
+        known, judge = _imported(found, given)
     elif settings.suite.judge_kind == "rule":
         answers = read_answers(folder / "answers.jsonl", items)
         asked = [(item, (item.id, 0)) for item in items if (item.id, 0) in answers]
@@ -265,7 +287,8 @@ def judge_and_score(
     wanted = {item.id for item in items}
     relative = {key: str(p.relative_to(place) if p.is_relative_to(place) else p.absolute()) for key, p in found.items()}
     found_records = [record for record in known if record.item in wanted]
-    missing += _unjudged(settings, items, found, found_records, given or path, imported=given is not None)
+    from_path = given.path if given else path
+    missing += _unjudged(settings, items, found, found_records, from_path, imported=given is not None)
     results = report.results(settings.suite, items, relative, found_records, judge, generation, missing)
     return results | {"images": str(place) if found else None}
 
@@ -278,7 +301,7 @@ def _open(settings: Settings, items: Sequence[Item], device: Any) -> Judge | Non
 
 
 def _find(
-    settings: Settings, items: Sequence[Item], place: Path, most: int | None, given: Path | None
+    settings: Settings, items: Sequence[Item], place: Path, most: int | None, given: recorded.Imported | None
 ) -> dict[Key, Path]:
     """Find the images. most: of an item; None takes all that are there."""
     if settings.suite.ability == "answer":
@@ -297,7 +320,7 @@ def _missing(
     place: Path,
     count: int | None,
     found: Mapping[Key, Path],
-    given: Path | None,
+    given: recorded.Imported | None,
 ) -> int:
     """Count the images that are missing. Raises EvaluationError for any, unless a part is enough.
 
@@ -349,11 +372,9 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
-def _imported(
-    settings: Settings, items: Sequence[Item], found: Mapping[Key, Path], path: Path
-) -> tuple[list[Record], Mapping[str, Any]]:
-    """Read the records of others. Those of another image than the one that is there do not count."""
-    known = list(recorded.import_answers(path, settings.suite, items).values())
+def _imported(found: Mapping[Key, Path], given: recorded.Imported) -> tuple[list[Record], Mapping[str, Any]]:
+    """Return the records of others. Those of another image than the one that is there do not count."""
+    known = list(given.records.values())
     judge = known[-1].judge
     pictured = {record.key: record.picture for record in known if record.picture is not None}
     others = {key for key, picture in pictured.items() if key in found and image_hash(found[key]) != picture}

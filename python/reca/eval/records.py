@@ -38,6 +38,13 @@ class Record(NamedTuple):
         return json.dumps(head | said, ensure_ascii=False)
 
 
+class Imported(NamedTuple):
+    """Records that others made, and the file or folder they were read from."""
+
+    path: Path
+    records: Mapping[Key, Record]
+
+
 def parse(line: str) -> Record | None:
     """Read a line; None for one that is no record, such as half of one."""
     try:
