@@ -40,6 +40,21 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
 
 
 @pytest.mark.parametrize(
+    ("system", "turns", "expected"),
+    [
+        ("Be terse.", ("human", "<image>\nQ", "gpt", "A"), [("Be terse.\nQ", "A")]),
+        ("Be terse.", ("system", "Be terse.", "human", "Q", "gpt", "A"), [("Be terse.\nQ", "A")]),
+        ([said("Be "), said("terse.")], ("human", "<image>", "human", "Q", "gpt", "A"), [("Be terse.\nQ", "A")]),
+        ("", ("system", "Be terse.", "human", "Q", "gpt", "A"), [("Be terse.\nQ", "A")]),
+        (None, ("human", "Q", "gpt", "A"), [("Q", "A")]),
+    ],
+)
+def test_the_system_prompt_of_a_row(tmp_path, system, turns, expected):
+    """ShareGPT files have it beside the turns."""
+    assert opened(tmp_path, row(*turns) | {"system": system})[0].text == expected
+
+
+@pytest.mark.parametrize(
     ("bad", "reason"),
     [
         ("text", "are no objects"),
@@ -78,6 +93,9 @@ def test_turns_are_paired_by_role(tmp_path, turns, expected):
         (row("human", "Q", "human", "R", "gpt", "A"), "do not alternate"),
         (row("gpt", "A", "human", "Q"), "do not alternate"),
         (row("human", "Q", "gpt", "A", "gpt", "B"), "do not alternate"),
+        (GOOD | {"system": 7}, 'have a "system" that is no text'),
+        (row("system", "S", "human", "Q", "gpt", "A") | {"system": "T"}, 'have both "system" and a system turn'),
+        (GOOD | {"system": "Look at <image>"}, "have an <image> behind the first question"),
         (row("human", "Q", "gpt", "A", "system", "S", "human", "R", "gpt", "B"), "do not alternate"),
         (row("human", "<image><image>\nQ", "gpt", "A"), "have more than one <image> for one image"),
         (row("human", "Q", "gpt", "A", "human", "<image>\nR", "gpt", "B"), "have an <image> behind the first question"),

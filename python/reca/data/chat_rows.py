@@ -55,7 +55,7 @@ def image_name(item: Any, root: str) -> str:
 def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
     """Return the questions with their answers. Raises BadRow."""
     said = _said(item)
-    opening = said.pop(0)[1] if said and said[0][0] == "system" else ""
+    opening = _system(item, said.pop(0)[1] if said and said[0][0] == "system" else "")
     # The placeholder may have a turn of its own, in front of the question.
     if len(said) > 1 and said[0][0] == said[1][0] == "human" and said[0][1].strip() == IMAGE:
         said[:2] = [("human", f"{IMAGE}\n{said[1][1]}")]
@@ -67,6 +67,18 @@ def turns(item: dict, number: int, skipped: Skipped) -> tuple[Turn, ...]:
     if len(said) % 2:
         skipped.add("last questions without an answer (the rest of their rows is used)", f"row {number}")
     return pairs
+
+
+def _system(item: dict, turn: str) -> str:
+    """Return the system prompt of a row: that of its own key, as ShareGPT files have it, or its leading turn."""
+    own = _text(item.get("system"))
+    if own is None or own == "":
+        return turn
+    if not isinstance(own, str) or not encodable(own) or "\0" in own:
+        raise BadRow('have a "system" that is no text')
+    if turn and turn != own:
+        raise BadRow('have both "system" and a system turn, which differ')
+    return own
 
 
 def _said(item: dict) -> list[tuple[str, str]]:

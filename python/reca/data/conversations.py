@@ -32,7 +32,8 @@ class Conversations:
     A .jsonl holds one such row a line. Names of other chat formats are read too: "images" of one image, "messages"
     of "role" and "content", which may be a list of parts: texts, and the image.
     A question is what "human" (or "user") says, its answer what "gpt" (or "assistant") says behind it. A "system" turn
-    in front becomes the beginning of the first question. One `<image>` may stand in the first question, and is removed.
+    in front, or "system" of the row, becomes the beginning of the first question. One `<image>` may stand in the first
+    question, and is removed.
     Rows of any other form are left out and counted by reason when the file is opened.
 
     File and images may lie at URLs. Such a file is read once, as a stream, whatever its size; the index of it is

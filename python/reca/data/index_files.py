@@ -21,7 +21,7 @@ from reca.data.skipped import log_once
 
 LARGE = 2**24  # bytes of a file from which on an index is kept
 SETTLED = 2.0  # seconds to wait: a file that has just changed may change again under the same time stamp
-VERSION = 2  # of all formats; raise it when what is in an index changes
+VERSION = 3  # of all formats; raise it when what is in an index changes
 
 
 def cache_folder() -> Path:
