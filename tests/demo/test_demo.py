@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reca import side_by_side, toy_world
+from reca import exits, side_by_side, toy_world
 from reca.cli import main
 from reca.data.pixels import read_image
 from reca.demo import before_after, experiment, measure, report
@@ -205,6 +207,23 @@ def test_pages_of_an_earlier_call_do_not_stand_beside_the_runs_of_one_that_faile
     with pytest.raises(ZeroDivisionError):
         experiment.demo("show_o", SHAPES, 1, tmp_path, SCALE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_demo_leaves_the_folder_of_the_first_alone(tmp_path, capsys):
+    (tmp_path / "seed0").mkdir()
+    code = """if True:
+        import pathlib, sys
+        from reca.demo import experiment
+        experiment.run = lambda *_: print("began", flush=True) or sys.stdin.read()
+        experiment.demo("show_o", None, 1, pathlib.Path(sys.argv[1]))
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as first:
+        assert first.stdout.readline() == b"began\n"
+        assert main(["demo", "--umm", "show_o", "--world", "shapes", "--out", str(tmp_path)]) == exits.IN_USE
+        first.stdin.close()
+    assert f"{tmp_path} is in use by process {first.pid} on " in capsys.readouterr().err
+    assert (tmp_path / "seed0").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 The experiment is the same for every model; reca.demo.pretrain holds what is not.
 """
 
+import contextlib
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from reca import jsonl, side_by_side
+from reca import folder_lock, jsonl, side_by_side
 from reca.demo import before_after, compare_page, report
 from reca.demo.arms import BEFORE, Arm, Outcome, Results, Start, arms, rows, starts
 from reca.demo.measure import Measured, measure, spacing
@@ -18,6 +21,7 @@ from reca.demo.pretrain import DemoSetup, demo_setup, run_overrides, scaled
 from reca.demo.world import World, load_world
 from reca.models.base import Adapter
 from reca.recipe_files import load_recipe
+from reca.run_folder import RunInUse
 from reca.runs import load_start
 from reca.side_by_side import Failure, Job
 from reca.trainer import Trainer
@@ -56,7 +60,28 @@ def demo(umm: str, world: World, seeds: int, out: Path, scale: float = 1.0) -> R
     scale: share of training steps and prompts; less than 1 shows that everything runs, and nothing else.
 
     What failed is named in the report of the others. Then raises the error of the first.
+    Raises RunInUse while another demo has the folder.
     """
+    with _alone(out):
+        return _demo(umm, world, seeds, out, scale)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of a demo: each one begins by removing what lies there."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out / folder_lock.FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not folder_lock.acquire(handle, 0, 0):
+            owner = folder_lock.owner(handle) or "another process"
+            raise RunInUse(f"{out} is in use by {owner}. Wait for it, stop it, or give another --out")
+        folder_lock.write_owner(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _demo(umm: str, world: World, seeds: int, out: Path, scale: float) -> Results:
     for page in (report.PAGE, before_after.NAME, compare_page.NAME):  # of an earlier call, whose runs go, too
         (out / page).unlink(missing_ok=True)
     results, failures = run(umm, world, range(seeds), out, scale)
