@@ -18,7 +18,7 @@ from reca.paths import each_path, expand_home, make_absolute
 from reca.values import BLANK, convert, override_text, read_override, read_yaml, write_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
-COMMAND_LINE = "the command line"
+OVERRIDES = "the overrides"
 
 
 class UnknownRecipe(RecipeError):
@@ -61,10 +61,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     umm = convert(written["umm"], str, "umm", source) if "umm" in written else Recipe.umm
     for key, text in given:
         if key == "umm":
-            umm = convert(read_override(key, text, str), str, key, COMMAND_LINE)
+            umm = convert(read_override(key, text, str), str, key, OVERRIDES)
     recipe = Recipe(umm=umm, model=umm_package(umm).Config())
     _Layer(recipe, source).put(recipe, written)
-    layer = _Layer(recipe, COMMAND_LINE)
+    layer = _Layer(recipe, OVERRIDES)
     for key, text in given:
         layer.override(key, text)
     _check(recipe)
@@ -142,7 +142,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 class _Layer:
-    """Values from one source, a file or the command line, to be put into a recipe."""
+    """Values from one source, a file or overrides, to be put into a recipe."""
 
     def __init__(self, recipe: Recipe, source: str):
         self.recipe, self.source = recipe, source

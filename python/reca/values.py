@@ -110,9 +110,9 @@ def read_override(key: str, text: str, wanted: Any) -> Any:
     if wanted is Sources:
         if inside[0] + inside[-1] != "[]":
             return _scalar(key, text)
-        return read_yaml(text, f"{key} in the command line") if _NESTED.search(inside) else _items(key, inside)
+        return read_yaml(text, f"{key} in the overrides") if _NESTED.search(inside) else _items(key, inside)
     if hasattr(wanted, "__dataclass_fields__") and inside[0] == "{":
-        return read_yaml(text, f"{key} in the command line")
+        return read_yaml(text, f"{key} in the overrides")
     return _scalar(key, text if wanted is str else inside)
 
 

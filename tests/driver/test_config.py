@@ -40,7 +40,7 @@ def test_override_is_typed(recipe):
         ("train.batch_size=8", "did you mean .*objective.reca.batch_size"),
         ("data.image=photos", "did you mean data.images\\?"),
         ("objectiv={reca: {weight: 2}}", "did you mean objective\\?"),
-        ("train=4", "train in the command line is a group of keys"),
+        ("train=4", "train in the overrides is a group of keys"),
         ("=4", "has no key"),
         ("model.hidden=[1", "unknown key 'model.hidden'"),
     ],

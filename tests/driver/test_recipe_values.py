@@ -113,9 +113,9 @@ def test_null_is_null_everywhere(word, tmp_path):
     assert in_file(tmp_path, f"optim: {{max_grad_norm: {word}}}").optim.max_grad_norm is None
     assert in_file(tmp_path, f'model: {{system_prompt: "{word}"}}').model.system_prompt == word
     for key in ("run_dir", "train.steps", "optim.lr", "train.frozen", "train.deterministic", "model.system_prompt"):
-        with pytest.raises(RecipeError, match=f"{key} in the command line cannot be null"):
+        with pytest.raises(RecipeError, match=f"{key} in the overrides cannot be null"):
             show_o(f"{key}={word}")
-    with pytest.raises(RecipeError, match="train.frozen\\[1\\] in the command line cannot be null"):
+    with pytest.raises(RecipeError, match="train.frozen\\[1\\] in the overrides cannot be null"):
         show_o(f"train.frozen=[a, {word}]")
 
 
@@ -125,7 +125,7 @@ def test_null_is_null_everywhere(word, tmp_path):
         ("run_dir=", "run_dir= has no value; write run_dir='\"\"' for an empty text"),
         ("data.cache= ", "write data.cache=null for none or data.cache='\"\"'"),
         ("train.steps=", "train.steps= has no value; write one behind the ="),
-        ('run_dir=""', "run_dir in the command line is an empty text; write a path"),
+        ('run_dir=""', "run_dir in the overrides is an empty text; write a path"),
         ("run_dir=~nobody_of_this_name/x", "there is no such user"),
         ("run_dir=$HOME/x", "variables are not expanded"),
         ("run_dir=runs/${train.seed}", "variables are not expanded"),
@@ -133,14 +133,14 @@ def test_null_is_null_everywhere(word, tmp_path):
         ("model.system_prompt=\udcff", "is not UTF-8"),
         (r'run_dir="\q"', "a backslash in double quotes"),
         ("train.frozen=[a,,b]", "an item is empty"),
-        ("train.frozen=a", "train.frozen='a' in the command line: expected a list"),
+        ("train.frozen=a", "train.frozen='a' in the overrides: expected a list"),
         ("optim.betas.0=0.5", "optim.betas has no keys below it"),
         ("optim.betas[0]=0.5", "optim.betas has no keys below it"),
         ("run_dir.x=1", "run_dir has no keys below it"),
         (".=1", "unknown key"),
         ("optim..lr=1", "unknown key"),
-        ("objective={reca: {weight: 2}", "objective in the command line is not YAML"),
-        ("objective=[reca]", "objective in the command line is a group of keys"),
+        ("objective={reca: {weight: 2}", "objective in the overrides is not YAML"),
+        ("objective=[reca]", "objective in the overrides is a group of keys"),
     ],
 )
 def test_what_is_no_text_is_named(override, message):
