@@ -1,11 +1,11 @@
-"""The norm of gradients and what is done to them with it."""
+"""The learning rate, and the norm of gradients and what is done to them with it."""
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reca.optim import gradient_norm
+from reca.optim import gradient_norm, lr_at
 
 
 def module(*gradients):
@@ -78,3 +78,28 @@ def test_mixed_dtypes_and_none_at_all():
     assert gradient_norm(module(*gradients), None) == pytest.approx(exact(gradients), rel=1e-6)
     for clip in (None, 1.0):
         assert gradient_norm(module(), clip) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.231802]),
+    ],
+)
+def test_learning_rate(recipe, schedule, expected):
+    """10 steps: 2 of warm-up, then decay to a tenth."""
+    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup_steps=2", "optim.min_lr_ratio=0.1").optim
+    got = [lr_at(u, 10, config) for u in (0, 1, 2, 4, 8)]
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.55), ("cosine", 0.55), ("constant", 1.0)])
+def test_learning_rate_is_stable_before_its_decay(recipe, schedule, middle):
+    """20 steps: 4 of warm-up, at the peak up to 12, then decay; a run that goes on stays at the end of it."""
+    keys = f"optim.schedule={schedule} optim.lr=1 optim.warmup_steps=4 optim.min_lr_ratio=0.1 optim.stable_fraction=0.6"
+    config = recipe(*keys.split()).optim
+    last = 1.0 if schedule == "constant" else 0.1
+    assert [lr_at(u, 20, config) for u in (0, 3, 4, 9, 12)] == [0.25, 1, 1, 1, 1]
+    assert [lr_at(u, 20, config) for u in (16, 20, 30)] == pytest.approx([middle, last, last])

@@ -20,7 +20,6 @@ from reca.data.loader import open_loader
 from reca.models.base import LossTerm
 from reca.models.common.inference import eval_mode
 from reca.objective import backward
-from reca.optim import lr_at
 from reca.options import RecipeError
 from reca.runs import load_trained
 from reca.skipped_steps import NonFiniteError
@@ -340,21 +339,6 @@ def test_what_a_run_cannot_start_from(recipe, tmp_path):
     narrow.layers[0] = torch.nn.Linear(48, 47)
     with pytest.raises(CheckpointError, match="2 of its parameters"):
         Trainer(again, narrow)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 1.0, 0.775, 0.325]),
-        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.231802]),
-    ],
-)
-def test_learning_rate(recipe, schedule, expected):
-    """10 steps: 2 of warm-up, then decay to a tenth."""
-    config = recipe(f"optim.schedule={schedule}", "optim.lr=1", "optim.warmup_steps=2", "optim.min_lr_ratio=0.1").optim
-    got = [lr_at(u, 10, config) for u in (0, 1, 2, 4, 8)]
-    assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):

@@ -7,13 +7,12 @@ import torch
 from reca.config import OptimConfig
 
 
-def lr_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Compute the learning rate of step `step` (the first is 0) in a run of `steps`."""
+def lr_at(step: int, end: int, config: OptimConfig) -> float:
+    """Compute the learning rate of step `step` (the first is 0) of a schedule that ends at step `end`."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
-    end = config.decay_steps or steps
     start = max(config.warmup_steps, int(config.stable_fraction * end))
     done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
