@@ -13,13 +13,13 @@ OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")  # package.module
 
 
 def umm_package(name: str) -> ModuleType:
-    """Import the package of a model: a folder beside this file, or any `package.module` on the Python path.
+    """Import the package of a model: a subfolder of this package, or any `package.module` on the Python path.
 
     Returns:
         A module with `Config`, a dataclass of recipe keys, and `Adapter`.
 
     Raises:
-        RecipeError: There is no such package, or it lacks one of the two.
+        RecipeError: The package does not exist, or it lacks `Config` or `Adapter`.
     """
     if name in UMMS:
         return import_module(f"reca.models.{name}")
@@ -32,7 +32,7 @@ def umm_package(name: str) -> ModuleType:
         package = import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that the package itself imports
+            raise  # a missing dependency of the package
         raise RecipeError(
             f"umm={name} cannot be imported: there is no module {error.name}; install it, or put its folder on "
             "PYTHONPATH"

@@ -1,4 +1,4 @@
-"""The questions a UMM answers. Everything else in the driver speaks to this interface only."""
+"""The interface between a UMM and the driver: `Adapter`, `Prepared` and `LossTerm`."""
 
 import contextlib
 import copy
@@ -24,13 +24,13 @@ from reca_kernels.host import on_device
 P = TypeVar("P", bound="Prepared")
 
 ROLES = (
-    "und_encoder",  # vision tower that only understanding uses
-    "shared_encoder",  # vision encoder that understanding and generation share
+    "und_encoder",  # vision encoder used by understanding only
+    "shared_encoder",  # vision encoder shared by understanding and generation
     "und_lm",  # understanding expert of a decoupled language model
     "gen_lm",  # generation expert of a decoupled language model
-    "shared_lm",  # language model that serves both
+    "shared_lm",  # language model shared by understanding and generation
     "gen_head",  # diffusion head, DiT, latent projections
-    "bridge",  # projectors, connectors, queries between the parts
+    "bridge",  # projectors, connectors and learned queries between the components
     "codec",  # image tokenizer or VAE
     "embed",  # token embeddings and output head
 )
@@ -38,29 +38,29 @@ ROLES = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Hold what a loss needs of its batch beside features. `Adapter.prepare` makes it on the host, before the step.
+    """Inputs of a loss other than features, computed on the host by `Adapter.prepare` before the step.
 
-    A model's own has its layout, labels and masks, too.
+    Each model subclasses it with its layout, labels and masks.
 
-    task       whose loss it is
-    seed       of the random numbers that it was made with
-    weight     what the loss is to be divided by, such as the number of predicted tokens
-    by_sample  the loss is wanted by sample, too (LossTerm.samples); `asked_by_sample` sets it
+    task       name of the task
+    seed       seed of the random numbers used to prepare it
+    weight     divisor of the loss, such as the number of predicted tokens
+    by_sample  whether per-sample losses are also computed (LossTerm.samples); set by `asked_by_sample`
     """
 
     task: str
     seed: int
     weight: float
     by_sample: bool = field(default=False, init=False)
-    packed: ClassVar[bool] = False  # samples stand behind each other; False: all are padded to the longest
+    packed: ClassVar[bool] = False  # samples are concatenated; False: padded to the longest
 
     @property
     def tokens(self) -> Sequence[int]:
-        """Count the rows of each sample's sequence in the language model, without padding."""
+        """Return the length of each sample's sequence in the language model, without padding."""
         raise NotImplementedError
 
     def asked_by_sample(self: P) -> P:
-        """Return the same with the loss wanted by sample."""
+        """Return a copy whose loss is also computed per sample."""
         asked = copy.copy(self)
         object.__setattr__(asked, "by_sample", True)
         return asked
@@ -79,20 +79,20 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 class LossTerm(NamedTuple):
-    """Hold a loss as a sum and the weight it is to be divided by, so that means can be taken over a whole update."""
+    """A loss as a sum and its divisor, so that the mean can be taken over a whole update."""
 
-    sum: Tensor  # fp32 [], carries the graph
+    sum: Tensor  # fp32 [], with gradient
     weight: Tensor  # fp32 [], no gradient
-    samples: Tensor | None = None  # fp32 [B, 2], sum and weight of each sample, no gradient; where it was asked for
+    samples: Tensor | None = None  # fp32 [B, 2], sum and weight of each sample, no gradient; only if requested
 
     @classmethod
     def of(cls, total: Tensor, prepared: Prepared, samples: Tensor | None = None) -> "LossTerm":
-        """Give a sum the weight that was counted on the host."""
+        """Combine a sum with the weight that `prepare` computed on the host."""
         return cls(total, torch.full_like(total.detach(), prepared.weight), samples)
 
 
 def in_fp32(function: Callable) -> Callable:
-    """Make new tensors fp32 inside a function, whatever torch.get_default_dtype() is around it."""
+    """Run a function with fp32 as the default dtype, whatever the caller's default is."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ def in_fp32(function: Callable) -> Callable:
 
 
 def _checked(method: Callable) -> Callable:
-    """Check what generate, edit, answer or reconstruct is asked before it is called. Of no samples it makes nothing."""
+    """Validate the arguments of generate, edit, answer or reconstruct. Return [] for empty input without a call."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -116,7 +116,7 @@ def _checked(method: Callable) -> Callable:
         lists = {
             name: given[name] for name in ("prompts", "images", "instructions", "questions", "seeds") if name in given
         }
-        if isinstance(batch := given.get("batch"), Batch):  # to reconstruct; in others it is a number
+        if isinstance(batch := given.get("batch"), Batch):  # reconstruct; elsewhere `batch` is an int
             lists["images"] = batch.text
         check_pairs(**lists)
         check_limits(given)
@@ -126,23 +126,23 @@ def _checked(method: Callable) -> Callable:
 
 
 class Adapter(nn.Module):
-    """Adapt one UMM to the driver. Data flows image -> views -> encode -> prompt -> model -> loss."""
+    """The driver's interface to one UMM. Data flow: image -> views -> encode -> prompt -> model -> loss."""
 
     name: ClassVar[str]
-    tasks: ClassVar[frozenset[str]]  # which of TASKS it can train on
-    abilities: ClassVar[frozenset[str]]  # which of generate, reconstruct, edit, answer it has
-    trainable_roles: ClassVar[frozenset[str]]  # what RECA trains by default (paper, section 3)
-    encoder_roles: ClassVar[frozenset[str] | None] = None  # whose parameters `encode` reads; None: any
+    tasks: ClassVar[frozenset[str]]  # supported training tasks, a subset of TASKS
+    abilities: ClassVar[frozenset[str]]  # supported subset of generate, reconstruct, edit, answer
+    trainable_roles: ClassVar[frozenset[str]]  # roles that RECA trains by default (paper, section 3)
+    encoder_roles: ClassVar[frozenset[str] | None] = None  # roles whose parameters `encode` reads; None: any
     understanding_roles: ClassVar[frozenset[str]] = frozenset(
         {"und_encoder", "shared_encoder", "und_lm", "shared_lm", "embed", "bridge"}
-    )  # roles with a part in answers; if training changes none of them, answers stay bit-identical
-    condition_keys: ClassVar[tuple[str, ...]]  # features that h_v is made of, each a list or first dim of samples
-    tokenizer: Any = None  # that of transformers, in models that have one
-    reduces_every_micro_batch: bool = False  # gradients are added up over ranks after every micro-batch
-    has_whole_replicas: bool = False  # FSDP2 has given every rank all parameters
-    inherited: frozenset[str] = frozenset()  # parameters that runs before this one have changed (train.init_from)
-    state: Any = None  # the counters of the checkpoint that its weights are of; None: of none
-    lora: Any = None  # the LoraConfig of what it has of LoRA (lora.py); None: nothing
+    )  # roles that answers depend on; if training changes none of them, answers stay bit-identical
+    condition_keys: ClassVar[tuple[str, ...]]  # keys of the features that h_v is computed from; first dim: samples
+    tokenizer: Any = None  # transformers tokenizer, if the model has one
+    reduces_every_micro_batch: bool = False  # gradients are reduced over ranks after every micro-batch
+    has_whole_replicas: bool = False  # FSDP2 keeps all parameters on every rank
+    inherited: frozenset[str] = frozenset()  # parameters that earlier runs have changed (train.init_from)
+    state: Any = None  # counters of the checkpoint that the weights were loaded from; None: no checkpoint
+    lora: Any = None  # LoraConfig of its LoRA layers (lora.py); None: no LoRA
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -152,46 +152,49 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
-        """Build from published files (hub id or folder in `config.weights`) or, with no weights, at random.
+        """Build the model from published files (hub id or folder in `config.weights`), or with random weights if None.
 
-        Missing or unexpected keys raise ValueError with the list. Made with `init_random`, or `init_on_meta` and
-        `assign_state_dict` (models/common/weight_files.py), weights can go straight into the shards of several ranks.
+        Raises ValueError that lists missing and unexpected keys. Use `init_random`, or `init_on_meta` and
+        `assign_state_dict` (models/common/weight_files.py): with these, each rank can load only its own shards.
         """
         raise NotImplementedError
 
     @classmethod
     def build_meta(cls, config: Any) -> "Adapter":
-        """Build what `load` builds without any file: sizes, types and roles are those of the recipe, weights are not.
+        """Build the model without reading files: shapes, dtypes and roles follow the recipe, weights are not loaded.
 
-        A tokenizer that would have to be downloaded is replaced by one that has no words but as many tokens, where
-        their number counts. `reca check` calls it under FakeTensorMode, so that it takes no memory.
+        A tokenizer that would have to be downloaded is replaced by one without words; where the number of tokens
+        matters, it has as many. `reca check` calls this under FakeTensorMode, so it allocates no memory.
         """
         raise NotImplementedError
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the model. Weights that are still to come (deferred_weights) are only cast."""
+        """Move or cast the model. While weights are deferred (deferred_weights), only cast it."""
         if deferred_weights.is_deferring():
             _, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             return self if dtype is None else super().to(dtype)
         return super().to(*args, **kwargs)
 
     def sequence(self) -> dict[str, int]:
-        """Count the rows of one RECA sequence by what they stand for, without text; images are of the largest size."""
+        """Return the token counts of one RECA sequence by kind, without text, for images of the largest size."""
         raise NotImplementedError
 
     def views(self, task: str) -> Views:
-        """Say which pixels a task needs."""
+        """Return the image views that a task needs."""
         raise NotImplementedError
 
     def encode(self, batch: Batch) -> dict[str, Any]:
-        """Run the frozen parts on the pixels. No gradient; features depend on the sample alone and can be cached."""
+        """Run the frozen encoders on the pixels, without a gradient.
+
+        Each sample's features depend on that sample alone, so they can be cached.
+        """
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle is made of.
+        """Return the state for copying and pickling.
 
-        On a model's first pass transformers hangs hooks into it that are local functions, which nothing can pickle.
-        They are taken off, as it hangs them anew when it needs them.
+        On a model's first forward pass transformers registers hooks that are local functions and cannot be pickled.
+        They are removed here; transformers registers them again when it needs them.
         """
         for module in self.modules():
             module.__dict__.pop("_output_capturing_hooks_installed", None)
@@ -203,37 +206,38 @@ class Adapter(nn.Module):
     def prepare(self, batch: Batch, rng: CounterRNG) -> Prepared:
         """Lay out a batch's sequences, draw its masks and count its labels, all on the host.
 
-        The loader's threads call it, so it must not touch parameters. Draws are the same on every device.
+        The loader's threads call it, so it must not access parameters. The draws are the same for every device.
         """
         raise NotImplementedError
 
     def ensure_prepared(self, batch: Batch, rng: CounterRNG) -> Prepared:
-        """Return what the loader has prepared with these random numbers, or prepare it now, on the batch's device."""
+        """Return the loader's result if it used the same seed; otherwise prepare now and move to the batch's device."""
         if batch.prepared is not None and batch.prepared.seed == rng.seed:
             return batch.prepared
         return self.prepare(batch, rng).to(batch.sample_ids.device)
 
     def loss(self, prepared: Any, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-        """Compute the native loss of the task from the model's own Prepared. It waits for no GPU."""
+        """Compute the native loss of the task from this model's Prepared, without synchronising with a GPU."""
         raise NotImplementedError
 
     def forward(self, batch: Batch, rng: CounterRNG, condition: str = "own") -> LossTerm:
-        """Compute the loss from pixels. condition="other" gives every sample the next one's h_v, as a control.
+        """Compute the loss from pixels.
 
-        The last gets that of `batch.neighbour`, or of the first sample where there is no neighbour.
+        condition="other", a control, replaces the h_v of every sample by that of the next one. The last sample gets the
+        h_v of `batch.neighbour`, or that of the first sample if there is no neighbour.
         """
         features = self._features(batch)
         if condition == "other":
             after = features if batch.neighbour is None else self._features(batch.neighbour)
             if batch.neighbour is None and len(batch) < 2:
                 raise ValueError(
-                    "condition 'other' takes h_v from another sample: it needs two samples, or a batch with neighbour"
+                    "condition 'other' takes h_v from another sample: pass at least two samples or set batch.neighbour"
                 )
             features = features | {key: _shifted(features[key], after[key]) for key in self.condition_keys}
         return self.loss(self.ensure_prepared(batch, rng), features, rng)
 
     def _features(self, batch: Batch) -> dict[str, Any]:
-        """Take features from the cache, or encode and put them there."""
+        """Return cached features, or encode the batch and cache the result."""
         if batch.features is not None:
             return batch.features
         features = self.encode(batch)
@@ -242,24 +246,24 @@ class Adapter(nn.Module):
         return features
 
     def config_warnings(self) -> list[str]:
-        """Say what in this configuration is known to make RECA collapse."""
+        """Return warnings about settings with which RECA is known to fail."""
         return []
 
     def generate(self, prompts: list[str], seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
-        """Generate an image per prompt, uint8 [3, H, W]. It depends on (prompt, seed), not on the batch."""
+        """Generate an image per prompt, uint8 [3, H, W]. Each depends on its (prompt, seed) only, not on the batch."""
         raise NotImplementedError(f"{self.name} cannot generate images")
 
     def reconstruct(self, batch: Batch, seeds: list[int], *_: Any, **sampling: Any) -> list[Tensor]:
-        """Draw the images of a reca batch again from their h_v and templates, uint8 [3, H, W]; without guidance.
+        """Reconstruct the images of a reca batch from their h_v and templates, uint8 [3, H, W].
 
-        That is what the RECA loss trains. No text is dropped.
+        This is the task that the RECA loss trains: no guidance is applied and no text is dropped.
         """
         raise NotImplementedError(f"{self.name} cannot reconstruct images")
 
     def edit(
         self, images: list[Tensor], instructions: list[str], seeds: list[int], *_: Any, **sampling: Any
     ) -> list[Tensor]:
-        """Change images by instructions, all uint8 [3, H, W]."""
+        """Edit images by instructions. Inputs and results are uint8 [3, H, W]."""
         raise NotImplementedError(f"{self.name} cannot edit images; it can {' and '.join(sorted(self.abilities))}")
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
@@ -269,22 +273,22 @@ class Adapter(nn.Module):
     def log_likelihood(
         self, images: list[Tensor], questions: list[str], answers: list[str]
     ) -> list[likelihood.LogLikelihood]:
-        """Compute log p(answer | image, question) of each, with the number of tokens it is a sum over.
+        """Compute log p(answer | image, question) of each triple, and the number of tokens it sums over.
 
-        An answer that is longer than training would read is cut as there.
+        Answers longer than the training limit are truncated as in training.
         """
         if "i2t" not in self.tasks:
-            raise NotImplementedError(f"{self.name} has no likelihood of answers about images")
+            raise NotImplementedError(f"{self.name} cannot compute the likelihood of answers: it has no i2t task")
         return likelihood.log_likelihood(self, images, questions, answers)
 
     def inference_autocast(self) -> contextlib.AbstractContextManager:
-        """Return the context in which the model computes outside of training."""
+        """Return the autocast context for inference."""
         return contextlib.nullcontext()
 
     def export(self, folder: Path) -> list[str]:
-        """Write the files, with the names and keys, that the public inference code reads. Returns their names.
+        """Write the files that the public inference code reads, under its file names and keys, and return their names.
 
-        All of them are written or none (exporting.py). Raises OSError when the disk does not take them.
+        Either all files are written or none (exporting.py). Raises OSError when they cannot be written.
         """
         raise NotImplementedError
 
@@ -293,7 +297,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Say whether the released trainer applies weight decay to this parameter."""
+        """Tell whether the released trainer applies weight decay to this parameter."""
         return parameter.ndim >= 2
 
     def blocks(self) -> list[nn.Module]:
@@ -301,19 +305,19 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def repeats_blocks(self) -> bool:
-        """Tell whether a loss multiplies by a trained weight of `blocks` more than once, as by each of two images."""
+        """Tell whether a loss runs trained weights of `blocks` more than once per pass, such as once per image."""
         return False
 
     def encoders(self) -> list[nn.Module]:
-        """List the modules that make most of `encode`: a tower's layers, a codec's convolutions. Units of compilation.
+        """List the modules that do most of the work of `encode`, such as encoder layers: units of torch.compile.
 
-        None need be listed. Their forward pass takes and gives tensors whose types do not depend on the images.
+        The list may be empty. The dtypes of their inputs and outputs must not depend on the images.
         """
         return []
 
 
 def _shifted(feature: Tensor | list, after: Tensor | list) -> Tensor | list:
-    """Drop the first sample's feature and append the first of `after`; a list where they differ in shape."""
+    """Drop the first sample's feature and append the first of `after`. Return a list if the shapes differ."""
     rows = [*list(feature)[1:], after[0]]
     same = len({row.shape for row in rows}) == 1
     return torch.stack(rows) if isinstance(feature, Tensor) and same else rows
