@@ -55,7 +55,7 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
         reca.load(folder / "checkpoints" / "000002")
     assert "is the recipe of a run" not in caplog.text
     assert torch.equal(reca.load(folder / "recipe.yaml").showo.lm_head.weight, start.showo.lm_head.weight)
-    assert f"gives the model before training; for the trained one give the folder {folder}" in caplog.text
+    assert f"loads the model before training; for the trained model pass the folder {folder}" in caplog.text
 
 
 def test_a_model_of_ones_own_is_trained(tmp_path):

@@ -198,7 +198,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, capsys):
         (["--sampling", "steps="], "has no value"),
         (["--sampling", "steps=010"], "steps=010: expected a whole number"),
         (["--sampling", "steps=[1, 2"], "steps=[1, 2: expected a whole number"),
-        (["--seed", "-1"], "seed -1 lies outside"),
+        (["--seed", "-1"], "seed -1 is outside"),
         (["--prompt", " "], "the text is empty"),
         (["--out", __file__], "is no folder; name another"),
     ],

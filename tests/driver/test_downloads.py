@@ -256,7 +256,7 @@ def test_a_gated_repository_says_what_to_do_before_anything_is_fetched(hub, tmp_
     assert get(*show_o(tmp_path)) == 4
     captured = capsys.readouterr()
     assert "accept its terms on huggingface.co/openai/clip-vit-large-patch14-336, then `hf auth login`" in captured.out
-    assert "gives it only to who has accepted its terms" in captured.err and "Traceback" not in captured.err
+    assert "requires its terms to be accepted" in captured.err and "Traceback" not in captured.err
     assert hub.sent == 0
     assert get(*show_o(tmp_path), "--dry-run") == 0
     assert "10.00 KiB in 2 files; licence: not known; gated" in capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_offline(hub, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert get(*show_o(tmp_path)) == 4
     error = capsys.readouterr().err
-    assert "the hub is switched off (HF_HUB_OFFLINE)" in error and len(error.splitlines()) == 1
+    assert "the hub is disabled (HF_HUB_OFFLINE)" in error and len(error.splitlines()) == 1
 
 
 def test_no_connection(monkeypatch, tmp_path, capsys):

@@ -306,7 +306,7 @@ def test_a_repository_of_something_else(hub, upload):
         ({"role": "read"}, "the token 'laptop' may only read"),
         ({"user": "you"}, "you can write to you, group, not me"),
         ({"address": "http://127.0.0.1:9"}, "the hub cannot be reached (ConnectError)"),
-        ({"offline": True}, "the hub is switched off (HF_HUB_OFFLINE)"),
+        ({"offline": True}, "the hub is disabled (HF_HUB_OFFLINE)"),
     ],
 )
 def test_what_is_wrong_is_found_before_weights_are_read(hub, upload, tmp_path, monkeypatch, change, message):

@@ -67,7 +67,7 @@ def test_sampling_options_are_read_and_checked(tiny):
         ("  ", 0, "is empty"),
         (None, 0, "is empty"),
         ("a" * (MAX_TEXT + 1), 0, "at most"),
-        ("a", -1, "lies outside"),
+        ("a", -1, "is outside"),
         ("a", None, "no whole"),
     ],
 )

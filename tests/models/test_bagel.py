@@ -727,7 +727,7 @@ def test_an_index_beside_the_file_that_it_lists(folder, tmp_path):
     [
         (lambda s: s.pop("connector.fc2.bias"), "1 missing: connector.fc2.bias"),
         (lambda s: s.update({"vision.extra": torch.zeros(1)}), "1 unexpected: vision.extra"),
-        (lambda s: s.update({"llm2vae.bias": torch.zeros(3)}), r"of another shape: llm2vae.bias: file \(3,\)"),
+        (lambda s: s.update({"llm2vae.bias": torch.zeros(3)}), r"with another shape: llm2vae.bias: file \(3,\)"),
         (lambda s: s.update({"latent_pos_embed.pos_embed": torch.zeros(16, 64)}), "latent_pos_embed.pos_embed: file"),
     ],
 )
@@ -820,5 +820,5 @@ def test_rows_of_patches_go_back_and_forth():
 
 
 def test_images_are_whole_tokens():
-    with pytest.raises(ValueError, match="model.image_size is 21 pixels, which must be a multiple of 4"):
+    with pytest.raises(ValueError, match="model.image_size is 21 pixels; it must be a positive multiple of 4"):
         Adapter.load(config(image_size=21))

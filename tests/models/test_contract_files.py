@@ -230,7 +230,7 @@ def test_a_disk_without_room_keeps_the_export_before(model, tmp_path, monkeypatc
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
     full(monkeypatch, 1000)
     with pytest.raises(
-        OSError, match=rf"{tmp_path}/\S+ cannot be written: it takes [\d.]+ [KM]iB and 1000 bytes are free"
+        OSError, match=rf"{tmp_path}/\S+ cannot be written: it needs [\d.]+ [KM]iB and 1000 bytes are free"
     ):
         model.export(tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before

@@ -486,7 +486,7 @@ def test_roles_decay_and_blocks(model):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of 4"),
+        ({"image_size": 22}, "model.image_size is 22 pixels; it must be a positive multiple of 4"),
         ({"understanding_size": 10}, "model.understanding_size is 10 pixels"),
         ({"mar": replace(tiny().mar, heads=5)}, "a width of 48 is no multiple of 5 heads"),
         ({"autoencoder": AutoencoderSizes(patch=2, latent_channels=16)}, "2 x 2 pixels have 1 to 12"),

@@ -17,15 +17,15 @@ def test_lists_of_one_length_and_seeds_with_an_address():
     check_pairs(prompts=("a", "b"), seeds=torch.arange(2))
     for wrong in (None, b"a", 1):
         for name in ("prompts", "instructions", "questions"):
-            with pytest.raises(TypeError, match=rf"{name} must be texts, and one is {wrong!r}"):
+            with pytest.raises(TypeError, match=rf"{name} must be strings, got {wrong!r}"):
                 check_pairs(**{name: ["a", wrong]})
     for wrong in (1.5, "1", None):
-        with pytest.raises(TypeError, match=rf"seeds must be whole numbers, and one is {wrong!r}"):
+        with pytest.raises(TypeError, match=rf"seeds must be integers, got {wrong!r}"):
             check_pairs(prompts=["a"], seeds=[wrong])
-    with pytest.raises(ValueError, match="1 images, 2 instructions, 1 seeds; there must be as many of each"):
+    with pytest.raises(ValueError, match="1 images, 2 instructions, 1 seeds; expected the same number of each"):
         check_pairs(images=[0], instructions=["a", "b"], seeds=[0])
     for seed in (-1, 2**56):
-        with pytest.raises(ValueError, match=f"seed {seed} lies outside"):
+        with pytest.raises(ValueError, match=f"seed {seed} is outside"):
             check_pairs(seeds=[0, seed])
 
 
@@ -38,8 +38,8 @@ def test_warnings_of_what_is_not_read(caplog):
         warn_of_unknown_words(tokenizer, ["a red zebra", "a zebra quux"])
         warn_of_cut([[1], [1, 2, 3]], 2)
     assert [record.getMessage() for record in caplog.records] == [
-        "words that this model does not know are read as <unk>: zebra, quux",
-        "a prompt has 3 tokens and this model reads 2 of it: its end is cut off",
+        "words outside this model's vocabulary are read as <unk>: zebra, quux",
+        "a prompt has 3 tokens, but this model reads at most 2: its end is truncated",
     ]
 
 
@@ -49,5 +49,5 @@ def test_pixels():
     assert torch.equal(to_unit([image, image])[1], to_unit(image))
     check_side("model.image_size", 8, 4)
     for side in (0, 6, 3):
-        with pytest.raises(ValueError, match=f"model.image_size is {side} pixels, which must be a multiple of 4"):
+        with pytest.raises(ValueError, match=f"model.image_size is {side} pixels; it must be a positive multiple of 4"):
             check_side("model.image_size", side, 4)

@@ -62,7 +62,7 @@ def test_it_does_not_depend_on_the_rest(name):
     reverse = model.log_likelihood(shown[::-1], QUESTIONS[::-1], ANSWERS[::-1])
     assert together == reverse[::-1]
     assert model.log_likelihood([], [], []) == []
-    with pytest.raises(ValueError, match="3 images, 3 questions, 1 answers; there must be as many of each"):
+    with pytest.raises(ValueError, match="3 images, 3 questions, 1 answers; expected the same number of each"):
         model.log_likelihood(shown, QUESTIONS, ANSWERS[:1])
 
 

@@ -231,7 +231,7 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
     [
         (lambda s: s.pop("connector.layers.0.mlp.fc1.bias"), "1 missing: layers.0.mlp.fc1.bias"),
         (lambda s: s.update({"projector.extra": torch.zeros(1)}), "1 unexpected: extra"),
-        (lambda s: s.update({"projector.bias": torch.zeros(3)}), r"of another shape: bias: file \(3,\)"),
+        (lambda s: s.update({"projector.bias": torch.zeros(3)}), r"with another shape: bias: file \(3,\)"),
         (lambda s: s.update({"meta_queries": torch.zeros(2, 64)}), r"meta_queries is \[2, 64\], expected \[8, 64\]"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_random_model_exports_and_loads(model, tmp_path):
 
 @pytest.mark.parametrize(("key", "size", "unit"), [("image_size", 33, 2), ("understanding_size", 57, 8)])
 def test_sizes_that_are_not_whole_tokens(key, size, unit):
-    with pytest.raises(ValueError, match=f"model.{key} is {size} pixels, which must be a multiple of {unit}"):
+    with pytest.raises(ValueError, match=f"model.{key} is {size} pixels; it must be a positive multiple of {unit}"):
         Adapter.load(config(**{key: size}))
 
 

@@ -415,10 +415,10 @@ def test_recipe_that_does_not_fit_the_checkpoint(folder, given, said):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"image_size": 22}, "model.image_size is 22 pixels, which must be a multiple of 4"),
+        ({"image_size": 22}, "model.image_size is 22 pixels; it must be a positive multiple of 4"),
         (
             {"understanding": "vq", "hv_down_scale": 2},
-            "model.hv_down_scale is 10 pixels, which must be a multiple of 4",
+            "model.hv_down_scale is 10 pixels; it must be a positive multiple of 4",
         ),
         ({"clip": replace(tiny().clip, image_size=20)}, "model.clip.image_size is 20 pixels"),
     ],

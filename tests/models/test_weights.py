@@ -32,9 +32,9 @@ def test_neither_path_nor_hub_id(source):
 
 HUB_ERRORS = {
     "cannot be reached (OSError)": OSError("no route to host\nand more\nlines"),
-    "is switched off (HF_HUB_OFFLINE)": errors.OfflineModeIsEnabled("offline"),
-    "has no such file there": errors.EntryNotFoundError("404"),
-    "could not be copied from: the disk of its cache is full (HF_HOME moves it)": OSError(
+    "is disabled (HF_HUB_OFFLINE)": errors.OfflineModeIsEnabled("offline"),
+    "has no such file in this repository": errors.EntryNotFoundError("404"),
+    "could not be downloaded from: the disk of its cache is full (HF_HOME moves the cache)": OSError(
         28, "No space left on device"
     ),
     "cannot be reached (RuntimeError)": RuntimeError("of a library below"),

@@ -1,1 +1,1 @@
-"""What models share: chat, greedy decoding, images, text, weight files, exports, and how inference is asked."""
+"""Shared code of the models: chat prompts, decoding, images, text, codecs, weight files, exports, argument checks."""

@@ -1,4 +1,4 @@
-"""A loss by sample, for the log: the same numbers once more, without a gradient, where a step asks for them."""
+"""Per-sample losses for the log, computed without a gradient in steps that request them."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 
 def table(sums: Tensor, weights: Tensor) -> Tensor:  # [B] each
-    """Put sums and weights of samples side by side, [B, 2], without a gradient."""
+    """Stack the sums and weights of samples to [B, 2], without a gradient."""
     return torch.stack((sums.detach(), weights.to(sums.dtype)), dim=1)
 
 
 def add_up(rows: Tensor, owners: Tensor, samples: int, weights: Tensor | None = None) -> Tensor:
-    """Add up losses of rows, [R], by the sample that each belongs to, int64 [R]. weights: 1 each if none are given."""
+    """Sum row losses [R] and their weights per sample, [samples, 2]. owners: int64 [R]; weights: 1 per row if None."""
     weights = torch.ones_like(rows) if weights is None else weights.to(rows.dtype)
     return rows.new_zeros(samples, 2).index_add_(0, owners, table(rows, weights))
 
@@ -22,13 +22,13 @@ def add_up(rows: Tensor, owners: Tensor, samples: int, weights: Tensor | None = 
 @torch.no_grad()
 def cross_entropy(
     hidden: Tensor,  # [N, H]
-    head: Any,  # linear layer of the vocabulary
+    head: Any,  # output layer, with weight [V, H] and optionally a bias
     labels: Tensor,  # int64 [N]
     owners: Tensor,  # int64 [N]
     samples: int,
     labelled: int | None = None,
 ) -> Tensor:  # [samples, 2]
-    """Compute the cross-entropy of every sample's labelled rows, and their number."""
+    """Compute every sample's sum of cross-entropy over labelled rows, and the number of these rows."""
     rows = masked_linear_cross_entropy(
         hidden, head.weight, labels, getattr(head, "bias", None), reduction="none", max_labelled=labelled
     )
@@ -36,5 +36,5 @@ def cross_entropy(
 
 
 def rectangle(samples: int, length: int, device: torch.device) -> Tensor:
-    """Return the sample of every row of a flattened [samples, length] batch, int64."""
+    """Return the sample index of every row of a flattened [samples, length] batch, int64."""
     return torch.arange(samples * length, device=device) // length

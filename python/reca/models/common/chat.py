@@ -2,7 +2,8 @@
 
     <|im_start|>user \n TEXT <|im_end|> \n <|im_start|>assistant \n REPLY <|im_end|>
 
-What stands on either side of an image is tokenised apart. Control tokens are put in by id, never by text.
+The text before an image and the text after it are tokenised separately. Control tokens are inserted by id, never as
+text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +16,14 @@ from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment
 
 START, END = "<|im_start|>", "<|im_end|>"
 UNCONDITIONAL = "Generate an image."
-WORDS = ("user", "assistant", "Generate", "an", "image", ":", ".", "\n")  # what prompts add to the user's text
+WORDS = ("user", "assistant", "Generate", "an", "image", ":", ".", "\n")  # words that prompts add to the user's text
 
 
 class Prompt(NamedTuple):
     """Token ids of one sample.
 
     slot    index in `ids` at which the tokens of h_v are inserted; None: the prompt has no image
-    labels  per token what is learned of it, IGNORE_INDEX for nothing; None: nothing is learned
+    labels  target of each token, IGNORE_INDEX for tokens without a loss; None: no token has a loss
     """
 
     ids: list[int]
@@ -30,7 +31,7 @@ class Prompt(NamedTuple):
     labels: list[int] | None = None
 
     def segments(self, tokens: int) -> list[TextSegment | VisualSegment]:
-        """Split the prompt at its slot, with `tokens` tokens of h_v in between."""
+        """Split the prompt at its slot and insert a segment of `tokens` tokens of h_v there."""
         labels = self.labels or [IGNORE_INDEX] * len(self.ids)
         if self.slot is None or not tokens:
             return [TextSegment(self.ids, labels)]
@@ -42,17 +43,17 @@ class Prompt(NamedTuple):
 
 
 def caption_request(text: str | None) -> str:
-    """Ask for the image of a caption; None asks for any image (the unconditional text)."""
+    """Return the request for the image of a caption; None returns the unconditional request."""
     return UNCONDITIONAL if text is None else f"Generate an image: {text.strip()}"
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Frame a user's text and start the reply. The text is tokenised together with the line break before it."""
+    """Tokenise a user's turn and the start of the reply. The text is tokenised together with the preceding newline."""
     return [control(tokenizer, START), *encode(tokenizer, f"user\n{text}"), *reply_start(tokenizer)]
 
 
 def reply_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End a user's turn and start the reply to it."""
+    """Return the token ids that end a user's turn and start the reply."""
     start, end = control(tokenizer, START), control(tokenizer, END)
     return [end, *encode(tokenizer, "\n"), start, *encode(tokenizer, "assistant\n")]
 
@@ -62,9 +63,9 @@ def conversation(
     turns: Sequence[tuple[str, str]],
     question: Callable[[PreTrainedTokenizerBase, str], Prompt],
 ) -> Prompt:
-    """Join turns about an image into one labelled prompt: the replies and the token that ends each are learned.
+    """Join turns about an image into one prompt in which the replies and their end tokens are labelled.
 
-    question: the first question with the image's slot.
+    question: builds the prompt of the first question, with the image's slot.
     """
     ids: list[int] = []
     labels: list[int] = []

@@ -1,9 +1,9 @@
-"""Convolutional blocks of VQGAN and its kin, with their published names: MAGVITv2 (Show-o) and VQ-16 (Janus-Pro)."""
+"""Convolutional blocks of VQGAN-like tokenizers under published names: MAGVITv2 (Show-o) and VQ-16 (Janus-Pro)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32  # of every GroupNorm
+GROUPS = 32  # groups of every GroupNorm
 
 
 def group_norm(width: int) -> nn.GroupNorm:

@@ -1,9 +1,10 @@
-"""Weights that come later: a model is built without memory, sharded, and each rank reads its part of every tensor.
+"""Deferred loading: build a model on the meta device, shard it, then read each rank's part of every tensor.
 
-Inside `deferring`, `load` of an adapter leaves parameters on the meta device. What would have been read from a file is
-mapped from disk and remembered beside its parameter; `fill` copies from it after sharding, so that no process ever
-holds more than its own part and what it is copying. Random weights are made by the first rank, one process of the whole
-run, and sent tensor by tensor, so that they are those of a run on one rank. Buffers are computed on every rank.
+Inside `deferring`, an adapter's `load` leaves parameters on the meta device. Tensors of a file are memory-mapped and
+stored as an attribute of their parameter; `fill` copies from them after sharding, so that no process holds more than
+its own shards and the tensor being copied. Random weights are initialised on rank 0 only and broadcast tensor by
+tensor, so that they equal those of a run on one rank. Buffers are computed on every rank; floating-point ones are then
+broadcast from rank 0.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _active = False
 
 @contextlib.contextmanager
 def deferring() -> Iterator[None]:
-    """Leave the weights of models that are loaded inside for `fill`."""
+    """Defer the weights of models loaded in the context until `DeferredWeights.fill`."""
     global _active
     _active = True
     try:
@@ -33,22 +34,22 @@ def is_deferring() -> bool:
 
 
 def makes_random() -> bool:
-    """Tell whether this process is to make random weights, not to wait for those of the first rank."""
+    """Tell whether this process initialises random weights, rather than receiving those of rank 0."""
     return not _active or not dist.is_initialized() or dist.get_rank() == 0
 
 
 def attach(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Note where each parameter comes from. state: tensors of a file, by name."""
+    """Store each parameter's source tensor as its attribute. state: tensors of a file, by name."""
     for name, parameter in module.named_parameters():
         parameter.source = state[name]  # type: ignore[attr-defined]
 
 
 class DeferredWeights:
-    """Where the parameters of a model come from, taken before it is sharded: a tensor of a file, or the first rank."""
+    """The sources of a model's parameters, recorded before sharding: a tensor of a file, or rank 0's random weights."""
 
     def __init__(self, module: nn.Module):
         self.files: dict[str, Tensor] = {}
-        self.random: dict[str, Tensor] = {}  # of this rank; others receive the first one's
+        self.random: dict[str, Tensor] = {}  # meta tensors on all ranks but 0
         for name, parameter in module.named_parameters():
             if (source := getattr(parameter, "source", None)) is not None:
                 self.files[name] = source
@@ -57,9 +58,9 @@ class DeferredWeights:
 
     @torch.no_grad()
     def fill(self, module: nn.Module, device: torch.device) -> None:
-        """Give the parameters of a model, sharded or not, memory on `device` and their values.
+        """Allocate the parameters of a model, sharded or not, on `device` and load their values.
 
-        Every rank must call it.
+        Collective: every rank must call it.
         """
         _give_memory(module, device)
         for name, parameter in module.named_parameters():
@@ -74,15 +75,15 @@ class DeferredWeights:
 
     @torch.no_grad()
     def fill_only(self, module: nn.Module, device: torch.device, names: Container[str]) -> None:
-        """Give the parameters of these names memory on `device` and their values; all others stay without memory.
+        """Allocate the parameters in `names` on `device` and load their values; all others stay on the meta device.
 
-        Every rank must call it.
+        Collective: every rank must call it.
         """
-        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # with the old one, so that no other gets its id
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old one alive: ids must stay unique
         for prefix, part in module.named_modules():
             for own, parameter in list(part.named_parameters(recurse=False)):
                 name = f"{prefix}.{own}" if prefix else own
-                if id(parameter) in made:  # names that are one tensor stay one
+                if id(parameter) in made:  # tied weights stay tied
                     setattr(part, own, made[id(parameter)][1])
                     continue
                 if name not in names:
@@ -101,7 +102,7 @@ class DeferredWeights:
 
 
 def _send_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of the first one, some of which are random."""
+    """Broadcast floating-point buffers from rank 0, since some of them are random."""
     if dist.is_initialized():
         for buffer in module.buffers():
             if buffer.is_floating_point():
@@ -111,7 +112,7 @@ def _send_buffers(module: nn.Module) -> None:
 
 
 def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
-    """Return the first rank's value of a parameter, whole."""
+    """Return rank 0's value of a parameter, unsharded."""
     if not dist.is_initialized():
         return own
     if dist.get_rank() == 0:
@@ -123,12 +124,12 @@ def _sent(own: Tensor, parameter: nn.Parameter, device: torch.device) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, with the same memory and without its graph."""
+    """Return this rank's part of a tensor, sharing memory and detached."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def own_rows(parameter: nn.Parameter) -> slice:
-    """Return which rows of a parameter this rank holds: FSDP2 shards the first dimension as torch.chunk does."""
+    """Return the slice of rows that this rank holds: FSDP2 shards the first dimension as torch.chunk does."""
     if not isinstance(parameter, DTensor):
         return slice(None)
     start, rows = 0, parameter.shape[0]
@@ -140,7 +141,7 @@ def own_rows(parameter: nn.Parameter) -> slice:
 
 
 def _give_memory(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter on the meta device memory. Names that are one tensor stay one."""
+    """Allocate every tensor on the meta device and move the others to `device`. Tied weights stay tied."""
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""Dropout, and attention with it, at the speed of a CPU where there is one: torch draws its masks there one by one."""
+"""Dropout, and attention with dropout, that is fast on CPUs: torch draws its masks there one element at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from reca_kernels.memory import has_values
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Drop elements with probability p and scale the others by 1 / (1 - p), in training.
 
-    On a CPU the draws are of Philox, whose key is drawn from torch's generator, and the mask is a factor in the type of
-    x: of where(), which is no vector code there, backward and forward pass take twice the time.
+    On a CPU the mask is drawn by Philox, with a key drawn from torch's generator, and multiplied in x's dtype: where()
+    is not vectorised there and would double the time of the forward and backward pass.
     """
     if not (training and p):
         return x
@@ -24,7 +24,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, p: float) -> Tensor:  # [B, H, L, d]
-    """Attend to the keys that are seen, bool [..., L] (None: all), and drop probabilities with probability p."""
+    """Compute attention with dropout p. seen: the attention mask, bool broadcastable to [B, H, L, L]; None: all keys."""
     if not (p and _by_philox(q, p)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

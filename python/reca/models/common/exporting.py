@@ -1,4 +1,4 @@
-"""Writing published files: aside first, and moved into the folder once all are whole."""
+"""Write exports atomically: into a temporary folder, moved to their destination once all files are complete."""
 
 import contextlib
 import errno
@@ -21,10 +21,10 @@ _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 
 
 
 class Export:
-    """The files of one export.
+    """Writer of one export's files.
 
-    Written into a folder aside, below the one that is asked for, so that a disk that fills up or a run that is stopped
-    leaves what was there before. `done` moves them. Files get the mode that the umask gives, whatever library wrote.
+    Files are written to a temporary subfolder of the destination, so that a full disk or an interruption leaves existing
+    files unchanged. `done` moves them. Files get the mode set by the umask, whichever library wrote them.
     """
 
     def __init__(self, folder: Path, aside: Path):
@@ -36,7 +36,7 @@ class Export:
         self._write(name, _bytes(whole), lambda path: save_file(whole, path, {"format": "pt"}))
 
     def pickled(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write a file of torch.save."""
+        """Write a torch.save file."""
         whole = _on_cpu(state)
         self._write(name, _bytes(whole), lambda path: torch.save(whole, path))
 
@@ -45,11 +45,11 @@ class Export:
         self._write(name, len(text), lambda path: path.write_text(text))
 
     def tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the files of a tokenizer into the folder `name` ("." is the export's own)."""
+        """Write the files of a tokenizer into the subfolder `name` ("." for the export's own folder)."""
         self._write(name, 0, tokenizer.save_pretrained)
 
     def done(self) -> list[str]:
-        """Move the files to where they belong. Returns their names, relative to the folder and sorted."""
+        """Move the files into the folder and return their sorted names, relative to it."""
         plain = self.aside / "mode"
         plain.touch()
         mode = plain.stat().st_mode & 0o777
@@ -68,17 +68,17 @@ class Export:
     def _write(self, name: str, size: int, write: Callable[[Path], object]) -> None:
         free = shutil.disk_usage(self.aside).free
         if size > free:
-            raise _failed(self.folder / name, f"it takes {units.size(size)} and {units.size(free)} are free")
+            raise _failed(self.folder / name, f"it needs {units.size(size)} and {units.size(free)} are free")
         path = self.aside / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path)
-        except Exception as error:  # torch, safetensors and tokenizers each raise their own
+        except Exception as error:  # torch, safetensors and tokenizers each raise their own types
             text, free = str(error).lower(), shutil.disk_usage(self.aside).free
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            # torch's writer only says that it wrote less than it wanted.
+            # torch's writer reports a full disk only as an unexpected position.
             if full or any(sign in text for sign in _FULL) or "pytorchstreamwriter" in text or "unexpected pos" in text:
-                needed = f"it takes {units.size(size)} and {units.size(free)}" if size else units.size(free)
+                needed = f"it needs {units.size(size)} and {units.size(free)}" if size else units.size(free)
                 raise _failed(self.folder / name, f"the disk is full: {needed} are free") from error
             if isinstance(error, OSError):
                 raise _failed(self.folder / name, error.strerror or str(error)) from error
@@ -86,15 +86,15 @@ class Export:
 
 
 def _failed(path: Path, reason: str) -> OSError:
-    return OSError(f"{path} cannot be written: {reason}. What was there before is untouched; free space or name "
-                   "another folder")  # fmt: skip
+    return OSError(f"{path} cannot be written: {reason}. Existing files are unchanged; free space or choose another "
+                   "folder")  # fmt: skip
 
 
 @contextlib.contextmanager
 def export_to(folder: Path | str) -> Iterator[Export]:
-    """Write files together: all of them, or none after an error.
+    """Yield an Export that writes all files or, after an error, none.
 
-    Raises OSError when the disk does not take them.
+    Raises OSError when files cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Greedy decoding, and token ids back to text."""
+"""Greedy decoding and detokenisation."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 def greedy_tokens(
     next_logits: Callable[[Tensor | None], Tensor], batch: int, max_new_tokens: int, eos: int | None
 ) -> Tensor:
-    """Continue `batch` sequences by the likeliest token each time: int64 [B, n], n <= max_new_tokens.
+    """Decode `batch` sequences greedily, int64 [B, n], n <= max_new_tokens.
 
-    next_logits: maps the tokens chosen last, int64 [B] (None at first), to the logits [B, V] of those that follow.
-    eos: decoding ends when every sequence has met it; None never ends early.
+    next_logits: maps the previous tokens, int64 [B] (None in the first step), to the logits [B, V] of the next ones.
+    eos: decoding stops when every sequence has generated it; None never stops early.
     """
     tokens: list[Tensor] = []
     for _ in range(max_new_tokens):
@@ -25,6 +25,6 @@ def greedy_tokens(
 
 
 def decode_replies(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, eos: int) -> list[str]:  # int64 [B, n]
-    """Decode each sequence up to its first `eos`, without special tokens and surrounding blanks."""
+    """Detokenise each sequence up to its first `eos`, without special tokens and surrounding whitespace."""
     rows = (row[: row.index(eos)] if eos in row else row for row in tokens.tolist())
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]

@@ -1,18 +1,18 @@
-"""Where published files come from: a path, or the Hugging Face hub."""
+"""Locate published files: a local path, or the Hugging Face hub."""
 
 import logging
 from pathlib import Path
 
 from reca import catalog, units
 
-TOKENIZER = ["*.json", "*.txt", "*.model"]  # what a repository holds of a tokenizer, and no weights
+TOKENIZER = ["*.json", "*.txt", "*.model"]  # patterns of tokenizer files; match no weights
 
 
 def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weights") -> Path:
-    """Find the local folder (or file) of a path, a hub id, or owner/name/file of the hub. Downloads are cached.
+    """Return the local folder or file of a path, a hub id (owner/name) or a file on the hub (owner/name/file).
 
-    patterns: glob patterns of the files wanted from the hub; None takes all. key: the recipe key that names the source.
-    Raises ValueError when neither exists, with the command that gets the files.
+    Downloads are cached. patterns: glob patterns of the files to download; None downloads all. key: the recipe key of
+    `source`, for error messages. Raises ValueError with the download command if the source cannot be found.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -22,21 +22,21 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
 
     library = logging.getLogger("huggingface_hub")
     level = library.level
-    library.setLevel(logging.ERROR)  # it warns of every of its tries to reach the hub
+    library.setLevel(logging.ERROR)  # it warns at every attempt to reach the hub
     try:
         if file:
             return Path(hf_hub_download(repository, file))
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # the library below the hub's, whose errors come through, changes with its versions
+    except Exception as error:  # its HTTP library, whose errors pass through, depends on the version
         raise ValueError(_wanted(repository, file, patterns, key, error)) from error
     finally:
         library.setLevel(level)
 
 
 def hub_name(source: str, key: str) -> tuple[str, str]:
-    """Split owner/name, or owner/name/file, into the repository and the file ("" for all of it).
+    """Split owner/name or owner/name/file into repository and file ("" if none is given).
 
-    Raises ValueError for what is no name of the hub, and so would have been a path.
+    Raises ValueError if `source` is not a hub name and thus a path that does not exist.
     """
     parts = source.split("/")
     if source.startswith((".", "/", "~")) or len(parts) < 2 or (len(parts) > 2 and not Path(source).suffix):
@@ -45,12 +45,12 @@ def hub_name(source: str, key: str) -> tuple[str, str]:
 
 
 def beside(source: Path) -> Path:
-    """Return the folder that `source` is, or that it is a file of."""
+    """Return `source` if it is a folder, else its parent folder."""
     return source if source.is_dir() else source.parent
 
 
 def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, error: Exception) -> str:
-    """Say in one sentence what is missing, why, how large it is, and how to bring it here."""
+    """Describe in one sentence what is missing, why, how large it is, and how to get it."""
     size = catalog.facts_of(repository, file).size
     what = f"{file} of {repository}" if file else repository
     amount = f", about {units.size(size)}," if size else ""
@@ -64,7 +64,7 @@ def _wanted(repository: str, file: str, patterns: list[str] | None, key: str, er
 
 
 def cause_of(error: Exception) -> str:
-    """Say what the hub did, without the library's paragraphs. The subject of the sentence is the hub."""
+    """Summarise why a hub request failed, as a predicate of "the hub"."""
     from huggingface_hub import errors
 
     chain: list[BaseException] = [error]
@@ -72,15 +72,15 @@ def cause_of(error: Exception) -> str:
         chain.append(chain[-1].__cause__)
     for one in chain:
         if isinstance(one, errors.GatedRepoError):
-            return "gives it only to who has accepted its terms (do so on its page, then `hf auth login`)"
+            return "requires its terms to be accepted (do so on its page, then `hf auth login`)"
         if isinstance(one, errors.RepositoryNotFoundError):
-            return "has no such repository, or none that you may see (`hf auth login`)"
+            return "has no such repository, or you lack access to it (`hf auth login`)"
         if isinstance(one, errors.EntryNotFoundError) and not isinstance(one, errors.LocalEntryNotFoundError):
-            return "has no such file there"
+            return "has no such file in this repository"
         if isinstance(one, errors.OfflineModeIsEnabled):
-            return "is switched off (HF_HUB_OFFLINE)"
+            return "is disabled (HF_HUB_OFFLINE)"
         if isinstance(one, OSError) and one.errno == 28:
-            return "could not be copied from: the disk of its cache is full (HF_HOME moves it)"
+            return "could not be downloaded from: the disk of its cache is full (HF_HOME moves the cache)"
         if (response := getattr(one, "response", None)) is not None:
             return f"answered with status {response.status_code}; try again later"
     return f"cannot be reached ({type(chain[-1]).__name__})"

@@ -1,4 +1,4 @@
-"""Checks of what generate, edit and answer are asked, for every model."""
+"""Argument checks and warnings of generate, edit and answer, for every model."""
 
 import contextlib
 import functools
@@ -17,11 +17,11 @@ log = logging.getLogger("reca")
 M = TypeVar("M", bound=Callable)
 
 TEXTS = frozenset({"prompts", "instructions", "questions", "answers"})
-SEEDS = 2**56  # above it, the address of a sample's noise would not fit
+SEEDS = 2**56  # seeds are below it, so that the counter of a sample's noise fits
 
 
 def options_of(function: Callable) -> Callable[[M], M]:
-    """Decorate a method that passes its options on to `function`: it shows the signature of that one."""
+    """Decorate a method that forwards its options to `function`, so that it shows that function's signature."""
 
     def decorate(method: M) -> M:
         return cast(M, functools.wraps(function)(method))
@@ -31,7 +31,7 @@ def options_of(function: Callable) -> Callable[[M], M]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside, and cuDNN's attention, whatever mode the model is in, and restore the mode."""
+    """Put a model into eval mode and disable cuDNN attention in the context; restore the training mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -42,10 +42,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def check_pairs(**lists: Sequence) -> None:
-    """Raise ValueError unless all lists are of one length, or when a seed lies outside [0, 2**56).
+    """Raise ValueError if the lists differ in length, or if a seed is outside [0, 2**56).
 
-    Raises TypeError for a single text or number, whose characters would else pass for prompts, for an item that is no
-    text, which would be drawn as its repr, and for a seed that is no whole number, which would be cut to one.
+    Raises TypeError for a single string or number in place of a list (a string's characters would pass for prompts),
+    for an item that is not a string, and for a seed that is not an integer.
     """
     for name, values in lists.items():
         if isinstance(values, str | int):
@@ -53,57 +53,57 @@ def check_pairs(**lists: Sequence) -> None:
     for name in TEXTS.intersection(lists):
         for value in lists[name]:
             if not isinstance(value, str):
-                raise TypeError(f"{name} must be texts, and one is {value!r}")
+                raise TypeError(f"{name} must be strings, got {value!r}")
     for seed in lists.get("seeds", ()):
         if not hasattr(seed, "__index__"):
-            raise TypeError(f"seeds must be whole numbers, and one is {seed!r}")
+            raise TypeError(f"seeds must be integers, got {seed!r}")
     if len({len(values) for values in lists.values()}) > 1:
         counts = ", ".join(f"{len(values)} {name}" for name, values in lists.items())
-        raise ValueError(f"{counts}; there must be as many of each")
+        raise ValueError(f"{counts}; expected the same number of each")
     for seed in lists.get("seeds", ()):
         if not 0 <= seed < SEEDS:
-            raise ValueError(f"seed {seed} lies outside 0 to 2**56 - 1; give another")
+            raise ValueError(f"seed {seed} is outside 0 to 2**56 - 1; choose another")
 
 
 def check_multiple(factor: int, height: int, width: int) -> None:
-    """Raise ValueError for an image that is not whole tokens, of `factor` x `factor` pixels."""
+    """Raise ValueError for an image size that is not a multiple of a token's `factor` x `factor` pixels."""
     if height % factor or width % factor:
         raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
 
 
 def warn_of_cut(prompts: Sequence[Sequence[int]], most: int) -> None:
-    """Log that prompts have more tokens than the model reads of one."""
+    """Warn if a prompt has more tokens than the model's limit `most`."""
     longest = max(map(len, prompts), default=0)
     if longest > most:
-        log.warning("a prompt has %d tokens and this model reads %d of it: its end is cut off", longest, most)
+        log.warning("a prompt has %d tokens, but this model reads at most %d: its end is truncated", longest, most)
 
 
 def warn_of_unknown_words(tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]) -> None:
-    """Log the words that a tokenizer has no token for; the model reads <unk> in their place."""
+    """Warn of words that the tokenizer maps to its unknown token."""
     unknown = tokenizer and tokenizer.unk_token_id
     if tokenizer is None or unknown is None:
         return
     words = dict.fromkeys(word for text in texts for word in text.split() if unknown in encode(tokenizer, word))
     if words:
-        log.warning("words that this model does not know are read as %s: %s", tokenizer.unk_token, ", ".join(words))
+        log.warning("words outside this model's vocabulary are read as %s: %s", tokenizer.unk_token, ", ".join(words))
 
 
 def warn_of_untrained(source: str | Path) -> None:
-    """Log that the recipe of a run is not the run: it names the weights that training began with."""
+    """Warn if `source` is the recipe file of a run: it names the weights before training, not the trained ones."""
     path = Path(source)
     if path.name == "recipe.yaml" and (path.parent / "checkpoints").is_dir():
         log.warning(
-            "%s is the recipe of a run, and gives the model before training; for the trained one give the folder %s",
+            "%s is the recipe of a run and loads the model before training; for the trained model pass the folder %s",
             path,
             path.parent,
         )
 
 
 def warn_of_random_weights(name: str, config: Any) -> None:
-    """Log that a model comes from no file and has learned nothing. name: of its recipe, config: its model section."""
+    """Warn that a model has random weights. name: its recipe's name; config: the recipe's model section."""
     if config.weights is None:
         log.warning(
             "%s names no weights (model.weights=null): this model is random, so its images are noise and its answers "
-            "mean nothing; name the folder of a trained run instead, or give model.weights",
+            "are meaningless; pass the folder of a trained run instead, or set model.weights",
             name,
         )

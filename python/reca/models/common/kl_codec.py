@@ -1,7 +1,7 @@
-"""Codecs whose latents have a posterior: KL autoencoders of diffusers, and pixel patches in their place.
+"""Codecs with a Gaussian posterior over latents: diffusers' KL autoencoder, and pixel patches in its place.
 
-A codec has `factor`, pixels per latent in height and width; `channels` of a latent; `encode(pixels) -> moments`;
-`latents(moments, noise)` and `decode(latents) -> pixels`. Moments are mean and log-variance, [2 C, h, w] per image.
+A codec has `factor`, pixels per latent in height and width; `channels` per latent; `encode(pixels) -> moments`;
+`latents(moments, noise)`; and `decode(latents) -> pixels`. Moments are mean and log-variance, [2 C, h, w] per image.
 """
 
 from typing import Any, Protocol
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from reca.models.common.patch_codec import PatchCodec
 
-CERTAIN = -60.0  # log-variance of a latent without spread
-GROUPS = 32  # of every GroupNorm
+CERTAIN = -60.0  # log-variance of a deterministic latent
+GROUPS = 32  # groups of every GroupNorm
 
 
 class AutoencoderSizes(Protocol):
@@ -26,9 +26,9 @@ class AutoencoderSizes(Protocol):
 
 
 class KlCodec(nn.Module):
-    """An autoencoder in fp32, whatever autocast says.
+    """A KL autoencoder that runs in fp32 regardless of autocast.
 
-    shift: taken off latents before they are scaled. quant_convs: 1 x 1 convolutions stand around the latent.
+    shift: subtracted from latents before scaling. quant_convs: has 1 x 1 convolutions before and after the latent.
     """
 
     def __init__(self, sizes: AutoencoderSizes, *, shift: float = 0.0, quant_convs: bool):
@@ -48,7 +48,7 @@ class KlCodec(nn.Module):
         )
 
     def public_config(self) -> dict[str, Any]:
-        """Return what diffusers builds the autoencoder from."""
+        """Return the autoencoder's configuration for diffusers."""
         return {"_class_name": "AutoencoderKL", **self.autoencoder.config, "scaling_factor": self.sizes.scaling_factor}
 
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
@@ -57,7 +57,7 @@ class KlCodec(nn.Module):
             return moments if self.autoencoder.quant_conv is None else self.autoencoder.quant_conv(moments)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:  # [..., 2 C, h, w], [..., C, h, w]
-        """Sample the posterior, or return its mean where there is no noise."""
+        """Sample the posterior with `noise`, or return its mean if `noise` is None; shifted and scaled."""
         mean, log_variance = moments.float().chunk(2, dim=-3)
         z = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
         return self.sizes.scaling_factor * (z - self.shift)
@@ -70,7 +70,7 @@ class KlCodec(nn.Module):
 
 
 class PatchMoments(PatchCodec):
-    """Make moments of patches: the toy world's codec."""
+    """A PatchCodec that returns moments with a constant log-variance: the codec of the toy datasets."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         mean = super().encode(pixels.float())

@@ -1,7 +1,7 @@
-"""Names of a KL autoencoder: latent diffusion's (LDM), as KL-16 and FLUX publish it, and those of diffusers.
+"""Convert the state dict of a KL autoencoder between LDM's names (latent diffusion, KL-16, FLUX) and diffusers'.
 
-Two things differ beside names. The decoder's levels count from the latent in diffusers and from the image in LDM. The
-projections of an attention block are linear layers in diffusers and 1 x 1 convolutions in LDM.
+Two differences go beyond names. The decoder's levels are numbered from the latent in diffusers and from the image in
+LDM. The projections of an attention block are linear layers in diffusers and 1 x 1 convolutions in LDM.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-# LDM's name, diffusers' name; # is a number that both have
+# (LDM's name, diffusers' name); # stands for the same number in both
 _PARTS = (
     ("encoder.down.#.block.", "encoder.down_blocks.#.resnets."),
     ("encoder.down.#.attn.", "encoder.down_blocks.#.attentions."),
@@ -27,7 +27,7 @@ _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj
 
 
 def to_diffusers(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """Rename the tensors of an LDM file. Names that the table lacks stay. levels: resolutions of the autoencoder."""
+    """Rename the tensors of an LDM file to diffusers' names. Other names are unchanged. levels: resolution levels."""
     renamed = {}
     for name, tensor in state.items():
         for ldm, diffusers in _PARTS:
@@ -38,7 +38,7 @@ def to_diffusers(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def renew_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the projections of attention blocks that an old diffusers wrote their names of today."""
+    """Rename attention projections written by diffusers before 0.17 to their current names."""
     return {_replace_attention(name, _OLD_ATTENTION): tensor for name, tensor in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""How likely a model finds an answer about an image."""
+"""Log-likelihood of answers about images."""
 
 import functools
 import logging
@@ -19,9 +19,9 @@ log = logging.getLogger("reca")
 
 
 class LogLikelihood(NamedTuple):
-    """log p(answer | image, question), summed over `tokens` tokens: the answer's and the one that ends it.
+    """log p(answer | image, question), summed over `tokens` tokens: those of the answer and the end token.
 
-    An answer behind a question that is too long, of which the model reads no token, has none and -inf.
+    If the question is so long that the answer is truncated entirely, `tokens` is 0 and `sum` is -inf.
     """
 
     sum: float
@@ -36,10 +36,10 @@ class LogLikelihood(NamedTuple):
 def log_likelihood(
     model: Any, images: Sequence[Tensor], questions: Sequence[str], answers: Sequence[str]
 ) -> list[LogLikelihood]:
-    """Compute the log-likelihood of answers, one sample at a time, by the loss of image-to-text training.
+    """Compute the log-likelihood of answers, one sample at a time, with the i2t training loss.
 
-    model: an Adapter. The images are seen as `answer` sees them. One at a time, since a sample's sum is wanted and a
-    loss adds up batches; beside the dozens of passes that drew the image, this is one.
+    model: an Adapter. Images are resized and cropped as in `answer`. Samples are not batched because the loss sums over
+    a batch; the cost is one pass per sample, against the dozens of passes that generated the image.
     """
     check_pairs(images=images, questions=questions, answers=answers)
     view = model.views("i2t").und
@@ -50,7 +50,7 @@ def log_likelihood(
             pixels = fit_to_view(image, view).to(device)
             sample = Batch("i2t", torch.zeros(1, dtype=torch.int64), [[Turn(question, answer)]], und=[pixels])
             found.append(model(sample.to(device), CounterRNG(0)))
-    sums = torch.stack([term.sum for term in found]).tolist() if found else []  # one wait for all of them
+    sums = torch.stack([term.sum for term in found]).tolist() if found else []  # one host synchronisation for all
     tokens = [round(float(term.weight)) for term in found]
     for question, read in zip(questions, tokens, strict=True):
         if not read:
@@ -58,11 +58,11 @@ def log_likelihood(
     return [LogLikelihood(-total if n else -math.inf, n) for total, n in zip(sums, tokens, strict=True)]
 
 
-@functools.lru_cache(maxsize=1024)  # once for all the answers to a question
+@functools.lru_cache(maxsize=1024)  # warn once per question
 def _warn_of_unread(model: str, question: str) -> None:
     log.warning(
-        "the question %r fills all that %s reads, so that no token of its answers is read and none can be told from "
-        "another: their log-likelihood is -inf; shorten the question, or raise the model's length of texts",
+        "the question %r fills the maximum text length of %s, so that all its answers are truncated entirely and their "
+        "log-likelihood is -inf; shorten the question, or raise the model's maximum text length",
         question if len(question) <= 160 else f"{question[:160]} …",
         model,
     )

@@ -1,4 +1,4 @@
-"""Whether a model computes on a CPU, where it may leave out what costs a GPU less than leaving it out."""
+"""Tell whether a model runs on a CPU, where skipping work can be faster although on a GPU it is not."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ _AS_GPU = ContextVar("_AS_GPU", default=False)
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Tell whether what is made of a tensor is computed on a CPU."""
+    """Tell whether operations on a tensor run on a CPU."""
     return x.device.type == "cpu" and not _AS_GPU.get()
 
 
 @contextlib.contextmanager
 def as_gpu() -> Iterator[None]:
-    """Take tensors of a CPU, which have no memory, for a GPU's: a GPU's FLOPs and memory are counted with them."""
+    """Treat CPU tensors as GPU tensors, to count a GPU's FLOPs and memory with fake tensors."""
     token = _AS_GPU.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A codebook of pixel patches: the toy world's image tokenizer in place of a trained one."""
+"""A codebook of pixel patches: the image tokenizer of the toy datasets, used in place of a trained one."""
 
 import math
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class PatchSizes:
 
 
 class PatchCodebook(nn.Module):
-    """A codebook of p x p pixel patches: the image tokenizer of the embedded world.
+    """A codebook of p x p pixel patches: the image tokenizer of the toy datasets.
 
-    codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until someone fits it
+    codebook  fp32 [entries, 3 * p * p], each row a patch [3, p, p] in [-1, 1]; random until it is fitted
     """
 
     codebook: Tensor
@@ -34,9 +34,9 @@ class PatchCodebook(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Find the codes of the nearest patches, int64 [B, h*w], row-major."""
+        """Return the codes of the nearest patches, int64 [B, h*w], row-major."""
         patches = F.unfold(pixels.float(), self.factor, stride=self.factor).transpose(1, 2)
-        # One matrix of all patches: of a batch of matrices, cdist copies the codebook for each.
+        # One matrix of all patches: for a batch of matrices, cdist would copy the codebook per image.
         with fp32_products():
             return torch.cdist(patches.flatten(0, 1), self.codebook).argmin(-1).unflatten(0, patches.shape[:2])
 
@@ -48,8 +48,8 @@ class PatchCodebook(nn.Module):
 
 
 def square(codes: Tensor) -> tuple[int, int]:  # [B, n]
-    """Return the grid (h, w) of codes of a square image."""
+    """Return the grid (h, w) of a square image's codes."""
     side = math.isqrt(codes.shape[1])
     if side**2 != codes.shape[1]:
-        raise ValueError(f"{codes.shape[1]} codes are no square; give grid=(h, w)")
+        raise ValueError(f"{codes.shape[1]} codes do not form a square grid; pass grid=(h, w)")
     return side, side

@@ -1,4 +1,4 @@
-"""A linear autoencoder of pixel patches, fitted in closed form: the toy world's in place of a trained one."""
+"""A linear autoencoder of pixel patches, fitted in closed form: the toy datasets' codec in place of a trained one."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class PatchSizes:
 
 
 class PatchCodec(nn.Module):
-    """Encode patches of p x p pixels by their `channels` principal components. No gradient goes through.
+    """A codec whose latents are the first `channels` principal components of p x p pixel patches. No gradient.
 
     mean   fp32 [3 p²]
     basis  fp32 [3 p², channels], orthonormal columns; random until `fit`
-    scale  fp32 [channels], what components are multiplied by
+    scale  fp32 [channels], factor of each component
     """
 
     def __init__(self, size: int, channels: int):
@@ -37,7 +37,10 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def fit(self, pixels: Tensor) -> None:  # [B, 3, H, W] in [-1, 1]
-        """Take the components from these images. Their spread is evened out by half and has a mean square of 1."""
+        """Fit mean and components to these images.
+
+        Latents get the square roots of the components' standard deviations, scaled to a mean square of 1.
+        """
         patches = self._patches(pixels).flatten(0, 1).double()
         mean = patches.mean(0)
         variances, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
@@ -54,7 +57,7 @@ class PatchCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [B, channels, h, w]
-        """Decode latents to pixels, [B, 3, h p, w p], about [-1, 1]."""
+        """Decode latents to pixels, [B, 3, h p, w p] in about [-1, 1]."""
         rows = latents.flatten(2).transpose(1, 2) @ (self.basis / self.scale).T + self.mean
         height, width = (side * self.factor for side in latents.shape[2:])
         return F.fold(rows.transpose(1, 2), (height, width), self.factor, stride=self.factor)

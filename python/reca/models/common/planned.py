@@ -1,4 +1,4 @@
-"""Attention by a plan in place of a mask, for language models of transformers: attn_implementation=PLANNED, plan=..."""
+"""Attention plans instead of masks in transformers language models: attn_implementation=PLANNED, then plan=..."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 PLANNED = "reca_planned"
 
 
-@torch.compiler.disable  # outside compiled layers: a new layout would compile them again
+@torch.compiler.disable  # else every new layout would recompile the layers
 def _planned(
     module: nn.Module,
     query: Tensor,  # [B, H, L, d]
@@ -27,11 +27,13 @@ def _planned(
     **_: object,
 ) -> tuple[Tensor, None]:
     if plan is None:
-        raise ValueError(f"{type(module).__name__} attends by a plan; call the model with plan=attention_plan(...)")
+        raise ValueError(f"{type(module).__name__} needs an attention plan; pass plan=attention_plan(...) to the model")
     if dropout:
-        raise ValueError(f"{type(module).__name__} drops {dropout:g} of its attention, which a planned one cannot")
+        raise ValueError(
+            f"{type(module).__name__} has attention dropout {dropout:g}, which attention plans do not support; set it to 0"
+        )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if len(q) == 1 < len(plan.samples):  # packed: all samples in one line
+    if len(q) == 1 < len(plan.samples):  # packed
         return attention(q[0], k[0], v[0], plan, scale=scaling)[None], None
     return attention(q, k, v, plan, scale=scaling), None
 
@@ -40,14 +42,14 @@ AttentionInterface.register(PLANNED, _planned)
 
 
 class Continuation:
-    """Continue prompts row by row; K/V of earlier rows are kept.
+    """Continue left-padded prompts one token at a time with a KV cache.
 
-    A new row sees all rows before it but the padding, which stands on the left.
+    A new token attends to all earlier tokens of its sample except the padding.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,  # without its head
+        model: PreTrainedModel,  # without the output head
         embeddings: Tensor,  # [B, L, H]
         positions: Tensor,  # int64 [B, L]
         samples: Sequence[Sequence[AttentionSpan]],
@@ -56,7 +58,7 @@ class Continuation:
         self.cached, self.new = with_cache(model, DynamicCache(config=model.config)), 0
 
     def __call__(self, rows: Tensor | None) -> Tensor:
-        """Take the next row of each prompt, [B, 1, H] (None: the prompts), and return the last hidden states [B, H]."""
+        """Return the last hidden states [B, H] after the next embedding of each sample, [B, 1, H]; None: prefill."""
         if rows is None:
             rows, at, layout = self.embeddings, self.positions, self.samples
         else:
@@ -74,7 +76,7 @@ class Continuation:
 
 @torch.no_grad()
 def greedy(
-    model: PreTrainedModel,  # without its head
+    model: PreTrainedModel,  # without the output head
     head: nn.Module,
     embeddings: Tensor,  # [B, L, H]
     positions: Tensor,  # int64 [B, L]
@@ -82,7 +84,7 @@ def greedy(
     max_new_tokens: int,
     end: int,
 ) -> Tensor:
-    """Continue prompts by the likeliest tokens, int64 [B, n], n <= max_new_tokens; stop when all have met `end`."""
+    """Decode greedily, int64 [B, n], n <= max_new_tokens; stop once every sample has generated `end`."""
     advance = Continuation(model, embeddings, positions, samples)
 
     def next_logits(tokens: Tensor | None) -> Tensor:
@@ -92,7 +94,7 @@ def greedy(
 
 
 def _behind(sample: Sequence[AttentionSpan], new: int) -> tuple[AttentionSpan, ...]:
-    """Give spans for decoding token number `new`: the prompt and earlier tokens are cached."""
+    """Return the spans for decoding the new-th token: the prompt and earlier tokens are cached."""
     pads = sum(run.length for run in sample if run.mode == "pad")
     rows = sum(run.length for run in sample) - pads + new - 1
     return AttentionSpan(pads, "pad", cached=True), AttentionSpan(rows, cached=True), AttentionSpan(1)

@@ -1,4 +1,4 @@
-"""`model.understanding=efficientnet`: tokens of h_v made of EfficientNet-Lite0's pooled features."""
+"""`model.understanding=efficientnet`: h_v computed from EfficientNet-Lite0's pooled features."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from reca.models.common.efficientnet import FEATURES, EfficientNetLite0, imagene
 from reca.models.common.weight_files import assign_state_dict
 from reca.options import count, pixels
 
-PUBLISHED = ("imagenet",)  # weights of the encoder
+PUBLISHED = ("imagenet",)  # published weights of the encoder
 
 
 @dataclass
 class EfficientNetSizes:
-    image_size: int = pixels(224, "size in pixels of the image EfficientNet-Lite0 reads")
-    tokens: int = count(4, "tokens of h_v that the projector makes of its pooled features")
-    token_size: int = count(64, "width of such a token, before the projector's MLP")
+    image_size: int = pixels(224, "size in pixels of EfficientNet-Lite0's input image")
+    tokens: int = count(4, "tokens of h_v that the projector computes from the pooled features")
+    token_size: int = count(64, "width of these tokens before the projector's MLP")
 
 
 def projector(width_in: int, width: int) -> nn.Sequential:
@@ -25,9 +25,9 @@ def projector(width_in: int, width: int) -> nn.Sequential:
 
 
 class PooledProjector(nn.Module):
-    """Make tokens of pooled features, and project each by an MLP.
+    """Split pooled features into tokens with a linear layer, and project each token with an MLP.
 
-    mean, scale  of the features over the images of pre-training; whoever trains the projector sets them (`fit`)
+    mean, scale  mean and standard deviation of the features over the pre-training images; set by `fit`
     """
 
     mean: Tensor
@@ -53,15 +53,15 @@ class PooledProjector(nn.Module):
 
 
 def assign_weights(encoder: EfficientNetLite0, source: str) -> None:
-    """Give the encoder the weights that `model.efficientnet_weights` names. Raises ValueError when they are missing."""
+    """Load the ImageNet weights into the encoder. source: for error messages. Raises ValueError if they are missing."""
     assign_state_dict(encoder, imagenet_weights(), source, torch.float32)
 
 
 def pooled(encoder: nn.Module, pixels: Tensor, sizes: EfficientNetSizes) -> Tensor:  # [B, 3, R, R] in [-1, 1]
-    """Encode images of any size, fp32 [B, FEATURES]."""
+    """Compute the pooled features of square images of any size, fp32 [B, FEATURES]."""
     return encoder(resized(pixels, sizes.image_size))
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:  # [B, 3, R, R] in [-1, 1]
-    """Resize images to `size` pixels square."""
+    """Resize images to `size` x `size` pixels, clamped to [-1, 1]."""
     return F.interpolate(pixels, [size] * 2, mode="bicubic", antialias=True).clamp(-1, 1)

@@ -10,7 +10,7 @@ from reca.options import config_field, count
 
 @dataclass
 class Qwen2Sizes:
-    """Recipe keys of a Qwen2. The defaults are Qwen2.5-1.5B; a model with other ones gives an instance."""
+    """Recipe keys of a Qwen2. The defaults are those of Qwen2.5-1.5B."""
 
     hidden_size: int = count(1536, "width of the Qwen2 language model")
     num_hidden_layers: int = count(28, "its layers")

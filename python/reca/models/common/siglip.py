@@ -1,4 +1,4 @@
-"""The transformer of SigLIP: BAGEL's vision tower and OpenUni's connector."""
+"""SigLIP's transformer encoder: BAGEL's vision tower and OpenUni's connector."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class EncoderSizes(Protocol):
 
 
 def siglip_encoder(sizes: EncoderSizes, *, width: int, layers: int, eps: float = 1e-6) -> SiglipEncoder:
-    """Build a bidirectional encoder of `layers` layers. width: of its hidden states; eps: of its LayerNorms."""
+    """Build a bidirectional encoder of `layers` layers. width: hidden size; eps: epsilon of its LayerNorms."""
     return SiglipEncoder(
         SiglipVisionConfig(
             hidden_size=width,

@@ -1,8 +1,8 @@
-"""Text to token ids. What a user writes is text: words that look like control tokens are no control tokens.
+"""Tokenise users' text without interpreting control tokens in it.
 
-Tokenizers look for added tokens (<|im_end|>, <IMG_CONTEXT>, …) anywhere in a text, and `split_special_tokens=True` of
-transformers stops that for those of them alone that are marked special. Here none is found. Prompts get their control
-tokens by id (`control`), so that a text has no way to end a turn or to stand for an image.
+Tokenizers match added tokens (<|im_end|>, <IMG_CONTEXT>, …) anywhere in a text. transformers' `split_special_tokens=True`
+prevents that only for tokens marked special. `encode` matches none of them. Prompts insert control tokens by id
+(`control`), so that a user's text cannot end a turn or insert an image.
 """
 
 import json
@@ -23,16 +23,14 @@ _PLAIN: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Plain]" = weakref.W
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise the text alone, without any control token: what frames it is the model's own business.
+    """Tokenise text to ids without control tokens: none are added, and none in the text are interpreted.
 
-    Raises ValueError for a text with halves of characters, and for one that a tokenizer of another kind cannot but read
-    as a control token.
+    Raises ValueError for a text with unpaired surrogates, and for one that the tokenizer can only read as a control
+    token.
     """
     if not encodable(text):
-        raise ValueError(
-            f"the text {text[:80]!r} holds bytes or halves of characters that are no Unicode; write it anew"
-        )
-    if getattr(tokenizer, "backend_tokenizer", None) is None:  # no tokenizer of the tokenizers library inside
+        raise ValueError(f"the text {text[:80]!r} is not valid Unicode (it has unpaired surrogates); re-enter it")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:  # a slow tokenizer, not of the tokenizers library
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     added = frozenset(tokenizer.backend_tokenizer.get_added_tokens_decoder())
     plain = _PLAIN.get(tokenizer)
@@ -42,15 +40,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def control(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Return the id of a control token, which the tokenizer must have."""
+    """Return the id of a control token. The tokenizer must have it (`check_tokenizer`)."""
     return tokenizer.convert_tokens_to_ids(token)
 
 
 def read_tokenizer(folder: Path, as_is: bool = False) -> PreTrainedTokenizerBase:
-    """Read the tokenizer whose files a local folder holds. No code of the folder runs.
+    """Load a tokenizer from a local folder, without running code in it.
 
-    as_is: take tokenizer.json as it is, and not the class that tokenizer_config.json names, which may rebuild it.
-    Raises ValueError that names the folder, and the file where one is damaged.
+    as_is: load tokenizer.json unchanged, not through the class that tokenizer_config.json names, which may rebuild it.
+    Raises ValueError with the folder, or with the damaged file if there is one.
     """
     try:
         if as_is:
@@ -65,7 +63,7 @@ def read_tokenizer(folder: Path, as_is: bool = False) -> PreTrainedTokenizerBase
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], rows: int, model: str) -> None:
-    """Raise ValueError when a tokenizer lacks control tokens, or has ids beyond the `rows` of the embedding table."""
+    """Raise ValueError if a tokenizer lacks one of `tokens`, or has ids beyond the `rows` of the embedding table."""
     known = tokenizer.get_vocab()
     if missing := [token for token in tokens if token not in known]:
         raise ValueError(f"the tokenizer lacks {', '.join(missing)}; {model} needs {', '.join(tokens)}")
@@ -74,7 +72,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], r
 
 
 class Remembered:
-    """Keep the results of a function's latest calls, whose arguments are hashable. A copy or a pickle begins empty."""
+    """An LRU cache of a function's results that can be copied and pickled; the copy starts empty."""
 
     def __init__(self, function: Callable, most: int = 1 << 14):
         self.function, self.most = function, most
@@ -88,7 +86,7 @@ class Remembered:
 
 
 class _Plain:
-    """A tokenizer's own tokenizer that finds no added token but runs of blanks, which are text (Phi has such)."""
+    """A copy of a tokenizer's backend that matches no added tokens except runs of whitespace, which are text (Phi)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = tokenizer.backend_tokenizer
@@ -97,10 +95,10 @@ class _Plain:
         for token in made["added_tokens"]:
             token["special"] = not token["content"].isspace()
         self.tokenizer = Tokenizer.from_str(json.dumps(made))
-        self.tokenizer.encode_special_tokens = True  # as text
+        self.tokenizer.encode_special_tokens = True  # encode them as text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        unknown = tokenizer.unk_token  # what an unknown word is read as, too
+        unknown = tokenizer.unk_token  # not a control token here: unknown words map to it
         controls = (t for t in made["added_tokens"] if t["special"] and t["content"] != unknown)
         self.controls = {token["id"]: token["content"] for token in controls}
 
@@ -108,10 +106,10 @@ class _Plain:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         if self.controls.keys().isdisjoint(ids):
             return ids
-        # The vocabulary itself has the word, and nothing splits texts before it (Unigram does so): split it here.
+        # The vocabulary itself has the control token and no pre-tokenizer splits it, as with Unigram: split it here.
         words = {self.controls[i] for i in ids if i in self.controls}
         inside = "|".join(f"(?<={re.escape(word[:1])})(?={re.escape(word[1:])})" for word in words)
         ids = [i for part in re.split(inside, text) for i in self.tokenizer.encode(part, add_special_tokens=False).ids]
         if found := [self.controls[i] for i in ids if i in self.controls]:
-            raise ValueError(f"the tokenizer reads a text as the control token {found[0]!r}; write it in other words")
+            raise ValueError(f"the tokenizer reads the text as the control token {found[0]!r}; rephrase the text")
         return ids

@@ -1,4 +1,4 @@
-"""A tokenizer of whole words for random tiny models: made in place, nothing to download."""
+"""A word-level tokenizer for tiny random models, built without downloads."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,9 @@ TOKEN = r"\w+|[^\w\s]|\n"  # a word, a punctuation mark, a line break
 
 
 def word_tokenizer(words: Iterable[str], special_tokens: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with ids in order: <unk>, the distinct words, then the distinct special tokens.
+    """Build a tokenizer with ids in this order: <unk>, the distinct words, then the distinct special tokens.
 
-    Words, punctuation marks and line breaks are tokens; case counts; what is not among `words` becomes <unk>.
+    Words, punctuation marks and newlines are tokens. It is case-sensitive. Anything not in `words` becomes <unk>.
     """
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([UNKNOWN, *words]))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

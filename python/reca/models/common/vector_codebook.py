@@ -1,4 +1,4 @@
-"""A codebook of pixel patches whose codes are vectors: the emoji world's autoencoder for models that draw latents."""
+"""A codebook of pixel patches with a vector per entry: the emoji dataset's codec for models that generate latents."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class VectorCodebookSizes(PatchSizes):
 
 
 class VectorCodebook(PatchCodebook):
-    """Encode patches of p x p pixels by the vector of the nearest entry, and decode by the entry of the nearest vector.
+    """Encode a p x p patch as the vector of its nearest entry; decode a latent to the entry of its nearest vector.
 
-    vectors  fp32 [entries, channels], normal; what two of them have in common says nothing of their patches
+    vectors  fp32 [entries, channels], drawn from a normal distribution, so similar vectors do not mean similar patches
     """
 
     vectors: Tensor

@@ -1,4 +1,4 @@
-"""Published weight files and what modules begin with: reading files, random weights, weights of a state dict."""
+"""Read weight files, initialise modules at random or on the meta device, and assign state dicts."""
 
 import contextlib
 import json
@@ -22,29 +22,29 @@ log = logging.getLogger("reca")
 
 SUFFIXES = {".safetensors": "safetensors", **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), "torch")}
 INDEX = ".index.json"
-# keys under which trainers put what they save: what was trained, and its moving average
+# keys under which trainers save the trained weights, and their moving average
 PLAIN = ("state_dict", "model", "module", "model_state_dict", "weights", "params", "net", "checkpoint")
 EMA = ("ema", "ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "params_ema")
-# parts of names that wrappers of modules add: DataParallel and DDP, torch.compile, FSDP, checkpointing, Fabric
+# name components that module wrappers add: DataParallel and DDP, torch.compile, FSDP, activation checkpointing, Fabric
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _SHARD = re.compile(r"(.+?)[-_.](\d+)-of-(\d+)\.(safetensors|pth|pt|bin|ckpt)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a weight file, an index with its shards or a folder of shards, mapped from disk if possible.
+    """Read all tensors of a weight file, of an index and its shards, or of a folder; memory-mapped if possible.
 
-    Accepts .safetensors, .pth, .pt, .bin and .ckpt; no code in them runs. What trainers wrap around a state dict (keys
-    such as "state_dict" or "model", names such as module.x or _orig_mod.x) is taken off. A file that holds nothing but
-    a moving average (EMA) gives that, and the log says so. Raises ValueError with file, size, cause and what to do.
+    Accepts .safetensors, .pth, .pt, .bin and .ckpt; code in them is never run. Wrapper keys such as "state_dict" or
+    "model", and wrapper prefixes such as module.x or _orig_mod.x, are removed. If a file has EMA weights only, these
+    are returned and a log message says so. Raises ValueError with file, size, cause and remedy.
     """
     read = _folder if path.is_dir() else _index if path.name.endswith(INDEX) else _file
     return _bare(read(path), path)
 
 
 def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
-    """Find what to read of a folder: an index, the folder if it holds shards, or its only weight file.
+    """Return what to read from a folder: its index, its only weight file, or the folder itself if it holds shards.
 
-    Safetensors go before other formats. Raises ValueError for none and for several.
+    Safetensors take precedence over other formats. Raises ValueError if there is no weight file or more than one.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in ignore)
     for suffixes in ((".safetensors",), tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")):
@@ -53,14 +53,14 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
         single = [name for name in files if not _SHARD.fullmatch(name) and not _is_variant(name, names)]
         found = indices or single
         if len(found) > 1:
-            raise ValueError(f"{folder} holds several weight files ({', '.join(found)}); name the one that is meant")
+            raise ValueError(f"{folder} holds several weight files ({', '.join(found)}); name the one to read")
         if found or files:
             return folder / found[0] if found else folder
     raise ValueError(f"{folder} holds no weight file ({', '.join(SUFFIXES)} or *{INDEX}); name it, or another folder")
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:
-    """Tell whether model.fp16.safetensors, say, is a copy of a model.safetensors or of an index beside it."""
+    """Tell whether a file such as model.fp16.safetensors is a variant of a model.safetensors or index among `names`."""
     stem, _, suffix = name.rpartition(".")
     plain = f"{stem.rpartition('.')[0]}.{suffix}"
     return plain in names or f"{plain}{INDEX}" in names
@@ -83,28 +83,28 @@ def _file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise ValueError for a file that is no weight file, or one of another format than its name says."""
+    """Raise ValueError for a file that is not a weight file, or whose format differs from its suffix."""
     if cause := damage(path):
         raise ValueError(f"{path} {cause}")
     with path.open("rb") as file:
         head = file.read(HEAD)
-    tensors = is_safetensors(head)  # first: the length it begins with may look like anything
+    tensors = is_safetensors(head)  # before torch: the length at its start may equal torch's magic bytes
     found = "safetensors" if tensors else "torch" if head.startswith((b"PK", b"\x80")) else None
     wanted = SUFFIXES.get(path.suffix)
     if wanted is None and found is None:
-        raise ValueError(f"{_named(path)} is no weight file: expected {', '.join(SUFFIXES)}; name the file itself")
+        raise ValueError(f"{_named(path)} is not a weight file: expected {', '.join(SUFFIXES)}; name the file itself")
     if found is None:
-        raise ValueError(f"{_named(path)} holds no {wanted} file: its first bytes are {head[:8].hex(' ')}; {AGAIN}")
+        raise ValueError(f"{_named(path)} is not a {wanted} file: its first bytes are {head[:8].hex(' ')}; {AGAIN}")
     if found != wanted:
         suffix = ".safetensors" if found == "safetensors" else ".pth"
         stem = path.stem.removesuffix(".pth")  # of model.pth.tar
-        raise ValueError(f"{_named(path)} holds a {found} file under another suffix; rename it to {stem}{suffix}")
+        raise ValueError(f"{_named(path)} is a {found} file under another suffix; rename it to {stem}{suffix}")
     if tensors:
         _check_header(path, int.from_bytes(head[:8], "little"))
 
 
 def _check_header(path: Path, length: int) -> None:
-    """Raise ValueError for a safetensors file that is shorter or longer than its header says."""
+    """Raise ValueError for a safetensors file with a damaged header, or one shorter than its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(8)
@@ -113,10 +113,10 @@ def _check_header(path: Path, length: int) -> None:
         entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"] if header else []
         wanted = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0) if header else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_named(path)} has a damaged header of safetensors; {AGAIN}") from error
+        raise ValueError(f"{_named(path)} has a damaged safetensors header; {AGAIN}") from error
     if wanted is None or size < wanted:
         promised = f"{wanted} bytes" if wanted else f"a header of {length} bytes"
-        raise ValueError(f"{_named(path)} is cut off: it promises {promised} and has {size}; {AGAIN}")
+        raise ValueError(f"{_named(path)} is cut off: it declares {promised} and has {size}; {AGAIN}")
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
@@ -129,16 +129,16 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch(path: Path) -> Mapping[Any, Any]:
-    """Read the state dict of a file of torch.save, without what trainers wrap around it."""
+    """Read the state dict of a torch.save file, without wrapper keys."""
     state = _loaded(path)
     if not isinstance(state, Mapping):
         what = f"a {type(state).__name__}" + (f" of {len(state)}" if isinstance(state, list | tuple) else "")
-        raise ValueError(f"{_named(path)} holds {what} and no tensors by name; save `model.state_dict()` instead")
+        raise ValueError(f"{_named(path)} holds {what}, not tensors by name; save `model.state_dict()` instead")
     return _unwrapped(state, path)
 
 
 def _loaded(path: Path) -> Any:
-    """Read what torch.save has written. Files of torch before 1.6 are no zip archives and cannot be mapped."""
+    """Read a torch.save file. Files written before torch 1.6 are not zip archives and cannot be memory-mapped."""
     mapped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         cut = not mapped and file.read(2) == b"PK"
@@ -146,11 +146,11 @@ def _loaded(path: Path) -> Any:
         raise ValueError(f"{_named(path)} is cut off: the end of its zip archive is missing; {AGAIN}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd files, which end in a sentence here
+            warnings.simplefilter("ignore")  # unreadable files raise ValueError below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch, pickle, zipfile and struct each have their own
+    except Exception as error:  # torch, pickle, zipfile and struct each raise their own types
         text = str(error)
         if "TorchScript" in text or "torchscript" in text:
             raise ValueError(f"{_named(path)} is a TorchScript archive, which is code; save `model.state_dict()` "
@@ -158,10 +158,10 @@ def _loaded(path: Path) -> Any:
         if code := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|callable) (\S+)|instantiate (\S+)", text):
             name = next(filter(None, code.groups()))
             raise ValueError(
-                f"{_named(path)} holds Python objects beside tensors ({name}), and to read them could run any code, so "
-                "it is not read; where you trust it, save its state dict alone, best as .safetensors"
+                f"{_named(path)} holds Python objects besides tensors ({name}); it was not read because unpickling "
+                "them can run arbitrary code; if you trust it, save its state dict alone, preferably as .safetensors"
             ) from error
-        what = "is a damaged file of torch.save, or none"
+        what = "is not a torch.save file, or a damaged one"
         raise ValueError(f"{_named(path)} {what} ({_first_line(error)}); {AGAIN}") from error
 
 
@@ -172,16 +172,18 @@ def _unwrapped(state: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
         bare = not any(isinstance(value, Tensor) for value in state.values())
         if plain:
             if averaged:
-                log.info("%s: weights under %r are taken, its EMA under %r is not", path.name, plain[0], averaged[0])
+                log.info(
+                    "%s: reading the weights under %r; its EMA under %r is ignored", path.name, plain[0], averaged[0]
+                )
             state = inner[plain[0]]
         elif averaged or (bare and len(inner) == 1):
             (key,) = averaged[:1] or inner
             if "ema" in str(key).lower():
-                log.info("%s holds EMA weights alone (under %r): these are taken", path.name, key)
+                log.info("%s holds EMA weights only (under %r): reading these", path.name, key)
             state = inner[key]
         elif bare and len(inner) > 1:
             keys = ", ".join(map(str, inner))
-            raise ValueError(f"{_named(path)} holds several state dicts ({keys}); save the one that is meant by itself")
+            raise ValueError(f"{_named(path)} holds several state dicts ({keys}); save the one to load on its own")
         else:
             return state
 
@@ -193,26 +195,26 @@ def _holds_tensors(state: Mapping[Any, Any]) -> bool:
 
 
 def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Give tensors the names that they have in the model itself."""
+    """Remove wrapper components from tensor names."""
     for prefix in (f"{key}." for key in EMA):
         if all(name.startswith(prefix) for name in tensors):
-            log.info("%s holds EMA weights alone (names under %r): these are taken", path.name, prefix)
+            log.info("%s holds EMA weights only (names under %r): reading these", path.name, prefix)
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if "n_averaged" in tensors and all(n.startswith("module.") for n in tensors if n != "n_averaged"):
-        log.info("%s holds averaged weights alone (torch's AveragedModel): these are taken", path.name)
+        log.info("%s holds averaged weights only (torch's AveragedModel): reading these", path.name)
         tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
     found: dict[str, str] = {}
     for name in tensors:
         *parts, last = name.split(".")
         bare = ".".join([*(part for part in parts if part not in WRAPPERS), last])
         if bare in found:
-            raise ValueError(f"{_named(path)} holds {bare} twice, as {found[bare]} and as {name}; save one of them")
+            raise ValueError(f"{_named(path)} holds {bare} twice, as {found[bare]} and as {name}; keep one of them")
         found[bare] = name
     return {bare: tensors[name] for bare, name in found.items()}
 
 
 def _folder(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder's index, of its only weight file, or of its numbered shards."""
+    """Read all tensors of a folder: those of its index, of its only weight file, or of its numbered shards."""
     found = weight_file(folder)
     if found != folder:
         return read_tensors(found)
@@ -222,11 +224,11 @@ def _folder(folder: Path) -> dict[str, Tensor]:
         if match := _SHARD.fullmatch(path.name):
             shards.setdefault((match[1], match[4]), {})[int(match[2])] = path
             counts[match[1], match[4]] = int(match[3])
-    if any(suffix == "safetensors" for _, suffix in shards):  # go before other formats
+    if any(suffix == "safetensors" for _, suffix in shards):  # takes precedence
         shards = {key: files for key, files in shards.items() if key[1] == "safetensors"}
     if len(shards) > 1:
         groups = ", ".join(f"{stem}*.{suffix}" for stem, suffix in sorted(shards))
-        raise ValueError(f"{folder} holds shards of several files ({groups}); leave one in it")
+        raise ValueError(f"{folder} holds shards of several files ({groups}); keep the shards of one")
     ((key, numbered),) = shards.items()
     first = min(numbered)
     if missing := sorted(set(range(first, first + counts[key])) - numbered.keys()):
@@ -235,15 +237,15 @@ def _folder(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Read in which file an index says that each tensor is. Raises ValueError for what is no index."""
+    """Read the map of an index from tensor names to shard files. Raises ValueError if the file is not an index."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(shard, str) for shard in where.values()):
-        raise ValueError(f"{_named(index)} is no index of shards: it has no weight_map of names; {AGAIN}")
+        raise ValueError(f"{_named(index)} is not an index of shards: it has no weight_map of names; {AGAIN}")
     return where
 
 
 def _index(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of the shards that an index names."""
+    """Read all tensors of the shards listed in an index."""
     if not path.is_file():
         raise ValueError(f"weight file {path} does not exist")
     where = weight_map(path)
@@ -252,13 +254,13 @@ def _index(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{_named(path)} names a shard outside its folder ({outside[0]}); {AGAIN}")
     if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
         raise ValueError(
-            f"{_named(path)} names {len(shards)} shards of which {len(missing)} are not beside it: "
+            f"{_named(path)} names {len(shards)} shards of which {len(missing)} are missing: "
             f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}; fetch them into {path.parent}"
         )
     state = _joined([path.parent / shard for shard in shards])
     if lost := sorted(where.keys() - state.keys()):
         raise ValueError(
-            f"{_named(path)} promises {len(lost)} tensors that its shards lack, the first {lost[0]}; fetch them again"
+            f"{_named(path)} lists {len(lost)} tensors that its shards lack, the first {lost[0]}; fetch them again"
         )
     return state
 
@@ -274,7 +276,7 @@ def _joined(shards: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sort part-2 before part-10."""
+    """Return a sort key that orders part-2 before part-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -284,9 +286,9 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def init_random(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Make parameters inside on `device` from `seed`, and leave the CPU's generator as it was.
+    """Initialise modules built in the context on `device` from `seed`; the CPU generator's state is restored.
 
-    Where weights are deferred, only the first rank makes them.
+    While weights are deferred, only rank 0 initialises them; on other ranks parameters stay on the meta device.
     """
     makes = deferred_weights.makes_random()
     with torch.random.fork_rng(devices=[]), torch.device(device), contextlib.nullcontext() if makes else init_on_meta():
@@ -296,9 +298,9 @@ def init_random(seed: int, device: torch.device | str = "cpu") -> Iterator[None]
 
 @contextlib.contextmanager
 def init_on_meta() -> Iterator[None]:
-    """Put parameters made inside on the meta device; buffers (rotary frequencies, tables) are real.
+    """Put parameters created in the context on the meta device; buffers (rotary frequencies, tables) are allocated.
 
-    Modules built so are filled by `assign_state_dict`, so loading holds one copy of the weights.
+    `assign_state_dict` fills such a module, so that loading needs one copy of the weights.
     """
     register = nn.Module.register_parameter
 
@@ -320,12 +322,13 @@ def assign_state_dict(
     what: str,
     dtype: torch.dtype | Callable[[str], torch.dtype] | None = None,
 ) -> None:
-    """Make `state` the parameters and persistent buffers of `module`, without a copy where no cast is needed.
+    """Assign `state` to the parameters and persistent buffers of `module`, without a copy unless a cast is needed.
 
-    dtype: of all floating-point numbers, or of each by its name; None keeps those of the file, but fp64 becomes fp32,
-    and 8 bits become bf16. Where weights are deferred, they keep their place in the file until they are sharded.
-    what: names the source in errors. Raises ValueError that lists missing keys, unexpected keys, and wrong shapes and
-    types.
+    dtype: dtype of all floating-point tensors, or a function of their names; None keeps the dtypes of the file, except
+    that fp64 becomes fp32 and 8-bit floats become bf16. While weights are deferred, parameters stay on the meta device
+    and the file's tensors are read after sharding.
+    what: the source, for error messages. Raises ValueError that lists missing and unexpected keys and wrong shapes and
+    dtypes.
     """
     wanted = module.state_dict()
     missing = sorted(wanted.keys() - state.keys())
@@ -346,8 +349,8 @@ def assign_state_dict(
             for kind, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),
-                ("of another shape", shapes),
-                ("without plain floating-point numbers", types),
+                ("with another shape", shapes),
+                ("not plain floating-point tensors", types),
             )
             if names
         )
@@ -371,12 +374,12 @@ def assign_state_dict(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether it holds plain floating-point numbers: not integers, not quantized, not sparse, not meta."""
+    """Tell whether a tensor is plain floating point: not integer, quantized, sparse or meta."""
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _computed(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that numbers of a file's type are computed in."""
+    """Return the dtype in which weights of a file's dtype are loaded."""
     if dtype.itemsize == 1:
         return torch.bfloat16
     return torch.float32 if dtype == torch.float64 else dtype
