@@ -24,7 +24,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, p: float) -> Tensor:  # [B, H, L, d]
-    """Compute attention with dropout p. seen: the attention mask, bool broadcastable to [B, H, L, L]; None: all keys."""
+    """Compute attention with dropout p. seen: attention mask, bool, broadcastable to [B, H, L, L]; None: all keys."""
     if not (p and _by_philox(q, p)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

@@ -23,8 +23,8 @@ _FULL = ("no space left", "os error 28", "disk quota", "file too large", "errno 
 class Export:
     """Writer of one export's files.
 
-    Files are written to a temporary subfolder of the destination, so that a full disk or an interruption leaves existing
-    files unchanged. `done` moves them. Files get the mode set by the umask, whichever library wrote them.
+    Files are written to a temporary subfolder of the destination, so that a full disk or an interruption leaves
+    existing files unchanged. `done` moves them. They get the mode set by the umask, whichever library wrote them.
     """
 
     def __init__(self, folder: Path, aside: Path):

@@ -30,7 +30,7 @@ def _planned(
         raise ValueError(f"{type(module).__name__} needs an attention plan; pass plan=attention_plan(...) to the model")
     if dropout:
         raise ValueError(
-            f"{type(module).__name__} has attention dropout {dropout:g}, which attention plans do not support; set it to 0"
+            f"{type(module).__name__} has attention dropout {dropout:g}; attention plans do not support it, set it to 0"
         )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if len(q) == 1 < len(plan.samples):  # packed

@@ -1,8 +1,8 @@
 """Tokenise users' text without interpreting control tokens in it.
 
-Tokenizers match added tokens (<|im_end|>, <IMG_CONTEXT>, …) anywhere in a text. transformers' `split_special_tokens=True`
-prevents that only for tokens marked special. `encode` matches none of them. Prompts insert control tokens by id
-(`control`), so that a user's text cannot end a turn or insert an image.
+Tokenizers match added tokens (<|im_end|>, <IMG_CONTEXT>, …) anywhere in a text, and `split_special_tokens=True` of
+transformers prevents that only for tokens marked special. `encode` matches none of them. Prompts insert control tokens
+by id (`control`), so that a user's text cannot end a turn or insert an image.
 """
 
 import json
