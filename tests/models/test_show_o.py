@@ -364,7 +364,7 @@ def test_wrong_folders(folder, tmp_path):
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
     with pytest.raises(ValueError, match=r"holds none of pytorch_model\.safetensors"):
         Adapter.load(replace(tiny(), weights=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"has no folder 'codec' inside; give model\.codec_weights"):
+    with pytest.raises(ValueError, match=r"has no subfolder 'codec'; set model\.codec_weights"):
         copied(folder, tmp_path / "x")
         import shutil
 

@@ -1,6 +1,6 @@
-"""What an image in front of the sequence becomes: features of CLIP or EfficientNet, or codes of the image tokenizer.
+"""Encoders of the image in a prompt: CLIP features, EfficientNet features, or codes of the image tokenizer.
 
-RECA's h_v is of the kind model.hv_source names, an image to talk about of the kind model.understanding names.
+model.hv_source selects the encoder for RECA, model.understanding the one for conversations.
 """
 
 from dataclasses import dataclass, replace
@@ -24,25 +24,25 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Conditioner(Protocol):
-    """All that depends on the choice among them."""
+    """Everything that depends on the choice of encoder."""
 
     def view(self) -> View:
-        """Say which pixels of an image to talk about are read."""
+        """Return the view of an image in a conversation."""
 
     def reca_view(self, target: View) -> View | None:
-        """Say which pixels RECA's h_v is made of; None: those of the target."""
+        """Return the view that RECA's h_v is computed from; None: the target's pixels."""
 
     def encode(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1], of `view`
-        """Encode images to talk about: CLIP features fp32 [B, n, C], EfficientNet's [B, C], or codes int64 [B, n]."""
+        """Encode images of conversations: fp32 [B, n, C] (CLIP) or [B, C] (EfficientNet), or codes int64 [B, n]."""
 
     def encode_reca(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R] in [-1, 1], of `reca_view` or the target
-        """Encode images to reconstruct, as `encode` does."""
+        """Encode images to reconstruct. The result has the form of `encode`'s."""
 
     def tokens(self) -> int:
-        """Count the tokens of h_v of an image to talk about."""
+        """Return the number of tokens of an image in a conversation."""
 
     def reca_tokens(self) -> int:
-        """Count the tokens of h_v in RECA."""
+        """Return the number of tokens of h_v in RECA."""
 
     def reca_sample(self, template: list[int], v: Vocabulary) -> Sample:
         """Build RECA's sequence. Raises ValueError for a template that is too long."""
@@ -51,21 +51,21 @@ class Conditioner(Protocol):
         """Build the sequence of a conversation, or of a question, about an image."""
 
     def conversation_budget(self, system: int) -> int:
-        """Count the tokens of a conversation as long as a text-to-image sequence. system: those of that prompt."""
+        """Return the maximum number of conversation tokens. system: number of tokens of the system prompt."""
 
     def question(self, tokens: Tokens, text: str, v: Vocabulary) -> list[int]:
-        """Tokenise a question as the release's inference scripts write it behind the image."""
+        """Tokenise a question in the format of the release's inference scripts, which follows the image."""
 
     def prompt_requires_grad(self) -> bool:
-        """Say whether RECA sends a gradient into token embeddings and projector."""
+        """Tell whether RECA's gradients reach token embeddings and projector."""
 
     def warnings(self) -> list[str]:
-        """Say what is known to make RECA collapse."""
+        """Return warnings about settings with which RECA is known to fail."""
 
 
 @dataclass(frozen=True)
 class FeatureConditioner:
-    """Features of a frozen vision tower, projected into the language model's space."""
+    """Features of a frozen vision tower, projected to the language model's width."""
 
     config: ShowOConfig
     image_tokens: int
@@ -102,7 +102,7 @@ class FeatureConditioner:
 
 @dataclass(frozen=True)
 class ClipConditioner(FeatureConditioner):
-    """CLIP's patch features before its last layer."""
+    """CLIP's patch features: the input of its last layer."""
 
     def view(self) -> View:
         return View(self.config.clip.image_size, fit="clip_crop")
@@ -121,7 +121,7 @@ class ClipConditioner(FeatureConditioner):
         return clip_normalised(resized(pixels, self.config.clip.image_size))
 
     def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S], normalised
-        """Encode patches, fp32 [B, n, C]."""
+        """Compute patch features, fp32 [B, n, C]."""
         with torch.autocast(pixels.device.type, enabled=False):
             return self.tower(pixels.float()).last_hidden_state[:, 1:]
 
@@ -131,7 +131,7 @@ class ClipConditioner(FeatureConditioner):
 
 @dataclass(frozen=True)
 class EfficientNetConditioner(FeatureConditioner):
-    """Pooled features of EfficientNet-Lite0, of which the projector makes a few tokens."""
+    """Pooled features of EfficientNet-Lite0, which the projector splits into a few tokens."""
 
     def view(self) -> View:
         return View(self.config.efficientnet.image_size, fit="center_crop")
@@ -148,7 +148,7 @@ class EfficientNetConditioner(FeatureConditioner):
 
 @dataclass(frozen=True)
 class CodeConditioner:
-    """Codes of the image tokenizer, embedded as those of the image to generate are."""
+    """Codes of the image tokenizer, embedded like those of the generated image."""
 
     config: ShowOConfig
     image_tokens: int
@@ -167,7 +167,7 @@ class CodeConditioner:
         return self.codec.encode(self.reca_pixels(pixels))
 
     def reca_pixels(self, pixels: Tensor) -> Tensor:  # [B, 3, R, R]
-        """Shrink an image, the bottleneck of h_v; with hv_resize_back, blur it by resizing it back."""
+        """Shrink an image by hv_down_scale to limit the information in h_v; with hv_resize_back, resize it back."""
         size = pixels.shape[-1]
         small = F.interpolate(pixels, [size // self.config.hv_down_scale] * 2, mode="bilinear")
         return F.interpolate(small, [size] * 2, mode="bilinear") if self.config.hv_resize_back else small
@@ -197,20 +197,20 @@ class CodeConditioner:
         config, found = self.config, []
         if config.hv_down_scale == 1:
             found.append(
-                "h_v is made of the image's own codes at full resolution, which the model learns to copy. Shrink the "
+                "h_v is the image's own codes at full resolution, which the model learns to copy. Shrink the "
                 "image (model.hv_down_scale=2) or blur it (model.hv_down_scale=8 model.hv_resize_back=true)"
             )
         length = config.max_text_tokens + self.reca_tokens() + self.image_tokens + 5
         if length > config.phi.max_position_embeddings:
             found.append(
-                f"a RECA sequence counts {length} positions, but the language model was trained on "
-                f"{config.phi.max_position_embeddings}; its rotary positions are extrapolated"
+                f"a RECA sequence spans {length} positions, but the language model was trained with "
+                f"{config.phi.max_position_embeddings}; rotary positions beyond that are extrapolated"
             )
         return found
 
 
 def conditioner(net: Network, task: str) -> Conditioner:
-    """Choose what the images of a task become in front of the sequence."""
+    """Return the encoder of a task's prompt images."""
     source = net.config.understanding if task == "i2t" else net.hv_source
     if source == "clip":
         return ClipConditioner(net.config, net.image_tokens, net.clip)
@@ -220,6 +220,6 @@ def conditioner(net: Network, task: str) -> Conditioner:
 
 
 def clip_normalised(pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-    """Normalise pixels by CLIP's mean and standard deviation."""
+    """Normalise pixels with CLIP's mean and standard deviation."""
     mean, std = (per_channel(values, pixels) for values in (CLIP_MEAN, CLIP_STD))
     return ((pixels + 1) / 2 - mean) / std

@@ -1,4 +1,4 @@
-"""Show-o's losses: cross-entropy over the whole vocabulary, of the hidden codes of an image or of a reply."""
+"""Show-o's losses: cross-entropy over the full vocabulary on the masked codes of an image or on a reply."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
-    """A batch's sequences. weight: how many of their tokens are predicted.
+    """A batch's sequences. weight: their number of predicted tokens.
 
-    masked  bool [B, N]: the codes that are hidden of each image to predict; None: there is none
+    masked  bool [B, N]: the masked codes of each image; None: no image is generated
     """
 
     layout: Layout
@@ -36,7 +36,7 @@ class Prepared(base.Prepared):
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Lay out the sequences of a batch and draw what is hidden of its images."""
+    """Lay out the sequences of a batch and draw the masks of its images."""
     make = {"reca": _reca_samples, "t2i": t2i_samples, "i2t": i2t_samples}[batch.task]
     layout, masked = prompt.layout(make(net, batch, rng), net.vocabulary), None
     labelled = int((layout.labels != IGNORE_INDEX).sum())
@@ -47,7 +47,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
-    """Sum the cross-entropy over predicted tokens."""
+    """Compute the sum of the cross-entropy over predicted tokens."""
     layout, h_v, prompt_requires_grad = prepared.layout, features.get("h_v"), True
     if prepared.masked is not None:
         layout = prompt.apply_mask(layout, features["codes"], prepared.masked, net.vocabulary)
@@ -64,7 +64,10 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> 
 
 
 def cross_entropy(net: Network, hidden: Tensor, labels: Tensor, labelled: int | None = None) -> Tensor:
-    """Sum the cross-entropy of the labelled rows. hidden [B, L, H], labels [B, L], `labelled` of which are set."""
+    """Compute the sum of the cross-entropy over labelled rows.
+
+    hidden: [B, L, H]; labels: [B, L]; labelled: number of labelled rows, if known on the host.
+    """
     head = net.showo.lm_head
     return masked_linear_cross_entropy(
         hidden.flatten(0, 1), head.weight, labels.flatten(), head.bias, reduction="sum", max_labelled=labelled
@@ -76,20 +79,20 @@ def _reca_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sa
 
 
 def reca_samples(net: Network, templates: Sequence[str]) -> list[prompt.Sample]:
-    """Make the sequences that reconstruct images with these templates."""
+    """Build the reconstruction sequences of these templates."""
     source = conditioner(net, "reca")
     return [source.reca_sample(net.tokens(prompt.TEMPLATE.format(text)), net.vocabulary) for text in templates]
 
 
 def t2i_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
-    """Make the sequences that draw images from captions, some of which are dropped."""
+    """Build the text-to-image sequences of captions, some of which are dropped."""
     dropped = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < net.config.caption_drop
     texts = [[] if drop else net.tokens(text) for text, drop in zip(batch.text, dropped.tolist(), strict=True)]
     return [prompt.t2i(text, net.vocabulary, net.config.max_text_tokens, net.image_tokens) for text in texts]
 
 
 def i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Sample]:
-    """Make the sequences of conversations about images."""
+    """Build the sequences of conversations about images."""
     source, system = conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
     return [
         source.conversation_sample(*conversation(net, source, turns), net.vocabulary, system) for turns in batch.text
@@ -97,15 +100,15 @@ def i2t_samples(net: Network, batch: Batch, rng: CounterRNG) -> list[prompt.Samp
 
 
 def conversation(net: Network, source: Conditioner, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-    """Make ids and labels of a conversation, cut to what the text budget leaves beside image and system prompt.
+    """Return ids and labels of a conversation, truncated to the text budget left by image and system prompt.
 
-    Raises ValueError if that is nothing.
+    Raises ValueError if nothing is left.
     """
     budget = source.conversation_budget(len(net.tokens(net.config.system_prompt)))
     if budget < 1:
         raise ValueError(
-            f"model.max_text_tokens={net.config.max_text_tokens} leaves {budget} tokens for a conversation beside "
-            f"{source.tokens()} tokens of h_v and the system prompt; raise it by {1 - budget} or more"
+            f"model.max_text_tokens={net.config.max_text_tokens} leaves {budget} tokens for a conversation besides "
+            f"{source.tokens()} tokens of h_v and the system prompt; raise it by at least {1 - budget}"
         )
     ids, labels = prompt.conversation(net.tokens, turns, net.vocabulary)
     return ids[:budget], labels[:budget]

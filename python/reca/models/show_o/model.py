@@ -1,4 +1,4 @@
-"""Show-o as an Adapter: one Phi transformer understands and generates; vision tower and image tokenizer are frozen."""
+"""Show-o's Adapter: one Phi transformer understands and generates; vision tower and image tokenizer are frozen."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from reca.rng import CounterRNG
 
 
 class ShowO(Network, Adapter):
-    """Features of `encode`: codes int64 [B, N]; h_v, fp32 (CLIP's [B, n, C], EfficientNet's [B, C]) or codes [B, n]."""
+    """Features of `encode`: codes int64 [B, N]; h_v fp32 [B, n, C] (CLIP) or [B, C] (EfficientNet), or codes [B, n]."""
 
     name = "show_o"
     tasks = frozenset({"reca", "i2t", "t2i"})
@@ -78,9 +78,9 @@ class ShowO(Network, Adapter):
         temperature: float = 1.0,
         batch: int = 64,
     ) -> list[Tensor]:
-        """Generate images by MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        """Generate images with MaskGIT (`sampling.sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
         images, ids = [], [self.tokens(text) for text in prompts]
-        warn_of_cut(ids, self.config.max_prompt_tokens - 2)  # bos and eos stand there too
+        warn_of_cut(ids, self.config.max_prompt_tokens - 2)  # bos and eos count too
         for i in range(0, len(prompts), batch):
             noise = sampling.SamplerNoise(torch.tensor(seeds[i : i + batch], device=self.device))
             codes = sampling.sample_codes(
@@ -91,7 +91,7 @@ class ShowO(Network, Adapter):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, temperature: float = 1.0) -> list[Tensor]:
-        """Draw images again by MaskGIT (`sampling.fill_codes`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images with MaskGIT (`sampling.fill_codes`). Seeds are in [0, 2**56)."""
         noise = sampling.SamplerNoise(torch.tensor(seeds, device=self.device))
         samples, h_v = reca_samples(self, batch.text), self.encode(batch)["h_v"]
         codes = sampling.fill_codes(self, samples, noise, h_v, steps=steps, guidance=0, temperature=temperature)
@@ -107,7 +107,7 @@ class ShowO(Network, Adapter):
     def export(self, folder: Path) -> list[str]:
         """Write config.json and pytorch_model.safetensors as Show-o publishes them.
 
-        Frozen parts and a tokenizer that exist nowhere else (random, or fitted here) go into folders beside.
+        Frozen parts and a tokenizer without a published source (random, or fitted here) are written to subfolders.
         """
         return weights.export(self, folder)
 

@@ -1,7 +1,7 @@
-"""Parts of Show-o: its image tokenizers, how library classes become its other parts, and all of them together.
+"""Show-o's modules: image tokenizers, configurations of library classes, and the whole network.
 
-A codec has `factor`, the size in pixels of what one code stands for; `entries`, the size of its codebook;
-`encode(pixels) -> codes` and `decode(codes) -> pixels`, with codes row-major over the grid.
+A codec has `factor`, pixels per code in height and width; `entries`, the size of its codebook; `encode(pixels) ->
+codes`; and `decode(codes) -> pixels`. Codes are row-major.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, and the change to the next."""
+    """The residual blocks of one resolution, followed by down- or upsampling."""
 
     def __init__(self, width_in: int, width: int, blocks: int, change: str | None = None):
         super().__init__()
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Lookup-free quantisation: bit c of a code is the sign of channel c, channel 0 the most significant."""
+    """Lookup-free quantisation: each bit of a code is the sign of a channel; channel 0 is the most significant bit."""
 
     power_vals: Tensor
     embedding: Tensor
@@ -111,18 +111,18 @@ class Quantizer(nn.Module):
         self.register_buffer("embedding", ((codes[:, None] & powers) != 0).float() * 2 - 1)
 
     def codes(self, z: Tensor) -> Tensor:  # [B, bits, h, w]
-        """int64 [B, h*w]; a channel of exactly 0 counts as -1."""
+        """Return codes, int64 [B, h*w]; a channel of exactly 0 counts as -1."""
         return ((z > 0).flatten(2).transpose(1, 2) * self.power_vals).sum(-1)
 
     def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
-        """Look up codebook entries, -1 or +1, fp32 [B, bits, h, w]."""
+        """Look up codebook entries of -1 and +1, fp32 [B, bits, h, w]."""
         return self.embedding[codes].transpose(1, 2).unflatten(2, (height, width))
 
 
 class Magvit(nn.Module):
-    """MAGVITv2 as Show-o publishes it: one code per 2 ** (levels - 1) pixels square.
+    """MAGVITv2 as published with Show-o: one code per square of 2 ** (levels - 1) pixels a side.
 
-    Codes are hard signs, so encoding runs in fp32 whatever autocast says.
+    It runs in fp32 regardless of autocast, because codes depend on signs.
     """
 
     def __init__(self, sizes: MagvitSizes):
@@ -143,12 +143,12 @@ class Magvit(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
-        """Decode codes to pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
+        """Decode codes to pixels [B, 3, H, W] in about [-1, 1]. grid: (h, w); None: square."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.decoder(self.quantize.entries(codes, *(grid or square(codes))))
 
 
-# Formulas that transformers computes in several passes, by the name under which torch has them as one kernel.
+# activations that transformers computes in several kernels -> name of the same function as a single torch kernel
 ONE_KERNEL = {"gelu_new": "gelu_pytorch_tanh"}
 
 
@@ -157,7 +157,7 @@ def codec(config: ShowOConfig) -> Magvit | PatchCodebook:
 
 
 def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
-    """Configure Phi-1.5 with LayerNorm on queries and keys, which Show-o switches on."""
+    """Return the configuration of Phi-1.5 with LayerNorm on queries and keys, as in Show-o."""
     return PhiConfig(
         vocab_size=vocab_size,
         hidden_size=sizes.hidden_size,
@@ -181,7 +181,7 @@ def phi_config(sizes: PhiSizes, vocab_size: int) -> PhiConfig:
 
 
 def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
-    """Build CLIP's vision tower up to the input of its last layer, which is what h_v is made of."""
+    """Build CLIP's vision tower without its last layer: h_v is that layer's input."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=sizes.hidden_size,
@@ -199,7 +199,10 @@ def clip_tower(sizes: ClipSizes) -> CLIPVisionModel:
 
 
 def check_sizes(config: ShowOConfig, factor: int) -> None:
-    """Raise ValueError for images that do not divide into codes or patches. factor: size of a code in pixels."""
+    """Raise ValueError for image sizes that are not whole codes or patches, or for two vision towers.
+
+    factor: pixels per code in height and width.
+    """
     sides: dict[str, tuple[float, int]] = {"model.image_size": (config.image_size, factor)}
     if "vq" in (config.hv_source, config.understanding):
         step = 1 if config.hv_resize_back else factor
@@ -207,8 +210,8 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
     read = {config.hv_source, config.understanding}
     if {"clip", "efficientnet"} <= read:
         raise ValueError(
-            "model.understanding and model.hv_source name clip and efficientnet, but Show-o has one projector, of one "
-            "of them; give both the same, or vq to one"
+            "model.understanding and model.hv_source name clip and efficientnet, but Show-o has one projector, for one "
+            "of them; set both to the same, or one of them to vq"
         )
     if "clip" in read:
         sides["model.clip.image_size"] = (config.clip.image_size, config.clip.patch_size)
@@ -217,10 +220,10 @@ def check_sizes(config: ShowOConfig, factor: int) -> None:
 
 
 class LastLayer(PhiDecoderLayer):
-    """A layer whose MLP may run on the rows alone that are read, as no layer comes behind that attends to others."""
+    """The last layer. No later layer attends to its output, so its MLP can run on only the rows that are read."""
 
     def forward(self, hidden_states: Tensor, *args: Any, read: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Compute all rows, [B, L, H]; or, with their places among all, int64 [n], some in one line, [1, n, H]."""
+        """Compute all rows, [B, L, H], or only those with indices `read` among all B * L, int64 [n], as [1, n, H]."""
         if read is None:
             return super().forward(hidden_states, *args, **kwargs)
         normed = self.input_layernorm(hidden_states)
@@ -232,7 +235,7 @@ class LastLayer(PhiDecoderLayer):
 
 
 class Network(nn.Module):
-    """Show-o's parts. `showo` and `mm_projector` have their published names; the others are frozen."""
+    """Show-o's modules. `showo` and `mm_projector` have their published names; all others are frozen."""
 
     @in_fp32
     def __init__(self, config: ShowOConfig, tokenizer: PreTrainedTokenizerBase):
@@ -269,17 +272,17 @@ class Network(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """Count the codes of an image, N."""
+        """Return the number of codes of an image, N."""
         return (self.config.image_size // self.codec.factor) ** 2
 
     def visual(self, h_v: Tensor) -> Tensor:
-        """Map features [B, n, C] or [B, C], or codes [B, n], into the language model's space, [B, n, H]."""
+        """Project features [B, n, C] or [B, C], or embed codes [B, n], to the language model's width: [B, n, H]."""
         if h_v.is_floating_point():
             return self.mm_projector(h_v.to(next(self.mm_projector.parameters()).dtype))
         return self.showo.model.embed_tokens(h_v + self.vocabulary.offset)
 
     def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:  # int32 [B, L]
-        """Make input embeddings, [B, L, H]."""
+        """Compute input embeddings, [B, L, H]."""
         table = self.showo.model.embed_tokens.weight
         visual = table.new_empty(0, table.shape[1]) if h_v is None else self.visual(h_v).to(table.dtype)
         return template_concat(table, visual, src)
@@ -294,12 +297,12 @@ class Network(nn.Module):
     ) -> Tensor:
         """Compute the last hidden states, [B, L, H].
 
-        A CPU, which has no time to spare, leaves out padding, and in the last layer all that is not read; 0 comes out.
+        On a CPU, padding is skipped, and in the last layer all rows that are not read; the result there is 0.
 
-        prompt_requires_grad: a gradient reaches embeddings and projector. read: rows that the caller reads, `read_rows`
-        in number; None: all.
+        prompt_requires_grad: gradients reach token embeddings and projector. read: rows that the caller reads; None:
+        all. read_rows: their number.
         """
-        filled, places, rows = layout, None, None  # places of what comes out, among all B * L; None: all of them
+        filled, places, rows = layout, None, None  # places: indices of the computed rows among B * L; None: all
         if on_cpu(layout.src):
             places = layout.places()
             filled = layout if places is None else layout.packed(places)
@@ -322,7 +325,7 @@ class Network(nn.Module):
         return spread.view(*layout.src.shape, -1)
 
     def code_logits(self, layout: Layout, codes: Tensor, h_v: Tensor | None = None) -> Tensor:  # int64 [B, N]
-        """Compute logits over the codebook at the image's positions, [B, N, entries]; code `entries` is the mask."""
+        """Compute logits over the codebook at the image's positions, [B, N, entries]. Code `entries` is the mask."""
         v, head, image = self.vocabulary, self.showo.lm_head, image_rows(codes.shape[1])
         read = torch.zeros_like(layout.src, dtype=torch.bool)
         read[:, image] = True

@@ -1,14 +1,14 @@
-"""Show-o's sequences: which token stands where, what each row may see, what it predicts.
+"""Show-o's sequences: token order, attention layout and labels.
 
     t2i        (PAD…) t2i bos text eos | soi image eoi                the text ends at a fixed position
     lm         bos text eos
     i2t vq     mmu soi h_v eoi text                                   h_v: embeddings of the image's codes
     i2t clip   mmu system soi h_v eoi text                            h_v: projected CLIP features
-    reca clip  mmu soi h_v eoi bos template eos (PAD…) | soi image eoi    what is before | has a fixed length
+    reca clip  mmu soi h_v eoi bos template eos (PAD…) | soi image eoi    the part before | has a fixed length
     reca vq    (PAD…) mmu soi h_v eoi bos template eos | soi image eoi
 
-The release fills (PAD…) with tokens that no other row sees, and counts their positions. Here they are left out and the
-positions jump: the same numbers from fewer rows. Rows added to make a batch rectangular stand on the left.
+The release fills (PAD…) with tokens that no other token attends to, but counts their positions. Here they are omitted
+and position ids skip them: the same result from fewer tokens. Batches are padded on the left.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,13 +37,13 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
 TEMPLATE = "USER: \n {} ASSISTANT:"
-WORDS = ("USER", "ASSISTANT", ":", "\n")  # what prompts add to the user's text
-Tokens = Callable[[str], list[int]]  # a text's ids, without control tokens
+WORDS = ("USER", "ASSISTANT", ":", "\n")  # words that prompts add to the user's text
+Tokens = Callable[[str], list[int]]  # tokenises text to ids, without control tokens
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the tokens that are not text. Image code c is token offset + c; the mask is the last token."""
+    """Ids of the tokens other than text. Image code c is token offset + c; the mask is the last token."""
 
     pad: int
     soi: int
@@ -65,7 +65,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, codes: int) -> "Vocabulary":
-        """Look up END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError when the tokenizer lacks one."""
+        """Look up END_OF_TEXT and all of SPECIAL_TOKENS. Raises ValueError if the tokenizer lacks one."""
         tokens = [END_OF_TEXT, *SPECIAL_TOKENS]
         known = tokenizer.get_vocab()
         if missing := [token for token in tokens if token not in known]:
@@ -77,9 +77,9 @@ class Vocabulary:
 class Sample(NamedTuple):
     """One sequence.
 
-    segments  text and h_v in order; labels stand at the row that predicts them
-    runs      the same rows, cut by what they see
-    starts    (row, position): from this row on, positions count up from there
+    segments  text and h_v in order; a label belongs to the row that predicts it
+    runs      the same rows as attention spans
+    starts    (row, position): from this row on, position ids count up from `position`
     """
 
     segments: list[TextSegment | VisualSegment]
@@ -89,14 +89,14 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A batch of sequences, padded on the left, so that an image ends one row before the end in all of them.
+    """A batch of sequences, padded on the left, so that every image ends one row before the end of the sequence.
 
-    src           int32 [B, L]: token ids; -1 - r for row r of the batch's h_v, B*n rows
+    src           int32 [B, L]: token ids; -1 - r for row r of the batch's h_v, flattened to B*n rows
     position_ids  int64 [B, L]
-    labels        int64 [B, L]: what this row predicts, IGNORE_INDEX for nothing
-    runs          per sample what its rows see
+    labels        int64 [B, L]: target of each row, IGNORE_INDEX for rows without a loss
+    runs          attention spans of each sample
 
-    `packed` makes one line of a batch, [1, T].
+    `packed` concatenates the samples to [1, T].
     """
 
     src: Tensor
@@ -109,11 +109,11 @@ class Layout:
         return Layout(src, positions, labels, self.runs)
 
     def plan(self) -> AttentionPlan:
-        """Plan what each row sees."""
+        """Return the attention plan."""
         return attention_plan(self.runs, device=self.src.device)
 
     def places(self) -> Tensor | None:
-        """Say where the rows that are no padding stand among all B * L, int64; None: there is no padding."""
+        """Return the indices of the rows other than padding among all B * L, int64; None if there is no padding."""
         pads = [sum(run.length for run in runs if run.mode == "pad") for runs in self.runs]
         if not any(pads):
             return None
@@ -121,14 +121,14 @@ class Layout:
         return on_device(torch.from_numpy(filled.ravel().nonzero()[0]), self.src.device)
 
     def packed(self, places: Tensor) -> "Layout":
-        """Return the layout of these rows, one sample after another in one line."""
+        """Return the layout of these rows with all samples concatenated, [1, T]."""
         runs = [tuple(run for run in runs if run.mode != "pad") for runs in self.runs]
         src, positions, labels = (x.flatten()[places][None] for x in (self.src, self.position_ids, self.labels))
         return Layout(src, positions, labels, runs)
 
 
 def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
-    """Lay out samples as one batch."""
+    """Lay out samples as one left-padded batch."""
     plan = concat_plan([sample.segments for sample in samples], layout="left", pad_id=v.pad)
     length = plan.src.shape[1]
     positions, runs = np.zeros((len(samples), length), np.int64), []
@@ -141,38 +141,38 @@ def layout(samples: Sequence[Sample], v: Vocabulary) -> Layout:
 
 
 def image_rows(image_tokens: int) -> slice:
-    """Say where an image's codes stand in every layout that has one."""
+    """Return the slice of columns with the image's codes; it is the same in every layout that has an image."""
     return slice(-1 - image_tokens, -1)
 
 
 def put_image(layout: Layout, ids: Tensor) -> Layout:  # int64 [B, N]
-    """Return the layout with these tokens as its images."""
+    """Return the layout with these token ids as its images."""
     src = layout.src.clone()
     src[:, image_rows(ids.shape[1])] = ids.int()
     return replace(layout, src=src)
 
 
 def apply_mask(layout: Layout, codes: Tensor, masked: Tensor, v: Vocabulary) -> Layout:  # int64, bool [B, N]
-    """Return the layout with its images: masked codes as the mask token, with themselves as labels."""
+    """Return the layout with its images filled in: masked codes become the mask token, labelled with the code."""
     ids, labels = codes + v.offset, layout.labels.clone()
     labels[:, image_rows(ids.shape[1])] = torch.where(masked, ids, IGNORE_INDEX)
     return replace(put_image(layout, torch.where(masked, v.mask, ids)), labels=labels)
 
 
 def add_bos_eos(text: list[int], v: Vocabulary, budget: int) -> list[int]:
-    """bos text eos, cut so that it fits the budget and still ends in eos."""
+    """Return bos text eos, truncated to `budget` tokens and still ending in eos."""
     ids = [v.bos, *text, v.eos]
     return ids if len(ids) <= budget else [*ids[: budget - 1], v.eos]
 
 
 def image(v: Vocabulary, image_tokens: int, ends: bool = False) -> TextSegment:
-    """soi, hidden codes, eoi. ends: soi and eoi predict themselves."""
+    """Return soi, masked codes, eoi. ends: soi and eoi are labelled with themselves."""
     ids = [v.soi, *[v.mask] * image_tokens, v.eoi]
     return TextSegment(ids, [v.soi, *[IGNORE_INDEX] * image_tokens, v.eoi] if ends else None)
 
 
 def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sample:
-    """Build text to image; an empty text is the unconditional prompt. `budget`: text tokens besides t2i."""
+    """Build a text-to-image sequence; an empty text is the unconditional prompt. budget: text tokens besides t2i."""
     ids = [v.t2i, *add_bos_eos(text, v, budget)]
     return Sample(
         [TextSegment(ids), image(v, image_tokens, ends=True)],
@@ -182,13 +182,13 @@ def t2i(text: list[int], v: Vocabulary, budget: int, image_tokens: int) -> Sampl
 
 
 def lm(text: list[int], v: Vocabulary, budget: int) -> Sample:
-    """Build text alone, every next token predicted."""
+    """Build a text-only sequence in which every next token is labelled."""
     ids = add_bos_eos(text, v, budget)
     return Sample([TextSegment(ids, [*ids[1:], IGNORE_INDEX])], [AttentionSpan(len(ids), "causal")])
 
 
 def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sample:
-    """Build a conversation about an image given as codes. labels: of the text, IGNORE_INDEX where not learned."""
+    """Build a conversation about an image given as codes. labels: targets of the text, IGNORE_INDEX without a loss."""
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
         [AttentionSpan(visual + 3, "full"), AttentionSpan(len(text), "causal")],
@@ -196,7 +196,7 @@ def i2t_vq(text: list[int], labels: list[int], v: Vocabulary, visual: int) -> Sa
 
 
 def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int], visual: int) -> Sample:
-    """Build a conversation about an image given as CLIP features, which rows before them see too."""
+    """Build a conversation about an image given as CLIP features, to which earlier tokens attend, too."""
     before = [v.mmu, *system, v.soi]
     return Sample(
         [TextSegment(before), VisualSegment(visual), TextSegment([v.eoi, *text], [*labels, IGNORE_INDEX])],
@@ -209,7 +209,7 @@ def i2t_clip(text: list[int], labels: list[int], v: Vocabulary, system: list[int
 
 
 def reca_clip(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
-    """Build reconstruction from CLIP features. Raises ValueError for a template longer than the budget."""
+    """Build the reconstruction from CLIP features. Raises ValueError for a template longer than the budget."""
     text = [v.eoi, v.bos, *template, v.eos]
     if len(text) + 2 > budget:
         raise _too_long(template, "max_reca_tokens", budget, budget - 5)
@@ -228,9 +228,9 @@ def reca_clip(template: list[int], v: Vocabulary, budget: int, visual: int, imag
 
 
 def reca_vq(template: list[int], v: Vocabulary, budget: int, visual: int, image_tokens: int) -> Sample:
-    """Build reconstruction from codes. Raises ValueError for a template longer than the budget."""
+    """Build the reconstruction from codes. Raises ValueError for a template longer than the budget."""
     text = [v.bos, *template, v.eos]
-    if len(text) >= budget:  # the release wants one PAD at least
+    if len(text) >= budget:  # the release needs at least one PAD
         raise _too_long(template, "max_text_tokens", budget, budget - 3)
     return Sample(
         [TextSegment([v.mmu, v.soi]), VisualSegment(visual), TextSegment([v.eoi, *text]), image(v, image_tokens)],
@@ -249,7 +249,7 @@ def _too_long(template: list[int], key: str, budget: int, room: int) -> ValueErr
 
 
 def conversation(tokens: Tokens, turns: Sequence[Turn], v: Vocabulary) -> tuple[list[int], list[int]]:
-    """Join turns into ids and labels; the answers and the eos behind each are learned."""
+    """Join turns into ids and labels; the answers and the eos after each are labelled."""
     ids, labels = [], []
     for asked, answered in turns:
         whole = [*tokens(f"USER: {asked} ASSISTANT: {answered}"), v.eos]

@@ -1,4 +1,4 @@
-"""MaskGIT sampling of image codes (Chang et al., arXiv 2202.04200), and greedy replies."""
+"""MaskGIT sampling of image codes (Chang et al., arXiv 2202.04200), and greedy decoding of replies."""
 
 import math
 
@@ -18,13 +18,13 @@ TINY = 1e-20
 
 
 class SamplerNoise:
-    """The random choices of a sampler: functions of (seed of the image, step)."""
+    """Random numbers of the sampler, functions of (image seed, step)."""
 
     def __init__(self, seeds: Tensor):  # int64 [B]
         self.seeds, self.rng = seeds, CounterRNG(0)
 
     def codes(self, step: int, probabilities: Tensor) -> Tensor:  # [B, N, K]
-        """Draw a code per position, int64 [B, N]."""
+        """Sample a code per position, int64 [B, N]."""
         u = self.rng.fold_in(step).uniform(RandomStream.TOKEN, self.seeds, probabilities.shape[1])
         sums = probabilities.cumsum(-1)
         index = torch.searchsorted(sums, (u * sums[..., -1])[..., None], right=True)[..., 0]
@@ -46,7 +46,7 @@ def sample_codes(
     guidance: float = 5.0,
     temperature: float = 1.0,
 ) -> Tensor:  # int64 [B, N]
-    """Generate codes of texts by `fill_codes`."""
+    """Generate the codes of an image per text with `fill_codes`."""
     v, both = net.vocabulary, [*texts, *[[] for _ in texts]] if guidance else texts
     samples = [prompt.t2i(text, v, net.config.max_prompt_tokens, net.image_tokens) for text in both]
     return fill_codes(net, samples, noise, steps=steps, guidance=guidance, temperature=temperature)
@@ -55,22 +55,22 @@ def sample_codes(
 @torch.no_grad()
 def fill_codes(
     net: Network,
-    samples: list[prompt.Sample],  # with guidance, those without the condition behind the others
+    samples: list[prompt.Sample],  # with guidance, the conditional ones, then the unconditional ones
     noise: SamplerNoise,
-    h_v: Tensor | None = None,  # of all samples
+    h_v: Tensor | None = None,  # for all samples
     *,
     steps: int,
     guidance: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, N]
-    """Start with all codes hidden; each step samples every hidden code and hides the least certain ones again.
+    """Start with all codes masked; each step samples every masked code and masks the least certain ones again.
 
-    guidance g mixes logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty: it is
-    multiplied by what is left of the way at every step, so it vanishes at the last.
+    guidance g combines logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty;
+    each step multiplies it by the remaining share of steps, so it is 0 in the last step.
     """
     v, n, branches = net.vocabulary, net.image_tokens, 2 if guidance else 1
     layout = prompt.layout(samples, v).to(net.device)
-    codes = torch.full((len(samples) // branches, n), v.codes, device=net.device)  # one past the codebook is the mask
+    codes = torch.full((len(samples) // branches, n), v.codes, device=net.device)  # v.codes is the mask
     for step in range(steps):
         logits = net.code_logits(layout, codes.repeat(branches, 1), h_v).float()
         if guidance:
@@ -97,7 +97,7 @@ def fill_codes(
 
 @torch.no_grad()
 def answer(net: Network, h_v: Tensor, questions: list[str], max_new_tokens: int) -> list[str]:
-    """Reply greedily to a batch of questions about images with features h_v [B, n, C] or codes [B, n]."""
+    """Answer a batch of questions about images greedily. h_v: features [B, n, C] or [B, C], or codes [B, n]."""
     v, source, system = net.vocabulary, conditioner(net, "i2t"), net.tokens(net.config.system_prompt)
     ids = [source.question(net.tokens, text, v) for text in questions]
     samples = [source.conversation_sample(row, [IGNORE_INDEX] * len(row), v, system) for row in ids]
@@ -107,7 +107,7 @@ def answer(net: Network, h_v: Tensor, questions: list[str], max_new_tokens: int)
 
 
 def greedy(net: Network, embeddings: Tensor, layout: prompt.Layout, max_new_tokens: int) -> Tensor:
-    """Continue prompts by the likeliest tokens, int64 [B, n]."""
+    """Continue prompts by greedy decoding, int64 [B, n]."""
     return planned_greedy(
         net.showo.model,
         net.showo.lm_head,

@@ -1,4 +1,4 @@
-"""Show-o's weights: built from published folders or at random, and written back.
+"""Show-o's weights: load published folders or initialise at random, and export.
 
 Parameter names here are the published ones, except that transformers 5 renamed CLIP's.
 """
@@ -24,20 +24,20 @@ from reca.models.show_o.modules import Network
 
 N = TypeVar("N", bound=Network)
 
-PHI_TOKENS = 50295  # of Phi-1.5's tokenizer, before Show-o's
+PHI_TOKENS = 50295  # tokens of Phi-1.5's tokenizer, before Show-o's are added
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = ["*.json", "*.safetensors", "*.bin"]
-# recipe key -> what there is to download
+# recipe key -> glob patterns of the files to download
 DOWNLOADS = {"weights": _WEIGHTS, "codec_weights": _WEIGHTS, "clip_weights": _WEIGHTS, "tokenizer": TOKENIZER}
-# what Show-o publishes, what the release's trainer saves, what other hub repositories hold
+# written by Show-o's authors, by the release's trainer, and in other hub repositories
 FILES = ("pytorch_model.safetensors", "pytorch_model.bin", "model.safetensors")
-TRAINER = "unwrapped_model"  # the folder inside a checkpoint in which the release's trainer puts the model
+TRAINER = "unwrapped_model"  # subfolder of the release's checkpoints that has the model
 
 
 def load(cls: type[N], config: ShowOConfig) -> N:
-    """Build the model on the CPU. Parts without a source are random if `config.weights` is null, an error otherwise.
+    """Build the model on the CPU. Parts without a source are random if `config.weights` is None, else an error.
 
-    Raises ValueError for folders that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     folder = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, folder)
@@ -64,7 +64,7 @@ def load(cls: type[N], config: ShowOConfig) -> N:
 
 
 def build_meta(cls: type[N], config: ShowOConfig) -> N:
-    """Build what `load` does, with weights of any value. A tokenizer on this machine is read, for its size."""
+    """Build the model that `load` builds, without reading weights. A local tokenizer is read for its size."""
     folder = Path(config.weights).expanduser() if config.weights else None
     own = Path(config.tokenizer).expanduser() if config.tokenizer else folder and beside(folder) / "tokenizer"
     if own and not own.is_dir():
@@ -72,12 +72,12 @@ def build_meta(cls: type[N], config: ShowOConfig) -> N:
         config, folder = replace(config, tokenizer=None, words=words), None
     net = cls(config, load_tokenizer(config, folder))
     for parameter in (published_parts(net) if config.weights else net.showo).parameters():
-        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to cannot, of tensors without memory
+        parameter.data = parameter.data.to(DTYPES[config.dtype])  # Module.to does not support fake tensors
     return net
 
 
 def export(net: Network, folder: Path) -> list[str]:
-    """Write the published files; frozen parts that exist nowhere else go into folders beside."""
+    """Write the published files, and frozen parts without a published source into subfolders."""
     config = {
         "_class_name": "Showo",
         "_diffusers_version": "0.30.1",
@@ -102,7 +102,7 @@ def export(net: Network, folder: Path) -> list[str]:
 
 
 def loading(config: ShowOConfig) -> str:
-    """Say how Show-o's own code loads an export."""
+    """Return the model card's sentence on how Show-o's own code loads an export."""
     return (
         "[Show-o's code](https://github.com/showlab/Show-o) loads this folder with `Showo.from_pretrained(FOLDER)`; in "
         "its scripts that is `model.showo.pretrained_model_path=FOLDER`."
@@ -110,13 +110,13 @@ def loading(config: ShowOConfig) -> str:
 
 
 def published_parts(net: Network) -> nn.ModuleDict:
-    """Group the parts that Show-o's weight file holds, under their published names."""
+    """Return the modules of Show-o's weight file, under their published names."""
     names = ("showo", "mm_projector") if hasattr(net, "mm_projector") else ("showo",)
     return nn.ModuleDict({name: getattr(net, name) for name in names})
 
 
 def described(net: Network) -> dict[str, tuple]:
-    """Describe a model as Show-o's config.json does: key -> (value, the recipe keys it comes from)."""
+    """Return the entries of Show-o's config.json: key -> (value, recipe keys that determine it)."""
     v = net.vocabulary
     return {
         "codebook_size": (v.codes, "model.codec with its sizes"),
@@ -129,7 +129,7 @@ def described(net: Network) -> dict[str, tuple]:
 
 
 def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokenizerBase:
-    """Read the text tokenizer and add Show-o's tokens behind its own, in the order that fixes their ids."""
+    """Load the text tokenizer and append Show-o's tokens, whose order determines their ids."""
     if config.tokenizer:
         source: Path | None = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
     else:
@@ -139,22 +139,24 @@ def load_tokenizer(config: ShowOConfig, folder: Path | None) -> PreTrainedTokeni
     elif source.is_dir():
         tokenizer = read_tokenizer(source)
     else:
-        raise ValueError(f"there is no tokenizer at {source.absolute()}; give model.tokenizer=microsoft/phi-1_5")
+        raise ValueError(f"there is no tokenizer at {source.absolute()}; set model.tokenizer=microsoft/phi-1_5")
     new = [token for token in prompt.SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
     if 0 < len(new) < len(prompt.SPECIAL_TOKENS):
-        raise ValueError(f"the tokenizer of {source} has some of Show-o's tokens but lacks {', '.join(new)}")
+        raise ValueError(
+            f"the tokenizer of {source} has some of Show-o's tokens but lacks {', '.join(new)}; set model.tokenizer"
+        )
     tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer
 
 
 def _part_source(given: str | None, folder: Path | None, part: str) -> Path | None:
-    """Find where a frozen part comes from; None: it stays random."""
+    """Return the file or folder of a frozen part; None: it is random."""
     if given:
         return fetch(given, DOWNLOADS[f"{part}_weights"], f"model.{part}_weights")
     if folder is None:
         return None
     if not (source := beside(folder) / part).is_dir():
-        raise ValueError(f"{beside(folder).absolute()} has no folder {part!r} inside; give model.{part}_weights")
+        raise ValueError(f"{beside(folder).absolute()} has no subfolder {part!r}; set model.{part}_weights")
     return source
 
 
@@ -162,7 +164,7 @@ def _part_source(given: str | None, folder: Path | None, part: str) -> Path | No
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a published folder, or of a weight file. Raises ValueError when the folder holds none."""
+    """Read the tensors of a published folder or a weight file. Raises ValueError if the folder has no weight file."""
     if folder.is_file():
         return read_tensors(folder)
     for inner in (folder, folder / TRAINER):
@@ -171,11 +173,11 @@ def read(folder: Path) -> dict[str, Tensor]:
                 return read_tensors(inner / name)
             if (inner / f"{name}.index.json").is_file():
                 return read_tensors(inner / f"{name}.index.json")
-    raise ValueError(f"{folder} holds none of {', '.join(FILES)}; give the folder of a published checkpoint")
+    raise ValueError(f"{folder} holds none of {', '.join(FILES)}; pass the folder of a published checkpoint")
 
 
 def read_config(folder: Path) -> dict:
-    """Read config.json of a Show-o folder; empty when there is none."""
+    """Read the config.json of a Show-o folder; {} if there is none."""
     for path in (folder / "config.json", folder / TRAINER / "config.json"):
         if path.is_file():
             return read_json(path)
@@ -183,9 +185,9 @@ def read_config(folder: Path) -> dict:
 
 
 def check(found: dict, wanted: dict, where: str) -> None:
-    """Raise ValueError when config.json says something else than the recipe makes.
+    """Raise ValueError if config.json contradicts the recipe.
 
-    wanted: config.json key -> (value, the recipe keys it comes from).
+    wanted: config.json key -> (value, recipe keys that determine it).
     """
     wrong = [
         f"{key} is {found[key]}, but {source} makes it {value}"
@@ -197,7 +199,7 @@ def check(found: dict, wanted: dict, where: str) -> None:
 
 
 def split(state: dict[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
-    """Group tensors under each prefix, without it, and last those under none."""
+    """Group tensors by name prefix, with the prefix removed. The last group has the tensors without any prefix."""
     parts: list[dict[str, Tensor]] = [{} for _ in (*prefixes, None)]
     for name, tensor in state.items():
         at = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), len(prefixes))
@@ -206,9 +208,9 @@ def split(state: dict[str, Tensor], *prefixes: str) -> list[dict[str, Tensor]]:
 
 
 def clip_tower(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Take the first `layers` layers of CLIP's vision tower, named as transformers 5 does.
+    """Select the first `layers` layers of CLIP's vision tower, with the names of transformers 5.
 
-    Accepts files of transformers 4 (`vision_model.` in front) and 5, with or without the text tower.
+    Accepts files of transformers 4 (prefix `vision_model.`) and 5, with or without the text tower.
     """
     inner, rest = split(state, "vision_model.")
     kept = {}
