@@ -47,10 +47,10 @@ class SkippedSteps:
         if not math.isfinite(norm):
             self.reason = "loss or gradient is not finite"
         elif self.config.skip_spikes is not None:
-            limit, above = self._limit(), self._z(norm)
+            limit = self._limit()
             # Ranks add up the norm in the same order as a rule, but where they do not, one answer has to hold.
             if distributed.any_rank(norm > limit):
-                self.reason = f"gradient norm {norm:.4g} is {above:.1f} standard deviations above the mean"
+                self.reason = f"gradient norm {norm:.4g} is {self._z(norm):.1f} standard deviations above the mean"
             self.norms.append(min(norm, limit))
         return not self.reason
 
@@ -101,8 +101,6 @@ class SkippedSteps:
         return mean + self.config.skip_spikes * spread
 
     def _z(self, norm: float) -> float:
-        if len(self.norms) < 2:
-            return 0.0
         mean, spread = self._mean_and_spread()
         return (norm - mean) / spread if spread else 0.0
 
