@@ -205,13 +205,15 @@ def test_peft_loads_the_adapters(tiny, tmp_path):
 
 def test_a_run_starts_from_another(recipe, tmp_path):
     """LoRA of the same form goes on; of another form, or where the next run has none, it is merged."""
-    first = run_toy(recipe(f"run_dir={tmp_path}/first", *DORA))
+    scaled = [*DORA, "lora.alpha=12"]
+    first = run_toy(recipe(f"run_dir={tmp_path}/first", *scaled))
     init = [f"train.init_from={tmp_path}/first", "train.steps=1", "optim.lr=0"]
-    again = run_toy(recipe(f"run_dir={tmp_path}/again", *init, *DORA, "lora.dropout=0.1"))
+    again = run_toy(recipe(f"run_dir={tmp_path}/again", *init, *scaled, "lora.dropout=0.1"))
     assert same(weights(first.adapter), weights(again.adapter))
     x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
     expected = [layer(x) for layer in first.adapter.eval().layers]
-    for name, more in {"full": [], "other": ["lora.rank=2"], "dora": ["lora.rank=2", "lora.dora=true"]}.items():
+    others = {"full": [], "other": ["lora.rank=2"], "dora": ["lora.rank=2", "lora.dora=true"], "alpha": DORA}
+    for name, more in others.items():
         second = run_toy(recipe(f"run_dir={tmp_path}/{name}", *init, *more))
         for layer, output in zip(second.adapter.eval().layers, expected, strict=True):
             assert torch.allclose(layer(x), output, atol=1e-5)
