@@ -17,7 +17,7 @@ from reca.micro_batches import (
     size_warning,
     split_batch,
 )
-from reca.objective import backward
+from reca.objective import backward, evaluate
 from reca.optim import check_passes
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe, recipe_names
@@ -179,7 +179,7 @@ def test_other_is_not_own(recipe):
 def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
     """7 samples in 3, 2 and 2: each mean by 3/7, 2/7 and 2/7. With one sample in each it is the mean over samples."""
     for micro_batch, parts in ((3, [(0, 3), (3, 2), (5, 2)]), (1, [(i, 1) for i in range(7)])):
-        found, _ = gradient(recipe, micro_batch, mean="micro_batch")
+        found, sums = gradient(recipe, micro_batch, mean="micro_batch")
         r, adapter = recipe("objective.reca.batch_size=7"), ToyAdapter(dtype=torch.float64)
         from reca.data.batch import task_rng
 
@@ -189,6 +189,7 @@ def test_mean_of_micro_batches_by_their_shares_of_samples(recipe):
             term = adapter(next(iter(loader)), task_rng(0, "reca"))
             loss = loss + size / 7 * term.sum / term.weight
         loss.backward()
+        assert float(sums[0] / sums[1]) == pytest.approx(float(loss.detach()), rel=1e-6)  # what is logged
         expected = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
@@ -203,6 +204,7 @@ def test_a_copy_adds_nothing_even_if_its_loss_is_not_finite(recipe):
     assert sums["reca"].tolist() == [0, 0]
     grads = [p.grad for p in adapter.parameters() if p.grad is not None]
     assert grads and all((grad == 0).all() for grad in grads)
+    assert evaluate(adapter, [batch], 0, torch.autocast("cpu", enabled=False)) == 0
 
 
 def test_what_a_number_of_tokens_cannot_go_with(recipe):

@@ -285,11 +285,14 @@ def test_unknown_role(recipe):
         Trainer(recipe("train.train=[everything]"), ToyAdapter())
 
 
-def test_sample_grids_and_gap(recipe):
-    trainer = run(recipe("log.prompts=[a,b]", "log.sample_every=3", "log.gap_every=2", "log.drift_every=2"))
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_sample_grids_and_gap(recipe, micro_batch):
+    every = "log.prompts=[a,b]", "log.sample_every=3", "log.gap_every=2", "log.drift_every=2"
+    trainer = run(recipe(*every, f"objective.reca.micro_batch={micro_batch}"))
     assert (trainer.run_dir / "samples" / "000003.png").exists()
     lines = [json.loads(line) for line in (trainer.run_dir / "log.jsonl").read_text().splitlines()]
     assert sum("reca/gap" in line for line in lines) == 3
+    assert lines[-1]["reca/gap"] > 0  # h_v of its own image helps
     assert sum("t2i/drift" in line for line in lines) == 4
 
 
@@ -300,6 +303,20 @@ def test_condition_other_swaps_h_v(recipe):
 
     own, other = (trainer.adapter(batch, task_rng(0, "reca"), c).sum for c in ("own", "other"))
     assert own != other
+
+
+def test_condition_other_is_of_reca_alone(recipe):
+    """An answer is about its own image in that ablation, too."""
+    trainer, seen = Trainer(recipe("objective.condition=other", "objective.t2i.weight=1"), ToyAdapter()), set()
+    forward = trainer.adapter.forward
+
+    def watched(batch, rng, condition):
+        seen.add((batch.task, condition))
+        return forward(batch, rng, condition)
+
+    trainer.adapter.forward = watched
+    trainer.run()
+    assert seen == {("reca", "other"), ("t2i", "own")}
 
 
 def test_load_trained_is_the_model_of_the_run(recipe, monkeypatch):
