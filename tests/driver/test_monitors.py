@@ -16,6 +16,15 @@ def test_copying_is_said_once_and_only_after_a_deep_fall():
     assert len(found) == 1 and "copies h_v" in found[0]
 
 
+def test_a_fall_is_measured_from_a_hundred_steps_that_have_a_loss():
+    watch, steady = monitors.Monitor(), {"reca/loss": 5.0, "reca/weight": 1.0}
+    found = warnings(watch, steady, 50) + warnings(watch, steady | {"reca/loss": 0.1}, 49)
+    assert found == []  # the baseline is not there yet
+    watch = monitors.Monitor()
+    assert warnings(watch, steady, 100) == []
+    assert all("no sample" in text for text in warnings(watch, {"reca/loss": 0.0, "reca/weight": 0.0}, 100))
+
+
 def test_dead_batch():
     found = warnings(monitors.Monitor(), {"i2t/weight": 0.0, "i2t/loss": 0.0}, 3, ("i2t",))
     assert len(found) == 1 and "no sample of task i2t" in found[0]
@@ -26,6 +35,14 @@ def test_drift_and_gap():
     assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
     found = warnings(watch, {"t2i/drift": 2.2, "i2t/drift": 1.0, "reca/gap": 0.5})
     assert ["text-to-image" in found[0], "leans on h_v" in found[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("t2i", "i2t", "gap"), [(2.2, 1.0, 0.2), (2.0, 1.2, 0.5), (2.0, 1.0, 0.5)])
+def test_the_gap_counts_where_text_to_image_gets_worse_and_it_is_wide(t2i, i2t, gap):
+    watch = monitors.Monitor()
+    assert warnings(watch, {"t2i/drift": 2.0, "i2t/drift": 1.0, "reca/gap": 0.1}) == []
+    found = warnings(watch, {"t2i/drift": t2i, "i2t/drift": i2t, "reca/gap": gap})
+    assert len(found) == (t2i > 2) + (i2t > 1) and not any("leans on h_v" in text for text in found)
 
 
 def test_a_run_that_goes_on_compares_with_its_own_first_steps(recipe, monkeypatch):
