@@ -242,7 +242,7 @@ def test_weight_is_what_loss_returns(model, task):
         assert float(term.weight) == sum(i.shape[1] * i.shape[2] for i in sample.gen) / model.token_side**2
 
 
-def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
+def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain, monkeypatch):
     ids = torch.arange(400)
     rows = torch.zeros(400, 3, 3, 64)
     given = Batch("reca", ids, ["describe this"] * 400, features={"h_v": rows, "moments": torch.zeros(400, 2, 5, 5)})
@@ -251,6 +251,10 @@ def test_templates_are_dropped_for_a_tenth_and_h_v_never(plain):
     assert 20 < sum(len(items) == 1 for items in samples) < 65
     captions = loss.prepare(plain, replace(given, task="t2i", text=["a red square"] * 400), CounterRNG(0)).items
     assert 20 < sum(items == [] for items in captions) < 65
+    monkeypatch.setattr(plain, "config", replace(plain.config, caption_drop=0.0))
+    assert loss.prepare(plain, given, CounterRNG(0)).items == samples
+    captions = loss.prepare(plain, replace(given, task="t2i", text=["a red square"] * 400), CounterRNG(0)).items
+    assert all(captions)
 
 
 @pytest.mark.parametrize("task", ["reca", "t2i"])
@@ -563,8 +567,9 @@ def test_guidance_acts_inside_its_interval_only(plain):
     plain.generate(["a red square"], [0], steps=3, guidance=1.0)
     plain.edit(images([(20, 20)]), ["a red square"], [0], steps=3)
     plain.edit(images([(20, 20)]), ["a red square"], [0], steps=3, guidance=1.0, image_guidance=2.0)
+    plain.edit(images([(20, 20)]), ["a red square"], [0], steps=3, image_guidance=0.5)
     hook.remove()
-    assert forwards == [2, 2, 2, 1, 1, 1, 3, 3, 1, 1]  # t = 1, 0.9, 0.75, 0.5, then 0
+    assert forwards == [2, 2, 2, 1, 1, 1, 3, 3, 1, 1, 2, 2]  # t = 1, 0.9, 0.75, 0.5, then 0
 
 
 def test_guidance_formulas():
@@ -583,6 +588,7 @@ def test_guidance_formulas():
         ("text_channel", image + 2 * (scaled(first, -1) - image)),
     ):
         torch.testing.assert_close(sampling.guide(v, [text, image], 4, 2, renorm, 0.1), wanted)
+        torch.testing.assert_close(sampling.guide(v, [2 * v], 1.5, 1, renorm, 0.1), 0.5 * v)  # never made longer
     torch.testing.assert_close(sampling.guide(v, [text], 4, 2, "global", 0.1), scaled(first, (0, 1)))
 
 

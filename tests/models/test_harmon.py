@@ -16,7 +16,7 @@ from reca.data.batch import Batch
 from reca.data.loader import open_loader
 from reca.data.tasks import Turn
 from reca.models.base import ROLES
-from reca.models.harmon import Adapter, Config, loss, prompt
+from reca.models.harmon import Adapter, Config, loss, prompt, sampling
 from reca.models.harmon.config import AutoencoderSizes
 from reca.models.harmon.masking import Masking, masked_counts
 from reca.recipe_files import load_recipe
@@ -430,9 +430,23 @@ def test_sampling_options(model):
     others["clip_sample_range"] = 0.1
     for name, value in others.items():
         assert (drawn(**{name: value}) - base).abs().max() > 1e-4 * base.abs().max(), name
+    assert drawn(clip_sample_range=0.1).abs().max() <= 0.1 < base.abs().max()
     assert drawn(steps=100).shape == base.shape == (1, 5, 5, 24)  # more steps than tokens
     assert drawn(height=12, width=32).shape == (1, 3, 8, 24)
     assert model.generate([], []) == []
+
+
+def test_linear_guidance_grows_with_the_share_that_is_drawn(model, monkeypatch):
+    scales, sizes, denoise = [], [], sampling.denoise
+
+    def observed(head, z, noise, step, guidance, *more):
+        scales.append(guidance)
+        sizes.append(z.shape[2])
+        return denoise(head, z, noise, step, guidance, *more)
+
+    monkeypatch.setattr(sampling, "denoise", observed)
+    latents_of(model, ["a red square"], [1], guidance=3.0, guidance_schedule="linear")
+    assert len(scales) == 4 and scales == pytest.approx([1 + 2 * sum(sizes[: i + 1]) / 25 for i in range(4)])
 
 
 @pytest.mark.parametrize(

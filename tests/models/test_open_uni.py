@@ -147,6 +147,32 @@ def test_the_prompt_runs_without_a_graph(model):
     assert graphs == [False, True]
 
 
+def test_parity_adds_noise_at_a_level_of_bf16(model, monkeypatch):
+    """The velocity's target and SANA's timestep keep theirs, as in the release."""
+    levels, kernel = [], loss.flow_matching_add_noise
+    monkeypatch.setattr(loss, "flow_matching_add_noise", lambda x, t, eps: (levels.append(t), kernel(x, t, eps))[1])
+    for parity in (False, True):
+        monkeypatch.setattr(model, "config", replace(model.config, parity=parity))
+        model(batch(model, "t2i"), CounterRNG(0))
+    assert torch.equal(levels[1], levels[0].bfloat16().float()) and not torch.equal(*levels)
+
+
+def test_guidance_is_away_from_no_text_and_in_edits_from_the_same_image(model, monkeypatch):
+    kept, pixels = [], model.pixels
+    monkeypatch.setattr(model, "pixels", lambda latents: (kept.append(latents), pixels(latents))[1])
+
+    def moved(draw, text: str) -> float:
+        for guidance in (1.0, 6.0):
+            draw(text, steps=2, guidance=guidance)
+        return float((kept[-1] - kept[-2]).abs().max() / kept[-2].abs().max())
+
+    def edited(text: str, **options):
+        return model.edit([torch.full((3, 20, 20), 90, dtype=torch.uint8)], [text], [0], **options)
+
+    assert moved(lambda text, **options: model.generate([text], [0], **options), "a red square") > 1e-2
+    assert moved(edited, "a red square") > 1e-2 and moved(edited, prompt.KEEP) < 1e-4
+
+
 @pytest.mark.parametrize("task", ["reca", "t2i", "i2t"])
 def test_a_language_model_that_is_trained_gets_all_of_its_gradient(task):
     """That of the prompt's rows too, and token embeddings: against differences of the loss in fp64."""

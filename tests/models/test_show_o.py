@@ -1,5 +1,6 @@
 """Show-o's adapter beyond the golden data: sizes, files, batching, sampling, bad input."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -18,7 +19,7 @@ from reca.data.pixels import make_view
 from reca.data.tasks import Turn
 from reca.models.common.text import encode
 from reca.models.common.tiny_tokenizer import word_tokenizer
-from reca.models.show_o import Adapter, Config, prompt
+from reca.models.show_o import Adapter, Config, prompt, sampling
 from reca.models.show_o.conditioner import conditioner
 from reca.models.show_o.config import MagvitSizes, PhiSizes
 from reca.models.show_o.modules import Magvit, phi_config
@@ -252,6 +253,21 @@ def test_sampling_options(model):
     with pytest.raises(ValueError, match="1 prompts, 2 seeds"):
         model.generate(text, [1, 2])
     assert model.generate([], []) == []
+
+
+def test_noise_on_the_certainty_fades(model, monkeypatch):
+    """Step k of S multiplies what is left of the temperature by 1 - k / S, as the release does."""
+    n, v, noise, seen = model.image_tokens, model.vocabulary, sampling.SamplerNoise(torch.tensor([3])), []
+    logits = torch.randn(1, n, v.codes, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model, "code_logits", lambda _, codes, __: (seen.append(codes[0] == v.codes), logits)[1])
+    sampling.sample_codes(model, [[]], noise, steps=4, guidance=0.0, temperature=2.0)
+    probabilities, left = logits.softmax(-1), 2.0
+    for step, (unknown, again) in enumerate(itertools.pairwise(seen)):
+        left *= 1 - (step + 1) / 4
+        drawn = noise.codes(step, probabilities)
+        certainty = probabilities.gather(2, drawn[..., None])[0, :, 0].log() + left * noise.gumbel(step, n)[0]
+        assert 0 < again.sum() < unknown.sum() and unknown[again].all()
+        assert certainty[again].max() < certainty[unknown & ~again].min()
 
 
 def test_long_prompts_are_cut(model):
