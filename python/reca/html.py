@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,15 @@ def data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
+def png_url(image: Image.Image) -> str:
+    """Write an image as a data URL of a PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return data_url(buffer.getvalue(), "png")
+
+
+def loss_curve(points: Sequence[tuple[int, float]], width: int, height: int) -> dict[str, str]:
+    """Draw (step, loss) from 0 on: the points of a polyline, and how the first and the last loss are written."""
+    last, top = points[-1][0], max(max(loss for _, loss in points), 1e-9)
+    line = " ".join(f"{x / last * width:.1f},{height - max(y, 0) / top * height:.1f}" for x, y in points)
+    return {"line": line, "first": f"{points[0][1]:.3g}", "last": f"{points[-1][1]:.3g}"}

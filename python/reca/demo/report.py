@@ -1,7 +1,5 @@
 """Report of the demo: a table for the terminal, and one HTML file with images, curves and settings."""
 
-import base64
-import io
 import platform
 import statistics
 from collections.abc import Mapping
@@ -99,7 +97,7 @@ def write(
         held_out=sorted(f"{pair.colour} {pair.kind}" for pair in world.held_out(first)),
         shown=list(results[first]),
         images={name: _images(outcome) for name, outcome in results[first].items()},
-        curves={name: _curve(outcome.curve) for name, outcome in results[first].items()},
+        curves={name: html.loss_curve(o.curve, 300, 90) for name, o in results[first].items() if o.curve},
         steps=recipe.train.steps,
         settings=as_dict(recipe),
         seconds={name: f"{outcome.seconds:.0f}" for name, outcome in results[first].items()},
@@ -140,22 +138,10 @@ def _spread(values: list[float]) -> str:
 def _images(outcome: Outcome, per_row: int = 12) -> list[dict[str, Any]]:
     """Encode every ninth prompt's image, enlarged, with its verdict."""
     chosen = outcome.measured.samples[::9][: 4 * per_row]
-    return [{"prompt": text, "hit": hit, "png": _png(image)} for text, image, hit in chosen]
+    return [{"prompt": text, "hit": hit, "source": _enlarged(image)} for text, image, hit in chosen]
 
 
-def _png(image: torch.Tensor) -> str:
-    sheet, buffer = make_grid([image]), io.BytesIO()
+def _enlarged(image: torch.Tensor) -> str:
+    sheet = make_grid([image])
     times = max(1, 60 // sheet.width)
-    sheet.resize((times * sheet.width, times * sheet.height), Image.Resampling.NEAREST).save(
-        buffer, "PNG", optimize=True
-    )
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _curve(points: list[tuple[int, float]], width: int = 300, height: int = 90) -> dict[str, Any]:
-    """Return the polyline of a loss curve, its first and last value, and its maximum."""
-    if not points:
-        return {"line": "", "first": 0.0, "last": 0.0, "top": 0.0}
-    last, top = points[-1][0], max(loss for _, loss in points)
-    line = " ".join(f"{x / last * width:.1f},{height - y / max(top, 1e-9) * height:.1f}" for x, y in points)
-    return {"line": line, "first": points[0][1], "last": points[-1][1], "top": top}
+    return html.png_url(sheet.resize((times * sheet.width, times * sheet.height), Image.Resampling.NEAREST))

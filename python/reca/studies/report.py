@@ -163,7 +163,7 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
             continue
         with Image.open(path) as image:
             larger = image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
-        shown[arm["name"]] = {"source": html.data_url(html.png(larger), "png"), "width": larger.width}
+        shown[arm["name"]] = {"source": html.png_url(larger), "width": larger.width}
         shown.setdefault("", json.loads(path.with_suffix(".json").read_text()))
     return shown
 
@@ -171,8 +171,4 @@ def _images(found: dict[str, Any]) -> dict[str, Any]:
 def _chart(arm: dict[str, Any]) -> dict[str, Any] | None:
     """Draw the loss of the first seed that has one."""
     points = next((r["curve"] for r in arm["results"].values() if r.get("curve")), None)
-    if not points:
-        return None
-    last, top = points[-1][0], max(max(loss for _, loss in points), 1e-9)
-    line = " ".join(f"{x / last * WIDTH:.1f},{HEIGHT - max(y, 0) / top * HEIGHT:.1f}" for x, y in points)
-    return {"line": line, "first": f"{points[0][1]:.3g}", "last": f"{points[-1][1]:.3g}"}
+    return html.loss_curve(points, WIDTH, HEIGHT) if points else None
