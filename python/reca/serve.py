@@ -63,7 +63,7 @@ class Requests:
         _check_text(prompt, seed)
         options = [read_sampling(sampling, side.model.generate) for side in self.sides]
         return [
-            _as_image(inference.generate(side.model, [prompt], [seed], **given)[0])
+            make_grid(inference.generate(side.model, [prompt], [seed], **given))
             for side, given in self._asked(prompt, options)
         ]
 
@@ -72,7 +72,7 @@ class Requests:
         options = [read_sampling(sampling, side.model.edit) for side in self.sides]
         image = read_upload(path)
         return [
-            _as_image(inference.edit(side.model, [image], [instruction], [seed], **given)[0])
+            make_grid(inference.edit(side.model, [image], [instruction], [seed], **given))
             for side, given in self._asked(instruction, options)
         ]
 
@@ -117,10 +117,6 @@ def _check_text(text: str | None, seed: Any) -> None:
     if not isinstance(seed, int):
         raise ValueError(f"seed {seed} is no whole number")
     check_pairs(seeds=[seed])
-
-
-def _as_image(image: Tensor) -> Image.Image:
-    return make_grid([image])
 
 
 def open_sides(

@@ -11,7 +11,6 @@ from reca.studies.study import Claim
 
 # {"value", and where they are known "hits" and "trials", or "interval"; "percent": true of a share that is not counted}
 Measure = Mapping[str, Any]
-FEW = {1: 12.706, 2: 4.303}  # Student's 97.5 % quantile where the approximation is not near
 NOT_MEASURED = "not measured"
 
 
@@ -110,7 +109,7 @@ def _over_seeds(values: Sequence[float], least: float, most: float) -> Interval:
     """Compute Student's interval, cut to the values that there are: where few seeds differ much it reaches beyond."""
     middle = statistics.mean(values)
     freedom = len(values) - 1
-    reach = FEW.get(freedom, t_quantile(freedom)) * statistics.stdev(values) / math.sqrt(len(values))
+    reach = t_quantile(freedom) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(middle, max(least, middle - reach), min(most, middle + reach))
 
 
