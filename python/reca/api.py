@@ -79,15 +79,15 @@ def train(
     Args:
         recipe: Name or path of a recipe, or one that `load_recipe` returned.
         overrides: Recipe keys to override: ["train.steps=100"] or {"train.steps": 100}.
-        model: An adapter to train instead of the one that the recipe loads. The run can be loaded if the model is of
-            the recipe's `umm`.
+        model: An adapter to train instead of the one that the recipe loads: of the class of the recipe's `umm`, which
+            the run is loaded with, and with the same keys.
 
     Returns:
         The run folder, its number of steps, and whether this call made any of them.
 
     Raises:
-        RecipeError: The recipe cannot be run as written, the run folder belongs to another recipe, `model` was
-            loaded with other keys, or memory is full. It is a ValueError.
+        RecipeError: The recipe cannot be run as written, the run folder belongs to another recipe, `model` is of
+            another class or was loaded with other keys, or memory is full. It is a ValueError.
         DataError: The data or the disk cannot be used. It is a ValueError.
         ValueError: Weights are missing, do not match the recipe, or contain NaN or infinity.
         TypeError: Overrides were given together with a Recipe object.
@@ -103,13 +103,24 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise TypeError("overrides belong to a recipe that is named; change the Recipe itself")
-    if model is not None and isinstance(model, umm_package(recipe.umm).Adapter):
+    if model is not None:
+        _check_class(recipe, model)
         _check_keys(recipe, getattr(model, "config", recipe.model))
     made = finished_steps(fit.recorded(recipe))
     if made is None:
         Trainer(recipe, model).run()
     distributed.shut_down()
     return TrainedRun(Path(recipe.run_dir), recipe.train.steps if made is None else made, made is None)
+
+
+def _check_class(recipe: Recipe, model: Adapter) -> None:
+    """Refuse a model that is not the recipe's umm: its run would be loaded as one, and cannot be."""
+    if not isinstance(model, umm_package(recipe.umm).Adapter):
+        raise RecipeError(
+            f"the model is a {type(model).__module__}.{type(model).__qualname__}, and the recipe's umm is "
+            f"{recipe.umm}, as which its run would be loaded; write umm=PACKAGE.MODULE of a module that has this class "
+            "as Adapter, and its Config"
+        )
 
 
 def _check_keys(recipe: Recipe, config: Any) -> None:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import reca
 from reca import api, cli
 from reca.options import RecipeError
 from reca.recipe_files import load_recipe, save_recipe
-from tests.driver.toy import ToyAdapter, write_images, write_recipe
+from tests.driver.toy import ToyAdapter, ToyConfig, write_images, write_recipe
 
 SMALL = ["data.workers=0", "objective.i2t.weight=0", "objective.reca.batch_size=4", "log.tensorboard=false"]
 
@@ -58,18 +59,36 @@ def test_a_run_is_trained_continued_and_loaded(tmp_path, caplog, monkeypatch):
     assert f"loads the model before training; for the trained model pass the folder {folder}" in caplog.text
 
 
-def test_a_model_of_ones_own_is_trained(tmp_path):
+@pytest.fixture
+def toys(monkeypatch):
+    """The toy model as an importable umm."""
+    module = ModuleType("toys.model")
+    module.Config, module.Adapter = ToyConfig, ToyAdapter
+    monkeypatch.setitem(sys.modules, "toys", ModuleType("toys"))
+    monkeypatch.setitem(sys.modules, "toys.model", module)
+    return "umm=toys.model"
+
+
+def test_a_model_of_ones_own_is_trained(tmp_path, toys):
     recipe, model = write_recipe(tmp_path, write_images(tmp_path / "images")), ToyAdapter()
     before = model.layers[0].weight.detach().clone()
-    assert reca.train(recipe, ["train.steps=2"], model=model).steps == 2
+    assert reca.train(recipe, [toys, "train.steps=2"], model=model).steps == 2
     assert not torch.equal(model.layers[0].weight, before)
 
 
+def test_a_model_of_another_class_is_not_trained(tmp_path):
+    """Its run could not be loaded, resumed from the command line or exported."""
+    recipe = write_recipe(tmp_path, write_images(tmp_path / "images"))
+    with pytest.raises(RecipeError, match=r"is a tests.driver.toy.ToyAdapter, and the recipe's umm is show_o"):
+        reca.train(recipe, ["train.steps=2"], model=ToyAdapter())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_a_caller_that_has_switched_gradients_off_can_train(tmp_path, off):
+def test_a_caller_that_has_switched_gradients_off_can_train(tmp_path, toys, off):
     recipe, model = write_recipe(tmp_path, write_images(tmp_path / "images")), ToyAdapter()
     with off():
-        assert reca.train(recipe, ["train.steps=1"], model=model).steps == 1
+        assert reca.train(recipe, [toys, "train.steps=1"], model=model).steps == 1
         assert not torch.is_grad_enabled()
 
 
