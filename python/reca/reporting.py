@@ -59,6 +59,7 @@ class RunReport:
 
     def begin(self, step: int) -> None:
         """Tell what is set, and what is known before the first step to go wrong. step: those made before."""
+        attention.forget_ran()  # of an earlier run in this process
         if distributed.rank() == 0:
             self.speed.peak, source = speed.peak_flops(self.device, self.recipe.log.peak_flops)
             peak = (self.speed.peak, source)

@@ -234,8 +234,13 @@ def _reported(device: str) -> str:
     return f"{OP} on {device}: {chosen}{more}" + (f"  (not {'; '.join(why)})" if why else "")
 
 
+def forget_ran() -> None:
+    """Begin the list of `ran` anew."""
+    _RAN.clear()
+
+
 def ran(device_type: str) -> list[str]:
-    """Return what attention has run on in this process, on a kind of device: "fa3 (bfloat16, 64 channels a head)"."""
+    """List what attention has run on since `forget_ran`, on a kind of device: "fa3 (bfloat16, 64 channels a head)"."""
     found = sorted((name, str(dtype).removeprefix("torch."), d) for kind, name, dtype, d in _RAN if kind == device_type)
     return [f"{name} ({dtype}, {d} channels a head)" for name, dtype, d in found]
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,14 @@ def test_a_model_of_other_keys_is_not_trained(tmp_path):
     assert not (tmp_path / "run").exists()
     assert reca.train("show_o_tiny", given | small, model=model).steps == 1
     assert torch.equal(reca.load(tmp_path / "run").showo.lm_head.weight, model.showo.lm_head.weight)
+
+
+def test_attention_is_listed_as_it_ran_in_this_run(tmp_path, monkeypatch, capsys):
+    for number, impl in enumerate(("sdpa", "dense")):
+        monkeypatch.setenv("RECA_ATTENTION", impl)
+        reca.train("show_o_tiny", [*SMALL, "train.steps=1", f"run_dir={tmp_path / str(number)}"])
+        (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if "attention  " in line]
+        assert re.findall("sdpa|dense", line) == [impl]
 
 
 def test_overrides_have_two_forms():
