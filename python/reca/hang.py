@@ -157,9 +157,18 @@ class HangWatch:
         return sorted(found, key=lambda state: state["rank"])
 
 
-def remove_request(run_dir: Path) -> None:
-    """Remove the request of a run that was killed while it hung. For rank 0, before any rank watches."""
-    (run_dir / FOLDER / REQUEST).unlink(missing_ok=True)
+def clean(run_dir: Path) -> None:
+    """Remove what a killed run left that says nothing: a request, and files without stacks, of any rank.
+
+    For rank 0, before any rank watches.
+    """
+    folder = run_dir / FOLDER
+    (folder / REQUEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for path in folder.glob("rank_*.txt"):
+            if not path.stat().st_size:
+                path.unlink()
+        folder.rmdir()  # if it is empty
 
 
 def summary(reports: list[dict[str, Any]], ranks: int, folder: Path) -> str:

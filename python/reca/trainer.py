@@ -115,7 +115,7 @@ class Trainer:
         out_of_memory.record_history(recipe)
         if distributed.rank() == 0:
             checkpoint.remove_partial(self.run_dir)
-            hang.remove_request(self.run_dir)
+            hang.clean(self.run_dir)
         newest = checkpoint.latest_valid(self.run_dir)
         state = None if newest is None else checkpoint.read_state(newest)
         self.step = self.saved = 0 if state is None else state["step"]

@@ -130,6 +130,17 @@ def test_the_request_of_a_killed_run_is_removed(recipe):
     assert not request.exists() and not (trainer.run_dir / hang.FOLDER).exists()
 
 
+def test_files_without_stacks_of_a_killed_run_are_removed(recipe):
+    """Of its four ranks, one had written something; the next start has one, and no watch."""
+    trainer = run_toy(recipe("train.steps=1"))
+    folder = trainer.run_dir / hang.FOLDER
+    folder.mkdir()
+    for rank in range(4):
+        (folder / f"rank_{rank}.txt").write_text("stacks" * (rank == 2))
+    run_toy(recipe("log.hang_seconds=0"))
+    assert [path.name for path in folder.iterdir()] == ["rank_2.txt"]
+
+
 def report(rank: int, waits: str | None = None, **values) -> dict:
     state = {"rank": rank, "step": 9, "phase": "training", "seconds": 300.2, "waits": waits, "place": "f (a.py:1)"}
     state["innermost"] = "read (tar.py:2)"
