@@ -62,7 +62,7 @@ class MaskedCrossEntropy(_Loss):
         self,
         logits: Tensor,  # [N, V]
         labels: Tensor,  # [N]
-    ) -> Tensor:  # fp32 [] or [N]
+    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
         """Return the loss of the rows that carry a label."""
         return masked_cross_entropy(logits, labels, **self.options)
 
@@ -109,7 +109,7 @@ class MaskedLinearCrossEntropy(_Loss):
         labels: Tensor,  # [N]
         bias: Tensor | None = None,  # [V]
         max_labelled: int | None = None,
-    ) -> Tensor:  # fp32 [] or [N]
+    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
         """Return the loss of hidden @ weight.T + bias. `max_labelled` is an upper bound on the rows with a label."""
         return masked_linear_cross_entropy(hidden, weight, labels, bias, max_labelled=max_labelled, **self.options)
 
@@ -146,7 +146,7 @@ class FlowMatchingLoss(_Loss):
         t: Tensor,  # [B]
         noise: Philox | Tensor,
         weight: Tensor | None = None,  # [B]
-    ) -> Tensor:  # fp32 [] or [B]
+    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [B]
         """Return the squared error of the velocity `pred`. The target does not depend on t."""
         return flow_matching_loss(pred, x0, t, noise, weight=weight, **self.options)
 
@@ -197,6 +197,6 @@ class DiffusionLoss(_Loss):
         t: Tensor,  # [M] int
         noise: Philox | Tensor,
         rows: Tensor | None = None,  # [M] int
-    ) -> Tensor:  # fp32 [] or [M]
+    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [M]
         """Return the loss of predicted noise and variance `out`, see `diffusion_loss`."""
         return diffusion_loss(out, x0, t, noise, self.schedule(x0.device), rows=rows, **self.options)

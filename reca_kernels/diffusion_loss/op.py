@@ -65,7 +65,7 @@ def diffusion_loss(
     rows: Tensor | None = None,  # [M] int
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:  # fp32 [] or [M]
+) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [M]
     """Compute the mean over channels of (eps - out[:, :C])², plus the variational bound of out[:, C:] in bits.
 
     The variance is exp(r log beta + (1 - r) log posterior variance), r = (out[:, C:] + 1) / 2. The bound sees the

@@ -74,7 +74,7 @@ def flow_matching_loss(
     weight: Tensor | None = None,  # [B]
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:  # fp32 [] or [B]
+) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [B]
     """Compute the squared error of a predicted velocity against eps - x0; the noise is drawn again from its address.
 
     pred       shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype

@@ -26,7 +26,7 @@ def masked_cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str | None = None,
-) -> Tensor:  # fp32 [] or [N]
+) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
     """Compute cross-entropy over the rows whose label is not `ignore_index`.
 
     Other rows are not read: their loss and gradient are 0.
@@ -36,7 +36,8 @@ def masked_cross_entropy(
         -(1 - label_smoothing) log p_label - label_smoothing mean_j(log p_j) + z_loss (log sum_j exp z_j)²
 
     Shapes       logits [N, V], any distance between rows; fp32, bf16, fp16 (fp64 on the reference). labels [N].
-    Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
+    Returns      fp32, of fp64 inputs fp64: reduction "mean" over the rows that carry a label, 0 when there are none;
+                 "sum"; "none": [N].
     inplace      The backward pass writes the gradient over the logits, which nothing else may need by then. They must
                  be the result of another operation. Under torch.compile this is left to the compiler.
     Autocast     Any dtype is taken as it is; the arithmetic is fp32.

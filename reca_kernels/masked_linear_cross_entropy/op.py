@@ -34,7 +34,7 @@ def masked_linear_cross_entropy(
     chunk_rows: int | None = None,
     max_labelled: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # fp32 [] or [N]
+) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
     """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
     Rows that carry no label are left out of every matmul. The full logits matrix is never kept: at most chunk_rows
@@ -43,7 +43,8 @@ def masked_linear_cross_entropy(
     backward pass computes the logits once more.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
-    Returns      fp32: reduction "mean" over the rows that carry a label, 0 when there are none; "sum"; "none": [N].
+    Returns      fp32, of fp64 inputs fp64: reduction "mean" over the rows that carry a label, 0 when there are none;
+                 "sum"; "none": [N].
     Dtypes       Matmuls run in the dtype of hidden, under autocast in its dtype; in fp32 where that is fp16 on a CPU.
                  The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
                  loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the

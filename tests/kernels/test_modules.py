@@ -80,3 +80,10 @@ def test_noise_is_added_with_the_options_of_the_loss():
 def test_options_are_printed():
     assert "softcap=5.0, reduction='none'" in repr(CASES["cross-entropy"][0])
     assert repr(CASES["diffusion"][0]) == "DiffusionLoss(steps=100, kind='cosine', reduction='none', backend=None)"
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_losses_of_fp64_are_fp64(name):
+    _, inputs, op = CASES[name]
+    wide = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    assert op(*wide).dtype == torch.float64 and op(*inputs).dtype == torch.float32
