@@ -502,7 +502,7 @@ def test_roles_decay_and_blocks(model):
     [
         ({"image_size": 22}, "model.image_size is 22 pixels; it must be a positive multiple of 4"),
         ({"understanding_size": 10}, "model.understanding_size is 10 pixels"),
-        ({"mar": replace(tiny().mar, heads=5)}, "a width of 48 is no multiple of 5 heads"),
+        ({"mar": replace(tiny().mar, heads=5)}, "a width of 48 is not a multiple of the number of heads, 5"),
         ({"autoencoder": AutoencoderSizes(patch=2, latent_channels=16)}, "2 x 2 pixels have 1 to 12"),
         ({"language": replace(tiny().language, vocab_size=8)}, r"ids up to \d+, but model.language.vocab_size=8"),
     ],

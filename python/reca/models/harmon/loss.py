@@ -1,4 +1,4 @@
-"""Harmon's losses: diffusion of the hidden tokens of an image, and cross-entropy of replies."""
+"""Harmon's losses: the diffusion loss of masked image tokens, and the cross-entropy of replies."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -28,10 +28,10 @@ from reca_kernels import (
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
-    """A batch's sequences. weight: hidden tokens times their timesteps, or labelled tokens of replies.
+    """A batch's sequences. weight: masked tokens times timesteps, or labelled tokens of replies.
 
-    seed_dropout  for torch's generator while dropout draws
-    layout        of the prompts with h_v, visible tokens and buffers
+    seed_dropout  seed of torch's generator for dropout
+    layout        layout of the prompts with h_v, visible tokens and buffers
     """
 
     seed_dropout: int
@@ -44,11 +44,11 @@ class Prepared(base.Prepared):
 
 @dataclass(frozen=True)
 class PreparedImages(Prepared):
-    """With images to generate.
+    """A batch's sequences with images to generate.
 
-    masking  which of their tokens are hidden
-    rows     int64 [R]: the hidden tokens in the flattened batch, once for each of their timesteps
-    noise    int64 [R]: addresses of the timestep and noise of each
+    masking  the masked tokens of the images
+    rows     int64 [R]: indices of the masked tokens in the flattened batch, repeated once per timestep
+    noise    int64 [R]: counters of the timestep and noise of each row
     grid     tokens (m, n) of an image
     """
 
@@ -59,7 +59,7 @@ class PreparedImages(Prepared):
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Lay out the sequences of a batch; draw what is hidden of its images and which texts are dropped."""
+    """Lay out the sequences of a batch; draw its masks and its dropped texts."""
     if batch.task == "i2t":
         return _prepare_replies(net, batch, rng)
     hv_grid = _grid(net, batch, "und" if batch.und is not None else "gen", "h_v") if batch.task == "reca" else None
@@ -71,19 +71,19 @@ def prepare_images(
     net: Network,
     prompts: Sequence[Prompt],
     ids: Tensor,  # int64 [B], global ids of the samples, on the host
-    grid: tuple[int, int],  # tokens of the image to generate
+    grid: tuple[int, int],  # tokens of the target image
     rng: CounterRNG,
     task: str = "t2i",
-    hv_grid: tuple[int, int] | None = None,  # tokens of the image that h_v is made of; None: there is none
+    hv_grid: tuple[int, int] | None = None,  # tokens of the image that h_v is computed from; None: no h_v
 ) -> PreparedImages:
-    """Lay out prompts with the images to generate, whose hidden tokens are drawn."""
+    """Lay out prompts and target images, and draw the masks."""
     repeats, size = net.config.mar.repeats, grid[0] * grid[1]
     counts = sample_masked_counts(net, ids, size, rng)
     masking = Masking.of(rng.uniform(RandomStream.MASK_ORDER, ids, size).argsort(dim=1, stable=True), counts)
     assert masking.hidden is not None
     hv_tokens = hv_grid[0] * hv_grid[1] if hv_grid else 0
     layout = prompt.layout(prompts, net.config.mar.buffers, hv_tokens, masking.lengths)
-    # Every hidden token `repeats` times: the same row of latents and condition, its own timestep and noise.
+    # Every masked token occurs `repeats` times, with the same latents and condition but its own timestep and noise.
     repeat = torch.arange(repeats)[:, None]
     noise = ((ids[masking.hidden // size] * repeats + repeat) * size + masking.hidden % size).flatten()
     return PreparedImages(
@@ -108,9 +108,10 @@ def _prepare_replies(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def sample_masked_counts(net: Network, ids: Tensor, size: int, rng: CounterRNG) -> Tensor:
-    """Draw how many of the `size` tokens of each image are hidden, int64 [B].
+    """Draw the number of masked tokens of each image, int64 [B]. size: tokens of an image.
 
-    With parity one rate is drawn for all images of a micro-batch, as in the release, so it depends on the split.
+    With parity, one ratio is drawn for all images of a micro-batch, as in the release, so the result depends on the
+    micro-batch size.
     """
     uniform = rng.uniform(RandomStream.MASK_RATE, ids)[:, 0]
     if net.config.parity:
@@ -119,7 +120,7 @@ def sample_masked_counts(net: Network, ids: Tensor, size: int, rng: CounterRNG) 
 
 
 def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
-    """Make a template or caption per sample; some of their texts are dropped, h_v never is."""
+    """Build a prompt per sample from its template or caption. Some texts are dropped, h_v never is."""
     make = prompt.template if batch.task == "reca" else prompt.caption
     drop = rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < net.config.text_drop
     texts = zip(batch.text, drop.tolist(), strict=True)
@@ -127,7 +128,7 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the diffusion loss over hidden tokens and their timesteps, or the cross-entropy over replies."""
+    """Compute the sum of the diffusion loss over masked tokens and timesteps, or of the cross-entropy over replies."""
     with _dropout(net, prepared):
         if not isinstance(prepared, PreparedImages):
             return reply_loss(net, prepared, features["h_v"])
@@ -140,9 +141,9 @@ def image_loss(
     prepared: PreparedImages,
     latents: Tensor,  # [B, m, n, C]
     rng: CounterRNG,
-    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoded image that h_v is made of
+    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoder's output for h_v's image
 ) -> LossTerm:
-    """Sum the diffusion loss over hidden tokens and their timesteps."""
+    """Compute the sum of the diffusion loss over masked tokens and timesteps."""
     masking, rows = prepared.masking, prepared.rows
     assert masking.hidden is not None
     encoded = net.mar.encode(latents, masking.visible, masking.real)
@@ -162,7 +163,7 @@ def image_loss(
 
 
 def reply_loss(net: Network, prepared: Prepared, latents: Tensor) -> LossTerm:
-    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
+    """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only."""
     h_v = net.encode_understanding(net.mar.encode(latents))
     hidden, labels, head = net.states(prepared.layout, h_v), prepared.layout.labels, net.llm.lm_head
     rows, flat, labelled = hidden.flatten(0, 1), labels.flatten(), int(prepared.weight)
@@ -176,10 +177,10 @@ def reply_loss(net: Network, prepared: Prepared, latents: Tensor) -> LossTerm:
 
 @contextlib.contextmanager
 def _dropout(net: Network, prepared: Prepared) -> Iterator[None]:
-    """Seed torch's generator by the first sample for dropout, and put it back afterwards.
+    """Seed torch's generator from the first sample for dropout, and restore its state afterwards.
 
-    Attention drops probabilities inside its kernel, so these draws cannot be addressed by sample. Seeded so, a
-    micro-batch drops the same whenever and after whatever it runs; another micro_batch drops otherwise.
+    Attention draws its dropout inside the kernel, so the draws cannot be addressed by sample. With this seed a
+    micro-batch has the same dropout whenever it runs; another micro-batch size changes it.
     """
     if not (net.training and net.config.mar.dropout):
         yield
@@ -191,7 +192,7 @@ def _dropout(net: Network, prepared: Prepared) -> Iterator[None]:
 
 
 def _grid(net: Network, batch: Batch, view: str, feature: str) -> tuple[int, int]:
-    """Count the tokens (m, n) of a batch's images, from their pixels or, where these are cached, their latents."""
+    """Return the token grid (m, n) of a batch's images, from their pixels or from cached latents."""
     if batch.features is not None:
         return tuple(batch.features[feature].shape[1:3])
     return tuple(side // net.factor for side in getattr(batch, view)[0].shape[1:3])

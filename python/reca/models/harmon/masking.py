@@ -1,4 +1,4 @@
-"""Which tokens of an image are hidden: MAR hides most of them, at random."""
+"""MAR's random masking of image tokens."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from reca_kernels.host import on_device
 
-WIDTH = 0.25  # of the truncated normal distribution of the hidden share, whose peak is at 1
+WIDTH = 0.25  # standard deviation of the truncated normal distribution of the mask ratio, whose mode is 1
 
 
 class Masking(NamedTuple):
-    """What is left of B images of S tokens.
+    """The visible and masked tokens of B images of S tokens.
 
-    visible  int64 [B, V]: the visible tokens in raster order, V of the image that shows most
-    real     bool [B, V]: False where `visible` is padding; None: nowhere
-    lengths  visible tokens of each image
-    hidden   int64 [N]: the hidden tokens of all images, in the flattened batch
+    visible  int64 [B, V]: indices of the visible tokens in raster order; V: the largest number of them
+    real     bool [B, V]: False where `visible` is padding; None: no padding
+    lengths  number of visible tokens of each image
+    hidden   int64 [N]: indices of the masked tokens of all images, in the flattened batch
     """
 
     visible: Tensor
@@ -26,12 +26,12 @@ class Masking(NamedTuple):
 
     @classmethod
     def equal(cls, visible: Tensor) -> "Masking":
-        """Mask images that all have the same number of visible tokens."""
+        """Build the masking of images with the same number of visible tokens."""
         return cls(visible, None, [visible.shape[1]] * len(visible))
 
     @classmethod
     def of(cls, order: Tensor, counts: Tensor) -> "Masking":  # int64 [B, S], int64 [B]
-        """Hide the tokens with order < count. Both on the host, since the numbers decide shapes."""
+        """Mask the tokens with order < count. Both arguments are on the host, because counts determine shapes."""
         (batch, size), hide = order.shape, counts.tolist()
         hidden = order < counts[:, None]
         places = torch.arange(size)
@@ -47,7 +47,10 @@ class Masking(NamedTuple):
 
 
 def masked_counts(uniform: Tensor, size: int, smallest: float) -> Tensor:
-    """Count how many of `size` tokens to hide, int64 [B]: the share is normal(1, 0.25) cut to [smallest, 1]."""
+    """Compute the number of masked tokens of `size`, int64 [B], with a ratio from normal(1, 0.25) on [smallest, 1].
+
+    uniform: uniform random numbers, [B].
+    """
     low = torch.special.ndtr(torch.tensor((smallest - 1) / WIDTH, dtype=torch.float64, device=uniform.device))
     share = 1 + WIDTH * torch.special.ndtri(low + uniform.double() * (0.5 - low))
     return (size * share.clamp(smallest, 1)).ceil().long().clamp(max=size)

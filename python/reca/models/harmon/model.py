@@ -1,4 +1,4 @@
-"""Harmon as an Adapter: one MAR encoder and one Qwen2 understand and generate; only the image codec is frozen."""
+"""Harmon's Adapter: one MAR encoder and one Qwen2 understand and generate; only the image codec is frozen."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,14 @@ from reca.rng import CounterRNG
 
 
 class Harmon(Network, Adapter):
-    """Features of `encode`, fp32 [B, m, n, C]: latents of the image to generate; h_v, of the image h_v is made of."""
+    """Features of `encode`, fp32 [B, m, n, C]: latents, those of the target image; h_v, those of h_v's image."""
 
     name = "harmon"
     tasks = frozenset({"reca", "i2t", "t2i"})
     abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_encoder", "shared_lm", "embed", "gen_head", "bridge"})
     encoder_roles = frozenset({"codec"})
-    understanding_roles = Adapter.understanding_roles | {"codec"}  # h_v is made of latents
+    understanding_roles = Adapter.understanding_roles | {"codec"}  # h_v is computed from latents
     condition_keys = ("h_v",)
 
     @classmethod
@@ -40,9 +40,9 @@ class Harmon(Network, Adapter):
         return cls(config, weights.load_tokenizer(replace(config, tokenizer=None), None))
 
     def sequence(self) -> dict[str, int]:
-        """Count the rows of one sequence.
+        """Return the token counts of one sequence.
 
-        Encoder and language model see what is visible of the image, the decoder all.
+        Encoder and language model process only the visible tokens of the image, the decoder all.
         """
         buffers = self.config.mar.buffers
         given, generated = (size // self.factor for size in (self.understanding_size, self.config.image_size))
@@ -50,7 +50,7 @@ class Harmon(Network, Adapter):
 
     @property
     def understanding_size(self) -> int:
-        """Size in pixels of the image that RECA's h_v is made of."""
+        """Return the size in pixels of the image that RECA's h_v is computed from."""
         return self.config.understanding_size or self.config.image_size
 
     def views(self, task: str) -> Views:
@@ -92,7 +92,7 @@ class Harmon(Network, Adapter):
         width: int | None = None,
         batch: int = 32,
     ) -> list[Tensor]:
-        """Generate images by MAR (`sampling.sample_latents`), `batch` at a time. Seeds lie in [0, 2**56)."""
+        """Generate images with MAR (`sampling.sample_latents`), `batch` at a time. Seeds are in [0, 2**56)."""
         side, factor = self.config.image_size, self.factor
         height, width = height or side, width or side
         check_multiple(factor, height, width)
@@ -128,7 +128,7 @@ class Harmon(Network, Adapter):
         temperature: float = 1.0,
         clip_sample_range: float | None = None,
     ) -> list[Tensor]:
-        """Draw images again by MAR (`sampling.sample_latents`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images with MAR (`sampling.sample_latents`). Seeds are in [0, 2**56)."""
         with eval_mode(self):
             features = self.encode(batch)
             latents = sampling.sample_latents(
@@ -153,9 +153,9 @@ class Harmon(Network, Adapter):
             return sampling.answer(self, [fit_to_view(image, view) for image in images], questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
-        """Write harmon.pth, which Harmon's code loads as it loads harmon_1.5b.pth.
+        """Write harmon.pth, which Harmon's code loads like harmon_1.5b.pth.
 
-        A codec and a tokenizer that exist nowhere else (random, or fitted here) go beside it.
+        A codec and a tokenizer without a published source (random, or fitted here) are written to the same folder.
         """
         return weights.export(self, folder)
 
@@ -173,13 +173,13 @@ class Harmon(Network, Adapter):
         return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks]
 
     def repeats_blocks(self) -> bool:
-        return True  # the encoder reads the image of h_v and the one to generate
+        return True  # the encoder runs on h_v's image and on the target
 
     def config_warnings(self) -> list[str]:
         if self.understanding_size <= self.config.image_size:
             return []
         return [
-            f"h_v is made of {self.understanding_size} pixels, more than the {self.config.image_size} to be generated; "
+            f"h_v is computed at {self.understanding_size} pixels, more than the {self.config.image_size} generated; "
             "the authors advise the lowest resolution that the model understands (model.understanding_size)"
         ]
 

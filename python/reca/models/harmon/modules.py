@@ -1,4 +1,4 @@
-"""Harmon's modules under the published names: MAR's encoder, decoder and diffusion head, and all parts together."""
+"""Harmon's modules under published names: MAR's encoder, decoder and diffusion head, and the whole network."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from reca.models.harmon.masking import Masking
 from reca_kernels import template_concat
 
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
-STEPS = 1000  # of the diffusion that training uses
+STEPS = 1000  # diffusion steps in training
 EPS = 1e-6
 
 
@@ -37,15 +37,15 @@ def projector(width_in: int, width_out: int, hidden: int) -> nn.Sequential:
 
 
 class Kl16(AutoencoderKL):
-    """KL-16 of latent diffusion: attention in the encoder's last level and in both middles."""
+    """KL-16 of latent diffusion: attention in the encoder's last level and in both middle blocks."""
 
     @property
     def factor(self) -> int:
-        """Return the pixels per latent in height and width."""
+        """Return the number of pixels per latent in height and width."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Encode to the posterior's mean, [B, C, m, n]: no randomness."""
+        """Encode pixels to the posterior's mean, [B, C, m, n]."""
         return self.encode(pixels).latent_dist.mode()
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Kl16(AutoencoderKL):
 
 
 class Patches(PatchCodec):
-    """The embedded world's codec."""
+    """The codec of the toy datasets."""
 
     latents, pixels = PatchCodec.encode, PatchCodec.decode
 
@@ -77,12 +77,12 @@ def kl16(c: AutoencoderSizes) -> Kl16:
 
 
 def channels(config: HarmonConfig) -> int:
-    """Count the channels of an image token."""
+    """Return the number of channels of an image token."""
     return config.autoencoder.latent_channels * config.mar.patch_size**2
 
 
 def check_sizes(config: HarmonConfig, factor: int) -> None:
-    """Raise ValueError for images that are not whole tokens. factor: pixels of a token."""
+    """Raise ValueError for image sizes that are not multiples of `factor`, the side of a token in pixels."""
     for key in ("image_size", "understanding_size"):
         size = getattr(config, key)
         if size is not None:
@@ -121,7 +121,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, c: MarSizes):
         super().__init__()
         if width % heads:
-            raise ValueError(f"model.mar: a width of {width} is no multiple of {heads} heads")
+            raise ValueError(f"model.mar: a width of {width} is not a multiple of the number of heads, {heads}")
         self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
         self.attn = Attention(width, heads, c.dropout)
         self.mlp = Mlp(width, int(width * c.mlp_ratio), c.dropout)
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class Mar(nn.Module):
-    """Masked autoregressive encoder and decoder over latents, with buffer tokens in front (Li et al. 2024)."""
+    """Masked autoregressive encoder and decoder of latents, with buffer tokens first (Li et al., arXiv 2406.11838)."""
 
     def __init__(self, c: MarSizes, channels: int):  # channels of a token
         super().__init__()
@@ -144,7 +144,7 @@ class Mar(nn.Module):
         self.encoder_pos_embed_learned = table(c.buffers + grid, c.width)
         self.decoder_pos_embed_learned = table(c.buffers + grid, wide)
         self.diffusion_pos_embed_learned = table(grid, wide)
-        # Published files have this table though nothing reads it: no parameter, so that no optimizer carries it.
+        # Published files have this unused table. It is a buffer, so that the optimizer has no state for it.
         self.class_emb = nn.Module()
         self.class_emb.register_buffer("weight", torch.randn(c.classes, c.width) * 0.02)
         self.z_proj, self.z_proj_ln = nn.Linear(channels, c.width), nn.LayerNorm(c.width, EPS)
@@ -156,7 +156,7 @@ class Mar(nn.Module):
         self.diffloss = DiffusionLoss(DiffusionHead(channels, wide, c.head_width, c.head_depth))
 
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Fit a position table to a grid of m x n tokens, [1, buffers + m n, D]; bilinear if that is another grid."""
+        """Return a position table for a grid of m x n tokens, [1, buffers + m n, D], resized bilinearly if needed."""
         base = self.c.base_grid
         if grid == (base, base):
             return table
@@ -171,7 +171,7 @@ class Mar(nn.Module):
         visible: Tensor | None = None,  # int64 [B, V], raster order
         real: Tensor | None = None,  # bool [B, V], False where `visible` is padding
     ) -> Tensor:  # [B, buffers + V, D]
-        """Encode the visible tokens (None: all), buffers first. Hidden ones are dropped before the first product."""
+        """Encode the visible tokens (None: all), buffers first. Masked tokens are dropped before the first layer."""
         batch, grid, buffers = len(latents), (latents.shape[1], latents.shape[2]), self.c.buffers
         tokens, table = latents.flatten(1, 2), self.positions(self.encoder_pos_embed_learned, grid)
         front, rest = table.split((buffers, table.shape[1] - buffers), dim=1)
@@ -194,10 +194,10 @@ class Mar(nn.Module):
         real: Tensor | None,  # bool [B, V]
         grid: tuple[int, int],
     ) -> Tensor:  # [B, m n, D]
-        """Decode what the diffusion head is conditioned on, for every token of the grid."""
+        """Decode the diffusion head's condition for every token of the grid."""
         buffers, size = self.c.buffers, grid[0] * grid[1]
         x = self.decoder_embed(encoded)
-        # Padding is written to a last row that is cut off again.
+        # Padding is written to an extra last row, which is dropped.
         where = visible if real is None else torch.where(real, visible, size)
         where = torch.cat((torch.arange(buffers, device=x.device).expand(len(x), -1), where + buffers), dim=1)
         canvas = self.mask_token.to(x.dtype).expand(len(x), buffers + size + 1, -1)
@@ -212,7 +212,7 @@ class Mar(nn.Module):
 
 
 class DiffusionLoss(nn.Module):
-    """The place of the diffusion head among the published names."""
+    """A container that gives the diffusion head its published name."""
 
     def __init__(self, net: "DiffusionHead"):
         super().__init__()
@@ -220,7 +220,7 @@ class DiffusionLoss(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """An MLP with adaptive LayerNorm: noise and variance range of a token at step t, given its condition."""
+    """An MLP with adaptive LayerNorm that predicts a token's noise and variance range at step t from its condition."""
 
     def __init__(self, channels: int, condition: int, width: int, depth: int):
         super().__init__()
@@ -238,13 +238,13 @@ class DiffusionHead(nn.Module):
     ) -> Tensor:  # [R N, 2 C]
         """Predict noise and variance range.
 
-        Row r N + i is conditioned on condition[i], which is multiplied once and repeated nowhere in memory.
+        Row r N + i is conditioned on condition[i], which is projected once and then broadcast.
         """
         c = self.cond_embed(condition)
         return self.denoise(x_t, (self.time(t).unflatten(0, (-1, len(c))) + c).flatten(0, 1))
 
     def time(self, t: Tensor) -> Tensor:  # int64 [M]
-        """Embed steps, [M, w]; with more rows than steps, looked up in a table of all steps."""
+        """Embed timesteps, [M, w]; if there are more rows than timesteps, through a table of all timesteps."""
         if len(t) > STEPS:
             return F.embedding(t, self.time(torch.arange(STEPS, device=t.device)))
         half = FREQUENCIES // 2
@@ -253,7 +253,7 @@ class DiffusionHead(nn.Module):
         return self.time_embed["mlp"](torch.cat((angles.cos(), angles.sin()), dim=1))
 
     def denoise(self, x_t: Tensor, y: Tensor) -> Tensor:  # [M, C], [M, w]
-        """y: step and condition, embedded and added."""
+        """Predict noise and variance range, [M, 2 C]. y: sum of the timestep's and the condition's embedding."""
         x, y = self.input_proj(x_t), F.silu(y)
         for block in self.res_blocks:
             x = block(x, y)
@@ -267,7 +267,7 @@ class HeadBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = _modulation(width, 3)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # y: after its SiLU, which all blocks share
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # y: after SiLU, which all blocks share
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
@@ -285,19 +285,19 @@ class HeadEnd(nn.Module):
 
 
 def _modulation(width: int, parts: int) -> nn.Sequential:
-    """Build adaptive LayerNorm. Identity stands where the published module has the SiLU, so that the names agree."""
+    """Build the modulation layer. Identity replaces the published SiLU, so that parameter names agree."""
     return nn.Sequential(nn.Identity(), _zero(nn.Linear(width, parts * width)))
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:
-    """Begin with zeros: the random head begins as the identity and predicts no noise, as MAR's does."""
+    """Zero a layer's parameters: a random head starts with identity blocks and an output of 0, as in MAR."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class Network(nn.Module):
-    """Harmon's parts under their published names; those of `codec` are named as diffusers names them."""
+    """Harmon's modules under their published names; `codec` has diffusers' names."""
 
     @in_fp32
     def __init__(self, config: HarmonConfig, tokenizer: PreTrainedTokenizerBase):
@@ -318,45 +318,45 @@ class Network(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Return the size in pixels of one token."""
+        """Return the side of a token in pixels."""
         return self.config.mar.patch_size * self.codec.factor
 
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Encode pixels to scaled latents of tokens, channels last, fp32 [B, m, n, C]."""
+        """Encode pixels to the scaled latents of tokens, channels last, fp32 [B, m, n, C]."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             tokens = F.pixel_unshuffle(self.codec.latents(pixels.float()), self.config.mar.patch_size)
             return tokens.movedim(1, -1).contiguous() * self.config.autoencoder.scale
 
     def pixels(self, latents: Tensor) -> Tensor:  # [B, m, n, C]
-        """Decode scaled latents, fp32 [B, 3, H, W], about [-1, 1]."""
+        """Decode scaled latents to pixels, fp32 [B, 3, H, W] in about [-1, 1]."""
         with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
             tokens = latents.float().movedim(-1, 1) / self.config.autoencoder.scale
             return self.codec.pixels(F.pixel_shuffle(tokens, self.config.mar.patch_size))
 
     def embed(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
-        """Make input embeddings, [B, L, H]."""
+        """Compute input embeddings, [B, L, H]."""
         return template_concat(self.llm.model.embed_tokens.weight, visual, layout.src)
 
     def states(self, layout: prompt.Layout, visual: Tensor) -> Tensor:  # [B, n, H]
-        """Compute the last hidden states, [B, L, H]. Causal and padded on the right: no mask."""
-        # None: no mask beside the causal one. Left to itself, transformers asks the device whether it needs another.
+        """Compute the last hidden states, [B, L, H]. Right padding with causal attention needs no mask."""
+        # None: causal mask only. Without this argument transformers synchronises with the device to check for padding.
         mask = {"full_attention": None}
         embeddings = self.embed(layout, visual)
         return self.llm.model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
     def encode_understanding(self, encoded: Tensor) -> Tensor:  # [B, buffers + S, D]
-        """Project a fully visible image into the language model's space: h_v, buffers first, [B, buffers + S, H]."""
+        """Project an encoded, fully visible image to h_v, [B, buffers + S, H], buffers first."""
         return self._scale_gradient(self.proj_in(encoded), encoded.shape[1])
 
     def condition(
         self,
         layout: prompt.Layout,
-        encoded: Tensor,  # [B, buffers + V, D], of the visible tokens
+        encoded: Tensor,  # [B, buffers + V, D], the encoder's output for the visible tokens
         masking: Masking,
         grid: tuple[int, int],
-        h_v: Tensor | None = None,  # [B, buffers + S', D], the encoded image that h_v is made of
+        h_v: Tensor | None = None,  # [B, buffers + S', D], the encoder's output for h_v's image
     ) -> Tensor:  # [B, m n, D]
-        """Compute what the diffusion head is conditioned on, for every token of the image to generate."""
+        """Compute the diffusion head's condition for every token of the target image."""
         if h_v is None:
             visual = self.proj_in(encoded)
         else:
@@ -367,7 +367,7 @@ class Network(nn.Module):
         return self.mar.decode(encoded + self.proj_out(answered), masking.visible, masking.real, grid)
 
     def _scale_gradient(self, visual: Tensor, tokens: int) -> Tensor:
-        """Return the same numbers; of the gradient, what reaches the first `tokens` tokens is scaled."""
+        """Return `visual` unchanged; scale the gradient of its first `tokens` tokens by hv_grad_scale."""
         scale = self.config.hv_grad_scale
         if visual.requires_grad and scale != 1:
             visual.register_hook(lambda grad: torch.cat((grad[:, :tokens] * scale, grad[:, tokens:]), dim=1))

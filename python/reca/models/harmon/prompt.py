@@ -1,8 +1,8 @@
 """Harmon's sequences: [chat turn, with h_v in it][visible tokens, buffers], in Qwen2's chat format.
 
-The language model is causal over all of it. Samples are padded on the right, where no real row looks, so no mask is
-needed, and positions count up from 0. The release pads between prompt and image instead and masks that; the numbers
-are the same.
+Attention is causal over the whole sequence. Samples are padded on the right, so no token attends to padding, no mask is
+needed and position ids count up from 0. The release pads between prompt and image instead and masks the padding; the
+result is the same.
 """
 
 from collections.abc import Sequence
@@ -19,38 +19,38 @@ from reca_kernels import IGNORE_INDEX, VisualSegment, concat_plan
 from reca_kernels.host import on_device
 
 SPECIAL_TOKENS = [START, END, "<|endoftext|>"]
-SLOT = 3  # the image comes after the third id: <|im_start|>, user, line break
+SLOT = 3  # the image follows the third id: <|im_start|>, user, newline
 MAX_TEXT, MAX_CONVERSATION = 128, 1472
 
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
-    """Ask for the image of a caption; None is the unconditional prompt."""
+    """Build the prompt for the image of a caption; None builds the unconditional prompt."""
     return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
 
 
 def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """Tokenise `caption` before it is cut to what the release keeps."""
+    """Return the token ids of `caption` before truncation."""
     return chat_turn(tokenizer, caption_request(text))
 
 
 def template(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
-    """Make RECA's prompt; None is the unconditional text, which keeps the image.
+    """Build RECA's prompt; None uses the unconditional text with the image.
 
-    The template follows a line break of its own and the whole is tokenised at once, so that in Qwen2's vocabulary two
-    line breaks merge into the one token before the image.
+    The template starts with a newline and the turn is tokenised as a whole, so that in Qwen2's vocabulary two newlines
+    merge into the one token before the image.
     """
     return Prompt(chat_turn(tokenizer, UNCONDITIONAL if text is None else f"\n{text}")[:MAX_TEXT], SLOT)
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
-    """Label a conversation about an image, cut to what the release keeps; replies and their ends are learned."""
+    """Build a conversation about an image, truncated as in the release; replies and their end tokens are labelled."""
     ids, slot, labels = chat.conversation(tokenizer, turns, question)
     assert labels is not None
     return Prompt(ids[:MAX_CONVERSATION], slot, labels[:MAX_CONVERSATION])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
-    """Ask about an image. What stands on either side of the image is tokenised apart."""
+    """Build the prompt of a question. The text before the image and the text after it are tokenised separately."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n")]
     return Prompt([*before, *encode(tokenizer, f"\n{text}"), *reply_start(tokenizer)], len(before))
 
@@ -58,10 +58,10 @@ def question(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
 class Layout(NamedTuple):
     """A batch of sequences.
 
-    src      int32 [B, L]: token ids; -1 - r for row r of the batch's visual rows, B * n of them
-    labels   int64 [B, L]: what the row after this one is, IGNORE_INDEX where that is not learned
-    rows     int64 [B, n]: where in the flattened batch a visual row stands; 0 for rows that stand nowhere
-    lengths  per sample its rows without padding
+    src      int32 [B, L]: token ids; -1 - r for row r of the batch's visual embeddings, flattened to B * n rows
+    labels   int64 [B, L]: the next token, IGNORE_INDEX without a loss
+    rows     int64 [B, n]: index of each visual embedding in the flattened batch; 0 for unused ones
+    lengths  length of each sample without padding
     """
 
     src: Tensor
@@ -77,13 +77,13 @@ class Layout(NamedTuple):
 def layout(
     prompts: Sequence[Prompt], buffers: int, hv_tokens: int, visible_counts: Sequence[int] | None = None
 ) -> Layout:
-    """Lay out prompts whose visual rows come as the encoder makes them, buffers first.
+    """Lay out prompts and the visual embeddings of the encoder, in which buffers come first.
 
-    A sample's visual rows are buffers and h_v's tokens, then buffers and as many visible tokens as the longest has.
-    In the sequence the buffers stand behind the tokens they belong to.
+    A sample's visual embeddings are buffers and the tokens of h_v, then buffers and the visible tokens, padded to the
+    largest number in the batch. In the sequence, buffers follow their tokens.
 
-    hv_tokens       tokens of h_v; 0: there is none
-    visible_counts  visible tokens of each image to generate; None: none is generated
+    hv_tokens       tokens of h_v; 0: no h_v
+    visible_counts  visible tokens of each target image; None: no image is generated
     """
     most = max(visible_counts) if visible_counts is not None else 0
     front = buffers + hv_tokens if hv_tokens else 0
@@ -101,7 +101,7 @@ def layout(
     plan = concat_plan(samples, layout="right")
     src, rows = plan.src, torch.zeros(len(prompts) * n, dtype=torch.int64)
     if order:
-        visual = (src < 0).flatten().nonzero()[:, 0]  # in the order of `places`
+        visual = (src < 0).flatten().nonzero()[:, 0]  # in the same order as `places`
         places = torch.cat(order)
         src.view(-1)[visual] = (-1 - places).int()
         rows[places] = visual

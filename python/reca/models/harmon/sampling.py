@@ -1,4 +1,4 @@
-"""MAR sampling (Li et al., arXiv 2406.11838) behind the language model, and greedy replies."""
+"""MAR sampling (Li et al., arXiv 2406.11838) conditioned on the language model, and greedy decoding of replies."""
 
 import itertools
 import math
@@ -20,25 +20,25 @@ from reca.rng import CounterRNG, RandomStream
 from reca_kernels import diffusion_schedule, space_timesteps
 
 SCHEDULES = ("constant", "linear")
-QUESTIONS = 32  # most that are answered in one batch
+QUESTIONS = 32  # maximum batch size of questions
 
 
 class SamplerNoise:
-    """The random choices of a sampler: functions of (seed of the image, step)."""
+    """Random numbers of the sampler, functions of (image seed, step)."""
 
     def __init__(self, seeds: Tensor):  # int64 [B]
         self.seeds, self.rng = seeds, CounterRNG(0)
 
     def order(self, size: int) -> Tensor:
-        """Draw a permutation of the tokens per image, int64 [B, size]; its head is generated last."""
+        """Draw a permutation of the tokens per image, int64 [B, size]; its first tokens are generated last."""
         return self.rng.uniform(RandomStream.MASK_ORDER, self.seeds, size).argsort(dim=1, stable=True)
 
     def start(self, step: int, n: int, channels: int) -> Tensor:
-        """Draw where the n tokens of a step begin, fp32 [B, n, C]."""
+        """Draw the initial noise of a step's n tokens, fp32 [B, n, C]."""
         return self._normal(self.rng.fold_in(step), RandomStream.NOISE, n, channels)
 
     def noise(self, step: int, inner: int, n: int, channels: int) -> Tensor:
-        """Draw what diffusion step number `inner` adds to them, fp32 [B, n, C]."""
+        """Draw the noise added in diffusion step `inner`, fp32 [B, n, C]."""
         return self._normal(self.rng.fold_in(step).fold_in(inner), RandomStream.POSTERIOR, n, channels)
 
     def _normal(self, rng: CounterRNG, stream: RandomStream, n: int, channels: int) -> Tensor:
@@ -52,7 +52,7 @@ def sample_latents(
     uncond: list[Prompt],
     noise: SamplerNoise,
     grid: tuple[int, int],
-    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoded image that both branches are given
+    h_v: Tensor | None = None,  # [B, buffers + S', D], the encoder's output for h_v's image, used by both branches
     *,
     steps: int = 64,
     guidance: float = 3.0,
@@ -61,17 +61,17 @@ def sample_latents(
     temperature: float = 1.0,
     clip_sample_range: float | None = None,
 ) -> Tensor:  # [B, m, n, C], scaled latents
-    """Start with all tokens hidden; each step generates some of those left, fewer at first, in `diffusion` steps.
+    """Start with all tokens masked; each step generates some of them, fewer at first, in `diffusion` diffusion steps.
 
-    guidance s mixes noise as uncond + s (cond - uncond); "linear" lets s grow from 1 with the share that is generated.
-    clip_sample_range: limit of the x0 that a diffusion step predicts, as in diffusers; None, as released, is none.
-    Raises ValueError for options out of range.
+    guidance s combines noise predictions as uncond + s (cond - uncond); with the schedule "linear", s grows from 1 with
+    the generated share of tokens. clip_sample_range: clamps the x0 predicted in each diffusion step, as in diffusers;
+    None, as released: no clamping. Raises ValueError for options out of range.
     """
     if steps < 1 or guidance_schedule not in SCHEDULES:
         known = " or ".join(SCHEDULES)
         raise ValueError(f"steps={steps} must be at least 1, and guidance_schedule={guidance_schedule!r} {known}")
     if clip_sample_range is not None and clip_sample_range <= 0:
-        raise ValueError(f"clip_sample_range={clip_sample_range} must be above 0; null limits nothing")
+        raise ValueError(f"clip_sample_range={clip_sample_range} must be above 0, or null for no limit")
     size, channels, buffers = grid[0] * grid[1], modules.channels(net.config), net.config.mar.buffers
     order = noise.order(size)
     latents = torch.zeros(len(cond), size, channels, dtype=torch.float32, device=order.device)
@@ -100,7 +100,7 @@ def sample_latents(
 
 def denoise(
     head: modules.DiffusionHead,
-    z: Tensor,  # [1 or 2, B, n, D]: conditions, without text second
+    z: Tensor,  # [1 or 2, B, n, D]: conditions; the second, if given, is the unconditional one
     noise: SamplerNoise,
     step: int,
     guidance: float,
@@ -108,7 +108,7 @@ def denoise(
     temperature: float,
     clip_sample_range: float | None,
 ) -> Tensor:  # fp32 [B, n, C]
-    """Sample over `diffusion` of the 1000 steps. What depends on z or t alone is computed once."""
+    """Sample tokens with `diffusion` of the 1000 steps. Embeddings of z and of t are computed once."""
     device, (_, _, n, _) = z.device, z.shape
     channels = head.input_proj.in_features
     table = diffusion_schedule(modules.STEPS, keep=diffusion, device=device)
@@ -132,9 +132,9 @@ def denoise(
 
 @torch.no_grad()
 def answer(net: Network, images: Sequence[Tensor], questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Reply greedily to questions about images, uint8 [3, S, S] each.
+    """Answer questions about images, uint8 [3, S, S] each, by greedy decoding.
 
-    Questions of the same length share a batch, up to 32 of them, so that no row is padding.
+    Up to 32 questions of the same length share a batch, so that there is no padding.
     """
     asked = [prompt.question(net.tokenizer, text) for text in questions]
     eos, replies, buffers = control(net.tokenizer, END), [""] * len(asked), net.config.mar.buffers
@@ -150,9 +150,9 @@ def answer(net: Network, images: Sequence[Tensor], questions: Sequence[str], max
 
 
 def greedy(net: Network, embeddings: Tensor, max_new_tokens: int, eos: int | None) -> Tensor:  # [B, L, H]
-    """Continue sequences without padding by the likeliest tokens, int64 [B, n], n <= max_new_tokens.
+    """Continue sequences without padding by greedy decoding with a KV cache, int64 [B, n], n <= max_new_tokens.
 
-    Ends when every sequence has met `eos`; K/V of earlier rows are kept.
+    Stops when every sequence has generated `eos`.
     """
     language = net.llm.model
     cached = with_cache(language, DynamicCache(config=net.llm.config))

@@ -1,6 +1,6 @@
-"""Harmon's weights: built from published files or at random, and written back.
+"""Harmon's weights: load published files or initialise at random, and export.
 
-Parameter names here are the published ones, except those of the codec, which are named as diffusers names them.
+Parameter names here are the published ones, except that the codec has diffusers' names.
 """
 
 from pathlib import Path
@@ -24,17 +24,17 @@ from reca.models.harmon.modules import Network
 N = TypeVar("N", bound=Network)
 
 PARTS = ("llm", "mar", "proj_in", "proj_out")
-HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # one tensor
+HEAD, TABLE = "llm.lm_head.weight", "llm.model.embed_tokens.weight"  # tied
 FILE, CODEC_FILE = "harmon.pth", "kl16.ckpt"
-CODEC = "vae."  # in front of the codec's names in a published file
-# recipe key -> what there is to download; codec_weights is one file
+CODEC = "vae."  # prefix of the codec's names in a published file
+# recipe key -> glob patterns of the files to download; codec_weights is a single file
 DOWNLOADS = {"weights": ["*.json", "*.safetensors", "*.pth", "*.ckpt", "*.txt"], "tokenizer": TOKENIZER}
 
 
 def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
-    """Build the model in fp32; random where `config.weights` is null, and from files otherwise.
+    """Build the model in fp32, from files or, if `config.weights` is None, with random weights.
 
-    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, source)
@@ -60,16 +60,16 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
         elif inside:
             codec = to_diffusers(inside, _levels(config))
         else:
-            raise ValueError(f"{source} holds no VAE; give model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
+            raise ValueError(f"{source} holds no VAE; set model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
         assign_state_dict(net.codec, codec, config.codec_weights or str(source), torch.float32)
     return net.to(device)
 
 
 def assign_published(net: Network, state: dict[str, Tensor], source: str) -> None:
-    """Make `state`, everything but the codec, the model's parameters. The output head stays the embedding table."""
+    """Assign `state`, everything but the codec, to the model. The output head stays tied to the embedding table."""
     head = state.get(HEAD)
     if head is not None and TABLE in state and not torch.equal(head, state[TABLE]):
-        raise ValueError(f"{source}: {HEAD} differs from {TABLE}; Harmon's two are one tensor")
+        raise ValueError(f"{source}: {HEAD} differs from {TABLE}, but Harmon ties them; use a file with tied weights")
     if TABLE in state:
         state = state | {HEAD: state[TABLE]}
     assign_state_dict(published_parts(net), state, source, torch.float32)
@@ -77,7 +77,7 @@ def assign_published(net: Network, state: dict[str, Tensor], source: str) -> Non
 
 
 def export(net: Network, folder: Path) -> list[str]:
-    """Write the published file; a codec and a tokenizer that exist nowhere else go beside it."""
+    """Write the published file, and next to it a codec and a tokenizer without a published source."""
     with export_to(folder) as out:
         out.pickled(FILE, published_parts(net).state_dict())
         if not net.config.codec_weights:
@@ -91,7 +91,7 @@ def export(net: Network, folder: Path) -> list[str]:
 
 
 def loading(config: HarmonConfig) -> str:
-    """Say how Harmon's own code loads an export."""
+    """Return the model card's sentence on how Harmon's own code loads an export."""
     return (
         "[Harmon's code](https://github.com/wusize/Harmon) takes `harmon.pth` as `--checkpoint`, in place of the "
         "published file of the same size; the autoencoder `kl16.ckpt` is that of wusize/harmon."
@@ -99,14 +99,14 @@ def loading(config: HarmonConfig) -> str:
 
 
 def published_parts(net: Network) -> nn.ModuleDict:
-    """Group the parts that Harmon's weight file holds, under their published names."""
+    """Return the modules of Harmon's weight file, under their published names."""
     return nn.ModuleDict({part: getattr(net, part) for part in PARTS})
 
 
 def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedTokenizerBase:
-    """Read the tokenizer, or make one of words.
+    """Load the tokenizer, or build a word tokenizer for a random model.
 
-    Raises ValueError when there is none, or one that does not know Qwen's chat format or is too large.
+    Raises ValueError if there is none, or if it lacks tokens of Qwen's chat format or has too many tokens.
     """
     if config.tokenizer:
         tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
@@ -116,7 +116,7 @@ def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedToken
         folder = beside(source).absolute()
         found = next((f for f in (folder / "tokenizer", folder) if (f / "tokenizer_config.json").is_file()), None)
         if found is None:
-            raise ValueError(f"{folder} has no tokenizer beside {source.name}; give model.tokenizer, such as "
+            raise ValueError(f"{folder} has no tokenizer next to {source.name}; set model.tokenizer, such as "
                              "model.tokenizer=Qwen/Qwen2.5-1.5B-Instruct")  # fmt: skip
         tokenizer = read_tokenizer(found)
     check_tokenizer(tokenizer, prompt.SPECIAL_TOKENS, config.language.vocab_size, "Harmon")
@@ -124,9 +124,9 @@ def load_tokenizer(config: HarmonConfig, source: Path | None) -> PreTrainedToken
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read (model, codec) of a published file or folder; the codec as published, empty where there is none of it.
+    """Read the state dicts (model, codec) of a published file or folder. The codec has LDM's names; {} if absent.
 
-    Raises ValueError for a folder in which no weight file can be told to be the model's.
+    Raises ValueError for a folder without exactly one weight file of the model.
     """
     state = read_tensors(weight_file(path, ignore=(CODEC_FILE,)) if path.is_dir() else path)
     codec = {n.removeprefix(CODEC): t for n, t in state.items() if n.startswith(CODEC)}
@@ -134,7 +134,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def read_codec(path: Path, levels: int) -> dict[str, Tensor]:
-    """Read kl16.ckpt in diffusers' names; what belongs to no encoder or decoder (a loss, say) is left out."""
+    """Read kl16.ckpt with diffusers' names, without tensors of other modules, such as its loss."""
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     return to_diffusers({n: t for n, t in read_tensors(path).items() if n.startswith(parts)}, levels)
 
