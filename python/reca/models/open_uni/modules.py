@@ -1,4 +1,4 @@
-"""The parts of OpenUni, all of them library classes at the configured sizes, and the network that they make."""
+"""OpenUni's modules, built from library classes at the configured sizes, and the whole network."""
 
 import contextlib
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from reca.models.open_uni.prompt import CONTEXT, Layout
 from reca_kernels import AttentionSpan, attention_plan, template_concat
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one h_v token
+IMAGE_TOKEN_SHUFFLE = 2  # pixel shuffle: 2 x 2 patches become one token of h_v
 
 
 def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGeneration:
-    """Build InternVL3: InternViT, pixel shuffle, projector, Qwen2; or EfficientNet and its projector before it."""
+    """Build InternVL3: InternViT, pixel shuffle, projector and Qwen2; or EfficientNet, its projector and Qwen2."""
     vision, pools = config.vision, config.understanding == "efficientnet"
     made = InternVLForConditionalGeneration(
         InternVLConfig(
@@ -63,7 +63,7 @@ def mllm(config: OpenUniConfig, image_token_id: int) -> InternVLForConditionalGe
 
 
 def connector(config: OpenUniConfig) -> SiglipEncoder:
-    """Build the bidirectional transformer over the query states."""
+    """Build the connector, a bidirectional transformer on the queries' hidden states."""
     sizes = config.connector
     return siglip_encoder(sizes, width=config.language.hidden_size, layers=sizes.num_hidden_layers)
 
@@ -113,8 +113,8 @@ def dc_ae(sizes: AutoencoderSizes) -> AutoencoderDC:
     )
 
 
-# model.codec -> what builds the image autoencoder from its sizes, and their group of keys. Whatever it is, its sizes
-# have `size`, the pixels per latent in height and width, and `channels` of a latent: SANA is built before it.
+# model.codec -> builder of the image autoencoder from its sizes, and the recipe section of these sizes. All sizes have
+# `size`, pixels per latent in height and width, and `channels` per latent, because SANA is built before the codec.
 CODECS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "dc_ae": (dc_ae, "autoencoder"),
     "patches": (lambda sizes: PatchCodec(sizes.size, sizes.channels), "patches"),
@@ -133,7 +133,7 @@ def codec_sizes(config: OpenUniConfig) -> AutoencoderSizes | PatchSizes | Vector
 
 
 def check_sizes(config: OpenUniConfig) -> None:
-    """Raise ValueError for images that are not whole latents, or not whole tokens of h_v."""
+    """Raise ValueError for image sizes that are not whole latents or whole tokens of h_v."""
     check_side("model.image_size", config.image_size, codec_sizes(config).size)
     if config.understanding == "internvit":
         check_side(
@@ -150,12 +150,12 @@ def hv_tokens(config: OpenUniConfig) -> int:
 
 
 def understanding_size(config: OpenUniConfig) -> int:
-    """Return the height and width of the image that the vision tower reads."""
+    """Return the size in pixels of the vision tower's input image."""
     return config.understanding_size if config.understanding == "internvit" else config.efficientnet.image_size
 
 
 class Network(nn.Module):
-    """OpenUni: queries behind a frozen InternVL3's prompt become, by connector and projector, SANA's condition.
+    """OpenUni: a frozen InternVL3 reads prompt and queries; connector and projector map queries to SANA's condition.
 
     Parameters that RECA trains have their published names.
     """
@@ -178,7 +178,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by the vision tower: h_v, [B, n, H]."""
+        """Compute h_v of images with the vision tower, [B, n, H]."""
         if self.config.understanding == "efficientnet":
             parts = self.mllm.model
             return parts.multi_modal_projector(pooled(parts.vision_tower, pixels, self.config.efficientnet))
@@ -187,7 +187,7 @@ class Network(nn.Module):
         ).pooler_output
 
     def vit_pixels(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels and then resize them, in the order of the release."""
+        """Normalise pixels, then resize them, in the order of the release."""
         mean, std = (per_channel(v, pixels) for v in (IMAGENET_MEAN, IMAGENET_STD))
         return F.interpolate(
             ((pixels + 1) / 2 - mean) / std, size=[self.config.understanding_size] * 2, mode="bilinear"
@@ -195,7 +195,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by the codec, [B, C, h, w]."""
+        """Encode images to latents, [B, C, h, w]."""
         with torch.autocast(pixels.device.type, enabled=False):
             if isinstance(self.codec, AutoencoderDC):
                 return self.codec.encode(pixels.float()).latent * self.codec.config.scaling_factor
@@ -203,17 +203,17 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:  # [B, C, h, w]
-        """Decode latents to about [-1, 1], fp32 [B, 3, H, W]."""
+        """Decode latents to pixels, fp32 [B, 3, H, W] in about [-1, 1]."""
         with torch.autocast(latents.device.type, enabled=False):
             if isinstance(self.codec, AutoencoderDC):
                 return self.codec.decode(latents.float() / self.codec.config.scaling_factor, return_dict=False)[0]
             return self.codec.decode(latents.float())
 
     def condition(self, layout: Layout, h_v: Tensor | None) -> Tensor:
-        """Make SANA's condition, [B, queries, caption_channels].
+        """Compute SANA's condition, [B, queries, caption_channels].
 
-        The queries come last under a causal mask, so no prompt row depends on a parameter that RECA trains: the prompt
-        runs once without a graph, keeping its K/V, and only the query rows have one. This is exact.
+        The queries come last under a causal mask, so no prompt token depends on a parameter that RECA trains: the
+        prompt runs once without a gradient to fill the KV cache, and only the queries have one. This is exact.
         """
         n, queries = layout.src.shape[1], AttentionSpan(self.config.queries)
         prefill = attention_plan(layout.spans(), device=self.device)
@@ -237,21 +237,21 @@ class Network(nn.Module):
         return self.projector(self.connector(inputs_embeds=hidden).last_hidden_state)
 
     def text_dtype(self) -> torch.dtype:
-        """Return the type of InternVL3, which is that of its files."""
+        """Return the dtype of InternVL3, which is that of its files."""
         return self.mllm.get_input_embeddings().weight.dtype
 
     def inference_autocast(self) -> contextlib.AbstractContextManager:
-        """Multiply in InternVL3's type where it is not that of the trained parts, as training with bf16 does."""
+        """Autocast to InternVL3's dtype if it differs from that of the trained parts, as in bf16 training."""
         mixed = self.text_dtype() != self.meta_queries.dtype
         return torch.autocast(self.device.type, self.text_dtype()) if mixed else contextlib.nullcontext()
 
     def embed(self, src: Tensor, h_v: Tensor | None) -> Tensor:
-        """Embed prompts, [B, L, H], from token ids and h_v."""
+        """Compute the prompts' input embeddings from token ids and h_v, [B, L, H]."""
         table = self.mllm.get_input_embeddings().weight
         visual = table.new_empty(0, table.shape[1]) if h_v is None else h_v.to(table.dtype).flatten(0, -2)
         with torch.set_grad_enabled(self.prompt_requires_grad()):
             return template_concat(table, visual, src)
 
     def prompt_requires_grad(self) -> bool:
-        """Return whether prompts have a graph: where the language model is trained, which RECA freezes."""
+        """Tell whether prompts need a gradient: only if the language model, frozen in RECA, is trained."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.mllm.model.language_model.parameters())

@@ -1,6 +1,6 @@
-"""OpenUni's sequences: [chat turn with h_v and text][queries], causal; the queries come last.
+"""OpenUni's sequences: [chat turn with h_v and text][queries], with causal attention.
 
-Ids are padded, to the left or to the right of the prompt as in the release; queries stand behind the padding.
+Prompts are padded on the left or right as in the release; the queries follow the padded prompt.
 """
 
 from collections.abc import Sequence
@@ -19,47 +19,47 @@ from reca_kernels.host import on_device
 IMAGE, END_OF_IMAGE, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIAL_TOKENS = [START, END, IMAGE, END_OF_IMAGE, CONTEXT]
 KEEP = "Keep the image as it is."
-PAD_ID = 0  # the release pads with id 0, whatever the tokenizer calls its padding
-MAX_TEXT = 128  # ids of a text-to-image prompt
+PAD_ID = 0  # the release pads with id 0, whatever the tokenizer's padding token is
+MAX_TEXT = 128  # maximum tokens of a text-to-image prompt
 MAX_LENGTH = 2048
 
 
 def caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Prompt:
-    """Ask for the image of a caption, cut to what the release keeps; None is the unconditional prompt."""
+    """Build the prompt for the image of a caption, truncated as in the release; None: the unconditional prompt."""
     return Prompt(whole_caption(tokenizer, text)[:MAX_TEXT])
 
 
 def whole_caption(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """Tokenise `caption` before it is cut."""
+    """Return the token ids of `caption` before truncation."""
     return [*chat_turn(tokenizer, caption_request(text)), control(tokenizer, IMAGE)]
 
 
 def with_image(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Give an image and a text, and open an image in reply. most: tokens that the text is cut to."""
+    """Build a prompt of an image and a text whose reply starts an image. most: maximum tokens of the text."""
     asked = question(tokenizer, text, most)
     return asked._replace(ids=[*asked.ids, control(tokenizer, IMAGE)])
 
 
 def question(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> Prompt:
-    """Ask about an image. most: tokens that the text is cut to."""
+    """Build the prompt of a question about an image. most: maximum tokens of the text."""
     before = [control(tokenizer, START), *encode(tokenizer, "user\n"), control(tokenizer, IMAGE)]
     behind = [control(tokenizer, END_OF_IMAGE), *encode(tokenizer, f"\n{text}")[:most]]
     return Prompt([*before, *behind, *reply_start(tokenizer)], len(before))
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> Prompt:
-    """Label a conversation about an image; replies and their ends are learned."""
+    """Build a conversation about an image; replies and their end tokens are labelled."""
     return chat.conversation(tokenizer, turns, question)
 
 
 class Layout(NamedTuple):
-    """A padded batch of prompts, and the queries behind them.
+    """A padded batch of prompts, followed by queries.
 
     src        int32 [B, L]: token ids; -1 - r for row r of the batch's h_v
-    labels     int64 [B, L]: what is learned of a token, IGNORE_INDEX for nothing
-    positions  int64 [B, L + queries]: padding does not count
-    lengths    [sample]: tokens of its prompt
-    side       of the padding: left or right
+    labels     int64 [B, L]: the token itself where it is to be predicted, else IGNORE_INDEX
+    positions  int64 [B, L + queries]: position ids, which skip padding
+    lengths    length of each sample's prompt
+    side       side of the padding: left or right
     """
 
     src: Tensor
@@ -74,11 +74,11 @@ class Layout(NamedTuple):
 
     @property
     def labelled(self) -> int:
-        """Return how many labels there are. It is counted, so ask on the host."""
+        """Return the number of labels. On a GPU this would synchronise, so call it on the host."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def spans(self, cached: bool = False) -> list[tuple[AttentionSpan, ...]]:
-        """Return per sample what its rows see."""
+        """Return the attention spans of each sample. cached: the prompts are in the KV cache."""
         found: list[tuple[AttentionSpan, ...]] = []
         for length in self.lengths:
             pad = AttentionSpan(self.src.shape[1] - length, "pad", cached=cached)
@@ -88,7 +88,7 @@ class Layout(NamedTuple):
 
 
 def layout(prompts: Sequence[Prompt], hv_tokens: int, side: str, queries: int = 0) -> Layout:
-    """Lay out prompts, padded on `side`. hv_tokens: tokens of h_v in every prompt that has a slot."""
+    """Lay out prompts as a batch, padded on `side`. hv_tokens: tokens of h_v in each prompt with a slot."""
     plan = concat_plan([asked.segments(hv_tokens) for asked in prompts], layout=side, pad_id=PAD_ID)
     mask = plan.segment_ids >= 0
     lengths = tuple(mask.sum(1).tolist())

@@ -1,4 +1,4 @@
-"""Text (and image) to image by diffusers' SANA pipeline over OpenUni's conditions, and greedy replies."""
+"""Generation and editing of images with diffusers' SANA pipeline, and greedy decoding of replies."""
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline
@@ -16,7 +16,7 @@ from reca.models.open_uni import modules, prompt
 from reca.models.open_uni.modules import Network
 from reca.rng import CounterRNG, RandomStream
 
-PIPELINE_FACTOR = 32  # pixels per latent in height and width as the pipeline counts; it only checks sizes by it
+PIPELINE_FACTOR = 32  # pixels per latent that the pipeline assumes when it checks sizes
 
 
 def generate(
@@ -30,7 +30,7 @@ def generate(
     width: int | None = None,
     batch: int = 16,
 ) -> list[Tensor]:
-    """Generate images by DPM-Solver++ (`sample`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    """Generate images with DPM-Solver++ (`sample`), `batch` at a time. Seeds are in [0, 2**56)."""
     warn_of_cut([prompt.whole_caption(net.tokenizer, text) for text in prompts], prompt.MAX_TEXT)
     size, images = {"height": height, "width": width}, []
     for i in range(0, len(prompts), batch):
@@ -51,7 +51,7 @@ def edit(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Tensor]:
-    """Edit images. Both branches of the guidance see the image; the one without the instruction is told to keep it."""
+    """Edit images. Both guidance branches see the image; the unconditional one has the instruction to keep it."""
     cond = [prompt.with_image(net.tokenizer, text) for text in instructions]
     uncond = [prompt.with_image(net.tokenizer, prompt.KEEP)] * len(instructions)
     view = View(net.config.image_size)
@@ -63,7 +63,7 @@ def edit(
 def answer(
     net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int = 100, batch: int = 64
 ) -> list[str]:
-    """Answer questions about images, greedy, `batch` at a time."""
+    """Answer questions about images by greedy decoding, `batch` at a time."""
     prompts, replies = [prompt.question(net.tokenizer, text) for text in questions], []
     eos, view = control(net.tokenizer, prompt.END), View(modules.understanding_size(net.config))
     for i in range(0, len(images), batch):
@@ -82,12 +82,12 @@ def answer(
 
 
 def encode_input(net: Network, images: list[Tensor], view: View) -> Tensor:
-    """Make h_v of images given at inference."""
+    """Compute the h_v of images at inference."""
     return net.encode_understanding(to_unit([fit_to_view(image, view) for image in images]).to(net.device))
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
-    """Make DPM-Solver++ 2M over flow sigmas with shift 3, as the SANA repositories configure it."""
+    """Return DPM-Solver++ 2M on flow sigmas with shift 3, as configured in the SANA repositories."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         algorithm_type="dpmsolver++",
@@ -105,7 +105,7 @@ def sample(
     net: Network,
     cond: list[Prompt],
     uncond: list[Prompt],
-    h_v: Tensor | None,  # [B, n, H], seen by both branches
+    h_v: Tensor | None,  # [B, n, H], used by both branches
     seeds: list[int],
     *,
     steps: int,
@@ -113,9 +113,9 @@ def sample(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Tensor]:
-    """Generate uint8 [3, height, width] per prompt. Each image's start noise is a function of its seed alone.
+    """Generate an image per prompt, uint8 [3, height, width]. The initial noise of an image depends on its seed only.
 
-    Raises ValueError when height or width is no multiple of a latent's pixels: 32 with the published autoencoder.
+    Raises ValueError unless height and width are multiples of a latent's pixels: 32 with the published autoencoder.
     """
     height, width = height or net.config.image_size, width or net.config.image_size
     latents = modules.codec_sizes(net.config)
@@ -129,12 +129,12 @@ def sample(
 
 
 def condition(net: Network, prompts: list[Prompt], h_v: Tensor | None) -> Tensor:
-    """Make SANA's condition of prompts, [B, queries, caption_channels]."""
+    """Compute SANA's condition from prompts, [B, queries, caption_channels]."""
     layout = prompt.layout(prompts, modules.hv_tokens(net.config), "right", net.config.queries)
     return net.condition(layout.to(net.device), h_v)
 
 
-@in_fp32  # the solver makes tensors of numbers
+@in_fp32  # the solver creates tensors from Python numbers
 @torch.no_grad()
 def denoise(
     net: Network,
@@ -145,7 +145,7 @@ def denoise(
     guidance: float,
     on_step=None,  # diffusers' callback_on_step_end
 ) -> Tensor:  # [B, 3, H, W], about [-1, 1]
-    """Run diffusers' pipeline from noise to pixels."""
+    """Run diffusers' SANA pipeline from noise to pixels."""
     pipeline = SanaPipeline(None, None, None, net.transformer, scheduler())
     pipeline.set_progress_bar_config(disable=True)
     mask = torch.ones(cond.shape[:2], dtype=torch.long, device=cond.device)

@@ -1,6 +1,7 @@
-"""OpenUni's weights: built from published files or at random, and written back.
+"""OpenUni's weights: load published files or initialise at random, and export.
 
-InternVL3, SANA and DC-AE are published by themselves; OpenUni's own file holds what was trained, under the names here.
+InternVL3, SANA and DC-AE are published separately. OpenUni's own file has the trained parts, with the same names as
+here.
 """
 
 import logging
@@ -34,14 +35,14 @@ N = TypeVar("N", bound=Network)
 FILE, FROZEN = "open_uni.pth", "frozen.safetensors"
 TRAINED = ("meta_queries", "connector.", "projector.", "transformer.")
 REQUIRED = ("meta_queries", "connector.", "projector.")
-MLLM = "lmm."  # in front of InternVL3's original names in OpenUni's file
-_LANGUAGE = (  # parts of the language model: names here, and in OpenUni's file
+MLLM = "lmm."  # prefix of InternVL3's original names in OpenUni's file
+_LANGUAGE = (  # prefixes of the language model: here, and in OpenUni's file
     ("mllm.model.language_model.", "lmm.language_model.model."),
     ("mllm.lm_head.", "lmm.language_model.lm_head."),
 )
-# of a repository in diffusers' layout that is one part alone
+# files of a single model in diffusers' layout
 _DIFFUSERS = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*"]
-# recipe key -> what there is to download; weights and overlay are one file each
+# recipe key -> glob patterns of the files to download; weights and overlay are one file each
 DOWNLOADS = {
     "mllm": ["*.json", "*.safetensors", "*.txt"],
     "dit": [*_DIFFUSERS, *(f"transformer/{name}" for name in _DIFFUSERS)],
@@ -49,7 +50,7 @@ DOWNLOADS = {
     "tokenizer": TOKENIZER,
 }
 
-# InternVL's original layout -> transformers' layout. qkv is split in three and handled apart.
+# InternVL's original names -> transformers' names. qkv is split in three, see _QKV.
 _MLLM = [
     (r"^vision_model\.embeddings\.class_embedding$", "model.vision_tower.embeddings.cls_token"),
     (r"^vision_model\.embeddings\.position_embedding$", "model.vision_tower.embeddings.position_embeddings"),
@@ -66,7 +67,7 @@ _MLLM = [
     (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
     (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
     (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    (r"^vision_tower\.", "model.vision_tower."),  # as transformers writes it
+    (r"^vision_tower\.", "model.vision_tower."),  # as saved by transformers
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
@@ -75,9 +76,9 @@ _QKV = re.compile(r"^vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bi
 
 
 def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu") -> N:
-    """Build the model from its published parts, from an export, or at random where no part is given.
+    """Build the model from published parts or from an export, or with random weights if no part is given.
 
-    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     keys = ("weights", "mllm", "dit", "codec_weights")
     absent = [key for key in keys if getattr(config, key) is None]
@@ -88,7 +89,7 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
         assign_state_dict(net, read_tensors(frozen) | trained, str(frozen.parent), torch.float32)
         return net.to(device)
     if absent and len(absent) < len(keys):
-        raise ValueError(f"model.{absent[0]} is null but other parts are given; OpenUni needs {', '.join(keys)}")
+        raise ValueError(f"model.{absent[0]} is null but other parts are given; set all of {', '.join(keys)}, or none")
     if absent:
         with init_random(config.seed, device):
             net = cls(config, load_tokenizer(config)).requires_grad_(True)
@@ -98,7 +99,7 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
     for key, published in (("codec", "dc_ae"), ("understanding", "internvit")):
         if getattr(config, key) != published:
             raise ValueError(
-                f"model.{key}={getattr(config, key)} is for a random model; published parts go with "
+                f"model.{key}={getattr(config, key)} is for a random model; published parts need "
                 f"model.{key}={published}"
             )
     with init_on_meta():
@@ -122,13 +123,13 @@ def load(cls: type[N], config: OpenUniConfig, device: torch.device | str = "cpu"
 def build_meta(cls: type[N], config: OpenUniConfig) -> N:
     """Build the model without files, in fp32.
 
-    `load` keeps InternVL3 in the type of its files, so published in bf16 it takes half.
+    `load` keeps InternVL3 in the dtype of its files, so that the published one, in bf16, takes half the memory.
     """
     return cls(config, load_tokenizer(replace(config, tokenizer=None, mllm=None))).requires_grad_(True)
 
 
 def assign_published(net: Network, state: dict[str, Tensor], source: str) -> None:
-    """Make a published file's tensors parameters, in fp32; SANA stays as it is when the file has none of it."""
+    """Assign a published file's tensors to the model, in fp32. SANA is unchanged if the file does not have it."""
     queries = state["meta_queries"]
     if queries.shape != net.meta_queries.shape:
         raise ValueError(f"{source}: meta_queries is {list(queries.shape)}, expected {list(net.meta_queries.shape)}")
@@ -140,10 +141,10 @@ def assign_published(net: Network, state: dict[str, Tensor], source: str) -> Non
 
 
 def export(net: Network, folder: Path, changed: Iterable[str] = ()) -> list[str]:
-    """Write what is trained as the .pth that OpenUni's inference code loads. Returns the names of the files.
+    """Write the trained parts as the .pth that OpenUni's inference code loads, and return the names of the files.
 
-    InternVL3 and a codec that exist nowhere else (random, or fitted here) go into a file beside it.
-    changed: parameters that training has changed; with one of InternVL3's, the .pth holds its language model, too.
+    InternVL3 and a codec without a published source (random, or fitted here) are written to a second file.
+    changed: parameters that training has changed; if one is InternVL3's, the .pth also has its language model.
     """
     with export_to(folder) as out:
         language = net.config.mllm is not None and any(name.startswith("mllm.") for name in changed)
@@ -154,15 +155,15 @@ def export(net: Network, folder: Path, changed: Iterable[str] = ()) -> list[str]
 
 
 def loading(config: OpenUniConfig) -> str:
-    """Say how OpenUni's own code loads an export."""
+    """Return the model card's sentence on how OpenUni's own code loads an export."""
     return (
-        "[OpenUni's code](https://github.com/wusize/OpenUni) takes `open_uni.pth` as `--checkpoint`, and lays it over "
-        "InternVL3, SANA and DC-AE, which it fetches itself."
+        "[OpenUni's code](https://github.com/wusize/OpenUni) takes `open_uni.pth` as `--checkpoint` and loads it over "
+        "InternVL3, SANA and DC-AE, which it downloads itself."
     )
 
 
 def published_parts(net: Network) -> dict[str, Tensor]:
-    """Return the tensors that OpenUni's own file holds, under their published names."""
+    """Return the tensors of OpenUni's own file, under their published names."""
     return {name: tensor for name, tensor in net.state_dict().items() if name.startswith(TRAINED)}
 
 
@@ -173,7 +174,7 @@ def published_language(net: Network) -> dict[str, Tensor]:
 
 
 def frozen_beside(weights: str | None) -> Path | None:
-    """Find the frozen parts that `export` wrote beside the trained ones. weights: the folder, or the .pth in it."""
+    """Return the file of frozen parts that `export` wrote, if any. weights: its folder, or the .pth in it."""
     if weights is None:
         return None
     path = Path(weights).expanduser()
@@ -182,7 +183,10 @@ def frozen_beside(weights: str | None) -> Path | None:
 
 
 def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of `config`, or InternVL3's, or make one of words. Raises ValueError where it does not fit."""
+    """Load the tokenizer of the recipe or of InternVL3, or build a word tokenizer for a random model.
+
+    Raises ValueError if it does not fit the model.
+    """
     if config.tokenizer:
         tokenizer = read_tokenizer(fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer"))
     elif config.mllm:
@@ -194,7 +198,7 @@ def load_tokenizer(config: OpenUniConfig) -> PreTrainedTokenizerBase:
 
 
 def mllm_native(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename InternVL3 from its original names to transformers' names, which may be its names already."""
+    """Rename InternVL3's tensors from the original names to transformers', unless they have these already."""
     state = {name.removeprefix(MLLM): tensor for name, tensor in state.items()}
     if any(name.startswith("model.") for name in state):
         return state
@@ -214,21 +218,21 @@ def mllm_native(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_parts(path: Path) -> dict[str, Tensor]:
-    """Read a published OpenUni file: any subset of connector.*, projector.*, meta_queries, transformer.*, lmm.*.
+    """Read a published OpenUni file: any of connector.*, projector.*, meta_queries, transformer.* and lmm.*.
 
-    Raises ValueError when it holds anything else but vae.*, which is left out.
+    vae.* is ignored. Raises ValueError for any other tensor.
     """
     state = read_tensors(path / FILE if (path / FILE).is_file() else path)
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, MLLM, "vae.")))
     if unknown:
         raise ValueError(
-            f"{path} is no OpenUni file: it holds {unknown[:5]}; expected names under {', '.join(TRAINED)}"
+            f"{path} is not an OpenUni file: it holds {unknown[:5]}; expected names beginning with {', '.join(TRAINED)}"
         )
     return {name: tensor for name, tensor in state.items() if name.startswith((*TRAINED, MLLM))}
 
 
 def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
-    """Lay later files over earlier ones. Returns the tensors and a report line per file."""
+    """Merge files; tensors of later ones replace those of earlier ones. Returns the tensors and a log line per file."""
     merged: dict[str, Tensor] = {}
     report = []
     for path in paths:
@@ -242,7 +246,7 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     if absent:
         raise ValueError(
             f"{', '.join(path.name for path in paths)} holds no {', '.join(absent)}; an OpenUni file must have "
-            "connector, projector and meta_queries (give the base file as model.weights, a RECA file as model.overlay)"
+            "connector, projector and meta_queries (set model.weights to the base file, model.overlay to a RECA file)"
         )
     return merged, report
 
@@ -253,10 +257,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
 
 @in_fp32
 def _diffusers_part(class_: Any, source: str, key: str, part: str) -> nn.Module:
-    """Read a model of diffusers, in fp32: a repository's folder `part`, or a repository that is it alone.
-
-    The sizes are those of its config.json.
-    """
+    """Load a diffusers model in fp32 with the sizes of its config.json, from a repository or its subfolder `part`."""
     folder = fetch(source, DOWNLOADS[key], f"model.{key}")
     folder = folder / part if (folder / part).is_dir() else folder
     with init_on_meta():
