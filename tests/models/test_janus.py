@@ -133,12 +133,12 @@ def test_what_does_not_fit_is_refused(published, folder, tmp_path):
         loaded(published, tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     sizes = replace(published.config.language, num_hidden_layers=3)
-    with pytest.raises(ValueError, match=r"num_hidden_layers is 2, and the recipe has model.language.num_hidden"):
+    with pytest.raises(ValueError, match=r"num_hidden_layers is 2, but the recipe has model.language.num_hidden"):
         loaded(published, tmp_path, language=sizes)
 
 
 def test_a_tokenizer_is_wanted_with_all_control_tokens(published, folder, tmp_path, golden):
-    with pytest.raises(ValueError, match="holds no tokenizer.json; give model.tokenizer, such as"):
+    with pytest.raises(ValueError, match="holds no tokenizer.json; set model.tokenizer, such as"):
         loaded(published, folder, tokenizer=str(tmp_path))
     older = {name: i for name, i in golden.config["special_ids"].items() if name not in (prompt.USER, prompt.ASSISTANT)}
     byte_tokenizer(older).save_pretrained(tmp_path)
@@ -269,10 +269,10 @@ def test_a_context_without_room_for_a_text_is_refused(umm, task, least, system):
         assert all(any(row[i : i + len(part)] == part for i in range(len(row))) for part in parts)
     for length in range(1, least):
         model.config = replace(config, max_length=length)
-        with pytest.raises(ValueError, match=rf"model.max_length leaves .* raise it by {least - length} or more"):
+        with pytest.raises(ValueError, match=rf"model.max_length leaves .* raise it by at least {least - length}"):
             model.prepare(sample, CounterRNG(0))
     model.config = replace(config, max_length=least - 1, system_prompt="see this", reca_system_prompt="see this")
-    with pytest.raises(ValueError, match=f"raise it by {1 + system} or more"):
+    with pytest.raises(ValueError, match=f"raise it by at least {1 + system}"):
         model.prepare(sample, CounterRNG(0))
     asked = {
         "reca": lambda: model.reconstruct(sample, [0]),

@@ -68,12 +68,12 @@ def test_an_autoencoder_of_its_own_folder_is_read_and_not_written_again(model, f
 def test_what_does_not_fit_is_refused(model, folder, tmp_path):
     with pytest.raises(ValueError, match="encoder_blocks=3"):
         again(model, folder, generation=replace(model.config.generation, encoder_blocks=3))
-    with pytest.raises(ValueError, match="scaling_factor is 0.13025, and the recipe has model.autoencoder.scaling_fac"):
+    with pytest.raises(ValueError, match="scaling_factor is 0.13025, but the recipe has model.autoencoder.scaling_fac"):
         again(model, folder, autoencoder=replace(model.config.autoencoder, scaling_factor=0.2))
     for path in folder.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"holds no \S+; give model.codec_weights, such as .*stabilityai/sdxl-vae"):
+    with pytest.raises(ValueError, match=r"holds no \S+; set model.codec_weights, such as .*stabilityai/sdxl-vae"):
         again(model, tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_pixels_that_would_be_made_otherwise_are_told(folder, tmp_path, caplog):
         weights.check_files(folder, shared("janusflow vae").config)
         assert not caplog.records
         weights.check_files(tmp_path, shared("janusflow vae").config)
-    assert "pixel_mean [0.4, 0.4, 0.4], and here it is [0.5, 0.5, 0.5]" in caplog.text
+    assert "pixel_mean [0.4, 0.4, 0.4], but [0.5, 0.5, 0.5] is used here" in caplog.text
 
 
 def test_types(folder, model):

@@ -1,4 +1,4 @@
-"""Janus-Pro: SigLIP for what it sees, VQ codes for what it draws, one causal Llama (Chen et al., arXiv 2501.17811)."""
+"""Janus-Pro: one Llama with SigLIP for understanding and VQ codes for generation (Chen et al., arXiv 2501.17811)."""
 
 from reca.models.janus.config import JanusConfig as Config
 from reca.models.janus.model import Janus as Adapter

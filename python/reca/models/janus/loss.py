@@ -1,4 +1,4 @@
-"""Janus-Pro's losses: cross-entropy of an image's codes under teacher forcing (reca, t2i), and of replies (i2t)."""
+"""Janus-Pro's losses: cross-entropy on an image's codes with teacher forcing (reca, t2i), and on replies (i2t)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from reca_kernels import IGNORE_INDEX, TextSegment, VisualSegment, masked_linear
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
-    """A batch's sequences. weight: how many codes, or tokens of replies, are predicted."""
+    """A batch's sequences. weight: number of predicted codes, or of labelled tokens of replies."""
 
     layout: Layout
 
@@ -28,7 +28,7 @@ class Prepared(base.Prepared):
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Lay out the sequences of a batch and draw which of them lose their condition."""
+    """Lay out the sequences of a batch and draw which conditions are dropped."""
     v, config, codes = net.vocabulary, net.config, net.image_tokens
     if batch.task == "i2t":
         layout = prompt.layout([_conversation(net, turns) for turns in batch.text], v)
@@ -41,24 +41,24 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any]) -> LossTerm:
-    """Sum the cross-entropy over codes, or over the tokens of replies."""
+    """Compute the sum of the cross-entropy over codes, or over labelled tokens of replies."""
     if prepared.task == "i2t":
         return LossTerm.of(*reply_loss(net, prepared, features["h_v"]))
     return LossTerm.of(*image_loss(net, prepared, features["codes"], features.get("h_v")))
 
 
-# Both losses return the parts of the LossTerm.
+# arguments of LossTerm.of, returned by both losses
 Parts = tuple[Tensor, Prepared, Tensor | None]
 
 
 def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> Parts:  # codes int64 [B, N]
-    """Sum the cross-entropy of codes; every row from boi to the last code but one predicts the code behind it."""
+    """Compute the sum of the cross-entropy of codes; each token from boi to the second-last code predicts the next."""
     hidden = net.hidden(prepared.layout, h_v, net.embed_codes(codes[:, :-1]))[:, -codes.shape[1] :]
     return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
 
 
 def reply_loss(net: SharedLlama, prepared: Prepared, h_v: Tensor) -> Parts:
-    """Sum the next-token cross-entropy of replies; logits exist for labelled rows only."""
+    """Compute the sum of the next-token cross-entropy of replies; logits are computed for labelled rows only."""
     hidden, labels = net.hidden(prepared.layout, h_v)[:, :-1], prepared.layout.labels[:, 1:]
     return _cross_entropy(hidden, net.language_model.lm_head, labels, prepared, int(prepared.weight))
 
@@ -73,7 +73,7 @@ def _cross_entropy(hidden: Tensor, head: Any, labels: Tensor, prepared: Prepared
 
 
 def reca_prompt(net: Network, text: str) -> list[Segment]:
-    """Give an image and a template, and begin the image."""
+    """Build RECA's prompt: image and template, ending in boi."""
     config, v = net.config, net.vocabulary
     most = config.max_length - net.image_tokens
     before, image, asked = prompt.with_image(net.tokens, text, v, net.hv_tokens, config.reca_system_prompt, most)

@@ -1,4 +1,4 @@
-"""Janus-Pro as an Adapter: one Llama understands and generates; SigLIP and the image tokenizer are frozen."""
+"""Janus-Pro's Adapter: one Llama understands and generates; SigLIP and the image tokenizer are frozen."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Janus(Network, Adapter):
     abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
-    understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge leads to generation
+    understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge is used by generation only
     condition_keys = ("h_v",)
 
     @classmethod
@@ -50,14 +50,14 @@ class Janus(Network, Adapter):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
-        """Draw images again code by code (`sampling.continue_codes`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images code by code (`sampling.continue_codes`). Seeds are in [0, 2**56)."""
         return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, temperature=temperature)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         return sampling.answer(self, images, questions, max_new_tokens)
 
     def export(self, folder: Path) -> list[str]:
-        """Write the files that DeepSeek's code reads, or those that transformers reads (model.export_layout)."""
+        """Write the files that DeepSeek's code or transformers reads, as set by model.export_layout."""
         return weights.export(self, folder)
 
     def roles(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and all parts together."""
+"""Janus-Pro's modules under DeepSeek's names: SigLIP, the image tokenizer, and the whole network."""
 
 import functools
 from typing import Any
@@ -22,7 +22,7 @@ from reca.models.janus.prompt import Layout, Vocabulary
 from reca.precision import fp32_products
 from reca_kernels import template_concat
 
-USED = 65536  # length of a counter in DeepSeek's files that nothing reads
+USED = 65536  # length of an unused buffer in DeepSeek's files
 
 
 def llama(sizes: LlamaSizes) -> LlamaForCausalLM:
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling, which published files hold and Janus never runs."""
+    """SigLIP's attention pooling. Published files have its weights, but Janus never runs it."""
 
     def __init__(self, sizes: VisionSizes):
         super().__init__()
@@ -110,7 +110,7 @@ class Tower(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """The tower's place among the published names."""
+    """A container that gives the tower its published name."""
 
     def __init__(self, sizes: VisionSizes):
         super().__init__()
@@ -118,7 +118,7 @@ class VisionModel(nn.Module):
 
 
 class Aligner(nn.Module):
-    """Two linear layers into the language model's space."""
+    """An MLP of two layers that projects to the language model's width."""
 
     def __init__(self, width_in: int, width: int):
         super().__init__()
@@ -129,14 +129,14 @@ class Aligner(nn.Module):
 
 
 class CodeHead(nn.Module):
-    """Hidden states to logits over the codebook."""
+    """An MLP from hidden states to logits over the codebook."""
 
     def __init__(self, width: int, hidden: int, entries: int):
         super().__init__()
         self.output_mlp_projector, self.vision_head = nn.Linear(width, hidden), nn.Linear(hidden, entries)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what the last layer reads."""
+        """Return the input of the last layer."""
         return F.gelu(self.output_mlp_projector(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class CodeHead(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, attention behind each at the lowest, and the change to the next."""
+    """The residual blocks of one resolution, each followed by attention at the lowest one, then down- or upsampling."""
 
     def __init__(self, width_in: int, width: int, blocks: int, attention: bool, change: str | None):
         super().__init__()
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, sizes: VqSizes):
         super().__init__()
-        widths = [sizes.channels * m for m in reversed(sizes.multipliers)]  # from the lowest resolution outwards
+        widths = [sizes.channels * m for m in reversed(sizes.multipliers)]  # lowest resolution first
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(sizes.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Codebook entries and what is to be coded are compared at length 1; the stored rows may have any."""
+    """A codebook in which entries and inputs are normalised to length 1 before comparison."""
 
     codebook_used: Tensor
 
@@ -223,23 +223,23 @@ class Quantizer(nn.Module):
         self.register_buffer("codebook_used", torch.zeros(USED))
 
     def rows(self) -> Tensor:
-        """Return the entries at length 1, fp32 [entries, C]."""
+        """Return the normalised entries, fp32 [entries, C]."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def codes(self, z: Tensor) -> Tensor:  # [B, C, h, w]
-        """Find the nearest entries, int64 [B, h*w], row-major."""
+        """Return the codes of the nearest entries, int64 [B, h*w], row-major."""
         with fp32_products():
             return (F.normalize(z.flatten(2).transpose(1, 2), dim=-1) @ self.rows().T).argmax(-1)
 
     def entries(self, codes: Tensor, height: int, width: int) -> Tensor:  # [B, h*w]
-        """Look up entries, fp32 [B, C, h, w]."""
+        """Look up normalised entries, fp32 [B, C, h, w]."""
         return self.rows()[codes].transpose(1, 2).unflatten(2, (height, width))
 
 
 class Vq(nn.Module):
-    """VQ-16 of LlamaGen as Janus publishes it: one code per 2 ** (levels - 1) pixels square.
+    """LlamaGen's VQ-16 as published with Janus: one code per square of 2 ** (levels - 1) pixels a side.
 
-    In bf16 codes would flip, so it runs in fp32 whatever autocast says.
+    It runs in fp32 regardless of autocast, because bf16 would change codes.
     """
 
     def __init__(self, sizes: VqSizes):
@@ -250,7 +250,7 @@ class Vq(nn.Module):
         self.post_quant_conv = nn.Conv2d(sizes.code_channels, sizes.z_channels, 1)
 
     def z(self, pixels: Tensor) -> Tensor:
-        """Compute what is to be coded, fp32 [B, C, h, w]."""
+        """Compute the encoder's output before quantisation, fp32 [B, C, h, w]."""
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             return self.quant_conv(self.encoder(pixels.float()))
 
@@ -262,7 +262,7 @@ class Vq(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # [B, h*w]
-        """Decode codes to pixels [B, 3, H, W], about [-1, 1]. grid: (h, w); None: square."""
+        """Decode codes to pixels [B, 3, H, W] in about [-1, 1]. grid: (h, w); None: square."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.decoder(self.post_quant_conv(self.quantize.entries(codes, *(grid or square(codes)))))
 
@@ -272,13 +272,13 @@ def codec(config: JanusConfig) -> Vq | PatchCodebook:
 
 
 def check_sizes(config: JanusConfig, factor: int) -> None:
-    """Raise ValueError for images that are not whole codes or patches. factor: pixels of a code."""
+    """Raise ValueError for image sizes that are not whole codes or patches. factor: pixels per code and side."""
     check_side("model.image_size", config.image_size, factor)
     check_side("model.vision.image_size", config.vision.image_size, config.vision.patch_size)
 
 
 class SharedLlama(nn.Module):
-    """What the Janus models do alike: one causal Llama over text, tokens of h_v, and those of an image to generate."""
+    """Shared code of the Janus models: one causal Llama on text, h_v and the tokens of an image to generate."""
 
     config: Any
     vocabulary: Vocabulary
@@ -293,7 +293,10 @@ class SharedLlama(nn.Module):
         return (self.config.vision.image_size // self.config.vision.patch_size) ** 2
 
     def views(self, task: str) -> Views:
-        """RECA's h_v is made of what is generated; an image to talk about is shrunk and padded as released."""
+        """Return the views of a task.
+
+        RECA's h_v is computed from the target's crop; images of conversations are shrunk and padded as in the release.
+        """
         size, blur = self.config.vision.image_size, self.config.hv_blur
         if task == "i2t":
             return Views(gen=None, und=View(size, fit="letterbox", min_size=self.config.vision.min_side))
@@ -311,19 +314,19 @@ class SharedLlama(nn.Module):
         return features
 
     def encode_target(self, pixels: Tensor) -> dict[str, Any]:  # [B, 3, S, S] in [-1, 1]
-        """Encode images to generate by the codec."""
+        """Encode images to generate with the codec."""
         raise NotImplementedError
 
     def encode_understanding(self, pixels: Tensor) -> Tensor:  # [B, 3, S, S] in [-1, 1]
-        """Encode images by SigLIP and aligner: h_v, [B, n, H]."""
+        """Compute h_v with SigLIP and aligner, [B, n, H]."""
         raise NotImplementedError
 
     def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
-        """Make the rows that stand in a sequence for an image that is seen."""
+        """Return the input embeddings of an image in the prompt."""
         return h_v
 
     def embed(self, src: Tensor, h_v: Tensor | None = None, *image: Tensor) -> Tensor:  # int32 [B, L]
-        """Make input embeddings, [B, L, H]. image: [B, n, H] each, the rows behind h_v of a sample, in order."""
+        """Compute input embeddings, [B, L, H]. image: further visual embeddings after h_v, in order, each [B, n, H]."""
         table = self.language_model.model.embed_tokens.weight
         parts = [part.to(table.dtype) for part in (*([] if h_v is None else [self.understood(h_v)]), *image)]
         rows = torch.cat(parts, dim=1).flatten(0, 1) if parts else table.new_empty(0, table.shape[1])
@@ -340,7 +343,7 @@ class SharedLlama(nn.Module):
 
 
 class Network(SharedLlama):
-    """Janus-Pro's parts under DeepSeek's names."""
+    """Janus-Pro's modules under DeepSeek's names."""
 
     @in_fp32
     def __init__(self, config: JanusConfig, tokenizer: PreTrainedTokenizerBase):
@@ -360,7 +363,7 @@ class Network(SharedLlama):
 
     @property
     def image_tokens(self) -> int:
-        """Count the codes of an image, N."""
+        """Return the number of codes of an image, N."""
         return (self.config.image_size // self.gen_vision_model.factor) ** 2
 
     @torch.no_grad()
@@ -371,5 +374,5 @@ class Network(SharedLlama):
         return {"codes": self.gen_vision_model.encode(pixels)}
 
     def embed_codes(self, codes: Tensor) -> Tensor:  # int64 [B, n]
-        """Embed codes for the language model, [B, n, H]. Their table is not the tokenizer's codebook."""
+        """Embed codes for the language model, [B, n, H]. The table is separate from the image tokenizer's codebook."""
         return self.gen_aligner(self.gen_embed(codes))

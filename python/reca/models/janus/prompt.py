@@ -1,11 +1,11 @@
-"""Janus-Pro's sequences, causal from end to end and padded on the left.
+"""Janus-Pro's sequences, with causal attention and padded on the left.
 
     t2i   bos <|User|> : caption \n\n <|Assistant|> : boi | codes
     reca  bos <|User|> : boi h_v eoi \n template \n\n <|Assistant|> : boi | codes
     i2t   bos system \n\n <|User|> : boi h_v eoi \n question \n\n <|Assistant|> : answer eos …
 
-The row of boi predicts the first code and the row of a code the next one, so the last code has no row. A prompt without
-its condition keeps its length: all between bos and the last boi becomes the padding token, which is seen as any other.
+boi predicts the first code and each code the next one, so the last code is not an input. An unconditional prompt keeps
+its length: all tokens between bos and the last boi become the padding token, which is attended to like any other token.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,24 +28,24 @@ from reca_kernels import (
 )
 from reca_kernels.host import on_device
 
-# The bars and blanks of these three are no ASCII characters.
+# The bars and spaces in these three are not ASCII characters.
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
 BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, BOI, EOI, IMAGE, USER, ASSISTANT)
-WORDS = (":", "\n")  # what prompts add to the user's text
-Tokens = Callable[[str], list[int]]  # a text's ids, without control tokens
+WORDS = (":", "\n")  # words that prompts add to the user's text
+Tokens = Callable[[str], list[int]]  # tokenises text to ids, without control tokens
 Segment = TextSegment | VisualSegment
 L = TypeVar("L", bound="Layout")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids of the control tokens, and of the words for who speaks: a control token each, in Janus-Pro.
+    """Ids of the control tokens and of the speakers' names, which are one control token each in Janus-Pro.
 
-    They are looked up: Janus-1.3B has other ones than Janus-Pro.
+    They are looked up in the tokenizer, because they differ between Janus-1.3B and Janus-Pro.
     """
 
     bos: int
@@ -67,10 +67,10 @@ class Vocabulary:
 class Layout:
     """A batch of sequences, padded on the left.
 
-    src           int32 [B, L]: token ids; -1 - r for visual row r: of each sample h_v first, then codes
-    position_ids  int64 [B, L]: padding does not count
-    labels        int64 [B, L]: what is learned of a token, IGNORE_INDEX for nothing; codes have no labels here
-    lengths       per sample its rows without padding
+    src           int32 [B, L]: token ids; -1 - r for row r of the visual embeddings: per sample h_v, then codes
+    position_ids  int64 [B, L]: position ids, which skip padding
+    labels        int64 [B, L]: the token itself where it is to be predicted, else IGNORE_INDEX; codes have none here
+    lengths       length of each sample without padding
     """
 
     src: Tensor
@@ -83,7 +83,7 @@ class Layout:
         return replace(self, src=src, position_ids=positions, labels=labels)
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
-        """Return per sample what its rows see."""
+        """Return the attention spans of each sample."""
         pads = (self.src.shape[1] - length for length in self.lengths)
         return [
             (AttentionSpan(pad, "pad"), AttentionSpan(length)) if pad else (AttentionSpan(length),)
@@ -95,13 +95,16 @@ class Layout:
 
 
 def layout(samples: Sequence[Sequence[Segment]], v: Vocabulary) -> Layout:
-    """Lay out samples as one batch."""
+    """Lay out samples as one left-padded batch."""
     plan = concat_plan(samples, layout="left", pad_id=v.pad)
     return Layout(plan.src, plan.position_ids, plan.labels, tuple(plan.cu_seqlens.diff().tolist()))
 
 
 def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> Layout:
-    """Take the condition from samples: all between bos and the last boi, which stands before `codes` rows of codes."""
+    """Replace the condition of dropped samples by padding tokens: all between bos and the last boi.
+
+    codes: number of code tokens after the last boi.
+    """
     src, boi = given.src.clone(), given.src.shape[1] - codes - 1
     for row, (gone, length) in enumerate(zip(dropped, given.lengths, strict=True)):
         if gone:
@@ -110,9 +113,9 @@ def drop(given: Layout, dropped: Sequence[bool], codes: int, v: Vocabulary) -> L
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Ask for the image of a caption, and begin it.
+    """Build the prompt for the image of a caption, which ends in boi.
 
-    most: tokens of the whole prompt; the caption is cut. Raises ValueError when none of it would be left.
+    most: maximum tokens of the prompt; the caption is truncated. Raises ValueError if nothing of it would be left.
     """
     before, asked, frame = [v.bos, *v.user], message(tokens, text), [*reply(tokens, v), v.boi]
     if most is not None:
@@ -123,9 +126,9 @@ def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -
 def with_image(
     tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
 ) -> list[Segment]:
-    """Give an image and a text, and begin the reply.
+    """Build the prompt of an image and a text, up to the start of the reply.
 
-    most: tokens of the whole prompt; the text is cut. Raises ValueError when none of it would be left.
+    most: maximum tokens of the prompt; the text is truncated. Raises ValueError if nothing of it would be left.
     """
     before = [v.bos, *(tokens(f"{system}\n\n") if system else []), *v.user, *tokens(": "), v.boi]
     said, frame = tokens(f"\n{text}".rstrip() + "\n\n"), reply(tokens, v)
@@ -137,9 +140,9 @@ def with_image(
 def conversation(
     tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
 ) -> list[Segment]:
-    """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned.
+    """Build a conversation about an image, truncated to `most` tokens; answers and their eos are labelled.
 
-    Raises ValueError when `most` leaves nothing of an answer to a question without words.
+    Raises ValueError if `most` leaves no room for an answer even to an empty question.
     """
     before, image, asked = with_image(tokens, turns[0].question, v, hv_tokens, system)
     assert isinstance(asked, TextSegment) and isinstance(before, TextSegment)
@@ -147,7 +150,7 @@ def conversation(
     labels: list[int] = []
     for number, turn in enumerate(turns):
         heard = list(asked.ids) if number == 0 else [*v.user, *message(tokens, turn.question), *reply(tokens, v)]
-        # An answer is tokenised together with the colon before it.
+        # The answer is tokenised together with the preceding colon.
         said = [*tokens(f": {turn.answer.strip()}".rstrip())[len(tokens(":")) :], v.eos]
         ids, labels = ids + heard + said, labels + [IGNORE_INDEX] * len(heard) + said
     seen, wordless = len(before.ids) + hv_tokens, [v.eoi, *tokens("\n\n"), *reply(tokens, v)]
@@ -156,21 +159,21 @@ def conversation(
 
 
 def _room(most: int, frame: int, least: int) -> int:
-    """Count the tokens of a text beside `frame` other ones. Raises ValueError for fewer than `least`."""
+    """Return the number of tokens left for a text besides `frame` others. Raises ValueError if it is below `least`."""
     if most - frame < least:
         raise ValueError(
-            f"model.max_length leaves {most} tokens for a prompt, whose frame (h_v, system prompt, who speaks) takes "
-            f"{frame} and whose text needs {least} or more; raise it by {frame + least - most} or more"
+            f"model.max_length leaves {most} tokens for a prompt, but its frame (h_v, system prompt, speakers) takes "
+            f"{frame} and its text needs at least {least}; raise it by at least {frame + least - most}"
         )
     return most - frame
 
 
 def message(tokens: Tokens, text: str) -> list[int]:
-    """Tokenise what the user says behind the role; nothing at all leaves the colon alone."""
+    """Tokenise a user's message with the colon before it and the newlines after it; an empty one is the colon only."""
     text = text.strip()
     return tokens(f": {text}\n\n" if text else ":")
 
 
 def reply(tokens: Tokens, v: Vocabulary) -> list[int]:
-    """Begin the reply."""
+    """Return the token ids that start a reply."""
     return [*v.assistant, *tokens(":")]

@@ -1,4 +1,4 @@
-"""The JSON files of the two published layouts: what public code reads sizes, pixels and tokens from."""
+"""JSON files of the two published layouts, from which public code reads sizes, preprocessing and tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from reca.models.janus.config import JanusConfig, LlamaSizes, VisionSizes
 from reca.models.janus.prompt import IMAGE, Vocabulary
 
 PREPROCESSOR = "preprocessor_config.json"
-HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels in 0 ... 1
+HALF = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels in [0, 1]
 
 
 def check_config(folder: Path, config: JanusConfig) -> None:
-    """Raise ValueError when config.json of a published folder says something else than the recipe."""
+    """Raise ValueError if the config.json of a published folder contradicts the recipe."""
     if not (path := folder / "config.json").is_file():
         return
     native = read_json(path).get("model_type") == "janus"
@@ -26,9 +26,9 @@ def check_config(folder: Path, config: JanusConfig) -> None:
 
 
 def compare(path: Path, rows: Sequence[tuple[str, Any, str]]) -> None:
-    """Raise ValueError when a JSON file says something else than the recipe.
+    """Raise ValueError if a JSON file contradicts the recipe. Keys that the file lacks are not checked.
 
-    rows: place in the file, as names with dots between; the recipe's value; its key. What the file lacks is no error.
+    rows: (dotted path in the file, the recipe's value, its recipe key).
     """
     found, wrong = read_json(path), []
     for place, value, key in rows:
@@ -36,13 +36,13 @@ def compare(path: Path, rows: Sequence[tuple[str, Any, str]]) -> None:
         for part in place.split("."):
             given = given.get(part) if isinstance(given, Mapping) else None
         if given is not None and given != value:
-            wrong.append(f"{place} is {given}, and the recipe has {key}={value}")
+            wrong.append(f"{place} is {given}, but the recipe has {key}={value}")
     if wrong:
         raise ValueError(f"{path} does not fit the recipe: {'; '.join(wrong)}")
 
 
 def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, str]]:
-    """List (place in DeepSeek's config.json, in transformers', value, recipe key) of sizes; None: not named there."""
+    """Return the sizes as (path in DeepSeek's config.json, in transformers', value, recipe key); None: not in it."""
     language, vision, vq = config.language, config.vision, config.vq
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
             "vocab_size", "rms_norm_eps")  # fmt: skip
@@ -68,14 +68,14 @@ def described(config: JanusConfig) -> list[tuple[str | None, str | None, Any, st
 
 
 def entries(config: JanusConfig) -> tuple[int, str]:
-    """Return how many codes there are, and the recipe key that says so."""
+    """Return the number of codes, and the recipe key that sets it."""
     if config.codec == "vq":
         return config.vq.entries, "model.vq.entries"
     return config.patches.entries, "model.patches.entries"
 
 
 def deepseek_files(config: JanusConfig) -> dict[str, dict]:
-    """Return the files that the package `janus` reads beside weights and tokenizer."""
+    """Return the JSON files that the package `janus` reads besides weights and tokenizer."""
     language, width = config.language, config.language.hidden_size
 
     def part(kind: str, cls: str, **params: Any) -> dict:
@@ -107,13 +107,13 @@ def deepseek_files(config: JanusConfig) -> dict[str, dict]:
 
 
 def tower(vision: VisionSizes) -> dict[str, Any]:
-    """Return how DeepSeek's config.json names SigLIP."""
+    """Return the SigLIP entries of DeepSeek's config.json."""
     size = vision.image_size
     return {"image_size": size, "model_name": f"siglip_large_patch{vision.patch_size}_{size}"}
 
 
 def language_file(language: LlamaSizes, dtype: str) -> dict[str, Any]:
-    """Return the part of DeepSeek's config.json on the language model."""
+    """Return the language model's section of DeepSeek's config.json."""
     return {
         "model_type": "llama",
         **vars(language),
@@ -122,7 +122,7 @@ def language_file(language: LlamaSizes, dtype: str) -> dict[str, Any]:
 
 
 def processor_files(vision: VisionSizes) -> dict[str, dict]:
-    """Return the files of DeepSeek's processor."""
+    """Return the JSON files of DeepSeek's processor."""
     return {
         PREPROCESSOR: {
             "image_processor_type": "VLMImageProcessor",
@@ -148,14 +148,14 @@ def processor_files(vision: VisionSizes) -> dict[str, dict]:
 
 
 def transformers_files(config: JanusConfig, v: Vocabulary) -> dict[str, dict]:
-    """Return the files that JanusForConditionalGeneration reads beside weights and tokenizer.
+    """Return the JSON files that JanusForConditionalGeneration reads besides weights and tokenizer.
 
-    Raises ValueError for a model that its classes cannot be.
+    Raises ValueError for a model that its classes do not support.
     """
     language, vision, vq, width = config.language, config.vision, config.vq, config.language.hidden_size
     if config.codec != "vq" or (config.head_width or width) != width:
         raise ValueError(
-            "transformers' Janus has a VQ tokenizer and a code head as wide as its language model, and here are "
+            "transformers' Janus supports only model.codec=vq and a code head as wide as the language model, not "
             f"model.codec={config.codec} and model.head_width={config.head_width}; set model.export_layout=deepseek"
         )
     tokens = (vision.image_size // vision.patch_size) ** 2

@@ -1,4 +1,4 @@
-"""Autoregressive sampling of image codes with classifier-free guidance and a KV cache, and greedy replies."""
+"""Autoregressive sampling of image codes with classifier-free guidance, and greedy decoding of replies."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,18 +19,18 @@ from reca_kernels import TextSegment
 
 
 class SamplerNoise:
-    """The random choices of a sampler: functions of (seed of the image, step)."""
+    """Random numbers of the sampler, functions of (image seed, step)."""
 
     def __init__(self, seeds: Tensor):  # int64 [B]
         self.seeds, self.rng = seeds, CounterRNG(0)
 
     def code(self, step: int, probabilities: Tensor) -> Tensor:  # [B, K]
-        """Draw a code per image, int64 [B]."""
+        """Sample a code per image, int64 [B]."""
         return inverse_cdf(probabilities, self.rng.fold_in(step).uniform(RandomStream.TOKEN, self.seeds)[:, 0])
 
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:  # [B, K], [B] in [0, 1)
-    """Count the classes whose cumulative probability, formed in fp64, is at most u: int64 [B]."""
+    """Sample classes by inverting their cumulative probabilities, which are computed in fp64: int64 [B]."""
     sums = probabilities.double().cumsum(-1)
     index = torch.searchsorted(sums, (u.double() * sums[:, -1])[:, None], right=True)[:, 0]
     return index.clamp(max=probabilities.shape[-1] - 1)
@@ -45,20 +45,20 @@ def generate(
     temperature: float = 1.0,
     batch: int = 16,
 ) -> list[Tensor]:
-    """Generate images code by code (`sample_codes`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    """Generate images code by code (`sample_codes`), `batch` at a time. Seeds are in [0, 2**56)."""
     most, images = net.config.max_length - net.image_tokens + 1, []
     ids = [prompt.caption(net.tokens, text, net.vocabulary, most) for text in prompts]
     warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], most)
     for i in range(0, len(prompts), batch):
         noise = SamplerNoise(torch.tensor(seeds[i : i + batch], device=net.device))
         codes = sample_codes(net, ids[i : i + batch], noise, guidance=guidance, temperature=temperature)
-        images += list(to_uint8(net.gen_vision_model.decode(codes), floor=True))  # as the release
+        images += list(to_uint8(net.gen_vision_model.decode(codes), floor=True))  # as in the release
     return images
 
 
 @torch.no_grad()
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, temperature: float = 1.0) -> list[Tensor]:
-    """Draw images again code by code (`continue_codes`). Seeds lie in [0, 2**56)."""
+    """Reconstruct images code by code (`continue_codes`). Seeds are in [0, 2**56)."""
     noise, prompts = SamplerNoise(torch.tensor(seeds, device=net.device)), [reca_prompt(net, t) for t in batch.text]
     codes = continue_codes(net, prompts, noise, h_v, guidance=1, temperature=temperature)
     return list(to_uint8(net.gen_vision_model.decode(codes), floor=True))
@@ -67,14 +67,14 @@ def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, te
 @torch.no_grad()
 def sample_codes(
     net: Network,
-    prompts: list[list[int]],  # token ids, the last of them boi
+    prompts: list[list[int]],  # token ids, ending in boi
     noise: SamplerNoise,
     *,
     guidance: float = 5.0,
     temperature: float = 1.0,
     on_step=None,  # called with the guided logits [B, K] of each step
 ) -> Tensor:  # int64 [B, N]
-    """Generate codes of texts by `continue_codes`."""
+    """Generate the codes of an image per prompt with `continue_codes`."""
     given = [[TextSegment(ids)] for ids in prompts]
     return continue_codes(net, given, noise, guidance=guidance, temperature=temperature, on_step=on_step)
 
@@ -82,22 +82,22 @@ def sample_codes(
 @torch.no_grad()
 def continue_codes(
     net: Network,
-    prompts: Sequence[Sequence[prompt.Segment]],  # the last token of each is boi
+    prompts: Sequence[Sequence[prompt.Segment]],  # each ends in boi
     noise: SamplerNoise,
-    h_v: Tensor | None = None,  # [B, n, H], seen by both branches
+    h_v: Tensor | None = None,  # [B, n, H], used by both branches
     *,
     guidance: float,
     temperature: float,
     on_step=None,  # see sample_codes
 ) -> Tensor:  # int64 [B, N]
-    """Draw one code after another from all of the codebook; K/V of earlier rows are kept.
+    """Sample codes one by one from the whole codebook, with a KV cache.
 
-    guidance g mixes logits as uncond + g (cond - uncond); 1 runs no unconditional branch.
-    temperature divides them; 0 takes the likeliest code.
+    guidance g combines logits as uncond + g (cond - uncond); with g = 1 the unconditional branch does not run.
+    temperature divides the logits; 0 selects the most likely code.
     Raises ValueError for a temperature below 0.
     """
     if temperature < 0:
-        raise ValueError(f"temperature={temperature:g} must be at least 0; 0 takes the likeliest code")
+        raise ValueError(f"temperature={temperature:g} must be at least 0; 0 selects the most likely code")
     b, v, branches = len(prompts), net.vocabulary, 1 if guidance == 1 else 2
     given = prompt.layout([*prompts] * branches, v)
     given = prompt.drop(given, [False] * b + [True] * (b * (branches - 1)), 0, v).to(net.device)
@@ -125,7 +125,7 @@ def answer(
     batch: int = 64,
     ask: Callable[..., list[prompt.Segment]] = prompt.with_image,
 ) -> list[str]:
-    """Answer questions about images, greedy, `batch` at a time. ask: makes the prompt of one."""
+    """Answer questions about images by greedy decoding, `batch` at a time. ask: builds the prompt of a question."""
     v, view, replies = net.vocabulary, net.views("i2t").und, []
     asked = [
         ask(net.tokens, text, v, net.hv_tokens, net.config.system_prompt, net.config.max_length) for text in questions
@@ -139,7 +139,7 @@ def answer(
 
 
 def continue_text(net: SharedLlama, layout: prompt.Layout, h_v: Tensor, max_new_tokens: int) -> Tensor:
-    """Continue prompts by the likeliest tokens, int64 [B, n]."""
+    """Continue prompts by greedy decoding, int64 [B, n]."""
     language = net.language_model
     return greedy(
         language.model,

@@ -1,6 +1,6 @@
-"""Janus-Pro's weights: built from published files or at random, and written back.
+"""Janus-Pro's weights: load published files or initialise at random, and export.
 
-Parameter names here are DeepSeek's. transformers' layout renames them, splits qkv, and lacks what nothing reads.
+Parameter names here are DeepSeek's. transformers' layout has other names, splits qkv, and lacks unused tensors.
 """
 
 import re
@@ -27,14 +27,14 @@ from reca.models.janus.published import check_config, deepseek_files, transforme
 N = TypeVar("N", bound=Network)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# recipe key -> what there is to download
+# recipe key -> glob patterns of the files to download
 DOWNLOADS = {"weights": ["*.json", "*.safetensors", "*.bin"], "tokenizer": TOKENIZER}
-TRAINED = ("language_model.", "gen_embed.", "gen_aligner.", "gen_head.")  # of model.dtype; the other parts are fp32
+TRAINED = ("language_model.", "gen_embed.", "gen_aligner.", "gen_head.")  # parts in model.dtype; the others are fp32
 CODEBOOK = "gen_vision_model.quantize.embedding.weight"
 QKV = re.compile(r"(vision_model\.vision_tower\.blocks\.\d+\.attn)\.qkv\.(weight|bias)")
 POSITIONS = "vision_model.vision_tower.pos_embed"  # [1, n, C]; [n, C] in transformers
 DROPPED = re.compile(r"vision_model\.vision_tower\.attn_pool\..*|gen_vision_model\.quantize\.codebook_used")
-# DeepSeek's names -> transformers'. The first pattern that fits counts.
+# DeepSeek's names -> transformers'. The first matching pattern applies.
 _NAMES = [
     (r"^vision_model\.vision_tower\.pos_embed$", "model.vision_model.embeddings.position_embedding.weight"),
     (r"^vision_model\.vision_tower\.patch_embed\.proj\.", "model.vision_model.embeddings.patch_embedding."),
@@ -70,9 +70,9 @@ _NAMES = [
 
 
 def load(cls: type[N], config: JanusConfig) -> N:
-    """Build the model on the CPU; random where `config.weights` is null, and from files otherwise.
+    """Build the model on the CPU, from files or, if `config.weights` is None, with random weights.
 
-    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, source)
@@ -91,33 +91,33 @@ def load(cls: type[N], config: JanusConfig) -> N:
 
 
 def assign_published(net: Network, state: Mapping[str, Tensor], source: str) -> None:
-    """Make a published file's tensors the model's, whichever of the two layouts it has."""
+    """Assign the tensors of a published file, in either layout, to the model."""
     if any(name.startswith("model.") for name in state):
         state = from_transformers(state, net.state_dict())
     assign_state_dict(net, state, source, lambda name: kept_dtype(net.config, name))
 
 
 def kept_dtype(config: JanusConfig, name: str) -> torch.dtype:
-    """Return the type that a parameter is kept in."""
+    """Return the dtype of a parameter."""
     return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
 
 
 def build_meta(cls: type[N], config: JanusConfig) -> N:
-    """Build what `load` does, with weights of any value."""
+    """Build the model that `load` builds, without reading weights."""
     net = cls(config, load_tokenizer(replace(config, tokenizer=None), None))
     for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to cannot, of tensors without memory
+        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to does not support fake tensors
     return net
 
 
 @dataclass(frozen=True)
 class TokenizerNeeds:
-    """What a model asks of its tokenizer.
+    """A model's requirements on its tokenizer.
 
     tokens   control tokens
-    words    what prompts add to the user's text
-    model    its name for people
-    example  a hub id that has one
+    words    words that prompts add to the user's text
+    model    display name of the model
+    example  hub id of a suitable tokenizer
     """
 
     tokens: tuple[str, ...] = prompt.SPECIAL_TOKENS
@@ -129,10 +129,10 @@ class TokenizerNeeds:
 def load_tokenizer(
     config: Any, source: Path | None, needs: TokenizerNeeds = TokenizerNeeds()
 ) -> PreTrainedTokenizerBase:
-    """Read the tokenizer, or make one of words. Raises ValueError when there is none, or one that does not fit.
+    """Load the tokenizer, or build a word tokenizer for a random model. Raises ValueError if it is missing or unfit.
 
-    The published one is a byte-level BPE whose files name Llama's class, which some versions of transformers rebuild
-    with Llama's own rules, so its tokenizer.json is taken as it is.
+    The published tokenizer is a byte-level BPE whose files name Llama's class, which some versions of transformers
+    rebuild with Llama's own rules. Its tokenizer.json is therefore loaded unchanged.
     """
     if config.tokenizer:
         source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")
@@ -140,7 +140,7 @@ def load_tokenizer(
         folder = beside(source)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"{folder.absolute()} holds no tokenizer.json; give model.tokenizer, such as "
+                f"{folder.absolute()} holds no tokenizer.json; set model.tokenizer, such as "
                 f"model.tokenizer={needs.example}"
             )
         tokenizer = read_tokenizer(folder, as_is=True)
@@ -162,7 +162,7 @@ def transformers_name(name: str) -> str:
 
 
 def transformers_names(name: str) -> list[str]:
-    """Return the names of what becomes of a tensor in transformers' layout: three of qkv, none of what it lacks."""
+    """Return a tensor's names in transformers' layout: three for qkv, none for tensors that it lacks."""
     if DROPPED.fullmatch(name):
         return []
     if match := QKV.fullmatch(name):
@@ -171,10 +171,10 @@ def transformers_names(name: str) -> list[str]:
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to transformers' layout.
+    """Convert to transformers' layout.
 
-    Its VQ encoder compares codebook rows as they are stored, so they are stored at length 1, which finds DeepSeek's
-    codes; its decoder makes them that length in any case.
+    transformers' VQ encoder does not normalise codebook entries before comparison, so they are normalised here, which
+    gives DeepSeek's codes. Its decoder normalises them anyway.
     """
     made: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -188,9 +188,9 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename from transformers' layout to the names of `wanted`. What that layout lacks, and nothing reads, is 0.
+    """Convert from transformers' layout to the names of `wanted`. Unused tensors, which that layout lacks, are 0.
 
-    Names that belong to nothing stay, so that loading reports them.
+    Unknown names are kept, so that loading reports them.
     """
     made, left = {}, dict(state)
     for name, tensor in wanted.items():
@@ -205,7 +205,7 @@ def from_transformers(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
 
 
 def loading(config: JanusConfig) -> str:
-    """Say how an export is loaded by DeepSeek's code, or by transformers."""
+    """Return the model card's sentence on how DeepSeek's code or transformers loads an export."""
     if config.export_layout == "transformers":
         return "`transformers.JanusForConditionalGeneration.from_pretrained(FOLDER)` loads this folder."
     return (
@@ -215,7 +215,7 @@ def loading(config: JanusConfig) -> str:
 
 
 def export(net: Network, folder: Path) -> list[str]:
-    """Write a published folder in the layout of model.export_layout. Raises ValueError for what that cannot be."""
+    """Write a folder in the layout of model.export_layout. Raises ValueError if the layout cannot express the model."""
     with export_to(folder) as out:
         if net.config.export_layout == "deepseek":
             out.pickled("pytorch_model.bin", net.state_dict())

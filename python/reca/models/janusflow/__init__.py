@@ -1,5 +1,5 @@
-"""JanusFlow: SigLIP for what it sees, rectified flow in SDXL's latents for what it draws, one causal Llama (Ma et al.,
-arXiv 2411.07975).
+"""JanusFlow: one causal Llama with SigLIP for understanding and rectified flow on SDXL's latents for generation (Ma et
+al., arXiv 2411.07975).
 """
 
 from reca.models.janusflow.config import JanusFlowConfig as Config

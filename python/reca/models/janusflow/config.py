@@ -1,4 +1,4 @@
-"""Recipe keys of JanusFlow. The defaults are the published 1.3B."""
+"""Recipe keys of JanusFlow. The defaults are those of the published 1.3B model."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -21,39 +21,39 @@ class AutoencoderSizes:
     block_out_channels: list[int] = count(lambda: [128, 256, 512, 512], "channels per level, outermost first")
     layers_per_block: int = count(2, "residual blocks per encoder level; a decoder level has one more")
     latent_channels: int = count(4, "channels of a latent")
-    scaling_factor: float = config_field(0.13025, "latents are multiplied by this", above=0)
+    scaling_factor: float = config_field(0.13025, "factor of the latents", above=0)
 
 
 @dataclass
 class JanusFlowConfig:
     weights: Optional[str] = config_field(None, "hub id or folder of JanusFlow; null: random", path=HUB)
     codec_weights: Optional[str] = config_field(
-        None, "hub id or folder of SDXL's autoencoder in diffusers layout; null: beside weights", path=HUB
+        None, "hub id or folder of SDXL's autoencoder in diffusers layout; null: in the folder of weights", path=HUB
     )
     tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the tokenizer; null: that of weights, `words` without weights", path=HUB
     )
-    words: list[str] = config_field(list, "vocabulary of the word tokenizer that a random model uses")
+    words: list[str] = config_field(list, "vocabulary of the word tokenizer of a random model")
     dtype: str = config_field(
         "fp32",
-        "type that language model, generation encoder and decoder are kept in; the rest is fp32",
+        "dtype of language model, generation encoder and decoder; the rest is fp32",
         ("fp32", "bf16"),
     )
     image_size: int = pixels(384, "size in pixels of a generated image")
-    max_length: int = count(4096, "most tokens of a training sequence; texts are cut to it (the paper's context)")
+    max_length: int = count(4096, "maximum tokens of a training sequence; texts are truncated (the paper's context)")
     system_prompt: str = config_field(SYSTEM_PROMPT, "text before a conversation about an image")
     reca_system_prompt: str = config_field(
-        "", "text before the image in RECA; empty as in text-to-image, which has none"
+        "", "text before the image in RECA; empty by default, as in text-to-image prompts"
     )
-    reca_drop: float = share(0.1, "share of samples that lose h_v and template in RECA, for guidance")
-    caption_drop: float = share(0.1, "share of captions that text-to-image training drops, for guidance")
-    hv_blur: int = count(1, "RECA: shrink by this and resize back what h_v is made of (a tighter bottleneck)")
+    reca_drop: float = share(0.1, "share of samples whose h_v and template are dropped in RECA, for guidance")
+    caption_drop: float = share(0.1, "share of captions dropped in text-to-image training, for guidance")
+    hv_blur: int = count(1, "RECA: shrink the encoder's input by this factor and resize it back, a bottleneck")
     language: LlamaSizes = config_field(LlamaSizes, "")
     vision: VisionSizes = config_field(VisionSizes, "")
     generation: GenerationSizes = config_field(GenerationSizes, "")
     codec: str = config_field(
-        "sdxl", "image autoencoder: sdxl, or patches (linear; stands in for it in the toy world)", ("sdxl", "patches")
+        "sdxl", "image autoencoder: sdxl, or patches (linear, for toy datasets)", ("sdxl", "patches")
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "sdxl's sizes")
     patches: PatchSizes = config_field(PatchSizes, "patches' sizes")
-    seed: int = config_field(0, "of a random initialisation", least=0)
+    seed: int = config_field(0, "seed of a random initialisation", least=0)

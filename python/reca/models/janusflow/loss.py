@@ -1,4 +1,4 @@
-"""JanusFlow's losses: flow matching of an image's latents (reca, t2i), and cross-entropy of replies (i2t)."""
+"""JanusFlow's losses: flow matching on an image's latents (reca, t2i), and cross-entropy on replies (i2t)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +20,16 @@ from reca_kernels import IGNORE_INDEX, TextSegment, flow_matching_add_noise, flo
 
 @dataclass(frozen=True)
 class Prepared(janus.Prepared):
-    """A batch's sequences. weight: images, or labelled tokens of replies.
+    """A batch's sequences. weight: number of images, or of labelled tokens of replies.
 
-    sample_ids  int64 [B], global ids
+    sample_ids  int64 [B], global sample ids
     """
 
     sample_ids: Tensor
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Lay out the sequences of a batch and draw which of them lose their condition."""
+    """Lay out the sequences of a batch and draw which conditions are dropped."""
     v, config, ids = net.vocabulary, net.config, batch.host_ids
     if batch.task == "i2t":
         talks = [
@@ -45,23 +45,23 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def reca_prompt(net: Network, text: str) -> list[Segment]:
-    """Give an image and a template."""
+    """Build RECA's prompt: image and template."""
     system, most = net.config.reca_system_prompt, longest_prompt(net)
     return prompt.with_image(net.tokens, text, net.vocabulary, net.hv_tokens, system, most)
 
 
 def t2i_prompt(net: Network, text: str) -> list[Segment]:
-    """Give a caption."""
+    """Build the prompt of a caption."""
     return [TextSegment(prompt.caption(net.tokens, text, net.vocabulary, longest_prompt(net)))]
 
 
 def longest_prompt(net: Network) -> int:
-    """Count the tokens that the context leaves for a prompt."""
+    """Return the maximum number of prompt tokens."""
     return net.config.max_length - net.image_tokens - 1
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum the mean squared error of the velocity over images, or the cross-entropy over the tokens of replies."""
+    """Compute the sum of the velocity's MSE over images, or of the cross-entropy over labelled tokens of replies."""
     if prepared.task == "i2t":
         return LossTerm.of(*janus.reply_loss(net, prepared, features["h_v"]))
     assert isinstance(prepared.layout, Layout)
@@ -76,13 +76,13 @@ def flow_loss(
     layout: Layout,
     h_v: Tensor | None,  # [B, n, H]
     latents: Tensor,  # [B, C, H, W]
-    sample_ids: Tensor,  # int64 [B], global ids
+    sample_ids: Tensor,  # int64 [B], global sample ids
     rng: CounterRNG,
 ) -> Tensor:
-    """Compute the mean squared error of the velocity per sample, fp32 [B].
+    """Compute the MSE of the velocity per sample, fp32 [B].
 
-    JanusFlow's time is 0 for noise and 1 for an image, and its velocity leads from noise to image. The kernel counts
-    the other way.
+    JanusFlow's time is 0 for noise and 1 for an image, and its velocity is image - noise. The kernel has the opposite
+    convention.
     """
     level, noise = noise_level(rng, sample_ids), rng.noise(RandomStream.NOISE, sample_ids)
     noisy = flow_matching_add_noise(latents, level, noise)
@@ -91,7 +91,7 @@ def flow_loss(
 
 
 def noise_level(rng: CounterRNG, sample_ids: Tensor) -> Tensor:
-    """Draw the noise level per sample, fp32 [B]: logit-normal, as the paper says (section 3.4)."""
+    """Draw the noise level per sample, fp32 [B], from a logit-normal distribution (paper, section 3.4)."""
     return rng.normal(RandomStream.TIMESTEP, sample_ids)[:, 0].sigmoid()
 
 

@@ -1,4 +1,4 @@
-"""JanusFlow as an Adapter: one Llama understands and generates; SigLIP and SDXL's autoencoder are frozen."""
+"""JanusFlow's Adapter: one Llama understands and generates; SigLIP and SDXL's autoencoder are frozen."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class JanusFlow(Network, Adapter):
     abilities = frozenset({"generate", "reconstruct", "answer"})
     trainable_roles = frozenset({"shared_lm", "bridge", "gen_head"})
     encoder_roles = frozenset({"und_encoder", "codec"})
-    understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge leads to generation
+    understanding_roles = frozenset({"und_encoder", "shared_lm", "embed"})  # the bridge is used by generation only
     condition_keys = ("h_v",)
 
     @classmethod
@@ -52,21 +52,21 @@ class JanusFlow(Network, Adapter):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 30) -> list[Tensor]:
-        """Draw images again by Euler's method (`sampling.denoise`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images with Euler's method (`sampling.denoise`). Seeds are in [0, 2**56)."""
         return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, steps=steps)
 
     def answer(self, images: list[Tensor], questions: list[str], max_new_tokens: int = 100) -> list[str]:
         return answer(self, images, questions, max_new_tokens, ask=prompt.with_image)
 
     def export(self, folder: Path) -> list[str]:
-        """Write the files that DeepSeek's code reads, and a codec that exists nowhere else into a folder of its own."""
+        """Write the files that DeepSeek's code reads, and a codec without a published source into a subfolder."""
         return weights.export(self, folder)
 
     def roles(self) -> dict[str, str]:
         return {name: _role(name) for name, _ in self.named_parameters()}
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Say whether weight decay applies: to matrices, and not to the vectors that are stored as [1, 1, 1, C]."""
+        """Tell whether weight decay applies: to matrices, not to vectors, some of which are stored as [1, 1, 1, C]."""
         return parameter.ndim >= 2 and ".channelwise_norm." not in name
 
     def encoders(self) -> list[nn.Module]:

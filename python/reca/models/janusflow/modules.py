@@ -1,4 +1,4 @@
-"""JanusFlow's modules under DeepSeek's names: latents to rows of the language model and back, all parts together."""
+"""JanusFlow's modules under DeepSeek's names: generation encoder and decoder, and the whole network."""
 
 import functools
 from typing import Any
@@ -19,12 +19,12 @@ from reca.models.janusflow import prompt
 from reca.models.janusflow.config import GenerationSizes, JanusFlowConfig
 from reca.models.janusflow.prompt import Layout
 
-PATCH = 2  # latents of a token in height and width: the published encoder halves each side, and the decoder doubles it
-TIMES = 1000  # what the time embedding is given for a time of 1
+PATCH = 2  # latents per token in height and width: the published encoder halves each side, the decoder doubles it
+TIMES = 1000  # input of the time embedding for a time of 1
 
 
 class ResponseNorm(nn.Module):
-    """ConvNeXt V2's global response normalisation: a channel against the others, over the whole image."""
+    """ConvNeXt V2's global response normalisation: scales channels by their norm relative to the mean over channels."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -36,7 +36,7 @@ class ResponseNorm(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """A ConvNeXt V2 block; its output is scaled and shifted by the time."""
+    """A ConvNeXt V2 block whose output is modulated by the time embedding."""
 
     def __init__(self, width: int, time_width: int, eps: float):
         super().__init__()
@@ -55,7 +55,7 @@ class ConvNextBlock(nn.Module):
 
 
 class Blocks(nn.Module):
-    """ConvNeXt blocks at their place among the published names."""
+    """ConvNeXt blocks under their published names."""
 
     def __init__(self, blocks: int, width: int, time_width: int, eps: float):
         super().__init__()
@@ -68,7 +68,7 @@ class Blocks(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Latents and a time to features: the way into the language model."""
+    """The generation encoder: maps latents and a time to features for the language model."""
 
     def __init__(self, sizes: GenerationSizes, channels: int, time_width: int):
         super().__init__()
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         self.mid_block = Blocks(sizes.encoder_blocks, sizes.width, time_width, sizes.norm_eps)
 
     def forward(self, latents: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:  # [B, C, H, W], fp32 [B] in [0, 1]
-        """Return features [B, width, h, w] and the embedding of the time [B, T]."""
+        """Return features [B, width, h, w] and the time embedding [B, T]."""
         waves = get_timestep_embedding(time * TIMES, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
         embedded = self.time_embed(waves.to(self.in_conv.weight.dtype))
         return self.mid_block(self.in_conv(latents.to(self.in_conv.weight.dtype)), embedded), embedded
@@ -94,7 +94,7 @@ class Unpatchify(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What the language model makes of latents, with the encoder's features beside it, to a velocity."""
+    """The generation decoder: maps the language model's states and the encoder's features to a velocity."""
 
     def __init__(self, sizes: GenerationSizes, channels: int, time_width: int):
         super().__init__()
@@ -116,13 +116,13 @@ def codec(config: JanusFlowConfig) -> KlCodec | PatchMoments:
 
 
 def check_sizes(config: JanusFlowConfig, factor: int) -> None:
-    """Raise ValueError for images that are not whole tokens. factor: pixels of a latent."""
+    """Raise ValueError for image sizes that are not whole tokens. factor: pixels per latent in height and width."""
     check_side("model.image_size", config.image_size, factor * PATCH)
     check_side("model.vision.image_size", config.vision.image_size, config.vision.patch_size)
 
 
 class Network(SharedLlama):
-    """JanusFlow's parts under DeepSeek's names, and the codec, which is published apart."""
+    """JanusFlow's modules under DeepSeek's names, and the codec, which is published separately."""
 
     @in_fp32
     def __init__(self, config: JanusFlowConfig, tokenizer: PreTrainedTokenizerBase):
@@ -144,12 +144,12 @@ class Network(SharedLlama):
 
     @property
     def side(self) -> int:
-        """Latents of an image in height and width."""
+        """Return the latents of an image per side."""
         return self.config.image_size // self.codec.factor
 
     @property
     def image_tokens(self) -> int:
-        """Count the rows of an image's latents, n; the row of the time stands before them."""
+        """Return the number of tokens of an image's latents, n, without the time token before them."""
         return (self.side // PATCH) ** 2
 
     @torch.no_grad()
@@ -160,29 +160,29 @@ class Network(SharedLlama):
         return {"moments": self.codec.encode(pixels)}
 
     def understood(self, h_v: Tensor) -> Tensor:  # [B, n, H]
-        """Put the embedding that begins an image before it; the release gives it no gradient."""
+        """Prepend the `begin` embedding to h_v, [B, 1 + n, H]; it has no gradient, as in the release."""
         begin = self.beg_of_und_embed.detach().to(h_v.dtype)
         return torch.cat((begin.expand(len(h_v), 1, -1), h_v), dim=1)
 
     def image_rows(self, latents: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Make the rows of noisy latents.
+        """Compute the input embeddings of noisy latents.
 
         latents  [B, C, H, W]
         time     fp32 [B], 0 for noise and 1 for an image
 
-        Returns rows [B, 1 + n, H], of them the time's first; and what `velocity` reads beside what becomes of them:
-        features [B, width, h, w] and the time's embedding [B, H].
+        Returns embeddings [B, 1 + n, H], of which the first is the time's; and further inputs of `velocity`: features
+        [B, width, h, w] and the time embedding [B, H].
         """
         features, embedded = self.vision_gen_enc_model(latents, time)
         rows = self.vision_gen_enc_aligner(features.flatten(2).transpose(1, 2))
         return torch.cat((embedded[:, None], rows), dim=1), features, embedded
 
     def velocity(self, hidden: Tensor, features: Tensor, embedded: Tensor) -> Tensor:  # [B, n, H], see image_rows
-        """Make the velocity, from noise to image, of the last hidden states of latents: [B, C, H, W]."""
+        """Compute the velocity from noise to image, [B, C, H, W], from the last hidden states of latents."""
         rows = self.vision_gen_dec_aligner(self.vision_gen_dec_aligner_norm(hidden))
         return self.vision_gen_dec_model(rows, features, embedded)
 
     def predict_velocity(self, layout: Layout, h_v: Tensor | None, latents: Tensor, time: Tensor) -> Tensor:
-        """Predict the velocity of noisy latents behind prompts, [B, C, H, W]."""
+        """Predict the velocity of noisy latents conditioned on prompts, [B, C, H, W]."""
         rows, *beside = self.image_rows(latents, time)
         return self.velocity(self.hidden(layout, h_v, rows)[:, -self.image_tokens :], *beside)

@@ -1,12 +1,12 @@
-"""JanusFlow's sequences, causal from end to end and padded on the left.
+"""JanusFlow's sequences, with causal attention and padded on the left.
 
     t2i   bos User: caption \n\n Assistant: | time latents
     reca  bos User: begin h_v eoi \n template \n\n Assistant: | time latents
     i2t   bos system \n\n User: begin h_v eoi \n question \n\n Assistant: answer eos …
 
-`begin` is an embedding of its own in the place of boi, and the embedding of the time stands where text-to-image prompts
-end in boi. Who speaks is said in words of the vocabulary. Of a prompt without its condition only bos is seen; what is
-behind it keeps its place, so that positions count on.
+`begin` is a learned embedding in place of boi, and the time embedding takes the place of the boi that ends Janus-Pro's
+text-to-image prompts. Speakers are ordinary words of the vocabulary. In an unconditional prompt, only bos is attended
+to; the other tokens remain as padding, so that position ids are the same.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ WORDS = (USER, ASSISTANT, *janus.WORDS)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Vocabulary:
-    """Look up the ids of control tokens, and of the words for who speaks."""
+    """Look up the ids of control tokens, and of the speakers' names."""
     bos, eos, pad, boi, eoi, image = map(tokenizer.convert_tokens_to_ids, SPECIAL_TOKENS)
     return Vocabulary(bos, eos, pad, boi, eoi, image, tuple(tokens(USER)), tuple(tokens(ASSISTANT)))
 
 
 @dataclass(frozen=True)
 class Layout(janus.Layout):
-    """A batch of prompts, and of the images behind them.
+    """A batch of prompts, possibly followed by images.
 
-    unseen  per sample how many rows behind bos are not seen: none, or the whole condition
+    unseen  per sample, the number of tokens after bos that are not attended to: 0, or the whole condition
     """
 
     unseen: tuple[int, ...]
 
     def spans(self) -> list[tuple[AttentionSpan, ...]]:
-        """Return per sample what its rows see."""
+        """Return the attention spans of each sample."""
         found = []
         for spans, unseen in zip(super().spans(), self.unseen, strict=True):
             *padding, own = spans
@@ -50,12 +50,12 @@ class Layout(janus.Layout):
         return found
 
     def behind(self, rows: int) -> list[tuple[AttentionSpan, ...]]:
-        """Return what `rows` rows behind these see, whose keys and values are cached."""
+        """Return the attention spans of `rows` tokens that follow these, which are in the KV cache."""
         return [(*(span._replace(cached=True) for span in spans), AttentionSpan(rows)) for spans in self.spans()]
 
 
 def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], v: Vocabulary, rows: int = 0) -> Layout:
-    """Lay out prompts as one batch, and `rows` rows of an image behind each. dropped: which lose their condition."""
+    """Lay out prompts, each followed by `rows` tokens of an image, as one batch. dropped: the unconditional samples."""
     images = [VisualSegment(rows)] if rows else []
     made = janus.layout([[*prompt, *images] for prompt in prompts], v)
     unseen = tuple(length - rows - 1 if gone else 0 for length, gone in zip(made.lengths, dropped, strict=True))
@@ -63,26 +63,26 @@ def image_layout(prompts: Sequence[Sequence[Segment]], dropped: Sequence[bool], 
 
 
 def caption(tokens: Tokens, text: str, v: Vocabulary, most: int | None = None) -> list[int]:
-    """Ask for the image of a caption. most: as in Janus-Pro."""
+    """Build the prompt for the image of a caption. most: as in Janus-Pro."""
     return janus.caption(tokens, text, v, None if most is None else most + 1)[:-1]
 
 
 def with_image(
     tokens: Tokens, text: str, v: Vocabulary, hv_tokens: int, system: str = "", most: int | None = None
 ) -> list[Segment]:
-    """Give an image and a text, and begin the reply. most: as in Janus-Pro."""
+    """Build the prompt of an image and a text, up to the start of the reply. most: as in Janus-Pro."""
     return _begun(janus.with_image(tokens, text, v, hv_tokens, system, most))
 
 
 def conversation(
     tokens: Tokens, turns: Sequence[Turn], v: Vocabulary, hv_tokens: int, system: str, most: int
 ) -> list[Segment]:
-    """Label a conversation about an image, cut to `most` tokens: the answers and the eos behind each are learned."""
+    """Build a conversation about an image, truncated to `most` tokens; answers and their eos are labelled."""
     return _begun(janus.conversation(tokens, turns, v, hv_tokens, system, most))
 
 
 def _begun(given: Sequence[Segment]) -> list[Segment]:
-    """Take boi from before an image: its row is one of the image's."""
+    """Replace the boi before an image by one more row of the image, for `begin`."""
     before, image, said = given
     assert isinstance(before, TextSegment) and isinstance(image, VisualSegment)
     return [TextSegment(before.ids[:-1]), VisualSegment(image.n + 1), said]

@@ -1,4 +1,4 @@
-"""Euler's method along the flow, with classifier-free guidance, and with the K/V of prompts kept."""
+"""Euler's method on the flow, with classifier-free guidance and the prompts in a KV cache."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from reca_kernels import attention_plan
 def generate(
     net: Network, prompts: list[str], seeds: list[int], *, steps: int = 30, guidance: float = 2.0, batch: int = 16
 ) -> list[Tensor]:
-    """Generate images by Euler's method (`denoise`), `batch` at a time. Seeds lie in [0, 2**56)."""
+    """Generate images with Euler's method (`denoise`), `batch` at a time. Seeds are in [0, 2**56)."""
     given, images = [t2i_prompt(net, text) for text in prompts], []
     warn_of_cut([prompt.caption(net.tokens, text, net.vocabulary) for text in prompts], longest_prompt(net))
     for i in range(0, len(prompts), batch):
@@ -29,20 +29,20 @@ def generate(
 
 
 def reconstruct(net: Network, batch: Batch, h_v: Tensor, seeds: list[int], *, steps: int = 30) -> list[Tensor]:
-    """Draw images again by Euler's method (`denoise`), without guidance. Seeds lie in [0, 2**56)."""
+    """Reconstruct images with Euler's method (`denoise`), without guidance. Seeds are in [0, 2**56)."""
     return draw(net, [reca_prompt(net, text) for text in batch.text], h_v, seeds, steps=steps, guidance=1.0)
 
 
 def draw(
     net: Network, prompts: list[list[Segment]], h_v: Tensor | None, seeds: list[int], *, steps: int, guidance: float
 ) -> list[Tensor]:
-    """Generate uint8 [3, S, S] per prompt. Each image's start noise is a function of its seed alone."""
+    """Generate an image per prompt, uint8 [3, S, S]. The initial noise of an image depends on its seed only."""
     shape = (net.codec.channels, net.side, net.side)
     one = torch.zeros(1, dtype=torch.int64, device=net.device)
     n = shape[0] * shape[1] * shape[2]
     start = torch.cat([CounterRNG(seed).normal(RandomStream.NOISE, one, n).view(1, *shape) for seed in seeds])
     latents = denoise(net, prompts, h_v, start, steps=steps, guidance=guidance)
-    return list(to_uint8(net.codec.decode(latents), floor=True))  # as the release
+    return list(to_uint8(net.codec.decode(latents), floor=True))  # as in the release
 
 
 @torch.no_grad()
@@ -56,10 +56,9 @@ def denoise(
     guidance: float,
     on_step=None,  # called with the guided velocity [B, C, H, W] of each step
 ) -> Tensor:  # fp32 [B, C, H, W]
-    """Follow the velocity from noise to latents in equal steps.
+    """Integrate the velocity from noise to latents in equal steps.
 
-    guidance g mixes velocities as uncond + g (cond - uncond); 1 runs no unconditional branch.
-    Raises ValueError for fewer steps than one.
+    guidance g combines velocities as uncond + g (cond - uncond); with g = 1 the unconditional branch does not run.
     """
     b, v, model, rows = len(prompts), net.vocabulary, net.language_model.model, net.image_tokens + 1
     branches = 1 if guidance == 1 else 2
@@ -80,7 +79,7 @@ def denoise(
         time = torch.full((b * branches,), step / steps, dtype=torch.float32, device=net.device)
         image, *beside = net.image_rows(z.repeat(branches, 1, 1, 1), time)
         hidden = model(inputs_embeds=image, position_ids=positions, plan=behind, **cached).last_hidden_state
-        cache.crop(-rows)  # back to the prompts
+        cache.crop(-rows)  # keep the prompts only
         velocity = net.velocity(hidden[:, 1:], *beside).float()
         if branches == 2:
             cond, uncond = velocity.chunk(2)

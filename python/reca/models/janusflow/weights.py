@@ -1,6 +1,6 @@
-"""JanusFlow's weights: built from published files or at random, and written back.
+"""JanusFlow's weights: load published files or initialise at random, and export.
 
-Parameter names here are DeepSeek's. SDXL's autoencoder is published by itself, in diffusers' layout.
+Parameter names here are DeepSeek's. SDXL's autoencoder is published separately, in diffusers' layout.
 """
 
 import logging
@@ -28,27 +28,27 @@ N = TypeVar("N", bound=Network)
 log = logging.getLogger("reca")
 
 CODEC = "diffusion_pytorch_model.safetensors"
-CODEC_FOLDER = "vae"  # of an export
-# recipe key -> what there is to download
+CODEC_FOLDER = "vae"  # subfolder of an export
+# recipe key -> glob patterns of the files to download
 DOWNLOADS = {
     "weights": ["*.json", "*.safetensors"],
     "codec_weights": ["config.json", CODEC],
     "tokenizer": TOKENIZER,
 }
-TRAINED = ("language_model.", "vision_gen_")  # of model.dtype; the other parts are fp32
+TRAINED = ("language_model.", "vision_gen_")  # parts in model.dtype; the others are fp32
 NEEDS = TokenizerNeeds(prompt.SPECIAL_TOKENS, prompt.WORDS, "JanusFlow", "deepseek-ai/JanusFlow-1.3B")
 
 
 def load(cls: type[N], config: JanusFlowConfig) -> N:
-    """Build the model on the CPU; random where `config.weights` is null, and from files otherwise.
+    """Build the model on the CPU, from files or, if `config.weights` is None, with random weights.
 
-    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     source = fetch(config.weights, DOWNLOADS["weights"]) if config.weights else None
     tokenizer = load_tokenizer(config, source, NEEDS)
     if source is None:
         if config.codec_weights:
-            raise ValueError("model.codec_weights needs model.weights, which is null")
+            raise ValueError("model.codec_weights needs model.weights, which is null; set both or neither")
         with init_random(config.seed):
             net = cls(config, tokenizer)
         for name, parameter in net.named_parameters():
@@ -65,23 +65,23 @@ def load(cls: type[N], config: JanusFlowConfig) -> N:
 
 
 def assign_published(net: Network, state: Mapping[str, Tensor], codec: Mapping[str, Tensor], source: str) -> None:
-    """Make the tensors of DeepSeek's file the model's, and those of its codec's file."""
+    """Assign the tensors of DeepSeek's file and of the codec's file to the model."""
     prefix = codec_prefix(net)
     whole = {**state, **{f"{prefix}{name}": tensor for name, tensor in renew_attention(codec).items()}}
     assign_state_dict(net, whole, source, lambda name: kept_dtype(net.config, name))
 
 
 def codec_prefix(net: Network) -> str:
-    """Return what stands before the names of the codec's own file."""
+    """Return the prefix of the codec's parameter names."""
     return "codec.autoencoder." if isinstance(net.codec, KlCodec) else "codec."
 
 
 def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
-    """Read the codec's tensors from its folder, or from that of an export."""
+    """Read the codec's tensors from its folder, or from its subfolder of an export."""
     folder = source / CODEC_FOLDER if (source / CODEC_FOLDER).is_dir() else source
     if not (folder / CODEC).is_file():
         raise ValueError(
-            f"{folder.absolute()} holds no {CODEC}; give model.codec_weights, such as "
+            f"{folder.absolute()} holds no {CODEC}; set model.codec_weights, such as "
             "model.codec_weights=stabilityai/sdxl-vae"
         )
     if config.codec == "sdxl" and (folder / "config.json").is_file():
@@ -91,15 +91,15 @@ def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
 
 
 def kept_dtype(config: JanusFlowConfig, name: str) -> torch.dtype:
-    """Return the type that a parameter is kept in."""
+    """Return the dtype of a parameter."""
     return DTYPES[config.dtype] if name.startswith(TRAINED) else torch.float32
 
 
 def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
-    """Build what `load` does, with weights of any value."""
+    """Build the model that `load` builds, without reading weights."""
     net = cls(config, load_tokenizer(replace(config, tokenizer=None), None, NEEDS))
     for name, parameter in net.named_parameters():
-        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to cannot, of tensors without memory
+        parameter.data = parameter.data.to(kept_dtype(config, name))  # Module.to does not support fake tensors
     return net
 
 
@@ -107,10 +107,9 @@ def build_meta(cls: type[N], config: JanusFlowConfig) -> N:
 
 
 def check_files(folder: Path, config: JanusFlowConfig) -> None:
-    """Raise ValueError when config.json of a published folder says something else than the recipe.
+    """Raise ValueError if the config.json of a published folder contradicts the recipe.
 
-    Pixels that the folder's code would make otherwise are logged alone: the published preprocessor_config.json has not
-    been seen.
+    Different preprocessing of pixels is only logged, since the published preprocessor_config.json was not available.
     """
     path, preprocessor = folder / "config.json", folder / PREPROCESSOR
     found = read_json(path) if path.is_file() else {}
@@ -126,17 +125,17 @@ def check_files(folder: Path, config: JanusFlowConfig) -> None:
 
 
 def warn_of_pixels(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Log what a published file says of pixels to understand that is not what is done here."""
+    """Warn of preprocessing values in a published file that differ from those used here."""
     for key, value in wanted.items():
         if found.get(key) not in (None, value):
             log.warning(
-                "%s has %s %s, and here it is %s: h_v and answers differ from those of DeepSeek's code",
+                "%s has %s %s, but %s is used here: h_v and answers will differ from those of DeepSeek's code",
                 path, key, found[key], value,
             )  # fmt: skip
 
 
 def described(config: JanusFlowConfig) -> list[tuple[str, Any, str]]:
-    """List (place in config.json, value, recipe key) of sizes."""
+    """Return the sizes as tuples (path in config.json, value, recipe key)."""
     language, sizes, channels = config.language, config.generation, latent_channels(config)
     encoder, decoder = "vision_gen_enc_config.params", "vision_gen_dec_config.params"
     keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -158,14 +157,14 @@ def described(config: JanusFlowConfig) -> list[tuple[str, Any, str]]:
 
 
 def latent_channels(config: JanusFlowConfig) -> tuple[int, str]:
-    """Return the channels of a latent, and the recipe key that says so."""
+    """Return the channels of a latent, and the recipe key that sets them."""
     if config.codec == "sdxl":
         return config.autoencoder.latent_channels, "model.autoencoder.latent_channels"
     return config.patches.channels, "model.patches.channels"
 
 
 def published_files(config: JanusFlowConfig) -> dict[str, dict]:
-    """Return the files that the package `janus.janusflow` reads beside weights and tokenizer."""
+    """Return the JSON files that the package `janus.janusflow` reads besides weights and tokenizer."""
     language, sizes, (channels, _) = config.language, config.generation, latent_channels(config)
     both = {"block_out_channels": [sizes.width], "hidden_size": language.hidden_size, "norm_eps": sizes.norm_eps,
             "use_bias": True, "use_mid_block": True}  # fmt: skip
@@ -195,17 +194,17 @@ def published_files(config: JanusFlowConfig) -> dict[str, dict]:
 
 
 def loading(config: JanusFlowConfig) -> str:
-    """Say how an export is loaded by DeepSeek's code."""
+    """Return the model card's sentence on how DeepSeek's code loads an export."""
     return (
         "[DeepSeek's code](https://github.com/deepseek-ai/Janus) loads this folder with "
-        "`janus.janusflow.models.MultiModalityCausalLM.from_pretrained(FOLDER)`, and draws with "
+        "`janus.janusflow.models.MultiModalityCausalLM.from_pretrained(FOLDER)`, and generates images with "
         + ("[SDXL's autoencoder](https://huggingface.co/stabilityai/sdxl-vae)." if config.codec_weights else
            f"the autoencoder in its folder `{CODEC_FOLDER}`.")
     )  # fmt: skip
 
 
 def export(net: Network, folder: Path) -> list[str]:
-    """Write a published folder, and the codec into a folder in it where it is not one that is published."""
+    """Write a folder in the published format, and a codec without a published source into a subfolder."""
     prefix, state = codec_prefix(net), net.state_dict()
     with export_to(folder) as out:
         out.tensors("model.safetensors", {n: t for n, t in state.items() if not n.startswith("codec.")})
