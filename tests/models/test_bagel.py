@@ -556,7 +556,7 @@ def test_sizes_of_images(plain):
     assert plain.generate(["a"], [0], steps=2, height=12, width=24)[0].shape == (3, 12, 24)
     with pytest.raises(ValueError, match="multiples of 4, got 13 x 20"):
         plain.generate(["a"], [0], height=13)
-    with pytest.raises(ValueError, match="10 x 5 tokens is beyond the 8 x 8 positions.*max_latent_size"):
+    with pytest.raises(ValueError, match="10 x 5 tokens exceeds the 8 x 8 positions.*max_latent_size"):
         plain.generate(["a"], [0], steps=2, height=40)
 
 
@@ -594,7 +594,7 @@ def test_guidance_formulas():
 
 def test_bad_sampling_options(plain):
     for options, words in (
-        ({"steps": 1}, "steps=1: the time grid needs 2 points"),
+        ({"steps": 1}, "steps=1: the time grid needs at least 2 points"),
         ({"renorm": "local"}, "renorm='local' is not one of global, channel, text_channel"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -757,11 +757,11 @@ def test_folders_that_do_not_fit(folder, tmp_path):
     for source, words in (
         (
             spoiled("llm_config.json", '{"rope_theta": 1e4}'),
-            "llm_config.json has rope_theta 10000.0, the recipe model.l",
+            "llm_config.json has rope_theta 10000.0, but the recipe has model.l",
         ),
         (spoiled("ema.safetensors"), "holds none of ema.safetensors"),
         (spoiled("model.safetensors", ""), "ema.safetensors and model.safetensors; name the file"),
-        (spoiled("ae.safetensors"), "ae.safetensors does not exist; give model.codec_weights"),
+        (spoiled("ae.safetensors"), "ae.safetensors does not exist; set model.codec_weights"),
         (str(tmp_path / "nowhere"), "does not exist"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -800,7 +800,7 @@ def test_hazards(published):
     assert built().config_warnings() == []
     assert ["copy" in text for text in built("vae").config_warnings()] == [True]
     published.config.understanding_size = 512
-    assert "h_v is made at 512 pixels" in published.config_warnings()[0]
+    assert "h_v is computed at 512 pixels" in published.config_warnings()[0]
     published.config.understanding_size = 224
     assert published.config_warnings() == []
 

@@ -1,7 +1,7 @@
-"""BAGEL's losses: flow matching of the image's latents (reca, t2i, srum), cross-entropy of the answers (i2t).
+"""BAGEL's losses: flow matching on an image's latents (reca, t2i, srum), and cross-entropy on answers (i2t).
 
-Prompt and noisy image are two passes, so that a frozen prompt runs without a graph. Sequences, dropped texts and the
-weight are made on the host by `prepare`.
+Prompt and noisy image are two passes, so that a frozen prompt runs without a gradient. `prepare` computes sequences,
+dropped texts and the weight on the host.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,13 @@ Size = tuple[int, int]  # height and width of an image in tokens
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
-    """A batch as sequences.
+    """A batch's sequences. weight: number of image tokens, or of labels for i2t.
 
-    sample_ids  int64 [B], global ids
-    items       per sample: the prompt
-    prompt      its layout, the whole sequence for i2t
+    sample_ids  int64 [B], global sample ids
+    items       prompt of each sample
+    prompt      layout of the prompts; for i2t, of the whole sequences
     image       layout of the noisy images; None for i2t
-    rewards     srum: fp32 [T, 1], the score of every image token
-
-    Its weight is the number of image tokens, or of labels for i2t.
+    rewards     srum: fp32 [T, 1], the reward of each image token
     """
 
     sample_ids: Tensor
@@ -54,7 +52,7 @@ class Prepared(base.Prepared):
 
 
 def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
-    """Tokenise and lay out a batch. RECA drops the text of some samples and never h_v; a dropped text has no place."""
+    """Tokenise and lay out a batch. Some texts are dropped and then take no position; h_v is never dropped."""
     if batch.task == "i2t":
         texts = [[net.conversation(turns)] for turns in batch.text]
     else:
@@ -80,20 +78,20 @@ def prepare(net: Network, batch: Batch, rng: CounterRNG) -> Prepared:
 
 
 def with_images(net: Network, batch: Batch, texts: Sequence[Sequence[Text]]) -> list[list[Item]]:
-    """Put the images that h_v is made of before texts."""
+    """Prepend the images of h_v to texts."""
     item: type[CleanImage | VitImage] = CleanImage if _copies_latents(net, batch) else VitImage
     return [[item(*size), *text] for size, text in zip(_hv_sizes(net, batch), texts, strict=True)]
 
 
 def given_images(net: Network, items: Sequence[Sequence[Item]], h_v: Sequence[Tensor]) -> Prompt:
-    """Make the prompt of `with_images` and what `encode` has made of its images."""
+    """Build a Prompt from the items of `with_images` and the result of `encode` for their images."""
     if isinstance(items[0][0], CleanImage):
         return Prompt(items, latents=[net.codec.latents(moments) for moments in h_v])
     return Prompt(items, h_v)
 
 
 def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng: CounterRNG) -> LossTerm:
-    """Sum over image tokens of the mean squared error of their velocity, or over labels of the cross-entropy."""
+    """Compute the sum of the velocity's MSE over image tokens, or of the cross-entropy over labels."""
     given, prepared = _prompt(net, prepared, features)
     if prepared.image is None:
         total, samples = answer_loss(net, given, prepared.prompt, prepared.by_sample)
@@ -106,9 +104,9 @@ def compute_loss(net: Network, prepared: Prepared, features: dict[str, Any], rng
 
 
 def answer_loss(net: Network, given: Prompt, layout: Layout, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Sum the next-token cross-entropy of the answers, and where it is wanted of each.
+    """Compute the sum of the next-token cross-entropy of answers, and with `wanted` that of each sample.
 
-    Logits exist for labelled rows only.
+    Logits are computed for labelled rows only.
     """
     hidden, _ = net.prefill(given, layout=layout)
     labels, head, samples = on_device(layout.labels, hidden.device), net.language_model.lm_head, None
@@ -125,15 +123,15 @@ def flow_loss(
     net: Network,
     given: Prompt,
     layout: Layout,  # of the prompt
-    image: Layout,  # of one noisy image per sample, behind it
-    moments: Sequence[Tensor] | Tensor,  # of those images, [2 C, h, w] per sample
-    sample_ids: Tensor,  # int64 [B], global ids
+    image: Layout,  # of one noisy image per sample, after the prompt
+    moments: Sequence[Tensor] | Tensor,  # of these images, [2 C, h, w] per sample
+    sample_ids: Tensor,  # int64 [B], global sample ids
     rng: CounterRNG,
     rewards: Tensor | None = None,  # [T, 1], of image tokens
-    target: Sequence[Tensor] | Tensor | None = None,  # moments of the images that scored ones stay near
+    target: Sequence[Tensor] | Tensor | None = None,  # moments of SRUM's constraint images
     wanted: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum the mean squared error of the velocity over image tokens, and where it is wanted of each image.
+    """Compute the sum of the velocity's MSE over image tokens, and with `wanted` that of each image.
 
     With rewards it is SRUM's loss.
     """
@@ -166,12 +164,12 @@ def flow_loss(
 
 
 def image_tokens(latents: Sequence[Tensor], velocity: Tensor, wanted: bool) -> Tensor | None:
-    """Count the tokens of every image, int64 [B] on the host, where it is wanted."""
+    """Return the number of tokens of each image, int64 [B] on the host, if `wanted`."""
     return torch.tensor([latent.numel() // velocity.shape[1] for latent in latents]) if wanted else None
 
 
 def sample_posterior(net: Network, moments: Sequence[Tensor] | Tensor, rng: CounterRNG, ids: Tensor) -> list[Tensor]:
-    """Sample every image's posterior, fp32 [C, h, w]; the release samples too, in training and in inference."""
+    """Sample every image's posterior, fp32 [C, h, w], as the release does in training and inference."""
     latents = []
     for i, one in enumerate(moments):
         noise = rng.normal(RandomStream.POSTERIOR, ids[i : i + 1], one.numel() // 2)
@@ -180,12 +178,12 @@ def sample_posterior(net: Network, moments: Sequence[Tensor] | Tensor, rng: Coun
 
 
 def noise_level(net: Network, rng: CounterRNG, ids: Tensor) -> Tensor:
-    """Draw the noise level of every image, fp32 [B]: logit-normal, shifted."""
+    """Draw the noise level of every image, fp32 [B], from a shifted logit-normal distribution."""
     return shift_timesteps(rng.normal(RandomStream.TIMESTEP, ids)[:, 0].sigmoid(), net.config.timestep_shift)
 
 
 def _prompt(net: Network, prepared: Prepared, features: dict[str, Any]) -> tuple[Prompt, Prepared]:
-    """Put features into the prompt; it is laid out anew where h_v has another size, as that of another image may."""
+    """Insert features into the prompt. If h_v has another size, as it may come from another image, redo the layout."""
     h_v = features.get("h_v")
     if h_v is None:
         return Prompt(prepared.items), prepared
@@ -199,7 +197,7 @@ def _prompt(net: Network, prepared: Prepared, features: dict[str, Any]) -> tuple
 
 
 def _copies_latents(net: Network, batch: Batch) -> bool:
-    """Return whether h_v comes from the codec (model.hv_source=vae)."""
+    """Tell whether h_v comes from the codec (model.hv_source=vae)."""
     return batch.task == "reca" and net.config.hv_source == "vae"
 
 
@@ -214,7 +212,7 @@ def _hv_sizes(net: Network, batch: Batch) -> list[Size]:
 
 
 def image_sizes(net: Network, batch: Batch) -> list[Size]:
-    """Return the sizes of the images to generate."""
+    """Return the sizes of the images to generate, in tokens."""
     images, side = batch.gen, net.token_side
     if images is None:
         assert batch.features is not None, "a batch has images or features"

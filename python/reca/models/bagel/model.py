@@ -1,4 +1,4 @@
-"""BAGEL as an Adapter: the generation expert and its way in and out learn, everything else is frozen."""
+"""BAGEL's Adapter: generation expert and latent projections are trained, everything else is frozen."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,9 @@ from reca.rng import CounterRNG
 
 
 class Bagel(modules.Network, Adapter):
-    """Features of `encode`: moments, and for srum perhaps target's, lists of fp32 [2 C, h, w]; h_v, a list of
-    [h, w, C], tokens of SigLIP before the connector, or of moments (hv_source vae). A cache gives them stacked where
-    their sizes agree.
+    """Features of `encode`, lists of one tensor per sample: moments fp32 [2 C, h, w] of the image to generate; target,
+    moments of SRUM's constraint image, if given; h_v [h, w, C], SigLIP's tokens before the connector, or moments with
+    hv_source vae. Features from a cache are stacked if all sizes agree.
     """
 
     name = "bagel"
@@ -77,7 +77,7 @@ class Bagel(modules.Network, Adapter):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, seeds: list[int], *, steps: int = 50, shift: float = 3.0) -> list[Tensor]:
-        """Draw images again by Euler steps (`sampling.denoise`). Seeds lie in [0, 2**56)."""
+        """Reconstruct images with Euler steps (`sampling.denoise`). Seeds are in [0, 2**56)."""
         with self.inference_autocast():
             return sampling.reconstruct(self, batch, self.encode(batch)["h_v"], seeds, steps=steps, shift=shift)
 
@@ -93,7 +93,7 @@ class Bagel(modules.Network, Adapter):
     # parameters and files
 
     def export(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-        """Write a BAGEL folder: ema.safetensors with all 1223 tensors, ae.safetensors, configs and tokenizer."""
+        """Write a folder in BAGEL's format: ema.safetensors with all tensors, ae.safetensors, configs and tokenizer."""
         return weights.export(self, folder, dtype)
 
     def roles(self) -> dict[str, str]:
@@ -117,12 +117,12 @@ class Bagel(modules.Network, Adapter):
         c, found = self.config, []
         if c.hv_source == "vae":
             found.append(
-                "h_v comes from the codec that also makes the target, which the model learns to copy: in the paper it "
-                "ends no better than BAGEL without RECA (GenEval 78.5, 82.4 with vit). Use model.hv_source=vit"
+                "h_v comes from the codec that also encodes the target, so the model learns to copy: in the paper the "
+                "result is no better than BAGEL without RECA (GenEval 78.5, 82.4 with vit). Use model.hv_source=vit"
             )
         elif c.understanding_size > (smallest := BagelConfig.understanding_size) and c.codec == "flux":
             found.append(
-                f"h_v is made at {c.understanding_size} pixels; the bottleneck is tightest at the smallest size that "
-                f"the model was taught to understand, {smallest} (GenEval 82.4 in the paper, at 512 it is 79.2)"
+                f"h_v is computed at {c.understanding_size} pixels; the bottleneck is tightest at the smallest size "
+                f"that the model was trained to understand, {smallest} (GenEval in the paper: 82.4, and 79.2 at 512)"
             )
         return found

@@ -1,4 +1,4 @@
-"""BAGEL's parts beside the language model: SigLIP over packed images, position tables, time embedding."""
+"""BAGEL's modules other than the language model (SigLIP, position tables, time embedding), and the whole network."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from reca_kernels import template_concat
 from reca_kernels.host import on_device
 
 TIME_WIDTH, TIME_PERIOD = 256, 10000.0
-ENCODED_AT_ONCE = 1 << 20  # pixels in one call of the codec or of SigLIP: one image of 1024 x 1024
+ENCODED_AT_ONCE = 1 << 20  # maximum pixels per call of the codec or of SigLIP: one image of 1024 x 1024
 PROMPT_ROLES = ("und_encoder", "bridge", "und_lm", "embed")
 
 
@@ -44,7 +44,7 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(sizes.hidden_size, eps=sizes.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] in [-1, 1]
-        """Encode every image by itself, one token per patch: [B, H / p, W / p, C]."""
+        """Encode images of one size, one token per patch: [B, H / p, W / p, C]."""
         p = self.sizes.patch_size
         height, width = (size // p for size in pixels.shape[2:])
         positions = on_device(prompt.grid(height, width, vit_size(self.sizes)), pixels.device)
@@ -54,7 +54,7 @@ class VisionModel(nn.Module):
 
 
 class Vision(nn.Module):
-    """SigLIP under its published name."""
+    """A container that gives SigLIP its published name."""
 
     def __init__(self, sizes: VisionSizes):
         super().__init__()
@@ -62,7 +62,7 @@ class Vision(nn.Module):
 
 
 class Connector(nn.Module):
-    """Map h_v from SigLIP's width to the language model's."""
+    """An MLP that maps h_v from SigLIP's width to the language model's."""
 
     def __init__(self, narrow: int, width: int):
         super().__init__()
@@ -77,7 +77,7 @@ class TimeEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor) -> Tensor:  # fp32 [B], in [0, 1] and not a thousand times that
+    def forward(self, t: Tensor) -> Tensor:  # fp32 [B] in [0, 1], not scaled by 1000
         half = TIME_WIDTH // 2
         frequencies = TIME_PERIOD ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t.float()[:, None] * frequencies
@@ -85,9 +85,9 @@ class TimeEmbedder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Fixed sines and cosines of a grid's columns (first half of a row) and rows (second half).
+    """A fixed 2D sine-cosine table: the first half of the channels encodes the column, the second half the row.
 
-    The published file holds this table rounded to bf16; it is computed here instead, as the release does.
+    The published file has this table rounded to bf16. It is computed here instead, as in the release.
     """
 
     pos_embed: Tensor
@@ -113,29 +113,29 @@ def codec(config: BagelConfig) -> KlCodec | PatchMoments:
 
 
 def vit_size(sizes: VisionSizes) -> int:
-    """Return the height and width, in patches, of the largest image that SigLIP has positions for."""
+    """Return the side in patches of SigLIP's position table."""
     return sizes.image_size // sizes.patch_size
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:
-    """Cut [..., C, H, W] into [..., H W / (p p), p p C]: patches row by row, inside one (row, column, channel)."""
+    """Cut [..., C, H, W] into row-major patches [..., H W / (p p), p p C], flattened as (row, column, channel)."""
     parts = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, h, p, w, p]
     return parts.movedim(-5, -1).transpose(-4, -3).flatten(-5, -4).flatten(-3)
 
 
 def unpatchify(rows: Tensor, height: int, width: int, patch: int) -> Tensor:  # [n, p p C]
-    """Undo `patchify` for one image, [C, height p, width p]."""
+    """Invert `patchify` for one image, [C, height p, width p]."""
     parts = rows.view(height, width, patch, patch, -1).permute(4, 0, 2, 1, 3)  # [C, h, p, w, p]
     return parts.flatten(3).flatten(1, 2)
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Move noise levels towards 1 by a shift above 1 (Esser et al. 2024, arXiv 2403.03206)."""
+    """Shift noise levels, towards 1 for a shift above 1 (Esser et al., arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels: int) -> list[Tensor]:
-    """Encode every image [C, H, W]; images of one size go together, at most `pixels` of them in one call."""
+    """Encode images [C, H, W], batching those of one size, with at most `pixels` pixels per call (or one image)."""
     groups: dict[tuple, list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(tuple(image.shape), []).append(i)
@@ -150,7 +150,7 @@ def by_size(images: Sequence[Tensor], encode: Callable[[Tensor], Tensor], pixels
 
 
 class Network(nn.Module):
-    """BAGEL. Parameters have their published names, except those of `codec`."""
+    """BAGEL's modules. Parameters have their published names, except those of `codec`."""
 
     @in_fp32
     def __init__(self, config: BagelConfig, tokenizer: PreTrainedTokenizerBase):
@@ -175,17 +175,17 @@ class Network(nn.Module):
 
     @property
     def token_side(self) -> int:
-        """Pixels per image token in height and width."""
+        """Return the number of pixels per image token in height and width."""
         return self.codec.factor * self.config.latent_patch_size
 
     # pixels -> features
 
     def moments(self, images: Sequence[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
-        """Encode images by the codec, fp32 [2 C, h, w] per image."""
+        """Encode images with the codec, fp32 [2 C, h, w] per image."""
         return by_size([to_unit(image) for image in images], self.codec.encode, ENCODED_AT_ONCE)
 
     def encode_understanding(self, images: Sequence[Tensor]) -> list[Tensor]:  # uint8 [3, H, W]
-        """Encode images by SigLIP: h_v before the connector, [h, w, C] per image."""
+        """Encode images with SigLIP to h_v before the connector, [h, w, C] per image."""
         return by_size([to_unit(image) for image in images], self.vit_model.vision_model, ENCODED_AT_ONCE)
 
     # text -> ids
@@ -200,7 +200,7 @@ class Network(nn.Module):
     # sequences -> hidden states
 
     def layout(self, items: Sequence[Sequence[prompt.Item]], positions: Sequence[int] | None = None) -> prompt.Layout:
-        """Lay out items per sample, on the host. positions: where the samples go on; default 0."""
+        """Lay out the items of each sample, on the host. positions: rotary positions of the first items; None: 0."""
         positions = [0] * len(items) if positions is None else positions
         sizes = vit_size(self.config.vision), self.config.max_latent_size
         return prompt.layout(items, self.vocabulary, positions, *sizes)
@@ -211,10 +211,10 @@ class Network(nn.Module):
     def prefill(
         self, given: prompt.Prompt, cache: KVCache | None = None, layout: prompt.Layout | None = None
     ) -> tuple[Tensor, KVCache]:
-        """Read a prompt behind what is cached.
+        """Run a prompt that follows the cached tokens.
 
-        layout: of its items, if it has been made. Returns the hidden states of the understanding rows, [U, D], and the
-        cache for what follows.
+        layout: layout of the items, if computed already. Returns the hidden states of the understanding rows, [U, D],
+        and the extended cache.
         """
         cache = self.empty_cache(len(given.items)) if cache is None else cache
         layout = self.layout(given.items, cache.positions) if layout is None else layout
@@ -228,9 +228,9 @@ class Network(nn.Module):
     def predict_velocity(
         self,
         cache: KVCache,
-        layout: prompt.Layout,  # of one NoisyImage per sample, behind the cache
+        layout: prompt.Layout,  # of one NoisyImage per sample, after the cached tokens
         tokens: Tensor,  # [sum of h w, channels]
-        t: Tensor,  # fp32 [samples] or [1], for all of them
+        t: Tensor,  # fp32 [samples], or [1] for all samples
     ) -> Tensor:  # [sum of h w, channels]
         """Predict the velocity of one noisy image per sample."""
         out, _ = self._forward(layout.to(self.device), cache, None, tokens, t)
@@ -244,7 +244,7 @@ class Network(nn.Module):
         tokens: Tensor | None,
         t: Tensor | None,
     ) -> tuple[dict[str, Tensor], KVCache]:
-        """Run one pass: hidden states per expert, and the cache after it."""
+        """Run one pass. Returns the hidden states per expert, and the cache after the pass."""
         learn = torch.is_grad_enabled() and self.prompt_requires_grad(h_v)
         rows, table = {}, self.language_model.model.embed_tokens.weight
         with torch.set_grad_enabled(learn):
@@ -252,7 +252,7 @@ class Network(nn.Module):
             dtype = self.residual_dtype(table)
             rows[UND] = template_concat(table, self.connect(h_v), layout.src, adds=adds, out_dtype=dtype)
         if tokens is not None and t is not None:
-            # The levels of a pass are few: their embeddings are rows to add, one per image or one for all.
+            # Noise levels are few: their embeddings are added by row index, one row per image or one for all.
             level = layout.image_ids if len(t) > 1 else torch.zeros_like(layout.image_ids)
             adds = [(self.time_embedder(t), level), (self.latent_pos_embed.pos_embed, layout.latent_positions)]
             latent = self.vae2llm(tokens.to(self.vae2llm.weight.dtype))
@@ -263,25 +263,25 @@ class Network(nn.Module):
         return out, cache.after(layers, layout.splits, layout.next_positions)
 
     def connect(self, h_v: Sequence[Tensor] | None) -> Tensor:
-        """Map h_v into the language model's space, without positions: [tokens, D]."""
+        """Project h_v to the language model's width, without position embeddings: [tokens, D]."""
         if not h_v:
             return self.language_model.model.embed_tokens.weight.new_empty(0, self.config.language.hidden_size)
         return self.connector(torch.cat([tokens.flatten(0, 1) for tokens in h_v]))
 
     def prompt_requires_grad(self, h_v: Sequence[Tensor] | None) -> bool:
-        """Return whether a gradient is wanted of what stands before the image; RECA wants none."""
+        """Tell whether the prompt needs a gradient. With RECA it does not."""
         if h_v and any(tokens.requires_grad for tokens in h_v):
             return True
         return any(p.requires_grad and role(name) in PROMPT_ROLES for name, p in self.named_parameters())
 
     @staticmethod
     def residual_dtype(weight: Tensor) -> torch.dtype:
-        """Return the type of the residual stream: autocast's, as in the release, or the weights'."""
+        """Return the dtype of the residual stream: autocast's, as in the release, or else the weights'."""
         kind = weight.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def inference_autocast(self) -> contextlib.AbstractContextManager:
-        """Multiply in bf16 where weights are mixed, as training with precision bf16 does."""
+        """Autocast to bf16 if weights are mixed, as training with precision bf16 does."""
         mixed = self.config.dtype == "mixed"
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 

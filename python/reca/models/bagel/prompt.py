@@ -1,12 +1,13 @@
-"""BAGEL's sequences: items that each enter as one split, one position per image.
+"""BAGEL's sequences: lists of items, each of which is one split. An image has a single rotary position.
 
-    RECA        [h_v] [template] [noisy image]        a dropped template is left out and takes no position
+    RECA        [h_v] [template] [noisy image]        a dropped template takes no position
     t2i         [caption] [noisy image]
     edit        [clean image] [h_v] [instruction] [noisy image]
-    i2t         [h_v] [question answer ...]           every text between the tokens that begin and end a turn
+    i2t         [h_v] [question answer ...]           every text has the tokens that begin and end a turn
 
-Text is causal and its positions count up; an image sees all of itself, stands at one position, and moves the next by
-one. Its borders are text tokens, so they belong to the understanding expert even around latents.
+Text is causal and its positions count up. Attention within an image is bidirectional; all its tokens share one
+position, and the next item starts one later. The tokens around an image are text tokens, so the understanding expert
+processes them even around latents.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        """Look the ids up. Raises ValueError when the tokenizer lacks one of SPECIAL_TOKENS."""
+        """Look up the ids. Raises ValueError if the tokenizer lacks one of SPECIAL_TOKENS."""
         known = tokenizer.get_vocab()
         if missing := [token for token in SPECIAL_TOKENS if token not in known]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; BAGEL needs {', '.join(SPECIAL_TOKENS)}")
@@ -44,46 +45,46 @@ class Vocabulary:
 
 
 class Text(NamedTuple):
-    """Token ids with bos and eos, and what each position predicts."""
+    """Token ids with bos and eos, and the label of each position: the token it predicts, or IGNORE_INDEX."""
 
     ids: list[int]
     labels: list[int] | None = None
 
 
 class VitImage(NamedTuple):
-    """An image as h_v, tokens of SigLIP. Sizes are in tokens."""
+    """An image as h_v, SigLIP's tokens. Sizes are in tokens."""
 
     height: int
     width: int
 
 
 class CleanImage(NamedTuple):
-    """An image as latents without noise. Sizes are in tokens."""
+    """An image as noise-free latents. Sizes are in tokens."""
 
     height: int
     width: int
 
 
 class NoisyImage(NamedTuple):
-    """The image that is being generated. Nothing after it sees it. Sizes are in tokens."""
+    """The image being generated. Later items do not attend to it. Sizes are in tokens."""
 
     height: int
     width: int
 
 
 class DroppedImage(NamedTuple):
-    """An image that was left out; it keeps its position."""
+    """An omitted image, which still takes a position."""
 
 
 Item = Text | VitImage | CleanImage | NoisyImage | DroppedImage
 
 
 class Prompt(NamedTuple):
-    """What samples are given.
+    """The items of a batch and the features of their images.
 
-    items    per sample
-    h_v      [h, w, C] per VitImage, in order; None: there is none
-    latents  [C, h, w] per CleanImage, in order; None: there is none
+    items    items of each sample
+    h_v      [h, w, C] per VitImage, in order; None: no VitImage
+    latents  [C, h, w] per CleanImage, in order; None: no CleanImage
     """
 
     items: Sequence[Sequence[Item]]
@@ -93,17 +94,17 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Layout:
-    """The rows of one pass, per expert one sample after another.
+    """The tokens of one pass, packed per expert: U of the understanding expert and G of the generation expert.
 
     src               int32 [U]: token ids; -1 - r for row r of the pass's h_v
-    vit_positions     int64 [U]: place of a token of h_v in SigLIP's position table, -1 elsewhere
-    labels            int64 [U]: what the row predicts, IGNORE_INDEX for nothing
-    latent_positions  int64 [G]: place in the position table of latents
-    image_ids         int64 [G]: number of the image among the pass's latent images
-    positions         per expert int64 [U], [G]: rotary positions
-    splits            which rows enter together
-    next_positions    per sample: the rotary position after the pass
-    labelled          how many labels there are
+    vit_positions     int64 [U]: index of an h_v token in SigLIP's position table, -1 for other tokens
+    labels            int64 [U]: the token that a row predicts, IGNORE_INDEX without a loss
+    latent_positions  int64 [G]: index in the position table of latents
+    image_ids         int64 [G]: index of the image among the pass's latent images
+    positions         rotary positions per expert, int64 [U] and [G]
+    splits            the splits of the pass, in order
+    next_positions    rotary position of each sample after the pass
+    labelled          number of labels
     """
 
     src: Tensor
@@ -130,9 +131,9 @@ def layout(
     vit_size: int,
     latent_size: int,
 ) -> Layout:
-    """Lay out the next items of every sample, whose rotary positions go on from `positions`.
+    """Lay out the next items of every sample, whose rotary positions start at `positions`.
 
-    vit_size, latent_size: height and width of the position tables. Raises ValueError for an image beyond its table.
+    vit_size, latent_size: sides of the position tables. Raises ValueError for an image larger than its table.
     """
     segments, splits, ends = [], [], []
     vit_at, latent_at, image_ids, und_at, gen_at = [], [], [], [], []
@@ -181,9 +182,9 @@ def add_bos_eos(ids: Sequence[int], v: Vocabulary) -> Text:
 
 
 def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabulary) -> Text:
-    """Join questions and answers to one causal text.
+    """Join questions and answers to one causal text, in which answers and their eos are labelled.
 
-    Learned are an answer's tokens and the eos behind it, each by the row before it.
+    A label belongs to the position before its token.
     """
     ids, labels = [], []
     for question, answer in turns:
@@ -193,15 +194,15 @@ def conversation(turns: Sequence[tuple[Sequence[int], Sequence[int]]], v: Vocabu
 
 
 def grid(height: int, width: int, size: int) -> Tensor:
-    """Number the height x width corner of a size x size grid, row by row, int64 [height width]."""
+    """Return row-major indices of the top-left height x width corner of a size x size grid, int64 [height * width]."""
     return (torch.arange(height)[:, None] * size + torch.arange(width)).flatten()
 
 
 def _check(item: VitImage | CleanImage | NoisyImage, size: int, key: str) -> None:
     if max(item) > size:
         raise ValueError(
-            f"an image of {item.height} x {item.width} tokens is beyond the {size} x {size} positions there are; use a "
-            f"smaller image (or a model with a larger model.{key})"
+            f"an image of {item.height} x {item.width} tokens exceeds the {size} x {size} positions of the model; use "
+            f"a smaller image (or a model with a larger model.{key})"
         )
 
 

@@ -1,4 +1,4 @@
-"""Text (and image) to image by Euler steps with two kinds of guidance, and greedy answers."""
+"""Generation and editing of images with Euler steps and two kinds of guidance, and greedy decoding of answers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def generate(
     width: int | None = None,
     batch: int = 8,
 ) -> list[Tensor]:
-    """Generate uint8 [3, height, width] per prompt, `batch` at a time; see `denoise`."""
+    """Generate an image per prompt, uint8 [3, height, width], `batch` at a time; for options see `denoise`."""
     side, largest = net.token_side, net.config.image_size
     height, width = height or largest, width or largest
     check_multiple(side, height, width)
@@ -58,7 +58,7 @@ def generate(
 def reconstruct(
     net: Network, batch: Batch, h_v: Sequence[Tensor], seeds: list[int], *, steps: int = 50, shift: float = 3.0
 ) -> list[Tensor]:
-    """Draw images again, uint8 [3, H, W] of their own sizes; see `denoise`."""
+    """Reconstruct images at their own sizes, uint8 [3, H, W], without guidance; see `denoise`."""
     items, sizes = loss.with_images(net, batch, [[net.text(text)] for text in batch.text]), loss.image_sizes(net, batch)
     _, full = net.prefill(loss.given_images(net, items, h_v))
     tokens = denoise(
@@ -84,9 +84,9 @@ def edit(
     shift: float = 3.0,
     batch: int = 4,
 ) -> list[Tensor]:
-    """Generate uint8 [3, H, W] per image, as large as the image after it is fitted to the codec; see `denoise`.
+    """Edit images, uint8 [3, H, W], at the sizes of the images after resizing for the codec; for options see `denoise`.
 
-    The model gets the image as latents and as h_v, the latter made of the fitted image as the release does.
+    The model's input is the image as latents and as h_v, which is computed from the resized image, as in the release.
     """
     edited, view = [], edit_views(net).gen
     assert view is not None
@@ -105,11 +105,14 @@ def edit(
 
 def edit_caches(
     net: Network,
-    sources: list[Tensor],  # uint8 [3, H, W], fitted to the codec
+    sources: list[Tensor],  # uint8 [3, H, W], resized for the codec
     instructions: list[str],
-    noise: list[Tensor],  # [C, h, w] of each source's posterior
+    noise: list[Tensor],  # [C, h, w], for each source's posterior
 ) -> tuple[KVCache, KVCache, KVCache, list[tuple[int, int]]]:
-    """Prefill everything, all but the text, and all but the image. Returns these caches, and sizes in tokens."""
+    """Prefill the caches of three branches: all inputs, without the text, and without the image.
+
+    Returns these caches, and the image sizes in tokens.
+    """
     moments = net.moments([source.to(net.device) for source in sources])
     clean = [net.codec.latents(m, e) for m, e in zip(moments, noise, strict=True)]
     view = edit_views(net).und
@@ -122,7 +125,8 @@ def edit_caches(
     ]
     _, textless = net.prefill(Prompt(items, h_v, clean))
     texts, n = [[net.text(text)] for text in instructions], len(sources)
-    # The text alone stands at position 0, though training leaves the places of dropped images free: as released.
+    # Without the image, the text starts at position 0, as in the release, although in training dropped images keep
+    # their positions.
     _, both = net.prefill(Prompt(texts * 2), textless + net.empty_cache(n))
     full, imageless = both.split(n)
     return full, textless, imageless, sizes
@@ -145,18 +149,18 @@ def denoise(
     shift: float,
     on_step=None,  # called with (t, x, guided velocity)
 ) -> Tensor:
-    """Integrate the guided velocity by Euler's method. Returns latents in tokens.
+    """Integrate the guided velocity with Euler's method. Returns latents as tokens.
 
-    steps     points of the time grid from noise to image, as the release counts: there is one Euler step less
-    guidance  of the text; at 1 or below none, neither by the image
-    image_guidance  of the image; at 1 or below none
-    interval  guided where interval[0] < t <= interval[1]; t runs from 1 (noise) to 0, after the shift
-    renorm    renormalise the guided velocity to the unguided norm: global per image, channel per token, text_channel
-              per token before image guidance
-    renorm_min  the least factor of that
+    steps           points of the time grid, as in the release; there is one Euler step fewer
+    guidance        text guidance scale; at 1 or below there is no guidance at all
+    image_guidance  image guidance scale; at 1 or below there is no image guidance
+    interval        guidance applies where interval[0] < t <= interval[1]; t runs from 1 (noise) to 0, after the shift
+    renorm          rescale the guided velocity to the norm of the unguided one: global per image, channel per token,
+                    text_channel per token and before image guidance
+    renorm_min      minimum factor of that; the maximum is 1
     """
     if steps < 2:
-        raise ValueError(f"steps={steps}: the time grid needs 2 points at least")
+        raise ValueError(f"steps={steps}: the time grid needs at least 2 points")
     if renorm not in RENORMS:
         raise ValueError(f"renorm={renorm!r} is not one of {', '.join(RENORMS)}")
     grid = modules.shift_timesteps(torch.linspace(1, 0, steps, dtype=torch.float32, device=x.device), shift)
@@ -183,7 +187,7 @@ def denoise(
 
 
 class _Condition(NamedTuple):
-    """Branches of the guidance as one batch: their cache, and the layout of the noisy images behind it."""
+    """Guidance branches as one batch: their cache, and the layout of the noisy images that follow it."""
 
     branches: int
     cache: KVCache
@@ -197,7 +201,10 @@ class _Condition(NamedTuple):
 
 
 def guide(v: Tensor, others: list[Tensor], text: float, image: float, renorm: str, least: float) -> Tensor:
-    """Guide the velocity of one image, [h w, channels]; others: without the text and, perhaps, without the image."""
+    """Apply guidance to the velocity of one image, [h w, channels].
+
+    others: the velocities without the text and, with image guidance, without the image.
+    """
     out = others[0] + text * (v - others[0])
     if renorm == "text_channel":
         out = _renormalise(out, v, least, dim=-1)
@@ -214,7 +221,7 @@ def _renormalise(out: Tensor, v: Tensor, least: float, dim) -> Tensor:
 
 
 def start_noise(net: Network, sizes: list[tuple[int, int]], seeds: list[int]) -> Tensor:
-    """Draw standard normal tokens; each image's are a function of its seed alone."""
+    """Draw standard normal tokens. Those of an image depend on its seed only."""
     channels, one = net.vae2llm.in_features, torch.zeros(1, dtype=torch.int64, device=net.device)
     return torch.cat(
         [
@@ -237,13 +244,13 @@ def pixels(net: Network, tokens: Tensor, sizes: list[tuple[int, int]]) -> list[T
     patch, images = net.config.latent_patch_size, []
     for rows, (height, width) in zip(tokens.split([h * w for h, w in sizes]), sizes, strict=True):
         decoded = net.codec.decode(modules.unpatchify(rows, height, width, patch)[None])[0]
-        images.append(to_uint8(decoded, floor=True))  # as the release
+        images.append(to_uint8(decoded, floor=True))  # as in the release
     return images
 
 
 @torch.no_grad()
 def answer(net: Network, images: list[Tensor], questions: list[str], max_new_tokens: int) -> list[str]:
-    """Answer a batch of questions, greedy."""
+    """Answer a batch of questions by greedy decoding."""
     view = task_views(net, "i2t").und
     assert view is not None
     h_v = net.encode_understanding([fit_to_view(image, view).to(net.device) for image in images])
@@ -261,7 +268,7 @@ def greedy(
     max_new_tokens: int,
     on_step=None,  # called with the logits [B, V] of each step
 ) -> Tensor:  # int64 [B, n], n <= max_new_tokens
-    """Decode the likeliest reply; stop when every sample has met eos."""
+    """Decode replies greedily; stop when every sample has generated eos."""
     head = net.language_model.lm_head
 
     def next_logits(last: Tensor | None) -> Tensor:

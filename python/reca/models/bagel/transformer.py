@@ -1,11 +1,11 @@
-"""BAGEL's language model: every layer has two experts, one for understanding and one for generation, and one attention.
+"""BAGEL's language model: every layer has an expert for understanding, one for generation, and joint attention.
 
-Text, image borders and h_v are rows of the understanding expert, latents are rows of the generation expert. They are
-kept apart, each side contiguous, so that no layer gathers or scatters; they meet in the joint attention alone.
+Text, image borders and h_v are rows of the understanding expert; latents are rows of the generation expert. The rows of
+each expert are a contiguous tensor of their own, so that no layer gathers or scatters except in the joint attention.
 
-A sequence is read in passes. A pass sees what earlier passes left in a `KVCache`, and returns a cache that holds its
-own keys and values too. Where understanding is frozen its rows run without a graph, also in the pass of a noisy image,
-so that no gradient reaches their keys and values (as the release's `freeze_und`, which detaches them one by one).
+A sequence is processed in passes. A pass attends to the `KVCache` of earlier passes, and returns a cache extended by
+its own keys and values. If understanding is frozen, its rows run without a gradient, also in the pass of a noisy image,
+so that no gradient reaches their keys and values. The release's `freeze_und` detaches them one by one instead.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from reca.models.common.qwen2 import Qwen2Sizes
 from reca_kernels import AttentionPlan, AttentionSpan, attention, attention_plan
 
 UND, GEN = "", "_moe_gen"  # parameter-name suffix of each expert
-KeysValues = tuple[Tensor, Tensor]  # each [rows, key heads, head_dim], one sample after another
+KeysValues = tuple[Tensor, Tensor]  # each [rows, key heads, head_dim], samples concatenated
 
 
 class Split(NamedTuple):
-    """Rows of one sample that enter the sequence together: a text, or an image.
+    """Consecutive rows of one sample with the same attention mode: a text, or an image.
 
-    They see what the sample has kept so far, and each other by their mode. The rows of a pass stand in the order of its
-    splits, for both experts.
+    They attend to the sample's earlier rows and to each other according to `mode`. For both experts, the rows of a pass
+    are in the order of its splits.
 
-    mode  causal, full, or noise: full, and no later row sees them (the release's attn_modes)
+    mode  causal; full; or noise: full, and no later row attends to them (the release's attn_modes)
     """
 
     sample: int
@@ -41,11 +41,11 @@ class Split(NamedTuple):
 
 
 class KVCache:
-    """Keys and values that later passes see.
+    """Keys and values that later passes attend to.
 
-    layers     [layer]: of all samples, packed; None while no sample has a row
-    lengths    [sample]: its rows
-    positions  [sample]: rotary position of its next row
+    layers     keys and values of all samples per layer, packed; None if there are no rows yet
+    lengths    number of rows of each sample
+    positions  rotary position of each sample's next row
     """
 
     def __init__(self, layers: list[KeysValues | None], lengths: list[int], positions: list[int]):
@@ -64,14 +64,14 @@ class KVCache:
         return KVCache(layers, self.lengths + other.lengths, self.positions + other.positions)
 
     def after(self, layers: list[KeysValues | None], splits: Sequence[Split], positions: list[int]) -> "KVCache":
-        """Return the cache after a pass over `splits` that left `layers`."""
+        """Return the cache after a pass over `splits`. layers: its keys and values per layer, earlier ones included."""
         lengths = list(self.lengths)
         for split in splits:
             lengths[split.sample] += 0 if split.mode == "noise" else split.und + split.gen
         return KVCache(layers, lengths, positions)
 
     def split(self, n: int) -> tuple["KVCache", "KVCache"]:
-        """Return the cache of the first n samples and that of the others."""
+        """Return the cache of the first n samples, and that of the others."""
         rows = sum(self.lengths[:n])
         first = [layer and (layer[0][:rows], layer[1][:rows]) for layer in self.layers]
         rest = [layer and (layer[0][rows:], layer[1][rows:]) for layer in self.layers]
@@ -84,13 +84,13 @@ class KVCache:
 class Pass:
     """Attention layout and rotary tables shared by all layers of one pass.
 
-    attention  what the rows see: per sample the cached rows and then its splits
-    lengths    [sample]: cached rows
-    uniform    all samples have the same layout
-    rotary     per expert the cosines and sines of its rows' positions, fp32 [rows, head_dim / 2]
-    learn      the understanding rows carry a gradient
+    attention  attention plan: for each sample its cached rows, then its splits
+    lengths    number of cached rows of each sample
+    uniform    whether all samples have the same layout
+    rotary     cosines and sines of the rows' positions per expert, fp32 [rows, head_dim / 2]
+    learn      whether the understanding rows have a gradient
 
-    It is no dataclass, and its tables are no arguments of a layer, as FSDP2 would cast them to bf16.
+    This is not a dataclass, and its tables are not arguments of a layer, because FSDP2 would cast them to bf16.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Pass:
 
     @classmethod
     def plan(cls, splits: Sequence[Split], cache: KVCache, rotary: dict[str, KeysValues], learn: bool) -> "Pass":
-        """Plan a pass over `splits` behind what is cached."""
+        """Plan a pass over `splits` that follow the cached rows."""
         samples = [[AttentionSpan(length, cached=True)] if length else [] for length in cache.lengths]
         for split in splits:
             samples[split.sample].append(AttentionSpan(split.und + split.gen, split.mode))
@@ -116,12 +116,12 @@ class Pass:
         return cls(splits, attention_plan(samples, device=device), cache.lengths, uniform, rotary, learn)
 
     def graph(self, expert: str) -> bool:
-        """Return whether this expert's rows are computed with a graph."""
+        """Tell whether this expert's rows are computed with a gradient."""
         return torch.is_grad_enabled() and (expert == GEN or self.learn)
 
 
 class RMSNorm(nn.Module):
-    """Statistics in fp32, result in the dtype of the input."""
+    """RMSNorm with fp32 statistics and a result in the input's dtype."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -145,7 +145,7 @@ class Attention(nn.Module):
             self.add_module(f"k_norm{expert}", RMSNorm(self.head_dim, sizes.rms_norm_eps))
 
     def project(self, expert: str, x: Tensor, rotary: KeysValues) -> tuple[Tensor, Tensor, Tensor]:  # [rows, D]
-        """Return queries [rows, heads, d], keys and values [rows, key heads, d]; norm and rotation in fp32."""
+        """Compute queries [rows, heads, d], and keys and values [rows, key heads, d]; norm and RoPE are in fp32."""
         q, k, v = (getattr(self, f"{p}_proj{expert}")(x).unflatten(-1, (-1, self.head_dim)) for p in "qkv")
         q, k = (
             apply_rotary(getattr(self, f"{name}_norm{expert}")(rows.float()), *rotary).to(v.dtype)
@@ -156,7 +156,7 @@ class Attention(nn.Module):
     def forward(
         self, rows: dict[str, Tensor], past: KeysValues | None, now: Pass
     ) -> tuple[dict[str, Tensor], KeysValues | None]:
-        """rows: per expert [rows, D], experts without rows left out. Returns the same, and what later passes see."""
+        """Attend jointly. rows: [rows, D] per expert that has rows. Returns the same, and keys and values to cache."""
         projected = {}
         for expert, x in rows.items():
             with torch.set_grad_enabled(now.graph(expert)):
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """An MLP with SwiGLU."""
 
     def __init__(self, sizes: Qwen2Sizes):
         super().__init__()
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         cache: KVCache,
         learn: bool,
     ) -> tuple[dict[str, Tensor], list[KeysValues | None]]:
-        """Return normed hidden states per expert, and per layer what later passes see."""
+        """Return the normalised hidden states per expert, and the keys and values to cache per layer."""
         head_dim = self.sizes.hidden_size // self.sizes.num_attention_heads
         rotary = {expert: rotary_cos_sin(positions[expert], head_dim, self.sizes.rope_theta) for expert in rows}
         now, kept = Pass.plan(splits, cache, rotary, learn), []
@@ -245,14 +245,14 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
 
 
-@torch.compiler.disable  # layouts change; what stands around it compiles for any number of rows
+@torch.compiler.disable  # else every new layout would recompile; the rest of a layer compiles for any number of rows
 def joint_attention(
     projected: dict[str, tuple[Tensor, Tensor, Tensor]], past: KeysValues | None, now: Pass
 ) -> tuple[dict[str, Tensor], KeysValues | None]:
-    """Attend from the rows of both experts to all that they see.
+    """Compute attention jointly over the rows of both experts and the cached ones.
 
-    projected: per expert queries, keys and values, [rows, heads, d]. Returns per expert [rows, heads, d], and the keys
-    and values that later passes see.
+    projected: queries, keys and values per expert, [rows, heads, d]. Returns [rows, heads, d] per expert, and the keys
+    and values to cache.
     """
     q, k, v = (_by_split({expert: rows[i] for expert, rows in projected.items()}, now) for i in range(3))
     if past is not None:
@@ -270,7 +270,7 @@ def joint_attention(
 
 
 def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:
-    """Put the rows of both experts into the order of the splits, in each the understanding rows first."""
+    """Merge the rows of both experts in the order of the splits; within a split, understanding rows come first."""
     if len(rows) == 1:
         return next(iter(rows.values()))
     if alike := _alike(now.splits):
@@ -281,7 +281,7 @@ def _by_split(rows: dict[str, Tensor], now: Pass) -> Tensor:
 
 
 def _by_expert(rows: Tensor, experts: list[str], now: Pass) -> dict[str, Tensor]:
-    """Undo `_by_split`."""
+    """Invert `_by_split`."""
     if len(experts) == 1:
         return {experts[0]: rows}
     if alike := _alike(now.splits):
@@ -293,12 +293,12 @@ def _by_expert(rows: Tensor, experts: list[str], now: Pass) -> dict[str, Tensor]
 
 
 def _alike(splits: Sequence[Split]) -> int:
-    """Return the number of splits where all have as many rows of each expert, else 0."""
+    """Return the number of splits if all have the same number of rows per expert, else 0."""
     return len(splits) if len({(split.und, split.gen) for split in splits}) == 1 else 0
 
 
 def _behind(old: Tensor, new: Tensor, now: Pass) -> Tensor:
-    """Put every sample's new rows behind its cached ones."""
+    """Append every sample's new rows to its cached ones."""
     if now.uniform:
         return torch.cat([x.unflatten(0, (len(now.lengths), -1)) for x in (old, new)], dim=1).flatten(0, 1)
     pieces = old.split(list(now.lengths)), new.split(list(now.attention.query_sizes))
@@ -306,7 +306,7 @@ def _behind(old: Tensor, new: Tensor, now: Pass) -> Tensor:
 
 
 def _kept(past: KeysValues | None, seen: KeysValues, now: Pass) -> KeysValues | None:
-    """Take what is noise out of the keys and values that a pass has seen."""
+    """Remove the rows of noise splits from the keys and values of a pass."""
     noise = [split.mode == "noise" for split in now.splits]
     if not any(noise):
         return seen
@@ -327,14 +327,14 @@ def _concatenate(first: KeysValues | None, second: KeysValues | None) -> KeysVal
 
 
 def rotary_cos_sin(positions: Tensor, head_dim: int, theta: float) -> KeysValues:  # int64 [rows]
-    """Return cosines and sines of rotary positions, fp32 [rows, head_dim / 2]."""
+    """Compute the cosines and sines of rotary positions, fp32 [rows, head_dim / 2]."""
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angles = positions.float()[:, None] * theta ** (-steps / head_dim)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [rows, H, d], [rows, d / 2] twice
-    """Rotate the first half of each head against the second."""
+    """Apply RoPE, pairing channel i of the first half of each head with channel i of the second half."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

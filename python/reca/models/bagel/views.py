@@ -1,16 +1,16 @@
-"""The sizes at which BAGEL sees images."""
+"""Image sizes of BAGEL."""
 
 from dataclasses import replace
 
 from reca.data.views import View, Views
 from reca.models.bagel.modules import Network
 
-MAX_PIXELS = 14 * 14 * 9 * 1024  # area of every image but those to answer about
+MAX_PIXELS = 14 * 14 * 9 * 1024  # maximum area of an image, except in conversations
 MAX_ANSWER_PIXELS = 2_007_040
 
 
 def task_views(net: Network, task: str) -> Views:
-    """Return the views of an image in training, by task."""
+    """Return the views of a training task."""
     c, patch, side = net.config, net.config.vision.patch_size, net.token_side
     if task == "i2t":
         return Views(gen=None, und=_bound(c.answer_size, c.answer_min_size, patch, MAX_ANSWER_PIXELS))
@@ -22,7 +22,7 @@ def task_views(net: Network, task: str) -> Views:
 
 
 def edit_views(net: Network) -> Views:
-    """Return the views of an image to edit: as the codec sees it, and what SigLIP then sees of that."""
+    """Return the views of an image to edit: the codec's input, and SigLIP's input, which is computed from it."""
     c = net.config
     gen = task_views(net, "t2i").gen
     return Views(gen=gen, und=_bound(c.edit_size, c.edit_min_size, c.vision.patch_size))

@@ -1,6 +1,6 @@
-"""BAGEL's published files: loading them, and writing a model back.
+"""BAGEL's weights: load published files or initialise at random, and export.
 
-Names in the main file are those of the module tree. The autoencoder's file has LDM's names, the module diffusers'.
+Parameter names here are those of the main file. The autoencoder's file has LDM's names, the module diffusers'.
 """
 
 from pathlib import Path
@@ -31,31 +31,31 @@ from reca.models.common.weight_files import (
 
 T = TypeVar("T", bound=Network)
 
-# the parts that the main file holds, under their published names
+# modules in the main file, under their published names
 PARTS = (
     "language_model", "time_embedder", "vae2llm", "llm2vae", "latent_pos_embed", "vit_pos_embed", "connector",
     "vit_model",
 )  # fmt: skip
 TRAINED = frozenset({"gen_lm", "gen_head"})  # roles that RECA trains
 PUBLISHED = "ema.safetensors"
-# what BAGEL publishes, what the release's trainer saves, what RECA publishes
+# names of the main file: in BAGEL's repository, from the release's trainer, in RECA's repository
 SINGLE = (PUBLISHED, "model.safetensors", "model_bf16.safetensors")
 INDICES = tuple(f"{name}{INDEX}" for name in SINGLE)
 CODEC = "ae.safetensors"
 _WEIGHTS = ["*.safetensors", "*.json", "*.txt"]
-# recipe key -> what there is to download
+# recipe key -> glob patterns of the files to download
 DOWNLOADS = {"weights": _WEIGHTS, "overlay": _WEIGHTS, "codec_weights": _WEIGHTS, "tokenizer": TOKENIZER}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
 def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") -> T:
-    """Build a model from published files, or at random where `config.weights` is null.
+    """Build the model from published files or, if `config.weights` is None, with random weights.
 
-    Raises ValueError for files that do not fit the recipe, with the lists of what is missing, left over or misshapen.
+    Raises ValueError for files that do not fit the recipe, listing missing, unexpected and misshapen tensors.
     """
     if config.weights is None:
         if config.overlay or config.codec_weights:
-            raise ValueError("model.overlay and model.codec_weights need model.weights, which is null")
+            raise ValueError("model.overlay and model.codec_weights need model.weights, which is null; set it")
         with init_random(config.seed, device):
             return to_kept_types(cls(config, load_tokenizer(config, None))).to(device)
     source = fetch(config.weights, DOWNLOADS["weights"])
@@ -76,7 +76,7 @@ def load(cls: type[T], config: BagelConfig, device: torch.device | str = "cpu") 
 
 
 def export(net: Network, folder: Path, dtype: torch.dtype) -> list[str]:
-    """Write all files of a published folder, those of the frozen parts too. Returns their names."""
+    """Write all files of a folder in the published format, including the frozen parts, and return their names."""
     codec = net.codec.state_dict()
     if isinstance(net.codec, KlCodec):
         codec = to_ldm(net.codec.autoencoder.state_dict(), len(net.codec.sizes.block_out_channels))
@@ -90,27 +90,27 @@ def export(net: Network, folder: Path, dtype: torch.dtype) -> list[str]:
 
 
 def loading(config: BagelConfig) -> str:
-    """Say how BAGEL's own code loads an export."""
+    """Return the model card's sentence on how BAGEL's own code loads an export."""
     return (
-        "[BAGEL's code](https://github.com/ByteDance-Seed/Bagel) loads this folder as it loads BAGEL-7B-MoT: "
-        "`python app.py --model_path FOLDER`. The file is named `ema.safetensors` as the published one is."
+        "[BAGEL's code](https://github.com/ByteDance-Seed/Bagel) loads this folder like BAGEL-7B-MoT: "
+        "`python app.py --model_path FOLDER`. The weight file is named `ema.safetensors`, like the published one."
     )
 
 
 def published_parts(net: Network) -> nn.ModuleDict:
-    """Return the parts that the main file holds, under their published names."""
+    """Return the modules of the main file, under their published names."""
     return nn.ModuleDict({name: getattr(net, name) for name in PARTS})
 
 
 def to_kept_types(net: T) -> T:
-    """Cast parameters to the types that they are kept in."""
+    """Cast parameters to the dtypes of `kept_dtype`."""
     for name, parameter in net.named_parameters():
         parameter.data = parameter.data.to(kept_dtype(net.config, name))
     return net
 
 
 def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:
-    """Return the type that a tensor is kept in."""
+    """Return the dtype of a parameter."""
     part = role(name)
     if part == "codec" or config.dtype == "fp32" or (config.dtype == "mixed" and part in TRAINED):
         return torch.float32
@@ -118,9 +118,9 @@ def kept_dtype(config: BagelConfig, name: str) -> torch.dtype:
 
 
 def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of `config`, or that of a folder, or make one of words.
+    """Load the tokenizer of the recipe or of a folder, or build a word tokenizer for a random model.
 
-    Raises ValueError where there is none, or where it does not fit the embedding table.
+    Raises ValueError if there is none, or if it has more tokens than the embedding table.
     """
     source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer") if config.tokenizer else folder
     if source is None:
@@ -129,21 +129,21 @@ def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokeni
         tokenizer = read_tokenizer(source)
     else:
         raise ValueError(
-            f"{source.absolute()} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); give model.tokenizer, such as "
+            f"{source.absolute()} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer, such as "
             "model.tokenizer=ByteDance-Seed/BAGEL-7B-MoT"
         )
     if len(tokenizer) > config.language.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, but model.language.vocab_size={config.language.vocab_size}; "
-            "raise it, or give the tokenizer that belongs to the weights"
+            "raise it, or set model.tokenizer to that of the weights"
         )
     return tokenizer
 
 
 def read(source: Path) -> dict[str, Tensor]:
-    """Read a weight file, or the one that a folder holds. Raises ValueError for none and for several.
+    """Read a weight file, or that of a folder. Raises ValueError if the folder has none or several.
 
-    An index that lists the tensors of such a file is no other one: BAGEL publishes one beside ema.safetensors.
+    An index of a single weight file does not count as another one: BAGEL's repository has one for ema.safetensors.
     """
     if source.is_file():
         return read_tensors(source)
@@ -152,13 +152,13 @@ def read(source: Path) -> dict[str, Tensor]:
     found += [name for name in indices if not set(found) & set(weight_map(source / name).values())]
     if len(found) != 1:
         known = ", ".join((*SINGLE, *INDICES))
-        what = f"{' and '.join(found)}; name the file that is meant" if found else f"none of {known}"
+        what = f"{' and '.join(found)}; name the file to read" if found else f"none of {known}"
         raise ValueError(f"{source} holds {what}")
     return read_tensors(source / found[0])
 
 
 def check_sizes(folder: Path, config: BagelConfig) -> None:
-    """Raise ValueError when a config.json beside the weights says something else than the recipe."""
+    """Raise ValueError if llm_config.json or vit_config.json of the weights contradicts the recipe."""
     wrong = []
     for file, section in (("llm_config.json", "language"), ("vit_config.json", "vision")):
         if not (folder / file).is_file():
@@ -166,13 +166,14 @@ def check_sizes(folder: Path, config: BagelConfig) -> None:
         found, sizes = read_json(folder / file), getattr(config, section)
         for key in sizes.__dataclass_fields__:
             if key in found and found[key] != getattr(sizes, key):
-                wrong.append(f"{file} has {key} {found[key]}, the recipe model.{section}.{key}={getattr(sizes, key)}")
+                own = f"model.{section}.{key}={getattr(sizes, key)}"
+                wrong.append(f"{file} has {key} {found[key]}, but the recipe has {own}")
     if wrong:
         raise ValueError(f"{folder} does not fit the recipe: {'; '.join(wrong)}")
 
 
 def published_configs(config: BagelConfig, bos: int, eos: int) -> dict[str, dict]:
-    """Return the JSON files that the public inference code reads its sizes from."""
+    """Return the JSON files from which the public inference code reads sizes."""
     language, vision = config.language, config.vision
     return {
         "config.json": {"name": "BAGEL"},
@@ -205,7 +206,7 @@ def published_configs(config: BagelConfig, bos: int, eos: int) -> dict[str, dict
 def _load_codec(codec: nn.Module, source: Path) -> None:
     path = source / CODEC if source.is_dir() else source
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give model.codec_weights, the FLUX autoencoder that BAGEL publishes")
+        raise ValueError(f"{path} does not exist; set model.codec_weights, the FLUX autoencoder published with BAGEL")
     state = read(path)
     if isinstance(codec, KlCodec):
         state = to_diffusers(state, len(codec.sizes.block_out_channels))
