@@ -5,6 +5,7 @@ import itertools
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,12 +267,16 @@ def test_a_torn_cache_file_is_made_again(folder, tmp_path):
     assert again.features is None and values([again]) == values([batch])
 
 
-def test_caches_of_other_models_and_versions_are_not_read(folder, tmp_path, monkeypatch):
+def test_caches_of_other_models_views_and_versions_are_not_read(folder, tmp_path, monkeypatch):
     data = DataConfig(images=str(folder), workers=0, cache=str(tmp_path / "features"))
-    opened = lambda identity: open_loader(data, "reca", VIEWS, seed=0, micro_batch=4, identity=identity)  # noqa: E731
+
+    def opened(identity, views=VIEWS):
+        return open_loader(data, "reca", views, seed=0, micro_batch=4, identity=identity)
+
     (batch,) = take(opened({"weights": "a"}), 1)
     batch.on_encoded(features(batch))
     assert take(opened({"weights": "a"}), 1)[0].features and take(opened({"weights": "b"}), 1)[0].features is None
+    assert take(opened({"weights": "a"}, replace(VIEWS, und=View(8, blur=2))), 1)[0].features is None
     assert opened(None).cache is None
     monkeypatch.setattr("reca.data.cache.VERSION", 0)
     assert take(opened({"weights": "a"}), 1)[0].features is None

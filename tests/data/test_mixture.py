@@ -55,6 +55,10 @@ def test_samples_come_by_weight_and_each_source_has_its_epochs(two):
     large = [p for p in picks if p >= 10]
     assert sorted(large[:30]) == sorted(large[30:60]) == list(range(10, 40)) and large[:30] != large[30:60]
     assert 60 < sum(p < 10 for p in picks[:100]) < 90  # drawn, and not one source behind the other
+    chosen = [p < 10 for p in picks]
+    assert chosen[:STRETCH] != chosen[STRETCH : 2 * STRETCH]
+    alike = make_order(Mixture([range(30), range(30)], [1.0, 1.0]), seed=1).orders
+    assert [alike[0].index(p) for p in range(30)] != [alike[1].index(p) for p in range(30)]
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (1, 2), (0.1, 0.3, 0.7), (1e-3, 1)])
@@ -129,6 +133,8 @@ def test_a_limit_is_a_function_of_the_seed(two):
 def test_a_limit_of_several_sources_is_of_their_shares(two):
     source = open_sources(DataConfig(images=mix(two, 1, 3), limit=8), ["reca"])["reca"]
     assert [len(part) for part in source.parts] == [2, 6]
+    source = open_sources(DataConfig(images=mix(two, 1, 99), limit=8), ["reca"])["reca"]
+    assert [len(part) for part in source.parts] == [1, 8]  # what is drawn from has a sample
 
 
 def test_stored_order(two):
@@ -157,6 +163,9 @@ def test_every_order_covers_its_blocks(tmp_path):
         assert sorted(order.index(13 * epoch + p) for p in range(13)) == list(range(13))
     others = np.array([[order.substitute(p, attempt) for p in range(13)] for attempt in range(1, 8)])
     assert others.min() >= 0 and others.max() <= 12 and len({tuple(row) for row in others}) == 7
+    single = Windows([Block(20, 2**26)], seed=5)
+    epochs = [[single.index(20 * epoch + p) for p in range(20)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]  # one row group is shuffled anew, too
 
 
 # ---- recipes ----

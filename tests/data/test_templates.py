@@ -28,6 +28,11 @@ def test_first_words_vary():
     assert len({s.split()[0] for s in SENTENCES}) >= 60
 
 
+def test_some_of_them_are_spread_over_all():
+    assert load_templates(None, 3) == [SENTENCES[0], SENTENCES[120], SENTENCES[240]]
+    assert load_templates(None, 360) == SENTENCES
+
+
 def test_own_file_and_errors(tmp_path):
     (tmp_path / "mine.txt").write_text("Look.\n\n  Say what you see.  \n")
     assert load_templates(str(tmp_path / "mine.txt")) == ["Look.", "Say what you see."]
