@@ -93,7 +93,7 @@ def train(
         TypeError: Overrides were given together with a Recipe object.
         CheckpointError: The checkpoints of the run folder, or of train.init_from, are damaged or do not match.
         RunInUse: Another process uses the run folder.
-        NonFiniteError: Loss or gradient was not finite in train.max_skips steps in a row.
+        NonFiniteError: Loss or gradient was not finite in more than train.max_skips steps in a row.
         CollapseError: An alarm has ended the run (eval.stop_on_alarm); its last step is saved.
         NotSavedError: The last checkpoint could not be written.
         PeerFailed: Another rank has failed, and prints the reason.

@@ -292,7 +292,7 @@ class Trainer:
         """Make one optimizer step from this rank's micro-batches, by task, unless it is to be skipped.
 
         Returns the step's metrics by name, as log.jsonl has them.
-        Raises NonFiniteError after train.max_skips such steps in a row.
+        Raises NonFiniteError after more than train.max_skips such steps in a row.
         """
         self.adapter.train()
         lr = lr_at(self.step, self.schedule_end, self.recipe.optim)
