@@ -90,26 +90,46 @@ def test_steps_are_those_of_adamw_in_fp64(config, tolerance, exact):
     assert moved_apart(steps(**config)[0], exact) < tolerance
 
 
-@pytest.mark.parametrize("config", [{"moments": "bf16"}, {"name": "adamw_8bit"}])
-def test_moments_that_are_rounded_go_with_parameters_in_fp64(config, exact):
+@pytest.mark.parametrize(
+    ("config", "tolerance"), [({"moments": "bf16"}, 0.03), ({"name": "adamw_8bit"}, 0.03), ({"offload": True}, 1e-12)]
+)
+def test_parameters_in_fp64_go_with_any_moments(config, tolerance, exact):
     model, _ = steps(dtype=torch.float64, **config)
-    assert all(p.dtype == torch.float64 for p in model.parameters()) and moved_apart(model, exact) < 0.03
+    assert all(p.dtype == torch.float64 for p in model.parameters()) and moved_apart(model, exact) < tolerance
 
 
 @pytest.mark.parametrize("config", [{}, {"moments": "bf16"}])
 def test_parameters_in_bf16_are_rounded_stochastically(config, exact):
     """Rounded to the nearest, steps of 1e-5 would be lost on weights of 1."""
     model, optimizer = nn.Linear(1, 1, dtype=torch.bfloat16), OptimConfig(lr=1e-5, **config)
-    model.weight = nn.Parameter(torch.ones(1, 20000, dtype=torch.bfloat16))
+    model.weight, model.other = (nn.Parameter(torch.ones(1, 20000, dtype=torch.bfloat16)) for _ in range(2))
     model.decays = lambda *_: False
     optimizer = make_optimizer(model, optimizer)
     for _ in range(10):
-        model.weight.grad = torch.ones_like(model.weight)
+        for parameter in (model.weight, model.other):
+            parameter.grad = torch.ones_like(parameter)
         optimizer.step()
     assert optimizer.state[model.weight]["exp_avg"].dtype == moments.storage(
         (20000,), torch.bfloat16, OptimConfig(**config)
     )
     assert float(model.weight.detach().double().mean()) == pytest.approx(1 - 1e-4, abs=2e-5)
+    # 51 of them by 2^-8 in every step: others each time, and in each parameter.
+    assert 430 < int((model.weight < 1).sum()) < 590 and not torch.equal(model.weight, model.other)
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_a_parameter_that_is_not_contiguous_makes_the_same_step(config):
+    found = []
+    for order in (lambda x: x.t(), lambda x: x.t().contiguous()):
+        model, generator = nn.Module(), torch.Generator().manual_seed(0)
+        model.weight = nn.Parameter(order(torch.randn(300, 64, generator=generator)))
+        model.decays = lambda *_: True
+        optimizer = make_optimizer(model, OptimConfig(lr=1e-2, **config))
+        for _ in range(2):
+            model.weight.grad = order(torch.randn(300, 64, generator=generator))
+            optimizer.step()
+        found.append(model.weight.detach())
+    assert not found[0].is_contiguous() and torch.equal(*found)
 
 
 def test_rounding_is_unbiased_and_a_function_of_row_and_seed():
@@ -124,6 +144,22 @@ def test_rounding_is_unbiased_and_a_function_of_row_and_seed():
     assert torch.equal(
         moments.round_to_bf16(special, torch.tensor(0), 0, 0).float().nan_to_num(7), special.nan_to_num(7)
     )
+    of_a_gpu = torch.tensor([[0x7FFFFFFF, -1]], dtype=torch.int32).view(torch.float32)  # NaN of all bits
+    assert moments.round_to_bf16(of_a_gpu, torch.tensor(0), 0, 0).isnan().all()
+
+
+def test_a_shard_is_rounded_as_its_rows_of_the_whole_are(monkeypatch):
+    found = []
+    for first in (0, 12):
+        model = nn.Linear(300, 1, bias=False, dtype=torch.bfloat16)
+        model.weight = nn.Parameter(torch.ones(20 - first, 300, dtype=torch.bfloat16))
+        model.decays = lambda *_: False
+        monkeypatch.setattr(adamw, "own_rows", lambda _, first=first: slice(first, 20))
+        optimizer = make_optimizer(model, OptimConfig(lr=1e-3, moments="bf16"))
+        model.weight.grad = torch.full_like(model.weight, 0.1)
+        optimizer.step()
+        found.append(model.weight.detach())
+    assert torch.equal(found[0][12:], found[1]) and len(found[1].unique()) == 2
 
 
 @pytest.mark.parametrize("row", [64, 256, 300, 1000])

@@ -358,6 +358,13 @@ def test_what_a_run_cannot_start_from(recipe, tmp_path):
         Trainer(again, narrow)
 
 
+def test_the_schedule_reaches_the_optimizer(recipe):
+    """AdamW's first step is as long as the learning rate."""
+    trainer, start = run(recipe("train.steps=1", "optim.lr=0.01", "optim.warmup_steps=20")), weights(ToyAdapter())
+    moved = max(float((value - start[name]).abs().max()) for name, value in weights(trainer.adapter).items())
+    assert moved == pytest.approx(0.01 / 20, rel=1e-3)
+
+
 def test_cached_features_change_nothing(recipe, tmp_path, monkeypatch):
     plain = run(recipe(f"run_dir={tmp_path}/plain", "train.steps=9"))
     cache = f"data.cache={tmp_path}/features"
