@@ -25,6 +25,11 @@ ALIGNED_H_V = (
     "stands for and reads words in h_v's place; later captions are generated from there too. Large models bring such "
     "alignment along; here it is made."
 )
+ALIGNED_JOINTLY = (
+    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it stands "
+    "for, reads words in h_v's place, and draws captions from there. Large models bring such alignment along; here it "
+    "is made{how}."
+)
 LINEAR_LATENTS = (
     "Latents are linear in colour, so the generator may combine colours and shapes by itself, without RECA."
 )

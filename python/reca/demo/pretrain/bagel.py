@@ -17,7 +17,7 @@ from reca.demo.captions import TEMPLATES, caption, phrase
 from reca.demo.pretrain import ALIGNED_H_V, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.language import PROMPTS, draw_reply
-from reca.demo.pretrain.optimize import first_images, optimize, save_as_run, unit
+from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, optimize, save_as_run, unit
 from reca.demo.splits import Split
 from reca.demo.world import load_world
 from reca.models.bagel import Adapter, modules, prompt
@@ -29,8 +29,6 @@ from reca.rng import CounterRNG
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING_STEPS, GENERATION_STEPS = 350, 600
-CAPTION_BATCH, GENERATION_BATCH = 32, 64  # images in a step of each
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
 class _WordsAsHv(Adapter):
@@ -147,23 +145,21 @@ def _caption_loss(model: Adapter, split: Split, rng: random.Random, scale: float
 def _generation_loss(
     model: Adapter, split: Split, seed: int, rng: random.Random, scale: float
 ) -> Callable[[int], Tensor]:
-    """Make the loss of a generation step: half the captions as text prompts, half quoted in h_v's place."""
-    slots, noise_rng, half = _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
+    """Make the loss of a generation step."""
+    slots, noise_rng = _Slots(model), CounterRNG(seed)
     moments = torch.stack(model.moments(list(first_images(split, scale))))
     noisy_image = prompt.NoisyImage(*(size // model.config.latent_patch_size for size in moments.shape[2:]))
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(moments), (GENERATION_BATCH,))
-        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
-        texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        text_prompts: list[list[prompt.Item]] = [[model.text(phrase(text, rng))] for text in texts[:half]]
-        h_v_prompts: list[list[prompt.Item]] = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts[half:]]
-        h_v = [slots.as_h_v(slots.words(text)) for text in texts[half:]]
+        index, sample_ids, phrases, texts = draw_batch(split, len(moments), step, rng)
+        text_prompts: list[list[prompt.Item]] = [[model.text(words)] for words in phrases]
+        h_v_prompts: list[list[prompt.Item]] = [[slots.item, model.text(rng.choice(TEMPLATES))] for _ in texts]
+        h_v = [slots.as_h_v(slots.words(text)) for text in texts]
         given = prompt.Prompt(text_prompts + h_v_prompts, h_v)
         layout = model.layout(given.items)
-        image = model.layout([[noisy_image]] * GENERATION_BATCH, layout.next_positions)
+        image = model.layout([[noisy_image]] * len(index), layout.next_positions)
         total, _ = flow_loss(model, given, layout, image, moments[index], sample_ids, noise_rng)
-        return total / (GENERATION_BATCH * noisy_image.height * noisy_image.width)
+        return total / (len(index) * noisy_image.height * noisy_image.width)
 
     return loss
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption
 from reca.demo.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
-from reca.demo.pretrain.optimize import first_images, matrices, optimize, save_as_run, unit
+from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, save_as_run, unit
 from reca.models.common.chat import END, Prompt
 from reca.models.common.text import encode
 from reca.models.harmon import Adapter, modules, prompt
@@ -27,14 +27,8 @@ from reca.toy_world.splits import captioned, understood
 from reca_kernels import IGNORE_INDEX, masked_linear_cross_entropy
 
 UNDERSTANDING_STEPS, GENERATION_STEPS = 200, 1000  # those of generation go on with captioning
-GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 OFFSET = 3.0  # of the diffusion head's input
-UNDERSTANDING_ROLES = (
-    "shared_encoder",
-    "shared_lm",
-    "embed",
-)  # roles that understanding needs, beside the way in to the language model
+UNDERSTANDING_ROLES = ("shared_encoder", "shared_lm", "embed")  # beside the way in to the language model
 
 
 class _RecordsConditions(Adapter):
@@ -115,20 +109,17 @@ class _Task:
         return Prompt(ids[:slot] + h_v + ids[slot:], None, labels)
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating: half from text prompts, half from captions in h_v's place.
+        """Compute the loss of generating.
 
         A linear readout makes the head's conditions predict the latents. The diffusion loss alone does so
         where noise has left little of a token, and there it weighs little.
         """
-        model, rng, half = self.model, self.rng, GENERATION_BATCH // 2
-        index = torch.randint(len(self.generation_latents), (GENERATION_BATCH,))
-        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
-        texts = [caption(self.generation_split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        phrases = [phrase(text, rng) for text in texts[:half]]
-        prompts = sample_prompts(model, Batch("t2i", sample_ids[:half], phrases), self.noise_rng)
-        templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
-        prompts += [self.with_words(t, self.on_buffers(text)) for t, text in zip(templates, texts[half:], strict=True)]
-        tokens = self.generation_latents[index]
+        model, rng, latents = self.model, self.rng, self.generation_latents
+        index, sample_ids, phrases, texts = draw_batch(self.generation_split, len(latents), step, rng)
+        prompts = sample_prompts(model, Batch("t2i", sample_ids[: len(phrases)], phrases), self.noise_rng)
+        templates = [prompt.template(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts]
+        prompts += [self.with_words(t, self.on_buffers(text)) for t, text in zip(templates, texts, strict=True)]
+        tokens = latents[index]
         prepared = prepare_images(model, prompts, sample_ids, (tokens.shape[1], tokens.shape[2]), self.noise_rng)
         term = image_loss(model, prepared, tokens, self.noise_rng)
         error = self.readout(model.conditioned) - tokens.flatten(1, 2) / model.config.autoencoder.scale

@@ -13,10 +13,10 @@ from torch import Tensor
 from reca import toy_world
 from reca.config import Recipe
 from reca.demo.captions import caption
-from reca.demo.pretrain import DemoSetup, Progress, scaled
+from reca.demo.pretrain import ALIGNED_JOINTLY, DemoSetup, Progress, scaled
 from reca.demo.pretrain.codebook import CodebookTask
 from reca.demo.pretrain.optimize import matrices, optimize
-from reca.demo.pretrain.shared_llama import ALIGNED_JOINTLY, SharedLlamaTask
+from reca.demo.pretrain.shared_llama import SharedLlamaTask
 from reca.models.janus import Adapter
 
 STEPS = 800
@@ -60,7 +60,7 @@ SETUPS = {
         sampling={"guidance": 1.0, "temperature": 0.5},
         description="A Janus-Pro of half a million parameters",
         assumptions=(
-            ALIGNED_JOINTLY,
+            ALIGNED_JOINTLY.format(how=""),
             "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
             "VQ-16. Token embeddings stay frozen in every arm.",
         ),

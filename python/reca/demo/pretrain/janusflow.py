@@ -13,9 +13,9 @@ from torch import Tensor
 
 from reca.config import Recipe
 from reca.demo.captions import caption
-from reca.demo.pretrain import LINEAR_LATENTS, DemoSetup, Progress, scaled
+from reca.demo.pretrain import ALIGNED_JOINTLY, LINEAR_LATENTS, DemoSetup, Progress, scaled
 from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
-from reca.demo.pretrain.shared_llama import ALIGNED_JOINTLY, SharedLlamaTask
+from reca.demo.pretrain.shared_llama import SharedLlamaTask
 from reca.models.common.kl_codec import PatchMoments
 from reca.models.janusflow import Adapter
 from reca.rng import CounterRNG
@@ -69,7 +69,7 @@ SETUPS = {
         sampling={"steps": 20, "guidance": 1.0},
         description="A JanusFlow of half a million parameters",
         assumptions=(
-            ALIGNED_JOINTLY,
+            ALIGNED_JOINTLY.format(how=""),
             "Images are 20 pixels wide, and a latent is the principal components of a square of two, fitted to images "
             "of every pair, which stands in for SDXL's autoencoder. Token embeddings stay frozen in every arm.",
             LINEAR_LATENTS,

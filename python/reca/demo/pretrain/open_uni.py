@@ -22,7 +22,7 @@ from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.codebook import fit_codebook
 from reca.demo.pretrain.frozen_encoder import encode_once
 from reca.demo.pretrain.language import PROMPTS, draw_reply
-from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
+from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, unit
 from reca.demo.splits import Split
 from reca.demo.world import load_world
 from reca.models.common.patch_codebook import PatchCodebook
@@ -37,8 +37,6 @@ CODEC_SHARE = {"shapes": 0.25, "emoji": 1.0}  # of the images that the world's c
 # On the states that a reply is read from, over their root mean square. It keeps those of different words apart: the
 # generator reads them, too, and without noise one start that named red and blue rightly drew one for the other.
 NOISE = {"shapes": 0.0, "emoji": 1.0}
-CAPTION_BATCH, GENERATION_BATCH = 32, 64  # images in a step of each
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 HV = Callable[[Tensor], Tensor]  # places of images among the understood -> h_v, with a graph
 
 
@@ -168,25 +166,16 @@ def answer_loss(model: Adapter, rows: list[prompt.Prompt], h_v: Tensor, noise: f
 def _generation_loss(
     model: Adapter, split: Split, seed: int, rng: random.Random, scale: float
 ) -> Callable[[int], Tensor]:
-    """Make the loss of a generation step: half the captions as text prompts, half with_words in h_v's place."""
-    slots, noise_rng, half = _Slots(model), CounterRNG(seed), GENERATION_BATCH // 2
+    """Make the loss of a generation step."""
+    slots, noise_rng = _Slots(model), CounterRNG(seed)
     latents = torch.cat([model.latents(unit(part)) for part in first_images(split, scale).split(500)])
 
     def loss(step: int) -> Tensor:
-        index = torch.randint(len(latents), (GENERATION_BATCH,))
-        sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
-        texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        text_prompt = sample_prompts(
-            model, Batch("t2i", sample_ids[:half], [phrase(text, rng) for text in texts[:half]]), noise_rng
-        )
-        with_image = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts[half:]]
-        with_words = [
-            slots.with_words(text_prompt, slots.words(text))
-            for text_prompt, text in zip(with_image, texts[half:], strict=True)
-        ]
-        condition = model.condition(
-            prompt.layout(text_prompt + with_words, slots.count, "left", model.config.queries), None
-        )
+        index, sample_ids, phrases, texts = draw_batch(split, len(latents), step, rng)
+        prompts = sample_prompts(model, Batch("t2i", sample_ids[: len(phrases)], phrases), noise_rng)
+        with_image = [prompt.with_image(model.tokenizer, rng.choice(TEMPLATES)) for _ in texts]
+        prompts += [slots.with_words(p, slots.words(text)) for p, text in zip(with_image, texts, strict=True)]
+        condition = model.condition(prompt.layout(prompts, slots.count, "left", model.config.queries), None)
         return flow_loss(model, condition, latents[index], sample_ids, noise_rng).mean()
 
     return loss

@@ -1,5 +1,6 @@
 """Optimisation that all pre-training shares: Muon on the matrices of the layers, AdamW on the rest."""
 
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from reca import checkpoint
 from reca.config import Recipe
+from reca.demo.captions import caption, phrase
 from reca.demo.pretrain import Progress, scaled
 from reca.demo.splits import Split
 from reca.host_memory import FreedMemory
@@ -15,6 +17,8 @@ from reca.models.base import Adapter
 from reca.recipe_files import absolute_paths, save_recipe
 
 WARMUP_STEPS, STABLE_FRACTION, MIN_LR_RATIO = 60, 0.6, 0.05
+GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
+COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 
 
 def optimize(
@@ -69,6 +73,17 @@ def first_images(split: Split, scale: float) -> Tensor:
     """Stack the first images of a split, at least 64 if it has so many, all of them at scale 1: uint8 [n, 3, H, W]."""
     count = min(len(split), scaled(len(split), scale, least=64))
     return torch.stack([split.image(i) for i in range(count)])
+
+
+def draw_batch(split: Split, images: int, step: int, rng: random.Random) -> tuple[Tensor, Tensor, list[str], list[str]]:
+    """Draw what a step generates from captions: half of them text prompts, half in h_v's place.
+
+    images: of the split, which are used. Returns their places and sample ids [B], phrases, and captions of the others.
+    """
+    index, half = torch.randint(images, (GENERATION_BATCH,)), GENERATION_BATCH // 2
+    texts = [caption(split.scene(i), None, rng, COLOUR_PROBABILITY) for i in index.tolist()]
+    sample_ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
+    return index, sample_ids, [phrase(text, rng) for text in texts[:half]], texts[half:]
 
 
 def unit(pixels: Tensor) -> Tensor:  # uint8

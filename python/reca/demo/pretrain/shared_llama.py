@@ -8,19 +8,11 @@ from torch import Tensor
 
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption
 from reca.demo.pretrain.alignment import alignment, pad_tokens
-from reca.demo.pretrain.optimize import unit
+from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, unit
 from reca.demo.splits import Split
 from reca.rng import CounterRNG
-
-GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
-ALIGNED_JOINTLY = (
-    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it stands "
-    "for, reads words in h_v's place, and draws captions from there. Large models bring such alignment along; here it "
-    "is made."
-)
 
 
 class SharedLlamaTask:
@@ -54,16 +46,11 @@ class SharedLlamaTask:
         return self.model.language_model.model.embed_tokens(words)
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating: half from text prompts, half from captions in h_v's place."""
-        half, index = GENERATION_BATCH // 2, torch.randint(self.drawn, (GENERATION_BATCH,))
-        ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
-        texts = [caption(self.generation_split.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        phrases, templates = (
-            [phrase(text, self.rng) for text in texts[:half]],
-            [self.rng.choice(TEMPLATES) for _ in texts[half:]],
-        )
+        """Compute the loss of generating."""
+        index, ids, phrases, texts = draw_batch(self.generation_split, self.drawn, step, self.rng)
+        half, templates = len(phrases), [self.rng.choice(TEMPLATES) for _ in texts]
         from_text = Batch("t2i", ids[:half], phrases, features=self.targets(index[:half]))
-        slots = self.targets(index[half:]) | {"h_v": self.embedded(self.slots(texts[half:]))}
+        slots = self.targets(index[half:]) | {"h_v": self.embedded(self.slots(texts))}
         from_slots = Batch("reca", ids[half:], templates, features=slots)
         return 0.5 * self.mean(from_text) + 0.5 * self.mean(from_slots)
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from reca.config import Recipe
 from reca.data.batch import Batch
 from reca.data.tasks import Turn
-from reca.demo.captions import QUESTIONS, TEMPLATES, caption, phrase
-from reca.demo.pretrain import DemoSetup, Progress, scaled
+from reca.demo.captions import QUESTIONS, TEMPLATES, caption
+from reca.demo.pretrain import ALIGNED_JOINTLY, DemoSetup, Progress, scaled
 from reca.demo.pretrain.alignment import alignment, pad_tokens
 from reca.demo.pretrain.codebook import CodebookTask
 from reca.demo.pretrain.frozen_encoder import encode_once
-from reca.demo.pretrain.optimize import first_images, matrices, optimize, unit
+from reca.demo.pretrain.optimize import CAPTION_BATCH, draw_batch, first_images, matrices, optimize, unit
 from reca.demo.world import World, load_world
 from reca.models.common.pooled_features import PooledProjector
 from reca.models.show_o import Adapter, prompt
@@ -32,8 +32,6 @@ from reca_kernels import IGNORE_INDEX
 
 STEPS = {"shapes": 800, "jitter": 800}
 STEPS |= {"emoji": 500, "emoji-shared": 500, "emoji-shared-few": 500, "emoji-places": 1200, "emoji-varied": 2000}
-GENERATION_BATCH, CAPTION_BATCH = 64, 32  # images in one step
-COLOUR_PROBABILITY = 0.8  # of a caption to name the colour of a thing
 SLOTS = (20, 36)  # lengths of the prompt when captions stand in h_v's place
 
 
@@ -65,17 +63,15 @@ class _Task(CodebookTask):
         return torch.tensor(pad_tokens(self.model.tokens(text), self.tower.tokens(), self.model.vocabulary.eos))
 
     def generation_loss(self, step: int) -> Tensor:
-        """Compute the loss of generating: half from text prompts, half from captions in h_v's place."""
-        model, v, half = self.model, self.model.vocabulary, GENERATION_BATCH // 2
-        index = torch.randint(len(self.codes), (GENERATION_BATCH,))
-        ids = torch.arange(step * GENERATION_BATCH, (step + 1) * GENERATION_BATCH)
-        texts = [caption(self.generation_split.scene(i), None, self.rng, COLOUR_PROBABILITY) for i in index.tolist()]
-        phrases = [phrase(text, self.rng) for text in texts[:half]]
+        """Compute the loss of generating."""
+        model, v = self.model, self.model.vocabulary
+        index, ids, phrases, texts = draw_batch(self.generation_split, len(self.codes), step, self.rng)
+        half = len(phrases)
         samples = t2i_samples(model, Batch("t2i", ids[:half], phrases), self.noise_rng)
-        slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts[half:]]
+        slots, templates = self.rng.randint(*SLOTS), [self.rng.choice(TEMPLATES) for _ in texts]
         tokens = [model.tokens(prompt.TEMPLATE.format(text)) for text in templates]
         samples += [prompt.reca_clip(t, v, slots, self.tower.tokens(), model.image_tokens) for t in tokens]
-        layout = with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts[half:]]))
+        layout = with_words(prompt.layout(samples, v), torch.stack([self.slots(text) for text in texts]))
         masked = sample_mask(self.noise_rng, ids, model.image_tokens)
         from_text, from_words = self.cross_entropies(prompt.apply_mask(layout, self.codes[index], masked, v), half)
         return 0.5 * from_text + 0.5 * from_words
@@ -125,11 +121,6 @@ class _FrozenTowerTask(_Task):
         return self.encoded[index]
 
 
-ALIGNED = (
-    "h_v is aligned with the text space: pre-training pulls every h_v token to the embedding of the word it stands "
-    "for, reads words in h_v's place, and draws captions from there. Large models bring such alignment along; here it "
-    "is made{how}."
-)
 SAMPLING = {"steps": 18, "guidance": 0.0, "temperature": 0.5}
 SHAPES = {
     world: DemoSetup(
@@ -140,7 +131,7 @@ SHAPES = {
         sampling=SAMPLING,
         description="A Show-o of half a million parameters",
         assumptions=(
-            ALIGNED.format(how=""),
+            ALIGNED_JOINTLY.format(how=""),
             "Images are 20 pixels wide and their tokens come from a codebook of pixel patches, which stands in for "
             "MAGVITv2. Token embeddings and projector stay frozen in every arm.",
         ),
@@ -164,7 +155,7 @@ def _of_emoji(world: str, *overrides: str, codebook: str = "2048 pieces of 16 pi
         sampling=SAMPLING,
         description="A Show-o of 0.9 million parameters, with an EfficientNet-Lite0 in CLIP's place,",
         assumptions=(
-            ALIGNED.format(how=", on images of the pairs that captions name"),
+            ALIGNED_JOINTLY.format(how=", on images of the pairs that captions name"),
             f"Images are 64 pixels wide and their tokens come from a codebook of {codebook}, which stands in for "
             "MAGVITv2. Token embeddings, projector and attention stay frozen in every arm, and all arms have "
             "the learning rate that was picked by what RECA drew on another seed; SFT had no search of its own.",
