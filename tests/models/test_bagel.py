@@ -759,7 +759,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
             spoiled("llm_config.json", '{"rope_theta": 1e4}'),
             "llm_config.json has rope_theta 10000.0, but the recipe has model.l",
         ),
-        (spoiled("ema.safetensors"), "holds none of ema.safetensors"),
+        (spoiled("ema.safetensors"), "contains none of ema.safetensors"),
         (spoiled("model.safetensors", ""), "ema.safetensors and model.safetensors; name the file"),
         (spoiled("ae.safetensors"), "ae.safetensors does not exist; set model.codec_weights"),
         (str(tmp_path / "nowhere"), "does not exist"),
@@ -769,7 +769,7 @@ def test_folders_that_do_not_fit(folder, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="contains no tokenizer"):
         Adapter.load(config(weights=str(bare), **FLUX))
     with pytest.raises(ValueError, match="need model.weights, which is null"):
         Adapter.load(config(overlay="somewhere.safetensors"))

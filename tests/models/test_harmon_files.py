@@ -269,7 +269,7 @@ def test_tensors_that_do_not_fit(folder, tmp_path, change, words):
 
 def test_parts_that_are_not_there(folder, tmp_path):
     given = changed(folder, tmp_path, lambda state: None)
-    with pytest.raises(ValueError, match=r"holds no VAE; set model\.codec_weights"):
+    with pytest.raises(ValueError, match=r"contains no VAE; set model\.codec_weights"):
         loaded(**given | {"codec_weights": None})
     with pytest.raises(ValueError, match=r"has no tokenizer next to harmon\.pth; set model\.tokenizer"):
         loaded(**given | {"tokenizer": None})

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused(published, folder, tmp_path):
 
 
 def test_a_tokenizer_is_wanted_with_all_control_tokens(published, folder, tmp_path, golden):
-    with pytest.raises(ValueError, match="holds no tokenizer.json; set model.tokenizer, such as"):
+    with pytest.raises(ValueError, match="contains no tokenizer.json; set model.tokenizer, such as"):
         loaded(published, folder, tokenizer=str(tmp_path))
     older = {name: i for name, i in golden.config["special_ids"].items() if name not in (prompt.USER, prompt.ASSISTANT)}
     byte_tokenizer(older).save_pretrained(tmp_path)

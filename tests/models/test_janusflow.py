@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused(model, folder, tmp_path):
     for path in folder.iterdir():
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match=r"holds no \S+; set model.codec_weights, such as .*stabilityai/sdxl-vae"):
+    with pytest.raises(ValueError, match=r"contains no \S+; set model.codec_weights, such as .*stabilityai/sdxl-vae"):
         again(model, tmp_path)
 
 

@@ -245,7 +245,7 @@ def test_partial_files_are_laid_over_each_other_and_reported(model, tmp_path):
         and "tensors of connector" in report[0]
         and "transformer" not in report[0]
     )
-    with pytest.raises(ValueError, match="holds no connector, projector"):
+    with pytest.raises(ValueError, match="contains no connector, projector"):
         weights.overlay([tmp_path / "delta.pth"])
     torch.save(base | {"showo.lm_head.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     with pytest.raises(ValueError, match="not an OpenUni file.*showo.lm_head.weight"):

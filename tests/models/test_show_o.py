@@ -378,7 +378,7 @@ def test_wrong_folders(folder, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         Adapter.load(replace(tiny(), weights=str(tmp_path / "nowhere")))
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
-    with pytest.raises(ValueError, match=r"holds none of pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"contains none of pytorch_model\.safetensors"):
         Adapter.load(replace(tiny(), weights=str(tmp_path)))
     with pytest.raises(ValueError, match=r"has no subfolder 'codec'; set model\.codec_weights"):
         copied(folder, tmp_path / "x")

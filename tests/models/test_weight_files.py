@@ -218,7 +218,7 @@ def test_wrapped_names(tmp_path, form, save):
     save({f"layers.0.{wrapper}mlp.weight": STATE["a.weight"], "head.bias": STATE["b.bias"]}, path)
     assert sorted(read_tensors(path)) == ["head.bias", "layers.0.mlp.weight"]
     save({"a": torch.ones(1), form.format("a"): torch.ones(1)}, path)
-    refused(path, "holds a twice")
+    refused(path, "contains a twice")
 
 
 def test_a_file_of_averaged_weights_says_so(tmp_path, caplog):
@@ -233,7 +233,7 @@ def test_a_file_of_averaged_weights_says_so(tmp_path, caplog):
         torch.save(saved, tmp_path / f"{number}.pth")
         with caplog.at_level(logging.INFO, logger="reca"):
             same(read_tensors(tmp_path / f"{number}.pth"), wanted)
-        assert f"{number}.pth holds" in caplog.text and "weights only" in caplog.text
+        assert f"{number}.pth contains" in caplog.text and "weights only" in caplog.text
     caplog.clear()
     torch.save({"model": STATE, "ema": {name: tensor + 1 for name, tensor in STATE.items()}}, tmp_path / "both.pth")
     with caplog.at_level(logging.INFO, logger="reca"):
@@ -302,7 +302,7 @@ def test_an_index_and_shards_that_differ(tmp_path):
     with pytest.raises(ValueError, match=r"lists 1 tensors that its shards lack, the first layer\.1"):
         read_tensors(tmp_path)
     save_file({"layer.0": torch.ones(1)}, tmp_path / "model-2-of-12.safetensors")
-    with pytest.raises(ValueError, match=r"model-2-of-12.*holds layer\.0, which an earlier shard holds too"):
+    with pytest.raises(ValueError, match=r"model-2-of-12.*contains layer\.0, which an earlier shard contains too"):
         read_tensors(tmp_path)
     (tmp_path / "model-2-of-12.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"model-2-of-12\.safetensors \(\d+ bytes\) is a Git LFS pointer"):
@@ -334,7 +334,7 @@ def test_links_of_a_hub_cache(tmp_path):
     same(read_tensors(snapshot))
     same(read_tensors(weight_file(snapshot)))
     (tmp_path / "blobs/0123abcd").unlink()
-    with pytest.raises(ValueError, match="f00 holds no weight file"):
+    with pytest.raises(ValueError, match="f00 contains no weight file"):
         read_tensors(snapshot)
 
 
@@ -381,7 +381,7 @@ def test_weights_of_other_types_are_refused(weight):
 
 
 def test_which_file_of_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="holds no weight file"):
+    with pytest.raises(ValueError, match="contains no weight file"):
         weight_file(tmp_path)
     torch.save(STATE, tmp_path / "m.bin")
     assert weight_file(tmp_path).name == "m.bin"

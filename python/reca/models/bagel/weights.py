@@ -129,7 +129,7 @@ def load_tokenizer(config: BagelConfig, folder: Path | None) -> PreTrainedTokeni
         tokenizer = read_tokenizer(source)
     else:
         raise ValueError(
-            f"{source.absolute()} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer, such as "
+            f"{source.absolute()} contains no tokenizer ({', '.join(TOKENIZER_FILES)}); set model.tokenizer, such as "
             "model.tokenizer=ByteDance-Seed/BAGEL-7B-MoT"
         )
     if len(tokenizer) > config.language.vocab_size:
@@ -153,7 +153,7 @@ def read(source: Path) -> dict[str, Tensor]:
     if len(found) != 1:
         known = ", ".join((*SINGLE, *INDICES))
         what = f"{' and '.join(found)}; name the file to read" if found else f"none of {known}"
-        raise ValueError(f"{source} holds {what}")
+        raise ValueError(f"{source} contains {what}")
     return read_tensors(source / found[0])
 
 

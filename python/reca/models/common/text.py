@@ -59,7 +59,7 @@ def read_tokenizer(folder: Path, as_is: bool = False) -> PreTrainedTokenizerBase
             if cause := damage(path):
                 raise ValueError(f"{path} {cause}") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({reason}); give model.tokenizer") from error
+        raise ValueError(f"{folder} contains no readable tokenizer ({reason}); set model.tokenizer") from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], rows: int, model: str) -> None:

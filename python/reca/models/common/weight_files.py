@@ -53,10 +53,10 @@ def weight_file(folder: Path, ignore: Container[str] = ()) -> Path:
         single = [name for name in files if not _SHARD.fullmatch(name) and not _is_variant(name, names)]
         found = indices or single
         if len(found) > 1:
-            raise ValueError(f"{folder} holds several weight files ({', '.join(found)}); name the one to read")
+            raise ValueError(f"{folder} contains several weight files ({', '.join(found)}); name the one to read")
         if found or files:
             return folder / found[0] if found else folder
-    raise ValueError(f"{folder} holds no weight file ({', '.join(SUFFIXES)} or *{INDEX}); name it, or another folder")
+    raise ValueError(f"{folder} contains no weight file ({', '.join(SUFFIXES)} or *{INDEX}); name it or another folder")
 
 
 def _is_variant(name: str, names: Sequence[str]) -> bool:
@@ -78,7 +78,7 @@ def _file(path: Path) -> dict[str, Tensor]:
     tensors = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if not tensors:
         keys = ", ".join(map(str, list(state)[:5])) or "none"
-        raise ValueError(f"{_named(path)} holds no tensors by name, only {keys}; save `model.state_dict()` instead")
+        raise ValueError(f"{_named(path)} contains no tensors by name, only {keys}; save `model.state_dict()` instead")
     return tensors
 
 
@@ -133,7 +133,7 @@ def _torch(path: Path) -> Mapping[Any, Any]:
     state = _loaded(path)
     if not isinstance(state, Mapping):
         what = f"a {type(state).__name__}" + (f" of {len(state)}" if isinstance(state, list | tuple) else "")
-        raise ValueError(f"{_named(path)} holds {what}, not tensors by name; save `model.state_dict()` instead")
+        raise ValueError(f"{_named(path)} contains {what}, not tensors by name; save `model.state_dict()` instead")
     return _unwrapped(state, path)
 
 
@@ -158,7 +158,7 @@ def _loaded(path: Path) -> Any:
         if code := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|callable) (\S+)|instantiate (\S+)", text):
             name = next(filter(None, code.groups()))
             raise ValueError(
-                f"{_named(path)} holds Python objects besides tensors ({name}); it was not read because unpickling "
+                f"{_named(path)} contains Python objects besides tensors ({name}); it was not read because unpickling "
                 "them can run arbitrary code; if you trust it, save its state dict alone, preferably as .safetensors"
             ) from error
         what = "is not a torch.save file, or a damaged one"
@@ -179,11 +179,11 @@ def _unwrapped(state: Mapping[Any, Any], path: Path) -> Mapping[Any, Any]:
         elif averaged or (bare and len(inner) == 1):
             (key,) = averaged[:1] or inner
             if "ema" in str(key).lower():
-                log.info("%s holds EMA weights only (under %r): reading these", path.name, key)
+                log.info("%s contains EMA weights only (under %r): reading these", path.name, key)
             state = inner[key]
         elif bare and len(inner) > 1:
             keys = ", ".join(map(str, inner))
-            raise ValueError(f"{_named(path)} holds several state dicts ({keys}); save the one to load on its own")
+            raise ValueError(f"{_named(path)} contains several state dicts ({keys}); save the one to load on its own")
         else:
             return state
 
@@ -198,17 +198,17 @@ def _bare(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Remove wrapper components from tensor names."""
     for prefix in (f"{key}." for key in EMA):
         if all(name.startswith(prefix) for name in tensors):
-            log.info("%s holds EMA weights only (names under %r): reading these", path.name, prefix)
+            log.info("%s contains EMA weights only (names under %r): reading these", path.name, prefix)
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if "n_averaged" in tensors and all(n.startswith("module.") for n in tensors if n != "n_averaged"):
-        log.info("%s holds averaged weights only (torch's AveragedModel): reading these", path.name)
+        log.info("%s contains averaged weights only (torch's AveragedModel): reading these", path.name)
         tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
     found: dict[str, str] = {}
     for name in tensors:
         *parts, last = name.split(".")
         bare = ".".join([*(part for part in parts if part not in WRAPPERS), last])
         if bare in found:
-            raise ValueError(f"{_named(path)} holds {bare} twice, as {found[bare]} and as {name}; keep one of them")
+            raise ValueError(f"{_named(path)} contains {bare} twice, as {found[bare]} and as {name}; keep one of them")
         found[bare] = name
     return {bare: tensors[name] for bare, name in found.items()}
 
@@ -228,7 +228,7 @@ def _folder(folder: Path) -> dict[str, Tensor]:
         shards = {key: files for key, files in shards.items() if key[1] == "safetensors"}
     if len(shards) > 1:
         groups = ", ".join(f"{stem}*.{suffix}" for stem, suffix in sorted(shards))
-        raise ValueError(f"{folder} holds shards of several files ({groups}); keep the shards of one")
+        raise ValueError(f"{folder} contains shards of several files ({groups}); keep the shards of one")
     ((key, numbered),) = shards.items()
     first = min(numbered)
     if missing := sorted(set(range(first, first + counts[key])) - numbered.keys()):
@@ -270,7 +270,7 @@ def _joined(shards: Iterable[Path]) -> dict[str, Tensor]:
     for shard in shards:
         part = _file(shard)
         if twice := sorted(part.keys() & state.keys()):
-            raise ValueError(f"{_named(shard)} holds {twice[0]}, which an earlier shard holds too; {AGAIN}")
+            raise ValueError(f"{_named(shard)} contains {twice[0]}, which an earlier shard contains too; {AGAIN}")
         state |= part
     return state
 

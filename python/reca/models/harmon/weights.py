@@ -60,7 +60,7 @@ def load(cls: type[N], config: HarmonConfig, device: torch.device | str) -> N:
         elif inside:
             codec = to_diffusers(inside, _levels(config))
         else:
-            raise ValueError(f"{source} holds no VAE; set model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
+            raise ValueError(f"{source} contains no VAE; set model.codec_weights, such as wusize/harmon/{CODEC_FILE}")
         assign_state_dict(net.codec, codec, config.codec_weights or str(source), torch.float32)
     return net.to(device)
 

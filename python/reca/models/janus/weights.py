@@ -140,7 +140,7 @@ def load_tokenizer(
         folder = beside(source)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"{folder.absolute()} holds no tokenizer.json; set model.tokenizer, such as "
+                f"{folder.absolute()} contains no tokenizer.json; set model.tokenizer, such as "
                 f"model.tokenizer={needs.example}"
             )
         tokenizer = read_tokenizer(folder, as_is=True)

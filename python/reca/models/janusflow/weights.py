@@ -81,7 +81,7 @@ def read_codec(config: JanusFlowConfig, source: Path) -> dict[str, Tensor]:
     folder = source / CODEC_FOLDER if (source / CODEC_FOLDER).is_dir() else source
     if not (folder / CODEC).is_file():
         raise ValueError(
-            f"{folder.absolute()} holds no {CODEC}; set model.codec_weights, such as "
+            f"{folder.absolute()} contains no {CODEC}; set model.codec_weights, such as "
             "model.codec_weights=stabilityai/sdxl-vae"
         )
     if config.codec == "sdxl" and (folder / "config.json").is_file():

@@ -226,7 +226,7 @@ def read_parts(path: Path) -> dict[str, Tensor]:
     unknown = sorted(n for n in state if not n.startswith((*TRAINED, MLLM, "vae.")))
     if unknown:
         raise ValueError(
-            f"{path} is not an OpenUni file: it holds {unknown[:5]}; expected names beginning with {', '.join(TRAINED)}"
+            f"{path} is not an OpenUni file: it has {unknown[:5]}; expected names beginning with {', '.join(TRAINED)}"
         )
     return {name: tensor for name, tensor in state.items() if name.startswith((*TRAINED, MLLM))}
 
@@ -245,7 +245,7 @@ def overlay(paths: list[Path]) -> tuple[dict[str, Tensor], list[str]]:
     absent = [prefix.rstrip(".") for prefix in REQUIRED if not any(n.startswith(prefix) for n in merged)]
     if absent:
         raise ValueError(
-            f"{', '.join(path.name for path in paths)} holds no {', '.join(absent)}; an OpenUni file must have "
+            f"{', '.join(path.name for path in paths)} contains no {', '.join(absent)}; an OpenUni file must have "
             "connector, projector and meta_queries (set model.weights to the base file, model.overlay to a RECA file)"
         )
     return merged, report

@@ -173,7 +173,7 @@ def read(folder: Path) -> dict[str, Tensor]:
                 return read_tensors(inner / name)
             if (inner / f"{name}.index.json").is_file():
                 return read_tensors(inner / f"{name}.index.json")
-    raise ValueError(f"{folder} holds none of {', '.join(FILES)}; pass the folder of a published checkpoint")
+    raise ValueError(f"{folder} contains none of {', '.join(FILES)}; pass the folder of a published checkpoint")
 
 
 def read_config(folder: Path) -> dict:
