@@ -152,7 +152,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, config: Any, device: torch.device | str = "cpu") -> "Adapter":
-        """Build the model from published files (hub id or folder in `config.weights`), or with random weights if None.
+        """Build the model from published files; `config.weights` is a hub id or folder, or None for random weights.
 
         Raises ValueError that lists missing and unexpected keys. Use `init_random`, or `init_on_meta` and
         `assign_state_dict` (models/common/weight_files.py): with these, each rank can load only its own shards.

@@ -1,4 +1,4 @@
-"""Prompts in Qwen's chat format, which Harmon and OpenUni share.
+r"""Prompts in Qwen's chat format, which Harmon and OpenUni share.
 
     <|im_start|>user \n TEXT <|im_end|> \n <|im_start|>assistant \n REPLY <|im_end|>
 
@@ -23,7 +23,7 @@ class Prompt(NamedTuple):
     """Token ids of one sample.
 
     slot    index in `ids` at which the tokens of h_v are inserted; None: the prompt has no image
-    labels  target of each token, IGNORE_INDEX for tokens without a loss; None: no token has a loss
+    labels  for each token its id if it is to be predicted, else IGNORE_INDEX; None: no token has a loss
     """
 
     ids: list[int]

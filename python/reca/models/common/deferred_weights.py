@@ -75,7 +75,7 @@ class DeferredWeights:
 
     @torch.no_grad()
     def fill_only(self, module: nn.Module, device: torch.device, names: Container[str]) -> None:
-        """Allocate the parameters in `names` on `device` and load their values; all others stay on the meta device.
+        """Allocate the parameters in `names` on `device` and load their values; move all others to the meta device.
 
         Collective: every rank must call it.
         """

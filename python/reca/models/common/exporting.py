@@ -1,4 +1,4 @@
-"""Write exports atomically: into a temporary folder, moved to their destination once all files are complete."""
+"""Write exports to a temporary folder, and move them to their destination once all files are complete."""
 
 import contextlib
 import errno

@@ -12,7 +12,7 @@ def fetch(source: str, patterns: list[str] | None = None, key: str = "model.weig
     """Return the local folder or file of a path, a hub id (owner/name) or a file on the hub (owner/name/file).
 
     Downloads are cached. patterns: glob patterns of the files to download; None downloads all. key: the recipe key of
-    `source`, for error messages. Raises ValueError with the download command if the source cannot be found.
+    `source`, for error messages. Raises ValueError if it cannot be found, with the download command for a hub id.
     """
     path = Path(source).expanduser()
     if path.exists():

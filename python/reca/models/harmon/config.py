@@ -47,7 +47,7 @@ class HarmonConfig:
         path=HUB,
     )
     codec_weights: Optional[str] = config_field(
-        None, "kl16.ckpt; null: the vae.* part of weights, or kl16.ckpt beside it", path=HUB
+        None, "kl16.ckpt; null: the vae.* part of weights, or kl16.ckpt in the same folder", path=HUB
     )
     tokenizer: Optional[str] = config_field(
         None, "hub id or folder of the Qwen2.5 tokenizer; null: a word list if random", path=HUB

@@ -61,11 +61,11 @@ def sample_latents(
     temperature: float = 1.0,
     clip_sample_range: float | None = None,
 ) -> Tensor:  # [B, m, n, C], scaled latents
-    """Start with all tokens masked; each step generates some of them, fewer at first, in `diffusion` diffusion steps.
+    """Generate latents. All tokens are masked at first; each step generates some, fewer at first, by diffusion.
 
     guidance s combines noise predictions as uncond + s (cond - uncond); with the schedule "linear", s grows from 1 with
-    the generated share of tokens. clip_sample_range: clamps the x0 predicted in each diffusion step, as in diffusers;
-    None, as released: no clamping. Raises ValueError for options out of range.
+    the generated share of tokens. diffusion: diffusion steps per token. clip_sample_range: clamps the x0 predicted in
+    each diffusion step, as in diffusers; None, as released: no clamping. Raises ValueError for options out of range.
     """
     if steps < 1 or guidance_schedule not in SCHEDULES:
         known = " or ".join(SCHEDULES)

@@ -52,7 +52,7 @@ Parts = tuple[Tensor, Prepared, Tensor | None]
 
 
 def image_loss(net: Network, prepared: Prepared, codes: Tensor, h_v: Tensor | None) -> Parts:  # codes int64 [B, N]
-    """Compute the sum of the cross-entropy of codes; each token from boi to the second-last code predicts the next."""
+    """Compute the sum of the cross-entropy of codes; tokens from boi to the second-to-last code predict the next."""
     hidden = net.hidden(prepared.layout, h_v, net.embed_codes(codes[:, :-1]))[:, -codes.shape[1] :]
     return _cross_entropy(net.gen_head.features(hidden), net.gen_head.vision_head, codes, prepared, codes.numel())
 

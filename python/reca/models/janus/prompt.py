@@ -1,4 +1,4 @@
-"""Janus-Pro's sequences, with causal attention and padded on the left.
+r"""Janus-Pro's sequences, with causal attention and padded on the left.
 
     t2i   bos <|User|> : caption \n\n <|Assistant|> : boi | codes
     reca  bos <|User|> : boi h_v eoi \n template \n\n <|Assistant|> : boi | codes

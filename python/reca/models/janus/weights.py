@@ -129,10 +129,11 @@ class TokenizerNeeds:
 def load_tokenizer(
     config: Any, source: Path | None, needs: TokenizerNeeds = TokenizerNeeds()
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, or build a word tokenizer for a random model. Raises ValueError if it is missing or unfit.
+    """Load the tokenizer, or build a word tokenizer for a random model.
 
     The published tokenizer is a byte-level BPE whose files name Llama's class, which some versions of transformers
-    rebuild with Llama's own rules. Its tokenizer.json is therefore loaded unchanged.
+    rebuild with Llama's own rules. Its tokenizer.json is therefore loaded unchanged. Raises ValueError if there is no
+    tokenizer.json, if control tokens are missing, or if it has too many tokens.
     """
     if config.tokenizer:
         source = fetch(config.tokenizer, DOWNLOADS["tokenizer"], "model.tokenizer")

@@ -1,4 +1,4 @@
-"""JanusFlow's sequences, with causal attention and padded on the left.
+r"""JanusFlow's sequences, with causal attention and padded on the left.
 
     t2i   bos User: caption \n\n Assistant: | time latents
     reca  bos User: begin h_v eoi \n template \n\n Assistant: | time latents

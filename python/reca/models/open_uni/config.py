@@ -118,8 +118,8 @@ class OpenUniConfig:
     sana: SanaSizes = config_field(SanaSizes, "")
     codec: str = config_field(
         "dc_ae",
-        "autoencoder: dc_ae, or, for toy datasets, patches (linear) or codebook (a random vector per patch of a "
-        "codebook)",
+        "autoencoder: dc_ae, or, for toy datasets, patches (linear) or codebook (a codebook of patches "
+        "with a random vector each)",
         ("dc_ae", "patches", "codebook"),
     )
     autoencoder: AutoencoderSizes = config_field(AutoencoderSizes, "dc_ae's sizes")

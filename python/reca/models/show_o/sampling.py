@@ -63,7 +63,7 @@ def fill_codes(
     guidance: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, N]
-    """Start with all codes masked; each step samples every masked code and masks the least certain ones again.
+    """Generate codes. All are masked at first; each step samples every masked code and masks the least certain again.
 
     guidance g combines logits as (1 + g) * cond - g * uncond. temperature scales the Gumbel noise on the certainty;
     each step multiplies it by the remaining share of steps, so it is 0 in the last step.
