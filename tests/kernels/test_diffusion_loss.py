@@ -29,7 +29,8 @@ def case(channels=16, rows=333, samples=50, seed=0, device="cpu"):
     t[:20] = 0
     t[20:25] = 999
     out = torch.randn(rows, 2 * channels, generator=generator)
-    noise = Philox(torch.tensor(9, device=device), (torch.arange(rows) * (1 + (3 << 56)) + 100).to(device), 4)
+    ids = torch.arange(rows) * (1 + (5 << 40) + (3 << 56)) + 100  # which fill all of their 64 bits
+    noise = Philox(torch.tensor(9, device=device), ids.to(device), 4)
     return out.to(device), x0.to(device), t.to(device), noise, index.to(device)
 
 
