@@ -15,6 +15,7 @@ from reca_kernels.template_concat import reference, row_gradients
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.on_gpu import capture, on_streams
+from tests.kernels.rounding import same_numbers, ties
 
 OP = "template_concat"
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
@@ -122,14 +123,16 @@ def test_empty(backend, device):
 def test_strided_sources_and_gradient(backend, device):
     (table, visual, *_), src, _ = problem(width=16, device=device)
     want = template_concat(table, visual, src, backend=backend)
-    padded = torch.cat((table.detach(), table.detach()), 1)[:, :16]
+    padded = torch.cat((table, table.detach()), 1)[:, :16]
     turned = visual.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
     got = template_concat(padded, turned, src, backend=backend)
     assert torch.equal(got, want)
-    upstream = like(want.detach().transpose(1, 2)).transpose(1, 2)
-    assert torch.equal(
-        torch.autograd.grad(got, turned, upstream)[0], torch.autograd.grad(want, visual, upstream.contiguous())[0]
-    )
+    turned_upstream = like(want.detach().transpose(1, 2)).transpose(1, 2)
+    wider = like(torch.cat((want.detach(), want.detach()), -1))[..., :16]  # as from a concatenation of channels
+    for upstream in (turned_upstream, wider, wider[:1, :1].expand(2, 9, 16)):
+        mine = torch.autograd.grad(got, (table, turned), upstream, retain_graph=True)
+        theirs = torch.autograd.grad(want, (table, visual), upstream.contiguous(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @EVERYWHERE
@@ -171,6 +174,23 @@ def test_every_bit_is_copied(backend, device, dtype):
     assert torch.equal(gradient.view(bits), rows.detach().view(bits))
 
 
+@pytest.mark.parametrize("width", [1024, 1023])  # in units of 16 bytes, and with elements left
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@KERNELS
+def test_other_dtypes_are_rounded_as_torch_rounds(backend, device, dtype, width):
+    """To nearest, ties to even; from 16 bits to 32 every number is exact."""
+    if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter cuts bits off")
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    for numbers, to in ((ties(dtype), dtype), (halves, torch.float32)):
+        rows = numbers[: len(numbers) // width * width].view(-1, width)
+        rows = torch.cat((rows, numbers[-width:][None]))  # the last ones, with the largest and NaN
+        rows = rows[:: 8 if backend in ("triton", "cuda") and device == "cpu" else 1]
+        src = torch.arange(len(rows), device=device)
+        got = template_concat(rows.to(device), rows[:0].to(device), src, out_dtype=to, backend=backend)
+        assert same_numbers(got.cpu(), rows.to(to))
+
+
 def in_order(grad, index, flipped, count):
     """The gradient as reca_kernels/template_concat/row_gradients.py states it."""
     rows = -1 - index if flipped else index
@@ -207,7 +227,7 @@ def test_order_of_sums(backend, device, kind, width):
     assert torch.equal(gradient.cpu(), in_order(upstream.cpu(), index, flipped, len(uses)))
 
 
-@GPU_KERNELS
+@KERNELS
 def test_unchecked_row_that_is_not_there_poisons_its_position(backend, device, monkeypatch):
     monkeypatch.setattr("reca_kernels.checks.index_inside", lambda *_: None)
     (table, visual, position, _), src, (where, _) = problem(16, device=device)
@@ -274,6 +294,8 @@ def test_every_instruction_set(isa, width):
     for dtype in DTYPES:
         test_against_fp64("cpu", "cpu", width, dtype, torch.int32)
     test_every_bit_is_copied("cpu", "cpu", torch.bfloat16)
+    for dtype in DTYPES[1:]:
+        test_other_dtypes_are_rounded_as_torch_rounds("cpu", "cpu", dtype, width)
 
 
 @KERNELS
