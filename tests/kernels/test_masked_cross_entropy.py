@@ -9,6 +9,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from tests.kernels import cubin
 from tests.kernels.backends import targets
 from tests.kernels.cross_entropy import CASES, DTYPES, IGNORED, close, exact, gradients, logits_of, problem
+from tests.kernels.rounding import same_numbers, ties
 
 OP = "masked_cross_entropy"
 EVERYWHERE = pytest.mark.parametrize(("backend", "device"), targets(OP))
@@ -78,11 +79,31 @@ def test_gradients_of_equal_logits_however_large(backend, device, size):
     close(torch.autograd.grad(loss, x)[0], want.to(device), 1e-5)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.5])
 @EVERYWHERE
-def test_a_common_offset_costs_no_digits(backend, device):
-    """Logits around 1e4: log sum exp minus the label's logit, formed from the sum, would lose four digits."""
-    leaves, labels = problem(device=device)
-    close_to_exact(logits_of(leaves).detach() + 8192, labels, backend)
+def test_a_common_offset_costs_no_digits(backend, device, label_smoothing):
+    """Logits around 1e5: log sum exp minus the label's logit, formed from the sum, would lose five digits, and so would
+    the sum of all logits, of which smoothing takes the mean."""
+    leaves, labels = problem(classes=5000, device=device)
+    close_to_exact(logits_of(leaves).detach() + 2**17, labels, backend, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("masked", [slice(8192), slice(100, None), slice(1, None, 2)], ids=["first", "last", "odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERYWHERE
+def test_classes_that_are_masked_are_as_if_not_there(backend, device, dtype, masked):
+    """Logits of -inf, also where they fill all that a vector or a block takes at a time."""
+    x = torch.randn(3, 9000, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    x[:, masked] = -torch.inf
+    there = (x[0] != -torch.inf).nonzero()[:, 0]
+    x.requires_grad_()
+    (wide,) = exact([x[:, there]])
+    loss = masked_cross_entropy(x, there[[0, 7, -1]], backend=backend)
+    want = reference.masked_cross_entropy(wide, torch.tensor([0, 7, len(there) - 1], device=device))
+    close(loss.detach(), want.detach(), 1e-6)
+    (gradient,) = torch.autograd.grad(loss, x)
+    close(gradient[:, there], torch.autograd.grad(want, wide)[0], 1e-5 if dtype == torch.float32 else 5e-3)
+    assert not gradient[:, masked].any()
 
 
 @EVERYWHERE
@@ -342,9 +363,25 @@ def test_every_instruction_set(isa):
     (gradient,) = torch.autograd.grad(loss, logits)
     test_a_nearly_certain_label_keeps_its_gradient("cpu", "cpu")
     test_small_probabilities_keep_their_digits("cpu", "cpu")
+    test_classes_that_are_masked_are_as_if_not_there("cpu", "cpu", torch.bfloat16, slice(8192))
     want = reference.masked_cross_entropy(wide, labels)
     close(loss.detach(), want.detach(), 1e-6)
     close(gradient, torch.autograd.grad(want, wide)[0], 1e-6)
+
+
+@pytest.mark.parametrize("place", [3, 99])  # in a whole vector, and in what is left
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bits_are_rounded_to_nearest(isa, dtype, place):
+    """Ties to even. Where one class has probability 1 and another one the label, it gets the upstream gradient."""
+    upstream = ties(dtype)
+    upstream = upstream[~upstream.isinf()]
+    logits = torch.full((len(upstream), 100), -torch.inf, dtype=dtype)
+    logits[:, place] = 0
+    logits.requires_grad_()
+    labels = torch.full((len(upstream),), 50)
+    loss = masked_cross_entropy(logits, labels, reduction="none", backend="cpu")
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    assert same_numbers(gradient[:, place], upstream.to(dtype))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
