@@ -159,6 +159,21 @@ def test_label_out_of_range(label):
         masked_linear_cross_entropy(*leaves[:2], labels)
 
 
+@KERNELS
+def test_unchecked_label_out_of_range_poisons_its_row(backend, device, monkeypatch):
+    monkeypatch.setattr("reca_kernels.checks.labels_inside", lambda *_: None)
+    leaves, labels = problem(rows=4, labelled=1.0, device=device)
+    labels[1], labels[2] = 77, -3
+    loss = masked_linear_cross_entropy(*leaves[:2], labels, leaves[2], reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    got = torch.autograd.grad(loss.sum(), leaves)
+    assert got[0].any(1).tolist() == [True, False, False, True]
+    good = [0, 3]
+    want = masked_linear_cross_entropy(leaves[0][good], leaves[1], labels[good], leaves[2], reduction="sum")
+    for mine, true in zip(got, torch.autograd.grad(want, leaves), strict=True):
+        close(mine, true, 1e-6)
+
+
 def test_shapes_and_dtypes_that_do_not_fit():
     leaves, labels = problem()
     for bad, error, words in (
