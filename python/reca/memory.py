@@ -122,8 +122,8 @@ def run_step(
     recipe: Recipe,
     batches: dict[str, list[Batch]],
     allocations: Allocations,
-    gpus: int = 1,
-    mode: contextlib.AbstractContextManager | None = None,
+    gpus: int,
+    mode: contextlib.AbstractContextManager,
 ) -> Memory:
     """Run the passes of a training step and the optimizer, and return the peak.
 
@@ -136,7 +136,7 @@ def run_step(
     several = sum(passes.values()) > 1
     trained = [p for p in adapter.parameters() if p.requires_grad]
     context = autocast(recipe.train.precision, torch.device("cpu"))
-    with mode or contextlib.nullcontext(), allocations:
+    with mode, allocations:
         allocations.label((*adapter.parameters(), *adapter.buffers()), "weights")
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: allocations.label([p.grad], "gradients"))
