@@ -296,6 +296,22 @@ def test_sample_grids_and_gap(recipe, micro_batch):
     assert sum("t2i/drift" in line for line in lines) == 4
 
 
+def test_dropout_is_on_in_steps_and_off_in_measurements(recipe):
+    """Also in the steps behind a measurement."""
+    trainer, modes = Trainer(recipe("log.gap_every=1", "log.drift_every=2"), ToyAdapter()), []
+    trainer.adapter.register_forward_pre_hook(
+        lambda module, _: modes.append((torch.is_grad_enabled(), module.training))
+    )
+    trainer.run()
+    assert set(modes) == {(True, True), (False, False)} and modes[-1] == (False, False)
+
+
+def test_the_loss_in_the_log_is_the_weighted_sum(recipe):
+    trainer = run(recipe("objective.reca.weight=0.5", "objective.t2i.weight=3", "train.steps=2"))
+    for line in map(json.loads, (trainer.run_dir / "log.jsonl").read_text().splitlines()):
+        assert line["loss"] == pytest.approx(0.5 * line["reca/loss"] + 3 * line["t2i/loss"])
+
+
 def test_condition_other_swaps_h_v(recipe):
     trainer = Trainer(recipe(), ToyAdapter())
     batch = next(iter(trainer.loaders["reca"]))
