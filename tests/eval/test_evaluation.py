@@ -100,6 +100,16 @@ def test_against_an_evaluation_that_was_made_before(painter, tmp_path):
             reca.evaluate("world", painter, against=kept, limit=42, out=tmp_path / "out")
 
 
+def test_one_model_with_two_settings_can_differ(painter, tmp_path):
+    """That its images are all right with both says little of other prompts; with the same ones it is no surprise."""
+    reca.evaluate("world", painter, limit=LIMIT)
+    for seed, reach in ((0, 0), (1, 1 - 0.025 ** (1 / LIMIT))):
+        given = {"against": painter / "eval/world", "out": tmp_path / str(seed)}
+        change = reca.evaluate("world", painter, limit=LIMIT, seed=seed, **given)["against"]
+        assert change["identical_settings"] == (seed == 0)
+        assert change["overall"]["difference_interval"] == pytest.approx([-reach, reach])
+
+
 def test_nothing_is_done_twice(painter, monkeypatch):
     first = reca.evaluate("world", painter, limit=LIMIT)
     monkeypatch.setattr(targets.Target, "load", None)

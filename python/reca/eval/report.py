@@ -91,8 +91,9 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
             "scores cannot be compared: evaluate both with the same options and files of the suite"
         )
     sides, unit = [_rows_of_results(side) for side in (after, before)], after["overall"]["unit"]
+    differs = {name: [before[name], after[name]] for name in SETTINGS if before[name] != after[name]}
     try:
-        top = None if _same_model(after, before) else TOP.get(unit)
+        top = TOP.get(unit) if differs or not _same_model(after, before) else None
         change = statistics.difference(sides[0], sides[1], after["weights"], top)
     except ValueError as error:
         raise EvaluationError(f"{folder} has none of the prompts of this evaluation, or no images of them") from error
@@ -108,7 +109,6 @@ def compare(after: dict[str, Any], before: Mapping[str, Any], folder: Path) -> d
         if row["item"] in values and values[row["item"]]["value"] != row["value"]
     ]  # fmt: skip
     flips.sort(key=lambda row: row["before"] - row["after"])
-    differs = {name: [before[name], after[name]] for name in SETTINGS if before[name] != after[name]}
     return after | {
         "power": [entry._asdict() for entry in table] or None,
         "against": {

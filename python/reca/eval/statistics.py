@@ -149,7 +149,7 @@ def difference(
 ) -> Estimate:
     """Compute after - before with its interval, over the prompts that both have.
 
-    top: see `estimate`; None also for two models that are the same one, which differ by exactly 0.
+    top: see `estimate`; None also for one model drawn twice with the same settings, which differs by exactly 0.
     Raises ValueError where they share none.
     """
     found = _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed, top)
