@@ -179,6 +179,24 @@ def test_all_that_a_recipe_file_gives_lies_in_the_folder_of_studies(study, tmp_p
     assert report.folder(load_study(study), asked) == tmp_path / "out/does_it_run-mine"
 
 
+@pytest.mark.parametrize("unit, scale, high", [("fraction", 100, 100), ("percent", 1, 100), ("points", 1, 200)])
+def test_the_scores_of_a_suite_are_shares_or_points(unit, scale, high, tmp_path, monkeypatch):
+    """Of shares no interval over seeds holds more than 100 %; the points of a benchmark may be any number."""
+    values = {0: 90.0, 1: 100.0, 2: 80.0}
+
+    def evaluate(*_, seed, **__):
+        row = {"value": values[seed] / scale, "interval": [values[seed] / scale / 2, None]}
+        return {"overall": row | {"unit": unit}, "tags": {"counting": row}}
+
+    monkeypatch.setattr(published.api, "evaluate", evaluate)
+    given = ("arm", "published", "shapes", "show_o"), ("show_o_tiny", (), tmp_path, tmp_path, 1.0, Evaluations(("s",)))
+    seeds = [published.measured(Task(f"{seed}/a", *given[0], seed, *given[1])) for seed in values]
+    assert [seeds[0][name]["interval"] for name in ("s", "s/counting")] == [[45, None]] * 2
+    for name in ("s", "s/counting"):
+        found = judge.mean([measures[name] for measures in seeds])
+        assert found == pytest.approx((90, 90 - 24.84, min(high, 90 + 24.84)), abs=1e-2)
+
+
 def test_evaluations_with_other_options_have_folders_of_their_own(tmp_path, monkeypatch):
     """So that one study can be measured again, and by two worlds at once."""
     folders = []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reca import api
+from reca.eval import figures
 from reca.eval.evaluation import check as check_evaluation
 from reca.eval.evaluation import open_settings
 from reca.eval.targets import target
@@ -45,9 +46,9 @@ def measured(task: Task) -> dict[str, Any]:
         found = api.evaluate(suite, source, keys, out=_folder(task, suite, options), seed=task.seed, **options)
         if found is None:
             continue
-        scale = 100.0 if found["overall"]["unit"] == "fraction" else 1.0
-        made[suite] = _measure(found["overall"], scale)
-        made |= {f"{suite}/{tag}": _measure(row, scale) for tag, row in found["tags"].items()}
+        unit = found["overall"]["unit"]
+        made[suite] = _measure(found["overall"], unit)
+        made |= {f"{suite}/{tag}": _measure(row, unit) for tag, row in found["tags"].items()}
     return made
 
 
@@ -56,6 +57,8 @@ def _folder(task: Task, suite: str, options: Mapping[str, Any]) -> Path:
     return task.folder / "eval" / f"{suite.partition('?')[0]}-{digest(suite, options)}"
 
 
-def _measure(row: dict[str, Any], scale: float) -> dict[str, Any]:
+def _measure(row: dict[str, Any], unit: str) -> dict[str, Any]:
+    scale = figures.scale(unit)
     bounds = [None if bound is None else scale * bound for bound in row["interval"]]
-    return {"value": scale * row["value"], "interval": bounds}
+    share = {"percent": True} if figures.percentages(unit) else {}
+    return {"value": scale * row["value"], "interval": bounds} | share
