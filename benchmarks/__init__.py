@@ -1,5 +1,4 @@
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # no lines of torch's profiler between the tables; read when torch loads
+# No lines of torch's profiler between the tables; read when torch loads.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -28,11 +28,7 @@ SHAPES = {
     },
     "sizes": {
         "24 rows": dict(
-            batch=2,
-            spans=[(8, "causal"), (8, "full", True), (8, "noise")],
-            heads=(2, 1),
-            channels=16,
-            dtypes=(FP32,),
+            batch=2, spans=[(8, "causal"), (8, "full", True), (8, "noise")], heads=(2, 1), channels=16, dtypes=(FP32,)
         ),
     },
 }

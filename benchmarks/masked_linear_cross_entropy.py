@@ -23,12 +23,7 @@ SHAPES = {
     },
     "cuda": {
         "show_o_512": dict(
-            rows=20 * 1155,
-            hidden=2048,
-            vocabulary=58498,
-            labelled=0.637 * 1024 / 1155,
-            bias=True,
-            dtypes=(BF16,),
+            rows=20 * 1155, hidden=2048, vocabulary=58498, labelled=0.637 * 1024 / 1155, bias=True, dtypes=(BF16,)
         ),
         "show_o_512_reca": dict(
             rows=2 * 1024, hidden=2048, vocabulary=58498, labelled=0.637, bias=True, dtypes=(BF16,)

@@ -12,95 +12,31 @@ from reca_kernels import TextSegment, VisualSegment, concat_plan, template_conca
 
 # text + visual + image positions per sample. Language models of OpenUni and BAGEL are frozen. `added`: of the visual
 # rows, how many get a position's and a timestep's row on top, as BAGEL's 64 x 64 latents do.
+# Not said: no image positions, nothing added, a frozen table.
 SHAPES = {
     "cpu": {
         "show_o_512": dict(
-            batch=4,
-            text=130,
-            visual=576,
-            image=1024,
-            hidden=2048,
-            vocabulary=58498,
-            trained=(False, True),
+            batch=4, text=130, visual=576, image=1024, hidden=2048, vocabulary=58498, trained=(False, True),
             dtypes=(FP32,),
         ),
-        "open_uni_l": dict(
-            batch=8,
-            text=60,
-            visual=256,
-            image=0,
-            hidden=1536,
-            vocabulary=32000,
-            trained=(False,),
-            dtypes=(FP32,),
-        ),
+        "open_uni_l": dict(batch=8, text=60, visual=256, hidden=1536, vocabulary=32000, dtypes=(FP32,)),
     },
     "cuda": {
         "show_o_512": dict(
-            batch=20,
-            text=132,
-            visual=576,
-            image=1024,
-            hidden=2048,
-            vocabulary=58498,
-            trained=(False, True),
+            batch=20, text=132, visual=576, image=1024, hidden=2048, vocabulary=58498, trained=(False, True),
             dtypes=(BF16,),
         ),
         "harmon": dict(
-            batch=32,
-            text=64,
-            visual=1088,
-            image=0,
-            hidden=1536,
-            vocabulary=151936,
-            trained=(False, True),
-            dtypes=(BF16,),
+            batch=32, text=64, visual=1088, hidden=1536, vocabulary=151936, trained=(False, True), dtypes=(BF16,),
         ),
-        "open_uni_l": dict(
-            batch=32,
-            text=40,
-            visual=512,
-            image=0,
-            hidden=1536,
-            vocabulary=151674,
-            trained=(False,),
-            dtypes=(BF16,),
-        ),
-        "bagel": dict(
-            batch=7,
-            text=586,
-            visual=4096,
-            image=0,
-            hidden=3584,
-            vocabulary=152064,
-            trained=(False,),
-            added=4096,
-            dtypes=(BF16,),
-        ),
+        "open_uni_l": dict(batch=32, text=40, visual=512, hidden=1536, vocabulary=151674, dtypes=(BF16,)),
+        "bagel": dict(batch=7, text=586, visual=4096, hidden=3584, vocabulary=152064, added=4096, dtypes=(BF16,)),
     },
     "sizes": {
-        "rows of 8": dict(
-            batch=2,
-            text=8,
-            visual=8,
-            image=0,
-            hidden=8,
-            vocabulary=64,
-            trained=(False,),
-            dtypes=(FP32, BF16),
-        ),
-        "rows of 256": dict(
-            batch=2,
-            text=32,
-            visual=32,
-            image=0,
-            hidden=256,
-            vocabulary=1024,
-            trained=(False,),
-            dtypes=(FP32, BF16),
-        ),
+        "rows of 8": dict(batch=2, text=8, visual=8, hidden=8, vocabulary=64, dtypes=(FP32, BF16)),
+        "rows of 256": dict(batch=2, text=32, visual=32, hidden=256, vocabulary=1024, dtypes=(FP32, BF16)),
     },
-}
+}  # fmt: skip
 
 HEAD = 2  # words before the visual rows
 
@@ -108,13 +44,14 @@ HEAD = 2  # words before the visual rows
 def cases(device: Device):
     place = device.torch_device
     for name, s in shapes(SHAPES, device):
-        for trained in s["trained"]:
+        for trained in s.get("trained", (False,)):
             for dtype in s["dtypes"]:
                 yield _case(device, name + (", table trained" if trained else ""), s, trained, dtype, place)
 
 
 def _case(device, name, s, trained, dtype, place) -> Case:
     batch, hidden, n, added = s["batch"], s["hidden"], s["visual"], s.get("added", 0)
+    words = s["text"] + s.get("image", 0)
 
     def inputs(seed):
         generator = torch.Generator(place).manual_seed(seed)
@@ -122,7 +59,6 @@ def _case(device, name, s, trained, dtype, place) -> Case:
         def drawn(*shape):
             return torch.randn(shape, generator=generator, device=place).to(dtype)
 
-        words = s["text"] + s["image"]
         ids = torch.randint(0, s["vocabulary"], (batch, words), generator=generator, device=place)
         plan = concat_plan([[TextSegment(row[:HEAD]), VisualSegment(n), TextSegment(row[HEAD:])] for row in ids.cpu()])
         src = plan.src.view(batch, -1).to(place)
@@ -171,7 +107,7 @@ def _case(device, name, s, trained, dtype, place) -> Case:
     def with_compile(x, fast=fast):
         return (fast(*sources(x)),)
 
-    rows, seen = batch * (s["text"] + s["image"] + n), batch * n
+    rows, seen = batch * (words + n), batch * n
     width = hidden * dtype.itemsize
     # read every source row once and write the sequence; then read the gradient of what learns and write it
     forward = (2 * rows + (added + batch if added else 0)) * width
