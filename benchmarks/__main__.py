@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.devices import Cpu, Cuda, Device, ceilings
+from benchmarks.devices import Device, ceilings, opened
 from benchmarks.plot import plot
 from benchmarks.rows import BY_SIZE, CEILING, OURS, RESULTS, Row, read, write
 from benchmarks.runner import Case, ceiling_rows, facts, measure, show
@@ -39,10 +39,7 @@ def main(arguments: list[str]) -> None:
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"unknown ops {', '.join(sorted(unknown))}; known are {', '.join(OPS)}")
     torch.set_num_threads(options.threads)
-    try:
-        device = Cpu() if options.device == "cpu" else Cuda()
-    except RuntimeError as error:
-        parser.error(str(error))
+    device = opened(parser, options.device)
     command = " ".join(["python -m benchmarks", *arguments])
     if device.type == "cpu" and not options.quick and device.keep_freed():
         command += f"  # {KEPT}"

@@ -1,5 +1,6 @@
 """What differs between a CPU and a GPU: clock, memory, cache, names. Everything else is the same code in runner.py."""
 
+import argparse
 import itertools
 import platform
 import re
@@ -206,6 +207,14 @@ class Cuda:
 
 
 Device = Cpu | Cuda
+
+
+def opened(parser: argparse.ArgumentParser, kind: str, cpu: type[Cpu] = Cpu) -> Device:
+    """Open the device that --device names, or end with why there is none."""
+    try:
+        return cpu() if kind == "cpu" else Cuda()
+    except RuntimeError as error:
+        parser.error(str(error))
 
 
 def ceilings(device: Device, dtypes: Sequence[torch.dtype], rounds: int = 9, share: int = 1) -> Ceilings:

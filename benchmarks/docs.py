@@ -83,18 +83,9 @@ def _threads(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> str:
-    columns = [
-        "shape",
-        "by",
-        "forward, ms",
-        "backward, ms",
-        "complete, ms",
-        "to ours",
-        "GB/s",
-        "TFLOP/s",
-        "peak, MB",
-        "error",
-    ]
+    columns = (
+        "shape", "by", "forward, ms", "backward, ms", "complete, ms", "to ours", "GB/s", "TFLOP/s", "peak, MB", "error",
+    )  # fmt: skip
     whole = complete(rows)
     unknown = {
         "GB/s": all(row.gb_per_s == "" for row in whole),
@@ -124,16 +115,12 @@ def _table(rows: list[Row]) -> str:
 
 def _base(whole: list[Row], row: Row) -> float | None:
     """Return the time of our fastest backend in that row's case, under the same clock."""
-    same = (row.op, row.shape, row.dtype, row.timing)
-    return min(
-        (r.ms_p50 for r in whole if (r.op, r.shape, r.dtype, r.timing) == same and r.provider.startswith(OURS)),
-        default=None,
-    )
+    return min((r.ms_p50 for r in whole if r.case == row.case and r.provider.startswith(OURS)), default=None)
 
 
 def _part(rows: list[Row], row: Row, mode: str) -> Row | None:
-    same = (row.shape, row.dtype, row.timing, row.provider, mode)
-    return next((r for r in rows if (r.shape, r.dtype, r.timing, r.provider, r.mode) == same), None)
+    same = (row.case, row.provider, mode)
+    return next((r for r in rows if (r.case, r.provider, r.mode) == same), None)
 
 
 def _ms(row: Row | None) -> str:
@@ -189,8 +176,8 @@ def summary(folder: Path = RESULTS) -> str:
 def _summary(rows: list[Row]) -> Iterator[str]:
     yield "| op | shape | ours, ms | eager as upstream | best eager | torch.compile | peak memory, ours / upstream |"
     yield "|---|---|---|---|---|---|---|"
-    for case in dict.fromkeys((row.op, row.shape, row.dtype, row.timing) for row in rows):
-        group = [row for row in rows if (row.op, row.shape, row.dtype, row.timing) == case]
+    for case in dict.fromkeys(row.case for row in rows):
+        group = [row for row in rows if row.case == case]
         ours = [row for row in group if row.provider.startswith(OURS)]
         if not ours:
             continue

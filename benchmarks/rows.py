@@ -49,6 +49,11 @@ class Row(Made):
     relative_error: float | str = ""
     note: str = ""
 
+    @property
+    def case(self) -> tuple[str, str, str, str]:
+        """Return what rows of several providers have in common, under one clock."""
+        return self.op, self.shape, self.dtype, self.timing
+
 
 AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass whose fields are texts, or numbers that may be missing
 
@@ -85,6 +90,11 @@ def _number(text: str) -> str | int | float:
 def digits(x: float) -> str:
     """Write a number with three digits, never with an exponent."""
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def rounded(x: float) -> float:
+    """Keep four significant digits."""
+    return float(f"{x:.4g}")
 
 
 def write(path: Path, rows: list[AnyRow], kind: type[AnyRow] = Row) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.devices import Ceilings, Device
-from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row
+from benchmarks.rows import BACKWARD, BOTH, BY_SIZE, CEILING, FORWARD, OURS, RESULTS, Row, rounded
 from reca import full_memory
 from reca_kernels import dispatch
 
@@ -245,28 +245,23 @@ def _columns(case: Case, trials: list[_Trial], reason: str | None, ceilings: Cei
             passes |= {BACKWARD: [b for _, b in trial.times], BOTH: [f + b for f, b in trial.times]}
         for mode, times in passes.items():
             p20, p50, p80 = percentiles(times)
-            columns = {"timing": trial.timing, "ms_p50": _digits(p50), "ms_p20": _digits(p20), "ms_p80": _digits(p80)}
+            columns = {"timing": trial.timing, "ms_p50": rounded(p50), "ms_p20": rounded(p20), "ms_p80": rounded(p80)}
             if moved := case.bytes.get(mode):
                 rate = moved / p50 / 1e6
-                columns |= {"bytes": moved, "gb_per_s": _digits(rate)}
-                columns |= {"percent_copy": _digits(100 * rate / ceilings.copy)}
+                columns |= {"bytes": moved, "gb_per_s": rounded(rate)}
+                columns |= {"percent_copy": rounded(100 * rate / ceilings.copy)}
             if flops := case.flops.get(mode):
                 rate, most = flops / p50 / 1e9, ceilings.gemm[case.dtype]
-                columns |= {"flops": flops, "tflop_per_s": _digits(rate), "percent_gemm": _digits(100 * rate / most)}
+                columns |= {"flops": flops, "tflop_per_s": rounded(rate), "percent_gemm": rounded(100 * rate / most)}
             if mode == case.whole:
                 columns |= {"peak_mb": round(trial.peak, 2), "relative_error": trial.error, "note": trial.note}
             yield mode, columns
 
 
-def _digits(x: float) -> float:
-    """Four significant digits."""
-    return float(f"{x:.4g}")
-
-
 def ceiling_rows(ceilings: Ceilings, about: dict) -> list[Row]:
-    rows = [Row(CEILING, "copy", "torch", FORWARD, "float32", gb_per_s=_digits(ceilings.copy), **about)]
+    rows = [Row(CEILING, "copy", "torch", FORWARD, "float32", gb_per_s=rounded(ceilings.copy), **about)]
     return rows + [
-        Row(CEILING, "matrix product", "torch", FORWARD, dtype, tflop_per_s=_digits(rate), **about)
+        Row(CEILING, "matrix product", "torch", FORWARD, dtype, tflop_per_s=rounded(rate), **about)
         for dtype, rate in ceilings.gemm.items()
     ]
 

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.attention import cases
-from benchmarks.devices import Cpu, Cuda, Device
+from benchmarks.devices import Device, opened
 from benchmarks.rows import BY_SIZE, OURS
 
 # Operators of torch by what they run on. `math` is a softmax between two products; it keeps all scores.
@@ -63,12 +63,7 @@ def report(device: Device) -> list[str]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sdp_kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    options = parser.parse_args(arguments)
-    try:
-        device = Cpu() if options.device == "cpu" else Cuda()
-    except RuntimeError as error:
-        parser.error(str(error))
-    print("\n".join(report(device)))
+    print("\n".join(report(opened(parser, parser.parse_args(arguments).device))))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def verdicts(kind: str, folder: Path = RESULTS) -> list[Verdict]:
 
 def _of_ops(kind: str, measured: list[Row]) -> Iterator[Verdict]:
     whole = [row for row in complete(measured) if row.op != CEILING and not row.shape.startswith(BY_SIZE)]
-    for case in dict.fromkeys((row.op, row.shape, row.dtype, row.timing) for row in whole):
-        group = [row for row in whole if (row.op, row.shape, row.dtype, row.timing) == case]
+    for case in dict.fromkeys(row.case for row in whole):
+        group = [row for row in whole if row.case == case]
         own = min((row for row in group if row.provider.startswith(OURS)), key=lambda row: row.ms_p50, default=None)
         others = [row for row in group if not row.provider.startswith(OURS)]
         rival = min((row for row in others if row.provider != ALONE), key=lambda row: row.ms_p50, default=None)

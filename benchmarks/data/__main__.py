@@ -22,7 +22,8 @@ from benchmarks import docs
 from benchmarks.data import photos
 from benchmarks.data.loaders import Way, ways
 from benchmarks.data.rows import FOLDER, PAGE, Row, write
-from benchmarks.devices import Cpu, Cuda
+from benchmarks.devices import opened
+from benchmarks.rows import rounded
 from benchmarks.runner import facts, percentiles
 
 JPEGS = (512, 1024)
@@ -42,10 +43,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        device = Cpu() if options.device == "cpu" else Cuda()
-    except RuntimeError as error:
-        parser.error(str(error))
+    device = opened(parser, options.device)
     about = facts(device, 1, " ".join(["python -m benchmarks.data", *arguments]))
     about |= {"versions": _versions(), "clock": "CPU" if options.device == "cpu" else "wall"}
     rows = []
@@ -83,8 +81,8 @@ def measure(side: int, images: int, rounds: int, device: str, about: dict) -> li
             row.note = way
             continue
         clock = [1e3 * (cpu if device == "cpu" else wall) / images for wall, cpu in times[name]]
-        row.ms_p20, row.ms_p50, row.ms_p80 = (float(f"{x:.4g}") for x in percentiles(clock))
-        row.cpu_ms = float(f"{percentiles([1e3 * cpu / images for _, cpu in times[name]])[1]:.4g}")
+        row.ms_p20, row.ms_p50, row.ms_p80 = map(rounded, percentiles(clock))
+        row.cpu_ms = rounded(percentiles([1e3 * cpu / images for _, cpu in times[name]])[1])
         row.largest_off, row.off_by_more = off[name]
     return rows
 

@@ -1,6 +1,7 @@
 """The rows of measured loaders, results/data/DEVICE.csv, and the figures of docs/data_speed.md."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import rows
@@ -38,12 +39,7 @@ class Row(rows.Made):
         return 1e3 / self.ms_p50
 
 
-def write(path: Path, made: list[Row]) -> None:
-    rows.write(path, made, Row)
-
-
-def read(path: Path) -> list[Row]:
-    return rows.read(path, Row)
+read, write = partial(rows.read, kind=Row), partial(rows.write, kind=Row)
 
 
 def section(folder: Path = FOLDER) -> str:

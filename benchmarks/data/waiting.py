@@ -23,6 +23,7 @@ from benchmarks.data import photos
 from benchmarks.data.rows import PAGE
 from benchmarks.data.waiting_rows import FOLDER, TARGET, Row, write
 from benchmarks.devices import Cpu
+from benchmarks.rows import rounded
 from benchmarks.runner import facts
 from reca import check, jsonl
 from reca.config import Recipe
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
         for workers, seconds in [(own.threads, own.step), *((number, None) for number in options.workers)]:
             decode, step, waited = measure(jpeg, workers, options.steps, seconds)
             made.append(
-                Row(jpeg, workers, _digits(1e3 * decode), _digits(1e3 * step), options.steps, _digits(waited), **about)
+                Row(jpeg, workers, rounded(1e3 * decode), rounded(1e3 * step), options.steps, rounded(waited), **about)
             )
             print(
                 f"{jpeg:5} px, {workers} threads: {1e3 * decode:.2f} ms an image, steps of {1e3 * step:.0f} ms, "
@@ -162,10 +163,6 @@ def main(arguments: list[str]) -> int:
         PAGE.write_text(docs.filled(PAGE))
         print(f"wrote {PAGE}")
     return int(any(row.waited > TARGET for row in made))
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
 
 
 if __name__ == "__main__":

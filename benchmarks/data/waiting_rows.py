@@ -1,6 +1,7 @@
 """The rows of runs that may wait for images, results/waiting/cpu.csv, and their table in docs/data_speed.md."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import rows
@@ -21,13 +22,12 @@ class Row(rows.Made):
     waited: float
 
 
-def write(path: Path, made: list[Row]) -> None:
-    rows.write(path, made, Row)
+read, write = partial(rows.read, kind=Row), partial(rows.write, kind=Row)
 
 
 def section(folder: Path = FOLDER) -> str:
     """Return the measured part of docs/data_speed.md."""
-    found = rows.read(folder / "cpu.csv", Row)
+    found = read(folder / "cpu.csv")
     if not found:
         return "Not measured yet: `python -m benchmarks.data.waiting` does it.\n"
     row = found[0]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks import docs
-from benchmarks.devices import Ceilings, CpuTime, Cuda, Device, ceilings
+from benchmarks.devices import Ceilings, CpuTime, Device, ceilings, opened
+from benchmarks.rows import rounded
 from benchmarks.runner import facts, percentiles
 from benchmarks.step import release, report
 from benchmarks.step.recipes import MODEL_OF, MODELS, SIZES
@@ -113,10 +114,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--set takes KEY=VALUE, got {', '.join(wrong)}")
     torch.set_num_threads(options.threads)
     options.changes = dict(text.split("=", 1) for text in options.set)
-    try:
-        device = CpuTime() if options.device == "cpu" else Cuda()
-    except RuntimeError as error:
-        parser.error(str(error))
+    device = opened(parser, options.device, CpuTime)
     about = facts(device, options.threads, " ".join(["python -m benchmarks.step", *arguments]))
     path = (options.out or FOLDER) / f"{device.result_file}.csv"
     failed = False
@@ -239,23 +237,18 @@ def _row(
     row.useful_flops, row.steps = useful, len(steps)
     seconds = [step["seconds"] for step in steps]
     row.seconds_p20, row.seconds_p50, row.seconds_p80 = map(
-        _digits, percentiles(seconds) if len(seconds) > 1 else seconds * 3
+        rounded, percentiles(seconds) if len(seconds) > 1 else seconds * 3
     )
     for name in PARTS:
         value = statistics.median(step["parts"][name] for step in steps)
-        setattr(row, name.replace(" ", "_"), _digits(value))
+        setattr(row, name.replace(" ", "_"), rounded(value))
     row.peak_gib = round(max(step["peak"] for step in steps) / 2**30, 3)
     known = [one for one in rates if one is not None]
     if len(known) < len(rates):
         row.note = row.note or f"no memory for {len(rates) - len(known)} of {len(rates)} measurements of the rates"
-    row.gemm = _digits(1e12 * statistics.mean([one.gemm[row.dtype] for one in known] or [math.nan]))
-    row.copy = _digits(1e9 * statistics.mean([one.copy for one in known] or [math.nan]))
+    row.gemm = rounded(1e12 * statistics.mean([one.gemm[row.dtype] for one in known] or [math.nan]))
+    row.copy = rounded(1e9 * statistics.mean([one.copy for one in known] or [math.nan]))
     return row
-
-
-def _digits(x: float) -> float:
-    """Four significant digits."""
-    return float(f"{x:.4g}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The rows of a measured step, and the files that hold them: results/step/DEVICE.csv."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import rows
@@ -83,12 +84,7 @@ class StepRow(rows.Made):
         return getattr(self, name.replace(" ", "_"))
 
 
-def read(path: Path) -> list[StepRow]:
-    return rows.read(path, StepRow)
-
-
-def write(path: Path, made: list[StepRow]) -> None:
-    rows.write(path, made, StepRow)
+read, write = partial(rows.read, kind=StepRow), partial(rows.write, kind=StepRow)
 
 
 def merged(path: Path, made: list[StepRow]) -> list[StepRow]:
