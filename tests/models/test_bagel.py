@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from reca import objective
 from reca.data.batch import Batch
 from reca.data.pixels import make_view
-from reca.data.tasks import Turn
 from reca.models.bagel import Adapter, Config, loss, modules, prompt, sampling, transformer, views, weights
 from reca.models.bagel.config import AutoencoderSizes
 from reca.models.bagel.transformer import GEN, UND, KVCache, Pass, rotary_cos_sin
@@ -32,6 +31,7 @@ from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG, RandomStream
 from reca.runs import load_trained
 from reca.trainer import Trainer
+from tests.models.contract import TEXTS
 
 WORDS = [
     "a",
@@ -60,16 +60,6 @@ VARIANTS = {
     "parity": {"parity": True},
     "vae": {"hv_source": "vae", "understanding_size": 20},
     "shift": {"timestep_shift": 3.0},
-}
-TEXTS = {
-    "reca": ["describe the picture.", "what is this?", "describe this with care", "a picture"],
-    "t2i": ["a red square", "a blue circle drawn with care", "a square", ""],
-    "i2t": [
-        [Turn("what is this?", "a red square")],
-        [Turn("what is this?", "a circle"), Turn("describe the picture.", "a red circle drawn with care.")],
-        [Turn("this?", "a square.")],
-        [Turn("describe", "a blue square")],
-    ],
 }
 SIZES = [(20, 20), (20, 20), (12, 20), (20, 8)]
 

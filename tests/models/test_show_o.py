@@ -25,6 +25,7 @@ from reca.models.show_o.config import MagvitSizes, PhiSizes
 from reca.models.show_o.modules import Magvit, phi_config
 from reca.recipe_files import load_recipe
 from reca.rng import CounterRNG
+from tests.models.contract import TEXTS
 
 WORDS = "a red blue square circle describe what is this the picture ? . drawn with care".split()
 VARIANTS = {
@@ -63,18 +64,6 @@ def folder(tmp_path_factory):
 def images(n: int, size: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator))
-
-
-TEXTS = {
-    "reca": ["describe the picture.", "what is this?", "describe this with care", "a picture"],
-    "t2i": ["a red square", "a blue circle drawn with care", "a square", ""],
-    "i2t": [
-        [Turn("what is this?", "a red square")],
-        [Turn("what is this?", "a circle"), Turn("describe the picture.", "a red circle drawn with care.")],
-        [Turn("this?", "a square.")],
-        [Turn("describe", "a blue square")],
-    ],
-}
 
 
 def batch(model, task: str, rows: list[int] = (0, 1, 2, 3)) -> Batch:
