@@ -234,7 +234,8 @@ def _losses_fake(pred: Tensor, batches: list[Tensor], *rest: Any) -> tuple[Tenso
     learns = rest[-3]
     losses = pred.new_empty(image_count(batches), dtype=torch.float32)
     dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-    return losses, _empty_like(pred, dtype) if learns else None
+    gradient = torch.empty_like(pred, dtype=dtype, memory_format=torch.contiguous_format) if learns else None
+    return losses, gradient
 
 
 @kernel_op(
@@ -264,10 +265,6 @@ def _losses(
     noise = unflattened(seed, ids, stream, explicit)
     kernels: Kernels = dispatch.load(backend, OP)
     return kernels.losses(pred, batches, noise, patch, gradient), gradient
-
-
-def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 # ---- the gradient ----

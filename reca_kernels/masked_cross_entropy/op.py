@@ -105,14 +105,10 @@ def _forward(logits: Tensor, labels: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     return kernels.forward(_rows(logits), labels.contiguous(), CrossEntropyOptions(*options))
 
 
-def _gradient_fake(grad: Tensor, scale: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 @kernel_op(
     f"{OP}_backward(Tensor grad, Tensor scale, Tensor logits, Tensor labels, Tensor stats, {SCHEMA}, str backend)"
     " -> Tensor",
-    _gradient_fake,
+    lambda grad, scale, logits, *_: logits.new_empty(logits.shape),
 )
 def _gradient(
     grad: Tensor,

@@ -26,9 +26,8 @@ def masked_cross_entropy(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     row_max = z.detach().amax(dim=1, keepdim=True)
-    z = (
-        z - row_max
-    )  # a common offset of 1e4 must not cost digits, so nothing below adds the maximum back, except z_loss
+    # A common offset of 1e4 must not cost digits, so nothing below adds the maximum back, except z_loss.
+    z = z - row_max
     log_sum_exp = z.exp().sum(dim=1).log()
 
     loss = log_sum_exp - z.gather(1, targets[:, None])[:, 0]
