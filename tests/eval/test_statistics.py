@@ -7,7 +7,7 @@ import pytest
 
 from reca.eval import statistics
 
-RUNS = 500
+RUNS = 300
 MEANS = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.85, "e": 0.5, "f": 0.6}
 GENEVAL = dict(zip(MEANS, (80, 99, 80, 94, 100, 100), strict=True))
 GAIN = 0.15  # of what a prompt lacks
@@ -39,14 +39,37 @@ def test_coverage_of_95_percent_intervals(monkeypatch, sizes, images):
     weights = {tag: 1 / len(sizes) for tag in sizes}
     for _ in range(RUNS):
         before, after = simulate(sizes, images, rng)
-        change = statistics._estimate([after, before], weights, 2000, 0)
-        score = statistics._estimate([before], weights, 2000, 0)
+        change = statistics._estimate([after, before], weights, 1.0)
+        score = statistics._estimate([before], weights, 1.0)
         gains = {tag: GAIN * (1 - MEANS[tag]) for tag in sizes}
         truth = np.mean(list(gains.values())), np.mean([MEANS[tag] for tag in sizes])
         inside[0] += change.overall.low <= truth[0] <= change.overall.high
         inside[1] += score.overall.low <= truth[1] <= score.overall.high
         inside[2] += np.mean([change.tags[t].low <= gains[t] <= change.tags[t].high for t in sizes])
-    assert np.all((inside / RUNS >= 0.93) & (inside / RUNS <= 0.97)), inside / RUNS
+    # Tags of a few hits or misses have a few values, and intervals that hold the truth of all of them more often.
+    assert np.all((inside / RUNS >= 0.93) & (inside / RUNS <= (0.975, 0.975, 0.995))), inside / RUNS
+
+
+@pytest.mark.parametrize(
+    ("counts", "rate", "images"),
+    [((4, 8, 16, 30, 80, 200), 0.98, 1), ((4, 8, 16, 30, 80, 200), 0.02, 4), ((80,), 0.98, 4)],
+    ids=["uneven tags", "uneven tags, rare, 4 images", "one tag, rare misses, 4 images"],
+)
+def test_coverage_of_uneven_tags_and_rare_events(counts, rate, images):
+    """The normal interval and bootstraps of these hold the truth in 70 to 90 %."""
+    rng, inside, runs, tags = np.random.default_rng(0), np.zeros(2), 200, "abcdef"[: len(counts)]
+    for _ in range(runs):
+        before, after = {}, {}
+        for tag, count in zip(tags, counts, strict=True):
+            easy = rng.beta(rate, 1 - rate, count)
+            for side, chance in ((before, easy), (after, 0.9 * easy)):
+                hits = (rng.random((count, images)) < chance[:, None]).astype(float)
+                side[tag] = dict(zip(map(str, range(count)), hits.tolist(), strict=True))
+        weights = dict.fromkeys(tags, 1 / len(tags))
+        score = statistics._estimate([before], weights, 1.0).overall
+        change = statistics._estimate([after, before], weights, 1.0).overall
+        inside += score.low <= rate <= score.high, change.low <= -0.1 * rate <= change.high
+    assert np.all(inside / runs > 0.93), inside / runs
 
 
 def test_students_quantile():
@@ -67,7 +90,7 @@ def test_a_tag_without_a_miss_is_no_surer_beside_tags_that_vary():
     rng, inside, means = np.random.default_rng(0), dict.fromkeys("ab", 0), {"a": 0.85, "b": 0.6}
     for _ in range(RUNS):
         hits = [(tag, str(i), float(rng.random() < mean)) for tag, mean in means.items() for i in range(10)]
-        found = statistics.estimate(hits, top=1.0, resamples=500)
+        found = statistics.estimate(hits, top=1.0)
         for tag, mean in means.items():
             inside[tag] += found.tags[tag].low <= mean <= found.tags[tag].high
     assert all(count / RUNS > 0.92 for count in inside.values()), inside
@@ -110,8 +133,8 @@ def test_little_or_no_data():
     few = [("a", "1", 1.0), ("a", "2", 0.0), ("b", "3", 1.0)], [("a", "1", 0.0), ("a", "2", 0.0), ("b", "3", 0.0)]
     assert statistics.difference(*few).overall.high > 1
     cut = statistics.difference(*few, top=1.0)
-    assert {cut.overall.high, cut.tags["a"].high, cut.tags["b"].high} == {1} and cut.tags["b"].value == 1
-    assert statistics.difference(*few[::-1], top=1.0).overall.low == -1
+    assert max(cut.overall.high, cut.tags["a"].high, cut.tags["b"].high) <= 1 and cut.tags["b"].value == 1
+    assert statistics.difference(*few[::-1], top=1.0).overall.low >= -1
     mixed = statistics.estimate([*same, *(("b", str(i), float(i % 2)) for i in range(20))])
     assert mixed.tags["a"].value == 1 and mixed.tags["a"].low < 0.9
     with pytest.raises(ValueError, match="nothing to compute an interval of"):
@@ -149,7 +172,7 @@ def test_power():
     rng, hits = np.random.default_rng(3), 0
     for _ in range(100):
         sides = simulate(GENEVAL, 1, rng)
-        hits += statistics._estimate([sides[1], sides[0]], weights, 1000, 0).overall.low > 0
+        hits += statistics._estimate([sides[1], sides[0]], weights, 1.0).overall.low > 0
     truth = np.mean([GAIN * (1 - MEANS[t]) for t in MEANS])
     (predicted,) = statistics.power(rows(after), rows(before), weights, (truth,), (1,))
     assert abs(hits / 100 - predicted.power) < 0.12

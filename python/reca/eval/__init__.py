@@ -3,7 +3,7 @@
     generate   images (or answers) of the model            suites/*.py say which, generate.py makes them
     judge      what a judge says of each, as it says it     judges/*.py, judge.py
     score      the benchmark's own rule, a pure function    suites/*.py, scoring.py
-    report     intervals, the comparison, JSON and text     statistics.py, report.py, figures.py
+    report     intervals, the comparison, JSON and text     statistics.py, score_interval.py, report.py, figures.py
 
 One folder holds an evaluation. `--out` names it; by default it is RUN/eval/SUITE, for a recipe evals/RECIPE/SUITE, and
 for `--against base` RUN/eval/base/SUITE:

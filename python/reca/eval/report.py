@@ -203,7 +203,7 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(
             f"{counts['failed']} images failed and {counts['missing']} are missing: the figures leave them out"
         )
-    lines.append("intervals: 95 %, bootstrap over prompts within tags")
+    lines.append("intervals: 95 %, over prompts within tags")
     return "\n".join(lines)
 
 

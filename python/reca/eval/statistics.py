@@ -1,25 +1,27 @@
-"""Intervals of a score and of the difference between two models, by bootstrap over prompts.
+"""Intervals of a score and of the difference between two models, with prompts as what was sampled.
 
-Prompts are what was sampled, so they are what is drawn again: all images of a prompt stay together (clustered), the
-same prompts are drawn for both models (paired), and within their own tag only (stratified).
+All images of a prompt stay together (clustered), both models are compared on the same prompts (paired), and every tag
+has its own (stratified). The overall value is a weighted sum over tags.
 
-Two corrections make 95 % intervals hold what they promise where tags are small. In a tag of n prompts n - 1 are drawn,
-which makes the variance of the mean right (Rao and Wu, 1988). A tag whose few prompts happen to agree would get an
-interval of no width; two more prompts, of half a prompt's weight each, stand one standard deviation of all tags above
-and below the tag's mean. Deviations are scaled by Student's t over the normal quantile, with Satterthwaite's degrees of
-freedom. Where nothing varies, in a tag's or in all n prompts without a miss (or without a hit, or a difference), the
-interval reaches as far as Clopper and Pearson's for 0 of n.
+Where values have a top, such as shares, an interval is a score interval of proportions (reca.eval.score_interval). A
+tag counts as its effective number of prompts: as many of one image each as have the variance of its mean (Korn and
+Graubard, Survey Methodology 24, 1998), with Student's t in place of the normal quantile, and never less than there are.
+The degrees of freedom are Satterthwaite's. A difference is that of two shares of prompts, gains and losses, of which
+each is as large as the prompt's mean changes. Where tags are few prompts, or nearly all of them agree, this holds what
+95 % promise; resampling and normal intervals do not.
+
+Other values have Student's intervals. A tag whose few prompts happen to agree has a part of the spread of all tags.
 """
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-RESAMPLES = 4000
-Z = 1.959964  # normal quantile of 95 % intervals
+from reca.eval.score_interval import Tags, Z, score_interval
+
 IMAGES = (1, 2, 4, 8, 12)
 
 
@@ -48,33 +50,6 @@ def _sums(items: Mapping[str, Sequence[float]], order: Sequence[str]) -> Cluster
     return Clusters(
         np.array([math.fsum(items[name]) for name in order]), np.array([float(len(items[name])) for name in order])
     )
-
-
-@functools.lru_cache(maxsize=64)
-def _draws(count: int, resamples: int, seed: int, tag: int) -> np.ndarray:
-    """Draw how often each of `count` prompts, and of the two that stand for the spread of all tags, is taken."""
-    chances = np.array([1.0] * count + [0.5, 0.5]) / (count + 1)
-    return np.random.default_rng([seed, tag]).multinomial(max(1, count - 1), chances, resamples).astype(np.float64)
-
-
-def _redrawn(groups: Sequence[Clusters], spread: float, draws: np.ndarray) -> np.ndarray:
-    """Compute the mean of the first group, minus that of the second if there is one, in every resample."""
-    result = np.zeros(len(draws))
-    for number, group in enumerate(groups):
-        size, mean = group.counts.mean(), _mean(group)
-        aside = spread if number == 0 else 0.0
-        sums = np.append(group.sums, [(mean + aside) * size, (mean - aside) * size])
-        counts = np.append(group.counts, [size, size])
-        result += (1 - 2 * number) * (draws @ sums) / (draws @ counts)
-    return result
-
-
-def _interval(value: float, deviations: np.ndarray, freedom: float) -> Interval:
-    """Take percentiles of the deviations, scaled for the degrees of freedom; without any, nothing is known."""
-    if freedom <= 0:
-        return Interval(value, -math.inf, math.inf)
-    low, high = np.percentile(deviations * (t_quantile(freedom) / Z), [2.5, 97.5])
-    return Interval(value, value + float(low), value + float(high))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,15 +92,13 @@ def estimate(
     values: Iterable[tuple[str, str, float]],
     weights: Mapping[str, float] | None = None,
     top: float | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """Compute a score with its interval. values: (tag, item, value) of every image.
 
     weights: of the tags, see `Score`. top: the largest value there can be, from 0 on; None if there is none.
     Raises ValueError where there are no values.
     """
-    return _clipped(_estimate([clusters(values)], weights, resamples, seed, top), 0.0, top)
+    return _clipped(_estimate([clusters(values)], weights, top), 0.0, top)
 
 
 def _clipped(found: Estimate, least: float, top: float | None) -> Estimate:
@@ -144,15 +117,13 @@ def difference(
     before: Iterable[tuple[str, str, float]],
     weights: Mapping[str, float] | None = None,
     top: float | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> Estimate:
     """Compute after - before with its interval, over the prompts that both have.
 
     top: see `estimate`; None also for one model drawn twice with the same settings, which differs by exactly 0.
     Raises ValueError where they share none.
     """
-    found = _estimate(shared(clusters(after), clusters(before)), weights, resamples, seed, top)
+    found = _estimate(shared(clusters(after), clusters(before)), weights, top)
     return _clipped(found, -top if top else 0.0, top)
 
 
@@ -165,51 +136,101 @@ def shared(a: Mapping[str, dict], b: Mapping[str, dict]) -> list[dict[str, dict[
 def _estimate(
     sides: Sequence[Mapping[str, Mapping[str, Sequence[float]]]],
     given: Mapping[str, float] | None,
-    resamples: int,
-    seed: int,
     top: float | None = None,
 ) -> Estimate:
     """Estimate one side, or the first minus the second."""
     if not sides[0]:
         raise ValueError("there is nothing to compute an interval of: no prompt has a value (in both)")
     weights = _weights(sides[0], given)
-    groups = {tag: [_sums(side[tag], list(items)) for side in sides] for tag, items in sides[0].items()}
-    spreads = {tag: _spread(group) for tag, group in groups.items()}
-    freedoms = {tag: len(group[0].sums) - 1 for tag, group in groups.items()}
-    pooled = math.sqrt(_ratio(sum(spreads[t] * freedoms[t] for t in groups), sum(freedoms.values())))
-    total_freedom = sum(freedoms.values())
-    value, total, tags = 0.0, np.zeros(resamples), {}
-    for number, (tag, group) in enumerate(groups.items()):
-        own = _mean(group[0]) - (_mean(group[1]) if len(group) > 1 else 0.0)
-        deviations = _redrawn(group, pooled, _draws(len(group[0].sums), resamples, seed, number)) - own
-        known = freedoms[tag] if len(groups) == 1 or freedoms[tag] > 1 else total_freedom
-        if top and not spreads[tag]:
-            tags[tag] = _unvaried(own, freedoms[tag] + 1, top)
-        else:
-            tags[tag] = _interval(own, deviations, known)
-        value += weights[tag] * own
-        total += weights[tag] * deviations
-    if not pooled and top:
-        return Estimate(_unvaried(value, total_freedom + len(groups), top), tags)
-    parts = {t: weights[t] ** 2 * max(spreads[t], pooled**2 / (freedoms[t] + 2)) / (freedoms[t] + 1) for t in groups}
-    below = sum(part**2 / max(freedoms[t], 1) for t, part in parts.items())
-    freedom = _ratio(sum(parts.values()) ** 2, below) if pooled else math.inf
-    if len(groups) > 1:
-        freedom = max(freedom, 2.0)  # a tag of two prompts has the spread of the others, too
-    return Estimate(_interval(value, total, freedom if total_freedom else 0.0), tags)
+    groups = [_group([_sums(side[tag], list(items)) for side in sides]) for tag, items in sides[0].items()]
+    shares = np.array([weights[tag] for tag in sides[0]])
+    value = float(sum(share * group.value for share, group in zip(shares, groups, strict=True)))
+    freedoms, spreads = ([getattr(group, name) for group in groups] for name in ("freedom", "spread"))
+    pooled = _ratio(sum(spread * freedom for spread, freedom in zip(spreads, freedoms, strict=True)), sum(freedoms))
+    reach: Callable[[Sequence[Group], np.ndarray], tuple[float, float]]
+    if top:
+        reach = functools.partial(_shares, pooled, len(sides) > 1, top)
+    else:
+        reach = functools.partial(_values, pooled, sum(freedoms))
+    tags = {}
+    for tag, group in zip(sides[0], groups, strict=True):
+        low, high = reach([group], np.ones(1))
+        tags[tag] = Interval(group.value, group.value - low, group.value + high)
+    low, high = reach(groups, shares) if shares.any() else (0.0, 0.0)
+    return Estimate(Interval(value, value - low, value + high), tags)
 
 
-def _unvaried(value: float, prompts: int, top: float) -> Interval:
-    """Bound what was seen on every prompt alike."""
-    reach = top * (1 - 0.025 ** (1 / prompts))
-    return Interval(value, value - reach, value + reach)
+class Group(NamedTuple):
+    """A tag: its value, the prompts' means (or their differences), and the variance between prompts."""
+
+    value: float
+    means: np.ndarray  # [prompts]
+    spread: float
+
+    @property
+    def freedom(self) -> int:
+        return len(self.means) - 1
 
 
-def _spread(groups: Sequence[Clusters]) -> float:
-    """Compute the variance between the prompts of a tag, of their mean or their mean difference."""
-    means = [group.sums / group.counts for group in groups]
-    deltas = means[0] - means[1] if len(means) > 1 else means[0]
-    return float(deltas.var(ddof=1)) if np.ptp(deltas) else 0.0  # equal ones have a variance by rounding
+def _group(sides: Sequence[Clusters]) -> Group:
+    """Make a tag of one side, or of the first minus the second.
+
+    Its value is over images, so the variance is that of the residuals: of a ratio of sums.
+    """
+    value, means, residuals = 0.0, np.zeros(len(sides[0].sums)), np.zeros(len(sides[0].sums))
+    for sign, side in zip((1, -1), sides, strict=False):
+        mean = _mean(side)
+        value += sign * mean
+        means += sign * side.sums / side.counts
+        residuals += sign * (side.sums - mean * side.counts) / side.counts.mean()
+    same = len(means) < 2 or np.abs(residuals).max() < 1e-12 * max(1.0, abs(value))  # but for rounding
+    return Group(value, means, 0.0 if same else float(residuals @ residuals) / (len(means) - 1))
+
+
+def _freedom(parts: np.ndarray, freedoms: np.ndarray) -> float:
+    """Compute Satterthwaite's degrees of freedom of a sum of variances."""
+    return _ratio(float(parts.sum()) ** 2, float((parts**2 / np.maximum(freedoms, 1)).sum()))
+
+
+def _shares(
+    pooled: float, paired: bool, top: float, groups: Sequence[Group], weights: np.ndarray
+) -> tuple[float, float]:
+    """Return how far the interval of a weighted sum of shares reaches below and above it.
+
+    pooled: the variance of all tags, a part of which a tag of few prompts has at least.
+    """
+    prompts = np.array([len(group.means) for group in groups])
+    gains, losses = (np.array([_part(sign * group.means / top) for group in groups]) for sign in (1, -1))
+    whole = gains + losses - (gains - losses) ** 2  # the variance, were every prompt's value 0 or 1
+    spreads = np.array([group.spread for group in groups])
+    variances = np.maximum(spreads, ((prompts - 1) * spreads + pooled) / prompts) / prompts / top**2
+    variances[spreads == 0] = 0.0  # where nothing varies, nothing tells that a prompt counts for more than one
+    t = t_quantile(_freedom(weights**2 * variances, prompts - 1)) if variances.any() else Z
+    sizes = (Z / t) ** 2 * whole / np.where(variances > 0, variances, np.inf)
+    low, high = score_interval(Tags(gains, losses, np.maximum(sizes, prompts), weights), paired)
+    middle = float(weights @ (gains - losses))
+    return top * (middle - low), top * (high - middle)
+
+
+def _part(values: np.ndarray) -> float:
+    return float(values.clip(0, 1).mean())
+
+
+def _values(pooled: float, freedom: int, groups: Sequence[Group], weights: np.ndarray) -> tuple[float, float]:
+    """Return how far Student's interval of a weighted sum reaches to both sides.
+
+    pooled, freedom: the variance of all tags and its degrees of freedom, which hold for tags of one or two prompts.
+    """
+    if not freedom:
+        return math.inf, math.inf
+    prompts = np.array([len(group.means) for group in groups])
+    spreads = np.array([group.spread for group in groups])
+    variances = weights**2 * ((prompts - 1) * spreads + pooled) / prompts**2
+    if not variances.any():
+        return 0.0, 0.0
+    freedoms = np.where(prompts > 2, prompts - 1, freedom)
+    reach = t_quantile(_freedom(variances, freedoms)) * math.sqrt(variances.sum())
+    return reach, reach
 
 
 def _ratio(a: float, b: float) -> float:
