@@ -1,8 +1,9 @@
-"""Which backend runs an op, and why.
+"""Choose the backend that runs an op, and explain the choice.
 
 An op is a folder of this package, and a backend is a file in it: reference.py, the definition in plain PyTorch, which
-is always there; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`); triton.py. The
-`Kernels` of <op>/kernels.py says what native.py and triton.py hold. A folder without them is not dispatched.
+every op has; native.py, which launches the C++ kernels (backend `cpu`) and the CUDA kernels (`cuda`); triton.py. The
+protocol `Kernels` in <op>/kernels.py lists the functions of native.py and triton.py. A folder with neither file is not
+dispatched.
 """
 
 import importlib
@@ -41,13 +42,13 @@ OPS = tuple(
     )
 )
 
-# Where nothing was measured, the first of these that can run an op does; none: reference.
+# Order of preference where nothing was measured. If none of these can run an op, the reference does.
 ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-# What was measured, made by `python -m benchmarks.dispatch` from benchmarks/results.
+# Measured rules, written by `python -m benchmarks.dispatch` from benchmarks/results.
 TABLE = Path(__file__).with_name("dispatch_table.json")
 
 
-Entry = dict[str, Any]  # of the table
+Entry = dict[str, Any]  # one entry of the table
 
 
 class Rule(NamedTuple):
@@ -60,7 +61,7 @@ class Rule(NamedTuple):
 
 
 def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[Entry]]:
-    """Read (op, device type) -> entries: dtype, rules, and the command, date, device and versions that made them."""
+    """Read (op, device type) -> entries: dtype, rules, and the command, date, device and versions of the benchmark."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in json.loads(path.read_text())["entries"]:
         found.setdefault((entry["op"], entry["device"]), []).append(entry)
@@ -68,7 +69,7 @@ def read_table(path: Path = TABLE) -> dict[tuple[str, str], list[Entry]]:
 
 
 def _rules(entries: list[Entry], device: str) -> tuple[Rule, ...]:
-    """List measured rules, then the default order for dtypes, sizes and backends that no measurement covers."""
+    """Return the measured rules, then the default order for what no measurement covers."""
     measured = [
         Rule(rule["backend"], (getattr(torch, entry["dtype"]),), rule["min_numel"], rule["max_numel"])
         for entry in entries
@@ -78,7 +79,7 @@ def _rules(entries: list[Entry], device: str) -> tuple[Rule, ...]:
 
 
 MEASURED = read_table()
-# (op, device type) -> rules; the first that fits and can run here wins.
+# (op, device type) -> rules. The first that matches and whose backend can run here is used.
 RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     (op, device): _rules(MEASURED.get((op, device), []), device) for op in OPS for device in ORDER
 }
@@ -89,7 +90,7 @@ _used: str | None = None
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every op on `backend` inside of this context, in all threads, whatever RECA_BACKEND and the table say."""
+    """Run every op on `backend` inside this context, in all threads. Overrides RECA_BACKEND and the table."""
     global _used
     before, _used = _used, backend
     try:
@@ -108,20 +109,22 @@ def choose(
 ) -> str:
     """Return the backend that runs `op` on tensors like `tensor`.
 
-    `dtype`, `numel` where others than the tensor's decide.
+    `backend`, else `use`, else the environment variable RECA_BACKEND forces a backend. Without one, or with "auto", the
+    table decides. `dtype` and `numel` replace those of the tensor in that decision.
 
-    `backend`, else `use`, else the environment variable RECA_BACKEND, forces one, and raises where that one cannot run:
-    ValueError for an unknown name, RuntimeError otherwise. With none of them, or "auto", the table decides.
+    Raises:
+        ValueError: The name of the backend is unknown.
+        RuntimeError: The forced backend cannot run.
     """
     forced = backend or _used or os.environ.get("RECA_BACKEND") or "auto"
-    # A graph is made once for many sizes, so where they are symbols the table is read as for a large tensor.
+    # One compiled graph serves many sizes, so where sizes are symbolic the choice is that for a large tensor.
     numel = None if torch.compiler.is_compiling() else tensor.numel() if numel is None else numel
     if type(numel) is not int:
         numel = None
     return _choose(op, tensor.device, dtype or tensor.dtype, numel, forced)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
+@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made when it was traced
 def _choose(op: str, device: torch.device, dtype: torch.dtype, numel: int | None, forced: str) -> str:
     return _decide(op, device, dtype, numel, forced)
 
@@ -157,7 +160,7 @@ def _by_table(op: str, device: str, index: int | None, dtype: torch.dtype, numel
 
 
 def _kernels(op: str, device: str) -> list[str]:
-    """Return the backends that rules name, without the definition."""
+    """Return the backends named by the rules, without the reference."""
     named = dict.fromkeys(rule.backend for rule in RULES.get((op, device), ()))
     return [backend for backend in named if backend != "reference"]
 
@@ -169,11 +172,11 @@ def _warn_slow(op: str, device: str) -> None:
 
 
 def unusable(op: str, backend: str, device: str, index: int | None = None) -> str | None:
-    """Say why `backend` cannot run `op` on that kind of device; None when it can."""
+    """Return why `backend` cannot run `op` on that type of device; None if it can."""
     if backend == "reference":
         return None
     if not has_backend(op, backend):
-        return f"it has no {op}"
+        return f"it does not implement {op}"
     if backend in ("cpu", "cuda"):
         if native.module is None:
             return native.missing
@@ -202,12 +205,12 @@ def unusable(op: str, backend: str, device: str, index: int | None = None) -> st
 
 @cache
 def load(backend: str, op: str) -> Any:
-    """Return the module that holds the op's `Kernels`; callers annotate it so."""
+    """Return the module that implements the op's `Kernels`. Callers annotate it with that protocol."""
     return importlib.import_module(f"reca_kernels.{op}.{FILES[backend].removesuffix('.py')}")
 
 
 def backend_report() -> str:
-    """Report versions, devices, and for every op which backend runs it and why others cannot."""
+    """Return a report of versions, devices and, for every op, the backend that runs it and why others cannot."""
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     if native.module:
         lines.append(f"native module: {native.module.current_isa()} kernels, CUDA {native.module.cuda_archs or 'no'}")
@@ -224,18 +227,18 @@ def backend_report() -> str:
     for op in OPS:
         for device in devices:
             able = [b for b in BACKENDS if unusable(op, b, device) is None]
-            # As for a large tensor of fp32.
+            # The choice for a large fp32 tensor.
             chosen = _by_table(op, device, None, torch.float32, None)
             why = [f"{b}: {unusable(op, b, device)}" for b in _kernels(op, device) if b not in able]
             line = f"{op} on {device}: {chosen}, {_basis(op, device)}"
             lines.append(line + (f"  (not {'; '.join(why)})" if why else ""))
-    attention = importlib.import_module("reca_kernels.attention.op")  # runs on torch and flash-attn, not on backends
+    attention = importlib.import_module("reca_kernels.attention.op")  # uses torch and flash-attn, not backends
     lines += attention.report(devices)
     return "\n".join(lines)
 
 
 def _basis(op: str, device: str) -> str:
-    """Return what the choice rests on."""
+    """Return the measurements behind the choice."""
     entries = MEASURED.get((op, device))
     if not entries:
         return "not measured"

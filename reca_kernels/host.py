@@ -1,4 +1,4 @@
-"""Tensors that the host makes from numbers: kept outside of modes, and copied to a GPU without waiting for it."""
+"""Tensors built on the host: cached outside of dispatch modes, and copied to a GPU without host synchronisation."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 
 def on_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """Copy x to `device`.
+    """Copy x to `device` without host synchronisation.
 
-    A plain `x.to(device)` of host memory waits until the GPU has done all it was given before. From pinned memory the
-    copy stands in the GPU's queue instead, and the pinned block is used again once it is through.
+    A plain `x.to(device)` from pageable memory waits until the GPU has finished all queued work. A copy from pinned
+    memory is queued on the stream instead, and the pinned block is reused after the copy has completed.
     """
     device = torch.device(device)
     if x.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_available():
@@ -26,7 +26,7 @@ def on_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def indexed(device: torch.device | str) -> torch.device:
-    """Return the device of tensors made there, which can be compared and kept: "cuda" becomes the current one."""
+    """Return the device with its index, which can be compared and cached: "cuda" becomes the current device."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
@@ -35,7 +35,10 @@ def indexed(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def no_modes() -> Iterator[None]:
-    """Make tensors that are kept: no later call finds a fake one, one of inference mode or of a transform."""
+    """Disable all modes while tensors to be cached are made.
+
+    No later call then gets a fake tensor, an inference tensor or one wrapped by a transform out of the cache.
+    """
     with (
         temporarily_clear_interpreter_stack(),
         torch.inference_mode(False),
@@ -46,16 +49,16 @@ def no_modes() -> Iterator[None]:
 
 
 def in_mode(tensors: Any) -> Any:
-    """Return kept tensors, in any nest, as the active dispatch mode wants them: fake, or known to a traced graph."""
+    """Return cached tensors, nested in any way, lifted into the active dispatch mode: faked, or traced as constants."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return tensors
     return tree_map_only(Tensor, torch.ops.aten.lift_fresh, tensors)
 
 
 def outside_of_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function that makes tensors from numbers: `no_modes` makes and keeps them, `in_mode` hands them out.
+    """Decorate a function that builds tensors: they are made under `no_modes`, cached, and returned by `in_mode`.
 
-    Arguments are hashable.
+    Arguments must be hashable.
     """
 
     @functools.lru_cache(maxsize=32)

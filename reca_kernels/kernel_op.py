@@ -1,9 +1,9 @@
-"""Kernel ops: functions that call a kernel, as ops of torch that cost nothing where torch need not be asked.
+"""Kernel ops: functions that call a kernel, registered with torch, that bypass the dispatcher in eager mode.
 
-`kernel_op` is `torch.library.custom_op` with a second way in. In eager mode on plain memory a kernel op runs its body
-at once, which takes half the time of a registered op. Everywhere else (torch.compile, export, modes, fake and meta
-tensors, transforms, subclasses, negated views) it is torch.ops.reca.NAME, one node of any graph. An op's gradient is
-defined once, by `register_autograd`, and serves both.
+`kernel_op` is `torch.library.custom_op` with a fast path. In eager mode on plain memory a kernel op calls its body
+directly, in half the time of a registered op. Everywhere else (torch.compile, export, modes, fake and meta tensors,
+transforms, subclasses, negated views) it is torch.ops.reca.NAME, a single node of any graph. An op's gradient is
+defined once, by `register_autograd`, and serves both paths.
 """
 
 import functools
@@ -23,7 +23,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class KernelOp(Protocol[Result_co]):
-    """What `kernel_op` makes of a function."""
+    """A function decorated with `kernel_op`."""
 
     def __call__(self, plain: bool, /, *arguments: Any) -> Result_co: ...
 
@@ -37,15 +37,15 @@ def kernel_op(
 ) -> Callable[[Callable[..., Result]], KernelOp[Result]]:
     """Decorate a function that calls a kernel on its tensors.
 
-    The op takes one argument more, `op(plain, *arguments)`: what `reca_kernels.memory.plain` says of the tensors. It
-    raises RuntimeError for transforms that would lose a derivative. `op.register_autograd` gives it a gradient;
-    without one, to differentiate it is an error.
+    The op has an additional first argument, `op(plain, *arguments)`: the result of `reca_kernels.memory.plain` for its
+    tensors. It raises RuntimeError for transforms that would drop a derivative. `op.register_autograd` defines its
+    gradient; differentiating an op without one is an error.
 
     Args:
-        schema: `name(arguments) -> results`. Arguments are positional; results are tensors, or None for nothing, which
-            the dispatcher gets as an empty tensor.
+        schema: `name(arguments) -> results`. Arguments are positional. Results are tensors or None; the dispatcher sees
+            None as an empty tensor.
         fake: Allocates results with the shapes, dtypes and strides of the real ones.
-        flops: Called with the arguments, returns what FlopCounterMode counts. Default: nothing is counted.
+        flops: Returns the FLOPs that FlopCounterMode counts, given the arguments. Default: none are counted.
     """
 
     def decorate(body: Callable[..., Result]) -> KernelOp[Result]:
@@ -77,9 +77,9 @@ def kernel_op(
 
 
 def _dispatched(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the body as the dispatcher wants it.
+    """Return the body in the form that the dispatcher requires.
 
-    A zero tensor arrives as one expanded 0 and gets memory. A result that is an argument is copied.
+    A zero tensor arrives as a single expanded 0 and is made contiguous. A result that is an argument is cloned.
     """
     with_results = _without_none(body)
 
@@ -105,7 +105,7 @@ def _without_none(body: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Autograd:
-    """The gradient of one kernel op: as torch.library wants it, and as an autograd.Function for eager mode."""
+    """The gradient of one kernel op, both for torch.library and as an autograd.Function for eager mode."""
 
     def __init__(self, schema: Any, body: Callable[..., Any]) -> None:
         self.name, self.body, self.eager = schema.name.removeprefix("reca::"), body, body
@@ -114,11 +114,11 @@ class _Autograd:
         self.of: list[int] = []
 
     def register(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any], of: Sequence[str]) -> None:
-        """Give the op a gradient, by its arguments named in `of` and the first only.
+        """Define the op's first derivative with respect to the arguments named in `of`.
 
         Args:
             backward: `(ctx, *grads)` returns a gradient or None per name in `of`; a list of them for a list of tensors.
-            setup_context: `(ctx, inputs, output)` saves what backward needs and marks what has no gradient.
+            setup_context: `(ctx, inputs, output)` saves what backward needs and marks non-differentiable outputs.
             of: The arguments that have a gradient.
         """
         self.user_backward, self.user_setup = once_differentiable(self.name)(backward), setup_context
@@ -156,7 +156,8 @@ class _Autograd:
                 gradients = backward(ctx, *grads)
                 return None, *(_spread(gradients) if listed else gradients)
 
-        # Without what Function.apply does for transforms of torch.func, where no memory is plain: 2 microseconds.
+        # Skips the torch.func handling of Function.apply, which takes 2 microseconds; under transforms no tensor is
+        # plain, so this path is not reached.
         apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
 
         def eager(*arguments: Any) -> Any:
@@ -176,14 +177,14 @@ def _spread(nested: Iterable[Any]) -> list[Any]:
     return [x for part in nested for x in (part if isinstance(part, list | tuple) else (part,))]
 
 
-# ---- the second derivative ----
+# ---- second derivative ----
 
 
 def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a backward(ctx, *grads): to differentiate its gradients again raises RuntimeError, with what to do.
+    """Decorate a backward(ctx, *grads) so that differentiating its gradients raises RuntimeError.
 
-    Torch's decorator of that name lets `torch.autograd.grad(..., allow_unused=True)` pass in silence. Costs nothing
-    unless create_graph is on.
+    Under torch's decorator of the same name, `torch.autograd.grad(..., allow_unused=True)` does not raise. There is no
+    overhead unless create_graph is set.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,7 +204,7 @@ def once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 class _ReadOnce:
-    """A ctx whose saved tensors are read once, as checkpoints want it."""
+    """A ctx whose saved tensors are unpacked only once, as activation checkpointing requires."""
 
     def __init__(self, ctx: Any) -> None:
         self.__dict__.update(ctx=ctx, saved_tensors=ctx.saved_tensors)
@@ -216,7 +217,7 @@ class _ReadOnce:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that depends on its sources in a way that has no derivative."""
+    """Identity on a gradient that depends on its sources, with a backward that raises."""
 
     @staticmethod
     def forward(ctx: Any, op: str, gradient: Tensor, *sources: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a kernel may be called on the addresses of tensors, or has to be called through torch's dispatcher."""
+"""Decide whether a kernel can be called on the addresses of tensors or must go through torch's dispatcher."""
 
 import functools
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ def _bits(*names: str) -> int:
     return functools.reduce(int.__or__, keys)
 
 
-# What the dispatcher would do on its way to a kernel that the raw path does by itself, or need not do.
+# Dispatch keys whose work the direct path does itself or does not need.
 _PLAIN = _bits(
     "CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "BackendSelect"
 )  # fmt: skip
 _MORE = ~_PLAIN
-_CUDA = _bits("CUDA") & ~_bits("CPU")  # the bit of the device alone
+_CUDA = _bits("CUDA") & ~_bits("CPU")  # only the device bit
 _DEVICES = _bits("CPU") ^ _bits("CUDA")
 _keys_of, _keys_of_thread = torch._C._dispatch_keys, torch._C._dispatch_tls_local_include_set
 
 
 def plain(*tensors: Tensor, optional: Tensor | None = None) -> bool:
-    """Return whether a kernel may be called on the addresses of these tensors, with nothing in between.
+    """Return whether a kernel can be called directly on the addresses of these tensors.
 
-    Not under torch.compile, a dispatch or function mode, a transform of torch.func, torch.jit.trace or forward mode
-    AD. Not for a subclass, a fake, meta, sparse, quantized or nested tensor, a negated view, or a zero tensor. Not for
-    tensors on several devices, or for what is no tensor.
+    False under torch.compile, a dispatch or function mode, a torch.func transform, torch.jit.trace or forward-mode AD;
+    for a subclass, a fake, meta, sparse, quantized or nested tensor, a negated view or a zero tensor; for tensors on
+    several devices; and for arguments that are not tensors.
     """
     if optional is not None:
         tensors = (*tensors, optional)
@@ -50,19 +50,19 @@ def plain(*tensors: Tensor, optional: Tensor | None = None) -> bool:
 
 
 def has_values(*tensors: Tensor | None) -> bool:
-    """Return whether values may be read, even where a kernel may not go: of a subclass, or under a function mode."""
+    """Return whether values can be read. Unlike `plain`, also True for subclasses and under a function mode."""
     if torch.compiler.is_compiling() or _keys_of_thread().raw_repr() & _MORE:
         return False
     return all(tensor is None or not _keys_of(tensor).raw_repr() & _MORE for tensor in tensors)
 
 
 def graph_is_kept() -> bool:
-    """Return whether the backward pass that runs leaves saved tensors for another one, as retain_graph=True asks."""
+    """Return whether the current backward pass keeps saved tensors for another one (retain_graph=True)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def learns(x: Tensor | None) -> bool:
-    """Return whether a gradient of x may be asked for; what a transform has wrapped may not say so itself."""
+    """Return whether a gradient of x may be requested. A tensor wrapped by a transform is unwrapped to find out."""
     if x is None or not torch.is_grad_enabled():
         return False
     while not (x.requires_grad or torch.compiler.is_compiling()) and torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -71,16 +71,16 @@ def learns(x: Tensor | None) -> bool:
 
 
 def transformed() -> bool:
-    """Return whether a transform of torch.func runs outside of a graph: it takes no plain autograd.Function."""
+    """Return whether a torch.func transform is active in eager mode, where a plain autograd.Function cannot be used."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False) -> None:
-    """Raise RuntimeError where a transform would lose a derivative in silence: a kernel has backward() and no more.
+    """Raise RuntimeError if a transform would silently drop a derivative: kernels support backward() only.
 
     Args:
         op: The name in the message.
-        tensors: What the op is called with.
+        tensors: The op's arguments.
         lists: The op takes lists of tensors, which vmap cannot batch.
     """
     if torch.compiler.is_compiling():
@@ -91,20 +91,23 @@ def refuse_transforms(op: str, tensors: Iterable[Any], *, lists: bool = False) -
     name = None
     forward = kind.Jvp in transforms or forward_ad._current_level >= 0
     if (kind.Grad in transforms and any(map(learns, floats))) or (forward and any(map(_may_have_tangent, floats))):
-        name = "forward mode AD"
+        name = "forward-mode AD"
         if transforms & {kind.Grad, kind.Jvp}:
             name = "transforms of torch.func that differentiate (grad, vjp, jvp, jacrev, ...)"
     elif lists and kind.Vmap in transforms:
         raise RuntimeError(f"{op} takes lists of tensors, which vmap cannot batch. Use backend='reference' there")
     if name:
         raise RuntimeError(
-            f"{op} has no derivative for {name}: its gradient comes from a kernel, by backward(). "
+            f"{op} has no derivative for {name}: its gradient comes from a kernel, for backward() only. "
             "Use backend='reference' there"
         )
 
 
 def _may_have_tangent(x: Tensor) -> bool:
-    """Return whether x has a tangent; torch tells it only of what is plain or wrapped once, by the innermost jvp."""
+    """Return whether x may have a tangent.
+
+    torch can tell only for tensors that are not wrapped, or wrapped once by the innermost jvp; True for all others.
+    """
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(x):
         innermost = functorch.peek_interpreter_stack()

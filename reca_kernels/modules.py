@@ -1,4 +1,4 @@
-"""The losses as modules: options are given once, tensors at every call. They have no parameters and no buffers."""
+"""The losses as modules: options are set at construction, tensors passed at every call. No parameters, no buffers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from reca_kernels.philox.address import Philox
 
 
 class _Loss(nn.Module):
-    """Keep the options of an op."""
+    """Store the options of an op."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class _Loss(nn.Module):
 
 
 class MaskedCrossEntropy(_Loss):
-    """Compute `masked_cross_entropy` in place of `torch.nn.CrossEntropyLoss`. Calls raise what it raises.
+    """Compute `masked_cross_entropy`; a replacement for `torch.nn.CrossEntropyLoss`. Raises what the function raises.
 
     Args:
         ignore_index: The label of rows that carry none.
@@ -62,15 +62,15 @@ class MaskedCrossEntropy(_Loss):
         self,
         logits: Tensor,  # [N, V]
         labels: Tensor,  # [N]
-    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
+    ) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
         """Return the loss of the rows that carry a label."""
         return masked_cross_entropy(logits, labels, **self.options)
 
 
 class MaskedLinearCrossEntropy(_Loss):
-    """Compute `masked_linear_cross_entropy`. Calls raise what it raises.
+    """Compute `masked_linear_cross_entropy`. Raises what the function raises.
 
-    The head's weight comes with the call, as in Liger's fused loss.
+    The head's weight is an argument of the call, as in Liger's fused loss.
 
     Args:
         ignore_index: The label of rows that carry none.
@@ -78,7 +78,7 @@ class MaskedLinearCrossEntropy(_Loss):
         z_loss: Weight of the squared log-sum-exp.
         softcap: Logits are softcap tanh(logits / softcap), unless None.
         reduction: "mean" over the rows that carry a label, "sum" or "none".
-        chunk_rows: Rows of logits that exist at a time; None: 512 on CPUs, what 1/32 of the memory holds on GPUs.
+        chunk_rows: Rows of logits that exist at a time. None: 512 on CPUs, as many as fit in 1/32 of a GPU's memory.
         backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
@@ -109,19 +109,19 @@ class MaskedLinearCrossEntropy(_Loss):
         labels: Tensor,  # [N]
         bias: Tensor | None = None,  # [V]
         max_labelled: int | None = None,
-    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
+    ) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
         """Return the loss of hidden @ weight.T + bias. `max_labelled` is an upper bound on the rows with a label."""
         return masked_linear_cross_entropy(hidden, weight, labels, bias, max_labelled=max_labelled, **self.options)
 
 
 class FlowMatchingLoss(_Loss):
-    """Add noise and compute `flow_matching_loss`, with one patch size for both.
+    """Add noise and compute `flow_matching_loss`, with the same patch size for both.
 
-    Calls raise what `flow_matching_add_noise` and `flow_matching_loss` raise.
+    Raises what `flow_matching_add_noise` and `flow_matching_loss` raise.
 
     Args:
         patch: Side of a patch, in latent pixels.
-        reduction: "mean" over all elements, "sum", or "sample": every image's mean.
+        reduction: "mean" over all elements, "sum", or "sample" for the mean of every image.
         backend: The backend that runs. None: chosen by device, dtype and size.
     """
 
@@ -135,7 +135,7 @@ class FlowMatchingLoss(_Loss):
         noise: Philox | Tensor,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Return x_t = (1 - t) x0 + t eps, see `flow_matching_add_noise`."""
+        """Return x_t = (1 - t) x0 + t eps; see `flow_matching_add_noise`."""
         patch, backend = self.options["patch"], self.options["backend"]
         return flow_matching_add_noise(x0, t, noise, patch=patch, out_dtype=out_dtype, backend=backend)
 
@@ -146,19 +146,19 @@ class FlowMatchingLoss(_Loss):
         t: Tensor,  # [B]
         noise: Philox | Tensor,
         weight: Tensor | None = None,  # [B]
-    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [B]
+    ) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [B]
         """Return the squared error of the velocity `pred`. The target does not depend on t."""
         return flow_matching_loss(pred, x0, t, noise, weight=weight, **self.options)
 
 
 class DiffusionLoss(_Loss):
-    """Add noise and compute `diffusion_loss`, with one schedule for both.
+    """Add noise and compute `diffusion_loss`, with the same schedule for both.
 
-    Calls raise what `diffusion_add_noise` and `diffusion_loss` raise, and ValueError for an unknown `kind`.
+    Raises what `diffusion_add_noise` and `diffusion_loss` raise, and ValueError for an unknown `kind`.
 
     Args:
         steps: The number of steps of the diffusion process.
-        kind: The kind of schedule; "cosine" is the only one.
+        kind: The noise schedule; only "cosine" is implemented.
         reduction: "mean" over rows, "sum" or "none".
         backend: The backend that runs. None: chosen by device, dtype and size.
     """
@@ -173,7 +173,7 @@ class DiffusionLoss(_Loss):
         return f"steps={self.steps}, kind={self.kind!r}, {super().extra_repr()}"
 
     def schedule(self, device: torch.device | str) -> Tensor:
-        """Return the schedule, fp32 [steps, 8]. It is kept per device, and no buffer that `module.half()` rounds."""
+        """Return the schedule, fp32 [steps, 8]. It is cached per device; no buffer that `module.half()` would round."""
         return diffusion_schedule(self.steps, self.kind, device)
 
     def add_noise(
@@ -184,7 +184,7 @@ class DiffusionLoss(_Loss):
         rows: Tensor | None = None,  # [M] int
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:  # [M, C]
-        """Return x_t at step t of every row, see `diffusion_add_noise`."""
+        """Return x_t at step t of every row; see `diffusion_add_noise`."""
         backend = self.options["backend"]
         return diffusion_add_noise(
             x0, t, noise, self.schedule(x0.device), rows=rows, out_dtype=out_dtype, backend=backend
@@ -197,6 +197,6 @@ class DiffusionLoss(_Loss):
         t: Tensor,  # [M] int
         noise: Philox | Tensor,
         rows: Tensor | None = None,  # [M] int
-    ) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [M]
-        """Return the loss of predicted noise and variance `out`, see `diffusion_loss`."""
+    ) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [M]
+        """Return the loss of the predicted noise and variance `out`; see `diffusion_loss`."""
         return diffusion_loss(out, x0, t, noise, self.schedule(x0.device), rows=rows, **self.options)

@@ -1,7 +1,7 @@
-"""The compiled module, when it is there. Without it every op still runs, on `reference` or `triton`.
+"""The compiled module, if it is available. Without it every op still runs, on `reference` or `triton`.
 
-A launcher of the module takes tensors as addresses, structs as tuples of their fields (csrc/<op>/op.h) and, last, a
-Launch: where it works. The caller keeps the tensors alive until it returns.
+A launcher of the module takes tensors as addresses, structs as tuples of their fields (csrc/<op>/op.h) and, as its last
+argument, a Launch. The caller keeps the tensors alive until the launcher returns.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def _sources() -> str:
-    """Compute the SHA-256 of the sources beside the package, as CMakeLists.txt does. Return "" where none are."""
+    """Compute the SHA-256 of the sources as CMakeLists.txt does. Return "" if the package has no sources with it."""
     found = [path for kind in ("*.cpp", "*.cu", "*.h", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
     if not found or not (ROOT / "CMakeLists.txt").is_file():
         return ""
@@ -37,7 +37,7 @@ except ImportError as error:
 if module and (expected := _sources()) and getattr(module, "sources", "") != expected:
     missing = (
         f"{module.__file__} was built from other sources than those in {ROOT / 'csrc'}; "
-        f"build it again: pip install -e {ROOT}"
+        f"rebuild it: pip install -e {ROOT}"
     )
     module = None
     warnings.warn(f"{missing}. Until then CPUs run the slow PyTorch reference", RuntimeWarning, stacklevel=2)
@@ -47,14 +47,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kernels() -> ModuleType:
-    """Return the compiled module. Raise RuntimeError, saying how to get it, where it is missing."""
+    """Return the compiled module. Raise RuntimeError, with instructions to build it, if it is missing."""
     if module is None:
         raise RuntimeError(missing)
     return module
 
 
 class Launch(NamedTuple):
-    """Where a launcher works: on the host, with `threads`, or on a CUDA device, in one of its streams."""
+    """Where a launcher runs: on the host with `threads` threads, or on a CUDA device in `stream`."""
 
     device: int  # -1: the host
     stream: int
@@ -77,9 +77,9 @@ def address(tensor: Tensor | None) -> int:
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:
-    """Return whether the module holds machine code, or PTX, for a device of this compute capability.
+    """Return whether the module contains machine code or PTX for a device of this compute capability.
 
-    Code for 90a runs on 9.0 only, and code for 100f on 10.x only; PTX of these does not reach further.
+    Code for 90a runs on 9.0 only, and code for 100f on 10.x only; their PTX is no more portable.
     """
     built = module.cuda_archs if module else ""
     for number, only, real in re.findall(r"(\d+)([af]?)(-real)?", built):

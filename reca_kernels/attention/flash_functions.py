@@ -1,8 +1,8 @@
-"""The variable-length functions of flash-attn and of torch: which are here, what each takes, why one cannot be used.
+"""The variable-length attention functions of flash-attn and torch: which are available, and what each supports.
 
-Three packages call theirs `flash_attn_varlen_func` and take the same keywords. What counts is the function: the name
-`flash_attn` alone is a folder without code when only FlashAttention 4 is installed, and a package that was built
-for another torch fails when it is imported.
+Three packages have a `flash_attn_varlen_func` with the same keywords. Only the presence of the function counts: if only
+FlashAttention 4 is installed, `flash_attn` is an empty namespace package, and a package that was built for another
+torch version fails at import.
 """
 
 import functools
@@ -21,7 +21,7 @@ TITLES = {"fa4": "FlashAttention 4", "fa3": "FlashAttention 3", "fa2": "FlashAtt
 
 
 class Found(NamedTuple):
-    """function: the one of a module; None: it is not installed, or `problem` says why it cannot be used."""
+    """The function of a module. None: the module is not installed, or `problem` says why it cannot be used."""
 
     function: Callable[..., Any] | None = None
     problem: str | None = None
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 @functools.cache
 def found(module: str) -> Found:
-    """Import a module and return what that gives. A failed import is not tried again."""
+    """Import a module and return its function or the problem. A failed import is not retried."""
     try:
         function = getattr(importlib.import_module(module), NAME, None)
     except ModuleNotFoundError as error:
@@ -39,16 +39,16 @@ def found(module: str) -> Found:
         said = str(error).strip().splitlines() or [""]
         return Found(problem=f"importing {module} fails with {type(error).__name__}: {said[0]}")
     if not callable(function):
-        # A folder without __init__.py is importable, too: FlashAttention 4 leaves one where 2 has its package.
+        # A folder without __init__.py can be imported too: FlashAttention 4 installs one at FlashAttention 2's path.
         empty = getattr(importlib.import_module(module), "__file__", None) is None
         return Found() if empty else Found(problem=f"{module} has no {NAME}")
     if missing := KEYWORDS - _parameters(function):
-        return Found(problem=f"{NAME} of {module} does not take {', '.join(sorted(missing))}")
+        return Found(problem=f"{NAME} of {module} has no argument {', '.join(sorted(missing))}")
     return Found(function)
 
 
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    """Names of its parameters; those wanted where it takes any, or where Python cannot tell."""
+    """Return the names of its parameters; KEYWORDS if it takes **kwargs or has no signature."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -59,16 +59,16 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def problems() -> list[str]:
-    """Return what is installed and cannot be used, and why.
+    """Return why packages that are installed cannot be used.
 
-    FlashAttention 2 comes with some files of 4, which need packages that it does not: nothing is wrong with that.
+    FlashAttention 2 ships some files of 4, whose dependencies it does not need; this is not reported.
     """
     modules = [m for m in MODULES.values() if m != "flash_attn.cute" or found("flash_attn") == Found()]
     return [problem for module in modules if (problem := found(module).problem)]
 
 
 def flash_problem(impl: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
-    """Return why a package is not to be used on a GPU of this compute capability; None where it is."""
+    """Return why a package cannot be used on a GPU of this compute capability; None if it can."""
     there = found(MODULES[impl])
     if there.function is None:
         return there.problem or f"{TITLES[impl]} ({MODULES[impl]}) is not installed"
@@ -76,24 +76,24 @@ def flash_problem(impl: str, capability: tuple[int, int], head_dim: int, determi
 
 
 def _unfit(impl: str, capability: tuple[int, int], head_dim: int, deterministic: bool) -> str | None:
-    """Why a package has no kernels for such tensors, from what its interface.py and flash_api.cpp assert."""
+    """Return why a package has no kernels for such tensors, as asserted in its interface.py and flash_api.cpp."""
     major = capability[0]
     if impl == "fa3" and major != 9:
         return f"runs on compute capability 9.x only, the device has {major}.{capability[1]}"
     if impl == "fa3" and deterministic and head_dim > 192:
-        return f"has no deterministic gradient of head dimensions above 192, got {head_dim}"
+        return f"has no deterministic gradient for head dimensions above 192, got {head_dim}"
     if impl == "fa4":
         if major not in (9, 10, 11, 12):
             return f"has a backward on compute capability 9.x to 12.x, the device has {major}.{capability[1]}"
         if major > 9 and head_dim > 128 and not (head_dim == 256 and major in (10, 11)):
-            return f"takes head dimensions up to 128 on compute capability {major}.x, got {head_dim}"
+            return f"supports head dimensions up to 128 on compute capability {major}.x, got {head_dim}"
         if deterministic and major == 12:
             return "has no deterministic gradient on compute capability 12.x"
     return None
 
 
 def flash_function(impl: str) -> Callable[..., Any]:
-    """Return the function of a package that `flash_problem` has nothing against."""
+    """Return the function of a package for which `flash_problem` is None."""
     return getattr(sys.modules[MODULES[impl]], NAME)
 
 
@@ -102,7 +102,7 @@ def flash_function(impl: str) -> Callable[..., Any]:
 
 @functools.cache
 def varlen_parameters() -> frozenset[str]:
-    """Return what torch's varlen_attn takes; nothing where torch has none."""
+    """Return the parameter names of torch's varlen_attn; empty if torch has no such function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -112,5 +112,5 @@ def varlen_parameters() -> frozenset[str]:
 
 @torch.compiler.assume_constant_result
 def varlen_is_told_of_groups() -> bool:
-    """Return whether its enable_gqa has to be set where q has more heads; older ones group heads without being told."""
+    """Return whether enable_gqa must be set when q has more heads; older versions always group heads."""
     return "enable_gqa" in varlen_parameters()

@@ -1,16 +1,16 @@
-"""Run an attention plan, in several ways, and say which of them can run where.
+"""Implementations of an attention plan, and the conditions under which each can run.
 
-Each way takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
-gradient must be the same in every run; it returns what q's rows get. All are exact and differ in rounding only.
+Each takes q, k, v (rows in the leading dimensions, then heads and channels), the plan, the scale, and whether the
+gradient must be deterministic; it returns the attention output of q's rows. All are exact and differ in rounding only.
 
     fa4      FlashAttention 4's variable-length function (flash_attn.cute; Hopper and Blackwell)
     fa3      FlashAttention 3's (flash_attn_interface; Hopper)
     fa2      FlashAttention 2's (flash_attn)
     varlen   the one inside torch (torch.nn.attention.varlen)
-    sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype. On GPUs without cuDNN, which
-             makes a plan for every new shape: 0.4 to 1 s each (modelscope/FunASR#3704)
-    cudnn    the same on cuDNN alone
-    flex     FlexAttention: one compiled kernel that skips blocks in which nobody sees anybody
+    sdpa     torch's scaled_dot_product_attention, group by group; any device and dtype. On GPUs cuDNN is excluded: it
+             makes a plan for every new shape, in 0.4 to 1 s (modelscope/FunASR#3704)
+    cudnn    the same with cuDNN only
+    flex     FlexAttention: one compiled kernel that skips fully masked blocks
     dense    scaled_dot_product_attention with one mask over the padded batch
 """
 
@@ -37,13 +37,13 @@ from reca_kernels.host import no_modes, on_device, outside_of_modes
 from reca_kernels.memory import transformed
 
 HALVES = (torch.bfloat16, torch.float16)
-SHORT = 256  # rows of a sample whose dense mask is kept
+SHORT = 256  # dense masks of samples with at most this many rows are cached
 
 # ---- variable-length calls ----
 
 
 class _Take(torch.autograd.Function):
-    """x[index], no row twice: the gradient is a copy, where the one of indexing is a sum."""
+    """x[index] for unique indices: the gradient is a copy, where that of indexing is a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _take(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """`_put` of x, no row twice: the gradient takes the rows back."""
+    """`_put` for unique indices: the gradient gathers the rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -78,7 +78,7 @@ class _Spread(torch.autograd.Function):
 
 
 def _put(x: Tensor, index: Tensor | None, rows: int) -> Tensor:
-    """Return [rows, ...] with x at index, and 0 elsewhere."""
+    """Return [rows, ...] with x at index and 0 elsewhere."""
     if index is None:
         return x
     make = x.new_empty if x.shape[0] == rows else x.new_zeros
@@ -96,7 +96,7 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Call, float, bool], Tensor]
 def _by_calls(
     call_one: Varlen, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool
 ) -> Tensor:
-    # The kernels want the channels of a head side by side, heads and rows at any distance.
+    # The kernels need unit stride along the channels of a head, and support any stride of heads and rows.
     rows, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in map(_flat, (q, k, v)))
     order, unpadded, calls = plan.calls
     queries = _take(rows, order).split([call.rows for call in calls])
@@ -125,7 +125,7 @@ def _flash_call(impl: str, q: Tensor, k: Tensor, v: Tensor, call: Call, scale: f
         causal=call.causal,
         deterministic=deterministic,
     )
-    return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 returned (out, lse) for some months
+    return out[0] if isinstance(out, tuple) else out  # some versions of FlashAttention 3 return (out, lse)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, deterministic: bool) -> Tensor:
@@ -185,7 +185,7 @@ def _by_groups(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: floa
 
 
 def _lines(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Split x into [1, H, L, d] per sample, all at once, so that the gradient is put together once."""
+    """Split x into [1, H, L, d] per sample, in one operation, so that the gradient is assembled once."""
     parts = x.unbind(0) if x.ndim == 4 else x.split(list(sizes))
     return [part.transpose(0, 1)[None] for part in parts]
 
@@ -193,7 +193,7 @@ def _lines(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 def _sample(
     q: Tensor, k: Tensor, v: Tensor, groups: tuple[QueryGroup, ...], pieces: tuple[QueryPiece, ...], scale: float
 ) -> Tensor:
-    """Attend within one sample, or within uniform samples, [B, H, L, d]."""
+    """Compute attention within one sample, or within a batch of uniform samples, [B, H, L, d]."""
     parts = q.split([piece.length for piece in pieces], dim=2)
     outs = [torch.zeros_like(part) if piece.group < 0 else part for part, piece in zip(parts, pieces, strict=True)]
     for number, group in enumerate(groups):
@@ -201,13 +201,14 @@ def _sample(
         queries = _gathered([parts[i] for i in own])
         keys = _gathered([k.narrow(2, start, stop - start) for start, stop in group.keys])
         values = _gathered([v.narrow(2, start, stop - start) for start, stop in group.keys])
-        before = keys.shape[2] - queries.shape[2]  # keys that all rows of a causal group see
+        before = keys.shape[2] - queries.shape[2]  # keys that all rows of a causal group attend to
         sees = None
         if group.causal and before:
             sees = torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(before)
         grouped = bool(q.shape[1] != k.shape[1])
         if grouped and q.is_cuda and (sees is not None or q.dtype not in HALVES):
-            # Flash takes no mask and no fp32, and the kernel that does no groups: `math` would hold all scores.
+            # Flash supports neither masks nor fp32, the efficient kernel no grouped heads, and `math` materialises
+            # all scores.
             keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values))
             grouped = False
         out = F.scaled_dot_product_attention(
@@ -244,12 +245,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, de
 
 
 class _Mask(NamedTuple):
-    """What a call with a mask needs beside q, k and v.
+    """The arguments of a call with a mask, besides q, k and v.
 
-    sees          bool [B, 1, Lq, Lk]
+    sees          bool [B, 1, Lq, Lk]: the attention mask
     fully_masked  bool [B, Lq, 1, 1]: rows to set to 0; None: there are none
-    queries       int64: place of every packed query row among B lines of Lq; None: no line has a gap
-    keys          int64: likewise of the key rows among B lines of Lk
+    queries       int64: index of every packed query row in the padded [B * Lq] rows; None: no padding is needed
+    keys          int64: likewise of every key row in [B * Lk]
     """
 
     sees: Tensor
@@ -259,7 +260,10 @@ class _Mask(NamedTuple):
 
 
 def _padded(x: Tensor, lines: int, length: int, places: Tensor | None) -> Tensor:
-    """[B, H, L, d]. Rows are spread by one index: to pad sample by sample takes longer than small attention itself."""
+    """Return x as [B, H, L, d].
+
+    Packed rows are scattered with one index: padding sample by sample takes longer than a small attention itself.
+    """
     if x.ndim == 3:
         if places is not None:
             spread = _put if transformed() else _Spread.apply
@@ -275,10 +279,10 @@ def _dense_mask(plan: AttentionPlan) -> _Mask:
 
 @outside_of_modes
 def _mask_of(plan: AttentionPlan) -> _Mask:
-    """Make the mask and the places of packed rows.
+    """Return the mask and the positions of packed rows in the padded batch.
 
-    Torch's CPU kernel gives 0 to a fully masked row. Elsewhere its softmax may be NaN, so it gets the first key to
-    attend to, and its result is replaced.
+    Torch's CPU kernel returns 0 for a fully masked row. On other devices its softmax may be NaN, so the row attends to
+    the first key, and its output is replaced.
     """
     lines = np.zeros((len(plan.samples), max(plan.query_sizes), max(plan.key_sizes)), dtype=bool)
     for line, sample, size in zip(lines, plan.samples, plan.key_sizes, strict=True):
@@ -288,7 +292,7 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
     fully_masked = ~sees.any(-1, keepdim=True)
     if plan.device.type == "cpu":
         rows = torch.arange(sees.shape[1])[None, :, None]
-        fully_masked &= rows < torch.tensor(plan.query_sizes)[:, None, None]  # others are cut away in the end
+        fully_masked &= rows < torch.tensor(plan.query_sizes)[:, None, None]  # rows beyond are dropped at the end
     else:
         sees[..., :1] |= fully_masked
 
@@ -305,12 +309,12 @@ def _mask_of(plan: AttentionPlan) -> _Mask:
 
 @functools.lru_cache(maxsize=512)
 def _of_short(sample: tuple[AttentionSpan, ...]) -> np.ndarray:
-    """Keep the masks of short samples, at most 32 MiB: their lengths come again, and to make one costs 0.2 ms."""
+    """Return the mask of a short sample. The cache is at most 32 MiB; lengths recur, and making a mask takes 0.2 ms."""
     return allowed(sample).numpy()
 
 
 def _places(sizes: Sequence[int]) -> Tensor | None:
-    """Return where packed rows stand among lines as long as the longest sample; None: all samples are as long."""
+    """Return the positions of packed rows in a batch padded to the longest sample; None if all have equal length."""
     longest = max(sizes)
     if min(sizes) == longest:
         return None
@@ -340,13 +344,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    # A mode's own are not kept: what the block mask reads is not among its tensors, and would stay real.
+    # Not cached under a dispatch mode: the block mask reads tensors by closure, which in_mode cannot convert.
     return _make_blocks(plan) if torch._C._len_torch_dispatch_stack() else _blocks_of(plan)
 
 
 @outside_of_modes
 def _flex_rows(plan: AttentionPlan) -> tuple[Any, ...]:
-    """Return the query rows that are no padding, key rows likewise (None: all), and the columns of both."""
+    """Return the query rows without padding, likewise the key rows (None: all), and the columns of both."""
     spans = [(number, span) for number, sample in enumerate(plan.samples) for span in sample]
     table = torch.tensor(
         [
@@ -373,7 +377,7 @@ def _flex_rows(plan: AttentionPlan) -> tuple[Any, ...]:
 
 
 def _make_blocks(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Return the query rows that are no padding, key rows likewise (None: all), and the block mask among those."""
+    """Return the query rows without padding, likewise the key rows (None: all), and the block mask between them."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     queries, keys, (rows_q, place_q), (rows_k, place_k) = _flex_rows(plan)
@@ -393,7 +397,7 @@ _blocks_of = functools.lru_cache(maxsize=8)(no_modes()(_make_blocks))
 
 
 def _columns(table: Tensor, chosen: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return span, sample and rules of the chosen rows, int32 each, and which rows those are."""
+    """Return span, sample and rules of the chosen rows, int32 each, and the indices of these rows."""
     return on_device(table[chosen][:, :5].T.contiguous(), device).unbind(0), on_device(chosen.nonzero()[:, 0], device)
 
 
@@ -403,7 +407,7 @@ IMPLS: dict[str, Callable[..., Any]] = {
 }
 
 
-# ---- which one ----
+# ---- conditions ----
 
 
 def unusable(
@@ -414,14 +418,14 @@ def unusable(
     deterministic: bool = False,
     torch_deterministic: bool = False,
 ) -> str | None:
-    """Return why an impl cannot run on such tensors; None when it can.
+    """Return why an impl cannot run on such tensors; None if it can.
 
     Args:
         name: The impl.
-        device: Where the tensors are.
-        dtype: Of the tensors.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
         head_dim: Channels per head.
-        deterministic: The gradient must have the same bits in every run.
+        deterministic: The gradient must be bit-identical in every run.
         torch_deterministic: torch.use_deterministic_algorithms is on without warn_only.
     """
     if name in (*MODULES, "varlen", "cudnn"):
@@ -434,16 +438,16 @@ def unusable(
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0 or newer"
         if dtype not in HALVES:
-            return f"it takes bf16 and fp16, the tensors are {str(dtype).removeprefix('torch.')}"
+            return f"it supports bf16 and fp16, the tensors are {str(dtype).removeprefix('torch.')}"
         largest = 128 if name == "cudnn" else 256
         if head_dim % 8 or head_dim > largest:
-            return f"it takes head dimensions that are multiples of 8 up to {largest}, got {head_dim}"
+            return f"it supports head dimensions that are multiples of 8 up to {largest}, got {head_dim}"
         if name in MODULES:
             reason = flash_problem(name, torch.cuda.get_device_capability(device), head_dim, deterministic)
             if reason is not None:
                 return reason
     if deterministic and name == "cudnn":
-        return "torch has no deterministic gradient by cuDNN"
+        return "torch has no deterministic gradient with cuDNN"
     torchs = ("varlen", "sdpa", "dense")
     if deterministic and not torch_deterministic and device.type == "cuda" and name in torchs:
         return "its gradient is deterministic only under torch.use_deterministic_algorithms(True) without warn_only"

@@ -1,4 +1,4 @@
-"""Attention of rows that attend to spans of other rows: a few FlashAttention calls, no dense mask at real size."""
+"""Attention in which rows attend to spans of other rows: a few FlashAttention calls, no dense mask at full size."""
 
 import functools
 import os
@@ -17,12 +17,12 @@ from reca_kernels.attention.rows import has_hidden, shielded
 from reca_kernels.memory import plain
 
 OP = "attention"
-# What has run in this process: kind of device, impl, dtype, channels of a head.
+# What has run in this process: device type, impl, dtype, head dimension.
 _RAN: set[tuple[str, str, torch.dtype, int]] = set()
 
-# CPU cost model: a dense mask computes masked pairs too; a call per query group pays its overhead. Nanoseconds, forward
-# and backward, of one pair in one channel of one head, and of one more call. Torch's CPU kernel skips what is above a
-# diagonal in blocks.
+# CPU cost model: with a dense mask the masked pairs are computed too; a call per query group has a fixed overhead. The
+# costs are nanoseconds, forward and backward, per pair, channel and head, and per additional call. Torch's CPU kernel
+# skips blocks above the diagonal of a causal call.
 PAIR_NS, CALL_NS, BLOCK = 0.4, 150_000, 512
 
 
@@ -39,24 +39,28 @@ def attention(
 ) -> Tensor:  # as q
     """Compute softmax(scale * q k^T) v over the pairs (row, key) that `plan` allows.
 
-    The result is exact: every row is in one call with all its keys, so nothing is merged. Rows of padding get 0 and
-    give no gradient. NaN and infinity in rows that no other row attends to (noise and padding) reach no other row; on
-    GPUs and under torch.compile the gradient of noise that holds them reaches what the noise attends to.
+    The result is exact: every row is in one call with all its keys, so no partial results are merged. Padding rows have
+    output 0 and contribute no gradient. NaN and infinity in rows that no other row attends to (noise and padding) do
+    not reach other rows; on GPUs and under torch.compile, however, a noise row with NaN or infinity passes them in its
+    gradient to the rows that it attends to.
 
-    Shapes         packed: the rows of all samples, one sample after another; padded: a line per sample, whose spans
-                   say where its padding is. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
-    prefix         keys and values of the plan's cached spans, [Tp, Hk, d] or [B, Lp, Hk, d]; k and v are then of the
-                   other spans. Without it k and v hold the rows of all spans. A prefix made under no_grad gets no
-                   gradient, and the result is exact.
+    Shapes         packed: the rows of all samples, concatenated; padded: one line per sample, with pad spans for its
+                   padding. Hq is a multiple of Hk; query head h reads key head h * Hk // Hq.
+    prefix         keys and values of the plan's cached spans, [Tp, Hk, d] or [B, Lp, Hk, d]; k and v are then those of
+                   the other spans. Without it k and v contain the rows of all spans. A prefix computed under no_grad
+                   gets no gradient; the result is still exact.
     scale          default 1 / sqrt(d)
     impl           "auto", "fa4", "fa3", "fa2", "varlen", "cudnn", "sdpa", "flex" or "dense" (see implementations.py);
-                   default: the environment variable RECA_ATTENTION, else auto. A forced one raises RuntimeError where
-                   it cannot run.
-    deterministic  the gradient has the same bits in every run. Where no impl has such a one it raises RuntimeError.
-                   Default: whether torch.use_deterministic_algorithms is on without warn_only.
+                   default: the environment variable RECA_ATTENTION, else auto.
+    deterministic  the gradient is bit-identical in every run. Default: whether torch.use_deterministic_algorithms is
+                   set without warn_only.
 
-    Under autocast q, k and v are cast as torch's attention casts them. Raises ValueError or TypeError for tensors that
-    do not fit the plan or each other.
+    Under autocast q, k and v are cast as in torch's attention.
+
+    Raises:
+        ValueError: A shape or device does not match the plan or the other tensors, or the impl is unknown.
+        TypeError: q, k or v is not of a float dtype, they differ in dtype, or plan is not an AttentionPlan.
+        RuntimeError: The forced impl cannot run here, or no impl has a deterministic gradient.
     """
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"{OP}: plan must be what attention_plan returns, got {type(plan).__name__}")
@@ -74,9 +78,9 @@ def attention(
     deterministic = _torch_is_deterministic() if deterministic is None else deterministic
     forced = impl or os.environ.get("RECA_ATTENTION") or "auto"
     name = _choose(q.device, q.dtype, int(q.shape[-1]), deterministic, forced)
-    if not any(plan.groups):  # no row sees anything
+    if not any(plan.groups):  # no row attends to anything
         return q.masked_fill(q.new_ones((), dtype=torch.bool), 0)
-    if forced == "auto" and q.is_cpu and not torch.compiler.is_compiling():  # a graph would break at the mask
+    if forced == "auto" and q.is_cpu and not torch.compiler.is_compiling():  # making the mask would break a graph
         name = "dense" if dense_is_faster(plan, *map(int, q.shape[-2:])) else name
     if raw:
         _RAN.add((q.device.type, name, q.dtype, int(q.shape[-1])))
@@ -85,24 +89,25 @@ def attention(
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return IMPLS[name](q, k, v, plan, scale, deterministic)
 
-    # The groups of a compiled graph keep hidden rows apart forward; only dense has to be shielded there.
+    # In a compiled graph the query groups keep hidden rows apart in the forward pass; only dense needs shielding there.
     if (name == "dense" or (q.is_cpu and not torch.compiler.is_compiling())) and has_hidden(plan):
         return shielded(run, q, k, v, plan, raw)
     return run(q, k, v)
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """Give a zero tensor memory: torch's attention reads beyond its only element."""
+    """Materialise a zero tensor: torch's attention reads beyond its single element."""
     return torch.where(x.new_ones((), dtype=torch.bool), x, 0) if x._is_zerotensor() else x
 
 
 def _after(prefix: tuple[Tensor, Tensor], k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:
-    """Return keys and values of all spans: per sample the prefix and what comes behind."""
+    """Return keys and values of all spans: per sample the prefix, then the other rows."""
     joined = []
     for name, old, new in (("k", prefix[0], k), ("v", prefix[1], v)):
         if (old.ndim, old.shape[-2:], old.dtype, old.device) != (new.ndim, new.shape[-2:], new.dtype, new.device):
             raise ValueError(
-                f"{OP}: the prefix of {name} is {_told(old)}, but {name} is {_told(new)}; only their rows may differ"
+                f"{OP}: the prefix of {name} is {_told(old)}, but {name} is {_told(new)}; only the number of rows may "
+                "differ"
             )
         if new.ndim == 4:
             joined.append(torch.cat((old, new), dim=1))
@@ -129,15 +134,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if q.dtype != k.dtype or q.dtype != v.dtype:
-        raise TypeError(f"{OP}: q, k and v must be of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(f"{OP}: q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"{OP}: {q.shape[-2]} query heads are no multiple of {k.shape[-2]} key heads")
+        raise ValueError(f"{OP}: query heads must be a multiple of key heads, got {q.shape[-2]} and {k.shape[-2]}")
     for name, x, sizes in (("query", q, plan.query_sizes), ("key", k, plan.key_sizes)):
         if x.ndim == 4 and (x.shape[0] != len(sizes) or any(size != x.shape[1] for size in sizes)):
             lines = f"{len(sizes)} samples of {', '.join(map(str, sorted(set(sizes))))} {name} rows"
             raise ValueError(
                 f"{OP}: the plan has {lines}, but the tensors have {x.shape[0]} of {x.shape[1]}. In a padded batch "
-                "every sample that is shorter than a line needs a pad span"
+                "every sample that is shorter than the padded length needs a pad span"
             )
         if x.ndim == 3 and x.shape[0] != sum(sizes):
             raise ValueError(f"{OP}: the plan has {sum(sizes)} {name} rows, but the tensors have {x.shape[0]}")
@@ -147,7 +152,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
 
 @functools.lru_cache(maxsize=32)
 def dense_is_faster(plan: AttentionPlan, heads: int, head_dim: int) -> bool:
-    """Return whether on a CPU one call with a mask takes less time than a call per query group."""
+    """Return whether one call with a mask is faster on a CPU than one call per query group."""
     pairs = len(plan.samples) * max(plan.query_sizes) * max(plan.key_sizes) - sum(map(_computed, plan.groups))
     calls = len(plan.groups[0]) if plan.uniform else sum(map(len, plan.groups))
     return pairs * heads * head_dim * PAIR_NS < (calls - 1) * CALL_NS
@@ -162,13 +167,13 @@ def _computed(groups: tuple[QueryGroup, ...]) -> int:
     return pairs
 
 
-@torch.compiler.assume_constant_result  # torch's guards trace again when it changes
+@torch.compiler.assume_constant_result  # torch's guards trigger recompilation when it changes
 def _torch_is_deterministic() -> bool:
-    """Return whether torch runs deterministic algorithms only; with warn_only it runs others, too, and says so."""
+    """Return whether torch runs only deterministic algorithms; with warn_only it merely warns about others."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the choice that was made when it was traced
+@torch.compiler.assume_constant_result  # a compiled graph keeps the choice made when it was traced
 def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool, forced: str) -> str:
     return choose(device, dtype, head_dim, deterministic, forced, _torch_is_deterministic())
 
@@ -185,16 +190,16 @@ def choose(
     """Return the impl that runs on such tensors.
 
     Args:
-        device: Where the tensors are.
-        dtype: Of the tensors.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
         head_dim: Channels per head.
-        deterministic: The gradient must have the same bits in every run.
-        forced: An impl by name, or "auto".
+        deterministic: The gradient must be bit-identical in every run.
+        forced: The name of an impl, or "auto".
         torch_deterministic: torch.use_deterministic_algorithms is on without warn_only.
 
     Raises:
-        ValueError: For an unknown name.
-        RuntimeError: Where a forced impl cannot run, or none of auto's has a deterministic gradient.
+        ValueError: The name is unknown.
+        RuntimeError: The forced impl cannot run, or no impl that "auto" considers has a deterministic gradient.
     """
     asked = (device, dtype, head_dim, deterministic, torch_deterministic)
     if forced == "auto":
@@ -203,9 +208,9 @@ def choose(
             if not (reason := unusable(name, *asked)):
                 return name
             reasons[name] = reason
-        # sdpa runs everywhere, but for a deterministic gradient.
+        # sdpa runs everywhere except with deterministic=True.
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise RuntimeError(f"{OP}: deterministic=True, and nothing here has such a gradient ({why})")
+        raise RuntimeError(f"{OP}: deterministic=True, but no impl here has a deterministic gradient ({why})")
     if forced not in IMPLS:
         raise ValueError(f"{OP}: unknown impl {forced!r}; expected auto, {', '.join(IMPLS)}")
     if reason := unusable(forced, *asked):
@@ -217,10 +222,10 @@ def choose(
 
 
 def report(devices: Sequence[str]) -> list[str]:
-    """Return lines of the backend report.
+    """Return attention's lines of the backend report.
 
-    They say what bf16 tensors of 64 channels run on, and why not on what is better; and, whatever the device, what is
-    installed and cannot be imported.
+    Per device: the impl for bf16 tensors with head dimension 64, and why other impls cannot run. Then the packages that
+    are installed but cannot be used.
     """
     return [*map(_reported, devices), *(f"{OP}: {problem}; reinstall or remove it" for problem in problems())]
 
@@ -235,30 +240,30 @@ def _reported(device: str) -> str:
 
 
 def forget_ran() -> None:
-    """Begin the list of `ran` anew."""
+    """Clear the list of `ran`."""
     _RAN.clear()
 
 
 def ran(device_type: str) -> list[str]:
-    """List what attention has run on since `forget_ran`, on a kind of device: "fa3 (bfloat16, 64 channels a head)"."""
+    """Return the impls that have run since `forget_ran` on a type of device, as "fa3 (bfloat16, head dimension 64)"."""
     found = sorted((name, str(dtype).removeprefix("torch."), d) for kind, name, dtype, d in _RAN if kind == device_type)
-    return [f"{name} ({dtype}, {d} channels a head)" for name, dtype, d in found]
+    return [f"{name} ({dtype}, head dimension {d})" for name, dtype, d in found]
 
 
 def trial(device: torch.device) -> str:
-    """Run what bf16 tensors of 64 channels get, forward and backward, and the masked one. Returns what came of it."""
+    """Run the impl for bf16 tensors with head dimension 64 forward and backward, compare it with dense, and report."""
     name = choose(device, torch.bfloat16, 64, False)
     try:
         results = [_trial(impl, device) for impl in (name, "dense")]
-    except Exception as error:  # of a kernel, a driver or a package: of any kind
+    except Exception as error:  # a kernel, the CUDA driver or a package may raise anything
         return f"{name} FAILS: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     off = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
     said = "agrees with" if off < 0.02 else "DIFFERS from"
-    return f"{name} ran forward and backward and {said} the masked one (relative difference {off:.1g})"
+    return f"{name} ran forward and backward and {said} dense (relative difference {off:.1g})"
 
 
 def _trial(impl: str, device: torch.device) -> list[Tensor]:
-    """Return result and gradients of a layout of causal and full rows."""
+    """Return output and gradients of a layout with causal and full spans."""
     plan = attention_plan([[AttentionSpan(3), AttentionSpan(70, "full"), AttentionSpan(60)]] * 2, device=device)
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(266, heads, 64, generator=generator).bfloat16().to(device) for heads in (4, 2, 2, 4))

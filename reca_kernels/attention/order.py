@@ -1,6 +1,7 @@
-"""Which impl is taken first on a device: what was measured there, else a default order.
+"""The order in which impls are preferred on a device: as measured there, else a default order.
 
-attention/order.json is made by `python -m benchmarks.dispatch` from the rows of `python -m benchmarks --ops attention`.
+attention/order.json is written by `python -m benchmarks.dispatch` from the rows of
+`python -m benchmarks --ops attention`.
 """
 
 import functools
@@ -12,20 +13,20 @@ import torch
 
 TABLE = Path(__file__).with_name("order.json")
 
-# What the automatic choice considers, best first where nothing was measured. cuDNN makes a plan and FlexAttention a
-# kernel for every new layout, which no timing of one layout shows, and dense keeps a mask: these three run where they
-# are asked for.
+# The impls that "auto" considers, best first where nothing was measured. The other three run only on request: cuDNN
+# makes a plan and FlexAttention compiles a kernel for every new layout, which a benchmark of one layout does not show,
+# and dense materialises a mask.
 DEFAULT = {"cuda": ("fa4", "fa3", "fa2", "varlen", "sdpa"), "cpu": ("sdpa",)}
 
 
 @functools.cache
 def measured() -> dict[str, dict[str, Any]]:
-    """Return the table: name of a device -> its order, and the facts of the measurement."""
+    """Return the table: name of a device -> its order and the details of the measurement."""
     return {entry["device"]: entry for entry in json.loads(TABLE.read_text())["devices"]}
 
 
 def order(device: torch.device) -> tuple[str, ...]:
-    """Return the impls that may be taken on a device, best first. What was not measured comes last."""
+    """Return the impls that "auto" considers on a device, best first. Impls that were not measured come last."""
     default = DEFAULT.get(device.type, ("sdpa",))
     if device.type != "cuda" or (entry := measured().get(torch.cuda.get_device_name(device))) is None:
         return default
@@ -34,7 +35,7 @@ def order(device: torch.device) -> tuple[str, ...]:
 
 
 def basis(device: torch.device) -> str:
-    """Return what the order rests on."""
+    """Return the measurement behind the order."""
     if device.type == "cuda" and (entry := measured().get(torch.cuda.get_device_name(device))):
         return f"order measured on {entry['device']} on {entry['date']}: {', '.join(entry['order'])}"
     return "default order, nothing measured on this device"

@@ -1,9 +1,9 @@
 """Plan the attention of a batch on the host: which rows attend to which keys, as a few calls of FlashAttention.
 
-A dense mask is never made. Every row of the six models attends to whole spans of other rows and, of its own span, to
-everything or to the rows up to itself. So the rows of a sample fall into query groups with the same keys. A full group
-is attention without a mask. A causal group is aligned bottom-right: its last row attends to its last key. The groups of
-all samples make a few variable-length calls. Every row is in exactly one of them, so no results are merged.
+No dense mask is built. In all six models a row attends to whole other spans and, within its own span, to all rows or
+to the rows up to itself. The rows of a sample therefore form query groups with the same keys. A full group is attention
+without a mask. A causal group is aligned bottom-right: its last row attends to its last key. The groups of all samples
+are batched into a few variable-length calls. Every row is in exactly one of them, so no partial results are merged.
 """
 
 import functools
@@ -21,17 +21,17 @@ Interval = tuple[int, int]  # [start, stop)
 
 
 class AttentionSpan(NamedTuple):
-    """Describe consecutive rows of a sample that follow one rule.
+    """Consecutive rows of a sample with the same attention rule.
 
     They attend to all earlier spans, except noise and padding.
 
     Attributes:
         length: Number of rows.
-        mode: `causal` attends to earlier spans and to earlier rows of its own span. `full` attends to its whole span
-            too. `noise` is `full`, and no other span attends to it (the noised target of BAGEL). `pad` attends to
-            nothing, nothing attends to it, and its output is 0.
+        mode: A `causal` row attends to its own span up to and including itself. A `full` row attends to its whole span.
+            `noise` is `full`, but no other span attends to it (the noised target of BAGEL). `pad` attends to nothing,
+            nothing attends to it, and its output is 0.
         visible_to_earlier: Rows of earlier spans attend to this span too (the CLIP features of Show-o).
-        cached: The span has keys and values but no queries: a prefix that was computed before. Such spans come first.
+        cached: The span has keys and values but no queries: a prefix computed earlier. Cached spans come first.
     """
 
     length: int
@@ -41,7 +41,7 @@ class AttentionSpan(NamedTuple):
 
 
 class QueryGroup(NamedTuple):
-    """Describe rows of one sample that attend to the same keys, both counted in the sample.
+    """Rows of one sample that attend to the same keys; both are numbered within the sample.
 
     causal: the last row attends to all keys, the row before it to all but the last, and so on.
     """
@@ -52,18 +52,18 @@ class QueryGroup(NamedTuple):
 
 
 class QueryPiece(NamedTuple):
-    """Count the next rows of a sample, and name their group; -1: padding."""
+    """The length of a run of query rows of a sample, and their group; -1: padding."""
 
     length: int
     group: int
 
 
 class Call(NamedTuple):
-    """Describe one variable-length attention call over groups of several samples.
+    """One variable-length attention call over groups of several samples.
 
     rows     number of its query rows
-    keys     int64 [sum of keys]: which of the unpadded key rows it reads; None: all of them, in order
-    cu_q     int32 [n + 1]: running sum of query rows per group; cu_k likewise of keys
+    keys     int64 [sum of keys]: the unpadded key rows that it reads; None: all of them, in order
+    cu_q     int32 [n + 1]: cumulative query rows of the groups; cu_k likewise of keys
     max_q    query rows of the longest group; max_k likewise of keys
     """
 
@@ -77,10 +77,10 @@ class Call(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Hold all calls of a plan.
+    """All calls of a plan.
 
-    order     int64: the query row at each place of the calls, one call after another; None: all rows, in order
-    unpadded  int64: key rows without padding; None: there is no padding
+    order     int64: the query rows of all calls, concatenated; None: all rows, in order
+    unpadded  int64: the key rows without padding; None: there is no padding
     """
 
     order: Tensor | None
@@ -89,18 +89,18 @@ class Calls(NamedTuple):
 
 
 class AttentionPlan:
-    """Hold what the rows of B samples attend to, with index tensors on a device. `attention_plan` makes it.
+    """What the rows of B samples attend to, with index tensors on a device. Made by `attention_plan`.
 
-    samples       per sample its spans; rows are counted through them, samples one after another or one per line
-    query_sizes   per sample its query rows: those of spans that are not cached, padding included
-    key_sizes     per sample its key rows: those of all spans
-    groups        per sample its query groups
-    pieces        per sample its query rows in order
-    pairs         pairs (row, key) that are computed; a forward pass takes 4 * heads * head_dim * pairs FLOPs
+    samples       the spans of each sample; its rows are those of its spans, in order
+    query_sizes   query rows of each sample: those of spans that are not cached, padding included
+    key_sizes     key rows of each sample: those of all spans
+    groups        query groups of each sample
+    pieces        query rows of each sample in order, as runs of one group
+    pairs         (row, key) pairs that are computed; a forward pass takes 4 * heads * head_dim * pairs FLOPs
     uniform       all samples have the same sizes and groups, so one call per group serves the whole batch
 
-    It is no dataclass: FSDP2 takes those among a block's arguments apart to cast what is in them, and a copy for every
-    block would have index tensors of its own.
+    It is not a dataclass: FSDP2 rebuilds dataclasses among a block's arguments to cast their fields, and every block
+    would get a copy with its own index tensors.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class AttentionPlan:
 
     @property
     def calls(self) -> "Calls":
-        """Return the calls. They are made when first needed; on GPUs with the plan, for compiled steps."""
+        """Return the calls. On CPUs they are made at first use, on GPUs together with the plan, for compiled steps."""
         if not self._cached_calls:
             _make_calls(self)
         return in_mode(self._cached_calls[0])
@@ -138,14 +138,14 @@ class AttentionPlan:
 def attention_plan(samples: Iterable[Sequence[AttentionSpan]], *, device: torch.device | str = "cpu") -> AttentionPlan:
     """Plan the attention of samples made of spans.
 
-    Plans are kept: the same layout costs nothing the next time.
+    Plans are cached by layout and device.
 
     Args:
-        samples: Per sample its spans, in order.
-        device: Where q, k and v will be; "cuda" is the current device.
+        samples: The spans of each sample, in order.
+        device: The device of q, k and v; "cuda" is the current device.
 
     Raises:
-        ValueError: For a span that is none, or that contradicts itself.
+        ValueError: An item is not an AttentionSpan, or a span is invalid.
     """
     return _plan(tuple(tuple(sample) for sample in samples), indexed(device))
 
@@ -166,7 +166,7 @@ def _plan(samples: tuple[tuple[AttentionSpan, ...], ...], device: torch.device) 
 
 
 class _Sample(NamedTuple):
-    """What a plan knows of one sample."""
+    """The plan of one sample."""
 
     queries: int
     keys: int
@@ -177,7 +177,7 @@ class _Sample(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _planned(sample: tuple[AttentionSpan, ...]) -> _Sample:
-    """Plan one sample. It is kept: batches are new, and are made of the lengths that came before."""
+    """Plan one sample. The result is cached: new batches often contain samples of known lengths."""
     queries, keys = sum(span.length for span in sample if not span.cached), sum(span.length for span in sample)
     groups = query_groups(sample)
     return _Sample(queries, keys, groups, _pieces(queries, groups), sum(_pairs(group) for group in groups))
@@ -194,7 +194,7 @@ def _problem(sample: tuple[AttentionSpan, ...]) -> str | None:
         if span.length < 0:
             return f"{where}length must be 0 or more, got {span.length}"
         if span.visible_to_earlier and span.mode in ("noise", "pad"):
-            return f"{where}a {span.mode} span is seen by no other span; drop visible_to_earlier or change the mode"
+            return f"{where}no other span attends to a {span.mode} span; drop visible_to_earlier or change the mode"
         if span.cached and i > 0 and not sample[i - 1].cached:
             return f"{where}cached spans are a prefix and must come first, but span {i - 1} is not cached"
     return None
@@ -205,19 +205,19 @@ def query_groups(sample: tuple[AttentionSpan, ...]) -> tuple[QueryGroup, ...]:
     ends = [0]
     for span in sample:
         ends.append(ends[-1] + span.length)
-    skipped = sum(span.length for span in sample if span.cached)  # query rows are counted without cached ones
+    skipped = sum(span.length for span in sample if span.cached)  # query rows are numbered without cached ones
 
     def intervals(spans: Iterable[int]) -> Iterator[Interval]:
         return ((ends[i], ends[i + 1]) for i in spans)
 
-    groups: list[tuple[list[int], set[int], bool]] = []  # own spans, other spans that they see, causal
+    groups: list[tuple[list[int], set[int], bool]] = []  # own spans, other spans that they attend to, causal
     for i, span in enumerate(sample):
         if span.cached or span.mode == "pad" or span.length == 0:
             continue
         others = {j for j, other in enumerate(sample) if j != i and other.length and _seen(other, j < i)}
         causal = span.mode == "causal"
         for own, seen, own_causal in groups:
-            if causal and own_causal and others == seen | set(own):  # continues those rows
+            if causal and own_causal and others == seen | set(own):  # a continuation of those rows
                 own.append(i)
                 break
         else:
@@ -231,12 +231,12 @@ def query_groups(sample: tuple[AttentionSpan, ...]) -> tuple[QueryGroup, ...]:
 
 
 def _seen(span: AttentionSpan, before: bool) -> bool:
-    """Return whether rows of another span attend to this one; before: it stands before them."""
+    """Return whether rows of another span attend to this one; before: it precedes them."""
     return span.mode in ("causal", "full") and (before or span.visible_to_earlier)
 
 
 def _joined(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
-    """Return the same rows in the same order in fewer intervals."""
+    """Merge adjacent intervals."""
     found: list[Interval] = []
     for start, stop in intervals:
         if found and found[-1][1] == start:
@@ -278,7 +278,7 @@ def _calls(plan: AttentionPlan) -> Calls:
     grouped: dict[tuple[bool, int], list[tuple[int, QueryGroup]]] = {}  # call -> its (sample, group)
     for number, sample in enumerate(plan.groups):
         for causal in (False, True):
-            # Counted from the end: the groups that see most share a call, which then needs no gathered keys.
+            # Numbered from the end: the groups with the most keys share a call, which then needs no gather of keys.
             for rank, group in enumerate(reversed([s for s in sample if s.causal == causal])):
                 grouped.setdefault((causal, rank), []).append((number, group))
 
@@ -291,7 +291,7 @@ def _calls(plan: AttentionPlan) -> Calls:
     unpadded = torch.ones(sum(plan.key_sizes), dtype=torch.bool)
     for start, stop in pads:
         unpadded[start:stop] = False
-    place = unpadded.cumsum(0) - 1  # of a key row among the unpadded ones
+    place = unpadded.cumsum(0) - 1  # index of a key row among the unpadded ones
     kept = int(unpadded.sum())
 
     order, calls = [], []
@@ -321,7 +321,7 @@ def _calls(plan: AttentionPlan) -> Calls:
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    """Return the running sum, [n + 1]."""
+    """Return the cumulative sum from 0, [n + 1]."""
     found = [0]
     for length in lengths:
         found.append(found[-1] + length)
@@ -329,7 +329,7 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _rows(parts: Iterable[tuple[int, tuple[Interval, ...]]]) -> Tensor:
-    """Return the rows of intervals that are counted from a start each, int64."""
+    """Return the rows of intervals, each list of which is relative to a start, int64."""
     return torch.cat([torch.arange(start + a, start + b) for start, intervals in parts for a, b in intervals])
 
 

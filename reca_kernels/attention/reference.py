@@ -1,4 +1,4 @@
-"""Attention over spans with a dense mask per sample, in plain PyTorch: the definition."""
+"""Attention over spans with a dense mask per sample, in plain PyTorch: the reference implementation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from reca_kernels.attention.plan import AttentionPlan, AttentionSpan
 
 
 def allowed(sample: Sequence[AttentionSpan]) -> Tensor:  # bool [query rows, key rows]
-    """Return which row attends to which key of one sample. Written from the rules of `AttentionSpan`, row by row."""
+    """Return the mask of one sample, directly from the rules of `AttentionSpan`."""
     lengths = torch.tensor([span.length for span in sample], dtype=torch.int64)
 
     def of_row(values: list[Any], dtype: torch.dtype = torch.bool) -> Tensor:
@@ -36,7 +36,7 @@ def attention(
     *,
     scale: float | None = None,
 ) -> Tensor:  # as q
-    """See `reca_kernels.attention`. Scores and sums in fp32 (fp64 when q is fp64), rounds once."""
+    """Compute `reca_kernels.attention`. Scores and sums are fp32 (fp64 when q is fp64) and rounded once."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[-2] // k.shape[-2]  # query heads that share a key head
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -47,14 +47,15 @@ def attention(
     for sample, queries, keys, values in zip(plan.samples, *parts, strict=True):
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         sees = allowed(sample).to(q.device)
-        # What is not finite is taken for 0, and the rows that see it become NaN: 0 * NaN must not reach the others.
+        # Rows that are not finite are replaced by 0, and rows that attend to them become NaN: 0 * NaN must not reach
+        # other rows.
         lost = ~(keys.isfinite() & values.isfinite()).all(-1)  # [key rows, Hq]
         keys, values = (torch.where(lost[..., None], 0, x) for x in (keys, values))
         poisoned = (sees[:, :, None] & lost).any(1) | (~queries.isfinite().all(-1) & sees.any(1, keepdim=True))
         queries = torch.where(queries.isfinite().all(-1, keepdim=True) & ~poisoned[..., None], queries, 0)
         scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
         weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
-        weights = weights.masked_fill(~sees.any(1, keepdim=True), 0)  # rows that see nothing
+        weights = weights.masked_fill(~sees.any(1, keepdim=True), 0)  # fully masked rows
         seen = torch.einsum("hqk,khd->qhd", weights, values)
         out.append(seen.masked_fill(~sees.any(1)[:, None, None], 0).masked_fill(poisoned[..., None], torch.nan))
     return torch.cat(out).to(q.dtype).view(q.shape) if out else torch.zeros_like(q)

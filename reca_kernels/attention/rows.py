@@ -1,8 +1,9 @@
-"""Keep what rows of noise and padding hold, NaN and infinity too, from all other rows.
+"""Isolate the values of noise and padding rows, including NaN and infinity, from all other rows.
 
-Where such rows are no keys of a call (query groups, variable-length calls) that is so by itself. Under a mask it is
-not: their weight is 0, and 0 * NaN is NaN; and a backward pass multiplies what a row of noise has made of its NaN with
-its keys. So a span that holds such a number is taken for 0, and its own rows become NaN.
+Where such rows are not among the keys of a call (query groups, variable-length calls) they are isolated already. Under
+a mask they are not: their weight is 0, and 0 * NaN is NaN; also, the backward pass multiplies the NaN of a noise row's
+output by the keys of that row. A hidden span with NaN or infinity is therefore replaced by 0, and its own rows become
+NaN.
 """
 
 import functools
@@ -18,11 +19,11 @@ from reca_kernels.host import on_device, outside_of_modes
 
 
 class Hidden(NamedTuple):
-    """Spans of noise and of padding, numbered from 0; the last number, of all other rows, is that of no such span."""
+    """The noise and padding spans, numbered from 0. All other rows have the number after the last of these."""
 
-    queries: Tensor  # int64 [query rows]: a row's span
-    keys: Tensor  # int64 [key rows]
-    padding: Tensor  # bool [spans + 1]
+    queries: Tensor  # int64 [query rows]: the number of a row's span
+    keys: Tensor  # int64 [key rows]: likewise
+    padding: Tensor  # bool [spans + 1]: whether a span is padding
 
 
 @functools.lru_cache(maxsize=32)
@@ -53,7 +54,7 @@ def _hidden_of(plan: AttentionPlan) -> Hidden:
 def shielded(
     run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, raw: bool
 ) -> Tensor:
-    """Return run(q, k, v), without what rows hold that no other row attends to."""
+    """Return run(q, k, v), isolated from NaN and infinity in noise and padding rows."""
     if raw and q.is_cpu and all(map(checks.all_finite, (q, k, v))):
         return run(q, k, v)
     queries, keys, padding = _hidden(plan)
@@ -61,7 +62,7 @@ def shielded(
     for x in (k, v):
         held = held.index_add(0, keys, (~_finite(x)).float())
     lost = held > 0
-    lost = torch.cat((lost[:-1], lost.new_zeros(1)))  # other rows are seen, and what they hold is
+    lost = torch.cat((lost[:-1], lost.new_zeros(1)))  # other rows are attended to, so their NaN propagates
     bad_keys = lost[keys]
     bad_queries = lost[queries] | ((queries < len(padding) - 1) & ~_finite(q))
     out = run(_cleared(q, bad_queries), _cleared(k, bad_keys), _cleared(v, bad_keys))
@@ -69,7 +70,7 @@ def shielded(
 
 
 def _finite(x: Tensor) -> Tensor:
-    """bool [rows]"""
+    """Return which rows are finite, bool [rows]."""
     return x.detach().isfinite().flatten(-2).all(-1).flatten()
 
 

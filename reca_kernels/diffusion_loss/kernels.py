@@ -1,4 +1,4 @@
-"""What a backend of diffusion_loss holds."""
+"""The functions of a backend of diffusion_loss."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from reca_kernels.philox.address import Philox
 
 
 class Kernels(Protocol):
-    """Tensors are contiguous. Row m takes x0[rows[m]], or x0[m] without rows; noise: an id per row, or [M, C]."""
+    """Tensors are contiguous. Row m uses x0[rows[m]], or x0[m] without rows. noise: one id per row, or [M, C]."""
 
     def add_noise(
         self,
@@ -31,4 +31,4 @@ class Kernels(Protocol):
         rows: Tensor | None,  # [M]
         gradient: Tensor | None,  # [M, 2 C]
     ) -> Tensor:
-        """Return the loss per row, fp32 [M]. Write its derivative by out into gradient."""
+        """Return the loss per row, fp32 [M]. Write its derivative with respect to out into gradient."""

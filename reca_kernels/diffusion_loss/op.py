@@ -1,4 +1,4 @@
-"""MAR's diffusion loss: noise prediction plus a variational bound with a learned range of variances, one pass."""
+"""MAR's diffusion loss: noise prediction plus a variational bound with learned-range variance, in one pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from reca_kernels.memory import has_values, plain
 from reca_kernels.philox.address import NOISE_SCHEMA, Philox, checked, flattened, named, tensors_of, unflattened
 
 OP = "diffusion_loss"
-WIDEST = 128  # channels a kernel's buffers hold
+WIDEST = 128  # most channels that fit into a kernel's buffers
 
 
 def diffusion_add_noise(
@@ -29,18 +29,17 @@ def diffusion_add_noise(
 ) -> Tensor:  # [M, C]
     """Compute x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps.
 
-    Row m uses x0[rows[m]], so that nothing is repeated in memory. `noise` is the address of eps (one sample id per row,
-    C elements each), or explicit noise [M, C]. The result has no gradient. Where an index is out of range and nobody
-    looks, the kernels make the row NaN.
+    Row m uses x0[rows[m]], so repeated rows are not copied. `noise` is the address of eps (one sample id per row, C
+    elements each), or explicit noise [M, C]. The result has no gradient. Indices are checked on CPUs, and on GPUs with
+    RECA_CHECK=1. Without the check the kernels make a row with an index out of range NaN.
 
     Raises:
-        ValueError: Shapes do not fit, x0, noise or the schedule requires a gradient, an index is out of range (looked
-            for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or the backend is
-            unknown.
+        ValueError: Shapes do not match, x0, noise or the schedule requires a gradient, an index is out of range, the
+            address of the noise is not a valid `Philox`, or the backend is unknown.
         TypeError: x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
             quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
-            torch.jit.trace traces the call.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, `backend` does not support so many
+            channels, or torch.jit.trace is active.
     """
     if not (raw := plain(x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), **named(noise))
@@ -65,27 +64,27 @@ def diffusion_loss(
     rows: Tensor | None = None,  # [M] int
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [M]
+) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [M]
     """Compute the mean over channels of (eps - out[:, :C])², plus the variational bound of out[:, C:] in bits.
 
-    The variance is exp(r log beta + (1 - r) log posterior variance), r = (out[:, C:] + 1) / 2. The bound sees the
-    predicted noise without a gradient. Step 0 is scored by the likelihood of bins of width 2/255.
+    The variance is exp(r log beta + (1 - r) log posterior variance), r = (out[:, C:] + 1) / 2. The bound has no
+    gradient with respect to the predicted noise. The bound of step 0 is the discretised likelihood, with bins of width
+    2/255.
 
     reduction    "mean" over rows (0 without rows), "sum", or "none": [M]
-    Bad index    A row of x0 or a step that is not there is looked for on CPUs, and on GPUs with RECA_CHECK=1.
-                 Unchecked, the kernels make the row's loss NaN.
-    Derivatives  The op has the first derivative by out; its gradient is written in the pass that computes the loss.
-                 backend="reference" has all derivatives by out.
-    Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024), see docs/kernels/diffusion_loss.md
+    Bad index    Indices of rows and steps are checked on CPUs, and on GPUs with RECA_CHECK=1. Without the check the
+                 kernels make the loss of a row with an index out of range NaN.
+    Derivatives  The first derivative with respect to out; the gradient is computed in the same pass as the loss.
+                 backend="reference" has all derivatives with respect to out.
+    Source       Nichol and Dhariwal 2021; the loss of MAR (Li et al. 2024); see docs/kernels/diffusion_loss.md
 
     Raises:
-        ValueError: Shapes or the reduction do not fit, x0, noise or the schedule requires a gradient, an index is out
-            of range (looked for on CPUs, and with RECA_CHECK=1), the address of the noise is not as `Philox` says, or
-            the backend is unknown.
-        TypeError: out or x0 are not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
+        ValueError: Shapes do not match, the reduction or the backend is unknown, x0, noise or the schedule requires a
+            gradient, an index is out of range, or the address of the noise is not a valid `Philox`.
+        TypeError: out or x0 is not of a float dtype, t or rows are not int32 or int64, or a tensor is sparse, nested,
             quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here or not with so many channels, or
-            torch.jit.trace traces the call. A kernel's gradient is differentiated again.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, `backend` does not support so many
+            channels, torch.jit.trace is active, or a kernel's gradient is differentiated again.
     """
     if not (raw := plain(out, x0, t, schedule, *tensors_of(OP, noise), optional=rows)):
         checks.dispatchable(OP, x0=x0, t=t, schedule=schedule, **checks.given(rows=rows), out=out, **named(noise))
@@ -110,13 +109,15 @@ def diffusion_loss(
 
 
 def _backend(tensor: Tensor, dtypes: Sequence[torch.dtype], x0: Tensor, backend: str | None) -> str:
-    # fp64 anywhere is for the reference.
+    # Only the reference supports fp64.
     dtype = next((dtype for dtype in dtypes if dtype not in dispatch.FLOATS), tensor.dtype)
     chosen = dispatch.choose(OP, tensor, backend, dtype=dtype)
     width = x0.shape[1]
     if chosen != "reference" and width > WIDEST:
         if backend:
-            raise RuntimeError(f"{OP}: backend {chosen!r} takes up to {WIDEST} channels, got {width}; use 'reference'")
+            raise RuntimeError(
+                f"{OP}: backend {chosen!r} supports up to {WIDEST} channels, got {width}; use 'reference'"
+            )
         return "reference"
     return chosen
 
@@ -212,12 +213,12 @@ def _losses(
     uneven: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return losses per row, and their derivative by out where it `learns`.
+    """Return the losses per row and, if `learns`, their derivative with respect to out.
 
-    uneven: upstream gradients differ between rows, and where one is 0 it makes 0 of NaN and infinity too.
+    uneven: upstream gradients differ between rows, and a zero also zeroes NaN and infinity in its row's gradient.
     """
     _check_indices(x0, t, table, rows)
-    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
+    # For fp16 the gradient stays in fp32 until backward multiplies it by the upstream gradient with the loss scale.
     out = (out.float() if learns and out.dtype == torch.float16 else out).contiguous()
     gradient = torch.empty_like(out) if learns else None
     noise, table = unflattened(seed, ids, stream, explicit), table.float().contiguous()
@@ -225,7 +226,7 @@ def _losses(
     return kernels.losses(out, x0.contiguous(), t, noise, table, rows, gradient), gradient
 
 
-# ---- the gradient ----
+# ---- gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -236,7 +237,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
-    """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
+    """Multiply the gradient from the forward pass by `grad`.
+
+    On plain memory this is done in place, so a second backward pass recomputes the gradient.
+    """
     out, x0, t, seed, ids, explicit, table, rows = ctx.saved_tensors
     noise = seed, ids, ctx.stream, explicit
     raw = plain(grad, out, x0, t, table, *tensors_of(OP, unflattened(*noise)), optional=rows)
@@ -247,7 +251,7 @@ def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
         gradient = torch.where((grad == 0)[:, None], 0, gradient * grad[:, None])
     else:
         gradient.mul_(grad[:, None])
-        if ctx.uneven and (grad.is_cuda or not grad.all()):  # a CPU can look, and has less to do
+        if ctx.uneven and (grad.is_cuda or not grad.all()):  # on a CPU the check is cheap and can skip the fill
             gradient.masked_fill_((grad == 0)[:, None], 0)
     return (gradient.to(out.dtype),)
 

@@ -1,6 +1,6 @@
-"""MAR's diffusion loss in plain PyTorch: the definition.
+"""MAR's diffusion loss in plain PyTorch: the reference implementation.
 
-Nichol, Dhariwal: Improved denoising diffusion probabilistic models (2021), learned range of variances; Li et al.:
+Nichol, Dhariwal: Improved denoising diffusion probabilistic models (2021), learned-range variance; Li et al.:
 Autoregressive image generation without vector quantization (2024).
 """
 
@@ -15,7 +15,7 @@ COLUMNS = ("sqrt_abar", "sqrt_1m_abar", "sqrt_recip", "sqrt_recip_m1", "c1", "c2
 
 
 def betas(steps: int, kept: Tensor | None = None) -> Tensor:
-    """fp64 [steps] or [kept]: the cosine schedule, betas up to 0.999; between kept steps, those with the same abar."""
+    """Return the betas of the cosine schedule, at most 0.999, fp64 [steps]; for kept steps, those with their abar."""
     f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * (math.pi / 2)).square()
     beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     if kept is None:
@@ -25,12 +25,12 @@ def betas(steps: int, kept: Tensor | None = None) -> Tensor:
 
 
 def schedule(steps: int, kept: Tensor | None = None) -> Tensor:
-    """fp64 [steps or kept, 8], the columns above."""
+    """Return the table of the cosine schedule, fp64 [steps or kept, 8], with the columns COLUMNS."""
     return tables(betas(steps, kept))
 
 
 def tables(beta: Tensor) -> Tensor:
-    """Return the table of any betas, fp64 [steps]."""
+    """Return the table of arbitrary betas, fp64 [steps]."""
     abar = (1 - beta).cumprod(0)
     before = torch.cat((abar.new_ones(1), abar[:-1]))
     posterior = beta * (1 - before) / (1 - abar)
@@ -46,14 +46,14 @@ def noise_of(x0: Tensor, noise: Tensor | Address) -> Tensor:
 
 
 def add_noise(x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, rows: Tensor | None) -> Tensor:
-    """x_t [M, C]."""
+    """Return x_t, [M, C]."""
     x0 = _wide(x0 if rows is None else x0[rows])
     step = table.to(x0)[t]
     return step[:, 0:1] * x0 + step[:, 1:2] * noise_of(x0, noise)
 
 
 def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | Address, table: Tensor, rows: Tensor | None) -> Tensor:
-    """Per row, [M]: mean squared error of the noise plus the variational bound in bits, its mean detached."""
+    """Return per row, [M], the MSE of the noise plus the variational bound in bits, with its mean detached."""
     out = _wide(out)
     x0 = (x0 if rows is None else x0[rows]).to(out.dtype)
     eps = noise_of(x0, noise).to(out.dtype)
@@ -68,14 +68,14 @@ def losses(out: Tensor, x0: Tensor, t: Tensor, noise: Tensor | Address, table: T
         + torch.exp(log_posterior - log_variance)
         + (truth - mean).square() * torch.exp(-log_variance)
     )  # fmt: skip
-    # In fp64: the bin's probability is a small difference of two cumulative ones.
+    # In fp64, because the probability of a bin is a small difference of two cumulative probabilities.
     first = -_log_bin(x0.double(), mean.double(), log_variance.double()).to(out.dtype)
     bound = torch.where((t == 0)[:, None], first, bound)
     return (predicted - eps).square().mean(1) + bound.mean(1) / math.log(2)
 
 
 def _log_bin(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Log probability of the bin of width 2/255 around x."""
+    """Return the log probability of the bin of width 2/255 around x."""
     inverse = torch.exp(-0.5 * log_variance)
     above, below = (_cdf(inverse * (x - mean + side / 255)) for side in (1, -1))
     p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))

@@ -1,6 +1,6 @@
-"""MAR's diffusion loss in Triton: a program handles a few rows, all their channels, padded to a power of two.
+"""MAR's diffusion loss in Triton: a program handles a few rows with all their channels, padded to a power of two.
 
-Rows of step 0, one in a thousand, are scored by the programs that have some.
+The likelihood of step 0, one row in a thousand, is computed only in programs with such a row.
 """
 
 from typing import Any
@@ -13,16 +13,16 @@ from torch import Tensor
 from reca_kernels.philox.address import Philox, flattened
 from reca_kernels.philox.triton import FUSE, normal_pair, words
 
-ELEMENTS = 1024  # of x_t, padding included, that a program handles
+ELEMENTS = 1024  # elements of x_t per program, padding included
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _rows(x0, rows, t, table, seed, ids, stream, explicit, count, samples, steps, CHANNELS: tl.constexpr,
           EXPLICIT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Load the numbers of the program's rows [ROWS] and steps, which elements exist [ROWS, C], x0 and noise there.
+    """Return indices and steps of the program's rows [ROWS], masks of rows and elements, x0 and noise [ROWS, C].
 
-    Where x0 has no such row or the table no such step, it is step 0, and x0 is NaN.
+    For a row or step out of range, the step is 0 and x0 is NaN.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, C)[None, :]
@@ -63,19 +63,20 @@ def add_noise_kernel(x0, rows, t, table, seed, ids, stream, explicit, x_t, count
 
 @triton.jit
 def _first_step(x0, mean, log_variance):
-    """-ln of the probability of the bin of width 2/255 around x0, and its derivative by the log variance.
+    """Return -ln of the probability of the bin of width 2/255 around x0, and its derivative by the log variance.
 
     With h and l the bin's ends in standard deviations, S the logistic function and k(x) = 1.596 (x + 0.0447 x³), the
-    probability is S(k(h)) - S(k(l)): the tanh approximation of the normal's integral. It is formed as a product, of
-    exponentials of what is negative, and k(h) - k(l) from h - l, so that fp32 does where the others subtract in fp64.
+    probability is S(k(h)) - S(k(l)), the tanh approximation of the normal CDF. It is computed as a product of
+    exponentials of negative numbers, with k(h) - k(l) computed from h - l. So fp32 is accurate enough, where the other
+    backends subtract in fp64.
     """
     inverse = tl.exp(-0.5 * log_variance)
     centered = x0 - mean
-    # Beyond 1e4 nothing changes any more, and cubes stay finite. NaN stays NaN.
+    # The result is constant beyond 1e4; clamping keeps cubes finite. NaN propagates.
     h = tl.clamp(inverse * (centered + 1 / 255), -1e4, 1e4, propagate_nan=tl.PropagateNan.ALL)
     l = tl.clamp(inverse * (centered - 1 / 255), -1e4, 1e4, propagate_nan=tl.PropagateNan.ALL)  # noqa: E741
     one_sided = tl.abs(x0) > 0.999  # bins at the ends of the range are open: l is -infinity, or h is infinity
-    mirror = tl.where(one_sided, x0 > 0, h + l > 0)  # probabilities of a bin and of its mirror image are the same
+    mirror = tl.where(one_sided, x0 > 0, h + l > 0)  # a bin and its mirror image have the same probability
     h, l = tl.where(mirror, -l, h), tl.where(mirror, -h, l)  # noqa: E741
     a = 1.5957691216057308 * (h + 0.044715 * h * h * h)
     b = 1.5957691216057308 * (l + 0.044715 * l * l * l)
@@ -165,7 +166,7 @@ def losses(
 
 
 def _launch(x0: Tensor, noise: Philox | Tensor, count: int) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """Return (programs, arguments for the noise, what is compiled in)."""
+    """Return (programs, arguments for the noise, compile-time arguments)."""
     address = flattened(noise)
     explicit = isinstance(noise, Tensor)
     channels = x0.shape[1]

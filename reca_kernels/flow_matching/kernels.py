@@ -1,4 +1,4 @@
-"""What a backend of flow_matching holds."""
+"""The functions of a backend of flow_matching."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from reca_kernels.philox.address import Philox
 
 
 class Kernels(Protocol):
-    """Batches are contiguous, [n, C, H, W], of one dtype; explicit noise is contiguous, in the prediction's order."""
+    """Batches are contiguous, [n, C, H, W], of one dtype. Explicit noise is contiguous, in the prediction's order."""
 
     def add_noise(
         self,
@@ -18,7 +18,7 @@ class Kernels(Protocol):
         patch: int,
         out: Tensor,
     ) -> None:
-        """Write x_t of all images, flat, one after another, into out."""
+        """Write x_t of all images, flattened and concatenated, into out."""
 
     def losses(
         self,
@@ -28,4 +28,4 @@ class Kernels(Protocol):
         patch: int,
         gradient: Tensor | None,  # like pred
     ) -> Tensor:
-        """Return the sum of squared errors per image, fp32 [B]. Write its derivative by pred into gradient."""
+        """Return the sum of squared errors per image, fp32 [B]. Write its derivative w.r.t. pred into gradient."""

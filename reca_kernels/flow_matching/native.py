@@ -56,9 +56,9 @@ def _arguments(
 
 
 def tiles_per_block(tiles: int) -> int:
-    """Return how many tiles a block of a GPU handles.
+    """Return the number of tiles per thread block.
 
-    Small work must fill the chip; in large work one block adds up the partial sums, which should be few. The number
-    depends on sizes alone, so that sums have the same bits on every GPU.
+    Small inputs need enough blocks to fill the GPU. For large inputs partial sums should be few, because one block adds
+    them up. The number depends on sizes only, so sums are bit-identical on every GPU.
     """
     return min(max(tiles // 4096, 1), 32)

@@ -1,4 +1,4 @@
-"""Flow matching: the noisy input, and the loss against the velocity, with noise that is drawn again, never stored."""
+"""Flow matching: the noisy input and the velocity loss. Noise is regenerated from its address, never stored."""
 
 import math
 from collections.abc import Sequence
@@ -27,24 +27,24 @@ def flow_matching_add_noise(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Compute x_t = (1 - t) x0 + t eps with eps standard normal; t = 1 is noise.
+    """Compute x_t = (1 - t) x0 + t eps with eps standard normal; t = 1 is pure noise.
 
     x0        a batch, which may be empty, or a list of images of different sizes; fp32, bf16, fp16
     t         noise level per image, in [0, 1]
-    noise     where to draw eps (reca_kernels.Philox, one sample id per image), or explicit noise shaped like the result
-    patch     with p = 1 and a batch, the result is shaped like x0. Otherwise it is tokens [T, p p C]: the images one
-              after another, patches row by row, inside a patch (row, column, channel). Element i of an image in this
-              order is element i of its noise.
+    noise     address of eps (reca_kernels.Philox, one sample id per image), or explicit noise shaped like the result
+    patch     side p of a patch. For a batch with p = 1 the result is shaped like x0. Otherwise it is tokens [T, p p C]:
+              the patches of all images in row-major order, the elements of a patch in order (row, column, channel).
+              Element i of an image in this order uses element i of its noise.
     Source    Liu et al. 2022, arXiv 2209.03003
 
     The result has no gradient.
 
     Raises:
-        ValueError: Shapes do not fit, x0, t or noise requires a gradient, the address of the noise is not as `Philox`
-            says, a level lies outside [0, 1] (on CPUs; on GPUs with RECA_CHECK=1), or the backend is unknown.
+        ValueError: Shapes do not match, x0, t or noise requires a gradient, the address of the noise is not a valid
+            `Philox`, a level is outside [0, 1] (checked on CPUs, and on GPUs with RECA_CHECK=1), or the backend is
+            unknown.
         TypeError: x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     if not (raw := plain(t, *_images_of(x0), *tensors_of(OP, noise))):
         checks.dispatchable(OP, **_named(x0, t, noise))
@@ -52,7 +52,7 @@ def flow_matching_add_noise(
     checks.constant(OP, t=t)
     t, noise = _level(t, batches), _noise(noise, batches, shape)
     out_dtype = out_dtype or batches[0].dtype
-    dtype = batches[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # others are for the reference
+    dtype = batches[0].dtype if out_dtype in dispatch.FLOATS else out_dtype  # only the reference supports others
     backend = dispatch.choose(OP, batches[0], backend, dtype=dtype)
     with torch.no_grad():
         if backend == "reference":
@@ -74,22 +74,22 @@ def flow_matching_loss(
     weight: Tensor | None = None,  # [B]
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [B]
-    """Compute the squared error of a predicted velocity against eps - x0; the noise is drawn again from its address.
+) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [B]
+    """Compute the squared error of a predicted velocity against eps - x0, with eps regenerated from its address.
 
-    pred       shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype
-    t          the levels given to flow_matching_add_noise. The target does not depend on them.
-    weight     multiplies every image's error; NaN and infinity in an image of weight 0 reach nothing
-    reduction  "mean" over all elements (0 without images), "sum", or "sample": [B], every image's mean
-    Derivatives The op has the first derivative by pred; its gradient is written in the pass that computes the loss.
-               backend="reference" has all derivatives by pred.
+    pred         shaped like flow_matching_add_noise's result for the same x0, noise and patch; any float dtype
+    t            the levels passed to flow_matching_add_noise. The target does not depend on them.
+    weight       factor of every image's error; 0 also discards NaN and infinity in that image
+    reduction    "mean" over all elements (0 without images), "sum", or "sample" for the mean of every image, [B]
+    Derivatives  The first derivative with respect to pred; the gradient is computed in the same pass as the loss.
+                 backend="reference" has all derivatives with respect to pred.
 
     Raises:
-        ValueError: Shapes or the reduction do not fit, x0 or noise requires a gradient, the address of the noise is not
-            as `Philox` says, or the backend is unknown.
+        ValueError: Shapes do not match, the reduction or the backend is unknown, x0 or noise requires a gradient, or
+            the address of the noise is not a valid `Philox`.
         TypeError: pred, x0 or t is not of a float dtype, or a tensor is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call. A kernel's gradient is differentiated again.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, or a
+            kernel's gradient is differentiated again.
     """
     if not (raw := plain(pred, t, *_images_of(x0), *tensors_of(OP, noise), optional=weight)):
         checks.dispatchable(OP, **_named(x0, t, noise), pred=pred, **checks.given(weight=weight))
@@ -104,7 +104,7 @@ def flow_matching_loss(
         raise ValueError(f"{OP}: pred must be {list(expected)} for this x0 and patch={patch}, got {list(pred.shape)}")
     if weight is not None and tuple(weight.shape) != (image_count(batches),):
         raise ValueError(f"{OP}: weight must be [{image_count(batches)}], one per image, got {list(weight.shape)}")
-    # fp64 anywhere is for the reference.
+    # Only the reference supports fp64.
     dtype = torch.float64 if batches[0].dtype == torch.float64 else pred.dtype
     backend = dispatch.choose(OP, pred, backend, dtype=dtype)
     if backend == "reference":
@@ -137,13 +137,13 @@ def _named(x0: Tensor | Sequence[Tensor], t: Tensor, noise: Philox | Tensor) -> 
 
 
 def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
-    """Return contiguous batches [n, C, H, W]: x0 as one, so that a graph takes any number, or each of its images."""
+    """Return contiguous batches [n, C, H, W]: x0 as one, so that a graph supports any batch size, or one per image."""
     batch, images = isinstance(x0, Tensor), _images_of(x0)
     if any(image.ndim != (4 if batch else 3) for image in images):
         raise ValueError(f"{OP}: x0 must be [B, C, H, W] or a list of [C, H, W]")
     if not images:
         raise ValueError(
-            f"{OP}: x0 is a list of no images, which says no channels and no dtype; an empty batch is [0, C, H, W]"
+            f"{OP}: x0 must not be an empty list, which has no channels and no dtype; pass an empty batch [0, C, H, W]"
         )
     if patch < 1 or any(side % patch for image in images for side in image.shape[-2:]):
         sizes = sorted({tuple(map(int, image.shape[-2:])) for image in images})
@@ -157,7 +157,7 @@ def _batches(x0: Tensor | Sequence[Tensor], patch: int) -> list[Tensor]:
     if batch:
         return [images[0].contiguous()]
     if patch == 1:
-        # Tokens of one latent: backends keep the order in memory, and take the channels from the shape.
+        # Backends keep the memory order and read the channels from the shape, so channels-last memory gives tokens.
         images = [image.movedim(0, -1).contiguous().view(image.shape) for image in images]
     return [image.contiguous()[None] for image in images]
 
@@ -167,7 +167,7 @@ def _apart(batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sizes(batches: Sequence[Tensor]) -> list[int]:
-    """Return the elements of an image, by batch."""
+    """Return the number of elements per image, for each batch."""
     return [math.prod(batch.shape[1:]) for batch in batches]
 
 
@@ -255,11 +255,11 @@ def _losses(
     uneven: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return sums of squared errors per image, and their derivative by pred where it `learns`.
+    """Return the sums of squared errors per image and, if `learns`, their derivative with respect to pred.
 
-    uneven: upstream gradients differ between images, and where one is 0 it makes 0 of NaN and infinity too.
+    uneven: upstream gradients differ between images, and a zero also zeroes NaN and infinity in its image's gradient.
     """
-    # The gradient of fp16 is kept in fp32 until the upstream gradient is known, and with it the loss scale.
+    # For fp16 the gradient stays in fp32 until backward multiplies it by the upstream gradient with the loss scale.
     pred = (pred.float() if learns and pred.dtype == torch.float16 else pred).contiguous()
     gradient = torch.empty_like(pred) if learns else None
     noise = unflattened(seed, ids, stream, explicit)
@@ -267,7 +267,7 @@ def _losses(
     return kernels.losses(pred, batches, noise, patch, gradient), gradient
 
 
-# ---- the gradient ----
+# ---- gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -278,7 +278,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
-    """Scale the gradient that the forward pass wrote: on plain memory in place, and a second time it is made again."""
+    """Multiply the gradient from the forward pass by `grad`.
+
+    On plain memory this is done in place, so a second backward pass recomputes the gradient.
+    """
     pred, seed, ids, explicit, *batches = ctx.saved_tensors
     noise = seed, ids, ctx.stream, explicit
     raw = plain(grad, pred, *batches, *tensors_of(OP, unflattened(*noise)))
@@ -293,8 +296,8 @@ _losses.register_autograd(_backward, setup_context=_setup_context, of=["pred"])
 
 
 def _scale_(gradient: Tensor, grad: Tensor, batches: Sequence[Tensor], uneven: bool) -> Tensor:
-    """Multiply gradient in place by its image's number in grad [B]; 0 makes 0 of NaN and infinity too."""
-    zero = uneven and (grad.is_cuda or not grad.all())  # a CPU can look, and then has less to do
+    """Multiply every image's gradient in place by its element of grad [B]; 0 also zeroes NaN and infinity."""
+    zero = uneven and (grad.is_cuda or not grad.all())  # on a CPU the check is cheap and can skip the fill
     sizes = _sizes(batches)
     if all(n == sizes[0] for n in sizes):
         lines = gradient.view(len(grad), sizes[0]).mul_(grad[:, None])
@@ -309,7 +312,7 @@ def _scale_(gradient: Tensor, grad: Tensor, batches: Sequence[Tensor], uneven: b
 
 
 def _scaled(gradient: Tensor, grad: Tensor, batches: Sequence[Tensor]) -> Tensor:
-    """Do the same into new memory, by single operations of torch."""
+    """Compute the same out of place, with torch operations."""
     parts = gradient.reshape(-1).split([batch.numel() for batch in batches])
     grads = grad[:, None].split([batch.shape[0] for batch in batches])
     lines = [part.view(g.shape[0], n) for part, g, n in zip(parts, grads, _sizes(batches), strict=True)]

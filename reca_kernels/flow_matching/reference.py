@@ -1,4 +1,4 @@
-"""Rectified flow in plain PyTorch: the definition."""
+"""Rectified flow in plain PyTorch: the reference implementation."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from reca_kernels.philox.reference import Address, philox_normal
 
 
 def tokens(image: Tensor, patch: int) -> Tensor:
-    """[..., C, H, W] in the order of the prediction, flat: patches row by row, inside one (row, column, channel)."""
+    """Flatten [..., C, H, W] in the prediction's order: patches row-major, inside each (row, column, channel)."""
     if patch == 1:
         return image.reshape(-1)
     split: Tensor = image.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [C, h, p, w, p]
@@ -17,7 +17,7 @@ def tokens(image: Tensor, patch: int) -> Tensor:
 
 
 def noise_of(images: Sequence[Tensor], noise: Tensor | Address) -> list[Tensor]:
-    """Return every image's noise, flat, in the order of the prediction."""
+    """Return every image's noise, flattened in the order of the prediction."""
     lengths = [image.numel() for image in images]
     if isinstance(noise, Tensor):
         return list(_wide(noise).reshape(-1).split(lengths))
@@ -26,7 +26,7 @@ def noise_of(images: Sequence[Tensor], noise: Tensor | Address) -> list[Tensor]:
 
 
 def add_noise(images: Sequence[Tensor], t: Tensor, noise: Tensor | Address, patch: int, dtype: torch.dtype) -> Tensor:
-    """x_t of all images, flat, one after another."""
+    """Return x_t of all images, flattened and concatenated."""
     parts = []
     for image, level, eps in zip(images, t, noise_of(images, noise), strict=True):
         x0 = _wide(tokens(image, patch))
@@ -37,7 +37,10 @@ def add_noise(images: Sequence[Tensor], t: Tensor, noise: Tensor | Address, patc
 def losses(
     pred: Tensor, images: Sequence[Tensor], noise: Tensor | Address, patch: int, masked: Tensor | None = None
 ) -> Tensor:
-    """Sum of squared errors per image, [B], from a flat prediction. Of masked images, bool [B], finite ones only."""
+    """Return the sum of squared errors per image, [B], of a flat prediction.
+
+    For masked images, bool [B], errors that are not finite are left out.
+    """
     sums, start = [], 0
     for b, (image, eps) in enumerate(zip(images, noise_of(images, noise), strict=True)):
         error = _wide(pred[start : start + image.numel()]) - (eps - _wide(tokens(image, patch)))

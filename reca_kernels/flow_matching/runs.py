@@ -1,4 +1,4 @@
-"""Images of one size that lie one after another in memory, which kernels take as one."""
+"""Runs of images of one size that are contiguous in memory; a kernel processes a run as one batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ImageRun(NamedTuple):
-    address: int  # of the first
+    address: int  # of the first image
     images: int
     height: int
     width: int
@@ -19,7 +19,7 @@ def image_count(batches: Sequence[Tensor]) -> int:
 
 
 def image_runs(batches: Sequence[Tensor]) -> list[ImageRun]:
-    """Return the runs of contiguous batches [n, C, H, W] of one dtype, in order."""
+    """Return the runs in a list of contiguous batches [n, C, H, W] of one dtype, in order."""
     found: list[ImageRun] = []
     start, end, count = batches[0].data_ptr(), batches[0].data_ptr(), 0
     shape = batches[0].shape[1:]

@@ -1,8 +1,8 @@
-"""Flow matching in Triton: a program handles 2048 neighbours of one image in the order of the prediction.
+"""Flow matching in Triton: a program handles 2048 consecutive elements of one image, in the order of the prediction.
 
-Where the images are is a tuple of integers among a kernel's arguments, so a list of images is one launch (up to RUNS
-runs of equal images) and can be captured in a CUDA graph. For the loss a program writes one partial sum; a second
-kernel adds an image's partial sums in their order.
+The locations of the images are a tuple of integers among a kernel's arguments, so a list of images needs one launch (up
+to RUNS runs of equal images) and can be captured in a CUDA graph. For the loss each program writes one partial sum; a
+second kernel adds the partial sums of an image in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from reca_kernels.philox.address import Philox, flattened
 from reca_kernels.philox.triton import FUSE, normals
 
 BLOCK = 2048
-RUNS = 8  # that one launch takes; compiled for 1 and for RUNS
+RUNS = 8  # most runs per launch; kernels are compiled for 1 and for RUNS
 FIELDS = 7
-# Triton compiles anew for integers that are 1, that 16 divides, or that do not fit into 32 bits. A number of a table is
-# written as CODE + 2 number, which is none of the first two and always the last.
+# Triton specialises on integers that are 1, divisible by 16, or wider than 32 bits, and recompiles. A table stores n as
+# CODE + 2 n, which is never 1 or divisible by 16 and always wider than 32 bits.
 CODE = tl.constexpr(2**62 + 1)
 
 
@@ -39,8 +39,11 @@ def _run(table, r: tl.constexpr):
 
 @triton.jit
 def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
-    """Return the last run whose field KEY, ascending, is not above `number`: (its place in x0, elements of an image,
-    offset of its first image in the prediction, first program, programs of an image, first image, width)."""
+    """Return the last run whose field KEY is at most `number`; KEY ascends over the runs.
+
+    The fields are: offset in x0, elements per image, offset of its first image in the prediction, first program,
+    programs per image, first image, width.
+    """
     x0, elements, offset, first, programs, image, width = _run(table, 0)
     for r in tl.static_range(1, RUNS):
         next_x0, next_elements, next_offset, next_first, next_programs, next_image, next_width = _run(table, r)
@@ -59,7 +62,7 @@ def _find(table, number, KEY: tl.constexpr, RUNS: tl.constexpr):
 def _elements(images, table, seed, ids, stream, explicit, EXPLICIT: tl.constexpr, PATCH: tl.constexpr,
               CHANNELS: tl.constexpr, EIGHTS: tl.constexpr, BIG: tl.constexpr, RUNS: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
-    """This program's x0, noise, place in the prediction, which places exist, and its image's number."""
+    """Return this program's x0, noise, offset in the prediction, mask of valid elements, and image index."""
     program = tl.program_id(0)
     x0, elements, offset, first, programs, image, width = _find(table, program, 3, RUNS)
     number = (program - first) // programs
@@ -67,13 +70,13 @@ def _elements(images, table, seed, ids, stream, explicit, EXPLICIT: tl.constexpr
     x0 += number.to(tl.int64) * elements
     offset += number.to(tl.int64) * elements
     image += number
-    if EIGHTS:  # these three are multiples of eight, and addresses of 16; Triton 3.6 forgets tl.multiple_of here
+    if EIGHTS:  # these three are multiples of 8, and addresses of 16; Triton 3.6 loses tl.multiple_of hints here
         x0, elements, offset = x0 // 8 * 8, elements // 8 * 8, offset // 8 * 8
     i = tl.arange(0, BLOCK)
     here = i < tl.minimum(elements - begin, BLOCK).to(tl.int32)
     if PATCH == 1:
         source = images + (x0 + begin) + i
-    else:  # patches row by row, inside a patch (row, column, channel)
+    else:  # patches in row-major order, inside a patch (row, column, channel)
         e = i + (begin if BIG else begin.to(tl.int32))
         plane = elements // CHANNELS
         pixel = e // CHANNELS
@@ -172,7 +175,7 @@ class _Launch(NamedTuple):
 def _launches(
     batches: list[Tensor], explicit: Tensor | None, patch: int, tensors: tuple[Tensor | None, ...]
 ) -> Iterator[_Launch]:
-    """Yield as many runs at a time as a launch takes."""
+    """Yield one launch for every RUNS runs."""
     found = image_runs(batches)
     bytes_each, base = batches[0].element_size(), batches[0].data_ptr()
     channels = batches[0].shape[1]
@@ -198,5 +201,5 @@ def _launches(
             each = triton.cdiv(size, BLOCK)
             table += ((address - base) // bytes_each, size, offset, program, max(each, 1), image, width)
             offset, program, image = offset + count * size, program + count * each, image + count
-        table += [2**31 - 1] * (compiled["RUNS"] * FIELDS - len(table))  # never reached
+        table += [2**31 - 1] * (compiled["RUNS"] * FIELDS - len(table))  # padding that no program selects
         yield _Launch(tuple(CODE.value + 2 * n for n in table), program, start, image - start, compiled)

@@ -1,4 +1,4 @@
-"""What a backend of masked_cross_entropy holds."""
+"""The functions of a backend of masked_cross_entropy."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 
 class Kernels(Protocol):
-    """The elements of a row of logits lie side by side, rows at any distance."""
+    """Rows of logits are contiguous; the stride between rows is arbitrary."""
 
     def forward(
         self,
@@ -18,8 +18,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (loss [] or [N], stats [N, 2], scale []), all fp32.
 
-        stats holds a row's largest logit m and log(sum exp(z - m)): their sum would lose digits when all logits share a
-        large offset. scale is what the reduction multiplies gradients with, on the device.
+        stats are a row's maximum logit m and log(sum exp(z - m)), stored separately because their sum loses digits when
+        all logits share a large offset. scale is the factor of the reduction for gradients, on the device.
         """
 
     def backward(
@@ -32,4 +32,4 @@ class Kernels(Protocol):
         options: CrossEntropyOptions,
         out: Tensor,  # [N, V], in the dtype of the logits; may be the logits
     ) -> None:
-        """Write the gradient over the logits into out."""
+        """Write the gradient with respect to the logits into out."""

@@ -8,7 +8,7 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 
 def arguments(logits: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tuple[float, ...]:
-    """Return a CrossEntropy (csrc/masked_cross_entropy/op.h) of logits [N, V] whose rows are contiguous, labels [N]."""
+    """Return a CrossEntropy (csrc/masked_cross_entropy/op.h) for logits [N, V] with contiguous rows and labels [N]."""
     return (
         native.DTYPES[logits.dtype],
         logits.data_ptr(),

@@ -1,4 +1,4 @@
-"""Cross-entropy that reads only the rows which carry a label."""
+"""Cross-entropy that reads only the rows that carry a label."""
 
 from typing import Any
 
@@ -26,32 +26,32 @@ def masked_cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str | None = None,
-) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
+) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
     """Compute cross-entropy over the rows whose label is not `ignore_index`.
 
     Other rows are not read: their loss and gradient are 0.
 
-    With z = softcap tanh(logits / softcap), or the logits, and p = softmax(z), the loss of a row is
+    With z = softcap tanh(logits / softcap), or z = logits without a softcap, and p = softmax(z), the loss of a row is
 
         -(1 - label_smoothing) log p_label - label_smoothing mean_j(log p_j) + z_loss (log sum_j exp z_j)²
 
-    Shapes       logits [N, V], any distance between rows; fp32, bf16, fp16 (fp64 on the reference). labels [N].
-    Returns      fp32, of fp64 inputs fp64: reduction "mean" over the rows that carry a label, 0 when there are none;
+    Shapes       logits [N, V] with any row stride; fp32, bf16, fp16 (fp64 on the reference). labels [N].
+    Returns      fp32 (fp64 for fp64 inputs): reduction "mean" over the rows that carry a label, 0 if there are none;
                  "sum"; "none": [N].
-    inplace      The backward pass writes the gradient over the logits, which nothing else may need by then. They must
-                 be the result of another operation. Under torch.compile this is left to the compiler.
-    Autocast     Any dtype is taken as it is; the arithmetic is fp32.
-    Bad labels   A label outside [0, V) is looked for on CPUs, and on GPUs with RECA_CHECK=1. Without the check that
-                 row's loss is NaN and its gradient 0.
-    Derivatives  The op has first derivatives; backend="reference" has all.
+    inplace      The backward pass overwrites the logits with the gradient. They must be the result of an operation, and
+                 no other backward may need them. Under torch.compile the compiler decides.
+    Autocast     The dtype of the logits does not change; the arithmetic is fp32.
+    Bad labels   Labels outside [0, V) are detected on CPUs, and on GPUs with RECA_CHECK=1. Without the check the loss
+                 of such a row is NaN and its gradient 0.
+    Derivatives  First derivatives; backend="reference" has all.
 
     Raises:
-        ValueError: A shape, an option or a label does not fit, tensors are on several devices, inplace=True would
-            overwrite a parameter or rows that overlap, or the backend is unknown.
-        TypeError: Logits are not of a float dtype or labels not int32 or int64, label_smoothing, z_loss or softcap is a
-            tensor, or a tensor is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call. A kernel's gradient is differentiated again, or inplace=True has overwritten the logits before.
+        ValueError: A shape, an option or a label is invalid, tensors are on several devices, inplace=True would
+            overwrite a parameter or overlapping rows, or the backend is unknown.
+        TypeError: Logits are not of a float dtype, labels are not int32 or int64, label_smoothing, z_loss or softcap is
+            a tensor, or a tensor is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, a
+            kernel's gradient is differentiated again, or inplace=True has already overwritten the logits.
     """
     if not (raw := plain(logits, labels)):
         checks.dispatchable(OP, logits=logits, labels=labels)
@@ -73,12 +73,13 @@ def masked_cross_entropy(
 def _check_inplace(logits: Tensor) -> None:
     if logits.is_leaf and logits.requires_grad:
         raise ValueError(
-            f"{OP}: inplace=True would overwrite a parameter with its gradient; pass a result of other operations"
+            f"{OP}: inplace=True would overwrite a leaf tensor with its gradient; pass the result of an operation, or "
+            "use inplace=False"
         )
     if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
         raise ValueError(
-            f"{OP}: inplace=True needs rows that do not overlap with elements side by side, got strides "
-            f"{logits.stride()} for shape {list(logits.shape)}"
+            f"{OP}: inplace=True needs contiguous rows that do not overlap, got strides {logits.stride()} for shape "
+            f"{list(logits.shape)}"
         )
 
 
@@ -122,7 +123,7 @@ def _gradient(
     softcap: float | None,
     reduction: str,
     backend: str,
-    out: Tensor | None = None,  # in eager mode; may be the logits
+    out: Tensor | None = None,  # eager mode only; may be the logits
 ) -> Tensor:
     options = CrossEntropyOptions(ignore_index, label_smoothing, z_loss, softcap, reduction)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
@@ -136,13 +137,12 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _in_step(logits: Tensor) -> Tensor | None:
-    """Allocate the gradient so that it is read in equal steps with the logits.
+    """Allocate a gradient with the alignment and the row stride of the logits, for equal vector accesses to both.
 
-    Its rows begin as far from a 16-byte boundary as those of the logits, and are as far apart as those of padded
-    logits. None: no more than shape and dtype matter.
+    Return None if no particular layout is needed.
     """
     pitch, along = logits.stride()
-    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # rows much farther apart are a slice of something else
+    if along != 1 or not 0 <= pitch - logits.shape[1] <= 1024:  # with a larger stride, logits are a slice
         return None
     lead = logits.data_ptr() % 16 // logits.element_size()
     if lead == 0 or logits.numel() == 0:
@@ -151,7 +151,7 @@ def _in_step(logits: Tensor) -> Tensor | None:
     return memory.as_strided(logits.shape, (pitch, 1), lead)
 
 
-# ---- the gradient ----
+# ---- gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -164,7 +164,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor]:
     if ctx.spent:
-        raise RuntimeError(f"{OP}: inplace=True has overwritten the logits; a second backward needs inplace=False")
+        raise RuntimeError(f"{OP}: inplace=True overwrote the logits; a second backward needs inplace=False")
     logits, labels, stats, scale = ctx.saved_tensors
     arguments = (grad, scale, logits, labels, stats, *ctx.options, ctx.backend)
     if not plain(grad, logits, labels):

@@ -1,10 +1,10 @@
-"""The options that both forms of cross-entropy take."""
+"""The options of both forms of cross-entropy."""
 
 from typing import NamedTuple
 
 
 class CrossEntropyOptions(NamedTuple):
-    """Per row: (1 - label_smoothing) nll + label_smoothing mean_j(-log p_j) + z_loss logsumexp²."""
+    """The loss of a row is (1 - label_smoothing) nll + label_smoothing mean_j(-log p_j) + z_loss logsumexp²."""
 
     ignore_index: int
     label_smoothing: float

@@ -1,4 +1,4 @@
-"""Cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
+"""Cross-entropy over the rows that carry a label, in plain PyTorch: the reference implementation."""
 
 import torch
 from torch import Tensor
@@ -14,19 +14,19 @@ def masked_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:  # [] or [N]
-    """See `reca_kernels.masked_cross_entropy`. Computes in fp32, or in fp64 when the logits are fp64."""
+    """Compute `reca_kernels.masked_cross_entropy` in fp32, or in fp64 when the logits are fp64."""
     classes = logits.shape[1]
     valid = labels != ignore_index
     outside = valid & ((labels < 0) | (labels >= classes))
     targets = torch.where(valid & ~outside, labels, 0).long()
 
-    # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach anything.
+    # Rows without a label are replaced, not multiplied by zero, so that their NaN and inf do not propagate.
     z = torch.where(valid[:, None], logits, 0)
     z = z if z.dtype == torch.float64 else z.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     row_max = z.detach().amax(dim=1, keepdim=True)
-    # A common offset of 1e4 must not cost digits, so nothing below adds the maximum back, except z_loss.
+    # Only z_loss adds the maximum back: digits must not be lost to a common offset such as 1e4.
     z = z - row_max
     log_sum_exp = z.exp().sum(dim=1).log()
 

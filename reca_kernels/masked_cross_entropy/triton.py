@@ -1,12 +1,12 @@
-"""Cross-entropy in Triton: a program per row forward, a program per piece of a row backward.
+"""Cross-entropy in Triton: a program per row in the forward pass, a program per piece of a row in the backward pass.
 
-Rows begin anywhere (Show-o's 58498 classes leave 16-bit rows 4-byte aligned), so a row is read in units of 16 bytes
-between its first and last 16-byte boundary, and the few elements outside them one by one:
+Rows have any alignment (with Show-o's 58498 classes, 16-bit rows are only 4-byte aligned). A row is therefore read in
+16-byte units between its first and last 16-byte boundary, and the few elements outside them one by one:
 
     memory   |. . . . . . a a|U U U U U U U U|U U U U U U U U|b b b . . . . .|      | = a 16-byte boundary
                           begin               units                 end            a, b: edge elements
 
-Nothing outside the row is touched, and every unit is one 128-bit access.
+Memory outside the row is not accessed, and every unit is one 128-bit access.
 """
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
-UNITS = 512  # of 16 bytes, that a program handles at a time: two per thread
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # said, because Triton 3.10 changes what is taken for unsaid
-STEPS = 4  # of UNITS units, in a piece of a row
+UNITS = 512  # 16-byte units that a program handles at a time: two per thread
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # explicit, because Triton 3.10 changes the defaults
+STEPS = 4  # iterations of UNITS units per piece of a row
 
 
 # ---- arithmetic ----
@@ -26,10 +26,7 @@ STEPS = 4  # of UNITS units, in a piece of a row
 
 @triton.jit
 def tanh(x):
-    """Compute tanh. The exponential form loses digits near 0, where a polynomial takes over.
-
-    Both are within 1e-6 of tanh.
-    """
+    """Compute tanh: a polynomial near 0, where the exponential form loses digits. The error is below 1e-6."""
     x2 = x * x
     near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
     far = 1 - 2 / (1 + tl.exp(2 * tl.abs(x)))
@@ -45,7 +42,7 @@ def softcap_logits(z, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def log_of_sum(total):
-    """log of a sum >= 1 in fp64, as fp32. Of a certain label the sum is 1 + tiny, and tiny must not be lost."""
+    """Return the log of an fp64 sum >= 1 as fp32. For a near-certain label the sum is 1 + tiny; tiny is preserved."""
     tiny = (total - 1).to(tl.float32)
     return tl.where(tiny < 1e-3, tiny * (1 - tiny * (0.5 - tiny / 3)), tl.log(total.to(tl.float32)))
 
@@ -58,7 +55,7 @@ def expm1(x):
 
 @triton.jit
 def non_target_grad(z, m, log_sum_exp, slope, level, softcap, CAP: tl.constexpr):
-    """Return the gradient of a logit that is not the label's."""
+    """Return the gradient of the logit of a class other than the label."""
     if CAP:
         t = tanh(z / softcap)
         return (tl.exp((softcap * t - m) - log_sum_exp) * slope - level) * (1 - t * t)
@@ -68,7 +65,7 @@ def non_target_grad(z, m, log_sum_exp, slope, level, softcap, CAP: tl.constexpr)
 
 @triton.jit
 def target_grad(z, m, log_sum_exp, scale, by_z_loss, smoothing, level, softcap, CAP: tl.constexpr):
-    """Return the gradient of the label's logit: p - 1 is formed before anything is rounded."""
+    """Return the gradient of the label's logit. p - 1 is computed by expm1, without cancellation."""
     bend = 1.0
     if CAP:
         t = tanh(z / softcap)
@@ -80,7 +77,7 @@ def target_grad(z, m, log_sum_exp, scale, by_z_loss, smoothing, level, softcap, 
 
 @triton.jit
 def online_softmax_update(row_max, total, z):
-    """Add z [UNITS, VEC] to the running row_max [UNITS] and sum of e^(z - row_max) [UNITS]; -inf adds nothing."""
+    """Add z [UNITS, VEC] to the running row_max [UNITS] and the sum of e^(z - row_max) [UNITS]. -inf adds 0."""
     top = tl.maximum(row_max, tl.max(z, 1))
     finite = tl.where(top == -float("inf"), 0.0, top)
     return top, total * tl.exp(row_max - finite) + tl.sum(tl.exp(z - finite[:, None]), 1)
@@ -88,26 +85,26 @@ def online_softmax_update(row_max, total, z):
 
 @triton.jit
 def row_loss(z_label, m, log_sum_exp, mean, smoothing, z_loss, SMOOTH: tl.constexpr):
-    """`mean` is that of z - m."""
+    """Return the loss of a row. `mean` is the mean of z - m."""
     loss = log_sum_exp - (z_label - m)
     if SMOOTH:
         loss = (1 - smoothing) * loss + smoothing * (log_sum_exp - mean)
     return loss + z_loss * (m + log_sum_exp) * (m + log_sum_exp)
 
 
-# ---- a row in units of 16 bytes ----
+# ---- a row in 16-byte units ----
 
 
 @triton.jit
 def _units(begin, end, VEC: tl.constexpr):
-    """Return where the first unit is, and how many there are; begin, end int64, in elements from a 16-byte boundary."""
+    """Return the offset of the first unit and their number. begin, end: int64, in elements from a 16-byte boundary."""
     first = (begin + VEC - 1) // VEC * VEC
     return first, tl.maximum(end // VEC - first // VEC, 0).to(tl.int32)
 
 
 @triton.jit
 def _edges(begin, end, first, count, VEC: tl.constexpr):
-    """Positions of the elements outside all units, [2 VEC], and which of these exist."""
+    """Return the positions of the elements outside all units, [2 VEC], and the mask of those that exist."""
     e = tl.arange(0, 2 * VEC)
     at = tl.where(e < VEC, begin + e, first + count.to(tl.int64) * VEC + (e - VEC))
     return at, at < tl.where(e < VEC, tl.minimum(first, end), end)
@@ -119,18 +116,21 @@ def _edges(begin, end, first, count, VEC: tl.constexpr):
 @triton.jit
 def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.constexpr, SMOOTH: tl.constexpr,
                 VEC: tl.constexpr, UNITS: tl.constexpr):  # fmt: skip
-    """(loss, row_max, log_sum_exp) of a row, read once. It begins `begin` elements after `row`, a 16-byte boundary."""
+    """Return (loss, row_max, log_sum_exp) of a row, reading it once.
+
+    The row begins `begin` elements after `row`, a 16-byte boundary.
+    """
     z_label = softcap_logits(tl.load(row + begin + label).to(tl.float32), softcap, CAP)
     end = begin + classes
     first, count = _units(begin, end, VEC)
     at, there = _edges(begin, end, first, count, VEC)
     edge = softcap_logits(tl.load(row + at, mask=there, other=0.0).to(tl.float32), softcap, CAP)
-    # Relative to the label's logit, so that a common offset costs no digits.
+    # Relative to the label's logit, so that no digits are lost to a common offset.
     pivot = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
     edge_sum = tl.sum(tl.where(there, edge - pivot, 0.0), 0)
     edge = tl.where(there, edge, -float("inf"))
 
-    # Every unit's place keeps its own maximum and sum, so the loop has no step in which threads wait for each other.
+    # Every lane of UNITS has its own maximum and sum, so the loop has no reduction across threads.
     row_max = tl.full([UNITS], -float("inf"), tl.float32)
     total = tl.zeros([UNITS], tl.float32)
     sum_z = tl.zeros([UNITS], tl.float32)
@@ -156,7 +156,7 @@ def row_forward(row, begin, label, classes, smoothing, z_loss, softcap, CAP: tl.
 @triton.jit
 def row_backward(source, out, begin, label, piece, m, log_sum_exp, scale, classes, smoothing, z_loss, softcap,
                  CAP: tl.constexpr, VEC: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """Write piece number `piece` of a row's gradient; `source`, which may be `out`, is read at the same positions."""
+    """Write piece `piece` of a row's gradient. `source`, which may be `out`, is read at the same positions."""
     by_z_loss = 2 * z_loss * (m + log_sum_exp)
     slope = scale * (1 + by_z_loss)
     level = scale * smoothing / classes
@@ -188,7 +188,7 @@ def row_backward(source, out, begin, label, piece, m, log_sum_exp, scale, classe
 
 @triton.jit
 def row_zero(out, begin, piece, classes, VEC: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr):
-    """Zeros in the place of a piece of a row's gradient."""
+    """Fill a piece of a row's gradient with zeros."""
     end = begin + classes
     first, count = _units(begin, end, VEC)
     if piece == 0:
@@ -242,7 +242,7 @@ def backward_kernel(grad, grad_stride, scale, logits, lead, stride, labels, stat
 
 @triton.jit
 def reduce_kernel(losses, labels, loss, scale, rows, ignore_index, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Reduce in one program and a fixed order: the loss, and what gradients are multiplied with."""
+    """Compute the loss and the factor for gradients, in one program and a fixed order."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int32)
@@ -263,8 +263,8 @@ def reduce_kernel(losses, labels, loss, scale, rows, ignore_index, MEAN: tl.cons
 
 
 def on_boundary(rows: Tensor) -> tuple[Tensor, int]:
-    """Return the same memory from a 16-byte boundary on, where there is one, and how many elements later `rows`
-    begins.
+    """Return a view that begins at the 16-byte boundary before `rows`, if the storage includes it, and the offset of
+    `rows` in elements.
     """
     lead = rows.data_ptr() % 16 // rows.element_size()
     if lead == 0 or lead > rows.storage_offset():
@@ -273,7 +273,7 @@ def on_boundary(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def switches(logits: Tensor, options: CrossEntropyOptions) -> dict[str, bool | int]:
-    """Return the arguments which are compiled in."""
+    """Return the compile-time arguments."""
     return {"CAP": options.softcap is not None, "VEC": 16 // logits.element_size(), "UNITS": UNITS, **LAUNCH}
 
 
@@ -297,7 +297,7 @@ def forward(
 
 
 def reduce(losses: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
-    """(loss, scale)"""
+    """Return (loss, scale)."""
     if options.reduction == "none":
         return losses, torch.ones((), dtype=torch.float32, device=losses.device)
     loss, scale = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))

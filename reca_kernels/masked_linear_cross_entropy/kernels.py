@@ -1,4 +1,4 @@
-"""What a backend of masked_linear_cross_entropy holds, besides torch's matrix products: see linear_chunks.py."""
+"""The functions of a backend of masked_linear_cross_entropy. Matmuls are torch's; see linear_chunks.py."""
 
 from typing import NamedTuple, Protocol
 
@@ -8,36 +8,36 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 
 
 class LabelledRows(NamedTuple):
-    """The rows that carry a label, moved up."""
+    """The compacted rows that carry a label."""
 
-    rows: Tensor  # int64 [M]: their numbers, in order; padding at the end: -1
-    labels: Tensor  # [M]; of padding: ignore_index
-    losses: Tensor  # fp32 [N]: 0; NaN for a labelled row that does not fit into M
+    rows: Tensor  # int64 [M]: their indices, in order, padded at the end with -1
+    labels: Tensor  # [M], padded with ignore_index
+    losses: Tensor  # fp32 [N]: 0, and NaN for labelled rows beyond M
     scale: Tensor  # fp32 []: 1, or 1 / number of labels for reduction "mean"
 
 
 class Kernels(Protocol):
-    """What a backend's file holds."""
+    """The functions of a backend's file."""
 
     def compact_labelled_rows(
         self, labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None
     ) -> LabelledRows:
-        """Find the rows that carry a label [N]. M is at most `max_labelled`, where that is given."""
+        """Find the rows that carry a label among labels [N]. M is at most `max_labelled`, if given."""
 
     def gather_scatter_rows(
         self, source: Tensor, source_rows: Tensor | None, out: Tensor, out_rows: Tensor | None
     ) -> None:
         """Write out[out_rows[i]] = source[source_rows[i]], in the dtype of out.
 
-        A source row -1 is zeros, an out row -1 is nowhere. One of the two is None: i.
+        Source row -1 reads zeros; out row -1 is skipped. One of the two is None and stands for i.
         """
 
     def adds_bias(self, logits: Tensor) -> bool:
-        """Return whether row_gradients adds the bias to the logits. If not, their product does."""
+        """Return whether row_gradients adds the bias to the logits. If not, the matmul does."""
 
     def row_gradients(
         self,
-        logits: Tensor,  # [n, V], a pitch of whole plan.PITCH elements
+        logits: Tensor,  # [n, V], with a row stride that is a multiple of plan.PITCH
         bias: Tensor | None,  # [pitch]
         labels: Tensor,  # [n]
         rows: Tensor,  # [n]
@@ -47,13 +47,13 @@ class Kernels(Protocol):
         losses: Tensor,  # fp32 [N]
         gradient: bool,
     ) -> None:
-        """Write losses[rows[i]] of the logits plus bias, and over the logits their gradient, if asked for.
+        """Write losses[rows[i]] of the logits plus bias; with `gradient`, overwrite the logits with their gradient.
 
-        The gradient of row i is multiplied by scale, and by row_grad[rows[i]].
+        The gradient of row i is multiplied by scale, and by row_grad[rows[i]] if given.
         """
 
     def reduce(self, losses: Tensor, labels: Tensor, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
         """Return (loss, scale)."""
 
     def scale(self, gradient: Tensor, grad: Tensor, out: Tensor) -> None:
-        """Write gradient times grad (fp32 []), rounded once, to out, which may be gradient."""
+        """Write gradient times grad (fp32 []), rounded once, to out, which may be the same tensor as gradient."""

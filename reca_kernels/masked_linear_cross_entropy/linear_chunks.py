@@ -1,4 +1,4 @@
-"""masked_linear_cross_entropy by chunks of rows: torch's matrix products around a backend's kernels."""
+"""masked_linear_cross_entropy in chunks of rows: torch's matmuls and a backend's kernels."""
 
 import math
 
@@ -10,15 +10,16 @@ from reca_kernels.masked_cross_entropy.options import CrossEntropyOptions
 from reca_kernels.masked_linear_cross_entropy.kernels import Kernels, LabelledRows
 from reca_kernels.masked_linear_cross_entropy.plan import machine, plan
 
-ONES = 8  # columns of ones that sum up rows in a product: 16 bytes of 16-bit elements
-# Before pytorch#167931 addmm refused to add 16-bit products to an fp32 matrix.
+ONES = 8  # columns of ones in the matmul that sums over rows: 16 bytes of 16-bit elements
+# Before pytorch#167931 addmm did not support adding 16-bit products to an fp32 matrix.
 MIXED_SUMS = TorchVersion(torch.__version__) >= "2.11"
 
 
 def labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> int:
-    """Return how many rows to allocate.
+    """Return the number of rows to allocate.
 
-    Without `max_labelled` the GPU is asked, which waits for it; in a CUDA graph, where nothing may wait: all rows.
+    Without `max_labelled` the labels are counted, which synchronises with a GPU. During CUDA graph capture, where that
+    is not allowed, the result is all rows.
     """
     if max_labelled is not None:
         return min(max_labelled, len(labels))
@@ -28,7 +29,7 @@ def labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -
 
 
 def empty_labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | None) -> LabelledRows:
-    """Allocate what a kernel of a GPU fills."""
+    """Allocate LabelledRows for a GPU kernel to fill."""
     most = labelled_rows(labels, ignore_index, max_labelled)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -39,11 +40,11 @@ def empty_labelled_rows(labels: Tensor, ignore_index: int, max_labelled: int | N
 
 
 def fp16_unit(dtype: torch.dtype, z_loss: float) -> float | None:
-    """Return by how much the gradient over fp16 logits is written too large, to be taken off in fp32; None: not at all.
+    """Return the factor that keeps the fp16 gradient of the logits in range, divided out later in fp32; None: none.
 
-    p - y is at most 1, times 1 + 2 z_loss log_sum_exp, for which a log_sum_exp of 100 is allowed; fp16 ends at 2^16 and
-    has all its digits from 2^-14 on. Divided by the number of rows before it is written, and before a loss scale
-    multiplies it, the gradient of all but the label's class would be 0 at a vocabulary of 58,498.
+    |p - y| is at most 1, times 1 + 2 z_loss log_sum_exp, assuming a log_sum_exp of at most 100. fp16 ends at 2^16 and
+    is denormal below 2^-14. The mean would divide by the number of rows before the loss scale is applied; at a
+    vocabulary of 58,498 this would round the gradients of all classes but the label to 0.
     """
     return 2.0 ** (15 - math.ceil(math.log2(1 + 200 * abs(z_loss)))) if dtype == torch.float16 else None
 
@@ -62,9 +63,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss, fp32 [] or [N], and its gradients dx [N, D], dw [V, D], db [V].
 
-    hidden, weight and bias come in one dtype, the one to multiply in. The gradients are those for an upstream gradient
-    of 1, or of row_grad; grad_dtypes gives the dtype of each, or None for one that nobody needs. Over chunks dw and db
-    add up in fp32.
+    hidden, weight and bias have the same dtype, in which the matmuls run. The upstream gradient is row_grad, or 1.
+    grad_dtypes are the dtypes of the gradients, None for one that is not needed. dw and db are accumulated in fp32
+    over chunks.
     """
     width, (classes, _), dtype = hidden.shape[1], weight.shape, hidden.dtype
     dx_dtype, dw_dtype, db_dtype = grad_dtypes
@@ -83,7 +84,7 @@ def forward(
     dx = None if dx_dtype is None else empty(*hidden.shape, dtype=dx_dtype).zero_()
     dw = db = None
     if dw_dtype is not None:
-        # One product adds up in fp32 and is rounded once; several add up in an fp32 matrix.
+        # A single matmul accumulates in fp32 and rounds once; several are accumulated in an fp32 matrix.
         dw = empty(classes, width, dtype=dtype if cut.chunks == 1 and dw_dtype == dtype else torch.float32)
         if most == 0:
             dw.zero_()
@@ -106,7 +107,7 @@ def forward(
         )
         if dx is not None:
             product = empty(n, width, dtype=dtype if unit is None else torch.float32)
-            # The columns apart first: as a small part of the sum they cost nothing by being rounded.
+            # The remaining columns first: their partial sum is small, so rounding it costs no accuracy.
             for columns in reversed(parts(classes, cut.body)):
                 add_product(product, logits[:, columns], weight[columns], first=columns.stop == classes, gpu=on.is_gpu)
             kernels.gather_scatter_rows(product, None, dx, rows[chunk])
@@ -129,12 +130,12 @@ def forward(
 
 
 def parts(classes: int, body: int) -> list[slice]:
-    """Return the columns of the products, see plan.Plan."""
+    """Return the column ranges of the matmuls; see plan.Plan."""
     return [slice(0, body), slice(body, classes)] if body < classes else [slice(0, classes)]
 
 
 def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, body: int) -> None:
-    """Write x @ weight.T, plus bias."""
+    """Write x @ weight.T + bias into out."""
     for columns in parts(len(weight), body):
         if bias is None:
             torch.mm(x, weight[columns].t(), out=out[:, columns])
@@ -143,10 +144,10 @@ def multiply_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor,
 
 
 def add_column_sums(total: Tensor, padded: Tensor, classes: int) -> None:
-    """Add the sums of logits [n, pitch] over rows to the first row of total, fp32 [1 or ONES, pitch].
+    """Add the column sums of the logits, [n, pitch], to the first row of total, fp32 [1 or ONES, pitch].
 
-    To ONES rows it is a product, which on GPUs reads as fast as a copy does. What stands beyond the classes stays in
-    its columns.
+    With ONES rows this is a matmul, which on GPUs reads at the speed of a copy. Columns beyond the classes do not
+    affect the others.
     """
     if len(total) == 1:
         total[0, :classes] += padded[:, :classes].sum(0, dtype=torch.float32)
@@ -156,9 +157,9 @@ def add_column_sums(total: Tensor, padded: Tensor, classes: int) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool, gpu: bool) -> None:
-    """Set total = a @ b on the first call, total += a @ b on later ones.
+    """Compute total = a @ b on the first call, total += a @ b on later ones.
 
-    An fp32 total of 16-bit matrices gets fp32 products on GPUs; on CPUs bf16 products are rounded to bf16.
+    For an fp32 total of 16-bit matrices, GPUs compute fp32 products; on CPUs bf16 products are rounded to bf16.
     """
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)

@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in C++ and CUDA: csrc/masked_linear_cross_entropy, as kernels.Kernels asks."""
+"""Output head and cross-entropy in C++ and CUDA (csrc/masked_linear_cross_entropy): implements kernels.Kernels."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ __all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce"
 
 def compact_labelled_rows(labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None) -> LabelledRows:
     launch, mean = native.launch(labels), options.reduction == "mean"
-    if launch.on_host:  # counting costs nothing here
+    if launch.on_host:  # counting needs no synchronisation here
         rows = (labels != options.ignore_index).nonzero()[:, 0]
         scale = torch.tensor(1 / max(len(rows), 1) if mean else 1.0, dtype=torch.float32)
         return LabelledRows(rows, labels[rows], torch.zeros(len(labels), dtype=torch.float32), scale)

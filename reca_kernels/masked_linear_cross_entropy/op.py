@@ -1,8 +1,8 @@
-"""Output head and cross-entropy in one step, over the rows which carry a label.
+"""Fused output head and cross-entropy over the rows that carry a label.
 
-The full logits matrix is never materialised: linear_chunks.py makes loss and gradients of a chunk of rows at a time. Of
-fp16 parameters the gradients are kept in fp32 until backward() brings the upstream gradient: what a loss scale is there
-to save is lost in fp16 as long as that scale is not in it.
+The full logits matrix is never materialised: linear_chunks.py computes loss and gradients for a chunk of rows at a
+time. Gradients of fp16 parameters stay in fp32 until backward() multiplies them by the upstream gradient: in fp16,
+values that the loss scale is meant to preserve would underflow before it is applied.
 """
 
 from typing import Any
@@ -34,35 +34,35 @@ def masked_linear_cross_entropy(
     chunk_rows: int | None = None,
     max_labelled: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # fp32, of fp64 inputs fp64: [] or [N]
+) -> Tensor:  # fp32 (fp64 for fp64 inputs), [] or [N]
     """Compute masked_cross_entropy(hidden @ weight.T + bias, labels) without the logits.
 
-    Rows that carry no label are left out of every matmul. The full logits matrix is never kept: at most chunk_rows
-    rows of it exist at a time, by default 512 on CPUs and as many as 1/32 of the memory holds on GPUs. With reduction
-    "mean" or "sum" the forward pass computes the gradients too and keeps them instead of the logits; with "none" the
-    backward pass computes the logits once more.
+    Rows that carry no label are excluded from every matmul. The full logits matrix is never materialised: at most
+    chunk_rows rows of it exist at a time, by default 512 on CPUs and as many as fit in 1/32 of the memory on GPUs. With
+    reduction "mean" or "sum" the forward pass computes the gradients too and saves them instead of the logits; with
+    "none" the backward pass recomputes the logits.
 
     Shapes       hidden [N, D], weight [V, D], labels [N], bias [V]; fp32, bf16, fp16 (fp64 on the reference).
-    Returns      fp32, of fp64 inputs fp64: reduction "mean" over the rows that carry a label, 0 when there are none;
+    Returns      fp32 (fp64 for fp64 inputs): reduction "mean" over the rows that carry a label, 0 if there are none;
                  "sum"; "none": [N].
-    Dtypes       Matmuls run in the dtype of hidden, under autocast in its dtype; in fp32 where that is fp16 on a CPU.
-                 The weight's gradient adds up in fp32 over chunks and has the dtype of the weight, so an fp32 weight
-                 loses nothing to autocast. Gradients of fp16 parameters are kept in fp32 until backward() brings the
-                 loss scale.
-    max_labelled This is an upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per
-                 call to count them, and a captured CUDA graph multiplies all N rows. A larger bound costs the matmuls
-                 of as many more rows. A bound that is too small is found on CPUs and with RECA_CHECK=1; else the rows
-                 too many have loss NaN and gradient 0.
+    Dtypes       Matmuls run in the dtype of hidden, or in autocast's dtype; fp16 on a CPU runs in fp32. The weight's
+                 gradient is accumulated in fp32 over chunks and has the dtype of the weight, so it is not rounded to
+                 autocast's dtype for an fp32 weight. Gradients of fp16 parameters stay in fp32 until backward() applies
+                 the loss scale.
+    max_labelled An upper bound on the rows that carry a label. If None, the op synchronises with a GPU once per call to
+                 count them, and a captured CUDA graph multiplies all N rows. Matmuls run over as many rows as the
+                 bound. A bound that is too small is detected on CPUs, and on GPUs with RECA_CHECK=1; without the check
+                 the excess rows have loss NaN and gradient 0.
 
     Loss, labels and derivatives are those of `masked_cross_entropy`.
 
     Raises:
-        ValueError: A shape, an option or a label does not fit, more rows carry a label than max_labelled, tensors are
-            on several devices, or the backend is unknown.
-        TypeError: hidden, weight or bias are not of a float dtype or labels not int32 or int64, label_smoothing, z_loss
-            or softcap is a tensor, or a tensor is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call. A kernel's gradient is differentiated again, or the graph was traced for other gradients.
+        ValueError: A shape, an option or a label is invalid, more rows carry a label than max_labelled, tensors are on
+            several devices, or the backend is unknown.
+        TypeError: hidden, weight or bias is not of a float dtype, labels are not int32 or int64, label_smoothing,
+            z_loss or softcap is a tensor, or a tensor is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, a
+            kernel's gradient is differentiated again, or the graph was traced for other gradients.
     """
     if not (raw := plain(hidden, weight, labels, optional=bias)):
         checks.dispatchable(OP, hidden=hidden, weight=weight, labels=labels, **checks.given(bias=bias))
@@ -70,8 +70,8 @@ def masked_linear_cross_entropy(
         raise ValueError(f"{OP}: hidden must be [N, D], got {list(hidden.shape)}; flatten the batch first")
     if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"{OP}: weight must be [V, D] = [V > 0, {hidden.shape[1]}], got {list(weight.shape)}. A weight that FSDP "
-            "or ZeRO-3 has sharded is empty or flat here: gather it first"
+            f"{OP}: weight must be [V, D] = [V > 0, {hidden.shape[1]}], got {list(weight.shape)}. If FSDP or ZeRO-3 "
+            "has sharded the weight, gather it first"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{OP}: bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
@@ -91,9 +91,9 @@ def masked_linear_cross_entropy(
         )
     dtype = checks.autocast_dtype(hidden) or hidden.dtype
     if backend == "cpu" and dtype == torch.float16:
-        # Torch's fp16 products are slow there, and gradients over logits would end at 2^-24, before any loss scale.
+        # Torch's fp16 matmuls are slow on CPUs, and logit gradients below 2^-24 would underflow before loss scaling.
         dtype = torch.float32
-    # With reduction "none" the gradients are made in the backward pass.
+    # With reduction "none" the gradients are computed in the backward pass.
     needs = [reduction != "none" and learns(x) for x in (hidden, weight, bias)]
     settings = chunk_rows, max_labelled, dtype, needs, backend
     return _loss_and_gradients(raw, hidden, weight, bias, labels, None, *options, *settings)[0]
@@ -108,7 +108,7 @@ def _check_labels(labels: Tensor, weight: Tensor, ignore_index: int, max_labelle
 
 
 def _kept(parameter: Tensor, row_grad: Tensor | None) -> torch.dtype:
-    """Return the dtype of its gradient until the upstream gradient is known, and with it the loss scale."""
+    """Return the dtype of a parameter's gradient until backward multiplies it by the upstream gradient."""
     early = row_grad is None and parameter.dtype == torch.float16
     return torch.float32 if early else parameter.dtype
 
@@ -128,7 +128,7 @@ def _fake(
 def _flops(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_grad: Tensor | None, *rest: Any, **_: Any
 ) -> int:
-    """Count the products over rows that carry a label; over all rows where the labels cannot be looked at."""
+    """Count the FLOPs of the matmuls over rows that carry a label; over all rows if the labels cannot be read."""
     ignore_index, needs = rest[0], rest[-2]
     rows = int((labels != ignore_index).sum()) if plain(labels) else labels.shape[0]
     return 2 * rows * weight.numel() * (1 + sum(needs[:2]))
@@ -157,7 +157,7 @@ def _loss_and_gradients(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return (loss, dx, dw, db), None for what nobody needs. Products run in `dtype`."""
+    """Return (loss, dx, dw, db), with None for a gradient that is not needed. Matmuls run in `dtype`."""
     if row_grad is None:
         _check_labels(labels, weight, ignore_index, max_labelled)
     kernels: Kernels = dispatch.load(backend, OP)
@@ -181,7 +181,7 @@ def _loss_and_gradients(
 
 
 @kernel_op(f"{OP}_scale(Tensor gradient, Tensor grad, str backend) -> Tensor", lambda x, *_: torch.empty_like(x))
-def _scale(gradient: Tensor, grad: Tensor, backend: str, out: Tensor | None = None) -> Tensor:  # out in eager mode
+def _scale(gradient: Tensor, grad: Tensor, backend: str, out: Tensor | None = None) -> Tensor:  # out: eager mode only
     kernels: Kernels = dispatch.load(backend, OP)
     gradient = gradient.contiguous()
     out = torch.empty_like(gradient) if out is None else out
@@ -190,7 +190,7 @@ def _scale(gradient: Tensor, grad: Tensor, backend: str, out: Tensor | None = No
 
 
 def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Return gradient times grad in the parameter's dtype: in place where no second backward pass can ask for it."""
+    """Return gradient times grad in the parameter's dtype, in place if no second backward pass can need it."""
     raw = plain(grad)
     if raw and gradient.dtype != dtype:
         return torch.mul(gradient, grad, out=torch.empty_like(gradient, dtype=dtype))
@@ -199,7 +199,7 @@ def _scaled(gradient: Tensor, grad: Tensor, dtype: torch.dtype, backend: str) ->
     return _scale(raw, gradient, grad, backend).to(dtype)
 
 
-# ---- the gradient ----
+# ---- gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -207,8 +207,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | Non
     ctx.needs = [x is not None and x.requires_grad for x in (hidden, weight, bias)]
     if ctx.settings[4] != "none" and any(need and not made for need, made in zip(ctx.needs, needs, strict=True)):
         raise RuntimeError(
-            f"{OP}: this graph was traced with tensors that require other gradients, and makes only those; trace it "
-            "again with tensors that require theirs"
+            f"{OP}: this graph was traced for tensors with other requires_grad flags and computes only their "
+            "gradients; trace it again with these tensors"
         )
     ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
     ctx.mark_non_differentiable(*(x for x in output[1:] if x is not None))

@@ -1,25 +1,25 @@
-"""How masked_linear_cross_entropy cuts the matrix of logits: into chunks of rows, and its columns for the products."""
+"""How masked_linear_cross_entropy divides the logits: into chunks of rows, and into column ranges for the matmuls."""
 
 import functools
 from typing import NamedTuple
 
 import torch
 
-PITCH = 128  # logits lie on multiples of as many elements: 256 bytes of 16-bit ones
-CPU_ROWS = 512  # of a chunk
-ACCESS = 16  # bytes; products are fast where every extent that lies contiguous is a multiple of them
-# A product on a GPU goes by tiles of the result, one on a multiprocessor at a time, in waves. In a wave's time its
-# multiprocessors multiply 200 times as often as memory moves a byte (A100 156, H200 184, H100 263).
+PITCH = 128  # the row stride of logits is a multiple of this: 256 bytes of 16-bit elements
+CPU_ROWS = 512  # rows per chunk on CPUs
+ACCESS = 16  # bytes; matmuls are fast if every contiguous extent is a multiple of this
+# A GPU computes a matmul in waves of output tiles, one tile per multiprocessor. It performs about 200 FLOPs per byte of
+# memory traffic (A100 156, H200 184, H100 263).
 TILE_ROWS, TILE_COLUMNS = 128, 256
 FLOPS_A_BYTE = 200
-SHARE = 32  # of a GPU's memory one part may be logits
+SHARE = 32  # logits use at most 1 / SHARE of a GPU's memory
 
 
 class Machine(NamedTuple):
-    """What a plan depends on."""
+    """The properties of a device that a plan depends on."""
 
     processors: int  # multiprocessors of a GPU; 0: a CPU
-    memory: int = 0  # bytes of a GPU
+    memory: int = 0  # bytes of GPU memory
 
     @property
     def is_gpu(self) -> bool:
@@ -30,11 +30,11 @@ CPU = Machine(0)
 
 
 class Plan(NamedTuple):
-    """Chunks of `rows` rows, the last of which may have fewer, and columns [0, body) and [body, classes) apart."""
+    """Chunks of `rows` rows, the last of which may have fewer, and separate columns [0, body) and [body, classes)."""
 
     rows: int
     chunks: int
-    pitch: int  # elements from a row of logits to the next
+    pitch: int  # row stride of the logits, in elements
     body: int
 
 
@@ -47,20 +47,20 @@ def machine(device: torch.device) -> Machine:
 
 
 def plan(most: int, classes: int, width: int, size: int, machine: Machine, chunk_rows: int | None = None) -> Plan:
-    """Plan the products of `most` rows.
+    """Plan the matmuls for `most` rows.
 
-    On GPUs a chunk is as large as SHARE of the memory allows, or chunk_rows. Where that is not enough for all rows,
-    the height of a chunk is chosen by what all of them cost: waves of tiles, begun ones too, and another read and write
-    of the weight's gradient in fp32 per chunk. The columns that are left beyond whole tiles are multiplied apart where
-    the number of classes is no multiple of 16 bytes.
+    On GPUs a chunk has at most chunk_rows rows, or as many as fit in 1 / SHARE of the memory. If several chunks are
+    needed, the number of rows per chunk minimises the estimated cost of all: waves of tiles, including partial ones,
+    and one read and write of the fp32 weight gradient per chunk. If a row of classes is not a multiple of 16 bytes, the
+    columns beyond the last whole PITCH are multiplied separately.
 
     Args:
         most: Rows that may carry a label.
         classes: Columns of the logits.
-        width: Of the hidden state.
-        size: Bytes of an element.
-        machine: What the products run on.
-        chunk_rows: The most rows of a chunk; None: chosen.
+        width: Width of the hidden state.
+        size: Bytes per element.
+        machine: The device.
+        chunk_rows: Most rows per chunk; None: chosen here.
     """
     pitch = -(-classes // PITCH) * PITCH
     if not machine.is_gpu:
@@ -78,15 +78,15 @@ def plan(most: int, classes: int, width: int, size: int, machine: Machine, chunk
 
 
 def waves(rows: int, columns: int, processors: int) -> int:
-    """Count in how many waves a GPU computes a product of so many rows and columns."""
+    """Return the number of waves in which a GPU computes a matmul with an output [rows, columns]."""
     return -(-(-(-rows // TILE_ROWS) * -(-columns // TILE_COLUMNS)) // processors)
 
 
 def _cost(rows: int, most: int, classes: int, width: int, processors: int) -> float:
-    """Count bytes that memory could move in the time of all chunks' logits, their products with the weight, and dW."""
+    """Estimate the time of all chunks' matmuls and updates of dW, in bytes of memory traffic."""
     chunks = -(-most // rows)
 
-    def products(n: int) -> int:  # in waves, times how often each multiplies
+    def products(n: int) -> int:  # waves times inner dimension
         return waves(n, width, processors) * classes + waves(n, classes, processors) * width
 
     done = (chunks - 1) * products(rows) + products(most - (chunks - 1) * rows)

@@ -1,4 +1,4 @@
-"""Linear head and cross-entropy over the rows that carry a label, in plain PyTorch: the definition."""
+"""Output head and cross-entropy over the rows that carry a label, in plain PyTorch: the reference implementation."""
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ def masked_linear_cross_entropy(
     reduction: str = "mean",
     max_labelled: int | None = None,
 ) -> Tensor:  # [] or [N]
-    """See `reca_kernels.masked_linear_cross_entropy`. Keeps the logits of `max_labelled` rows, or of all."""
+    """Compute `reca_kernels.masked_linear_cross_entropy` with the logits of `max_labelled` rows, or of all."""
     all_unlabelled = unlabelled = labels == ignore_index
     rows = None
     if max_labelled is not None and max_labelled < labels.shape[0]:
         rows = all_unlabelled.argsort(stable=True)[:max_labelled]  # rows that carry a label come first
         hidden, labels, unlabelled = hidden[rows], labels[rows], all_unlabelled[rows]
-    # Rows without a label are replaced, not multiplied by zero: their NaN and inf must not reach the weight.
+    # Rows without a label are replaced, not multiplied by zero, so that their NaN and inf do not reach the weight.
     hidden = torch.where(unlabelled[:, None], 0, hidden)
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     loss = masked_cross_entropy(

@@ -1,9 +1,9 @@
-"""Output head and cross-entropy in Triton: the kernels around the products of linear_chunks.py.
+"""Output head and cross-entropy in Triton: the kernels between the matmuls of linear_chunks.py.
 
-The buffer of logits has a pitch of whole 128 elements, so a row is whole units of 16 bytes; what the last unit holds
-beyond the last class is left out in registers, not by a mask, and every access is 128 bits wide:
+The row stride of the logits buffer is a multiple of 128 elements, so a row consists of whole 16-byte units. Elements of
+the last unit beyond the last class are discarded in registers, not by a mask, so every access is 128 bits wide:
 
-    row   |U U U U U U U U|U U U U U U U U| ... |z z x x x x x x|. . .          x: read, taken for -inf, written as 0
+    row   |U U U U U U U U|U U U U U U U U| ... |z z x x x x x x|. . .          x: read as -inf, written as 0
           class 0                                   V              pitch
 """
 
@@ -33,7 +33,7 @@ __all__ = ["adds_bias", "compact_labelled_rows", "gather_scatter_rows", "reduce"
 @triton.jit
 def compact_labelled_rows_kernel(labels, losses, rows, row_labels, scale, count, most, ignore_index, MEAN: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
-    """Move rows that carry a label up, in order, in one program."""
+    """Compact the rows that carry a label, in order, in one program."""
     at = tl.arange(0, BLOCK)
     found = 0
     for begin in range(0, count, BLOCK):
@@ -151,7 +151,7 @@ def scale_kernel(gradient, grad, out, count, IN_PLACE: tl.constexpr, BLOCK: tl.c
     tl.store(out + at, g.to(out.dtype.element_ty), mask=at < count)
 
 
-# ---- launchers, as kernels.Kernels asks ----
+# ---- launchers, implementing kernels.Kernels ----
 
 
 def compact_labelled_rows(labels: Tensor, options: CrossEntropyOptions, max_labelled: int | None) -> LabelledRows:

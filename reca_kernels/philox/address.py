@@ -1,4 +1,4 @@
-"""Address the noise of a batch, for ops and backends."""
+"""The address of a batch's noise, for ops and backends."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Philox(NamedTuple):
-    """Address the noise of a batch.
+    """The address of a batch's noise.
 
     Attributes:
         seed: An int64 tensor [] on the device, so that a captured CUDA graph can be replayed with another seed.
-        sample_ids: An int64 tensor [B] of global sample ids, any of the 2^64.
-        stream: The number of one of a sample's independent streams, 0 to 255.
+        sample_ids: An int64 tensor [B] of global sample ids; all 2^64 values are valid.
+        stream: One of a sample's 256 independent streams, 0 to 255.
     """
 
     seed: Tensor
@@ -20,7 +20,7 @@ class Philox(NamedTuple):
     stream: int
 
 
-# What a registered op takes for noise: an address, or the noise itself.
+# The noise arguments of a registered op: an address, or the noise itself.
 NOISE_SCHEMA = "Tensor? seed, Tensor? sample_ids, int stream, Tensor? explicit_noise"
 
 
@@ -39,7 +39,7 @@ def unflattened(
 
 
 def checked(op: str, noise: Philox) -> Philox:
-    """Return the address with its ids side by side. Raises ValueError for one that kernels cannot read."""
+    """Return the address with contiguous ids. Raise ValueError for an invalid one."""
     seed, ids, stream = noise
     if ids.ndim != 1 or ids.dtype != torch.int64:
         raise ValueError(f"{op}: sample_ids must be int64 [B], got {ids.dtype} {list(ids.shape)}")
@@ -51,7 +51,7 @@ def checked(op: str, noise: Philox) -> Philox:
 
 
 def tensors_of(op: str, noise: Philox | Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors of an address, or explicit noise. Raises TypeError for what is neither."""
+    """Return the tensors of an address, or explicit noise. Raise TypeError for anything else."""
     if isinstance(noise, Philox):
         return noise[:2]
     if not isinstance(noise, Tensor):
@@ -60,7 +60,7 @@ def tensors_of(op: str, noise: Philox | Tensor) -> tuple[Tensor, ...]:
 
 
 def named(noise: Philox | Tensor) -> dict[str, Tensor]:
-    """Return them by name, without a seed that is none: of that `checked` complains."""
+    """Return the tensors by name, without a seed that is not a tensor, which `checked` rejects."""
     if isinstance(noise, Tensor):
         return {"noise": noise}
     ids = {"noise.sample_ids": noise.sample_ids}

@@ -1,4 +1,4 @@
-"""What a backend of philox holds."""
+"""The functions of a backend of philox."""
 
 from typing import Protocol
 

@@ -15,12 +15,12 @@ def draw(noise: Philox, distribution: str, out: Tensor) -> None:
 
 
 def address(noise: Philox | Tensor) -> tuple[int, int, int]:
-    """Return the NoiseAddress: addresses of seed and sample ids, and the stream; zeros for explicit noise."""
+    """Return a NoiseAddress: the addresses of seed and sample ids, and the stream; zeros for explicit noise."""
     if isinstance(noise, Tensor):
         return 0, 0, 0
     return noise.seed.data_ptr(), noise.sample_ids.data_ptr(), noise.stream
 
 
 def explicit(noise: Philox | Tensor) -> Tensor | None:
-    """Return noise that is given as numbers, in fp32."""
+    """Return explicit noise in fp32; None for an address."""
     return noise.float() if isinstance(noise, Tensor) else None

@@ -1,4 +1,4 @@
-"""Counter-based noise. One definition, the same bits whatever the batch, packing, rank or backend."""
+"""Counter-based noise: bit-identical for every batch, packing, rank and backend."""
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ OP = "philox"
 def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
     """Draw uniform numbers in [0, 1), fp32 [B, n].
 
-    Element i of a sample is the upper 24 bits of word i of its stream. The words are those of Philox-4x32-10 (Salmon,
-    Moraes, Dror and Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011).
+    Element i of a sample is the upper 24 bits of word i of its stream, divided by 2^24. The words are those of
+    Philox-4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011).
 
     Args:
         noise: The address of the batch's noise.
@@ -25,10 +25,9 @@ def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tens
         backend: The backend that runs. None: chosen by device and size.
 
     Raises:
-        ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
-        TypeError: noise is no Philox, or a tensor of it is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call.
+        ValueError: sample_ids, seed or stream is not valid for a `Philox`, or the backend is unknown.
+        TypeError: noise is not a Philox, or one of its tensors is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     return _draw(noise, n, "uniform", backend)
 
@@ -36,9 +35,9 @@ def philox_uniform(noise: Philox, n: int, *, backend: str | None = None) -> Tens
 def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tensor:
     """Draw standard normal numbers, fp32 [B, n].
 
-    Box-Muller makes two numbers of two words of the stream. Tails reach 6.7, and every backend has the same bits. The
-    words are those of Philox-4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers: as easy as 1, 2, 3, SC
-    2011).
+    Box-Muller maps two words of the stream to two numbers. The largest magnitude is 6.7. All backends return the same
+    bits. The words are those of Philox-4x32-10 (Salmon, Moraes, Dror and Shaw: Parallel random numbers: as easy as 1,
+    2, 3, SC 2011).
 
     Args:
         noise: The address of the batch's noise.
@@ -46,10 +45,9 @@ def philox_normal(noise: Philox, n: int, *, backend: str | None = None) -> Tenso
         backend: The backend that runs. None: chosen by device and size.
 
     Raises:
-        ValueError: sample_ids, seed or stream are not as `Philox` says, or the backend is unknown.
-        TypeError: noise is no Philox, or a tensor of it is sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call.
+        ValueError: sample_ids, seed or stream is not valid for a `Philox`, or the backend is unknown.
+        TypeError: noise is not a Philox, or one of its tensors is sparse, nested, quantized or a DTensor.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, or torch.jit.trace is active.
     """
     return _draw(noise, n, "normal", backend)
 

@@ -1,14 +1,14 @@
-"""Philox-4x32-10 and standard normals in plain PyTorch: the definition that every backend reproduces bit for bit.
+"""Philox-4x32-10 and standard normals in plain PyTorch: the reference that every backend reproduces bit for bit.
 
 Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 
-One draw is addressed by a seed, a sample and a stream inside the sample, and by its element index there:
+A number is addressed by a seed, a sample, a stream of the sample, and its element index in the stream:
     key      (seed low, seed high)
     counter  (block low, block high | sample >> 56 << 24, sample low, sample >> 32 << 8 | stream)
              with block = element // 4, below 2^56
     word     element % 4
 
-So each of the 2^64 sample ids has noise of its own; those below 2^56 leave the second word to the block.
+So each of the 2^64 sample ids has its own noise. For ids below 2^56 the second word is that of the block alone.
 """
 
 import torch
@@ -51,7 +51,7 @@ def philox_bits(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Convert uint32 words to fp32 in [0, 1), of 24 bits."""
+    """Convert the upper 24 bits of uint32 words to fp32 in [0, 1)."""
     return (bits >> 8).float() * 2.0**-24
 
 
@@ -60,16 +60,16 @@ def philox_uniform(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Ten
 
 
 def philox_normal(seed: Tensor, sample_ids: Tensor, stream: int, n: int) -> Tensor:
-    """Apply Box-Muller to word pairs (0, 1) and (2, 3): radius from the first, angle from the second."""
+    """Apply Box-Muller to the word pairs (0, 1) and (2, 3): radius from the first word, angle from the second."""
     bits = philox_bits(seed, sample_ids, stream, (n + 3) // 4 * 4).unflatten(1, (-1, 2))
     u = bits[..., 0].float() * 2.0**-32 + 2.0**-33  # (0, 1]
-    radius = torch.sqrt((log(u) * -2.0).double()).float()  # torch's fp32 root is not always the nearest number; this is
+    radius = torch.sqrt((log(u) * -2.0).double()).float()  # torch's fp32 sqrt is not always correctly rounded
     sin, cos = sincos_turns(bits[..., 1] >> 8)
     return torch.stack((radius * cos, radius * sin), dim=-1).flatten(1)[:, :n]
 
 
 def log(u: Tensor) -> Tensor:
-    """Compute the natural logarithm of fp32 numbers in (0, 1], in single multiplications and additions."""
+    """Compute the natural logarithm of fp32 numbers in (0, 1], with separately rounded products and sums."""
     bits = u.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0  # u = (1 + f) 2^exponent, 1 + f in [sqrt(1/2), sqrt(2))
@@ -81,7 +81,7 @@ def log(u: Tensor) -> Tensor:
 
 
 def sincos_turns(k: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute sin and cos of k / 2^24 turns, k int64 in [0, 2^24): the quadrant comes off exactly."""
+    """Compute sin and cos of k / 2^24 turns, k int64 in [0, 2^24). The range reduction is exact."""
     quadrant = (k + (1 << 21)) >> 22
     x = (k - (quadrant << 22)).float() * 2.0**-24 * (2.0 * torch.pi)
     z = x * x

@@ -1,7 +1,7 @@
-"""Counter-based random numbers in Triton, with the bits of reference.py.
+"""Counter-based random numbers in Triton, bit-identical to reference.py.
 
-There every multiplication and addition is rounded alone. So kernels that draw are launched with FUSE: no product is
-fused with a sum, but by tl.fma where it is exact anyway.
+The reference rounds every multiplication and addition separately. Kernels that draw numbers are therefore launched with
+FUSE, which disables FMA contraction; explicit tl.fma is used where the product is exact.
 """
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from reca_kernels.philox.address import Philox
 
 FUSE = {"enable_fp_fusion": False}
-BLOCK = 256  # Philox blocks, of four elements, that a program draws
+BLOCK = 256  # Philox blocks, of four elements, per program
 DISTRIBUTIONS = {"bits": 0, "uniform": 1, "normal": 2}
 
 
 @triton.jit
 def words(seed, sample, stream, block):
-    """Return the four words of each Philox block; seed int64, sample and block int64, stream an integer."""
+    """Return the four words of each Philox block. seed, sample and block are int64; stream is an integer."""
     high = ((sample >> 32).to(tl.uint32) << 8) | stream.to(tl.uint32)
     middle = (block >> 32).to(tl.uint32) | ((sample >> 56).to(tl.uint32) << 24)
     return tl.philox(seed, block.to(tl.uint32), middle, sample.to(tl.uint32), high)
@@ -26,9 +26,9 @@ def words(seed, sample, stream, block):
 
 @triton.jit
 def normal_pair(a, b):
-    """Box-Muller: two standard normals from two words, the radius from the first, the angle from the second.
+    """Compute two standard normals from two words by Box-Muller: radius from the first, angle from the second.
 
-    csrc/common/noise.cuh says why each step has the reference's bits.
+    csrc/common/noise.cuh explains why each step is bit-identical to the reference.
     """
     u = tl.fma(a.to(tl.float32), 2.0**-32, 2.0**-33)
     bits = u.to(tl.int32, bitcast=True)
@@ -47,7 +47,7 @@ def normal_pair(a, b):
     p = p * f * z
     p = p + e * (2.0**-22 * -2.12194440e-4)
     p = p - z
-    # Times -1, as unary minus would be 0 - x, which loses the sign of a zero.
+    # Multiplied by -1, because Triton's unary minus is 0 - x, which loses the sign of zero.
     radius = tl.sqrt_rn(tl.fma(e, 2.0**-22 * 0.693359375, tl.fma(f, 2.0, p)) * -1.0)
 
     quadrant = b + 0x20000000
@@ -65,13 +65,13 @@ def normal_pair(a, b):
 
 @triton.jit
 def interleave(x0, x1, x2, x3):
-    """[N] four times -> [4 N]: x0[0] x1[0] x2[0] x3[0] x0[1] ..."""
+    """Interleave four vectors [N] into [4 N]: x0[0] x1[0] x2[0] x3[0] x0[1] ..."""
     return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (4 * x0.shape[0],))
 
 
 @triton.jit
 def normals(seed, sample, stream, block):
-    """[N] Philox blocks -> the normals of their elements, [4 N]."""
+    """Return the normals of the elements of N Philox blocks, [4 N]."""
     w0, w1, w2, w3 = words(seed, sample, stream, block)
     x0, x1 = normal_pair(w0, w1)
     x2, x3 = normal_pair(w2, w3)
@@ -82,7 +82,7 @@ def normals(seed, sample, stream, block):
 def fill_kernel(seed, ids, stream, out, tasks, n, DISTRIBUTION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     task = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = task < tasks
-    # Integers below 2^31 come in 32 bits, in which four times tasks, or n + 3, can wrap.
+    # Arguments below 2^31 are int32, in which 4 * tasks or n + 3 could overflow.
     blocks = n // 4 + (0 if EVEN else 1)
     sample, block = task // blocks, task % blocks
     w0, w1, w2, w3 = words(tl.load(seed), tl.load(ids + sample, mask=here, other=0), stream, block)
@@ -95,7 +95,7 @@ def fill_kernel(seed, ids, stream, out, tasks, n, DISTRIBUTION: tl.constexpr, EV
         x2, x3 = normal_pair(w2, w3)
         x = interleave(x0, x1, x2, x3)
     element = tl.program_id(0).to(tl.int64) * BLOCK * 4 + tl.arange(0, 4 * BLOCK)
-    if EVEN:  # n is a multiple of 4: the samples' blocks lie side by side
+    if EVEN:  # n is a multiple of 4, so the blocks of all samples are contiguous
         tl.store(out + element, x, mask=element // 4 < tasks)
     else:
         row = element // 4 // blocks

@@ -1,4 +1,4 @@
-"""Resizing of 8-bit images, with antialiasing and with Pillow's bits: the views that encoders get of an image."""
+"""Resizing of 8-bit images with antialiasing, bit-identical to Pillow, for the inputs of image encoders."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ OP = "resize"
 
 
 def compiled() -> bool:
-    """Return whether the native module has this op: one that was built before it has not."""
+    """Return whether the native module includes this op; older builds do not."""
     return hasattr(native.module, "resize_rgb")
 
 
@@ -24,35 +24,35 @@ def resize(
     filter: str = "bicubic",
     box: tuple[float, float, float, float] | None = None,
 ) -> Tensor:  # uint8 [3, h, w]
-    """Resize an image, with antialiasing; the bits are those of Pillow's `Image.resize`.
+    """Resize an image with antialiasing. The result is bit-identical to Pillow's `Image.resize`.
 
-    Channels may lie side by side, as decoders leave them: image = pixels.permute(2, 0, 1).
+    Channels may be interleaved, as decoders return them: image = pixels.permute(2, 0, 1).
 
     size    (height, width) of the result
     filter  "bicubic" or "bilinear"
-    box     (left, top, right, bottom) of what is resized, in pixels, fractions allowed; default: all
+    box     (left, top, right, bottom) of the region to resize, in pixels, fractions allowed; default: the whole image
 
-    On the host it is one call in C++ on one thread, beside which other threads of Python run; on a GPU, and without the
-    native module, it is plain PyTorch. Raises ValueError or TypeError for other arguments.
+    On the host this is one call in C++ on one thread, without the GIL. On a GPU, or without the native module, it is
+    plain PyTorch. Raises ValueError for an invalid shape, size, filter or box, and TypeError for another dtype.
     """
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"{OP}: expected an image [3, H, W], got {list(image.shape)}")
+        raise ValueError(f"{OP}: image must be [3, H, W], got {list(image.shape)}")
     if image.dtype != torch.uint8:
-        raise TypeError(f"{OP}: expected uint8, got {image.dtype}")
+        raise TypeError(f"{OP}: image must be uint8, got {image.dtype}")
     if filter not in FILTERS:
         raise ValueError(f"{OP}: unknown filter {filter!r}; expected {' or '.join(FILTERS)}")
     (height, width), (down, across) = image.shape[1:], size
     left, top, right, bottom = box or (0, 0, width, height)
     if down < 1 or across < 1:
-        raise ValueError(f"{OP}: expected a size of at least 1 x 1, got {down} x {across}")
+        raise ValueError(f"{OP}: size must be at least 1 x 1, got {down} x {across}")
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(f"{OP}: box {box} is empty or outside of the image of {height} x {width}")
+        raise ValueError(f"{OP}: box must not be empty and must lie inside the image of {height} x {width}, got {box}")
     if (height, width, left, top, right, bottom) == (down, across, 0, 0, width, height):
         return image.contiguous()
     where = image.device, native.launch(image).stream
     columns = taps(width, left, right, across, filter, *where)
     rows = taps(height, top, bottom, down, filter, *where)
-    down_first = down < height and height - down > 2 * (width - across)  # as Pillow 13
+    down_first = down < height and height - down > 2 * (width - across)  # as in Pillow 13
     if not (image.is_cpu and has_values(image) and compiled()):
         return reference.resize(image, in_mode(columns), in_mode(rows), down_first)
     interleaved = image.stride(0) == 1 and image.stride(2) == 3

@@ -1,4 +1,4 @@
-"""Weights of a resize filter, with the bits that Pillow gives them (src/libImaging/Resample.c)."""
+"""Weights of a resize filter, bit-identical to Pillow's (src/libImaging/Resample.c)."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from reca_kernels.host import no_modes
 
-PRECISION = 22  # bits of a weight behind the point: 32 less 8 of the value and 2 for sums beyond 1
+PRECISION = 22  # fractional bits of a weight: 32, less 8 for the value and 2 for sums beyond 1
 
 
 class Taps(NamedTuple):
-    """The filter along one side: an output is a weighted sum of `sizes` inputs from `first` on.
+    """The filter along one dimension: an output is a weighted sum of `sizes` inputs, starting at `first`.
 
     first, sizes  int32 [outputs]
-    weights       int32 [outputs, taps], with PRECISION bits behind the point; 0 beyond sizes
+    weights       int32 [outputs, taps], with PRECISION fractional bits; 0 beyond sizes
     """
 
     first: Tensor
@@ -36,18 +36,18 @@ def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}  # by distance, and the largest that counts
+FILTERS = {"bilinear": (_bilinear, 1.0), "bicubic": (_bicubic, 2.0)}  # function of the distance, and its support
 
 
 @lru_cache(maxsize=256)
 def taps(
     length: int, start: float, stop: float, outputs: int, name: str, device: torch.device, stream: int = 0
 ) -> Taps:
-    """Compute the filter that makes `outputs` values of those between start and stop, of `length`.
+    """Compute the filter that resamples inputs start to stop, of `length`, to `outputs` values.
 
-    Where there are fewer outputs than inputs the filter is as much wider: antialiasing.
-    stream: the current one of a GPU, by its address. Each has weights of its own: what is dropped here may still be
-    read on another stream, while on its own one nothing is written over it before.
+    For fewer outputs than inputs the filter is widened in proportion, for antialiasing.
+    stream: the address of the GPU's current stream. Weights are cached per stream: memory evicted from the cache may
+    still be in use on another stream, but on its own stream it cannot be overwritten before it has been read.
     """
     function, support = FILTERS[name]
     scale = float(np.float32(stop) - np.float32(start)) / outputs
@@ -59,7 +59,7 @@ def taps(
     at = np.arange(int(np.ceil(support)) * 2 + 1)
     values = function(np.abs((at + first[:, None] - center[:, None] + 0.5) * (1.0 / wide)))
     values[at >= count[:, None]] = 0
-    total = values.cumsum(1)[:, -1:]  # one after the other, as Pillow adds
+    total = values.cumsum(1)[:, -1:]  # summed sequentially, as in Pillow
     values = np.divide(values, total, out=values, where=total != 0) * (1 << PRECISION)
     weights = np.trunc(values + np.where(values < 0, -0.5, 0.5))
     with no_modes():

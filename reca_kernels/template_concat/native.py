@@ -1,4 +1,4 @@
-"""Gather, add and concatenate rows, and their gradients, in C++ and CUDA: csrc/template_concat."""
+"""Gather, add and concatenate rows, with gradients, in C++ and CUDA: csrc/template_concat."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Template tokens, visual embeddings and additive rows, written once into one sequence of embeddings."""
+"""Template tokens, visual embeddings and additive rows, written once into a sequence of embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,25 +24,26 @@ def template_concat(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [..., L, D]
-    """Write one sequence of embeddings out of an embedding table, visual embeddings and rows to add on top.
+    """Write a sequence of embeddings from an embedding table, visual embeddings and additive rows.
 
         x[t] = (table[src[t]] if src[t] >= 0 else visual[-1 - src[t]]) + sum over adds of rows[index[t]]
 
-    An index below 0 in `adds` adds nothing. `concat_plan` makes src. Every row of a source may be used any number of
-    times. Sums are formed in fp32, left to right, and rounded once; a row to which nothing is added is copied.
+    A negative index in `adds` adds nothing. `concat_plan` computes src. Rows may be used any number of times. Sums are
+    accumulated in fp32, left to right, and rounded once; without additions rows are copied.
 
     Shapes       src [T] gives [T, D], src [B, L] gives [B, L, D]. Sources may differ in dtype: fp32, bf16, fp16.
-    Returns      out_dtype, default: the dtype of the table. Autocast changes nothing, as with an embedding.
-    Bad index    A row that a source does not have is looked for on CPUs, and on GPUs with RECA_CHECK=1. Unchecked, the
-                 kernels make that position NaN, and its gradient goes nowhere.
-    Derivatives  The op has first derivatives by table, visual and rows; backend="reference" has all.
+    Returns      out_dtype, default: the dtype of the table. Autocast has no effect, as for an embedding.
+    Bad index    Row indices are checked on CPUs, and on GPUs with RECA_CHECK=1. Without the check the kernels make a
+                 position with an index out of range NaN and drop its gradient.
+    Derivatives  First derivatives with respect to table, visual and rows; backend="reference" has all.
 
     Raises:
-        ValueError: Shapes do not fit, an index names no row, tensors are on several devices, or the backend is unknown.
+        ValueError: Shapes do not match, an index is out of range, tensors are on several devices, or the backend is
+            unknown.
         TypeError: table, visual or rows are not of a float dtype, an index is not int32 or int64, or a tensor is
             sparse, nested, quantized or a DTensor.
-        RuntimeError: The backend that `backend` or RECA_BACKEND names cannot run here, or torch.jit.trace traces the
-            call. A kernel's gradient is differentiated again.
+        RuntimeError: The backend set by `backend` or RECA_BACKEND cannot run here, torch.jit.trace is active, or a
+            kernel's gradient is differentiated again.
     """
     rows = (table, visual, *(r for r, _ in adds))
     indices = (src, *(i for _, i in adds))
@@ -62,7 +63,7 @@ def template_concat(
                 f"{OP}: an index in adds must be shaped like src, {list(src.shape)}, got {list(index.shape)}"
             )
     out_dtype = out_dtype or table.dtype
-    # The backend is chosen for the dtypes that backends share, or for the one that only the reference takes.
+    # A dtype that only the reference supports, if there is one, decides the backend.
     dtype = next((d for d in (out_dtype, *(r.dtype for r in rows)) if d not in dispatch.FLOATS), table.dtype)
     backend = dispatch.choose(OP, table, backend, dtype=dtype)
     rows = tuple(r.flatten(0, 1) if r.ndim == 3 else r for r in rows)
@@ -87,13 +88,13 @@ def _check_indices(rows: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
 
 
 def _sources(indices: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
-    """Return per source its index and whether that is negated: src serves the table and the visual rows."""
+    """Return the index of each source and whether it is negated. The table and the visual rows share src."""
     src, *others = indices
     return [(src, False), (src, True), *((index, False) for index in others)]
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return x with the elements of a row side by side, rows at any distance."""
+    """Return x with contiguous rows and any stride between them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -122,17 +123,17 @@ def _gradient(grad: Tensor, index: Tensor, negated: bool, count: int, dtype: tor
     return kernels.backward(_dense(grad), index, negated, count, dtype)
 
 
-# ---- the gradient ----
+# ---- gradient ----
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, indices, _, ctx.backend = inputs
     ctx.sources = [(r.shape[0], r.dtype, r.requires_grad) for r in rows]
-    ctx.save_for_backward(*indices)  # the gradient reads no rows
+    ctx.save_for_backward(*indices)  # the gradient does not depend on the rows
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None]]:
-    indices = ctx.saved_tensors  # read once: a checkpoint recomputes what it unpacks
+    indices = ctx.saved_tensors  # unpacked once: activation checkpointing recomputes at every access
     raw = plain(grad, *indices)
     gradients = [
         _gradient(raw, grad, *index, count, dtype, ctx.backend) if need else None

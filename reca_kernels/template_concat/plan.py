@@ -1,4 +1,4 @@
-"""Lay out a batch of text and visual embeddings on the host: where each row comes from. No dense mask anywhere."""
+"""Lay out a batch of text and visual embeddings on the host: the source of each row. No dense mask is made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,14 +14,14 @@ IGNORE_INDEX = -100
 
 
 class TextSegment(NamedTuple):
-    """Hold token ids and the labels of the same positions (None: nothing is learned here)."""
+    """Token ids and the labels of the same positions. None: no labels."""
 
     ids: Sequence[int] | Tensor
     labels: Sequence[int] | Tensor | None = None
 
 
 class VisualSegment(NamedTuple):
-    """Take the next n rows of the visual embeddings."""
+    """The next n rows of the visual embeddings."""
 
     n: int
 
@@ -31,13 +31,13 @@ Segment = TextSegment | VisualSegment
 
 @dataclass(frozen=True)
 class ConcatPlan:
-    """Hold the layout of B samples: packed one after another, [T], or one per row, [B, L].
+    """The layout of B samples: packed, [T], or padded with one sample per row, [B, L].
 
     src           int32 [T] or [B, L]: >= 0 is a row of the embedding table, < 0 is visual row -1 - src
-    position_ids  int64, same shape: 0, 1, 2, … inside each sample; 0 in padding
-    segment_ids   int32, same shape: number of the sample; -1 in padding
-    labels        int64, same shape: -100 where nothing is learned
-    cu_seqlens    int32 [B + 1]: running sum of the samples' lengths, without padding
+    position_ids  int64, same shape: 0, 1, 2, … within each sample; 0 in padding
+    segment_ids   int32, same shape: index of the sample; -1 in padding
+    labels        int64, same shape: IGNORE_INDEX (-100) at positions without a label
+    cu_seqlens    int32 [B + 1]: cumulative lengths of the samples, without padding
     """
 
     src: Tensor
@@ -60,14 +60,15 @@ def concat_plan(
 ) -> ConcatPlan:
     """Lay out samples made of text and visual segments.
 
-    samples  per sample its segments in order; visual rows are consumed in order over the whole batch
+    samples  the segments of each sample, in order; visual rows are consumed in order over the whole batch
     layout   "packed": one sequence [T]; "left" or "right": [B, L], padded on that side
-    length   T or L; default: the total, or the longest sample. Padding embeds `pad_id`.
+    length   T or L; default: the total length, or that of the longest sample
+    pad_id   token id of padding
 
     Raises:
-        ValueError: A sample (packed: all samples) is longer than `length`, token ids and labels do not fit each other,
-            or the layout is unknown.
-        TypeError: A segment is none of the two, or its ids or labels are no whole numbers.
+        ValueError: A sample (packed: all samples together) is longer than `length`, token ids and labels differ in
+            number, a visual segment has n < 0, or the layout is unknown.
+        TypeError: A segment is neither a TextSegment nor a VisualSegment, or its ids or labels are not integers.
     """
     if layout not in ("packed", "left", "right"):
         raise ValueError(f"layout must be 'packed', 'left' or 'right', got {layout!r}")
@@ -124,7 +125,7 @@ def concat_plan(
             place = (number, slice(length - n, length) if layout == "left" else slice(n))
         src_rows[place], label_rows[place] = own_src, own_labels
         positions[place], segments[place] = np.arange(n), number
-    # Copied, which a mode sees: a fake tensor comes out under one.
+    # torch.tensor copies, so a dispatch mode sees the operation and can return fake tensors.
     return ConcatPlan(
         src=torch.tensor(src_rows),
         position_ids=torch.tensor(positions),
@@ -140,7 +141,7 @@ _NO_ROWS = np.zeros(0, np.int64)
 def _numbers(values: Sequence[int] | Tensor) -> np.ndarray:
     array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"token ids and labels must be whole numbers, got {values}")
+        raise TypeError(f"token ids and labels must be integers, got {values}")
     return array.astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""Template tokens and visual embeddings into one sequence, in plain PyTorch: the definition."""
+"""Template tokens and visual embeddings in one sequence, in plain PyTorch: the reference implementation."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ def template_concat(
     adds: Sequence[tuple[Tensor, Tensor]] = (),  # rows [K, D], index [..., L]
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [..., L, D]
-    """See `reca_kernels.template_concat`. Sums in fp32 (fp64 when an input is fp64), rounds once."""
+    """Compute `reca_kernels.template_concat`. Sums are fp32 (fp64 when an input is fp64) and rounded once."""
     out_dtype = out_dtype or table.dtype
     inputs = [table, visual, *(rows for rows, _ in adds)]
     wide = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
 
     def lookup(rows: Tensor, index: Tensor) -> Tensor:
-        """Return the rows at index; zeros where the index is negative."""
+        """Return the rows at index, and zeros where the index is negative."""
         rows = rows.flatten(0, -2)
         if rows.shape[0] == 0:
             return rows.new_zeros((*index.shape, rows.shape[-1]), dtype=wide)

@@ -1,7 +1,7 @@
-"""Gather, add and concatenate rows, and their gradients, in Triton. docs/kernels/template_concat.md has the drawings.
+"""Gather, add and concatenate rows, with gradients, in Triton. See docs/kernels/template_concat.md for figures.
 
-One program writes one tile of columns of one row. Triton makes the accesses 16 bytes wide where the addresses, the row
-strides and the width are multiples of 16, and narrow otherwise.
+One program writes one tile of columns of one row. Accesses are 16 bytes wide if the addresses, the row strides and the
+width are multiples of 16, and narrower otherwise.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from reca_kernels.template_concat import row_gradients
 
 CHUNK = tl.constexpr(row_gradients.CHUNK)
-UNROLL = tl.constexpr(4)  # rows in flight while their sum waits
+UNROLL = tl.constexpr(4)  # loads in flight per sum
 
 
 @triton.jit
@@ -48,13 +48,13 @@ def forward_kernel(
         used = (row >= 0) & (row < count)
         added = tl.load(rows + row * stride + columns, mask=columns < tl.where(used, width, 0), other=0)
         x = tl.where(used, x + added.to(tl.float32), x)
-    x = tl.where(there, x, tl.cast(float("nan"), x.dtype))  # cast: Triton's interpreter up to 3.8 has no bf16 constant
+    x = tl.where(there, x, tl.cast(float("nan"), x.dtype))  # Triton's interpreter up to 3.8 has no bf16 constants
     tl.store(out + t * width + columns, x.to(out.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
 def _sum_places(grad, grad_stride, places, begin, end, columns, width):
-    """Sum in order of the gradient's rows places[begin:end]; 0 where there are none."""
+    """Sum the gradient's rows places[begin:end] in order; 0 if there are none."""
     place = tl.load(places + begin, mask=begin < end, other=0)
     x = tl.load(grad + place * grad_stride + columns, mask=columns < tl.where(begin < end, width, 0), other=0)
     x = x.to(tl.float32)
@@ -80,10 +80,10 @@ def chunks_kernel(
     width,
     block: tl.constexpr,
 ):
-    """Sums of the chunks of those rows that have more than one.
+    """Sum the chunks of rows that have more than one chunk.
 
-    A chunk is kept by the window of CHUNK sorted positions that it begins in. Two can begin in one window, the last of
-    a row and the first of the next: slot 0 is for chunks that follow one of their row, slot 1 for the first of a row.
+    A chunk is stored by the window of CHUNK sorted positions in which it begins. Two chunks can begin in one window,
+    the last of a row and the first of the next: slot 1 is for the first chunk of a row, slot 0 for a later one.
     """
     slot = tl.program_id(0).to(tl.int64)
     first = slot % 2 == 1
@@ -130,7 +130,7 @@ def rows_kernel(
 
 @triton.jit
 def map_kernel(
-    used,  # [2, K] int64, zeros: T minus the first position of a row, and 1 plus the last
+    used,  # [2, K] int64, initially 0: T minus the first position of a row, and 1 plus the last
     index,  # [T]
     length,
     count,
@@ -165,7 +165,7 @@ def mapped_kernel(
     end = tl.load(used + count + k)
     x = tl.load(grad + first * grad_stride + columns, mask=columns < tl.where(end > 0, width, 0), other=0)
     x = x.to(tl.float32)
-    if end > first + 1:  # rare: a row used twice; its other positions are searched for
+    if end > first + 1:  # rare: a row used more than once; search for its other positions
         total = x
         seen = 1
         for t in range(first + 1, end):
@@ -183,7 +183,7 @@ def mapped_kernel(
 
 
 def _tiles(width: int) -> tuple[int, int, int]:
-    """Return how many tiles a row has, columns per tile, warps."""
+    """Return tiles per row, columns per tile, and warps."""
     block = min(triton.next_power_of_2(width), 2048)
     return triton.cdiv(width, block), block, max(1, min(8, block // 256))
 

@@ -483,7 +483,7 @@ def test_plan_refuses():
     for sample, words in (
         ([Span(2, "casual")], "sample 1, span 0: mode must be one of causal, full, noise, pad, got 'casual'"),
         ([Span(2), Span(-1)], "sample 1, span 1: length must be 0 or more, got -1"),
-        ([Span(2, "noise", visible_to_earlier=True)], "a noise span is seen by no other span"),
+        ([Span(2, "noise", visible_to_earlier=True)], "no other span attends to a noise span"),
         (Span(9), "sample 1, span 0: must be an AttentionSpan, got 9; a plan takes a list of spans per sample"),
         ([Span(2), Span(1, cached=True)], "span 1: cached spans are a prefix and must come first"),
     ):
@@ -504,8 +504,8 @@ def test_arguments_that_do_not_fit():
         (lambda: attention(q, k[..., :4], v[..., :4], plan), ValueError, "expected q"),
         (lambda: attention(q[:-1], k, v, plan), ValueError, "the plan has 18 query rows, but the tensors have 17"),
         (lambda: attention(q, k[:-1], v[:-1], plan), ValueError, "the plan has 33 key rows, but the tensors have 32"),
-        (lambda: attention(q[:, :3], k, v, plan), ValueError, "3 query heads are no multiple of 2 key heads"),
-        (lambda: attention(q.float(), k, v, plan), TypeError, "one dtype, got torch.float32, torch.float64"),
+        (lambda: attention(q[:, :3], k, v, plan), ValueError, "must be a multiple of key heads, got 3 and 2"),
+        (lambda: attention(q.float(), k, v, plan), TypeError, "same dtype, got torch.float32, torch.float64"),
         (lambda: attention(q.long(), k, v, plan), TypeError, "q must be fp32, bf16 or fp16"),
         (lambda: attention(pq[:, 1:], pk, pv, padded_plan), ValueError, "2 samples of 16 query rows, but .* 2 of 15"),
         (lambda: attention(q, k, v, plan, prefix=(short, short)), ValueError, "15 cached and 18 other rows"),
@@ -590,9 +590,9 @@ def test_choice_on_a_gpu(monkeypatch):
     assert "deterministic only under torch.use_deterministic_algorithms(True) without warn_only" in reason
     assert choose(device, half, 80, True, torch_deterministic=True) == "varlen"
     assert choose(device, half, 80, False, "cudnn") == "cudnn"
-    with pytest.raises(RuntimeError, match="'cudnn' was asked for, but torch has no deterministic gradient by cuDNN"):
+    with pytest.raises(RuntimeError, match="'cudnn' was asked for, but torch has no deterministic gradient with cuDNN"):
         choose(device, half, 80, True, "cudnn", torch_deterministic=True)
-    with pytest.raises(RuntimeError, match="deterministic=True, and nothing here .*; varlen: .*; sdpa: its gradient"):
+    with pytest.raises(RuntimeError, match="deterministic=True, but no impl here .*; varlen: .*; sdpa: its gradient"):
         choose(device, half, 80, True)
 
 
@@ -697,15 +697,15 @@ def test_what_has_run_is_kept(monkeypatch):
     attention(*qkv, plan, impl="sdpa")
     attention(*qkv, plan, impl="sdpa")
     attention(*qkv, plan, impl="dense")
-    assert op.ran("cpu") == ["dense (float32, 8 channels a head)", "sdpa (float32, 8 channels a head)"]
+    assert op.ran("cpu") == ["dense (float32, head dimension 8)", "sdpa (float32, head dimension 8)"]
     assert op.ran("cuda") == []
 
 
 def test_the_trial_tells_right_from_wrong(monkeypatch):
-    assert op.trial(torch.device("cpu")).startswith("sdpa ran forward and backward and agrees with the masked one")
+    assert op.trial(torch.device("cpu")).startswith("sdpa ran forward and backward and agrees with dense")
     right = IMPLS["sdpa"]
     monkeypatch.setitem(IMPLS, "sdpa", lambda q, k, *more: right(q, -k, *more))
-    assert "DIFFERS from the masked one" in op.trial(torch.device("cpu"))
+    assert "DIFFERS from dense" in op.trial(torch.device("cpu"))
 
     def fails(*_):
         raise RuntimeError("no kernel image is available\nfor execution")

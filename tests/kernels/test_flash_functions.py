@@ -100,7 +100,7 @@ def test_the_function_is_found_wherever_it_is(install, files, capability, mark):
         ({"flash_attn/__init__.py": "raise OSError('libcudart.so.11.0')"}, "fails with OSError: libcudart.so.11.0"),
         ({"flash_attn/__init__.py": "__version__ = '2.8'"}, "flash_attn has no flash_attn_varlen_func"),
         ({"flash_attn/__init__.py": "flash_attn_varlen_func = None"}, "flash_attn has no flash_attn_varlen_func"),
-        ({"flash_attn/__init__.py": TOO_OLD}, "flash_attn_varlen_func of flash_attn does not take deterministic"),
+        ({"flash_attn/__init__.py": TOO_OLD}, "flash_attn_varlen_func of flash_attn has no argument deterministic"),
         ({"flash_attn_interface.py": UNDEFINED}, "importing flash_attn_interface fails with ImportError"),
         ({"flash_attn/cute/__init__.py": "import cutlass_nobody_has"}, "flash_attn.cute needs cutlass_nobody_has"),
         ({"flash_attn/__init__.py": "raise RuntimeError"}, "importing flash_attn fails with RuntimeError"),

@@ -385,7 +385,7 @@ def test_mistakes_are_named():
     _bad("shaped like the result", noise=torch.zeros(3, 7, 9, 5))  # as many elements, in another order
     _bad("x0 requires a gradient", x0=torch.zeros(3, 5, 7, 9, requires_grad=True))
     _bad("noise requires a gradient", noise=torch.zeros(3, 5, 7, 9, requires_grad=True))
-    _bad("list of no images", x0=[])
+    _bad("must not be an empty list", x0=[])
     _bad("one per image", weight=torch.ones(2))
     _bad("fp32, bf16 or fp16", pred=torch.zeros(3, 5, 7, 9, dtype=torch.int64))
     _bad("all tensors must be on one device, got x0 on cpu, t on meta", t=torch.zeros(3, device="meta"))

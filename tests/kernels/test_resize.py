@@ -116,13 +116,13 @@ def test_the_same_size_is_a_copy_of_nothing():
 @pytest.mark.parametrize(
     "image,options,error,said",
     [
-        (torch.zeros(1, 4, 4, dtype=torch.uint8), {}, ValueError, "expected an image [3, H, W], got [1, 4, 4]"),
-        (torch.zeros(3, 0, 4, dtype=torch.uint8), {}, ValueError, "expected an image [3, H, W], got [3, 0, 4]"),
-        (torch.zeros(3, 4, 4), {}, TypeError, "expected uint8, got torch.float32"),
+        (torch.zeros(1, 4, 4, dtype=torch.uint8), {}, ValueError, "image must be [3, H, W], got [1, 4, 4]"),
+        (torch.zeros(3, 0, 4, dtype=torch.uint8), {}, ValueError, "image must be [3, H, W], got [3, 0, 4]"),
+        (torch.zeros(3, 4, 4), {}, TypeError, "image must be uint8, got torch.float32"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), {"filter": "lanczos"}, ValueError, "unknown filter 'lanczos'"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), {"size": (0, 2)}, ValueError, "at least 1 x 1, got 0 x 2"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"box": (0, 0, 5, 4)}, ValueError, "outside of the image of 4 x 4"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"box": (2, 0, 2, 4)}, ValueError, "is empty or outside"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"box": (0, 0, 5, 4)}, ValueError, "inside the image of 4 x 4"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), {"box": (2, 0, 2, 4)}, ValueError, "must not be empty"),
     ],
 )
 def test_arguments_that_do_not_fit(image, options, error, said):
