@@ -1,4 +1,4 @@
-// The native module: csrc/*/bind.cpp hold its functions.
+// The native module. Its functions are bound in csrc/*/bind.cpp.
 #include "common/bind.h"
 #include "common/sources.h"
 

@@ -1,4 +1,4 @@
-// Instruction sets, and values that are looked at before a kernel runs.
+// Bindings for instruction sets, and checks of values before a kernel runs.
 #include "common/bind.h"
 
 #include <optional>
@@ -16,7 +16,7 @@ void set_isa(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(reca::best_isa()); ++i) {
     if (name == isa_names[i]) return reca::set_isa(static_cast<reca::Isa>(i));
   }
-  throw std::invalid_argument("instruction set '" + name + "': this processor runs baseline up to " +
+  throw std::invalid_argument("instruction set '" + name + "' is not available: this processor supports baseline to " +
                               name_of(reca::best_isa()));
 }
 
@@ -28,14 +28,14 @@ int64_t first_outside(const T* index, int64_t count, int64_t low, int64_t high, 
   return -1;
 }
 
-// The first place of a number that is neither in [low, high) nor `skipped`; -1: none.
+// The position of the first value that is neither in [low, high) nor `skipped`; -1 if there is none.
 int64_t index_outside(uint64_t index, bool is_int64, int64_t count, int64_t low, int64_t high,
                       std::optional<int64_t> skipped) {
   return is_int64 ? first_outside(reinterpret_cast<const int64_t*>(index), count, low, high, skipped)
                   : first_outside(reinterpret_cast<const int32_t*>(index), count, low, high, skipped);
 }
 
-// Whether all exponents have a zero: those of NaN and infinity are ones throughout.
+// Whether every exponent has a zero bit: the exponents of NaN and infinity are all ones.
 template <typename T>
 bool finite(const T* bits, int64_t count, T exponent) {
   for (int64_t begin = 0; begin < count; begin += 4096) {

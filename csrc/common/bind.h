@@ -1,14 +1,14 @@
-// How launchers become Python functions. Tensors arrive as addresses, dtypes as numbers, structs as tuples of their
-// fields; Python has allocated the tensors, checked them, and keeps them alive during the call.
+// Bindings of launchers as Python functions. Tensors are passed as addresses, dtypes as numbers, structs as tuples of
+// their fields. Python allocates and checks the tensors, and keeps them alive during the call.
 //
-// csrc/<op>/bind.cpp says what a struct's fields are and which launchers there are:
+// csrc/<op>/bind.cpp declares the fields of structs and the launchers:
 //
 //     template <>
 //     struct reca::FromPython<Args> : reca::FromTuple<Args, DType, const void*, int64_t> {};
 //
 //     RECA_BIND(m) { RECA_BIND_LAUNCHER(m, f); }       // reca::f and reca::cuda::f, chosen by the Launch, as m.f
 //
-// module.cpp calls every RECA_BIND that is linked.
+// module.cpp runs every RECA_BIND that is linked.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,7 +39,7 @@ struct Binding {
   explicit Binding(void (*bind)(py::module_&)) { bindings().push_back(bind); }
 };
 
-// Names of its own for each: several bind.cpp may be one translation unit.
+// Each has unique names: several bind.cpp may be compiled as one translation unit.
 #define RECA_BIND(m) RECA_BIND_EXPANDED(m, __COUNTER__)
 #define RECA_BIND_EXPANDED(m, number) RECA_BIND_NUMBERED(m, number)
 #define RECA_BIND_NUMBERED(m, number) RECA_BIND_NAMED(m, bind_##number, binding_##number)
@@ -50,10 +50,10 @@ struct Binding {
 
 // ---- arguments ----
 
-// Argument is what Python passes for a T, and get() makes the T of it, or something that converts to it and owns memory.
+// Argument is the type that Python passes for a T. get() converts it to T, or to an owner that converts to T.
 template <typename T>
 struct FromPython {
-  static_assert(std::is_arithmetic_v<T> || std::is_enum_v<T>, "say what the fields of this struct are");
+  static_assert(std::is_arithmetic_v<T> || std::is_enum_v<T>, "specialise FromPython with the fields of this struct");
   using Argument = typename std::conditional_t<std::is_enum_v<T>, std::underlying_type<T>, std::common_type<T>>::type;
   static T get(Argument x) { return static_cast<T>(x); }
 };
@@ -106,7 +106,7 @@ struct Launcher;
 
 template <typename... Parameters>
 struct Launcher<void(Parameters...)> {
-  // host, device: call the twins with values of FromPython<Parameters>::get.
+  // host, device: call the host or the device function with values of FromPython<Parameters>::get.
   template <typename Host, typename Device>
   static void bind(py::module_& m, const char* name, const Host& host, const Device& device) {
     m.def(name, [host, device](const typename FromPython<Parameters>::Argument&... arguments) {
@@ -129,12 +129,12 @@ struct Launcher<void(Parameters...)> {
 #endif
 #define RECA_CALL_HOST(f) [](const auto&... arguments) { reca::f(arguments...); }
 
-// Lambdas, not the functions' addresses: tests/kernels/emulated.py links the device side alone.
+// Lambdas, not function pointers: tests/kernels/emulated.py links the device side only.
 #define RECA_BIND_LAUNCHER(m, f) \
   reca::Launcher<decltype(reca::f)>::bind(m, #f, RECA_CALL_HOST(f), RECA_CALL_CUDA(f))
 
 
-// For what one side does in another way.
+// For functions that exist only on the host, or only on devices.
 #define RECA_BIND_HOST_LAUNCHER(m, f)     \
   reca::Launcher<decltype(reca::f)>::bind( \
       m, #f, RECA_CALL_HOST(f), [](const auto&...) { throw std::runtime_error(#f " runs on the host"); })

@@ -1,8 +1,8 @@
-// What the CUDA kernels share: element types, wide memory accesses, reductions, launches.
+// Shared by the CUDA kernels: element types, vectorised memory accesses, reductions, launches.
 //
-// A kernel is started with launch(), never with <<<>>>, and every instruction that C++ cannot say is behind a function
-// of this header. So the .cu files also compile with a plain C++ compiler, against tests/kernels/emulator, which runs
-// them thread by thread where there is no GPU.
+// Kernels are launched with launch(), never with <<<>>>, and inline assembly is confined to the functions of this
+// header. So the .cu files also compile with a plain C++ compiler against tests/kernels/emulator, which runs them
+// thread by thread without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,7 +28,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// f(float{}), f(bf16{}) or f(f16{}): the C++ type behind a dtype.
+// Calls f with a value of the C++ type of a dtype: float{}, bf16{} or f16{}.
 template <typename F>
 void with_type(DType type, const F& f) {
   if (type == DType::f32) f(float{});
@@ -36,7 +36,7 @@ void with_type(DType type, const F& f) {
   if (type == DType::f16) f(f16{});
 }
 
-// Two elements, the first in the lower half. Rounded to nearest, ties to even.
+// Packs two elements, the first in the lower half. Rounds to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t both;
@@ -76,7 +76,7 @@ __device__ __forceinline__ float narrow<float>(float x) {
 
 // ---- memory ----
 
-// `count` 32-bit words by the widest accesses that divide them, 16 bytes at most; p aligned to those.
+// Loads `count` 32-bit words with the widest accesses that divide them, up to 16 bytes. p is aligned to the access.
 template <int count>
 __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[count]) {
   if constexpr (count % 4 == 0) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ void load_words(const void* p, uint32_t (&w)[count]) 
   }
 }
 
-// By hand: nvcc 13 takes a plain store of a uint4 apart into four where the words come from conversions.
+// Inline assembly, because nvcc 13 splits a plain uint4 store into four stores if the words come from conversions.
 __device__ __forceinline__ void store_vector(uint4* p, uint4 w) {
 #ifdef __CUDACC__
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
@@ -113,7 +113,7 @@ __device__ __forceinline__ void store_vector(uint2* p, uint2 w) {
 #endif
 }
 
-// To global memory, otherwise like load_words.
+// Stores to global memory; otherwise like load_words.
 template <int count>
 __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[count]) {
   if constexpr (count % 4 == 0) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_words(void* p, const uint32_t (&w)[count])
   }
 }
 
-// n elements as floats. p aligned to n elements, or to 16 bytes where those are more.
+// Loads n elements as floats. p is aligned to n elements or to 16 bytes, whichever is less.
 template <int n, typename T>
 __device__ __forceinline__ void load(const T* p, float (&x)[n]) {
   static_assert(n * sizeof(T) % 4 == 0);
@@ -161,7 +161,7 @@ __device__ __forceinline__ void store(T* p, const float (&x)[n]) {
   store_words(p, w);
 }
 
-// One element of a type that is known when the kernel runs.
+// Reads one element of a type known at run time.
 __device__ __forceinline__ float read(DType type, const void* p, int64_t i) {
   if (type == DType::f32) return static_cast<const float*>(p)[i];
   return type == DType::bf16 ? widen(static_cast<const bf16*>(p)[i]) : widen(static_cast<const f16*>(p)[i]);
@@ -175,8 +175,8 @@ __device__ __forceinline__ void write(DType type, void* p, int64_t i, float x) {
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// 16 bytes from global to shared memory, both aligned, which this thread may read after wait_for_copies(); others need a
-// barrier besides.
+// Copies 16 aligned bytes from global to shared memory. This thread may read them after wait_for_copies(); other
+// threads need a barrier in addition.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(shared))),
@@ -203,9 +203,9 @@ __device__ __forceinline__ void* dynamic_shared() {
 #endif
 }
 
-// ---- reductions, in an order that depends on nothing ----
+// ---- reductions, in a fixed order ----
 
-// op over the lanes of a warp, the result in each.
+// Reduces over the lanes of a warp with op. Every lane gets the result.
 template <typename T, typename Op>
 __device__ __forceinline__ T warp_reduce(T x, const Op& op) {
 #pragma unroll
@@ -218,7 +218,7 @@ __device__ __forceinline__ T warp_sum(T x) {
   return warp_reduce(x, [](T a, T b) { return a + b; });
 }
 
-// The sum over a block of `threads`, in each thread of its first warp. Between two calls: __syncthreads().
+// Sums over a block of `threads`. The threads of the first warp get the result. Needs __syncthreads() between calls.
 template <int threads, typename T>
 __device__ __forceinline__ T block_sum(T x) {
   static_assert(threads % warp == 0 && threads <= warp * warp);
@@ -232,10 +232,10 @@ __device__ __forceinline__ T block_sum(T x) {
 // ---- launches ----
 
 inline void check(const char* op, cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA says: " + cudaGetErrorString(status));
+  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
 }
 
-// Makes a device the current one while it lives.
+// Makes a device current during its lifetime.
 class OnDevice {
  public:
   OnDevice(const char* op, int device) {
@@ -253,14 +253,14 @@ class OnDevice {
   bool moved_;
 };
 
-// kernel(args...) on blocks of `threads`, with `shared` bytes of dynamic shared memory. Nothing to do with 0 blocks.
+// Launches kernel(args...) on blocks of `threads`, with `shared` bytes of dynamic shared memory. 0 blocks: no launch.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, Launch on, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
             const Arguments&... args) {
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string(op) + ": too many elements for one launch");
   const OnDevice guard(op, on.device);
-  if (shared > 0) {  // 48 KB are free to use, but that counts the kernel's static memory too
+  if (shared > 0) {  // always set: the default limit of 48 KB includes the kernel's static shared memory
     check(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    int(shared)));
   }

@@ -6,7 +6,7 @@ namespace reca {
 
 Isa best_isa() {
 #ifdef __x86_64__
-  // The sets behind -march=x86-64-v4 and -v3 that a processor (or a hypervisor) is known to leave out singly.
+  // The features of -march=x86-64-v4 and -v3 that processors or hypervisors are known to lack individually.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return Isa::avx512;

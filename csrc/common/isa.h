@@ -1,6 +1,6 @@
-// The instruction sets that each CPU kernel is compiled for, and the choice between them at run time.
+// The instruction sets for which each CPU kernel is compiled, and run-time dispatch between them.
 //
-// A file csrc/<op>/cpu.cpp is compiled once per instruction set, with RECA_ISA its name. It looks like this:
+// A file csrc/<op>/cpu.cpp is compiled once per instruction set, with RECA_ISA defined as its name. It has this form:
 //
 //     #include "op.h"                            // declares  namespace reca { void f(const Args&, Launch); }
 //     namespace reca::RECA_ISA {
@@ -8,9 +8,9 @@
 //     }
 //     RECA_DISPATCH(f, (const Args& args, Launch on), (args, on))
 //
-// Such a file must not instantiate templates or inline functions that other files instantiate too (std::vector, …):
-// the linker keeps one copy of those, perhaps the AVX-512 one, and older processors would run it. Helpers go into an
-// anonymous namespace, or into namespace reca::RECA_ISA.
+// Such a file must not instantiate templates or inline functions that other files instantiate too (std::vector, …). The
+// linker keeps one copy of those, possibly the AVX-512 one, which older processors would then run. Helpers belong in an
+// anonymous namespace or in namespace reca::RECA_ISA.
 #pragma once
 
 #ifndef RECA_ISA
@@ -21,9 +21,9 @@ namespace reca {
 
 enum class Isa { baseline, avx2, avx512 };
 
-Isa best_isa();          // what this processor can run
-Isa current_isa();       // what the kernels use: the best one, unless set_isa said otherwise
-void set_isa(Isa isa);   // must not be above best_isa()
+Isa best_isa();          // the best one that this processor supports
+Isa current_isa();       // the one in use: the best one, unless changed by set_isa
+void set_isa(Isa isa);   // isa must not exceed best_isa()
 
 }  // namespace reca
 

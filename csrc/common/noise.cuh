@@ -1,8 +1,8 @@
 // Philox words and standard normals, one block of four elements at a time; see common/philox.h.
 //
-// Results have the bits of reca_kernels/philox/reference.py. There every multiplication and addition is rounded on its
-// own, so here mul() and add() are too, and a fused multiply-add stands only where the product is exact anyway: powers
-// of two, or few enough bits.
+// Results are bit-identical to reca_kernels/philox/reference.py, which rounds every multiplication and addition
+// separately. mul() and add() do the same, and a fused multiply-add is used only where the product is exact: by powers
+// of two, or with few enough bits.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -13,9 +13,9 @@ namespace reca::cuda {
 __device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 
-// A sample's noise, with its address read from memory once.
+// The address of a sample's noise, read from memory once.
 struct Stream {
-  uint32_t k0, k1, c1, c2, c3;  // c1: its upper 8 bits
+  uint32_t k0, k1, c1, c2, c3;  // c1: only its upper 8 bits
 };
 
 __device__ __forceinline__ Stream stream_of(const NoiseAddress& noise, int64_t sample) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ Stream stream_of(const NoiseAddress& noise, int64_t s
           uint32_t(id >> 32) << 8 | noise.stream};
 }
 
-// Lower and upper half. One instruction; written as 64-bit C++, nvcc 13 adds a zero to every upper half.
+// The lower and upper half of a product, in one instruction. From 64-bit C++ nvcc 13 adds 0 to every upper half.
 __device__ __forceinline__ uint2 product(uint32_t a, uint32_t b) {
 #ifdef __CUDACC__
   uint2 p;
@@ -52,8 +52,8 @@ __device__ __forceinline__ void philox(Stream s, uint64_t block, uint32_t (&w)[4
 
 __device__ __forceinline__ float uniform(uint32_t word) { return mul(float(word >> 8), 0x1p-24f); }
 
-// The root of x, 0 (of either sign) or a normal number, rounded to nearest: what sqrt.rn does, without the branch that
-// it keeps for denormals, infinities and negative numbers. A test on GPUs compares them.
+// The square root of x, which is 0 (of either sign) or a normal number, rounded to nearest. Equal to sqrt.rn, without
+// its branch for denormals, infinities and negative numbers; a GPU test compares them.
 __device__ __forceinline__ float root(float x) {
 #ifdef __CUDACC__
   float y;
@@ -65,10 +65,10 @@ __device__ __forceinline__ float root(float x) {
 #endif
 }
 
-// Box-Muller: two independent standard normals from two words, the radius from the first, the angle from the second.
+// Box-Muller: two independent standard normals from two words; radius from the first, angle from the second.
 __device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, float& x, float& y) {
   const float u = __fmaf_rn(float(a), 0x1p-32f, 0x1p-33f);  // (0, 1]
-  // u = (1 + f) 2^e, 1 + f in [sqrt(1/2), sqrt(2)). Everything is twice the reference's, for 2 log(u).
+  // u = (1 + f) 2^e, 1 + f in [sqrt(1/2), sqrt(2)). All terms are twice those of the reference, to give 2 log(u).
   const uint32_t exponent = (__float_as_uint(u) - 0x3f3504f3) & 0xff800000;  // e 2^23
   const float f = add(__uint_as_float(__float_as_uint(u) - exponent), -1.0f);
   const float e = float(int32_t(exponent)), z = mul(f, f);
@@ -82,7 +82,7 @@ __device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, float& x, fl
   p = __fmaf_rn(e, 2 * ln2_high * 0x1p-23f, __fmaf_rn(f, 2.0f, p));
   const float radius = root(-p);
 
-  // b / 2^32 turns, its lower 8 bits dropped, is a quadrant (to the nearest) and a rest of 22 bits with a sign.
+  // b / 2^32 turns, without its lower 8 bits, is the nearest quadrant plus a signed remainder of 22 bits.
   const uint32_t quadrant = b + 0x20000000;  // its upper 2 bits
   const float t = mul(float(int32_t(b << 2 & 0xfffffc00)), two_pi * 0x1p-34f), q = mul(t, t);
   float s = add(mul(add(mul(sin_p[0], q), sin_p[1]), q), sin_p[2]);

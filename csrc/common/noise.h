@@ -1,5 +1,6 @@
 // Philox words and standard normals, W blocks at a time; see common/philox.h.
-// CMakeLists.txt compiles files that include this with -ffp-contract=off: their normals must have the reference's bits.
+// CMakeLists.txt compiles files that include this with -ffp-contract=off: normals must be bit-identical to the
+// reference.
 #pragma once
 
 #include "common/philox.h"
@@ -7,7 +8,7 @@
 
 namespace reca::RECA_ISA {
 
-// The product of m and the lower half of every 64-bit lane; upper halves are ignored.
+// The product of m and the lower half of every 64-bit lane. Upper halves are ignored.
 static inline vwide multiply(vwide a, uint32_t m) {
 #if defined(__AVX512F__)
   return (vwide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32(int(m)));
@@ -22,8 +23,8 @@ struct Words {
   vuint w[4];
 };
 
-// Even and odd lanes go their own way through the rounds, each in the lower half of a 64-bit lane, where a product's two
-// halves are at hand without shuffles. What stands in the upper halves is never read.
+// Even and odd lanes are processed separately, each in the lower half of a 64-bit lane, so that both halves of a
+// product are available without shuffles. The upper halves are never read.
 static inline Words philox(vuint c0, vuint c1, vuint c2, vuint c3, uint64_t seed) {
   const vuint start[4] = {c0, c1, c2, c3};
   vwide c[2][4];
@@ -45,7 +46,7 @@ static inline Words philox(vuint c0, vuint c1, vuint c2, vuint c3, uint64_t seed
   return words;
 }
 
-static inline vfloat to_float(vuint x) {  // to nearest, ties to even: both halves and their scaled sum are exact but the last
+static inline vfloat to_float(vuint x) {  // to nearest, ties to even: only the final addition rounds
   return __builtin_convertvector((vint)(x >> 16), vfloat) * 65536.0f + __builtin_convertvector((vint)(x & 0xffff), vfloat);
 }
 
@@ -108,7 +109,7 @@ static inline vfloat zip(vfloat x, vfloat y) {
   return shuffle<Zipped<upper>>(x, y);
 }
 
-// Lane i's four values to out[4 i ... 4 i + 3].
+// Stores lane i's four values at out[4 i ... 4 i + 3].
 static inline void interleave(const vfloat* values, float* out) {
   const vfloat even_low = zip<false>(values[0], values[2]), even_high = zip<true>(values[0], values[2]);
   const vfloat odd_low = zip<false>(values[1], values[3]), odd_high = zip<true>(values[1], values[3]);
@@ -130,7 +131,7 @@ static inline void finish(const Words& words, float* out) {
   interleave(values, out);
 }
 
-// Elements [begin, begin + n) of one sample, begin a multiple of 4. out has room for n rounded up to 4 W.
+// Draws elements [begin, begin + n) of one sample; begin is a multiple of 4. out has room for n rounded up to 4 W.
 template <Distribution distribution>
 static void draw(const NoiseAddress& noise, int64_t sample, int64_t begin, int64_t n, float* out) {
   const uint64_t id = uint64_t(noise.sample_ids[sample]);
@@ -140,12 +141,12 @@ static void draw(const NoiseAddress& noise, int64_t sample, int64_t begin, int64
   for (int64_t done = 0; done < n; done += 4 * W) {
     const uint64_t block = uint64_t(begin + done) / 4;
     const vuint c0 = uint32_t(block) + lanes();
-    const vuint carry = (vuint)(c0 < uint32_t(block)) & 1;  // a comparison gives all ones
+    const vuint carry = (vuint)(c0 < uint32_t(block)) & 1;  // a true comparison is all ones
     finish<distribution>(philox(c0, (uint32_t(block >> 32) | top) + carry, c2, c3, seed), out + done);
   }
 }
 
-// Rows [begin, begin + rows) of one sample each, `channels` elements a row, a multiple of 4.
+// Draws rows [begin, begin + rows), each of one sample with `channels` elements, a multiple of 4.
 // out has room for rows * channels rounded up to 4 W.
 template <Distribution distribution>
 static void draw_rows(const NoiseAddress& noise, int64_t begin, int64_t rows, int64_t channels, float* out) {
@@ -168,7 +169,7 @@ static void draw_rows(const NoiseAddress& noise, int64_t begin, int64_t rows, in
   }
 }
 
-// ---- typed memory through float buffers ----
+// ---- conversion between typed memory and float buffers ----
 
 static inline void read(DType type, const void* from, int64_t begin, int64_t n, float* to) {
   const auto copy = [&](auto* p) {
@@ -181,7 +182,7 @@ static inline void read(DType type, const void* from, int64_t begin, int64_t n, 
   if (type == DType::f16) copy(static_cast<const f16*>(from));
 }
 
-// n elements as floats: where they are, or widened into the buffer.
+// n elements as floats: in place if they are fp32, else widened into the buffer.
 static inline const float* floats(DType type, const void* from, int64_t begin, int64_t n, float* buffer) {
   if (type == DType::f32) return static_cast<const float*>(from) + begin;
   read(type, from, begin, n, buffer);

@@ -1,4 +1,4 @@
-// Loops over independent rows. The caller says how many threads; nothing here depends on how rows fall to threads.
+// Loops over independent rows. The caller sets the number of threads; results do not depend on the assignment of rows.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace reca::RECA_ISA {
 
 template <typename Body>
 static inline void parallel_for(int64_t count, int threads, const Body& body) {
-  if (threads <= 1 || count <= 1) {  // no parallel region: a forked child may run this
+  if (threads <= 1 || count <= 1) {  // without a parallel region, so that it is safe in a forked child
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }

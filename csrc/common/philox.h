@@ -1,7 +1,7 @@
 // Philox-4x32-10 (Salmon, Moraes, Dror, Shaw 2011) and standard normals from it. Host and device.
 //
-// The same arithmetic, operation by operation, as reca_kernels/philox/reference.py, so that all backends give the same
-// bits. Nothing here may be contracted into a fused multiply-add.
+// The arithmetic is that of reca_kernels/philox/reference.py, operation by operation, so that all backends are
+// bit-identical. It must not be contracted into fused multiply-adds.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +17,15 @@ namespace reca {
 constexpr uint32_t philox_m0 = 0xD2511F53, philox_m1 = 0xCD9E8D57;
 constexpr uint32_t philox_w0 = 0x9E3779B9, philox_w1 = 0xBB67AE85;
 
-// Where a batch's noise is: see `Philox` in reca_kernels/philox. The seed is read by the kernel, so that a captured CUDA
-// graph can be replayed with another one.
+// The address of a batch's noise; see `Philox` in reca_kernels/philox. The kernel reads the seed from memory, so that a
+// captured CUDA graph can be replayed with another seed.
 struct NoiseAddress {
   const uint64_t* seed;
   const int64_t* sample_ids;  // [B]
   uint32_t stream;
 };
 
-enum class Distribution : int { bits, uniform, normal };  // uint32 words, [0, 1), mean 0 and variance 1
+enum class Distribution : int { bits, uniform, normal };  // uint32 words, uniform in [0, 1), standard normal
 
 // Cephes' single precision polynomials for log on [sqrt(1/2), sqrt(2)) and sin, cos on [-pi/4, pi/4].
 constexpr float log_p[9] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,

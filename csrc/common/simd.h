@@ -1,5 +1,5 @@
-// One vector of floats of the width that the instruction set has, and what the kernels need of it.
-// Part of every per-instruction-set file, hence in its namespace.
+// A vector of floats of the instruction set's width, and the operations that the kernels need.
+// Included by every file that is compiled per instruction set, and therefore in its namespace.
 #pragma once
 
 #include <cmath>
@@ -24,7 +24,7 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-// GCC and Clang vector types: + - * / and comparisons work on them, a * b + c contracts to a fused multiply-add.
+// GCC and Clang vector types: they support + - * / and comparisons, and a * b + c contracts to a fused multiply-add.
 typedef float vfloat __attribute__((vector_size(4 * W)));
 typedef int32_t vint __attribute__((vector_size(4 * W)));
 typedef uint32_t vuint __attribute__((vector_size(4 * W)));
@@ -41,7 +41,7 @@ struct f16 {
 
 static inline vfloat splat(float x) { return vfloat{} + x; }
 
-// The larger; b where either is NaN. So max(bound, x) keeps a NaN in x.
+// The maximum, or b if either is NaN. So max(bound, x) propagates NaN in x.
 static inline vfloat max(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
@@ -54,12 +54,12 @@ static inline vfloat max(vfloat a, vfloat b) {
 #endif
 }
 
-// Lane i of the result is lane Order::of(i) of x, from W on of y.
+// Lane i of the result is lane Order::of(i) of x and y, concatenated.
 template <typename Order, size_t... i>
 static inline vfloat shuffle(vfloat x, vfloat y, std::index_sequence<i...>) {
 #ifdef __clang__
   return __builtin_shufflevector(x, y, Order::of(i)...);
-#else  // which has that, too, from GCC 12 on
+#else  // GCC has __builtin_shufflevector only from version 12 on
   return __builtin_shuffle(x, y, vint{Order::of(i)...});
 #endif
 }
@@ -80,7 +80,7 @@ static inline float fold(vfloat x) {
   return x[0];
 }
 
-// In pairs, a fixed order: lane after lane, every addition would wait for the one before.
+// Pairwise, in a fixed order; a sequential sum would make every addition wait for the previous one.
 static inline float sum(vfloat x) { return fold<W / 2>(x); }
 
 static inline vdouble to_double(vfloat x) { return __builtin_convertvector(x, vdouble); }
@@ -115,7 +115,7 @@ static inline vfloat load(const bf16* p) {
   std::memcpy(&h, p, sizeof h);
   return (vfloat)(__builtin_convertvector(h, vuint) << 16);
 }
-// The upper halves: to nearest, ties to even; NaN stays NaN.
+// bf16 in the upper halves, rounded to nearest, ties to even; NaN stays NaN.
 static inline vuint bf16_bits(vfloat x) {
   const vuint u = (vuint)x, rounded = u + 0x7fff + ((u >> 16) & 1);
   return x == x ? rounded : vuint{} + 0x7fc00000;
@@ -132,7 +132,7 @@ static inline float widen(f16 x) {
   uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff, u;
   if (rest >= 0x7c00) {
     u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-  } else {  // exact: the exponent is moved by a multiplication, which handles denormals too
+  } else {  // exact: a multiplication adjusts the exponent, which handles denormals too
     u = rest << 13;
     float f;
     std::memcpy(&f, &u, 4);
@@ -203,12 +203,13 @@ static inline void store(f16* p, vfloat x) {
 #endif
 }
 
-// Asks for memory that will be read soon, which may end before `bytes` do.
+// Prefetches memory that will be read soon. The range may extend beyond the allocation.
 static inline void prefetch(const void* p, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
 }
 
-// 2 W elements at once, in an order of their own that both have in common: 16-bit ones need no moves between lanes then.
+// Load or store 2 W elements at once, in an unspecified lane order that both share, so that 16-bit elements need no
+// cross-lane moves.
 template <typename T>
 static inline void load_pair(const T* p, vfloat& a, vfloat& b) {
   a = load(p), b = load(p + W);
@@ -222,10 +223,11 @@ template <typename T>
 static inline void store_pair(T* p, vfloat a, vfloat b) {
   store(p, a), store(p + W, b);
 }
-// A NaN stays one unless all its bits are set, which no arithmetic gives that began without such.
+// NaN stays NaN unless all its bits are set, which arithmetic never produces from other values.
 static inline void store_pair(bf16* p, vfloat a, vfloat b) {
 #if defined(__AVX512BW__)
-  // Both at once in lanes of 16 bits: what is kept goes up by one where what is cut off, plus its own last bit, is over half.
+  // Rounds both at once in 16-bit lanes: the kept half is incremented if the cut half plus the kept half's last bit
+  // exceeds 0x8000.
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), x = (__m512i)a, y = (__m512i)b;
   const __m512i kept = _mm512_ternarylogic_epi32(upper, y, _mm512_srli_epi32(x, 16), 0xca);  // upper ? y : x
   const __m512i cut = _mm512_ternarylogic_epi32(upper, _mm512_slli_epi32(y, 16), x, 0xca);
@@ -238,7 +240,7 @@ static inline void store_pair(bf16* p, vfloat a, vfloat b) {
 #endif
 }
 
-// The first n < W elements; the other lanes are `fill`.
+// Loads the first n < W elements; the other lanes are `fill`.
 template <typename T>
 static inline vfloat load_some(const T* p, int64_t n, float fill) {
   vfloat x = splat(fill);
@@ -252,12 +254,12 @@ static inline void store_some(T* p, vfloat x, int64_t n) {
 
 // ---- functions ----
 
-// factor e^x for x <= 88, relative error 2e-7 + 1.4e-8 |x| or less; 0 below -87.3 (the last normal number of e^x); NaN stays
-// NaN.
+// factor e^x for x <= 88, with relative error at most 2e-7 + 1.4e-8 |x|; 0 below -87.3, where e^x is denormal; NaN
+// stays NaN.
 static inline vfloat exp(vfloat x, float factor = 1) {
 #if defined(__AVX512F__)
-  // 2^(n + r): the fraction of n, a multiple of 1/32, by a table, |r| <= 1/64 by a parabola. Half the instructions of what
-  // stands below, and the factor is in the table before the loop begins.
+  // 2^(n + r): the fraction of n, a multiple of 1/32, by lookup table, and |r| <= 1/64 by a quadratic polynomial. This
+  // takes half the instructions of the version below, and the factor is multiplied into the table outside the loop.
   const __m512 low = _mm512_setr_ps(1.0f, 1.02189720f, 1.04427373f, 1.06714046f, 1.09050775f, 1.11438680f, 1.13878858f,
                                     1.16372490f, 1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f,
                                     1.32523668f, 1.35425556f, 1.38390994f);
@@ -267,14 +269,14 @@ static inline vfloat exp(vfloat x, float factor = 1) {
   const __m512 log2_e = _mm512_set1_ps(1.44269504f), wide = _mm512_set1_ps(factor);
   const __m512 moved = _mm512_fmadd_ps((__m512)x, log2_e, _mm512_set1_ps(393216.0f));  // 1.5 2^18: its last bit is 1/32
   const vfloat n = (vfloat)moved - 393216.0f;
-  const vfloat r = (vfloat)_mm512_fmsub_ps((__m512)x, log2_e, (__m512)n);  // fused also where the compiler may not
+  const vfloat r = (vfloat)_mm512_fmsub_ps((__m512)x, log2_e, (__m512)n);  // fused even under -ffp-contract=off
   const vfloat t = (vfloat)_mm512_permutex2var_ps(low * wide, (__m512i)moved, high * wide);
   const vfloat y = t * ((r * 0.240226507f + 0.693157315f) * r) + t;
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
   return (vfloat)_mm512_maskz_scalef_ps(kept, (__m512)y, (__m512)n);
 #else
   vfloat bounded = max(splat(-87.5f), x);
-  // Nearest integer by the rounding of the addition; its low bits are the integer.
+  // Rounds to the nearest integer by the addition of 1.5 2^23, whose low bits are then the integer.
   vfloat shifted = bounded * 1.44269504f + 12582912.0f;
   vfloat n = shifted - 12582912.0f;
   vfloat r = bounded - n * 0.693359375f;  // ln 2 in two parts (Cody and Waite)
@@ -296,7 +298,7 @@ static inline vfloat tanh(vfloat x) {
   vfloat size = (vfloat)((vint)x & 0x7fffffff);
   vfloat e = exp(size * -2.0f);
   vfloat far = (1.0f - e) / (1.0f + e);
-  vfloat s = x * x;  // near 0 the difference above would cancel
+  vfloat s = x * x;  // near 0 a polynomial, because 1 - e cancels there
   vfloat near = size + size * s * (-0.333333333f + s * (0.133333333f + s * (-0.0539682540f + s * 0.0218694885f)));
   vfloat t = size < 0.25f ? near : far;
   return (vfloat)((vuint)t | ((vuint)x & 0x80000000u));

@@ -1,8 +1,8 @@
-// What the module was built from.
+// The digest of the sources from which the module was built.
 #pragma once
 
 namespace reca {
 
-const char* sources();  // the SHA-256 that CMakeLists.txt computes of csrc and itself
+const char* sources();  // SHA-256 of csrc and CMakeLists.txt, computed by CMakeLists.txt
 
 }  // namespace reca

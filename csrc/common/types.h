@@ -1,4 +1,4 @@
-// Element types and places of work, as launchers see them.
+// Arguments of launchers: element types, and where to run.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +9,16 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
-// Where a launcher works: on the host with so many threads, or on a CUDA device, in one of its streams.
+// Where a launcher runs: on the host with `threads` threads, or on a CUDA device in `stream`.
 struct Launch {
-  int device;    // the device's number; -1: the host
+  int device;    // index of the device; -1: the host
   void* stream;  // a cudaStream_t
-  int threads;   // of the host
+  int threads;   // on the host
 };
 
 }  // namespace reca
 
-// Declares a launcher in namespace reca, which runs on the host, and its twin in reca::cuda. Tensors are addresses there.
+// Declares a launcher in namespace reca, which runs on the host, and in reca::cuda, which runs on a device.
 #define RECA_LAUNCHER(...) \
   namespace reca {         \
   __VA_ARGS__;             \

@@ -5,8 +5,8 @@
 
 namespace reca::RECA_ISA {
 
-constexpr int64_t group = 64;       // rows a task handles
-constexpr int64_t widest = 128;     // channels the buffers hold
+constexpr int64_t group = 64;       // rows per task
+constexpr int64_t widest = 128;     // most channels that fit into the buffers
 constexpr float bits = 1.44269504f;  // 1 / ln 2
 
 static inline const float* entry(const Diffusion& args, int64_t row) {
@@ -87,7 +87,7 @@ void diffusion_loss(const Diffusion& args, DType dtype, const void* out, void* g
         const auto mean = means(x, e, predicted);
         const vfloat log_variance = (v + 1.0f) * range + log_posterior;
         const vfloat distance = mean.truth - mean.model;
-        // simd.h's exp ends at 88. NaN stays NaN.
+        // exp in simd.h is valid up to 88. NaN stays NaN.
         const vfloat precision = log_variance < -88.0f ? splat(INFINITY) : exp(-log_variance);
         const vfloat shrink = posterior * precision;
         const vfloat scaled = distance * distance * precision;

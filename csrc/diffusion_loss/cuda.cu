@@ -1,5 +1,5 @@
-// A few threads share a row, each with some neighbouring channels: eight where memory allows vectors, else four. They
-// add their parts of the row's loss by shuffles. Rows of step 0, one in a thousand, take a way of their own, in fp64.
+// A few threads share a row, each with a few consecutive channels: eight if alignment permits vector accesses, else
+// four. The row's loss is summed by warp shuffles. Rows of step 0, one in a thousand, are handled separately, in fp64.
 #include <functional>
 
 #include "common/noise.cuh"
@@ -15,10 +15,10 @@ constexpr float bits = 1.44269504f;  // 1 / ln 2
 struct Work {
   Diffusion args;
   DType dtype;     // of x_t, or of out and its gradient
-  int log_sharers; // 2^ so many threads share a row
+  int log_sharers; // log2 of the number of threads that share a row
 };
 
-// What a thread works on: `there` is false beyond the last row or channel.
+// The row and first channel of a thread. there: false beyond the last row or channel.
 struct Place {
   int64_t row;
   int channel;
@@ -33,8 +33,8 @@ __device__ __forceinline__ Place place_of(const Work& work) {
   return {row, channel, row < work.args.count && channel < work.args.channels};
 }
 
-// The row of x0, the line of the table and whether it is that of step 0. Where there is no such row or step, the line is
-// one of NaN.
+// The row of x0, the line of the table, and whether it is that of step 0. For a row or step out of range, all entries
+// of the line are NaN.
 struct Origin {
   int64_t row;
   const float* line;
@@ -50,7 +50,7 @@ __device__ __forceinline__ Origin origin_of(const Work& work, const Place& place
   return {known ? row : 0, known ? work.args.table + t * diffusion_columns : no_line, t == 0};
 }
 
-// The step's line of the table.
+// A line of the table.
 struct Step {
   float sqrt_abar, sqrt_1m_abar, sqrt_recip, sqrt_recip_m1, c1, c2, log_posterior, log_beta;
 };
@@ -67,7 +67,7 @@ __device__ __forceinline__ Step step_of(const float* line) {
   return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
 }
 
-// Noise of n channels, a multiple of four.
+// Computes the noise of n channels, a multiple of four.
 template <int n, bool wide>
 __device__ __forceinline__ void noise_of(const Work& work, const Place& place, float (&eps)[n]) {
   if (const float* const noise = work.args.explicit_noise) {
@@ -85,7 +85,8 @@ __device__ __forceinline__ void noise_of(const Work& work, const Place& place, f
   }
 }
 
-// n elements from `begin` on, those at or beyond `end` as 0. T void: of type `type`, one by one.
+// Reads n elements from `begin` on, with 0 at and beyond `end`. T void: elements are of type `type` and read one by
+// one.
 template <typename T, int n>
 __device__ __forceinline__ void read_some(DType type, const void* from, int64_t begin, int64_t end, float (&x)[n]) {
   if constexpr (std::is_void_v<T>) {
@@ -114,7 +115,7 @@ __device__ __forceinline__ void read_x0(const Work& work, const Place& place, in
   read_some<X>(work.args.x0_dtype, work.args.x0, row * channels + place.channel, (row + 1) * channels, x);
 }
 
-// X, P: types of x0 and x_t, or void, void: whatever they and their alignment are. n: channels of a thread.
+// X, P: types of x0 and x_t, or void for any types and alignment. n: channels per thread.
 template <typename X, typename P, int n>
 __device__ __forceinline__ void add_noise(const Work& work, void* x_t) {
   constexpr bool wide = !std::is_void_v<X>;
@@ -181,7 +182,7 @@ __device__ __forceinline__ void loss(const Work& work, const void* out, void* gr
     }
     if (origin.first) {
 #pragma unroll 1
-      for (int k = 0; k < n; ++k) {  // not unrolled: fp64 functions are long
+      for (int k = 0; k < n; ++k) {  // not unrolled, because the code of fp64 functions is long
         float derivative;
         const float here = first_step(pick(x, k), pick(mean, k), pick(variance, k), &derivative);
         if (wide || place.channel + k < channels) bound += here / bits;
@@ -223,8 +224,8 @@ __global__ void __launch_bounds__(threads)
 
 // ---- launches ----
 
-// The kernel for a call: wide(X{}, P{}), by the types of x0 and of x_t or out, where these and memory allow vectors, else
-// any. Also what the kernel needs, and the number of blocks.
+// Calls launch_it(kernel, work, blocks). The kernel is wide(X{}, P{}), with the types of x0 and of x_t or out, if types
+// and alignment permit vector accesses, else `any`.
 template <typename Kernel, typename Wide>
 void with_kernel(const Diffusion& args, DType dtype, std::initializer_list<const void*> tensors, Kernel any,
                  const Wide& wide, const std::function<void(Kernel, const Work&, int64_t)>& launch_it) {

@@ -1,4 +1,4 @@
-// The likelihood of a pixel's bin, as MAR scores its first diffusion step. Host and device.
+// The likelihood of a pixel's bin: the bound of step 0 in MAR's diffusion loss. Host and device.
 #pragma once
 
 #include <cmath>
@@ -7,9 +7,10 @@
 
 namespace reca {
 
-// -log2 of the probability of the bin of width 2/255 around x0 under a normal, and its derivative by the log variance.
-// The cumulative normal is its tanh approximation; logarithms stop at 1e-12. In fp64: the probability is a small
-// difference of two cumulative ones. (Static: every CPU file compiles its own, for its own instruction set.)
+// Returns -log2 of the probability of the bin of width 2/255 around x0 under a normal, and its derivative with respect
+// to the log variance. The normal CDF is its tanh approximation; probabilities are clamped at 1e-12. Computed in fp64,
+// because the probability is a small difference of two CDF values. (Static: every CPU file compiles its own copy, for
+// its instruction set.)
 static RECA_HD float first_step(float x0, float mean, float log_variance, float* derivative) {
   constexpr float bits = 1.44269504f;  // 1 / ln 2
   const double centered = double(x0) - mean, inverse = std::exp(-0.5 * double(log_variance)), half_bin = 1.0 / 255.0;
@@ -30,7 +31,7 @@ static RECA_HD float first_step(float x0, float mean, float log_variance, float*
   } else {
     p = above - below, dp = high_slope * -0.5 * high + low_slope * 0.5 * low;
   }
-  const bool clamped = p <= 1e-12;  // NaN is not
+  const bool clamped = p <= 1e-12;  // false for NaN
   *derivative = clamped ? 0.0f : float(-dp / p * bits);
   return float(-std::log(clamped ? 1e-12 : p) * bits);
 }

@@ -5,20 +5,20 @@
 namespace reca::RECA_ISA {
 
 constexpr int64_t chunk = 4096;  // elements; a multiple of 4 W for every W
-static_assert(chunk >= flow_tile, "the workspace has a number per tile");
+static_assert(chunk >= flow_tile, "the workspace has one partial sum per tile");
 
 static inline int64_t elements_of(const FlowMatching& args, const FlowRun& run) {
   return args.channels * run.height * run.width;
 }
 
-static inline int64_t chunks_of(const FlowMatching& args, const FlowRun& run) {  // of each of its images
+static inline int64_t chunks_of(const FlowMatching& args, const FlowRun& run) {  // per image
   return (elements_of(args, run) + chunk - 1) / chunk;
 }
 
 struct Image {
   const void* x0;  // [channels, height, width]
   int64_t width, plane;
-  int64_t number, offset;  // offset: of its first element in x_t, pred and noise
+  int64_t number, offset;  // index of the image; offset of its first element in x_t, pred and noise
 };
 
 template <typename T>
@@ -27,7 +27,7 @@ static void gather_patches(const FlowMatching& args, const Image& im, int64_t be
   for (int64_t number = begin / token; number * token < end;) {
     const int64_t start = number * token, from = begin > start ? begin - start : 0;
     const int64_t to = end - start < token ? end - start : token;
-    // Patches that lie side by side and are wanted whole, or one of which a part is.
+    // Adjacent patches that are needed completely, or one that is needed in part.
     const int64_t whole = from > 0 ? 0 : (end - start) / token, left = columns - number % columns;
     const int64_t count = whole == 0 ? 1 : whole < left ? whole : left;
     const T* const corner = static_cast<const T*>(im.x0) + number / columns * p * im.width + number % columns * p;
@@ -41,9 +41,9 @@ static void gather_patches(const FlowMatching& args, const Image& im, int64_t be
   }
 }
 
-// x0's elements [begin, begin + n) in the order of the prediction: patches row by row, inside a patch (row, column,
-// channel). It is read along rows of patches, as x0 lies, and written in jumps, which stay in the first-level cache.
-// With patch 1 that order is x0's own, and fp32 is read where it is.
+// x0's elements [begin, begin + n) in the order of the prediction: patches in row-major order, inside a patch (row,
+// column, channel). Reads follow the rows of x0; writes are strided, within the L1 cache. With patch 1 the order is
+// that of x0, and fp32 is used in place.
 static const float* gather(const FlowMatching& args, const Image& im, int64_t begin, int64_t n, float* out) {
   if (args.patch == 1) return floats(args.x0_dtype, im.x0, begin, n, out);
   switch (args.x0_dtype) {
@@ -60,7 +60,7 @@ static const float* fill_noise(const FlowMatching& args, const Image& image, int
   return out;
 }
 
-// body(image, first element in the image, number of elements, number of the chunk)
+// Calls body(image, first element in the image, number of elements, index of the chunk) for every chunk.
 template <typename Body>
 static void for_chunks(const FlowMatching& args, const FlowRuns& runs, Launch on, const Body& body) {
   int64_t chunks = 0;

@@ -1,6 +1,6 @@
-// A thread handles eight neighbours in the order of the prediction: two Philox blocks, and 16 bytes of 16-bit numbers. A
-// block handles some tiles of one image, and for the loss writes one partial sum; a second kernel adds an image's partial
-// sums in their order.
+// A thread handles eight consecutive elements in the order of the prediction: two Philox blocks, and 16 bytes of 16-bit
+// elements. A block handles some tiles of one image and writes one partial sum of the loss; a second kernel adds an
+// image's partial sums in a fixed order.
 #include <algorithm>
 
 #include "common/noise.cuh"
@@ -9,11 +9,11 @@
 namespace reca::cuda {
 namespace {
 
-constexpr int threads = 256, mine = 8;  // elements of a thread
-constexpr int most_runs = 32;           // that fit into a kernel's parameters
+constexpr int threads = 256, mine = 8;  // mine: elements per thread
+constexpr int most_runs = 32;           // most runs that fit into a kernel's parameters
 static_assert(threads * mine == flow_tile);
 
-// Division by a number that is known when a kernel is launched, for dividends below 2^31 (Granlund, Montgomery 1994).
+// Division by a launch-time constant, for dividends below 2^31 (Granlund, Montgomery 1994).
 struct Divisor {
   uint32_t number, multiplier, shift;
   Divisor() = default;
@@ -31,16 +31,16 @@ struct Divisor {
 
 struct Run {
   const void* x0;
-  int64_t elements, offset;        // of one image; of the first image in x_t, pred and noise
+  int64_t elements, offset;        // per image; of the first image in x_t, pred and noise
   uint32_t first_block, first_image, images;
   uint32_t width, plane;           // of x0, for patches
-  Divisor blocks, columns;         // of one image; patches in a row of patches
+  Divisor blocks, columns;         // blocks per image; patches per row of patches
 };
 
 struct Work {
   DType x0_dtype, dtype;
-  int count;               // of runs
-  uint32_t blocks, tiles;  // blocks in all, tiles of a block
+  int count;               // runs
+  uint32_t blocks, tiles;  // total blocks, tiles per block
   uint32_t patch, channels;
   Divisor by_channels, by_patch, by_patch_area;
   NoiseAddress noise;
@@ -49,7 +49,7 @@ struct Work {
 };
 static_assert(sizeof(Work) < 4000);
 
-// Where a block works: `begin` to `end` of one image.
+// The elements of a block: `begin` to `end` of one image.
 struct Part {
   const Run* run;
   uint32_t image, image_of_run;
@@ -68,24 +68,25 @@ __device__ __forceinline__ Part part_of(const Work& work, uint32_t block) {
           run.offset + image * run.elements};
 }
 
-// Where element `i` of the prediction is in x0: patches row by row, inside a patch (row, column, channel).
+// The offset in x0 of element `i` of the prediction: patches in row-major order, inside a patch (row, column, channel).
 __device__ __forceinline__ int64_t place(const Work& work, const Run& run, int64_t i) {
   if (work.patch == 1) return i;
   uint32_t channel, pixel, row, column;
   const uint32_t token = work.by_patch_area.divide(work.by_channels.divide(uint32_t(i), channel), pixel);
   const uint32_t y = work.by_patch.divide(pixel, column), line = run.columns.divide(token, row);
-  // `row` is the number of the patch in its row of patches here
+  // `line` is the row of patches, and `row` the index of the patch within it.
   return channel * run.plane + (line * work.patch + y) * run.width + row * work.patch + column;
 }
 
-// Noise of the eight elements from `i` of the image on.
+// Computes the noise of the eight elements of the image from `i` on.
 __device__ __forceinline__ void noise_of(const Work& work, const Stream& stream, int64_t i, float (&x)[mine]) {
   normals(stream, uint64_t(i) / 4, x);
   normals(stream, uint64_t(i) / 4 + 1, x + 4);
 }
 
-// body(i, fetched, x0, noise) for each eight neighbours of the part that are this thread's, with fetch(i), called before
-// the noise is drawn so that loads are under way meanwhile. With patches, eight neighbours are channels of one pixel.
+// Calls body(i, fetched, x0, noise) for every eight consecutive elements of this thread. fetched is fetch(i), called
+// before the noise is generated so that loads overlap with it. With patches, the eight elements are channels of one
+// pixel.
 template <typename X, bool patches, typename Fetch, typename Body>
 __device__ __forceinline__ void for_vectors(const Work& work, const Part& part, const Fetch& fetch, const Body& body) {
   const X* const x0 = static_cast<const X*>(part.run->x0) + part.image_of_run * part.run->elements;
@@ -110,7 +111,7 @@ __device__ __forceinline__ void for_vectors(const Work& work, const Part& part, 
   }
 }
 
-// body(i, x0, noise) for each element of the part that is this thread's, whatever types, alignment and sizes.
+// Calls body(i, x0, noise) for each element of this thread, for any types, alignment and sizes.
 template <typename Body>
 __device__ __forceinline__ void for_elements(const Work& work, const Part& part, const Body& body) {
   const int64_t first = part.image_of_run * part.run->elements;
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(threads)
   });
 }
 
-// pred - (noise - x0). Its double is the gradient.
+// pred - (noise - x0). The gradient is twice this.
 __device__ __forceinline__ float error(float pred, float x0, float noise) { return add(pred, add(x0, -noise)); }
 
 template <typename X, typename P, bool patches>
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-// A block adds the partial sums of one image.
+// Each block adds the partial sums of one image.
 __global__ void __launch_bounds__(threads)
     flow_total_kernel(const __grid_constant__ Work work, const float* __restrict__ partial, float* __restrict__ losses) {
   const uint32_t image = work.runs[0].first_image + blockIdx.x;
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(threads)
 
 // ---- launches ----
 
-// f(X{}, P{}, patches) with the types of x0 and of the prediction: fp32 and one 16-bit type, or two of one type.
+// Calls f(X{}, P{}, patches) with the types of x0 and of the prediction: equal types, or fp32 and one 16-bit type.
 template <typename F>
 void with_types(const Work& work, const F& f) {
   with_type(work.x0_dtype, [&](auto x) {
@@ -230,7 +231,7 @@ void with_types(const Work& work, const F& f) {
   });
 }
 
-// f(work, wide, first of the partial sums) for as many runs at a time as fit; wide: types and memory allow vectors.
+// Calls f(work, wide, first partial sum) for every most_runs runs. wide: types and alignment permit vector accesses.
 template <typename F>
 void for_launches(const FlowMatching& args, const FlowRuns& runs, DType dtype, std::initializer_list<const void*> tensors,
                   const F& f) {

@@ -6,7 +6,7 @@
 
 namespace reca {
 
-// Images of one size that lie one after another, in x0 and in x_t, pred and noise.
+// Images of one size that are contiguous in x0, and in x_t, pred and noise.
 struct FlowRun {
   const void* x0;  // [images, channels, height, width]
   int64_t images;
@@ -23,11 +23,11 @@ struct FlowMatching {
   int64_t channels, patch;
   const float* t;  // [images]; null for the loss
   NoiseAddress noise;
-  const float* explicit_noise;  // null: drawn from the address
-  int64_t tiles;                // that a block of a GPU handles, one after another
+  const float* explicit_noise;  // null: generated from the address
+  int64_t tiles;                // tiles per thread block on a GPU
 };
 
-constexpr int64_t flow_tile = 2048;  // elements
+constexpr int64_t flow_tile = 2048;  // elements per tile
 
 }  // namespace reca
 
@@ -35,7 +35,7 @@ constexpr int64_t flow_tile = 2048;  // elements
 RECA_LAUNCHER(void flow_matching_add_noise(const FlowMatching& args, const FlowRuns& runs, DType dtype, void* x_t,
                                            Launch on))
 
-// losses [images]: sum of squared errors per image. gradient: its derivative by pred, in the dtype of pred, or null.
-// partial: workspace of (elements / flow_tile + images) numbers.
+// losses [images]: sum of squared errors per image. gradient: its derivative with respect to pred, in the dtype of
+// pred, or null. partial: workspace of (elements / flow_tile + images) numbers.
 RECA_LAUNCHER(void flow_matching_loss(const FlowMatching& args, const FlowRuns& runs, DType dtype, const void* pred,
                                       void* gradient, float* losses, double* partial, Launch on))

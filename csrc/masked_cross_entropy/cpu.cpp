@@ -39,7 +39,7 @@ void masked_cross_entropy_backward(const CrossEntropy& args, const float* stats,
   });
 }
 
-// In the order of the rows, so that the loss does not depend on threads.
+// Sequential, in the order of the rows, so that the loss does not depend on the number of threads.
 void reduce_losses(const float* losses, const void* labels, bool labels_are_int64, int64_t rows, int64_t ignore_index,
                    bool mean, float* loss, float* scale, Launch) {
   double total = 0;

@@ -1,12 +1,12 @@
-// Cross-entropy of given logits: a block per row forward, a block per piece of a row backward.
+// Cross-entropy of logits: a block per row in the forward pass, a block per piece of a row in the backward pass.
 //
-// Rows begin anywhere (Show-o's 58498 classes leave 16-bit rows 4-byte aligned), so a row is read in units of 16 bytes
-// between its first and last 16-byte boundary, and the few elements outside them one by one:
+// Rows have any alignment (with Show-o's 58498 classes, 16-bit rows are only 4-byte aligned). A row is therefore read
+// in 16-byte units between its first and last 16-byte boundary, and the few elements outside them one by one:
 //
 //     memory   |. . . . . . a a|U U U U U U U U|U U U U U U U U|b b b . . . . .|      | = a 16-byte boundary
 //                           row                units                  end             a, b: edge elements
 //
-// A row without a label costs the read of its label, and backward the zeros of its gradient.
+// For a row without a label, only the label is read, and the backward pass writes zeros.
 #include "rows.cuh"
 
 namespace reca::cuda {
@@ -30,7 +30,7 @@ Rows rows_of(const CrossEntropy& args) {
   return {args.logits, args.row_stride, args.classes, args.labels, args.labels_are_int64, args.ignore_index};
 }
 
-// Where a row's units lie: head elements, then `units` units, then what is left.
+// The layout of a row: `head` elements, then `units` units, then the remaining elements.
 struct Layout {
   int head;
   int64_t units;
@@ -43,7 +43,8 @@ __device__ __forceinline__ Layout layout_of(const T* row, int64_t classes) {
   return {int(head), (classes - head) / unit<T>};
 }
 
-// The edge element that this thread handles, or -1: the first threads have those before the units, the next those after.
+// The edge element that this thread handles, or -1. The first threads handle those before the units, the next those
+// after.
 template <typename T>
 __device__ __forceinline__ int64_t edge_of(const Layout& at, int64_t classes) {
   const int i = int(threadIdx.x);
@@ -55,7 +56,7 @@ __device__ __forceinline__ int64_t edge_of(const Layout& at, int64_t classes) {
 template <typename T, bool general>
 __global__ void __launch_bounds__(threads)
     masked_cross_entropy_forward_kernel(const Rows rows, const Terms terms, float* losses, float* stats) {
-  constexpr int at_once = 4;  // units that a thread loads before it uses the first
+  constexpr int at_once = 4;  // units that a thread loads before using the first
   const int64_t r = blockIdx.x;
   const int64_t label = rows.label(r);
   if (!rows.is_class(label)) {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(threads)
   const T* const row = static_cast<const T*>(rows.logits) + r * rows.stride;
   const Layout at = layout_of(row, rows.classes);
   const float z_label = softcap_logits<general>(widen(row[label]), terms);
-  const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
+  const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that no digits are lost to a common offset
   OnlineSoftmax running;
   const int64_t edge = edge_of<T>(at, rows.classes);
   if (edge >= 0) {
@@ -117,8 +118,8 @@ __global__ void __launch_bounds__(threads)
   }
 
   const T* const row = static_cast<const T*>(rows.logits) + r * rows.stride;
-  // The gradient may lie over the logits, so the target logit is loaded before the stores. If another thread has already
-  // overwritten it, this thread does not own that element, so the stale value is unused.
+  // The gradient may overwrite the logits, so the target logit is loaded before the stores. If another thread has
+  // already overwritten it, this thread does not own that element, and the stale value is unused.
   const Slope slope = slope_of<general>(stats[2 * r], stats[2 * r + 1], widen(row[label]), *scale * grad[r * grad_stride],
                                         rows.classes, terms);
   if (edge >= 0) {
@@ -151,13 +152,13 @@ __global__ void __launch_bounds__(threads)
       }
     }
   });
-  // By the thread that has stored its unit, so the second store is the one that stays.
+  // Stored by the thread that stored the unit, so that this store comes second.
   if (target_unit >= first && target_unit < last && (target_unit - first) % threads == threadIdx.x) {
     out[label] = narrow<T>(slope.target_grad);
   }
 }
 
-// One block, in a fixed order: the loss, and what gradients are multiplied with.
+// Computes the loss and the factor for gradients, in one block and a fixed order.
 constexpr int many_threads = 1024;
 
 __global__ void __launch_bounds__(many_threads)

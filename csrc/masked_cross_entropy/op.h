@@ -1,6 +1,7 @@
-// Cross-entropy over rows that carry a label. masked_linear_cross_entropy builds on it.
+// Cross-entropy over the rows that carry a label. Also used by masked_linear_cross_entropy.
 //
-// With z = softcap * tanh(logits / softcap) (or the logits), m = max z, s = log(sum exp(z - m)), y the label:
+// With z = softcap * tanh(logits / softcap), or z = logits without a softcap, m = max z, s = log(sum exp(z - m)), and
+// the label y:
 //     loss = (1 - smoothing) * (s - (z_y - m)) + smoothing * (s - mean(z - m)) + z_loss * (m + s)^2
 #pragma once
 
@@ -10,7 +11,7 @@ namespace reca {
 
 struct CrossEntropy {
   DType dtype;
-  const void* logits;  // [rows, classes], elements of a row side by side
+  const void* logits;  // [rows, classes], rows contiguous
   int64_t row_stride;
   int64_t rows, classes;
   const void* labels;  // [rows]
@@ -22,7 +23,7 @@ struct CrossEntropy {
 
 }  // namespace reca
 
-// losses [rows]: 0 without a label, NaN with one outside [0, classes). stats [rows, 2]: m and s, 0 without a label.
+// losses [rows]: 0 without a label, NaN for a label outside [0, classes). stats [rows, 2]: m and s, 0 without a label.
 RECA_LAUNCHER(void masked_cross_entropy_forward(const CrossEntropy& args, float* losses, float* stats, Launch on))
 
 // gradient [rows, classes] in the dtype of the logits; may be the logits themselves. Row r is scaled by
@@ -31,6 +32,7 @@ RECA_LAUNCHER(void masked_cross_entropy_backward(const CrossEntropy& args, const
                                                  int64_t grad_stride, const float* scale, void* gradient,
                                                  int64_t gradient_stride, Launch on))
 
-// loss []: the sum of losses [rows], or their mean over the rows that carry a label. scale []: 1, or 1 / their number.
+// loss []: the sum of losses [rows], or with `mean` their mean over the rows that carry a label. scale []: 1, or the
+// reciprocal of the number of these rows.
 RECA_LAUNCHER(void reduce_losses(const float* losses, const void* labels, bool labels_are_int64, int64_t rows,
                                  int64_t ignore_index, bool mean, float* loss, float* scale, Launch on))

@@ -1,4 +1,5 @@
-// Cross-entropy of a row of logits by one block of threads; op.h has the formula. masked_linear_cross_entropy uses it too.
+// Cross-entropy of a row of logits by one thread block; see op.h for the formula. Also used by
+// masked_linear_cross_entropy.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -15,7 +16,7 @@ __device__ __forceinline__ int64_t label_of(const void* labels, bool are_int64, 
   return are_int64 ? static_cast<const int64_t*>(labels)[row] : static_cast<const int32_t*>(labels)[row];
 }
 
-// What the kernels are told of the loss. general: softcap or label smoothing; without them the code for them is left out.
+// The options of the loss. general: with softcap or label smoothing; otherwise their code is not compiled in.
 struct Terms {
   float smoothing, z_loss, softcap;
 };
@@ -28,15 +29,15 @@ __device__ __forceinline__ float softcap_logits(float z, const Terms& terms) {
   return general && terms.softcap != 0 ? terms.softcap * tanhf(z / terms.softcap) : z;
 }
 
-// 2^x, 0 where that is below 2^-126: of a row whose largest term is 1 such a term is nothing. exp2f and __expf keep
-// denormals, for which they compare and multiply twice more per logit.
+// 2^x, flushed to 0 below 2^-126, which is negligible in a sum whose largest term is 1. exp2f and __expf handle
+// denormals, which takes additional instructions per logit.
 __device__ __forceinline__ float power_of_2(float x) {
 #ifdef __CUDACC__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  const float y = emulator::off_by_2_ulp(exp2f(x));  // as far off as the instruction may be
+  const float y = emulator::off_by_2_ulp(exp2f(x));  // the largest error that the instruction may have
   return y < 0x1p-126f ? 0.0f : y;
 #endif
 }
@@ -47,14 +48,14 @@ __device__ __forceinline__ float power_of_e(float x) { return power_of_2(x * log
 
 // ---- forward ----
 
-// A thread's part of a row's softmax. Each thread keeps its own maximum, so they wait for each other only at the end.
+// A thread's part of a row's softmax. Each thread has its own maximum, so threads synchronise only at the end.
 struct OnlineSoftmax {
   float row_max = -inf;
   float total = 0;  // of e^(z - row_max)
   float sum_z = 0;  // of z - pivot
 };
 
-// n more logits; -inf adds nothing to `total`, and must not be there for `sum_z`: how_many of them count.
+// Adds n logits, of which the first how_many count. The others are -inf for `total` and left out of `sum_z`.
 template <bool general, int n>
 __device__ __forceinline__ void online_softmax_update(OnlineSoftmax& running, float (&z)[n], int how_many, float pivot,
                                                       const Terms& terms) {
@@ -76,18 +77,18 @@ __device__ __forceinline__ void online_softmax_update(OnlineSoftmax& running, fl
 }
 
 struct RowStats {
-  float row_max;      // m: the largest logit
+  float row_max;      // m: the maximum logit
   float log_sum_exp;  // s: log of the sum of e^(z - m)
   float loss;
 };
 
-// log of a sum >= 1, as fp32. Of a certain label the sum is 1 + tiny, and tiny must not be lost.
+// The log of a sum >= 1, as fp32. For a near-certain label the sum is 1 + tiny, and tiny must be preserved.
 __device__ __forceinline__ float log_of_sum(double total) {
   const float tiny = float(total - 1);
   return tiny < 1e-3f ? tiny * (1 - tiny * (0.5f - tiny / 3)) : logf(float(total));
 }
 
-// The row's statistics and loss in every thread, from every thread's part. z_label is softcapped.
+// Combines the parts of all threads. Every thread gets the row's statistics and loss. z_label is softcapped.
 template <int threads, bool general>
 __device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z_label, float pivot, int64_t classes,
                                            const Terms& terms) {
@@ -122,12 +123,12 @@ __device__ __forceinline__ RowStats finish(const OnlineSoftmax& running, float z
 
 // ---- backward ----
 
-// The gradient of a row's loss, times `scale`.
+// The coefficients of the gradient of a row's loss, times `scale`.
 struct Slope {
   float row_max, log_sum_exp;
   float slope, level;
-  float shift;        // log2(slope) - log2(e) log_sum_exp: a positive slope costs nothing inside the power
-  float target_grad;  // of the label's logit: p - 1 is formed before anything is rounded
+  float shift;        // log2(slope) - log2(e) log_sum_exp: a positive slope is applied in the exponent at no cost
+  float target_grad;  // gradient of the label's logit; p - 1 is computed by expm1, without cancellation
 };
 
 template <bool general>
@@ -138,7 +139,7 @@ __device__ __forceinline__ float bend(float& z, const Terms& terms) {  // softca
   return 1 - t * t;
 }
 
-// raw_label: the label's logit, not softcapped.
+// raw_label: the label's logit before the softcap.
 template <bool general>
 __device__ __forceinline__ Slope slope_of(float row_max, float log_sum_exp, float raw_label, float scale, int64_t classes,
                                           const Terms& terms) {
@@ -152,7 +153,7 @@ __device__ __forceinline__ Slope slope_of(float row_max, float log_sum_exp, floa
   return {row_max, log_sum_exp, slope, level, log2f(slope) - log2_e * log_sum_exp, target_grad * bent};
 }
 
-// shifted: Slope::shift holds the slope, which is then not negative. with_shift chooses it for a row.
+// shifted: the slope is applied by Slope::shift, which requires that it is not negative. with_shift decides per row.
 template <bool general, bool shifted>
 __device__ __forceinline__ float non_target_grad(float z, const Slope& s, const Terms& terms) {
   if constexpr (shifted) return power_of_2(fmaf(z - s.row_max, log2_e, s.shift));
@@ -161,7 +162,7 @@ __device__ __forceinline__ float non_target_grad(float z, const Slope& s, const 
   return general ? (g - s.level) * bent : g;
 }
 
-// f(true_type or false_type: shifted), the same for all threads of a row
+// Calls f(true_type or false_type: shifted), the same for all threads of a row.
 template <bool general, typename F>
 __device__ __forceinline__ void with_shift(const Slope& s, const F& f) {
   if (!general && s.slope >= 0) {

@@ -1,4 +1,4 @@
-// One row of logits: its loss, and its gradient. Used by masked_cross_entropy and masked_linear_cross_entropy.
+// Loss and gradient of one row of logits. Used by masked_cross_entropy and masked_linear_cross_entropy.
 #pragma once
 
 #include <cstring>
@@ -23,12 +23,12 @@ static inline vfloat softcap_logits(vfloat z, float softcap) {
 }
 
 struct RowStats {
-  float row_max;      // m: the largest logit
+  float row_max;      // m: the maximum logit
   float log_sum_exp;  // s: log of the sum of e^(z - m)
 };
 
-// f(i, z, n) over the elements of a row, 4 W at a time from the i-th on, in the order of load_pair. Of the last ones n are
-// left, which come first and in their own order; the rest of z is -inf.
+// Calls f(i, z, n) for every 4 W elements of a row, from element i on, in the lane order of load_pair. The last call
+// has n elements, first and in memory order; the rest of z is -inf.
 template <typename T, typename F>
 static inline void for_each_four(const T* row, int64_t classes, const F& f) {
   vfloat z[4];
@@ -46,16 +46,16 @@ static inline void for_each_four(const T* row, int64_t classes, const F& f) {
   }
 }
 
-// Reads the row once: block by block, which stays in the first-level cache between its maximum and its exponentials, and
-// beside which the next block arrives.
+// Reads the row from memory once, in blocks. A block stays in the L1 cache between its maximum and its exponentials,
+// while the next block is prefetched.
 template <typename T, bool CAP, bool SMOOTH>
 static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t label, float* loss) {
-  constexpr int64_t block = 8192 / sizeof(T), part = 64 * W;  // 16 additions in a lane
+  constexpr int64_t block = 8192 / sizeof(T), part = 64 * W;  // part: 16 additions per lane
   const int64_t classes = args.classes;
   float softcapped[CAP ? block + 4 * W : 1];
 
   const float z_label = softcap_logits<CAP>(splat(widen(row[label])), args.softcap)[0];
-  const float pivot = SMOOTH && std::fabs(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
+  const float pivot = SMOOTH && std::fabs(z_label) < inf ? z_label : 0.0f;  // so that no digits are lost to an offset
   double sum_z = 0;
   float row_max = -inf;
   vdouble total = {};  // of e^(z - row_max)
@@ -83,8 +83,8 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
       total *= std::exp(double(row_max) - double(top));
       row_max = top;
     }
-    const float base = row_max == -inf ? 0.0f : row_max;  // -inf adds 0 and NaN stays NaN, whatever they stand among
-    // Joined in fp64, part by part: beside the 1 of a certain label, what the others have is below the last digit of fp32.
+    const float base = row_max == -inf ? 0.0f : row_max;  // so that -inf always adds 0 and NaN stays NaN
+    // Parts are added in fp64: next to the 1 of a near-certain label, the other terms are below the precision of fp32.
     for (int64_t from = 0; from < n; from += part) {
       const int64_t to = n - from < part ? n - from : part;
       vfloat exps[4] = {};
@@ -113,19 +113,19 @@ static RowStats row_forward(const CrossEntropy& args, const T* row, int64_t labe
   return {row_max, log_sum_exp};
 }
 
-// out may be the row.
+// out may be the row itself.
 template <typename T, bool CAP, bool SMOOTH>
 static void row_backward(const CrossEntropy& args, const T* row, int64_t label, RowStats stats, float scale, T* out) {
   const int64_t classes = args.classes;
   const float by_z_loss = 2 * args.z_loss * (stats.row_max + stats.log_sum_exp);
   const float level = scale * args.label_smoothing / float(classes);
-  // One subtraction per logit: what the sum of both loses in rounding goes into the slope.
+  // One subtraction per logit: the rounding error of lse is corrected in the slope.
   const float lse = stats.row_max + stats.log_sum_exp;
   const double lost = std::fabs(lse) < inf ? (double(stats.row_max) - double(lse)) + double(stats.log_sum_exp) : 0.0;
   float slope = scale * (1 + by_z_loss) * float(std::exp(-lost));
   if (slope != slope) slope = std::numeric_limits<float>::quiet_NaN();  // for store_pair
 
-  // The target's gradient, before the row may be overwritten: p - 1 is formed before anything is rounded.
+  // The target's gradient is computed before the row may be overwritten, with p - 1 by expm1, without cancellation.
   const float raw = widen(row[label]);
   const float z_label = softcap_logits<CAP>(splat(raw), args.softcap)[0];
   const float log_p = (z_label - stats.row_max) - stats.log_sum_exp;

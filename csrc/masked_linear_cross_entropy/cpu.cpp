@@ -1,4 +1,4 @@
-// The part of the linear form that is not a matrix product: a chunk's losses, and its logits turned into gradients.
+// The part of the linear form between the matmuls: losses of a chunk, and gradients in place of its logits.
 #include "common/parallel.h"
 #include "masked_cross_entropy/rows.h"
 #include "op.h"

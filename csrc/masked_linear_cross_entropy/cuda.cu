@@ -1,18 +1,19 @@
-// The kernels around the matrix products of linear_chunks.py: rows with a label move up, and a chunk's logits become
-// losses and gradients in place.
+// The kernels between the matmuls of linear_chunks.py: rows with a label are compacted, and the logits of a chunk are
+// turned into losses and gradients in place.
 //
-// A row of the buffer is whole units of 16 bytes, so nothing is handled one by one. A block keeps the row in shared
-// memory (Show-o's 58498 16-bit logits are 117 KB of Hopper's 227), or as much of it as fits. Blocks stay and take row
-// after row:
+// A row of the buffer consists of whole 16-byte units, so there are no edge elements. A block keeps the row in shared
+// memory (Show-o's 58498 16-bit logits are 117 KB of Hopper's 227), or as much of it as fits. Blocks are persistent and
+// process one row after another:
 //
 //     global   row i ----------------+                +------> gradient of row i
 //                                    v                |
-//     shared   |unit|unit|unit| ... read twice: sum, then gradient; a unit's place is free as soon as its gradient is
-//                ^                                    written, and takes the same unit of the block's next row
+//     shared   |unit|unit|unit| ... read twice: sum, then gradient; a unit's slot is free as soon as its gradient is
+//                ^                                    written, and is refilled with that unit of the block's next row
 //     global   row i + blocks -------+
 //
-// A thread reads in shared memory only what it has copied itself, so copies need no barrier; a row has those of its two
-// reductions. One read and one write of global memory per logit; units that do not fit are read twice.
+// A thread reads from shared memory only what it copied itself, so copies need no barrier; the only barriers of a row
+// are those of its two reductions. Global memory is read once and written once per logit; units that do not fit into
+// shared memory are read twice.
 #include "masked_cross_entropy/rows.cuh"
 #include "op.h"
 
@@ -21,35 +22,35 @@ namespace {
 
 constexpr const char* op = "masked_linear_cross_entropy";
 constexpr int threads = 512;
-constexpr int blocks_each = 2;  // at most, on a multiprocessor; so a thread may use 64 registers
+constexpr int blocks_each = 2;  // most blocks per multiprocessor; limits a thread to 64 registers
 
 struct HeadRows {
-  void* logits;  // [count, pitch], whole units of 16 bytes; becomes the gradient
+  void* logits;  // [count, pitch], whole 16-byte units; overwritten with the gradient
   int64_t pitch, count, classes;
   const void* bias;       // [pitch] in the dtype of the logits, or null
   const int64_t* labels;  // [count]
-  const int64_t* rows;    // [count]: where a row's loss goes; -1: nowhere
+  const int64_t* rows;    // [count]: index of a row's loss; -1: none
   const float* row_grad;  // by row, or null
   const float* scale;     // []
   float* losses;          // by row
   bool gradient;          // false: losses only
 };
 
-// A unit of 16 bytes of a row, as a thread goes from one of its units to the next. Addresses are registers that move on:
-// computed from the unit's number, they were a third of the instructions.
+// A thread's current 16-byte unit of a row. Addresses are incremented: computing them from the unit's index took a
+// third of the instructions.
 template <typename T>
 struct Cursor {
   int number;
   T* logits;
   T* next;    // the same unit of the block's next row
-  T* shared;  // its place in shared memory, if it has one
+  T* shared;  // its slot in shared memory, if it has one
 
   __device__ __forceinline__ void advance() {
     constexpr int step = threads * unit<T>;
     number += threads, logits += step, next += step, shared += step;
   }
 
-  // The unit's logits with their bias, out of shared memory if that holds as many units.
+  // Reads the unit's logits and adds the bias. Units below `held` are in shared memory.
   __device__ __forceinline__ void read(int held, const T* bias, float (&z)[unit<T>]) const {
     if (number < held) {
       load(shared, z);
@@ -67,7 +68,7 @@ struct Cursor {
   __device__ __forceinline__ void fetch_next() const { copy_async(shared, next); }
 };
 
-// `held`: how many units of a row shared memory holds.
+// held: the number of units of a row in shared memory.
 template <typename T, bool general>
 __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(const HeadRows a, const Terms terms, int held) {
   constexpr int n = unit<T>;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(con
     float raw_label = widen(logits[label]);
     if (bias) raw_label += widen(bias[label]);
     const float z_label = softcap_logits<general>(raw_label, terms);
-    const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that a common offset costs no digits
+    const float pivot = fabsf(z_label) < inf ? z_label : 0.0f;  // so that no digits are lost to a common offset
     OnlineSoftmax running;
     wait_for_copies();
     auto at = first_unit(i);
@@ -135,10 +136,10 @@ __global__ void __launch_bounds__(threads, blocks_each) row_gradients_kernel(con
 #pragma unroll
         for (int k = 0; k < n; ++k) z[k] = non_target_grad<general, shifted.value>(z[k], slope, terms);
         store(at.logits, z);
-        if (at.number < fetched) at.fetch_next();  // over what this thread has just used up
+        if (at.number < fetched) at.fetch_next();  // overwrites a slot that this thread has finished reading
       }
     });
-    // By the thread that has stored its unit, so the second store is the one that stays.
+    // Stored by the thread that stored the unit, so that this store comes second.
     if (int(label / n) % threads == int(threadIdx.x)) logits[label] = narrow<T>(slope.target_grad);
   }
 }
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(many_threads)
   if (threadIdx.x == 0) *scale = mean ? float(1.0 / double(found > 0 ? found : 1)) : 1.0f;
 }
 
-// A block copies a row; `wide`: 8 elements at a time.
+// A block copies a row. wide: 8 elements at a time.
 constexpr int copy_threads = 256;
 
 template <typename From, typename To>
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(copy_threads)
   }
 }
 
-constexpr int most_scale_blocks = 4096;  // of the factor 1 in place they leave at once, and shall not be many
+constexpr int most_scale_blocks = 4096;  // limited, because in place with factor 1 all blocks exit at once
 
 template <typename T>
 __global__ void __launch_bounds__(copy_threads)
@@ -231,8 +232,9 @@ void row_gradients(const CrossEntropy& args, const int64_t* rows, const void* bi
     check(op, cudaDeviceGetAttribute(value, what, on.device));
   }
   const int64_t units = (args.classes * size_of(args.dtype) + 15) / 16;
-  // A block has 2 KB beside the row: less than 1 for its reductions, and 1 that the system takes. While blocks share a
-  // multiprocessor, one loads where another computes, which is worth reading a tenth of the row twice (out of L2).
+  // A block needs 2 KB besides the row: less than 1 for its reductions, and 1 reserved by the system. With several
+  // blocks per multiprocessor, loads overlap with computation, which is worth reading up to a tenth of the row twice
+  // (from L2).
   int64_t each = blocks_each, held = 0;
   for (; each > 0; --each) {
     const int64_t of_block = shared_each / each - 2048, most = shared_most - 1024;

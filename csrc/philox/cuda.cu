@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(threads)
   if (task >= tasks) return;
   const int64_t blocks = (n + 3) / 4;
   int64_t sample, block;
-  if (tasks <= 0xffffffff) {  // a division of 64 bits costs more than the noise
+  if (tasks <= 0xffffffff) {  // a 64-bit division costs more than the noise
     sample = uint32_t(task) / uint32_t(blocks), block = uint32_t(task) % uint32_t(blocks);
   } else {
     sample = task / blocks, block = task % blocks;

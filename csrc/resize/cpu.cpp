@@ -1,5 +1,5 @@
-// A pass is a sum over rows of vectors of 16 bytes. Along the rows of the image it is one too, after 16 rows have been
-// transposed: then a vector holds the 16 rows' values of one channel of one pixel.
+// A vertical pass is a weighted sum of rows, as 16-byte vectors. The horizontal pass has the same form after a
+// transpose of 16 rows: a vector then contains one channel of one column for 16 rows.
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -13,8 +13,8 @@
 
 namespace reca::RECA_ISA {
 
-constexpr int64_t L = 16;       // values side by side, and rows at a time
-constexpr int precision = 22;   // bits of a weight behind the point: 32 less 8 of the value and 2 for sums beyond 1
+constexpr int64_t L = 16;       // bytes per vector, and rows at a time
+constexpr int precision = 22;   // fractional bits of a weight: 32, less 8 for the value and 2 for sums beyond 1
 
 typedef uint8_t bytes __attribute__((vector_size(L)));
 
@@ -45,7 +45,7 @@ static inline bytes weighted(const uint8_t* values, int64_t stride, const int32_
   }
   low = _mm256_srai_epi32(low, precision);
   high = _mm256_srai_epi32(high, precision);
-  // Packing saturates, and works within halves of a register.
+  // Packing saturates and operates within 128-bit lanes.
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0b11011000);
   return (bytes)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
@@ -63,7 +63,7 @@ static inline bytes weighted(const uint8_t* values, int64_t stride, const int32_
 #endif
 }
 
-// x[i][j] <-> x[j][i]. Each of four perfect shuffles moves a bit of the row's number into the column's.
+// Transposes x. Each of four perfect shuffles moves one bit of the row index into the column index.
 static inline void transpose(bytes (&x)[L]) {
   bytes y[L];
 #ifdef __SSE2__
@@ -82,7 +82,7 @@ static inline void transpose(bytes (&x)[L]) {
 #endif
 }
 
-// Memory of a call.
+// Temporary memory of a call.
 struct Buffer {
   uint8_t* data;
   explicit Buffer(int64_t size) : data(static_cast<uint8_t*>(std::malloc(size))) {
@@ -93,7 +93,7 @@ struct Buffer {
 
 static inline int64_t padded(int64_t length) { return (length + L - 1) / L * L; }
 
-// The inputs that a filter reads.
+// The range of inputs that a filter reads.
 struct Range {
   int64_t begin, size;
   explicit Range(const Taps& taps)
@@ -105,11 +105,11 @@ struct Image {
   const uint8_t* data;
   int64_t row, plane;
   bool interleaved;
-  int64_t step() const { return interleaved ? 3 : 1; }             // from one pixel to the next
-  int64_t segments() const { return interleaved ? 1 : 3; }         // of a row, each of `width * step()` bytes
+  int64_t step() const { return interleaved ? 3 : 1; }             // bytes from one pixel to the next
+  int64_t segments() const { return interleaved ? 1 : 3; }         // per row, of `width * step()` bytes each
 };
 
-// Up to 16 bytes, and zeros behind them.
+// Loads up to 16 bytes, padded with zeros.
 static inline bytes some(const uint8_t* from, int64_t count) {
   if (count >= L) return load(from);
   bytes x = {};
@@ -117,14 +117,14 @@ static inline bytes some(const uint8_t* from, int64_t count) {
   return x;
 }
 
-// Filters the columns of `length` bytes a row.
+// Filters vertically, `length` bytes per row.
 static void down(const uint8_t* from, int64_t row, int64_t length, const Taps& taps, uint8_t* to, int64_t to_row) {
   const int64_t whole = length / L * L;
   for (int64_t o = 0; o < taps.outputs; ++o, to += to_row) {
     const uint8_t* first = from + taps.first[o] * row;
     const int32_t *weights = taps.weights + o * taps.taps, count = taps.count[o];
     for (int64_t x = 0; x < whole; x += L) store(to + x, weighted(first + x, row, weights, count));
-    for (int64_t x = whole; x < length; ++x) {  // no byte behind the last row is read
+    for (int64_t x = whole; x < length; ++x) {  // one by one, to read no byte beyond the last row
       int32_t sum = 1 << (precision - 1);
       for (int32_t t = 0; t < count; ++t) sum += first[t * row + x] * weights[t];
       sum >>= precision;
@@ -133,12 +133,12 @@ static void down(const uint8_t* from, int64_t row, int64_t length, const Taps& t
   }
 }
 
-// Filters the rows of `height` of them: planes of rows of `to_row` bytes, a multiple of 16.
+// Filters `height` rows horizontally. The result is planes of rows of `to_row` bytes, a multiple of 16.
 static void across(const Image& image, int64_t height, const Taps& taps, uint8_t* to, int64_t to_row,
                    int64_t to_plane) {
   const Range used(taps);
   const int64_t step = image.step(), length = used.size * step, segment = padded(length);
-  const int64_t apart = image.interleaved ? 1 : segment;  // from one channel to the next
+  const int64_t apart = image.interleaved ? 1 : segment;  // distance between channels
   Buffer turned(image.segments() * segment * L);          // [segment, L]: 16 rows, transposed
   for (int64_t y = 0; y < height; y += L) {
     const int64_t rows = height - y < L ? height - y : L;

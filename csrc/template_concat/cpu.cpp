@@ -6,7 +6,7 @@ namespace reca::RECA_ISA {
 
 namespace {
 
-constexpr int64_t block = 1024;  // columns handled at a time: their fp32 sums stay in the first-level cache
+constexpr int64_t block = 1024;  // columns at a time: their fp32 sums stay in the L1 cache
 
 int64_t row_at(const Index& index, int64_t t) {
   const int64_t value = index.is_int64 ? static_cast<const int64_t*>(index.data)[t]
@@ -37,7 +37,7 @@ const char* address(const void* rows, DType dtype, int64_t element) {
   return static_cast<const char*>(rows) + element * size_of(dtype);
 }
 
-// n elements into fp32 sums
+// Reads n elements into fp32 sums, or adds them.
 void read(DType dtype, const void* from, float* to, int64_t n, bool add) {
   switch (dtype) {
     case DType::f32: return read(static_cast<const float*>(from), to, n, add);
@@ -58,7 +58,7 @@ void fill(float value, DType dtype, void* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) write(&value, dtype, static_cast<char*>(to) + i * size_of(dtype), 1);
 }
 
-// Writes past the caches: a long output would only throw out what is still needed, and each line would first be read.
+// Non-temporal stores: a long output would evict useful data from the caches, and each line would first be read.
 #if defined(__AVX512F__)
 using Line = __m512i;
 Line line(const char* from) { return _mm512_loadu_si512(from); }
@@ -83,7 +83,7 @@ Line line(const char* from) {
 void stream(char* to, Line x) { std::memcpy(to, &x, sizeof x); }
 #endif
 
-// The bytes before the first address that such a write may have.
+// The number of bytes before the first aligned address for such a store.
 int64_t unaligned(const char* to, int64_t bytes) {
   const int64_t head = -reinterpret_cast<int64_t>(to) & (sizeof(Line) - 1);
   return head < bytes ? head : bytes;
@@ -141,7 +141,7 @@ void template_concat_forward(const Sources& sources, int64_t length, int64_t wid
 }
 
 void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launch on) {
-  // Positions sorted by row, stably (counting sort): those of row k are places[ends[k - 1]] to places[ends[k]].
+  // Stable counting sort of positions by row: those of row k are places[ends[k - 1]] to places[ends[k]], exclusive.
   int64_t* const ends = workspace;
   int64_t* const places = workspace + g.count + 1;
   std::memset(ends, 0, (g.count + 1) * sizeof(int64_t));
@@ -159,7 +159,7 @@ void template_concat_backward(const SourceGradient& g, int64_t* workspace, Launc
   const bool copies = g.dtype == g.grad_dtype;
   char* const gradient = static_cast<char*>(g.gradient);
   const int64_t row_bytes = g.width * size_of(g.dtype);
-  if (copies) {  // rows read by one position, in the order of the positions, so that these are read side by side
+  if (copies) {  // rows with a single position, in the order of positions, so that grad is read sequentially
     parallel_for(g.length, on.threads, [&](int64_t t) {
       const int64_t k = row_at(g.index, t);
       if (k < 0 || k >= g.count || ends[k] - first_of(k) != 1) return;

@@ -1,7 +1,7 @@
-// Rows of several tables gathered, added and written once; and each table's gradient.
+// Gathers rows of several tables, adds them and writes the sum once; and the gradient of each table.
 //
-// Threads side by side take units of V elements: 16 bytes of what is written, where all rows begin and end on 16 bytes,
-// and one element otherwise. reca_kernels/template_concat/row_gradients.py states the order of sums.
+// Consecutive threads handle consecutive units of V elements: 16 bytes of the output if all rows are 16-byte aligned,
+// else one element. reca_kernels/template_concat/row_gradients.py defines the order of sums.
 #include <type_traits>
 
 #include "common/cuda.cuh"
@@ -10,10 +10,10 @@
 namespace reca::cuda {
 namespace {
 
-// Three blocks per multiprocessor are enough. Told so, ptxas puts the loads of a thread together; without it, it saves
-// registers, and each load waits for the one before.
+// Three blocks per multiprocessor are enough. With this bound ptxas groups the loads of a thread; without it, it saves
+// registers, and each load waits for the previous one.
 constexpr int warps = 8, threads = warps * warp, blocks = 3;
-constexpr int ahead = 4;       // loads of a thread that are under way together
+constexpr int ahead = 4;       // loads in flight per thread
 constexpr int64_t chunk = 64;  // row_gradients.CHUNK
 constexpr const char* op = "template_concat";
 
@@ -36,12 +36,12 @@ __device__ __forceinline__ int64_t row_at(const Index& index, int64_t t) {
   return index.negated ? -1 - value : value;
 }
 
-// i, or the last of n: behind a branch, a load would wait for the one before it.
+// min(i, n - 1): a clamped index instead of a branch, behind which a load would wait for the previous one.
 __device__ __forceinline__ int64_t inside(int64_t i, int64_t n) { return i < n ? i : n - 1; }
 
 // ---- units of a row ----
 
-// with_type() of device code
+// with_type() for device code.
 template <typename F>
 __device__ __forceinline__ void type_of(DType dtype, const F& f) {
   if (dtype == DType::f32) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void fill_row(float value, DType dtype, void* to, int
   for (int64_t u = threadIdx.x % warp; u < units; u += warp) write(x, dtype, to, element + u * V);
 }
 
-// Words of 32 bits, `n` per unit; 16 bits where n is 0.
+// Copies units of `n` 32-bit words, or of 16 bits if n is 0.
 template <int n>
 __device__ __forceinline__ void copy_units(const char* from, char* to, int64_t units) {
   constexpr int bytes = n ? 4 * n : 2;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(threads, blocks)
 
 // ---- backward ----
 
-// n rows, `at(i)` elements from `from`, summed in order; n > 0.
+// Sums n > 0 rows in order; row i is at from + at(i).
 template <int V, typename T, typename At>
 __device__ __forceinline__ void sum_rows(const T* from, int64_t n, const At& at, float (&sum)[V]) {
   read(from + at(0), sum);
@@ -234,9 +234,9 @@ __device__ __forceinline__ void sum_places(const SourceGradient& g, const int64_
   });
 }
 
-// Sums of the chunks of those rows that have more than one; a warp per chunk and 32 units. A chunk is kept by the
-// window of `chunk` sorted positions that it begins in. Two can begin in one window, the last of a row and the first of
-// the next: slot 2 window is for chunks that follow one of their row, slot 2 window + 1 for the first of a row.
+// Sums the chunks of rows that have more than one chunk, with a warp per chunk and 32 units. A chunk is stored by the
+// window of `chunk` sorted positions in which it begins. Two chunks can begin in one window, the last of a row and the
+// first of the next: slot 2 window + 1 is for the first chunk of a row, slot 2 window for a later one.
 template <int V>
 __global__ void __launch_bounds__(threads, blocks) concat_chunks_kernel(const SourceGradient g, const Places p) {
   const int64_t units = g.width / V, groups = (units + warp - 1) / warp;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(threads, blocks) concat_chunks_kernel(const So
   }
 }
 
-// A block writes `warps` rows: a warp each where there is nothing to add, else all warps one row after the other.
+// A block writes `warps` rows: one per warp if there is nothing to add, else all warps together, row by row.
 template <int V>
 __global__ void __launch_bounds__(threads, blocks) concat_rows_kernel(const SourceGradient g, const Places p) {
   const int64_t from = int64_t(blockIdx.x) * warps, units = g.width / V;
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(threads, blocks) concat_rows_kernel(const Sour
   }
 }
 
-// used, zeros before: length minus the first position of each row, and 1 plus the last.
+// used, initially 0: length minus the first position of each row, and 1 plus the last.
 __global__ void __launch_bounds__(threads, blocks) concat_map_kernel(const SourceGradient g, unsigned long long* used) {
   const int64_t t = int64_t(blockIdx.x) * threads + threadIdx.x;
   if (t >= g.length) return;
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(threads, blocks) concat_map_kernel(const Sourc
   atomicMax(used + g.count + row, static_cast<unsigned long long>(t + 1));
 }
 
-// Row k's positions are searched for between its first and its last; the order of sums is that of the sorted way.
+// Searches for row k's positions between its first and its last. The order of sums is that of the sorted version.
 template <int V>
 __device__ __forceinline__ void sum_found(const SourceGradient& g, int64_t k, int64_t first, int64_t end, int64_t unit,
                                           float (&sum)[V]) {
@@ -327,7 +327,7 @@ __device__ __forceinline__ void sum_found(const SourceGradient& g, int64_t k, in
   });
 }
 
-// A warp writes a row.
+// Each warp writes one row.
 template <int V>
 __global__ void __launch_bounds__(threads, blocks)
     concat_mapped_kernel(const SourceGradient g, const unsigned long long* used) {
@@ -356,7 +356,7 @@ bool wide_rows(DType dtype, const void* rows, int64_t stride) {
   return aligned(rows, 16) && stride * size_of(dtype) % 16 == 0;
 }
 
-// f(elements of a unit, as a type): 16 bytes of `written` where every row that is read is wide.
+// Calls f with the number of elements per unit, as a type: 16 bytes of `written` if every row that is read is wide.
 template <typename F>
 void with_units(DType written, bool wide, int64_t width, const F& f) {
   if (wide && written == DType::f32 && width % 4 == 0) return f(std::integral_constant<int, 4>());

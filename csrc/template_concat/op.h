@@ -1,4 +1,4 @@
-// Rows of several tables gathered, added and written once; and the reverse, each table's gradient.
+// Gathers rows of several tables, adds them and writes the sum once; and the gradient of each table.
 #pragma once
 
 #include "common/types.h"
@@ -34,12 +34,12 @@ struct SourceGradient {
   void* gradient;  // [count, width]
 };
 
-constexpr int64_t max_sources = 16;  // of the CUDA kernel
+constexpr int64_t max_sources = 16;  // limit of the CUDA kernel
 
 }  // namespace reca
 
-// out [length, width]: the sum, in the order of the sources, in fp32, rounded once. One row without a sum is copied. A
-// position whose row is not below its source's count becomes NaN.
+// out [length, width]: the fp32 sum, in the order of the sources, rounded once. A single row is copied. A position
+// whose row is beyond the last row of its source becomes NaN.
 RECA_LAUNCHER(void template_concat_forward(const Sources& sources, int64_t length, int64_t width, DType out_dtype,
                                            void* out, Launch on))
 
@@ -51,13 +51,13 @@ void template_concat_backward(const SourceGradient& gradient, int64_t* workspace
 
 namespace cuda {
 
-// The same with the positions sorted by row, in chunks: reca_kernels/template_concat/row_gradients.py states the order of sums.
-// rows [length], ascending; places [length]; starts [count + 1]; sums [2 * windows of a chunk, width], or null where no row
-// can have more than one chunk.
+// The same for positions sorted by row, in chunks; reca_kernels/template_concat/row_gradients.py defines the order of
+// sums. rows [length], ascending; places [length]; starts [count + 1]; sums [2 * windows of a chunk, width], or null if
+// no row can have more than one chunk.
 void template_concat_backward_sorted(const SourceGradient& gradient, const Index& rows, const int64_t* places,
                                      const int64_t* starts, float* sums, Launch on);
 
-// For rows that most likely are used once. used: [2, count], zeros.
+// For rows that are mostly used once. used: [2, count], zeros.
 void template_concat_backward_mapped(const SourceGradient& gradient, uint64_t* used, Launch on);
 
 }  // namespace cuda
