@@ -1,10 +1,10 @@
-"""Builds the native module with CMake. Needs the standard library and setuptools only, and never imports torch.
+"""Build the native module with CMake. Requires only the standard library and setuptools, and never imports torch.
 
-RECA_NATIVE      auto (default): pure Python when a C++ compiler, CMake or pybind11 is missing; ON: that is an error;
+RECA_NATIVE      auto (default): pure Python if a C++ compiler, CMake or pybind11 is missing; ON: this is an error;
                  OFF: pure Python. A build that starts and fails is always an error.
-RECA_CUDA        auto (default): CUDA kernels when nvcc is found; ON; OFF
-RECA_CUDA_ARCHS  numbers such as 80, 90a or 100f: machine code for each, and PTX for the last; default "80;90;100",
-                 without those that nvcc does not know
+RECA_CUDA        auto (default): CUDA kernels if nvcc is found; ON; OFF
+RECA_CUDA_ARCHS  architectures such as 80, 90a or 100f: machine code for each, and PTX for the last; default
+                 "80;90;100", without those that nvcc does not support
 """
 
 import importlib.util
@@ -24,11 +24,11 @@ CUDA_ARCHS = "80;90;100"  # as in CMakeLists.txt
 
 
 class MissingTool(Exception):
-    """The native module cannot be built on this machine."""
+    """A tool that is needed to build the native module is missing."""
 
 
 def package_folders(name: str) -> list[Path]:
-    """Where an installed package lies, without importing it."""
+    """Return the folders of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     return [Path(folder) for folder in spec.submodule_search_locations] if spec else []
 
@@ -40,7 +40,7 @@ def find_program(name: str, *folders: Path) -> str | None:
 def find_cmake() -> str:
     cmake = find_program("cmake", *(folder / "data" / "bin" for folder in package_folders("cmake")))
     if cmake is None:
-        raise MissingTool("no cmake; pip install cmake")
+        raise MissingTool("CMake was not found; pip install cmake")
     text = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
     version = tuple(map(int, re.findall(r"\d+", text)[:2]))
     if version < OLDEST_CMAKE:
@@ -50,12 +50,12 @@ def find_cmake() -> str:
 
 
 def find_pybind11() -> Path:
-    """The headers of the pybind11 package, else the copy that torch's wheel carries."""
+    """Return the headers of the pybind11 package, or the copy in torch's wheel."""
     for package in ("pybind11", "torch"):
         for folder in package_folders(package):
             if (folder / "include" / "pybind11" / "pybind11.h").exists():
                 return folder / "include"
-    raise MissingTool("no pybind11; pip install pybind11")
+    raise MissingTool("pybind11 was not found; pip install pybind11")
 
 
 def find_compiler() -> str:
@@ -63,16 +63,16 @@ def find_compiler() -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    raise MissingTool(f"no C++ compiler, looked for {', '.join(names)}")
+    raise MissingTool(f"no C++ compiler was found among {', '.join(names)}; install one or set CXX")
 
 
 def cuda_archs() -> str:
-    """RECA_CUDA_ARCHS; by default what the nvcc that CMake will find can compile for."""
+    """Return RECA_CUDA_ARCHS; by default those of CUDA_ARCHS that nvcc supports."""
     if asked := os.environ.get("RECA_CUDA_ARCHS"):
         if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", asked):
             raise SystemExit(
-                f"RECA_CUDA_ARCHS must be numbers with ; between them, such as {CUDA_ARCHS} or 90a, got {asked!r}; "
-                "write the compute capability that nvidia-smi --query-gpu=compute_cap shows for native or all"
+                f"RECA_CUDA_ARCHS must be architectures separated by ;, such as {CUDA_ARCHS} or 90a, got {asked!r}; "
+                "instead of native or all, give the compute capability shown by nvidia-smi --query-gpu=compute_cap"
             )
         return asked
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
@@ -82,7 +82,7 @@ def cuda_archs() -> str:
     known = re.findall(r"compute_(\w+)", text)
     archs = CUDA_ARCHS.split(";")
     if unknown := [arch for arch in archs if arch not in known]:
-        print(f"reca_kernels: {nvcc} cannot compile for {', '.join(unknown)}: left out of RECA_CUDA_ARCHS")
+        print(f"reca_kernels: {nvcc} does not support {', '.join(unknown)}: removed from RECA_CUDA_ARCHS")
     return ";".join(arch for arch in archs if arch in known)
 
 
@@ -108,7 +108,7 @@ class CMakeBuild(build_ext):
             self.warn(
                 f"\n{rule}\nreca_kernels: THE NATIVE MODULE IS NOT BUILT: {missing}\n"
                 "Installing pure Python: on CPUs every op runs on its slow PyTorch reference.\n"
-                f"`reca doctor` shows this. Install what is missing, then install again.\n{rule}"
+                f"`reca doctor` reports this. Install the missing tool, then reinstall.\n{rule}"
             )
             return
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

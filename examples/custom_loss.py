@@ -1,9 +1,9 @@
-"""Use an op of reca_kernels in a plain PyTorch loop: cross-entropy through the output head, on the labelled rows only.
+"""Use an op of reca_kernels in a plain PyTorch loop: fused output head and cross-entropy on the labelled rows.
 
     python examples/custom_loss.py
 
-A two-layer model learns to continue counting. Three quarters of the rows are prompt and carry no label: the op neither
-multiplies nor gathers them, and never materialises the [rows, vocabulary] logits.
+A two-layer model learns to count. Three quarters of the rows are prompt and carry no label: the op excludes them from
+every matmul, and never materialises the [rows, vocabulary] logits.
 """
 
 import torch
@@ -16,7 +16,7 @@ IGNORE = -100
 
 
 def main(steps: int = 60) -> list[float]:
-    """Train, and return the loss of every step."""
+    """Train and return the loss of every step."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
     head = nn.Linear(WIDTH, VOCABULARY)

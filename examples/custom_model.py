@@ -1,9 +1,9 @@
-"""A model of your own: all that the driver asks of one. A recipe names it by its module, `umm: examples.custom_model`.
+"""A custom model: everything that the driver requires of one. A recipe names its module, `umm: examples.custom_model`.
 
     reca train my_recipe.yaml        # or reca.train({...}), see tests/test_contributing.py
 
-The "UMM" is a denoiser of small images. A frozen linear map is its understanding encoder, bytes of the caption are its
-text, and flow matching is its native loss.
+The "UMM" is a denoiser of small images. Its understanding encoder is a frozen linear map, its text is the bytes of the
+caption, and its native loss is flow matching.
 """
 
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ class Config:
     weights: Optional[str] = config_field(None, "folder of an export; null: random", path=HUB)
     image_size: int = pixels(8, "side of an image")
     width: int = count(64, "channels of the hidden layers")
-    seed: int = config_field(0, "of a random initialisation", least=0)
+    seed: int = config_field(0, "seed of a random initialisation", least=0)
 
 
 @dataclass(frozen=True)
 class Prepared(base.Prepared):
     sample_ids: Tensor  # int64 [B]
     t: Tensor  # fp32 [B, 1], noise levels
-    text: Tensor  # fp32 [B, 256], how often a byte occurs
+    text: Tensor  # fp32 [B, 256], counts of bytes
 
 
 class Adapter(base.Adapter):

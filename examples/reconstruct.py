@@ -1,8 +1,8 @@
-"""Take RECA steps by hand: what `reca.train` does for every step, without files, logs and checkpoints.
+"""Run RECA steps in a hand-written loop: what `reca.train` does in every step, without files, logs and checkpoints.
 
     python examples/reconstruct.py [RECIPE]
 
-The recipe is a tiny random Show-o on images of the toy world, so that this runs on a CPU in seconds.
+The default recipe is a tiny random Show-o on images of the toy dataset, which trains on a CPU in seconds.
 """
 
 import sys
@@ -17,22 +17,22 @@ from reca.recipe_files import load_recipe
 
 
 def main(name: str = "show_o_tiny", steps: int = 10) -> list[float]:
-    """Train, and return the loss of every step."""
+    """Train and return the loss of every step."""
     recipe = load_recipe(name)
     model = reca.load(name)
     roles = freeze(model, recipe.train.train, recipe.train.frozen)
-    print(f"training {', '.join(roles)}; the encoders that make h_v stay frozen")
+    print(f"training {', '.join(roles)}; the encoders that compute h_v stay frozen")
 
-    # Unlabeled images and template sentences, as the model's own views of them.
+    # Unlabeled images as the model's views of them, and template sentences.
     batches = iter(open_loader(recipe.data, "reca", model.views("reca"), seed=0, micro_batch=16, prepare=model.prepare))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
     for step in range(steps):
         batch, rng = next(batches), task_rng(0, "reca")  # every draw is a function of (seed, sample)
-        prepared = model.ensure_prepared(batch, rng)  # layout, labels, masks, weight: made in the loader's threads
-        features = model.encode(batch)  # h_v and the target: frozen, without a gradient
-        term = model.loss(prepared, features, rng)  # the model's native loss of generating the same image
+        prepared = model.ensure_prepared(batch, rng)  # layout, labels, masks, weight: computed in the loader's threads
+        features = model.encode(batch)  # h_v and the target, from frozen encoders without gradient
+        term = model.loss(prepared, features, rng)  # the model's native loss for generating the same image
         loss = term.sum / term.weight
         loss.backward()
         optimizer.step()

@@ -154,7 +154,7 @@ def test_archs_that_nvcc_does_not_know_are_left_out(tmp_path, by):
     nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_75 && echo compute_80 && echo compute_90\n")
     nvcc.chmod(0o755)
     found = {by: str(tmp_path if by == "PATH" else nvcc)}
-    said = f"reca_kernels: {nvcc} cannot compile for 100: left out of RECA_CUDA_ARCHS"
+    said = f"reca_kernels: {nvcc} does not support 100: removed from RECA_CUDA_ARCHS"
     assert cuda_archs(**found) == [said, "80;90"]
     assert cuda_archs(**found, RECA_CUDA_ARCHS="90a;100") == ["90a;100"]
     assert cuda_archs(PATH="") == ["80;90;100"]
@@ -164,7 +164,7 @@ def test_archs_that_nvcc_does_not_know_are_left_out(tmp_path, by):
 @needs_setuptools
 @pytest.mark.parametrize("archs", ["native", "all", "all-major", "90-real", "80,90", "9.0"])
 def test_archs_are_numbers(archs):
-    said = f"RECA_CUDA_ARCHS must be numbers with ; between them, such as 80;90;100 or 90a, got {archs!r}"
+    said = f"RECA_CUDA_ARCHS must be architectures separated by ;, such as 80;90;100 or 90a, got {archs!r}"
     assert said in cuda_archs(RECA_CUDA_ARCHS=archs)
 
 

@@ -1,1 +1,1 @@
-"""Example of an op: copy this folder into reca_kernels, and it is one of its ops (tests/test_contributing.py)."""
+"""An example op: copied into reca_kernels, this folder becomes one of its ops (tests/test_contributing.py)."""

@@ -1,4 +1,4 @@
-"""What a backend of row_rms holds."""
+"""The functions of a backend of row_rms."""
 
 from typing import Protocol
 
@@ -7,4 +7,4 @@ from torch import Tensor
 
 class Kernels(Protocol):
     def forward(self, x: Tensor, out: Tensor) -> None:
-        """Fill out, fp32 [N], for x [N, D]."""
+        """Write the root mean squares of x [N, D] into out, fp32 [N]."""

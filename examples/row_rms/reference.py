@@ -1,4 +1,4 @@
-"""Definition of row_rms in plain PyTorch."""
+"""Reference implementation of row_rms in plain PyTorch."""
 
 from torch import Tensor
 
